@@ -1,0 +1,185 @@
+"""Imports point down, and `import mmalign.losses` needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mmalign
+
+PACKAGE = Path(mmalign.__file__).parent
+
+# From the bottom to the top. A module of mmalign/ (a file or a folder) imports from its own layer and from lower ones.
+LAYERS = (
+    {"losses", "draws", "recipe", "share", "optim"},
+    {"policy"},
+    {"attention", "diffusion", "language", "rewards", "data"},
+    {"families"},
+    {"encode"},
+    {"methods"},
+    {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint"},
+    {"training"},
+    {"run", "quickstart"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+# A recipe checks the hyper-parameters of its method, which it finds by name, and only inside the function that does so.
+LAZY = {("recipe", "methods")}
+HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@dataclass(frozen=True)
+class Import:
+    """A statement at a line of a file of `source` that imports from `target`, both modules of mmalign/."""
+
+    source: str
+    target: str
+    line: int
+    in_function: bool
+
+    @property
+    def points_up(self) -> bool:
+        """Whether the target's layer is above the source's; a module without a layer is another test's."""
+        if self.in_function and (self.source, self.target) in LAZY:
+            return False
+        return HEIGHT.get(self.target, 0) > HEIGHT.get(self.source, len(LAYERS))
+
+
+def room(path: Path, package: Path = PACKAGE) -> str:
+    """The file or folder of mmalign/ that a source file belongs to."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def imports_of(path: Path, package: Path = PACKAGE) -> Iterator[Import]:
+    """A file's imports of our own modules, also those inside functions; not those for the type checker alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    folder = path.relative_to(package.parent).parent.parts
+    typing_only = inside(node.body for node in ast.walk(tree) if isinstance(node, ast.If) and is_type_checking(node))
+    functions = inside(n.body for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom) or node in typing_only:
+            continue
+        for name in imported_names(node, folder):
+            first, *rest = name.split(".")
+            if first == "mmalign":
+                # `from mmalign import x`: the module x, or else a name that mmalign/__init__.py offers.
+                known = len(rest) > 1 or (rest and (rest[0] in HEIGHT or (package / rest[0]).is_dir()))
+                yield Import(room(path, package), rest[0] if known else "__init__", node.lineno, node in functions)
+
+
+def inside(bodies: Iterable[list[ast.stmt]]) -> set[ast.AST]:
+    """Every node of these blocks."""
+    return {node for body in bodies for statement in body for node in ast.walk(statement)}
+
+
+def is_type_checking(node: ast.If) -> bool:
+    """Whether this is `if TYPE_CHECKING:`."""
+    return ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING"
+
+
+def imported_names(node: ast.Import | ast.ImportFrom, folder: tuple[str, ...]) -> list[str]:
+    """Full dotted names of what a statement imports; `folder` is the package of its file, for relative imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = folder[: len(folder) - node.level + 1] if node.level else ()
+    source = ".".join([*base, *([node.module] if node.module else [])])
+    return [f"{source}.{alias.name}" for alias in node.names]
+
+
+def upward(path: Path, package: Path = PACKAGE) -> list[str]:
+    """The imports of a file that point up, as 'file:line: this imports that'."""
+    found = imports_of(path, package)
+    return [f"{path.name}:{i.line}: {i.source} imports {i.target}" for i in found if i.points_up]
+
+
+def test_every_module_has_its_place() -> None:
+    unknown = {room(path) for path in FILES} - set(HEIGHT)
+    where = f"add it to LAYERS in tests/{Path(__file__).name}, as low as its own imports allow"
+    assert not unknown, f"{', '.join(sorted(unknown))} of mmalign/ is in no layer: {where}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    assert upward(path) == [], "move what is shared down, or take it as an argument; LAYERS in this file is the order"
+
+
+def test_no_two_modules_need_each_other() -> None:
+    needs: dict[str, set[str]] = {}
+    for found in (i for path in FILES for i in imports_of(path)):
+        if found.source != found.target and (found.source, found.target) not in LAZY:
+            needs.setdefault(found.source, set()).add(found.target)
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("from mmalign.loop import train", ["policy.py:1: policy imports loop"]),
+        ("from mmalign import methods, losses", ["policy.py:1: policy imports methods"]),
+        ("def f():\n    import mmalign.families.sd", ["policy.py:2: policy imports families"]),
+        ("from .families import sd", ["policy.py:1: policy imports families"]),
+        ("from . import cli", ["policy.py:1: policy imports cli"]),
+        ("from mmalign import version", ["policy.py:1: policy imports __init__"]),
+        ("if TYPE_CHECKING:\n    from mmalign.families import TextToImage", []),
+        (
+            "if TYPE_CHECKING:\n    pass\nelse:\n    from mmalign.families import x",
+            ["policy.py:4: policy imports families"],
+        ),
+        ("from mmalign.losses import Pair\nimport torch", []),
+        ("async def f():\n    from mmalign import recipe, cli", ["policy.py:2: policy imports cli"]),
+    ],
+)
+def test_the_finder_finds(source: str, seen: list[str], tmp_path: Path) -> None:
+    package = tmp_path / "mmalign"
+    package.mkdir()
+    (package / "policy.py").write_text(source)
+    assert upward(package / "policy.py", package) == seen
+
+
+def test_a_recipe_reaches_its_method_inside_a_function_alone(tmp_path: Path) -> None:
+    package = tmp_path / "mmalign"
+    package.mkdir()
+    (package / "recipe.py").write_text("def check():\n    from mmalign import methods\nfrom mmalign import methods")
+    assert upward(package / "recipe.py", package) == ["recipe.py:3: recipe imports methods"]
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules in a fresh interpreter after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_losses_need_torch_alone() -> None:
+    heavy = {
+        "diffusers",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "open_clip",
+        "pydantic",
+        "scipy",
+        "PIL",
+        "typer",
+    }
+    modules = loaded_by("import mmalign.losses")
+    assert "torch" in modules
+    assert not modules & heavy
+
+
+def test_the_command_line_answers_before_anything_heavy_is_loaded() -> None:
+    heavy = {"diffusers", "transformers", "datasets", "open_clip", "torchvision"}
+    assert not loaded_by("import mmalign, mmalign.cli, mmalign.rewards.open_clip") & heavy
