@@ -1,0 +1,1 @@
+"""Preference data: sources, images, caches, batches, and the bundled world."""
