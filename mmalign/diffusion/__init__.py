@@ -1,0 +1,1 @@
+"""Tensor mathematics of diffusion, without models."""

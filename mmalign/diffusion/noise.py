@@ -1,0 +1,85 @@
+"""Noise: how an image becomes x_t, and what the network is asked about it.
+
+B is rows, C, H, W a latent's channels, height, width; T the number of timesteps. All arithmetic is float32, whatever
+the network's precision: the mean of squared errors in bfloat16 loses the signal of a preference (a logit off by 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmalign.draws import Draws
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The variance-preserving process of DDPM: `x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`.
+
+    Attributes:
+        alphas_cumprod: abar [T], float32.
+        prediction: what the network predicts, "epsilon" or "v_prediction".
+    """
+
+    alphas_cumprod: Tensor
+    prediction: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> Diffusion:
+        """The process that a diffusers scheduler's configuration describes.
+
+        Raises:
+            ValueError: the scheduler predicts something else, or has no variance-preserving schedule.
+        """
+        from diffusers import DDPMScheduler
+
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction not in PREDICTIONS:
+            raise ValueError(
+                f"{where}: the scheduler's prediction_type is {prediction!r}; expected {' or '.join(PREDICTIONS)}; "
+                "correct scheduler/scheduler_config.json if the model was trained for one of them"
+            )
+        return cls(DDPMScheduler.from_config(dict(config)).alphas_cumprod.float(), prediction)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    def draw_time(self, rows: Sequence[int], draws: Draws, index: int = 0) -> Tensor:
+        """One timestep for every row, uniform on {0, ..., T - 1}: [B], int64."""
+        return draws.integers(rows, 0, self.num_timesteps, "time", index)
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t), each [B, 1, 1, 1]."""
+        abar = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t [B, C, H, W]."""
+        signal, noise = self.levels(t)
+        return signal * x_0 + noise * eps
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The right answer at x_t: eps, or the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0` (arXiv:2202.00512)."""
+        if self.prediction == "epsilon":
+            return eps
+        signal, noise = self.levels(t)
+        return signal * eps - noise * x_0
+
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's answer as a prediction of eps."""
+        if self.prediction == "epsilon":
+            return prediction
+        signal, noise = self.levels(t)
+        return signal * prediction + noise * x_t
+
+
+def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error [B] of every row, subtracted and averaged in float32."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)

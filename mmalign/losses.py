@@ -1,0 +1,129 @@
+"""Preference losses: pure functions of scores, one number per pair.
+
+B is the number of pairs. A *score* [B] is higher for what the model finds likelier; an *error* [B] is lower when
+better. The unit of `beta` is one over the unit of the scores. mmalign's denoising score is `-0.5 * mean(error ** 2)`
+over channels and pixels, so the `beta` of the Diffusion-DPO release (2000 to 5000) goes in as it is; the value that
+diffusers' Stable Diffusion script calls beta is half of it, and one for summed errors is `beta / D` with D elements in
+a latent. Token scores are summed log-probabilities in nats (averaged for `ipo`), with the usual `beta` of 0.1.
+
+`z` is the logit everything turns on: beta times how much more the policy prefers the chosen side than the reference
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PairLoss = Callable[["Pair", "Pair"], Tensor]
+
+
+class Pair(NamedTuple):
+    """The scores [B] of the chosen and of the rejected side, float32; higher is better."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """How much better the chosen side scores, [B]."""
+        return self.chosen - self.rejected
+
+
+def dpo(policy: Pair, reference: Pair, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Direct preference optimization, arXiv:2305.18290 eq. 7; on denoising scores Diffusion-DPO, arXiv:2311.12908.
+
+    `-log sigma(z)`; `label_smoothing` is the assumed share of swapped labels (conservative DPO).
+
+    Returns:
+        The loss [B]; ln 2 where policy and reference agree.
+    """
+    z = beta * (policy.margin - reference.margin)
+    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+
+
+def ipo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Identity preference optimization, eq. 17 of arXiv:2310.12036: draws the margin to `1 / (2 beta)` and no further.
+
+    It has a target in the unit of the scores, so a `beta` does not carry over from one kind of score to another.
+
+    Returns:
+        The loss [B].
+    """
+    return (policy.margin - reference.margin - 1 / (2 * beta)) ** 2
+
+
+def hinge(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """The hinge of SLiC-HF and RSO (arXiv:2309.06657, eq. 10): no gradient once `z` exceeds one.
+
+    Returns:
+        The loss [B]; 1 where policy and reference agree.
+    """
+    return F.relu(1 - beta * (policy.margin - reference.margin))
+
+
+def robust(policy: Pair, reference: Pair, *, beta: float, flip_rate: float) -> Tensor:
+    """Robust DPO, eq. 12 of arXiv:2403.00409: unbiased when a share `flip_rate` of the labels is swapped.
+
+    Unlike label smoothing it can fall below zero, without a bound.
+
+    Returns:
+        The loss [B].
+
+    Raises:
+        ValueError: `flip_rate` is not in [0, 0.5).
+    """
+    if not 0 <= flip_rate < 0.5:
+        raise ValueError(f"robust: flip_rate is {flip_rate}; expected at least 0 and less than 0.5")
+    z = beta * (policy.margin - reference.margin)
+    return (-(1 - flip_rate) * F.logsigmoid(z) + flip_rate * F.logsigmoid(-z)) / (1 - 2 * flip_rate)
+
+
+def mapo(
+    chosen_error: Tensor, rejected_error: Tensor, *, beta: float, snr: float = 0.5, num_timesteps: int = 1000
+) -> Tensor:
+    """Margin-aware preference optimization, arXiv:2406.06424: no reference model.
+
+    `chosen_error + beta * softplus(-num_timesteps * (s(snr * chosen_error) - s(snr * rejected_error)))` with the
+    bounded score `s(x) = x / (e^x - 1)`. The published `exp(x) - 1` cancels in float32 for small errors, and its
+    gradient is nan for large ones; this form does neither. `snr` is the release's name for what is a constant.
+
+    Args:
+        chosen_error: mean squared denoising errors [B], float32, at least 0.
+        rejected_error: likewise, of the rejected side.
+        beta: the weight of the margin beside the chosen side's own error (0.1 in the release).
+        snr: the factor inside `s`.
+        num_timesteps: the factor of the margin, the length of the noise schedule.
+
+    Returns:
+        The loss [B].
+    """
+    z = num_timesteps * (_bounded(snr * chosen_error) - _bounded(snr * rejected_error))
+    return chosen_error + beta * F.softplus(-z)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """`x / (e^x - 1)` for x >= 0: 1 at 0, falling to 0, with exact values and gradients throughout."""
+    # Below 0.3 the series is exact to 1e-13, and the quotient's gradient is a difference of two large numbers.
+    series = 1 - x / 2 + x**2 / 12 - x**4 / 720 + x**6 / 30240 - x**8 / 1209600
+    large = x.clamp(min=0.3)
+    return torch.where(x < 0.3, series, large * torch.exp(-large) / -torch.expm1(-large))
+
+
+_PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "robust": robust}
+
+
+def pair_loss(name: str, **hyperparameters: Any) -> PairLoss:
+    """The pair loss called `name` with its hyper-parameters bound: a function of (policy, reference).
+
+    Raises:
+        ValueError: no pair loss has that name.
+    """
+    if name not in _PAIR_LOSSES:
+        raise ValueError(f"loss: no pair loss is called {name!r}; expected one of {', '.join(_PAIR_LOSSES)}")
+    return partial(_PAIR_LOSSES[name], **hyperparameters)

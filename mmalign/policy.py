@@ -1,0 +1,95 @@
+"""The model that learns, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mmalign.families import TextToImage
+
+R = TypeVar("R")
+Scores = dict[str, Tensor]  # view ("chosen", "rejected", ...) -> [B], float32, higher is better
+
+
+@dataclass(frozen=True)
+class AdaptersOff:
+    """The reference is the policy without its adapters: no second copy in memory. Exact only if nothing else trains."""
+
+
+@dataclass(frozen=True)
+class FrozenCopy:
+    """The reference is a copy of the model as it was before the first step."""
+
+    model: nn.Module
+
+
+Reference = AdaptersOff | FrozenCopy | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model of a family, with the reference that its method needs.
+
+    Attributes:
+        family: how to encode, score and sample with a model of this kind.
+        model: what the optimizer sees, and what `Method.loss` must call; wrapped for distribution once the loop began.
+        unwrapped: the bare network, for generation, saving, and switching adapters.
+        reference: None for methods without one.
+    """
+
+    family: TextToImage
+    model: nn.Module
+    unwrapped: nn.Module
+    reference: Reference
+
+    @torch.no_grad()
+    def on_reference(self, run: Callable[[nn.Module], R]) -> R | None:
+        """What `run` gives for the reference network, without gradients; None where the policy has no reference."""
+        match self.reference:
+            case AdaptersOff():
+                # The bare network: a distributed wrapper would wait for gradients that never come.
+                with adapters_off(self.unwrapped):
+                    return run(self.unwrapped)
+            case FrozenCopy(model):
+                return run(model)
+            case None:
+                return None
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer changes."""
+        return [p for p in self.unwrapped.parameters() if p.requires_grad]
+
+
+@contextmanager
+def adapters_off(net: nn.Module) -> Iterator[None]:
+    """Switch the LoRA layers of a network off, and on again whatever happens inside.
+
+    They must be on before backward: activation checkpointing runs the forward pass again there.
+
+    Raises:
+        ValueError: the network has no adapters.
+    """
+    layers = list(_adapter_layers(net))
+    if not layers:
+        raise ValueError(f"reference: {type(net).__name__} has no adapters to switch off; set model.tune to lora")
+    # Not the library's switch: it also clears requires_grad of every adapter, under the optimizer's feet.
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
+
+
+def _adapter_layers(net: nn.Module) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in net.modules() if isinstance(module, BaseTunerLayer))

@@ -1,0 +1,159 @@
+"""Published values, worked examples and laws of the losses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign import losses
+from mmalign.diffusion.noise import mean_square
+from mmalign.losses import Pair
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def cases(name: str) -> list:
+    content = json.loads((GOLDEN / f"{name}.json").read_text())
+    return [pytest.param(case, id=key) for key, case in content["cases"].items()]
+
+
+def tensors(case: dict, dtype: torch.dtype, *names: str) -> list[Tensor]:
+    return [torch.tensor(case["inputs"][n], dtype=dtype) for n in names]
+
+
+def scores(prediction: Tensor, target: Tensor) -> Pair:
+    error = (prediction - target).square().flatten(1).mean(1)
+    return Pair(*(-0.5 * error).chunk(2))
+
+
+@pytest.mark.parametrize("case", cases("diffusion_dpo"))
+def test_dpo_gives_the_release_s_numbers(case: dict) -> None:
+    """SalesforceAIResearch/DiffusionDPO, train.py:1121-1145, in float64."""
+    policy, reference, target = tensors(case, torch.float64, "model_pred", "ref_pred", "target")
+    policy.requires_grad_()
+    ours, theirs = scores(policy, target), scores(reference, target)
+    beta, expected = case["inputs"]["beta_dpo"], case["expected"]
+    values = losses.dpo(ours, theirs, beta=beta)
+    z = beta * (ours.margin - theirs.margin)
+    values.mean().backward()
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(values.mean(), torch.tensor(expected["loss"], dtype=torch.float64), **close)
+    torch.testing.assert_close(z, torch.tensor(expected["inside_term"], dtype=torch.float64), **close)
+    torch.testing.assert_close(policy.grad, torch.tensor(expected["grad_model_pred"], dtype=torch.float64), **close)
+    torch.testing.assert_close(-2 * ours.chosen, torch.tensor(expected["model_losses_w"], dtype=torch.float64), **close)
+
+
+@pytest.mark.parametrize("case", cases("mapo"))
+def test_mapo_gives_the_stable_form_of_the_release_s_numbers(case: dict) -> None:
+    """mapo-t2i/mapo, utils.py:286-301, with expm1 and the limit at zero error, in float64."""
+    prediction, target = tensors(case, torch.float64, "model_pred", "target")
+    prediction.requires_grad_()
+    given, expected = case["inputs"], case["stable_form_fp64_not_peers"]
+    chosen, rejected = mean_square_64(prediction, target).chunk(2)
+    values = losses.mapo(
+        chosen, rejected, beta=given["beta_mapo"], snr=given["snr_value"], num_timesteps=given["num_train_timesteps"]
+    )
+    torch.testing.assert_close(values.mean().item(), expected["loss"], rtol=1e-10, atol=1e-10)
+    values.mean().backward()
+    assert torch.isfinite(prediction.grad).all()
+
+
+def mean_square_64(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def test_mapo_agrees_with_the_release_where_the_release_is_right() -> None:
+    """On the ordinary case the published float32 numbers hold too."""
+    case = json.loads((GOLDEN / "mapo.json").read_text())["cases"]["base"]
+    prediction, target = tensors(case, torch.float32, "model_pred", "target")
+    prediction.requires_grad_()
+    chosen, rejected = mean_square(prediction, target).chunk(2)
+    value = losses.mapo(chosen, rejected, beta=0.1).mean()
+    value.backward()
+    expected = case["expected_official_fp32"]
+    torch.testing.assert_close(value.item(), expected["loss"], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(prediction.grad, torch.tensor(expected["grad_model_pred"]), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-8, 1e-4, 1e-3, 0.29, 0.6, 1.0, 80.0, 175.0, 1e3])
+def test_mapo_s_bounded_score_and_slope_are_exact_at_any_error(error: float) -> None:
+    """Against mpmath-free float64 arithmetic: s(x) = x / (e^x - 1), s' = (expm1 - x e^x) / expm1^2."""
+    x = torch.tensor([error], dtype=torch.float32, requires_grad=True)
+    value = losses._bounded(x)
+    value.sum().backward()
+    exact = 1 - error / 2 if error < 1e-6 else 0.0 if error > 700 else error / math.expm1(error)
+    if error < 1e-3:
+        slope = -0.5 + error / 6
+    elif error > 300:
+        slope = 0.0
+    else:
+        slope = (math.expm1(error) - error * math.exp(error)) / math.expm1(error) ** 2
+    torch.testing.assert_close(value.item(), exact, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(x.grad.item(), slope, rtol=1e-5, atol=1e-6)
+
+
+def pair(chosen: list[float], rejected: list[float]) -> Pair:
+    return Pair(torch.tensor(chosen), torch.tensor(rejected))
+
+
+def test_worked_examples() -> None:
+    """Margins: policy 0.3, reference 0.1, so 0.2; at beta 5, z = 1."""
+    policy, reference = pair([0.5], [0.2]), pair([0.4], [0.3])
+    torch.testing.assert_close(losses.dpo(policy, reference, beta=5.0), torch.tensor([math.log1p(math.exp(-1))]))
+    smoothed = 0.9 * math.log1p(math.exp(-1)) + 0.1 * math.log1p(math.e)
+    torch.testing.assert_close(losses.dpo(policy, reference, beta=5.0, label_smoothing=0.1), torch.tensor([smoothed]))
+    torch.testing.assert_close(losses.ipo(policy, reference, beta=5.0), torch.tensor([0.01]))  # (0.2 - 0.1)^2
+    torch.testing.assert_close(losses.hinge(policy, reference, beta=2.5), torch.tensor([0.5]))
+    robust = (0.9 * math.log1p(math.exp(-1)) - 0.1 * math.log1p(math.e)) / 0.8
+    torch.testing.assert_close(losses.robust(policy, reference, beta=5.0, flip_rate=0.1), torch.tensor([robust]))
+
+
+@pytest.mark.parametrize("name, start", [("dpo", math.log(2)), ("hinge", 1.0), ("robust", math.log(2))])
+def test_a_policy_equal_to_its_reference_has_a_known_loss_and_a_gradient(name: str, start: float) -> None:
+    extra = {"flip_rate": 0.2} if name == "robust" else {}
+    chosen = torch.tensor([0.3, -2.0], requires_grad=True)
+    ours = Pair(chosen, torch.tensor([0.1, 5.0]))
+    values = losses.pair_loss(name, beta=0.5, **extra)(ours, Pair(chosen.detach(), ours.rejected))
+    values.sum().backward()
+    torch.testing.assert_close(values.detach(), torch.full((2,), start))
+    assert (chosen.grad < 0).all()
+
+
+def test_swapping_the_sides_negates_the_logit() -> None:
+    """softplus(-z) - softplus(z) = -z, so the loss of the swapped pair differs by exactly z."""
+    policy, reference = pair([0.5, -1.0], [0.2, 3.0]), pair([0.4, 0.0], [0.3, 0.5])
+    z = 7.0 * (policy.margin - reference.margin)
+    difference = losses.dpo(policy, reference, beta=7.0) - losses.dpo(
+        Pair(*policy[::-1]), Pair(*reference[::-1]), beta=7.0
+    )
+    torch.testing.assert_close(difference, -z)
+
+
+def test_robust_without_flips_is_dpo_and_half_flips_are_refused() -> None:
+    policy, reference = pair([0.5, -1.0], [0.2, 3.0]), pair([0.4, 0.0], [0.3, 0.5])
+    torch.testing.assert_close(
+        losses.robust(policy, reference, beta=2.0, flip_rate=0.0), losses.dpo(policy, reference, beta=2.0)
+    )
+    with pytest.raises(ValueError, match=r"flip_rate is 0\.5"):
+        losses.robust(policy, reference, beta=2.0, flip_rate=0.5)
+
+
+@pytest.mark.parametrize("variant, name, factor", [("sigmoid", "dpo", 1), ("hinge", "hinge", 1), ("ipo", "ipo", 4)])
+def test_diffusers_beta_is_half_of_ours_and_its_ipo_four_times_ours(variant: str, name: str, factor: int) -> None:
+    """diffusers' train_diffusion_dpo.py:851-890, run at beta 2500; ours is 5000 on the same numbers."""
+    content = json.loads((GOLDEN / "diffusion_dpo.json").read_text())
+    published = content["diffusers_variants"][f"{variant}_beta2500"]
+    policy, reference, target = tensors(
+        content["cases"]["base_beta5000"], torch.float32, "model_pred", "ref_pred", "target"
+    )
+    ours, theirs = scores(policy, target), scores(reference, target)
+    value = factor * losses.pair_loss(name, beta=2 * published["beta_dpo"])(ours, theirs).mean()
+    torch.testing.assert_close(value.item(), published["expected"]["loss"], rtol=2e-5, atol=2e-5)
+
+
+def test_an_unknown_loss_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'dpoo'; expected one of dpo, ipo, hinge, robust"):
+        losses.pair_loss("dpoo")
