@@ -1,0 +1,140 @@
+"""From encoded bytes to pixels: decoding that trusts nothing, and one crop and flip for both images of a pair.
+
+R resolution. Pixels are float32 in [-1, 1]; sizes are the six numbers of SDXL's micro-conditioning.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mmalign.data.pairs import ImageRef
+
+MIN_SIDE = 8  # pixels; less is no picture but a marker for one that is gone
+MAX_PIXELS = 80_000_000  # 240 MB as RGB
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says where it lies and why."""
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """A pair as the autoencoder takes it.
+
+    Attributes:
+        pixels: [2, 3, R, R] in [-1, 1], chosen first.
+        sizes: [2, 6] int64: original height and width, top and left of the crop, target height and width.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+
+
+def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image as RGB: upright as its EXIF says, transparent parts on white, the first frame of several.
+
+    The header is checked before a pixel is decoded, so that a small file cannot ask for a large memory.
+
+    Raises:
+        BadImage: it cannot be read, or is smaller or larger than a picture.
+    """
+    try:
+        data = ref.read()
+    except OSError as error:
+        raise BadImage(f"{ref.where}: cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise BadImage(f"{ref.where}: has zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; what matters is checked below
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width * height <= max_pixels and min(width, height) >= min_side:
+                return _rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"{ref.where}: is larger than {max_pixels:,} pixels") from error
+    except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
+        raise BadImage(f"{ref.where}: is not a readable image of {len(data):,} bytes ({error})") from error
+    limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"
+    raise BadImage(f"{ref.where}: is {width}x{height}; expected {limits}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no defined range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def flipped(flip: bool, u: Tensor) -> bool:
+    """Whether a pair is mirrored: `u` [3] are its uniform draws for top, left and flip."""
+    return flip and bool(u[2] < 0.5)
+
+
+def prepare_pair(
+    chosen: Image.Image, rejected: Image.Image, resolution: int, *, crop: str, flip: bool, u: Tensor
+) -> PreparedPair:
+    """Both images at R x R, with the same relative crop and the same flip.
+
+    Args:
+        chosen: RGB.
+        rejected: RGB; may have another size.
+        resolution: R, pixels.
+        crop: "center" or "random".
+        flip: mirror half of the pairs.
+        u: the pair's draws [3] in [0, 1): top, left, flip.
+    """
+    at = (float(u[0]), float(u[1])) if crop == "random" else (0.5, 0.5)
+    sides = [prepare(image, resolution, at=at, mirror=flipped(flip, u)) for image in (chosen, rejected)]
+    return PreparedPair(torch.stack([s[0] for s in sides]), torch.stack([s[1] for s in sides]))
+
+
+def prepare(
+    image: Image.Image, resolution: int, *, at: tuple[float, float] = (0.5, 0.5), mirror: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One image: the short side scaled to R, cropped to a square, mirrored if asked.
+
+    Args:
+        image: RGB.
+        resolution: R, pixels.
+        at: how far down and right the crop lies, from 0 to 1 of the room there is.
+        mirror: exchange left and right.
+
+    Returns:
+        Pixels [3, R, R] and sizes [6]. The crop's corner is given in the scaled (and mirrored) image.
+    """
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    rooms = (height - resolution, width - resolution)
+    top, left = (int(share * (room + 1 - 1e-6)) for share, room in zip(at, rooms, strict=True))
+    if scale == 1:
+        square = image.crop((left, top, left + resolution, top + resolution))
+    else:
+        # Scaling only what is kept: a picture of 8 x 1,000,000 must not become one of 1024 x 128,000,000.
+        x, y, side = left / width * image.width, top / height * image.height, min(image.size)
+        x, y = min(x, image.width - side), min(y, image.height - side)
+        method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+        square = image.resize((resolution, resolution), method, box=(x, y, x + side, y + side))
+    if mirror:
+        square, left = ImageOps.mirror(square), width - resolution - left
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+    sizes = torch.tensor([image.height, image.width, top, left, resolution, resolution])
+    return pixels, sizes
+
+
+def view_key(resolution: int, *, mirror: bool) -> str:
+    """Names the preparation of an image in a cache's key; random crops have none, since they are not cached."""
+    return f"{resolution}-center" + ("-mirrored" if mirror else "")

@@ -1,0 +1,355 @@
+"""The order of an epoch, and its batches: the same whatever the number of loader workers, and wherever one begins.
+
+B pairs of a process's batch; a global batch is B pairs for every process; R resolution. Images come first chosen, then
+rejected: [2B].
+
+A pair with an unreadable image keeps its place with weight 0, so that no other pair moves; it is counted and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmalign.data.cache import ArrayCache
+from mmalign.data.images import BadImage, decode, flipped, prepare, prepare_pair, view_key
+from mmalign.data.pairs import Dropped, ImagePair, ImageRef, Pairs, hashed, listed
+from mmalign.draws import Draws
+
+SIZES = "sizes"  # the field of a cached image's arrays that holds its micro-conditioning
+
+
+@dataclass(frozen=True)
+class View:
+    """How images become squares.
+
+    Attributes:
+        resolution: R, pixels.
+        crop: "center" or "random".
+        flip: mirror half of the pairs.
+    """
+
+    resolution: int
+    crop: str = "center"
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs.
+
+    Attributes:
+        rows: the pairs' ids [B].
+        prompts: [B].
+        pixels: [2B, 3, R, R] in [-1, 1]; None where arrays come from a cache.
+        arrays: every field of the cached arrays, [2B, ...]; None where images were decoded.
+        sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
+        weights: [B] float32; 0 for padding and for a pair with a bad image.
+        dropped: the bad images met here.
+    """
+
+    rows: list[int]
+    prompts: list[str]
+    pixels: Tensor | None
+    arrays: dict[str, Tensor] | None
+    sizes: Tensor
+    weights: Tensor
+    dropped: list[Dropped]
+
+
+class PairLoader:
+    """Batches of pairs, epoch by epoch.
+
+    Attributes:
+        dropped: the bad images met so far on this process, each once.
+
+    Args:
+        pairs: what to learn from.
+        batch_size: B, pairs of a batch on this process.
+        seed: of the order and of crops and flips.
+        view: how images become squares.
+        cache: arrays of every good image, with a field "sizes", under the keys of `images_to_encode`; None decodes.
+        num_workers: processes that read; 0 reads in this one.
+        rank: this process among `world_size`.
+        world_size: how many processes share an epoch.
+        max_bad: stop if more images than this are bad.
+        keep_last: fill up the last batch with pairs of weight 0 instead of leaving it out, as evaluation wants.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        batch_size: int,
+        seed: int,
+        view: View,
+        cache: ArrayCache | None = None,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad: int | None = None,
+        keep_last: bool = False,
+    ) -> None:
+        if cache is not None and view.crop == "random":
+            raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
+        if not len(pairs):
+            raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
+        self.pairs, self.batch_size, self.seed, self.view, self.cache = pairs, batch_size, seed, view, cache
+        self.num_workers, self.rank, self.world_size, self.max_bad = num_workers, rank, world_size, max_bad
+        self.keep_last = keep_last
+        self._bad: dict[str, Dropped] = {}
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        """The bad images met so far on this process, each once."""
+        return list(self._bad.values())
+
+    def __len__(self) -> int:
+        """Batches of an epoch: the last is left out if it is not full, unless `keep_last` or it is the only one."""
+        full, rest = divmod(len(self.pairs), self.batch_size * self.world_size)
+        return full + 1 if rest and (self.keep_last or not full) else full
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
+        """The batches of an epoch from number `start` on; those before it are not read.
+
+        Raises:
+            ValueError: more than `max_bad` images are bad, or all pairs of the epoch are; it names the first few.
+        """
+        if self.cache is not None and not len(self.cache):
+            raise ValueError(
+                f"data.cache: {self.cache.folder} has no image of {self.pairs.source}; encode the images first, and if "
+                "none could be read, repair them or name another source"
+            )
+        loader = DataLoader(
+            _Examples(self.pairs, self.view, self.cache, Draws(self.seed, epoch)),
+            batch_sampler=self._plan(epoch)[start:],
+            collate_fn=_Collate(self.view.resolution, self.cache),
+            num_workers=self.num_workers,
+            generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
+        )
+        good = 0
+        for batch, lacking in loader:
+            if lacking:
+                assert self.cache is not None
+                raise ValueError(
+                    f"data.cache: {self.cache.folder} lacks {lacking}; encode the images again, or delete the folder"
+                )
+            self._record(batch.dropped)
+            good += int(batch.weights.sum())
+            yield batch
+        if start == 0 and not good and self._bad:
+            raise ValueError(
+                f"data.path: {self.pairs.source}: no pair of the epoch has two readable images "
+                f"({listed(self.dropped)}); repair the images, or name another source"
+            )
+
+    def _record(self, dropped: Sequence[Dropped]) -> None:
+        self._bad.update((d.where, d) for d in dropped)
+        check_bad(self.dropped, self.max_bad, self.pairs.source)
+
+    def _plan(self, epoch: int) -> list[list[tuple[int, float]]]:
+        """For every batch of this process, the numbers and weights of its pairs."""
+        seed = int(Draws(self.seed, epoch).integers([0], 0, 2**62, "order"))
+        order = torch.randperm(len(self.pairs), generator=Generator().manual_seed(seed)).tolist()
+        size = self.batch_size * self.world_size
+        planned = [(number, 1.0) for number in order]
+        planned += [(order[i % len(order)], 0.0) for i in range(len(self) * size - len(order))]
+        first = [b * size + self.rank * self.batch_size for b in range(len(self))]
+        return [planned[at : at + self.batch_size] for at in first]
+
+
+def check_bad(bad: Sequence[Dropped], max_bad: int | None, source: str) -> None:
+    """Stop a run whose data have more bad images than are allowed.
+
+    Raises:
+        ValueError: there are more than `max_bad`; it names the first few.
+    """
+    if max_bad is not None and len(bad) > max_bad:
+        raise ValueError(
+            f"data.path: {source}: more than data.max_bad = {max_bad} images are bad "
+            f"({listed(bad)}); repair them, or raise data.max_bad"
+        )
+
+
+def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:
+    """The key of an image's arrays in a cache: its content and how it was prepared."""
+    return f"{ref.key}/{view_key(resolution, mirror=mirror)}"
+
+
+@dataclass(frozen=True)
+class ToEncode:
+    """A prepared image whose arrays are not cached yet: its key, pixels [3, R, R] in [-1, 1], and sizes [6]."""
+
+    key: str
+    pixels: Tensor
+    sizes: Tensor
+
+
+def images_to_encode(
+    pairs: Pairs, view: View, cache: ArrayCache, *, num_workers: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[ToEncode | Dropped]:
+    """Every image (with `flip`, also mirrored) whose arrays the cache lacks, each once; a bad one comes as Dropped.
+
+    Store what is made of it under `key`, together with its sizes under "sizes". A bad image is not stored.
+
+    Args:
+        pairs: whose images.
+        view: how they become squares; `crop` must be "center".
+        cache: what is asked for keys; it may grow meanwhile.
+        num_workers: processes that decode; 0 decodes in this one.
+        rank: this process among `world_size`, which share the images.
+        world_size: how many processes share them.
+    """
+    assert view.crop == "center", "random crops are not cached"
+    # Shared by key and not by position: another process may have stored some already, and so see a shorter list.
+    wanted = [at for at, key in _unstored(pairs, view, cache) if hashed(key) % world_size == rank]
+    loader = DataLoader(
+        _Undecoded(pairs, view, cache),
+        sampler=wanted,
+        batch_size=None,
+        num_workers=num_workers,
+        generator=Generator().manual_seed(0),
+    )
+    for found in loader:
+        yield from found
+
+
+def _mirrors(view: View) -> tuple[bool, ...]:
+    return (False, True) if view.flip else (False,)
+
+
+def _unstored(pairs: Pairs, view: View, cache: ArrayCache) -> list[tuple[tuple[int, int], str]]:
+    """(pair, side) and key of every image that lacks a view, each image once."""
+    seen, wanted = set[str](), list[tuple[tuple[int, int], str]]()
+    for number in range(len(pairs)):
+        pair = pairs[number]
+        for side, ref in enumerate((pair.chosen, pair.rejected)):
+            if ref.key not in seen:
+                seen.add(ref.key)
+                if cache.missing(image_key(ref, view.resolution, mirror=m) for m in _mirrors(view)):
+                    wanted.append(((number, side), ref.key))
+    return wanted
+
+
+class _Undecoded(Dataset[list[ToEncode | Dropped]]):
+    """The views of an image (pair, side) that the cache lacks."""
+
+    def __init__(self, pairs: Pairs, view: View, cache: ArrayCache) -> None:
+        self.pairs, self.view, self.cache = pairs, view, cache
+
+    def __getitem__(self, at: tuple[int, int]) -> list[ToEncode | Dropped]:
+        pair = self.pairs[at[0]]
+        ref = (pair.chosen, pair.rejected)[at[1]]
+        try:
+            image = decode(ref)
+        except BadImage as error:
+            return [_dropped(ref, error)]
+        found: list[ToEncode | Dropped] = []
+        for mirror in _mirrors(self.view):
+            key = image_key(ref, self.view.resolution, mirror=mirror)
+            if key not in self.cache:
+                found.append(ToEncode(key, *prepare(image, self.view.resolution, mirror=mirror)))
+        return found
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One pair as read: `arrays` [2, ...] of every field (pixels among them), None if an image is bad."""
+
+    pair: ImagePair
+    weight: float
+    arrays: dict[str, Tensor] | None
+    dropped: list[Dropped]
+    lacking: str = ""  # the good image that is not in the cache: an error, raised by the main process in one line
+
+
+class _Incomplete(Exception):
+    pass
+
+
+class _Examples(Dataset[_Example]):
+    """Pairs by (number, weight), read from their images or from the cache."""
+
+    def __init__(self, pairs: Pairs, view: View, cache: ArrayCache | None, draws: Draws) -> None:
+        self.pairs, self.view, self.cache, self.draws = pairs, view, cache, draws
+
+    def __getitem__(self, at: tuple[int, float]) -> _Example:
+        number, weight = at
+        pair = self.pairs[number]
+        u = self.draws.uniform([pair.row], (3,), "view")[0]
+        try:
+            arrays, dropped = self._decoded(pair, u) if self.cache is None else self._cached(pair, u, self.cache)
+        except _Incomplete as error:
+            return _Example(pair, 0.0, None, [], lacking=str(error))
+        return _Example(pair, weight if arrays is not None else 0.0, arrays, dropped)
+
+    def _decoded(self, pair: ImagePair, u: Tensor) -> tuple[dict[str, Tensor] | None, list[Dropped]]:
+        images, dropped = [], []
+        for ref in (pair.chosen, pair.rejected):
+            try:
+                images.append(decode(ref))
+            except BadImage as error:
+                dropped.append(_dropped(ref, error))
+        if dropped:
+            return None, dropped
+        ready = prepare_pair(images[0], images[1], self.view.resolution, crop=self.view.crop, flip=self.view.flip, u=u)
+        return {"pixels": ready.pixels, SIZES: ready.sizes}, []
+
+    def _cached(self, pair: ImagePair, u: Tensor, cache: ArrayCache) -> tuple[dict[str, Tensor] | None, list[Dropped]]:
+        mirror = flipped(self.view.flip, u)
+        refs = (pair.chosen, pair.rejected)
+        keys = [image_key(ref, self.view.resolution, mirror=mirror) for ref in refs]
+        absent = [ref for ref, key in zip(refs, keys, strict=True) if key not in cache]
+        if not absent:
+            sides = [cache.get(key) for key in keys]
+            return {field: torch.stack([side[field] for side in sides]) for field in sides[0]}, []
+        dropped = []
+        for ref in absent:  # only a bad image may be absent
+            try:
+                decode(ref)
+            except BadImage as error:
+                dropped.append(_dropped(ref, error))
+            else:
+                raise _Incomplete(ref.where)
+        return None, dropped
+
+
+class _Collate:
+    """Examples to a batch; a bad pair gets the arrays of a good one, or zeros, and weight 0."""
+
+    def __init__(self, resolution: int, cache: ArrayCache | None) -> None:
+        self.resolution, self.cache = resolution, cache
+
+    def __call__(self, examples: list[_Example]) -> tuple[PairBatch, str]:
+        lacking = next((e.lacking for e in examples if e.lacking), "")
+        stand_in = next((e.arrays for e in examples if e.arrays is not None), None) or self._zeros()
+        filled = [e.arrays if e.arrays is not None else stand_in for e in examples]
+        arrays = {
+            field: torch.cat([torch.stack([a[field][side] for a in filled]) for side in (0, 1)]) for field in stand_in
+        }
+        sizes, pixels = arrays.pop(SIZES), arrays.pop("pixels", None)
+        batch = PairBatch(
+            rows=[e.pair.row for e in examples],
+            prompts=[e.pair.prompt for e in examples],
+            pixels=pixels,
+            arrays=arrays if pixels is None else None,
+            sizes=sizes,
+            weights=torch.tensor([e.weight for e in examples]),
+            dropped=[d for e in examples for d in e.dropped],
+        )
+        return batch, lacking
+
+    def _zeros(self) -> dict[str, Tensor]:
+        side = self.resolution
+        if self.cache is None:
+            return {"pixels": torch.zeros(2, 3, side, side), SIZES: torch.tensor([[side, side, 0, 0, side, side]] * 2)}
+        like = self.cache.get(next(iter(self.cache)))
+        return {field: torch.stack([torch.zeros_like(x)] * 2) for field, x in like.items()}
+
+
+def _dropped(ref: ImageRef, error: BadImage) -> Dropped:
+    return Dropped(ref.where, str(error).removeprefix(f"{ref.where}: "))

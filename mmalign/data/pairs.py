@@ -1,0 +1,169 @@
+"""Preference pairs: two images for one prompt, one of them preferred. Nothing is read before it is asked for.
+
+Three identities. A *key* names an image's content (it changes when the file does), for caches. A *row* names a pair
+(63 bits, from the prompt and the images' names in their source), for random draws; it does not change when the data are
+copied, reordered or subsetted. A *group* names what a hold-out must not tear apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image that has not been read.
+
+    Attributes:
+        key: names its content; another content has another key.
+        where: where it lies, for people: "pairs.parquet: row 17, jpg_0".
+    """
+
+    key: str
+    where: str
+    _load: Callable[[], bytes] = field(repr=False, compare=False)
+
+    def read(self) -> bytes:
+        """The encoded image, read now.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return self._load()
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """Two images for one prompt.
+
+    Attributes:
+        row: 63 bits that name the pair in every draw of random numbers.
+        prompt: what both images should show.
+        chosen: the preferred image.
+        rejected: the other one.
+        where: where the pair lies, for people.
+        group: pairs of one group stay together in `hold_out`.
+    """
+
+    row: int
+    prompt: str
+    chosen: ImageRef
+    rejected: ImageRef
+    where: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Something that was left out, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class Rows(Protocol):
+    """What a source offers: pairs by number, built when asked for."""
+
+    def pair(self, number: int) -> ImagePair:
+        """The pair of that number."""
+
+    def groups(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The groups of those pairs, without building them."""
+
+
+class Pairs(Sequence[ImagePair]):
+    """Pairs of one source; taking some of them (`select`, a slice, `hold_out`) moves numbers, not images.
+
+    Attributes:
+        source: what was opened, for people.
+        dropped: what its index left out.
+        ties: how many pairs were left out because neither image is preferred.
+    """
+
+    def __init__(
+        self, source: str, rows: Rows, numbers: NDArray[np.int64], dropped: Sequence[Dropped] = (), ties: int = 0
+    ) -> None:
+        self.source, self.dropped, self.ties = source, tuple(dropped), ties
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> ImagePair: ...
+    @overload
+    def __getitem__(self, number: slice) -> Pairs: ...
+    def __getitem__(self, number: int | slice) -> ImagePair | Pairs:
+        if isinstance(number, slice):
+            return self.select(np.arange(len(self))[number])
+        return self._rows.pair(int(self._numbers[number]))
+
+    def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs:
+        """The pairs of these numbers, in this order."""
+        chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
+        return Pairs(self.source, self._rows, chosen, self.dropped, self.ties)
+
+    def groups(self) -> list[str]:
+        """The group of every pair."""
+        return self._rows.groups(self._numbers)
+
+    def summary(self) -> str:
+        """One paragraph: how many pairs there are, and what was left out and why."""
+        groups = len(set(self.groups()))
+        text = f"{_count(len(self), 'pair')} in {_count(groups, 'group')} from {self.source}"
+        if self.ties:
+            text += f"; {_count(self.ties, 'tie')} left out"
+        if self.dropped:
+            text += f"; {_count(len(self.dropped), 'row')} dropped ({listed(self.dropped)})"
+        return text + "."
+
+
+def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
+    """Split by group: (to train on, held out).
+
+    A group's side depends on its name and the seed alone, so adding data moves no pair to the other side; the share
+    held out is therefore `fraction` only on average.
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.hold_out: {fraction} is not a share; expected a number between 0 and 1")
+    groups = pairs.groups()
+    held_groups = {g for g in set(groups) if hashed(str(seed), "hold out", g) < fraction * 2**63}
+    held = np.array([g in held_groups for g in groups], dtype=bool)
+    if held.all() or not held.any():
+        side = "training" if held.all() else "evaluation"
+        raise ValueError(
+            f"data.hold_out: {fraction} of {_count(len(set(groups)), 'group')} in {pairs.source} leaves none for "
+            f"{side}; use another share, or data.group_by with a column of more values"
+        )
+    return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
+
+
+def hashed(*parts: str) -> int:
+    """63 bits that name a sequence of strings."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)  # with lengths: ("ab", "c") is not ("a", "bc")
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def listed(dropped: Sequence[Dropped], most: int = 3) -> str:
+    """The first few, for a message."""
+    more = len(dropped) - most
+    return "; ".join(str(d) for d in dropped[:most]) + (f"; and {more:,} more" if more > 0 else "")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")

@@ -1,0 +1,372 @@
+"""Where pairs come from: three layouts of files, checked before they are used.
+
+pick_a_pic  Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, and where present `image_0_uid, image_1_uid,
+            are_different, has_label`. A parquet file, a folder or a glob of them, or a dataset on the Hub. Images are
+            bytes, or structs with bytes. The image with the larger label is chosen; equal labels are a tie.
+folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file.
+rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
+            (larger is better). Every two images of different rank are a pair. Paths are relative to the file, or to the
+            folder beside it that has its name (HPDv2 keeps the images of test.json in test/).
+
+`columns` maps a name above to the one that a file has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign.data.pairs import Dropped, Pairs, listed
+from mmalign.data.rows import FilePair, FileRows, TableRows
+from mmalign.share import is_hub_id
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "pick_a_pic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
+    "folder": ("prompt", "chosen", "rejected"),
+    "rankings": ("prompt", "image_path"),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "pick_a_pic": ("image_0_uid", "image_1_uid", "are_different", "has_label"),
+    "folder": (),
+    "rankings": ("rank", "human_preference"),
+}
+_SUFFIXES = {"pick_a_pic": (".parquet",), "folder": (".jsonl",), "rankings": (".json", ".jsonl")}
+
+Columns = Mapping[str, str]
+Starts = list[tuple[int, str]]  # the first row of every file, and its name
+
+
+def open_pairs(
+    format: str,
+    path: str,
+    *,
+    split: str | None = None,
+    columns: Columns | None = None,
+    group_by: str | None = None,
+    limit: int | None = None,
+) -> Pairs:
+    """Index a source; its images stay where they are.
+
+    Args:
+        format: "pick_a_pic", "folder" or "rankings".
+        path: a file, a folder, a glob, or for pick_a_pic a Hub id.
+        split: files whose name begins with it or that lie in a folder of that name; on the Hub, the split ("train").
+        columns: the format's column names (or "prompt") to those that the files have.
+        group_by: the column whose values a hold-out keeps together; the prompt if not given.
+        limit: keep the first that many pairs.
+
+    Raises:
+        ValueError: a file or column is missing, a row is not of the format, or no pair is left.
+    """
+    names = _column_names(format, columns or {})
+    if format == "pick_a_pic":
+        pairs = _open_tables(path, split, names, group_by)
+    else:
+        pairs = _open_files(format, path, split, names, group_by)
+    if not len(pairs):
+        why = f": {listed(pairs.dropped)}" if pairs.dropped else ""
+        raise ValueError(
+            f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.dropped):,} rows dropped"
+            f"{why}); expected rows in which one image is preferred"
+        )
+    return pairs[:limit] if limit is not None else pairs
+
+
+def check_source(
+    format: str, path: str, *, split: str | None = None, columns: Columns | None = None, group_by: str | None = None
+) -> None:
+    """What can be known without reading images: the files are there, and have the columns. The Hub is not asked.
+
+    Raises:
+        ValueError: where, what came, what was expected, what to do.
+    """
+    names = _column_names(format, columns or {})
+    if format == "pick_a_pic":
+        if not _on_hub(path):
+            _check_schema(find_files(format, path, split)[0], names, group_by)
+        return
+    for file in find_files(format, path, split):
+        for where, record in _records(file):
+            _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
+            break
+
+
+def _on_hub(path: str) -> bool:
+    # Where the folder "owner" is here, a file was meant, and a slip in its name must not send us to the Hub.
+    return is_hub_id(path) and not Path(path).parent.exists()
+
+
+def find_files(format: str, path: str, split: str | None) -> list[Path]:
+    """The files that a path means, sorted.
+
+    Raises:
+        ValueError: there are none.
+    """
+    suffixes, here = _SUFFIXES[format], Path(path)
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        found = [f for f in here.rglob("*") if f.suffix in suffixes] if format == "pick_a_pic" else list(here.iterdir())
+        found = sorted(f for f in found if f.suffix in suffixes and f.is_file())
+    else:
+        found = sorted(Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file())
+    if not found:
+        expected = " or ".join(f"*{s}" for s in suffixes)
+        came = "has no such file" if here.is_dir() else "matches no file" if glob.has_magic(path) else "does not exist"
+        hub = ", or a Hub id (owner/name)" if format == "pick_a_pic" else ""
+        raise ValueError(f"data.path: {path} {came}; expected {expected}, a folder of them, or a glob{hub}")
+    if split is None:
+        return found
+    of_split = [f for f in found if re.match(rf"{re.escape(split)}([-_.]|$)", f.name) or f.parent.name == split]
+    if not of_split:
+        some = ", ".join(f.name for f in found[:5])
+        raise ValueError(f"data.split: {path} has no file of split {split!r} (found {some}); name one that is there")
+    return of_split
+
+
+def _column_names(format: str, columns: Columns) -> dict[str, str]:
+    """From every column of the format to its name in the files."""
+    if format not in REQUIRED:
+        near = difflib.get_close_matches(format, REQUIRED, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(REQUIRED)})")
+    names = {c: c for c in REQUIRED[format] + OPTIONAL[format]}
+    for ours, theirs in columns.items():
+        own = "caption" if (format, ours) == ("pick_a_pic", "prompt") else ours
+        if own not in names:
+            raise ValueError(f"data.columns: {format} has no column {ours!r} to rename; it has {', '.join(names)}")
+        names[own] = theirs
+    return names
+
+
+def _check_columns(where: str, found: Sequence[str], needed: Sequence[str], group_by: str | None) -> None:
+    lacking = [c for c in needed if c not in found]
+    if lacking:
+        raise ValueError(
+            f"{where} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(found) or 'nothing'}); "
+            f"expected {', '.join(needed)}: data.columns names what is called otherwise, such as {{prompt: text}}"
+        )
+    if group_by is not None and group_by not in found:
+        raise ValueError(f"data.group_by: {where} has no {group_by!r} (found {', '.join(found)}); name one of those")
+
+
+# --------------------------------------------------------------------------------------------------------- pick_a_pic
+
+
+def _check_schema(file: Path, names: Columns, group_by: str | None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"data.path: {file} is no readable parquet file ({error}); download or write it anew"
+        ) from error
+    _check_fields(str(file), schema, names, group_by)
+
+
+def _check_fields(where: str, schema: Any, names: Columns, group_by: str | None) -> None:
+    import pyarrow.types as pt
+
+    _check_columns(where, schema.names, [names[c] for c in REQUIRED["pick_a_pic"]], group_by)
+    for column in ("jpg_0", "jpg_1"):
+        kind = schema.field(names[column]).type
+        is_struct = pt.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if not (pt.is_binary(kind) or pt.is_large_binary(kind) or is_struct):
+            raise ValueError(f"{where}: {names[column]} is {kind}; expected images as bytes, or as bytes and path")
+    for column in ("label_0", "label_1"):
+        kind = schema.field(names[column]).type
+        if not (pt.is_floating(kind) or pt.is_integer(kind)):
+            raise ValueError(f"{where}: {names[column]} is {kind}; expected a number: 1 preferred, 0 not, 0.5 a tie")
+
+
+def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: str | None) -> Pairs:
+    load = _load_hub if _on_hub(path) else _load_local
+    table, starts = load(path, split, names, group_by)
+    found = table.column_names
+    rows = TableRows(table, {c: n for c, n in names.items() if n in found}, group_by or names["caption"], starts)
+    usable, chosen_is_1, reasons, ties = _judge(table, names, found)
+    rows.swap(chosen_is_1)
+    dropped = [Dropped(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
+    return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
+
+
+def _load_local(path: str, split: str | None, names: Columns, group_by: str | None) -> tuple[Any, Starts]:
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    files = find_files("pick_a_pic", path, split)
+    starts, row = Starts(), 0
+    for file in files:
+        _check_schema(file, names, group_by)
+        if rows := pq.read_metadata(file).num_rows:
+            starts.append((row, str(file.relative_to(path)) if Path(path).is_dir() else file.name))
+            row += rows
+    if not row:
+        raise ValueError(f"data.path: {path} has no rows; expected one a pair")
+    schema = pq.read_schema(files[0])
+    needed = [n for n in schema.names if n in {*names.values(), group_by}]
+    try:
+        # One split of ours, whatever the files are called; only what is needed is copied to the memory map.
+        table = load_dataset("parquet", data_files={"train": [str(f) for f in files]}, split="train", columns=needed)
+    except DatasetGenerationError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"data.path: {path} could not be read as one table ({cause}); its files must agree") from error
+    return _undecoded(table), starts
+
+
+def _load_hub(path: str, split: str | None, names: Columns, group_by: str | None) -> tuple[Any, Starts]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    name = split or "train"
+    try:
+        table = load_dataset(path, split=name)
+    except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
+        raise ValueError(
+            f"data.path: {path} is no file here and could not be loaded from the Hub, split {name!r} ({error}); "
+            "expected a parquet file, a folder of them, or a Hub id that you may read"
+        ) from error
+    table = _undecoded(table)
+    _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
+    return table, [(0, f"{path} ({name})")]
+
+
+def _undecoded(table: Any) -> Any:
+    """With images as bytes, whatever the file's metadata say of them."""
+    from datasets import Image
+
+    for name, feature in table.features.items():
+        if isinstance(feature, Image):
+            table = table.cast_column(name, Image(decode=False))
+    return table
+
+
+def _judge(table: Any, names: Columns, found: Sequence[str]) -> tuple[Any, Any, dict[int, str], int]:
+    """From the labels: usable rows [N], whether jpg_1 is chosen [N], why rows were dropped, and the number of ties."""
+
+    def column(name: str) -> Any:
+        return table.data.column(names[name])
+
+    first, second = (
+        np.array(column(c).to_numpy(zero_copy_only=False), dtype=np.float64) for c in ("label_0", "label_1")
+    )
+    reasons = dict[int, str]()
+
+    def drop(rows: Any, why: str) -> None:
+        for row in np.flatnonzero(rows).tolist():
+            reasons.setdefault(row, why.format(first[row], second[row]))
+
+    for flag, why in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
+        if names[flag] in found:
+            drop([value is False for value in column(flag).to_pylist()], why)
+    named = f"{names['label_0']} is {{0:g}} and {names['label_1']} is {{1:g}}"
+    drop(~np.isfinite(first + second), f"{named}; expected numbers")
+    with np.errstate(invalid="ignore"):
+        drop((np.minimum(first, second) < 0) | (np.maximum(first, second) > 1), f"{named}; expected 0 to 1")
+        drop(np.abs(first + second - 1) > 1e-6, f"{named}; expected a sum of 1")
+    drop(column("caption").is_null().to_numpy(zero_copy_only=False), "has no caption")
+    sound = np.ones(len(first), dtype=bool)
+    sound[list(reasons)] = False
+    ties = sound & (first == second)
+    return sound & ~ties, second > first, reasons, int(ties.sum())
+
+
+# ------------------------------------------------------------------------------------------------- folder and rankings
+
+
+def _open_files(format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None) -> Pairs:
+    pairs, dropped, ties = list[FilePair](), list[Dropped](), 0
+    for file in find_files(format, path, split):
+        for where, record in _records(file):
+            _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
+            prompt = record[names[REQUIRED[format][0]]]
+            if not isinstance(prompt, str):
+                raise ValueError(f"{where}: {names['prompt']} is {_shown(prompt)}; expected a text")
+            group = prompt if group_by is None else str(record[group_by])
+            if format == "folder":
+                sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
+            else:
+                sides, new_ties = _ordered(where, record, names)
+            ties += new_ties
+            for chosen, rejected in sides:
+                paths = [_find_image(file, side, where) for side in (chosen, rejected)]
+                absent = [side for side, found in zip((chosen, rejected), paths, strict=True) if not found]
+                if absent:
+                    dropped.append(Dropped(where, f"{' and '.join(absent)} does not exist"))
+                else:
+                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], where, group))
+    return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every record of a JSON list or of JSON lines, with where it stands (from 1)."""
+    if file.suffix == ".json":
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"data.path: {file} is not JSON ({error}); expected a list of records") from error
+        if not isinstance(content, list):
+            raise ValueError(f"data.path: {file} holds {_shown(content)}; expected a list of records")
+        numbered = _entries(file.name, content)
+    else:
+        numbered = _lines(file)
+    for where, record in numbered:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is {_shown(record)}; expected a record {{...}}")
+        yield where, record
+
+
+def _entries(name: str, content: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    for number, record in enumerate(content, start=1):
+        yield f"{name}: entry {number}", record
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:  # bytes, since a file cut short may end inside a character
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{file.name}: line {number}"
+                try:
+                    yield where, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{where} is not JSON ({error}); expected one record {{...}} a line") from error
+
+
+def _ordered(where: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
+    """(better, worse) for every two images of different rank, and how many are tied."""
+    images, rank, preference = (record.get(names[c]) for c in ("image_path", "rank", "human_preference"))
+    values = rank if rank is not None else preference
+    if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):
+        raise ValueError(
+            f"{where}: {names['image_path']} is {_shown(images)}, {names['rank']} is {_shown(rank)} and "
+            f"{names['human_preference']} is {_shown(preference)}; expected a list of images, and one as long of ranks "
+            "or preferences"
+        )
+    if not all(isinstance(v, int | float) for v in values):
+        raise ValueError(f"{where}: the ranks are {values}; expected numbers")
+    worth = [-v if rank is not None else v for v in values]
+    ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
+    return ordered, len(images) * (len(images) - 1) // 2 - len(ordered)
+
+
+def _find_image(file: Path, name: Any, where: str) -> str:
+    """The path of an image that a record names; empty if it does not exist."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: {_shown(name)} is no image; expected a path relative to {file.name}")
+    candidates = (file.parent / name, file.parent / file.stem / name)
+    return next((str(c) for c in candidates if c.is_file()), "")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
