@@ -1,0 +1,194 @@
+"""Model families: thin adapters that make every checkpoint answer the same few calls.
+
+B pairs, N rows, L tokens, C, H, W a latent's channels, height and width. A family file knows every quirk of its
+checkpoints, so that nothing else must; the protocols here are all that methods and the loop know.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.diffusion.noise import Diffusion
+
+# The pipeline class that a folder's model_index.json names, and the file here that adapts it.
+PIPELINES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "sdxl"}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told besides x_t and t: named tensors whose first dimension is rows."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        return self._map(lambda x: x[rows])
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+        return self._map(lambda x: x.to(device))
+
+    def repeat(self, times: int) -> Conditioning:
+        """All rows, `times` times one after the other."""
+        return self._map(lambda x: torch.cat([x] * times))
+
+    def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
+        """Own rows where `keep` [N] is true, and those of `other` (N rows, or one for all) elsewhere."""
+        return Conditioning(
+            {k: torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, other.tensors[k]) for k, x in self.tensors.items()}
+        )
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: f(x) for name, x in self.tensors.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all parts."""
+        return cls({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The posterior of a latent, in the denoiser's scale: mean and standard deviation, each [N, C, H, W], float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents [N, C, H, W] at the given standard normal draws."""
+        return self.mean + self.std * noise
+
+
+class TextToImage(Protocol):
+    """A text-to-image model: what methods, evaluation and the loop may ask of it."""
+
+    @property
+    def name(self) -> str:
+        """The path or Hub id it was loaded from."""
+
+    @property
+    def schedule(self) -> Diffusion:
+        """The noise process it was trained with."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that preference optimization changes."""
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the square images it was trained on."""
+
+    def encode_images(self, images: Tensor) -> Moments:
+        """The posterior of images [N, 3, H, W] in [-1, 1]."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """The text's conditioning, a row a prompt; longer prompts are cut at the text encoder's limit."""
+
+    def unconditional(self) -> Conditioning:
+        """One row: what classifier-free guidance and caption dropout put in the prompt's place."""
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are longer than the text encoder reads."""
+
+    def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
+        """The whole conditioning: text [N] and sizes [N, 6] (original height, width, crop top, left, target ones)."""
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The network's answer [N, C, H, W] in its own parameterization."""
+
+    def sample(
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Image.Image]:
+        """One image a prompt; the starting noise depends on the seed alone."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale."""
+
+    def encoders(self) -> Iterable[tuple[str, nn.Module]]:
+        """The frozen networks whose outputs can be cached, by name."""
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """Write what diffusers loads: LoRA weights where the network has adapters, else a whole pipeline folder."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: the scale of classifier-free guidance; 1 does without.
+        resolution: the side in pixels; None takes the model's own.
+        sampler: "default" (the checkpoint's scheduler), "ddim" or "dpmsolver++".
+        batch_size: images drawn at a time.
+    """
+
+    steps: int = 30
+    guidance: float = 7.5
+    resolution: int | None = None
+    sampler: str = "default"
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a checkpoint is brought into memory.
+
+    Attributes:
+        device: where the networks go.
+        half: the dtype of autocast and of frozen weights; None keeps everything in float32.
+        denoiser_half: the denoiser's weights in `half` too (LoRA); otherwise they are float32 masters.
+        vae: a folder or Hub id with another autoencoder.
+        vae_dtype: the dtype of the autoencoder.
+        revision: the Hub revision.
+    """
+
+    device: torch.device
+    half: torch.dtype | None = None
+    denoiser_half: bool = False
+    vae: str | None = None
+    vae_dtype: torch.dtype = torch.float32
+    revision: str | None = None
+
+
+def pipeline_class(path: str, revision: str | None = None) -> str:
+    """The class that a checkpoint's model_index.json names, read without loading any weights.
+
+    Raises:
+        ValueError: there is no model_index.json, or the class is not supported.
+    """
+    index = Path(path) / "model_index.json"
+    if Path(path).is_dir() and not index.is_file():
+        raise ValueError(
+            f"model.path: {path} has no model_index.json; expected a diffusers pipeline folder or a Hub id"
+        )
+    if not index.is_file():
+        from huggingface_hub import hf_hub_download
+
+        index = Path(hf_hub_download(path, "model_index.json", revision=revision))
+    name = str(json.loads(index.read_text())["_class_name"])
+    if name not in PIPELINES:
+        raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
+    return name
+
+
+def load_family(path: str, loading: Loading) -> TextToImage:
+    """Load a checkpoint with the adapter for its pipeline class.
+
+    Raises:
+        ValueError: the class is not supported, or a file is missing.
+    """
+    module = importlib.import_module(f"{__name__}.{PIPELINES[pipeline_class(path, loading.revision)]}")
+    family: TextToImage = module.load(path, loading)
+    return family

@@ -1,0 +1,153 @@
+"""What the latent-diffusion families share: the autoencoder, sampling by diffusers' pipelines, loading, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.families import Conditioning, Loading, Moments, Sampling
+
+SAMPLERS = ("default", "ddim", "dpmsolver++")
+
+
+def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
+    """A diffusers pipeline, every part in its dtype, frozen, and in eval mode.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing or cannot be read.
+    """
+    try:
+        options: dict[str, Any] = {"revision": loading.revision}
+        if loading.vae:
+            from diffusers import AutoencoderKL
+
+            options["vae"] = AutoencoderKL.from_pretrained(loading.vae, dtype=loading.vae_dtype)
+        if "SafetyChecker" in str(cls.__init__.__annotations__):
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        frozen = loading.half or torch.float32
+        dtypes = {
+            "default": frozen,
+            "unet": frozen if loading.denoiser_half else torch.float32,
+            "vae": loading.vae_dtype,
+        }
+        pipeline = cls.from_pretrained(path, dtype=dtypes, **options)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"model.path: {path} could not be loaded as a {cls.__name__}: {error}") from error
+    pipeline.to(loading.device)
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to the half precision in use, or nothing."""
+    if loading.half is None:
+        return contextlib.nullcontext()
+    return torch.autocast(loading.device.type, loading.half)
+
+
+@torch.no_grad()
+def encode(vae: Any, images: Tensor) -> Moments:
+    """The posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
+    with _own_dtype(vae):
+        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    scale, shift = _scale_and_shift(vae)
+    return Moments((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale, float32."""
+    scale, shift = _scale_and_shift(vae)
+    with _own_dtype(vae):
+        return vae.decode((latents.float() / scale + shift).to(vae.dtype)).sample.float()  # type: ignore[no-any-return]
+
+
+def _own_dtype(vae: Any) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: SDXL's own autoencoder overflows in float16, whatever the denoiser runs in."""
+    return torch.autocast(vae.device.type, enabled=False)
+
+
+def _scale_and_shift(vae: Any) -> tuple[float, float]:
+    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """RGB images of [N, 3, H, W] in [-1, 1]."""
+    pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any, net: nn.Module, text: dict[str, Tensor], seeds: Sequence[int], sampling: Sampling, resolution: int
+) -> list[Image.Image]:
+    """Images drawn by a diffusers pipeline with `net` in it; `text` are the pipeline's own embedding arguments."""
+    pipeline = copy.copy(pipeline)  # so that the denoiser and the sampler of the family stay what they are
+    pipeline.unet, pipeline.scheduler = net, sampler(sampling.sampler, pipeline.scheduler)
+    side = sampling.resolution or resolution
+    config: Any = net.config
+    shape = (config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    latents = pipeline(
+        height=side,
+        width=side,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        latents=noise.to(pipeline.device),
+        generator=[torch.Generator().manual_seed(seed + 1) for seed in seeds],  # for samplers that add noise on the way
+        output_type="latent",
+        **text,
+    ).images
+    return to_pil(decode(pipeline.vae, latents))
+
+
+def sampler(name: str, own: Any) -> Any:
+    """A diffusers scheduler by name, with the noise schedule of the checkpoint's `own`.
+
+    Raises:
+        ValueError: no sampler has that name.
+    """
+    import diffusers
+
+    classes = {
+        "default": type(own),
+        "ddim": diffusers.DDIMScheduler,
+        "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+    }
+    if name not in classes:
+        raise ValueError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)}")
+    return classes[name].from_config(own.config)
+
+
+def count_cut(tokenizer: Any, prompts: Sequence[str]) -> int:
+    """How many prompts have more tokens than the text encoder reads."""
+    ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    return sum(len(row) > tokenizer.model_max_length for row in ids)
+
+
+def save(pipeline: Any, folder: Path, net: Any) -> None:
+    """LoRA weights in diffusers' layout where `net` has adapters, else the whole pipeline with `net` in it."""
+    if getattr(net, "peft_config", None):
+        from peft.utils import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(net)
+        type(pipeline).save_lora_weights(folder, unet_lora_layers=weights, safe_serialization=True)
+    else:
+        pipeline = copy.copy(pipeline)
+        pipeline.unet = net
+        pipeline.save_pretrained(folder)
+
+
+def repeat_rows(cond: Conditioning, number: int) -> Conditioning:
+    """`number` copies of a single row."""
+    return Conditioning({k: x.expand(number, *x.shape[1:]) for k, x in cond.tensors.items()})

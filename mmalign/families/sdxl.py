@@ -1,0 +1,109 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and micro-conditioning on the image's real sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.diffusion.noise import Diffusion
+from mmalign.families import Conditioning, Loading, Moments, Sampling, latents
+
+
+@dataclass(frozen=True)
+class StableDiffusionXL:
+    """Adapts a StableDiffusionXLPipeline; the protocol TextToImage says what each call does."""
+
+    name: str
+    pipeline: Any
+    schedule: Diffusion
+    loading: Loading
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet."""
+        return self.pipeline.unet  # type: ignore[no-any-return]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels; the UNet's sample size times the autoencoder's reduction."""
+        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def encode_images(self, images: Tensor) -> Moments:
+        """See TextToImage."""
+        return latents.encode(self.pipeline.vae, images)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`embeds` [N, L, D1 + D2]: both encoders' penultimate states; `pooled` [N, P]: the second one's; float32."""
+        device = self.pipeline.text_encoder_2.device
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=device, do_classifier_free_guidance=False
+        )
+        return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
+
+    def unconditional(self) -> Conditioning:
+        """Zeros where the pipeline guides against zeros, as SDXL base does; else the empty prompt, encoded.
+
+        The Diffusion-DPO release encodes "" here, which the sampler never shows the network.
+        """
+        empty = self.encode_prompts([""])
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return Conditioning({name: torch.zeros_like(x) for name, x in empty.tensors.items()})
+        return empty
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return latents.count_cut(self.pipeline.tokenizer, prompts)
+
+    def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
+        """The text, and `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
+        return Conditioning({**text.tensors, "time_ids": sizes.to(text.tensors["embeds"])})
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """See TextToImage."""
+        added = {"text_embeds": cond.tensors["pooled"], "time_ids": cond.tensors["time_ids"]}
+        with latents.autocast(self.loading):
+            embeds = cond.tensors["embeds"]
+            return net(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def sample(
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Image.Image]:
+        """See TextToImage."""
+        cond = self.encode_prompts(prompts).tensors
+        empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
+        text = {
+            "prompt_embeds": cond["embeds"],
+            "pooled_prompt_embeds": cond["pooled"],
+            "negative_prompt_embeds": empty["embeds"],
+            "negative_pooled_prompt_embeds": empty["pooled"],
+        }
+        with latents.autocast(self.loading):
+            return latents.sample(self.pipeline, net, text, seeds, sampling, self.resolution)
+
+    def decode(self, latents_: Tensor) -> Tensor:
+        """See TextToImage."""
+        return latents.decode(self.pipeline.vae, latents_)
+
+    def encoders(self) -> list[tuple[str, nn.Module]]:
+        """Autoencoder and both text encoders."""
+        names = ("vae", "text_encoder", "text_encoder_2")
+        return [(name, getattr(self.pipeline, name)) for name in names]
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """See TextToImage."""
+        latents.save(self.pipeline, folder, net)
+
+
+def load(path: str, loading: Loading) -> StableDiffusionXL:
+    """Load a folder or Hub id with a StableDiffusionXLPipeline."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = latents.load_pipeline(StableDiffusionXLPipeline, path, loading)
+    return StableDiffusionXL(path, pipeline, Diffusion.of(pipeline.scheduler.config, path), loading)

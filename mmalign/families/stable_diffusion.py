@@ -1,0 +1,92 @@
+"""Stable Diffusion 1.x and 2.x (and models/tiny_sd): one text encoder, epsilon- or v-prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.diffusion.noise import Diffusion
+from mmalign.families import Conditioning, Loading, Moments, Sampling, latents
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """Adapts a StableDiffusionPipeline; the protocol TextToImage says what each call does."""
+
+    name: str
+    pipeline: Any
+    schedule: Diffusion
+    loading: Loading
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet."""
+        return self.pipeline.unet  # type: ignore[no-any-return]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels; the UNet's sample size times the autoencoder's reduction."""
+        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def encode_images(self, images: Tensor) -> Moments:
+        """See TextToImage."""
+        return latents.encode(self.pipeline.vae, images)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`embeds` [N, L, D]: the text encoder's last hidden states, float32."""
+        embeds, _ = self.pipeline.encode_prompt(list(prompts), self.pipeline.text_encoder.device, 1, False)
+        return Conditioning({"embeds": embeds.float()})
+
+    def unconditional(self) -> Conditioning:
+        """The empty prompt, encoded."""
+        return self.encode_prompts([""])
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return latents.count_cut(self.pipeline.tokenizer, prompts)
+
+    def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
+        """The text alone: this family is not told of sizes."""
+        return text
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """See TextToImage."""
+        with latents.autocast(self.loading):
+            return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def sample(
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Image.Image]:
+        """See TextToImage."""
+        embeds = self.encode_prompts(prompts).tensors["embeds"]
+        empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
+        with latents.autocast(self.loading):
+            text = {"prompt_embeds": embeds, "negative_prompt_embeds": empty}
+            return latents.sample(self.pipeline, net, text, seeds, sampling, self.resolution)
+
+    def decode(self, latents_: Tensor) -> Tensor:
+        """See TextToImage."""
+        return latents.decode(self.pipeline.vae, latents_)
+
+    def encoders(self) -> list[tuple[str, nn.Module]]:
+        """Autoencoder and text encoder."""
+        return [("vae", self.pipeline.vae), ("text_encoder", self.pipeline.text_encoder)]
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """See TextToImage."""
+        latents.save(self.pipeline, folder, net)
+
+
+def load(path: str, loading: Loading) -> StableDiffusion:
+    """Load a folder or Hub id with a StableDiffusionPipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = latents.load_pipeline(StableDiffusionPipeline, path, loading)
+    return StableDiffusion(path, pipeline, Diffusion.of(pipeline.scheduler.config, path), loading)

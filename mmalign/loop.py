@@ -1,0 +1,166 @@
+"""The loop: one for every method, modality and family.
+
+Every random number follows from its row's position (`Draws`), so going on from a checkpoint is running the same lines
+again. Progress counts what is finished: `step` updates, and in `epoch` the `batch` batches whose contrasts are all
+used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.draws import Draws
+from mmalign.methods import Step
+from mmalign.optim import Average
+from mmalign.policy import Policy
+
+Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
+Metrics = dict[str, Tensor]  # scalars, on the model's device
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass
+class Learner:
+    """What an update changes, and how."""
+
+    accelerator: Any
+    optimizer: torch.optim.Optimizer
+    lr: float
+    factor: Callable[[int], float]
+    clip: float | None
+    average: Average | None = None
+
+
+def train(
+    method: Any,
+    config: Any,
+    policy: Policy,
+    batches: Batches,
+    learner: Learner,
+    *,
+    steps: int,
+    accumulate: int,
+    seed: int,
+    progress: Progress,
+    after_update: Callable[[Progress, Metrics, bool], None],
+) -> Progress:
+    """Train until `steps` updates are done.
+
+    Args:
+        method: a module of mmalign.methods.
+        config: its Config.
+        policy: `policy.model` is what the learner's accelerator prepared.
+        batches: the data; the same (epoch, first batch) must always give the same batches.
+        learner: optimizer, schedule, clipping, average.
+        steps: updates in all, those that `progress` has already counted in.
+        accumulate: contrasts of an update.
+        seed: of every draw.
+        progress: where to begin; it is changed in place.
+        after_update: called with the progress, the update's metrics, and whether nothing is pending, so that a
+            checkpoint
+            written now resumes exactly.
+
+    Raises:
+        FloatingPointError: a loss is not finite; it names the batch, and nothing has been updated from it.
+        ValueError: an epoch has no batch.
+    """
+    window = _Window(policy, learner)
+    while progress.step < steps:
+        first = progress.batch
+        for batch in batches(progress.epoch, first):
+            contrasts = make_contrasts(method, policy, batch, config, Draws(seed, progress.epoch))
+            progress.batch += 1
+            for number, contrast in enumerate(contrasts, start=1):
+                last = window.count + 1 == accumulate
+                window.add(_checked(method.loss(policy, contrast, config), batch, progress), last)
+                if last:
+                    progress.step += 1
+                    metrics = window.update(progress.step)
+                    after_update(progress, metrics, number == len(contrasts))
+                    if progress.step == steps:
+                        return progress
+        if first == 0 and progress.batch == 0:
+            raise ValueError(
+                "train: an epoch has no batch; there are fewer pairs than one batch needs on every process"
+            )
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    return progress
+
+
+def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, draws: Draws) -> list[Any]:
+    """The method's contrasts, complete, without gradients, in eval mode; the model is back in train mode afterwards."""
+    policy.model.eval()
+    with torch.no_grad():
+        contrasts: list[Any] = method.contrasts(policy, batch, config, draws)
+    policy.model.train()
+    return contrasts
+
+
+def _checked(step: Step, batch: Any, progress: Progress) -> Step:
+    if not torch.isfinite(step.losses[step.weights > 0]).all():
+        rows = ", ".join(str(row) for row in batch.rows[:8])
+        raise FloatingPointError(
+            f"train: the loss is not finite after update {progress.step}, "
+            f"in batch {progress.batch} of epoch {progress.epoch} "
+            f"(rows {rows}); the last checkpoint is good: lower train.lr, or use train.precision: bfloat16 or float32"
+        )
+    return step
+
+
+class _Window:
+    """The gradients and the metrics of one update."""
+
+    def __init__(self, policy: Policy, learner: Learner) -> None:
+        self.model, self.learner = policy.model, learner
+        self.parameters: list[nn.Parameter] = policy.trainable()  # a list: a spent iterator would never be clipped
+        self._clear()
+
+    def _clear(self) -> None:
+        self.count, self.weight, self.sums = 0, torch.zeros(()), dict[str, Tensor]()
+
+    def add(self, step: Step, last: bool) -> None:
+        """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full."""
+        accelerator = self.learner.accelerator
+        silent = contextlib.nullcontext() if last else accelerator.no_sync(self.model)
+        with silent:
+            accelerator.backward((step.losses * step.weights).sum())
+        self.count += 1
+        self.weight = self.weight.to(step.weights.device) + step.weights.sum()
+        for name, values in step.metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
+
+    def update(self, step: int) -> Metrics:
+        """Divide by the global weight, clip, and move; the update's mean metrics over all processes."""
+        learner, accelerator = self.learner, self.learner.accelerator
+        names = sorted(self.sums)
+        packed = accelerator.reduce(torch.stack([self.weight, *(self.sums[n] for n in names)]), reduction="sum")
+        total = packed[0].clamp(min=torch.finfo(torch.float32).tiny)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # Distribution averages the gradients over processes; the weights are summed over them.
+        torch._foreach_mul_(gradients, accelerator.num_processes / total)
+        limit = learner.clip if learner.clip is not None else float("inf")
+        norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        rate = learner.lr * learner.factor(step - 1)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        if learner.average is not None:
+            learner.average.update(self.parameters, step)
+        self._clear()
+        metrics = dict(zip(names, packed[1:] / total, strict=True))
+        return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

@@ -1,0 +1,73 @@
+"""Methods, one file per paper: the file's name is the method's name in a recipe.
+
+A method answers two questions: what is compared (`contrasts`, without gradients), and how much it hurts to prefer the
+wrong one (`loss`). `contrasts` is complete before the first update, and holds the reference's scores, so that a method
+that samples is not changed by its own updates halfway.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from mmalign.draws import Draws
+from mmalign.policy import Policy
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method makes of one contrast.
+
+    Attributes:
+        losses: [B].
+        weights: [B]; 0 for a padding row. The loop divides by the sum of the weights over everything it accumulates.
+        metrics: each [B], averaged for the log with the same weights.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    metrics: dict[str, Tensor]
+
+
+C = TypeVar("C")
+
+
+class Method(Protocol[C]):
+    """What a file in this folder must offer; a module satisfies it."""
+
+    @property
+    def Config(self) -> type:
+        """The hyper-parameters, a pydantic model with the paper's values as defaults."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must come with a reference."""
+
+    def contrasts(self, policy: Policy, batch: Any, cfg: Any, draws: Draws) -> list[C]:
+        """Everything that needs no gradient, the reference's scores included."""
+
+    def loss(self, policy: Policy, contrast: C, cfg: Any) -> Step:
+        """Run the policy, once."""
+
+
+def names() -> list[str]:
+    """The methods there are."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def find(name: str) -> Any:
+    """The module of the method called `name`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"method.name: there is no method {name!r}{hint} (there are {', '.join(names())})")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,55 @@
+"""MaPO (arXiv:2406.06424): denoise the chosen image well, and better than the rejected one; no reference model.
+
+    t, eps shared in the pair, as in Diffusion-DPO
+    error = mean((target - network(x_t, t, prompt)) ** 2)
+    loss = error_chosen + beta * softplus(-T * (s(snr * error_chosen) - s(snr * error_rejected))),   s(x) = x / (e^x -
+    1)
+
+Near equal errors the second term is a Diffusion-DPO without reference whose beta is T * snr (500 at the release's
+values), weighted by `beta`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmalign import losses
+from mmalign.methods import Step, diffusion_dpo
+from mmalign.methods.diffusion_dpo import Contrast, denoising_scores
+from mmalign.policy import Policy
+
+needs_reference = False
+
+
+class Config(BaseModel):
+    """Hyper-parameters; the defaults are the release's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Literal["mapo"] = "mapo"
+    beta: float = Field(0.1, gt=0, description="the weight of the margin beside the chosen image's own error")
+    snr: float = Field(0.5, gt=0, description="the factor inside the bounded score; a constant, whatever its name says")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
+
+
+contrasts = diffusion_dpo.contrasts
+
+
+def loss(policy: Policy, contrast: Contrast, cfg: Any) -> Step:
+    """The margin between bounded scores, and the chosen image's error."""
+    scores = denoising_scores(policy.family, policy.model, contrast.view)
+    chosen, rejected = -2 * scores["chosen"], -2 * scores["rejected"]
+    steps = policy.family.schedule.num_timesteps
+    values = losses.mapo(chosen, rejected, beta=cfg.beta, snr=cfg.snr, num_timesteps=steps)
+    with torch.no_grad():
+        better = (chosen < rejected).float() + 0.5 * (chosen == rejected).float()
+        metrics = {
+            "loss": values.detach(),
+            "accuracy": better,
+            "chosen error": chosen.detach(),
+            "rejected error": rejected.detach(),
+        }
+    return Step(values, contrast.weights, metrics)

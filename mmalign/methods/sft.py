@@ -1,0 +1,42 @@
+"""Supervised fine-tuning on the chosen images: the baseline that a preference method has to beat.
+
+loss = mean((target - network(x_t, t, prompt)) ** 2) on the chosen image alone (arXiv:2006.11239, eq. 14)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmalign.diffusion.noise import mean_square
+from mmalign.draws import Draws
+from mmalign.encode import EncodedPairs
+from mmalign.methods import Step
+from mmalign.methods.diffusion_dpo import Contrast, Noised, noised
+from mmalign.policy import Policy
+
+needs_reference = False
+
+
+class Config(BaseModel):
+    """Hyper-parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Literal["sft"] = "sft"
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
+
+
+def contrasts(policy: Policy, batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+    """The chosen half of what Diffusion-DPO would show, so that a comparison sees the same images and noise."""
+    view = noised(policy.family, batch, cfg.caption_dropout, draws)
+    half = slice(0, len(batch.rows))
+    return [Contrast(Noised(view.x_t[half], view.t[half], view.target[half], view.cond[half]), None, batch.weights)]
+
+
+def loss(policy: Policy, contrast: Contrast, cfg: Any) -> Step:
+    """The mean squared error [B] of the chosen images."""
+    view = contrast.view
+    error = mean_square(policy.family.predict(policy.model, view.x_t, view.t, view.cond), view.target)
+    return Step(error, contrast.weights, {"loss": error.detach(), "chosen error": error.detach()})

@@ -1,0 +1,90 @@
+"""Optimizers by name, the learning rate by step, and an average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], name: str, *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer called `name`: "adamw" (fused), "adamw_8bit" (bitsandbytes) or "adafactor".
+
+    Adafactor runs at a fixed rate without scaling by the parameters' size, as in the releases, and knows no betas.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    if name == "adafactor":
+        from transformers import Adafactor
+
+        fixed = {"scale_parameter": False, "relative_step": False}
+        optimizer: torch.optim.Optimizer = Adafactor(parameters, lr=lr, weight_decay=weight_decay, **fixed)
+        return optimizer
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(
+            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; "
+            "pip install 'mmalign[cuda]', or use adamw"
+        ) from None
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return optimizer
+
+
+def schedule(name: str, *, warmup: int, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate for the update after `step` updates: a linear warm-up, then `name`.
+
+    "constant" stays at 1; "linear" and "cosine" fall to 0 at `steps`.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        if name == "linear":
+            return 1 - progress
+        return 0.5 * (1 + math.cos(math.pi * progress)) if name == "cosine" else 1.0
+
+    return factor
+
+
+class Average:
+    """An exponential moving average of parameters, in float32.
+
+    The first updates weigh more, so that the initial parameters are forgotten: the decay of update n is the given one
+    or (1 + n) / (10 + n), whichever is less.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.shadow = [p.detach().float().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+        """Take in the parameters after update number `step` (the first is 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Exchange the average with the parameters; a second call changes them back."""
+        for mine, theirs in zip(self.shadow, parameters, strict=True):
+            kept = theirs.detach().clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+    def state(self) -> list[Tensor]:
+        """What a checkpoint keeps."""
+        return self.shadow
+
+    def load(self, shadow: Sequence[Tensor]) -> None:
+        """Go on from a checkpoint."""
+        for mine, saved in zip(self.shadow, shadow, strict=True):
+            mine.copy_(saved)

@@ -1,0 +1,354 @@
+"""Recipes: what a YAML file says, validated as a whole before anything is loaded.
+
+A recipe is a tree of frozen pydantic models. Deep code never sees it: the functions that run a recipe take it apart
+into plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
+
+ROOT = "a recipe"  # what the top of a recipe is called in a sentence
+SHOWN = 80  # characters of a wrong value that a sentence shows
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, without unknown keys, without silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Lora(Section):
+    """Low-rank adapters."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0, description="the adapter's scale is alpha / rank; the rank if not given")
+    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Model(Section):
+    """The model to align."""
+
+    path: str = Field(description="a diffusers pipeline: a folder or a Hub id")
+    revision: str | None = None
+    tune: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora()
+    vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+class Data(Section):
+    """The preference pairs."""
+
+    format: Literal["pick_a_pic", "folder", "rankings"] = "pick_a_pic"
+    path: str = Field(description="a file, a folder, or a Hub id")
+    split: str | None = None
+    columns: dict[str, str] = Field({}, description="our column name: yours")
+    group_by: str | None = Field(
+        None, description="the column whose values a hold-out keeps together; the prompt if not given"
+    )
+    hold_out: float = Field(0.0, ge=0, lt=1, description="share of the groups kept from training, for evaluation")
+    limit: int | None = Field(None, ge=1)
+    resolution: int | None = Field(None, ge=8, description="pixels; the model's own if not given")
+    crop: Literal["center", "random"] = "center"
+    flip: bool = Field(False, description="mirror half of the pairs, both images of a pair alike")
+    max_bad: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
+    workers: int = Field(0, ge=0)
+    cache: str = Field("auto", description="where latents and text are kept: auto (in the output), off, or a folder")
+
+
+class Train(Section):
+    """The optimization."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(1, ge=1, description="pairs at a time on each device")
+    accumulate: int = Field(1, ge=1, description="micro-batches of an update")
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(0, ge=0, description="updates")
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float | None = Field(1.0, gt=0, description="the largest norm of the gradient")
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, which is then what is saved"
+    )
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    trackers: list[str] = Field(["tensorboard"], description="names of accelerate's trackers")
+
+
+class JudgeConfig(Section):
+    """A judge: a file in mmalign/rewards, and its weights."""
+
+    name: str = "open_clip"
+    path: str
+    options: dict[str, Any] = Field({}, description="of the judge's own, such as {pretrained: laion2b_s34b_b79k}")
+
+
+class Drawing(Section):
+    """How images are drawn."""
+
+    steps: int = Field(30, ge=1)
+    guidance: float = Field(7.5, ge=1)
+    resolution: int | None = Field(None, ge=8)
+    sampler: Literal["default", "ddim", "dpmsolver++"] = "default"
+    batch_size: int = Field(16, ge=1)
+
+
+class Evaluate(Section):
+    """How base and aligned model are compared."""
+
+    benchmark: Literal["scenes", "preference", "implicit"] = "preference"
+    prompts: int | str = Field(
+        256, description="a number of the bundled world's prompts, or a file with one prompt a line"
+    )
+    split: Literal["validation", "test"] = Field("test", description="of the bundled world's prompts")
+    seed: int = Field(0, ge=0)
+    drawing: Drawing = Drawing()
+    judge: JudgeConfig | None = None
+    draws: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
+
+    @model_validator(mode="after")
+    def _judged(self) -> Evaluate:
+        if self.benchmark == "preference" and self.judge is None:
+            raise ValueError("benchmark preference needs a judge; add evaluate.judge.path")
+        if self.benchmark == "scenes" and isinstance(self.prompts, str):
+            raise ValueError(f"benchmark scenes makes its own prompts; expected their number, got {self.prompts!r}")
+        return self
+
+
+class Gallery(Section):
+    """The pictures that are shown."""
+
+    images: int = Field(96, ge=1, description="pairs of pictures on the page")
+    title: str = "Before and after"
+
+
+class Prepare(Section):
+    """Preference pairs drawn from the model itself and judged: several images a prompt, best against worst."""
+
+    prompts: int | str = Field(
+        450, description="a number of the bundled world's training prompts, or a file with one prompt a line"
+    )
+    images: int = Field(4, ge=2, description="drawn for every prompt")
+    judge: JudgeConfig
+    sure: float = Field(
+        0.9, ge=0.5, lt=1, description="keep a pair if the judge prefers the best to the worst at least this surely"
+    )
+    seed: int = Field(1, ge=0)
+    drawing: Drawing = Drawing()
+
+
+class Recipe(Section):
+    """A complete recipe. `method` is the Config of the file in mmalign/methods that `method.name` names."""
+
+    method: Any
+    model: Model
+    data: Data
+    train: Train
+    evaluate: Evaluate | None = None
+    gallery: Gallery = Gallery()
+    prepare: Prepare | None = None
+    output: str = Field(description="the folder that everything is written to")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with YAML 1.2's numbers (1e-8 is one, in 1.1 a string), and without keys that are given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+_NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check every key and value.
+
+    Args:
+        source: a path, the name of a shipped recipe ("configs/text_to_image/quickstart.yaml"), or the content itself.
+        overrides: assignments such as "train.lr=1e-5", values in YAML.
+
+    Raises:
+        ValueError: names every key that is unknown (with the nearest known one) or has a wrong value.
+    """
+    where, content = "recipe", source
+    if isinstance(source, str | Path):
+        where, content = str(source), _parse(_read(source), str(source))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected a mapping of sections, {_came(content)}")
+    tree = _override(dict(content), overrides)
+    method = tree.get("method")
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        raise ValueError(
+            f"{where}: method: expected a mapping with a name, such as {{name: diffusion_dpo}}, {_came(method)}"
+        )
+    try:
+        schema = _schema(method["name"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentences(where, schema, error))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+@cache  # recipes of one method are of one class, so that equal ones compare equal
+def _schema(method: str) -> type[Recipe]:
+    from mmalign import methods
+
+    return create_model("Recipe", __base__=Recipe, method=(methods.find(method).Config, ...))
+
+
+def _read(name: str | Path) -> str:
+    from mmalign.share import resolve
+
+    try:
+        return resolve(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: is not text in UTF-8; expected a recipe in YAML") from None
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror}); expected a recipe, a file in YAML") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}: is not a recipe in YAML: {at}{error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # control characters; a date in month 13
+        raise ValueError(f"{where}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for assignment in overrides:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ValueError(f"--set {assignment!r}: expected section.key=value, such as train.lr=1e-5")
+        here = tree
+        for depth, key in enumerate(keys[:-1], start=1):
+            section = {} if here.get(key) is None else here[key]
+            if not isinstance(section, Mapping):
+                at = ".".join(keys[:depth])
+                raise ValueError(f"--set {path}: {at} is no section but {_shown(section)}; set {at} itself")
+            here[key] = dict(section)
+            here = here[key]
+        here[keys[-1]] = _parse(text, f"--set {path}")
+    return tree
+
+
+def _sentences(where: str, schema: type[BaseModel], error: ValidationError) -> list[str]:
+    """One sentence for each wrong place; the branches of a union become one."""
+    places: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for details in error.errors():
+        path = [str(part) for part in details["loc"]]
+        field = _section(schema, path[:-2]).model_fields.get(path[-2]) if len(path) > 1 else None
+        # pydantic adds the branch to the place of a value that fits no branch of a union.
+        if field is not None and get_origin(field.annotation) is UnionType and details["type"] in _TYPES:
+            path.pop()
+        places.setdefault(tuple(path), []).append(details)
+    return [f"{where}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list, such as [a, b]",
+    "dict_type": "a mapping, such as {key: value}",
+    "model_type": "a section, such as {key: value}",
+}
+
+
+def _explain(schema: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
+    """A sentence for what is wrong at one place: what came, what was expected, what to do."""
+    error, at, got = errors[0], ".".join(path), _came(errors[0]["input"])
+    parent, kind = _section(schema, path[:-1]), error["type"]
+    if kind == "extra_forbidden":
+        return f"{'.'.join(path[:-1]) or ROOT} has no {path[-1]!r}; {_nearest(path[-1], list(parent.model_fields))}"
+    if kind == "missing":
+        meaning = parent.model_fields[path[-1]].description
+        expected = f"; expected {meaning}" if meaning else ""
+        return f"{'.'.join(path[:-1]) or ROOT} needs {path[-1]!r}, which is missing{expected}"
+    if kind == "invalid_key" or path[-1] == "[key]":
+        return f"{at.removesuffix('.[key]')}: a key must be text, {got}; write it in quotes"
+    if kind == "value_error":  # a section's own check, in whose words is what came
+        return f"{at}: {error['msg'].removeprefix('Value error, ')}"
+    if kind in _TYPES:
+        expected = " or ".join(_TYPES[e["type"]] for e in errors)
+        quotes = "; write it in quotes" if expected == "text" and not isinstance(error["input"], dict | list) else ""
+        return f"{at}: expected {expected}, {got}{quotes}"
+    message = error["msg"].removeprefix("Input should be ").removeprefix("List should have ")
+    message = message.split(" after validation")[0]
+    return f"{at}: expected {message[0].lower()}{message[1:]}, {got}{_meant(error)}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+
+
+def _meant(error: ErrorDetails) -> str:
+    """The choice nearest to a misspelt one."""
+    choices = re.findall(r"'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _came(value: Any) -> str:
+    return f"got {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a person wrote it, in short; text is said to be text, since it may look like a number."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    return f"the text {shown}" if isinstance(value, str) else shown
+
+
+def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for key in path:
+        if key in schema.model_fields:
+            options = [schema.model_fields[key].annotation]
+            options += list(getattr(options[0], "__args__", ()))
+            schema = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), schema)
+    return schema

@@ -1,0 +1,94 @@
+"""Adapters: invisible at first, float32 masters, the same from the same seed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmalign.families import Loading, TextToImage, load_family
+from mmalign.families.lora import ATTENTION, add_lora
+
+HALF = Loading(torch.device("cpu"), half=torch.bfloat16, denoiser_half=True)
+SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+
+
+def load(path: Path, loading: Loading | None = None) -> TextToImage:
+    return load_family(str(path), loading or Loading(torch.device("cpu")))
+
+
+def given(family: TextToImage) -> Any:
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return noise, torch.tensor([500]), family.condition(family.encode_prompts(["a fox"]), SIZES)
+
+
+def masters(net: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("loading", [None, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl"])
+def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, request: pytest.FixtureRequest) -> None:
+    family = load(request.getfixturevalue(model), loading)
+    net, x = family.denoiser, given(family)
+    with torch.no_grad():
+        before = family.predict(net, *x)
+        add_lora(net, rank=4, alpha=8.0, targets=ATTENTION, seed=0)
+        assert torch.equal(family.predict(net, *x), before)
+        first = next(p for name, p in masters(net).items() if "lora_B" in name)
+        first.add_(1.0)
+        assert not torch.equal(family.predict(net, *x), before)  # and they are in use
+
+
+def test_only_adapters_train_and_they_are_float32_masters_of_a_half_precision_network(tiny_sd15: Path) -> None:
+    """An update of 1e-5 is lost by bfloat16 weights and kept by these."""
+    family = load(tiny_sd15, HALF)
+    net = family.denoiser
+    add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=0)
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in masters(net).items())
+    frozen = [p for p in net.parameters() if not p.requires_grad]
+    assert all(p.dtype == torch.bfloat16 for p in frozen)
+    # Two matrices for each of 4 layers in 2 attentions of every transformer block.
+    blocks = sum(type(m).__name__ == "BasicTransformerBlock" for m in net.modules())
+    assert len(masters(net)) == 2 * 4 * 2 * blocks
+    optimizer = torch.optim.SGD(masters(net).values(), lr=1e-5)
+    before = {name: p.detach().clone() for name, p in masters(net).items()}
+    family.predict(net, *given(family)).float().square().sum().backward()
+    optimizer.step()
+    moved = [name for name, p in masters(net).items() if not torch.equal(p, before[name])]
+    assert moved and all("lora_B" in name for name in moved)  # the zero matrices hide the others at the first step
+
+
+def test_the_same_seed_gives_the_same_adapters_and_leaves_the_generator_alone(tiny_sd15: Path) -> None:
+    nets = [load(tiny_sd15).denoiser for _ in range(3)]
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    for net, seed in zip(nets, (1, 1, 2), strict=True):
+        add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(())  # what happened before must not matter
+        state = torch.get_rng_state()
+    same, again, other = (masters(net) for net in nets)
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert any(not torch.equal(same[name], other[name]) for name in same)
+
+
+def test_the_scale_is_alpha_over_rank(tiny_sd15: Path) -> None:
+    """With x the layer's input, the change is alpha / rank * B A x."""
+    net: Any = load(tiny_sd15).denoiser
+    add_lora(net, rank=4, alpha=12.0, targets=["to_q"], seed=0)
+    layer = next(m for m in net.modules() if hasattr(m, "lora_A"))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        b.normal_(generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, a.shape[1], generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(layer(x) - layer.base_layer(x), 3.0 * x @ a.T @ b.T, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_that_match_nothing(tiny_sd15: Path) -> None:
+    net = load(tiny_sd15).denoiser
+    with pytest.raises(
+        ValueError, match=r"^model\.lora\.targets: no layer of UNet2DConditionModel ends in to_query, qkv"
+    ):
+        add_lora(net, rank=4, alpha=4.0, targets=["to_query", "qkv"], seed=0)

@@ -1,0 +1,162 @@
+"""A whole run on tiny models of the real classes: resuming, caching, workers, every shipped recipe."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import mmalign
+from mmalign import checkpoint
+from mmalign.recipe import load_recipe
+from mmalign.share import roots
+from mmalign.training import train
+
+RECIPES = sorted((roots()[1] / "configs" / "text_to_image").glob("*.yaml"))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return tiny.pick_a_pic(tmp_path / "pairs.parquet")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
+    """Train, and give the last checkpoint's weights."""
+    recipe = load_recipe(content, overrides)
+    train(recipe, say=quiet)
+    last = checkpoint.latest(Path(recipe.output))
+    assert last is not None and last.name == f"checkpoint-{recipe.train.steps:08d}"
+    return load_file(last / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("method", ["diffusion_dpo", "mapo", "sft"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_going_on_from_a_checkpoint_equals_never_stopping(
+    method: str, tune: str, tiny_sd15: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, with an average of the weights, accumulation, and a stop in the middle of an epoch."""
+    content = tiny.recipe(
+        tiny_sd15,
+        pairs,
+        tmp_path / "whole",
+        model={"tune": tune},
+        method={"name": method},
+        train={"steps": 3, "save_every": 1, "accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5},
+    )
+    whole = run(content)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
+        shutil.rmtree(stopped / late)
+    assert_same(whole, run({**content, "output": str(stopped)}))
+    export = (
+        "model/unet/diffusion_pytorch_model.safetensors" if tune == "full" else "model/pytorch_lora_weights.safetensors"
+    )
+    assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
+
+
+def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
+    tiny_sdxl: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
+    flipped = {"data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
+    cached = run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
+    workers = run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
+    assert_same(cached, workers)
+    assert_same(cached, run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "uncached", **flipped), "data.cache='off'"))
+
+
+def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    for tune in ("full", "lora"):
+        output = tmp_path / tune
+        weights = run(tiny.recipe(tiny_sd15, pairs, output, model={"tune": tune}, train={"steps": 2}))
+        assert weights
+        if tune == "full":
+            pipe = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None)
+            name = "conv_in.weight"
+            assert torch.equal(pipe.unet.state_dict()[name], weights[name])
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(tiny_sd15, safety_checker=None)
+            pipe.load_lora_weights(output / "model")
+            loaded = {k: v for k, v in pipe.unet.state_dict().items() if "lora" in k}
+            assert len(loaded) == len(weights)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_takes_two_steps(
+    path: Path, tiny_sd15: Path, tiny_sdxl: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """As it is written, but for the model's size, the pairs, and what a CPU cannot do (float16, 8-bit optimizers)."""
+    model = tiny_sdxl if "sdxl" in path.stem else tiny_sd15
+    overrides = [
+        f"model.path={model}",
+        "model.vae=null",
+        "model.vae_dtype=float32",
+        f"data.path={pairs}",
+        "data.resolution=16",
+        "data.workers=0",
+        "data.hold_out=0.0",
+        "data.split=null",
+        "data.group_by=null",
+        "train.steps=2",
+        "train.batch_size=2",
+        "train.accumulate=1",
+        "train.warmup=1",
+        "train.trackers=[]",
+        f"output={tmp_path / 'out'}",
+    ]
+    recipe = load_recipe(str(path), overrides)
+    if recipe.train.precision == "float16":
+        overrides.append("train.precision=bfloat16")
+    if recipe.train.optimizer == "adamw_8bit":
+        overrides.append("train.optimizer=adamw")
+    if recipe.evaluate is not None:
+        overrides.append("evaluate=null")
+    overrides.append("prepare=null")
+    trained = mmalign.train(load_recipe(str(path), overrides))
+    assert trained.steps == 2
+    assert all(torch.isfinite(torch.tensor(list(h.values()))).all() for h in trained.history)
+
+
+def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Path, tmp_path: Path) -> None:
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet", number=12)
+    content = tiny.recipe(
+        tiny_sd15,
+        pairs,
+        tmp_path / "out",
+        data={"hold_out": 0.4},
+        train={"steps": 6, "save_every": 1, "keep": 1, "lr": 0.05},
+    )
+    run(content)
+    left = sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*"))
+    best = checkpoint.best(tmp_path / "out")
+    assert best is not None and best.name in left
+    assert left[-1] == "checkpoint-00000006" and len(left) <= 2
+
+
+def test_the_first_update_starts_at_ln_2_and_training_learns_the_pairs(
+    tiny_sd15: Path, pairs: Path, tmp_path: Path
+) -> None:
+    method = {"name": "diffusion_dpo", "beta": 100.0, "caption_dropout": 0.0}
+    options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
+    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
+    trained = train(load_recipe(content), say=quiet)
+    assert trained.history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    late = trained.history[-10:]
+    assert sum(h["loss"] for h in late) / 10 < 0.6
+    assert sum(h["accuracy"] for h in late) / 10 > 0.7

@@ -1,0 +1,157 @@
+"""Random models of the real classes at tiny sizes, written to a folder as the Hub would have them."""
+
+import io
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+CONTEXT = 16
+SIDE = 16  # pixels; the autoencoder halves them
+
+
+def tokenizer() -> CLIPTokenizer:
+    letters = list(string.ascii_lowercase + string.digits)
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=CONTEXT)
+
+
+def text_config(**more: int) -> CLIPTextConfig:
+    tok = tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tok),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        **more,
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIDE,
+        scaling_factor=5.0,
+    )
+
+
+def unet(cross: int, **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross,
+        **more,
+    )
+
+
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def stable_diffusion(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
+    """Stable Diffusion 1.x ("epsilon") or 2.x ("v_prediction")."""
+    torch.manual_seed(seed)
+    StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(text_config()),
+        tokenizer=tokenizer(),
+        unet=unet(16),
+        scheduler=DDIMScheduler(
+            **SCHEDULE, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def sdxl(folder: Path, seed: int = 0) -> Path:
+    """Stable Diffusion XL: two encoders, pooled text, six sizes embedded in 4 numbers each."""
+    torch.manual_seed(seed)
+    StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(projection_dim=16)),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, steps_offset=1),
+        unet=unet(
+            32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=16 + 6 * 4,
+            transformer_layers_per_block=(1, 2),
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int, side: int = SIDE, upper: bool = True) -> bytes:
+    """A PNG of noise, white in its upper or in its lower half."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 64, (side, side, 3), dtype=np.uint8)
+    pixels[slice(0, side // 2) if upper else slice(side // 2, side)] += 191
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pick_a_pic(path: Path, number: int = 8, bad: dict[int, bytes] | None = None) -> Path:
+    """Pairs in the layout of Pick-a-Pic v2, white upper halves preferred; `bad` replaces a pair's first image."""
+    rows = []
+    for i in range(number):
+        first = i % 2 == 1  # whether the first image is the chosen one
+        rows.append(
+            {
+                "caption": f"thing number {i}",
+                "jpg_0": (bad or {}).get(i, picture(2 * i, SIDE, first)),
+                "jpg_1": picture(2 * i + 1, SIDE + 4 * (i % 2), not first),
+                "label_0": float(first),
+                "label_1": float(not first),
+                "image_0_uid": f"{path.name}-{i}-a",
+                "image_1_uid": f"{path.name}-{i}-b",
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def recipe(model: Path, pairs: Path, output: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for a tiny model; `train={...}` and so on add to its sections, `method={...}` takes its place."""
+    base: dict[str, dict[str, Any]] = {
+        "method": {"name": "diffusion_dpo", "beta": 100.0},
+        "model": {"path": str(model), "tune": "full"},
+        "data": {"path": str(pairs), "resolution": SIDE},
+        "train": {"steps": 4, "batch_size": 2, "lr": 1e-3, "save_every": 2, "log_every": 1, "trackers": []},
+    }
+    for name, section in sections.items():
+        base[name] = section if name == "method" else {**base.get(name, {}), **section}
+    return {**base, "output": str(output)}
