@@ -1,0 +1,132 @@
+"""Intervals: how far a measured share, or a measured difference, can be trusted.
+
+N is the number of pairs (one image before, one after, of the same prompt and seed), G the number of groups: the seeds
+of one prompt are alike, so they count as one group and not as so many independent observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the two ends of its interval, in the unit of what was measured (a share is in [0, 1])."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """In the unit of what was measured, three digits: `0.0586 [0.0262, 0.0917]`."""
+        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def points(self, signed: bool = True) -> str:
+        """In percentage points with one decimal: `+5.9 [2.6, 9.2]`, or `33.2 [27.7, 39.2]` where not `signed`."""
+        estimate, low, high = (100 * x for x in (self.estimate, self.low, self.high))
+        return f"{estimate:{'+' if signed else ''}.1f} [{low:.1f}, {high:.1f}]"
+
+    def as_dict(self) -> dict[str, float]:
+        """The three numbers by name, for JSON."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high}
+
+
+def proportion(successes: int, total: int, level: float = 0.95) -> Interval:
+    """The share of successes with Wilson's score interval (Wilson 1927), which stays in [0, 1] and never has width 0.
+
+    Trials are taken as independent: with several seeds of one prompt it is somewhat too narrow.
+
+    Raises:
+        ValueError: no trial, a count outside [0, total], or a level outside (0, 1).
+    """
+    _check_level(level)
+    if not 0 <= successes <= total or total < 1:
+        raise ValueError(
+            f"proportion: got {successes} successes of {total}; expected at least one trial and successes among them"
+        )
+    found = stats.binomtest(successes, total).proportion_ci(confidence_level=level, method="wilson")
+    return Interval(successes / total, float(found.low), float(found.high))
+
+
+def paired_difference(
+    before: ArrayLike, after: ArrayLike, groups: Sequence[Hashable] | None = None, level: float = 0.95
+) -> Interval:
+    r"""The mean of `after - before` over pairs, with an interval that is robust to groups of dependent pairs.
+
+    With d_i the N differences, m their mean, and G groups g (each pair its own group where none are given),
+
+        se^2 = G / (G - 1) * sum_g (sum_{i in g} (d_i - m))^2 / N^2,      m +- t_{G-1} * se.
+
+    That is the cluster-robust error of a mean with the finite-sample factor and the degrees of freedom of Cameron and
+    Miller, "A Practitioner's Guide to Cluster-Robust Inference" (2015), sections II and VI; used for evaluations of
+    models by Miller, "Adding Error Bars to Evals" (2024). Without groups it is Student's paired interval.
+
+    Where all pairs differ by the same c, se is 0 and says nothing: 20 pairs of which none changed do not prove that
+    none ever would. Then at most a share q = 1 - (1 - level)^(1/G) of all groups (about 3 / G at 95 %, the rule of
+    three) can be other than c, each by no more than a pair can differ at all, S = max(1, range of the scores):
+    [(1 - q) c - q S, (1 - q) c + q S]. No interval reaches beyond [-S, S].
+
+    Args:
+        before: [N] scores, or outcomes 0 and 1.
+        after: [N] the same of the other side, in the same order.
+        groups: [N] what dependent pairs share, such as the prompt.
+        level: the coverage.
+
+    Raises:
+        ValueError: lengths differ, a score is not finite, or there are fewer than two pairs or groups.
+    """
+    _check_level(level)
+    first, second = _scores("before", before), _scores("after", after)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"paired_difference: {first.size} scores before but {second.size} after; expected one pair each"
+        )
+    difference = second - first
+    labels = _group_numbers(groups, difference.size)
+    num_groups = int(labels.max(initial=-1)) + 1
+    if num_groups < 2:
+        raise ValueError(
+            f"paired_difference: {difference.size} pairs in {num_groups} groups; an interval needs two groups, "
+            "so measure more prompts"
+        )
+    mean = float(difference.mean())
+    span = max(1.0, float(np.ptp([first, second])))
+    sums = np.bincount(labels, weights=difference - mean)
+    error = float(np.sqrt(num_groups / (num_groups - 1) * (sums**2).sum())) / difference.size
+    if np.ptp(difference) <= 1e-12 * span:
+        other = 1 - (1 - level) ** (1 / num_groups)
+        low, high = (1 - other) * mean - other * span, (1 - other) * mean + other * span
+    else:
+        reach = float(stats.t.ppf((1 + level) / 2, num_groups - 1)) * error
+        low, high = mean - reach, mean + reach
+    return Interval(mean, max(low, -span), min(high, span))
+
+
+def _group_numbers(groups: Sequence[Hashable] | None, number: int) -> NDArray[np.intp]:
+    """[N] the group of each pair, numbered from 0 in the order of appearance."""
+    if groups is None:
+        return np.arange(number)
+    if len(groups) != number:
+        raise ValueError(f"paired_difference: {len(groups)} groups for {number} pairs; expected the group of each pair")
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp)
+
+
+def _scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    scores = np.asarray(values, dtype=np.float64)
+    if scores.ndim != 1:
+        raise ValueError(f"{name}: scores of shape {list(scores.shape)}; expected one number per image, [N]")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise ValueError(f"{name}: score {bad[0]} of {scores.size} is {scores[bad[0]]}; expected finite numbers only")
+    return scores
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level: got {level}; expected a coverage between 0 and 1, such as 0.95")

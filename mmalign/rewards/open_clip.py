@@ -1,0 +1,89 @@
+"""Any open_clip model as a judge: the cosine of image and prompt times the learned scale, as CLIPScore and PickScore.
+
+Prompts that are longer than the text tower's context are cut by the tokenizer, as in CLIP's training. A model's logit
+bias (SigLIP) is left out: it is the same for every pair. N is the number of images, E the width of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor
+
+from mmalign.rewards import Judge
+from mmalign.share import resolve_model
+
+
+class Config(BaseModel):
+    """Options of the judge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pretrained: str | None = None
+    """Where `path` is an architecture of open_clip (`ViT-B-32`): the tag or the file of its weights."""
+    batch_size: PositiveInt = 64
+    """Images that go through the network at once."""
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """A loaded model, in float32 and eval mode."""
+
+    model: Any  # open_clip has no types: CLIP, CustomTextCLIP or CoCa
+    preprocess: Callable[[Image.Image], Tensor]  # to [3, H, W]
+    tokenize: Callable[[list[str]], Tensor]  # to [N, context]
+    device: torch.device
+    batch_size: int
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+        """Scores [N], float32, on the device of the model; `t` is not read."""
+        parts = [torch.empty(0, device=self.device)]
+        for start in range(0, len(images), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            parts.append(self._score(images[rows], prompts[rows]))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
+        image: Tensor = self.model.encode_image(pixels, normalize=True)  # [N, E]
+        text: Tensor = self.model.encode_text(self.tokenize(list(prompts)).to(self.device), normalize=True)  # [N, E]
+        scale: Tensor = self.model.logit_scale.exp()
+        return (scale * (image * text).sum(-1)).float()
+
+
+def load(path: str, device: torch.device, cfg: Config) -> Judge:
+    """The model in a folder (config, weights and tokenizer as open_clip saves them), on the Hub, or of a known name.
+
+    Raises:
+        ValueError: there is no such model, or its weights are missing or do not fit its config.
+    """
+    import open_clip
+
+    try:
+        name = _open_clip_name(path, cfg.pretrained)
+        # Not `create_model`: that one goes on with random weights where it finds none.
+        model, preprocess = open_clip.create_model_from_pretrained(name, cfg.pretrained, precision="fp32")
+        tokenize = open_clip.get_tokenizer(name)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"judge open_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder with"
+            " open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip"
+            " with `pretrained`"
+        ) from error
+    return OpenClip(model.eval().requires_grad_(False).to(device), preprocess, tokenize, device, cfg.batch_size)
+
+
+def _open_clip_name(path: str, pretrained: str | None) -> str:
+    """The name as open_clip wants it: with a schema for folders and Hub ids, bare for its own architectures."""
+    bare = path.removeprefix("hf-hub:").removeprefix("local-dir:")
+    if pretrained is not None:
+        return bare  # a folder or Hub id is refused under this name, and it should be: it brings its own weights
+    found = resolve_model(bare)
+    return f"local-dir:{found}" if Path(found).exists() else f"hf-hub:{found}"

@@ -1,0 +1,137 @@
+"""Intervals: worked by hand, against scipy, and by the coverage they promise."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mmalign.evaluation.intervals import Interval, paired_difference, proportion
+
+
+def test_points_and_str() -> None:
+    interval = Interval(0.0586, 0.0262, 0.0917)
+    assert interval.points() == "+5.9 [2.6, 9.2]"
+    assert interval.points(signed=False) == "5.9 [2.6, 9.2]"
+    assert str(interval) == "0.0586 [0.0262, 0.0917]"
+    assert Interval(-0.01, -0.04, 0.02).points() == "-1.0 [-4.0, 2.0]"
+
+
+def test_wilson_by_hand() -> None:
+    """For k of n and z = 1.96: centre (k + z^2 / 2) / (n + z^2), reach z sqrt(k (n - k) / n + z^2 / 4) / (n + z^2)."""
+    k, n, z = 8, 10, 1.959964
+    centre = (k + z * z / 2) / (n + z * z)
+    reach = z * np.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    found = proportion(k, n)
+    assert found.estimate == 0.8
+    assert found.low == pytest.approx(centre - reach, abs=1e-6)
+    assert found.high == pytest.approx(centre + reach, abs=1e-6)
+    assert proportion(0, 10).high == pytest.approx(z * z / (10 + z * z), abs=1e-6)  # not zero
+
+
+def test_paired_difference_by_hand() -> None:
+    """Differences 1, 0, 0, 1, -1: mean 0.2, s^2 = 2.8 / 4, se = sqrt(0.7 / 5); t_4 = 2.776445."""
+    found = paired_difference([0, 0, 1, 0, 1], [1, 0, 1, 1, 0])
+    assert found.estimate == pytest.approx(0.2)
+    assert found.high == 1.0  # 0.2 + 1.04, but no outcome can change by more than 1
+    assert 0.2 - found.low == pytest.approx(2.776445 * np.sqrt(0.14), rel=1e-6)
+
+
+def test_is_student_without_groups() -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(20, 2, 30), rng.normal(21, 2, 30)
+    theirs = stats.ttest_rel(after, before).confidence_interval(0.9)
+    ours = paired_difference(before, after, level=0.9)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_copies_in_a_group_add_nothing() -> None:
+    """Every pair three times, grouped, is the same evidence as once: the same interval, not one narrower by sqrt(3)."""
+    before, after = [0.0, 0.3, 0.5, 0.1], [0.4, 0.2, 0.9, 0.3]
+    once = paired_difference(before, after)
+    thrice = paired_difference(np.repeat(before, 3), np.repeat(after, 3), np.repeat(["a", "b", "c", "d"], 3).tolist())
+    assert (thrice.estimate, thrice.low, thrice.high) == pytest.approx((once.estimate, once.low, once.high))
+    careless = paired_difference(np.repeat(before, 3), np.repeat(after, 3))
+    assert careless.high - careless.low < 0.7 * (once.high - once.low)
+
+
+def test_groups_by_hand() -> None:
+    """Differences 1, 1 | 0 | 0, -1, so m = 0.2 and the groups' residual sums are 1.6, -0.2, -1.4.
+
+    se^2 = 3/2 (2.56 + 0.04 + 1.96) / 25 = 0.2736; t_2 = 4.302653.
+    """
+    found = paired_difference([0, 0, 1, 1, 1], [1, 1, 1, 1, 0], groups=["x", "x", "y", "z", "z"], level=0.5)
+    assert found.high - found.estimate == pytest.approx(stats.t.ppf(0.75, 2) * np.sqrt(0.2736))
+
+
+def test_no_change_is_no_proof() -> None:
+    """60 pairs without any change: by the rule of three, up to 3 / 60 of all pairs may change after all."""
+    found = paired_difference(np.ones(60), np.ones(60))
+    assert found.estimate == 0.0
+    assert found.high == pytest.approx(1 - 0.05 ** (1 / 60)) == pytest.approx(3 / 60, rel=0.05)
+    assert found.low == -found.high
+
+
+def test_all_gained_is_no_certainty() -> None:
+    found = paired_difference(np.zeros(20), np.ones(20))
+    assert (found.estimate, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(1 - 2 * (1 - 0.05 ** (1 / 20)))
+
+
+def test_equal_change_up_to_rounding_is_equal_change() -> None:
+    before = np.array([0.1, 0.2, 0.3, 0.7])
+    assert paired_difference(before, before + 0.1).high > 0.5
+
+
+@pytest.mark.parametrize(("gain", "loss", "number"), [(0.12, 0.06, 100), (0.3, 0.1, 40), (0.01, 0.0, 60)])
+def test_coverage_of_outcomes(gain: float, loss: float, number: int) -> None:
+    """Holds the truth about as often as it says, also where changes are so rare that often none is seen."""
+    rng = np.random.default_rng(7)
+    held = 0
+    for _ in range(1000):
+        change = rng.choice([1, -1, 0], size=number, p=[gain, loss, 1 - gain - loss])
+        found = paired_difference(change == -1, change == 1)
+        held += found.low <= gain - loss <= found.high
+    assert held >= 925  # 950 expected; three standard deviations are 21
+
+
+def test_coverage_with_groups() -> None:
+    """Four seeds of a prompt share its luck: only the grouped interval covers."""
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(30), 4).tolist()
+    grouped = careless = 0
+    for _ in range(400):
+        difference = 0.2 + np.repeat(rng.normal(0, 1, 30), 4) + rng.normal(0, 0.5, 120)
+        found = paired_difference(np.zeros(120), difference, groups)
+        grouped += found.low <= 0.2 <= found.high
+        found = paired_difference(np.zeros(120), difference)
+        careless += found.low <= 0.2 <= found.high
+    assert 365 <= grouped <= 396
+    assert careless < 320
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "groups", "said"),
+    [
+        ([1.0], [0.0], None, "two groups"),
+        ([1.0, 0.0], [0.0, 1.0], ["a", "a"], "2 pairs in 1 groups"),
+        ([1.0, 0.0], [0.0], None, "2 scores before but 1 after"),
+        ([1.0, float("nan")], [0.0, 1.0], None, "before: score 1 of 2 is nan"),
+        ([1.0, 2.0], [0.0, float("inf")], None, "after: score 1 of 2 is inf"),
+        ([1.0, 2.0], [0.0, 1.0], ["a"], "1 groups for 2 pairs"),
+        ([[1.0, 2.0]], [[0.0, 1.0]], None, r"shape \[1, 2\]"),
+    ],
+)
+def test_refuses(before: list[float], after: list[float], groups: list[str] | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        paired_difference(before, after, groups)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 0), (3, 2), (-1, 4)])
+def test_refuses_counts(successes: int, total: int) -> None:
+    with pytest.raises(ValueError, match=f"{successes} successes of {total}"):
+        proportion(successes, total)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
+def test_refuses_level(level: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        paired_difference([0.0, 1.0], [1.0, 1.0], level=level)

@@ -1,0 +1,191 @@
+"""The open_clip judge on a tiny random model, against open_clip called by hand; and the guards around any judge."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmalign.rewards import Judge, checked, judge_module, load_judge, names
+from mmalign.rewards.open_clip import _open_clip_name
+
+CONTEXT = 12
+PROMPTS = ["a red circle", "two blue stars", "a red circle", "Green!", ""]
+
+
+def tokenizer_into(folder: Path) -> int:
+    """A CLIP tokenizer of single letters, saved; the end token has the highest id, as open_clip needs it."""
+    from transformers import CLIPTokenizer
+
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return len(tokens)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": tokenizer_into(path),
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+            "hf_tokenizer_name": "tiny",
+        },
+    }
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**json.loads(json.dumps(config)))
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path / "open_clip_model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    """Pictures of noise, of several sizes and modes."""
+    torch.manual_seed(1)
+    sizes = [(16, 16), (40, 24), (16, 16), (7, 33), (64, 64)]
+    noise = [Image.fromarray(torch.randint(256, (h, w, 3), dtype=torch.uint8).numpy()) for w, h in sizes]
+    return [*noise[:3], noise[3].convert("L"), noise[4].convert("RGBA")]
+
+
+def test_scores_are_the_diagonal_of_open_clips_own_logits(folder: Path, images: list[Image.Image]) -> None:
+    scores = load_judge("open_clip", str(folder), "cpu")(images, PROMPTS)
+
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    ids = open_clip.get_tokenizer(f"local-dir:{folder}")(PROMPTS)
+    with torch.no_grad():
+        logits, _ = model.eval().get_logits(torch.stack([preprocess(i) for i in images]), ids)
+    assert scores.shape == (5,) and scores.dtype == torch.float32 and not scores.requires_grad
+    torch.testing.assert_close(scores, logits.diagonal(), rtol=1e-5, atol=1e-5)
+    scale = 1 / 0.07  # what CLIP is initialised with: a cosine times it is within
+    assert scores.abs().max() <= scale * 1.001
+    assert scores.std() > 0.01  # rows do differ
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_the_batch_size_does_not_change_a_score(folder: Path, images: list[Image.Image], batch_size: int) -> None:
+    one_by_one = load_judge("open_clip", str(folder), batch_size=batch_size)
+    whole = load_judge("open_clip", str(folder))
+    torch.testing.assert_close(one_by_one(images, PROMPTS), whole(images, PROMPTS), rtol=1e-5, atol=1e-5)
+    backwards = whole(images[::-1], PROMPTS[::-1]).flip(0)
+    torch.testing.assert_close(backwards, whole(images, PROMPTS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_caption_is_cut_as_clip_cuts_it(folder: Path, images: list[Image.Image]) -> None:
+    judge = load_judge("open_clip", str(folder))
+    kept = "a b c d e f g h i j"  # ten tokens, which with the start and end tokens fill the context of 12
+    torch.testing.assert_close(judge(images[:1], [kept + " z" * 10_000]), judge(images[:1], [kept]))
+    assert judge(images[:1], [kept + " z"]) != judge(images[:1], [kept[:-1] + "z"])  # the tenth token still counts
+
+
+def test_no_images_give_no_scores(folder: Path) -> None:
+    assert load_judge("open_clip", str(folder))([], []).shape == (0,)
+
+
+def test_a_folder_without_weights_is_refused_not_filled_with_random_ones(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"judge open_clip: cannot load .*expected a folder with open_clip_config\.json"
+    ):
+        load_judge("open_clip", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("models/no_such_clip", {}, "no file or folder 'models/no_such_clip'"),
+        ("ViT-B-32", {}, "or an architecture of open_clip with `pretrained`"),
+        ("ViT-B-32", {"pretrained": "no_such_tag"}, "no_such_tag"),
+        ("ViT-B-3", {"pretrained": "openai"}, "ViT-B-3"),
+    ],
+)
+def test_what_is_no_model_ends_in_one_sentence(path: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_judge("open_clip", path, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_names_reach_open_clip_with_the_schema_it_wants(folder: Path) -> None:
+    assert _open_clip_name(str(folder), None) == _open_clip_name(f"local-dir:{folder}", None) == f"local-dir:{folder}"
+    assert _open_clip_name("org/name", None) == _open_clip_name("hf-hub:org/name", None) == "hf-hub:org/name"
+    assert _open_clip_name("ViT-B-32", "laion2b_s34b_b79k") == "ViT-B-32"
+
+
+def test_a_built_in_name_takes_weights_from_pretrained(tmp_path: Path) -> None:
+    """The name, and no schema, reaches open_clip; the weights are the file's."""
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 8, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    }
+    config["text_cfg"] = {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+    (tmp_path / "tiny-arch.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    save_file(open_clip.create_model("tiny-arch").state_dict(), tmp_path / "weights.safetensors")
+    judge = load_judge("open_clip", "tiny-arch", pretrained=str(tmp_path / "weights.safetensors"))
+    assert judge([Image.new("RGB", (8, 8))], ["a cat"]).isfinite().all()
+
+
+def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Path) -> None:
+    assert names() == sorted(names()) and "open_clip" in names()
+    with pytest.raises(
+        ValueError, match=r"there is no 'open-clip'; there are .*open_clip.*; did you mean 'open_clip'\?"
+    ):
+        judge_module("open-clip")
+    with pytest.raises(ValueError, match=r"judge open_clip: batchsize: .*got 3; options: pretrained, batch_size"):
+        load_judge("open_clip", str(folder), batchsize=3)
+    with pytest.raises(ValueError, match=r"judge open_clip: batch_size: .*greater than 0"):
+        load_judge("open_clip", str(folder), batch_size=0)
+
+
+BLANK = [Image.new("RGB", (4, 4))] * 3
+
+
+def judging(scores: Tensor) -> Judge:
+    def judge(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+        return scores if t is None else scores + t
+
+    return checked("stub", judge)
+
+
+def test_the_guard_lets_good_scores_and_timesteps_through() -> None:
+    judge = judging(torch.tensor([1.0, -2.0, 0.0]))
+    assert judge(BLANK, "abc").tolist() == [1, -2, 0]
+    assert judge(BLANK, "abc", torch.tensor([1.0, 2.0, 3.0])).tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.tensor([0.0, torch.nan, -torch.inf]), r"judge stub: 2 of 3 scores are not finite \(rows 1, 2; .*'b'"),
+        (torch.zeros(3, 1), r"shape \[3, 1\] and torch.float32 for 3 images; expected \[3\]"),
+        (torch.zeros(2), r"shape \[2\]"),
+        (torch.tensor(0.0), r"shape \[\]"),
+        (torch.zeros(3, dtype=torch.bfloat16), "torch.bfloat16"),
+    ],
+)
+def test_the_guard_names_the_judge_and_the_rows(scores: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judging(scores)(BLANK, ["a", "b", "c"])
+
+
+def test_the_guard_counts_prompts() -> None:
+    with pytest.raises(ValueError, match="judge stub: 3 images and 2 prompts"):
+        judging(torch.zeros(3))(BLANK, ["a", "b"])
