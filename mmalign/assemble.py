@@ -4,51 +4,63 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mmalign import families, methods
 from mmalign.data import sources
 from mmalign.families import Loading, Sampling, TextToImage
 from mmalign.families.lora import add_lora
+from mmalign.optim import build_optimizer
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
-from mmalign.recipe import Data, Drawing, JudgeConfig, Model, Recipe
+from mmalign.recipe import Data, Drawing, JudgeConfig, Model, Recipe, Train
 from mmalign.rewards import Judge, judge_module, load_judge
 from mmalign.share import locate, resolve, resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
 
 
-def check(recipe: Recipe, *, data: bool = True) -> None:
+def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     """Everything that can be known to be wrong without loading a model: files, columns, classes, devices, packages.
 
     Args:
         recipe: what to check.
         data: the preference pairs too; drawing pictures needs none.
+        training: what only training needs too: optimizer and trackers.
 
     Raises:
         ValueError: one sentence that says where, what came, what was expected, and what to do.
     """
-    path = resolve_model(recipe.model.path)
-    if Path(path).is_dir():
-        families.pipeline_class(path)
-    if data:
-        check_data(recipe.data)
-    if recipe.train.precision == "float16" and not torch.cuda.is_available():
-        raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
-    judges = [section.judge for section in (recipe.evaluate, recipe.prepare) if section is not None and section.judge]
-    for judge in judges:
-        judge_module(judge.name)
-        if "/" in judge.path:  # else the name of a model that the judge's library knows
-            resolve_model(judge.path)
-    if recipe.evaluate and isinstance(recipe.evaluate.prompts, str):
-        resolve(recipe.evaluate.prompts)
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
+    if recipe.train.precision == "float16" and not torch.cuda.is_available():
+        raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    if training:
+        _check_training(recipe.train)
+    if data:
+        check_data(recipe.data)
+    for name, section in (("evaluate", recipe.evaluate), ("prepare", recipe.prepare)):
+        if section is not None and section.judge is not None:
+            judge_module(section.judge.name)
+            if "/" in section.judge.path:  # else the name of a model that the judge's library knows
+                _located(f"{name}.judge.path", section.judge.path)
+        if section is not None:
+            _check_prompts(f"{name}.prompts", section.prompts)
+            side = section.drawing.resolution or 0
+            if side % 8:
+                raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
+    if recipe.model.vae is not None:
+        _located("model.vae", recipe.model.vae)
+    # The last, since it may ask the Hub.
+    families.pipeline_class(_located("model.path", recipe.model.path), recipe.model.revision)
 
 
 def check_data(data: Data) -> None:
@@ -58,6 +70,75 @@ def check_data(data: Data) -> None:
         ValueError: where, what came, what was expected, what to do.
     """
     sources.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
+    if data.crop == "random" and data.cache not in ("off", "auto"):
+        raise ValueError(
+            f"data.cache: {data.cache} cannot be used with data.crop: random, which is never the same twice; "
+            "use cache: off"
+        )
+    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
+        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
+
+
+def _check_training(train: Train) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in train.trackers:  # accelerate would go on without one that is not installed
+        if name not in available:
+            what = "is not installed; install it" if name in LOGGER_TYPE_TO_CLASS else "is unknown; correct it"
+            installed = ", ".join(available) or "none"
+            raise ValueError(f"train.trackers: {name} {what}, or leave it out (there are: {installed})")
+    some = [nn.Parameter(torch.zeros(1))]  # the optimizer says whether its package is there
+    build_optimizer(some, train.optimizer, lr=train.lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def _check_prompts(key: str, prompts: int | str) -> None:
+    if isinstance(prompts, str):
+        read_prompts(key, prompts)
+    elif prompts < 1:
+        raise ValueError(f"{key}: expected at least 1, or a file with one prompt a line, got {prompts}")
+
+
+def read_prompts(key: str, name: str) -> list[str]:
+    """The prompts of a file, one a line; empty lines and those that begin with # are none.
+
+    Raises:
+        ValueError: there is no such file, it is no text, or it has no prompt; `key` says where its name came from.
+    """
+    path = _located(key, name, resolve)
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {path} cannot be read ({error}); expected a text file in UTF-8") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{key}: {path} has none; expected one prompt a line")
+    return prompts
+
+
+def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:
+    """What a name of the recipe means; where there is nothing, the sentence begins with the name's key."""
+    try:
+        return str(find(name))
+    except ValueError as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
+
+
+def make_folder(key: str, folder: Path) -> Path:
+    """The folder that the recipe names at `key`, made if it is not there.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{key}: {folder} cannot be written to ({error.strerror}); name a folder in which you may write"
+        ) from error
+    return folder
 
 
 def load_model(model: Model, precision: str, device: torch.device) -> TextToImage:
@@ -118,15 +199,15 @@ def load_aligned(family: TextToImage, folder: Path) -> Policy:
         folder: what `TextToImage.save` wrote.
 
     Raises:
-        ValueError: nothing has been trained there yet.
+        ValueError: nothing has been trained there yet, or its files are damaged.
     """
     base: Any = family.denoiser
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
-        base.load_lora_adapter(folder, prefix="unet")
-        return Policy(family, base, base, AdaptersOff())
-    if not (folder / "unet").is_dir():
-        raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first")
-    net = type(base).from_pretrained(folder / "unet", dtype=base.dtype).to(base.device).requires_grad_(False).eval()
+    with families.intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
+        if (folder / ADAPTERS).is_file():
+            base.load_lora_adapter(folder, prefix="unet", weight_name=ADAPTERS)
+            return Policy(family, base, base, AdaptersOff())
+        net = type(base).from_pretrained(folder / "unet", dtype=base.dtype).to(base.device)
+    net.requires_grad_(False).eval()
     return Policy(family, net, net, FrozenCopy(base))
 
 
@@ -137,7 +218,10 @@ def sampling(drawing: Drawing) -> Sampling:
 
 def judge(config: JudgeConfig, device: torch.device) -> Judge:
     """The recipe's judge in memory."""
-    return load_judge(config.name, config.path, device, **config.options)
+    try:
+        return load_judge(config.name, config.path, device, **config.options)
+    except SafetensorError as error:
+        raise ValueError(f"judge.path: the weights of {config.path} are damaged ({error}); copy them anew") from error
 
 
 def fingerprint(net: nn.Module) -> str:

@@ -6,12 +6,36 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+
+
+class _Commands(TyperGroup):
+    """All commands; a mistake ends in its sentence and exit code 1, not in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command of the context (MMALIGN_TRACEBACK=1 shows where an error came from)."""
+        _quiet()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # here, since what typer makes of it changes from version to version
+            _complain("stopped; the same command goes on from what was saved last")
+            raise SystemExit(130) from None
+        except Exception as error:
+            from mmalign.checkpoint import CheckpointError  # which imports torch
+
+            told = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
+            if not told or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
+                raise
+            _complain(f"error: {_sentence(error)}")
+            raise SystemExit(1) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -88,30 +112,40 @@ def _load(name: str, overrides: list[str] | None):  # type: ignore[no-untyped-de
 
 
 def main() -> None:
-    """Run the command line; a mistake ends in its sentence, not in a traceback (MMALIGN_TRACEBACK=1 shows it)."""
-    _quiet()
-    from mmalign.checkpoint import CheckpointError
+    """Run the command line."""
+    app()
 
-    try:
-        app()
-    except (ValueError, FloatingPointError, CheckpointError) as error:
-        if os.environ.get("MMALIGN_TRACEBACK"):
-            raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on from the last checkpoint")
-        raise SystemExit(130) from None
+
+def _complain(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="red", markup=False)
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, for people; the operating system says what, but not what to do."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno is None or error.strerror is None:  # a library's
+        return " ".join(str(error).split())
+    if error.strerror != os.strerror(error.errno):  # ours, which is a sentence already
+        return error.strerror
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{error.strerror}; make room, or name a path that you may use, and run the same command again: "
+        "what was finished before is kept"
+    )
 
 
 def _quiet() -> None:
-    """The libraries' notices and loading bars say nothing that a person can act on here."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    """The libraries' notices and loading bars say nothing that a person can act on here, and bury what is said."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers)\.")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    # By name and by environment: the one holds for what is imported already, the other for what is not yet. Diffusers
+    # also logs as errors what it then raises.
+    for library, level in (("transformers", "error"), ("diffusers", "critical")):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", level)
+        logging.getLogger(library).setLevel(level.upper())
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 

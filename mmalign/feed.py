@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from mmalign.data.cache import ArrayCache, fingerprint_tensors
@@ -17,6 +18,8 @@ from mmalign.encode import EncodedPairs, Encoder, fill_latents, fill_text, text_
 from mmalign.families import TextToImage
 from mmalign.recipe import Data
 from mmalign.share import locate
+
+Opened = tuple[Pairs, Pairs | None]  # to train on, and held out
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,16 @@ class Feed:
         """The held-out batches, always in the same order; none if nothing is held out."""
         return self.encoder.batches(self.held, 0) if self.held else iter(())
 
+    def places(self, epoch: int, number: int) -> list[str]:
+        """Where the pairs of a training batch lie, for people."""
+        return self.train.places(epoch, number)
+
     def dropped(self) -> list[Dropped]:
         """The images that could not be read in the batches so far."""
         return self.train.dropped + (self.held.dropped if self.held else [])
 
 
-def open_data(data: Data, seed: int) -> tuple[Pairs, Pairs | None]:
+def open_data(data: Data, seed: int) -> Opened:
     """The recipe's pairs: (to train on, held out or None). No image is read.
 
     Raises:
@@ -69,6 +76,7 @@ def open_feed(
     seed: int,
     accelerator: Any,
     say: Any,
+    opened: Opened | None = None,
 ) -> Feed:
     """Open the recipe's pairs and fill its caches with what the frozen encoders make of them.
 
@@ -80,26 +88,21 @@ def open_feed(
         seed: of order, crops, flips and the hold-out.
         accelerator: says which process this is.
         say: takes a line of text.
+        opened: what `open_data` has given, for those who must know that it is sound before they have a family.
 
     Raises:
-        ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad.
+        ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad, or all pairs.
     """
-    train, held = open_data(data, seed)
+    train, held = opened or open_data(data, seed)
+    sources = [train] if held is None else [train, held]
     view = View(data.resolution or family.resolution, data.crop, data.flip)
-    latents, text = None, None
+    latents, text, bad = None, None, list[Dropped]()
     if data.cache != "off" and data.crop == "center":
         folder = output / "cache" if data.cache == "auto" else Path(data.cache)
         encoders = {name: fingerprint_tensors(net.state_dict()) for name, net in family.encoders()}
         latents = ArrayCache.open(folder / "latents", {"vae": encoders.pop("vae"), "resolution": view.resolution})
         text = ArrayCache.open(folder / "text", encoders)
-        for pairs in (train, held):
-            if pairs is not None:
-                _fill(family, pairs, view, latents, text, data, accelerator, say)
-    elif data.cache not in ("off", "auto"):
-        raise ValueError(
-            f"data.cache: {data.cache} cannot be used with data.crop: random, "
-            "which is never the same twice; use cache: off"
-        )
+        bad = _fill(family, sources, view, latents, text, data, accelerator)
     common: dict[str, Any] = {
         "seed": seed,
         "view": view,
@@ -111,39 +114,46 @@ def open_feed(
     loader = PairLoader(train, batch_size=batch_size, rank=rank, world_size=world, **common)
     # Every process scores all held-out pairs, so that all know the same number.
     scored = PairLoader(held, batch_size=batch_size, keep_last=True, **common) if held is not None else None
+    for checked in (loader, scored):
+        if checked is not None:
+            checked.check_readable()
+    if bad:
+        say(f"{len(bad)} images cannot be read, and their pairs are left out: {listed(bad)}")
+    prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
+    cut = family.count_cut(prompts)
+    if cut:
+        say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
     about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
     return Feed(Encoder(family, family.unconditional(), text), loader, scored, about)
 
 
 def _fill(
     family: TextToImage,
-    pairs: Pairs,
+    sources: Sequence[Pairs],
     view: View,
     latents: ArrayCache,
     text: ArrayCache,
     data: Data,
     accelerator: Any,
-    say: Any,
-) -> None:
-    """Encode what the caches lack, each process its share, with a bar."""
+) -> list[Dropped]:
+    """Encode what the caches lack, each process its share, with a bar; gives the images that cannot be read."""
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    prompts = sorted({pair.prompt for pair in pairs})
     bad: list[Dropped] = []
-    with Progress(transient=True, disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("encode images", total=None)
-        for found in fill_latents(family, pairs, view, latents, num_workers=data.workers, **share):
-            if isinstance(found, Dropped):
-                bad.append(found)
-                check_bad(bad, data.max_bad, pairs.source)
-            bar.advance(task)
-        task = bar.add_task("encode prompts", total=len(text.missing(map(text_key, prompts))))
-        for number in fill_text(family, prompts, text, **share):
-            bar.advance(task, number)
-    accelerator.wait_for_everyone()
-    latents.refresh()
-    text.refresh()
-    if bad:
-        say(f"{len(bad)} images cannot be read, and their pairs are left out: {listed(bad)}")
-    cut = family.count_cut(prompts)
-    if cut:
-        say(f"{cut} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
+    console = Console(stderr=True)
+    shown = accelerator.is_main_process and console.is_terminal
+    with Progress(transient=True, console=console, disable=not shown) as bar:
+        for pairs in sources:
+            task = bar.add_task("encode images", total=None)
+            for found in fill_latents(family, pairs, view, latents, num_workers=data.workers, **share):
+                if isinstance(found, Dropped):
+                    bad.append(found)
+                    check_bad(bad, data.max_bad, pairs.source)
+                bar.advance(task)
+            prompts = sorted(set(pairs.prompts()))
+            task = bar.add_task("encode prompts", total=len(text.missing(map(text_key, prompts))))
+            for number in fill_text(family, prompts, text, **share):
+                bar.advance(task, number)
+            accelerator.wait_for_everyone()
+            latents.refresh()
+            text.refresh()
+    return bad

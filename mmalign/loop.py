@@ -154,6 +154,11 @@ class _Window:
         torch._foreach_mul_(gradients, accelerator.num_processes / total)
         limit = learner.clip if learner.clip is not None else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update by itself
+            raise FloatingPointError(
+                f"train: the gradient of update {step} is not finite; no weight was changed: "
+                "the last checkpoint is good, lower train.lr, or use train.precision: bfloat16 or float32"
+            )
         rate = learner.lr * learner.factor(step - 1)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate

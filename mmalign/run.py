@@ -16,12 +16,12 @@ from torch import nn
 from mmalign import assemble, methods
 from mmalign.evaluation import implicit, preference, scenes
 from mmalign.families import Sampling, TextToImage
-from mmalign.feed import open_feed
+from mmalign.feed import Opened, open_data, open_feed
 from mmalign.page import Entry, write_gallery
 from mmalign.policy import Policy
 from mmalign.recipe import Recipe
-from mmalign.share import resolve
-from mmalign.training import Trained, train
+from mmalign.rewards import Judge
+from mmalign.training import Trained, read_trained, require_base, train, unwritten, written
 
 __all__ = ["Evaluation", "Trained", "evaluate", "gallery", "prepare", "train"]
 
@@ -54,29 +54,42 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
         raise ValueError(
             "evaluate: the recipe has no such section; add one, for example {benchmark: scenes, prompts: 256}"
         )
-    assemble.check(recipe, data=section.benchmark == "implicit")
+    drawn, trained = section.benchmark != "implicit", Path(recipe.output) / "model"
+    if not drawn and not recipe.data.hold_out:
+        raise ValueError("evaluate: implicit needs pairs kept from training; set data.hold_out, for example to 0.1")
+    assemble.check(recipe, data=not drawn)
+    about = read_trained(trained)
+    opened = None if drawn else open_data(recipe.data, recipe.train.seed)
     device = _device()
+    # Before hours of drawing: a judge that cannot be loaded.
+    judge = assemble.judge(section.judge, device) if section.judge and section.benchmark == "preference" else None
     family = assemble.load_model(recipe.model, recipe.train.precision, device)
-    policy = assemble.load_aligned(family, Path(recipe.output) / "model")
+    require_base(about, trained, family)
+    policy = assemble.load_aligned(family, trained)
     folder = Path(recipe.output) / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    if section.benchmark == "implicit":
-        evaluation = _implicit(recipe, policy, folder, say)
-    else:
-        evaluation = _drawn(recipe, policy, folder, device)
-    _write_json(folder / "result.json", evaluation.result)
-    for row in evaluation.table:
+    with written(folder) as part:
+        part.mkdir()
+        if opened is None:
+            result, table = _drawn(recipe, policy, judge, part, _of(recipe, about), say)
+        else:
+            result, table = _implicit(recipe, policy, opened, say)
+        _write_json(part / "result.json", result)
+    for row in table:
         say("  ".join(cell.ljust(22) for cell in row).rstrip())
-    return evaluation
+    return Evaluation(folder, result, table)
 
 
-def _implicit(recipe: Recipe, policy: Policy, folder: Path, say: Say) -> Evaluation:
+def _of(recipe: Recipe, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation is of: another model or other settings want another one."""
+    assert recipe.evaluate is not None
+    return {"trained": dict(about), "evaluate": recipe.evaluate.model_dump()}
+
+
+def _implicit(recipe: Recipe, policy: Policy, opened: Opened, say: Say) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
     """How often the trained model finds the chosen one of a held-out pair likelier than the base model does."""
     from accelerate import Accelerator
 
     assert recipe.evaluate is not None
-    if not recipe.data.hold_out:
-        raise ValueError("evaluate: implicit needs pairs kept from training; set data.hold_out, for example to 0.1")
     feed = open_feed(
         policy.family,
         recipe.data,
@@ -85,16 +98,22 @@ def _implicit(recipe: Recipe, policy: Policy, folder: Path, say: Say) -> Evaluat
         seed=recipe.train.seed,
         accelerator=Accelerator(),
         say=say,
+        opened=opened,
     )
     report = implicit.accuracy(policy, feed.held_out(), draws=recipe.evaluate.draws, seed=recipe.evaluate.seed)
-    return Evaluation(folder, report.as_dict(), report.table())
+    return report.as_dict(), report.table()
 
 
-def _drawn(recipe: Recipe, policy: Policy, folder: Path, device: torch.device) -> Evaluation:
+def _drawn(
+    recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, of: Mapping[str, Any], say: Say
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
     """Pictures of both models for the same prompts and starting noise, measured by the exact reader or by a judge."""
     section = recipe.evaluate
     assert section is not None
-    prompts = _prompts(section.prompts, section.split, section.seed)
+    prompts = _prompts("evaluate.prompts", section.prompts, section.split, section.seed)
+    cut = policy.family.count_cut(prompts)
+    if cut:
+        say(f"{cut} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     before, after = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing))
     if section.benchmark == "scenes":
@@ -104,8 +123,7 @@ def _drawn(recipe: Recipe, policy: Policy, folder: Path, device: torch.device) -
         notes = [[scenes.describe(t) for t in side] for side in truths]
         result, table, name = comparison.as_dict(), comparison.table(), "share of the prompt's parts that are right"
     else:
-        assert section.judge is not None
-        judge = assemble.judge(section.judge, device)
+        assert section.judge is not None and judge is not None
         scored = [judge(images, prompts).tolist() for images in (before, after)]
         compared = preference.compare_scores(scored[0], scored[1], prompts)
         notes = [[""] * len(prompts)] * 2
@@ -125,8 +143,8 @@ def _drawn(recipe: Recipe, policy: Policy, folder: Path, device: torch.device) -
             }
         )
     result = {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}
-    _write_json(folder / "samples.json", {"score": name, "table": table, "samples": samples})
-    return Evaluation(folder, result, table)
+    _write_json(folder / "samples.json", {"of": of, "score": name, "table": table, "samples": samples})
+    return result, table
 
 
 def gallery(recipe: Recipe, say: Say = print) -> Path:
@@ -135,26 +153,35 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
     Where there are more samples than `gallery.images`, half of the page is the best gains and half the worst
     regressions.
     """
-    folder = Path(recipe.output) / "evaluation"
-    if not (folder / "samples.json").is_file():
+    if recipe.evaluate is None or recipe.evaluate.benchmark == "implicit":
+        came = "benchmark implicit draws no pictures" if recipe.evaluate else "the recipe has no such section"
+        raise ValueError(
+            f"evaluate: {came}; a gallery shows those of benchmark scenes or preference, for example "
+            "{benchmark: scenes, prompts: 256}"
+        )
+    file = Path(recipe.output) / "evaluation" / "samples.json"
+    wanted = json.loads(json.dumps(_of(recipe, read_trained(Path(recipe.output) / "model"))))
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("of") != wanted:
         evaluate(recipe, say)
-    if not (folder / "samples.json").is_file():
-        raise ValueError("gallery: benchmark implicit draws no pictures; use evaluate.benchmark scenes or preference")
-    content = json.loads((folder / "samples.json").read_text())
+    content, folder = json.loads(file.read_text(encoding="utf-8")), file.parent
     samples = content["samples"]
     order = sorted(range(len(samples)), key=lambda i: samples[i]["before"] - samples[i]["after"])
     if len(order) > recipe.gallery.images:
         best = (recipe.gallery.images + 1) // 2
         order = order[:best] + order[len(order) - (recipe.gallery.images - best) :]
     entries = [_entry(folder, i, samples[i]) for i in order]
-    page = write_gallery(
-        Path(recipe.output) / "gallery",
-        entries,
-        title=recipe.gallery.title,
-        summary=content["table"],
-        score_name=content["score"],
-        provenance=_provenance(recipe, len(samples)),
-    )
+    target = Path(recipe.output) / "gallery"
+    try:
+        page = write_gallery(
+            target,
+            entries,
+            title=recipe.gallery.title,
+            summary=content["table"],
+            score_name=content["score"],
+            provenance=_provenance(recipe, len(samples)),
+        )
+    except OSError as error:
+        raise unwritten(target, error) from error
     say(f"gallery: {page}")
     return page
 
@@ -197,11 +224,14 @@ def draw(
     family: TextToImage, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
 ) -> list[Image.Image]:
     """One picture for every prompt and seed, with a progress bar."""
+    from rich.console import Console
     from rich.progress import track
 
     images: list[Image.Image] = []
     starts = range(0, len(prompts), sampling.batch_size)
-    for i in track(starts, description="draw", transient=True, disable=len(starts) < 2):
+    console = Console(stderr=True)
+    quiet = len(starts) < 2 or not console.is_terminal
+    for i in track(starts, description="draw", transient=True, console=console, disable=quiet):
         rows = slice(i, i + sampling.batch_size)
         images += family.sample(net, prompts[rows], seeds[rows], sampling)
     return images
@@ -224,35 +254,32 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
             "prepare: the recipe has no such section; "
             "add one with a judge, as configs/text_to_image/quickstart.yaml does"
         )
+    assemble.check(recipe, data=False)
+    path = Path(recipe.data.path)
+    if path.is_dir():
+        raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
+    assemble.make_folder("data.path", path.parent)
     device, started = _device(), time.time()
     family = assemble.load_model(recipe.model, recipe.train.precision, device)
     judge = assemble.judge(section.judge, device)
-    prompts = [p for p in _prompts(section.prompts, "train", section.seed) for _ in range(section.images)]
+    prompts = [
+        p for p in _prompts("prepare.prompts", section.prompts, "train", section.seed) for _ in range(section.images)
+    ]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     images = draw(family, family.denoiser, prompts, seeds, assemble.sampling(section.drawing))
     scores = judge(images, prompts).tolist()
-    path = Path(recipe.data.path)
     kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
     say(f"{path}: {kept} pairs of {asked} prompts, from {len(images)} images in {time.time() - started:.0f} s")
     return path
 
 
-def _prompts(which: int | str, split: Any, seed: int) -> list[str]:
-    """That many prompts of the bundled world, or the lines of a file.
+def _prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
+    """That many prompts of the bundled world, or those of the file that the recipe names at `key`."""
+    if isinstance(which, str):
+        return assemble.read_prompts(key, which)
+    from mmalign.data.scenes import sample_prompts
 
-    Raises:
-        ValueError: the file has no prompt.
-    """
-    if isinstance(which, int):
-        from mmalign.data.scenes import sample_prompts
-
-        return [str(p) for p in sample_prompts(split, which, seed)]
-    path = resolve(which)
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"prompts: {path} has none; expected one prompt a line")
-    return prompts
+    return [str(p) for p in sample_prompts(split, which, seed)]
 
 
 def list_everything(console: Any) -> None:
@@ -277,6 +304,4 @@ def _device() -> torch.device:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(path)
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign import assemble, checkpoint, loop, methods
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
-from mmalign.feed import Feed, open_feed
+from mmalign.encode import EncodedPairs
+from mmalign.families import TextToImage
+from mmalign.feed import Feed, open_data, open_feed
 from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.policy import Policy
 from mmalign.recipe import Recipe, dump_recipe
@@ -22,6 +30,7 @@ from mmalign.report import Reporter
 
 Say = Callable[[str], None]
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
+TRAINED = "trained.json"  # in a trained model's folder
 
 
 @dataclass(frozen=True)
@@ -57,38 +66,51 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     from accelerate.utils import set_seed
 
     started, options = time.time(), recipe.train
-    assemble.check(recipe)
-    output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
+    assemble.check(recipe, training=True)
+    output = assemble.make_folder("output", Path(recipe.output))
+    opened = open_data(recipe.data, options.seed)
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
     trackers = options.trackers if options.trackers else None
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(output))
     set_seed(options.seed)
-    if accelerator.is_main_process:
-        (output / "recipe.yaml").write_text(dump_recipe(recipe))
-    run = _assemble(recipe, accelerator, say if accelerator.is_main_process else lambda _: None)
+    tell = say if accelerator.is_main_process else _silent
+    run = _assemble(recipe, accelerator, tell)
+    folder = output / "model"
+    if run.progress.step == options.steps:
+        _export(folder, run)
+        done = "all updates were done already: nothing was trained"
+        tell(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
+        return Trained(folder, run.progress.step, time.time() - started, done, [])
+    if accelerator.is_main_process:  # not before it is known that the folder is this run's
+        with written(output / "recipe.yaml") as part:
+            part.write_text(dump_recipe(recipe), encoding="utf-8")
+    feed = open_feed(
+        run.policy.family,
+        recipe.data,
+        output=output,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        accelerator=accelerator,
+        say=tell,
+        opened=opened,
+    )
+    count = sum(p.numel() for p in run.policy.trainable())
+    tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
-        loop.train(
-            run.method,
-            recipe.method,
-            run.policy,
-            run.feed.batches,
-            run.learner,
-            steps=options.steps,
-            accumulate=options.accumulate,
-            seed=options.seed,
-            progress=run.progress,
-            after_update=_Hook(recipe, run, reporter),
-        )
+        _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
     accelerator.end_training()
-    folder = _export(output / "model", run)
-    dropped = run.feed.dropped()
+    _export(folder, run)
+    dropped = feed.dropped()
     if dropped:
-        say(f"{len(dropped)} images could not be read; their pairs were left out: {listed(dropped)}")
+        tell(f"{len(dropped)} images could not be read; their pairs were left out: {listed(dropped)}")
     verdict = reporter.verdict()
-    say(f"{recipe.method.name}: {verdict}")
+    tell(f"{recipe.method.name}: {verdict}")
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 @dataclass
@@ -98,29 +120,15 @@ class _Run:
     method: Any
     policy: Policy
     learner: loop.Learner
-    feed: Feed
     identity: dict[str, str]
     progress: loop.Progress
 
 
 def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
+    """Load the model, make policy and optimizer, and go on from the last checkpoint if there is one."""
     options = recipe.train
     family = assemble.load_model(recipe.model, options.precision, accelerator.device)
-    identity = {
-        "model": assemble.fingerprint(family.denoiser),
-        "method": recipe.method.name,
-        "tune": recipe.model.tune,
-        "data": recipe.data.path,
-    }
-    feed = open_feed(
-        family,
-        recipe.data,
-        output=Path(recipe.output),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        accelerator=accelerator,
-        say=say,
-    )
+    identity = _identity(recipe, family)
     policy = assemble.build_policy(
         family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
     )
@@ -142,54 +150,114 @@ def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
         Average(parameters, options.ema) if options.ema else None,
     )
     method = methods.find(recipe.method.name)
-    run = _Run(
-        method, Policy(family, model, policy.unwrapped, policy.reference), learner, feed, identity, loop.Progress()
-    )
-    _resume(Path(recipe.output), run, say)
-    count = sum(p.numel() for p in parameters)
-    say(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {family.name}; {feed.about}")
+    policy = Policy(family, model, policy.unwrapped, policy.reference)
+    run = _Run(method, policy, learner, identity, loop.Progress())
+    _resume(recipe, run, say)
     return run
 
 
-def _resume(output: Path, run: _Run, say: Say) -> None:
+def _identity(recipe: Recipe, family: TextToImage) -> dict[str, str]:
+    """What a checkpoint belongs to: it can be gone on from only where all of this is the same."""
+    lora = recipe.model.lora
+    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {' '.join(lora.targets)}"
+    return {
+        "model": assemble.fingerprint(family.denoiser),
+        "method": recipe.method.name,
+        "tune": adapters if recipe.model.tune == "lora" else "full",
+        "data": recipe.data.path,
+        "optimizer": recipe.train.optimizer,
+    }
+
+
+def _resume(recipe: Recipe, run: _Run, say: Say) -> None:
     """Load the latest checkpoint of the run's folder into it, if there is one."""
-    path = checkpoint.latest(output)
+    path = checkpoint.latest(Path(recipe.output))
     if path is None:
         return
     saved = checkpoint.read(path, run.identity)
+    if saved.step > recipe.train.steps:
+        raise ValueError(
+            f"train.steps: {path} has done {saved.step} updates already, more than the {recipe.train.steps} asked for; "
+            "raise train.steps, or use another output folder"
+        )
+    average, scaler = run.learner.average, run.learner.accelerator.scaler
+    if average is not None and "average" not in saved.state:
+        raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
     missing = run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
     if missing.unexpected_keys:
         raise ValueError(
             f"{path}: has weights that the model lacks ({missing.unexpected_keys[0]}, ...); use another output folder"
         )
     run.learner.optimizer.load_state_dict(saved.state["optimizer"])
-    if run.learner.average is not None:
-        run.learner.average.load(saved.state["average"])
-    if run.learner.accelerator.scaler is not None:
-        run.learner.accelerator.scaler.load_state_dict(saved.state["scaler"])
+    if average is not None:
+        average.load(saved.state["average"])
+    if scaler is not None and "scaler" in saved.state:
+        scaler.load_state_dict(saved.state["scaler"])
     torch.set_rng_state(saved.state["generator"])
     run.progress = loop.Progress(**saved.state["progress"])
     say(f"going on from {path.name}")
 
 
+def _train(recipe: Recipe, run: _Run, feed: Feed, hook: _Hook) -> None:
+    """Run the loop; where a loss is not finite, say which pairs it came from."""
+    options = recipe.train
+    try:
+        loop.train(
+            run.method,
+            recipe.method,
+            run.policy,
+            feed.batches,
+            run.learner,
+            steps=options.steps,
+            accumulate=options.accumulate,
+            seed=options.seed,
+            progress=run.progress,
+            after_update=hook,
+        )
+    except FloatingPointError as error:
+        epoch, batch = run.progress.epoch, run.progress.batch
+        places = ", ".join(feed.places(epoch, batch - 1)[:8])
+        wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
+        raise FloatingPointError(
+            f"train: the loss is not finite after update {run.progress.step}, in batch {batch} of epoch {epoch} "
+            f"({places}); {_last(Path(recipe.output))}: lower train.lr{wider}"
+        ) from error
+
+
+def _last(output: Path) -> str:
+    path = checkpoint.latest(output)
+    return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"
+
+
 class _Hook:
     """After every update: report, and save when it is time and nothing is pending."""
 
-    def __init__(self, recipe: Recipe, run: _Run, reporter: Reporter) -> None:
-        self.recipe, self.run, self.reporter, self.due = recipe, run, reporter, False
+    def __init__(self, recipe: Recipe, run: _Run, feed: Feed, reporter: Reporter) -> None:
+        self.recipe, self.run, self.feed, self.reporter, self.due = recipe, run, feed, reporter, False
 
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor], resting: bool) -> None:
         self.reporter.update(progress.step, metrics)
         self.due |= progress.step % self.recipe.train.save_every == 0 or progress.step == self.recipe.train.steps
         if self.due and resting:
             self.due = False
-            score = _held_out_loss(self.recipe, self.run)
+            score = _mean_loss(self.recipe, self.run, islice(self.feed.held_out(), HELD_OUT_BATCHES))
             if score is not None:
                 self.run.learner.accelerator.log({"held-out loss": score}, step=progress.step)
                 self.reporter.say(f"update {progress.step}  held-out loss {score:.4g}")
+            self._require_finite(progress, score)
             if self.run.learner.accelerator.is_main_process:
                 _save(self.recipe, self.run, score)
             self.run.learner.accelerator.wait_for_everyone()
+
+    def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
+        """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite."""
+        loss = score if score is not None else _mean_loss(self.recipe, self.run, islice(self.feed.batches(0), 1))
+        whole = all(torch.isfinite(x).all() for x in trainable_weights(self.run.policy.unwrapped).values())
+        if not whole or (loss is not None and not math.isfinite(loss)):
+            raise checkpoint.CheckpointError(
+                f"train: after update {progress.step} the {'loss is' if whole else 'weights are'} not finite, so that "
+                f"update was not saved; {_last(Path(self.recipe.output))}: lower train.lr"
+            )
 
 
 def _save(recipe: Recipe, run: _Run, score: float | None) -> None:
@@ -214,13 +282,11 @@ def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _held_out_loss(recipe: Recipe, run: _Run) -> float | None:
-    """The method's loss on held-out pairs under fixed draws, or None where no pairs are held out. Lower is better."""
+def _mean_loss(recipe: Recipe, run: _Run, batches: Iterable[EncodedPairs]) -> float | None:
+    """The method's loss on these batches under fixed draws, or None where they have no pair. Lower is better."""
     total, weight = 0.0, 0.0
     bare = Policy(run.policy.family, run.policy.unwrapped, run.policy.unwrapped, run.policy.reference)
-    for number, batch in enumerate(run.feed.held_out()):
-        if number == HELD_OUT_BATCHES:
-            break
+    for batch in batches:
         for contrast in loop.make_contrasts(run.method, bare, batch, recipe.method, Draws(recipe.train.seed)):
             step = run.method.loss(bare, contrast, recipe.method)
             total += float((step.losses * step.weights).sum())
@@ -228,21 +294,81 @@ def _held_out_loss(recipe: Recipe, run: _Run) -> float | None:
     return total / weight if weight else None
 
 
-def _export(folder: Path, run: _Run) -> Path:
-    """Write the trained model (its average, if there is one) the way diffusers loads it."""
-    accelerator, net = run.learner.accelerator, run.policy.unwrapped
-    if accelerator.is_main_process:
-        parameters = run.policy.trainable()
-        if run.learner.average is not None:
-            run.learner.average.swap(parameters)
-        try:
-            run.policy.family.save(folder, net)
-        except OSError as error:
-            raise checkpoint.CheckpointError(
-                f"{folder}: could not be written ({error}); "
-                "the last checkpoint is intact: make room and run the same command again"
-            ) from error
-        if run.learner.average is not None:
-            run.learner.average.swap(parameters)
-    accelerator.wait_for_everyone()
-    return folder
+def _export(folder: Path, run: _Run) -> None:
+    """Write the trained model (its average, if there is one) the way diffusers loads it, and what it was made of."""
+    if run.learner.accelerator.is_main_process:
+        parameters, average = run.policy.trainable(), run.learner.average
+        if average is not None:
+            average.swap(parameters)
+        with written(folder) as part:
+            run.policy.family.save(part, run.policy.unwrapped)
+            about = {"step": run.progress.step, "identity": run.identity}
+            (part / TRAINED).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if average is not None:
+            average.swap(parameters)
+    run.learner.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that takes the place of `path` once it is whole; an error leaves `path` alone.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to.
+    """
+    part, aside = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    _remove(part)
+    try:
+        yield part
+        if path.is_dir():
+            _remove(aside)
+            path.replace(aside)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise unwritten(path, error) from error
+    finally:
+        _remove(part)
+    _remove(aside)
+
+
+def unwritten(path: Path, error: Exception) -> checkpoint.CheckpointError:
+    """What to say when a file or folder could not be written."""
+    free = shutil.disk_usage(path.parent).free // 10**6
+    return checkpoint.CheckpointError(
+        f"{path}: could not be written ({error}); {free:,} MB are free, what was there before is kept: make room and "
+        "run the same command again"
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_trained(folder: Path) -> dict[str, Any]:
+    """The updates (`step`) and the `identity` of the model that a run has left.
+
+    Raises:
+        ValueError: it has left none.
+    """
+    try:
+        about: dict[str, Any] = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
+    return about
+
+
+def require_base(about: Mapping[str, Any], folder: Path, family: TextToImage) -> None:
+    """Refuse to compare a trained model with another base than its own.
+
+    Raises:
+        ValueError: the family's weights are not those that the training began with.
+    """
+    was, now = about["identity"]["model"], assemble.fingerprint(family.denoiser)
+    if was != now:
+        raise ValueError(
+            f"{folder}: was trained from another model than {family.name} (fingerprint {was}; this one has {now}); "
+            "name the model that it was trained from, or use another output folder"
+        )

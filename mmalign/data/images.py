@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmalign.data.pairs import ImageRef
@@ -62,6 +62,8 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"{ref.where}: is larger than {max_pixels:,} pixels") from error
+    except UnidentifiedImageError as error:  # whose own words are about an object in memory
+        raise BadImage(f"{ref.where}: is not a readable image of {len(data):,} bytes (no known format)") from error
     except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
         raise BadImage(f"{ref.where}: is not a readable image of {len(data):,} bytes ({error})") from error
     limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"

@@ -141,11 +141,33 @@ class PairLoader:
             self._record(batch.dropped)
             good += int(batch.weights.sum())
             yield batch
-        if start == 0 and not good and self._bad:
+        # Of several processes, one may have drawn only bad pairs while the others learn.
+        if start == 0 and not good and self._bad and self.world_size == 1:
             raise ValueError(
                 f"data.path: {self.pairs.source}: no pair of the epoch has two readable images "
                 f"({listed(self.dropped)}); repair the images, or name another source"
             )
+
+    def check_readable(self) -> None:
+        """Read pairs until one is good.
+
+        Raises:
+            ValueError: none is, or more than `max_bad` images are bad; it names the first few.
+        """
+        examples = _Examples(self.pairs, self.view, self.cache, Draws(self.seed))
+        for number in range(len(self.pairs)):
+            example = examples[number, 1.0]
+            if example.arrays is not None or example.lacking:  # what lacks is told of when it is needed
+                return
+            self._record(example.dropped)
+        raise ValueError(
+            f"data.path: {self.pairs.source}: none of {len(self.pairs):,} pairs has two readable images "
+            f"({listed(self.dropped)}); repair the images, or name another source"
+        )
+
+    def places(self, epoch: int, number: int) -> list[str]:
+        """Where the pairs of a batch of an epoch lie, for people."""
+        return [self.pairs[pair].where for pair, weight in self._plan(epoch)[number] if weight]
 
     def _record(self, dropped: Sequence[Dropped]) -> None:
         self._bad.update((d.where, d) for d in dropped)

@@ -79,6 +79,9 @@ class Rows(Protocol):
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """The groups of those pairs, without building them."""
 
+    def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The prompts of those pairs, without building them."""
+
 
 class Pairs(Sequence[ImagePair]):
     """Pairs of one source; taking some of them (`select`, a slice, `hold_out`) moves numbers, not images.
@@ -115,6 +118,10 @@ class Pairs(Sequence[ImagePair]):
     def groups(self) -> list[str]:
         """The group of every pair."""
         return self._rows.groups(self._numbers)
+
+    def prompts(self) -> list[str]:
+        """The prompt of every pair."""
+        return self._rows.prompts(self._numbers)
 
     def summary(self) -> str:
         """One paragraph: how many pairs there are, and what was left out and why."""

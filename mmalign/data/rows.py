@@ -55,6 +55,11 @@ class TableRows:
         column = self._text.data.column(self._group)
         return [str(value) for value in column.take(numbers).to_pylist()]
 
+    def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The prompts of these rows."""
+        prompts: list[str] = self._text.data.column(self._names["caption"]).take(numbers).to_pylist()
+        return prompts
+
     def _image(self, number: int, side: int, text: Mapping[str, Any]) -> ImageRef:
         column = f"jpg_{side}"
         load = partial(_cell, self._images[column], self._names[column], number)
@@ -100,6 +105,10 @@ class FileRows:
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """The groups of these pairs."""
         return [self._pairs[n].group for n in numbers.tolist()]
+
+    def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The prompts of these pairs."""
+        return [self._pairs[n].prompt for n in numbers.tolist()]
 
 
 def _file(path: str, where: str) -> ImageRef:

@@ -201,7 +201,7 @@ def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: 
 
 def _load_local(path: str, split: str | None, names: Columns, group_by: str | None) -> tuple[Any, Starts]:
     import pyarrow.parquet as pq
-    from datasets import load_dataset
+    from datasets import config, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     files = find_files("pick_a_pic", path, split)
@@ -220,6 +220,11 @@ def _load_local(path: str, split: str | None, names: Columns, group_by: str | No
         table = load_dataset("parquet", data_files={"train": [str(f) for f in files]}, split="train", columns=needed)
     except DatasetGenerationError as error:
         cause = str(error.__cause__ or error).splitlines()[0]
+        if isinstance(error.__cause__, OSError):  # a page of the parquet is damaged, or the disk is full
+            raise ValueError(
+                f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped ({cause}); "
+                "see whether the file is whole, and make room there or set HF_DATASETS_CACHE to another folder"
+            ) from error
         raise ValueError(f"data.path: {path} could not be read as one table ({cause}); its files must agree") from error
     return _undecoded(table), starts
 

@@ -6,9 +6,10 @@ checkpoints, so that nothing else must; the protocols here are all that methods 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from mmalign.diffusion.noise import Diffusion
 
 # The pipeline class that a folder's model_index.json names, and the file here that adapts it.
 PIPELINES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "sdxl"}
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that may be missing
 
 
 @dataclass(frozen=True)
@@ -166,21 +168,62 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
     """The class that a checkpoint's model_index.json names, read without loading any weights.
 
     Raises:
-        ValueError: there is no model_index.json, or the class is not supported.
+        ValueError: it is no diffusers pipeline, a part of it is missing, or its class is not supported.
     """
-    index = Path(path) / "model_index.json"
-    if Path(path).is_dir() and not index.is_file():
+    file = _index_file(path, revision)
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        name = str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"model.path: {path} has no model_index.json; expected a diffusers pipeline folder or a Hub id"
-        )
-    if not index.is_file():
-        from huggingface_hub import hf_hub_download
-
-        index = Path(hf_hub_download(path, "model_index.json", revision=revision))
-    name = str(json.loads(index.read_text())["_class_name"])
+            f"model.path: {file} cannot be read as the index of a diffusers pipeline ({error}); copy the model anew"
+        ) from error
     if name not in PIPELINES:
         raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
+    parts = [part for part, of in index.items() if isinstance(of, list) and of[0] and part not in _UNUSED]
+    lacking = [part for part in parts if Path(path).is_dir() and not any(Path(path, part).glob("*"))]
+    if lacking:
+        raise ValueError(f"model.path: {path} has no {', no '.join(lacking)}; copy it anew, with all its folders")
     return name
+
+
+def _index_file(path: str, revision: str | None) -> Path:
+    here = Path(path)
+    if here.exists():
+        if not (here / "model_index.json").is_file():
+            what = "has no model_index.json" if here.is_dir() else "is a file"
+            raise ValueError(f"model.path: {path} {what}; expected the folder of a diffusers pipeline, or a Hub id")
+        return here / "model_index.json"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path, "model_index.json", revision=revision))
+    except (OSError, EntryNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"model.path: {path} is no folder here, and its model_index.json did not come from the Hub "
+            f"({first_line(error)}); see to the name and the network, or name a folder"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says at first: some run to a page."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+@contextlib.contextmanager
+def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> Iterator[None]:
+    """Make one sentence of whatever a library raises as it loads damaged or incomplete files."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # Of damaged files diffusers, transformers and safetensors report half a dozen kinds of error.
+    except Exception as error:
+        here = "it may be incomplete: copy it anew"
+        mend = mend or (here if Path(path).exists() else "see to the name and the network, or name a folder")
+        raise ValueError(f"{key}: {path} could not be loaded as {kind} ({first_line(error)}); {mend}") from error
 
 
 def load_family(path: str, loading: Loading) -> TextToImage:

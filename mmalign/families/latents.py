@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.families import Conditioning, Loading, Moments, Sampling
+from mmalign.families import Conditioning, Loading, Moments, Sampling, intact
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
 
@@ -23,29 +23,31 @@ def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
     Raises:
         ValueError: a file of the checkpoint is missing or cannot be read.
     """
-    try:
-        options: dict[str, Any] = {"revision": loading.revision}
-        if loading.vae:
-            from diffusers import AutoencoderKL
-
-            options["vae"] = AutoencoderKL.from_pretrained(loading.vae, dtype=loading.vae_dtype)
-        if "SafetyChecker" in str(cls.__init__.__annotations__):
-            options |= {"safety_checker": None, "requires_safety_checker": False}
-        frozen = loading.half or torch.float32
-        dtypes = {
-            "default": frozen,
-            "unet": frozen if loading.denoiser_half else torch.float32,
-            "vae": loading.vae_dtype,
-        }
-        pipeline = cls.from_pretrained(path, dtype=dtypes, **options)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"model.path: {path} could not be loaded as a {cls.__name__}: {error}") from error
-    pipeline.to(loading.device)
+    options: dict[str, Any] = {"revision": loading.revision}
+    if loading.vae:
+        options["vae"] = _load_vae(loading.vae, loading.vae_dtype)
+    if "SafetyChecker" in str(cls.__init__.__annotations__):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    frozen = loading.half or torch.float32
+    dtypes = {
+        "default": frozen,
+        "unet": frozen if loading.denoiser_half else torch.float32,
+        "vae": loading.vae_dtype,
+    }
+    with intact("model.path", path, f"a {cls.__name__}"):
+        pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _load_vae(path: str, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL
+
+    with intact("model.vae", path, "an AutoencoderKL"):
+        return AutoencoderKL.from_pretrained(path, dtype=dtype)
 
 
 def autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
@@ -140,8 +142,10 @@ def save(pipeline: Any, folder: Path, net: Any) -> None:
     if getattr(net, "peft_config", None):
         from peft.utils import get_peft_model_state_dict
 
+        # With the config: the weights alone would be read with alpha equal to the rank.
+        config = net.peft_config["default"].to_dict()
         weights = get_peft_model_state_dict(net)
-        type(pipeline).save_lora_weights(folder, unet_lora_layers=weights, safe_serialization=True)
+        type(pipeline).save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=config)
     else:
         pipeline = copy.copy(pipeline)
         pipeline.unet = net

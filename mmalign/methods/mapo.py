@@ -17,8 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmalign import losses
-from mmalign.methods import Step, diffusion_dpo
-from mmalign.methods.diffusion_dpo import Contrast, denoising_scores
+from mmalign.draws import Draws
+from mmalign.encode import EncodedPairs
+from mmalign.methods import Step
+from mmalign.methods.diffusion_dpo import Contrast, denoising_scores, noised
 from mmalign.policy import Policy
 
 needs_reference = False
@@ -35,7 +37,9 @@ class Config(BaseModel):
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
 
 
-contrasts = diffusion_dpo.contrasts
+def contrasts(policy: Policy, batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+    """What Diffusion-DPO shows, without a reference's scores."""
+    return [Contrast(noised(policy.family, batch, cfg.caption_dropout, draws), None, batch.weights)]
 
 
 def loss(policy: Policy, contrast: Contrast, cfg: Any) -> Step:

@@ -1,0 +1,369 @@
+"""The laws of the three methods, on tiny networks of the real classes and random latents."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmalign import methods
+from mmalign.draws import Draws
+from mmalign.encode import EncodedPairs
+from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_family
+from mmalign.families.lora import ATTENTION, add_lora
+from mmalign.methods import Step, diffusion_dpo, mapo, sft
+from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+
+ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
+DRAWS = Draws(seed=5, epoch=2)
+ROWS = [11, 2**62 + 3, 7, 12345]
+PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls", 12345: "grass"}
+
+
+@pytest.fixture(params=ALL)
+def family(request: pytest.FixtureRequest) -> TextToImage:
+    return load_family(str(request.getfixturevalue(request.param)), Loading(torch.device("cpu")))
+
+
+@pytest.fixture
+def sd(tiny_sd15: Path) -> TextToImage:
+    return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+
+
+def pairs(family: TextToImage, rows: Sequence[int] = ROWS, std: float = 0.1) -> EncodedPairs:
+    """Pairs whose latents, prompts and sizes depend on the row's id alone."""
+    sides = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(row)) for row in rows]
+    mean = torch.stack(sides, dim=1).flatten(0, 1)
+    sizes = torch.tensor([[16.0 + row % 9, 16, 0, row % 5, 16, 16] for row in rows]).repeat(2, 1)
+    text = Conditioning.cat([family.encode_prompts([PROMPTS[row]]) for row in rows])
+    moments = Moments(mean, torch.full_like(mean, std))
+    return EncodedPairs(list(rows), moments, text, family.unconditional(), sizes, torch.ones(len(rows)))
+
+
+def swapped(batch: EncodedPairs) -> EncodedPairs:
+    """The chosen and the rejected sides exchanged; only latents without spread are the same images then."""
+    other = [*range(len(batch.rows), 2 * len(batch.rows)), *range(len(batch.rows))]
+    latents = Moments(batch.latents.mean[other], batch.latents.std[other])
+    return replace(batch, latents=latents, sizes=batch.sizes[other])
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def full(family: TextToImage, moved: float = 0.0) -> Policy:
+    """Full fine-tuning against a frozen copy; `moved` is the size of random changes of the policy since."""
+    reference = FrozenCopy(frozen(family.denoiser))
+    net = family.denoiser.requires_grad_(True)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(moved * torch.randn(p.shape, generator=g))
+    return Policy(family, net, net, reference)
+
+
+def run(method: Any, policy: Policy, batch: EncodedPairs, config: Any, draws: Draws = DRAWS) -> Step:
+    with torch.no_grad():
+        (contrast,) = method.contrasts(policy, batch, config, draws)
+    step: Step = method.loss(policy, contrast, config)
+    return step
+
+
+def gradient(policy: Policy, step: Step) -> Tensor:
+    """Of the weighted sum of the losses, as the loop takes it; all parameters in one vector."""
+    policy.model.zero_grad()
+    (step.losses * step.weights).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
+
+
+# ------------------------------------------------------------------------------------------------------- diffusion_dpo
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: TextToImage, tune: str) -> None:
+    if tune == "full":
+        policy = full(family)
+    else:
+        add_lora(family.denoiser, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
+        policy = Policy(family, family.denoiser, family.denoiser, AdaptersOff())
+    step = run(diffusion_dpo, policy, pairs(family), diffusion_dpo.Config())
+    assert torch.equal(step.losses.detach(), torch.full((4,), math.log(2)))
+    assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
+    assert torch.equal(step.metrics["gradient factor"], torch.full((4,), 0.5))
+    assert (step.metrics["chosen gain"] == 0).all() and (step.metrics["rejected gain"] == 0).all()
+    assert gradient(policy, step).norm() > 1e-3
+
+
+def test_the_score_is_minus_half_the_mean_squared_error_at_the_pair_s_own_noise(family: TextToImage) -> None:
+    """Worked out from the definitions: x_t, the target (epsilon or v) and the loss, without the method's own code."""
+    policy, batch = full(family, moved=0.02), pairs(family)
+    cfg = diffusion_dpo.Config(beta=300.0, caption_dropout=0.0)
+    step = run(diffusion_dpo, policy, batch, cfg)
+    t = DRAWS.integers(ROWS, 0, 1000, "time").repeat(2)
+    eps = DRAWS.normal(ROWS, (4, 8, 8), "noise").repeat(2, 1, 1, 1)
+    spread = DRAWS.normal(ROWS, (2, 4, 8, 8), "posterior")
+    x_0 = batch.latents.mean + 0.1 * torch.cat([spread[:, 0], spread[:, 1]])
+    abar = family.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)  # type: ignore[attr-defined]
+    x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+    velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x_0
+    target = velocity if family.schedule.prediction == "v_prediction" else eps
+    cond = family.condition(batch.text.repeat(2), batch.sizes)
+    assert isinstance(policy.reference, FrozenCopy)
+    with torch.no_grad():
+        ours, theirs = (
+            (family.predict(net, x_t, t, cond) - target).square().mean((1, 2, 3)).chunk(2)
+            for net in (policy.model, policy.reference.model)
+        )
+    z = -0.5 * 300 * ((ours[0] - ours[1]) - (theirs[0] - theirs[1]))
+    torch.testing.assert_close(step.metrics["logit"], z, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(step.losses.detach(), -z.sigmoid().log(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(step.metrics["chosen error"], ours[0])
+    torch.testing.assert_close(step.metrics["rejected error"], ours[1])
+    torch.testing.assert_close(step.metrics["chosen gain"], 0.5 * (theirs[0] - ours[0]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(step.metrics["accuracy"], (z > 0).float())
+    torch.testing.assert_close(step.metrics["gradient factor"], (-z).sigmoid(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_equal_pair_has_no_gradient(family: TextToImage) -> None:
+    """Both sides' errors are the same numbers, and their gradients cancel to rounding; one side alone has one."""
+    policy, batch = full(family, moved=0.02), pairs(family, std=0.0)
+    same = Moments(batch.latents.mean[:4].repeat(2, 1, 1, 1), batch.latents.std)
+    batch = replace(batch, latents=same)
+    cfg = diffusion_dpo.Config(beta=1000.0)
+    with torch.no_grad():
+        (contrast,) = diffusion_dpo.contrasts(policy, batch, cfg, DRAWS)
+    one_side = diffusion_dpo.denoising_scores(family, policy.model, contrast.view)["chosen"]
+    alone = gradient(policy, Step(-0.5 * 1000 * one_side, batch.weights, {}))
+    step = diffusion_dpo.loss(policy, contrast, cfg)
+    both = gradient(policy, step)
+    assert torch.equal(step.metrics["logit"], torch.zeros(4))
+    assert alone.norm() > 1 and both.norm() < 1e-5 * alone.norm()
+
+
+def test_swapping_the_sides_negates_the_logit(family: TextToImage) -> None:
+    policy, batch = full(family, moved=0.02), pairs(family, std=0.0)
+    cfg = diffusion_dpo.Config(beta=1000.0)
+    one, other = (run(diffusion_dpo, policy, b, cfg).metrics for b in (batch, swapped(batch)))
+    assert one["logit"].abs().min() > 1e-2
+    torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one["accuracy"], 1 - other["accuracy"])
+    torch.testing.assert_close(one["chosen error"], other["rejected error"])
+
+
+def test_a_step_against_the_gradient_prefers_the_chosen_side(family: TextToImage) -> None:
+    policy, batch, cfg = full(family), pairs(family), diffusion_dpo.Config(beta=1000.0)
+    step = run(diffusion_dpo, policy, batch, cfg)
+    before = step.losses.mean().item()
+    gradient(policy, step)
+    torch.optim.SGD(policy.trainable(), lr=1e-5).step()
+    after = run(diffusion_dpo, policy, batch, cfg)
+    assert after.losses.mean().item() < before and after.metrics["logit"].mean() > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"loss": "ipo", "beta": 0.1}, 25.0),
+        ({"loss": "hinge"}, 1.0),
+        ({"loss": "robust", "flip_rate": 0.2}, math.log(2)),
+        ({"loss": "dpo", "label_smoothing": 0.2}, math.log(2)),
+    ],
+)
+def test_every_pair_loss_is_reached_with_its_hyper_parameters(sd: TextToImage, config: Any, expected: float) -> None:
+    """At equality: ipo's is (1 / (2 beta))^2, hinge's 1, the others' ln 2."""
+    step = run(diffusion_dpo, full(sd), pairs(sd), diffusion_dpo.Config(**config))
+    torch.testing.assert_close(step.losses.detach(), torch.full((4,), expected))
+
+
+def test_smoothing_changes_the_loss_as_its_formula_says(sd: TextToImage) -> None:
+    policy, batch = full(sd, moved=0.02), pairs(sd)
+    plain = run(diffusion_dpo, policy, batch, diffusion_dpo.Config())
+    smooth = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(label_smoothing=0.1))
+    torch.testing.assert_close(smooth.losses, plain.losses + 0.1 * plain.metrics["logit"], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- noising
+
+
+def test_time_and_noise_are_shared_in_a_pair_and_differ_between_pairs(family: TextToImage) -> None:
+    """With latents of zeros x_t is the noise alone, so it shows which noise a row has."""
+    batch = pairs(family)
+    zeros = torch.zeros_like(batch.latents.mean)
+    view = diffusion_dpo.noised(family, replace(batch, latents=Moments(zeros, zeros)), 0.0, DRAWS)
+    assert torch.equal(view.t[:4], view.t[4:]) and len(set(view.t[:4].tolist())) == 4
+    assert torch.equal(view.x_t[:4], view.x_t[4:]) and torch.equal(view.target[:4], view.target[4:])
+    noise = view.x_t[:4] / view.x_t[:4].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert (torch.einsum("ichw,jchw->ij", noise, noise) - torch.eye(4)).abs().max() < 0.35
+    for other in (Draws(6, 2), Draws(5, 3)):
+        assert not torch.equal(diffusion_dpo.noised(family, batch, 0.0, other).t, view.t)
+    again = diffusion_dpo.noised(family, batch, 0.0, DRAWS, index=1)
+    assert not torch.equal(again.t, view.t)
+
+
+def test_the_two_images_of_a_pair_are_sampled_apart_from_their_own_posteriors(sd: TextToImage) -> None:
+    batch = pairs(sd, std=0.0)
+    spread = replace(batch, latents=Moments(batch.latents.mean, torch.ones_like(batch.latents.std)))
+    sharp, soft = (diffusion_dpo.noised(sd, b, 0.0, DRAWS) for b in (batch, spread))
+    signal, _ = sd.schedule.levels(sharp.t)
+    drawn = (soft.x_t - sharp.x_t) / signal
+    seen = drawn[(signal > 0.1).flatten()]  # elsewhere the division loses the digits
+    assert 0.8 < seen.std() < 1.2 and len(seen) >= 2
+    assert not torch.allclose(drawn[:4], drawn[4:], atol=0.1)
+
+
+def many(family: TextToImage, number: int) -> EncodedPairs:
+    batch = pairs(family, ROWS[:1])
+    return EncodedPairs(
+        rows=list(range(number)),
+        latents=Moments(
+            batch.latents.mean.repeat_interleave(number, 0), batch.latents.std.repeat_interleave(number, 0)
+        ),
+        text=batch.text.repeat(number),
+        unconditional=batch.unconditional,
+        sizes=batch.sizes.repeat_interleave(number, 0),
+        weights=torch.ones(number),
+    )
+
+
+def test_caption_dropout_decides_once_for_a_pair_and_puts_the_family_s_unconditional_there(family: TextToImage) -> None:
+    """Of 2,000 pairs a share of 0.2 is dropped, within four standard deviations; sizes are never dropped."""
+    number, batch = 2000, many(family, 2000)
+    view = diffusion_dpo.noised(family, batch, 0.2, DRAWS)
+    empty = family.unconditional()
+    for name, given in batch.text.tensors.items():
+        rows = view.cond.tensors[name]
+        dropped = (rows == empty.tensors[name]).flatten(1).all(1)
+        kept = (rows == given.repeat(2, *[1] * (given.dim() - 1))).flatten(1).all(1)
+        assert torch.equal(kept, ~dropped)
+        assert torch.equal(dropped[:number], dropped[number:])
+        assert abs(dropped[:number].float().mean() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / number)
+    if "time_ids" in view.cond.tensors:
+        assert torch.equal(view.cond.tensors["time_ids"], batch.sizes)
+
+
+@pytest.mark.parametrize(("rate", "dropped"), [(0.0, False), (1.0, True)])
+def test_caption_dropout_at_its_ends(sd: TextToImage, rate: float, dropped: bool) -> None:
+    batch = many(sd, 50)
+    embeds = diffusion_dpo.noised(sd, batch, rate, DRAWS).cond.tensors["embeds"]
+    expected = batch.unconditional if dropped else batch.text
+    assert torch.equal(embeds, expected.tensors["embeds"][:1].expand(100, -1, -1))
+
+
+def test_sdxl_is_shown_each_side_s_own_sizes(tiny_sdxl: Path) -> None:
+    family = load_family(str(tiny_sdxl), Loading(torch.device("cpu")))
+    batch = pairs(family)
+    sizes = batch.sizes.clone()
+    sizes[4:, 0] = 99.0
+    view = diffusion_dpo.noised(family, replace(batch, sizes=sizes), 0.2, DRAWS)
+    assert torch.equal(view.cond.tensors["time_ids"], sizes)
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "mapo", "sft"])
+def test_a_row_s_numbers_are_its_own_whatever_its_company(family: TextToImage, name: str) -> None:
+    """Alone, in another order, with others: the networks see the same bits, and answer alike to rounding."""
+    method, policy = methods.find(name), full(family, moved=0.02)
+    cfg = method.Config(caption_dropout=0.5)
+    whole = run(method, policy, pairs(family), cfg)
+    for rows in (list(reversed(ROWS)), ROWS[2:], ROWS[1:2]):
+        part = run(method, policy, pairs(family, rows), cfg)
+        at = [ROWS.index(row) for row in rows]
+        for metric, values in part.metrics.items():
+            atol = 5e-3 if metric in ("loss", "logit", "gradient factor") else 1e-5  # beta magnifies rounding
+            torch.testing.assert_close(values, whole.metrics[metric][at], rtol=1e-3, atol=atol)
+        half = len(rows) * (1 if name == "sft" else 2)
+        (mine,) = method.contrasts(policy, pairs(family, rows), cfg, DRAWS)
+        (theirs,) = method.contrasts(policy, pairs(family), cfg, DRAWS)
+        at = (at + [i + 4 for i in at])[:half]
+        assert torch.equal(mine.view.x_t, theirs.view.x_t[at]) and torch.equal(mine.view.t, theirs.view.t[at])
+        assert torch.equal(mine.view.target, theirs.view.target[at])
+
+
+# --------------------------------------------------------------------------------------------------- mapo, sft, weights
+
+
+class Untouchable(nn.Module):
+    def forward(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("the reference was called")
+
+
+@pytest.mark.parametrize("name", ["mapo", "sft"])
+def test_methods_without_a_reference_never_touch_one(sd: TextToImage, name: str) -> None:
+    method, net = methods.find(name), sd.denoiser.requires_grad_(True)
+    assert method.needs_reference is False and methods.find("diffusion_dpo").needs_reference is True
+    step = run(method, Policy(sd, net, net, FrozenCopy(Untouchable())), pairs(sd), method.Config())
+    assert torch.isfinite(step.losses).all()
+
+
+def test_mapo_is_its_formula(family: TextToImage) -> None:
+    """error + beta * -log sigma(T * (s(snr e_c) - s(snr e_r))), s(x) = x / (e^x - 1), in float64."""
+    policy, batch = full(family), pairs(family)
+    step = run(mapo, policy, batch, mapo.Config(beta=0.3, snr=0.25))
+    chosen, rejected = step.metrics["chosen error"].double(), step.metrics["rejected error"].double()
+    s_c, s_r = (0.25 * e / (torch.exp(0.25 * e) - 1) for e in (chosen, rejected))
+    expected = chosen - 0.3 * torch.sigmoid(1000 * (s_c - s_r)).log()
+    torch.testing.assert_close(step.losses.detach().double(), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(step.metrics["accuracy"], (chosen < rejected).float())
+    assert gradient(policy, step).norm() > 0
+
+
+def test_mapo_and_dpo_compare_the_same_errors(family: TextToImage) -> None:
+    """The same images and noise, so that their runs can be compared."""
+    policy, batch = full(family, moved=0.02), pairs(family)
+    steps = [run(m, policy, batch, m.Config(caption_dropout=0.3)).metrics for m in (diffusion_dpo, mapo)]
+    for side in ("chosen error", "rejected error"):
+        assert torch.equal(steps[0][side], steps[1][side])
+
+
+def test_sft_s_loss_is_the_chosen_half_of_dpo_s_errors(family: TextToImage) -> None:
+    policy, batch = full(family, moved=0.02), pairs(family)
+    dpo = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(caption_dropout=0.3))
+    step = run(sft, policy, batch, sft.Config(caption_dropout=0.3))
+    torch.testing.assert_close(step.losses.detach(), dpo.metrics["chosen error"])
+    assert len(step.losses) == 4 and gradient(policy, step).norm() > 0
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "mapo", "sft"])
+def test_a_pair_of_weight_zero_gives_no_gradient(sd: TextToImage, name: str) -> None:
+    """The gradient of four pairs of which two weigh nothing is that of the other two; of none it is zero."""
+    method, policy = methods.find(name), full(sd, moved=0.02)
+    cfg = method.Config()
+    padded = replace(pairs(sd), weights=torch.tensor([1.0, 0.0, 0.5, 0.0]))
+    few = replace(pairs(sd, [ROWS[0], ROWS[2]]), weights=torch.tensor([1.0, 0.5]))
+    of_four, of_two = (gradient(policy, run(method, policy, batch, cfg)) for batch in (padded, few))
+    assert of_two.norm() > 0
+    assert (of_four - of_two).norm() < 1e-4 * of_two.norm()
+    nothing = gradient(policy, run(method, policy, replace(padded, weights=torch.zeros(4)), cfg))
+    assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "mapo", "sft"])
+def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: str) -> None:
+    """Also where the network answers in bfloat16."""
+    loading = Loading(torch.device("cpu"), half=torch.bfloat16, denoiser_half=True)
+    family, method = load_family(str(tiny_sd15), loading), methods.find(name)
+    add_lora(family.denoiser, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
+    policy = Policy(family, family.denoiser, family.denoiser, AdaptersOff() if method.needs_reference else None)
+    (contrast,) = method.contrasts(policy, pairs(family), method.Config(), DRAWS)
+    tensors = [contrast.view.x_t, contrast.view.target, *(contrast.reference or {}).values()]
+    assert not any(x.requires_grad for x in tensors) and all(x.dtype == torch.float32 for x in tensors)
+    step = method.loss(policy, contrast, method.Config())
+    assert step.losses.dtype == torch.float32 and step.losses.requires_grad
+    assert not any(m.requires_grad for m in step.metrics.values())
+    assert all(m.shape == (4,) for m in step.metrics.values())
+
+
+def test_the_list_of_methods_is_the_folder() -> None:
+    assert methods.names() == ["diffusion_dpo", "mapo", "sft"]
+    for name in methods.names():
+        assert methods.find(name).Config().name == name
+    with pytest.raises(
+        ValueError, match=r"no method 'mappo'; did you mean 'mapo'\? \(there are diffusion_dpo, mapo, sft"
+    ):
+        methods.find("mappo")

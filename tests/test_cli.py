@@ -1,0 +1,231 @@
+"""The command line: its help, a whole run on a tiny model, and the same commands again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import typer
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+import mmalign
+from mmalign import cli, training
+from mmalign.methods import names
+
+COMMANDS = ("quickstart", "train", "evaluate", "gallery", "prepare", "list")
+EVALUATE = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
+
+
+def run(*arguments: object) -> str:
+    """What a command that succeeds prints."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: object) -> tuple[int, str]:
+    """Exit code and standard error of a command that fails, in words."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    assert isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stderr
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_sd15: Path, tmp_path: Path) -> Path:
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
+    return write(tmp_path / "recipe.yaml", content)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every network's file (a tokenizer's holds the padding that it was last used with)."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+def test_every_command_says_what_it_does() -> None:
+    listed = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    assert sorted(listed) == sorted(COMMANDS)
+    overview = run("--help")
+    for command in COMMANDS:
+        assert command in overview
+        assert "Usage: " in run(command, "--help")
+    assert "--set" in run("train", "--help") and "KEY=VALUE" in run("train", "--help")
+
+
+def test_list_names_what_there_is() -> None:
+    printed = run("list")
+    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "configs/text_to_image/quickstart.yaml"):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["train", "x.yaml", "--set"], "requires an argument"),
+        (["train", "x.yaml", "--lr", "1"], "No such option: --lr"),
+    ],
+)
+def test_a_wrong_call_is_told_how_it_goes(arguments: list[str], sentence: str) -> None:
+    code, printed = refused(*arguments)
+    assert code == 2 and sentence in printed
+
+
+# ----------------------------------------------------------------------------------------------------- train, and again
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_train_evaluate_gallery(tune: str, recipe: Path, tmp_path: Path) -> None:
+    settings = ("--set", f"model.tune={tune}", "--set", "model.lora={rank: 4, alpha: 32.0}", "--set", "train.lr=1e-2")
+    out = tmp_path / "out"
+    assert "diffusion_dpo: 0.0" in run("train", recipe, *settings)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["train"]["lr"] == 0.01
+    table = run("evaluate", recipe, *settings)
+    assert "prompts fulfilled" in table and "before, %" in table
+    result = json.loads((out / "evaluation" / "result.json").read_text())
+    assert {"before", "after", "difference"} <= result["overall"].keys()
+    assert str(out / "gallery" / "index.html") in run("gallery", recipe, *settings)
+    assert Image.open(out / "gallery" / "gallery.png").size[0] > 0
+    before, after = ([p.read_bytes() for p in sorted((out / "evaluation" / s).iterdir())] for s in ("before", "after"))
+    assert len(before) == len(after) == 4 and before != after
+
+
+def test_adapters_are_read_back_as_they_were_trained(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where alpha is not the rank, which the weights alone do not say."""
+    import torch
+
+    from mmalign import assemble
+    from mmalign.families import Loading, load_family
+    from mmalign.recipe import load_recipe
+
+    trained: list[torch.nn.Module] = []
+    export = training._export
+
+    def exported(folder: Path, run: Any) -> None:
+        trained.append(run.policy.unwrapped)
+        export(folder, run)
+
+    monkeypatch.setattr(training, "_export", exported)
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
+    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
+    folder = training.train(load_recipe(content), say=lambda _: None).folder
+    policy = assemble.load_aligned(load_family(str(tiny_sd15), Loading(torch.device("cpu"))), folder)
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)
+
+    def answer(net: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return net.eval()(x, torch.tensor([500]), text)[0]  # type: ignore[no-any-return]
+
+    ours, theirs, base = answer(trained[0]), answer(policy.unwrapped), policy.on_reference(answer)
+    assert torch.equal(ours, theirs) and base is not None and not torch.equal(ours, base)
+
+
+def test_a_finished_run_says_so_and_stays_the_same(recipe: Path, tmp_path: Path) -> None:
+    run("train", recipe)
+    before = weights(tmp_path / "out" / "model")
+    printed = run("train", recipe)
+    assert "all updates were done already: nothing was trained; raise train.steps" in printed
+    assert len(before) == 3 and weights(tmp_path / "out" / "model") == before
+    assert "going on from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=3")
+    assert json.loads((tmp_path / "out" / "model" / "trained.json").read_text())["step"] == 3
+
+
+def test_a_finished_run_writes_a_lost_model_again(recipe: Path, tmp_path: Path) -> None:
+    run("train", recipe)
+    before = weights(tmp_path / "out" / "model")
+    (tmp_path / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    run("train", recipe)
+    assert weights(tmp_path / "out" / "model") == before
+
+
+def test_the_gallery_is_of_the_model_as_it_is(recipe: Path, tmp_path: Path) -> None:
+    """Evaluates by itself, once, and again when the model has been trained on or other things are asked for."""
+    samples = tmp_path / "out" / "evaluation" / "samples.json"
+    run("train", recipe)
+    assert "prompts fulfilled" in run("gallery", recipe)
+    assert "prompts fulfilled" not in run("gallery", recipe)
+    run("train", recipe, "--set", "train.steps=3")
+    assert "prompts fulfilled" in run("gallery", recipe, "--set", "train.steps=3")
+    assert json.loads(samples.read_text())["of"]["trained"]["step"] == 3
+    assert "prompts fulfilled" in run("gallery", recipe, "--set", "train.steps=3", "--set", "evaluate.prompts=5")
+    assert len(json.loads(samples.read_text())["samples"]) == 5
+
+
+def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "new" / "drawn.parquet"
+    settings = ["--set", f"data.path={drawn}", "--set", "prepare={prompts: 4, images: 2, sure: 0.5}"]
+    settings += ["--set", "prepare.judge.path=models/tiny_clip", "--set", "prepare.drawing.steps=1"]
+    assert f"{drawn}: 4 pairs of 4 prompts" in run("prepare", recipe, *settings)
+    assert "4 pairs in 4 groups" in run("train", recipe, *settings)
+
+
+# ---------------------------------------------------------------------------------------------------------- how it ends
+
+
+def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after its second update, the run goes on from there, and ends as one that was never stopped."""
+    run("train", recipe, "--set", f"output={tmp_path / 'whole'}", "--set", "train.steps=4")
+    update = training._Hook.__call__
+
+    def stopped(hook: Any, progress: Any, metrics: Any, resting: bool) -> None:
+        update(hook, progress, metrics, resting)
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Hook, "__call__", stopped)
+        code, printed = refused("train", recipe, "--set", "train.steps=4")
+    assert code == 130 and printed.endswith("stopped; the same command goes on from what was saved last\n")
+    assert "going on from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=4")
+    assert weights(tmp_path / "whole" / "model") == weights(tmp_path / "out" / "model")
+
+
+def test_what_is_not_the_users_mistake_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("mmalign.run.train", broken)
+    result = CliRunner().invoke(cli.app, ["train", str(recipe)])
+    assert isinstance(result.exception, AssertionError)
+
+
+def test_a_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMALIGN_TRACEBACK", "1")
+    result = CliRunner().invoke(cli.app, ["train", "nothing.yaml"])
+    assert isinstance(result.exception, ValueError) and not isinstance(result.exception, typer.Exit)
+
+
+def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_path: Path) -> None:
+    """From nothing imported: no notices on the way to success, none before a mistake's sentence."""
+    # A caption that the text encoder cuts, which diffusers and transformers would each remark on at length.
+    rows = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    rows[0]["caption"] = "word " * 2000
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1]), "PYTHONWARNINGS": ""}
+    command = [sys.executable, "-m", "mmalign.cli", "train", str(recipe), "--set", "train.precision=bfloat16"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "1 of 8 prompts are longer than the text encoder reads, and are cut"
+    assert [line.partition(":")[0] for line in lines[1:]] == ["diffusion_dpo", "diffusion_dpo"]
+    assert all(line.startswith(("update ", "warning: gradient factor")) for line in ended.stderr.splitlines())
