@@ -99,14 +99,15 @@ def sample(
     side = sampling.resolution or resolution
     config: Any = net.config
     shape = (config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # go on with what the sampler adds on the way
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     latents = pipeline(
         height=side,
         width=side,
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
         latents=noise.to(pipeline.device),
-        generator=[torch.Generator().manual_seed(seed + 1) for seed in seeds],  # for samplers that add noise on the way
+        generator=generators,
         output_type="latent",
         **text,
     ).images
