@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mmalign import families, methods
@@ -218,10 +217,7 @@ def sampling(drawing: Drawing) -> Sampling:
 
 def judge(config: JudgeConfig, device: torch.device) -> Judge:
     """The recipe's judge in memory."""
-    try:
-        return load_judge(config.name, config.path, device, **config.options)
-    except SafetensorError as error:
-        raise ValueError(f"judge.path: the weights of {config.path} are damaged ({error}); copy them anew") from error
+    return load_judge(config.name, config.path, device, **config.options)
 
 
 def fingerprint(net: nn.Module) -> str:

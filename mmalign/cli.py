@@ -48,7 +48,7 @@ Overrides = Annotated[
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped one; see `mmalign list`.")
 ]
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # a path may hold brackets
 
 
 @app.command()

@@ -97,12 +97,15 @@ def open_feed(
     sources = [train] if held is None else [train, held]
     view = View(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[Dropped]()
+    unconditional = family.unconditional()
     if data.cache != "off" and data.crop == "center":
         folder = output / "cache" if data.cache == "auto" else Path(data.cache)
         encoders = {name: fingerprint_tensors(net.state_dict()) for name, net in family.encoders()}
         latents = ArrayCache.open(folder / "latents", {"vae": encoders.pop("vae"), "resolution": view.resolution})
         text = ArrayCache.open(folder / "text", encoders)
         bad = _fill(family, sources, view, latents, text, data, accelerator)
+        for _, net in family.encoders():
+            net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
     common: dict[str, Any] = {
         "seed": seed,
         "view": view,
@@ -124,7 +127,7 @@ def open_feed(
     if cut:
         say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
     about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
-    return Feed(Encoder(family, family.unconditional(), text), loader, scored, about)
+    return Feed(Encoder(family, unconditional, text), loader, scored, about)
 
 
 def _fill(

@@ -71,12 +71,11 @@ def train(
         seed: of every draw.
         progress: where to begin; it is changed in place.
         after_update: called with the progress, the update's metrics, and whether nothing is pending, so that a
-            checkpoint
-            written now resumes exactly.
+            checkpoint written now resumes exactly.
 
     Raises:
         FloatingPointError: a loss is not finite; it names the batch, and nothing has been updated from it.
-        ValueError: an epoch has no batch.
+        ValueError: an epoch has no batch, or the method made nothing of any.
     """
     window = _Window(policy, learner)
     while progress.step < steps:
@@ -87,16 +86,17 @@ def train(
             for number, contrast in enumerate(contrasts, start=1):
                 last = window.count + 1 == accumulate
                 window.add(_checked(method.loss(policy, contrast, config), batch, progress), last)
-                if last:
+                if last and (metrics := window.update(progress.step + 1)) is not None:
                     progress.step += 1
-                    metrics = window.update(progress.step)
                     after_update(progress, metrics, number == len(contrasts))
                     if progress.step == steps:
                         return progress
-        if first == 0 and progress.batch == 0:
+        if first == 0 and not window.used and not window.count:
             raise ValueError(
-                "train: an epoch has no batch; there are fewer pairs than one batch needs on every process"
+                f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are fewer "
+                "pairs than one batch needs on every process, or the method makes nothing of them"
             )
+        window.used = False
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
 
@@ -122,11 +122,17 @@ def _checked(step: Step, batch: Any, progress: Progress) -> Step:
 
 
 class _Window:
-    """The gradients and the metrics of one update."""
+    """The gradients and the metrics of one update.
+
+    Attributes:
+        count: contrasts so far.
+        used: whether there was an update in this epoch.
+    """
 
     def __init__(self, policy: Policy, learner: Learner) -> None:
         self.model, self.learner = policy.model, learner
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: a spent iterator would never be clipped
+        self.used = False
         self._clear()
 
     def _clear(self) -> None:
@@ -143,12 +149,19 @@ class _Window:
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
 
-    def update(self, step: int) -> Metrics:
-        """Divide by the global weight, clip, and move; the update's mean metrics over all processes."""
+    def update(self, step: int) -> Metrics | None:
+        """Divide by the global weight, clip, and move; the update's mean metrics over all processes.
+
+        None, and nothing moves, where no row of any process counts: the optimizer would go on by momentum alone.
+        """
         learner, accelerator = self.learner, self.learner.accelerator
         names = sorted(self.sums)
         packed = accelerator.reduce(torch.stack([self.weight, *(self.sums[n] for n in names)]), reduction="sum")
-        total = packed[0].clamp(min=torch.finfo(torch.float32).tiny)
+        if not packed[0]:
+            learner.optimizer.zero_grad()
+            self._clear()
+            return None
+        total = packed[0]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Distribution averages the gradients over processes; the weights are summed over them.
         torch._foreach_mul_(gradients, accelerator.num_processes / total)
@@ -167,5 +180,6 @@ class _Window:
         if learner.average is not None:
             learner.average.update(self.parameters, step)
         self._clear()
+        self.used = True
         metrics = dict(zip(names, packed[1:] / total, strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

@@ -193,7 +193,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         source: a path, the name of a shipped recipe ("configs/text_to_image/quickstart.yaml"), or the content itself.
-        overrides: assignments such as "train.lr=1e-5", values in YAML.
+        overrides: assignments such as "train.lr=1e-5", values in YAML, one after the other; another "method.name" begins
+            its section anew, with that method's defaults.
 
     Raises:
         ValueError: names every key that is unknown (with the nearest known one) or has a wrong value.
@@ -267,7 +268,10 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(f"--set {path}: {at} is no section but {_shown(section)}; set {at} itself")
             here[key] = dict(section)
             here = here[key]
-        here[keys[-1]] = _parse(text, f"--set {path}")
+        value = _parse(text, f"--set {path}")
+        if keys == ["method", "name"] and value != here.get("name"):
+            here.clear()  # one method's hyper-parameters mean something else, or nothing, in another
+        here[keys[-1]] = value
     return tree
 
 

@@ -244,7 +244,7 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
     function of the difference of its scores) reaches `prepare.sure`. The file has the layout of Pick-a-Pic v2.
 
     Raises:
-        ValueError: no `prepare` section, or no pair that the judge is sure of.
+        ValueError: no `prepare` section, a file that is there already, or no pair that the judge is sure of.
     """
     from mmalign.data.drawn import write_pairs
 
@@ -258,6 +258,11 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
     path = Path(recipe.data.path)
     if path.is_dir():
         raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
+    if path.exists():
+        raise ValueError(
+            f"data.path: {path} is there already; move it away, or name another with --set data.path=...: "
+            "prepare replaces nothing"
+        )
     assemble.make_folder("data.path", path.parent)
     device, started = _device(), time.time()
     family = assemble.load_model(recipe.model, recipe.train.precision, device)

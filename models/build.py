@@ -231,7 +231,7 @@ def build_vae(work: Path, compiled: bool) -> None:
     def save(average: nn.Module) -> None:
         with torch.no_grad():
             latents = average.encode(to_tensor(images[:512])).latent_dist.mean
-        average.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+        average.register_to_config(scaling_factor=round(1 / float(latents.std()), 4), _name_or_path="")
         half(average).save_pretrained(HERE / "tiny_sd" / "vae")
 
     fit("vae", work, model, loss, steps=1200, lr=1.5e-3, save=save)
@@ -258,6 +258,7 @@ def build_sd(work: Path, compiled: bool, steps: int) -> None:
     folder = HERE / "tiny_sd"
     tokenizer = tokenizer_of(folder / "tokenizer")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(_name_or_path="")  # where it lay on this machine is nobody's business
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,

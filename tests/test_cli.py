@@ -177,6 +177,8 @@ def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> 
     settings += ["--set", "prepare.judge.path=models/tiny_clip", "--set", "prepare.drawing.steps=1"]
     assert f"{drawn}: 4 pairs of 4 prompts" in run("prepare", recipe, *settings)
     assert "4 pairs in 4 groups" in run("train", recipe, *settings)
+    code, printed = refused("prepare", recipe, *settings)
+    assert code == 1 and "is there already" in printed  # hours of drawing are not written over
 
 
 # ---------------------------------------------------------------------------------------------------------- how it ends

@@ -239,13 +239,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_changes_anything(
     assert torch.equal(flat(run.net), flat(clean.net))
 
 
-def test_an_update_in_which_nothing_weighs_changes_nothing(start: Callable[..., Run]) -> None:
-    run = start()
-    run(Regression(), of(data([2, 2], [0.0] * 4)), steps=1, accumulate=2)
-    assert torch.equal(flat(run.net), START)
-    assert all(value == value for value in run.said[0][1].values())  # no nan
-
-
 def test_a_gradient_that_is_not_finite_changes_nothing(start: Callable[..., Run]) -> None:
     """A square root at zero: the loss is finite, its gradient is not."""
     run = start()
@@ -351,9 +344,28 @@ def test_a_run_that_is_done_does_nothing(start: Callable[..., Run]) -> None:
 
 
 def test_an_epoch_without_a_batch_is_an_error_and_the_end_of_one_is_none(start: Callable[..., Run]) -> None:
-    with pytest.raises(ValueError, match="an epoch has no batch; there are fewer pairs than one batch needs"):
+    with pytest.raises(ValueError, match="epoch 0 has nothing to learn from, in 0 batches; there are fewer"):
         start()(Regression(), of([]), steps=1)
     run = start()
     run.progress = Progress(step=0, epoch=0, batch=2)  # stopped after the last batch of an epoch
     run(Regression(), of(data([2, 2])), steps=1)
     assert run.progress == Progress(1, 1, 1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_epoch_of_which_nothing_counts_ends_the_run(start: Callable[..., Run], accumulate: int) -> None:
+    """No contrasts at all, or rows of weight 0 alone, would go round for ever."""
+    with pytest.raises(ValueError, match="nothing to learn from, in 2 batches"):
+        start()(Regression(contrasts_of_a_batch=0), of(data([2, 2])), steps=1, accumulate=accumulate)
+    with pytest.raises(ValueError, match="nothing to learn from, in 2 batches"):
+        start()(Regression(), of(data([2, 2], weights=[0.0] * 4)), steps=1, accumulate=accumulate)
+
+
+def test_an_update_of_padding_alone_does_not_move_by_momentum(start: Callable[..., Run]) -> None:
+    one, padding, other = data([2, 2, 2], weights=[1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    run, without = start(optimizer=torch.optim.AdamW), start(optimizer=torch.optim.AdamW)
+    run(Regression(), of([one, padding, other]), steps=2)
+    without(Regression(), of([one, other]), steps=2)
+    assert torch.equal(flat(run.net), flat(without.net))
+    assert run.progress == Progress(2, 0, 3)  # the padding was read, and is no update
+    assert [p.step for p, _, _ in run.said] == [1, 2]

@@ -94,6 +94,14 @@ def test_an_override_changes_what_it_names_and_nothing_else() -> None:
     assert load("output=a=b").output == "a=b"
 
 
+def test_another_method_takes_no_hyper_parameter_of_the_one_before() -> None:
+    """Both have a beta, four orders of magnitude apart."""
+    theirs = {**LEAST, "method": {"name": "diffusion_dpo", "beta": 3000}}
+    assert load_recipe(theirs, ["method.name=mapo"]).method.beta == 0.1
+    assert load_recipe(theirs, ["method.name=mapo", "method.beta=0.2"]).method.beta == 0.2
+    assert load_recipe(theirs, ["method.name=diffusion_dpo"]).method.beta == 3000
+
+
 def test_a_section_that_is_absent_or_null() -> None:
     assert load("evaluate=null").evaluate is None and load().evaluate is None
     made = load("evaluate=null", "evaluate.benchmark=implicit").evaluate
@@ -134,6 +142,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
         ("train.lr=-1", "recipe: train.lr: expected greater than 0, got -1"),
         ("train.lr=.nan", "recipe: train.lr: expected a finite number, got nan"),
         ("train.lr=.inf", "recipe: train.lr: expected a finite number, got inf"),
+        ("method.beta=.inf", "recipe: method.beta: expected a finite number, got inf"),
         ("train.steps=true", "recipe: train.steps: expected a whole number, got true"),
         ("train.steps=1.5", "recipe: train.steps: expected a whole number, got 1.5"),
         ("train.steps=1.0", "recipe: train.steps: expected a whole number, got 1.0"),

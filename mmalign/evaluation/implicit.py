@@ -69,6 +69,9 @@ def accuracy(policy: Policy, batches: Iterable[Any], *, draws: int, seed: int) -
         batches: held-out pairs, encoded; rows of weight 0 do not count.
         draws: (t, noise) draws of a pair.
         seed: of the draws.
+
+    Raises:
+        ValueError: no pair counts.
     """
     right, number, gains = 0, 0, torch.zeros(2, dtype=torch.float64)
     for batch in batches:
@@ -85,5 +88,7 @@ def accuracy(policy: Policy, batches: Iterable[Any], *, draws: int, seed: int) -
         right += int((torch.stack(margins).mean(0) > 0)[counted].sum())
         number += int(counted.sum())
         gains += torch.stack(moved).mean(0)[:, counted].sum(1).double().cpu()
+    if not number:
+        raise ValueError("implicit: there is no held-out pair to score; raise data.hold_out, or give more pairs")
     chosen, rejected = (gains / number).tolist()
     return ImplicitAccuracy(right, number, chosen, rejected, draws)

@@ -71,7 +71,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale, float32."""
     scale, shift = _scale_and_shift(vae)
     with _own_dtype(vae):
-        return vae.decode((latents.float() / scale + shift).to(vae.dtype)).sample.float()  # type: ignore[no-any-return]
+        return vae.decode((latents.float() / scale + shift).to(vae.device, vae.dtype)).sample.float()  # type: ignore[no-any-return]
 
 
 def _own_dtype(vae: Any) -> contextlib.AbstractContextManager[Any]:

@@ -36,7 +36,7 @@ needs_reference = True
 class Config(BaseModel):
     """Hyper-parameters; the defaults are the release's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: float = Field(

@@ -29,7 +29,7 @@ needs_reference = False
 class Config(BaseModel):
     """Hyper-parameters; the defaults are the release's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["mapo"] = "mapo"
     beta: float = Field(0.1, gt=0, description="the weight of the margin beside the chosen image's own error")

@@ -22,7 +22,7 @@ needs_reference = False
 class Config(BaseModel):
     """Hyper-parameters."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["sft"] = "sft"
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.rewards import Judge
@@ -71,7 +72,7 @@ def load(path: str, device: torch.device, cfg: Config) -> Judge:
         # Not `create_model`: that one goes on with random weights where it finds none.
         model, preprocess = open_clip.create_model_from_pretrained(name, cfg.pretrained, precision="fp32")
         tokenize = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
             f"judge open_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder with"
             " open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip"

@@ -92,3 +92,7 @@ def test_targets_that_match_nothing(tiny_sd15: Path) -> None:
         ValueError, match=r"^model\.lora\.targets: no layer of UNet2DConditionModel ends in to_query, qkv"
     ):
         add_lora(net, rank=4, alpha=4.0, targets=["to_query", "qkv"], seed=0)
+    with pytest.raises(ValueError, match=r"^model\.lora\.targets: no layer of UNet2DConditionModel ends in to_kk; exp"):
+        add_lora(net, rank=4, alpha=4.0, targets=["to_q", "to_kk"], seed=0)  # the one that is there does not hide it
+    with pytest.raises(ValueError, match=r"^model\.lora\.targets: conv_norm_out cannot be adapted"):
+        add_lora(net, rank=4, alpha=4.0, targets=["conv_norm_out"], seed=0)
