@@ -93,8 +93,8 @@ def train(
                         return progress
         if first == 0 and not window.used and not window.count:
             raise ValueError(
-                f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are fewer "
-                "pairs than one batch needs on every process, or the method makes nothing of them"
+                f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
+                "fewer pairs than one batch needs on every process, or the method makes nothing of them"
             )
         window.used = False
         progress.epoch, progress.batch = progress.epoch + 1, 0

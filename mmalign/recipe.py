@@ -193,7 +193,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         source: a path, the name of a shipped recipe ("configs/text_to_image/quickstart.yaml"), or the content itself.
-        overrides: assignments such as "train.lr=1e-5", values in YAML, one after the other; another "method.name" begins
+        overrides: assignments such as "train.lr=1e-5", values in YAML, in this order; another "method.name" begins
             its section anew, with that method's defaults.
 
     Raises:
