@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,50 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmalign.diffusion.noise import Diffusion
 from mmalign.families import Conditioning, Loading, Moments, Sampling, intact
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
+
+
+@dataclass(frozen=True)
+class LatentUNet:
+    """What a pipeline with a UNet and an autoencoder does whatever its text is; TextToImage says what each call does.
+
+    A family adds how its text is encoded and given to the network: `encode_prompts`, `unconditional`, `condition`,
+    `predict`, `sample`, `encoders`.
+    """
+
+    name: str
+    pipeline: Any
+    schedule: Diffusion
+    loading: Loading
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet."""
+        return self.pipeline.unet  # type: ignore[no-any-return]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels; the UNet's sample size times the autoencoder's reduction."""
+        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def encode_images(self, images: Tensor) -> Moments:
+        """See TextToImage."""
+        return encode(self.pipeline.vae, images)
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return count_cut(self.pipeline.tokenizer, prompts)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See TextToImage."""
+        return decode(self.pipeline.vae, latents)
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """See TextToImage."""
+        save(self.pipeline, folder, net)
 
 
 def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
-from mmalign.families import Conditioning, Loading, Moments, Sampling, latents
+from mmalign.families import Conditioning, Loading, Sampling, latents
+from mmalign.families.latents import LatentUNet
 
 
-@dataclass(frozen=True)
-class StableDiffusionXL:
+class StableDiffusionXL(LatentUNet):
     """Adapts a StableDiffusionXLPipeline; the protocol TextToImage says what each call does."""
-
-    name: str
-    pipeline: Any
-    schedule: Diffusion
-    loading: Loading
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The UNet."""
-        return self.pipeline.unet  # type: ignore[no-any-return]
-
-    @property
-    def resolution(self) -> int:
-        """Pixels; the UNet's sample size times the autoencoder's reduction."""
-        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
-
-    def encode_images(self, images: Tensor) -> Moments:
-        """See TextToImage."""
-        return latents.encode(self.pipeline.vae, images)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -56,10 +34,6 @@ class StableDiffusionXL:
         if self.pipeline.config.force_zeros_for_empty_prompt:
             return Conditioning({name: torch.zeros_like(x) for name, x in empty.tensors.items()})
         return empty
-
-    def count_cut(self, prompts: Sequence[str]) -> int:
-        """See TextToImage."""
-        return latents.count_cut(self.pipeline.tokenizer, prompts)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
         """The text, and `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
@@ -87,18 +61,10 @@ class StableDiffusionXL:
         with latents.autocast(self.loading):
             return latents.sample(self.pipeline, net, text, seeds, sampling, self.resolution)
 
-    def decode(self, latents_: Tensor) -> Tensor:
-        """See TextToImage."""
-        return latents.decode(self.pipeline.vae, latents_)
-
     def encoders(self) -> list[tuple[str, nn.Module]]:
         """Autoencoder and both text encoders."""
         names = ("vae", "text_encoder", "text_encoder_2")
         return [(name, getattr(self.pipeline, name)) for name in names]
-
-    def save(self, folder: Path, net: nn.Module) -> None:
-        """See TextToImage."""
-        latents.save(self.pipeline, folder, net)
 
 
 def load(path: str, loading: Loading) -> StableDiffusionXL:

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
-from mmalign.families import Conditioning, Loading, Moments, Sampling, latents
+from mmalign.families import Conditioning, Loading, Sampling, latents
+from mmalign.families.latents import LatentUNet
 
 
-@dataclass(frozen=True)
-class StableDiffusion:
+class StableDiffusion(LatentUNet):
     """Adapts a StableDiffusionPipeline; the protocol TextToImage says what each call does."""
-
-    name: str
-    pipeline: Any
-    schedule: Diffusion
-    loading: Loading
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The UNet."""
-        return self.pipeline.unet  # type: ignore[no-any-return]
-
-    @property
-    def resolution(self) -> int:
-        """Pixels; the UNet's sample size times the autoencoder's reduction."""
-        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
-
-    def encode_images(self, images: Tensor) -> Moments:
-        """See TextToImage."""
-        return latents.encode(self.pipeline.vae, images)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -47,10 +25,6 @@ class StableDiffusion:
     def unconditional(self) -> Conditioning:
         """The empty prompt, encoded."""
         return self.encode_prompts([""])
-
-    def count_cut(self, prompts: Sequence[str]) -> int:
-        """See TextToImage."""
-        return latents.count_cut(self.pipeline.tokenizer, prompts)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
         """The text alone: this family is not told of sizes."""
@@ -71,17 +45,9 @@ class StableDiffusion:
             text = {"prompt_embeds": embeds, "negative_prompt_embeds": empty}
             return latents.sample(self.pipeline, net, text, seeds, sampling, self.resolution)
 
-    def decode(self, latents_: Tensor) -> Tensor:
-        """See TextToImage."""
-        return latents.decode(self.pipeline.vae, latents_)
-
     def encoders(self) -> list[tuple[str, nn.Module]]:
         """Autoencoder and text encoder."""
         return [("vae", self.pipeline.vae), ("text_encoder", self.pipeline.text_encoder)]
-
-    def save(self, folder: Path, net: nn.Module) -> None:
-        """See TextToImage."""
-        latents.save(self.pipeline, folder, net)
 
 
 def load(path: str, loading: Loading) -> StableDiffusion:
