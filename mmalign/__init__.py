@@ -1,4 +1,4 @@
-"""mmalign aligns text-to-image models with human preferences.
+"""mmalign aligns text-to-image and vision-language models with human preferences.
 
     recipe = mmalign.load_recipe("configs/text_to_image/quickstart.yaml", ["train.seed=1"])
     mmalign.train(recipe)

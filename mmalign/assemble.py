@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from mmalign import families, methods
-from mmalign.data import sources
-from mmalign.families import Loading, Sampling, TextToImage
-from mmalign.families.lora import add_lora
+from mmalign.data import responses, sources
+from mmalign.families import Family, Loading, Sampling
 from mmalign.optim import build_optimizer
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
-from mmalign.recipe import Data, Drawing, JudgeConfig, Model, Recipe, Train
+from mmalign.recipe import Data, Drawing, ImageData, ImageModel, JudgeConfig, Model, Recipe, ResponseData, Train
 from mmalign.rewards import Judge, judge_module, load_judge
 from mmalign.share import locate, resolve, resolve_model
 
+F = TypeVar("F", bound=Family)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
 
 
 def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
@@ -56,10 +55,27 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
             side = section.drawing.resolution or 0
             if side % 8:
                 raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
-    if recipe.model.vae is not None:
-        _located("model.vae", recipe.model.vae)
     # The last, since it may ask the Hub.
-    families.pipeline_class(_located("model.path", recipe.model.path), recipe.model.revision)
+    path = _located("model.path", recipe.model.path)
+    if isinstance(recipe.model, ImageModel):
+        if recipe.model.vae is not None:
+            _located("model.vae", recipe.model.vae)
+        families.pipeline_class(path, recipe.model.revision)
+    else:
+        families.model_type(path, recipe.model.revision)
+
+
+def require_images(recipe: Recipe, command: str) -> None:
+    """Refuse what only text-to-image models can do so far.
+
+    Raises:
+        ValueError: the recipe's method is for another modality.
+    """
+    if not isinstance(recipe.model, ImageModel):
+        raise ValueError(
+            f"{command}: draws pictures, and method.name: {recipe.method.name} aligns a vision-language model; use it "
+            "with a recipe of configs/text_to_image"
+        )
 
 
 def check_data(data: Data) -> None:
@@ -68,6 +84,17 @@ def check_data(data: Data) -> None:
     Raises:
         ValueError: where, what came, what was expected, what to do.
     """
+    if isinstance(data, ResponseData):
+        responses.check_responses(
+            data.format,
+            locate(data.path),
+            split=data.split,
+            columns=data.columns,
+            group_by=data.group_by,
+            images=Path(data.images) if data.images is not None else None,
+        )
+        return
+    assert isinstance(data, ImageData)
     sources.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
     if data.crop == "random" and data.cache not in ("off", "auto"):
         raise ValueError(
@@ -140,19 +167,16 @@ def make_folder(key: str, folder: Path) -> Path:
     return folder
 
 
-def load_model(model: Model, precision: str, device: torch.device) -> TextToImage:
-    """The recipe's model in memory, frozen."""
+def load_model(model: Model, precision: str, device: torch.device) -> Any:
+    """The recipe's model in memory, frozen: a TextToImage where the recipe is for one, else a VisionLanguage."""
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
-    loading = Loading(
-        device=device,
-        half=half,
-        denoiser_half=model.tune == "lora",
-        vae=model.vae and resolve_model(model.vae),
-        vae_dtype=DTYPES[model.vae_dtype],
-        revision=model.revision,
-    )
-    return families.load_family(resolve_model(model.path), loading)
+    loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
+    path = resolve_model(model.path)
+    if not isinstance(model, ImageModel):
+        return families.load_vision_language(path, loading)
+    vae = model.vae and resolve_model(model.vae)
+    return families.load_family(path, replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype]))
 
 
 def _without_loading_bars() -> None:
@@ -164,50 +188,40 @@ def _without_loading_bars() -> None:
     transformers_off()
 
 
-def build_policy(family: TextToImage, model: Model, method: str, *, seed: int, checkpointing: bool) -> Policy:
-    """The policy to train: LoRA with the adapters off as reference, or the whole denoiser with a frozen copy.
+def build_policy(family: F, model: Model, method: str, *, seed: int, checkpointing: bool) -> Policy[F]:
+    """The policy to train: LoRA with the adapters off as reference, or the whole network with a frozen copy.
 
     A method that needs no reference gets none, and no copy is made.
     """
-    net: Any = family.denoiser
     needed = methods.find(method).needs_reference
     reference: Reference = None
     if model.tune == "lora":
-        add_lora(
-            net, rank=model.lora.rank, alpha=model.lora.alpha or model.lora.rank, targets=model.lora.targets, seed=seed
-        )
+        lora = model.lora
+        targets = family.usual_targets if lora.targets is None else lora.targets
+        family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=seed)
         reference = AdaptersOff() if needed else None
     else:
         if needed:
-            reference = FrozenCopy(_frozen(net))
-        net.requires_grad_(True)
+            reference = FrozenCopy(family.frozen_copy())
+        family.unfreeze()
     if checkpointing:
-        net.enable_gradient_checkpointing()
-    return Policy(family, net, net, reference)
+        family.checkpoint_activations()
+    return Policy(family, family.network, family.network, reference)
 
 
-def _frozen(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).requires_grad_(False).eval()
-
-
-def load_aligned(family: TextToImage, folder: Path) -> Policy:
+def load_aligned(family: F, folder: Path) -> Policy[F]:
     """A trained model beside its base, as policy and reference.
 
     Args:
-        family: the base model; its denoiser gets the adapters if `folder` holds LoRA weights.
-        folder: what `TextToImage.save` wrote.
+        family: the base model; its network gets the adapters if `folder` holds LoRA weights.
+        folder: what `Family.save` wrote.
 
     Raises:
         ValueError: nothing has been trained there yet, or its files are damaged.
     """
-    base: Any = family.denoiser
-    with families.intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
-        if (folder / ADAPTERS).is_file():
-            base.load_lora_adapter(folder, prefix="unet", weight_name=ADAPTERS)
-            return Policy(family, base, base, AdaptersOff())
-        net = type(base).from_pretrained(folder / "unet", dtype=base.dtype).to(base.device)
-    net.requires_grad_(False).eval()
-    return Policy(family, net, net, FrozenCopy(base))
+    base = family.network
+    net = family.load_trained(folder)
+    return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
 
 
 def sampling(drawing: Drawing) -> Sampling:

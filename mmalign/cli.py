@@ -39,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Align text-to-image models with human preferences.",
+    help="Align text-to-image and vision-language models with human preferences.",
 )
 Overrides = Annotated[
     list[str] | None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmalign.data.cache import ArrayCache
-from mmalign.data.loader import PairBatch, PairLoader, View, images_to_encode
+from mmalign.data.loader import PairBatch, View, images_to_encode
 from mmalign.data.pairs import Dropped, Pairs
 from mmalign.families import Conditioning, Moments, TextToImage
 
@@ -56,14 +56,9 @@ class Encoder:
     unconditional: Conditioning
     text: ArrayCache | None
 
-    def batches(self, loader: PairLoader, epoch: int, start: int = 0) -> Iterator[EncodedPairs]:
-        """The loader's batches, encoded."""
-        for batch in loader.batches(epoch, start):
-            yield self.encode(batch)
-
     def encode(self, batch: PairBatch) -> EncodedPairs:
         """One batch, on the denoiser's device."""
-        device = next(self.family.denoiser.parameters()).device
+        device = next(self.family.network.parameters()).device
         if batch.arrays is not None:
             latents = Moments(batch.arrays["mean"].to(device), batch.arrays["std"].to(device))
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,51 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmalign.data.cache import ArrayCache, fingerprint_tensors
-from mmalign.data.loader import PairLoader, View, check_bad
+from mmalign.data.epochs import check_bad
+from mmalign.data.loader import PairLoader, View
 from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
+from mmalign.data.responses import open_responses
 from mmalign.data.sources import open_pairs
-from mmalign.encode import EncodedPairs, Encoder, fill_latents, fill_text, text_key
+from mmalign.encode import Encoder, fill_latents, fill_text, text_key
+from mmalign.encode_responses import ResponseLoader
+from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
-from mmalign.recipe import Data
+from mmalign.recipe import Data, ImageData, ResponseData
 from mmalign.share import locate
 
-Opened = tuple[Pairs, Pairs | None]  # to train on, and held out
+Opened = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Pairs of a recipe as a method takes them.
+    """Pairs of a recipe as a method takes them, of one modality or the other.
 
     Attributes:
-        encoder: makes batches of latents and embeddings.
+        encode: makes what a method takes of a loader's batch.
         train: the loader of the pairs to learn from.
         held: the loader of those held out; None if there are none.
         about: one sentence on what there is, for people.
     """
 
-    encoder: Encoder
-    train: PairLoader
-    held: PairLoader | None
+    encode: Callable[[Any], Any]
+    train: PairLoader | ResponseLoader
+    held: PairLoader | ResponseLoader | None
     about: str
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[EncodedPairs]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The training batches of an epoch, from number `start` on."""
-        return self.encoder.batches(self.train, epoch, start)
+        return map(self.encode, self.train.batches(epoch, start))
 
-    def held_out(self) -> Iterator[EncodedPairs]:
+    def held_out(self) -> Iterator[Any]:
         """The held-out batches, always in the same order; none if nothing is held out."""
-        return self.encoder.batches(self.held, 0) if self.held else iter(())
+        return map(self.encode, self.held.batches(0)) if self.held else iter(())
 
     def places(self, epoch: int, number: int) -> list[str]:
         """Where the pairs of a training batch lie, for people."""
         return self.train.places(epoch, number)
 
     def dropped(self) -> list[Dropped]:
-        """The images that could not be read in the batches so far."""
+        """What could not be used in the batches so far."""
         return self.train.dropped + (self.held.dropped if self.held else [])
 
 
@@ -61,14 +66,24 @@ def open_data(data: Data, seed: int) -> Opened:
     Raises:
         ValueError: files or columns are missing, or no pair is left.
     """
-    pairs = open_pairs(
-        data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by, limit=data.limit
-    )
+    common: dict[str, Any] = {
+        "split": data.split,
+        "columns": data.columns,
+        "group_by": data.group_by,
+        "limit": data.limit,
+    }
+    pairs: Pairs[Any]
+    if isinstance(data, ResponseData):
+        images = Path(data.images) if data.images is not None else None
+        pairs = open_responses(data.format, locate(data.path), images=images, **common)
+    else:
+        assert isinstance(data, ImageData)
+        pairs = open_pairs(data.format, locate(data.path), **common)
     return hold_out(pairs, data.hold_out, seed) if data.hold_out else (pairs, None)
 
 
 def open_feed(
-    family: TextToImage,
+    family: Any,
     data: Data,
     *,
     output: Path,
@@ -78,10 +93,10 @@ def open_feed(
     say: Any,
     opened: Opened | None = None,
 ) -> Feed:
-    """Open the recipe's pairs and fill its caches with what the frozen encoders make of them.
+    """Open the recipe's pairs, and where the data are pictures to learn from, fill the caches of the frozen encoders.
 
     Args:
-        family: the model whose encoders are used.
+        family: a TextToImage for ImageData, a VisionLanguage for ResponseData.
         data: the recipe's section.
         output: the run's folder, where `data.cache: auto` keeps the caches.
         batch_size: pairs of a batch on each process.
@@ -94,7 +109,35 @@ def open_feed(
         ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad, or all pairs.
     """
     train, held = opened or open_data(data, seed)
-    sources = [train] if held is None else [train, held]
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    common |= {"num_workers": data.workers, "max_bad": data.max_bad}
+    about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
+    make: Callable[..., PairLoader | ResponseLoader]
+    encode: Callable[[Any], Any]
+    if isinstance(data, ResponseData):
+        longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
+        make = partial(ResponseLoader, reader=family.reader, max_length=longest, **common)
+        encode = partial(encode_responses, family)
+    else:
+        assert isinstance(data, ImageData)
+        sources = [train] if held is None else [train, held]
+        view, latents, encoder = _prepare(family, sources, data, output, accelerator, say)
+        make = partial(PairLoader, view=view, cache=latents, **common)
+        encode = encoder.encode
+    loader = make(pairs=train, **share)
+    # Every process scores all held-out pairs, so that all know the same number.
+    scored = make(pairs=held, keep_last=True) if held is not None else None
+    for checked in (loader, scored):
+        if checked is not None:
+            checked.check_readable()
+    return Feed(encode, loader, scored, about)
+
+
+def _prepare(
+    family: TextToImage, sources: Sequence[Pairs], data: ImageData, output: Path, accelerator: Any, say: Any
+) -> tuple[View, ArrayCache | None, Encoder]:
+    """How images become squares, the cache of their latents, and what encodes the rest; the caches are filled."""
     view = View(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[Dropped]()
     unconditional = family.unconditional()
@@ -106,28 +149,13 @@ def open_feed(
         bad = _fill(family, sources, view, latents, text, data, accelerator)
         for _, net in family.encoders():
             net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
-    common: dict[str, Any] = {
-        "seed": seed,
-        "view": view,
-        "cache": latents,
-        "num_workers": data.workers,
-        "max_bad": data.max_bad,
-    }
-    rank, world = accelerator.process_index, accelerator.num_processes
-    loader = PairLoader(train, batch_size=batch_size, rank=rank, world_size=world, **common)
-    # Every process scores all held-out pairs, so that all know the same number.
-    scored = PairLoader(held, batch_size=batch_size, keep_last=True, **common) if held is not None else None
-    for checked in (loader, scored):
-        if checked is not None:
-            checked.check_readable()
     if bad:
         say(f"{len(bad)} images cannot be read, and their pairs are left out: {listed(bad)}")
     prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
     cut = family.count_cut(prompts)
     if cut:
         say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
-    about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
-    return Feed(Encoder(family, unconditional, text), loader, scored, about)
+    return view, latents, Encoder(family, unconditional, text)
 
 
 def _fill(
@@ -136,7 +164,7 @@ def _fill(
     view: View,
     latents: ArrayCache,
     text: ArrayCache,
-    data: Data,
+    data: ImageData,
     accelerator: Any,
 ) -> list[Dropped]:
     """Encode what the caches lack, each process its share, with a bar; gives the images that cannot be read."""

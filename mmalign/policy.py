@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
-    from mmalign.families import TextToImage
+    from mmalign.families import Family
 
 R = TypeVar("R")
+# What a method asks of a family depends on the modality; `Policy` alone is one of any family.
+F = TypeVar("F", bound="Family", default=Any, covariant=True)
 Scores = dict[str, Tensor]  # view ("chosen", "rejected", ...) -> [B], float32, higher is better
 
 
@@ -33,7 +36,7 @@ Reference = AdaptersOff | FrozenCopy | None
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Generic[F]):
     """A model of a family, with the reference that its method needs.
 
     Attributes:
@@ -41,12 +44,24 @@ class Policy:
         model: what the optimizer sees, and what `Method.loss` must call; wrapped for distribution once the loop began.
         unwrapped: the bare network, for generation, saving, and switching adapters.
         reference: None for methods without one.
+
+    Raises:
+        ValueError: the reference is the model without its adapters, and something else than adapters is trained: it
+            would move with the policy.
     """
 
-    family: TextToImage
+    family: F
     model: nn.Module
     unwrapped: nn.Module
     reference: Reference
+
+    def __post_init__(self) -> None:
+        outside = _trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []
+        if outside:
+            raise ValueError(
+                f"reference: {outside[0]} and {len(outside) - 1} more weights outside the adapters are trained, so the "
+                "model without its adapters is no fixed reference; train the adapters alone, or use model.tune: full"
+            )
 
     @torch.no_grad()
     def on_reference(self, run: Callable[[nn.Module], R]) -> R | None:
@@ -93,3 +108,13 @@ def _adapter_layers(net: nn.Module) -> Iterator[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return (module for module in net.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _trained_outside_adapters(net: nn.Module) -> list[str]:
+    inside = {
+        id(parameter)
+        for layer in _adapter_layers(net)
+        for name in layer.adapter_layer_names
+        for parameter in getattr(layer, name).parameters()
+    }
+    return [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in inside]

@@ -33,38 +33,65 @@ class Lora(Section):
 
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0, description="the adapter's scale is alpha / rank; the rank if not given")
-    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    targets: list[str] | None = Field(
+        None,
+        description="the ends of the names of the layers to adapt; if not given, the attention's projections of a "
+        "diffusion model, and all linear layers of a vision-language model's decoder",
+    )
 
 
 class Model(Section):
     """The model to align."""
 
-    path: str = Field(description="a diffusers pipeline: a folder or a Hub id")
+    path: str = Field(description="a model of diffusers or transformers: a folder or a Hub id")
     revision: str | None = None
     tune: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
+
+
+class ImageModel(Model):
+    """A text-to-image model."""
+
+    path: str = Field(description="a diffusers pipeline: a folder or a Hub id")
     vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 class Data(Section):
-    """The preference pairs."""
+    """The preference pairs, whatever is compared."""
 
-    format: Literal["pick_a_pic", "folder", "rankings"] = "pick_a_pic"
     path: str = Field(description="a file, a folder, or a Hub id")
     split: str | None = None
     columns: dict[str, str] = Field({}, description="our column name: yours")
     group_by: str | None = Field(
-        None, description="the column whose values a hold-out keeps together; the prompt if not given"
+        None,
+        description="the column whose values a hold-out keeps together; if not given, the prompt of pairs of images, "
+        "and the images of pairs of responses, where these are files",
     )
     hold_out: float = Field(0.0, ge=0, lt=1, description="share of the groups kept from training, for evaluation")
     limit: int | None = Field(None, ge=1)
+    max_bad: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
+    workers: int = Field(0, ge=0)
+
+
+class ImageData(Data):
+    """Pairs of images for a text-to-image model."""
+
+    format: Literal["pick_a_pic", "folder", "rankings"] = "pick_a_pic"
     resolution: int | None = Field(None, ge=8, description="pixels; the model's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair alike")
-    max_bad: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
-    workers: int = Field(0, ge=0)
     cache: str = Field("auto", description="where latents and text are kept: auto (in the output), off, or a folder")
+
+
+class ResponseData(Data):
+    """Pairs of responses of a vision-language model."""
+
+    format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = "trl"
+    images: str | None = Field(None, description="the folder that images' paths begin in; beside the file if not given")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of prompt, images and response in all; as many as the model reads if not given"
+    )
 
 
 class Train(Section):
@@ -167,6 +194,13 @@ class Recipe(Section):
     output: str = Field(description="the folder that everything is written to")
 
 
+# What a recipe says of the model and of the data, by what its method compares.
+SECTIONS: dict[str, tuple[type[Model], type[Data]]] = {
+    "text_to_image": (ImageModel, ImageData),
+    "vision_language": (Model, ResponseData),
+}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with YAML 1.2's numbers (1e-8 is one, in 1.1 a string), and without keys that are given twice."""
 
@@ -229,7 +263,9 @@ def dump_recipe(recipe: Recipe) -> str:
 def _schema(method: str) -> type[Recipe]:
     from mmalign import methods
 
-    return create_model("Recipe", __base__=Recipe, method=(methods.find(method).Config, ...))
+    found = methods.find(method)
+    model, data = SECTIONS[found.modality]
+    return create_model("Recipe", __base__=Recipe, method=(found.Config, ...), model=(model, ...), data=(data, ...))
 
 
 def _read(name: str | Path) -> str:

@@ -17,6 +17,8 @@ SHOWN = {
     "logit": "logit",
     "chosen error": "chosen",
     "rejected error": "rejected",
+    "chosen log-probability": "chosen",
+    "rejected log-probability": "rejected",
     "gradient norm": "grad",
 }
 SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
@@ -103,7 +105,8 @@ class Reporter:
         if "chosen gain" not in mean:
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
-        return preference_verdict(mean["chosen gain"], mean["rejected gain"], mean["gradient factor"])
+        what = "images" if "chosen error" in mean else "responses"
+        return preference_verdict(mean["chosen gain"], mean["rejected gain"], mean["gradient factor"], what)
 
 
 def unmoved(factor: float) -> bool:
@@ -111,13 +114,14 @@ def unmoved(factor: float) -> bool:
     return abs(factor - 0.5) < 0.5 - UNMOVED
 
 
-def preference_verdict(chosen: float, rejected: float, factor: float) -> str:
+def preference_verdict(chosen: float, rejected: float, factor: float, what: str = "images") -> str:
     """What a run did, in plain words.
 
     Args:
         chosen: how much likelier than the reference the policy finds the chosen side (score units, mean).
         rejected: likewise, the rejected side.
         factor: the mean gradient factor sigma(-z).
+        what: the sides are: "images" or "responses".
     """
     numbers = f"(chosen {chosen:+.2g}, rejected {rejected:+.2g} against the reference; gradient factor {factor:.2f})"
     if unmoved(factor):
@@ -125,8 +129,8 @@ def preference_verdict(chosen: float, rejected: float, factor: float) -> str:
     if chosen <= rejected:
         return f"the preference was not learned {numbers}"
     if chosen < 0:
-        displaced = "likelihood displacement; look at the images before you use it"
+        displaced = f"likelihood displacement; look at the {what} before you use it"
         return f"both sides got worse, the rejected one more {numbers}: {displaced}"
     if rejected > 0:
         return f"both sides improved, the chosen one more {numbers}"
-    return f"chosen images improved and rejected ones got worse {numbers}"
+    return f"chosen {what} improved and rejected ones got worse {numbers}"

@@ -57,6 +57,7 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
     drawn, trained = section.benchmark != "implicit", Path(recipe.output) / "model"
     if not drawn and not recipe.data.hold_out:
         raise ValueError("evaluate: implicit needs pairs kept from training; set data.hold_out, for example to 0.1")
+    assemble.require_images(recipe, "evaluate")
     assemble.check(recipe, data=not drawn)
     about = read_trained(trained)
     opened = None if drawn else open_data(recipe.data, recipe.train.seed)
@@ -254,6 +255,7 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
             "prepare: the recipe has no such section; "
             "add one with a judge, as configs/text_to_image/quickstart.yaml does"
         )
+    assemble.require_images(recipe, "prepare")
     assemble.check(recipe, data=False)
     path = Path(recipe.data.path)
     if path.is_dir():
@@ -271,7 +273,7 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
         p for p in _prompts("prepare.prompts", section.prompts, "train", section.seed) for _ in range(section.images)
     ]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
-    images = draw(family, family.denoiser, prompts, seeds, assemble.sampling(section.drawing))
+    images = draw(family, family.network, prompts, seeds, assemble.sampling(section.drawing))
     scores = judge(images, prompts).tolist()
     kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
     say(f"{path}: {kept} pairs of {asked} prompts, from {len(images)} images in {time.time() - started:.0f} s")
@@ -293,7 +295,8 @@ def list_everything(console: Any) -> None:
     from mmalign.share import roots
 
     console.print("methods:  " + ", ".join(methods.names()))
-    console.print("families: " + ", ".join(f"{file} ({cls})" for cls, file in families.PIPELINES.items()))
+    pipelines = ", ".join(f"{file} ({cls})" for cls, file in families.PIPELINES.items())
+    console.print(f"families: {pipelines}, vision_language (AutoModelForImageTextToText)")
     console.print("judges:   " + ", ".join(rewards.names()))
     console.print("recipes:")
     for root in roots():

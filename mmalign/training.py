@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from mmalign import assemble, checkpoint, loop, methods
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
-from mmalign.encode import EncodedPairs
-from mmalign.families import TextToImage
+from mmalign.families import Family
 from mmalign.feed import Feed, open_data, open_feed
 from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.policy import Policy
-from mmalign.recipe import Recipe, dump_recipe
+from mmalign.recipe import ImageData, Recipe, dump_recipe
 from mmalign.report import Reporter
 
 Say = Callable[[str], None]
@@ -38,7 +37,7 @@ class Trained:
     """What `train` leaves.
 
     Attributes:
-        folder: the trained model, as diffusers loads it.
+        folder: the trained model, as its library loads it: diffusers, or transformers and peft.
         steps: updates done in all.
         seconds: of this call.
         verdict: what the run did, in plain words.
@@ -99,14 +98,18 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
-    accelerator.end_training()
     _export(folder, run)
+    accelerator.end_training()  # after the last thing that processes wait for each other in
     dropped = feed.dropped()
     if dropped:
-        tell(f"{len(dropped)} images could not be read; their pairs were left out: {listed(dropped)}")
+        tell(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {listed(dropped)}")
     verdict = reporter.verdict()
     tell(f"{recipe.method.name}: {verdict}")
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
+
+
+def _named(recipe: Recipe) -> str:
+    return "images could not be read" if isinstance(recipe.data, ImageData) else "images or prompts could not be used"
 
 
 def _silent(_: str) -> None:
@@ -156,12 +159,13 @@ def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
     return run
 
 
-def _identity(recipe: Recipe, family: TextToImage) -> dict[str, str]:
+def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
     """What a checkpoint belongs to: it can be gone on from only where all of this is the same."""
     lora = recipe.model.lora
-    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {' '.join(lora.targets)}"
+    targets = " ".join(family.usual_targets if lora.targets is None else lora.targets)
+    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
     return {
-        "model": assemble.fingerprint(family.denoiser),
+        "model": assemble.fingerprint(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",
         "data": recipe.data.path,
@@ -282,7 +286,7 @@ def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _mean_loss(recipe: Recipe, run: _Run, batches: Iterable[EncodedPairs]) -> float | None:
+def _mean_loss(recipe: Recipe, run: _Run, batches: Iterable[Any]) -> float | None:
     """The method's loss on these batches under fixed draws, or None where they have no pair. Lower is better."""
     total, weight = 0.0, 0.0
     bare = Policy(run.policy.family, run.policy.unwrapped, run.policy.unwrapped, run.policy.reference)
@@ -295,7 +299,7 @@ def _mean_loss(recipe: Recipe, run: _Run, batches: Iterable[EncodedPairs]) -> fl
 
 
 def _export(folder: Path, run: _Run) -> None:
-    """Write the trained model (its average, if there is one) the way diffusers loads it, and what it was made of."""
+    """Write the trained model (its average, if there is one) the way its library loads it, and what it was made of."""
     if run.learner.accelerator.is_main_process:
         parameters, average = run.policy.trainable(), run.learner.average
         if average is not None:
@@ -360,13 +364,13 @@ def read_trained(folder: Path) -> dict[str, Any]:
     return about
 
 
-def require_base(about: Mapping[str, Any], folder: Path, family: TextToImage) -> None:
+def require_base(about: Mapping[str, Any], folder: Path, family: Family) -> None:
     """Refuse to compare a trained model with another base than its own.
 
     Raises:
         ValueError: the family's weights are not those that the training began with.
     """
-    was, now = about["identity"]["model"], assemble.fingerprint(family.denoiser)
+    was, now = about["identity"]["model"], assemble.fingerprint(family.network)
     if was != now:
         raise ValueError(
             f"{folder}: was trained from another model than {family.name} (fingerprint {was}; this one has {now}); "

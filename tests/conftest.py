@@ -1,12 +1,17 @@
 """Tiny models, made once a session."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import tiny
+import tiny_vlm
+import torch
+
+from mmalign.families import Loading, VisionLanguage, load_vision_language
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +27,27 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def vlm_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny vision-language model by its type, written when first asked for."""
+    there: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in there:
+            there[name] = tiny_vlm.write(name, tmp_path_factory.mktemp("models") / name)
+        return there[name]
+
+    return folder
+
+
+@pytest.fixture(params=list(tiny_vlm.STANDING))
+def vlm(request: pytest.FixtureRequest, vlm_folders: Callable[[str], Path]) -> VisionLanguage:
+    """Each of the standing vision-language models, loaded anew."""
+    return load_vision_language(str(vlm_folders(request.param)), Loading(torch.device("cpu")))
+
+
+@pytest.fixture
+def llava(vlm_folders: Callable[[str], Path]) -> VisionLanguage:
+    return load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))

@@ -22,7 +22,7 @@ LAYERS = (
     {"policy"},
     {"attention", "diffusion", "language", "rewards", "data"},
     {"families"},
-    {"encode"},
+    {"encode", "encode_responses"},
     {"methods"},
     {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint"},
     {"training"},

@@ -36,7 +36,7 @@ def adapters(net: nn.Module) -> dict[str, nn.Parameter]:
 
 def train_adapters(family: TextToImage, given: Any, updates: int = 3) -> nn.Module:
     """LoRA on the family's denoiser, moved by real updates; the frozen weights have no gradient."""
-    net = family.denoiser
+    net = family.network
     add_lora(net, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.05)
     for _ in range(updates):
@@ -51,7 +51,7 @@ def lora_policy(family: TextToImage, net: nn.Module) -> Policy:
 
 
 def test_adapters_off_is_the_frozen_copy_bit_for_bit(family: TextToImage, given: Any) -> None:
-    frozen = FrozenCopy(copy.deepcopy(family.denoiser))
+    frozen = FrozenCopy(copy.deepcopy(family.network))
     net = train_adapters(family, given)
     policy = lora_policy(family, net)
 
@@ -68,9 +68,9 @@ def test_adapters_off_is_the_frozen_copy_bit_for_bit(family: TextToImage, given:
 
 
 def test_adapters_off_is_the_frozen_copy_in_half_precision(tiny_sd15: Path) -> None:
-    family = load_family(str(tiny_sd15), Loading(CPU.device, half=torch.bfloat16, denoiser_half=True))
+    family = load_family(str(tiny_sd15), Loading(CPU.device, half=torch.bfloat16, network_half=True))
     given = torch.randn(1, 4, 8, 8), torch.tensor([3]), family.encode_prompts(["a fox"])
-    frozen = copy.deepcopy(family.denoiser)
+    frozen = copy.deepcopy(family.network)
     net = train_adapters(family, given)
     with torch.no_grad(), adapters_off(net):
         assert torch.equal(family.predict(net, *given), family.predict(frozen, *given))
@@ -103,7 +103,7 @@ def test_nothing_is_left_switched(family: TextToImage, given: Any) -> None:
 
 
 def test_a_network_without_adapters_is_refused(family: TextToImage) -> None:
-    policy = lora_policy(family, family.denoiser)
+    policy = lora_policy(family, family.network)
     with pytest.raises(ValueError, match=r"UNet2DConditionModel has no adapters to switch off; set model\.tune"):
         policy.on_reference(lambda net: None)
 
@@ -112,7 +112,7 @@ def test_without_a_reference_nothing_runs(family: TextToImage) -> None:
     def never(_: nn.Module) -> None:
         raise AssertionError("a policy without a reference must not run one")
 
-    assert Policy(family, family.denoiser, family.denoiser, None).on_reference(never) is None
+    assert Policy(family, family.network, family.network, None).on_reference(never) is None
 
 
 def gradients(family: TextToImage, net: nn.Module, given: Any) -> Iterator[Tensor]:
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_recomputes_with_adapters_on(family: TextToImage,
 
 
 def test_full_fine_tuning_leaves_its_frozen_copy_alone(family: TextToImage, given: Any) -> None:
-    net = family.denoiser
+    net = family.network
     copied = copy.deepcopy(net).requires_grad_(False).eval()
     policy = Policy(family, net.requires_grad_(True), net, FrozenCopy(copied))
     before = policy.on_reference(lambda net: family.predict(net, *given))

@@ -1,11 +1,13 @@
 """A whole run on tiny models of the real classes: resuming, caching, workers, every shipped recipe."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tiny_vlm
 import torch
 from safetensors.torch import load_file
 
@@ -15,7 +17,8 @@ from mmalign.recipe import load_recipe
 from mmalign.share import roots
 from mmalign.training import train
 
-RECIPES = sorted((roots()[1] / "configs" / "text_to_image").glob("*.yaml"))
+RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
+MODELS = {"llava15": "llava"}  # the tiny model of a vision-language recipe, by what its name ends in
 
 
 @pytest.fixture
@@ -99,16 +102,24 @@ def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pai
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_shipped_recipe_takes_two_steps(
-    path: Path, tiny_sd15: Path, tiny_sdxl: Path, pairs: Path, tmp_path: Path
+    path: Path,
+    tiny_sd15: Path,
+    tiny_sdxl: Path,
+    vlm_folders: Callable[[str], Path],
+    pairs: Path,
+    tmp_path: Path,
 ) -> None:
     """As it is written, but for the model's size, the pairs, and what a CPU cannot do (float16, 8-bit optimizers)."""
-    model = tiny_sdxl if "sdxl" in path.stem else tiny_sd15
+    if path.parent.name == "vision_language":
+        rows = tiny_vlm.pairs(tmp_path / "rows", layout=load_recipe(path).data.format)  # type: ignore[attr-defined]
+        model = vlm_folders(MODELS[path.stem.rpartition("_")[2]])
+        sizes = [f"data.path={rows}", "data.images=null", "data.max_length=null"]
+    else:
+        model = tiny_sdxl if "sdxl" in path.stem else tiny_sd15
+        sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
     overrides = [
         f"model.path={model}",
-        "model.vae=null",
-        "model.vae_dtype=float32",
-        f"data.path={pairs}",
-        "data.resolution=16",
+        *sizes,
         "data.workers=0",
         "data.hold_out=0.0",
         "data.split=null",

@@ -8,7 +8,7 @@ A pair with an unreadable image keeps its place with weight 0, so that no other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.cache import ArrayCache
+from mmalign.data.epochs import Epochs, LeftOut
 from mmalign.data.images import BadImage, decode, flipped, prepare, prepare_pair, view_key
 from mmalign.data.pairs import Dropped, ImagePair, ImageRef, Pairs, hashed, listed
 from mmalign.draws import Draws
@@ -98,20 +99,19 @@ class PairLoader:
             raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
         if not len(pairs):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
-        self.pairs, self.batch_size, self.seed, self.view, self.cache = pairs, batch_size, seed, view, cache
-        self.num_workers, self.rank, self.world_size, self.max_bad = num_workers, rank, world_size, max_bad
-        self.keep_last = keep_last
-        self._bad: dict[str, Dropped] = {}
+        self.pairs, self.seed, self.view, self.cache = pairs, seed, view, cache
+        self.num_workers = num_workers
+        self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
+        self._bad = LeftOut(pairs.source, max_bad)
 
     @property
     def dropped(self) -> list[Dropped]:
         """The bad images met so far on this process, each once."""
-        return list(self._bad.values())
+        return self._bad.all
 
     def __len__(self) -> int:
-        """Batches of an epoch: the last is left out if it is not full, unless `keep_last` or it is the only one."""
-        full, rest = divmod(len(self.pairs), self.batch_size * self.world_size)
-        return full + 1 if rest and (self.keep_last or not full) else full
+        """Batches of an epoch."""
+        return len(self.epochs)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PairBatch]:
         """The batches of an epoch from number `start` on; those before it are not read.
@@ -126,7 +126,7 @@ class PairLoader:
             )
         loader = DataLoader(
             _Examples(self.pairs, self.view, self.cache, Draws(self.seed, epoch)),
-            batch_sampler=self._plan(epoch)[start:],
+            batch_sampler=self.epochs.plan(epoch)[start:],
             collate_fn=_Collate(self.view.resolution, self.cache),
             num_workers=self.num_workers,
             generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
@@ -138,11 +138,11 @@ class PairLoader:
                 raise ValueError(
                     f"data.cache: {self.cache.folder} lacks {lacking}; encode the images again, or delete the folder"
                 )
-            self._record(batch.dropped)
+            self._bad.add(batch.dropped)
             good += int(batch.weights.sum())
             yield batch
         # Of several processes, one may have drawn only bad pairs while the others learn.
-        if start == 0 and not good and self._bad and self.world_size == 1:
+        if start == 0 and not good and self.dropped and self.epochs.world_size == 1:
             raise ValueError(
                 f"data.path: {self.pairs.source}: no pair of the epoch has two readable images "
                 f"({listed(self.dropped)}); repair the images, or name another source"
@@ -159,7 +159,7 @@ class PairLoader:
             example = examples[number, 1.0]
             if example.arrays is not None or example.lacking:  # what lacks is told of when it is needed
                 return
-            self._record(example.dropped)
+            self._bad.add(example.dropped)
         raise ValueError(
             f"data.path: {self.pairs.source}: none of {len(self.pairs):,} pairs has two readable images "
             f"({listed(self.dropped)}); repair the images, or name another source"
@@ -167,34 +167,7 @@ class PairLoader:
 
     def places(self, epoch: int, number: int) -> list[str]:
         """Where the pairs of a batch of an epoch lie, for people."""
-        return [self.pairs[pair].where for pair, weight in self._plan(epoch)[number] if weight]
-
-    def _record(self, dropped: Sequence[Dropped]) -> None:
-        self._bad.update((d.where, d) for d in dropped)
-        check_bad(self.dropped, self.max_bad, self.pairs.source)
-
-    def _plan(self, epoch: int) -> list[list[tuple[int, float]]]:
-        """For every batch of this process, the numbers and weights of its pairs."""
-        seed = int(Draws(self.seed, epoch).integers([0], 0, 2**62, "order"))
-        order = torch.randperm(len(self.pairs), generator=Generator().manual_seed(seed)).tolist()
-        size = self.batch_size * self.world_size
-        planned = [(number, 1.0) for number in order]
-        planned += [(order[i % len(order)], 0.0) for i in range(len(self) * size - len(order))]
-        first = [b * size + self.rank * self.batch_size for b in range(len(self))]
-        return [planned[at : at + self.batch_size] for at in first]
-
-
-def check_bad(bad: Sequence[Dropped], max_bad: int | None, source: str) -> None:
-    """Stop a run whose data have more bad images than are allowed.
-
-    Raises:
-        ValueError: there are more than `max_bad`; it names the first few.
-    """
-    if max_bad is not None and len(bad) > max_bad:
-        raise ValueError(
-            f"data.path: {source}: more than data.max_bad = {max_bad} images are bad "
-            f"({listed(bad)}); repair them, or raise data.max_bad"
-        )
+        return [self.pairs[pair].where for pair, weight in self.epochs.plan(epoch)[number] if weight]
 
 
 def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:

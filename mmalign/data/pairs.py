@@ -1,4 +1,6 @@
-"""Preference pairs: two images for one prompt, one of them preferred. Nothing is read before it is asked for.
+"""Preference pairs: two images for one prompt, or two responses to images; one of them is preferred.
+
+Nothing is read before it is asked for.
 
 Three identities. A *key* names an image's content (it changes when the file does), for caches. A *row* names a pair
 (63 bits, from the prompt and the images' names in their source), for random draws; it does not change when the data are
@@ -10,10 +12,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, overload
+from typing import Generic, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypeVar
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,46 @@ class ImagePair:
     group: str
 
 
+class Turn(NamedTuple):
+    """One side's words in a conversation: who speaks ("user", "assistant", "system"), and what.
+
+    `<image>` in the text is the place of an image.
+    """
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ResponsePair:
+    """Two responses to one prompt with images.
+
+    Attributes:
+        row: 63 bits that name the pair in every draw of random numbers.
+        turns: the conversation that both responses answer.
+        chosen: the preferred response.
+        rejected: the other one.
+        images: in the order of their places in the prompt.
+        rejected_images: those that the rejected response is an answer to; most often the same.
+        other_images: further ones that came with the pair, such as Re-Align's retrieved image.
+        where: where the pair lies, for people.
+        group: pairs of one group stay together in `hold_out`.
+    """
+
+    row: int
+    turns: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    images: tuple[ImageRef, ...]
+    rejected_images: tuple[ImageRef, ...]
+    other_images: tuple[ImageRef, ...]
+    where: str
+    group: str
+
+
+P = TypeVar("P", default=ImagePair, covariant=True)
+
+
 @dataclass(frozen=True)
 class Dropped:
     """Something that was left out, and why."""
@@ -70,10 +113,10 @@ class Dropped:
         return f"{self.where}: {self.reason}"
 
 
-class Rows(Protocol):
+class Rows(Protocol[P]):
     """What a source offers: pairs by number, built when asked for."""
 
-    def pair(self, number: int) -> ImagePair:
+    def pair(self, number: int) -> P:
         """The pair of that number."""
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -83,7 +126,7 @@ class Rows(Protocol):
         """The prompts of those pairs, without building them."""
 
 
-class Pairs(Sequence[ImagePair]):
+class Pairs(Sequence[P], Generic[P]):
     """Pairs of one source; taking some of them (`select`, a slice, `hold_out`) moves numbers, not images.
 
     Attributes:
@@ -93,7 +136,7 @@ class Pairs(Sequence[ImagePair]):
     """
 
     def __init__(
-        self, source: str, rows: Rows, numbers: NDArray[np.int64], dropped: Sequence[Dropped] = (), ties: int = 0
+        self, source: str, rows: Rows[P], numbers: NDArray[np.int64], dropped: Sequence[Dropped] = (), ties: int = 0
     ) -> None:
         self.source, self.dropped, self.ties = source, tuple(dropped), ties
         self._rows, self._numbers = rows, numbers
@@ -102,15 +145,15 @@ class Pairs(Sequence[ImagePair]):
         return len(self._numbers)
 
     @overload
-    def __getitem__(self, number: int) -> ImagePair: ...
+    def __getitem__(self, number: int) -> P: ...
     @overload
-    def __getitem__(self, number: slice) -> Pairs: ...
-    def __getitem__(self, number: int | slice) -> ImagePair | Pairs:
+    def __getitem__(self, number: slice) -> Pairs[P]: ...
+    def __getitem__(self, number: int | slice) -> P | Pairs[P]:
         if isinstance(number, slice):
             return self.select(np.arange(len(self))[number])
         return self._rows.pair(int(self._numbers[number]))
 
-    def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs:
+    def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
         """The pairs of these numbers, in this order."""
         chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
         return Pairs(self.source, self._rows, chosen, self.dropped, self.ties)
@@ -134,7 +177,7 @@ class Pairs(Sequence[ImagePair]):
         return text + "."
 
 
-def hold_out(pairs: Pairs, fraction: float, seed: int) -> tuple[Pairs, Pairs]:
+def hold_out(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P]]:
     """Split by group: (to train on, held out).
 
     A group's side depends on its name and the seed alone, so adding data moves no pair to the other side; the share

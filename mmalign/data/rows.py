@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmalign.data.files import place
 from mmalign.data.pairs import ImagePair, ImageRef, hashed
 
 
@@ -38,8 +38,7 @@ class TableRows:
 
     def where(self, number: int) -> str:
         """The file and, counted from 0, its row."""
-        first, name = self._starts[bisect.bisect_right(self._starts, number, key=lambda s: s[0]) - 1]
-        return f"{name}: row {number - first}"
+        return place(self._starts, number)
 
     def pair(self, number: int) -> ImagePair:
         """The pair in a row."""
@@ -62,13 +61,13 @@ class TableRows:
 
     def _image(self, number: int, side: int, text: Mapping[str, Any]) -> ImageRef:
         column = f"jpg_{side}"
-        load = partial(_cell, self._images[column], self._names[column], number)
+        load = partial(cell, self._images[column], self._names[column], number)
         uid = text.get(self._names.get(f"image_{side}_uid", ""))
         key = f"uid:{uid}" if uid else f"bytes:{hashlib.blake2b(load(), digest_size=16).hexdigest()}"
         return ImageRef(key, f"{self.where(number)}, {self._names[column]}", load)
 
 
-def _cell(table: Any, column: str, number: int) -> bytes:
+def cell(table: Any, column: str, number: int) -> bytes:
     """The bytes of an image in a table: raw, or in a struct of bytes and path; none if there is nothing."""
     value = table[number][column]
     data = value["bytes"] if isinstance(value, dict) else value
@@ -96,8 +95,8 @@ class FileRows:
     def pair(self, number: int) -> ImagePair:
         """The pair of that number; its files are looked at, not read."""
         p = self._pairs[number]
-        chosen = _file(p.chosen_path, f"{p.where}, chosen ({p.chosen})")
-        rejected = _file(p.rejected_path, f"{p.where}, rejected ({p.rejected})")
+        chosen = file_ref(p.chosen_path, f"{p.where}, chosen ({p.chosen})")
+        rejected = file_ref(p.rejected_path, f"{p.where}, rejected ({p.rejected})")
         # By the names and not by the keys: a copy of the folder has new times, and must give the same numbers.
         row = hashed(p.prompt, p.chosen, p.rejected)
         return ImagePair(row, p.prompt, chosen, rejected, p.where, p.group)
@@ -111,7 +110,8 @@ class FileRows:
         return [self._pairs[n].prompt for n in numbers.tolist()]
 
 
-def _file(path: str, where: str) -> ImageRef:
+def file_ref(path: str, where: str) -> ImageRef:
+    """An image file, whose key changes when it does."""
     file = Path(path)
     try:
         stat = file.stat()

@@ -14,18 +14,25 @@ rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (
 from __future__ import annotations
 
 import difflib
-import glob
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmalign.data.files import (
+    TABLES,
+    find_files,
+    find_image,
+    load_hub,
+    load_tables,
+    on_hub,
+    read_schema,
+    records,
+    shown,
+)
 from mmalign.data.pairs import Dropped, Pairs, listed
 from mmalign.data.rows import FilePair, FileRows, TableRows
-from mmalign.share import is_hub_id
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "pick_a_pic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
@@ -37,10 +44,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "folder": (),
     "rankings": ("rank", "human_preference"),
 }
-_SUFFIXES = {"pick_a_pic": (".parquet",), "folder": (".jsonl",), "rankings": (".json", ".jsonl")}
+_SUFFIXES = {"pick_a_pic": TABLES, "folder": (".jsonl",), "rankings": (".json", ".jsonl")}
 
 Columns = Mapping[str, str]
-Starts = list[tuple[int, str]]  # the first row of every file, and its name
 
 
 def open_pairs(
@@ -89,46 +95,13 @@ def check_source(
     """
     names = _column_names(format, columns or {})
     if format == "pick_a_pic":
-        if not _on_hub(path):
-            _check_schema(find_files(format, path, split)[0], names, group_by)
+        if not on_hub(path):
+            _check_schema(find_files(path, split, _SUFFIXES[format])[0], names, group_by)
         return
-    for file in find_files(format, path, split):
-        for where, record in _records(file):
+    for file in find_files(path, split, _SUFFIXES[format]):
+        for where, record in records(file):
             _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
             break
-
-
-def _on_hub(path: str) -> bool:
-    # Where the folder "owner" is here, a file was meant, and a slip in its name must not send us to the Hub.
-    return is_hub_id(path) and not Path(path).parent.exists()
-
-
-def find_files(format: str, path: str, split: str | None) -> list[Path]:
-    """The files that a path means, sorted.
-
-    Raises:
-        ValueError: there are none.
-    """
-    suffixes, here = _SUFFIXES[format], Path(path)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        found = [f for f in here.rglob("*") if f.suffix in suffixes] if format == "pick_a_pic" else list(here.iterdir())
-        found = sorted(f for f in found if f.suffix in suffixes and f.is_file())
-    else:
-        found = sorted(Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file())
-    if not found:
-        expected = " or ".join(f"*{s}" for s in suffixes)
-        came = "has no such file" if here.is_dir() else "matches no file" if glob.has_magic(path) else "does not exist"
-        hub = ", or a Hub id (owner/name)" if format == "pick_a_pic" else ""
-        raise ValueError(f"data.path: {path} {came}; expected {expected}, a folder of them, or a glob{hub}")
-    if split is None:
-        return found
-    of_split = [f for f in found if re.match(rf"{re.escape(split)}([-_.]|$)", f.name) or f.parent.name == split]
-    if not of_split:
-        some = ", ".join(f.name for f in found[:5])
-        raise ValueError(f"data.split: {path} has no file of split {split!r} (found {some}); name one that is there")
-    return of_split
 
 
 def _column_names(format: str, columns: Columns) -> dict[str, str]:
@@ -161,16 +134,7 @@ def _check_columns(where: str, found: Sequence[str], needed: Sequence[str], grou
 
 
 def _check_schema(file: Path, names: Columns, group_by: str | None) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"data.path: {file} is no readable parquet file ({error}); download or write it anew"
-        ) from error
-    _check_fields(str(file), schema, names, group_by)
+    _check_fields(str(file), read_schema(file), names, group_by)
 
 
 def _check_fields(where: str, schema: Any, names: Columns, group_by: str | None) -> None:
@@ -189,71 +153,20 @@ def _check_fields(where: str, schema: Any, names: Columns, group_by: str | None)
 
 
 def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: str | None) -> Pairs:
-    load = _load_hub if _on_hub(path) else _load_local
-    table, starts = load(path, split, names, group_by)
+    if on_hub(path):
+        table, starts = load_hub(path, split)
+        _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
+    else:
+        files = find_files(path, split, _SUFFIXES["pick_a_pic"])
+        for file in files:
+            _check_schema(file, names, group_by)
+        table, starts = load_tables(path, files, {*names.values(), group_by})
     found = table.column_names
     rows = TableRows(table, {c: n for c, n in names.items() if n in found}, group_by or names["caption"], starts)
     usable, chosen_is_1, reasons, ties = _judge(table, names, found)
     rows.swap(chosen_is_1)
     dropped = [Dropped(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
     return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
-
-
-def _load_local(path: str, split: str | None, names: Columns, group_by: str | None) -> tuple[Any, Starts]:
-    import pyarrow.parquet as pq
-    from datasets import config, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    files = find_files("pick_a_pic", path, split)
-    starts, row = Starts(), 0
-    for file in files:
-        _check_schema(file, names, group_by)
-        if rows := pq.read_metadata(file).num_rows:
-            starts.append((row, str(file.relative_to(path)) if Path(path).is_dir() else file.name))
-            row += rows
-    if not row:
-        raise ValueError(f"data.path: {path} has no rows; expected one a pair")
-    schema = pq.read_schema(files[0])
-    needed = [n for n in schema.names if n in {*names.values(), group_by}]
-    try:
-        # One split of ours, whatever the files are called; only what is needed is copied to the memory map.
-        table = load_dataset("parquet", data_files={"train": [str(f) for f in files]}, split="train", columns=needed)
-    except DatasetGenerationError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        if isinstance(error.__cause__, OSError):  # a page of the parquet is damaged, or the disk is full
-            raise ValueError(
-                f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped ({cause}); "
-                "see whether the file is whole, and make room there or set HF_DATASETS_CACHE to another folder"
-            ) from error
-        raise ValueError(f"data.path: {path} could not be read as one table ({cause}); its files must agree") from error
-    return _undecoded(table), starts
-
-
-def _load_hub(path: str, split: str | None, names: Columns, group_by: str | None) -> tuple[Any, Starts]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    name = split or "train"
-    try:
-        table = load_dataset(path, split=name)
-    except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
-        raise ValueError(
-            f"data.path: {path} is no file here and could not be loaded from the Hub, split {name!r} ({error}); "
-            "expected a parquet file, a folder of them, or a Hub id that you may read"
-        ) from error
-    table = _undecoded(table)
-    _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
-    return table, [(0, f"{path} ({name})")]
-
-
-def _undecoded(table: Any) -> Any:
-    """With images as bytes, whatever the file's metadata say of them."""
-    from datasets import Image
-
-    for name, feature in table.features.items():
-        if isinstance(feature, Image):
-            table = table.cast_column(name, Image(decode=False))
-    return table
 
 
 def _judge(table: Any, names: Columns, found: Sequence[str]) -> tuple[Any, Any, dict[int, str], int]:
@@ -291,12 +204,12 @@ def _judge(table: Any, names: Columns, found: Sequence[str]) -> tuple[Any, Any, 
 
 def _open_files(format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None) -> Pairs:
     pairs, dropped, ties = list[FilePair](), list[Dropped](), 0
-    for file in find_files(format, path, split):
-        for where, record in _records(file):
+    for file in find_files(path, split, _SUFFIXES[format]):
+        for where, record in records(file):
             _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
             prompt = record[names[REQUIRED[format][0]]]
             if not isinstance(prompt, str):
-                raise ValueError(f"{where}: {names['prompt']} is {_shown(prompt)}; expected a text")
+                raise ValueError(f"{where}: {names['prompt']} is {shown(prompt)}; expected a text")
             group = prompt if group_by is None else str(record[group_by])
             if format == "folder":
                 sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
@@ -304,7 +217,7 @@ def _open_files(format: str, path: str, split: str | None, names: dict[str, str]
                 sides, new_ties = _ordered(where, record, names)
             ties += new_ties
             for chosen, rejected in sides:
-                paths = [_find_image(file, side, where) for side in (chosen, rejected)]
+                paths = [find_image(file, side, where) for side in (chosen, rejected)]
                 absent = [side for side, found in zip((chosen, rejected), paths, strict=True) if not found]
                 if absent:
                     dropped.append(Dropped(where, f"{' and '.join(absent)} does not exist"))
@@ -313,48 +226,14 @@ def _open_files(format: str, path: str, split: str | None, names: dict[str, str]
     return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every record of a JSON list or of JSON lines, with where it stands (from 1)."""
-    if file.suffix == ".json":
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"data.path: {file} is not JSON ({error}); expected a list of records") from error
-        if not isinstance(content, list):
-            raise ValueError(f"data.path: {file} holds {_shown(content)}; expected a list of records")
-        numbered = _entries(file.name, content)
-    else:
-        numbered = _lines(file)
-    for where, record in numbered:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is {_shown(record)}; expected a record {{...}}")
-        yield where, record
-
-
-def _entries(name: str, content: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(content, start=1):
-        yield f"{name}: entry {number}", record
-
-
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:  # bytes, since a file cut short may end inside a character
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{file.name}: line {number}"
-                try:
-                    yield where, json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where} is not JSON ({error}); expected one record {{...}} a line") from error
-
-
 def _ordered(where: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
     """(better, worse) for every two images of different rank, and how many are tied."""
     images, rank, preference = (record.get(names[c]) for c in ("image_path", "rank", "human_preference"))
     values = rank if rank is not None else preference
     if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):
         raise ValueError(
-            f"{where}: {names['image_path']} is {_shown(images)}, {names['rank']} is {_shown(rank)} and "
-            f"{names['human_preference']} is {_shown(preference)}; expected a list of images, and one as long of ranks "
+            f"{where}: {names['image_path']} is {shown(images)}, {names['rank']} is {shown(rank)} and "
+            f"{names['human_preference']} is {shown(preference)}; expected a list of images, and one as long of ranks "
             "or preferences"
         )
     if not all(isinstance(v, int | float) for v in values):
@@ -362,16 +241,3 @@ def _ordered(where: str, record: Mapping[str, Any], names: Columns) -> tuple[lis
     worth = [-v if rank is not None else v for v in values]
     ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
     return ordered, len(images) * (len(images) - 1) // 2 - len(ordered)
-
-
-def _find_image(file: Path, name: Any, where: str) -> str:
-    """The path of an image that a record names; empty if it does not exist."""
-    if not isinstance(name, str):
-        raise ValueError(f"{where}: {_shown(name)} is no image; expected a path relative to {file.name}")
-    candidates = (file.parent / name, file.parent / file.stem / name)
-    return next((str(c) for c in candidates if c.is_file()), "")
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

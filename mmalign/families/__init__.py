@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmalign.data.pairs import Turn
 from mmalign.diffusion.noise import Diffusion
+from mmalign.language.tokens import TokenRow, Tokens
 
 # The pipeline class that a folder's model_index.json names, and the file here that adapts it.
 PIPELINES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "sdxl"}
@@ -72,20 +74,54 @@ class Moments:
         return self.mean + self.std * noise
 
 
-class TextToImage(Protocol):
-    """A text-to-image model: what methods, evaluation and the loop may ask of it."""
+class Family(Protocol):
+    """What every model is, whatever its modality: a network that learns, and how it is adapted and saved."""
 
     @property
     def name(self) -> str:
         """The path or Hub id it was loaded from."""
 
     @property
-    def schedule(self) -> Diffusion:
-        """The noise process it was trained with."""
+    def network(self) -> nn.Module:
+        """The network that preference optimization changes; everything else of the model stays frozen."""
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The network that preference optimization changes."""
+    def usual_targets(self) -> Sequence[str]:
+        """The ends of the names of the layers that adapters are put on, if a recipe does not say which."""
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+        """Put adapters on the network's linear layers whose names end in `targets`.
+
+        Raises:
+            ValueError: no layer of the network has one of these names.
+        """
+
+    def unfreeze(self) -> None:
+        """Let all of the network learn that preference optimization may change: full fine-tuning."""
+
+    def frozen_copy(self) -> nn.Module:
+        """A copy of the network that stays as it is now."""
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass, instead of keeping them."""
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """Write what the model's own library loads: adapters where the network has them, else the whole model."""
+
+    def load_trained(self, folder: Path) -> nn.Module:
+        """The network that `save` wrote: `network` itself with the adapters put on, or another one, frozen.
+
+        Raises:
+            ValueError: its files are damaged.
+        """
+
+
+class TextToImage(Family, Protocol):
+    """A text-to-image model: what methods, evaluation and the loop may ask of it."""
+
+    @property
+    def schedule(self) -> Diffusion:
+        """The noise process it was trained with."""
 
     @property
     def resolution(self) -> int:
@@ -120,8 +156,65 @@ class TextToImage(Protocol):
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
         """The frozen networks whose outputs can be cached, by name."""
 
-    def save(self, folder: Path, net: nn.Module) -> None:
-        """Write what diffusers loads: LoRA weights where the network has adapters, else a whole pipeline folder."""
+
+@dataclass(frozen=True)
+class ImageView:
+    """An image as one model takes it, on the CPU.
+
+    Attributes:
+        ids: the tokens that stand for it in a prompt.
+        tensors: what the vision tower takes.
+    """
+
+    ids: tuple[int, ...]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower and the projector make of images, each encoded once; by the images' keys."""
+
+    images: dict[str, Any]
+
+
+class Reader(Protocol):
+    """The part of a vision-language model that needs no network: text to tokens, pictures to what the tower takes.
+
+    It can be sent to other processes.
+    """
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the model reads, images and response included."""
+
+    def view(self, image: Image.Image) -> ImageView:
+        """An image as the model takes it; it does not depend on the images beside it."""
+
+    def rows(
+        self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
+    ) -> list[TokenRow]:
+        """The prompt with each of the responses, whose tokens begin at the same place; images with their keys.
+
+        Raises:
+            ValueError: the placeholders do not match the images.
+        """
+
+    def batch(self, rows: Sequence[TokenRow]) -> Tokens:
+        """The rows, padded."""
+
+
+class VisionLanguage(Family, Protocol):
+    """A vision-language model: what methods and the loop may ask of it."""
+
+    @property
+    def reader(self) -> Reader:
+        """Tokenizer and image processor."""
+
+    def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
+        """The features of images by their keys, without gradients, for policy and reference alike."""
+
+    def token_logps(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
+        """The log-probabilities [N, R] of the responses' tokens, float32; 0 where a response has ended."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +243,7 @@ class Loading:
     Attributes:
         device: where the networks go.
         half: the dtype of autocast and of frozen weights; None keeps everything in float32.
-        denoiser_half: the denoiser's weights in `half` too (LoRA); otherwise they are float32 masters.
+        network_half: the network's weights in `half` too (LoRA); otherwise they are float32 masters.
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
@@ -158,7 +251,7 @@ class Loading:
 
     device: torch.device
     half: torch.dtype | None = None
-    denoiser_half: bool = False
+    network_half: bool = False
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
@@ -187,21 +280,46 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
     return name
 
 
-def _index_file(path: str, revision: str | None) -> Path:
+def model_type(path: str, revision: str | None = None) -> str:
+    """The type that a vision-language checkpoint's config.json names, read without loading any weights.
+
+    Raises:
+        ValueError: it is no checkpoint of transformers, or its type reads no images.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    file = _index_file(path, revision, "config.json", "a vision-language model of transformers")
+    try:
+        name = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.path: {file} cannot be read as the config of a model ({error}); copy the model anew"
+        ) from error
+    if name not in KNOWN:
+        raise ValueError(
+            f"model.path: {path} is a {name}, which has no vision tower; expected a vision-language model, such as "
+            "llava-hf/llava-1.5-7b-hf"
+        )
+    return name
+
+
+def _index_file(
+    path: str, revision: str | None, name: str = "model_index.json", kind: str = "a diffusers pipeline"
+) -> Path:
     here = Path(path)
     if here.exists():
-        if not (here / "model_index.json").is_file():
-            what = "has no model_index.json" if here.is_dir() else "is a file"
-            raise ValueError(f"model.path: {path} {what}; expected the folder of a diffusers pipeline, or a Hub id")
-        return here / "model_index.json"
+        if not (here / name).is_file():
+            what = f"has no {name}" if here.is_dir() else "is a file"
+            raise ValueError(f"model.path: {path} {what}; expected the folder of {kind}, or a Hub id")
+        return here / name
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(path, "model_index.json", revision=revision))
+        return Path(hf_hub_download(path, name, revision=revision))
     except (OSError, EntryNotFoundError, ValueError) as error:
         raise ValueError(
-            f"model.path: {path} is no folder here, and its model_index.json did not come from the Hub "
+            f"model.path: {path} is no folder here, and its {name} did not come from the Hub "
             f"({first_line(error)}); see to the name and the network, or name a folder"
         ) from error
 
@@ -234,4 +352,15 @@ def load_family(path: str, loading: Loading) -> TextToImage:
     """
     module = importlib.import_module(f"{__name__}.{PIPELINES[pipeline_class(path, loading.revision)]}")
     family: TextToImage = module.load(path, loading)
+    return family
+
+
+def load_vision_language(path: str, loading: Loading) -> VisionLanguage:
+    """Load a vision-language checkpoint: one adapter for all of transformers' types.
+
+    Raises:
+        ValueError: the type is not supported, its processor is another model's, or a file is missing.
+    """
+    kind = model_type(path, loading.revision)
+    family: VisionLanguage = importlib.import_module(f"{__name__}.vision_language").load(path, kind, loading)
     return family

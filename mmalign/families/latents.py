@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
 from mmalign.families import Conditioning, Loading, Moments, Sampling, intact
+from mmalign.families.lora import ATTENTION, add_lora
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
+ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class LatentUNet:
     loading: Loading
 
     @property
-    def denoiser(self) -> nn.Module:
+    def network(self) -> nn.Module:
         """The UNet."""
         return self.pipeline.unet  # type: ignore[no-any-return]
 
@@ -54,9 +56,34 @@ class LatentUNet:
         """See TextToImage."""
         return decode(self.pipeline.vae, latents)
 
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        """The attention's projections."""
+        return ATTENTION
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+        """See Family."""
+        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
+
+    def unfreeze(self) -> None:
+        """All of the UNet."""
+        self.network.requires_grad_(True)
+
+    def frozen_copy(self) -> nn.Module:
+        """See Family."""
+        return copy.deepcopy(self.network).requires_grad_(False).eval()
+
+    def checkpoint_activations(self) -> None:
+        """See Family."""
+        self.pipeline.unet.enable_gradient_checkpointing()
+
     def save(self, folder: Path, net: nn.Module) -> None:
-        """See TextToImage."""
+        """As diffusers loads it: LoRA weights where the network has adapters, else a whole pipeline folder."""
         save(self.pipeline, folder, net)
+
+    def load_trained(self, folder: Path) -> nn.Module:
+        """See Family."""
+        return load_trained(self.pipeline.unet, folder)
 
 
 def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
@@ -73,7 +100,7 @@ def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
     frozen = loading.half or torch.float32
     dtypes = {
         "default": frozen,
-        "unet": frozen if loading.denoiser_half else torch.float32,
+        "unet": frozen if loading.network_half else torch.float32,
         "vae": loading.vae_dtype,
     }
     with intact("model.path", path, f"a {cls.__name__}"):
@@ -193,6 +220,20 @@ def save(pipeline: Any, folder: Path, net: Any) -> None:
         pipeline = copy.copy(pipeline)
         pipeline.unet = net
         pipeline.save_pretrained(folder)
+
+
+def load_trained(base: Any, folder: Path) -> nn.Module:
+    """`base` with the adapters in `folder`, or the UNet that is there.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
+        if (folder / ADAPTERS).is_file():
+            base.load_lora_adapter(folder, prefix="unet", weight_name=ADAPTERS)
+            return base  # type: ignore[no-any-return]
+        net: nn.Module = type(base).from_pretrained(folder / "unet", dtype=base.dtype).to(base.device)
+    return net.requires_grad_(False).eval()
 
 
 def repeat_rows(cond: Conditioning, number: int) -> Conditioning:

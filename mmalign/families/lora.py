@@ -1,17 +1,21 @@
-"""Low-rank adapters on a diffusers network (arXiv:2106.09685)."""
+"""Low-rank adapters on a network of diffusers or transformers (arXiv:2106.09685)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' own preference scripts adapt
 
 
-def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, within: str = "") -> None:
     """Put adapters of a rank on the linear layers whose names end in `targets`; their weights are float32 masters.
+
+    `within` is the name of the part of the network that they are put on; all of it, if not given.
 
     A Gaussian first matrix and a zero second one: the network's outputs are unchanged at first. No dropout, which
     would make the policy differ from its reference by chance.
@@ -22,14 +26,17 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
     from peft import LoraConfig
 
     # The library goes on if one name of several is found, and the others' layers would silently not be trained.
-    known = [name for name, _ in net.named_modules()]
+    known = [name for name, _ in net.named_modules() if f"{name}.".startswith(f"{within}.") or not within]
     lost = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in known)]
     if lost or not targets:
+        usual = linear_names(net, within) if within else ATTENTION
         raise ValueError(
-            f"model.lora.targets: no layer of {type(net).__name__} ends in {', '.join(lost) or 'nothing'}; expected "
-            f"ends of its layers' names, such as {', '.join(ATTENTION)}"
+            f"model.lora.targets: no layer of {within or type(net).__name__} ends in {', '.join(lost) or 'nothing'}; "
+            f"expected ends of its layers' names, such as {', '.join(usual)}"
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    ends = "|".join(map(re.escape, sorted(targets)))
+    modules = rf"{re.escape(within)}\.(.*\.)?({ends})" if within else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -40,3 +47,10 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
         if parameter.requires_grad:
             # Half-precision weights would lose updates of 1e-5.
             parameter.data = parameter.data.float()
+
+
+def linear_names(net: nn.Module, within: str) -> list[str]:
+    """The ends of the names of all linear layers in a part of a network, each once."""
+    prefix = f"{within}."
+    found = (name for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and name.startswith(prefix))
+    return sorted({name.rpartition(".")[2] for name in found})

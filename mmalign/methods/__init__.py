@@ -45,13 +45,17 @@ class Method(Protocol[C]):
         """The hyper-parameters, a pydantic model with the paper's values as defaults."""
 
     @property
+    def modality(self) -> str:
+        """What it aligns: "text_to_image" or "vision_language"; the recipe's model and data are of that kind."""
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the policy must come with a reference."""
 
-    def contrasts(self, policy: Policy, batch: Any, cfg: Any, draws: Draws) -> list[C]:
+    def contrasts(self, policy: Policy[Any], batch: Any, cfg: Any, draws: Draws) -> list[C]:
         """Everything that needs no gradient, the reference's scores included."""
 
-    def loss(self, policy: Policy, contrast: C, cfg: Any) -> Step:
+    def loss(self, policy: Policy[Any], contrast: C, cfg: Any) -> Step:
         """Run the policy, once."""
 
 

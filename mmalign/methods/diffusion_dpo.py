@@ -18,39 +18,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import mean_square
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import Conditioning, TextToImage
-from mmalign.losses import Pair, pair_loss
 from mmalign.methods import Step
+from mmalign.methods._pairs import PairLossConfig, bound_loss, preference_step
 from mmalign.policy import Policy, Scores
 
+modality = "text_to_image"
 needs_reference = True
 
 
-class Config(BaseModel):
+class Config(PairLossConfig):
     """Hyper-parameters; the defaults are the release's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: float = Field(
         5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script has half of it"
     )
-    loss: Literal["dpo", "ipo", "hinge", "robust"] = "dpo"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="for loss: dpo")
-    flip_rate: float = Field(0.0, ge=0, lt=0.5, description="for loss: robust")
     caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
-
-    def bound_loss(self) -> Any:
-        """The pair loss with the hyper-parameters that it has."""
-        extra = {"dpo": {"label_smoothing": self.label_smoothing}, "robust": {"flip_rate": self.flip_rate}}
-        return pair_loss(self.loss, beta=self.beta, **extra.get(self.loss, {}))
 
 
 @dataclass(frozen=True)
@@ -72,18 +62,18 @@ class Contrast:
     weights: Tensor
 
 
-def contrasts(policy: Policy, batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: both images of every pair under the same noise."""
     view = noised(policy.family, batch, cfg.caption_dropout, draws)
     scores = policy.on_reference(partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
 
 
-def loss(policy: Policy, contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """The pair loss on the policy's and the reference's denoising scores."""
     assert contrast.reference is not None, "diffusion_dpo needs a reference"
     ours = denoising_scores(policy.family, policy.model, contrast.view)
-    return preference_step(cfg.bound_loss(), cfg.beta, ours, contrast.reference, contrast.weights)
+    return denoising_step(cfg, ours, contrast.reference, contrast.weights)
 
 
 def noised(family: TextToImage, batch: EncodedPairs, caption_dropout: float, draws: Draws, index: int = 0) -> Noised:
@@ -109,25 +99,7 @@ def denoising_scores(family: TextToImage, net: nn.Module, view: Noised) -> Score
     return {"chosen": chosen, "rejected": rejected}
 
 
-def preference_step(link: Any, beta: float, ours: Scores, theirs: Scores, weights: Tensor) -> Step:
-    """A pair loss with the numbers that a person watches.
-
-    "chosen gain" and "rejected gain" are how much likelier than the reference the policy finds each side, in score
-    units: a run in which both fall unlearns, whatever the loss says.
-    """
-    policy, reference = Pair(ours["chosen"], ours["rejected"]), Pair(theirs["chosen"], theirs["rejected"])
-    losses = link(policy, reference)
-    with torch.no_grad():
-        margin = policy.margin - reference.margin
-        z = beta * margin
-        metrics = {
-            "loss": losses.detach(),
-            "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
-            "logit": z.detach(),
-            "gradient factor": torch.sigmoid(-z).detach(),
-            "chosen error": -2 * policy.chosen.detach(),
-            "rejected error": -2 * policy.rejected.detach(),
-            "chosen gain": (policy.chosen - reference.chosen).detach(),
-            "rejected gain": (policy.rejected - reference.rejected).detach(),
-        }
-    return Step(losses, weights, metrics)
+def denoising_step(cfg: Config, ours: Scores, theirs: Scores, weights: Tensor) -> Step:
+    """The pair loss, with the errors that the scores are of."""
+    errors = {f"{side} error": -2 * ours[side].detach() for side in ("chosen", "rejected")}
+    return preference_step(bound_loss(cfg), cfg.beta, ours, theirs, weights, errors)

@@ -19,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmalign import losses
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
+from mmalign.families import TextToImage
 from mmalign.methods import Step
 from mmalign.methods.diffusion_dpo import Contrast, denoising_scores, noised
 from mmalign.policy import Policy
 
+modality = "text_to_image"
 needs_reference = False
 
 
@@ -37,12 +39,12 @@ class Config(BaseModel):
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
 
 
-def contrasts(policy: Policy, batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """What Diffusion-DPO shows, without a reference's scores."""
     return [Contrast(noised(policy.family, batch, cfg.caption_dropout, draws), None, batch.weights)]
 
 
-def loss(policy: Policy, contrast: Contrast, cfg: Any) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
     """The margin between bounded scores, and the chosen image's error."""
     scores = denoising_scores(policy.family, policy.model, contrast.view)
     chosen, rejected = -2 * scores["chosen"], -2 * scores["rejected"]

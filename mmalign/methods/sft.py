@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmalign.diffusion.noise import mean_square
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
+from mmalign.families import TextToImage
 from mmalign.methods import Step
 from mmalign.methods.diffusion_dpo import Contrast, Noised, noised
 from mmalign.policy import Policy
 
+modality = "text_to_image"
 needs_reference = False
 
 
@@ -28,14 +30,14 @@ class Config(BaseModel):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
 
 
-def contrasts(policy: Policy, batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """The chosen half of what Diffusion-DPO would show, so that a comparison sees the same images and noise."""
     view = noised(policy.family, batch, cfg.caption_dropout, draws)
     half = slice(0, len(batch.rows))
     return [Contrast(Noised(view.x_t[half], view.t[half], view.target[half], view.cond[half]), None, batch.weights)]
 
 
-def loss(policy: Policy, contrast: Contrast, cfg: Any) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
     """The mean squared error [B] of the chosen images."""
     view = contrast.view
     error = mean_square(policy.family.predict(policy.model, view.x_t, view.t, view.cond), view.target)

@@ -110,7 +110,7 @@ def build(variant: Variant, model: Model, pairs: Path, folder: Path, accelerator
     )
     options = recipe.train
     family = assemble.load_model(recipe.model, options.precision, accelerator.device)
-    frozen = copy.deepcopy(family.denoiser) if variant.copied else None
+    frozen = copy.deepcopy(family.network) if variant.copied else None
     feed = open_feed(
         family,
         recipe.data,

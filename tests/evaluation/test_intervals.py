@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmalign.evaluation.intervals import Interval, paired_difference, proportion
+from mmalign.evaluation.intervals import Interval, bootstrap, paired_bootstrap, paired_difference, proportion
 
 
 def test_points_and_str() -> None:
@@ -135,3 +135,75 @@ def test_refuses_counts(successes: int, total: int) -> None:
 def test_refuses_level(level: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         paired_difference([0.0, 1.0], [1.0, 1.0], level=level)
+
+
+def rate(sums: np.ndarray) -> np.ndarray:
+    """[1, ...] the first of two counts, of the second."""
+    return np.stack([sums[..., 0] / np.maximum(sums[..., 1], 1e-9)])
+
+
+def test_bootstrap_by_hand() -> None:
+    """Of two rows, 0 of 1 and 1 of 3, the drawn sets are (0, 0), (0, 1), (1, 0), (1, 1): rates 0, 1/4, 1/4, 1/3."""
+    (found,) = bootstrap([[0, 1], [1, 3]], rate)
+    assert (found.estimate, found.low, found.high) == pytest.approx((1 / 4, 0, 1 / 3))
+
+
+def test_bootstrap_draws_groups_whole() -> None:
+    rng = np.random.default_rng(4)
+    rows = np.stack([rng.integers(0, 3, 30), rng.integers(3, 6, 30)], axis=-1)
+    thrice = bootstrap(np.repeat(rows, 3, axis=0), rate, np.repeat(np.arange(30), 3).tolist())
+    assert thrice == bootstrap(rows * 3, rate)
+    careless = bootstrap(np.repeat(rows, 3, axis=0), rate)
+    assert careless[0].high - careless[0].low < 0.7 * (thrice[0].high - thrice[0].low)
+
+
+def test_bootstrap_of_sides_mirrors() -> None:
+    rng = np.random.default_rng(5)
+    before = np.stack([rng.integers(0, 3, 40), rng.integers(3, 6, 40)], axis=-1)
+    after = np.stack([rng.integers(0, 2, 40), rng.integers(3, 6, 40)], axis=-1)
+    (ours,), (theirs,) = paired_bootstrap(before, after, rate), paired_bootstrap(after, before, rate)
+    assert (theirs.estimate, theirs.low, theirs.high) == pytest.approx((-ours.estimate, -ours.high, -ours.low))
+
+
+def test_bootstrap_pairs() -> None:
+    """Two sides that go together differ by less than two that do not, and only pairs show it."""
+    rng = np.random.default_rng(6)
+    before = np.stack([rng.binomial(8, rng.beta(1, 1, 100)), np.full(100, 8)], axis=-1)
+    after = before - np.stack([rng.random(100) < 0.2, np.zeros(100)], axis=-1) * (before[:, :1] > 0)
+    (together,), (apart,) = (paired_bootstrap(before, other, rate) for other in (after, rng.permutation(after)))
+    assert together.estimate == pytest.approx(apart.estimate)
+    assert together.high - together.low < 0.3 * (apart.high - apart.low)
+
+
+def test_bootstrap_without_any_change() -> None:
+    """60 pairs without any change: the rule of three, as `paired_difference` has it."""
+    rows = np.ones((60, 2))
+    assert paired_bootstrap(rows, rows, rate) == [paired_difference(np.ones(60), np.ones(60))]
+    (none,) = bootstrap(rows * [0, 1], rate)
+    assert (none.estimate, none.low) == (0, 0)
+    assert none.high == pytest.approx(1 - 0.05 ** (1 / 60))
+
+
+def test_coverage_of_the_bootstrap() -> None:
+    """A share of mentions that come in descriptions, each with a share of its own: held about as often as it says."""
+    rng = np.random.default_rng(8)
+    held = 0
+    for _ in range(300):
+        mentions = rng.poisson(4, 80)
+        rows = np.stack([rng.binomial(mentions, rng.beta(1, 4, 80)), mentions], axis=-1)
+        (found,) = bootstrap(rows, rate, resamples=400)
+        held += found.low <= 0.2 <= found.high
+    assert held >= 266  # 285 expected; a percentile bootstrap of 80 covers 1 to 2 % less, two standard deviations are 8
+
+
+def test_bootstrap_refuses() -> None:
+    with pytest.raises(ValueError, match="1 rows in 1 groups"):
+        bootstrap([[1, 2]], rate)
+    with pytest.raises(ValueError, match="2 rows in 1 groups"):
+        bootstrap([[1, 2], [1, 2]], rate, ["a", "a"])
+    with pytest.raises(ValueError, match=r"shape \[2\]"):
+        bootstrap([1, 2], rate)
+    with pytest.raises(ValueError, match=r"shape \[2, 2\] before but \[3, 2\] after"):
+        paired_bootstrap(np.ones((2, 2)), np.ones((3, 2)), rate)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        bootstrap([[1, 2], [1, 2]], rate, level=95)

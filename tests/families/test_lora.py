@@ -10,7 +10,7 @@ from torch import nn
 from mmalign.families import Loading, TextToImage, load_family
 from mmalign.families.lora import ATTENTION, add_lora
 
-HALF = Loading(torch.device("cpu"), half=torch.bfloat16, denoiser_half=True)
+HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
 SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
 
 
@@ -31,7 +31,7 @@ def masters(net: nn.Module) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl"])
 def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, request: pytest.FixtureRequest) -> None:
     family = load(request.getfixturevalue(model), loading)
-    net, x = family.denoiser, given(family)
+    net, x = family.network, given(family)
     with torch.no_grad():
         before = family.predict(net, *x)
         add_lora(net, rank=4, alpha=8.0, targets=ATTENTION, seed=0)
@@ -44,7 +44,7 @@ def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, req
 def test_only_adapters_train_and_they_are_float32_masters_of_a_half_precision_network(tiny_sd15: Path) -> None:
     """An update of 1e-5 is lost by bfloat16 weights and kept by these."""
     family = load(tiny_sd15, HALF)
-    net = family.denoiser
+    net = family.network
     add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=0)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in masters(net).items())
     frozen = [p for p in net.parameters() if not p.requires_grad]
@@ -61,7 +61,7 @@ def test_only_adapters_train_and_they_are_float32_masters_of_a_half_precision_ne
 
 
 def test_the_same_seed_gives_the_same_adapters_and_leaves_the_generator_alone(tiny_sd15: Path) -> None:
-    nets = [load(tiny_sd15).denoiser for _ in range(3)]
+    nets = [load(tiny_sd15).network for _ in range(3)]
     torch.manual_seed(123)
     state = torch.get_rng_state()
     for net, seed in zip(nets, (1, 1, 2), strict=True):
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_adapters_and_leaves_the_generator_alone(ti
 
 def test_the_scale_is_alpha_over_rank(tiny_sd15: Path) -> None:
     """With x the layer's input, the change is alpha / rank * B A x."""
-    net: Any = load(tiny_sd15).denoiser
+    net: Any = load(tiny_sd15).network
     add_lora(net, rank=4, alpha=12.0, targets=["to_q"], seed=0)
     layer = next(m for m in net.modules() if hasattr(m, "lora_A"))
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -87,7 +87,7 @@ def test_the_scale_is_alpha_over_rank(tiny_sd15: Path) -> None:
 
 
 def test_targets_that_match_nothing(tiny_sd15: Path) -> None:
-    net = load(tiny_sd15).denoiser
+    net = load(tiny_sd15).network
     with pytest.raises(
         ValueError, match=r"^model\.lora\.targets: no layer of UNet2DConditionModel ends in to_query, qkv"
     ):

@@ -34,7 +34,7 @@ def test_latents_round_trip_through_the_autoencoder_s_own_calls(family: TextToIm
 
 def test_predict_is_the_network_s_answer_for_each_row(family: TextToImage) -> None:
     """A batch gives what its rows give alone, and the prompt and (SDXL) the sizes reach the network."""
-    net = family.denoiser
+    net = family.network
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
     cond = family.condition(family.encode_prompts(["a red fox", "a hen"]), SIZES)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_sdxl_is_told_the_real_sizes_and_sd_is_not(tiny_sd15: Path, tiny_sdxl: P
         text = family.encode_prompts(["fox"]).repeat(2)
         x_t, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([500, 500])
         with torch.no_grad():
-            rows = family.predict(family.denoiser, x_t, t, family.condition(text, SIZES))
+            rows = family.predict(family.network, x_t, t, family.condition(text, SIZES))
         assert torch.allclose(rows[0], rows[1], atol=1e-6) is not matters
 
 
@@ -67,10 +67,10 @@ def test_samples_depend_on_prompt_and_seed_alone(family: TextToImage) -> None:
     """Same seed, same picture, in whatever company; and the pipeline itself draws the same one."""
     sampling = Sampling(steps=3, guidance=3.0)
     prompts, seeds = ["a fox", "a hen", "a fox"], [1, 2, 1]
-    images = family.sample(family.denoiser, prompts, seeds, sampling)
+    images = family.sample(family.network, prompts, seeds, sampling)
     assert images[0].tobytes() == images[2].tobytes()
     assert images[0].tobytes() != images[1].tobytes()
-    alone = family.sample(family.denoiser, prompts[1:2], seeds[1:2], sampling)[0]
+    alone = family.sample(family.network, prompts[1:2], seeds[1:2], sampling)[0]
     different = torch.tensor(list(alone.tobytes())).int() - torch.tensor(list(images[1].tobytes())).int()
     assert different.abs().max() <= 1  # a batch of another size may round a pixel otherwise
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))[None]
@@ -98,8 +98,8 @@ def test_an_unsupported_pipeline_is_answered_with_the_supported_ones(tmp_path: P
 
 
 def test_half_precision_keeps_float32_outputs_of_the_encoders(tiny_sdxl: Path) -> None:
-    family = load_family(str(tiny_sdxl), Loading(torch.device("cpu"), half=torch.bfloat16, denoiser_half=True))
-    assert next(family.denoiser.parameters()).dtype == torch.bfloat16
+    family = load_family(str(tiny_sdxl), Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True))
+    assert next(family.network.parameters()).dtype == torch.bfloat16
     assert family.encode_prompts(["fox"]).tensors["embeds"].dtype == torch.float32
     assert next(family.pipeline.vae.parameters()).dtype == torch.float32  # SDXL's overflows in half precision
-    assert len(family.sample(family.denoiser, ["fox"], [0], Sampling(steps=2))) == 1
+    assert len(family.sample(family.network, ["fox"], [0], Sampling(steps=2))) == 1

@@ -19,7 +19,9 @@ from mmalign.encode import EncodedPairs
 from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_family
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.methods import Step, diffusion_dpo, mapo, sft
+from mmalign.methods._typed import METHODS
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.recipe import SECTIONS
 
 ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
 DRAWS = Draws(seed=5, epoch=2)
@@ -60,8 +62,8 @@ def frozen(net: nn.Module) -> nn.Module:
 
 def full(family: TextToImage, moved: float = 0.0) -> Policy:
     """Full fine-tuning against a frozen copy; `moved` is the size of random changes of the policy since."""
-    reference = FrozenCopy(frozen(family.denoiser))
-    net = family.denoiser.requires_grad_(True)
+    reference = FrozenCopy(frozen(family.network))
+    net = family.network.requires_grad_(True)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
@@ -91,8 +93,8 @@ def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: Text
     if tune == "full":
         policy = full(family)
     else:
-        add_lora(family.denoiser, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-        policy = Policy(family, family.denoiser, family.denoiser, AdaptersOff())
+        add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
+        policy = Policy(family, family.network, family.network, AdaptersOff())
     step = run(diffusion_dpo, policy, pairs(family), diffusion_dpo.Config())
     assert torch.equal(step.losses.detach(), torch.full((4,), math.log(2)))
     assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
@@ -295,7 +297,7 @@ class Untouchable(nn.Module):
 
 @pytest.mark.parametrize("name", ["mapo", "sft"])
 def test_methods_without_a_reference_never_touch_one(sd: TextToImage, name: str) -> None:
-    method, net = methods.find(name), sd.denoiser.requires_grad_(True)
+    method, net = methods.find(name), sd.network.requires_grad_(True)
     assert method.needs_reference is False and methods.find("diffusion_dpo").needs_reference is True
     step = run(method, Policy(sd, net, net, FrozenCopy(Untouchable())), pairs(sd), method.Config())
     assert torch.isfinite(step.losses).all()
@@ -346,10 +348,10 @@ def test_a_pair_of_weight_zero_gives_no_gradient(sd: TextToImage, name: str) -> 
 @pytest.mark.parametrize("name", ["diffusion_dpo", "mapo", "sft"])
 def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: str) -> None:
     """Also where the network answers in bfloat16."""
-    loading = Loading(torch.device("cpu"), half=torch.bfloat16, denoiser_half=True)
+    loading = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family, method = load_family(str(tiny_sd15), loading), methods.find(name)
-    add_lora(family.denoiser, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-    policy = Policy(family, family.denoiser, family.denoiser, AdaptersOff() if method.needs_reference else None)
+    add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
+    policy = Policy(family, family.network, family.network, AdaptersOff() if method.needs_reference else None)
     (contrast,) = method.contrasts(policy, pairs(family), method.Config(), DRAWS)
     tensors = [contrast.view.x_t, contrast.view.target, *(contrast.reference or {}).values()]
     assert not any(x.requires_grad for x in tensors) and all(x.dtype == torch.float32 for x in tensors)
@@ -360,10 +362,13 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
 
 
 def test_the_list_of_methods_is_the_folder() -> None:
-    assert methods.names() == ["diffusion_dpo", "mapo", "sft"]
+    assert methods.names() == ["diffusion_dpo", "dpo", "mapo", "rlhfv", "sft"]
+    # Those that the type checker holds to one protocol, of both modalities.
+    assert [name.rpartition(".")[2] for name in sorted(m.__name__ for m in METHODS)] == methods.names()  # type: ignore[attr-defined]
+    assert {methods.find(name).modality for name in methods.names()} == set(SECTIONS)
     for name in methods.names():
         assert methods.find(name).Config().name == name
     with pytest.raises(
-        ValueError, match=r"no method 'mappo'; did you mean 'mapo'\? \(there are diffusion_dpo, mapo, sft"
+        ValueError, match=r"no method 'mappo'; did you mean 'mapo'\? \(there are diffusion_dpo, dpo, mapo, rlhfv, sft"
     ):
         methods.find("mappo")

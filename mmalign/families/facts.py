@@ -1,0 +1,48 @@
+"""What vision-language models do differently from one another, by their `model_type`; what is not here is the rule.
+
+The rule: `processor.image_token` in a prompt's text is the place of an image, the text is tokenised as it is written,
+and attention is causal throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _as_it_is(processor: Any, text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is particular of a type.
+
+    Attributes:
+        placeholder: the processor's attribute with the text that is an image's place.
+        written: the text that a processor tokenises in the place of a prompt, given the processor and the prompt.
+        prefix_attention: the prompt's tokens see one another in both directions; the model must be told where it ends.
+    """
+
+    placeholder: str = "image_token"
+    written: Callable[[Any, str], str] = _as_it_is
+    prefix_attention: bool = False
+
+
+def _paligemma(processor: Any, text: str) -> str:
+    """All images, then the beginning of the text, which ends with a line: PaliGemma's processor adds both itself."""
+    images = text.count(processor.image_token)
+    rest = text.replace(processor.image_token, "")
+    return f"{processor.image_token * images}{processor.tokenizer.bos_token}{rest}\n"
+
+
+FACTS = {"paligemma": Facts(written=_paligemma, prefix_attention=True)}
+
+# Types whose logits are not the head's alone, in ways not known here.
+SCALED_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def facts(model_type: str) -> Facts:
+    """The facts of a type."""
+    return FACTS.get(model_type, Facts())

@@ -1,0 +1,1 @@
+"""Tokens and their log-probabilities, without models: the one rule by which answers are tokenised, and scores."""

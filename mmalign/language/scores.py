@@ -1,0 +1,69 @@
+"""Log-probabilities of tokens, in float32 and a chunk at a time, and how they become one score a response.
+
+M rows of hidden states (one a response token), D their width, V the vocabulary; N responses of at most R tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**24  # elements of [rows, V] in float32 that exist at a time: 64 MB
+
+
+def log_probabilities(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    vocabulary: int,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """The log-probability of every target given the hidden state before it.
+
+    The head runs over so many rows at a time that no more than `chunk` logits exist at once; with gradients it runs
+    again in the backward pass, instead of keeping them.
+
+    Args:
+        hidden: [M, D].
+        head: makes logits [m, V] of hidden states [m, D].
+        targets: [M].
+        vocabulary: V.
+        softcap: logits are `softcap * tanh(logits / softcap)`; None leaves them.
+        chunk: logits at a time.
+
+    Returns:
+        [M], float32, at most 0.
+    """
+
+    def some(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+    rows = max(1, chunk // vocabulary)
+    chunks = [slice(first, first + rows) for first in range(0, len(targets), rows)]
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(some, hidden[at], targets[at], use_reentrant=False) for at in chunks])
+    return torch.cat([some(hidden[at], targets[at]) for at in chunks])
+
+
+def total(logps: Tensor, mask: Tensor) -> Tensor:
+    """The sum over each response's tokens [N]: the log-probability of the whole response, in nats."""
+    return logps.where(mask, 0).sum(1)
+
+
+def mean(logps: Tensor, mask: Tensor) -> Tensor:
+    """The mean over each response's tokens [N], in nats a token."""
+    return total(logps, mask) / mask.sum(1)
+
+
+def weighted_mean(logps: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """The mean with weights [N, R] over each response's tokens [N]: the dense score of RLHF-V (arXiv:2312.00849)."""
+    weights = weights.where(mask, 0)
+    return (logps.where(mask, 0) * weights).sum(1) / weights.sum(1)

@@ -1,0 +1,134 @@
+"""One rule for tokens: a prompt is tokenised together with each of its responses, and the response is what follows.
+
+A tokenizer may merge across the border of prompt and response, so that neither can be tokenised alone. A response
+therefore begins where the tokens of the prompt alone, of prompt with chosen and of prompt with rejected first differ:
+the same place for both, and a token that straddles the border belongs to the response. Everything before is the
+prompt's, images included, and is never cut; a response that is too long loses its tail.
+
+N rows of a batch, L the longest row's tokens, R the longest response's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One prompt with one response.
+
+    Attributes:
+        ids: of both.
+        start: where the response begins in them.
+        images: the keys of the prompt's images, in their order.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    images: tuple[str, ...] = ()
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        """The response's tokens."""
+        return self.ids[self.start :]
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    length = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return length
+
+
+def expand(ids: Sequence[int], placeholder: int, images: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with every image's own in the place of its placeholder.
+
+    Raises:
+        ValueError: there are more or fewer placeholders than images.
+    """
+    found = sum(token == placeholder for token in ids)
+    if found != len(images):
+        raise ValueError(f"{found} image placeholders in the text for {len(images)} images")
+    rest = iter(images)
+    return [token for one in ids for token in (next(rest) if one == placeholder else (one,))]
+
+
+def cut_tail(row: TokenRow, max_length: int) -> TokenRow:
+    """The row with at most that many tokens: the response loses its tail.
+
+    Raises:
+        ValueError: the prompt leaves no room for a response.
+    """
+    if row.start >= max_length:
+        raise ValueError(f"the prompt has {row.start:,} tokens, its images' included, of {max_length:,} in all")
+    return TokenRow(row.ids[:max_length], row.start, row.images)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of rows, padded on the right.
+
+    Attributes:
+        ids: [N, L].
+        starts: where each row's response begins, [N].
+        lengths: of each row, response included, [N].
+        images: the keys of each row's images.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    lengths: Tensor
+    images: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of(cls, rows: Sequence[TokenRow], pad: int) -> Tokens:
+        """The rows in one batch; `pad` is any token."""
+        longest = max(len(row.ids) for row in rows)
+        return cls(
+            torch.tensor([[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]),
+            torch.tensor([row.start for row in rows]),
+            torch.tensor([len(row.ids) for row in rows]),
+            tuple(row.images for row in rows),
+        )
+
+    def to(self, device: torch.device) -> Tokens:
+        """The same on another device."""
+        return Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Which tokens are no padding, [N, L]."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    @cached_property
+    def is_response(self) -> Tensor:
+        """Which tokens are a response's, [N, L]."""
+        at = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (at >= self.starts[:, None]) & self.mask
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """The tokens of each response, [N]."""
+        return self.lengths - self.starts
+
+    @cached_property
+    def response_mask(self) -> Tensor:
+        """Which of a response's places are filled, [N, R]."""
+        return torch.arange(int(self.counts.max()), device=self.ids.device) < self.counts[:, None]
+
+    @cached_property
+    def responses(self) -> Tensor:
+        """The responses' tokens [N, R], the row's first token where a response has ended."""
+        at = self.starts[:, None] + torch.arange(self.response_mask.shape[1], device=self.ids.device)
+        return self.ids.gather(1, at.where(self.response_mask, 0))

@@ -1,0 +1,267 @@
+"""AMBER on descriptions and answers counted by hand, and its files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmalign.evaluation import amber
+from mmalign.evaluation.amber import Amber, Claim, Description, find, nouns_by_rule
+from mmalign.evaluation.counts import compare
+
+ASSOCIATES: dict[str, tuple[str, ...]] = {
+    "sky": (),
+    "man": ("person", "people"),
+    "person": ("people", "man", "woman"),
+    "tree": ("forest", "bush"),
+    "forest": ("tree",),
+    "ship": ("boat",),
+    "bird": (),
+    "sun": (),
+    "dog": (),
+    "can": (),
+    "sign": (),
+    "hot": (),
+    "television": ("TV",),
+}
+ITEMS: dict[int, Description | Claim] = {
+    1: Description(("sky", "man", "ship", "ship", "tree"), ("bird", "sun")),
+    2: Description(("forest", "person"), ("sky",)),
+    11: Claim("existence", False),
+    12: Claim("existence", False),
+    13: Claim("existence", False),
+    14: Claim("state", True),
+    15: Claim("state", False),
+    16: Claim("relation", True),
+    17: Claim("relation", False),
+}
+BENCHMARK = Amber(ITEMS, ASSOCIATES)
+SAID = {
+    # people, boat, bird, tree, dog, sign: bird and dog are invented, "sign" is safe, "can" is a verb
+    1: "People on a boat can watch birds under trees. A dog by the sign.",
+    2: "A forest.",
+}
+
+
+def written(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_finds_by_hand() -> None:
+    """Of sky, man, ship, ship, tree: people cover the man, the boat one ship alone, the trees the tree."""
+    found = find(SAID[1], ITEMS[1], BENCHMARK)  # type: ignore[arg-type]
+    assert found.mentions == ("people", "boat", "bird", "tree", "dog", "sign")
+    assert found.invented == ("bird", "dog")
+    assert (found.covered, found.expected) == (3, 1)
+
+
+def test_generative_by_hand() -> None:
+    found = amber.score_generative(SAID, BENCHMARK)
+    assert found.values == {
+        "CHAIR": 2 / 7,
+        "Cover": 4 / 7,
+        "Hal": 1 / 2,
+        "Cog": 1 / 3,
+        "words per response": (14 + 2) / 2,
+    }
+
+
+def test_every_mention_counts() -> None:
+    found = amber.score_generative({1: "A dog and two dogs", 2: ""}, BENCHMARK)
+    assert found.values["CHAIR"] == 1
+    assert found.sums["invented mentions"] == 2
+    assert found.values["Hal"] == 1 / 2
+
+
+def test_two_mentions_of_one_object_cover_it_once_and_one_mention_covers_one_object() -> None:
+    """As in the release the words beside an object are looked at first: a man is the person, and a woman too."""
+    both = Description(("man", "person"), ())
+    assert find("a man", both, BENCHMARK).covered == 1
+    assert find("a woman and a woman", both, BENCHMARK).covered == 1
+    assert find("a man and a person", both, BENCHMARK).covered == 2
+
+
+def test_similar_words_are_true() -> None:
+    """A tool for which a dog is like a ship finds no invented dog; one for which it is like the sun, one hit more."""
+    item = ITEMS[1]
+    assert isinstance(item, Description)
+    near = find(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "ship"))
+    assert (near.invented, near.covered) == (("bird",), 3)  # the ship is covered already
+    near = find(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "sun"))
+    assert (near.invented, near.expected) == (("bird", "dog"), 2)
+
+
+def test_an_expected_word_that_is_true_is_no_hallucination() -> None:
+    found = find("A tree", Description(("tree",), ("forest",)), BENCHMARK)
+    assert (found.invented, found.covered, found.expected) == ((), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "mentions"),
+    [
+        ("A can", ("can",)),
+        ("You can see two cans", ("can",)),
+        ("A hot dog", ("dog",)),  # words of the list are single, and "hot" is no object
+        ("A TV in the SKY", ("tv", "sky")),
+        ("", ()),
+        ("a unicorn", ()),
+    ],
+)
+def test_nouns_by_rule(text: str, mentions: tuple[str, ...]) -> None:
+    assert find(text, Description((), ()), BENCHMARK).mentions == mentions
+
+
+def test_nouns_by_another_tool() -> None:
+    assert "watch" not in nouns_by_rule("They watch it") and "watch" in nouns_by_rule("Her watch")
+    found = amber.score_generative(SAID, BENCHMARK, nouns=lambda text: ["Dog", "dogs"] if "boat" in text else [])
+    assert found.values["CHAIR"] == 1
+    assert found.sums["mentions"] == 2
+
+
+ANSWERS = {11: "No", 12: "Yes", 13: "maybe", 14: "Yes", 15: "Yes", 16: "No", 17: "No."}
+
+
+def test_discriminative_by_hand() -> None:
+    """No is the positive class. Existence: one of three true no is said, F1 2 / (1 + 3). State: no is never said.
+    Relation: no is said twice, once rightly. All: 3 of 7 right; no said 3 times, 2 rightly, of 5; F1 4 / (3 + 5).
+    """
+    found = amber.score_discriminative(ANSWERS, BENCHMARK).values
+    expected = {
+        "all": (3 / 7, 2 / 3, 2 / 5, 4 / 8),
+        "existence": (1 / 3, 1, 1 / 3, 2 / 4),
+        "attribute": (1 / 2, 0, 0, 0),
+        "state": (1 / 2, 0, 0, 0),
+        "relation": (1 / 2, 1 / 2, 1, 2 / 3),
+    }
+    names = ("accuracy", "precision", "recall", "F1")
+    assert found == {
+        f"{dimension}: {name}": pytest.approx(value)
+        for dimension, values in expected.items()
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def test_published_answers_are_exact() -> None:
+    """ "No." is no answer to the release: its relation questions are both wrong then."""
+    found = amber.score_discriminative(ANSWERS, BENCHMARK, amber.parse_published).values
+    assert found["relation: accuracy"] == 0
+    assert found["all: accuracy"] == 2 / 7
+    assert found["relation: precision"] == 0
+
+
+def test_an_empty_answer_is_wrong() -> None:
+    found = amber.score_discriminative(dict.fromkeys(ANSWERS, ""), BENCHMARK).values
+    assert set(found.values()) == {0}
+
+
+def test_questions_of_an_image_are_one_group() -> None:
+    shared = Amber(ITEMS, ASSOCIATES, images={number: f"AMBER_{1 + number % 2}.jpg" for number in ITEMS})
+    assert len(set(amber.score_discriminative(ANSWERS, shared).groups)) == 2
+    assert len(set(amber.score_discriminative(ANSWERS, BENCHMARK).groups)) == 7
+
+
+def test_two_models() -> None:
+    better = {1: "People on a boat under trees.", 2: "A forest."}
+    found = compare(amber.score_generative(SAID, BENCHMARK), amber.score_generative(better, BENCHMARK))
+    assert found.differences["CHAIR"].estimate == pytest.approx(-2 / 7)
+    assert found.differences["Cover"].estimate == 0
+    assert [row[0] for row in found.table()][1:5] == ["CHAIR, %", "Cover, %", "Hal, %", "Cog, %"]
+    right = {number: "Yes" if item.answer else "No" for number, item in ITEMS.items() if isinstance(item, Claim)}
+    found = compare(amber.score_discriminative(ANSWERS, BENCHMARK), amber.score_discriminative(right, BENCHMARK))
+    assert found.differences["all: F1"].estimate == pytest.approx(1 / 2)
+
+
+def test_one_file_holds_both_tasks() -> None:
+    both = {**SAID, **ANSWERS}
+    assert amber.score_generative(both, BENCHMARK).values == amber.score_generative(SAID, BENCHMARK).values
+    assert amber.score_discriminative(both, BENCHMARK).keys == tuple(ANSWERS)
+
+
+def test_refuses() -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 responses have an id without annotation \(99\); .* 1 to 17"):
+        amber.score_generative({1: "", 99: ""}, BENCHMARK)
+    with pytest.raises(ValueError, match="AMBER, generative: there is no response"):
+        amber.score_generative(ANSWERS, BENCHMARK)
+    with pytest.raises(ValueError, match="AMBER, discriminative: there is no response"):
+        amber.score_discriminative(SAID, BENCHMARK)
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"id": 1, "type": "generative", "truth": ["sky", "man"], "hallu": ["bird"]},
+    {"id": 2, "type": "discriminative-hallucination", "truth": "no"},
+    {"id": 3, "type": "discriminative-attribute-number", "truth": "yes"},
+    {"id": 4, "type": "relation", "truth": "no"},
+    {"id": 5, "type": "discriminative-relation", "truth": "yes"},
+]
+
+
+def folder(place: Path, records: Any = RECORDS) -> Path:
+    written(place / "annotations.json", records)
+    written(place / "relation.json", ASSOCIATES)
+    (place / "safe_words.txt").write_text("sign\nline")
+    return place
+
+
+def test_reads_the_benchmark(tmp_path: Path) -> None:
+    found = amber.read_amber(folder(tmp_path))
+    assert found.items == {
+        1: Description(("sky", "man"), ("bird",)),
+        2: Claim("existence", False),
+        3: Claim("number", True),
+        4: Claim("relation", False),
+        5: Claim("relation", True),
+    }
+    assert found.associates == ASSOCIATES
+    assert (found.safe_words, found.images) == ({"sign", "line"}, {})
+    written(tmp_path / "query" / "query_all.json", [{"id": 2, "image": "AMBER_1.jpg", "query": "Is there a dog?"}])
+    assert amber.read_amber(tmp_path).images == {2: "AMBER_1.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"truth": ["unicorn"]}, "entry 1: 'unicorn' is no word of relation.json"),
+        ({"truth": "sky"}, 'truth is "sky"; expected a list of names'),
+        (
+            {"type": "discriminative-colour", "truth": "no"},
+            'type is "discriminative-colour", truth "no"; expected yes or no',
+        ),
+        ({"type": "relation", "truth": "No"}, 'truth "No"; expected yes or no'),
+        ({"id": "1"}, 'id is "1"; expected a whole number'),
+        ({"id": 2}, "entry 2: id 2 stands there twice"),
+    ],
+)
+def test_bad_annotations(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        amber.read_amber(folder(tmp_path, [{**RECORDS[0], **change}, *RECORDS[1:]]))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        amber.read_amber(tmp_path / "none")
+    (folder(tmp_path) / "safe_words.txt").unlink()
+    with pytest.raises(ValueError, match=r"safe_words\.txt"):
+        amber.read_amber(tmp_path)
+
+
+def test_reads_responses(tmp_path: Path) -> None:
+    file = written(tmp_path / "r.json", [{"id": 1, "response": "A sky."}, {"id": 2, "response": "No"}])
+    assert amber.read_responses(file) == {1: "A sky.", 2: "No"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([], "is empty; expected records"),
+        ([{"id": 1, "response": ""}, {"id": 1, "response": ""}], "entry 2: id 1 is answered twice"),
+        ([{"id": 1, "answer": ""}], "expected 'response'"),
+        ([{"id": 1, "response": ["No"]}], r'response is \["No"\]; expected a string'),
+        ([{"response": ""}], "expected 'id'"),
+    ],
+)
+def test_bad_responses(content: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        amber.read_responses(written(tmp_path / "r.json", content))

@@ -1,0 +1,44 @@
+"""The one rule of tokenisation, by hand."""
+
+import pytest
+import torch
+
+from mmalign.language.tokens import TokenRow, Tokens, common_prefix, cut_tail, expand
+
+
+def test_the_common_prefix_ends_where_any_row_differs_or_ends() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
+    assert common_prefix([[1, 2, 3], [1, 2, 3, 4]]) == 3
+    assert common_prefix([[5], [6]]) == 0
+    assert common_prefix([[], [6]]) == 0
+
+
+def test_every_placeholder_becomes_its_own_image_s_tokens() -> None:
+    """Also where an image's tokens are the placeholder itself, as LLaVA's are."""
+    assert expand([1, 9, 2, 9], 9, [[9, 9], [7]]) == [1, 9, 9, 2, 7]
+    assert expand([1, 2], 9, []) == [1, 2]
+    with pytest.raises(ValueError, match="1 image placeholders in the text for 2 images"):
+        expand([1, 9], 9, [[9], [9]])
+
+
+def test_a_response_loses_its_tail_and_a_prompt_nothing() -> None:
+    row = TokenRow((1, 2, 3, 4, 5), 2, ("a",))
+    assert cut_tail(row, 5) == row and cut_tail(row, 99) == row
+    assert cut_tail(row, 3) == TokenRow((1, 2, 3), 2, ("a",))
+    with pytest.raises(ValueError, match="the prompt has 2 tokens, its images' included, of 2 in all"):
+        cut_tail(row, 2)
+
+
+def test_a_batch_by_hand() -> None:
+    tokens = Tokens.of([TokenRow((5, 6, 7), 1), TokenRow((5, 8, 9, 4), 2, ("a", "b"))], pad=0)
+    assert tokens.ids.tolist() == [[5, 6, 7, 0], [5, 8, 9, 4]]
+    assert tokens.mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert tokens.is_response.tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert tokens.counts.tolist() == [2, 2] and tokens.images == ((), ("a", "b"))
+    assert tokens.responses.tolist() == [[6, 7], [9, 4]] and tokens.response_mask.all()
+
+
+def test_shorter_responses_are_masked() -> None:
+    tokens = Tokens.of([TokenRow((5, 6), 1), TokenRow((5, 8, 9, 4), 1)], pad=0)
+    assert tokens.response_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert torch.equal(tokens.responses[tokens.response_mask], torch.tensor([6, 8, 9, 4]))

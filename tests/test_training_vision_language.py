@@ -1,0 +1,221 @@
+"""A whole run on tiny vision-language models, by the loop, checkpoint, recipe and report of diffusion models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import mmalign
+from mmalign import assemble, checkpoint
+from mmalign.families import Loading, load_vision_language
+from mmalign.policy import AdaptersOff, FrozenCopy
+from mmalign.recipe import load_recipe
+from mmalign.training import train
+
+Folders = Callable[[str], Path]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return tiny_vlm.pairs(tmp_path / "rows")
+
+
+def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
+    """Train, and give the last checkpoint's weights."""
+    recipe = load_recipe(content, overrides)
+    train(recipe, say=quiet)
+    last = checkpoint.latest(Path(recipe.output))
+    assert last is not None and last.name == f"checkpoint-{recipe.train.steps:08d}"
+    return load_file(last / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("method", ["dpo", "rlhfv"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_going_on_from_a_checkpoint_equals_never_stopping(
+    method: str, tune: str, vlm_folders: Folders, rows: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, with an average of the weights, accumulation, and a stop in the middle of an epoch."""
+    options = {"steps": 3, "save_every": 1, "accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5}
+    content = tiny_vlm.recipe(
+        vlm_folders("llava"), rows, tmp_path / "whole", model={"tune": tune}, method={"name": method}, train=options
+    )
+    whole = run(content)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
+        shutil.rmtree(stopped / late)
+    assert_same(whole, run({**content, "output": str(stopped)}))
+    export = "model/model.safetensors" if tune == "full" else "model/adapter_model.safetensors"
+    assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
+
+
+@pytest.mark.parametrize("name", list(tiny_vlm.STANDING))
+def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
+    name: str, vlm_folders: Folders, rows: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
+    content = tiny_vlm.recipe(vlm_folders(name), rows, tmp_path / "out", train=options)
+    trained = train(load_recipe(content), say=quiet)
+    assert trained.history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert trained.history[-1]["loss"] < 0.65 and trained.history[-1]["accuracy"] == 1.0
+    assert "responses" in trained.verdict or "sides" in trained.verdict
+
+
+def test_workers_and_recomputed_activations_change_no_number(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "here", train={"steps": 2})
+    here = run(content)
+    assert_same(here, run({**content, "output": str(tmp_path / "workers")}, "data.workers=2"))
+    again = run({**content, "output": str(tmp_path / "again")}, "train.gradient_checkpointing=true")
+    for name, weight in here.items():
+        torch.testing.assert_close(again[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_the_trained_model_is_one_that_peft_loads_over_its_base(
+    vlm_folders: Folders, rows: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    weights = run(tiny_vlm.recipe(vlm_folders("qwen2_5_vl"), rows, tmp_path / "out", train={"steps": 2}))
+    base = AutoModelForImageTextToText.from_pretrained(vlm_folders("qwen2_5_vl"))
+    net = PeftModel.from_pretrained(base, tmp_path / "out" / "model")
+    loaded = {name: p for name, p in net.named_parameters() if "lora_B" in name}
+    ours = {name: p for name, p in weights.items() if "lora_B" in name}
+    assert len(loaded) == len(ours) == 14
+    assert sorted(float(p.sum()) for p in loaded.values()) == sorted(float(p.sum()) for p in ours.values())
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_folders: Folders) -> None:
+    family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    before = {name: p.detach().clone() for name, p in family.network.named_parameters()}
+    recipe = load_recipe(tiny_vlm.recipe(vlm_folders("llava"), Path("x"), Path("y"), model={"tune": tune}))
+    policy = assemble.build_policy(family, recipe.model, "dpo", seed=0, checkpointing=False)
+    if tune == "lora":
+        assert isinstance(policy.reference, AdaptersOff)
+        assert sum(p.numel() for p in policy.trainable()) < 0.2 * sum(p.numel() for p in before.values())
+    else:
+        assert isinstance(policy.reference, FrozenCopy)
+        theirs = dict(policy.reference.model.named_parameters())
+        assert all(torch.equal(theirs[name], p) for name, p in before.items())
+
+
+def test_a_trained_model_is_found_again_beside_its_base(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    for tune in ("lora", "full"):
+        output = tmp_path / tune
+        run(tiny_vlm.recipe(vlm_folders("llava"), rows, output, model={"tune": tune}, train={"steps": 2}))
+        family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+        policy = assemble.load_aligned(family, output / "model")
+        assert isinstance(policy.reference, AdaptersOff if tune == "lora" else FrozenCopy)
+
+
+def test_held_out_pairs_score_the_checkpoints(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", data={"hold_out": 0.4})
+    run(content)
+    assert checkpoint.best(tmp_path / "out") is not None
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    """Half a batch each; to rounding, since gradients are summed in another order. And both end well."""
+    one = run(tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "one"))
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "two", train={"batch_size": 1})
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "mmalign.cli", "train", str(tmp_path / "two.yaml")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=Path(mmalign.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    two = load_file(tmp_path / "two" / "checkpoint-00000004" / "model.safetensors")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_over_long_prompts_are_counted_and_named_at_the_end(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    text = rows.read_text().splitlines()
+    rows.write_text("\n".join([text[0].replace("Describe it.", "Describe it. " * 60), *text[1:]]))
+    said: list[str] = []
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", data={"max_length": 80})
+    train(load_recipe(content), say=said.append)
+    assert any(
+        line.startswith(
+            "1 images or prompts could not be used; their pairs were left out: trl.jsonl: line 1: the prompt"
+        )
+        for line in said
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(content: dict[str, Any], *overrides: str, command: Any = None) -> str:
+    with pytest.raises(ValueError) as raised:
+        (command or mmalign.train)(load_recipe(content, overrides))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_recipe_of_one_modality_has_no_keys_of_the_other(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out")
+    assert "recipe: data has no 'crop'" in refused(content, "data.crop=center")
+    assert "recipe: model has no 'vae'" in refused(content, "model.vae=x")
+    assert "recipe: data.format: expected 'trl', 'povid'" in refused(content, "data.format=folder")
+    images = tiny.recipe(vlm_folders("llava"), rows, tmp_path / "out")
+    assert "recipe: data has no 'max_length'" in refused(images, "data.max_length=3")
+
+
+def test_a_model_of_the_other_modality_is_refused_before_it_is_loaded(
+    vlm_folders: Folders, tiny_sd15: Path, rows: Path, tmp_path: Path
+) -> None:
+    content = tiny_vlm.recipe(tiny_sd15, rows, tmp_path / "out")
+    assert "has no config.json; expected the folder of a vision-language model" in refused(content)
+    pictures = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    images = tiny.recipe(vlm_folders("llava"), pictures, tmp_path / "out", data={"resolution": 16})
+    assert "has no model_index.json; expected the folder of a diffusers pipeline" in refused(images)
+
+
+def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    judge = {"path": "models/tiny_clip"}
+    content = tiny_vlm.recipe(
+        vlm_folders("llava"),
+        rows,
+        tmp_path / "out",
+        evaluate={"benchmark": "preference", "judge": judge},
+        prepare={"judge": judge},
+    )
+    for command in (mmalign.evaluate, mmalign.prepare):
+        told = refused(content, command=command)
+        assert "draws pictures, and method.name: dpo aligns a vision-language model" in told
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 2})
+    run(content)
+    told = refused(content, "model.lora.targets=[q_proj]", "train.steps=4")
+    assert "belongs to another run (tune lora of rank 2, alpha 2, on down_proj gate_proj k_proj o_proj q_proj" in told
