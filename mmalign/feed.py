@@ -168,6 +168,8 @@ def _fill(
     accelerator: Any,
 ) -> list[Dropped]:
     """Encode what the caches lack, each process its share, with a bar; gives the images that cannot be read."""
+    from accelerate.utils import gather_object
+
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     bad: list[Dropped] = []
     console = Console(stderr=True)
@@ -187,4 +189,6 @@ def _fill(
             accelerator.wait_for_everyone()
             latents.refresh()
             text.refresh()
+    bad = gather_object(bad)  # each process has met those of its share
+    check_bad(bad, data.max_bad, sources[0].source)
     return bad

@@ -85,7 +85,8 @@ def train(
             progress.batch += 1
             for number, contrast in enumerate(contrasts, start=1):
                 last = window.count + 1 == accumulate
-                window.add(_checked(method.loss(policy, contrast, config), batch, progress), last)
+                with window.silent(last):
+                    window.add(_checked(method.loss(policy, contrast, config), batch, progress))
                 if last and (metrics := window.update(progress.step + 1)) is not None:
                     progress.step += 1
                     after_update(progress, metrics, number == len(contrasts))
@@ -138,12 +139,16 @@ class _Window:
     def _clear(self) -> None:
         self.count, self.weight, self.sums = 0, torch.zeros(()), dict[str, Tensor]()
 
-    def add(self, step: Step, last: bool) -> None:
+    def silent(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Where gradients stay on their process, but for the last contrast's; the forward pass decides it, too."""
+        if last:
+            return contextlib.nullcontext()
+        silent: contextlib.AbstractContextManager[None] = self.learner.accelerator.no_sync(self.model)
+        return silent
+
+    def add(self, step: Step) -> None:
         """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full."""
-        accelerator = self.learner.accelerator
-        silent = contextlib.nullcontext() if last else accelerator.no_sync(self.model)
-        with silent:
-            accelerator.backward((step.losses * step.weights).sum())
+        self.learner.accelerator.backward((step.losses * step.weights).sum())
         self.count += 1
         self.weight = self.weight.to(step.weights.device) + step.weights.sum()
         for name, values in step.metrics.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,7 +63,7 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         CheckpointError: a checkpoint could not be written; the ones before it are kept.
     """
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import gather_object, set_seed
 
     started, options = time.time(), recipe.train
     assemble.check(recipe, training=True)
@@ -71,12 +72,19 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
     trackers = options.trackers if options.trackers else None
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(output))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would train "
+            "alone into one folder; on CPUs set ACCELERATE_USE_CPU=true"
+        )
     set_seed(options.seed)
     tell = say if accelerator.is_main_process else _silent
     run = _assemble(recipe, accelerator, tell)
     folder = output / "model"
     if run.progress.step == options.steps:
         _export(folder, run)
+        accelerator.end_training()
         done = "all updates were done already: nothing was trained"
         tell(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
         return Trained(folder, run.progress.step, time.time() - started, done, [])
@@ -99,8 +107,8 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
     _export(folder, run)
-    accelerator.end_training()  # after the last thing that processes wait for each other in
-    dropped = feed.dropped()
+    dropped = list({d.where: d for d in gather_object(feed.dropped())}.values())
+    accelerator.end_training()  # also ends the processes' group: nothing can wait for the others after it
     if dropped:
         tell(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {listed(dropped)}")
     verdict = reporter.verdict()

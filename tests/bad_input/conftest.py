@@ -1,0 +1,69 @@
+"""A recipe that works, the commands that run it, and a folder of broken things."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from diffusers import DiffusionPipeline, ModelMixin
+from transformers import PreTrainedModel
+
+from tests.bad_input.commands import EVALUATE, Commands, Content
+
+
+@pytest.fixture(autouse=True)
+def _no_bars() -> None:
+    """What the command line sets by the environment, too late where a test has imported the library already."""
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return tiny.pick_a_pic(tmp_path / "pairs.parquet")
+
+
+@pytest.fixture
+def mmalign(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(tmp_path, capfd)
+
+
+@pytest.fixture
+def content(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> Content:
+    return tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights may be read."""
+    for cls in (DiffusionPipeline, ModelMixin, PreTrainedModel):
+        monkeypatch.setattr(cls, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("open_clip.create_model_from_pretrained", lambda *_, **__: pytest.fail("a judge was loaded"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Path:
+    """A folder of broken things."""
+    here = tmp_path_factory.mktemp("world")
+    table = pq.read_table(tiny.pick_a_pic(here / "good.parquet"))
+    pq.write_table(table.slice(0, 0), here / "empty.parquet")
+    pq.write_table(table.drop_columns(["jpg_1"]), here / "lacking.parquet")
+    ties = [{**row, "label_0": 0.5, "label_1": 0.5} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(ties), here / "ties.parquet")
+    (here / "cut.parquet").write_bytes((here / "good.parquet").read_bytes()[:3000])
+    (here / "zero.parquet").touch()
+    (here / "lines.jsonl").write_text('{"prompt": "a fox", "chosen": "a.png"}\n')
+    (here / "comments.txt").write_text("# no prompt\n\n")
+    (here / "latin.txt").write_bytes("ein Fuchs mit Hüten".encode("latin-1"))
+    for name in ("no_index", "bad_index", "list_index", "flux", "no_tokenizer", "no_unet"):
+        shutil.copytree(tiny_sd15, here / name)
+    (here / "no_index" / "model_index.json").unlink()
+    (here / "bad_index" / "model_index.json").write_text("{")
+    (here / "list_index" / "model_index.json").write_text("[]")
+    (here / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    shutil.rmtree(here / "no_unet" / "unet")
+    for path in (here / "no_tokenizer" / "tokenizer").iterdir():
+        path.unlink()
+    return here

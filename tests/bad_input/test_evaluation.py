@@ -1,0 +1,86 @@
+"""What evaluate, gallery and prepare need is told before it costs anything."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.commands import EVALUATE, JUDGED, UNET, Commands, Content, contains, damage
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("command", "evaluate", "sentence"),
+    [
+        ("evaluate", EVALUATE, "there is no trained model; run `mmalign train` with this recipe first"),
+        ("gallery", EVALUATE, "there is no trained model; run `mmalign train` with this recipe first"),
+        ("evaluate", None, "evaluate: the recipe has no such section; add one, for example"),
+        ("gallery", None, "evaluate: the recipe has no such section"),
+        ("gallery", {"benchmark": "implicit"}, "evaluate: benchmark implicit draws no pictures"),
+        ("evaluate", {"benchmark": "implicit"}, "evaluate: implicit needs pairs kept from training; set data.hold_out"),
+        ("evaluate", {"benchmark": "preference"}, "benchmark preference needs a judge; add evaluate.judge.path"),
+        ("evaluate", {**JUDGED, "prompts": "W/none.txt"}, "evaluate.prompts: there is no file or folder 'W/none.txt'"),
+        (
+            "evaluate",
+            {**JUDGED, "prompts": "W/comments.txt"},
+            "evaluate.prompts: W/comments.txt has none; expected one",
+        ),
+        ("evaluate", {**JUDGED, "prompts": "W/latin.txt"}, "evaluate.prompts: W/latin.txt cannot be read"),
+        ("evaluate", {**JUDGED, "prompts": "W"}, "evaluate.prompts: W cannot be read ("),
+        ("evaluate", {**JUDGED, "judge": {"path": "models/tiny_klip"}}, "evaluate.judge.path: there is no file"),
+        ("evaluate", {**JUDGED, "judge": {"path": "W/x", "name": "open_klip"}}, "there is no 'open_klip'; there are"),
+        ("prepare", EVALUATE, "prepare: the recipe has no such section; add one with a judge"),
+    ],
+)
+def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
+    command: str, evaluate: Content | None, sentence: str, mmalign: Commands, content: Content, world: Path
+) -> None:
+    filled = json.loads(json.dumps(evaluate).replace("W", str(world)))
+    told = mmalign.refused(command, {**content, "evaluate": filled})
+    contains(told, sentence.replace("W", str(world)))
+    assert not Path(content["output"]).exists()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("prepare.judge.path=models/tiny_klip", "prepare.judge.path: there is no file or folder 'models/tiny_klip'"),
+        ("prepare.prompts=W/comments.txt", "prepare.prompts: W/comments.txt has none"),
+        ("data.path=W", "data.path: W is a folder; expected the name of the parquet file that prepare writes"),
+        ("data.path=W/good.parquet/x.parquet", "data.path: W/good.parquet cannot be written to (File exists)"),
+    ],
+)
+def test_what_prepare_needs_is_told_before_any_model_is_loaded(
+    setting: str, sentence: str, mmalign: Commands, content: Content, world: Path
+) -> None:
+    section = {"judge": {"path": "models/tiny_clip"}, "prompts": 2}
+    told = mmalign.refused("prepare", {**content, "prepare": section}, setting.replace("W", str(world)))
+    contains(told, sentence.replace("W", str(world)))
+
+
+def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
+    mmalign: Commands, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mmalign("train", content)
+    monkeypatch.setattr("mmalign.run.draw", lambda *_: pytest.fail("pictures were drawn"))
+    judge = tmp_path / "judge"
+    from mmalign.share import resolve
+
+    shutil.copytree(resolve("models/tiny_clip"), judge)
+    damage(judge, "open_clip_model.safetensors", keep=1000)
+    told = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "judge": {"path": str(judge)}}})
+    contains(told, "judge", str(judge))
+    options = {"path": "models/tiny_clip", "options": {"batchsize": 2}}
+    told = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "judge": options}})
+    contains(told, "judge open_clip: batchsize: ", "options: pretrained, batch_size")
+
+
+def test_a_damaged_trained_model(mmalign: Commands, content: Content, tmp_path: Path) -> None:
+    mmalign("train", content)
+    damage(tmp_path / "out" / "model", UNET, keep=1000)
+    told = mmalign.refused("evaluate", content)
+    contains(told, f"{tmp_path / 'out' / 'model'} could not be loaded", "`mmalign train` writes it anew")
+    mmalign("train", content)
+    assert "prompts fulfilled" in mmalign("evaluate", content)

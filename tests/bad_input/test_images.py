@@ -1,0 +1,118 @@
+"""Bad images cost their pair and are named; captions, small data and caches that do not fit."""
+
+import io
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from PIL import Image, ImageFile
+
+from tests.bad_input.commands import Commands, Content, contains, weights
+
+
+def solid(width: int, height: int) -> bytes:
+    """A black PNG of one bit a pixel, made without its pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(), b"\0" * (1 + (width + 7) // 8)
+    packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+BAD = {0: tiny.picture(0)[:300], 1: b"", 2: solid(1, 1), 3: solid(20_000, 20_000)}
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_a_bad_image_drops_its_pair_counted_and_named(
+    cache: str, mmalign: Commands, content: Content, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short, of zero bytes, of one pixel, of 400 million; no memory is taken for the last."""
+    decoded: list[int] = []
+    load = ImageFile.ImageFile.load
+
+    def recorded(image: ImageFile.ImageFile) -> Any:
+        decoded.append(image.size[0] * image.size[1])
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", recorded)
+    tiny.pick_a_pic(pairs, bad=BAD)
+    assert len(BAD[3]) < 100_000
+    with pytest.raises(Image.DecompressionBombError, match="400000000 pixels"):
+        Image.open(io.BytesIO(BAD[3]))
+    printed = mmalign("train", content, f"data.cache='{cache}'", "data.max_bad=4", "train.steps=4")
+    contains(printed, "4 images could not be read; their pairs were left out: pairs.parquet: row ", "and 1 more")
+    assert decoded and max(decoded) <= 400
+    shutil.rmtree(content["output"])
+    for row, reason in enumerate(
+        ["is not a readable image", "has zero bytes", "is 1x1; expected", "is larger than 80,000,000 pixels"]
+    ):
+        alone = tiny.pick_a_pic(pairs.with_name(f"{row}.parquet"), bad={row: BAD[row]})
+        data = f"data={{path: {alone}, cache: '{cache}', max_bad: 0}}"
+        told = mmalign.refused("train", content, data, "train.batch_size=8")
+        contains(told, f"more than data.max_bad = 0 images are bad ({row}.parquet: row {row}, jpg_0: ", reason)
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_the_run_ends_if_too_many_images_are_bad_or_no_pair_is_left(
+    cache: str, mmalign: Commands, content: Content, pairs: Path, tmp_path: Path
+) -> None:
+    tiny.pick_a_pic(pairs, bad=BAD)
+    told = mmalign.refused("train", content, f"data.cache='{cache}'", "data.max_bad=3", "train.steps=4")
+    contains(told, "more than data.max_bad = 3 images are bad (", "and 1 more", "raise data.max_bad")
+    tiny.pick_a_pic(pairs, bad=dict.fromkeys(range(8), b"<html>not found</html>"))
+    told = mmalign.refused("train", content, f"data.cache='{cache}'", f"output={tmp_path / 'none'}")
+    contains(told, "none of 8 pairs has two readable images (pairs.parquet: row ", "and 5 more); repair the images")
+    assert "0x" not in told  # no object's address
+    assert not list((tmp_path / "none").glob("checkpoint-*")) and not (tmp_path / "none" / "model").exists()
+
+
+def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, content: Content, pairs: Path) -> None:
+    """Else the first checkpoint would find out, and its updates be lost."""
+    from mmalign.data.pairs import hold_out
+    from mmalign.data.sources import open_pairs
+
+    tiny.pick_a_pic(pairs, number=12)
+    _, held = hold_out(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)
+    tiny.pick_a_pic(pairs, number=12, bad={int(pair.where.split("row ")[1]): b"" for pair in held})
+    told = mmalign.refused("train", content, "data.hold_out=0.4", "data.cache='off'")
+    contains(told, f"none of {len(held)} pairs has two readable images")
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_a_caption_of_10_000_characters_is_cut_and_that_is_said(
+    cache: str, mmalign: Commands, content: Content, pairs: Path
+) -> None:
+    rows = pq.read_table(pairs).to_pylist()
+    rows[0]["caption"], rows[1]["caption"] = "x" * 10_000, "word " * 2000
+    pq.write_table(pa.Table.from_pylist(rows), pairs)
+    contains(
+        mmalign("train", content, f"data.cache='{cache}'"), "2 of 8 prompts are longer than the text encoder reads"
+    )
+
+
+def test_fewer_pairs_than_one_batch_are_enough(mmalign: Commands, content: Content) -> None:
+    assert "8 pairs" in mmalign("train", content, "train.batch_size=32")
+
+
+@pytest.mark.parametrize("content_of", ["model", "resolution"])
+def test_a_cache_of_another_model_or_resolution_is_refused(
+    content_of: str, mmalign: Commands, content: Content, tiny_sd2: Path, tmp_path: Path
+) -> None:
+    cache = f"data.cache={tmp_path / 'cache'}"
+    mmalign("train", content, cache)
+    before = weights(tmp_path / "cache")
+    tiny.stable_diffusion(tmp_path / "other", seed=1)
+    mmalign.capfd.readouterr()
+    setting = {"model": f"model.path={tmp_path / 'other'}", "resolution": "data.resolution=32"}[content_of]
+    told = mmalign.refused("train", content, cache, setting, f"output={tmp_path / 'second'}")
+    contains(told, f"data.cache: {tmp_path / 'cache' / 'latents'} was made otherwise: ", "use another data.cache")
+    assert weights(tmp_path / "cache") == before and before

@@ -1,0 +1,58 @@
+"""Losses and weights that are not finite are named, and never saved."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmalign import checkpoint
+from tests.bad_input.commands import UNET, Commands, Content, contains, weights
+
+
+def finite(folder: Path) -> bool:
+    return all(x.isfinite().all() for x in load_file(folder / "model.safetensors").values())
+
+
+def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_checkpoint(
+    mmalign: Commands, content: Content, tmp_path: Path
+) -> None:
+    """The same command with a lower learning rate goes on."""
+    mmalign("train", content, "train.save_every=1")
+    told = mmalign.refused("train", content, "train.steps=6", "train.save_every=100", "train.lr=1e30")
+    contains(
+        told, "train: the loss is not finite after update 3, in batch 4 of epoch 0 (pairs.parquet: row ", ", pairs"
+    )
+    contains(told, "the same command goes on from checkpoint-00000002: lower train.lr")
+    last = checkpoint.latest(tmp_path / "out")
+    assert last is not None and last.name == "checkpoint-00000002" and finite(last)
+    assert "going on from checkpoint-00000002" in mmalign("train", content, "train.steps=6", "train.lr=1e-4")
+
+
+@pytest.mark.parametrize("lr", ["1e30", "1e38"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_what_nobody_could_go_on_from_is_not_saved(
+    lr: str, tune: str, mmalign: Commands, content: Content, tmp_path: Path
+) -> None:
+    """An update can break a model whose last loss was finite: its weights (at 1e38) or its next loss (at 1e30)."""
+    out = tmp_path / "out"
+    mmalign("train", content, f"model.tune={tune}")
+    before = weights(out)
+    told = mmalign.refused("train", content, f"model.tune={tune}", "train.steps=3", f"train.lr={lr}")
+    contains(told, "train: after update 3 the ", "not finite, so that update was not saved", "lower train.lr")
+    assert weights(out) == before
+    assert "going on from checkpoint-00000002" in mmalign("train", content, f"model.tune={tune}", "train.steps=3")
+    assert all(finite(path) for path in out.glob("checkpoint-*"))
+
+
+def test_a_poisoned_model(mmalign: Commands, content: Content, tmp_path: Path) -> None:
+    model = tmp_path / "poisoned"
+    shutil.copytree(content["model"]["path"], model)
+    tensors = load_file(model / UNET)
+    tensors["conv_in.weight"] = torch.full_like(tensors["conv_in.weight"], float("nan"))
+    save_file(tensors, model / UNET, {"format": "pt"})
+    told = mmalign.refused("train", content, f"model.path={model}")
+    contains(told, "the loss is not finite after update 0, in batch 1 of epoch 0 (pairs.parquet: row ")
+    contains(told, "nothing has been saved yet")
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model").exists()

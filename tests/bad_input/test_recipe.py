@@ -1,0 +1,125 @@
+"""Mistakes in a recipe, told in one sentence and with exit code 1 before any model is loaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mmalign import cli
+from tests.bad_input.commands import Commands, Content, contains
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        # Keys and values.
+        ("train.lrr=1e-5", "train has no 'lrr'; did you mean 'lr'?"),
+        ("trian={steps: 3}", "a recipe has no 'trian'; did you mean 'train'?"),
+        ("train.lr=fast", "train.lr: expected a number, got the text 'fast'"),
+        ("train.steps=2.5", "train.steps: "),
+        ("train.steps=many", "train.steps: expected a whole number, got the text 'many'"),
+        ("data.path=3", "data.path: expected text, got 3; write it in quotes"),
+        ("method.name=difusion_dpo", "there is no method 'difusion_dpo'; did you mean 'diffusion_dpo'?"),
+        ("method.betta=3", "method has no 'betta'; did you mean 'beta'?"),
+        ("train.lr", "--set 'train.lr': expected section.key=value, such as train.lr=1e-5"),
+        ("=1", "--set '=1': expected section.key=value"),
+        ("train.lr.x=1", "--set train.lr.x: train.lr is no section"),
+        ("train.betas=[0.9, 0.99", "--set train.betas: is not a recipe in YAML"),
+        # Pairs.
+        ("data.path=W/pair.parquet", "data.path: W/pair.parquet does not exist; expected *.parquet"),
+        ("data.path=someone/pairs", "data.path: someone/pairs is no file here and could not be loaded from the Hub"),
+        ("data.path=W/cut.parquet", "data.path: W/cut.parquet is no readable parquet file"),
+        ("data.path=W/zero.parquet", "data.path: W/zero.parquet is no readable parquet file"),
+        ("data.path=W/lacking.parquet", "W/lacking.parquet has no 'jpg_1' (found caption, jpg_0,"),
+        ("data.columns={jpg_0: picture}", "has no 'picture' (found caption, jpg_0,"),
+        ("data={format: folder, path: W}", "lines.jsonl: line 1 has no 'rejected' (found prompt, chosen)"),
+        ("data.path=W/empty.parquet", "data.path: W/empty.parquet has no rows; expected one a pair"),
+        ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
+        ("data.hold_out=0.0001", "data.hold_out: 0.0001 of 8 groups in "),
+        ("data.hold_out=0.9999", "leaves none for training; use another share"),
+        ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; expected a folder"),
+        ("data={crop: random, cache: W, path: W/good.parquet}", "data.cache: W cannot be used with data.crop: random"),
+        # Models.
+        ("model.path=W/sd15", "model.path: there is no file or folder 'W/sd15'"),
+        ("model.path=models/tiny_sdd", "did you mean 'models/tiny_sd'"),
+        (
+            "model.path=W/good.parquet",
+            "model.path: W/good.parquet is a file; expected the folder of a diffusers pipeline",
+        ),
+        ("model.path=W/no_index", "model.path: W/no_index has no model_index.json; expected the folder of"),
+        ("model.path=W/bad_index", "model.path: W/bad_index/model_index.json cannot be read as the index"),
+        ("model.path=W/list_index", "model.path: W/list_index/model_index.json cannot be read as the index"),
+        ("model.path=W/flux", "model.path: W/flux is a FluxPipeline; supported are StableDiffusionPipeline, "),
+        ("model.path=W/no_unet", "model.path: W/no_unet has no unet; copy it anew"),
+        ("model.path=W/no_tokenizer", "model.path: W/no_tokenizer has no tokenizer; copy it anew"),
+        (
+            "model.path=someone/sd15",
+            "model.path: someone/sd15 is no folder here, and its model_index.json did not come ",
+        ),
+        ("model.vae=W/vae", "model.vae: there is no file or folder 'W/vae'"),
+        # Everything else.
+        ("train.trackers=[tensorbord]", "train.trackers: tensorbord is unknown; correct it, or leave it out"),
+        ("evaluate.prompts=0", "evaluate.prompts: expected at least 1, or a file with one prompt a line, got 0"),
+        ("evaluate.drawing.resolution=20", "evaluate.drawing.resolution: expected a multiple of 8 pixels, got 20"),
+        ("output=W/good.parquet", "output: W/good.parquet is a file; expected a folder"),
+        (
+            "output=W/good.parquet/run",
+            "output: W/good.parquet/run cannot be written to (Not a directory); name a folder",
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_any_model_is_loaded(
+    setting: str, sentence: str, mmalign: Commands, content: Content, world: Path
+) -> None:
+    told = mmalign.refused("train", content, setting.replace("W", str(world)))
+    contains(told, sentence.replace("W", str(world)))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("tracker", ["wandb", "aim", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(
+    tracker: str, mmalign: Commands, content: Content
+) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    if tracker in [str(t) for t in get_available_trackers()]:
+        pytest.skip(f"{tracker} is installed")
+    contains(mmalign.refused("train", content, f"train.trackers=[{tracker}]"), f"train.trackers: {tracker} is not inst")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("quickstrat", "did you mean 'configs/text_to_image/quickstart.yaml'"),
+        ("configs/text_to_image/quickstrat.yaml", "did you mean 'configs/text_to_image/quickstart.yaml'"),
+        ("/nowhere/recipe.yaml", "there is no file or folder '/nowhere/recipe.yaml'"),
+        ("configs", "cannot be read (Is a directory); expected a recipe, a file in YAML"),
+    ],
+)
+def test_a_recipe_that_is_not_there(name: str, sentence: str) -> None:
+    result = CliRunner().invoke(cli.app, ["train", name])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    contains(result.stderr, "error: ", sentence)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output(mmalign: Commands, content: Content, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    told = mmalign.refused("train", content, f"output={tmp_path / 'locked' / 'out'}")
+    contains(told, "output: ", "cannot be written to (Permission denied); name a folder")
+
+
+def test_numbers_in_every_spelling(mmalign: Commands, content: Content, tmp_path: Path) -> None:
+    """In YAML 1.1 `1e-8` is a text."""
+    text = yaml.safe_dump(content).replace("lr: 0.001", "lr: 1e-8")
+    assert "lr: 1e-8" in text
+    (tmp_path / "written.yaml").write_text(text)
+    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "written.yaml"), "--set", "train.weight_decay=1e-3"])
+    assert result.exit_code == 0, result.output
+    saved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["train"]
+    assert float(saved["lr"]) == 1e-8 and saved["weight_decay"] == 1e-3

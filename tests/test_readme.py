@@ -1,0 +1,181 @@
+"""What the README says can be done: its commands parse, its Python runs, and what it names is there.
+
+Every case is called after its line, so that a failure says where to look.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import mmalign
+from mmalign import cli
+from mmalign.recipe import load_recipe
+
+ROOT = Path(mmalign.__file__).parent.parent
+README = ROOT / "README.md"
+
+if not README.is_file():
+    pytest.skip("no checkout: the installed package is under test", allow_module_level=True)
+
+ANY_RECIPE = "configs/text_to_image/quickstart.yaml"  # what stands for RECIPE
+OURS = sorted(p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p.name != "runs")
+SOURCES = (".py", ".md", ".yaml", ".toml", ".parquet")  # of files that a command writes, none has one of these
+SHORT = [
+    "data.limit=4",
+    "data.hold_out=0.0",
+    "train.steps=1",
+    "train.batch_size=2",
+    "train.accumulate=1",
+    "evaluate.prompts=8",
+    "evaluate.drawing.steps=1",
+]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of the README: a block, a command, a name; and its line."""
+
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"README.md:{self.line}: {self.text.strip().splitlines()[0]}"
+
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROSE = FENCED.sub(lambda block: re.sub(r"[^\n]", "", block[0]), README.read_text(encoding="utf-8"))  # same lines
+
+
+def line_of(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def blocks(language: str) -> list[Piece]:
+    """The fenced blocks of a language."""
+    text = README.read_text(encoding="utf-8")
+    return [Piece(line_of(text, m.start(2)), m[2]) for m in FENCED.finditer(text) if m[1] == language]
+
+
+def spans() -> list[Piece]:
+    """What stands between backticks in the prose."""
+    return [Piece(line_of(PROSE, m.start()), m[1]) for m in re.finditer(r"`([^`\n]+)`", PROSE)]
+
+
+def links() -> list[Piece]:
+    """Where links and pictures lead, but for those to the web."""
+    targets = re.finditer(r"\]\(([^)\s]+)[^)]*\)|\b(?:src|href)=\"([^\"]+)\"", PROSE)
+    found = [Piece(line_of(PROSE, m.start()), m[1] or m[2]) for m in targets]
+    return [link for link in found if "://" not in link.text]
+
+
+def commands() -> Iterator[Piece]:
+    """Every line of a bash block, and what reads as a command of ours in the prose."""
+    for block in blocks("bash"):
+        for number, text in enumerate(block.text.replace("\\\n", "  ").splitlines()):
+            if shlex.split(text, comments=True):
+                yield Piece(block.line + number, text)
+    yield from (span for span in spans() if re.match(r"(make|mmalign|accelerate launch) ", span.text))
+
+
+def of_each(pieces: list[Piece]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("piece", pieces, ids=str)
+
+
+def test_the_readme_is_read_as_it_is_written() -> None:
+    """Blocks, commands and links are found at all."""
+    assert blocks("bash") and blocks("python") and links()
+    assert {"make quickstart", "make test"} <= {" ".join(shlex.split(c.text, comments=True)) for c in commands()}
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are taken apart and their recipes loaded, and nothing else is done."""
+    from mmalign import quickstart, run
+
+    for module, names in ((run, ("train", "evaluate", "gallery", "prepare")), (quickstart, ("quickstart",))):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@of_each(list(commands()))
+def test_commands(piece: Piece) -> None:
+    words = shlex.split(piece.text, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):  # a setting of the environment
+        words = words[1:]
+    program, arguments = words[0].rpartition("/")[2], words[1:]
+    if program == "make":
+        targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        for target in (a for a in arguments if "=" not in a):
+            assert target in targets, f"{piece}: make knows no {target}; it has {', '.join(targets)}"
+    elif program == "mmalign" or "mmalign.cli" in arguments:
+        ours = arguments if program == "mmalign" else arguments[arguments.index("mmalign.cli") + 1 :]
+        result = CliRunner().invoke(cli.app, [ANY_RECIPE if a == "RECIPE" else a for a in ours])
+        assert result.exit_code == 0, f"{piece}: {result.output}"
+    else:
+        assert program in ("pip", "git", "cd"), f"{piece}: nothing here tests a call of {program}"
+
+
+# --------------------------------------------------------------------------------------------------------------- Python
+
+
+@of_each(blocks("python"))
+def test_python(piece: Piece, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs as it stands, but for settings that make it short, and has what its comments promise."""
+
+    def shortened(source: Any, overrides: Any = ()) -> Any:
+        return load_recipe(source, [*overrides, *SHORT])
+
+    # So many empty lines before it that a traceback names the README's line.
+    code = compile("\n" * (piece.line - 1) + piece.text, str(README), "exec")
+    if "import mmalign" not in piece.text:
+        return
+    monkeypatch.setattr(mmalign, "load_recipe", shortened)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for number, text in enumerate(piece.text.splitlines()):
+        promise = re.match(r"(\w+) = .*?#(.*)", text)
+        for attribute in re.findall(r"(?<!\w)\.(\w+)", promise[2] if promise else ""):
+            where = f"README.md:{piece.line + number}"
+            assert promise and hasattr(names[promise[1]], attribute), f"{where}: there is no .{attribute}"
+
+
+# ---------------------------------------------------------------------------------------------------- files, and places
+
+
+@of_each(links())
+def test_links(piece: Piece) -> None:
+    name, _, place = piece.text.partition("#")
+    path = ROOT / name if name else README
+    assert path.exists(), f"{piece}: there is no such file"
+    if place:
+        headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert place in slugs, f"{piece}: {path.name} has no such heading; it has {', '.join(slugs)}"
+
+
+def names_a_file(text: str) -> bool:
+    """Whether a span names a file or a folder of the project, and not one that a run writes."""
+    if not re.fullmatch(r"[\w.\-/]+", text) or text.startswith(("runs/", ".")):
+        return False
+    return text.endswith((*SOURCES, "/")) or ("/" in text and text.split("/")[0] in OURS)
+
+
+@of_each([span for span in spans() if names_a_file(span.text)])
+def test_files(piece: Piece) -> None:
+    """A name alone is looked for everywhere; NAME is the reader's to choose, and there must be one like it already."""
+    pattern = piece.text.rstrip("/").replace("NAME", "*")
+    found = any(ROOT.glob(pattern)) or any(
+        found for folder in OURS if (ROOT / folder).is_dir() for found in (ROOT / folder).rglob(pattern)
+    )
+    assert found, f"{piece}: there is no such file or folder"
