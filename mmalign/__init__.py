@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmalign.recipe import Recipe
     from mmalign.run import Evaluation, Trained
+    from mmalign.sections import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "gallery", "load_recipe", "prepare", "train"]

@@ -17,8 +17,8 @@ from mmalign.data import responses, sources
 from mmalign.families import Family, Loading, Sampling
 from mmalign.optim import build_optimizer
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
-from mmalign.recipe import Data, Drawing, ImageData, ImageModel, JudgeConfig, Model, Recipe, ResponseData, Train
 from mmalign.rewards import Judge, judge_module, load_judge
+from mmalign.sections import Data, Drawing, ImageData, ImageModel, JudgeConfig, Model, Recipe, ResponseData, Train
 from mmalign.share import locate, resolve, resolve_model
 
 F = TypeVar("F", bound=Family)

@@ -21,7 +21,7 @@ from mmalign.encode import Encoder, fill_latents, fill_text, text_key
 from mmalign.encode_responses import ResponseLoader
 from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
-from mmalign.recipe import Data, ImageData, ResponseData
+from mmalign.sections import Data, ImageData, ResponseData
 from mmalign.share import locate
 
 Opened = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out

@@ -19,8 +19,8 @@ from mmalign.families import Sampling, TextToImage
 from mmalign.feed import Opened, open_data, open_feed
 from mmalign.page import Entry, write_gallery
 from mmalign.policy import Policy
-from mmalign.recipe import Recipe
 from mmalign.rewards import Judge
+from mmalign.sections import Recipe
 from mmalign.training import Trained, read_trained, require_base, train, unwritten, written
 
 __all__ = ["Evaluation", "Trained", "evaluate", "gallery", "prepare", "train"]

@@ -25,8 +25,9 @@ from mmalign.families import Family
 from mmalign.feed import Feed, open_data, open_feed
 from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.policy import Policy
-from mmalign.recipe import ImageData, Recipe, dump_recipe
+from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
+from mmalign.sections import ImageData, Recipe
 
 Say = Callable[[str], None]
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint

@@ -18,7 +18,8 @@ PACKAGE = Path(mmalign.__file__).parent
 
 # From the bottom to the top. A module of mmalign/ (a file or a folder) imports from its own layer and from lower ones.
 LAYERS = (
-    {"losses", "draws", "recipe", "share", "optim"},
+    {"losses", "draws", "sections", "share", "optim"},
+    {"recipe"},
     {"policy"},
     {"attention", "diffusion", "language", "rewards", "data"},
     {"families"},

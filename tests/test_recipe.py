@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mmalign.recipe import Recipe, dump_recipe, load_recipe
+from mmalign.recipe import dump_recipe, load_recipe
+from mmalign.sections import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 LEAST: dict[str, Any] = {

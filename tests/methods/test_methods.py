@@ -21,7 +21,7 @@ from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.methods import Step, diffusion_dpo, mapo, sft
 from mmalign.methods._typed import METHODS
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from mmalign.recipe import SECTIONS
+from mmalign.sections import SECTIONS
 
 ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
 DRAWS = Draws(seed=5, epoch=2)
