@@ -6,10 +6,8 @@ checkpoints, so that nothing else must; the protocols here are all that methods 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 
 from mmalign.data.pairs import Turn
 from mmalign.diffusion.noise import Diffusion
+from mmalign.draws import Draws
+from mmalign.families.checkpoints import PIPELINES as PIPELINES
+from mmalign.families.checkpoints import model_type as model_type
+from mmalign.families.checkpoints import pipeline_class as pipeline_class
 from mmalign.language.tokens import TokenRow, Tokens
-
-# The pipeline class that a folder's model_index.json names, and the file here that adapts it.
-PIPELINES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "sdxl"}
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that may be missing
 
 
 @dataclass(frozen=True)
@@ -199,6 +197,22 @@ class Reader(Protocol):
             ValueError: the placeholders do not match the images.
         """
 
+    def prompt(self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = "") -> TokenRow:
+        """The conversation up to where the model answers; what it has said already, `start`, is the row's response.
+
+        Both are tokenised together, as in `rows`, but no token ends the response. White space around `start` is left
+        out: what the model says next brings its own.
+
+        Raises:
+            ValueError: the placeholders do not match the images.
+        """
+
+    def text(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Tokens as text, without special tokens; with the space that begins it, if the tokens before it are given."""
+
+    def image_places(self, row: TokenRow) -> tuple[int, ...]:
+        """Where a row's tokens stand for features of its images, in order; tags between them are none."""
+
     def batch(self, rows: Sequence[TokenRow]) -> Tokens:
         """The rows, padded."""
 
@@ -213,8 +227,54 @@ class VisionLanguage(Family, Protocol):
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
         """The features of images by their keys, without gradients, for policy and reference alike."""
 
-    def token_logps(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
-        """The log-probabilities [N, R] of the responses' tokens, float32; 0 where a response has ended."""
+    def token_logps(
+        self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
+    ) -> Tensor:
+        """The log-probabilities [N, R] of the responses' tokens, float32; 0 where a response has ended.
+
+        With `targets` [N, R, K], those of K other tokens in the place of each, all after the responses' own history:
+        [N, R, K], by one run of the network.
+        """
+
+    def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
+        """The most likely token [N, R] at every place of the responses, given the rows' own history before it.
+
+        Where a response has ended it is the row's first token, as in `Tokens.responses`. No gradients.
+        """
+
+    @property
+    def hides_images(self) -> str:
+        """Empty if `generate` can hide an image's tokens, else a sentence that says why it cannot."""
+
+    def generate(
+        self,
+        net: nn.Module,
+        prompts: Sequence[TokenRow],
+        features: ImageFeatures,
+        decoding: Decoding,
+        *,
+        rows: Sequence[int],
+        draws: Draws,
+        hidden: Sequence[Tensor] | None = None,
+    ) -> list[str]:
+        """What a network, with its adapters as they are, says after each prompt of `Reader.prompt`.
+
+        An answer is the same alone and in any company, but for the rounding of its logits. It begins with the space
+        that parts it from what was said before, so that `start.strip() + answer` is the whole.
+
+        Args:
+            net: the network; a wrapper for distribution has no part in this.
+            prompts: up to where an answer begins.
+            features: of every image of the prompts.
+            decoding: how the next token is chosen, and when an answer ends.
+            rows: the key of each prompt's sampling noise; equal keys draw alike. Not used when greedy.
+            draws: the seed and the epoch of that noise.
+            hidden: for each prompt which of its `Reader.image_places` nothing attends to, a bool tensor; positions
+                stay as they are. None hides nothing.
+
+        Raises:
+            ValueError: images are to be hidden, and `hides_images` says that they cannot be.
+        """
 
 
 @dataclass(frozen=True)
@@ -237,6 +297,23 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 takes the most likely token; otherwise one is drawn from softmax(logits / temperature).
+        stop: an answer also ends after the first of these texts, which belongs to it.
+        batch_size: answers written at a time.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
 class Loading:
     """How a checkpoint is brought into memory.
 
@@ -255,93 +332,6 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
-
-
-def pipeline_class(path: str, revision: str | None = None) -> str:
-    """The class that a checkpoint's model_index.json names, read without loading any weights.
-
-    Raises:
-        ValueError: it is no diffusers pipeline, a part of it is missing, or its class is not supported.
-    """
-    file = _index_file(path, revision)
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        name = str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.path: {file} cannot be read as the index of a diffusers pipeline ({error}); copy the model anew"
-        ) from error
-    if name not in PIPELINES:
-        raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
-    parts = [part for part, of in index.items() if isinstance(of, list) and of[0] and part not in _UNUSED]
-    lacking = [part for part in parts if Path(path).is_dir() and not any(Path(path, part).glob("*"))]
-    if lacking:
-        raise ValueError(f"model.path: {path} has no {', no '.join(lacking)}; copy it anew, with all its folders")
-    return name
-
-
-def model_type(path: str, revision: str | None = None) -> str:
-    """The type that a vision-language checkpoint's config.json names, read without loading any weights.
-
-    Raises:
-        ValueError: it is no checkpoint of transformers, or its type reads no images.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
-
-    file = _index_file(path, revision, "config.json", "a vision-language model of transformers")
-    try:
-        name = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.path: {file} cannot be read as the config of a model ({error}); copy the model anew"
-        ) from error
-    if name not in KNOWN:
-        raise ValueError(
-            f"model.path: {path} is a {name}, which has no vision tower; expected a vision-language model, such as "
-            "llava-hf/llava-1.5-7b-hf"
-        )
-    return name
-
-
-def _index_file(
-    path: str, revision: str | None, name: str = "model_index.json", kind: str = "a diffusers pipeline"
-) -> Path:
-    here = Path(path)
-    if here.exists():
-        if not (here / name).is_file():
-            what = f"has no {name}" if here.is_dir() else "is a file"
-            raise ValueError(f"model.path: {path} {what}; expected the folder of {kind}, or a Hub id")
-        return here / name
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(path, name, revision=revision))
-    except (OSError, EntryNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"model.path: {path} is no folder here, and its {name} did not come from the Hub "
-            f"({first_line(error)}); see to the name and the network, or name a folder"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says at first: some run to a page."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
-    return line if len(line) <= 200 else f"{line[:200]}..."
-
-
-@contextlib.contextmanager
-def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> Iterator[None]:
-    """Make one sentence of whatever a library raises as it loads damaged or incomplete files."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    # Of damaged files diffusers, transformers and safetensors report half a dozen kinds of error.
-    except Exception as error:
-        here = "it may be incomplete: copy it anew"
-        mend = mend or (here if Path(path).exists() else "see to the name and the network, or name a folder")
-        raise ValueError(f"{key}: {path} could not be loaded as {kind} ({first_line(error)}); {mend}") from error
 
 
 def load_family(path: str, loading: Loading) -> TextToImage:

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
-from mmalign.families import Conditioning, Loading, Moments, Sampling, intact
+from mmalign.families import Conditioning, Loading, Moments, Sampling
+from mmalign.families.checkpoints import intact
 from mmalign.families.lora import ATTENTION, add_lora
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")

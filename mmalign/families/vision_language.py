@@ -11,7 +11,6 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,110 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.data.pairs import Turn
-from mmalign.families import ImageFeatures, ImageView, Loading, first_line, intact
-from mmalign.families.facts import SCALED_LOGITS, Facts, facts
+from mmalign.draws import Draws
+from mmalign.families import Decoding, ImageFeatures, ImageView, Loading
+from mmalign.families.checkpoints import first_line, intact
+from mmalign.families.decoder_inputs import decoder_inputs
+from mmalign.families.facts import SCALED_LOGITS, facts
+from mmalign.families.generation import Prompt, generate, why_not_hidden
 from mmalign.families.lora import add_lora, linear_names
-from mmalign.language.scores import log_probabilities
-from mmalign.language.tokens import TokenRow, Tokens, common_prefix, expand
+from mmalign.families.processor_reader import ProcessorReader
+from mmalign.language.scores import log_probabilities, most_likely
+from mmalign.language.tokens import TokenRow, Tokens
 
-IMAGE = "<image>"  # an image's place in a turn's text
 ADAPTERS = "adapter_config.json"  # as peft calls the file
-
-
-@dataclass(frozen=True)
-class ProcessorReader:
-    """A processor of transformers as a Reader; the protocol says what each call does."""
-
-    processor: Any
-    facts: Facts
-    image_token_id: int
-    max_length: int
-
-    @cached_property
-    def placeholder(self) -> str:
-        """The text that is an image's place."""
-        return str(getattr(self.processor, self.facts.placeholder))
-
-    @cached_property
-    def _placeholder_id(self) -> int:
-        return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
-
-    def view(self, image: Image.Image) -> ImageView:
-        """See Reader. The image's tokens are what the processor puts between those of the text around it."""
-        encoded = self.processor(text=[self.placeholder], images=[[image]], return_tensors="pt")
-        around, ids = self._tokenize(self.facts.written(self.processor, self.placeholder)), encoded["input_ids"][0]
-        before = around.index(self._placeholder_id)
-        after = len(around) - before - 1
-        own = ids[before : len(ids) - after].tolist()
-        return ImageView(tuple(own), {k: x for k, x in encoded.items() if k not in _TEXT})
-
-    def rows(
-        self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
-    ) -> list[TokenRow]:
-        """See Reader."""
-        prompt = self.facts.written(self.processor, self._render(turns))
-        texts = [prompt, *(prompt + self._continuation(turns, response) for response in responses)]
-        views = [view.ids for _, view in images]
-        ids = [expand(self._tokenize(text), self._placeholder_id, views) for text in texts]
-        start, keys = common_prefix(ids), tuple(key for key, _ in images)
-        return [TokenRow(tuple(row), start, keys) for row in ids[1:]]
-
-    def batch(self, rows: Sequence[TokenRow]) -> Tokens:
-        """See Reader."""
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return Tokens.of(rows, pad)
-
-    def _tokenize(self, text: str) -> list[int]:
-        tokenizer = self.processor.tokenizer
-        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # some chat templates write it
-        ids: list[int] = tokenizer(text, add_special_tokens=not begun).input_ids
-        return ids
-
-    @property
-    def _template(self) -> Any:
-        return getattr(self.processor, "chat_template", None) or getattr(
-            self.processor.tokenizer, "chat_template", None
-        )
-
-    def _render(self, turns: Sequence[Turn], response: str | None = None) -> str:
-        """The conversation up to where the model answers, or with its answer, in the model's own layout."""
-        if not self._template:
-            return "\n".join(turn.text for turn in turns).replace(IMAGE, self.placeholder)
-        said = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
-        if response is not None:
-            said.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        text: str = self.processor.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=response is None, chat_template=self._template
-        )
-        return text
-
-    def _continuation(self, turns: Sequence[Turn], response: str) -> str:
-        """What the model is to say: the response as the layout begins it, and the token that ends an answer."""
-        tokenizer, response = self.processor.tokenizer, response.strip()
-        if not self._template:
-            return f"{response}{tokenizer.eos_token}"
-        prompt, whole = self._render(turns), self._render(turns, response)
-        before, _, after = whole.rpartition(response)
-        lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        ends = [(after.index(token), token) for token in tokenizer.all_special_tokens if token in after]
-        return f"{lead}{response}{min(ends)[1] if ends else tokenizer.eos_token}"
-
-
-# What a processor returns for the text; the rest is the image's.
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    """A turn's content as chat templates take it: texts, and images between them."""
-    parts: list[dict[str, str]] = []
-    for number, words in enumerate(text.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if words.strip():
-            parts.append({"type": "text", "text": words.strip() if number else words.rstrip()})
-    return parts
 
 
 class TokenScorer(nn.Module):
@@ -136,16 +43,26 @@ class TokenScorer(nn.Module):
         self.model = model
 
     def forward(self, at: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-        """The log-probabilities [M] of tokens `targets` [M] after the places `at` [M] of the flattened rows."""
-        hidden = self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        """The log-probabilities of tokens `targets`, [M] or [M, K], after the places `at` [M] of the flattened rows."""
         text = self.model.config.get_text_config()
         return log_probabilities(
-            hidden.flatten(0, 1)[at],
+            self._hidden(at, inputs),
             self.model.get_output_embeddings(),
             targets,
             vocabulary=text.vocab_size,
             softcap=getattr(text, "final_logit_softcapping", None),
         )
+
+    @torch.no_grad()
+    def argmax(self, at: Tensor, **inputs: Any) -> Tensor:
+        """The most likely tokens [M] after the places `at` [M] of the flattened rows; a soft cap keeps their order."""
+        head, text = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        return most_likely(self._hidden(at, inputs), head, vocabulary=text.vocab_size)
+
+    def _hidden(self, at: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The last hidden states [M, D] at places of the flattened rows."""
+        hidden: Tensor = self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        return hidden.flatten(0, 1)[at]
 
 
 @dataclass(frozen=True)
@@ -194,28 +111,52 @@ class ImageTextToText:
         found.last_hidden_state = found.hidden_states = found.attentions = None
         return found
 
-    def token_logps(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
+    def token_logps(
+        self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
+    ) -> Tensor:
         """See VisionLanguage. Only the rows of hidden states before a response's tokens reach the head."""
-        at = tokens.is_response.flatten().nonzero()[:, 0]
+        at, mask = tokens.is_response.flatten().nonzero()[:, 0], tokens.response_mask
+        wanted = tokens.responses if targets is None else targets
         with _autocast(self.loading):
-            logps = net(at - 1, tokens.ids.flatten()[at], **self._inputs(tokens, features))
-        return torch.zeros(tokens.response_mask.shape, device=logps.device).masked_scatter(tokens.response_mask, logps)
+            logps = net(at - 1, wanted[mask], **self._inputs(tokens, features))
+        filled = mask.view(*mask.shape, *[1] * (wanted.dim() - 2))
+        return torch.zeros(wanted.shape, device=logps.device).masked_scatter(filled, logps)
 
     def _inputs(self, tokens: Tokens, features: ImageFeatures) -> dict[str, Any]:
         """What the model's forward pass takes."""
-        inputs: dict[str, Any] = {"input_ids": tokens.ids, "attention_mask": tokens.mask.long()}
-        found = [features.images[key] for row in tokens.images for key in row]
-        if found:
-            inputs["mm_encoder_outputs"] = {"image": _joined(found)}
-            if found[0].grid is not None:  # positions in rows and columns (M-RoPE) are made of it
-                inputs["image_grid_thw"] = torch.cat([one.grid for one in found])
-        known = inspect.signature(self._model.base_model.forward).parameters
-        if "mm_token_type_ids" in known:
-            inputs["mm_token_type_ids"] = (tokens.ids == self.reader.image_token_id).int()
-        if self.reader.facts.prefix_attention:
-            places = torch.arange(tokens.ids.shape[1], device=tokens.ids.device)
-            inputs["token_type_ids"] = (places >= tokens.starts[:, None]).long()
-        return inputs
+        images = [features.images[key] for row in tokens.images for key in row]
+        return decoder_inputs(self._model, self.reader.facts, tokens.ids, tokens.mask, tokens.is_response, images)
+
+    def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
+        """See VisionLanguage."""
+        at = tokens.is_response.flatten().nonzero()[:, 0]
+        with _autocast(self.loading):
+            found = _bare(net).argmax(at - 1, **self._inputs(tokens, features))
+        return tokens.responses.masked_scatter(tokens.response_mask, found)
+
+    @property
+    def hides_images(self) -> str:
+        """See VisionLanguage."""
+        return why_not_hidden(self._model)
+
+    def generate(
+        self,
+        net: nn.Module,
+        prompts: Sequence[TokenRow],
+        features: ImageFeatures,
+        decoding: Decoding,
+        *,
+        rows: Sequence[int],
+        draws: Draws,
+        hidden: Sequence[Tensor] | None = None,
+    ) -> list[str]:
+        """See VisionLanguage."""
+        if hidden is not None and self.hides_images:
+            raise ValueError(f"model.path: {self.name}: {self.hides_images}; use another model")
+        masks = [None] * len(prompts) if hidden is None else hidden
+        asked = [Prompt(*one) for one in zip(prompts, rows, masks, strict=True)]
+        with _autocast(self.loading):
+            return generate(_bare(net).model, self.reader, asked, features, decoding, draws)
 
     @property
     def usual_targets(self) -> Sequence[str]:
@@ -260,15 +201,9 @@ class ImageTextToText:
         return TokenScorer(model.to(self.loading.device).requires_grad_(False).eval())
 
 
-def _joined(found: Sequence[Any]) -> Any:
-    """The features of several images as the model would have made of them together."""
-    whole = copy.copy(found[0])
-    pooled = [one.pooler_output for one in found]
-    whole.pooler_output = torch.cat(pooled) if isinstance(pooled[0], Tensor) else [x for one in pooled for x in one]
-    if getattr(whole, "deepstack_features", None) is not None:  # Qwen3-VL: of several layers, each by image
-        layers = zip(*(one.deepstack_features for one in found), strict=True)
-        whole.deepstack_features = [[x for one in layer for x in one] for layer in layers]
-    return whole
+def _bare(net: nn.Module) -> TokenScorer:
+    """The network itself, which may be wrapped for distribution."""
+    return next(part for part in net.modules() if isinstance(part, TokenScorer))
 
 
 def _autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
@@ -290,7 +225,8 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, revision=loading.revision)
     with intact("model.path", path, f"the processor of a {model_type}"):
         processor = AutoProcessor.from_pretrained(path, revision=loading.revision)
-    _check(path, model_type, model, processor)
+    _check_type(path, model_type, model, processor)
+    _check_processor(path, model, processor)
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", sys.maxsize)  # a model without positions reads on
     reader = ProcessorReader(processor, facts(model_type), model.config.image_token_id, longest)
@@ -330,31 +266,51 @@ def _try(family: ImageTextToText) -> None:
         ) from error
 
 
-def _check(path: str, model_type: str, model: Any, processor: Any) -> None:
-    """That the adapter's rule holds for the type, and that the processor is the model's own."""
-    text = model.config.get_text_config()
+def _check_type(path: str, model_type: str, model: Any, processor: Any) -> None:
+    """That the adapter's rule holds for the type.
+
+    Raises:
+        ValueError: what it lacks.
+    """
     lacking = [name for name in ("get_image_features", "get_decoder") if not hasattr(model, name)]
     if not model._supports_mm_encoder_outputs():
         lacking.append("mm_encoder_outputs")
+    text, image = model.config.get_text_config(), getattr(model.config, "image_token_id", None)
     lacking += [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1, 1.0)]
-    if not hasattr(model.config, "image_token_id"):
+    place = _image_place(processor)
+    if image is None:
         lacking.append("image_token_id")
+    elif place and place[1] != image and image in processor.image_token_ids:
+        lacking.append(f"an image's place in a prompt is {place[0]}, and its features have other tokens")
     if lacking:
         raise ValueError(
             f"model.path: {path} is a {model_type}, which cannot be aligned here ({', '.join(lacking)}); use a type "
             "such as llava, llava_next, idefics3, smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl, paligemma or internvl"
         )
-    tokenizer: Any = getattr(processor, "tokenizer", None)
-    token = getattr(processor, "image_token", None)
-    known = tokenizer is not None and token is not None
-    if not known or tokenizer.convert_tokens_to_ids(token) != model.config.image_token_id:
-        came = f"{token} is token {tokenizer.convert_tokens_to_ids(token)}" if known else "it has no image token"
+
+
+def _check_processor(path: str, model: Any, processor: Any) -> None:
+    """That the processor is the model's own.
+
+    Raises:
+        ValueError: what is another model's about it.
+    """
+    image, place = model.config.image_token_id, _image_place(processor)
+    if not place or place[1] != image:
+        came = f"{place[0]} is token {place[1]}" if place else "it has no image token"
         raise ValueError(
             f"model.path: the processor of {path} belongs to another model ({came}, and the model's image token is "
-            f"{model.config.image_token_id}); copy the processor's files anew"
+            f"{image}); copy the processor's files anew"
         )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    here, there = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
+    if here > there:
         raise ValueError(
-            f"model.path: the processor of {path} belongs to another model (it has {len(tokenizer):,} tokens, and the "
-            f"model {model.get_input_embeddings().num_embeddings:,}); copy the processor's files anew"
+            f"model.path: the processor of {path} belongs to another model (it has {here:,} tokens, and the model "
+            f"{there:,}); copy the processor's files anew"
         )
+
+
+def _image_place(processor: Any) -> tuple[str, int] | None:
+    """The token that stands for an image in a prompt's text, with its number; None if there is none."""
+    tokenizer, token = getattr(processor, "tokenizer", None), getattr(processor, "image_token", None)
+    return None if tokenizer is None or token is None else (str(token), tokenizer.convert_tokens_to_ids(token))

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens, in float32 and a chunk at a time, and how they become one score a response.
 
-M rows of hidden states (one a response token), D their width, V the vocabulary; N responses of at most R tokens.
+M rows of hidden states (one a response token), D their width, V the vocabulary, K targets of a row; N responses of at
+most R tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def log_probabilities(
     softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The log-probability of every target given the hidden state before it.
+    """The log-probability of every target given the hidden state before it; or of several targets each.
 
     The head runs over so many rows at a time that no more than `chunk` logits exist at once; with gradients it runs
     again in the backward pass, instead of keeping them.
@@ -31,26 +32,37 @@ def log_probabilities(
     Args:
         hidden: [M, D].
         head: makes logits [m, V] of hidden states [m, D].
-        targets: [M].
+        targets: [M], or [M, K].
         vocabulary: V.
         softcap: logits are `softcap * tanh(logits / softcap)`; None leaves them.
         chunk: logits at a time.
 
     Returns:
-        [M], float32, at most 0.
+        As `targets`, float32, at most 0.
     """
 
     def some(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = head(hidden).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        found = logits.gather(1, targets.view(len(targets), -1)) - logits.logsumexp(1, keepdim=True)
+        return found.view(targets.shape)
 
-    rows = max(1, chunk // vocabulary)
-    chunks = [slice(first, first + rows) for first in range(0, len(targets), rows)]
+    chunks = _chunks(len(targets), vocabulary, chunk)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(some, hidden[at], targets[at], use_reentrant=False) for at in chunks])
     return torch.cat([some(hidden[at], targets[at]) for at in chunks])
+
+
+def most_likely(hidden: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int, chunk: int = CHUNK) -> Tensor:
+    """The most likely token [M] after each hidden state [M, D], so many at a time as in `log_probabilities`."""
+    return torch.cat([head(hidden[at]).argmax(1) for at in _chunks(len(hidden), vocabulary, chunk)])
+
+
+def _chunks(length: int, vocabulary: int, chunk: int) -> list[slice]:
+    """Parts of so many rows that at most `chunk` logits exist at once."""
+    rows = max(1, chunk // vocabulary)
+    return [slice(first, first + rows) for first in range(0, length, rows)]
 
 
 def total(logps: Tensor, mask: Tensor) -> Tensor:

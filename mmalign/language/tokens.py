@@ -102,6 +102,18 @@ class Tokens:
             tuple(row.images for row in rows),
         )
 
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The rows of all parts, padded to the longest of them."""
+        longest = max(part.ids.shape[1] for part in parts)
+        # With the last token of each row, which is a response's or padding: never an image's.
+        ids = [torch.cat([x.ids, x.ids[:, -1:].expand(-1, longest - x.ids.shape[1])], 1) for x in parts]
+        starts, lengths = (torch.cat([getattr(x, name) for x in parts]) for name in ("starts", "lengths"))
+        return cls(torch.cat(ids), starts, lengths, tuple(row for x in parts for row in x.images))
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        return Tokens(self.ids[rows], self.starts[rows], self.lengths[rows], self.images[rows])
+
     def to(self, device: torch.device) -> Tokens:
         """The same on another device."""
         return Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)

@@ -9,29 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_vlm
 import torch
-from PIL import Image
+from tiny_vlm import PICTURES
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from mmalign.data.pairs import Turn
 from mmalign.families import Loading, VisionLanguage, load_vision_language, model_type
+from mmalign.families.vision_language import _check_type
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy, adapters_off
 
 CPU = Loading(torch.device("cpu"))
 ANSWERS = ["There is a red cube and a dog.", "Yes."]
-
-
-def picture(seed: int, size: tuple[int, int] = (30, 20)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-PICTURES = {"wide": picture(0), "tall": picture(1, (20, 40)), "square": picture(2, (24, 24))}
+TRIED = [
+    *((name, images) for name in tiny_vlm.BUILDERS for images in [("wide",), ("tall", "wide")]),
+    *((name, (image,)) for name in tiny_vlm.NEWER for image in ("wide", "tall")),
+]
 
 
 def rows(
@@ -53,8 +49,7 @@ def logps(family: VisionLanguage, some: Sequence[TokenRow], net: Any = None) -> 
 # --------------------------------------------------------------------------------------------------------------- tokens
 
 
-@pytest.mark.parametrize("name", list(tiny_vlm.BUILDERS))
-@pytest.mark.parametrize("images", [("wide",), ("tall", "wide")])
+@pytest.mark.parametrize(("name", "images"), TRIED)
 def test_a_prompt_s_tokens_are_the_processor_s_own(
     name: str, images: tuple[str, ...], vlm_folders: Callable[[str], Path]
 ) -> None:
@@ -133,23 +128,12 @@ def test_placeholders_must_match_the_images(vlm: VisionLanguage) -> None:
 def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
     """From the model's own forward pass over pixels and logits, for one row."""
     row = rows(family, images, [answer])[0]
-    reader, model = family.reader, family.network.model
-    prompt = reader._render([Turn("user", "<image>" * len(images) + "What is it?")])
-    encoded = reader.processor(text=[prompt], images=[[PICTURES[k] for k in images]], return_tensors="pt")
-    ids = torch.tensor([row.ids])
-    more = len(row.ids) - encoded["input_ids"].shape[1]
-    inputs = {k: v for k, v in encoded.items() if k not in ("labels", "input_ids", "attention_mask")}
-    for name, filler in (("mm_token_type_ids", 0), ("token_type_ids", 1)):
-        if name in inputs:
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, more), value=filler)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0].float()
+    logits = tiny_vlm.own_logits(family, row.ids, "<image>" * len(images) + "What is it?", images)
     at = torch.arange(row.start, len(row.ids))
-    return logits.log_softmax(-1)[at - 1, ids[0, at]]
+    return logits.log_softmax(-1)[at - 1, torch.tensor(row.response)]
 
 
-@pytest.mark.parametrize("name", list(tiny_vlm.BUILDERS))
-@pytest.mark.parametrize("images", [("wide",), ("tall", "wide")])
+@pytest.mark.parametrize(("name", "images"), TRIED)
 def test_scores_are_those_of_the_model_s_own_forward_pass(
     name: str, images: tuple[str, ...], vlm_folders: Callable[[str], Path]
 ) -> None:
@@ -354,6 +338,15 @@ def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Callable[[
     told = "belongs to another model|makes 16 tokens of an image of which the model makes 4 features"
     with pytest.raises(ValueError, match=told):
         load_vision_language(str(tmp_path / "m"), CPU)
+
+
+def test_a_type_whose_prompts_name_images_by_another_token_than_its_features_is_refused() -> None:
+    """As Gemma 3's and Molmo 2's do; the processor is the model's own, so copying it anew would not help."""
+    model, processor = tiny_vlm.BUILDERS["internvl"]()
+    processor.image_token = "<img>"
+    told = "m is a internvl, which cannot be aligned here .*place in a prompt is <img>, and its features have other"
+    with pytest.raises(ValueError, match=told):
+        _check_type("m", "internvl", model, processor)
 
 
 def test_a_folder_without_its_weights_is_one_sentence(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:

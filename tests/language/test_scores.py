@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmalign.language.scores import log_probabilities, mean, total, weighted_mean
+from mmalign.language.scores import log_probabilities, mean, most_likely, total, weighted_mean
 
 M, D, V = 7, 5, 11
 
@@ -35,6 +35,21 @@ def test_chunks_change_neither_values_nor_gradients(chunk: int, softcap: float |
     theirs = torch.autograd.grad(expected, [hidden, head.weight], up)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * V, 10**6])
+def test_the_most_likely_tokens_are_those_of_the_whole(chunk: int) -> None:
+    hidden, head, _ = given()
+    assert torch.equal(most_likely(hidden, head, vocabulary=V, chunk=chunk), head(hidden).argmax(1))
+
+
+@pytest.mark.parametrize("chunk", [3 * V, 10**6])
+def test_several_targets_of_a_row_are_scored_from_the_same_logits(chunk: int) -> None:
+    hidden, head, targets = given()
+    several = torch.stack([targets, (targets + 1) % V], -1)
+    found = log_probabilities(hidden, head, several, vocabulary=V, chunk=chunk)
+    for at in (0, 1):
+        torch.testing.assert_close(found[:, at], plain(hidden, head, several[:, at]), rtol=1e-5, atol=1e-6)
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once() -> None:

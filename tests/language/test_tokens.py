@@ -42,3 +42,20 @@ def test_shorter_responses_are_masked() -> None:
     tokens = Tokens.of([TokenRow((5, 6), 1), TokenRow((5, 8, 9, 4), 1)], pad=0)
     assert tokens.response_mask.tolist() == [[True, False, False], [True, True, True]]
     assert torch.equal(tokens.responses[tokens.response_mask], torch.tensor([6, 8, 9, 4]))
+
+
+def test_parts_are_padded_to_the_longest_with_no_image_s_token() -> None:
+    """Each row with its own last token; what pads is masked like any padding."""
+    short = Tokens.of([TokenRow((9, 9, 5, 6), 2, ("a",)), TokenRow((9, 9, 7), 2, ("b",))], pad=0)
+    long = Tokens.of([TokenRow((9, 9, 9, 9, 5, 6), 4, ("c",))], pad=0)
+    whole = Tokens.cat([short, long])
+    assert whole.ids.tolist() == [[9, 9, 5, 6, 6, 6], [9, 9, 7, 0, 0, 0], [9, 9, 9, 9, 5, 6]]
+    assert whole.responses.tolist()[0] == [5, 6] and whole.counts.tolist() == [2, 1, 2]
+    assert whole.mask.sum(1).tolist() == [4, 3, 6] and whole.images == (("a",), ("b",), ("c",))
+
+
+def test_some_rows_of_a_batch() -> None:
+    tokens = Tokens.of([TokenRow((5, 6), 1, ("a",)), TokenRow((5, 8, 9, 4), 1, ("b",))], pad=0)
+    first = tokens[:1]
+    assert first.ids.tolist() == [[5, 6, 0, 0]] and first.images == (("a",),)
+    assert first.responses.tolist() == [[6]] and len(first) == 1
