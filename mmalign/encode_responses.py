@@ -5,17 +5,20 @@ B pairs; rows are the prompts with the chosen responses first, then with the rej
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NoReturn
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.epochs import Epochs, LeftOut
 from mmalign.data.images import BadImage, decode
-from mmalign.data.pairs import Dropped, Pairs, ResponsePair, listed
+from mmalign.data.pairs import Dropped, ImageRef, Pairs, ResponsePair, listed
 from mmalign.families import ImageFeatures, ImageView, Reader, VisionLanguage
 from mmalign.language.tokens import TokenRow, Tokens, cut_tail
 
@@ -29,55 +32,116 @@ class EncodedResponses:
         tokens: of prompts with responses, [2B] rows.
         features: of every image of the batch, by its key.
         weights: [B]; 0 for a padding row.
+        pairs: what the tokens were made of [B]; the images have been read, and cannot be read again.
+        pictures: the decoded images by their keys, for methods that ask for them.
+        others: of prompts that hold the pairs' other images, with the chosen responses, [B] rows, for methods that ask
+            for them.
+        max_length: tokens of a row, for methods that make further ones.
     """
 
     rows: list[int]
     tokens: Tokens
     features: ImageFeatures
     weights: Tensor
+    pairs: list[ResponsePair] = field(default_factory=list)
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+    others: Tokens | None = None
+    max_length: int = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a method asks for besides responses and features.
+
+    Attributes:
+        pictures: the decoded images, to disturb them.
+        others: the chosen responses once more, to the pairs' other images.
+    """
+
+    pictures: bool = False
+    others: bool = False
+
+
+NOTHING = Wants()
 
 
 @dataclass(frozen=True)
 class ReadPair:
-    """A pair as a Reader has read it: the prompt with the chosen and with the rejected response, and its images."""
+    """A pair as a Reader has read it: the prompt with either response, and what else a method wants."""
 
+    pair: ResponsePair
     chosen: TokenRow
     rejected: TokenRow
+    other: TokenRow | None
     views: dict[str, ImageView]
+    pictures: dict[str, Image.Image]
 
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """B pairs as they come from the loader, on the CPU."""
+    """B pairs as they come from the loader, on the CPU; see EncodedResponses."""
 
     rows: list[int]
+    pairs: list[ResponsePair]
     tokens: Tokens
+    others: Tokens | None
     views: dict[str, ImageView]
+    pictures: dict[str, Image.Image]
     weights: Tensor
     dropped: list[Dropped] = field(default_factory=list)
 
 
-def read_pair(reader: Reader, max_length: int, pair: ResponsePair) -> ReadPair | list[Dropped]:
+def read_pair(reader: Reader, max_length: int, wants: Wants, pair: ResponsePair) -> ReadPair | list[Dropped]:
     """A pair's tokens and prepared images, or why there are none: a bad image, or a prompt that is too long."""
-    views, dropped = dict[str, ImageView](), list[Dropped]()
-    for ref in dict.fromkeys((*pair.images, *pair.rejected_images)):
+    if wants.others and not pair.other_images:
+        return [Dropped(pair.where, "has no other image, which the method compares with")]
+    pictures, dropped = dict[str, Image.Image](), list[Dropped]()
+    for ref in dict.fromkeys((*pair.images, *pair.rejected_images, *(pair.other_images if wants.others else ()))):
         try:
-            views[ref.key] = reader.view(decode(ref))
+            pictures[ref.key] = decode(ref)
         except BadImage as error:
             dropped.append(Dropped(ref.where, str(error).removeprefix(f"{ref.where}: ")))
     if dropped:
         return dropped
-    images, others = ([(ref.key, views[ref.key]) for ref in refs] for refs in (pair.images, pair.rejected_images))
+    views = {key: reader.view(picture) for key, picture in pictures.items()}
+
+    def rows(refs: Sequence[ImageRef]) -> list[TokenRow]:
+        """The prompt with these images, and with either response."""
+        return reader.rows(pair.turns, [pair.chosen, pair.rejected], [(ref.key, views[ref.key]) for ref in refs])
+
     try:
-        chosen, rejected = reader.rows(pair.turns, [pair.chosen, pair.rejected], images)
+        chosen, rejected = rows(pair.images)
         if pair.rejected_images != pair.images:
-            _, rejected = reader.rows(pair.turns, [pair.chosen, pair.rejected], others)
+            _, rejected = rows(pair.rejected_images)
+        other = rows(pair.other_images)[0] if wants.others else None
         chosen, rejected = cut_tail(chosen, max_length), cut_tail(rejected, max_length)
+        if other is not None:
+            chosen, other = _alike(chosen, cut_tail(other, max_length))
     except ValueError as error:
         return [Dropped(pair.where, str(error))]
     if chosen == rejected:
         return [Dropped(pair.where, f"the responses first differ after data.max_length = {max_length:,} tokens")]
-    return ReadPair(chosen, rejected, views)
+    return ReadPair(_spent(pair), chosen, rejected, other, views, pictures if wants.pictures else {})
+
+
+def _alike(one: TokenRow, other: TokenRow) -> tuple[TokenRow, TokenRow]:
+    """Both rows with as many tokens of the response as the shorter one: a score must not change by a lost tail."""
+    kept = min(len(one.response), len(other.response))
+    return cut_tail(one, one.start + kept), cut_tail(other, other.start + kept)
+
+
+def _spent(pair: ResponsePair) -> ResponsePair:
+    """The pair without the means to read its images: those of a table would take the table to another process."""
+
+    def named(refs: Sequence[ImageRef]) -> tuple[ImageRef, ...]:
+        return tuple(replace(ref, _load=partial(_read_again, ref.where)) for ref in refs)
+
+    images, rejected, others = (named(refs) for refs in (pair.images, pair.rejected_images, pair.other_images))
+    return replace(pair, images=images, rejected_images=rejected, other_images=others)
+
+
+def _read_again(where: str) -> NoReturn:
+    raise AssertionError(f"{where}: the image of an encoded pair is in its batch, and is not read again")
 
 
 class ResponseLoader:
@@ -91,6 +155,7 @@ class ResponseLoader:
         max_length: tokens of a row; an over-long response loses its tail, a pair with an over-long prompt is left out.
         batch_size: B, pairs of a batch on this process.
         seed: of the order.
+        wants: what else the method asks for; a pair without the other images that it asks for is left out.
         num_workers: processes that read; 0 reads in this one.
         rank: this process among `world_size`.
         world_size: how many processes share an epoch.
@@ -106,6 +171,7 @@ class ResponseLoader:
         max_length: int,
         batch_size: int,
         seed: int,
+        wants: Wants = NOTHING,
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -114,7 +180,7 @@ class ResponseLoader:
     ) -> None:
         self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
         self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
-        self._read = partial(read_pair, reader, max_length)
+        self._read = partial(read_pair, reader, max_length, wants)
         self._left_out = LeftOut(pairs.source, max_bad)
         self._spare: ReadPair | None = None
 
@@ -187,17 +253,49 @@ class _Read(Dataset[_Found]):
 def _collate(reader: Reader, spare: ReadPair, found: Sequence[_Found]) -> ReadBatch:
     """Pairs to a batch; a good pair stands in for a bad one, with weight 0."""
     read = [one if isinstance(one, ReadPair) else spare for _, _, one in found]
+    others = [one.other for one in read if one.other is not None]
     return ReadBatch(
         rows=[row for row, _, _ in found],
+        pairs=[one.pair for one in read],
         tokens=reader.batch([*(one.chosen for one in read), *(one.rejected for one in read)]),
+        others=reader.batch(others) if others else None,
         views={key: view for one in read for key, view in one.views.items()},
+        pictures={key: picture for one in read for key, picture in one.pictures.items()},
         weights=torch.tensor([weight if isinstance(one, ReadPair) else 0.0 for _, weight, one in found]),
         dropped=[dropped for _, _, one in found if isinstance(one, list) for dropped in one],
     )
 
 
-def encode(family: VisionLanguage, batch: ReadBatch) -> EncodedResponses:
-    """A batch on the model's device, every distinct image encoded once."""
+def encode(family: VisionLanguage, batch: ReadBatch, max_length: int = sys.maxsize) -> EncodedResponses:
+    """A batch on the model's device, every distinct image encoded once; its rows have at most `max_length` tokens."""
     device = next(family.network.parameters()).device
-    features = family.encode_images(batch.views)
-    return EncodedResponses(batch.rows, batch.tokens.to(device), features, batch.weights.to(device))
+    return EncodedResponses(
+        batch.rows,
+        batch.tokens.to(device),
+        family.encode_images(batch.views),
+        batch.weights.to(device),
+        batch.pairs,
+        batch.pictures,
+        None if batch.others is None else batch.others.to(device),
+        min(max_length, family.reader.max_length),
+    )
+
+
+Change = Callable[[Image.Image, int, int], Image.Image]
+
+
+def disturbed(family: VisionLanguage, batch: EncodedResponses, change: Change) -> tuple[Tokens, ImageFeatures]:
+    """The chosen rows [B] with disturbed images in their prompts, and the features of these images.
+
+    Args:
+        family: encodes them, by the part of it that is frozen: policy and reference see the same.
+        batch: with `pictures`.
+        change: makes of a picture one of the same size, given its pair's row id and its place among the prompt's
+            images.
+    """
+    chosen, views, keys = batch.tokens[: len(batch.rows)], dict[str, ImageView](), list[tuple[str, ...]]()
+    for row, images in zip(batch.rows, chosen.images, strict=True):
+        named = [(f"{key}, disturbed for {row}, {place}", place, key) for place, key in enumerate(images)]
+        views |= {new: family.reader.view(change(batch.pictures[key], row, place)) for new, place, key in named}
+        keys.append(tuple(new for new, _, _ in named))
+    return replace(chosen, images=tuple(keys)), family.encode_images(views)

@@ -18,7 +18,7 @@ from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
 from mmalign.data.responses import open_responses
 from mmalign.data.sources import open_pairs
 from mmalign.encode import Encoder, fill_latents, fill_text, text_key
-from mmalign.encode_responses import ResponseLoader
+from mmalign.encode_responses import ResponseLoader, Wants
 from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
 from mmalign.sections import Data, ImageData, ResponseData
@@ -60,11 +60,16 @@ class Feed:
         return self.train.dropped + (self.held.dropped if self.held else [])
 
 
-def open_data(data: Data, seed: int) -> Opened:
-    """The recipe's pairs: (to train on, held out or None). No image is read.
+def open_data(data: Data, seed: int, method: Any = None) -> Opened:
+    """The recipe's pairs: (to train on, held out or None). No image is decoded.
+
+    Args:
+        data: the recipe's section.
+        seed: of the hold-out.
+        method: the module of mmalign.methods that the pairs are for; None if it is enough that there are some.
 
     Raises:
-        ValueError: files or columns are missing, or no pair is left.
+        ValueError: files or columns are missing, no pair is left, or none has what the method compares with.
     """
     common: dict[str, Any] = {
         "split": data.split,
@@ -76,10 +81,21 @@ def open_data(data: Data, seed: int) -> Opened:
     if isinstance(data, ResponseData):
         images = Path(data.images) if data.images is not None else None
         pairs = open_responses(data.format, locate(data.path), images=images, **common)
+        if _wants(method).others and not any(pair.other_images for pair in pairs):
+            raise ValueError(
+                f"data.path: {pairs.source} has no other images, and method.name: {method.__name__.split('.')[-1]} "
+                "compares what is said of an image with the same words about another; use data.format: realign, whose "
+                "rows have a retrieved_image"
+            )
     else:
         assert isinstance(data, ImageData)
         pairs = open_pairs(data.format, locate(data.path), **common)
     return hold_out(pairs, data.hold_out, seed) if data.hold_out else (pairs, None)
+
+
+def _wants(method: Any) -> Wants:
+    """What a method asks for besides responses: its module says so."""
+    return Wants(getattr(method, "needs_pictures", False), getattr(method, "needs_others", False))
 
 
 def open_feed(
@@ -91,6 +107,7 @@ def open_feed(
     seed: int,
     accelerator: Any,
     say: Any,
+    method: Any = None,
     opened: Opened | None = None,
 ) -> Feed:
     """Open the recipe's pairs, and where the data are pictures to learn from, fill the caches of the frozen encoders.
@@ -103,12 +120,13 @@ def open_feed(
         seed: of order, crops, flips and the hold-out.
         accelerator: says which process this is.
         say: takes a line of text.
+        method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
 
     Raises:
         ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad, or all pairs.
     """
-    train, held = opened or open_data(data, seed)
+    train, held = opened or open_data(data, seed, method)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     common |= {"num_workers": data.workers, "max_bad": data.max_bad}
@@ -117,8 +135,8 @@ def open_feed(
     encode: Callable[[Any], Any]
     if isinstance(data, ResponseData):
         longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
-        make = partial(ResponseLoader, reader=family.reader, max_length=longest, **common)
-        encode = partial(encode_responses, family)
+        make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=_wants(method), **common)
+        encode = partial(encode_responses, family, max_length=longest)
     else:
         assert isinstance(data, ImageData)
         sources = [train] if held is None else [train, held]

@@ -36,6 +36,12 @@ def rows(tmp_path: Path) -> Path:
     return tiny_vlm.pairs(tmp_path / "rows")
 
 
+@pytest.fixture
+def retrieved(tmp_path: Path) -> Path:
+    """Pairs that come with another image."""
+    return tiny_vlm.pairs(tmp_path / "rows", layout="realign")
+
+
 def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
     """Train, and give the last checkpoint's weights."""
     recipe = load_recipe(content, overrides)
@@ -68,6 +74,66 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert_same(whole, run({**content, "output": str(stopped)}))
     export = "model/model.safetensors" if tune == "full" else "model/adapter_model.safetensors"
     assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
+
+
+@pytest.mark.parametrize("method", ["mdpo", "povid", "realign", "response_sft"])
+def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
+    method: str, vlm_folders: Folders, retrieved: Path, tmp_path: Path
+) -> None:
+    """Two updates and two more, into the second epoch, are four; and two workers read what one process reads."""
+    data, options = {"format": "realign"}, {"steps": 4, "batch_size": 4, "save_every": 2}
+    content = tiny_vlm.recipe(
+        vlm_folders("llava"), retrieved, tmp_path / "whole", method={"name": method}, data=data, train=options
+    )
+    whole = run(content)
+    stopped = {**content, "output": str(tmp_path / "stopped")}
+    run(stopped, "train.steps=2", "data.workers=2")
+    assert_same(whole, run(stopped))
+
+
+@pytest.mark.parametrize(("method", "start"), [("mdpo", 3), ("povid", 1), ("realign", 2)])
+def test_methods_of_several_terms_learn_their_pairs(
+    method: str, start: int, vlm_folders: Folders, retrieved: Path, tmp_path: Path
+) -> None:
+    """From ln 2 a term down; and the sides' log-probabilities are told apart from each other."""
+    options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
+    content = tiny_vlm.recipe(
+        vlm_folders("llava"),
+        retrieved,
+        tmp_path / "out",
+        method={"name": method},
+        data={"format": "realign"},
+        train=options,
+    )
+    trained = train(load_recipe(content), say=quiet)
+    first, last = trained.history[0], trained.history[-1]
+    assert first["loss"] == pytest.approx(start * 0.6931, abs=1e-3) and last["loss"] < 0.95 * first["loss"]
+    assert last["text loss"] < first["text loss"]
+    for side in ("chosen", "rejected"):
+        moved = last[f"{side} log-probability"] - first[f"{side} log-probability"]
+        assert moved == pytest.approx(last[f"{side} gain"], abs=1e-3)
+    assert last["chosen gain"] > last["rejected gain"]
+
+
+def test_the_baseline_needs_no_reference_and_says_what_it_did(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    options = {"steps": 8, "batch_size": 8, "save_every": 8, "lr": 1e-2}
+    content = tiny_vlm.recipe(
+        vlm_folders("llava"), rows, tmp_path / "out", method={"name": "response_sft"}, train=options
+    )
+    trained = train(load_recipe(content), say=quiet)
+    assert trained.history[-1]["chosen log-probability"] > trained.history[0]["chosen log-probability"]
+    assert trained.verdict.startswith(f"loss {trained.history[0]['loss']:.4g} at the start")
+
+
+def test_nll_keeps_the_chosen_responses_likely(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    """The same pairs and updates, with and without: with it the chosen responses end likelier."""
+    options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
+    ends = []
+    for nll in (0.0, 1.0):
+        method = {"name": "dpo", "nll": nll}
+        content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / f"{nll}", method=method, train=options)
+        ends.append(train(load_recipe(content), say=quiet).history[-1]["chosen log-probability"])
+    assert ends[1] > ends[0] + 1
 
 
 @pytest.mark.parametrize("name", list(tiny_vlm.STANDING))
@@ -174,6 +240,16 @@ def test_over_long_prompts_are_counted_and_named_at_the_end(vlm_folders: Folders
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
+    vlm_folders: Folders, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
+    told = refused(content)
+    assert told.startswith(f"data.path: {rows} has no other images, and method.name: realign compares what is said")
+    assert "use data.format: realign" in told
+
+
 def refused(content: dict[str, Any], *overrides: str, command: Any = None) -> str:
     with pytest.raises(ValueError) as raised:
         (command or mmalign.train)(load_recipe(content, overrides))
@@ -201,17 +277,12 @@ def test_a_model_of_the_other_modality_is_refused_before_it_is_loaded(
 
 
 def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    judge = {"path": "models/tiny_clip"}
-    content = tiny_vlm.recipe(
-        vlm_folders("llava"),
-        rows,
-        tmp_path / "out",
-        evaluate={"benchmark": "preference", "judge": judge},
-        prepare={"judge": judge},
-    )
-    for command in (mmalign.evaluate, mmalign.prepare):
-        told = refused(content, command=command)
-        assert "draws pictures, and method.name: dpo aligns a vision-language model" in told
+    """A judge compares pictures, and what is made of pictures is made by drawing."""
+    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out")
+    judged = refused(content, "evaluate={benchmark: crowds, judge: {path: models/tiny_clip}}")
+    assert judged.startswith("recipe: evaluate has no 'judge'; it has benchmark")
+    drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images: 4}")
+    assert drawn.startswith("recipe: prepare has no 'images'; it has")
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:

@@ -3,6 +3,11 @@
 A method answers two questions: what is compared (`contrasts`, without gradients), and how much it hurts to prefer the
 wrong one (`loss`). `contrasts` is complete before the first update, and holds the reference's scores, so that a method
 that samples is not changed by its own updates halfway.
+
+A method of responses may ask for more than tokens and features: `needs_pictures = True` for the decoded images,
+`needs_others = True` for the chosen responses to the pairs' other images. A method whose settings name what may not be
+there, such as a similarity model, looks for it in `notes(config)`, before anything is loaded; the lines that it gives
+are told at the beginning of a run.
 """
 
 from __future__ import annotations

@@ -26,15 +26,14 @@ from mmalign.encode_responses import EncodedResponses
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Step
-from mmalign.methods._pairs import PairLossConfig
-from mmalign.methods.dpo import Contrast, response_scores, response_step
+from mmalign.methods.dpo import Contrast, ResponseLossConfig, response_scores, response_step
 from mmalign.policy import Policy
 
 modality = "vision_language"
 needs_reference = True
 
 
-class Config(PairLossConfig):
+class Config(ResponseLossConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["rlhfv"] = "rlhfv"

@@ -3,110 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from response_pairs import adapted, batch, golden, gradient, published, run, swapped
 
-from mmalign.data.pairs import Turn
-from mmalign.draws import Draws
-from mmalign.encode_responses import EncodedResponses
 from mmalign.families import ImageFeatures, VisionLanguage
 from mmalign.language.tokens import TokenRow, Tokens
-from mmalign.methods import Step, dpo, rlhfv
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.methods import dpo, rlhfv
+from mmalign.policy import FrozenCopy, Policy
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpo.json").read_text())
-DRAWS = Draws(seed=1)
-PAIRS = [
-    ("What is it?", "A red cube.", "A red cube and a dog."),
-    ("Is there a dog in the image?", "No, there is no dog.", "Yes."),
-    ("Describe it.", "Two cats on a mat near a car.", "Two cats on a blue mat near a car."),
-]
-
-
-def batch(family: Any, pairs: Any = PAIRS) -> EncodedResponses:
-    """A picture for every second pair."""
-    views, sides = {}, []
-    for question, *answers in pairs:
-        number = [pair[0] for pair in PAIRS].index(question) // 2
-        pixels = np.random.default_rng(number).integers(0, 256, (20 + 8 * number, 30, 3), dtype=np.uint8)
-        key = f"image {number}"
-        views[key] = family.reader.view(Image.fromarray(pixels))
-        sides.append(family.reader.rows([Turn("user", f"<image>{question}")], answers, [(key, views[key])]))
-    tokens = family.reader.batch([*(s[0] for s in sides), *(s[1] for s in sides)])
-    return EncodedResponses(list(range(len(sides))), tokens, family.encode_images(views), torch.ones(len(sides)))
-
-
-def swapped(given: EncodedResponses) -> EncodedResponses:
-    half, t = len(given.rows), given.tokens
-    order = [*range(half, 2 * half), *range(half)]
-    tokens = Tokens(t.ids[order], t.starts[order], t.lengths[order], tuple(t.images[i] for i in order))
-    return replace(given, tokens=tokens)
-
-
-def adapted(family: Any, moved: float = 0.0) -> Policy[Any]:
-    """LoRA against the model without it; `moved` is the size of random changes of the adapters."""
-    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in family.network.parameters():
-            if p.requires_grad:
-                p.add_(moved * torch.randn(p.shape, generator=g))
-    return Policy(family, family.network, family.network, AdaptersOff())
-
-
-def run(method: Any, policy: Policy[Any], given: EncodedResponses, cfg: Any) -> Step:
-    with torch.no_grad():
-        (contrast,) = method.contrasts(policy, given, cfg, DRAWS)
-    step: Step = method.loss(policy, contrast, cfg)
-    return step
-
-
-def gradient(policy: Policy[Any], step: Step) -> Tensor:
-    policy.model.zero_grad()
-    (step.losses * step.weights).sum().backward()
-    return torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
-
+GOLDEN = golden("dpo")
 
 # ----------------------------------------------------------------------------------------------------- published values
-
-
-@dataclass(frozen=True)
-class Table:
-    """A family whose logits are given: `net` is a tensor [2B, L, V] in a module."""
-
-    def token_logps(self, net: Any, tokens: Tokens, features: ImageFeatures) -> Tensor:
-        rows = tokens.starts[:, None] - 1 + torch.arange(tokens.response_mask.shape[1])
-        logits = net.logits.gather(1, rows.clamp(max=7)[..., None].expand(-1, -1, net.logits.shape[2]))
-        return logits.log_softmax(-1).gather(2, tokens.responses[..., None])[..., 0] * tokens.response_mask
-
-
-class Logits(nn.Module):
-    def __init__(self, which: str) -> None:
-        super().__init__()
-        given = (torch.tensor(GOLDEN["inputs"][f"{which}_{side}_logits"]) for side in ("chosen", "rejected"))
-        self.logits = nn.Parameter(torch.cat(list(given)))
-
-
-def published() -> tuple[Policy[Any], EncodedResponses]:
-    """The published rows: -100 before the response is the prompt, after it padding."""
-    rows = []
-    for side in ("chosen", "rejected"):
-        for labels in GOLDEN["inputs"][f"labels_{side}"]:
-            start = next(i for i, label in enumerate(labels) if label != -100)
-            response = [label for label in labels if label != -100]
-            rows.append(TokenRow((*[0] * start, *response), start))
-    given = EncodedResponses([0, 1], Tokens.of(rows, 0), ImageFeatures({}), torch.ones(2))
-    net = Logits("policy")
-    return Policy(Table(), net, net, FrozenCopy(Logits("ref"))), given  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -118,12 +30,12 @@ def published() -> tuple[Policy[Any], EncodedResponses]:
 )
 def test_dpo_gives_the_published_losses(config: dict[str, Any], expected: list[float]) -> None:
     """Of TRL, POVID's trainer (the same numbers) and ms-swift; float32."""
-    step = run(dpo, *published(), dpo.Config(**config))
+    step = run(dpo, *published(GOLDEN), dpo.Config(**config))
     torch.testing.assert_close(step.losses.detach(), torch.tensor(expected), rtol=2e-6, atol=1e-6)
 
 
 def test_dpo_gives_the_published_log_probabilities_and_rewards() -> None:
-    metrics, expected = run(dpo, *published(), dpo.Config()).metrics, GOLDEN["expected"]
+    metrics, expected = run(dpo, *published(GOLDEN), dpo.Config()).metrics, GOLDEN["expected"]
     for side in ("chosen", "rejected"):
         logps = torch.tensor(expected[f"policy_{side}_logps"])
         torch.testing.assert_close(metrics[f"{side} log-probability"], logps, rtol=1e-6, atol=1e-6)
@@ -136,21 +48,12 @@ def test_dpo_gives_the_published_log_probabilities_and_rewards() -> None:
 @pytest.mark.parametrize(("loss", "sides"), [("hinge", "hinge"), ("ipo", "ipo")])
 def test_other_pair_losses_give_the_published_means(loss: str, sides: str) -> None:
     """IPO on means over tokens, as TRL takes them."""
-    step = run(dpo, *published(), dpo.Config(loss=loss))
+    step = run(dpo, *published(GOLDEN), dpo.Config(loss=loss))
     expected = GOLDEN["expected"]["trl_batch_mean_losses"][sides]["loss"]
     assert step.losses.mean().item() == pytest.approx(expected, rel=2e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------- laws
-
-
-@pytest.mark.parametrize("method", [dpo, rlhfv])
-def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(vlm: VisionLanguage, method: Any) -> None:
-    policy = adapted(vlm)
-    step = run(method, policy, batch(vlm), method.Config())
-    assert torch.equal(step.losses.detach(), torch.full((3,), math.log(2)))
-    assert (step.metrics["chosen gain"] == 0).all() and (step.metrics["accuracy"] == 0.5).all()
-    assert gradient(policy, step).norm() > 1e-3
 
 
 @pytest.mark.parametrize(("loss", "value"), [("ipo", 25.0), ("hinge", 1.0), ("robust", math.log(2))])
@@ -168,17 +71,6 @@ def test_adapters_off_is_the_frozen_base_model_to_the_last_bit(vlm: VisionLangua
     for name, values in off.metrics.items():
         assert torch.equal(values, copied.metrics[name]), name
     assert off.metrics["chosen gain"].abs().min() > 1e-3
-
-
-@pytest.mark.parametrize("method", [dpo, rlhfv])
-def test_a_row_s_numbers_are_its_own_whatever_its_company(vlm: VisionLanguage, method: Any) -> None:
-    """Alone or beside longer ones: padding does not leak. Rounding alone differs."""
-    policy = adapted(vlm, moved=0.1)
-    whole = run(method, policy, batch(vlm), method.Config())
-    for at, pair in enumerate(PAIRS):
-        alone = run(method, policy, batch(vlm, [pair]), method.Config())
-        for name, values in alone.metrics.items():
-            torch.testing.assert_close(values[0], whole.metrics[name][at], rtol=1e-4, atol=1e-4)
 
 
 def test_swapping_the_sides_negates_the_logit(llava: VisionLanguage) -> None:
@@ -203,29 +95,6 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
     one, other = (run(dpo, policy, some, dpo.Config()) for some in (given, twice))
     assert torch.equal(one.losses, other.losses)
     assert torch.equal(gradient(policy, one), gradient(policy, other))
-
-
-def test_a_step_against_the_gradient_prefers_the_chosen_responses(vlm: VisionLanguage) -> None:
-    policy, given, cfg = adapted(vlm, moved=0.05), batch(vlm), dpo.Config()
-    before = run(dpo, policy, given, cfg)
-    gradient(policy, before)
-    torch.optim.SGD(policy.trainable(), lr=1e-3).step()
-    assert run(dpo, policy, given, cfg).losses.mean() < before.losses.mean()
-
-
-@pytest.mark.parametrize("method", [dpo, rlhfv])
-def test_a_pair_of_weight_zero_gives_no_gradient(llava: VisionLanguage, method: Any) -> None:
-    policy, cfg = adapted(llava, moved=0.1), method.Config()
-    padded = replace(batch(llava), weights=torch.tensor([1.0, 0.0, 0.0]))
-    of_three, of_one = (gradient(policy, run(method, policy, some, cfg)) for some in (padded, batch(llava, PAIRS[:1])))
-    assert of_one.norm() > 0 and (of_three - of_one).norm() < 1e-4 * of_one.norm()
-
-
-@pytest.mark.parametrize("method", [dpo, rlhfv])
-def test_contrasts_keep_no_graph(llava: VisionLanguage, method: Any) -> None:
-    (contrast,) = method.contrasts(adapted(llava), batch(llava), method.Config(), DRAWS)
-    assert not any(scores.requires_grad for scores in contrast.reference.values())
-    assert all(scores.dtype == torch.float32 for scores in contrast.reference.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- rlhfv

@@ -1,0 +1,161 @@
+"""Batches of responses for tests of methods: on tiny models of the real classes, and with published logits."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.data.pairs import Turn
+from mmalign.draws import Draws
+from mmalign.encode_responses import EncodedResponses
+from mmalign.families import ImageFeatures, ImageView
+from mmalign.language.tokens import TokenRow, Tokens
+from mmalign.methods import Step
+from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+
+DRAWS = Draws(seed=1)
+PAIRS = [
+    ("What is it?", "A red cube.", "A red cube and a dog."),
+    ("Is there a dog in the image?", "No, there is no dog.", "Yes."),
+    ("Describe it.", "Two cats on a mat near a car.", "Two cats on a blue mat near a car."),
+]
+
+
+def picture(number: int, side: int = 20) -> Image.Image:
+    """Noise, of the number's own."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side + 8 * (number % 2), 30, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def batch(family: Any, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> EncodedResponses:
+    """A picture for every second pair, and another one for all of them; rows are named by the pair's number."""
+    reader, views, pictures = family.reader, {}, {}
+    sides, others, rows = [], [], []
+    for question, *answers in pairs:
+        number = [pair[0] for pair in PAIRS].index(question)
+        key, turns = f"image {number // 2}", [Turn("user", f"<image>{question}")]
+        pictures |= {key: picture(number // 2), "another": picture(7)}
+        views |= {key: reader.view(pictures[key]), "another": reader.view(pictures["another"])}
+        sides.append(reader.rows(turns, answers, [(key, views[key])]))
+        others.append(reader.rows(turns, answers, [("another", views["another"])])[0])
+        rows.append(number)
+    return EncodedResponses(
+        rows,
+        reader.batch([*(s[0] for s in sides), *(s[1] for s in sides)]),
+        family.encode_images(views),
+        torch.ones(len(sides)),
+        pictures=pictures,
+        others=reader.batch(others),
+    )
+
+
+def swapped(given: EncodedResponses) -> EncodedResponses:
+    """Chosen and rejected exchanged."""
+    half = len(given.rows)
+    return replace(given, tokens=Tokens.cat([given.tokens[half:], given.tokens[:half]]))
+
+
+def adapted(family: Any, moved: float = 0.0) -> Policy[Any]:
+    """LoRA against the model without it; `moved` is the size of random changes of the adapters."""
+    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in family.network.parameters():
+            if p.requires_grad:
+                p.add_(moved * torch.randn(p.shape, generator=g))
+    return Policy(family, family.network, family.network, AdaptersOff())
+
+
+def run(method: Any, policy: Policy[Any], given: EncodedResponses, cfg: Any, draws: Draws = DRAWS) -> Step:
+    """The one contrast that a method makes of a batch, and its loss."""
+    with torch.no_grad():
+        (contrast,) = method.contrasts(policy, given, cfg, draws)
+    step: Step = method.loss(policy, contrast, cfg)
+    return step
+
+
+def gradient(policy: Policy[Any], step: Step) -> Tensor:
+    """Of the weighted sum of the losses, as the loop takes it; all parameters in one vector."""
+    policy.model.zero_grad()
+    (step.losses * step.weights).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
+
+
+# ----------------------------------------------------------------------------------------------------- published values
+
+
+def golden(name: str) -> dict[str, Any]:
+    """A file of published values."""
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+    return found
+
+
+class Logits(nn.Module):
+    """A network that is its logits [2, 8, V] of every published block of rows, by the block's name."""
+
+    def __init__(self, of: dict[str, Any], who: str) -> None:
+        super().__init__()
+        given = {k.removesuffix("_logits"): torch.tensor(v) for k, v in of["inputs"].items() if k.endswith("logits")}
+        self.blocks = nn.ParameterDict({k.removeprefix(f"{who}_"): v for k, v in given.items() if k.startswith(who)})
+
+
+@dataclass
+class Table:
+    """A family whose logits are given: the key of a row's image names the block that the row's logits are in."""
+
+    seen: list[int] = field(default_factory=list)
+
+    @property
+    def reader(self) -> Any:
+        return self
+
+    def view(self, image: Image.Image) -> ImageView:
+        return ImageView((), {})
+
+    def encode_images(self, views: Any) -> ImageFeatures:
+        return ImageFeatures(dict.fromkeys(views))
+
+    def token_logps(self, net: Any, tokens: Tokens, features: Any, targets: Tensor | None = None) -> Tensor:
+        self.seen.append(len(tokens))
+        wanted = tokens.responses[..., None] if targets is None else targets
+        found = self._logits(net, tokens).log_softmax(-1).gather(2, wanted) * tokens.response_mask[..., None]
+        return found[..., 0] if targets is None else found
+
+    def argmax(self, net: Any, tokens: Tokens, features: Any) -> Tensor:
+        return self._logits(net, tokens).argmax(-1).where(tokens.response_mask, tokens.ids[:, :1])
+
+    def _logits(self, net: Any, tokens: Tokens) -> Tensor:
+        """[N, R, V] before the tokens of the responses."""
+        blocks = ["chosen_noisy" if "disturbed" in key else key for (key,) in tokens.images]
+        whole = torch.stack([net.blocks[name][row % 2] for row, name in enumerate(blocks)])
+        at = tokens.starts[:, None] - 1 + torch.arange(tokens.response_mask.shape[1])
+        return whole.gather(1, at.clamp(max=7)[..., None].expand(-1, -1, whole.shape[2]))
+
+
+def published(of: dict[str, Any]) -> tuple[Policy[Any], EncodedResponses]:
+    """The published rows: -100 before the response is the prompt, after it padding."""
+
+    def rows(side: str, block: str) -> list[TokenRow]:
+        found = []
+        for labels in of["inputs"][f"labels_{side}"]:
+            start = next(i for i, label in enumerate(labels) if label != -100)
+            response = [label for label in labels if label != -100]
+            found.append(TokenRow((*[0] * start, *response), start, (block,)))
+        return found
+
+    given = EncodedResponses(
+        [0, 1],
+        Tokens.of([*rows("chosen", "chosen"), *rows("rejected", "rejected")], 0),
+        ImageFeatures({}),
+        torch.ones(2),
+        pictures={"chosen": picture(0)},
+        others=Tokens.of(rows("chosen", "chosen_retrieved"), 0),
+    )
+    net = Logits(of, "policy")
+    return Policy(Table(), net, net, FrozenCopy(Logits(of, "ref"))), given  # type: ignore[arg-type]
