@@ -22,14 +22,18 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row's texts and images. `rejected_images` is None where the rejected response has the same ones."""
+    """A row's texts and images. `rejected_images` is None where the rejected response has the same ones.
+
+    `rejected` is None in a row of an answer alone; `hallucinated` is a second rejected response, if there is one.
+    """
 
     turns: tuple[Turn, ...]
     chosen: str
-    rejected: str
+    rejected: str | None
     images: tuple[Image, ...]
     rejected_images: tuple[Image, ...] | None = None
     other_images: tuple[Image, ...] = ()
+    hallucinated: str = ""
 
     @property
     def all_images(self) -> tuple[Image, ...]:
@@ -128,10 +132,11 @@ def _apart(where: str, chosen: Any, rejected: Any) -> tuple[tuple[Turn, ...], st
 
 def _trl(where: str, row: Record) -> Parsed:
     images = _images(row.get("images", row.get("image")))
+    hallucinated = _text(where, "hallucinated", row.get("hallucinated"))
     if row.get("prompt") is None:
-        return Parsed(*_apart(where, row["chosen"], row["rejected"]), images)
+        return Parsed(*_apart(where, row["chosen"], row["rejected"]), images, hallucinated=hallucinated)
     chosen, rejected = (_text(where, side, row[side]) for side in ("chosen", "rejected"))
-    return Parsed(_turns(where, "prompt", row["prompt"]), chosen, rejected, images)
+    return Parsed(_turns(where, "prompt", row["prompt"]), chosen, rejected, images, hallucinated=hallucinated)
 
 
 def _povid(where: str, row: Record) -> Parsed:
@@ -177,12 +182,26 @@ def _swift(where: str, row: Record) -> Parsed:
     return Parsed(turns[:-1], chosen, rejected, images, other)
 
 
+def _answers(where: str, row: Record) -> Parsed:
+    images = _images(row.get("images", row.get("image")))
+    said = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if said is None:
+        answer = _text(where, "answer", row.get("answer"))
+        return Parsed(_turns(where, "prompt", row.get("prompt")), answer, None, images)
+    turns = _turns(where, "messages", said)
+    last = max((at for at, turn in enumerate(turns) if turn.role == "assistant"), default=0)
+    if not last:
+        raise Unusable("no message is the assistant's answer to another")
+    return Parsed(turns[:last], turns[last].text, None, images)
+
+
 _ALL = (
-    Layout("trl", (("images", "image"), ("chosen",), ("rejected",)), ("prompt",), _trl, {}),
+    Layout("trl", (("images", "image"), ("chosen",), ("rejected",)), ("prompt", "hallucinated"), _trl, {}),
     Layout("povid", (("image",), ("conversations",), ("rejected_conversations",)), (), _povid, {}),
     Layout("realign", (("image",), ("retrieved_image",), ("chosen",), ("rejected",)), (), _realign, {}),
     Layout("mdpo", (("img_path",), ("prompt",), ("chosen",), ("rejected",)), (), _mdpo, {}),
     Layout("rlhfv", (("image",), ("question", "text")), ("chosen", "rejected"), _rlhfv, {}),
     Layout("swift", (("images",), ("messages",)), ("rejected_response", "rejected_images"), _swift, {}),
+    Layout("answers", (("images", "image"), ("prompt", "messages", "conversations")), ("answer",), _answers, {}),
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}

@@ -26,11 +26,13 @@ class ImageRef:
     Attributes:
         key: names its content; another content has another key.
         where: where it lies, for people: "pairs.parquet: row 17, jpg_0".
+        path: of its file; empty for an image in a table.
     """
 
     key: str
     where: str
     _load: Callable[[], bytes] = field(repr=False, compare=False)
+    path: str = field(default="", compare=False)
 
     def read(self) -> bytes:
         """The encoded image, read now.
@@ -80,12 +82,13 @@ class ResponsePair:
         row: 63 bits that name the pair in every draw of random numbers.
         turns: the conversation that both responses answer.
         chosen: the preferred response.
-        rejected: the other one.
+        rejected: the other one; empty in rows of answers alone, which methods are never given.
         images: in the order of their places in the prompt.
         rejected_images: those that the rejected response is an answer to; most often the same.
         other_images: further ones that came with the pair, such as Re-Align's retrieved image.
         where: where the pair lies, for people.
         group: pairs of one group stay together in `hold_out`.
+        hallucinated: a second rejected response, which a model was led to; empty if the pair came without.
     """
 
     row: int
@@ -97,6 +100,7 @@ class ResponsePair:
     other_images: tuple[ImageRef, ...]
     where: str
     group: str
+    hallucinated: str = ""
 
 
 P = TypeVar("P", default=ImagePair, covariant=True)

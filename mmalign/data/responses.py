@@ -1,13 +1,15 @@
 """Where pairs of responses come from: the layouts that vision-language preference data have, checked before use.
 
 trl      `images` (a list) or `image`, `prompt`, `chosen`, `rejected`: texts, or lists of messages; without `prompt`,
-         what both lists of messages begin with.
+         what both lists of messages begin with. `hallucinated` may hold a second rejected response.
 povid    `image`, `conversations` and `rejected_conversations` (messages with `from` and `value`); arXiv:2402.11411.
 realign  `image`, `retrieved_image`, `chosen` and `rejected` (messages); arXiv:2502.13146.
 mdpo     `img_path`, `prompt` ("USER: <image> ... ASSISTANT:" as a whole), `chosen`, `rejected`; arXiv:2406.11839.
 rlhfv    `image`, `question`, `chosen`, `rejected`, or the last three as JSON in `text`; arXiv:2312.00849, 2405.17220.
 swift    `images`, `messages` with the chosen response as the last, `rejected_response`, and where the rejected response
          belongs to other images, `rejected_images`.
+answers  `images` or `image`, `prompt` and `answer`, or `messages` or `conversations`, whose last answer is meant: true
+         answers alone, which `prepare` makes pairs of.
 
 All are JSON, JSON lines, parquet files or a dataset on the Hub; images are paths, bytes, or structs with bytes.
 `<image>` in a prompt is an image's place; a prompt without any begins with its images. `columns` maps a name above to
@@ -74,10 +76,20 @@ class ResponseRows:
         sides.append(images[len(parsed.images) :][: len(parsed.rejected_images or ())] or sides[0])
         others = images[len(parsed.images) + len(parsed.rejected_images or ()) :]
         texts = [f"{turn.role}: {turn.text}" for turn in parsed.turns]
-        row = hashed(*texts, parsed.chosen, parsed.rejected, *(name for side in sides for name, _ in side))
+        rejected = parsed.rejected or ""
+        row = hashed(*texts, parsed.chosen, rejected, *(name for side in sides for name, _ in side))
         refs = [tuple(ref for _, ref in some) for some in (*sides, others)]
         return ResponsePair(
-            row, parsed.turns, parsed.chosen, parsed.rejected, refs[0], refs[1], refs[2], entry.where, entry.group
+            row,
+            parsed.turns,
+            parsed.chosen,
+            rejected,
+            refs[0],
+            refs[1],
+            refs[2],
+            entry.where,
+            entry.group,
+            parsed.hallucinated,
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -255,19 +267,20 @@ def _placed(parsed: Parsed) -> Parsed:
     Raises:
         Unusable: why it cannot.
     """
-    for side in ("chosen", "rejected"):
-        text = getattr(parsed, side)
-        if not text.strip():
+    said = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
+    for side, text in said.items():
+        if text is not None and not text.strip():
             raise Unusable(f"the {side} response is empty")
-        if IMAGE in text:
+        if text is not None and IMAGE in text:
             raise Unusable(f"the {side} response holds {IMAGE}")
     if not parsed.images:
         raise Unusable("has no image")
     if parsed.rejected_images is not None and len(parsed.rejected_images) != len(parsed.images):
         raise Unusable(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
     same_images = parsed.rejected_images is None or parsed.rejected_images == parsed.images
-    if parsed.chosen.strip() == parsed.rejected.strip() and same_images:
-        raise Unusable("the chosen and the rejected response are the same")
+    for side, text in list(said.items())[1:]:
+        if text is not None and parsed.chosen.strip() == text.strip() and same_images:
+            raise Unusable(f"the chosen and the {side} response are the same")
     places = sum(turn.text.count(IMAGE) for turn in parsed.turns)
     if places == len(parsed.images):
         return parsed

@@ -118,4 +118,4 @@ def file_ref(path: str, where: str) -> ImageRef:
         state = f"{stat.st_size} {stat.st_mtime_ns}"
     except OSError:  # gone since it was indexed: `read` will say so
         state = "gone"
-    return ImageRef(f"file:{hashed(str(file.resolve()), state):016x}", where, file.read_bytes)
+    return ImageRef(f"file:{hashed(str(file.resolve()), state):016x}", where, file.read_bytes, path)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmalign.methods import Method, diffusion_dpo, dpo, mapo, rlhfv, sft
+from mmalign.methods import Method, bdhs, diffusion_dpo, dpo, mapo, mdpo, povid, realign, response_sft, rlhfv, sft
 
-METHODS: tuple[Method[Any], ...] = (diffusion_dpo, dpo, mapo, rlhfv, sft)
+METHODS: tuple[Method[Any], ...] = (bdhs, diffusion_dpo, dpo, mapo, mdpo, povid, realign, response_sft, rlhfv, sft)

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mmalign.rewards import Judge
 from mmalign.share import resolve_model
 
 
@@ -51,15 +50,21 @@ class OpenClip:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors [N, E] of images, all at once; a cosine of two says how alike they are."""
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
-        image: Tensor = self.model.encode_image(pixels, normalize=True)  # [N, E]
+        found: Tensor = self.model.encode_image(pixels, normalize=True)
+        return found.float()
+
+    @torch.no_grad()
+    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        image = self.embed(images)  # [N, E]
         text: Tensor = self.model.encode_text(self.tokenize(list(prompts)).to(self.device), normalize=True)  # [N, E]
         scale: Tensor = self.model.logit_scale.exp()
         return (scale * (image * text).sum(-1)).float()
 
 
-def load(path: str, device: torch.device, cfg: Config) -> Judge:
+def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
     """The model in a folder (config, weights and tokenizer as open_clip saves them), on the Hub, or of a known name.
 
     Raises:

@@ -1,0 +1,88 @@
+"""What a long job has done so far, in a file that only grows: a job that is stopped goes on after its last whole piece.
+
+The first line says what the job is, and each further line is one piece of its work, in JSON. A line that a stop has cut
+short counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_END = b"\n"
+
+
+class Journal:
+    """The pieces of a job that are done.
+
+    Attributes:
+        path: the file.
+        pieces: what was appended so far, in order.
+
+    Args:
+        path: the file; begun if it is not there.
+        job: what the work depends on; JSON.
+
+    Raises:
+        ValueError: the file is of another job; it names what differs.
+    """
+
+    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+        self.path, self.pieces = path, list[Any]()
+        head = json.loads(json.dumps(job))  # as it is read back
+        lines = self._whole_lines()
+        if lines:
+            self._require(lines[0], head)
+            self.pieces = [json.loads(line) for line in lines[1:]]
+        else:
+            self._write(head)
+
+    def append(self, piece: Any) -> None:
+        """Add a piece; it is on the disk when this returns."""
+        self._write(piece)
+        self.pieces.append(piece)
+
+    def remove(self) -> None:
+        """Delete the file, once what it led to is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _whole_lines(self) -> list[bytes]:
+        """The file's lines, and the file without what follows the last one."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(_END) + 1]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        return whole.splitlines()
+
+    def _require(self, line: bytes, job: Mapping[str, Any]) -> None:
+        try:
+            began = json.loads(line)
+        except ValueError:
+            began = None
+        if not isinstance(began, dict):
+            raise ValueError(f"{self.path}: is no record of unfinished work; move it away")
+        other = sorted(key for key in {*began, *job} if began.get(key) != job.get(key))
+        if other:
+            was, now = (_short(some.get(other[0])) for some in (began, job))
+            raise ValueError(
+                f"{self.path}: was begun with other settings ({', '.join(other)} differ; {other[0]} was {was} and is "
+                f"{now}); give the same ones to go on, or move that file away to begin anew"
+            )
+
+    def _write(self, content: Any) -> None:
+        line = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + _END
+        with self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

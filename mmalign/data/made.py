@@ -1,0 +1,102 @@
+"""Files of pairs of responses that were made: JSON lines that name images, or parquet files that hold them.
+
+They are in the layouts `trl` and `realign`, which the readers and other programs read, with one column more: where each
+pair came from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.pairs import ImageRef, ResponsePair
+
+SUFFIXES = (".jsonl", ".parquet")
+GROUP = 64  # rows of a parquet file that are in memory at once
+
+
+@dataclass(frozen=True)
+class MadePair:
+    """A pair that was made.
+
+    Attributes:
+        source: the prompt, the images and the chosen response.
+        rejected: the rejected response.
+        hallucinated: a second one; empty if there is none.
+        retrieved: another image, of the layout `realign`.
+        provenance: where all this came from.
+    """
+
+    source: ResponsePair
+    rejected: str
+    hallucinated: str
+    retrieved: ImageRef | None
+    provenance: Mapping[str, Any]
+
+
+def write_pairs(path: Path, pairs: Iterable[MadePair], *, suffix: str, images: Path) -> None:
+    """Write a file.
+
+    Args:
+        path: the file.
+        pairs: what to write; at least one.
+        suffix: which kind of file, one of `SUFFIXES`.
+        images: the folder that the names of images in JSON lines begin in.
+    """
+    if suffix == ".parquet":
+        _write_parquet(path, pairs)
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            file.write(json.dumps(_record(pair, lambda ref: _name(ref, images)), ensure_ascii=False) + "\n")
+
+
+def _name(ref: ImageRef, folder: Path) -> str:
+    return Path(os.path.relpath(ref.path, folder)).as_posix()
+
+
+def _record(made: MadePair, shown: Callable[[ImageRef], Any]) -> dict[str, Any]:
+    """A row; `shown` is what stands for an image."""
+    pair = made.source
+    prompt = [{"role": turn.role, "content": turn.text} for turn in pair.turns]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen.strip(), made.rejected))
+    provenance = {"of": pair.where, **made.provenance}
+    if made.retrieved is not None:
+        image, retrieved = shown(pair.images[0]), shown(made.retrieved)
+        said = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+        return {"image": image, "retrieved_image": retrieved, **said, "provenance": provenance}
+    more = {"hallucinated": made.hallucinated} if made.hallucinated else {}
+    images = [shown(ref) for ref in pair.images]
+    return {
+        "images": images,
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        **more,
+        "provenance": provenance,
+    }
+
+
+def _write_parquet(path: Path, pairs: Iterable[MadePair]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    rest = iter(pairs)
+    while some := [_packed(pair) for pair in islice(rest, GROUP)]:
+        table = pa.Table.from_pylist(some, schema=writer and writer.schema)
+        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+        writer.write_table(table)
+    assert writer is not None, "there are pairs"
+    writer.close()
+
+
+def _packed(pair: MadePair) -> dict[str, Any]:
+    """A row with the images in it; where it came from is text, since what is known differs from row to row."""
+    record = _record(pair, lambda ref: {"bytes": ref.read(), "path": Path(ref.path).name or None})
+    return {**record, "provenance": json.dumps(record["provenance"], ensure_ascii=False)}
