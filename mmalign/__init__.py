@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmalign.rejected import Writer
     from mmalign.run import Evaluation, Trained
     from mmalign.sections import Recipe
 
@@ -50,8 +51,8 @@ def gallery(recipe: Recipe) -> Path:
     return run.gallery(recipe)
 
 
-def prepare(recipe: Recipe) -> Path:
-    """Draw and judge preference pairs and return their file; see mmalign.run.prepare."""
+def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
+    """Make the pairs that a recipe learns from and return their file; see mmalign.run.prepare."""
     from mmalign import run
 
-    return run.prepare(recipe)
+    return run.prepare(recipe, writer=writer)

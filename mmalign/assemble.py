@@ -18,7 +18,22 @@ from mmalign.families import Family, Loading, Sampling
 from mmalign.optim import build_optimizer
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.rewards import Judge, judge_module, load_judge
-from mmalign.sections import Data, Drawing, ImageData, ImageModel, JudgeConfig, Model, Recipe, ResponseData, Train
+from mmalign.sections import (
+    Coco,
+    Data,
+    Drawing,
+    EvaluateImages,
+    EvaluateResponses,
+    Files,
+    ImageData,
+    ImageModel,
+    JudgeConfig,
+    Model,
+    PrepareImages,
+    Recipe,
+    ResponseData,
+    Train,
+)
 from mmalign.share import locate, resolve, resolve_model
 
 F = TypeVar("F", bound=Family)
@@ -45,16 +60,12 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         _check_training(recipe.train)
     if data:
         check_data(recipe.data)
-    for name, section in (("evaluate", recipe.evaluate), ("prepare", recipe.prepare)):
-        if section is not None and section.judge is not None:
-            judge_module(section.judge.name)
-            if "/" in section.judge.path:  # else the name of a model that the judge's library knows
-                _located(f"{name}.judge.path", section.judge.path)
-        if section is not None:
-            _check_prompts(f"{name}.prompts", section.prompts)
-            side = section.drawing.resolution or 0
-            if side % 8:
-                raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
+    if isinstance(recipe.evaluate, EvaluateImages):
+        _check_drawing("evaluate", recipe.evaluate)
+    if isinstance(recipe.evaluate, EvaluateResponses):
+        _check_asking(recipe.evaluate)
+    if isinstance(recipe.prepare, PrepareImages):
+        _check_drawing("prepare", recipe.prepare)
     # The last, since it may ask the Hub.
     path = _located("model.path", recipe.model.path)
     if isinstance(recipe.model, ImageModel):
@@ -116,6 +127,37 @@ def _check_training(train: Train) -> None:
             raise ValueError(f"train.trackers: {name} {what}, or leave it out (there are: {installed})")
     some = [nn.Parameter(torch.zeros(1))]  # the optimizer says whether its package is there
     build_optimizer(some, train.optimizer, lr=train.lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def _check_drawing(name: str, section: EvaluateImages | PrepareImages) -> None:
+    """A section that has pictures drawn and judged: its judge, its prompts, and the size of the pictures."""
+    if section.judge is not None:
+        judge_module(section.judge.name)
+        if "/" in section.judge.path:  # else the name of a model that the judge's library knows
+            _located(f"{name}.judge.path", section.judge.path)
+    _check_prompts(f"{name}.prompts", section.prompts)
+    side = section.drawing.resolution or 0
+    if side % 8:
+        raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
+
+
+def _check_asking(section: EvaluateResponses) -> None:
+    """A section that has questions answered: the files that it names."""
+    named: dict[str, Files | None] = {"questions": section.questions}
+    if isinstance(section.annotations, Coco):
+        for key in ("instances", "captions"):
+            named[f"annotations.{key}"] = {name: name for name in getattr(section.annotations, key)}
+    else:
+        named["annotations"] = section.annotations
+    if section.answers is not None:
+        named |= {f"answers.{side}": getattr(section.answers, side) for side in ("before", "after")}
+    for key, files in named.items():
+        for file in [files] if isinstance(files, str) else (files or {}).values():
+            _located(f"evaluate.{key}", file, resolve)
+    if section.images is not None and not Path(section.images).is_dir():
+        raise ValueError(
+            f"evaluate.images: {section.images} is no folder; expected the one that images' names begin in"
+        )
 
 
 def _check_prompts(key: str, prompts: int | str) -> None:

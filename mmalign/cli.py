@@ -53,16 +53,21 @@ console = Console(highlight=False, soft_wrap=True, markup=False)  # a path may h
 
 @app.command()
 def quickstart(
+    modality: Annotated[
+        str, typer.Argument(metavar="[MODALITY]", help="text_to_image or vision_language.", show_default=True)
+    ] = "text_to_image",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     draw: Annotated[
-        bool, typer.Option("--draw", help="Draw and judge the preference pairs anew, instead of the shipped ones.")
+        bool, typer.Option("--draw", help="Make the preference pairs anew, instead of taking the shipped ones.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+    output: Annotated[
+        Path | None, typer.Option(help="Where everything is written.", show_default="what the recipe says")
+    ] = None,
 ) -> None:
-    """Align the bundled model on this machine, without a network, and show the proof: some minutes on two cores."""
+    """Align a bundled model on this machine, without a network, and show the proof: some minutes on two cores."""
     from mmalign.quickstart import quickstart as run
 
-    run(seed=seed, draw=draw, output=output, say=console.print)
+    run(modality, seed=seed, draw=draw, output=output, say=console.print)
 
 
 @app.command()
@@ -75,7 +80,7 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Compare the base model with the trained one: same prompts, same seeds, differences with 95 % intervals."""
+    """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
     from mmalign import run
 
     run.evaluate(_load(recipe, overrides), say=console.print)
@@ -90,8 +95,24 @@ def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or names of shipped ones.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with seeds 0, 1, ...")] = 3,
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/compare"),
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table there too, as Markdown; beside it, as JSON.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train recipes with several seeds, measure them alike, and write one table; what is done is not done again."""
+    from mmalign.compare import compare as run
+
+    run(recipes, seeds=seeds, output=output, overrides=overrides or (), table=table, say=console.print)
+
+
+@app.command()
 def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Draw images from the recipe's model, let its judge compare them, and write the pairs to data.path."""
+    """Make the pairs that a recipe learns from, and write them to data.path."""
     from mmalign import run
 
     run.prepare(_load(recipe, overrides), say=console.print)

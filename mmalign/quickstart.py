@@ -1,4 +1,4 @@
-"""The whole way in one command: pairs, alignment, measurement, gallery, on the bundled model and without a network."""
+"""The whole way in one command: pairs, alignment, measurement, page, on a bundled model and without a network."""
 
 from __future__ import annotations
 
@@ -11,49 +11,98 @@ from typing import Any
 
 from mmalign import run
 from mmalign.recipe import load_recipe
+from mmalign.sections import SECTIONS
 
-RECIPE = "configs/text_to_image/quickstart.yaml"
+RECIPE = "configs/{}/quickstart.yaml"  # of a modality
 
 
-def quickstart(*, seed: int, draw: bool, output: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Align tiny_sd by Diffusion-DPO and show by how much its images follow their prompts better.
+def quickstart(
+    modality: str = "text_to_image",
+    *,
+    seed: int,
+    draw: bool,
+    output: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Align a bundled model, and show by how much its images follow their prompts better, or its answers invent less.
 
     Args:
+        modality: "text_to_image" (tiny_sd) or "vision_language" (tiny_llava).
         seed: of the training.
-        draw: draw and judge the pairs anew, instead of taking those in assets/.
-        output: where everything is written; `result.json` there has the numbers.
+        draw: make the pairs anew, instead of taking those in assets/.
+        output: where everything is written, if not where the recipe says; `result.json` there has the numbers.
         say: takes a line of text.
 
     Returns:
-        What `result.json` holds: accuracy of base and aligned model on held-out prompts, and the paired difference with
-        its 95 % interval.
+        What `result.json` holds: what base and aligned model reach on held-out prompts or pictures, and the paired
+        differences with their 95 % intervals.
+
+    Raises:
+        ValueError: the modality is none.
     """
-    started = time.time()
-    settings = [f"output={json.dumps(str(output))}", f"train.seed={seed}"]
+    if modality not in SECTIONS:
+        raise ValueError(f"quickstart: {modality!r} is no modality; expected {' or '.join(SECTIONS)}")
+    started, source = time.time(), RECIPE.format(modality)
+    settings = [f"train.seed={seed}", *([f"output={json.dumps(str(output))}"] if output else [])]
+    recipe = load_recipe(source, settings)
+    folder = Path(recipe.output)
     if draw:
-        settings.append(f"data.path={json.dumps(str(output / 'pairs.parquet'))}")
-    recipe = load_recipe(RECIPE, settings)
-    if draw and not (output / "pairs.parquet").is_file():
-        run.prepare(recipe, say)
+        pairs = folder / f"pairs{Path(recipe.data.path).suffix}"
+        recipe = load_recipe(source, [*settings, f"data.path={json.dumps(str(pairs))}"])
+        if not pairs.is_file():
+            run.prepare(recipe, say)
     trained = run.train(recipe, say)
-    result = run.evaluate(recipe, say).result
+    details = run.evaluate(recipe, say).result
     page = run.gallery(recipe, say=lambda _: None)
-    overall = result["overall"]
-    base, aligned, difference = overall["before"], overall["after"], overall["difference"]
-    numbers = {"base accuracy": base["estimate"], "aligned accuracy": aligned["estimate"], "difference": difference}
+    numbers, sentences = (_drawn if modality == "text_to_image" else _answered)(details)
     result = {
         "seed": seed,
         "seconds": round(time.time() - started),
         "updates": trained.steps,
         **numbers,
-        "details": result,
+        "details": details,
     }
-    (output / "result.json").write_text(json.dumps(result, indent=1))
-    shutil.copyfile(page.with_name("gallery.png"), output / "gallery.png")
-    low, high = 100 * difference["low"], 100 * difference["high"]
-    say(
-        f"prompts drawn right: {base['estimate']:.1%} before, {aligned['estimate']:.1%} after; "
-        f"{100 * difference['estimate']:+.1f} points, 95 % interval [{low:.1f}, {high:.1f}]"
-    )
-    say(f"gallery: {page}   numbers: {output / 'result.json'}   ({time.time() - started:.0f} s)")
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    shutil.copyfile(page.with_name("gallery.png"), folder / "gallery.png")
+    for sentence in sentences:
+        say(sentence)
+    say(f"gallery: {page}   numbers: {folder / 'result.json'}   ({time.time() - started:.0f} s)")
     return result
+
+
+def _drawn(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What stands first in result.json of images, and what is said of it."""
+    overall = details["overall"]
+    base, aligned, difference = overall["before"], overall["after"], overall["difference"]
+    numbers = {"base accuracy": base["estimate"], "aligned accuracy": aligned["estimate"], "difference": difference}
+    return numbers, [_sentence("prompts drawn right", base, aligned, difference)]
+
+
+# What stands first in result.json of answers: by the name of a measure, its name there, and what is said of it.
+_FIRST = {
+    "CHAIR_s": ("CHAIR_s", "descriptions that invent an object"),
+    "CHAIR_i": ("CHAIR_i", "objects named that are invented"),
+    "recall": ("recall", "objects of the picture that are named"),
+    "mean: accuracy": ("POPE accuracy", "yes/no questions answered right"),
+}
+
+
+def _answered(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What stands first in result.json of answers, and what is said of it."""
+    numbers, sentences = dict[str, Any](), list[str]()
+    for compared in details["measures"].values():
+        base, aligned = (compared[side]["measures"] for side in ("before", "after"))
+        for name, difference in compared["difference"].items():
+            if name in _FIRST:
+                key, what = _FIRST[name]
+                numbers[key] = {"base": base[name], "aligned": aligned[name], "difference": difference}
+                sentences.append(_sentence(what, *numbers[key].values()))
+    return numbers, sentences
+
+
+def _sentence(what: str, base: dict[str, float], aligned: dict[str, float], difference: dict[str, float]) -> str:
+    change, low, high = (100 * difference[end] for end in ("estimate", "low", "high"))
+    return (
+        f"{what}: {base['estimate']:.1%} before, {aligned['estimate']:.1%} after; "
+        f"{change:+.1f} points, 95 % interval [{low:.1f}, {high:.1f}]"
+    )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
@@ -87,8 +87,15 @@ def _schema(method: str) -> type[Recipe]:
     from mmalign import methods
 
     found = methods.find(method)
-    model, data = SECTIONS[found.modality]
-    return create_model("Recipe", __base__=Recipe, method=(found.Config, ...), model=(model, ...), data=(data, ...))
+    kinds = SECTIONS[found.modality]
+    fields: dict[str, Any] = {
+        "method": (found.Config, ...),
+        "model": (kinds.model, ...),
+        "data": (kinds.data, ...),
+        "evaluate": (kinds.evaluate | None, None),
+        "prepare": (kinds.prepare | None, None),
+    }
+    return create_model("Recipe", __base__=Recipe, **fields)
 
 
 def _read(name: str | Path) -> str:
@@ -138,13 +145,23 @@ def _sentences(where: str, schema: type[BaseModel], error: ValidationError) -> l
     """One sentence for each wrong place; the branches of a union become one."""
     places: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for details in error.errors():
-        path = [str(part) for part in details["loc"]]
-        field = _section(schema, path[:-2]).model_fields.get(path[-2]) if len(path) > 1 else None
-        # pydantic adds the branch to the place of a value that fits no branch of a union.
-        if field is not None and get_origin(field.annotation) is UnionType and details["type"] in _TYPES:
-            path.pop()
-        places.setdefault(tuple(path), []).append(details)
+        places.setdefault(_place(schema, details["loc"]), []).append(details)
+    for path in list(places):  # a section with a wrong value is no wrong text
+        if any(len(other) > len(path) and other[: len(path)] == path for other in places):
+            del places[path]
     return [f"{where}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
+
+
+def _place(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, ...]:
+    """Where a value is, without the branches of unions, which pydantic adds to the place of what fits none of them."""
+    path: list[str] = []
+    for part in map(str, loc):
+        field = _section(schema, path[:-1]).model_fields.get(path[-1]) if path else None
+        annotation = field.annotation if field is not None else None
+        branches = get_args(annotation) if get_origin(annotation) is UnionType else ()
+        if part not in [str(b).replace(" ", "") if get_origin(b) else b.__name__ for b in branches]:
+            path.append(part)
+    return tuple(path)
 
 
 _TYPES = {

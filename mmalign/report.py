@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor
+
+T = TypeVar("T")
 
 # What the bar shows of a method's metrics, where there is such a metric, with its short name.
 SHOWN = {
@@ -22,6 +24,13 @@ SHOWN = {
     "gradient norm": "grad",
 }
 SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
+
+
+def tracked(items: Sequence[T], description: str) -> Iterable[T]:
+    """The items, one after another, with a bar where there is a terminal and more than one of them."""
+    console = Console(stderr=True)
+    quiet = len(items) < 2 or not console.is_terminal
+    return track(items, description=description, transient=True, console=console, disable=quiet)
 
 
 class Reporter:
@@ -103,6 +112,9 @@ class Reporter:
             return "nothing was trained"
         mean = {name: sum(h[name] for h in tail) / len(tail) for name in tail[-1]}
         if "chosen gain" not in mean:
+            if "chosen error" not in mean:
+                first, last = self.history[0]["loss"], mean["loss"]
+                return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
         what = "images" if "chosen error" in mean else "responses"

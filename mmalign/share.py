@@ -73,9 +73,9 @@ def resolve_model(name: str) -> str:
 def _near(name: str) -> list[str]:
     """Up to three names of shared files and folders like this one, compared whole or by their last part."""
     known = sorted({known for root in roots()[1:] for known in _listed(root)})
-    by_stem = {Path(known).stem: known for known in known}
     whole = get_close_matches(name, known, n=3, cutoff=0.75)
-    last = [by_stem[stem] for stem in get_close_matches(Path(name).stem, by_stem, n=3, cutoff=0.75)]
+    stems = get_close_matches(Path(name).stem, {Path(path).stem for path in known}, n=3, cutoff=0.75)
+    last = [path for stem in stems for path in known if Path(path).stem == stem]
     return list(dict.fromkeys(whole + last))[:3]
 
 

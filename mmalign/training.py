@@ -69,7 +69,8 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     started, options = time.time(), recipe.train
     assemble.check(recipe, training=True)
     output = assemble.make_folder("output", Path(recipe.output))
-    opened = open_data(recipe.data, options.seed)
+    method = methods.find(recipe.method.name)
+    opened = open_data(recipe.data, options.seed, method)
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
     trackers = options.trackers if options.trackers else None
     accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(output))
@@ -81,6 +82,8 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         )
     set_seed(options.seed)
     tell = say if accelerator.is_main_process else _silent
+    for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
+        tell(line)
     run = _assemble(recipe, accelerator, tell)
     folder = output / "model"
     if run.progress.step == options.steps:
@@ -100,6 +103,7 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         seed=options.seed,
         accelerator=accelerator,
         say=tell,
+        method=method,
         opened=opened,
     )
     count = sum(p.numel() for p in run.policy.trainable())

@@ -20,7 +20,7 @@ import mmalign
 from mmalign import cli, training
 from mmalign.methods import names
 
-COMMANDS = ("quickstart", "train", "evaluate", "gallery", "prepare", "list")
+COMMANDS = ("quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
 EVALUATE = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
 
 

@@ -18,16 +18,16 @@ PACKAGE = Path(mmalign.__file__).parent
 
 # From the bottom to the top. A module of mmalign/ (a file or a folder) imports from its own layer and from lower ones.
 LAYERS = (
-    {"losses", "draws", "sections", "share", "optim"},
+    {"losses", "draws", "sections", "share", "optim", "callables"},
     {"recipe"},
     {"policy"},
     {"attention", "diffusion", "language", "rewards", "data"},
     {"families"},
-    {"encode", "encode_responses"},
+    {"encode", "encode_responses", "completions", "rejected"},
     {"methods"},
-    {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint"},
-    {"training"},
-    {"run", "quickstart"},
+    {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint", "answers"},
+    {"training", "evaluate_images", "evaluate_responses"},
+    {"run", "quickstart", "compare", "prepare_responses"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -3,13 +3,14 @@
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tiny_vlm
 from PIL import Image
 
 from mmalign import quickstart as module
@@ -37,16 +38,24 @@ class Stopped(Exception):
     pass
 
 
-def run(output: Path, monkeypatch: pytest.MonkeyPatch, *, draw: bool, seed: int = 0) -> list[str]:
+def run(
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    draw: bool,
+    seed: int = 0,
+    modality: str = "text_to_image",
+    short: Sequence[str] = (*SHORT, *DRAWN),
+) -> list[str]:
     """The quickstart with few prompts and updates; what it says."""
 
     def shortened(source: str, overrides: Sequence[str] = ()) -> Any:
-        return load_recipe(source, [*overrides, *SHORT, *DRAWN])
+        return load_recipe(source, [*overrides, *short])
 
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_recipe", shortened)
-        module.quickstart(seed=seed, draw=draw, output=output, say=said.append)
+        module.quickstart(modality, seed=seed, draw=draw, output=output, say=said.append)
     return said
 
 
@@ -79,7 +88,7 @@ class Loads(HTMLParser):
 
 
 def assert_complete(output: Path, seed: int) -> None:
-    """The numbers and the page are there, and the page needs no network."""
+    """The numbers and the page are there."""
     result = json.loads((output / "result.json").read_text())
     assert result["seed"] == seed and result["updates"] == STEPS
     overall = result["details"]["overall"]
@@ -90,6 +99,11 @@ def assert_complete(output: Path, seed: int) -> None:
     assert result["difference"] == overall["difference"]
     difference = result["aligned accuracy"] - result["base accuracy"]
     assert result["difference"]["estimate"] == pytest.approx(difference, abs=1e-12)  # of shares, in float64
+    assert_page(output)
+
+
+def assert_page(output: Path) -> None:
+    """The page is there, and needs no network."""
     gallery = output / "gallery"
     assert json.loads((gallery / "manifest.json").read_text())["entries"]
     for picture in (output / "gallery.png", gallery / "gallery.png"):
@@ -137,6 +151,51 @@ def test_shipped_pairs_and_the_same_command_again(tmp_path: Path, monkeypatch: p
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
+# ----------------------------------------------------------------------------------------------------------- of answers
+
+ANSWERED = [
+    "data.limit=6",
+    f"train.steps={STEPS}",
+    "train.batch_size=3",
+    "train.save_every=1",
+    "evaluate.pictures=4",
+    "evaluate.decoding={max_new_tokens: 4, batch_size: 16}",
+]
+
+
+@pytest.fixture
+def tiny_answers(vlm_folders: Callable[[str], Path], tmp_path: Path) -> list[str]:
+    """Settings: a tiny model in the place of the bundled one, and true answers about a few pictures."""
+    rows = tiny_vlm.pairs(tmp_path / "rows")
+    source = {"path": str(rows), "format": "trl", "limit": 6}
+    return [*ANSWERED, f"model.path={vlm_folders('llava')}", f"prepare.source={json.dumps(source)}"]
+
+
+def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs, alignment, measurement and page; the second command makes no pair and asks nothing again."""
+    output = tmp_path / "out"
+    said = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
+    assert pq.read_table(output / "pairs.parquet").num_rows > 0
+    assert any(line.startswith("descriptions that invent an object: ") for line in said)
+    assert any(line.startswith("yes/no questions answered right: ") for line in said)
+    result = json.loads((output / "result.json").read_text())
+    assert result["updates"] == STEPS
+    for name in ("CHAIR_i", "CHAIR_s", "recall", "POPE accuracy"):
+        base, aligned, change = (result[name][key]["estimate"] for key in ("base", "aligned", "difference"))
+        assert change == pytest.approx(aligned - base, abs=1e-12)
+    assert_page(output)
+    drawn, trained = (output / "pairs.parquet").read_bytes(), weights(output)
+    run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
+    again = json.loads((output / "result.json").read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    assert (output / "pairs.parquet").read_bytes() == drawn and weights(output) == trained
+
+
+def test_an_unknown_modality_is_told_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'images' is no modality; expected text_to_image or vision_language"):
+        module.quickstart("images", seed=0, draw=False)
+
+
 # ---------------------------------------------------------------------------------------------------- the shipped pairs
 
 
@@ -149,7 +208,7 @@ def test_shipped_pairs_ask_for_no_prompt_that_measures() -> None:
     assert len(pairs) >= 100
     for caption in captions:
         assert str(scenes.parse(caption)) == caption and scenes.split_of(scenes.parse(caption)) == "train"
-    recipe = load_recipe(module.RECIPE)
+    recipe = load_recipe(module.RECIPE.format("text_to_image"))
     assert resolve(recipe.data.path) == path and recipe.evaluate is not None and recipe.prepare is not None
     held_out = {str(p) for p in scenes.sample_prompts(recipe.evaluate.split, 10_000, recipe.evaluate.seed)}
     assert not captions & held_out
@@ -157,7 +216,7 @@ def test_shipped_pairs_ask_for_no_prompt_that_measures() -> None:
 
 def test_shipped_pairs_are_pictures_of_the_models_size_with_one_better_side() -> None:
     rows = pq.read_table(resolve("assets/quickstart-pairs.parquet")).to_pylist()
-    side = load_recipe(module.RECIPE).data.resolution
+    side = load_recipe(module.RECIPE.format("text_to_image")).data.resolution
     for row in rows:
         assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
         sizes = {Image.open(io.BytesIO(row[picture])).size for picture in ("jpg_0", "jpg_1")}

@@ -18,7 +18,16 @@ from mmalign.share import roots
 from mmalign.training import train
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
-MODELS = {"llava15": "llava"}  # the tiny model of a vision-language recipe, by what its name ends in
+# The tiny model of a vision-language recipe, by what the recipe's name ends in.
+MODELS = {
+    "llava15": "llava",
+    "llava16": "llava_next",
+    "paligemma": "paligemma",
+    "quickstart": "llava",
+    "qwen25vl": "qwen2_5_vl",
+    "qwen3vl": "qwen3_vl",
+    "smolvlm": "idefics3",
+}
 
 
 @pytest.fixture

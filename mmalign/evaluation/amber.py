@@ -195,13 +195,25 @@ def score_generative(
     return Counts("AMBER, generative", tuple(items), _groups(items, amber), columns, shares, ("words per response",))
 
 
+def score(responses: Mapping[int, str], amber: Amber) -> list[Counts]:
+    """Descriptions and answers together: what was counted in those that there are, descriptions first.
+
+    Raises:
+        ValueError: an id is unknown.
+    """
+    _check_ids(responses, amber)
+    kinds = {type(amber.items[number]) for number in responses}
+    scored = [score_generative(responses, amber)] if Description in kinds else []
+    return [*scored, score_discriminative(responses, amber)] if Claim in kinds else scored
+
+
 def parse_published(answer: str) -> bool | None:
     """Yes or no as the release reads it: exactly "Yes" or "No"; everything else is neither, and wrong."""
     return {"Yes": True, "No": False}.get(answer)
 
 
 def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Parse = parse_strict) -> Counts:
-    """Accuracy, precision, recall and F1 of "no": of all questions, of each dimension, and of each kind of attribute.
+    """Accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, of dimensions and of their kinds.
 
     All existence questions are of absent objects, so their precision is 1 as soon as one is right.
 
@@ -219,6 +231,7 @@ def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Pars
     counted = {
         "questions": [1.0 for _ in claims],
         "true no": [float(not claim.answer) for claim in claims.values()],
+        "said yes": [float(said[number] is True) for number in claims],
         "said no": [float(said[number] is False) for number in claims],
         "right no": [float(said[number] is False and not claim.answer) for number, claim in claims.items()],
         "right": [float(said[number] is claim.answer) for number, claim in claims.items()],
@@ -233,7 +246,8 @@ def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Pars
         there = tuple(kind for kind in kinds if f"{kind}: questions" in columns)
         if there:
             shares.update({f"{dimension}: {name}": _over(there, *parts) for name, parts in _MEASURES.items()})
-    return Counts("AMBER, discriminative", tuple(claims), _groups(claims, amber), columns, shares)
+    main = ("all: accuracy", "all: F1", "all: yes rate")
+    return Counts("AMBER, discriminative", tuple(claims), _groups(claims, amber), columns, shares, main=main)
 
 
 def read_amber(folder: str | Path) -> Amber:
@@ -265,6 +279,8 @@ def read_amber(folder: str | Path) -> Amber:
 def read_responses(path: str | Path) -> dict[int, str]:
     """The responses by id: records {"id", "response"}, descriptions and answers in one file or in several.
 
+    As in other benchmarks' files the id may be called `question_id`, and the response `text` or `answer`.
+
     Raises:
         ValueError: the file is bad or empty, or an id stands there twice.
     """
@@ -273,7 +289,7 @@ def read_responses(path: str | Path) -> dict[int, str]:
         number = _id(where, record)
         if number in responses:
             raise ValueError(f"{where}: id {number} is answered twice; expected one response to each")
-        responses[number] = take_text(where, record, "response")
+        responses[number] = take_text(where, record, "response", "text", "answer")
     if not responses:
         raise ValueError(f'{path} is empty; expected records {{"id": 1, "response": "A lake in a forest."}}')
     return responses
@@ -284,6 +300,7 @@ _MEASURES = {
     "precision": ("right no", "said no"),
     "recall": ("right no", "true no"),
     "F1": ("right no", "said no", "true no"),
+    "yes rate": ("said yes", "questions"),
 }
 
 
@@ -327,7 +344,7 @@ def _check_ids(responses: Mapping[int, str], amber: Amber) -> None:
 
 
 def _id(where: str, record: Mapping[str, object]) -> int:
-    number = take(where, record, "id")
+    number = take(where, record, "id", "question_id")
     if isinstance(number, bool) or not isinstance(number, int):
         raise ValueError(f"{where}: id is {shown(number)}; expected a whole number")
     return number

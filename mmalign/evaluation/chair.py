@@ -78,6 +78,7 @@ def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -
             "recall": lambda sums: ratio(sums["found objects"], sums["true objects"]),
         },
         ("words per response",),
+        ("CHAIR_s", "CHAIR_i", "recall", "words per response"),
     )
 
 

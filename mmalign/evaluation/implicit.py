@@ -1,24 +1,29 @@
-"""Implicit reward accuracy: how often a model finds the chosen image of a held-out pair likelier, against its base.
+"""Implicit reward accuracy: how often a model finds the chosen side of a held-out pair likelier, against its base.
 
-As in arXiv:2311.12908, section 5.3: a pair is right if, averaged over several draws of time and noise, the model's
-denoising score prefers the chosen image by more than the base model's does. An exact tie is wrong: a model that never
-moved scores 0, not one half.
+As in arXiv:2311.12908, section 5.3: a pair is right if the model's score prefers the chosen image or response by more
+than the base model's does. The score of an image is the denoising score, averaged over several draws of time and noise;
+that of a response is its log-probability. An exact tie is wrong: a model that never moved scores 0, not one half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmalign.draws import Draws
 from mmalign.evaluation.intervals import Interval, proportion
+from mmalign.families import TextToImage, VisionLanguage
 from mmalign.losses import Pair
-from mmalign.methods import diffusion_dpo
-from mmalign.policy import Policy
+from mmalign.methods import diffusion_dpo, dpo
+from mmalign.policy import Policy, Scores
+
+# From a batch, the draws and the number of a draw to what gives a network's scores of both sides.
+Score = Callable[[Any, Draws, int], Callable[[nn.Module], Scores]]
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,31 @@ class ImplicitAccuracy:
         ]
 
 
+def image_scores(family: TextToImage) -> Score:
+    """Denoising scores, for policy and reference on the same noise, without dropped captions."""
+
+    def score(batch: Any, draws: Draws, index: int) -> Callable[[nn.Module], Scores]:
+        return partial(
+            diffusion_dpo.denoising_scores, family, view=diffusion_dpo.noised(family, batch, 0.0, draws, index)
+        )
+
+    return score
+
+
+def response_scores(family: VisionLanguage) -> Score:
+    """Log-probabilities of whole responses, in nats; nothing is drawn."""
+    return lambda batch, draws, index: partial(dpo.response_scores, family, batch=batch)
+
+
 @torch.no_grad()
-def accuracy(policy: Policy, batches: Iterable[Any], *, draws: int, seed: int) -> ImplicitAccuracy:
-    """Score every pair `draws` times, policy and reference on the same noise, without dropping captions.
+def accuracy(policy: Policy, batches: Iterable[Any], score: Score, *, draws: int, seed: int) -> ImplicitAccuracy:
+    """Score every pair `draws` times by policy and reference.
 
     Args:
         policy: the trained model, with its base as reference.
         batches: held-out pairs, encoded; rows of weight 0 do not count.
-        draws: (t, noise) draws of a pair.
+        score: `image_scores` or `response_scores` of the family.
+        draws: how often a pair is scored; once is enough where nothing is drawn.
         seed: of the draws.
 
     Raises:
@@ -77,11 +99,10 @@ def accuracy(policy: Policy, batches: Iterable[Any], *, draws: int, seed: int) -
     for batch in batches:
         margins, moved = [], []
         for index in range(draws):
-            view = diffusion_dpo.noised(policy.family, batch, 0.0, Draws(seed), index)
-            ours = Pair(**diffusion_dpo.denoising_scores(policy.family, policy.unwrapped, view))
-            scores = policy.on_reference(partial(diffusion_dpo.denoising_scores, policy.family, view=view))
+            run = score(batch, Draws(seed), index)
+            scores = policy.on_reference(run)
             assert scores is not None
-            theirs = Pair(**scores)
+            theirs, ours = (Pair(some["chosen"], some["rejected"]) for some in (scores, run(policy.unwrapped)))
             margins.append(ours.margin - theirs.margin)
             moved.append(torch.stack([ours.chosen - theirs.chosen, ours.rejected - theirs.rejected]))
         counted = batch.weights > 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -55,6 +55,7 @@ def build(
     num_images: int | None = None,
     objects_per_image: int = 3,
     names: Sequence[str] | None = None,
+    company: Mapping[str, Sequence[str]] | None = None,
     template: str = TEMPLATE,
     seed: int = 0,
 ) -> list[Question]:
@@ -72,6 +73,8 @@ def build(
         num_images: how many images are drawn at random (500 in the paper), all if not given.
         objects_per_image: questions of either kind per image (3 in the paper).
         names: the objects that may be asked for; those of the chosen images, if not given.
+        company: for each object those that most often stand beside it, for a world in which that is known; counted
+            over the chosen images, if not given.
         template: the question, with {} for "a dog" or "an apple".
         seed: of the random choices.
 
@@ -85,7 +88,7 @@ def build(
         raise ValueError(f"pope: the template {template!r} has no {{}}; expected one in the place of 'a dog'")
     chosen = _choose(images, num_images, objects_per_image, seed)
     popularity = Counter(name for objects in chosen.values() for name in objects)
-    company = _company(chosen) if split == "adversarial" else {}
+    beside = _company(chosen) if company is None and split == "adversarial" else company or {}
     candidates = list(dict.fromkeys(names)) if names is not None else list(popularity)
     by_popularity = sorted(candidates, key=lambda name: -popularity[name])
     questions: list[Question] = []
@@ -97,7 +100,7 @@ def build(
             ranked = {
                 "random": at_random,
                 "popular": by_popularity,
-                "adversarial": [name for name in company.get(present, []) if name in candidates] + at_random,
+                "adversarial": [name for name in beside.get(present, ()) if name in candidates] + at_random,
             }[split]
             absent = next((name for name in ranked if name not in asked), None)
             if absent is None:
@@ -176,10 +179,13 @@ def score(
         columns.update({f"{split}: {what}": of_split * counted[:, at] for at, what in enumerate(_COUNTED)})
         shares.update({f"{split}: {name}": _of_split(share, split) for name, share in _MEASURES.items()})
     if len(questions) > 1:
-        for name in ("accuracy", "F1", "yes rate"):
+        for name in _MEANS:
             shares[f"mean: {name}"] = _mean([shares[f"{split}: {name}"] for split in questions])
-    keys: list[Hashable] = [(split, question.id) for split, question, _ in rows]
-    return Counts("POPE", tuple(keys), tuple(question.image for _, question, _ in rows), columns, shares)
+    keys = tuple((split, question.id) for split, question, _ in rows)
+    groups = tuple(question.image for _, question, _ in rows)
+    which = "mean" if len(questions) > 1 else next(iter(questions), "")
+    main = tuple(f"{which}: {name}" for name in _MEANS)
+    return Counts("POPE", keys, groups, columns, shares, main=main)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -269,6 +275,9 @@ _MEASURES: dict[str, Share] = {
     "yes rate": lambda sums: ratio(sums["said yes"], sums["questions"]),
     "unclear": lambda sums: ratio(sums["unclear"], sums["questions"]),
 }
+
+
+_MEANS = ("accuracy", "F1", "yes rate")
 
 
 def _count(question: Question, answer: str, parse: Parse) -> tuple[bool, ...]:

@@ -30,7 +30,7 @@ from tests.bad_input.commands import EVALUATE, JUDGED, UNET, Commands, Content, 
         ("evaluate", {**JUDGED, "prompts": "W"}, "evaluate.prompts: W cannot be read ("),
         ("evaluate", {**JUDGED, "judge": {"path": "models/tiny_klip"}}, "evaluate.judge.path: there is no file"),
         ("evaluate", {**JUDGED, "judge": {"path": "W/x", "name": "open_klip"}}, "there is no 'open_klip'; there are"),
-        ("prepare", EVALUATE, "prepare: the recipe has no such section; add one with a judge"),
+        ("prepare", EVALUATE, "prepare: the recipe has no such section; add one: configs"),
     ],
 )
 def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
@@ -64,7 +64,7 @@ def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
     mmalign: Commands, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mmalign("train", content)
-    monkeypatch.setattr("mmalign.run.draw", lambda *_: pytest.fail("pictures were drawn"))
+    monkeypatch.setattr("mmalign.evaluate_images.draw", lambda *_: pytest.fail("pictures were drawn"))
     judge = tmp_path / "judge"
     from mmalign.share import resolve
 

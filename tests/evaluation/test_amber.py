@@ -126,17 +126,18 @@ ANSWERS = {11: "No", 12: "Yes", 13: "maybe", 14: "Yes", 15: "Yes", 16: "No", 17:
 
 def test_discriminative_by_hand() -> None:
     """No is the positive class. Existence: one of three true no is said, F1 2 / (1 + 3). State: no is never said.
-    Relation: no is said twice, once rightly. All: 3 of 7 right; no said 3 times, 2 rightly, of 5; F1 4 / (3 + 5).
+    Relation: no is said twice, once rightly. All: 3 of 7 right; no said 3 times, 2 rightly, of 5; F1 4 / (3 + 5);
+    yes said once of existence (one answer is neither) and twice of state.
     """
     found = amber.score_discriminative(ANSWERS, BENCHMARK).values
     expected = {
-        "all": (3 / 7, 2 / 3, 2 / 5, 4 / 8),
-        "existence": (1 / 3, 1, 1 / 3, 2 / 4),
-        "attribute": (1 / 2, 0, 0, 0),
-        "state": (1 / 2, 0, 0, 0),
-        "relation": (1 / 2, 1 / 2, 1, 2 / 3),
+        "all": (3 / 7, 2 / 3, 2 / 5, 4 / 8, 3 / 7),
+        "existence": (1 / 3, 1, 1 / 3, 2 / 4, 1 / 3),
+        "attribute": (1 / 2, 0, 0, 0, 1),
+        "state": (1 / 2, 0, 0, 0, 1),
+        "relation": (1 / 2, 1 / 2, 1, 2 / 3, 0),
     }
-    names = ("accuracy", "precision", "recall", "F1")
+    names = ("accuracy", "precision", "recall", "F1", "yes rate")
     assert found == {
         f"{dimension}: {name}": pytest.approx(value)
         for dimension, values in expected.items()
@@ -257,8 +258,8 @@ def test_reads_responses(tmp_path: Path) -> None:
     [
         ([], "is empty; expected records"),
         ([{"id": 1, "response": ""}, {"id": 1, "response": ""}], "entry 2: id 1 is answered twice"),
-        ([{"id": 1, "answer": ""}], "expected 'response'"),
-        ([{"id": 1, "response": ["No"]}], r'response is \["No"\]; expected a string'),
+        ([{"id": 1, "said": ""}], "expected 'response' or 'text' or 'answer'"),
+        ([{"id": 1, "response": ["No"]}], r'response or text or answer is \["No"\]; expected a string'),
         ([{"response": ""}], "expected 'id'"),
     ],
 )

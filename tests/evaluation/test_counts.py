@@ -1,11 +1,12 @@
 """Measures of sums, and what changed between two models."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mmalign.evaluation.counts import Counts, compare, f1, ratio
+from mmalign.evaluation.counts import Counts, compare, f1, over_runs, ratio
 from mmalign.evaluation.intervals import paired_bootstrap, paired_difference
 
 
@@ -70,3 +71,41 @@ def test_refuses() -> None:
         compare(BEFORE, Counts("game", AFTER.keys, AFTER.groups, AFTER.columns, AFTER.shares, AFTER.means))
     with pytest.raises(ValueError, match="measure more"):
         compare(*[counts([1], [1], [1], ["a"], ["1"])] * 2)
+
+
+def test_runs_are_averaged_and_set_beside_the_base() -> None:
+    """Rates 1/6 and 3/6 beside a base of 3/6; 5 words a response in one run, 5 in the other, 5 in the base."""
+    found = over_runs(BEFORE, [AFTER, BEFORE])
+    assert found.values == {"rate": (pytest.approx(1 / 6), 0.5), "words": (5.0, 5.0)}
+    assert found.means["rate"].estimate == pytest.approx((1 / 6 + 1 / 2) / 2)
+    assert found.changes["rate"].estimate == pytest.approx((1 / 6 - 1 / 2) / 2)
+    assert found.means["words"].estimate == 5 and found.changes["words"].estimate == 0
+
+
+def test_one_run_has_the_intervals_of_a_comparison() -> None:
+    """One run knows nothing of other seeds, so its shares are those of `compare`."""
+    one, both = over_runs(BEFORE, [AFTER]), compare(BEFORE, AFTER)
+    assert one.changes["rate"] == both.differences["rate"]
+    assert one.means["rate"] == AFTER.intervals["rate"]
+
+
+def test_runs_of_other_questions_are_refused() -> None:
+    other = counts([0, 0], [1, 1], [1, 1], ["a", "d"], ["1", "2"])
+    with pytest.raises(ValueError, match="did not answer the same"):
+        over_runs(BEFORE, [AFTER, other])
+    with pytest.raises(ValueError, match="there is no run"):
+        over_runs(BEFORE, [])
+
+
+def test_a_short_table_has_the_main_measures() -> None:
+    main = [replace(one, main=("words",)) for one in (BEFORE, AFTER)]
+    assert [row[0] for row in compare(*main).table(short=True)] == ["toy", "words"]
+    assert len(compare(*main).table()) == 3
+    assert BEFORE.in_short == ("rate", "words")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("mean: accuracy", "toy accuracy"), ("random: F1", "random: F1"), ("recall", "recall")]
+)
+def test_labels_say_which_benchmark_a_mean_is_of(name: str, label: str) -> None:
+    assert BEFORE.label(name) == label

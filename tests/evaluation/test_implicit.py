@@ -1,13 +1,60 @@
-"""Implicit accuracy without a pair to score."""
+"""Implicit accuracy, of images and of responses alike."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from mmalign.draws import Draws
 from mmalign.evaluation import implicit
-from mmalign.policy import Policy
+from mmalign.policy import FrozenCopy, Policy, Scores
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scores of a base model, and how much the trained one adds to them; [B] each."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_gain: Tensor
+    rejected_gain: Tensor
+    weights: Tensor
+
+
+BASE, TRAINED = nn.Identity(), nn.Identity()
+POLICY = Policy(cast(Any, None), TRAINED, TRAINED, FrozenCopy(BASE))
+# Right, wrong, a tie, which is wrong, and a row of padding that would be right.
+BATCH = Batch(
+    chosen=torch.tensor([-1.0, -1.0, -1.0, -1.0]),
+    rejected=torch.tensor([-5.0, -0.5, -2.0, -2.0]),
+    chosen_gain=torch.tensor([0.5, 0.25, 0.0, 1.0]),
+    rejected_gain=torch.tensor([-0.5, 0.5, 0.0, 0.0]),
+    weights=torch.tensor([1.0, 1.0, 1.0, 0.0]),
+)
+
+
+def score(batch: Batch, draws: Draws, index: int) -> Callable[[nn.Module], Scores]:
+    def run(net: nn.Module) -> Scores:
+        gained = float(net is TRAINED)
+        return {
+            "chosen": batch.chosen + gained * batch.chosen_gain,
+            "rejected": batch.rejected + gained * batch.rejected_gain,
+        }
+
+    return run
+
+
+def test_by_hand() -> None:
+    """What counts is how much more a pair's margin is than the base model's, not whether it is above 0."""
+    found = implicit.accuracy(POLICY, [BATCH], score, draws=2, seed=0)
+    assert (found.right, found.number) == (1, 3)
+    assert found.chosen_gain == pytest.approx(0.25) and found.rejected_gain == pytest.approx(0.0)
+    assert found.as_dict()["accuracy"]["estimate"] == pytest.approx(1 / 3)
 
 
 def test_no_pair_is_no_accuracy() -> None:
     with pytest.raises(ValueError, match="there is no held-out pair to score"):
-        implicit.accuracy(cast(Policy, None), list[Any](), draws=1, seed=0)
+        implicit.accuracy(POLICY, list[Any](), score, draws=1, seed=0)

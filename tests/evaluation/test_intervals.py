@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmalign.evaluation.intervals import Interval, bootstrap, paired_bootstrap, paired_difference, proportion
+from mmalign.evaluation.intervals import (
+    Interval,
+    bootstrap,
+    mean_of_runs,
+    paired_bootstrap,
+    paired_difference,
+    proportion,
+)
 
 
 def test_points_and_str() -> None:
@@ -207,3 +214,46 @@ def test_bootstrap_refuses() -> None:
         paired_bootstrap(np.ones((2, 2)), np.ones((3, 2)), rate)
     with pytest.raises(ValueError, match="between 0 and 1"):
         bootstrap([[1, 2], [1, 2]], rate, level=95)
+
+
+# -------------------------------------------------------------------------------------------------------- runs and rows
+
+SHARE = [(0.0, 1.0)]
+
+
+def test_runs_that_agree_are_as_uncertain_as_their_rows() -> None:
+    """Three equal runs: no variance between them, and the interval is Student's around the bootstrap's own spread."""
+    rng = np.random.default_rng(10)
+    run = np.stack([rng.integers(0, 2, 400), np.ones(400)], axis=-1)
+    (alone,), (thrice,) = (mean_of_runs([run] * number, rate, bounds=SHARE) for number in (1, 3))
+    assert alone == bootstrap(run, rate)[0]
+    assert thrice.estimate == pytest.approx(alone.estimate)
+    assert thrice.high - thrice.low == pytest.approx(alone.high - alone.low, rel=0.05)  # 2,000 sets: quantiles wobble
+
+
+def test_runs_that_differ_by_hand() -> None:
+    """Rates 0.2, 0.3 and 0.4, the same in every row: 0.3 +- t sqrt(0.01 / 3), with the t of two degrees of freedom."""
+    runs = [np.tile([share, 1.0], (50, 1)) for share in (0.2, 0.3, 0.4)]
+    (found,) = mean_of_runs(runs, rate, bounds=SHARE)
+    reach = 4.302653 * (0.01 / 3) ** 0.5
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.3, 0.3 - reach, 0.3 + reach))
+    (wide,) = mean_of_runs([np.tile([share, 1.0], (50, 1)) for share in (0.0, 0.5, 1.0)], rate, bounds=SHARE)
+    assert (wide.low, wide.high) == (0, 1)  # 0.5 +- 1.24 reaches beyond what a share can be
+
+
+def test_coverage_over_runs_and_rows() -> None:
+    """Rows with rates of their own and three runs with effects of their own: held as often as it says."""
+    rng = np.random.default_rng(11)
+    held, tries, rows = 0, 300, 120
+    for _ in range(tries):
+        rates = np.clip(rng.beta(4, 8, rows)[None] + rng.normal(0, 0.05, (3, 1)), 0, 1)
+        runs = np.stack([rng.binomial(1, rates), np.ones((3, rows))], axis=-1)
+        (found,) = mean_of_runs(runs, rate, bounds=SHARE, resamples=300)
+        held += found.low <= 1 / 3 <= found.high
+    assert held >= 277  # 285 expected and two standard deviations are 8: it must not promise too much
+
+
+def test_runs_that_never_differ_have_the_rule_of_three() -> None:
+    nothing = np.stack([np.zeros(60), np.ones(60)], axis=-1)
+    (found,) = mean_of_runs([nothing] * 3, rate, bounds=SHARE)
+    assert found == bootstrap(nothing, rate)[0]

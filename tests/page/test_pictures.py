@@ -1,4 +1,4 @@
-"""The gallery: what is written can be read back, sorts honestly, fetches nothing and runs no prompt."""
+"""The page of pictures: what is written can be read back, sorts honestly, fetches nothing and runs no prompt."""
 
 import base64
 import io
@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mmalign.data.scenes import draw, lay_out, parse
-from mmalign.page import Entry, _choose, write_gallery
+from mmalign.page.pictures import Entry, write_gallery
+from mmalign.page.ranking import choose
 
 SUMMARY = [("prompts fulfilled", "before, %", "after, %"), ("all", "27.3 [22.1, 33.1]", "33.2 [27.7, 39.2]")]
 
@@ -54,7 +55,7 @@ class Page(HTMLParser):
         if tag == "section":
             self.section = values["id"]
         if tag == "article":
-            self.prompts.append((self.section, values["data-prompt"]))
+            self.prompts.append((self.section, values["data-title"]))
 
 
 def test_plain_page_is_sorted(tmp_path: Path) -> None:
@@ -123,12 +124,12 @@ def test_manifest_and_images(tmp_path: Path) -> None:
 
 def test_grid_shows_half_losses() -> None:
     gains, losses = [entry("g", 0, i + 1.0) for i in range(30)], [entry("l", i + 1.0, 0) for i in range(30)]
-    chosen = _choose([*gains, *losses], 24)
+    chosen = choose([*gains, *losses], 24)
     assert chosen == {"gained": list(range(29, 17, -1)), "lost": list(range(59, 47, -1))}
-    assert _choose([*gains, *losses[:3]], 24)["lost"] == [32, 31, 30]  # the rest is room for gains
-    assert len(_choose([*gains[:2], *losses], 24)["lost"]) == 22
-    assert _choose(gains, 1) == {"gained": [29], "lost": []}
-    assert _choose([entry("s", 1, 1)] * 3, 2) == {"unchanged": [0, 1]}
+    assert choose([*gains, *losses[:3]], 24)["lost"] == [32, 31, 30]  # the rest is room for gains
+    assert len(choose([*gains[:2], *losses], 24)["lost"]) == 22
+    assert choose(gains, 1) == {"gained": [29], "lost": []}
+    assert choose([entry("s", 1, 1)] * 3, 2) == {"unchanged": [0, 1]}
 
 
 def test_grid_enlarges_whole_pixels(tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""Several recipes and seeds in one table; what is done is not done again, and what cannot be compared is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_vlm
+import yaml
+from typer.testing import CliRunner
+
+from mmalign import cli, run
+from mmalign.compare import compare
+
+Content = dict[str, Any]
+EVALUATE = {"benchmark": "crowds", "pictures": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def recipe(folder: Path, name: str, content: Content) -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.fixture
+def content(vlm_folders: Callable[[str], Path], tmp_path: Path) -> Content:
+    rows = tiny_vlm.pairs(tmp_path / "rows")
+    train = {"steps": 2, "save_every": 2, "lr": 0.1}
+    return tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "unused", train=train, evaluate=EVALUATE)
+
+
+@pytest.fixture
+def sources(content: Content, tmp_path: Path) -> list[str]:
+    return [
+        recipe(tmp_path, "dpo", content),
+        recipe(tmp_path, "hinge", {**content, "method": {"name": "dpo", "loss": "hinge"}}),
+    ]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done, and where."""
+    done: list[str] = []
+    for name in ("prepare", "train", "evaluate"):
+        work = getattr(run, name)
+
+        def counted(recipe: Any, say: Any, name: str = name, work: Any = work) -> Any:
+            done.append(f"{name} {Path(recipe.output).parent.name} {Path(recipe.output).name}")
+            return work(recipe, say)
+
+        monkeypatch.setattr(run, name, counted)
+    return done
+
+
+def test_a_table_of_two_recipes_and_two_seeds(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
+    out, table = tmp_path / "compared", tmp_path / "assets" / "table.md"
+    base, dpo, hinge = compare(sources, seeds=2, output=out, table=table, say=quiet)
+    assert [row.name for row in (base, dpo, hinge)] == ["base", "dpo", "hinge"]
+    assert calls == [
+        f"{what} {name} seed-{seed}" for name in ("dpo", "hinge") for seed in (0, 1) for what in ("train", "evaluate")
+    ]
+    assert (base.runs, dpo.runs, dpo.pairs) == (1, 2, 4)  # 2 updates of 2 pairs
+    written = json.loads(table.with_suffix(".json").read_text())
+    assert written == json.loads((out / "comparison.json").read_text())
+    for row in written[1:]:
+        results = [
+            json.loads((out / row["name"] / f"seed-{s}" / "evaluation" / "result.json").read_text()) for s in (0, 1)
+        ]
+        for label, (counts, name) in {
+            "CHAIR_s": ("CHAIR", "CHAIR_s"),
+            "recall": ("CHAIR", "recall"),
+            "words per response": ("CHAIR", "words per response"),
+            "POPE accuracy": ("POPE", "mean: accuracy"),
+        }.items():
+            each = [r["measures"][counts]["after"]["measures"][name]["estimate"] for r in results]
+            before = results[0]["measures"][counts]["before"]["measures"][name]["estimate"]
+            found = row["measures"][label]
+            assert found["runs"] == pytest.approx(each) and found["estimate"] == pytest.approx(sum(each) / 2)
+            assert found["change"]["estimate"] == pytest.approx(sum(each) / 2 - before)
+            assert found["low"] <= found["estimate"] <= found["high"]
+
+
+def test_the_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
+    compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)
+    text = (tmp_path / "compared" / "comparison.md").read_text()
+    header, rule, *rows = (line.split(" | ") for line in text.splitlines()[:5])
+    assert [cell.strip("| ") for cell in header][:6] == [
+        "",
+        "runs",
+        "pairs seen",
+        "CHAIR_s, %",
+        "CHAIR_i, %",
+        "recall, %",
+    ]
+    assert len(header) == len(rule) and {len(row) for row in rows} == {len(header)}
+    assert [row[0].strip("| ") for row in rows] == ["base", "dpo", "hinge"]
+    for cell in re.findall(r"[-+]?[\d.]+ \[[-\d.e]+, [-\d.e]+\]", text):
+        estimate, low, high = map(float, re.findall(r"[-+]?[\d.]+(?:e-?\d+)?", cell))
+        assert low <= estimate <= high
+    for bold, low, high in re.findall(r"(\*\*)?[-+][\d.]+ \[([-\d.]+), ([-\d.]+)\]", text.partition("Change")[2]):
+        assert bool(bold) == (float(low) > 0 or float(high) < 0) or 0 in (float(low), float(high))
+
+
+def test_what_is_done_is_not_done_again(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
+    """Stopped in the second run's evaluation; the same command; and then one more recipe, and one more seed."""
+    out = tmp_path / "compared"
+    evaluate = run.evaluate
+
+    def killed(recipe: Any, say: Any) -> Any:
+        if recipe.train.seed == 1:
+            raise KeyboardInterrupt
+        return evaluate(recipe, say)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(sources[:1], seeds=2, output=out, say=quiet)
+    calls.clear()
+    compare(sources[:1], seeds=2, output=out, say=quiet)
+    assert calls == ["evaluate dpo seed-1"]
+    first = (out / "comparison.md").read_text()
+    calls.clear()
+    compare(sources[:1], seeds=2, output=out, say=quiet)
+    assert not calls and (out / "comparison.md").read_text() == first
+    compare(sources, seeds=2, output=out, say=quiet)
+    assert {call.split()[1] for call in calls} == {"hinge"}
+    calls.clear()
+    compare(sources[:1], seeds=3, output=out, say=quiet)
+    assert {call.split()[2] for call in calls} == {"seed-2"}
+
+
+def test_the_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
+    """One file of answers for the base model and one for each of four runs."""
+    compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
+    assert len(list((tmp_path / "compared" / "answers").iterdir())) == 5
+
+
+def test_images_are_compared_by_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    evaluate = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
+    made = tiny.recipe(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
+    out = tmp_path / "compared"
+    base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, say=quiet)
+    result = json.loads((out / "dpo" / "seed-0" / "evaluation" / "result.json").read_text())["overall"]
+    for row, side in ((base, "before"), (dpo, "after")):
+        assert row.as_dict()["measures"]["prompts drawn right"]["estimate"] == result[side]["estimate"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"evaluate": None}, "says of no benchmark that asks or draws"),
+        ({"evaluate": {"benchmark": "implicit"}}, "says of no benchmark that asks or draws"),
+        ({"evaluate": {**EVALUATE, "pictures": 4}}, "evaluate differs between dpo and other"),
+        ({"model": {"path": "models/tiny_sd"}}, "model.path differs between dpo and other"),
+    ],
+)
+def test_recipes_that_cannot_be_compared(
+    changed: Content, sentence: str, content: Content, sources: list[str], tmp_path: Path, calls: list[str]
+) -> None:
+    other = recipe(tmp_path, "other", {**content, **changed})
+    with pytest.raises(ValueError, match=sentence):
+        compare([sources[0], other], seeds=1, output=tmp_path / "compared", say=quiet)
+    assert not calls
+
+
+def test_two_recipes_of_one_name(content: Content, sources: list[str], tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ValueError, match="two recipes are called dpo; rename one"):
+        compare([sources[0], recipe(tmp_path / "more", "dpo", content)], seeds=1, output=tmp_path / "c", say=quiet)
+
+
+def test_runs_of_another_recipe_are_not_taken_for_this_ones(sources: list[str], tmp_path: Path) -> None:
+    compare(sources[:1], seeds=1, output=tmp_path / "compared", say=quiet)
+    with pytest.raises(
+        ValueError, match=r"seed-0 was trained with train.lr 0.1, and now it is 0.2; name another --output"
+    ):
+        compare(sources[:1], seeds=1, output=tmp_path / "compared", overrides=["train.lr=0.2"], say=quiet)
+
+
+def test_the_command(sources: list[str], tmp_path: Path) -> None:
+    arguments = ["compare", *sources, "--seeds", "1", "--output", str(tmp_path / "c"), "--set", "train.steps=1"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"table: {tmp_path / 'c' / 'comparison.md'}" in result.stdout
+    assert json.loads((tmp_path / "c" / "comparison.json").read_text())[1]["pairs"] == 2
