@@ -412,8 +412,8 @@ def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]
     """The stages by name."""
     yield "vae", lambda: build_vae(args.work, args.compile)
     yield "sd", lambda: build_sd(args.work, args.compile, args.sd_steps)
-    yield "clip", lambda: build_clip(args.work, "tiny_clip", 0, seed=30, steps=args.clip_steps)
-    yield "clip_eval", lambda: build_clip(args.work, "tiny_clip_eval", 1, seed=40, steps=args.clip_steps)
+    yield "clip", lambda: build_clip(args.work, "tiny_clip", 0, seed=30, steps=1500)
+    yield "clip_eval", lambda: build_clip(args.work, "tiny_clip_eval", 1, seed=40, steps=600)
 
 
 def main() -> None:
@@ -426,7 +426,6 @@ def main() -> None:
         "--compile", action="store_true", help="torch.compile the networks: a third faster, needs a C++ compiler"
     )
     parser.add_argument("--sd-steps", type=int, default=3600, help="training steps of the denoiser")
-    parser.add_argument("--clip-steps", type=int, default=600, help="training steps of each judge")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.threads:
