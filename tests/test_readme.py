@@ -99,9 +99,10 @@ def test_the_readme_is_read_as_it_is_written() -> None:
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands are taken apart and their recipes loaded, and nothing else is done."""
-    from mmalign import quickstart, run
+    from mmalign import compare, quickstart, run
 
-    for module, names in ((run, ("train", "evaluate", "gallery", "prepare")), (quickstart, ("quickstart",))):
+    doing = {run: ("train", "evaluate", "gallery", "prepare"), quickstart: ("quickstart",), compare: ("compare",)}
+    for module, names in doing.items():
         for name in names:
             monkeypatch.setattr(module, name, lambda *_, **__: None)
 
