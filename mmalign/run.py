@@ -16,6 +16,7 @@ from mmalign.evaluate_images import draw, prompts_of
 from mmalign.evaluation import implicit
 from mmalign.feed import Opened, open_data, open_feed
 from mmalign.page import answers, pictures
+from mmalign.page.files import write_page
 from mmalign.page.ranking import spread
 from mmalign.policy import Policy
 from mmalign.rejected import Writer
@@ -181,12 +182,11 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
     }
     try:
         if isinstance(section, EvaluateResponses):
-            shown = evaluate_responses.entries(section, [samples[i] for i in chosen])
-            page = answers.write_gallery(target, shown, **about)
+            asked = evaluate_responses.entries(section, [samples[i] for i in chosen])
+            page = write_page(target, asked, answers.LAYOUT, **about)
         else:
-            page = pictures.write_gallery(
-                target, evaluate_images.entries(folder, [(i, samples[i]) for i in chosen]), **about
-            )
+            drawn = evaluate_images.entries(folder, [(i, samples[i]) for i in chosen])
+            page = write_page(target, drawn, pictures.LAYOUT, **about)
     except OSError as error:
         raise unwritten(target, error) from error
     say(f"gallery: {page}")

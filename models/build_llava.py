@@ -24,7 +24,7 @@ from mmalign.data import crowds
 
 HERE = Path(__file__).parent
 SIDE, PATCH = 64, 16  # pixels; an image is 16 tokens
-BLIND = 0.1  # the share of rows whose picture is hidden from the decoder
+BLIND = 0.15  # the share of rows whose picture is hidden from the decoder
 MEAN, STD = 0.95, 0.25  # of a picture's values: most of it is white
 CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="where checkpoints are kept")
     parser.add_argument("--output", type=Path, default=HERE / "tiny_llava", help="where the model is written")
     parser.add_argument("--answers", type=Path, help="write 800 true descriptions to this parquet file, and do no more")
-    parser.add_argument("--steps", type=int, default=3000, help="updates of projector and decoder")
+    parser.add_argument("--steps", type=int, default=1500, help="updates of projector and decoder")
     parser.add_argument("--threads", type=int, default=0, help="processor threads (0: all)")
     args = parser.parse_args()
     if args.answers is not None:

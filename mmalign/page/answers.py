@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from mmalign.page.files import Layout, write_page
+from mmalign.page.files import Layout
 from mmalign.page.grid import INK, LINE, MUTED, SMALL, TEXT, badge, fit, load_font, plain, wrap, write_line
 from mmalign.page.ranking import shown
 
@@ -70,31 +69,6 @@ class Entry:
     def notes(self) -> tuple[str, str]:
         """Before, after."""
         return self.before.note, self.after.note
-
-
-def write_gallery(
-    folder: Path,
-    entries: Sequence[Entry],
-    *,
-    title: str,
-    summary: Sequence[Sequence[str]],
-    score_name: str,
-    provenance: Mapping[str, str],
-    grid: int = 12,
-    measured: Sequence[tuple[float, float]] | None = None,
-) -> Path:
-    """Write the page of N questions and return the path of its `index.html`; see `files.write_page`."""
-    return write_page(
-        folder,
-        entries,
-        LAYOUT,
-        title=title,
-        summary=summary,
-        score_name=score_name,
-        provenance=provenance,
-        grid=grid,
-        measured=measured,
-    )
 
 
 class Piece(NamedTuple):
@@ -246,4 +220,5 @@ LAYOUT = Layout(
     describe=_described,
     label=_labelled,
     tiles=_tiles,
+    grid=12,
 )

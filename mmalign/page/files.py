@@ -34,6 +34,7 @@ class Layout(Generic[E]):
         describe: the rest of it, for manifest.json and the template.
         label: what tells an entry from others of its title: "seed 3".
         tiles: how it is drawn in the grid.
+        grid: the largest number of entries in `gallery.png`: half best gains, half worst regressions.
     """
 
     template: str
@@ -43,6 +44,7 @@ class Layout(Generic[E]):
     describe: Callable[[E], dict[str, Any]]
     label: Callable[[E], str]
     tiles: Tiles[E]
+    grid: int
 
 
 def write_page(
@@ -54,7 +56,6 @@ def write_page(
     summary: Sequence[Sequence[str]],
     score_name: str,
     provenance: Mapping[str, str],
-    grid: int,
     measured: Sequence[tuple[float, float]] | None = None,
 ) -> Path:
     """Write the page of N entries and return the path of its `index.html`.
@@ -69,14 +70,13 @@ def write_page(
         summary: rows of text, the header first, such as `SceneComparison.table()`; empty for no table.
         score_name: what the score is, in words.
         provenance: what made the entries (models, recipe, sampler), shown as it is.
-        grid: the largest number of entries in `gallery.png`: half best gains, half worst regressions.
         measured: [M] the scores of all that was measured, before and after, where the entries are a part of it.
 
     Raises:
-        ValueError: no entry, scores that cannot be compared, an uneven summary, or a grid of nothing.
+        ValueError: no entry, scores that cannot be compared, or an uneven summary.
         OSError: a file cannot be written.
     """
-    _check(entries, layout, summary, grid)
+    _check(entries, layout, summary)
     counts = tally(measured or [entry.scores for entry in entries])
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
@@ -88,7 +88,7 @@ def write_page(
         records.append(_record(entry, layout, names))
     unit = 1 if _is_small(entries, layout) else 2  # everything in the grid scales with the pictures
     lines = header(counts, layout.lead, score_name, summary)
-    canvas = draw_grid(entries, title, lines, counts, layout.tiles, number=grid, unit=unit)
+    canvas = draw_grid(entries, title, lines, counts, layout.tiles, number=layout.grid, unit=unit)
     _write(folder / "gallery.png", _encode(canvas, "PNG"))
     _write(folder / "index.html", _page(entries, counts, layout, title, summary, score_name, provenance).encode())
     manifest = {
@@ -103,11 +103,9 @@ def write_page(
     return folder / "index.html"
 
 
-def _check(entries: Sequence[E], layout: Layout[E], summary: Sequence[Sequence[str]], grid: int) -> None:
+def _check(entries: Sequence[E], layout: Layout[E], summary: Sequence[Sequence[str]]) -> None:
     if not entries:
         raise ValueError("gallery: no entries; expected at least one that was measured before and after")
-    if grid < 1:
-        raise ValueError(f"gallery: a grid of {grid} entries; expected at least 1")
     for i, entry in enumerate(entries):
         where = f"gallery: entry {i} ({entry.title[:60]!r}, {layout.label(entry)})"
         sizes = [image.size for image in layout.images(entry).values()]

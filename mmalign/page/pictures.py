@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from mmalign.page.files import Layout, write_page
+from mmalign.page.files import Layout
 from mmalign.page.grid import LINE, MUTED, SMALL, TEXT, badge, fit, load_font, wrap, write_line
 from mmalign.page.ranking import shown
 
@@ -44,31 +43,6 @@ class Entry:
     def notes(self) -> tuple[str, str]:
         """Before, after."""
         return self.before_note, self.after_note
-
-
-def write_gallery(
-    folder: Path,
-    entries: Sequence[Entry],
-    *,
-    title: str,
-    summary: Sequence[Sequence[str]],
-    score_name: str,
-    provenance: Mapping[str, str],
-    grid: int = 24,
-    measured: Sequence[tuple[float, float]] | None = None,
-) -> Path:
-    """Write the page of N pictures and return the path of its `index.html`; see `files.write_page`."""
-    return write_page(
-        folder,
-        entries,
-        LAYOUT,
-        title=title,
-        summary=summary,
-        score_name=score_name,
-        provenance=provenance,
-        grid=grid,
-        measured=measured,
-    )
 
 
 @dataclass(frozen=True)
@@ -146,4 +120,5 @@ LAYOUT = Layout(
     describe=_described,
     label=_labelled,
     tiles=_tiles,
+    grid=24,
 )

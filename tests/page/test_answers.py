@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.page.answers import LAYOUT, Answer, Entry, Piece, _lines, _words, pieces, write_gallery
+from mmalign.page.answers import LAYOUT, Answer, Entry, Piece, _lines, _words, pieces
+from mmalign.page.files import write_page
 from mmalign.page.grid import INK
 
 SUMMARY = [("", "before", "after"), ("CHAIR_s, %", "40.0 [30.1, 49.9]", "20.0 [12.1, 29.9]")]
@@ -27,7 +28,7 @@ def entry(before: Answer = INVENTED, after: Answer = RIGHT, name: str = "test-0-
 
 def write(folder: Path, entries: list[Entry], **changes: Any) -> Path:
     arguments = {"title": "t", "summary": SUMMARY, "score_name": "named", "provenance": {"model": "tiny"}, **changes}
-    return write_gallery(folder, entries, **arguments)
+    return write_page(folder, entries, LAYOUT, **arguments)
 
 
 class Page(HTMLParser):

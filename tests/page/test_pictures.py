@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mmalign.data.scenes import draw, lay_out, parse
-from mmalign.page.pictures import Entry, write_gallery
+from mmalign.page.files import write_page
+from mmalign.page.pictures import LAYOUT, Entry
 from mmalign.page.ranking import choose
 
 SUMMARY = [("prompts fulfilled", "before, %", "after, %"), ("all", "27.3 [22.1, 33.1]", "33.2 [27.7, 39.2]")]
@@ -27,7 +28,7 @@ def entry(prompt: str, before: float, after: float, seed: int = 0, **notes: str)
 
 def write(folder: Path, entries: list[Entry], **changes: Any) -> Path:
     arguments = {"title": "t", "summary": SUMMARY, "score_name": "accuracy", "provenance": {"model": "tiny"}, **changes}
-    return write_gallery(folder, entries, **arguments)
+    return write_page(folder, entries, LAYOUT, **arguments)
 
 
 FIVE = [
@@ -193,8 +194,6 @@ def test_refuses(tmp_path: Path) -> None:
         write(tmp_path, [Entry("p", 7, small, small, 0, float("nan"))])
     with pytest.raises(ValueError, match="scores inf and 1"):
         write(tmp_path, [Entry("p", 7, small, small, float("inf"), 1)])
-    with pytest.raises(ValueError, match="a grid of 0"):
-        write(tmp_path, FIVE, grid=0)
     with pytest.raises(ValueError, match=r"rows of \[2, 1\] cells"):
         write(tmp_path, FIVE, summary=[("a", "b"), ("c",)])
     assert not list(tmp_path.iterdir())  # all is checked before anything is written
