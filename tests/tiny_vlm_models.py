@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -201,7 +200,6 @@ def idefics3() -> tuple[Any, Any]:
 
 def smolvlm() -> tuple[Any, Any]:
     """SmolVLM: as Idefics3, with a processor of its own."""
-    pytest.importorskip("num2words")  # its processor does nothing without
     model, idefics = idefics3()
     tiles = SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     processor = SmolVLMProcessor(
