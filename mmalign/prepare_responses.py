@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mmalign import assemble
+from mmalign import assemble, families
 from mmalign.callables import find_callable, name_of
 from mmalign.completions import Speaker, hiding, require_hiding
 from mmalign.data.journal import Journal
@@ -26,15 +26,16 @@ from mmalign.data.pairs import Dropped, Pairs, ResponsePair, hashed, listed
 from mmalign.data.responses import open_responses
 from mmalign.data.vocabularies import CROWDS, load_vocabulary
 from mmalign.draws import Draws
-from mmalign.families import Decoding, VisionLanguage
+from mmalign.families import VisionLanguage
 from mmalign.language.corrupt import Companions, Corruptor, companions
 from mmalign.language.segments import masker
 from mmalign.language.similarity import Similarity, is_fallback, load_similarity
-from mmalign.rejected import Corrupted, Hallucinated, Index, Made, Maker, Misled, Writer
+from mmalign.rejected import Corrupted, Hallucinated, Index, Made, Maker, Misled, Own, Writer
 from mmalign.report import tracked
 from mmalign.rewards import open_clip
 from mmalign.sections import (
     Completing,
+    Decoding,
     PrepareBdhs,
     PreparePovid,
     PrepareRealign,
@@ -124,8 +125,10 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
         )
     if data.images is not None and not Path(data.images).is_dir():
         raise ValueError(f"data.images: {data.images} is no folder; expected the one that the images' paths begin in")
-    if writer is not None and section.kind == "bdhs":
-        raise ValueError("prepare: kind bdhs neither masks nor corrupts answers; it takes no function for that")
+    if writer is not None and section.kind in ("bdhs", "own"):
+        raise ValueError(
+            f"prepare: kind {section.kind} neither masks nor corrupts answers; it takes no function for that"
+        )
     bdhs = section.bdhs
     if bdhs is not None and bdhs.keep_rejected and section.source.format == "answers":
         raise ValueError(
@@ -166,36 +169,44 @@ def _work(
     recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair], say: Say, writer: Writer | None
 ) -> Work:
     """What makes the rejected responses, with all models in memory that it needs."""
-    draws = Draws(section.seed)
-    if section.kind == "povid":
-        return _povid(section.povid or PreparePovid(), pairs, draws, writer)
+    draws, settings = Draws(section.seed), _settings(section)
+    if isinstance(settings, PreparePovid):
+        return _povid(settings, pairs, draws, writer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = section.realign if section.realign is not None else section.bdhs or PrepareBdhs()
+    if isinstance(settings, Decoding):
+        speaker, of = _speaker(recipe, device, draws)
+        how = families.Decoding(**settings.model_dump())
+        return Work(Own(speaker, how), of)
     # Before a model of gigabytes: what may be missing.
     similarity = _similarity(f"prepare.{section.kind}.similarity", settings, say)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
-    family: VisionLanguage = assemble.load_model(recipe.model, recipe.train.precision, device)
-    speaker = Speaker(family, family.network, draws)
-    of = {
-        "model": recipe.model.path,
-        "fingerprint": assemble.fingerprint(family.network),
-        "precision": recipe.train.precision,
-        "similarity by": similarity.name,
-    }
+    speaker, of = _speaker(recipe, device, draws)
+    of["similarity by"] = similarity.name
     if not isinstance(settings, PrepareRealign):
-        require_hiding(family)
+        require_hiding(speaker.family)
         return Work(Hallucinated(speaker, hiding(settings), similarity), of)
     assert mask is not None
     misled = Misled(
         speaker,
         _index(settings, pairs, device),
         mask,
-        Decoding(settings.max_new_tokens, settings.temperature, batch_size=settings.batch_size),
+        families.Decoding(settings.max_new_tokens, settings.temperature, batch_size=settings.batch_size),
         similarity,
         similar=settings.similar,
         asking=settings.completion == "ask",
     )
     return Work(misled, {**of, "masker": _named(settings.masker, writer)})
+
+
+def _speaker(recipe: Recipe, device: torch.device, draws: Draws) -> tuple[Speaker, dict[str, str]]:
+    """The recipe's model, and which one it is."""
+    family: VisionLanguage = assemble.load_model(recipe.model, recipe.train.precision, device)
+    of = {
+        "model": recipe.model.path,
+        "fingerprint": assemble.fingerprint(family.network),
+        "precision": recipe.train.precision,
+    }
+    return Speaker(family, family.network, draws), of
 
 
 def _similarity(key: str, settings: Completing, say: Say) -> Similarity:
@@ -246,18 +257,25 @@ def _named(name: str, writer: Writer | None) -> str:
 # ------------------------------------------------------------------------------------------------------------ what came
 
 
-def _settings(section: PrepareResponses) -> dict[str, Any]:
-    """What is set for this kind, defaults included."""
-    own = getattr(section, section.kind) or {"bdhs": PrepareBdhs, "povid": PreparePovid}[section.kind]()
-    settings: dict[str, Any] = own.model_dump()
-    return settings
+def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | PreparePovid | Decoding:
+    """What is set for this kind, or its defaults."""
+    match section.kind:
+        case "realign":
+            assert section.realign is not None, "the section has been checked"
+            return section.realign
+        case "bdhs":
+            return section.bdhs or PrepareBdhs()
+        case "povid":
+            return section.povid or PreparePovid()
+        case "own":
+            return section.own or Decoding()
 
 
 def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> dict[str, Any]:
     """What a row's result depends on; work that was begun under another one is not gone on with."""
     rows = hashed(*(str(pair.row) for pair in pairs))
     common = {"kind": section.kind, "seed": section.seed, "save_every": section.save_every, "rows": rows}
-    return {**_settings(section), **common, **work.of}
+    return {**_settings(section).model_dump(), **common, **work.of}
 
 
 def _kept(one: Made | str) -> dict[str, Any]:
@@ -273,7 +291,7 @@ def _made(
 ) -> Iterator[MadePair]:
     """The pairs that are written."""
     images = {ref.where: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
-    settings = {name: value for name, value in _settings(section).items() if name not in work.of}
+    settings = {name: value for name, value in _settings(section).model_dump().items() if name not in work.of}
     common = {"kind": section.kind, "seed": section.seed, **work.of, "settings": settings}
     beside = section.bdhs is not None and section.bdhs.keep_rejected
     for number, one in enumerate(found):

@@ -1,4 +1,4 @@
-"""Rejected responses made of true answers, one class for each way: BDHS, Re-Align, POVID.
+"""Rejected responses for true answers, one class for each way: BDHS, Re-Align, POVID, and the model's own answers.
 
 Each takes pairs, whose chosen responses are the true answers, some at a time, and makes of each a rejected response, or
 says why there is none. What comes out for a pair depends on the pair alone.
@@ -19,7 +19,7 @@ from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef, ResponsePair, Turn
 from mmalign.data.responses import IMAGE
 from mmalign.data.retrieval import nearest
-from mmalign.families import Decoding, ImageView
+from mmalign.families import Decoding, ImageFeatures, ImageView
 from mmalign.language.hallucinate import MASK, STOPS, WHOLE, masked_openings
 from mmalign.language.similarity import Similarity
 
@@ -50,6 +50,26 @@ class Made:
 Maker = Callable[[Sequence[ResponsePair]], list[Made | str]]  # a pair's rejected response, or why there is none
 
 
+class Own:
+    """What the model itself answers, as in SPIN (arXiv:2401.01335).
+
+    Args:
+        speaker: the model.
+        decoding: how it answers.
+    """
+
+    def __init__(self, speaker: Speaker, decoding: Decoding) -> None:
+        self.speaker, self.decoding = speaker, decoding
+
+    def __call__(self, pairs: Sequence[ResponsePair]) -> list[Made | str]:
+        """See Maker."""
+        found, rows = _askable(self.speaker, pairs, self.decoding)
+        features = _encoded(self.speaker, rows.values())
+        texts = self.speaker.says(list(rows.values()), [WHOLE] * len(rows), features, self.decoding, tried=1)
+        found |= {number: _made(text, row.answer, {}) for (number, row), text in zip(rows.items(), texts, strict=True)}
+        return [found[number] for number in range(len(pairs))]
+
+
 class Hallucinated:
     """Completions with most of the image hidden.
 
@@ -64,15 +84,8 @@ class Hallucinated:
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[Made | str]:
         """See Maker."""
-        found: dict[int, Made | str] = {}
-        rows: dict[int, Answered] = {}
-        for number, pair in enumerate(pairs):
-            try:
-                rows[number] = _answered(self.speaker, pair, pair.images, pair.chosen, self.how.decoding)
-            except ValueError as error:
-                found[number] = _why(pair, error)
-        views = {key: view for row in rows.values() for key, view in row.images}
-        features = self.speaker.family.encode_images(views)
+        found, rows = _askable(self.speaker, pairs, self.how.decoding, completing=True)
+        features = _encoded(self.speaker, rows.values())
         said = bdhs(self.speaker, list(rows.values()), features, self.how, self.similarity)
         for (number, row), one in zip(rows.items(), said, strict=True):
             notes = {"tries": one.tries, "similarity": round(one.similarity, 4)}
@@ -165,7 +178,7 @@ class Misled:
         if not rows:
             return {}
         asked = [row for row, _ in rows.values()]
-        features = self.speaker.family.encode_images({key: view for row in asked for key, view in row.images})
+        features = _encoded(self.speaker, asked)
         parts = [WHOLE if self.asking else masked_openings(rows[n][0].answer, masked[n]) for n in rows]
         decoding = replace(self.decoding, stop=() if self.asking else STOPS)
         texts = self.speaker.says(asked, parts, features, decoding, tried)
@@ -234,6 +247,31 @@ class Index:
         """The images most like this one, the most similar first; none for one that cannot be read."""
         place = self._places.get(ref.key)
         return [] if place is None else [self._refs[other] for other in self._nearest[place]]
+
+
+def _askable(
+    speaker: Speaker, pairs: Sequence[ResponsePair], decoding: Decoding, *, completing: bool = False
+) -> tuple[dict[int, Made | str], dict[int, Answered]]:
+    """By a pair's number: why it cannot be asked, or its prompt, its images and its answer.
+
+    Args:
+        speaker: the model.
+        pairs: of true answers.
+        decoding: how much the model will say.
+        completing: it will go on from the true answer, not answer anew.
+    """
+    bad, rows = dict[int, Made | str](), dict[int, Answered]()
+    for number, pair in enumerate(pairs):
+        try:
+            rows[number] = _answered(speaker, pair, pair.images, pair.chosen if completing else "", decoding)
+        except ValueError as error:
+            bad[number] = _why(pair, error)
+    return bad, rows
+
+
+def _encoded(speaker: Speaker, rows: Iterable[Answered]) -> ImageFeatures:
+    """The rows' images, each encoded once."""
+    return speaker.family.encode_images({key: view for row in rows for key, view in row.images})
 
 
 def _answered(

@@ -334,18 +334,19 @@ class PreparePovid(Section):
 
 
 class PrepareResponses(Prepare):
-    """Rejected responses made of true answers."""
+    """Rejected responses for true answers."""
 
-    kind: Literal["bdhs", "realign", "povid"]
+    kind: Literal["bdhs", "realign", "povid", "own"]
     source: Source
     bdhs: PrepareBdhs | None = None
     realign: PrepareRealign | None = None
     povid: PreparePovid | None = None
+    own: Decoding | None = Field(None, description="how the model answers, with all of the image before it")
     save_every: int = Field(32, ge=1, description="rows done together, and written down before the next ones")
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> PrepareResponses:
-        for name in ("bdhs", "realign", "povid"):
+        for name in ("bdhs", "realign", "povid", "own"):
             if name != self.kind and getattr(self, name) is not None:
                 raise ValueError(f"kind {self.kind} takes no section {name!r}; leave it out")
         if self.kind == "realign" and self.realign is None:

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from build import fit, half
+from fit import fit, half
 from torch import Tensor, nn
 
 from mmalign.data import crowds
 
 HERE = Path(__file__).parent
 SIDE, PATCH = 64, 16  # pixels; an image is 16 tokens
-BLIND = 0.15  # the share of rows whose picture is hidden from the decoder
+BLIND = 0.2  # the share of descriptions whose picture is hidden from the decoder
 MEAN, STD = 0.95, 0.25  # of a picture's values: most of it is white
 CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -186,9 +186,12 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((5, step))
         rows = rng.integers(len(pictured), size=48)
-        ids, mask, targets = batch(processor, [said(pictured[row], rng) for row in rows])
-        # What can be said without a picture, the decoder must know too, as one that has read before it saw.
-        blind = torch.from_numpy(rng.random(len(rows)) < BLIND)
+        asked = [said(pictured[row], rng) for row in rows]
+        ids, mask, targets = batch(processor, asked)
+        # What can be said without a picture, the decoder must know too, as one that has read before it saw. A yes or no
+        # without one teaches it nothing but to guess.
+        described = torch.tensor([question == crowds.QUESTION for question, _ in asked])
+        blind = torch.from_numpy(rng.random(len(rows)) < BLIND) & described
         mask = mask.masked_fill(blind[:, None] & (ids == image), 0)
         with torch.autocast("cpu", torch.bfloat16):
             features = decoder["projector"](seen[torch.from_numpy(rows)])

@@ -7,88 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import tiny_vlm
+import torch
 import yaml
 
 import mmalign
 from mmalign import run
+from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
 from mmalign.data.responses import open_responses
+from mmalign.draws import Draws
+from mmalign.families import Decoding, Loading, load_vision_language
 from mmalign.language.objects import coco_vocabulary
 from mmalign.recipe import load_recipe
-from mmalign.rejected import Hallucinated, Index
-
-Folders = Callable[[str], Path]
-ANSWERS = [
-    "There is a dog. It sits on a red mat.",
-    "Two cats are next to a car.",
-    "Yes.",
-    "A person stands behind a green bench. The bench is near a truck!",
-    "No, there is no dog.",
-    "A bird.",
-    "A cup on a table. Two forks. A knife?",
-]
-FEW = {"max_new_tokens": 4, "similarity": "trigrams"}
-REALIGN = {"retriever": "models/tiny_clip", **FEW}
-
-
-def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
-    """Rows of a picture, a question and its true answer."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for n, text in enumerate(texts):
-        (folder / f"{n}.png").write_bytes(tiny.picture(n, 16 + 8 * (n % 3)))
-        rows.append({"image": f"{n}.png", "prompt": "What is it?", "answer": text})
-    path = folder / "answers.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return answers(tmp_path / "source")
-
-
-@pytest.fixture
-def content(vlm_folders: Folders, source: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A recipe that prepares `made.jsonl`; its own settings come under the name of its kind."""
-
-    def recipe(kind: str, name: str = "made.jsonl", /, **prepare: Any) -> dict[str, Any]:
-        settings = {"bdhs": {"bdhs": FEW}, "realign": {"realign": REALIGN}, "povid": {}}[kind]
-        section = {"kind": kind, "source": {"path": str(source)}, "save_every": 2, **settings, **prepare}
-        layout = "realign" if kind == "realign" else "trl"
-        model = vlm_folders("llava")
-        return tiny_vlm.recipe(model, tmp_path / name, tmp_path / "out", prepare=section, data={"format": layout})
-
-    return recipe
-
-
-def prepared(content: dict[str, Any], **callables: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that were written, and what was said."""
-    said: list[str] = []
-    path = run.prepare(load_recipe(content), say=said.append, **callables)
-    return [json.loads(line) for line in path.read_text().splitlines()], said
-
-
-def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:
-    with pytest.raises(ValueError) as raised:
-        run.prepare(load_recipe(content, overrides), say=lambda _: None, **callables)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def text(message: Any) -> str:
-    """The text of a list of one message."""
-    (one,) = message
-    return str(one["content"])
-
+from mmalign.rejected import Hallucinated, Index, Misled, Own
+from tests.prepare.preparing import ANSWERS, FEW, OWN, REALIGN, Folders, answers, prepared, refused, text
 
 # ------------------------------------------------------------------------------------------------------ what is written
 
@@ -103,6 +41,34 @@ def test_bdhs_writes_what_dpo_reads(content: Any, tmp_path: Path) -> None:
     assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers; taken at try 1: ")
     assert "similarity by trigrams (embedded" in said[-1]
     assert not list(tmp_path.glob("made*unfinished"))
+
+
+def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
+    """Rejected is what the model says of picture and question alone, greedily; the true answer is never shown to it."""
+    rows, said = prepared(content("own"))
+    assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers, in ")
+    family = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    for row, pair in zip(rows, open_responses("trl", str(tmp_path / "made.jsonl")), strict=True):
+        view = family.reader.view(decode(pair.images[0]))
+        prompt = family.reader.prompt(pair.turns, [("it", view)])
+        features = family.encode_images({"it": view})
+        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], draws=Draws(1))
+        assert pair.rejected == own.strip() != pair.chosen
+        assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
+
+
+def test_own_answers_are_drawn_by_their_rows(content: Any) -> None:
+    """A higher temperature draws, another seed draws others, and the size of a batch changes nothing."""
+    drawn = {
+        (seed, size): [
+            text(row["rejected"])
+            for row in prepared(
+                content("own", f"{seed}-{size}.jsonl", seed=seed, own={**OWN, "temperature": 1.0, "batch_size": size})
+            )[0]
+        ]
+        for seed, size in ((1, 1), (1, 3), (2, 3))
+    }
+    assert drawn[1, 1] == drawn[1, 3] != drawn[2, 3]
 
 
 def test_every_row_says_where_it_came_from(content: Any, vlm_folders: Folders) -> None:
@@ -208,16 +174,14 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["bdhs", "realign"])
+@pytest.mark.parametrize("kind", ["bdhs", "realign", "own"])
 def test_going_on_after_a_stop_gives_the_same_file(
     kind: str, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, stopped after the second of four pieces, with a line cut short in what was written so far."""
     prepared(content(kind, "whole.jsonl"))
     recipe, calls = content(kind, "made.jsonl"), list[int]()
-    from mmalign import rejected
-
-    maker = Hallucinated if kind == "bdhs" else rejected.Misled
+    maker = {"bdhs": Hallucinated, "realign": Misled, "own": Own}[kind]
     make = maker.__call__
 
     def stop(self: Any, pairs: Any) -> Any:
@@ -315,109 +279,3 @@ def test_a_function_that_gives_no_text_is_named(content: Any) -> None:
 )
 def test_a_function_that_is_not_there_is_asked_for(name: str, sentence: str, content: Any) -> None:
     assert sentence in refused(content("povid", povid={"corruptor": name}))
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
-
-
-def test_what_gives_no_pair_is_left_out_counted_and_named(content: Any, tmp_path: Path) -> None:
-    source = answers(tmp_path / "odd", ["A dog.", "Nice.", "A cat."])
-    (source.parent / "2.png").write_bytes(b"no picture")
-    rows, said = prepared(content("povid", "a.jsonl", source={"path": str(source)}))
-    assert len(rows) == 2
-    assert "2 pairs of 3 answers; 1 left out (answers.jsonl: line 2: nothing came out)" in said[-1]
-    rows, said = prepared(content("bdhs", "b.jsonl", source={"path": str(source)}))
-    assert "1 left out (answers.jsonl: line 3: image 0 (2.png): is not a readable" in said[-1]
-
-
-def test_rows_that_cannot_be_used_are_named_too(content: Any, tmp_path: Path) -> None:
-    source = answers(tmp_path / "odd", ["A dog.", " ", "A cat.", "A bus."])
-    (source.parent / "3.png").unlink()
-    rows, said = prepared(content("povid", source={"path": str(source)}))
-    assert len(rows) == 2
-    assert "2 rows of the source cannot be used (answers.jsonl: line 2: the chosen response is empty; " in said[-1]
-    assert "answers.jsonl: line 4: 3.png does not exist" in said[-1]
-
-
-def test_nothing_at_all_is_an_error_that_leaves_nothing(content: Any, tmp_path: Path) -> None:
-    source = answers(tmp_path / "odd", ["Nice.", "Good."])
-    told = refused(content("povid", source={"path": str(source)}))
-    assert told.startswith(
-        f"prepare: none of 2 answers of {source} gave a pair: answers.jsonl: line 1: nothing came out"
-    )
-    assert not list(tmp_path.glob("made*"))
-
-
-def test_an_answer_that_is_too_long_is_left_out(content: Any, tmp_path: Path) -> None:
-    source = answers(tmp_path / "odd", ["A dog.", "A dog and a cat. " * 60])
-    rows, said = prepared(content("bdhs", source={"path": str(source)}))
-    assert len(rows) == 1 and "line 2: prompt and answer have " in said[-1] and "reads 256" in said[-1]
-
-
-def test_one_process_writes_a_file(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refused(content("povid")).startswith("prepare: several processes were started")
-
-
-def test_existing_pairs_are_never_replaced(content: Any, tmp_path: Path) -> None:
-    (tmp_path / "made.jsonl").write_text("mine")
-    assert "is there already; move it away" in refused(content("povid"))
-    assert (tmp_path / "made.jsonl").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("kind", "changed", "overrides", "sentence"),
-    [
-        ("bdhs", {}, ["data.format=povid"], "data.format: kind bdhs writes trl, got povid; set it to trl"),
-        (
-            "povid",
-            {},
-            ["data.path=made.csv"],
-            "data.path: expected the file that prepare is to write, *.jsonl or *.parquet",
-        ),
-        ("povid", {}, ["data.images=nowhere"], "data.images: nowhere is no folder"),
-        ("povid", {"source": {"path": "no.jsonl"}}, [], "prepare.source.path: no.jsonl does not exist"),
-        ("povid", {"povid": {"vocabulary": "no.json"}}, [], "prepare.povid.vocabulary: no.json cannot be read"),
-        ("bdhs", {"bdhs": {"keep_rejected": True}}, [], "rows of answers have no rejected responses to keep"),
-        ("bdhs", {"bdhs": {"similarity": "no/model"}}, [], "prepare.bdhs.similarity: no/model"),
-        ("realign", {"realign": {**REALIGN, "retriever": "models/no"}}, [], "prepare.realign.retriever: cannot load"),
-    ],
-)
-def test_what_does_not_fit_is_said_before_anything_is_made(
-    kind: str, changed: dict[str, Any], overrides: list[str], sentence: str, content: Any, tmp_path: Path
-) -> None:
-    assert sentence in refused(content(kind, **changed), *overrides)
-    assert not list(tmp_path.glob("made*"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "changed", "sentence"),
-    [
-        ("bdhs", {"povid": {}}, "prepare: kind bdhs takes no section 'povid'; leave it out"),
-        (
-            "realign",
-            {"realign": None},
-            "prepare: kind realign needs a model that compares images; add realign.retriever",
-        ),
-        ("bdhs", {"bdhs": {"rho": 0.5, "keep_tokens": 3}}, "rho and keep_tokens both say how many"),
-        ("bdhs", {"judge": {"path": "models/tiny_clip"}}, "prepare has no 'judge'"),
-        ("bdhs", {"kind": "bhds"}, "prepare.kind: expected 'bdhs', 'realign' or 'povid', got the text 'bhds'"),
-    ],
-)
-def test_a_recipe_whose_settings_do_not_fit_is_refused(
-    kind: str, changed: dict[str, Any], sentence: str, content: Any
-) -> None:
-    with pytest.raises(ValueError) as raised:
-        load_recipe(content(kind, **changed))
-    assert sentence in str(raised.value)
-
-
-def test_images_in_a_table_cannot_be_named_in_json(content: Any, tmp_path: Path) -> None:
-    run.prepare(load_recipe(content("povid", "a.parquet")), say=lambda _: None)
-    told = refused(content("povid", "b.jsonl", source={"path": str(tmp_path / "a.parquet"), "format": "trl"}))
-    assert "would name images, and those of" in told and "*.parquet" in told
-
-
-def test_a_model_that_cannot_be_blinded_is_refused(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
-    told = refused(content("bdhs"), f"model.path={vlm_folders('qwen3_5')}")
-    assert told.startswith("model.path: BDHS hides an image from ") and not list(tmp_path.glob("made*"))

@@ -1,0 +1,58 @@
+"""True answers for `prepare`, and the command as a person runs it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from mmalign import run
+from mmalign.recipe import load_recipe
+
+Folders = Callable[[str], Path]  # of a tiny model, by its type
+ANSWERS = [
+    "There is a dog. It sits on a red mat.",
+    "Two cats are next to a car.",
+    "Yes.",
+    "A person stands behind a green bench. The bench is near a truck!",
+    "No, there is no dog.",
+    "A bird.",
+    "A cup on a table. Two forks. A knife?",
+]
+FEW = {"max_new_tokens": 4, "similarity": "trigrams"}
+OWN = {"max_new_tokens": 4, "batch_size": 3}
+REALIGN = {"retriever": "models/tiny_clip", **FEW}
+
+
+def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
+    """Rows of a picture, a question and its true answer."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for n, text in enumerate(texts):
+        (folder / f"{n}.png").write_bytes(tiny.picture(n, 16 + 8 * (n % 3)))
+        rows.append({"image": f"{n}.png", "prompt": "What is it?", "answer": text})
+    path = folder / "answers.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def prepared(content: dict[str, Any], **callables: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that were written, and what was said."""
+    said: list[str] = []
+    path = run.prepare(load_recipe(content), say=said.append, **callables)
+    return [json.loads(line) for line in path.read_text().splitlines()], said
+
+
+def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:
+    with pytest.raises(ValueError) as raised:
+        run.prepare(load_recipe(content, overrides), say=lambda _: None, **callables)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def text(message: Any) -> str:
+    """The text of a list of one message."""
+    (one,) = message
+    return str(one["content"])
