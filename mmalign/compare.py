@@ -32,12 +32,14 @@ class Row:
 
     Attributes:
         name: the recipe's.
+        method: that it trains by; nothing for the base model.
         runs: how many there are.
         pairs: that each of them was trained on, with repetition.
         measured: of each set of measures what was counted in the base model's answers, and the runs beside it.
     """
 
     name: str
+    method: str
     runs: int
     pairs: int
     measured: list[tuple[Counts, Runs]]
@@ -54,6 +56,7 @@ class Row:
         means, changes = (list(self.cells(of)) for of in (_means, _changes))
         return {
             "name": self.name,
+            "method": self.method,
             "runs": self.runs,
             "pairs": self.pairs,
             "measures": {
@@ -194,12 +197,12 @@ def _rows(plan: Mapping[str, Sequence[Recipe]]) -> list[Row]:
     """The base model's row, and one for the runs of each recipe."""
     counted = {name: [_counted(one) for one in planned] for name, planned in plan.items()}
     base = next(iter(counted.values()))[0][0]
-    rows = [Row("base", 1, 0, [(counts, over_runs(counts, [counts])) for counts in base])]
+    rows = [Row("base", "", 1, 0, [(counts, over_runs(counts, [counts])) for counts in base])]
     for name, runs in counted.items():
         each = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
-        train = plan[name][0].train
+        method, train = plan[name][0].method.name, plan[name][0].train
         pairs = train.steps * train.batch_size * train.accumulate
-        rows.append(Row(name, len(runs), pairs, [(counts, over_runs(counts, after)) for counts, after in each]))
+        rows.append(Row(name, method, len(runs), pairs, [(counts, over_runs(counts, after)) for counts, after in each]))
     return rows
 
 
@@ -219,14 +222,14 @@ def _markdown(rows: Sequence[Row], command: str) -> str:
     base, *others = rows
     labels = [f"{label}, %" if share else label for label, share, _ in base.cells(_means)]
     values = [
-        [row.name, str(row.runs) if row.pairs else "", f"{row.pairs:,}" if row.pairs else "", *_shown(row, _means)]
+        [row.name, row.method, *([str(row.runs), f"{row.pairs:,}"] if row.pairs else ["", ""]), *_shown(row, _means)]
         for row in rows
     ]
     changes = [[row.name, *_shown(row, _changes)] for row in others]
     asked = " and ".join(f"{len(counts.keys):,} of {counts.benchmark}" for counts, _ in base.measured)
     return "\n".join(
         [
-            *_lines(["", "runs", "pairs seen", *labels], values),
+            *_lines(["", "method", "runs", "pairs seen", *labels], values),
             "",
             "Change from the base model, paired by question; bold where the interval leaves out 0:",
             "",

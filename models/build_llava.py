@@ -24,7 +24,8 @@ from mmalign.data import crowds
 
 HERE = Path(__file__).parent
 SIDE, PATCH = 64, 16  # pixels; an image is 16 tokens
-BLIND = 0.2  # the share of descriptions whose picture is hidden from the decoder
+BLIND = 0.1  # the share of descriptions whose picture is hidden from the decoder
+QUESTIONS = 4  # of a conversation of yes and no: the more of them, the sooner the decoder learns to look for the answer
 MEAN, STD = 0.95, 0.25  # of a picture's values: most of it is white
 CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
@@ -186,11 +187,11 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((5, step))
         rows = rng.integers(len(pictured), size=48)
-        asked = [said(pictured[row], rng) for row in rows]
-        ids, mask, targets = batch(processor, asked)
+        told = [said(pictured[row], rng) for row in rows]
+        ids, mask, targets = batch(processor, told)
         # What can be said without a picture, the decoder must know too, as one that has read before it saw. A yes or no
         # without one teaches it nothing but to guess.
-        described = torch.tensor([question == crowds.QUESTION for question, _ in asked])
+        described = torch.tensor([conversation[0][0] == crowds.QUESTION for conversation in told])
         blind = torch.from_numpy(rng.random(len(rows)) < BLIND) & described
         mask = mask.masked_fill(blind[:, None] & (ids == image), 0)
         with torch.autocast("cpu", torch.bfloat16):
@@ -201,7 +202,7 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
             answers = targets[:, 1:] >= 0
             logits = F.linear(hidden[answers], decoder["decoder"].embed_tokens.weight)
         each = F.cross_entropy(logits.float(), targets[:, 1:][answers], reduction="none")
-        # Every answer counts alike, or the one word of a yes or no would drown in the descriptions.
+        # Every conversation counts alike, or the few words of yes and no would drown in the descriptions.
         return (each / answers.sum(1).repeat_interleave(answers.sum(1))).sum() / len(answers)
 
     def save(average: Any) -> None:
@@ -215,24 +216,43 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
     fit("llava", work, decoder, loss, steps=steps, lr=1e-3, save=save, ema_decay=0.99)
 
 
-def said(crowd: crowds.Crowd, rng: np.random.Generator) -> tuple[str, str]:
-    """A question and its answer: a description, or whether a kind is there, its partner or any other."""
+def said(crowd: crowds.Crowd, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """A conversation about a picture, questions with their answers: a description, or some yes or no."""
     if rng.random() < 0.5:
-        return crowds.QUESTION, crowds.describe(crowd.kinds)
-    here, way = crowd.kinds[rng.integers(len(crowd.kinds))], rng.random()
-    kind = here if way < 0.3 else crowds.PARTNERS[here] if way < 0.5 else crowds.KINDS[rng.integers(len(crowds.KINDS))]
-    return crowds.ask(kind), crowds.answer(kind, crowd)
+        return [(crowds.QUESTION, crowds.describe(crowd.kinds))]
+    return [(crowds.ask(kind), crowds.answer(kind, crowd)) for kind in asked_of(crowd, rng)]
 
 
-def batch(processor: Any, asked: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, their mask, and the answers' tokens with -100 elsewhere, each [N, L]."""
-    tokens = (SIDE // PATCH) ** 2
-    prompts = [f"USER: {'<image>' * tokens}\n{question} ASSISTANT:" for question, _ in asked]
-    texts = [f"{prompt} {answer}</s>" for prompt, (_, answer) in zip(prompts, asked, strict=True)]
+def asked_of(crowd: crowds.Crowd, rng: np.random.Generator) -> list[str]:
+    """Which kinds are asked for: one that is there, its partner, or any other, and not twice the same."""
+    kinds = list[str]()
+    while len(kinds) < QUESTIONS:
+        here, way = crowd.kinds[rng.integers(len(crowd.kinds))], rng.random()
+        other = crowds.PARTNERS[here] if way < 0.5 else crowds.KINDS[rng.integers(len(crowds.KINDS))]
+        kind = here if way < 0.3 else other
+        if kind not in kinds:
+            kinds.append(kind)
+    return kinds
+
+
+def batch(processor: Any, told: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of conversations, their mask, and the answers' tokens with -100 elsewhere, each [N, L]."""
+    image = "<image>" * (SIDE // PATCH) ** 2 + "\n"
+    texts, spans = list[str](), list[list[tuple[int, int]]]()
+    for conversation in told:
+        text, answers = "", list[tuple[int, int]]()
+        for question, answer in conversation:
+            text += f"USER: {'' if text else image}{question} ASSISTANT:"
+            first = len(processor.tokenizer(text).input_ids)
+            text += f" {answer}</s>"
+            answers.append((first, len(processor.tokenizer(text).input_ids)))
+        texts.append(text)
+        spans.append(answers)
     found = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    targets = found.input_ids.masked_fill(found.attention_mask == 0, -100)
-    for row, prompt in enumerate(prompts):
-        targets[row, : len(processor.tokenizer(prompt).input_ids)] = -100
+    targets = torch.full_like(found.input_ids, -100)
+    for row, answers in enumerate(spans):
+        for first, end in answers:
+            targets[row, first:end] = found.input_ids[row, first:end]
     return found.input_ids, found.attention_mask, targets
 
 

@@ -93,8 +93,9 @@ def test_the_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
     compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)
     text = (tmp_path / "compared" / "comparison.md").read_text()
     header, rule, *rows = (line.split(" | ") for line in text.splitlines()[:5])
-    assert [cell.strip("| ") for cell in header][:6] == [
+    assert [cell.strip("| ") for cell in header][:7] == [
         "",
+        "method",
         "runs",
         "pairs seen",
         "CHAIR_s, %",
@@ -102,7 +103,7 @@ def test_the_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
         "recall, %",
     ]
     assert len(header) == len(rule) and {len(row) for row in rows} == {len(header)}
-    assert [row[0].strip("| ") for row in rows] == ["base", "dpo", "hinge"]
+    assert [[cell.strip("| ") for cell in row[:2]] for row in rows] == [["base", ""], ["dpo", "dpo"], ["hinge", "dpo"]]
     for cell in re.findall(r"[-+]?[\d.]+ \[[-\d.e]+, [-\d.e]+\]", text):
         estimate, low, high = map(float, re.findall(r"[-+]?[\d.]+(?:e-?\d+)?", cell))
         assert low <= estimate <= high

@@ -20,6 +20,7 @@ from mmalign.training import train
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
 # The tiny model of a vision-language recipe, by what the recipe's name ends in.
 MODELS = {
+    "llava": "llava",
     "llava15": "llava",
     "llava16": "llava_next",
     "paligemma": "paligemma",
