@@ -1,11 +1,15 @@
 """Noise: how an image becomes x_t, and what the network is asked about it.
 
+Every process here mixes a clean image with noise, `x_t = signal(t) x_0 + noise(t) eps`, and its network's answer at x_t
+tells both apart: what is built on `Schedule` alone holds for DDPM and for flow matching alike.
+
 B is rows, C, H, W a latent's channels, height, width; T the number of timesteps. All arithmetic is float32, whatever
 the network's precision: the mean of squared errors in bfloat16 loses the signal of a preference (a logit off by 1).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +21,42 @@ from mmalign.draws import Draws
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
+class Schedule(ABC):
+    """A noise process and what its network predicts; t is a row's time, in the process's own unit, 0 nearly clean."""
+
+    @property
+    @abstractmethod
+    def num_timesteps(self) -> int:
+        """T, the length of the discrete schedule that the network was trained on."""
+
+    @abstractmethod
+    def draw_time(self, rows: Sequence[int], draws: Draws, index: int = 0) -> Tensor:
+        """A time for every row, as in training: [B]."""
+
+    @abstractmethod
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of the image and how much noise there is: two factors, each [B, 1, 1, 1]."""
+
+    @abstractmethod
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The right answer at x_t."""
+
+    @abstractmethod
+    def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's answer as a prediction of eps."""
+
+    @abstractmethod
+    def to_clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's answer as a prediction of x_0."""
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t [B, C, H, W]."""
+        signal, noise = self.levels(t)
+        return signal * x_0 + noise * eps
+
+
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Schedule):
     """The variance-preserving process of DDPM: `x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`.
 
     Attributes:
@@ -60,11 +98,6 @@ class Diffusion:
         abar = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
-    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, H, W]."""
-        signal, noise = self.levels(t)
-        return signal * x_0 + noise * eps
-
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The right answer at x_t: eps, or the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0` (arXiv:2202.00512)."""
         if self.prediction == "epsilon":
@@ -78,6 +111,13 @@ class Diffusion:
             return prediction
         signal, noise = self.levels(t)
         return signal * prediction + noise * x_t
+
+    def to_clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The network's answer as a prediction of x_0."""
+        signal, noise = self.levels(t)
+        if self.prediction == "epsilon":
+            return (x_t - noise * prediction) / signal
+        return signal * x_t - noise * prediction
 
 
 def mean_square(prediction: Tensor, target: Tensor) -> Tensor:

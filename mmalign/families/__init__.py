@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.data.pairs import Turn
-from mmalign.diffusion.noise import Diffusion
+from mmalign.diffusion.noise import Schedule
 from mmalign.draws import Draws
 from mmalign.families.checkpoints import PIPELINES as PIPELINES
 from mmalign.families.checkpoints import model_type as model_type
@@ -118,7 +118,7 @@ class TextToImage(Family, Protocol):
     """A text-to-image model: what methods, evaluation and the loop may ask of it."""
 
     @property
-    def schedule(self) -> Diffusion:
+    def schedule(self) -> Schedule:
         """The noise process it was trained with."""
 
     @property

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.diffusion.noise import Diffusion
+from mmalign.diffusion.noise import Schedule
 from mmalign.families import Conditioning, Loading, Moments, Sampling
 from mmalign.families.checkpoints import intact
 from mmalign.families.lora import ATTENTION, add_lora
@@ -32,7 +32,7 @@ class LatentUNet:
 
     name: str
     pipeline: Any
-    schedule: Diffusion
+    schedule: Schedule
     loading: Loading
 
     @property

@@ -33,12 +33,14 @@ def test_diffusers_agrees() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_right_answer_is_turned_back_into_the_noise(prediction: str) -> None:
+def test_the_right_answer_is_turned_back_into_noise_and_image(prediction: str) -> None:
     process = Diffusion.of({**SD15, "prediction_type": prediction}, "test")
     x_0, eps = torch.randn(2, 5, 2, 4, 4).unbind()
     t = torch.tensor([0, 10, 400, 900, 999])
     x_t = process.add_noise(x_0, eps, t)
-    torch.testing.assert_close(process.to_eps(process.target(x_0, eps, t), x_t, t), eps, rtol=1e-4, atol=1e-5)
+    answer = process.target(x_0, eps, t)
+    torch.testing.assert_close(process.to_eps(answer, x_t, t), eps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(process.to_clean(answer, x_t, t), x_0, rtol=1e-3, atol=1e-4)
 
 
 def test_velocity_errors_are_epsilon_errors_over_abar() -> None:
