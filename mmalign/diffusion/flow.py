@@ -1,8 +1,8 @@
 """Flow matching: a straight line from the image to the noise, and the velocity along it
 (arXiv:2209.03003, 2403.03206).
 
-Time t is the noise level sigma itself, in [0, 1]: float32, where DDPM's timesteps are integers. A network that wants its
-time in [0, 1000] is told so by its family.
+Time t is the noise level sigma itself, in [0, 1]: float32, where DDPM's timesteps are integers. A network that wants
+its time in [0, 1000] is told so by its family.
 """
 
 from __future__ import annotations
