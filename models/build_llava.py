@@ -211,6 +211,7 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
         whole.model.multi_modal_projector.load_state_dict(average["projector"].state_dict())
         whole.model.language_model.load_state_dict(average["decoder"].state_dict())
         half(whole).save_pretrained(folder)
+        processor.tokenizer.backend_tokenizer.no_padding()  # as a batch of the training has left it, it would be saved
         processor.save_pretrained(folder)
 
     fit("llava", work, decoder, loss, steps=steps, lr=1e-3, save=save, ema_decay=0.99)
