@@ -189,8 +189,7 @@ def _counted(recipe: Recipe) -> tuple[list[Counts], list[Counts]]:
     folder = Path(recipe.output) / "evaluation"
     if isinstance(recipe.evaluate, EvaluateResponses):
         return count_answers(recipe.evaluate, folder)
-    before, after = count_images(json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"])
-    return [before], [after]
+    return count_images(json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"])
 
 
 def _rows(plan: Mapping[str, Sequence[Recipe]]) -> list[Row]:

@@ -99,7 +99,7 @@ def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
         opened = open_data(recipe.data, recipe.train.seed)
     elif isinstance(section, EvaluateResponses):
         benchmark = evaluate_responses.open_benchmark(section)
-    elif isinstance(section, EvaluateImages) and section.judge and section.benchmark == "preference":
+    elif isinstance(section, EvaluateImages) and section.judge:
         judge = assemble.judge(section.judge, device)
     family = assemble.load_model(recipe.model, recipe.train.precision, device)
     require_base(about, trained, family)

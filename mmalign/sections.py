@@ -140,7 +140,10 @@ class EvaluateImages(Evaluate):
     )
     split: Literal["validation", "test"] = Field("test", description="of the bundled world's prompts")
     drawing: Drawing = Drawing()
-    judge: JudgeConfig | None = None
+    per_prompt: int = Field(
+        1, ge=1, description="images of every prompt; with two or more, how different they are is measured"
+    )
+    judge: JudgeConfig | None = Field(None, description="whose win rate is measured; scenes does without as well")
     draws: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
 
     @model_validator(mode="after")
