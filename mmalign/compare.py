@@ -148,11 +148,12 @@ def _at(recipe: Recipe, key: str) -> Any:
 
 
 def _of_seed(source: str, overrides: Sequence[str], folder: Path, seed: int, output: Path) -> Recipe:
-    """The recipe of one run; the base model's answers are kept where all runs find them."""
+    """The recipe of one run; what the base model says or draws is kept where all runs find it."""
     settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
     recipe = load_recipe(source, settings)
-    if isinstance(recipe.evaluate, EvaluateResponses) and recipe.evaluate.cache == "auto":
-        settings.append(f"evaluate.cache={json.dumps(str(output / 'answers'))}")
+    if getattr(recipe.evaluate, "cache", None) == "auto":
+        kept = "answers" if isinstance(recipe.evaluate, EvaluateResponses) else "drawings"
+        settings.append(f"evaluate.cache={json.dumps(str(output / kept))}")
         recipe = load_recipe(source, settings)
     return recipe
 

@@ -15,14 +15,14 @@ from torch import nn
 
 from mmalign import assemble
 from mmalign.data.scenes import ATTRIBUTES, Truth
+from mmalign.drawings import Album, draw
 from mmalign.evaluation import diversity, preference, scenes
 from mmalign.evaluation.counts import SIDES, Counts, Share, Sums, Values, compare, ratio
-from mmalign.families import Sampling, TextToImage
+from mmalign.families import Sampling
 from mmalign.page.pictures import Entry
 from mmalign.policy import Policy
-from mmalign.report import tracked
 from mmalign.rewards import Judge
-from mmalign.sections import EvaluateImages, Recipe
+from mmalign.sections import EvaluateImages, ImageModel, Recipe
 
 Say = Callable[[str], None]
 Table = list[tuple[str, ...]]
@@ -47,7 +47,8 @@ def compare_images(
     cut = policy.family.count_cut(prompts)
     if cut:
         say(f"{cut} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
-    drawn = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing))
+    albums = _albums(recipe, section, policy, of)
+    drawn = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing), albums)
     told, result, table, name = _measured(section, judge, drawn, prompts)
     samples = [
         {"prompt": prompt, "seed": seed, **dict(zip(SIDES, both, strict=True))}
@@ -178,27 +179,32 @@ def entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> l
 
 
 def draw_both(
-    policy: Policy, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    policy: Policy,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    albums: tuple[Album, Album],
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Pictures of the reference and of the policy, row by row from the same starting noise."""
+    """Pictures of the reference and of the policy, row by row from the same starting noise, kept in their albums."""
 
-    def run(net: nn.Module) -> list[Image.Image]:
-        return draw(policy.family, net.eval(), prompts, seeds, sampling)
+    def run(net: nn.Module, album: Album) -> list[Image.Image]:
+        return draw(policy.family, net.eval(), prompts, seeds, sampling, album)
 
-    before = policy.on_reference(run)
+    before = policy.on_reference(partial(run, album=albums[0]))
     assert before is not None
-    return before, run(policy.unwrapped)
+    return before, run(policy.unwrapped, albums[1])
 
 
-def draw(
-    family: TextToImage, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-) -> list[Image.Image]:
-    """One picture for every prompt and seed, with a progress bar."""
-    images: list[Image.Image] = []
-    for i in tracked(range(0, len(prompts), sampling.batch_size), "draw"):
-        rows = slice(i, i + sampling.batch_size)
-        images += family.sample(net, prompts[rows], seeds[rows], sampling)
-    return images
+def _albums(recipe: Recipe, section: EvaluateImages, policy: Policy, of: Mapping[str, Any]) -> tuple[Album, Album]:
+    """Where the pictures of the base and of the trained model are kept."""
+    folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
+    assemble.make_folder("evaluate.cache", folder)
+    assert isinstance(recipe.model, ImageModel)
+    vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
+    depends = {"drawing": section.drawing.model_dump(), "precision": recipe.train.precision, **vae}
+    models = of["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
+    before, after = (Album(folder, {**depends, "model": model}) for model in models)
+    return before, after
 
 
 def prompts_of(key: str, which: int | str, split: Any, seed: int) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mmalign import assemble, evaluate_images, evaluate_responses, methods
-from mmalign.evaluate_images import draw, prompts_of
+from mmalign.drawings import draw
+from mmalign.evaluate_images import prompts_of
 from mmalign.evaluation import implicit
 from mmalign.feed import Opened, open_data, open_feed
 from mmalign.page import answers, pictures

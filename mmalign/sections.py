@@ -145,6 +145,7 @@ class EvaluateImages(Evaluate):
     )
     judge: JudgeConfig | None = Field(None, description="whose win rate is measured; scenes does without as well")
     draws: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
+    cache: str = Field("auto", description="where pictures are kept as they come: auto (in the output), or a folder")
 
     @model_validator(mode="after")
     def _judged(self) -> EvaluateImages:

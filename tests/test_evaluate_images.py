@@ -9,6 +9,7 @@ import tiny
 
 import mmalign
 from mmalign.evaluate_images import count_images
+from mmalign.families import latents
 from mmalign.recipe import load_recipe
 
 
@@ -81,3 +82,24 @@ def test_scenes_with_a_judge_and_several_pictures_of_a_prompt(tiny_sd15: Path, t
     assert done.result["preference"]["after"]["measures"]["mean score"]["estimate"] == pytest.approx(
         sum(one["after"]["judged"] for one in told) / 6
     )
+
+
+def test_what_was_drawn_is_not_drawn_again(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated twice, and then with other drawing: only the latter draws, and both models."""
+    evaluate = {"benchmark": "scenes", "prompts": 3, "drawing": {"steps": 1, "guidance": 1.0, "batch_size": 2}}
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
+    mmalign.train(load_recipe(content))
+    calls: list[int] = []
+    sample = latents.sample
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments))
+        return sample(*arguments)
+
+    monkeypatch.setattr(latents, "sample", counted)
+    first = mmalign.evaluate(load_recipe(content))
+    assert len(calls) == 4  # two batches of each model
+    assert mmalign.evaluate(load_recipe(content)).table == first.table and len(calls) == 4
+    mmalign.evaluate(load_recipe(content, ["evaluate.drawing.guidance=2.0"]))
+    assert len(calls) == 8
