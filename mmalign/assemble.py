@@ -58,6 +58,12 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
     if training:
         _check_training(recipe.train)
+        least = getattr(methods.find(recipe.method.name), "least_pairs", 1)
+        if recipe.train.batch_size < least:
+            raise ValueError(
+                f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
+                f"expected at least {least}, got {recipe.train.batch_size}"
+            )
     if data:
         check_data(recipe.data)
     if isinstance(recipe.evaluate, EvaluateImages):
