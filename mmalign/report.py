@@ -121,8 +121,8 @@ class Reporter:
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
         what = "images" if f"{sides[0]} error" in mean else "responses"
-        gains = (mean[f"{side} gain"] for side in sides)
-        return preference_verdict(*gains, mean["gradient factor"], what, sides)
+        better, worse = (mean[f"{side} gain"] for side in sides)
+        return preference_verdict(better, worse, mean["gradient factor"], what, sides)
 
 
 def unmoved(factor: float) -> bool:

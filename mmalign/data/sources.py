@@ -83,10 +83,9 @@ def open_pairs(
         pairs = _open_files(format, path, split, names, group_by, needed)
     if not len(pairs):
         why = f": {listed(pairs.dropped)}" if pairs.dropped else ""
-        second = (
-            "with what the rejected image shows in rejected_caption (pick_a_pic) or rejected_prompt (folder), since "
-        )
-        expected = second + two_prompts if two_prompts is not None else "in which one image is preferred"
+        expected = "in which one image is preferred"
+        if two_prompts is not None:
+            expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {two_prompts}"
         raise ValueError(
             f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.dropped):,} rows dropped"
             f"{why}); expected rows {expected}"
