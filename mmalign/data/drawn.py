@@ -44,7 +44,7 @@ def write_pairs(
     for start in range(0, len(prompts), group):
         numbers = range(start, start + group)
         best, worst = max(numbers, key=lambda i: scores[i]), min(numbers, key=lambda i: scores[i])
-        if _surely(scores[best], scores[worst]) < sure:
+        if scores[best] - scores[worst] < _log_odds(sure):
             continue
         left, right = sorted((best, worst))
         labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
@@ -86,16 +86,16 @@ def write_contrasts(
     """
     rows, asked = [], len(prompts) // 2
     for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
-        if min(_surely(own[a], crossed[b]), _surely(own[b], crossed[a])) >= sure:
+        if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(sure):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
     _write(path, rows, f"the judge is never {sure:.0%} sure of both images in {asked} couples of prompts")
     return len(rows), asked
 
 
-def _surely(better: float, worse: float) -> float:
-    """How probable it is that a judge of these scores prefers the better one."""
-    return 1 / (1 + math.exp(worse - better))
+def _log_odds(probability: float) -> float:
+    """The difference of scores at which a judge prefers one image to another this surely."""
+    return math.log(probability / (1 - probability))
 
 
 def _sides(
