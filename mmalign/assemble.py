@@ -58,6 +58,12 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
     if training:
         _check_training(recipe.train)
+        least = getattr(methods.find(recipe.method.name), "least_pairs", 1)
+        if recipe.train.batch_size < least:
+            raise ValueError(
+                f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
+                f"expected at least {least}, got {recipe.train.batch_size}"
+            )
     if data:
         check_data(recipe.data)
     if isinstance(recipe.evaluate, EvaluateImages):
@@ -135,7 +141,8 @@ def _check_drawing(name: str, section: EvaluateImages | PrepareImages) -> None:
         judge_module(section.judge.name)
         if "/" in section.judge.path:  # else the name of a model that the judge's library knows
             _located(f"{name}.judge.path", section.judge.path)
-    _check_prompts(f"{name}.prompts", section.prompts)
+    contrast = isinstance(section, PrepareImages) and section.contrast
+    _check_prompts(f"{name}.prompts", section.prompts, read_couples if contrast else read_prompts)
     side = section.drawing.resolution or 0
     if side % 8:
         raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
@@ -160,9 +167,9 @@ def _check_asking(section: EvaluateResponses) -> None:
         )
 
 
-def _check_prompts(key: str, prompts: int | str) -> None:
+def _check_prompts(key: str, prompts: int | str, read: Callable[[str, str], Any]) -> None:
     if isinstance(prompts, str):
-        read_prompts(key, prompts)
+        read(key, prompts)
     elif prompts < 1:
         raise ValueError(f"{key}: expected at least 1, or a file with one prompt a line, got {prompts}")
 
@@ -182,6 +189,21 @@ def read_prompts(key: str, name: str) -> list[str]:
     if not prompts:
         raise ValueError(f"{key}: {path} has none; expected one prompt a line")
     return prompts
+
+
+def read_couples(key: str, name: str) -> list[tuple[str, str]]:
+    """The couples of prompts of a file, one a line, with a tab between them.
+
+    Raises:
+        ValueError: as `read_prompts`, or a line holds other than two prompts; `key` says where its name came from.
+    """
+    couples = []
+    for line in read_prompts(key, name):
+        first, _, second = (part.strip() for part in line.partition("\t"))
+        if not first or not second or "\t" in second:
+            raise ValueError(f"{key}: {name} has the line {line[:60]!r}; expected two prompts with a tab between them")
+        couples.append((first, second))
+    return couples
 
 
 def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:

@@ -32,6 +32,7 @@ class EncodedPairs:
         unconditional: one row, for dropped captions.
         sizes: of the images [2B, 6]: original height and width, crop top and left, target height and width.
         weights: [B]; 0 for a padding row.
+        rejected_text: the conditioning of what the rejected images show [B]; None where the method asks for one prompt.
     """
 
     rows: list[int]
@@ -40,6 +41,7 @@ class EncodedPairs:
     unconditional: Conditioning
     sizes: Tensor
     weights: Tensor
+    rejected_text: Conditioning | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Encoder:
         family: the model.
         unconditional: its conditioning without a prompt.
         text: where prompts' embeddings are kept; None encodes them in every batch.
+        two_prompts: whether the method asks for the rejected images' prompts.
     """
 
     family: TextToImage
     unconditional: Conditioning
     text: ArrayCache | None
+    two_prompts: bool = False
 
     def encode(self, batch: PairBatch) -> EncodedPairs:
         """One batch, on the denoiser's device."""
@@ -71,6 +75,7 @@ class Encoder:
             unconditional=self.unconditional.to(device),
             sizes=batch.sizes.to(device),
             weights=batch.weights.to(device),
+            rejected_text=self._text(batch.rejected_prompts).to(device) if self.two_prompts else None,
         )
 
     def _text(self, prompts: Sequence[str]) -> Conditioning:

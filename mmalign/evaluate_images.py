@@ -214,3 +214,12 @@ def prompts_of(key: str, which: int | str, split: Any, seed: int) -> list[str]:
     from mmalign.data.scenes import sample_prompts
 
     return [str(p) for p in sample_prompts(split, which, seed)]
+
+
+def couples_of(key: str, which: int | str, seed: int) -> list[tuple[str, str]]:
+    """That many couples of contrasting training prompts of the bundled world, or those of the file named at `key`."""
+    if isinstance(which, str):
+        return assemble.read_couples(key, which)
+    from mmalign.data.scenes import sample_contrasts
+
+    return [(str(first), str(second)) for first, second in sample_contrasts(which, seed)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from mmalign import methods
 from mmalign.data.cache import ArrayCache, fingerprint_tensors
 from mmalign.data.epochs import check_bad
 from mmalign.data.loader import PairLoader, View
@@ -89,13 +90,27 @@ def open_data(data: Data, seed: int, method: Any = None) -> Opened:
             )
     else:
         assert isinstance(data, ImageData)
-        pairs = open_pairs(data.format, locate(data.path), **common)
+        pairs = open_pairs(data.format, locate(data.path), two_prompts=_two_prompts(method), **common)
     return hold_out(pairs, data.hold_out, seed) if data.hold_out else (pairs, None)
 
 
 def _wants(method: Any) -> Wants:
     """What a method asks for besides responses: its module says so."""
     return Wants(getattr(method, "needs_pictures", False), getattr(method, "needs_others", False))
+
+
+def _two_prompts(method: Any) -> str | None:
+    """Who needs pairs with two prompts, and who does not, if it is this method; else None."""
+    if not getattr(method, "needs_two_prompts", False):
+        return None
+    found = {name: methods.find(name) for name in methods.names()}
+    others = [
+        name
+        for name, module in found.items()
+        if module.modality == method.modality and not hasattr(module, "needs_two_prompts")
+    ]
+    name = method.__name__.split(".")[-1]
+    return f"method.name: {name} compares two images under two prompts; {', '.join(others)} take rows of one prompt"
 
 
 def open_feed(
@@ -141,6 +156,7 @@ def open_feed(
         assert isinstance(data, ImageData)
         sources = [train] if held is None else [train, held]
         view, latents, encoder = _prepare(family, sources, data, output, accelerator, say)
+        encoder = replace(encoder, two_prompts=getattr(method, "needs_two_prompts", False))
         make = partial(PairLoader, view=view, cache=latents, **common)
         encode = encoder.encode
     loader = make(pairs=train, **share)

@@ -107,6 +107,29 @@ def mapo(
     return chosen_error + beta * F.softplus(-z)
 
 
+def cca(policy: Pair, reference: Pair, alike: Tensor, *, beta: float, weight: float) -> Tensor:
+    """Condition contrastive alignment, arXiv:2410.09347: the same thing under its own condition, and under another's.
+
+    `(softplus(-z_own) + weight * softplus(z_other)) / max(weight, 1)` with `z = beta * (policy - reference)` of each
+    side by itself, so that what both have in common counts, too. Where the two conditions are the same there is nothing
+    to unlearn, and the second term is `softplus(-z_other)`, of weight 1. The division is the release's; it keeps the
+    size of an update from growing with `weight`.
+
+    Args:
+        policy: `chosen` is the score under the own condition, `rejected` that under the other one.
+        reference: likewise.
+        alike: whether the two conditions are the same [B], bool; so they are where both are dropped.
+        beta: one over the unit of the scores (0.02 for log-probabilities of an image's tokens in the release).
+        weight: of unlearning the other condition, the paper's lambda (50 to 1000 for a thousand classes).
+
+    Returns:
+        The loss [B]; `(1 + weight) / max(weight, 1) * ln 2` where policy and reference agree, 2 ln 2 at weight 1.
+    """
+    own, other = (beta * (ours - theirs) for ours, theirs in zip(policy, reference, strict=True))
+    second = torch.where(alike, F.softplus(-other), weight * F.softplus(other))
+    return (F.softplus(-own) + second) / max(weight, 1.0)
+
+
 def _bounded(x: Tensor) -> Tensor:
     """`x / (e^x - 1)` for x >= 0: 1 at 0, falling to 0, with exact values and gradients throughout."""
     # Below 0.3 the series is exact to 1e-13, and the quotient's gradient is a difference of two large numbers.

@@ -19,6 +19,8 @@ SHOWN = {
     "logit": "logit",
     "chosen error": "chosen",
     "rejected error": "rejected",
+    "matched error": "matched",
+    "mismatched error": "mismatched",
     "chosen log-probability": "chosen",
     "rejected log-probability": "rejected",
     "gradient norm": "grad",
@@ -111,14 +113,16 @@ class Reporter:
         if not tail:
             return "nothing was trained"
         mean = {name: sum(h[name] for h in tail) / len(tail) for name in tail[-1]}
-        if "chosen gain" not in mean:
+        sides = next((s for s in (("chosen", "rejected"), ("matched", "mismatched")) if f"{s[0]} gain" in mean), None)
+        if sides is None:
             if "chosen error" not in mean:
                 first, last = self.history[0]["loss"], mean["loss"]
                 return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
-        what = "images" if "chosen error" in mean else "responses"
-        return preference_verdict(mean["chosen gain"], mean["rejected gain"], mean["gradient factor"], what)
+        what = "images" if f"{sides[0]} error" in mean else "responses"
+        better, worse = (mean[f"{side} gain"] for side in sides)
+        return preference_verdict(better, worse, mean["gradient factor"], what, sides)
 
 
 def unmoved(factor: float) -> bool:
@@ -126,7 +130,9 @@ def unmoved(factor: float) -> bool:
     return abs(factor - 0.5) < 0.5 - UNMOVED
 
 
-def preference_verdict(chosen: float, rejected: float, factor: float, what: str = "images") -> str:
+def preference_verdict(
+    chosen: float, rejected: float, factor: float, what: str = "images", sides: tuple[str, str] = ("chosen", "rejected")
+) -> str:
     """What a run did, in plain words.
 
     Args:
@@ -134,15 +140,17 @@ def preference_verdict(chosen: float, rejected: float, factor: float, what: str 
         rejected: likewise, the rejected side.
         factor: the mean gradient factor sigma(-z).
         what: the sides are: "images" or "responses".
+        sides: what they are called; images "matched" with their own prompts and "mismatched" with others.
     """
-    numbers = f"(chosen {chosen:+.2g}, rejected {rejected:+.2g} against the reference; gradient factor {factor:.2f})"
+    better, worse = sides
+    numbers = f"({better} {chosen:+.2g}, {worse} {rejected:+.2g} against the reference; gradient factor {factor:.2f})"
     if unmoved(factor):
         return f"nothing moved {numbers}: train longer, or raise the learning rate"
     if chosen <= rejected:
         return f"the preference was not learned {numbers}"
     if chosen < 0:
         displaced = f"likelihood displacement; look at the {what} before you use it"
-        return f"both sides got worse, the rejected one more {numbers}: {displaced}"
+        return f"both sides got worse, the {worse} one more {numbers}: {displaced}"
     if rejected > 0:
-        return f"both sides improved, the chosen one more {numbers}"
-    return f"chosen {what} improved and rejected ones got worse {numbers}"
+        return f"both sides improved, the {better} one more {numbers}"
+    return f"{better} {what} improved and {worse} ones got worse {numbers}"

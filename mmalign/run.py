@@ -13,7 +13,7 @@ import torch
 
 from mmalign import assemble, evaluate_images, evaluate_responses, methods
 from mmalign.drawings import draw
-from mmalign.evaluate_images import prompts_of
+from mmalign.evaluate_images import couples_of, prompts_of
 from mmalign.evaluation import implicit
 from mmalign.feed import Opened, open_data, open_feed
 from mmalign.page import answers, pictures
@@ -260,9 +260,11 @@ def _prepare_images(recipe: Recipe, section: PrepareImages, say: Say) -> Path:
     """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
 
     A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
-    function of the difference of its scores) reaches `prepare.sure`. The file has the layout of Pick-a-Pic v2.
+    function of the difference of its scores) reaches `prepare.sure`; with `prepare.contrast`, the best images of two
+    prompts, kept where by either prompt its own image is that surely preferred. The file has the layout of Pick-a-Pic
+    v2.
     """
-    from mmalign.data.drawn import write_pairs
+    from mmalign.data.drawn import best_of_each, write_contrasts, write_pairs
 
     assemble.check(recipe, data=False)
     path = Path(recipe.data.path)
@@ -277,15 +279,28 @@ def _prepare_images(recipe: Recipe, section: PrepareImages, say: Say) -> Path:
     device, started = _device(), time.time()
     family = assemble.load_model(recipe.model, recipe.train.precision, device)
     judge = assemble.judge(section.judge, device)
-    prompts = [
-        p for p in prompts_of("prepare.prompts", section.prompts, "train", section.seed) for _ in range(section.images)
-    ]
+    asked_for = _asked_for(section)
+    prompts = [p for p in asked_for for _ in range(section.images)]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     images = draw(family, family.network, prompts, seeds, assemble.sampling(section.drawing))
     scores = judge(images, prompts).tolist()
-    kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
-    say(f"{path}: {kept} pairs of {asked} prompts, from {len(images)} images in {time.time() - started:.0f} s")
+    if section.contrast:
+        best = best_of_each(scores, section.images)
+        shown, own = [images[i] for i in best], [scores[i] for i in best]
+        crossed = judge(shown, [asked_for[i ^ 1] for i in range(len(asked_for))]).tolist()  # by the couple's other one
+        kept, asked = write_contrasts(path, asked_for, shown, own, crossed, sure=section.sure)
+    else:
+        kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
+    what = "couples of prompts" if section.contrast else "prompts"
+    say(f"{path}: {kept} pairs of {asked} {what}, from {len(images)} images in {time.time() - started:.0f} s")
     return path
+
+
+def _asked_for(section: PrepareImages) -> list[str]:
+    """The prompts that images are drawn for; those of a couple one after the other."""
+    if section.contrast:
+        return [p for couple in couples_of("prepare.prompts", section.prompts, section.seed) for p in couple]
+    return prompts_of("prepare.prompts", section.prompts, "train", section.seed)
 
 
 def list_everything(console: Any) -> None:

@@ -249,15 +249,20 @@ class Prepare(Section):
 
 
 class PrepareImages(Prepare):
-    """Preference pairs drawn from the model itself and judged: several images a prompt, best against worst."""
+    """Preference pairs drawn from the model itself and judged: the best against the worst of several images a prompt.
+
+    With `contrast` the best images of two prompts that say one thing differently, for methods that need two prompts.
+    """
 
     prompts: int | str = Field(
-        450, description="a number of the bundled world's training prompts, or a file with one prompt a line"
+        450,
+        description="a number of the bundled world's training prompts, or a file with one a line",
     )
+    contrast: bool = Field(False, description="couples of prompts; a file has two a line, with a tab between them")
     images: int = Field(4, ge=2, description="drawn for every prompt")
     judge: JudgeConfig
     sure: float = Field(
-        0.9, ge=0.5, lt=1, description="keep a pair if the judge prefers the best to the worst at least this surely"
+        0.9, ge=0.5, lt=1, description="keep a pair if the judge prefers the better image at least this surely"
     )
     drawing: Drawing = Drawing()
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import mmalign
 from mmalign import cli, training
+from mmalign.data import scenes
 from mmalign.methods import names
 
 COMMANDS = ("quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
@@ -179,6 +180,27 @@ def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> 
     assert "4 pairs in 4 groups" in run("train", recipe, *settings)
     code, printed = refused("prepare", recipe, *settings)
     assert code == 1 and "is there already" in printed  # hours of drawing are not written over
+
+
+def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tmp_path: Path) -> None:
+    """Of the bundled world, and of a file with couples of prompts."""
+    drawn, couples = tmp_path / "drawn.parquet", tmp_path / "couples.txt"
+    couples.write_text("# the judge has never heard of any\na fox\ta hen\n\none owl\ttwo owls\n")
+    settings = ["--set", "prepare={contrast: true, images: 2, sure: 0.5, judge: {path: models/tiny_clip}}"]
+    settings += ["--set", "prepare.drawing.steps=1", "--set", f"data.path={drawn}", "--set", "prepare.prompts=12"]
+    printed = run("prepare", recipe, *settings)
+    rows = pq.read_table(drawn).to_pylist()
+    assert f"{drawn}: {len(rows)} pairs of 12 couples of prompts, from 48 images" in printed
+    for row in rows:
+        assert row["label_0"] == 1.0 and row["jpg_0"] != row["jpg_1"] and row["caption"] != row["rejected_caption"]
+        for prompt in (row["caption"], row["rejected_caption"]):
+            assert scenes.split_of(scenes.parse(prompt)) == "train"
+    assert f"{len(rows)} pairs in " in run("train", recipe, *settings, "--set", "method={name: instruct_engine}")
+    drawn.unlink()
+    told = run("prepare", recipe, *settings, "--set", f"prepare.prompts={couples}", "--set", "prepare.seed=3")
+    assert "pairs of 2 couples of prompts, from 8 images" in told
+    found = {(row["caption"], row["rejected_caption"]) for row in pq.read_table(drawn).to_pylist()}
+    assert found and found <= {("a fox", "a hen"), ("one owl", "two owls")}
 
 
 # ---------------------------------------------------------------------------------------------------------- how it ends

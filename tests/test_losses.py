@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,65 @@ def test_worked_examples() -> None:
     torch.testing.assert_close(losses.hinge(policy, reference, beta=2.5), torch.tensor([0.5]))
     robust = (0.9 * math.log1p(math.exp(-1)) - 0.1 * math.log1p(math.e)) / 0.8
     torch.testing.assert_close(losses.robust(policy, reference, beta=5.0, flip_rate=0.1), torch.tensor([robust]))
+
+
+@pytest.mark.parametrize("case", cases("cca"))
+def test_cca_gives_the_release_s_numbers(case: dict) -> None:
+    """thu-ml/CCA, VAR_CCA_trainer.py:126-187, in float64: scores are sums of the tokens' log-probabilities."""
+    given = json.loads((GOLDEN / "cca.json").read_text())["tensors"]
+    names = ("logits", "shuffled_logits", "ref_logits", "shuffled_ref_logits")
+    logits = [torch.tensor(given[name], dtype=torch.float64, requires_grad="ref" not in name) for name in names]
+    tokens = torch.tensor(given["idx"])[..., None]
+    own, other, own_ref, other_ref = (x.log_softmax(-1).gather(-1, tokens).sum((1, 2)) for x in logits)
+    label, shuffled = (torch.tensor(given[name]) for name in ("label", "shuffle_label"))
+    expected, settings = case["expected"], case["inputs"]
+    assert (label == shuffled).tolist() == expected["treated_as_positive"]  # the dropped one, and one by accident
+    ours, theirs = Pair(own, other), Pair(own_ref, other_ref)
+    values = losses.cca(ours, theirs, label == shuffled, beta=settings["beta"], weight=settings["lambda_"])
+    values.mean().backward()
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    for found, name in (
+        (values.mean(), "loss"),
+        (own - own_ref, "img_logp_gap"),
+        (other - other_ref, "negative_img_logp_gap"),
+        (logits[0].grad, "grad_logits"),
+        (logits[1].grad, "grad_shuffled_logits"),
+    ):
+        torch.testing.assert_close(found, torch.tensor(expected[name], dtype=torch.float64), **close)
+
+
+def test_cca_by_hand() -> None:
+    """beta 2, weight 3; gaps own 0.5 and other -0.5, then the same two of the same condition.
+
+    z is 1 and -1, softplus(-1) = 0.313262: (0.313262 + 3 * 0.313262) / 3 = 0.417682, and
+    (0.313262 + softplus(1) = 1.313262) / 3 = 0.542175.
+    """
+    ours, theirs = pair([0.75, 0.75], [0.0, 0.0]), pair([0.25, 0.25], [0.5, 0.5])
+    values = losses.cca(ours, theirs, torch.tensor([False, True]), beta=2.0, weight=3.0)
+    torch.testing.assert_close(values, torch.tensor([0.417682, 0.542175]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("weight, start", [(0.5, 1.5), (1.0, 2.0), (4.0, 1.25)])
+def test_cca_starts_at_a_known_loss_and_pulls_its_sides_apart(weight: float, start: float) -> None:
+    """In units of ln 2: (1 + weight) / max(weight, 1). The gradients are -1/2 and weight/2, over max(weight, 1)."""
+    own, other = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    zeros, different = pair([0.0, 0.0], [0.0, 0.0]), torch.tensor([False, False])
+    values = losses.cca(Pair(own, other), zeros, different, beta=1.0, weight=weight)
+    torch.testing.assert_close(values.detach(), torch.full((2,), start * math.log(2)))
+    values.sum().backward()
+    assert own.grad is not None and other.grad is not None
+    torch.testing.assert_close(own.grad, torch.full((2,), -0.5 / max(weight, 1)))
+    torch.testing.assert_close(other.grad, torch.full((2,), 0.5 * weight / max(weight, 1)))
+
+
+def test_cca_at_weight_1_pulls_at_first_as_dpo_does() -> None:
+    """Where policy and reference agree both have gradients of -beta/2 and beta/2, so a beta carries over."""
+    zeros, gradients = pair([0.0], [0.0]), []
+    for loss in (partial(losses.cca, alike=torch.tensor([False]), weight=1.0), losses.dpo):
+        sides = Pair(torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True))
+        loss(sides, zeros, beta=7.0).sum().backward()
+        gradients.append([side.grad.item() for side in sides])
+    assert gradients == [[-3.5, 3.5], [-3.5, 3.5]]
 
 
 @pytest.mark.parametrize("name, start", [("dpo", math.log(2)), ("hinge", 1.0), ("robust", math.log(2))])

@@ -59,6 +59,13 @@ def test_a_policy_that_learned_the_opposite_has_moved() -> None:
     assert preference_verdict(-0.2, 0.2, 0.9).startswith("the preference was not learned")
 
 
+def test_images_that_are_matched_with_prompts_are_called_so() -> None:
+    r = reporter(steps=1)
+    r.update(1, metrics(loss=0.5, gradient_factor=0.3, matched_gain=0.2, mismatched_gain=-0.1, matched_error=0.4))
+    said = "matched images improved and mismatched ones got worse (matched +0.2, mismatched -0.1 "
+    assert r.verdict().startswith(said)
+
+
 def test_the_verdict_is_of_the_last_tenth_of_the_reports() -> None:
     """Twenty reports: the last two count, whose means are +0.2 and -0.3."""
     r = reporter(steps=20)

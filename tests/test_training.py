@@ -33,7 +33,8 @@ MODELS = {
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    return tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    """With a second prompt each, which one method needs and the others never look at."""
+    return tiny.pick_a_pic(tmp_path / "pairs.parquet", rejected={})
 
 
 def quiet(_: str) -> None:
@@ -55,7 +56,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("method", ["diffusion_dpo", "mapo", "sft"])
+@pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "instruct_engine", "mapo", "sft"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     method: str, tune: str, tiny_sd15: Path, pairs: Path, tmp_path: Path
@@ -81,11 +82,12 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
 
 
+@pytest.mark.parametrize("method", ["diffusion_dpo", "instruct_engine"])
 def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
-    tiny_sdxl: Path, pairs: Path, tmp_path: Path
+    method: str, tiny_sdxl: Path, pairs: Path, tmp_path: Path
 ) -> None:
     """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
-    flipped = {"data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
+    flipped = {"method": {"name": method}, "data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
     cached = run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
     workers = run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
     assert_same(cached, workers)

@@ -124,8 +124,13 @@ def picture(seed: int, side: int = SIDE, upper: bool = True) -> bytes:
     return buffer.getvalue()
 
 
-def pick_a_pic(path: Path, number: int = 8, bad: dict[int, bytes] | None = None) -> Path:
-    """Pairs in the layout of Pick-a-Pic v2, white upper halves preferred; `bad` replaces a pair's first image."""
+def pick_a_pic(
+    path: Path, number: int = 8, bad: dict[int, bytes] | None = None, rejected: dict[int, str | None] | None = None
+) -> Path:
+    """Pairs in the layout of Pick-a-Pic v2, white upper halves preferred; `bad` replaces a pair's first image.
+
+    `rejected` gives the pairs a column of second prompts: these ones, or none, and of the others one each.
+    """
     rows = []
     for i in range(number):
         first = i % 2 == 1  # whether the first image is the chosen one
@@ -140,6 +145,8 @@ def pick_a_pic(path: Path, number: int = 8, bad: dict[int, bytes] | None = None)
                 "image_1_uid": f"{path.name}-{i}-b",
             }
         )
+        if rejected is not None:
+            rows[-1]["rejected_caption"] = rejected.get(i, f"other number {i}")
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 

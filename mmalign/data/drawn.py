@@ -1,4 +1,7 @@
-"""Pairs that a model drew itself: the best against the worst image of each prompt, in the layout of Pick-a-Pic v2."""
+"""Pairs that a model drew itself, in the layout of Pick-a-Pic v2.
+
+They are the best against the worst image of each prompt, or, with two prompts, the best images of two that contrast.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -36,42 +40,87 @@ def write_pairs(
     Raises:
         ValueError: no pair is kept.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
+    rows, asked = [], len(prompts) // group
     for start in range(0, len(prompts), group):
         numbers = range(start, start + group)
         best, worst = max(numbers, key=lambda i: scores[i]), min(numbers, key=lambda i: scores[i])
-        gap = scores[best] - scores[worst]
-        if 1 / (1 + math.exp(-gap)) < sure:
+        if scores[best] - scores[worst] < _log_odds(sure):
             continue
         left, right = sorted((best, worst))
-        png = [_png(images[left]), _png(images[right])]
-        rows.append(
-            {
-                "caption": prompts[start],
-                "jpg_0": png[0],
-                "jpg_1": png[1],
-                "label_0": float(left == best),
-                "label_1": float(right == best),
-                "image_0_uid": hashlib.sha256(png[0]).hexdigest()[:24],
-                "image_1_uid": hashlib.sha256(png[1]).hexdigest()[:24],
-                "score_0": scores[left],
-                "score_1": scores[right],
-            }
-        )
-    asked = len(prompts) // group
+        labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
+        rows.append({"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)})
+    _write(path, rows, f"the judge is never {sure:.0%} sure in {asked} prompts")
+    return len(rows), asked
+
+
+def best_of_each(scores: Sequence[float], group: int) -> list[int]:
+    """The number of the best of every `group` scores in a row."""
+    starts = range(0, len(scores), group)
+    return [max(range(start, start + group), key=lambda i: scores[i]) for start in starts]
+
+
+def write_contrasts(
+    path: Path,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    own: Sequence[float],
+    crossed: Sequence[float],
+    *,
+    sure: float,
+) -> tuple[int, int]:
+    """Write a parquet file of pairs with two prompts: `caption` is the chosen image's, `rejected_caption` the other's.
+
+    Args:
+        path: the file; written whole or not at all.
+        prompts: [2N], the first and the second of a couple in turn.
+        images: the best of each prompt [2N].
+        own: the judge's scores of the images by their own prompts [2N], in units whose difference is a log-odds.
+        crossed: their scores by the couple's other prompt [2N].
+        sure: the least probability, by either prompt, that its own image is preferred to the other prompt's.
+
+    Returns:
+        How many couples were kept, and of how many.
+
+    Raises:
+        ValueError: none is kept.
+    """
+    rows, asked = [], len(prompts) // 2
+    for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
+        if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(sure):
+            sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
+            rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
+    _write(path, rows, f"the judge is never {sure:.0%} sure of both images in {asked} couples of prompts")
+    return len(rows), asked
+
+
+def _log_odds(probability: float) -> float:
+    """The difference of scores at which a judge prefers one image to another this surely."""
+    return math.log(probability / (1 - probability))
+
+
+def _sides(
+    images: tuple[Image.Image, Image.Image], labels: tuple[float, float], scores: tuple[float, float]
+) -> dict[str, Any]:
+    """The columns of both images of a row."""
+    columns = dict[str, Any]()
+    for side, (image, label, score) in enumerate(zip(images, labels, scores, strict=True)):
+        png = _png(image)
+        columns |= {f"jpg_{side}": png, f"label_{side}": label, f"score_{side}": score}
+        columns[f"image_{side}_uid"] = hashlib.sha256(png).hexdigest()[:24]
+    return columns
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]], none: str) -> None:
+    """Write the rows whole or not at all; where there are none, `none` says why."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     if not rows:
-        raise ValueError(
-            f"prepare: the judge is never {sure:.0%} sure in {asked} prompts; "
-            "lower prepare.sure, or draw more images a prompt"
-        )
+        raise ValueError(f"prepare: {none}; lower prepare.sure, or draw more images a prompt")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")
     part.replace(path)
-    return len(rows), asked
 
 
 def _png(image: Image.Image) -> bytes:

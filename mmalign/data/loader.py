@@ -46,6 +46,7 @@ class PairBatch:
     Attributes:
         rows: the pairs' ids [B].
         prompts: [B].
+        rejected_prompts: what the rejected images show [B]; empty in a pair with one prompt.
         pixels: [2B, 3, R, R] in [-1, 1]; None where arrays come from a cache.
         arrays: every field of the cached arrays, [2B, ...]; None where images were decoded.
         sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
@@ -55,6 +56,7 @@ class PairBatch:
 
     rows: list[int]
     prompts: list[str]
+    rejected_prompts: list[str]
     pixels: Tensor | None
     arrays: dict[str, Tensor] | None
     sizes: Tensor
@@ -330,6 +332,7 @@ class _Collate:
         batch = PairBatch(
             rows=[e.pair.row for e in examples],
             prompts=[e.pair.prompt for e in examples],
+            rejected_prompts=[e.pair.rejected_prompt for e in examples],
             pixels=pixels,
             arrays=arrays if pixels is None else None,
             sizes=sizes,

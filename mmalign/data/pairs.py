@@ -1,5 +1,7 @@
 """Preference pairs: two images for one prompt, or two responses to images; one of them is preferred.
 
+A pair of images may come with two prompts: the chosen image is of the one, and the rejected image of the other.
+
 Nothing is read before it is asked for.
 
 Three identities. A *key* names an image's content (it changes when the file does), for caches. A *row* names a pair
@@ -49,11 +51,12 @@ class ImagePair:
 
     Attributes:
         row: 63 bits that name the pair in every draw of random numbers.
-        prompt: what both images should show.
+        prompt: what both images should show; in a pair with two prompts, what the chosen one shows.
         chosen: the preferred image.
         rejected: the other one.
         where: where the pair lies, for people.
         group: pairs of one group stay together in `hold_out`.
+        rejected_prompt: what the rejected image shows; empty in a pair with one prompt.
     """
 
     row: int
@@ -62,6 +65,7 @@ class ImagePair:
     rejected: ImageRef
     where: str
     group: str
+    rejected_prompt: str = ""
 
 
 class Turn(NamedTuple):
@@ -127,7 +131,7 @@ class Rows(Protocol[P]):
         """The groups of those pairs, without building them."""
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The prompts of those pairs, without building them."""
+        """Every prompt of those pairs, without building them; a pair may have two."""
 
 
 class Pairs(Sequence[P], Generic[P]):
@@ -167,7 +171,7 @@ class Pairs(Sequence[P], Generic[P]):
         return self._rows.groups(self._numbers)
 
     def prompts(self) -> list[str]:
-        """The prompt of every pair."""
+        """Every prompt of the pairs: one of each, or two."""
         return self._rows.prompts(self._numbers)
 
     def summary(self) -> str:

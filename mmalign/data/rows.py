@@ -46,8 +46,9 @@ class TableRows:
         sides = (1, 0) if self._chosen_is_1[number] else (0, 1)
         chosen, rejected = (self._image(number, side, text) for side in sides)
         prompt = text[self._names["caption"]]
-        row = hashed(prompt, chosen.key, rejected.key)
-        return ImagePair(row, prompt, chosen, rejected, self.where(number), str(text[self._group]))
+        second = text.get(self._names.get("rejected_caption", "")) or ""
+        row = hashed(prompt, chosen.key, rejected.key, *filter(None, [second]))
+        return ImagePair(row, prompt, chosen, rejected, self.where(number), str(text[self._group]), second)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """The groups of these rows."""
@@ -55,9 +56,10 @@ class TableRows:
         return [str(value) for value in column.take(numbers).to_pylist()]
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The prompts of these rows."""
-        prompts: list[str] = self._text.data.column(self._names["caption"]).take(numbers).to_pylist()
-        return prompts
+        """The prompts of these rows, and those of their rejected images."""
+        columns = [self._names[c] for c in ("caption", "rejected_caption") if c in self._names]
+        prompts = [self._text.data.column(name).take(numbers).to_pylist() for name in columns]
+        return [*prompts[0], *(second for some in prompts[1:] for second in some if second)]
 
     def _image(self, number: int, side: int, text: Mapping[str, Any]) -> ImageRef:
         column = f"jpg_{side}"
@@ -84,6 +86,7 @@ class FilePair(NamedTuple):
     rejected_path: str
     where: str
     group: str
+    rejected_prompt: str = ""
 
 
 class FileRows:
@@ -98,16 +101,17 @@ class FileRows:
         chosen = file_ref(p.chosen_path, f"{p.where}, chosen ({p.chosen})")
         rejected = file_ref(p.rejected_path, f"{p.where}, rejected ({p.rejected})")
         # By the names and not by the keys: a copy of the folder has new times, and must give the same numbers.
-        row = hashed(p.prompt, p.chosen, p.rejected)
-        return ImagePair(row, p.prompt, chosen, rejected, p.where, p.group)
+        row = hashed(p.prompt, p.chosen, p.rejected, *filter(None, [p.rejected_prompt]))
+        return ImagePair(row, p.prompt, chosen, rejected, p.where, p.group, p.rejected_prompt)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """The groups of these pairs."""
         return [self._pairs[n].group for n in numbers.tolist()]
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The prompts of these pairs."""
-        return [self._pairs[n].prompt for n in numbers.tolist()]
+        """The prompts of these pairs, and those of their rejected images."""
+        pairs = [self._pairs[n] for n in numbers.tolist()]
+        return [p.prompt for p in pairs] + [p.rejected_prompt for p in pairs if p.rejected_prompt]
 
 
 def file_ref(path: str, where: str) -> ImageRef:

@@ -136,6 +136,19 @@ def sample_prompts(split: Split, number: int, seed: int) -> list[Prompt]:
     return [chosen[j] for j in rng.permutation(len(chosen))]
 
 
+def sample_contrasts(number: int, seed: int) -> list[tuple[Prompt, Prompt]]:
+    """`number` training prompts, each with another one that says one thing differently; `seed` decides all."""
+    rng = np.random.default_rng([seed, number])
+    known = {prompt for prompt in all_prompts() if split_of(prompt) == "train"}
+    couples = []
+    for prompt in sample_prompts("train", number, seed):
+        other = corrupt(prompt, rng)
+        while other not in known:  # held out, or twice the same thing; most neighbours of a prompt are neither
+            other = corrupt(prompt, rng)
+        couples.append((prompt, other))
+    return couples
+
+
 def parse(caption: str) -> Prompt:
     """The prompt that a caption of this world spells.
 

@@ -3,7 +3,9 @@
 pick_a_pic  Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, and where present `image_0_uid, image_1_uid,
             are_different, has_label`. A parquet file, a folder or a glob of them, or a dataset on the Hub. Images are
             bytes, or structs with bytes. The image with the larger label is chosen; equal labels are a tie.
-folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file.
+            `rejected_caption`, where present, is what the rejected image shows, and `caption` then the chosen one's.
+folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file. `rejected_prompt`, where
+            present, is what the rejected image shows.
 rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
             (larger is better). Every two images of different rank are a pair. Paths are relative to the file, or to the
             folder beside it that has its name (HPDv2 keeps the images of test.json in test/).
@@ -40,8 +42,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "rankings": ("prompt", "image_path"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "pick_a_pic": ("image_0_uid", "image_1_uid", "are_different", "has_label"),
-    "folder": (),
+    "pick_a_pic": ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
+    "folder": ("rejected_prompt",),
     "rankings": ("rank", "human_preference"),
 }
 _SUFFIXES = {"pick_a_pic": TABLES, "folder": (".jsonl",), "rankings": (".json", ".jsonl")}
@@ -57,6 +59,7 @@ def open_pairs(
     columns: Columns | None = None,
     group_by: str | None = None,
     limit: int | None = None,
+    two_prompts: str | None = None,
 ) -> Pairs:
     """Index a source; its images stay where they are.
 
@@ -67,20 +70,25 @@ def open_pairs(
         columns: the format's column names (or "prompt") to those that the files have.
         group_by: the column whose values a hold-out keeps together; the prompt if not given.
         limit: keep the first that many pairs.
+        two_prompts: who needs a prompt of the rejected image's own, and who does not, for the sentence where there is
+            none; the rows without are dropped. None needs none.
 
     Raises:
         ValueError: a file or column is missing, a row is not of the format, or no pair is left.
     """
-    names = _column_names(format, columns or {})
+    names, needed = _column_names(format, columns or {}), two_prompts is not None
     if format == "pick_a_pic":
-        pairs = _open_tables(path, split, names, group_by)
+        pairs = _open_tables(path, split, names, group_by, needed)
     else:
-        pairs = _open_files(format, path, split, names, group_by)
+        pairs = _open_files(format, path, split, names, group_by, needed)
     if not len(pairs):
         why = f": {listed(pairs.dropped)}" if pairs.dropped else ""
+        expected = "in which one image is preferred"
+        if two_prompts is not None:
+            expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {two_prompts}"
         raise ValueError(
             f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.dropped):,} rows dropped"
-            f"{why}); expected rows in which one image is preferred"
+            f"{why}); expected rows {expected}"
         )
     return pairs[:limit] if limit is not None else pairs
 
@@ -112,7 +120,7 @@ def _column_names(format: str, columns: Columns) -> dict[str, str]:
         raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(REQUIRED)})")
     names = {c: c for c in REQUIRED[format] + OPTIONAL[format]}
     for ours, theirs in columns.items():
-        own = "caption" if (format, ours) == ("pick_a_pic", "prompt") else ours
+        own = ours.replace("prompt", "caption") if format == "pick_a_pic" else ours
         if own not in names:
             raise ValueError(f"data.columns: {format} has no column {ours!r} to rename; it has {', '.join(names)}")
         names[own] = theirs
@@ -146,13 +154,18 @@ def _check_fields(where: str, schema: Any, names: Columns, group_by: str | None)
         is_struct = pt.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if not (pt.is_binary(kind) or pt.is_large_binary(kind) or is_struct):
             raise ValueError(f"{where}: {names[column]} is {kind}; expected images as bytes, or as bytes and path")
+    second = names["rejected_caption"]
+    if second in schema.names:
+        kind = schema.field(second).type
+        if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_null(kind)):
+            raise ValueError(f"{where}: {second} is {kind}; expected what the rejected image shows, as text")
     for column in ("label_0", "label_1"):
         kind = schema.field(names[column]).type
         if not (pt.is_floating(kind) or pt.is_integer(kind)):
             raise ValueError(f"{where}: {names[column]} is {kind}; expected a number: 1 preferred, 0 not, 0.5 a tie")
 
 
-def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: str | None) -> Pairs:
+def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: str | None, two_prompts: bool) -> Pairs:
     if on_hub(path):
         table, starts = load_hub(path, split)
         _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
@@ -163,14 +176,17 @@ def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: 
         table, starts = load_tables(path, files, {*names.values(), group_by})
     found = table.column_names
     rows = TableRows(table, {c: n for c, n in names.items() if n in found}, group_by or names["caption"], starts)
-    usable, chosen_is_1, reasons, ties = _judge(table, names, found)
+    usable, chosen_is_1, reasons, ties = _judge(table, names, found, two_prompts)
     rows.swap(chosen_is_1)
     dropped = [Dropped(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
     return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
 
 
-def _judge(table: Any, names: Columns, found: Sequence[str]) -> tuple[Any, Any, dict[int, str], int]:
-    """From the labels: usable rows [N], whether jpg_1 is chosen [N], why rows were dropped, and the number of ties."""
+def _judge(table: Any, names: Columns, found: Sequence[str], two_prompts: bool) -> tuple[Any, Any, dict[int, str], int]:
+    """From the labels: usable rows [N], whether jpg_1 is chosen [N], why rows were dropped, and the number of ties.
+
+    With `two_prompts` a row without a second one is dropped.
+    """
 
     def column(name: str) -> Any:
         return table.data.column(names[name])
@@ -193,6 +209,10 @@ def _judge(table: Any, names: Columns, found: Sequence[str]) -> tuple[Any, Any, 
         drop((np.minimum(first, second) < 0) | (np.maximum(first, second) > 1), f"{named}; expected 0 to 1")
         drop(np.abs(first + second - 1) > 1e-6, f"{named}; expected a sum of 1")
     drop(column("caption").is_null().to_numpy(zero_copy_only=False), "has no caption")
+    if two_prompts:
+        other = names["rejected_caption"]
+        prompts = column("rejected_caption").to_pylist() if other in found else [None] * len(first)
+        drop([not prompt for prompt in prompts], f"has no {other}")
     sound = np.ones(len(first), dtype=bool)
     sound[list(reasons)] = False
     ties = sound & (first == second)
@@ -202,7 +222,9 @@ def _judge(table: Any, names: Columns, found: Sequence[str]) -> tuple[Any, Any, 
 # ------------------------------------------------------------------------------------------------- folder and rankings
 
 
-def _open_files(format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None) -> Pairs:
+def _open_files(
+    format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None, two_prompts: bool
+) -> Pairs:
     pairs, dropped, ties = list[FilePair](), list[Dropped](), 0
     for file in find_files(path, split, _SUFFIXES[format]):
         for where, record in records(file):
@@ -210,6 +232,10 @@ def _open_files(format: str, path: str, split: str | None, names: dict[str, str]
             prompt = record[names[REQUIRED[format][0]]]
             if not isinstance(prompt, str):
                 raise ValueError(f"{where}: {names['prompt']} is {shown(prompt)}; expected a text")
+            other = _second_prompt(where, record, names)
+            if two_prompts and not other:
+                dropped.append(Dropped(where, f"has no {names.get('rejected_prompt', 'second prompt')}"))
+                continue
             group = prompt if group_by is None else str(record[group_by])
             if format == "folder":
                 sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
@@ -222,8 +248,16 @@ def _open_files(format: str, path: str, split: str | None, names: dict[str, str]
                 if absent:
                     dropped.append(Dropped(where, f"{' and '.join(absent)} does not exist"))
                 else:
-                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], where, group))
+                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], where, group, other))
     return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
+
+
+def _second_prompt(where: str, record: Mapping[str, Any], names: Columns) -> str:
+    """What the rejected image shows; empty where there is one prompt."""
+    found = record.get(names.get("rejected_prompt", "")) or ""
+    if not isinstance(found, str):
+        raise ValueError(f"{where}: {names['rejected_prompt']} is {shown(found)}; expected a text")
+    return found
 
 
 def _ordered(where: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:

@@ -5,9 +5,10 @@ wrong one (`loss`). `contrasts` is complete before the first update, and holds t
 that samples is not changed by its own updates halfway.
 
 A method of responses may ask for more than tokens and features: `needs_pictures = True` for the decoded images,
-`needs_others = True` for the chosen responses to the pairs' other images. A method whose settings name what may not be
-there, such as a similarity model, looks for it in `notes(config)`, before anything is loaded; the lines that it gives
-are told at the beginning of a run.
+`needs_others = True` for the chosen responses to the pairs' other images. One of images may ask for a
+prompt of the rejected image's own, `needs_two_prompts = True`, or for so many pairs in a batch, `least_pairs = 2`. A
+method whose settings name what may not be there, such as a similarity model, looks for it in `notes(config)`, before
+anything is loaded; the lines that it gives are told at the beginning of a run.
 """
 
 from __future__ import annotations

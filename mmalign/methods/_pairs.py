@@ -45,11 +45,18 @@ def preference_step(
         z = beta * (policy.margin - reference.margin)
         metrics = {
             "loss": losses.detach(),
-            "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
-            "logit": z.detach(),
-            "gradient factor": torch.sigmoid(-z).detach(),
+            **watched(z),
             **more,
             "chosen gain": (policy.chosen - reference.chosen).detach(),
             "rejected gain": (policy.rejected - reference.rejected).detach(),
         }
     return Step(losses, weights, metrics)
+
+
+def watched(z: Tensor) -> dict[str, Tensor]:
+    """What a comparison's logits [B] say: which are right (a tie is half right), how large, and what pull is left."""
+    return {
+        "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
+        "logit": z.detach(),
+        "gradient factor": torch.sigmoid(-z).detach(),
+    }

@@ -4,6 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmalign.methods import Method, bdhs, diffusion_dpo, dpo, mapo, mdpo, povid, realign, response_sft, rlhfv, sft
+from mmalign.methods import (
+    Method,
+    bdhs,
+    cca,
+    diffusion_dpo,
+    dpo,
+    instruct_engine,
+    mapo,
+    mdpo,
+    povid,
+    realign,
+    response_sft,
+    rlhfv,
+    sft,
+)
 
-METHODS: tuple[Method[Any], ...] = (bdhs, diffusion_dpo, dpo, mapo, mdpo, povid, realign, response_sft, rlhfv, sft)
+METHODS: tuple[Method[Any], ...] = (
+    bdhs,
+    cca,
+    diffusion_dpo,
+    dpo,
+    instruct_engine,
+    mapo,
+    mdpo,
+    povid,
+    realign,
+    response_sft,
+    rlhfv,
+    sft,
+)

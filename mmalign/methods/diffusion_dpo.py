@@ -14,10 +14,12 @@ by 0.1 to 2 for that reason alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ from mmalign.policy import Policy, Scores
 
 modality = "text_to_image"
 needs_reference = True
+
+PAIR = ("chosen", "rejected")
 
 
 class Config(PairLossConfig):
@@ -51,6 +55,15 @@ class Noised:
     t: Tensor
     target: Tensor
     cond: Conditioning
+
+    def __getitem__(self, rows: slice) -> Noised:
+        return Noised(self.x_t[rows], self.t[rows], self.target[rows], self.cond[rows])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Noised]) -> Noised:
+        """The rows of all parts."""
+        x_t, t, target = (torch.cat([getattr(p, name) for p in parts]) for name in ("x_t", "t", "target"))
+        return cls(x_t, t, target, Conditioning.cat([p.cond for p in parts]))
 
 
 @dataclass(frozen=True)
@@ -83,23 +96,31 @@ def noised(family: TextToImage, batch: EncodedPairs, caption_dropout: float, dra
     x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
     t = family.schedule.draw_time(batch.rows, draws, index).to(device).repeat(2)
     eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(device).repeat(2, 1, 1, 1)
-    text = batch.text
-    if caption_dropout > 0:
-        keep = draws.uniform(batch.rows, (), "caption dropout", index).to(device) >= caption_dropout
-        text = text.where(keep, batch.unconditional)
     schedule = family.schedule
-    cond = family.condition(text.repeat(2), batch.sizes)
+    cond = conditioned(family, batch, batch.text, caption_dropout, draws, index)
     return Noised(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), cond)
 
 
-def denoising_scores(family: TextToImage, net: nn.Module, view: Noised) -> Scores:
-    """`-1/2 mean(error ** 2)` [B] of the chosen and the rejected images."""
+def conditioned(
+    family: TextToImage, batch: EncodedPairs, text: Conditioning, caption_dropout: float, draws: Draws, index: int = 0
+) -> Conditioning:
+    """The conditioning [2B] of both images of every pair under `text` [B], dropped or not by one decision of the pair.
+
+    Whatever the text, the same pairs are decided alike.
+    """
+    if caption_dropout > 0:
+        keep = draws.uniform(batch.rows, (), "caption dropout", index).to(batch.weights.device) >= caption_dropout
+        text = text.where(keep, batch.unconditional)
+    return family.condition(text.repeat(2), batch.sizes)
+
+
+def denoising_scores(family: TextToImage, net: nn.Module, view: Noised, views: Sequence[str] = PAIR) -> Scores:
+    """`-1/2 mean(error ** 2)` [B] of the chosen and the rejected images, or of other `views`, one after the other."""
     error = mean_square(family.predict(net, view.x_t, view.t, view.cond), view.target)
-    chosen, rejected = (-0.5 * error).chunk(2)
-    return {"chosen": chosen, "rejected": rejected}
+    return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
 def denoising_step(cfg: Config, ours: Scores, theirs: Scores, weights: Tensor) -> Step:
     """The pair loss, with the errors that the scores are of."""
-    errors = {f"{side} error": -2 * ours[side].detach() for side in ("chosen", "rejected")}
+    errors = {f"{side} error": -2 * ours[side].detach() for side in PAIR}
     return preference_step(bound_loss(cfg), cfg.beta, ours, theirs, weights, errors)

@@ -14,7 +14,7 @@ from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import TextToImage
 from mmalign.methods import Step
-from mmalign.methods.diffusion_dpo import Contrast, Noised, noised
+from mmalign.methods.diffusion_dpo import Contrast, noised
 from mmalign.policy import Policy
 
 modality = "text_to_image"
@@ -33,8 +33,7 @@ class Config(BaseModel):
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """The chosen half of what Diffusion-DPO would show, so that a comparison sees the same images and noise."""
     view = noised(policy.family, batch, cfg.caption_dropout, draws)
-    half = slice(0, len(batch.rows))
-    return [Contrast(Noised(view.x_t[half], view.t[half], view.target[half], view.cond[half]), None, batch.weights)]
+    return [Contrast(view[: len(batch.rows)], None, batch.weights)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:

@@ -56,6 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Path:
     (here / "zero.parquet").touch()
     (here / "lines.jsonl").write_text('{"prompt": "a fox", "chosen": "a.png"}\n')
     (here / "comments.txt").write_text("# no prompt\n\n")
+    (here / "everyday.txt").write_text("a fox\n")
     (here / "latin.txt").write_bytes("ein Fuchs mit Hüten".encode("latin-1"))
     for name in ("no_index", "bad_index", "list_index", "flux", "no_tokenizer", "no_unet"):
         shutil.copytree(tiny_sd15, here / name)

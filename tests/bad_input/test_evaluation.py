@@ -48,6 +48,10 @@ def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
     [
         ("prepare.judge.path=models/tiny_klip", "prepare.judge.path: there is no file or folder 'models/tiny_klip'"),
         ("prepare.prompts=W/comments.txt", "prepare.prompts: W/comments.txt has none"),
+        (
+            "prepare={contrast: true, prompts: W/everyday.txt, judge: {path: models/tiny_clip}}",
+            "prepare.prompts: W/everyday.txt has the line 'a fox'; expected two prompts with a tab between them",
+        ),
         ("data.path=W", "data.path: W is a folder; expected the name of the parquet file that prepare writes"),
         ("data.path=W/good.parquet/x.parquet", "data.path: W/good.parquet cannot be written to (File exists)"),
     ],

@@ -116,3 +116,27 @@ def test_a_cache_of_another_model_or_resolution_is_refused(
     told = mmalign.refused("train", content, cache, setting, f"output={tmp_path / 'second'}")
     contains(told, f"data.cache: {tmp_path / 'cache' / 'latents'} was made otherwise: ", "use another data.cache")
     assert weights(tmp_path / "cache") == before and before
+
+
+def test_rows_without_the_second_prompt_that_a_method_needs_are_dropped_and_named(
+    mmalign: Commands, content: Content, pairs: Path
+) -> None:
+    method = "method={name: instruct_engine}"
+    told = mmalign.refused("train", content, method)
+    contains(told, "8 rows dropped: pairs.parquet: row 0: has no rejected_caption; ", "and 5 more")
+    contains(told, "instruct_engine compares two images under two prompts; cca, diffusion_dpo, mapo, sft take rows of")
+    tiny.pick_a_pic(pairs, rejected={1: None, 4: ""})
+    printed = mmalign("train", content, method)
+    contains(
+        printed, "6 pairs", "2 rows dropped (pairs.parquet: row 1: has no rejected_caption; pairs.parquet: row 4: "
+    )
+
+
+@pytest.mark.usefixtures("no_model")
+def test_pairs_that_are_compared_with_one_another_come_at_least_two_at_a_time(
+    mmalign: Commands, content: Content
+) -> None:
+    told = mmalign.refused("train", content, "method={name: cca}", "train.batch_size=1")
+    assert told == (
+        "train.batch_size: method.name: cca compares the pairs of a batch with one another; expected at least 2, got 1"
+    )

@@ -285,6 +285,61 @@ def test_rankings_as_preferences(tmp_path: Path) -> None:
         check_source("rankings", str(tmp_path / "train.json"))
 
 
+# --------------------------------------------------------------------------------------------------------- two prompts
+
+
+def test_a_table_s_second_prompts_are_of_the_rejected_images(tmp_path: Path) -> None:
+    seconds = ["ein Wal", None, ""]
+    path = write(tmp_path / "a.parquet", [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)], rejected_caption=seconds)
+    pairs = open_pairs("pick_a_pic", str(path))
+    assert [p.rejected_prompt for p in pairs] == ["ein Wal", "", ""] and not pairs.dropped
+    assert pairs.prompts() == ["prompt 0", "prompt 1", "prompt 2", "ein Wal"]
+    assert pairs[1:].prompts() == ["prompt 1", "prompt 2"]
+    needed = open_pairs("pick_a_pic", str(path), two_prompts="x needs two")
+    assert [p.prompt for p in needed] == ["prompt 0"]
+    assert [str(d) for d in needed.dropped] == [f"a.parquet: row {i}: has no rejected_caption" for i in (1, 2)]
+    plain = open_pairs("pick_a_pic", str(write(tmp_path / "b.parquet", [(1.0, 0.0), (0.0, 1.0)])))
+    assert plain[1].row == pairs[1].row
+    assert plain[0].row != pairs[0].row  # another pair, with other draws
+
+
+def test_second_prompts_may_be_called_otherwise_and_must_be_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [(1.0, 0.0)], contrast=["a whale"])
+    pairs = open_pairs("pick_a_pic", str(path), columns={"rejected_prompt": "contrast"})
+    assert pairs[0].rejected_prompt == "a whale"
+    numbers = write(tmp_path / "b.parquet", [(1.0, 0.0)], rejected_caption=[3])
+    with pytest.raises(ValueError, match="rejected_caption is int64; expected what the rejected image shows, as text"):
+        check_source("pick_a_pic", str(numbers))
+    pictures(tmp_path / "set", 2)
+    good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    lines(tmp_path / "set" / "pairs.jsonl", [good | {"rejected_prompt": 3}])
+    with pytest.raises(ValueError, match=r"pairs.jsonl: line 1: rejected_prompt is 3; expected a text"):
+        open_pairs("folder", str(tmp_path / "set"))
+
+
+def test_lines_may_have_a_second_prompt(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    lines(tmp_path / "pairs.jsonl", [good | {"rejected_prompt": "b"}, good, good | {"rejected_prompt": None}])
+    pairs = open_pairs("folder", str(tmp_path))
+    assert [p.rejected_prompt for p in pairs] == ["b", "", ""] and pairs.prompts() == ["a", "a", "a", "b"]
+    assert pairs[0].row != pairs[1].row == pairs[2].row
+    needed = open_pairs("folder", str(tmp_path), two_prompts="x needs two")
+    assert len(needed) == 1 and "2 rows dropped (pairs.jsonl: line 2: has no rejected_prompt; " in needed.summary()
+    lines(tmp_path / "pairs.jsonl", [good])
+    with pytest.raises(ValueError, match=r"dropped: pairs.jsonl: line 1: has no rejected_prompt\); .*: x needs two$"):
+        open_pairs("folder", str(tmp_path), two_prompts="x needs two")
+
+
+def test_rankings_have_one_prompt(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    record = {"prompt": "a", "image_path": ["0.png", "1.png"], "rank": [1, 2], "rejected_prompt": "b"}
+    lines(tmp_path / "train.jsonl", [record])
+    assert open_pairs("rankings", str(tmp_path / "train.jsonl"))[0].rejected_prompt == ""
+    with pytest.raises(ValueError, match="line 1: has no second prompt"):
+        open_pairs("rankings", str(tmp_path / "train.jsonl"), two_prompts="x needs two")
+
+
 # ------------------------------------------------------------------------------------------------------------- hold_out
 
 
