@@ -180,3 +180,16 @@ def test_files(piece: Piece) -> None:
         found for folder in OURS if (ROOT / folder).is_dir() for found in (ROOT / folder).rglob(pattern)
     )
     assert found, f"{piece}: there is no such file or folder"
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(("begins", "asset"), [("Methods against hallucination", "comparison_vision_language.md")])
+def test_a_table_has_the_numbers_of_its_asset(begins: str, asset: str) -> None:
+    """Every change with an interval, in bold or not, as `mmalign compare` wrote it."""
+    section = README.read_text(encoding="utf-8").partition(f"\n{begins}")[2].partition("\n[The whole table]")[0]
+    written = (ROOT / "assets" / asset).read_text(encoding="utf-8")
+    cells = re.findall(r"(?<=\| )(?:\*\*)?[-+][\d.]+ \[[^]]+\](?:\*\*)?(?= \|)", section)
+    assert len(cells) > 10
+    assert [cell for cell in cells if f"| {cell} |" not in written] == []
