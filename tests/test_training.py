@@ -55,7 +55,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("method", ["diffusion_dpo", "mapo", "sft"])
+@pytest.mark.parametrize("method", ["diffusion_dpo", "inpo", "mapo", "sft"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     method: str, tune: str, tiny_sd15: Path, pairs: Path, tmp_path: Path
