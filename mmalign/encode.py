@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class EncodedPairs:
         unconditional: one row, for dropped captions.
         sizes: of the images [2B, 6]: original height and width, crop top and left, target height and width.
         weights: [B]; 0 for a padding row.
+        kept: what the method has worked out for these pairs beforehand, by name, each [B, ...]; None where it has not.
     """
 
     rows: list[int]
@@ -40,6 +41,22 @@ class EncodedPairs:
     unconditional: Conditioning
     sizes: Tensor
     weights: Tensor
+    kept: dict[str, Tensor] | None = None
+
+    def singles(self) -> Iterator[EncodedPairs]:
+        """Every pair in a batch of its own."""
+        number = len(self.rows)
+        for i in range(number):
+            sides = slice(i, None, number)
+            yield replace(
+                self,
+                rows=[self.rows[i]],
+                latents=Moments(self.latents.mean[sides], self.latents.std[sides]),
+                text=self.text[i : i + 1],
+                sizes=self.sizes[sides],
+                weights=self.weights[i : i + 1],
+                kept=None,
+            )
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,11 @@ def test_with_fresh_noise_in_the_place_of_inversion_it_is_diffusion_dpo(
     dpo = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(beta=300.0))
     theirs = gradient(policy, dpo)
 
-    def fresh(*arguments: Any) -> Tensor:
-        clean = arguments[2]
+    def fresh(_: Any, schedule: Schedule, x_0: Tensor, *__: Any) -> Tensor:
         eps = DRAWS.normal(ROWS, (4, 8, 8), "noise").repeat(2, 1, 1, 1)
-        return family.schedule.add_noise(clean.x_0, eps, clean.t)
+        return schedule.add_noise(x_0, eps, schedule.draw_time(ROWS, DRAWS).repeat(2))
 
-    monkeypatch.setattr(inpo, "inverted", fresh)
+    monkeypatch.setattr(inversion, "invert", fresh)
     step = run(inpo, policy, batch, inpo.Config(beta=300.0))
     ours = gradient(policy, step)
     torch.testing.assert_close(step.losses, dpo.losses, rtol=1e-4, atol=1e-4)
