@@ -15,9 +15,10 @@ noisier than t. It does so for the first pair's t in the whole batch; here every
 Cost of a pair, in forwards of the denoiser on one image (a backward is two): 8 as Diffusion-DPO, and 2 for each hop of
 the inversion, 5.5 hops on average at 10 steps: 19 (the release: 20.8). No gradient is kept of the inversion. With
 `inverter: reference` and `cache_draws: K` a pair has K draws of everything random, epoch after epoch in turn; each is
-inverted and scored by the reference once, before the training, and kept on disk: 6, less than Diffusion-DPO. Kept is
-x_t, in float32, a draw as much as half of the pair's latents: in float16 the numbers would no longer be those without
-a cache, and near t = 0 the implied noise, which divides by a level of 0.03, would be off by up to 2 %.
+inverted once, before the training, and kept on disk: a step then costs what Diffusion-DPO's does. Kept is x_t, in
+float32, a draw as much as half of the pair's latents: in float16 the numbers would no longer be those without a cache,
+and near t = 0 the implied noise, which divides by a level of 0.03, would be off by up to 2 %. The reference's scores
+are not kept: in another batch they round otherwise, and a policy that has not moved would no longer have ln 2 exactly.
 """
 
 from __future__ import annotations
@@ -77,13 +78,15 @@ class Config(PairLossConfig):
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: both images of every pair, inverted to the pair's t."""
-    if (keeping := keeps(cfg)) is not None:
-        draws = keeping.of(draws)
-        found = batch.kept or keep_singly(keep, policy, batch, cfg, draws)
-        clean = diffusion_dpo.clean(policy.family, batch, cfg.caption_dropout, draws)
-        view = seen(policy.family, clean, found["x_t"].transpose(0, 1).flatten(0, 1))
-        return [Contrast(view, {side: found[side] for side in ("chosen", "rejected")}, batch.weights)]
-    view = inverted(policy, batch, cfg, draws)
+    keeping = keeps(cfg)
+    draws = keeping.of(draws) if keeping else draws
+    clean = diffusion_dpo.clean(policy.family, batch, cfg.caption_dropout, draws)
+    if keeping:
+        kept = batch.kept or keep_singly(keep, policy, batch, cfg, draws)
+        x_t = kept["x_t"].transpose(0, 1).flatten(0, 1)
+    else:
+        x_t = inverted(policy, batch, clean, cfg, draws)
+    view = seen(policy.family, clean, x_t)
     scores = policy.on_reference(partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
 
@@ -98,17 +101,15 @@ def keeps(cfg: Any) -> Keep | None:
 
 
 def keep(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> dict[str, Tensor]:
-    """x_t of both images [B, 2, C, H, W], and the reference's scores there, each [B]."""
-    view = inverted(policy, batch, cfg, draws)
-    scores = policy.on_reference(partial(denoising_scores, policy.family, view=view))
-    assert scores is not None, "inpo needs a reference"
-    return {"x_t": view.x_t.view(2, -1, *view.x_t.shape[1:]).transpose(0, 1), **scores}
+    """x_t of both images [B, 2, C, H, W]: all that costs; the noise that it implies follows from it."""
+    clean = diffusion_dpo.clean(policy.family, batch, cfg.caption_dropout, draws)
+    x_t = inverted(policy, batch, clean, cfg, draws)
+    return {"x_t": x_t.view(2, -1, *x_t.shape[1:]).transpose(0, 1)}
 
 
-def inverted(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> Noised:
-    """Both images of every pair, inverted by the bare network of the policy or of the reference."""
-    family, schedule = policy.family, policy.family.schedule
-    clean = diffusion_dpo.clean(family, batch, cfg.caption_dropout, draws)
+def inverted(policy: Policy[TextToImage], batch: EncodedPairs, clean: Clean, cfg: Any, draws: Draws) -> Tensor:
+    """x_t [2B, C, H, W] of the images, by the bare network of the policy or of the reference."""
+    schedule = policy.family.schedule
     way = {"exact": inversion.exact, "release": inversion.release}[cfg.inversion]
 
     def fresh(number: int) -> Tensor:
@@ -117,14 +118,14 @@ def inverted(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: 
 
     def run(net: nn.Module) -> Tensor:
         def predict(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-            return family.predict(net, x, t, clean.cond[rows])
+            return policy.family.predict(net, x, t, clean.cond[rows])
 
         hops = way(schedule, clean.t, steps=cfg.steps, eta=cfg.eta)
         return inversion.invert(predict, schedule, clean.x_0, hops, fresh)
 
     x_t = run(policy.unwrapped) if cfg.inverter == "policy" else policy.on_reference(run)
     assert x_t is not None, "inpo needs a reference"
-    return seen(family, clean, x_t)
+    return x_t
 
 
 def seen(family: TextToImage, clean: Clean, x_t: Tensor) -> Noised:

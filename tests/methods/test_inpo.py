@@ -59,17 +59,17 @@ def adapted(family: TextToImage) -> Policy:
 # ----------------------------------------------------------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("inverter", ["policy", "reference"])
+@pytest.mark.parametrize("inverter", [{}, {"inverter": "reference"}, {"inverter": "reference", "cache_draws": 1}])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(
-    family: TextToImage, tune: str, inverter: Any
+    family: TextToImage, tune: str, inverter: dict[str, Any]
 ) -> None:
     if tune == "full":
         policy = full(family)
     else:
         add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
         policy = Policy(family, family.network, family.network, AdaptersOff())
-    step = run(inpo, policy, pairs(family), inpo.Config(inverter=inverter))
+    step = run(inpo, policy, pairs(family), inpo.Config(**inverter))
     assert torch.equal(step.losses.detach(), torch.full((4,), math.log(2)))
     assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
     assert gradient(policy, step).norm() > 1e-3
