@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class EncodedPairs:
         sizes: of the images [2B, 6]: original height and width, crop top and left, target height and width.
         weights: [B]; 0 for a padding row.
         rejected_text: the conditioning of what the rejected images show [B]; None where the method asks for one prompt.
+        kept: what the method has worked out for these pairs beforehand, by name, each [B, ...]; None where it has not.
     """
 
     rows: list[int]
@@ -42,6 +43,23 @@ class EncodedPairs:
     sizes: Tensor
     weights: Tensor
     rejected_text: Conditioning | None = None
+    kept: dict[str, Tensor] | None = None
+
+    def singles(self) -> Iterator[EncodedPairs]:
+        """Every pair in a batch of its own."""
+        number = len(self.rows)
+        for i in range(number):
+            sides = slice(i, None, number)
+            yield replace(
+                self,
+                rows=[self.rows[i]],
+                latents=Moments(self.latents.mean[sides], self.latents.std[sides]),
+                text=self.text[i : i + 1],
+                sizes=self.sizes[sides],
+                weights=self.weights[i : i + 1],
+                rejected_text=self.rejected_text[i : i + 1] if self.rejected_text is not None else None,
+                kept=None,
+            )
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from mmalign import methods
 from mmalign.data.cache import ArrayCache, fingerprint_tensors
 from mmalign.data.epochs import check_bad
-from mmalign.data.loader import PairLoader, View
+from mmalign.data.loader import PairBatch, PairLoader, View
 from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
 from mmalign.data.responses import open_responses
 from mmalign.data.sources import open_pairs
+from mmalign.draws import Draws
 from mmalign.encode import Encoder, fill_latents, fill_text, text_key
 from mmalign.encode_responses import ResponseLoader, Wants
 from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
+from mmalign.kept import Kept
+from mmalign.methods import Keep
+from mmalign.policy import Policy
 from mmalign.sections import Data, ImageData, ResponseData
 from mmalign.share import locate
 
@@ -37,20 +43,29 @@ class Feed:
         train: the loader of the pairs to learn from.
         held: the loader of those held out; None if there are none.
         about: one sentence on what there is, for people.
+        kept: where the method's own arrays are kept; None if it has none, or nothing is cached.
     """
 
     encode: Callable[[Any], Any]
     train: PairLoader | ResponseLoader
     held: PairLoader | ResponseLoader | None
     about: str
+    kept: Kept | None = None
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The training batches of an epoch, from number `start` on."""
-        return map(self.encode, self.train.batches(epoch, start))
+        return self._encoded(self.train, epoch, start)
 
     def held_out(self) -> Iterator[Any]:
         """The held-out batches, always in the same order; none if nothing is held out."""
-        return map(self.encode, self.held.batches(0)) if self.held else iter(())
+        return self._encoded(self.held, 0, 0) if self.held else iter(())
+
+    def _encoded(self, loader: PairLoader | ResponseLoader, epoch: int, start: int) -> Iterator[Any]:
+        for batch in loader.batches(epoch, start):
+            encoded = self.encode(batch)
+            if self.kept is not None and isinstance(batch, PairBatch):
+                encoded = replace(encoded, kept=self.kept.find(batch, epoch, encoded.weights.device))
+            yield encoded
 
     def places(self, epoch: int, number: int) -> list[str]:
         """Where the pairs of a training batch lie, for people."""
@@ -124,6 +139,7 @@ def open_feed(
     say: Any,
     method: Any = None,
     opened: Opened | None = None,
+    keep: Keep | None = None,
 ) -> Feed:
     """Open the recipe's pairs, and where the data are pictures to learn from, fill the caches of the frozen encoders.
 
@@ -137,6 +153,7 @@ def open_feed(
         say: takes a line of text.
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
+        keep: what the method would like to have kept, by `mmalign.kept.asked`; `fill_kept` fills the place for it.
 
     Raises:
         ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad, or all pairs.
@@ -148,6 +165,7 @@ def open_feed(
     about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
     make: Callable[..., PairLoader | ResponseLoader]
     encode: Callable[[Any], Any]
+    kept = None
     if isinstance(data, ResponseData):
         longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
         make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=_wants(method), **common)
@@ -155,9 +173,12 @@ def open_feed(
     else:
         assert isinstance(data, ImageData)
         sources = [train] if held is None else [train, held]
-        view, latents, encoder = _prepare(family, sources, data, output, accelerator, say)
+        view, latents, encoder, depends = _prepare(family, sources, data, output, accelerator, say)
         encoder = replace(encoder, two_prompts=getattr(method, "needs_two_prompts", False))
-        make = partial(PairLoader, view=view, cache=latents, **common)
+        make = partial(PairLoader, view=view, cache=latents, repeat=keep.draws if keep else None, **common)
+        if keep is not None and latents is not None:
+            settings = {**depends, **keep.settings, "flip": data.flip, "seed": seed}
+            kept = Kept(ArrayCache.open(latents.folder.parent / "kept", settings), keep)
         encode = encoder.encode
     loader = make(pairs=train, **share)
     # Every process scores all held-out pairs, so that all know the same number.
@@ -165,19 +186,66 @@ def open_feed(
     for checked in (loader, scored):
         if checked is not None:
             checked.check_readable()
-    return Feed(encode, loader, scored, about)
+    return Feed(encode, loader, scored, about, kept)
+
+
+def fill_kept(
+    feed: Feed, policy: Policy, method: Any, config: Any, *, batches: int, held_out: int, seed: int, accelerator: Any
+) -> None:
+    """Work out what the method keeps of the pairs that a run will meet, and store what is not there yet, with a bar.
+
+    Args:
+        feed: whose pairs; nothing happens if it keeps nothing.
+        policy: with its reference; nothing of it is changed.
+        method: a module of mmalign.methods with `keep`.
+        config: its Config.
+        batches: of the training on every process.
+        held_out: batches of the held-out pairs.
+        seed: of the draws.
+        accelerator: says which process this is.
+    """
+    if feed.kept is None:
+        return
+
+    @torch.no_grad()
+    def work_out(batch: PairBatch, epoch: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = method.keep(policy, feed.encode(batch), config, Draws(seed, epoch))
+        return found
+
+    policy.model.eval()
+    with _bar(accelerator) as bar:
+        for loader, number in ((feed.train, batches), (feed.held, held_out)):
+            if isinstance(loader, PairLoader):
+                share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+                steps = feed.kept.fill(loader, number, work_out, **share)
+                task = bar.add_task("work out what is kept", total=next(steps))
+                for _ in steps:
+                    bar.advance(task)
+                accelerator.wait_for_everyone()
+                feed.kept.cache.refresh()
+    policy.model.train()
+
+
+def _bar(accelerator: Any) -> Progress:
+    console = Console(stderr=True)
+    return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))
 
 
 def _prepare(
     family: TextToImage, sources: Sequence[Pairs], data: ImageData, output: Path, accelerator: Any, say: Any
-) -> tuple[View, ArrayCache | None, Encoder]:
-    """How images become squares, the cache of their latents, and what encodes the rest; the caches are filled."""
+) -> tuple[View, ArrayCache | None, Encoder, dict[str, str | int | float]]:
+    """How images become squares, the cache of their latents, what encodes the rest, and what all that depends on.
+
+    The caches are filled.
+    """
     view = View(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[Dropped]()
+    depends: dict[str, str | int | float] = {"resolution": view.resolution}
     unconditional = family.unconditional()
     if data.cache != "off" and data.crop == "center":
         folder = output / "cache" if data.cache == "auto" else Path(data.cache)
         encoders = {name: fingerprint_tensors(net.state_dict()) for name, net in family.encoders()}
+        depends |= encoders
         latents = ArrayCache.open(folder / "latents", {"vae": encoders.pop("vae"), "resolution": view.resolution})
         text = ArrayCache.open(folder / "text", encoders)
         bad = _fill(family, sources, view, latents, text, data, accelerator)
@@ -189,7 +257,7 @@ def _prepare(
     cut = family.count_cut(prompts)
     if cut:
         say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
-    return view, latents, Encoder(family, unconditional, text)
+    return view, latents, Encoder(family, unconditional, text), depends
 
 
 def _fill(
@@ -206,9 +274,7 @@ def _fill(
 
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     bad: list[Dropped] = []
-    console = Console(stderr=True)
-    shown = accelerator.is_main_process and console.is_terminal
-    with Progress(transient=True, console=console, disable=not shown) as bar:
+    with _bar(accelerator) as bar:
         for pairs in sources:
             task = bar.add_task("encode images", total=None)
             for found in fill_latents(family, pairs, view, latents, num_workers=data.workers, **share):

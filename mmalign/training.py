@@ -22,7 +22,8 @@ from mmalign import assemble, checkpoint, loop, methods
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
 from mmalign.families import Family
-from mmalign.feed import Feed, open_data, open_feed
+from mmalign.feed import Feed, fill_kept, open_data, open_feed
+from mmalign.kept import asked
 from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
@@ -105,9 +106,12 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         say=tell,
         method=method,
         opened=opened,
+        keep=asked(method, recipe.method, model=run.identity["model"], precision=options.precision),
     )
     count = sum(p.numel() for p in run.policy.trainable())
     tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
+    planned = {"batches": options.steps * options.accumulate, "held_out": HELD_OUT_BATCHES, "seed": options.seed}
+    fill_kept(feed, run.policy, method, recipe.method, accelerator=accelerator, **planned)
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))

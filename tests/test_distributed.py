@@ -109,11 +109,14 @@ class Runs:
         often = {"steps": STEPS, "save_every": 1, "keep": 9}
         full = {"train": {**often, "clip": None, "ema": 0.9, "trackers": ["tensorboard"]}}
         lora = {"model": {"tune": "lora"}, "data": {"hold_out": 0.2}, "train": {**often, "lr": 0.03}}
+        inpo = {"name": "inpo", "beta": 100.0, "steps": 3}
         self.recipes: dict[str, tuple[str, Content]] = {
             "full": ("eight", full),
             "lora": ("ten", lora),
             "uneven": ("bad", {"method": {"name": "mapo"}, "train": often}),
             "few": ("few", {"method": {"name": "sft"}, "train": often}),
+            "inverted": ("eight", {"method": inpo, "train": often}),
+            "kept": ("eight", {"method": {**inpo, "inverter": "reference", "cache_draws": 1}, "train": often}),
         }
 
     def make(self) -> None:
@@ -140,7 +143,7 @@ class Runs:
             ("grown", self.content("two", "full", "grown", batch_size=2)),
             ("lora", self.content("two", "lora", **small)),
             ("uneven", self.content("two", "uneven", batch_size=2)),
-            ("few", self.content("two", "few", batch_size=2)),
+            *((name, self.content("two", name, batch_size=2)) for name in ("few", "inverted", "kept")),
         ]
         (self.folder / "jobs.json").write_text(json.dumps(jobs))
         launch(self.folder / "jobs.json")
@@ -200,12 +203,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Runs:
 
 # ----------------------------------------------------------------------------------------------------------- the tests
 
-NAMES = ["full", "lora", "uneven", "few"]
+NAMES = ["full", "lora", "uneven", "few", "inverted", "kept"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_one_process(name: str, runs: Runs) -> None:
-    """All weights with an average, adapters with accumulated gradients, unequal shares of a batch, and padding."""
+    """All weights with an average, adapters with accumulated gradients, unequal shares of a batch, padding, inversions
+    of which one process's take longer, and those that both have worked out before."""
     weights, gradients = runs.distance(f"one/{name}", f"two/{name}")
     assert weights < WEIGHTS and gradients < GRADIENTS
 

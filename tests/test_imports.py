@@ -25,7 +25,7 @@ LAYERS = (
     {"families"},
     {"encode", "encode_responses", "completions", "rejected"},
     {"methods"},
-    {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint", "answers", "drawings"},
+    {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint", "answers", "drawings", "kept"},
     {"training", "evaluate_images", "evaluate_responses"},
     {"run", "quickstart", "compare", "prepare_responses"},
     {"cli"},

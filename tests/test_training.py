@@ -56,7 +56,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "instruct_engine", "mapo", "sft"])
+@pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     method: str, tune: str, tiny_sd15: Path, pairs: Path, tmp_path: Path

@@ -40,10 +40,15 @@ class Epochs:
         full, rest = divmod(self.number, self.batch_size * self.world_size)
         return full + 1 if rest and (self.keep_last or not full) else full
 
+    def order(self, epoch: int) -> list[int]:
+        """The numbers of all pairs, in the order in which all processes together take them."""
+        seed = int(Draws(self.seed, epoch).integers([0], 0, 2**62, "order"))
+        order: list[int] = torch.randperm(self.number, generator=Generator().manual_seed(seed)).tolist()
+        return order
+
     def plan(self, epoch: int) -> list[list[tuple[int, float]]]:
         """For every batch of this process, the numbers and weights of its pairs."""
-        seed = int(Draws(self.seed, epoch).integers([0], 0, 2**62, "order"))
-        order = torch.randperm(self.number, generator=Generator().manual_seed(seed)).tolist()
+        order = self.order(epoch)
         size = self.batch_size * self.world_size
         planned = [(number, 1.0) for number in order]
         planned += [(order[i % len(order)], 0.0) for i in range(len(self) * size - len(order))]

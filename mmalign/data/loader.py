@@ -8,7 +8,7 @@ A pair with an unreadable image keeps its place with weight 0, so that no other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class PairBatch:
         rows: the pairs' ids [B].
         prompts: [B].
         rejected_prompts: what the rejected images show [B]; empty in a pair with one prompt.
+        keys: what the pairs' prompts and images are [B]: any other has another key.
         pixels: [2B, 3, R, R] in [-1, 1]; None where arrays come from a cache.
         arrays: every field of the cached arrays, [2B, ...]; None where images were decoded.
         sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
@@ -57,6 +58,7 @@ class PairBatch:
     rows: list[int]
     prompts: list[str]
     rejected_prompts: list[str]
+    keys: list[str]
     pixels: Tensor | None
     arrays: dict[str, Tensor] | None
     sizes: Tensor
@@ -81,6 +83,7 @@ class PairLoader:
         world_size: how many processes share an epoch.
         max_bad: stop if more images than this are bad.
         keep_last: fill up the last batch with pairs of weight 0 instead of leaving it out, as evaluation wants.
+        repeat: after so many epochs a pair's crops and flips come again; None has new ones in every epoch.
     """
 
     def __init__(
@@ -96,13 +99,14 @@ class PairLoader:
         world_size: int = 1,
         max_bad: int | None = None,
         keep_last: bool = False,
+        repeat: int | None = None,
     ) -> None:
         if cache is not None and view.crop == "random":
             raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
         if not len(pairs):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
         self.pairs, self.seed, self.view, self.cache = pairs, seed, view, cache
-        self.num_workers = num_workers
+        self.num_workers, self.repeat = num_workers, repeat
         self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
         self._bad = LeftOut(pairs.source, max_bad)
 
@@ -126,21 +130,8 @@ class PairLoader:
                 f"data.cache: {self.cache.folder} has no image of {self.pairs.source}; encode the images first, and if "
                 "none could be read, repair them or name another source"
             )
-        loader = DataLoader(
-            _Examples(self.pairs, self.view, self.cache, Draws(self.seed, epoch)),
-            batch_sampler=self.epochs.plan(epoch)[start:],
-            collate_fn=_Collate(self.view.resolution, self.cache),
-            num_workers=self.num_workers,
-            generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
-        )
         good = 0
-        for batch, lacking in loader:
-            if lacking:
-                assert self.cache is not None
-                raise ValueError(
-                    f"data.cache: {self.cache.folder} lacks {lacking}; encode the images again, or delete the folder"
-                )
-            self._bad.add(batch.dropped)
+        for batch in self._read(epoch, self.epochs.plan(epoch)[start:]):
             good += int(batch.weights.sum())
             yield batch
         # Of several processes, one may have drawn only bad pairs while the others learn.
@@ -149,6 +140,28 @@ class PairLoader:
                 f"data.path: {self.pairs.source}: no pair of the epoch has two readable images "
                 f"({listed(self.dropped)}); repair the images, or name another source"
             )
+
+    def singles(self, epoch: int, numbers: Sequence[int]) -> Iterator[PairBatch]:
+        """Pairs by number, in this order, each in a batch of its own; cropped and flipped as in that epoch."""
+        return self._read(epoch, [[(number, 1.0)] for number in numbers])
+
+    def _read(self, epoch: int, plan: list[list[tuple[int, float]]]) -> Iterator[PairBatch]:
+        views = epoch % self.repeat if self.repeat else epoch
+        loader = DataLoader(
+            _Examples(self.pairs, self.view, self.cache, Draws(self.seed, views)),
+            batch_sampler=plan,
+            collate_fn=_Collate(self.view.resolution, self.cache),
+            num_workers=self.num_workers,
+            generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
+        )
+        for batch, lacking in loader:
+            if lacking:
+                assert self.cache is not None
+                raise ValueError(
+                    f"data.cache: {self.cache.folder} lacks {lacking}; encode the images again, or delete the folder"
+                )
+            self._bad.add(batch.dropped)
+            yield batch
 
     def check_readable(self) -> None:
         """Read pairs until one is good.
@@ -170,6 +183,11 @@ class PairLoader:
     def places(self, epoch: int, number: int) -> list[str]:
         """Where the pairs of a batch of an epoch lie, for people."""
         return [self.pairs[pair].where for pair, weight in self.epochs.plan(epoch)[number] if weight]
+
+
+def pair_key(pair: ImagePair) -> str:
+    """The key of what is made of a pair: its draws, its prompt, and the content of both images."""
+    return f"{pair.row:x}-{hashed(pair.prompt, pair.chosen.key, pair.rejected.key):x}"
 
 
 def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:
@@ -333,6 +351,7 @@ class _Collate:
             rows=[e.pair.row for e in examples],
             prompts=[e.pair.prompt for e in examples],
             rejected_prompts=[e.pair.rejected_prompt for e in examples],
+            keys=[pair_key(e.pair) for e in examples],
             pixels=pixels,
             arrays=arrays if pixels is None else None,
             sizes=sizes,

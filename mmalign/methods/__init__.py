@@ -9,6 +9,12 @@ A method of responses may ask for more than tokens and features: `needs_pictures
 prompt of the rejected image's own, `needs_two_prompts = True`, or for so many pairs in a batch, `least_pairs = 2`. A
 method whose settings name what may not be there, such as a similarity model, looks for it in `notes(config)`, before
 anything is loaded; the lines that it gives are told at the beginning of a run.
+
+What follows from a pair of images, its draws and the reference alone need not be worked out twice. A method whose
+`keeps(config)` gives a `Keep` says so: then `keep(policy, batch, config, draws)` gives it by name, each [B, ...], a
+pair's draws come again after `Keep.draws` epochs, and before the training every pair that it will meet is worked out
+once and kept on disk, beside the latents. `contrasts` finds it in `batch.kept`; where that is None, as without a cache,
+it asks `keep_singly`, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,9 +22,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from mmalign.draws import Draws
@@ -38,6 +46,31 @@ class Step:
     losses: Tensor
     weights: Tensor
     metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a method would like to have kept.
+
+    Attributes:
+        draws: epochs after which a pair's draws come again.
+        settings: of the method, that the kept arrays depend on.
+    """
+
+    draws: int
+    settings: Mapping[str, str | int | float]
+
+    def of(self, draws: Draws) -> Draws:
+        """The draws of an epoch, out of the few there are."""
+        return replace(draws, epoch=draws.epoch % self.draws)
+
+
+def keep_singly(
+    keep: Callable[..., dict[str, Tensor]], policy: Policy[Any], batch: Any, cfg: Any, draws: Draws
+) -> dict[str, Tensor]:
+    """What a method keeps of a batch [B, ...], worked out pair by pair: in another company it would round otherwise."""
+    found = [keep(policy, single, cfg, draws) for single in batch.singles()]
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 C = TypeVar("C")

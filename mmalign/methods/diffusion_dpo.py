@@ -48,6 +48,15 @@ class Config(PairLossConfig):
 
 
 @dataclass(frozen=True)
+class Clean:
+    """Both images of every pair before they are noised: x_0 [2B, C, H, W], the pair's t [2B], the conditioning [2B]."""
+
+    x_0: Tensor
+    t: Tensor
+    cond: Conditioning
+
+
+@dataclass(frozen=True)
 class Noised:
     """What the networks are shown: x_t [2B, C, H, W], t [2B], the conditioning [2B], and the right answer."""
 
@@ -82,23 +91,28 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws:
     return [Contrast(view, scores, batch.weights)]
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -> Step:
     """The pair loss on the policy's and the reference's denoising scores."""
-    assert contrast.reference is not None, "diffusion_dpo needs a reference"
+    assert contrast.reference is not None, "the method needs a reference"
     ours = denoising_scores(policy.family, policy.model, contrast.view)
     return denoising_step(cfg, ours, contrast.reference, contrast.weights)
 
 
 def noised(family: TextToImage, batch: EncodedPairs, caption_dropout: float, draws: Draws, index: int = 0) -> Noised:
     """Both images of every pair at one timestep and under one noise, with one decision about the caption."""
+    images, schedule = clean(family, batch, caption_dropout, draws, index), family.schedule
+    x_0, t = images.x_0, images.t
+    eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(2, 1, 1, 1)
+    return Noised(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
+
+
+def clean(family: TextToImage, batch: EncodedPairs, caption_dropout: float, draws: Draws, index: int = 0) -> Clean:
+    """Both images of every pair, sampled from their posteriors, with the pair's timestep and caption."""
     device = batch.latents.mean.device
     sampled = draws.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
     x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
     t = family.schedule.draw_time(batch.rows, draws, index).to(device).repeat(2)
-    eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(device).repeat(2, 1, 1, 1)
-    schedule = family.schedule
-    cond = conditioned(family, batch, batch.text, caption_dropout, draws, index)
-    return Noised(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), cond)
+    return Clean(x_0, t, conditioned(family, batch, batch.text, caption_dropout, draws, index))
 
 
 def conditioned(
@@ -120,7 +134,7 @@ def denoising_scores(family: TextToImage, net: nn.Module, view: Noised, views: S
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
-def denoising_step(cfg: Config, ours: Scores, theirs: Scores, weights: Tensor) -> Step:
+def denoising_step(cfg: PairLossConfig, ours: Scores, theirs: Scores, weights: Tensor) -> Step:
     """The pair loss, with the errors that the scores are of."""
     errors = {f"{side} error": -2 * ours[side].detach() for side in PAIR}
     return preference_step(bound_loss(cfg), cfg.beta, ours, theirs, weights, errors)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from image_pairs import DRAWS, ROWS, full, gradient, pairs, run, swapped
+from torch import nn
 
 from mmalign import methods
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
-from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_family
+from mmalign.families import Loading, Moments, TextToImage, load_family
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.methods import Step, diffusion_dpo, mapo, sft
 from mmalign.methods._typed import METHODS
@@ -24,10 +23,6 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.sections import SECTIONS
 
 ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
-DRAWS = Draws(seed=5, epoch=2)
-ROWS = [11, 2**62 + 3, 7, 12345]
-PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls", 12345: "grass"}
-OF_REJECTED = {11: "a dog", 2**62 + 3: "two hens", 7: "an owl", 12345: "moss"}
 
 
 @pytest.fixture(params=ALL)
@@ -38,54 +33,6 @@ def family(request: pytest.FixtureRequest) -> TextToImage:
 @pytest.fixture
 def sd(tiny_sd15: Path) -> TextToImage:
     return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
-
-
-def pairs(family: TextToImage, rows: Sequence[int] = ROWS, std: float = 0.1) -> EncodedPairs:
-    """Pairs whose latents, prompts and sizes depend on the row's id alone."""
-    sides = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(row)) for row in rows]
-    mean = torch.stack(sides, dim=1).flatten(0, 1)
-    sizes = torch.tensor([[16.0 + row % 9, 16, 0, row % 5, 16, 16] for row in rows]).repeat(2, 1)
-    text, second = (
-        Conditioning.cat([family.encode_prompts([some[row]]) for row in rows]) for some in (PROMPTS, OF_REJECTED)
-    )
-    moments = Moments(mean, torch.full_like(mean, std))
-    return EncodedPairs(list(rows), moments, text, family.unconditional(), sizes, torch.ones(len(rows)), second)
-
-
-def swapped(batch: EncodedPairs) -> EncodedPairs:
-    """The chosen and the rejected sides exchanged; only latents without spread are the same images then."""
-    other = [*range(len(batch.rows), 2 * len(batch.rows)), *range(len(batch.rows))]
-    latents = Moments(batch.latents.mean[other], batch.latents.std[other])
-    return replace(batch, latents=latents, sizes=batch.sizes[other])
-
-
-def frozen(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).requires_grad_(False).eval()
-
-
-def full(family: TextToImage, moved: float = 0.0) -> Policy:
-    """Full fine-tuning against a frozen copy; `moved` is the size of random changes of the policy since."""
-    reference = FrozenCopy(frozen(family.network))
-    net = family.network.requires_grad_(True)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(moved * torch.randn(p.shape, generator=g))
-    return Policy(family, net, net, reference)
-
-
-def run(method: Any, policy: Policy, batch: EncodedPairs, config: Any, draws: Draws = DRAWS) -> Step:
-    with torch.no_grad():
-        (contrast,) = method.contrasts(policy, batch, config, draws)
-    step: Step = method.loss(policy, contrast, config)
-    return step
-
-
-def gradient(policy: Policy, step: Step) -> Tensor:
-    """Of the weighted sum of the losses, as the loop takes it; all parameters in one vector."""
-    policy.model.zero_grad()
-    (step.losses * step.weights).sum().backward()
-    return torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
 
 
 # ------------------------------------------------------------------------------------------------------- diffusion_dpo
@@ -370,7 +317,7 @@ def test_the_list_of_methods_is_the_folder() -> None:
     of_images, of_responses = (
         [name for name in methods.names() if methods.find(name).modality == modality] for modality in SECTIONS
     )
-    assert of_images == ["cca", "diffusion_dpo", "instruct_engine", "mapo", "sft"]
+    assert of_images == ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft"]
     assert of_responses == ["bdhs", "dpo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
     # Those that the type checker holds to one protocol, of both modalities.
     assert [name.rpartition(".")[2] for name in sorted(m.__name__ for m in METHODS)] == methods.names()  # type: ignore[attr-defined]

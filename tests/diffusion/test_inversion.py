@@ -1,0 +1,237 @@
+"""Inversion: it ends at t, agrees with diffusers and with the published values, and is Euler's step for a flow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler
+from torch import Tensor
+
+from mmalign.diffusion import inversion
+from mmalign.diffusion.flow import Flow
+from mmalign.diffusion.inversion import Hop
+from mmalign.diffusion.noise import Diffusion, Schedule
+
+SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+EPSILON = Diffusion.of({**SD15, "prediction_type": "epsilon"}, "test")
+VELOCITY = Diffusion.of({**SD15, "prediction_type": "v_prediction"}, "test")
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "inpo.json").read_text())
+TIMES = torch.tensor([0, 1, 2, 99, 100, 101, 550, 999])
+SIGMAS = torch.tensor([1e-4, 0.05, 0.09, 0.101, 0.52, 0.77, 0.91, 0.9999])
+PROCESSES = [(EPSILON, TIMES), (VELOCITY, TIMES), (Flow(), SIGMAS), (Flow(shift=3.0), SIGMAS)]
+IDS = ["epsilon", "velocity", "flow", "shifted flow"]
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def never(_: int) -> Tensor:
+    raise AssertionError("fresh noise was asked for")
+
+
+def toy(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+    """A smooth network with a number of its own for every row."""
+    return 0.8 * x + 0.3 * torch.sin(t.view(-1, 1, 1, 1) / 100) + shift.view(-1, 1, 1, 1) * torch.tanh(x)
+
+
+def run(schedule: Schedule, x_0: Tensor, t: Tensor, steps: int = 10, way: Any = inversion.exact) -> Tensor:
+    shift = torch.linspace(-0.2, 0.2, len(t)) if len(t) > 1 else torch.tensor([-0.2])
+    return inversion.invert(
+        lambda x, time, rows: toy(x, time, shift[rows]), schedule, x_0, way(schedule, t, steps=steps), never
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the level that is t
+
+
+def knowing(schedule: Schedule, x_0: Tensor, eps: Tensor, way: Callable[..., Iterator[Hop]], t: Tensor) -> Any:
+    """The perfect network for one image: it finds whatever noise there is in x, by the levels that x really has."""
+    hops = list(way(schedule, t))
+    levels: dict[int, tuple[Tensor, Tensor]] = {}
+    number = iter(range(len(hops)))
+
+    def predict(x: Tensor, _: Tensor, rows: Tensor) -> Tensor:
+        hop, asked = hops[i := next(number)], hops[i].at
+        found = eps[rows] if i == 0 else (x - levels[i - 1][0][rows] * x_0[rows]) / levels[i - 1][1][rows]
+        signal, noise = (torch.ones(len(x_0), 1, 1, 1) for _ in range(2))
+        spread = hop.spread if hop.spread is not None else torch.zeros(())
+        signal[rows], noise[rows] = hop.signal, (hop.direction**2 + spread**2).sqrt()
+        levels[i] = signal, noise
+        # As the schedule turns it back into (found, x_0) at the time that it was asked at.
+        if isinstance(schedule, Diffusion) and schedule.prediction == "epsilon":
+            return found
+        if isinstance(schedule, Flow):
+            return found - x_0[rows]
+        a, n = schedule.levels(asked)
+        return (found - n * x) / a
+
+    return predict, iter(hops)
+
+
+@pytest.mark.parametrize(("schedule", "t"), PROCESSES, ids=IDS)
+def test_every_row_ends_at_the_levels_of_its_own_t(schedule: Schedule, t: Tensor) -> None:
+    """A network that finds the noise which is there leads to signal(t) x_0 + noise(t) eps: both factors are t's."""
+    x_0, eps = normal(1, 8, 4, 8, 8), normal(2, 8, 4, 8, 8)
+
+    def way(schedule: Schedule, t: Tensor) -> Iterator[Hop]:
+        return inversion.exact(schedule, t, steps=10)
+
+    predict, hops = knowing(schedule, x_0, eps, way, t)
+    x_t = inversion.invert(predict, schedule, x_0, hops, never)
+    # float32, divided by the noise of the first places and by the signal of the last ones
+    torch.testing.assert_close(x_t, schedule.add_noise(x_0, eps, t), rtol=1e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize(("schedule", "t"), PROCESSES, ids=IDS)
+@pytest.mark.parametrize("eta", [0.1, 1.0])
+def test_fresh_noise_takes_the_place_of_the_network_s(schedule: Schedule, t: Tensor, eta: float) -> None:
+    """The implied noise has variance 1 at every t: 16,384 numbers a row tell it to 1.1 %, four times that allowed."""
+    x_0, eps = normal(1, 8, 4, 64, 64), normal(2, 8, 4, 64, 64)
+
+    def way(schedule: Schedule, t: Tensor) -> Iterator[Hop]:
+        return inversion.exact(schedule, t, steps=10, eta=eta)
+
+    predict, hops = knowing(schedule, x_0, eps, way, t)
+    x_t = inversion.invert(predict, schedule, x_0, hops, lambda number: normal(10 + number, *x_0.shape))
+    implied = inversion.implied_noise(schedule, x_t, x_0, t)
+    variance = implied.flatten(1).square().mean(1)
+    assert (variance - 1).abs().max() < 4 * (2 / 16384) ** 0.5
+    moved = (implied - eps).flatten(1).square().mean(1)
+    several = t > (100 if isinstance(schedule, Diffusion) else 0.1)
+    assert (moved[several] > 1e-4).all() and (moved[~several] < 1e-4).all()  # one hop has no place for fresh noise
+
+
+def test_the_level_after_inversion_is_in_the_table_of_the_release_and_ours_is_t() -> None:
+    """Its number of network calls, and the level that it really reaches, for seventeen timesteps in one batch."""
+    rows = GOLDEN["noise_level_table"]["rows"]
+    t = torch.tensor([row["train_t"] for row in rows])
+    calls, reached = torch.zeros(len(t)), torch.zeros(len(t))
+    for hop in inversion.release(EPSILON, t, steps=10):
+        calls[hop.rows] += 1
+        reached[hop.rows] = hop.direction.flatten()
+    expected = EPSILON.levels(torch.tensor([row["final_level"] for row in rows]))[1].flatten()
+    assert calls.tolist() == [row["network_calls"] for row in rows]
+    assert torch.equal(reached, expected)
+    for hop in inversion.exact(EPSILON, t, steps=10):
+        reached[hop.rows] = hop.direction.flatten()
+    assert torch.equal(reached, EPSILON.levels(t)[1].flatten())
+
+
+def test_the_way_has_equal_hops_of_at_most_a_tenth_and_is_no_longer_than_needed() -> None:
+    asked: dict[int, list[int]] = {int(t): [] for t in TIMES}
+    for hop in inversion.exact(EPSILON, TIMES, steps=10):
+        for row, time in zip(hop.rows.tolist(), hop.asked.tolist(), strict=True):
+            asked[int(TIMES[row])].append(time)
+    assert asked[0] == asked[1] == asked[2] == asked[99] == asked[100] == [1]
+    assert asked[101] == [1, 50]
+    assert asked[550] == [1, 92, 183, 275, 367, 458]
+    assert asked[999] == [1, 100, 200, 300, 400, 500, 599, 699, 799, 899]
+    asked_of_a_flow = [float(hop.asked[0]) for hop in inversion.exact(Flow(), torch.tensor([0.25]), steps=10)]
+    assert asked_of_a_flow == pytest.approx([0.0, 0.25 / 3, 0.5 / 3])
+
+
+@pytest.mark.parametrize(("schedule", "t"), PROCESSES, ids=IDS)
+def test_a_row_s_inversion_is_its_own_whatever_its_company(schedule: Schedule, t: Tensor) -> None:
+    x_0, shift = normal(1, 8, 4, 8, 8), torch.linspace(-0.2, 0.2, 8)
+
+    def of(at: list[int]) -> Tensor:
+        own = torch.tensor(at)
+        hops = inversion.exact(schedule, t[own], steps=10, eta=0.5)
+        return inversion.invert(
+            lambda x, time, rows: toy(x, time, shift[own][rows]),
+            schedule,
+            x_0[own],
+            hops,
+            lambda number: normal(number, 8, 4, 8, 8)[own],
+        )
+
+    whole = of(list(range(8)))
+    for at in ([3], [7, 0, 5], list(reversed(range(8)))):
+        assert torch.equal(of(at), whole[at])
+
+
+# ------------------------------------------------------------------------------------------------- diffusers, published
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_diffusers_agrees_where_the_grids_coincide(steps: int) -> None:
+    """At t = 900 our grid is its "leading" one without an offset: 0, 100, ..., 900. Its answers are given at the place
+    where x is; and its image is clean before timestep 0, so the first of its hops is longer by as much as it takes."""
+    scheduler = DDIMInverseScheduler(**SD15, set_alpha_to_one=True, clip_sample=False, steps_offset=0)
+    stride = 1000 // steps
+    x_0, shift = normal(1, 2, 4, 8, 8), torch.tensor([-0.2, 0.2])
+    x = x_0
+    for there in range(stride, 901, stride):
+        scheduler.set_timesteps(steps - 1 if there == stride else steps)
+        asked = torch.full((2,), max(there - stride, 1))
+        x = scheduler.step(toy(x, asked, shift), there, x).prev_sample
+    ours = run(EPSILON, x_0, torch.tensor([900, 900]), steps)
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+    assert (x - x_0).abs().mean() > 0.1
+
+
+def test_diffusers_agrees_on_velocity() -> None:
+    """It begins at the level of timestep 0, as the release does; so its grid is the release's with an offset of 1."""
+    scheduler = DDIMInverseScheduler(
+        **SD15, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample=False, steps_offset=1
+    )
+    scheduler.set_timesteps(10)
+    x_0, shift = normal(1, 2, 4, 8, 8), torch.tensor([-0.2, 0.2])
+    x = x_0
+    for there in scheduler.timesteps.tolist()[:7]:
+        x = scheduler.step(toy(x, torch.full((2,), there - 100), shift), there, x).prev_sample
+    ours = run(VELOCITY, x_0, torch.tensor([550, 601]), way=inversion.release)
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GOLDEN["cases"])
+def test_the_release_s_inversion(name: str) -> None:
+    """Every step's latents and its factor of fresh noise, and the implied noise: published values, in float64."""
+    case, given = GOLDEN["cases"][name]["expected"], GOLDEN["cases"][name]["inputs"]
+    x_0, t = torch.tensor(given["latents"], dtype=torch.float64), torch.tensor(given["timesteps"])
+    p0, p1, p2 = given["policy_params"]
+    prompt = torch.tensor(given["prompt_scalar"], dtype=torch.float64).view(-1, 1, 1, 1)
+    seen, times = [], []
+
+    def predict(x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
+        seen.append(x)
+        times.append(time.tolist())
+        return p0 * x + p1 * torch.sin(time.view(-1, 1, 1, 1).double() / 100) + p2 * prompt[rows]
+
+    x_t = inversion.invert(predict, EPSILON, x_0, inversion.release(EPSILON, t, steps=10), never)
+    assert times == [[time, time] for time in case["times"]]
+    # The levels are float32, as the scheduler's are.
+    for mine, step in zip([*seen[1:], x_t], case["steps"], strict=True):
+        torch.testing.assert_close(mine, torch.tensor(step["latents"], dtype=torch.float64), rtol=5e-7, atol=5e-7)
+    implied = inversion.implied_noise(EPSILON, x_t, x_0, t)
+    torch.testing.assert_close(implied, torch.tensor(case["target_noise"]).double(), rtol=1e-6, atol=1e-6)
+    for hop, step in zip(inversion.release(EPSILON, t, steps=10, eta=1.0), case["steps"], strict=True):
+        assert hop.spread is not None
+        # 1 - abar in float32, at abar of 0.999
+        torch.testing.assert_close(hop.spread.flatten(), torch.full((2,), step["sqrt_variance"]), rtol=2e-4, atol=0.0)
+
+
+def test_the_release_s_grid_needs_whole_timesteps() -> None:
+    with pytest.raises(ValueError, match=r"method\.inversion: release is a grid of whole timesteps"):
+        run(Flow(), normal(1, 2, 4, 8, 8), torch.tensor([0.3, 0.4]), way=inversion.release)
+
+
+# ----------------------------------------------------------------------------------------------------------------- flow
+
+
+def test_a_flow_s_inversion_is_euler_s_method() -> None:
+    """x + (s' - s) v by hand, row by row, from 0 to each row's own sigma."""
+    x_0, shift, flow = normal(1, 8, 4, 8, 8), torch.linspace(-0.2, 0.2, 8), Flow()
+    ours = run(flow, x_0, SIGMAS)
+    for row, sigma in enumerate(SIGMAS.tolist()):
+        x, number = x_0[row : row + 1], max(1, int(-(-sigma * 10 // 1)))
+        for i in range(number):
+            here, there = sigma * i / number, sigma * (i + 1) / number
+            x = x + (there - here) * toy(x, torch.tensor([here]), shift[row : row + 1])
+        torch.testing.assert_close(ours[row], x[0], rtol=1e-5, atol=1e-5)
