@@ -20,13 +20,19 @@ from mmalign.families.lora import ATTENTION
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def schedule(pipeline: Any, resolution: int, path: str) -> Flow:
-    """The noise process of a pipeline's scheduler for images of `resolution` pixels.
+def schedule(pipeline: Any, path: str, resolution: int | None = None) -> Flow:
+    """The noise process of a pipeline's scheduler, for images of its own resolution.
+
+    Args:
+        pipeline: whose schedule it is.
+        path: where it is from, for people.
+        resolution: pixels, where the pipeline does not say.
 
     Raises:
         ValueError: the scheduler is not one of flow matching.
     """
-    return Flow.of(pipeline.scheduler, (resolution // (2 * pipeline.vae_scale_factor)) ** 2, path)
+    latent = resolution // pipeline.vae_scale_factor if resolution else pipeline.default_sample_size
+    return Flow.of(pipeline.scheduler, (latent // 2) ** 2, path)
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -36,7 +42,7 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Latents [N, C, height, width] of their tokens."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+    return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2), 2)
 
 
 def padded(rows: Sequence[Tensor], length: int) -> Conditioning:

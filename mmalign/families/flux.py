@@ -8,6 +8,7 @@ says otherwise. FLUX.1-schnell is not told any, and draws alike whatever it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -66,12 +67,12 @@ class Flux(LatentModel):
     ) -> list[Image.Image]:
         """See TextToImage; the guidance is the number that the network is told."""
         cond = self.encode_prompts(prompts).tensors
-        text = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}
+        text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}
         text |= {"guidance_scale": sampling.guidance}
         side, (packed, height, width) = self.latent_shape(sampling)
         shape = (packed // 4, height, width)
         with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, flow.pack, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape, flow.pack)
         return latents.to_pil(self.decode(flow.unpack(drawn, height, width)))
 
 
@@ -80,5 +81,4 @@ def load(path: str, loading: Loading) -> Flux:
     from diffusers import FluxPipeline
 
     pipeline = latents.load_pipeline(FluxPipeline, path, loading)
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
-    return Flux(path, pipeline, flow.schedule(pipeline, side, path), loading)
+    return Flux(path, pipeline, flow.schedule(pipeline, path), loading)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,16 +85,19 @@ class Flux2(LatentModel):
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
     ) -> list[Image.Image]:
         """See TextToImage; the guidance is the number that the network is told."""
-        text = {"prompt_embeds": self.encode_prompts(prompts).tensors["embeds"], "guidance_scale": sampling.guidance}
+        text: dict[str, Any] = {
+            "prompt_embeds": self.encode_prompts(prompts).tensors["embeds"],
+            "guidance_scale": sampling.guidance,
+        }
         side, (channels, height, width) = self.latent_shape(sampling)
         shape = (channels, height // 2, width // 2)
         with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
         return latents.to_pil(self.decode(_unpack(drawn, *shape[1:])))
 
 
 def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
 
 
 def load(path: str, loading: Loading) -> Flux2:
@@ -101,5 +105,4 @@ def load(path: str, loading: Loading) -> Flux2:
     from diffusers import Flux2Pipeline
 
     pipeline = latents.load_pipeline(Flux2Pipeline, path, loading)
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
-    return Flux2(path, pipeline, flow.schedule(pipeline, side, path), loading)
+    return Flux2(path, pipeline, flow.schedule(pipeline, path), loading)

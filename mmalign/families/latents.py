@@ -121,7 +121,7 @@ class LatentModel:
 def part_of(pipeline: Any) -> str:
     """The name that a pipeline, or its class, has for its denoiser: "transformer" or "unet"."""
     cls = pipeline if isinstance(pipeline, type) else type(pipeline)
-    return "transformer" if "transformer" in inspect.signature(cls.__init__).parameters else "unet"
+    return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
 
 
 def check_side(pipeline: Any, side: int) -> None:
@@ -237,24 +237,24 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def sample(
     pipeline: Any,
     net: nn.Module,
+    text: dict[str, Any],
     seeds: Sequence[int],
     sampling: Sampling,
     side: int,
     shape: tuple[int, int, int],
     pack: Callable[[Tensor], Tensor] = lambda latents: latents,
-    **text: Any,
 ) -> Tensor:
     """What a diffusers pipeline with `net` in it makes of noise: latents as it gives them.
 
     Args:
         pipeline: its scheduler and its networks stay what they are.
         net: the denoiser.
+        text: the pipeline's own arguments: embeddings, and the scale of guidance.
         seeds: of the starting noise, and of what the sampler adds on the way.
         sampling: how to draw.
         side: of the images, in pixels.
         shape: C, H, W of a latent as methods see it.
         pack: makes of the noise [N, C, H, W] what the pipeline takes for it.
-        text: the pipeline's own arguments: embeddings, and the scale of guidance.
 
     Raises:
         ValueError: the model has no sampler of that name.

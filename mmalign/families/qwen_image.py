@@ -30,7 +30,7 @@ class QwenImage(LatentModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D]: the last states after the template's head; `mask` [N, L]: where there are any; float32."""
+        """`embeds` [N, L, D]: last states after the template's head; `mask` [N, L]: where there is one; float32."""
         pipeline = self.pipeline
         embeds, mask = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, max_sequence_length=TOKENS
@@ -78,7 +78,7 @@ class QwenImage(LatentModel):
         side, (packed, height, width) = self.latent_shape(sampling)
         shape = (packed // 4, height, width)
         with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, flow.pack, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape, flow.pack)
         return latents.to_pil(self.decode(flow.unpack(drawn, height, width)))
 
 
@@ -87,5 +87,4 @@ def load(path: str, loading: Loading) -> QwenImage:
     from diffusers import QwenImagePipeline
 
     pipeline = latents.load_pipeline(QwenImagePipeline, path, loading)
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
-    return QwenImage(path, pipeline, flow.schedule(pipeline, side, path), loading)
+    return QwenImage(path, pipeline, flow.schedule(pipeline, path), loading)

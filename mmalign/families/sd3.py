@@ -62,7 +62,7 @@ class StableDiffusion3(LatentModel):
         }
         side, shape = self.latent_shape(sampling)
         with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
         return latents.to_pil(self.decode(drawn))
 
 
@@ -71,5 +71,4 @@ def load(path: str, loading: Loading) -> StableDiffusion3:
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = latents.load_pipeline(StableDiffusion3Pipeline, path, loading)
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
-    return StableDiffusion3(path, pipeline, flow.schedule(pipeline, side, path), loading)
+    return StableDiffusion3(path, pipeline, flow.schedule(pipeline, path), loading)

@@ -65,7 +65,7 @@ class StableDiffusionXL(LatentModel):
         }
         side, shape = self.latent_shape(sampling)
         with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
         return latents.to_pil(self.decode(drawn))
 
 

@@ -44,7 +44,7 @@ class StableDiffusion(LatentModel):
         side, shape = self.latent_shape(sampling)
         with latents.autocast(self.loading):
             text = {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
         return latents.to_pil(self.decode(drawn))
 
 

@@ -67,7 +67,7 @@ class ZImage(LatentModel):
             text |= {"negative_prompt_embeds": flow.texts(self.unconditional()) * len(prompts)}
         side, shape = self.latent_shape(sampling)
         with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, seeds, sampling, side, shape, **text)
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
         return latents.to_pil(self.decode(drawn))
 
 
@@ -76,4 +76,4 @@ def load(path: str, loading: Loading) -> ZImage:
     from diffusers import ZImagePipeline
 
     pipeline = latents.load_pipeline(ZImagePipeline, path, loading)
-    return ZImage(path, pipeline, flow.schedule(pipeline, RESOLUTION, path), loading)
+    return ZImage(path, pipeline, flow.schedule(pipeline, path, RESOLUTION), loading)

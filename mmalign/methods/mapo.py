@@ -11,8 +11,8 @@ Near equal errors, where s(x) = 1 - x / 2, the second term is a Diffusion-DPO wi
 `snr` scales errors of epsilon. In flow matching an error is one of the velocity, which is larger: the same answer has
 |eps error|^2 = (1 - t)^2 |v error|^2. So that the margin of the same answers is as steep as the release's on the mean
 of training times, snr is multiplied by E[(1 - t)^2]: 0.5 becomes 0.147 where times are logit-normal, and 0.057 where
-they are shifted by 3 (Stable Diffusion 3), whose T * snr of 57 is of the order of the 100 that Flow-GRPO's Diffusion-DPO
-has for beta there. That is derived here; no value is published. Errors of DDPM's velocity get 0.5, as in the release.
+they are shifted by 3 (Stable Diffusion 3), whose T * snr of 57 is of the order of Flow-GRPO's beta there, 100. That is
+derived here; no value is published. Errors of DDPM's velocity get 0.5, as in the release.
 """
 
 from __future__ import annotations
