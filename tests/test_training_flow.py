@@ -47,7 +47,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert_same(whole, run({**content, "output": str(stopped)}))
     family = load_family(str(base), Loading(torch.device("cpu")))
     policy = assemble.load_aligned(family, tmp_path / "whole" / "model")
-    sampling = Sampling(steps=2, guidance=2.0, resolution=tiny.SIDE)
+    sampling = Sampling(steps=2, guidance=2.0, resolution=32)
     before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling))
     after = family.sample(policy.unwrapped, ["thing"], [0], sampling)
     assert before is not None and before[0].tobytes() != after[0].tobytes()

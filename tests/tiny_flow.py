@@ -8,9 +8,11 @@ from typing import Any
 import tiny
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Pipeline,
     Flux2Transformer2DModel,
@@ -18,6 +20,8 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -28,6 +32,8 @@ from tiny_vlm_models import tokenizer as pieces
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
@@ -45,7 +51,10 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MISTRAL_CHAT = "<s>{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+MISTRAL_CHAT = (
+    "<s>{% for m in messages %}[{{ m['role'] }}]"
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}\n{% endfor %}"
+)
 LAYERS: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -224,6 +233,32 @@ def _qwen_image() -> QwenImagePipeline:
     )
 
 
+def _sana() -> SanaPipeline:
+    tok = pieces([], begin=True)
+    blocks: dict[str, Any] = {f"{half}_block_types": "ResBlock" for half in ("encoder", "decoder")}
+    blocks |= {f"{half}_block_out_channels": (8, 8, 8) for half in ("encoder", "decoder")}
+    blocks |= {f"{half}_layers_per_block": (1, 1, 1) for half in ("encoder", "decoder")}
+    blocks |= {f"{half}_qkv_multiscales": ((), (), ()) for half in ("encoder", "decoder")}
+    return SanaPipeline(
+        tokenizer=tok,
+        text_encoder=Gemma2Model(Gemma2Config(vocab_size=len(tok), num_hidden_layers=1, **LAYERS)),
+        vae=AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.41, **blocks),
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=8,
+        ),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd3": _sd3,
     "sd3_without_t5": lambda: _sd3(with_t5=False),
@@ -232,6 +267,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "flux2": _flux2,
     "z_image": _z_image,
     "qwen_image": _qwen_image,
+    "sana": _sana,
 }
 
 

@@ -18,6 +18,7 @@ PIPELINES = {
     "Flux2Pipeline": "flux2",
     "ZImagePipeline": "z_image",
     "QwenImagePipeline": "qwen_image",
+    "SanaPipeline": "sana",
 }
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that may be missing
 

@@ -186,9 +186,12 @@ def autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
 def encode(vae: Any, images: Tensor) -> Moments:
     """The posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
     with _own_dtype(vae):
-        posterior = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype))).latent_dist
-    mean, std = _without_frames(posterior.mean.float()), _without_frames(posterior.std.float())
+        encoded = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype)))
     scale, shift = _scale_and_shift(vae)
+    if not hasattr(encoded, "latent_dist"):  # Sana's, which has no posterior
+        mean = encoded.latent.float()
+        return Moments((mean - shift) * scale, torch.zeros_like(mean))
+    mean, std = (_without_frames(x.float()) for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
     return Moments((mean - shift) * scale, std * scale)
 
 
