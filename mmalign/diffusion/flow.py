@@ -43,7 +43,7 @@ class Flow(Schedule):
         shift, such as SD3's of 3, is the one that the model was trained and is sampled with, and is in the times that
         diffusers' training scripts draw. Where the shift depends on the number of an image's tokens (FLUX, Qwen-Image),
         those scripts leave it out, and train mostly where the sampler spends few of its steps: at 1024 pixels FLUX's
-        takes half of them above t = 0.76, and a ninth of the unshifted times lie there. Training here has the shift
+        takes half of them above t = 0.76, and an eighth of the unshifted times lie there. Training here has the shift
         that the sampler has at the model's own resolution, whichever it is; at a smaller one its times are a little
         high.
 
