@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import tiny
+import tiny_flow
 import tiny_vlm
 import torch
 
@@ -27,6 +28,34 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def flow_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny flow-matching model by its name, written when first asked for."""
+    there: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in there:
+            there[name] = tiny_flow.write(name, tmp_path_factory.mktemp("models") / name)
+        return there[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(flow_folders: Callable[[str], Path]) -> Path:
+    return flow_folders("sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(flow_folders: Callable[[str], Path]) -> Path:
+    return flow_folders("flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(flow_folders: Callable[[str], Path]) -> Path:
+    return flow_folders("qwen_image")
 
 
 @pytest.fixture(scope="session")

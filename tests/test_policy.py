@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmalign.diffusion.flow import Flow
 from mmalign.families import Conditioning, Loading, TextToImage, load_family
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off
@@ -18,7 +19,7 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off
 CPU = Loading(device=torch.device("cpu"))
 
 
-@pytest.fixture(params=["tiny_sd15", "tiny_sdxl"])
+@pytest.fixture(params=["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
 def family(request: pytest.FixtureRequest) -> TextToImage:
     return load_family(str(request.getfixturevalue(request.param)), CPU)
 
@@ -27,7 +28,8 @@ def family(request: pytest.FixtureRequest) -> TextToImage:
 def given(family: TextToImage) -> tuple[Tensor, Tensor, Conditioning]:
     g = torch.Generator().manual_seed(0)
     x_t, sizes = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([[16.0, 16, 0, 0, 16, 16]]).repeat(2, 1)
-    return x_t, torch.tensor([3, 700]), family.condition(family.encode_prompts(["a fox", "a hen"]), sizes)
+    t = torch.tensor([0.2, 0.9] if isinstance(family.schedule, Flow) else [3, 700])
+    return x_t, t, family.condition(family.encode_prompts(["a fox", "a hen"]), sizes)
 
 
 def adapters(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -103,8 +105,8 @@ def test_nothing_is_left_switched(family: TextToImage, given: Any) -> None:
 
 
 def test_a_network_without_adapters_is_refused(family: TextToImage) -> None:
-    policy = lora_policy(family, family.network)
-    with pytest.raises(ValueError, match=r"UNet2DConditionModel has no adapters to switch off; set model\.tune"):
+    policy, name = lora_policy(family, family.network), type(family.network).__name__
+    with pytest.raises(ValueError, match=rf"{name} has no adapters to switch off; set model\.tune"):
         policy.on_reference(lambda net: None)
 
 

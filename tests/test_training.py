@@ -29,6 +29,8 @@ MODELS = {
     "qwen3vl": "qwen3_vl",
     "smolvlm": "idefics3",
 }
+# The tiny flow-matching model of a recipe, by what the recipe's name has in it.
+FLOWS = {"sd35m": "sd3", "flux": "flux"}
 
 
 @pytest.fixture
@@ -117,6 +119,7 @@ def test_every_shipped_recipe_takes_two_steps(
     path: Path,
     tiny_sd15: Path,
     tiny_sdxl: Path,
+    flow_folders: Callable[[str], Path],
     vlm_folders: Callable[[str], Path],
     pairs: Path,
     tmp_path: Path,
@@ -127,7 +130,8 @@ def test_every_shipped_recipe_takes_two_steps(
         model = vlm_folders(MODELS[path.stem.rpartition("_")[2]])
         sizes = [f"data.path={rows}", "data.images=null", "data.max_length=null"]
     else:
-        model = tiny_sdxl if "sdxl" in path.stem else tiny_sd15
+        flows = [folder for name, folder in FLOWS.items() if f"_{name}" in path.stem]
+        model = flow_folders(flows[0]) if flows else tiny_sdxl if "sdxl" in path.stem else tiny_sd15
         sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
     overrides = [
         f"model.path={model}",

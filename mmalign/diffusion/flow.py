@@ -7,8 +7,10 @@ its time in [0, 1000] is told so by its family.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +35,55 @@ class Flow(Schedule):
     shift: float = 1.0
     num_timesteps: int = 1000
 
+    @classmethod
+    def of(cls, scheduler: Any, tokens: int, where: str) -> Flow:
+        """The process that a diffusers scheduler is for, with the times of training logit-normal(0, 1) and shifted.
+
+        The larger an image, the more noise it takes to hide as much of it (arXiv:2403.03206, section 5.3.2). A fixed
+        shift, such as SD3's of 3, is the one that the model was trained and is sampled with, and is in the times that
+        diffusers' training scripts draw. Where the shift depends on the number of an image's tokens (FLUX, Qwen-Image),
+        those scripts leave it out, and train mostly where the sampler spends few of its steps: at 1024 pixels FLUX's
+        takes half of them above t = 0.76, and an eighth of the unshifted times lie there. Training here has the shift
+        that the sampler has at the model's own resolution, whichever it is; at a smaller one its times are a little
+        high.
+
+        Args:
+            scheduler: of a checkpoint.
+            tokens: of an image at the model's own resolution.
+            where: the checkpoint, for people.
+
+        Raises:
+            ValueError: the scheduler is not one of flow matching.
+        """
+        config = scheduler.config
+        if not is_flow(scheduler):
+            raise ValueError(
+                f"{where}: the scheduler is a {type(scheduler).__name__} that predicts "
+                f"{config.get('prediction_type', 'nothing known')}; expected a FlowMatchEulerDiscreteScheduler or "
+                "prediction_type: flow_prediction; correct scheduler/scheduler_config.json if the model was trained "
+                "by flow matching"
+            )
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            few, many = config.base_image_seq_len, config.max_image_seq_len
+            slope = (config.max_shift - config.base_shift) / (many - few)
+            mu = config.base_shift + slope * (tokens - few)  # in logits, as the pipelines have it
+            shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+        return cls(shift=float(shift), num_timesteps=config.num_train_timesteps)
+
+    @property
+    def epsilon_weight(self) -> float:
+        """The mean of (1 - t)^2 over training times: what an error of the velocity weighs as one of epsilon."""
+        u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000  # quantiles, the same everywhere
+        t = self._shifted(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
+        return float((1 - t).square().mean())
+
     def draw_time(self, rows: Sequence[int], draws: Draws, index: int = 0) -> Tensor:
         """One time for every row, logit-normal, then shifted: [B], float32, in (0, 1)."""
         t = torch.sigmoid(self.mean + self.std * draws.normal(rows, (), "time", index))
+        return self._shifted(t)
+
+    def _shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,3 +104,9 @@ class Flow(Schedule):
         """`x_t - t v`."""
         _, noise = self.levels(t)
         return x_t - noise * prediction
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is one whose network predicts the velocity of a straight line."""
+    euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    return euler or scheduler.config.get("prediction_type") == "flow_prediction"

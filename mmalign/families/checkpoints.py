@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 
 # The pipeline class that a folder's model_index.json names, and the file here that adapts it.
-PIPELINES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "sdxl"}
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
+    "ZImagePipeline": "z_image",
+    "QwenImagePipeline": "qwen_image",
+    "SanaPipeline": "sana",
+}
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that may be missing
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
 from mmalign.families import Conditioning, Loading, Sampling, latents
-from mmalign.families.latents import LatentUNet
+from mmalign.families.latents import LatentModel
 
 
-class StableDiffusionXL(LatentUNet):
+class StableDiffusionXL(LatentModel):
     """Adapts a StableDiffusionXLPipeline; the protocol TextToImage says what each call does."""
 
     @torch.no_grad()
@@ -34,6 +34,10 @@ class StableDiffusionXL(LatentUNet):
         if self.pipeline.config.force_zeros_for_empty_prompt:
             return Conditioning({name: torch.zeros_like(x) for name, x in empty.tensors.items()})
         return empty
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return latents.count_cut(self.pipeline.tokenizer, prompts)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
         """The text, and `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
@@ -57,14 +61,12 @@ class StableDiffusionXL(LatentUNet):
             "pooled_prompt_embeds": cond["pooled"],
             "negative_prompt_embeds": empty["embeds"],
             "negative_pooled_prompt_embeds": empty["pooled"],
+            "guidance_scale": sampling.guidance,
         }
+        side, shape = self.latent_shape(sampling)
         with latents.autocast(self.loading):
-            return latents.sample(self.pipeline, net, text, seeds, sampling, self.resolution)
-
-    def encoders(self) -> list[tuple[str, nn.Module]]:
-        """Autoencoder and both text encoders."""
-        names = ("vae", "text_encoder", "text_encoder_2")
-        return [(name, getattr(self.pipeline, name)) for name in names]
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
+        return latents.to_pil(self.decode(drawn))
 
 
 def load(path: str, loading: Loading) -> StableDiffusionXL:

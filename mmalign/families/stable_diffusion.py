@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
 from mmalign.families import Conditioning, Loading, Sampling, latents
-from mmalign.families.latents import LatentUNet
+from mmalign.families.latents import LatentModel
 
 
-class StableDiffusion(LatentUNet):
+class StableDiffusion(LatentModel):
     """Adapts a StableDiffusionPipeline; the protocol TextToImage says what each call does."""
 
     @torch.no_grad()
@@ -26,9 +26,9 @@ class StableDiffusion(LatentUNet):
         """The empty prompt, encoded."""
         return self.encode_prompts([""])
 
-    def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
-        """The text alone: this family is not told of sizes."""
-        return text
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return latents.count_cut(self.pipeline.tokenizer, prompts)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
@@ -41,13 +41,11 @@ class StableDiffusion(LatentUNet):
         """See TextToImage."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
+        side, shape = self.latent_shape(sampling)
         with latents.autocast(self.loading):
-            text = {"prompt_embeds": embeds, "negative_prompt_embeds": empty}
-            return latents.sample(self.pipeline, net, text, seeds, sampling, self.resolution)
-
-    def encoders(self) -> list[tuple[str, nn.Module]]:
-        """Autoencoder and text encoder."""
-        return [("vae", self.pipeline.vae), ("text_encoder", self.pipeline.text_encoder)]
+            text = {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
+            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
+        return latents.to_pil(self.decode(drawn))
 
 
 def load(path: str, loading: Loading) -> StableDiffusion:

@@ -58,12 +58,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Path:
     (here / "comments.txt").write_text("# no prompt\n\n")
     (here / "everyday.txt").write_text("a fox\n")
     (here / "latin.txt").write_bytes("ein Fuchs mit Hüten".encode("latin-1"))
-    for name in ("no_index", "bad_index", "list_index", "flux", "no_tokenizer", "no_unet"):
+    for name in ("no_index", "bad_index", "list_index", "cascade", "no_tokenizer", "no_unet"):
         shutil.copytree(tiny_sd15, here / name)
     (here / "no_index" / "model_index.json").unlink()
     (here / "bad_index" / "model_index.json").write_text("{")
     (here / "list_index" / "model_index.json").write_text("[]")
-    (here / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (here / "cascade" / "model_index.json").write_text('{"_class_name": "StableCascadeCombinedPipeline"}')
     shutil.rmtree(here / "no_unet" / "unet")
     for path in (here / "no_tokenizer" / "tokenizer").iterdir():
         path.unlink()

@@ -52,7 +52,7 @@ from tests.bad_input.commands import Commands, Content, contains
         ("model.path=W/no_index", "model.path: W/no_index has no model_index.json; expected the folder of"),
         ("model.path=W/bad_index", "model.path: W/bad_index/model_index.json cannot be read as the index"),
         ("model.path=W/list_index", "model.path: W/list_index/model_index.json cannot be read as the index"),
-        ("model.path=W/flux", "model.path: W/flux is a FluxPipeline; supported are StableDiffusionPipeline, "),
+        ("model.path=W/cascade", "model.path: W/cascade is a StableCascadeCombinedPipeline; supported are Stable"),
         ("model.path=W/no_unet", "model.path: W/no_unet has no unet; copy it anew"),
         ("model.path=W/no_tokenizer", "model.path: W/no_tokenizer has no tokenizer; copy it anew"),
         (

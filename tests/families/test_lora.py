@@ -28,7 +28,7 @@ def masters(net: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("loading", [None, HALF], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl"])
+@pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen_image"])
 def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, request: pytest.FixtureRequest) -> None:
     family = load(request.getfixturevalue(model), loading)
     net, x = family.network, given(family)

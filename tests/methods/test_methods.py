@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from image_pairs import DRAWS, ROWS, full, gradient, pairs, run, swapped
-from torch import nn
+from torch import Tensor, nn
 
 from mmalign import methods
+from mmalign.diffusion.flow import Flow
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import Loading, Moments, TextToImage, load_family
@@ -22,7 +23,7 @@ from mmalign.methods._typed import METHODS
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.sections import SECTIONS
 
-ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
+ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen_image"]
 
 
 @pytest.fixture(params=ALL)
@@ -53,19 +54,29 @@ def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: Text
     assert gradient(policy, step).norm() > 1e-3
 
 
+def by_definition(family: Any, x_0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """t, x_t and the right answer."""
+    if isinstance(family.schedule, Flow):
+        t = DRAWS.normal(ROWS, (), "time").sigmoid().repeat(2)
+        t = family.schedule.shift * t / (1 + (family.schedule.shift - 1) * t)
+        sigma = t.view(-1, 1, 1, 1)
+        return t, (1 - sigma) * x_0 + sigma * eps, eps - x_0
+    t = DRAWS.integers(ROWS, 0, 1000, "time").repeat(2)
+    abar = family.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x_0
+    target = velocity if family.schedule.prediction == "v_prediction" else eps
+    return t, abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, target
+
+
 def test_the_score_is_minus_half_the_mean_squared_error_at_the_pair_s_own_noise(family: TextToImage) -> None:
     """Worked out from the definitions: x_t, the target (epsilon or v) and the loss, without the method's own code."""
     policy, batch = full(family, moved=0.02), pairs(family)
     cfg = diffusion_dpo.Config(beta=300.0, caption_dropout=0.0)
     step = run(diffusion_dpo, policy, batch, cfg)
-    t = DRAWS.integers(ROWS, 0, 1000, "time").repeat(2)
     eps = DRAWS.normal(ROWS, (4, 8, 8), "noise").repeat(2, 1, 1, 1)
     spread = DRAWS.normal(ROWS, (2, 4, 8, 8), "posterior")
     x_0 = batch.latents.mean + 0.1 * torch.cat([spread[:, 0], spread[:, 1]])
-    abar = family.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)  # type: ignore[attr-defined]
-    x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
-    velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x_0
-    target = velocity if family.schedule.prediction == "v_prediction" else eps
+    t, x_t, target = by_definition(family, x_0, eps)
     cond = family.condition(batch.text.repeat(2), batch.sizes)
     assert isinstance(policy.reference, FrozenCopy)
     with torch.no_grad():
