@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -15,16 +16,20 @@ from mmalign.data.cache import ArrayCache, fingerprint_tensors
 from mmalign.data.epochs import check_bad
 from mmalign.data.loader import PairLoader, View
 from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
+from mmalign.data.prompts import PromptLoader, open_prompts, prompts_of
 from mmalign.data.responses import open_responses
 from mmalign.data.sources import open_pairs
 from mmalign.encode import Encoder, fill_latents, fill_text, text_key
 from mmalign.encode_responses import ResponseLoader, Wants
 from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
+from mmalign.families.step_judge import StepJudge
+from mmalign.rewards import Judge
 from mmalign.sections import Data, ImageData, ResponseData
 from mmalign.share import locate
 
-Opened = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out
+Opened = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out; of prompts alone, too
+Loader = PairLoader | ResponseLoader | PromptLoader
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Feed:
     """
 
     encode: Callable[[Any], Any]
-    train: PairLoader | ResponseLoader
-    held: PairLoader | ResponseLoader | None
+    train: Loader
+    held: Loader | None
     about: str
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
@@ -89,8 +94,22 @@ def open_data(data: Data, seed: int, method: Any = None) -> Opened:
             )
     else:
         assert isinstance(data, ImageData)
-        pairs = open_pairs(data.format, locate(data.path), **common)
+        pairs = _open_images(data, common, method)
     return hold_out(pairs, data.hold_out, seed) if data.hold_out else (pairs, None)
+
+
+def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[Any]:
+    """Pairs of images, or prompts for a method that draws its own: a file of them, or those of pairs."""
+    if getattr(method, "learns_from", "pairs") == "prompts":
+        if data.format == "prompts":
+            return open_prompts(locate(data.path), data.limit)
+        return prompts_of(open_pairs(data.format, locate(data.path), **{**common, "limit": None}), data.limit)
+    if data.format == "prompts":
+        raise ValueError(
+            "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
+            "or rankings (spo draws its own images)"
+        )
+    return open_pairs(data.format, locate(data.path), **common)
 
 
 def _wants(method: Any) -> Wants:
@@ -109,11 +128,12 @@ def open_feed(
     say: Any,
     method: Any = None,
     opened: Opened | None = None,
+    judge: Judge | None = None,
 ) -> Feed:
     """Open the recipe's pairs, and where the data are pictures to learn from, fill the caches of the frozen encoders.
 
     Args:
-        family: a TextToImage for ImageData, a VisionLanguage for ResponseData.
+        family: a TextToImage for ImageData, or a StepJudge with one; a VisionLanguage for ResponseData.
         data: the recipe's section.
         output: the run's folder, where `data.cache: auto` keeps the caches.
         batch_size: pairs of a batch on each process.
@@ -122,6 +142,7 @@ def open_feed(
         say: takes a line of text.
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
+        judge: what scores images, for methods whose settings name one.
 
     Raises:
         ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad, or all pairs.
@@ -131,7 +152,7 @@ def open_feed(
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     common |= {"num_workers": data.workers, "max_bad": data.max_bad}
     about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
-    make: Callable[..., PairLoader | ResponseLoader]
+    make: Callable[..., Loader]
     encode: Callable[[Any], Any]
     if isinstance(data, ResponseData):
         longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
@@ -140,9 +161,15 @@ def open_feed(
     else:
         assert isinstance(data, ImageData)
         sources = [train] if held is None else [train, held]
-        view, latents, encoder = _prepare(family, sources, data, output, accelerator, say)
-        make = partial(PairLoader, view=view, cache=latents, **common)
-        encode = encoder.encode
+        painter: TextToImage = family.denoiser if isinstance(family, StepJudge) else family
+        if getattr(method, "learns_from", "pairs") == "prompts":
+            make = partial(PromptLoader, batch_size=batch_size, seed=seed)
+            encode = _prompt_encoder(painter, sources, data, output, accelerator, say, judge)
+        else:
+            decodes = getattr(method, "needs_decoder", False)
+            view, latents, encoder = _prepare(painter, sources, data, output, accelerator, say, decodes)
+            make = partial(PairLoader, view=view, cache=latents, **common)
+            encode = replace(encoder, judge=judge).encode
     loader = make(pairs=train, **share)
     # Every process scores all held-out pairs, so that all know the same number.
     scored = make(pairs=held, keep_last=True) if held is not None else None
@@ -152,10 +179,58 @@ def open_feed(
     return Feed(encode, loader, scored, about)
 
 
+def _prompt_encoder(
+    family: TextToImage,
+    sources: Sequence[Pairs[Any]],
+    data: ImageData,
+    output: Path,
+    accelerator: Any,
+    say: Any,
+    judge: Judge | None,
+) -> Callable[[Any], Any]:
+    """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled."""
+    side = data.resolution or family.resolution
+    shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
+    encoder = Encoder(family, family.unconditional(), None, judge)
+    if data.cache != "off":
+        folder = output / "cache" if data.cache == "auto" else Path(data.cache)
+        networks = {name: net for name, net in family.encoders() if name != "vae"}
+        about = {name: fingerprint_tensors(net.state_dict()) for name, net in networks.items()}
+        text = ArrayCache.open(folder / "text", about)
+        for pairs in sources:
+            share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+            for _ in fill_text(family, sorted(set(pairs.prompts())), text, **share):
+                pass
+            accelerator.wait_for_everyone()
+            text.refresh()
+        for net in networks.values():
+            net.to("cpu")
+        encoder = replace(encoder, text=text)
+    _say_cut(family, sources, say)
+    return partial(encoder.encode_prompts, side=side, shape=shape)
+
+
+def _say_cut(family: TextToImage, sources: Sequence[Pairs[Any]], say: Any) -> None:
+    """Say how many prompts are longer than the text encoder reads."""
+    prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
+    cut = family.count_cut(prompts)
+    if cut:
+        say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
+
+
 def _prepare(
-    family: TextToImage, sources: Sequence[Pairs], data: ImageData, output: Path, accelerator: Any, say: Any
+    family: TextToImage,
+    sources: Sequence[Pairs],
+    data: ImageData,
+    output: Path,
+    accelerator: Any,
+    say: Any,
+    decodes: bool = False,
 ) -> tuple[View, ArrayCache | None, Encoder]:
-    """How images become squares, the cache of their latents, and what encodes the rest; the caches are filled."""
+    """How images become squares, the cache of their latents, and what encodes the rest; the caches are filled.
+
+    The encoders leave the GPU then, but for the autoencoder where the method `decodes`.
+    """
     view = View(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[Dropped]()
     unconditional = family.unconditional()
@@ -165,14 +240,12 @@ def _prepare(
         latents = ArrayCache.open(folder / "latents", {"vae": encoders.pop("vae"), "resolution": view.resolution})
         text = ArrayCache.open(folder / "text", encoders)
         bad = _fill(family, sources, view, latents, text, data, accelerator)
-        for _, net in family.encoders():
-            net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
+        for name, net in family.encoders():
+            if not (decodes and name == "vae"):
+                net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
     if bad:
         say(f"{len(bad)} images cannot be read, and their pairs are left out: {listed(bad)}")
-    prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
-    cut = family.count_cut(prompts)
-    if cut:
-        say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
+    _say_cut(family, sources, say)
     return view, latents, Encoder(family, unconditional, text)
 
 

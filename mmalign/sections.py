@@ -44,6 +44,17 @@ class ImageModel(Model):
     vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
+class JudgeModel(Model):
+    """A judge that learns to know noisy images, and the model that shows it some."""
+
+    path: str = Field(description="an open_clip model, as which it begins, or a step-aware judge: a folder or a Hub id")
+    denoiser: str = Field(description="a diffusers pipeline, which stays frozen: a folder or a Hub id")
+    revision: str | None = Field(None, description="of the denoiser")
+    tune: Literal["full"] = "full"
+    vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
 class Data(Section):
     """The preference pairs, whatever is compared."""
 
@@ -62,9 +73,11 @@ class Data(Section):
 
 
 class ImageData(Data):
-    """Pairs of images for a text-to-image model."""
+    """Pairs of images for a text-to-image model, or prompts alone for a method that draws its own."""
 
-    format: Literal["pick_a_pic", "folder", "rankings"] = "pick_a_pic"
+    format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = Field(
+        "pick_a_pic", description="of the pairs; or prompts: a text file with one a line"
+    )
     resolution: int | None = Field(None, ge=8, description="pixels; the model's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair alike")
@@ -150,6 +163,13 @@ class EvaluateImages(Evaluate):
         if self.benchmark == "scenes" and isinstance(self.prompts, str):
             raise ValueError(f"benchmark scenes makes its own prompts; expected their number, got {self.prompts!r}")
         return self
+
+
+class EvaluateSteps(Evaluate):
+    """How often a judge of noisy images prefers the chosen image of a held-out pair, at several times."""
+
+    benchmark: Literal["steps"] = "steps"
+    times: list[Annotated[int, Field(ge=0)]] = Field([0, 251, 501, 701, 951], min_length=1)
 
 
 class Decoding(Section):
@@ -378,5 +398,6 @@ class Sections(NamedTuple):
 
 SECTIONS: dict[str, Sections] = {
     "text_to_image": Sections(ImageModel, ImageData, EvaluateImages, PrepareImages),
+    "step_judge": Sections(JudgeModel, ImageData, EvaluateSteps, Prepare),
     "vision_language": Sections(Model, ResponseData, EvaluateResponses, PrepareResponses),
 }

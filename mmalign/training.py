@@ -84,6 +84,8 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     tell = say if accelerator.is_main_process else _silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
         tell(line)
+    named = assemble.method_judge(recipe)
+    judge = assemble.judge(named, accelerator.device) if named is not None else None
     run = _assemble(recipe, accelerator, tell)
     folder = output / "model"
     if run.progress.step == options.steps:
@@ -105,6 +107,7 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         say=tell,
         method=method,
         opened=opened,
+        judge=judge,
     )
     count = sum(p.numel() for p in run.policy.trainable())
     tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")

@@ -76,12 +76,23 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     return denoising_step(cfg, ours, contrast.reference, contrast.weights)
 
 
-def noised(family: TextToImage, batch: EncodedPairs, caption_dropout: float, draws: Draws, index: int = 0) -> Noised:
-    """Both images of every pair at one timestep and under one noise, with one decision about the caption."""
+def noised(
+    family: TextToImage,
+    batch: EncodedPairs,
+    caption_dropout: float,
+    draws: Draws,
+    index: int = 0,
+    t: Tensor | None = None,
+) -> Noised:
+    """Both images of every pair at one timestep and under one noise, with one decision about the caption.
+
+    The timesteps [B] are drawn, if they are not given.
+    """
     device = batch.latents.mean.device
     sampled = draws.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
     x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
-    t = family.schedule.draw_time(batch.rows, draws, index).to(device).repeat(2)
+    drawn = family.schedule.draw_time(batch.rows, draws, index) if t is None else t
+    t = drawn.to(device).repeat(2)
     eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(device).repeat(2, 1, 1, 1)
     text = batch.text
     if caption_dropout > 0:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mmalign.share import resolve_model
 
-
 KNOWN = 8192  # prompts whose features are kept
 
 

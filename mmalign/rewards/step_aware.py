@@ -1,7 +1,7 @@
 """A judge that knows noisy images: an open_clip model whose vision tower is told the timestep (arXiv:2406.04314).
 
-SPO compares images that are predicted from x_t, blurred and wrong in ways that depend on t; a judge of clean images sees
-in them what it never learned. Here every block of the vision tower is steered by the timestep, as a DiT's is
+SPO compares images that are predicted from x_t, blurred and wrong in ways that depend on t; a judge of clean images
+sees in them what it never learned. Here every block of the vision tower is steered by the timestep, as a DiT's is
 (arXiv:2212.09748):
 
     c = SiLU(MLP(sinusoid(t)))
@@ -94,7 +94,7 @@ class TimeConditioned(nn.Module):
             linear.weight.zero_()
             linear.bias.zero_()
         for block in self.blocks:
-            _, _, gate_1, _, _, gate_2 = block.bias.chunk(6)  # type: ignore[operator,union-attr]
+            _, _, gate_1, _, _, gate_2 = block.bias.chunk(6)  # type: ignore[operator]
             gate_1.fill_(1)
             gate_2.fill_(1)
 
@@ -105,8 +105,9 @@ class TimeConditioned(nn.Module):
         as those of pairs are.
         """
         text = self.clip.encode_text(ids, normalize=True).repeat(len(pixels) // len(ids), 1)
-        cosine = (self.encode_image(pixels, t).float() * text.float()).sum(-1)
-        return self.clip.logit_scale.float().exp() * cosine  # type: ignore[no-any-return]
+        cosine: Tensor = (self.encode_image(pixels, t).float() * text.float()).sum(-1)
+        scale: Tensor = self.clip.logit_scale.float().exp()
+        return scale * cosine
 
     def encode_image(self, pixels: Tensor, t: Tensor) -> Tensor:
         """Unit vectors [N, E]."""
@@ -129,7 +130,8 @@ def _steered(block: Any, h: Tensor, steering: Tensor) -> Tensor:
     """A block of the tower on tokens [N, tokens, D], steered by [N, 6 D]."""
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = steering[:, None].chunk(6, -1)
     h = h + gate_1 * block.ls_1(block.attention(block.ln_1(h) * (1 + scale_1) + shift_1))
-    return h + gate_2 * block.ls_2(block.mlp(block.ln_2(h) * (1 + scale_2) + shift_2))
+    h = h + gate_2 * block.ls_2(block.mlp(block.ln_2(h) * (1 + scale_2) + shift_2))
+    return h
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
@@ -216,8 +218,8 @@ def read(path: str) -> Parts:
     folder = Path(resolve_model(path))
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
-            f"judge step_aware: {path} has no {WEIGHTS}; expected the folder of a step-aware judge, which `mmalign train` "
-            "makes of an open_clip model with the method step_preference"
+            f"judge step_aware: {path} has no {WEIGHTS}; expected the folder of a step-aware judge, which the method "
+            "step_preference makes of an open_clip model"
         )
     try:
         name = f"local-dir:{folder}"
@@ -228,8 +230,8 @@ def read(path: str) -> Parts:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"judge step_aware: cannot load {path!r} ({' '.join(str(error).split())[:300]}); it may be incomplete: copy "
-            "it anew"
+            f"judge step_aware: cannot load {path!r} ({' '.join(str(error).split())[:300]}); it may be incomplete: "
+            "copy it anew"
         ) from error
     return Parts(net, preprocess, tokenize, config)
 

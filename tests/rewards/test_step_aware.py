@@ -1,4 +1,4 @@
-"""The judge of noisy images on a tiny random open_clip model: what it begins as, the published time embedding, files."""
+"""The judge of noisy images on a tiny random open_clip model: what it begins as, its equations, its files."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_what_is_no_step_aware_judge_ends_in_one_sentence(tiny_clip: Path, begun
         load_judge("open_clip", str(begun))
     (begun / step_aware.WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(
-        ValueError, match="judge step_aware: cannot load .* it may be incomplete: copy it anew"
+        ValueError, match=r"judge step_aware: cannot load .* it may be incomplete: copy it anew"
     ) as error:
         load_judge("step_aware", str(begun))
     assert "\n" not in str(error.value)
