@@ -99,7 +99,7 @@ def walked(policy: Policy, batch: EncodedPrompts, cfg: spo.Config) -> list[spo.P
 def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextToImage, inner_steps: int) -> None:
     """Every step that the pairs hold, done again by DDIMScheduler with eta 1, guidance, and the draws by their keys.
 
-    Twenty float32 steps on other batch sizes: 1e-3 on latents of size 10.
+    Six float32 steps on other batch sizes, each divided by a small sqrt(abar): 1e-3.
     """
     cfg = spo.Config(**SHORT | {"inner_steps": inner_steps, "guidance": 3.0})
     policy, batch = full(family), prompts(family)
@@ -124,7 +124,6 @@ def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextTo
         return DRAWS.normal([ROWS[b]], (number, 4, 8, 8), "step", at)[0]
 
     assert len(pairs) == len(ROWS) * (cfg.steps - cfg.start)
-    survivors: dict[int, list[Tensor]] = {}
     for b, row in enumerate(ROWS):
         x = DRAWS.normal([row], (4, 8, 8), "start")[0]
         for at in range(cfg.start):
@@ -143,8 +142,6 @@ def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextTo
                 assert _which(ways, pair.to[0], k) == _which(ways, of[0].to[0], 0)
                 assert _which(ways, pair.to[1], k) == _which(ways, of[0].to[1], 0)
             x = ways[int(DRAWS.integers([row], 0, 4, "survivor", at))][-1]
-            survivors.setdefault(b, []).append(x)
-    assert len(survivors) == len(ROWS)
 
 
 def _which(ways: list[list[Tensor]], place: Tensor, k: int) -> int:
@@ -165,9 +162,7 @@ def test_the_judge_sees_what_each_candidate_will_be_at_its_own_time(sd: TextToIm
 
     cfg = spo.Config(**SHORT)
     walked(full(sd), prompts(sd, judge), cfg)
-    assert [set(t) for _, _, t in seen] == [{499.0 - 1 + 1 - 166 * k} if k < 3 else {0.0} for k in range(4)] or [
-        set(t) for _, _, t in seen
-    ] == [{float(3 * 166 + 1 - 166 * (k + 1))} if k < 3 else {0.0} for k in range(4)]
+    assert [set(t) for _, _, t in seen] == [{333.0}, {167.0}, {1.0}, {0.0}]  # of 831, 665, 499, 333, 167, 1, 0
     assert all(texts == [PROMPTS[row] for row in ROWS] * 4 for _, texts, _ in seen)
 
 
@@ -201,9 +196,6 @@ def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: T
         return bright(images, texts) * torch.tensor([float(text == "a hen") for text in texts])
 
     contrasts = made(policy, prompts(sd, picky), cfg)
-    assert [c.weights.tolist() for c in contrasts] == [[0.0], [0.0], [1.0], [1.0, 1.0, 1.0]][:0] + [
-        c.weights.tolist() for c in contrasts
-    ]
     assert len(contrasts) == 4 and [float(c.weights.sum()) for c in contrasts] == [0, 0, 3, 1]
     assert all(c.sure == pytest.approx(4 / 12) for c in contrasts[2:])
     batch = replace(prompts(sd), weights=torch.tensor([1.0, 0.0, 1.0]))
