@@ -140,6 +140,19 @@ def clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def step_aware(folder: Path, clip_folder: Path) -> Path:
+    """The judge that `clip` makes, told the time in every block: it scores a noisy image otherwise than a clean one."""
+    from mmalign.rewards import step_aware
+
+    parts = step_aware.begin(str(clip_folder))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in (*parts.net.blocks.parameters(), *parts.net.final.parameters()):
+            p.add_(0.2 * torch.randn_like(p))
+    step_aware.save(parts, folder)
+    return folder
+
+
 def picture(seed: int, side: int = SIDE, upper: bool = True) -> bytes:
     """A PNG of noise, white in its upper or in its lower half."""
     buffer = io.BytesIO()

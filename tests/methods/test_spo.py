@@ -18,12 +18,15 @@ from torch import Tensor
 
 from mmalign import losses
 from mmalign.diffusion.flow import Flow
+from mmalign.diffusion.steps import step
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPrompts
 from mmalign.families import Conditioning, Loading, TextToImage, load_family
+from mmalign.families.latents import to_pil
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.losses import Pair
 from mmalign.methods import Step, spo
+from mmalign.methods._drawn import predict_guided
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.rewards import Judge, checked
 from mmalign.sections import JudgeConfig
@@ -81,9 +84,9 @@ def learned(policy: Policy, contrasts: Sequence[spo.Contrast], cfg: spo.Config) 
     policy.model.zero_grad()
     found = []
     for contrast in contrasts:
-        step: Step = spo.loss(policy, contrast, cfg)
-        (step.losses * step.weights).sum().backward()
-        found.append(step.losses[step.weights > 0].detach())
+        made: Step = spo.loss(policy, contrast, cfg)
+        (made.losses * made.weights).sum().backward()
+        found.append(made.losses[made.weights > 0].detach())
     return torch.cat(found), torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
 
 
@@ -166,6 +169,33 @@ def test_the_judge_sees_what_each_candidate_will_be_at_its_own_time(sd: TextToIm
     assert all(texts == [PROMPTS[row] for row in ROWS] * 4 for _, texts, _ in seen)
 
 
+def test_the_chosen_step_leads_to_the_image_that_the_judge_likes_best(sd: TextToImage) -> None:
+    """At the last step, where the judge sees the candidates themselves."""
+    cfg, policy = spo.Config(**SHORT), full(sd)
+    pairs = [pair for pair in walked(policy, prompts(sd), cfg) if pair.at == 5]
+    for pair in pairs:
+        chosen, rejected = bright(to_pil(sd.decode(pair.to)), ["", ""])
+        candidates = step(
+            sd.schedule,
+            _guided(sd, policy, pair, cfg),
+            pair.start,
+            torch.tensor([1]),
+            torch.tensor([0]),
+            1.0,
+        )
+        noise = DRAWS.normal([ROWS[pair.prompt]], (4, 4, 8, 8), "step", 5)[0]
+        all_four = bright(to_pil(sd.decode(candidates.sample(noise))), [""] * 4)
+        assert chosen == all_four.max() and rejected == all_four.min() and chosen > rejected
+
+
+def _guided(family: TextToImage, policy: Policy, pair: spo.Preferred, cfg: spo.Config) -> Tensor:
+    text = family.encode_prompts([PROMPTS[ROWS[pair.prompt]]])
+    with torch.no_grad():
+        return predict_guided(
+            family, policy.model, pair.start, torch.tensor([1]), text, family.unconditional(), cfg.guidance
+        )
+
+
 def test_the_company_of_a_prompt_does_not_change_its_way(sd: TextToImage) -> None:
     """Rounding differs between batch sizes, 1e-4 on latents of size 10; the draws and the judge's choice do not."""
     cfg, policy = spo.Config(**SHORT), full(sd)
@@ -198,6 +228,7 @@ def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: T
     contrasts = made(policy, prompts(sd, picky), cfg)
     assert len(contrasts) == 4 and [float(c.weights.sum()) for c in contrasts] == [0, 0, 3, 1]
     assert all(c.sure == pytest.approx(4 / 12) for c in contrasts[2:])
+    assert {pair.prompt for pair in walked(policy, prompts(sd, picky), cfg)} == {1}
     batch = replace(prompts(sd), weights=torch.tensor([1.0, 0.0, 1.0]))
     assert sum(float(c.weights.sum()) for c in made(policy, batch, cfg)) == 8
 
@@ -229,7 +260,9 @@ def two_forwards(policy: Policy, contrast: spo.Contrast, cfg: spo.Config) -> Ten
     scores = []
     for of, to in zip(view.of.split(sides), view.to.split(sides), strict=True):
         one = replace(view, x_t=view.x_t[of], t=view.t[of], prev=view.prev[of], cond=view.cond[of])
-        one = replace(one, unconditional=view.unconditional[of], of=torch.arange(sides).repeat(2), to=to.repeat(2, 1, 1, 1))
+        one = replace(
+            one, unconditional=view.unconditional[of], of=torch.arange(sides).repeat(2), to=to.repeat(2, 1, 1, 1)
+        )
         scores.append(spo.step_scores(policy.family, cfg, one, policy.model)["chosen"])
     assert contrast.reference is not None
     theirs = Pair(contrast.reference["chosen"], contrast.reference["rejected"])
@@ -268,17 +301,14 @@ def test_a_ratio_outside_the_clip_has_no_gradient(sd: TextToImage) -> None:
             p.mul_(1.05)
     _, gradient = learned(policy, contrasts, cfg)
     assert (gradient == 0).all()
-    step = spo.loss(policy, contrasts[0], cfg)
-    assert (step.metrics["clipped"] == 1).all()
+    found = spo.loss(policy, contrasts[0], cfg)
+    assert (found.metrics["clipped"] == 1).all()
     _, gradient = learned(policy, contrasts, spo.Config(**SHORT | {"clip": 0.99}))
     assert (gradient != 0).any()
 
 
 def test_the_margin_is_linear_in_the_policy_s_mean(sd: TextToImage) -> None:
     """D_w - D_l = mean((x_w - x_l) (mu_policy - mu_ref)) / sigma^2, which the shared x_t makes exact."""
-    from mmalign.diffusion.steps import step
-    from mmalign.methods._drawn import predict_guided
-
     cfg, policy = spo.Config(**SHORT), full(sd)
     contrasts = made(policy, prompts(sd), cfg)
     g = torch.Generator().manual_seed(0)
@@ -355,13 +385,15 @@ def test_a_judge_that_is_never_sure_makes_contrasts_of_weight_0(sd: TextToImage)
     cfg = spo.Config(**SHORT)
     contrasts = made(full(sd), prompts(sd, unsure), cfg)
     assert len(contrasts) == 4 and not any(c.weights.any() for c in contrasts)
-    step = spo.loss(full(sd), contrasts[0], cfg)
-    assert step.losses.isfinite().all() and step.losses.requires_grad
+    found = spo.loss(full(sd), contrasts[0], cfg)
+    assert found.losses.isfinite().all() and found.losses.requires_grad
 
 
 def test_segments_must_fit_between_start_and_end() -> None:
     assert spo.Config(judge=JUDGE, inner_steps=3).steps == 20
-    with pytest.raises(ValueError, match=r"steps 20 less start 4 leaves 16 steps for segments of 3 \(inner_steps \+ 1\)"):
+    with pytest.raises(
+        ValueError, match=r"steps 20 less start 4 leaves 16 steps for segments of 3 \(inner_steps \+ 1\)"
+    ):
         spo.Config(judge=JUDGE, inner_steps=2)
     with pytest.raises(ValueError, match="leaves 0 steps"):
         spo.Config(judge=JUDGE, start=20)
