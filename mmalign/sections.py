@@ -49,7 +49,6 @@ class JudgeModel(Model):
 
     path: str = Field(description="an open_clip model, as which it begins, or a step-aware judge: a folder or a Hub id")
     denoiser: str = Field(description="a diffusers pipeline, which stays frozen: a folder or a Hub id")
-    revision: str | None = Field(None, description="of the denoiser")
     tune: Literal["full"] = "full"
     vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -73,11 +72,9 @@ class Data(Section):
 
 
 class ImageData(Data):
-    """Pairs of images for a text-to-image model, or prompts alone for a method that draws its own."""
+    """Pairs of images, or for a method that draws its own prompts alone: a text file with one a line."""
 
-    format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = Field(
-        "pick_a_pic", description="of the pairs; or prompts: a text file with one a line"
-    )
+    format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = "pick_a_pic"
     resolution: int | None = Field(None, ge=8, description="pixels; the model's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair alike")

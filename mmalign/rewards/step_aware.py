@@ -21,9 +21,11 @@ N is the number of images, L tokens, S the side of an image, E the width of the 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +225,8 @@ def read(path: str) -> Parts:
         )
     try:
         name = f"local-dir:{folder}"
-        clip, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
+        with _quiet():  # it would warn that the model is random, which it is for a moment
+            clip, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
         tokenize = open_clip.get_tokenizer(name)
         net = _conditioned(path, clip)
         net.load_state_dict(load_file(folder / WEIGHTS))
@@ -234,6 +237,16 @@ def read(path: str) -> Parts:
             "copy it anew"
         ) from error
     return Parts(net, preprocess, tokenize, config)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _conditioned(path: str, clip: Any) -> TimeConditioned:
