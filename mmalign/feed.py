@@ -163,6 +163,7 @@ def open_feed(
         sources = [train] if held is None else [train, held]
         painter: TextToImage = family.denoiser if isinstance(family, StepJudge) else family
         if getattr(method, "learns_from", "pairs") == "prompts":
+            about = f"{len(train):,} prompts from {train.source}."
             make = partial(PromptLoader, batch_size=batch_size, seed=seed)
             encode = _prompt_encoder(painter, sources, data, output, accelerator, say, judge)
         else:

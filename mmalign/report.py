@@ -117,7 +117,7 @@ class Reporter:
                 return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
-        what = "images" if "chosen error" in mean else "responses"
+        what = "images" if {"chosen error", "clipped"} & mean.keys() else "responses"
         return preference_verdict(mean["chosen gain"], mean["rejected gain"], mean["gradient factor"], what)
 
 

@@ -205,11 +205,14 @@ def test_every_shipped_recipe_takes_two_steps(
     path: Path,
     tiny_sd15: Path,
     tiny_sdxl: Path,
+    tiny_clip: Path,
+    tiny_step_judge: Path,
     vlm_folders: Callable[[str], Path],
     pairs: Path,
     tmp_path: Path,
 ) -> None:
     """As it is written, but for the model's size, the pairs, and what a CPU cannot do (float16, 8-bit optimizers)."""
+    judges: list[str] = []
     if path.parent.name == "vision_language":
         rows = tiny_vlm.pairs(tmp_path / "rows", layout=load_recipe(path).data.format)  # type: ignore[attr-defined]
         model = vlm_folders(MODELS[path.stem.rpartition("_")[2]])
@@ -217,9 +220,17 @@ def test_every_shipped_recipe_takes_two_steps(
     else:
         model = tiny_sdxl if "sdxl" in path.stem else tiny_sd15
         sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
+        method = load_recipe(path).method
+        if method.name == "spo":  # any pair will do: the tiny judge is hardly sure of one
+            judges = [f"method.judge.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
+        elif method.name == "step_preference":
+            judges = ["model.denoiser=" + str(model)]
+            judges += [f"method.judge.path={tiny_clip}"] if method.judge is not None else []
+            model = tiny_clip
     overrides = [
         f"model.path={model}",
         *sizes,
+        *judges,
         "data.workers=0",
         "data.hold_out=0.0",
         "data.split=null",
