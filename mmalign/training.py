@@ -27,7 +27,7 @@ from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
-from mmalign.sections import ImageData, Recipe
+from mmalign.sections import ImageData, JudgeModel, Recipe
 
 Say = Callable[[str], None]
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
@@ -180,7 +180,11 @@ def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
     lora = recipe.model.lora
     targets = " ".join(family.usual_targets if lora.targets is None else lora.targets)
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
+    named = assemble.method_judge(recipe)
+    beside = {"judge": named.path} if named is not None else {}
+    beside |= {"denoiser": recipe.model.denoiser} if isinstance(recipe.model, JudgeModel) else {}
     return {
+        **beside,
         "model": assemble.fingerprint(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",

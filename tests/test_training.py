@@ -107,6 +107,10 @@ def test_a_judge_is_trained_by_the_same_loop_and_judges(
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-00000002")
     assert_same(whole, run({**content, "output": str(tmp_path / "b")}))
+    shutil.copytree(request.getfixturevalue(model), tmp_path / "another")
+    elsewhere = {**content["model"], "denoiser": str(tmp_path / "another")}
+    with pytest.raises(ValueError, match=r"belongs to another run \(denoiser "):
+        run({**content, "model": elsewhere})
     left = load_file(tmp_path / "a" / "model" / "step_aware.safetensors")
     assert left.keys() == whole.keys() and all(torch.equal(left[name], x) for name, x in whole.items())
     further = {
