@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mmalign import families, methods
-from mmalign.data import responses, sources
-from mmalign.families import Family, Loading, Sampling
+from mmalign.data import prompts, responses, sources
+from mmalign.families import Family, Loading, Sampling, step_judge
 from mmalign.optim import build_optimizer
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.rewards import Judge, judge_module, load_judge
@@ -28,6 +28,7 @@ from mmalign.sections import (
     ImageData,
     ImageModel,
     JudgeConfig,
+    JudgeModel,
     Model,
     PrepareImages,
     Recipe,
@@ -72,11 +73,15 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         _check_asking(recipe.evaluate)
     if isinstance(recipe.prepare, PrepareImages):
         _check_drawing("prepare", recipe.prepare)
+    if (named := method_judge(recipe)) is not None:
+        _check_judge("method.judge", named)
     # The last, since it may ask the Hub.
     path = _located("model.path", recipe.model.path)
-    if isinstance(recipe.model, ImageModel):
+    if isinstance(recipe.model, ImageModel | JudgeModel):
         if recipe.model.vae is not None:
             _located("model.vae", recipe.model.vae)
+        if isinstance(recipe.model, JudgeModel):
+            path = _located("model.denoiser", recipe.model.denoiser)
         families.pipeline_class(path, recipe.model.revision)
     else:
         families.model_type(path, recipe.model.revision)
@@ -112,6 +117,9 @@ def check_data(data: Data) -> None:
         )
         return
     assert isinstance(data, ImageData)
+    if data.format == "prompts":
+        prompts.open_prompts(locate(data.path))
+        return
     sources.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
     if data.crop == "random" and data.cache not in ("off", "auto"):
         raise ValueError(
@@ -138,14 +146,24 @@ def _check_training(train: Train) -> None:
 def _check_drawing(name: str, section: EvaluateImages | PrepareImages) -> None:
     """A section that has pictures drawn and judged: its judge, its prompts, and the size of the pictures."""
     if section.judge is not None:
-        judge_module(section.judge.name)
-        if "/" in section.judge.path:  # else the name of a model that the judge's library knows
-            _located(f"{name}.judge.path", section.judge.path)
+        _check_judge(f"{name}.judge", section.judge)
     contrast = isinstance(section, PrepareImages) and section.contrast
     _check_prompts(f"{name}.prompts", section.prompts, read_couples if contrast else read_prompts)
     side = section.drawing.resolution or 0
     if side % 8:
         raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
+
+
+def _check_judge(key: str, config: JudgeConfig) -> None:
+    judge_module(config.name)
+    if "/" in config.path:  # else the name of a model that the judge's library knows
+        _located(f"{key}.path", config.path)
+
+
+def method_judge(recipe: Recipe) -> JudgeConfig | None:
+    """The judge that the method's settings name, if they do."""
+    found = getattr(recipe.method, "judge", None)
+    return found if isinstance(found, JudgeConfig) else None
 
 
 def _check_asking(section: EvaluateResponses) -> None:
@@ -167,11 +185,11 @@ def _check_asking(section: EvaluateResponses) -> None:
         )
 
 
-def _check_prompts(key: str, prompts: int | str, read: Callable[[str, str], Any]) -> None:
-    if isinstance(prompts, str):
-        read(key, prompts)
-    elif prompts < 1:
-        raise ValueError(f"{key}: expected at least 1, or a file with one prompt a line, got {prompts}")
+def _check_prompts(key: str, which: int | str, read: Callable[[str, str], Any]) -> None:
+    if isinstance(which, str):
+        read(key, which)
+    elif which < 1:
+        raise ValueError(f"{key}: expected at least 1, or a file with one prompt a line, got {which}")
 
 
 def read_prompts(key: str, name: str) -> list[str]:
@@ -180,15 +198,7 @@ def read_prompts(key: str, name: str) -> list[str]:
     Raises:
         ValueError: there is no such file, it is no text, or it has no prompt; `key` says where its name came from.
     """
-    path = _located(key, name, resolve)
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {path} cannot be read ({error}); expected a text file in UTF-8") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{key}: {path} has none; expected one prompt a line")
-    return prompts
+    return [prompt for _, prompt in prompts.read_prompts(key, Path(_located(key, name, resolve)))]
 
 
 def read_couples(key: str, name: str) -> list[tuple[str, str]]:
@@ -232,15 +242,18 @@ def make_folder(key: str, folder: Path) -> Path:
 
 
 def load_model(model: Model, precision: str, device: torch.device) -> Any:
-    """The recipe's model in memory, frozen: a TextToImage where the recipe is for one, else a VisionLanguage."""
+    """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says."""
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
     loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
-    path = resolve_model(model.path)
-    if not isinstance(model, ImageModel):
-        return families.load_vision_language(path, loading)
+    if not isinstance(model, ImageModel | JudgeModel):
+        return families.load_vision_language(resolve_model(model.path), loading)
     vae = model.vae and resolve_model(model.vae)
-    return families.load_family(path, replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype]))
+    painting = replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype])
+    if isinstance(model, JudgeModel):
+        frozen = families.load_family(resolve_model(model.denoiser), replace(painting, network_half=True))
+        return step_judge.load(model.path, frozen, loading)
+    return families.load_family(resolve_model(model.path), painting)
 
 
 def _without_loading_bars() -> None:

@@ -18,10 +18,10 @@ from mmalign.evaluate_images import count_images
 from mmalign.evaluate_responses import count_answers
 from mmalign.evaluation.counts import Counts, Runs, over_runs
 from mmalign.evaluation.intervals import Interval
+from mmalign.output import read_trained, written
 from mmalign.recipe import load_recipe
 from mmalign.sections import EvaluateResponses, Recipe
 from mmalign.share import locate
-from mmalign.training import read_trained, written
 
 Say = Callable[[str], None]
 
@@ -122,7 +122,7 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
         if name in recipes:
             raise ValueError(f"compare: two recipes are called {name}; rename one, since its runs go by that name")
         section = recipe.evaluate
-        if section is None or section.benchmark == "implicit" or getattr(section, "answers", None):
+        if section is None or section.benchmark in ("implicit", "steps") or getattr(section, "answers", None):
             raise ValueError(
                 f"compare: {source} says of no benchmark that asks or draws; add one, such as --set "
                 "'evaluate={benchmark: crowds}'"

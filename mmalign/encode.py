@@ -1,4 +1,4 @@
-"""From pairs to what a denoiser eats: latents and text embeddings, encoded once and kept, or encoded batch by batch.
+"""From pairs and prompts to what a denoiser eats: latents and text embeddings, kept, or encoded batch by batch.
 
 With a cache, `fill` runs the frozen encoders over every distinct image and prompt before training, and training reads
 the results; both ways give the same numbers. B pairs; rows of images are chosen first, then rejected.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch import Tensor
 from mmalign.data.cache import ArrayCache
 from mmalign.data.loader import PairBatch, View, images_to_encode
 from mmalign.data.pairs import Dropped, Pairs
+from mmalign.data.prompts import PromptBatch
 from mmalign.families import Conditioning, Moments, TextToImage
+from mmalign.rewards import Judge
 
 SHARD = 512  # items of a file of a cache
 
@@ -34,6 +36,8 @@ class EncodedPairs:
         weights: [B]; 0 for a padding row.
         rejected_text: the conditioning of what the rejected images show [B]; None where the method asks for one prompt.
         kept: what the method has worked out for these pairs beforehand, by name, each [B, ...]; None where it has not.
+        prompts: the texts themselves [B].
+        judge: what scores images, for methods whose settings name one.
     """
 
     rows: list[int]
@@ -44,6 +48,8 @@ class EncodedPairs:
     weights: Tensor
     rejected_text: Conditioning | None = None
     kept: dict[str, Tensor] | None = None
+    prompts: Sequence[str] = field(default_factory=list)
+    judge: Judge | None = None
 
     def singles(self) -> Iterator[EncodedPairs]:
         """Every pair in a batch of its own."""
@@ -59,7 +65,33 @@ class EncodedPairs:
                 weights=self.weights[i : i + 1],
                 rejected_text=self.rejected_text[i : i + 1] if self.rejected_text is not None else None,
                 kept=None,
+                prompts=self.prompts[i : i + 1],
             )
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """A batch of prompts as a method gets it that draws its own images, on the model's device.
+
+    Attributes:
+        rows: the id of each prompt [B].
+        prompts: the texts themselves [B].
+        text: their conditioning [B].
+        unconditional: one row, what guidance goes away from.
+        sizes: of the images to draw [B, 6], as in EncodedPairs.
+        shape: of a latent: C, H, W.
+        weights: [B]; 0 for a padding row.
+        judge: what scores the images.
+    """
+
+    rows: list[int]
+    prompts: Sequence[str]
+    text: Conditioning
+    unconditional: Conditioning
+    sizes: Tensor
+    shape: tuple[int, ...]
+    weights: Tensor
+    judge: Judge | None
 
 
 @dataclass(frozen=True)
@@ -71,12 +103,14 @@ class Encoder:
         unconditional: its conditioning without a prompt.
         text: where prompts' embeddings are kept; None encodes them in every batch.
         two_prompts: whether the method asks for the rejected images' prompts.
+        judge: what scores images, for methods whose settings name one.
     """
 
     family: TextToImage
     unconditional: Conditioning
     text: ArrayCache | None
     two_prompts: bool = False
+    judge: Judge | None = None
 
     def encode(self, batch: PairBatch) -> EncodedPairs:
         """One batch, on the denoiser's device."""
@@ -94,6 +128,22 @@ class Encoder:
             sizes=batch.sizes.to(device),
             weights=batch.weights.to(device),
             rejected_text=self._text(batch.rejected_prompts).to(device) if self.two_prompts else None,
+            prompts=batch.prompts,
+            judge=self.judge,
+        )
+
+    def encode_prompts(self, batch: PromptBatch, side: int, shape: tuple[int, ...]) -> EncodedPrompts:
+        """A batch of prompts for square images of `side` pixels, whose latents have this shape."""
+        device = next(self.family.network.parameters()).device
+        return EncodedPrompts(
+            rows=batch.rows,
+            prompts=batch.prompts,
+            text=self._text(batch.prompts).to(device),
+            unconditional=self.unconditional.to(device),
+            sizes=torch.tensor([[side, side, 0, 0, side, side]] * len(batch.rows), device=device),
+            shape=shape,
+            weights=batch.weights.to(device),
+            judge=self.judge,
         )
 
     def _text(self, prompts: Sequence[str]) -> Conditioning:

@@ -45,7 +45,7 @@ def open_benchmark(section: EvaluateResponses) -> Benchmark:
     try:
         if section.benchmark == "crowds":
             return crowds.benchmark(section.pictures, section.split, section.seed)
-        assert section.images is not None, "sections.py asks for them"
+        assert section.images is not None, "the section asks for them"
         if section.benchmark == "pope":
             questions = _pope_questions(section)
             images = in_folder(section.images, [question for asked in questions.values() for question in asked])

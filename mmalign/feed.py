@@ -18,6 +18,7 @@ from mmalign.data.cache import ArrayCache, fingerprint_tensors
 from mmalign.data.epochs import check_bad
 from mmalign.data.loader import PairBatch, PairLoader, View
 from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
+from mmalign.data.prompts import PromptLoader, open_prompts, prompts_of
 from mmalign.data.responses import open_responses
 from mmalign.data.sources import open_pairs
 from mmalign.draws import Draws
@@ -25,13 +26,16 @@ from mmalign.encode import Encoder, fill_latents, fill_text, text_key
 from mmalign.encode_responses import ResponseLoader, Wants
 from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
+from mmalign.families.step_judge import StepJudge
 from mmalign.kept import Kept
 from mmalign.methods import Keep
 from mmalign.policy import Policy
+from mmalign.rewards import Judge
 from mmalign.sections import Data, ImageData, ResponseData
 from mmalign.share import locate
 
-Opened = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out
+Opened = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out; of prompts alone, too
+Loader = PairLoader | ResponseLoader | PromptLoader
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Feed:
     """
 
     encode: Callable[[Any], Any]
-    train: PairLoader | ResponseLoader
-    held: PairLoader | ResponseLoader | None
+    train: Loader
+    held: Loader | None
     about: str
     kept: Kept | None = None
 
@@ -60,7 +64,7 @@ class Feed:
         """The held-out batches, always in the same order; none if nothing is held out."""
         return self._encoded(self.held, 0, 0) if self.held else iter(())
 
-    def _encoded(self, loader: PairLoader | ResponseLoader, epoch: int, start: int) -> Iterator[Any]:
+    def _encoded(self, loader: Loader, epoch: int, start: int) -> Iterator[Any]:
         for batch in loader.batches(epoch, start):
             encoded = self.encode(batch)
             if self.kept is not None and isinstance(batch, PairBatch):
@@ -105,8 +109,22 @@ def open_data(data: Data, seed: int, method: Any = None) -> Opened:
             )
     else:
         assert isinstance(data, ImageData)
-        pairs = open_pairs(data.format, locate(data.path), two_prompts=_two_prompts(method), **common)
+        pairs = _open_images(data, common, method)
     return hold_out(pairs, data.hold_out, seed) if data.hold_out else (pairs, None)
+
+
+def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[Any]:
+    """Pairs of images, or prompts for a method that draws its own: a file of them, or those of pairs."""
+    if getattr(method, "learns_from", "pairs") == "prompts":
+        if data.format == "prompts":
+            return open_prompts(locate(data.path), data.limit)
+        return prompts_of(open_pairs(data.format, locate(data.path), **{**common, "limit": None}), data.limit)
+    if data.format == "prompts":
+        raise ValueError(
+            "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
+            "or rankings (spo draws its own images)"
+        )
+    return open_pairs(data.format, locate(data.path), two_prompts=_two_prompts(method), **common)
 
 
 def _wants(method: Any) -> Wants:
@@ -140,11 +158,12 @@ def open_feed(
     method: Any = None,
     opened: Opened | None = None,
     keep: Keep | None = None,
+    judge: Judge | None = None,
 ) -> Feed:
     """Open the recipe's pairs, and where the data are pictures to learn from, fill the caches of the frozen encoders.
 
     Args:
-        family: a TextToImage for ImageData, a VisionLanguage for ResponseData.
+        family: a TextToImage for ImageData, or a StepJudge with one; a VisionLanguage for ResponseData.
         data: the recipe's section.
         output: the run's folder, where `data.cache: auto` keeps the caches.
         batch_size: pairs of a batch on each process.
@@ -154,6 +173,7 @@ def open_feed(
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
         keep: what the method would like to have kept, by `mmalign.kept.asked`; `fill_kept` fills the place for it.
+        judge: what scores images, for methods whose settings name one.
 
     Raises:
         ValueError: files, columns or caches do not fit, or more than `data.max_bad` images are bad, or all pairs.
@@ -163,7 +183,7 @@ def open_feed(
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     common |= {"num_workers": data.workers, "max_bad": data.max_bad}
     about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
-    make: Callable[..., PairLoader | ResponseLoader]
+    make: Callable[..., Loader]
     encode: Callable[[Any], Any]
     kept = None
     if isinstance(data, ResponseData):
@@ -173,13 +193,19 @@ def open_feed(
     else:
         assert isinstance(data, ImageData)
         sources = [train] if held is None else [train, held]
-        view, latents, encoder, depends = _prepare(family, sources, data, output, accelerator, say)
-        encoder = replace(encoder, two_prompts=getattr(method, "needs_two_prompts", False))
-        make = partial(PairLoader, view=view, cache=latents, repeat=keep.draws if keep else None, **common)
-        if keep is not None and latents is not None:
-            settings = {**depends, **keep.settings, "flip": data.flip, "seed": seed}
-            kept = Kept(ArrayCache.open(latents.folder.parent / "kept", settings), keep)
-        encode = encoder.encode
+        painter: TextToImage = family.denoiser if isinstance(family, StepJudge) else family
+        if getattr(method, "learns_from", "pairs") == "prompts":
+            about = f"{len(train):,} prompts from {train.source}."
+            make = partial(PromptLoader, batch_size=batch_size, seed=seed)
+            encode = _prompt_encoder(painter, sources, data, output, accelerator, say, judge)
+        else:
+            decodes = getattr(method, "needs_decoder", False)
+            view, latents, encoder, depends = _prepare(painter, sources, data, output, accelerator, say, decodes)
+            make = partial(PairLoader, view=view, cache=latents, repeat=keep.draws if keep else None, **common)
+            if keep is not None and latents is not None:
+                settings = {**depends, **keep.settings, "flip": data.flip, "seed": seed}
+                kept = Kept(ArrayCache.open(latents.folder.parent / "kept", settings), keep)
+            encode = replace(encoder, judge=judge, two_prompts=getattr(method, "needs_two_prompts", False)).encode
     loader = make(pairs=train, **share)
     # Every process scores all held-out pairs, so that all know the same number.
     scored = make(pairs=held, keep_last=True) if held is not None else None
@@ -231,12 +257,57 @@ def _bar(accelerator: Any) -> Progress:
     return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))
 
 
+def _prompt_encoder(
+    family: TextToImage,
+    sources: Sequence[Pairs[Any]],
+    data: ImageData,
+    output: Path,
+    accelerator: Any,
+    say: Any,
+    judge: Judge | None,
+) -> Callable[[Any], Any]:
+    """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled."""
+    side = data.resolution or family.resolution
+    shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
+    encoder = Encoder(family, family.unconditional(), None, judge=judge)
+    if data.cache != "off":
+        folder = output / "cache" if data.cache == "auto" else Path(data.cache)
+        networks = {name: net for name, net in family.encoders() if name != "vae"}
+        about = {name: fingerprint_tensors(net.state_dict()) for name, net in networks.items()}
+        text = ArrayCache.open(folder / "text", about)
+        for pairs in sources:
+            share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+            for _ in fill_text(family, sorted(set(pairs.prompts())), text, **share):
+                pass
+            accelerator.wait_for_everyone()
+            text.refresh()
+        for net in networks.values():
+            net.to("cpu")
+        encoder = replace(encoder, text=text)
+    _say_cut(family, sources, say)
+    return partial(encoder.encode_prompts, side=side, shape=shape)
+
+
+def _say_cut(family: TextToImage, sources: Sequence[Pairs[Any]], say: Any) -> None:
+    """Say how many prompts are longer than the text encoder reads."""
+    prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
+    cut = family.count_cut(prompts)
+    if cut:
+        say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
+
+
 def _prepare(
-    family: TextToImage, sources: Sequence[Pairs], data: ImageData, output: Path, accelerator: Any, say: Any
+    family: TextToImage,
+    sources: Sequence[Pairs],
+    data: ImageData,
+    output: Path,
+    accelerator: Any,
+    say: Any,
+    decodes: bool = False,
 ) -> tuple[View, ArrayCache | None, Encoder, dict[str, str | int | float]]:
     """How images become squares, the cache of their latents, what encodes the rest, and what all that depends on.
 
-    The caches are filled.
+    The caches are filled. The encoders leave the GPU then, but for the autoencoder where the method `decodes`.
     """
     view = View(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[Dropped]()
@@ -249,14 +320,12 @@ def _prepare(
         latents = ArrayCache.open(folder / "latents", {"vae": encoders.pop("vae"), "resolution": view.resolution})
         text = ArrayCache.open(folder / "text", encoders)
         bad = _fill(family, sources, view, latents, text, data, accelerator)
-        for _, net in family.encoders():
-            net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
+        for name, net in family.encoders():
+            if not (decodes and name == "vae"):
+                net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
     if bad:
         say(f"{len(bad)} images cannot be read, and their pairs are left out: {listed(bad)}")
-    prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
-    cut = family.count_cut(prompts)
-    if cut:
-        say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
+    _say_cut(family, sources, say)
     return view, latents, Encoder(family, unconditional, text), depends
 
 

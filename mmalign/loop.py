@@ -22,6 +22,7 @@ from mmalign.policy import Policy
 
 Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
 Metrics = dict[str, Tensor]  # scalars, on the model's device
+EMPTY = 100  # updates in a row that had nothing to learn from, after which a run stops
 
 
 @dataclass
@@ -75,7 +76,7 @@ def train(
 
     Raises:
         FloatingPointError: a loss is not finite; it names the batch, and nothing has been updated from it.
-        ValueError: an epoch has no batch, or the method made nothing of any.
+        ValueError: an epoch has no batch, or the method made nothing of any, or of many in a row.
     """
     window = _Window(policy, learner)
     while progress.step < steps:
@@ -87,7 +88,10 @@ def train(
                 last = window.count + 1 == accumulate
                 with window.silent(last):
                     window.add(_checked(method.loss(policy, contrast, config), batch, progress))
-                if last and (metrics := window.update(progress.step + 1)) is not None:
+                metrics = window.update(progress.step + 1) if last else None
+                if window.empty == EMPTY:
+                    raise ValueError(f"train: {EMPTY} updates in a row had nothing to learn from{_why(method)}")
+                if metrics is not None:
                     progress.step += 1
                     after_update(progress, metrics, number == len(contrasts))
                     if progress.step == steps:
@@ -95,11 +99,16 @@ def train(
         if first == 0 and not window.used and not window.count:
             raise ValueError(
                 f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
-                "fewer pairs than one batch needs on every process, or the method makes nothing of them"
+                f"fewer pairs than one batch needs on every process, or the method makes nothing of them{_why(method)}"
             )
         window.used = False
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
+
+
+def _why(method: Any) -> str:
+    """What a method says of batches that it made nothing of."""
+    return f": {method.made_nothing}" if hasattr(method, "made_nothing") else ""
 
 
 def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, draws: Draws) -> list[Any]:
@@ -128,12 +137,13 @@ class _Window:
     Attributes:
         count: contrasts so far.
         used: whether there was an update in this epoch.
+        empty: how many times in a row no row of any process counted.
     """
 
     def __init__(self, policy: Policy, learner: Learner) -> None:
         self.model, self.learner = policy.model, learner
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: a spent iterator would never be clipped
-        self.used = False
+        self.used, self.empty = False, 0
         self._clear()
 
     def _clear(self) -> None:
@@ -165,6 +175,7 @@ class _Window:
         if not packed[0]:
             learner.optimizer.zero_grad()
             self._clear()
+            self.empty += 1
             return None
         total = packed[0]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -185,6 +196,6 @@ class _Window:
         if learner.average is not None:
             learner.average.update(self.parameters, step)
         self._clear()
-        self.used = True
+        self.used, self.empty = True, 0
         metrics = dict(zip(names, packed[1:] / total, strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

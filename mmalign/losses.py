@@ -12,6 +12,7 @@ does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -82,6 +83,45 @@ def robust(policy: Pair, reference: Pair, *, beta: float, flip_rate: float) -> T
         raise ValueError(f"robust: flip_rate is {flip_rate}; expected at least 0 and less than 0.5")
     z = beta * (policy.margin - reference.margin)
     return (-(1 - flip_rate) * F.logsigmoid(z) + flip_rate * F.logsigmoid(-z)) / (1 - 2 * flip_rate)
+
+
+def clipped_dpo(policy: Pair, reference: Pair, *, beta: float, clip: float) -> Tensor:
+    """Step-wise preference optimization, arXiv:2406.04314: DPO on clipped likelihood ratios.
+
+    `-log sigma(z)` with `z = beta * (r_chosen - r_rejected)`, where r, the log-ratio of policy to reference, is clipped
+    to `[log(1 - clip), log(1 + clip)]` on either side by itself: a side that has left this range has no gradient.
+
+    Args:
+        policy: log-probabilities of the steps, as means over a latent's elements; `beta` and `clip` are tied to that.
+        reference: likewise.
+        beta: 10 in the release.
+        clip: how far a ratio may go from 1 (0.1 in the release).
+
+    Returns:
+        The loss [B]; ln 2 where policy and reference agree.
+    """
+    low, high = math.log(1 - clip), math.log(1 + clip)
+    chosen = (policy.chosen - reference.chosen).clamp(low, high)
+    rejected = (policy.rejected - reference.rejected).clamp(low, high)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def soft_preference(scores: Pair, share: Tensor) -> Tensor:
+    """Cross-entropy of a judge's preference with a soft label, as PickScore and SPO's step-aware judge are trained.
+
+    `-share log sigma(d) - (1 - share) log sigma(-d)` with `d = scores.margin`, less the entropy of a tie where `share`
+    is 1/2, so that a tie which is seen as one costs nothing.
+
+    Args:
+        scores: the judge's logits [B] of the two images.
+        share: how much the first side is preferred [B]: 1, or 1/2 for a tie.
+
+    Returns:
+        The loss [B]; ln 2 where a preferred image scores as the other one.
+    """
+    d = scores.margin
+    entropy = torch.where(share == 0.5, math.log(2), 0.0)
+    return -share * F.logsigmoid(d) - (1 - share) * F.logsigmoid(-d) - entropy
 
 
 def mapo(

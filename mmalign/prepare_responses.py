@@ -30,6 +30,7 @@ from mmalign.families import VisionLanguage
 from mmalign.language.corrupt import Companions, Corruptor, companions
 from mmalign.language.segments import masker
 from mmalign.language.similarity import Similarity, is_fallback, load_similarity
+from mmalign.output import written
 from mmalign.rejected import Corrupted, Hallucinated, Index, Made, Maker, Misled, Own, Writer
 from mmalign.report import tracked
 from mmalign.rewards import open_clip
@@ -45,7 +46,6 @@ from mmalign.sections import (
     Source,
 )
 from mmalign.share import locate
-from mmalign.training import written
 
 Say = Callable[[str], None]
 RULES = "rules"

@@ -11,9 +11,9 @@ from typing import Any
 
 from mmalign import run
 from mmalign.recipe import load_recipe
-from mmalign.sections import SECTIONS
 
-RECIPE = "configs/{}/quickstart.yaml"  # of a modality
+MODALITIES = ("text_to_image", "vision_language")
+RECIPE = "configs/{}/quickstart.yaml"
 
 
 def quickstart(
@@ -40,8 +40,8 @@ def quickstart(
     Raises:
         ValueError: the modality is none.
     """
-    if modality not in SECTIONS:
-        raise ValueError(f"quickstart: {modality!r} is no modality; expected {' or '.join(SECTIONS)}")
+    if modality not in MODALITIES:
+        raise ValueError(f"quickstart: {modality!r} is no modality; expected {' or '.join(MODALITIES)}")
     started, source = time.time(), RECIPE.format(modality)
     settings = [f"train.seed={seed}", *([f"output={json.dumps(str(output))}"] if output else [])]
     recipe = load_recipe(source, settings)

@@ -120,7 +120,7 @@ class Reporter:
                 return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
-        what = "images" if f"{sides[0]} error" in mean else "responses"
+        what = "images" if {f"{sides[0]} error", "clipped"} & mean.keys() else "responses"
         better, worse = (mean[f"{side} gain"] for side in sides)
         return preference_verdict(better, worse, mean["gradient factor"], what, sides)
 

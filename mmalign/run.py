@@ -14,8 +14,9 @@ import torch
 from mmalign import assemble, evaluate_images, evaluate_responses, methods
 from mmalign.drawings import draw
 from mmalign.evaluate_images import couples_of, prompts_of
-from mmalign.evaluation import implicit
-from mmalign.feed import Opened, open_data, open_feed
+from mmalign.evaluation import implicit, steps
+from mmalign.feed import Feed, Opened, open_data, open_feed
+from mmalign.output import read_trained, require_base, unwritten, written
 from mmalign.page import answers, pictures
 from mmalign.page.files import write_page
 from mmalign.page.ranking import spread
@@ -25,12 +26,14 @@ from mmalign.sections import (
     Evaluate,
     EvaluateImages,
     EvaluateResponses,
+    EvaluateSteps,
     ImageModel,
+    JudgeModel,
     PrepareImages,
     PrepareResponses,
     Recipe,
 )
-from mmalign.training import Trained, read_trained, require_base, train, unwritten, written
+from mmalign.training import Trained, train
 
 __all__ = ["Evaluation", "Trained", "evaluate", "gallery", "prepare", "train"]
 
@@ -64,9 +67,11 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
     section = recipe.evaluate
     if section is None:
         raise ValueError(f"evaluate: the recipe has no such section; add one, for example {_example(recipe)}")
-    if section.benchmark == "implicit" and not recipe.data.hold_out:
-        raise ValueError("evaluate: implicit needs pairs kept from training; set data.hold_out, for example to 0.1")
-    assemble.check(recipe, data=section.benchmark == "implicit")
+    of_pairs = section.benchmark in ("implicit", "steps")
+    if of_pairs and not recipe.data.hold_out:
+        needed = "needs pairs kept from training; set data.hold_out, for example to 0.1"
+        raise ValueError(f"evaluate: {section.benchmark} {needed}")
+    assemble.check(recipe, data=of_pairs)
     measure = _measure_files(section) or _measure_models(recipe, section, say)
     folder = assemble.make_folder("output", Path(recipe.output)) / "evaluation"
     with written(folder) as part:
@@ -79,6 +84,8 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
 
 
 def _example(recipe: Recipe) -> str:
+    if isinstance(recipe.model, JudgeModel):
+        return "{benchmark: steps}"
     pictures = isinstance(recipe.model, ImageModel)
     return "{benchmark: scenes, prompts: 256}" if pictures else "{benchmark: crowds, pictures: 256}"
 
@@ -96,7 +103,7 @@ def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
     device, trained = _device(), Path(recipe.output) / "model"
     about = read_trained(trained)
     opened = benchmark = judge = None
-    if section.benchmark == "implicit":
+    if section.benchmark in ("implicit", "steps"):
         opened = open_data(recipe.data, recipe.train.seed)
     elif isinstance(section, EvaluateResponses):
         benchmark = evaluate_responses.open_benchmark(section)
@@ -107,7 +114,8 @@ def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
     policy = assemble.load_aligned(family, trained)
     of = _of(section, about)
     if opened is not None:
-        return lambda _: _implicit(recipe, section, policy, opened, say)
+        measured = _steps if isinstance(section, EvaluateSteps) else _implicit
+        return lambda _: measured(recipe, section, policy, opened, say)
     if benchmark is not None:
         return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, of, say)
     return lambda folder: evaluate_images.compare_images(recipe, policy, judge, folder, of, say)
@@ -122,9 +130,27 @@ def _implicit(
     recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say
 ) -> tuple[dict[str, Any], Table]:
     """How often the trained model finds the chosen side of a held-out pair likelier than the base model does."""
+    feed = _feed(recipe, policy, opened, say)
+    pictures = isinstance(section, EvaluateImages)
+    score = (implicit.image_scores if pictures else implicit.response_scores)(policy.family)
+    draws = section.draws if isinstance(section, EvaluateImages) else 1
+    report = implicit.accuracy(policy, feed.held_out(), score, draws=draws, seed=section.seed)
+    return report.as_dict(), report.table()
+
+
+def _steps(recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say) -> tuple[dict[str, Any], Table]:
+    """How often the trained judge, and the one that it began as, prefer the chosen image of a held-out pair."""
+    assert isinstance(section, EvaluateSteps)
+    batches = _feed(recipe, policy, opened, say, methods.find(recipe.method.name)).held_out()
+    found = steps.accuracy(policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed)
+    return found.as_dict(), found.table()
+
+
+def _feed(recipe: Recipe, policy: Policy, opened: Opened, say: Say, method: Any = None) -> Feed:
+    """The recipe's pairs, encoded, with what a method asks for besides."""
     from accelerate import Accelerator
 
-    feed = open_feed(
+    return open_feed(
         policy.family,
         recipe.data,
         output=Path(recipe.output),
@@ -132,13 +158,9 @@ def _implicit(
         seed=recipe.train.seed,
         accelerator=Accelerator(),
         say=say,
+        method=method,
         opened=opened,
     )
-    pictures = isinstance(section, EvaluateImages)
-    score = (implicit.image_scores if pictures else implicit.response_scores)(policy.family)
-    draws = section.draws if isinstance(section, EvaluateImages) else 1
-    report = implicit.accuracy(policy, feed.held_out(), score, draws=draws, seed=section.seed)
-    return report.as_dict(), report.table()
 
 
 def is_evaluated(recipe: Recipe) -> bool:
@@ -196,6 +218,8 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
 
 def _nothing_to_show(section: Evaluate) -> str:
     """Why an evaluation leaves nothing for a page; empty if it does."""
+    if section.benchmark == "steps":
+        return "benchmark steps draws no pictures"
     pictures = isinstance(section, EvaluateImages)
     if section.benchmark == "implicit":
         return f"benchmark implicit {'draws no pictures' if pictures else 'asks no question'}"
@@ -241,6 +265,8 @@ def prepare(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -
     """
     from mmalign.prepare_responses import prepare_responses
 
+    if isinstance(recipe.model, JudgeModel):
+        raise ValueError("prepare: a judge draws no pictures; use a recipe whose model does")
     if recipe.prepare is None:
         example = (
             "configs/text_to_image/quickstart.yaml has one with a judge"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign import assemble, checkpoint, loop, methods
@@ -25,14 +22,14 @@ from mmalign.families import Family
 from mmalign.feed import Feed, fill_kept, open_data, open_feed
 from mmalign.kept import asked
 from mmalign.optim import Average, build_optimizer, schedule
+from mmalign.output import TRAINED, written
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
-from mmalign.sections import ImageData, Recipe
+from mmalign.sections import ImageData, JudgeModel, Recipe
 
 Say = Callable[[str], None]
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
-TRAINED = "trained.json"  # in a trained model's folder
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,8 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     tell = say if accelerator.is_main_process else _silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
         tell(line)
+    named = assemble.method_judge(recipe)
+    judge = assemble.judge(named, accelerator.device) if named is not None else None
     run = _assemble(recipe, accelerator, tell)
     folder = output / "model"
     if run.progress.step == options.steps:
@@ -107,6 +106,7 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         method=method,
         opened=opened,
         keep=asked(method, recipe.method, model=run.identity["model"], precision=options.precision),
+        judge=judge,
     )
     count = sum(p.numel() for p in run.policy.trainable())
     tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
@@ -181,7 +181,11 @@ def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
     lora = recipe.model.lora
     targets = " ".join(family.usual_targets if lora.targets is None else lora.targets)
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
+    named = assemble.method_judge(recipe)
+    beside = {"judge": named.path} if named is not None else {}
+    beside |= {"denoiser": recipe.model.denoiser} if isinstance(recipe.model, JudgeModel) else {}
     return {
+        **beside,
         "model": assemble.fingerprint(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",
@@ -328,68 +332,3 @@ def _export(folder: Path, run: _Run) -> None:
         if average is not None:
             average.swap(parameters)
     run.learner.accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that takes the place of `path` once it is whole; an error leaves `path` alone.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written to.
-    """
-    part, aside = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-    _remove(part)
-    try:
-        yield part
-        if path.is_dir():
-            _remove(aside)
-            path.replace(aside)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise unwritten(path, error) from error
-    finally:
-        _remove(part)
-    _remove(aside)
-
-
-def unwritten(path: Path, error: Exception) -> checkpoint.CheckpointError:
-    """What to say when a file or folder could not be written."""
-    free = shutil.disk_usage(path.parent).free // 10**6
-    return checkpoint.CheckpointError(
-        f"{path}: could not be written ({error}); {free:,} MB are free, what was there before is kept: make room and "
-        "run the same command again"
-    )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def read_trained(folder: Path) -> dict[str, Any]:
-    """The updates (`step`) and the `identity` of the model that a run has left.
-
-    Raises:
-        ValueError: it has left none.
-    """
-    try:
-        about: dict[str, Any] = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
-    return about
-
-
-def require_base(about: Mapping[str, Any], folder: Path, family: Family) -> None:
-    """Refuse to compare a trained model with another base than its own.
-
-    Raises:
-        ValueError: the family's weights are not those that the training began with.
-    """
-    was, now = about["identity"]["model"], assemble.fingerprint(family.network)
-    if was != now:
-        raise ValueError(
-            f"{folder}: was trained from another model than {family.name} (fingerprint {was}; this one has {now}); "
-            "name the model that it was trained from, or use another output folder"
-        )

@@ -346,18 +346,34 @@ def _weathered(x: Tensor) -> Tensor:
     return (x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) + 0.05 * torch.randn(len(x), 3, 1, 1)).clamp(-1, 1)
 
 
+# ------------------------------------------------------------------------------------------------------- clip_steps
+
+
+def build_clip_steps(work: Path) -> None:
+    """tiny_clip told the time: the judge of SPO, trained by its shipped recipe; its weights are halved."""
+    from mmalign.recipe import load_recipe
+    from mmalign.rewards import step_aware
+    from mmalign.training import train
+
+    recipe = load_recipe("configs/text_to_image/step_preference_tiny_sd.yaml", [f"output={work / 'clip_steps'}"])
+    parts = step_aware.read(str(train(recipe).folder))
+    parts.net.half()
+    step_aware.save(parts, HERE / "tiny_clip_steps")
+
+
 def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
     """The stages by name."""
     yield "vae", lambda: build_vae(args.work, args.compile)
     yield "sd", lambda: build_sd(args.work, args.compile, args.sd_steps)
     yield "clip", lambda: build_clip(args.work, "tiny_clip", 0, seed=30, steps=1500)
     yield "clip_eval", lambda: build_clip(args.work, "tiny_clip_eval", 1, seed=40, steps=600)
+    yield "clip_steps", lambda: build_clip_steps(args.work)
 
 
 def main() -> None:
     """Run the stages that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="+", choices=["vae", "sd", "clip", "clip_eval"])
+    parser.add_argument("stage", nargs="+", choices=["vae", "sd", "clip", "clip_eval", "clip_steps"])
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="where checkpoints are kept")
     parser.add_argument("--threads", type=int, default=0, help="processor threads (0: all)")
     parser.add_argument(

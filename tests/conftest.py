@@ -59,6 +59,16 @@ def tiny_qwen_image(flow_folders: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_step_judge(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.step_aware(tmp_path_factory.mktemp("models") / "step judge", tiny_clip)
+
+
+@pytest.fixture(scope="session")
 def vlm_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny vision-language model by its type, written when first asked for."""
     there: dict[str, Path] = {}

@@ -23,6 +23,7 @@ from mmalign.training import train
 
 Content = dict[str, Any]
 STEPS = 3
+UNSURE = 0.01  # a threshold at which the tiny judge is sure of some comparisons, and of others not
 
 # Float32: a sum over four pairs rounds otherwise than two sums over two. Gradients differ by about 4e-6 of their norm
 # for that, and so does AdamW's mean of them, which is linear in them; another batch moves it by more than a half.
@@ -104,8 +105,8 @@ def launch(jobs: Path) -> None:
 class Runs:
     """Trainings by name: in one process under `one/`, in two under `two/`."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: Path, judge: Path) -> None:
+        self.folder, self.model, self.judge = folder, model, judge
         often = {"steps": STEPS, "save_every": 1, "keep": 9}
         full = {"train": {**often, "clip": None, "ema": 0.9, "trackers": ["tensorboard"]}}
         lora = {"model": {"tune": "lora"}, "data": {"hold_out": 0.2}, "train": {**often, "lr": 0.03}}
@@ -145,6 +146,9 @@ class Runs:
             ("uneven", self.content("two", "uneven", batch_size=2)),
             *((name, self.content("two", name, batch_size=2)) for name in ("few", "inverted", "kept")),
         ]
+        judge = {"name": "step_aware", "path": str(self.judge)}
+        drawing = {"name": "spo", "judge": judge, "steps": 6, "start": 2, "threshold": UNSURE}
+        jobs.append(("spo", self.content("two", "few", "spo", batch_size=1) | {"method": drawing}))
         (self.folder / "jobs.json").write_text(json.dumps(jobs))
         launch(self.folder / "jobs.json")
 
@@ -189,11 +193,11 @@ def relative(difference: Tensor, scale: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_step_judge: Path) -> Runs:
     """Made once, also where several test workers share this file."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    runs, done = Runs(shared / "distributed", tiny_sd15), shared / "distributed.done"
+    runs, done = Runs(shared / "distributed", tiny_sd15, tiny_step_judge), shared / "distributed.done"
     with FileLock(shared / "distributed.lock"):
         if not done.exists():
             runs.make()
@@ -281,6 +285,13 @@ def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
     )
     assert len(one) == 1 and len(two) == 2
     assert two[0] | two[1] == one[0] and not two[0] & two[1]
+
+
+def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_together(runs: Runs) -> None:
+    """Each has as many contrasts, some without a pair: nobody waits for ever, and both know the same numbers."""
+    first, second = (runs.record("spo", rank) for rank in (0, 1))
+    assert len(first["history"]) == STEPS and first["history"] == second["history"]
+    assert 0 < min(h["sure"] for h in first["history"]) < 1
 
 
 def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:

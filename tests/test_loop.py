@@ -361,6 +361,22 @@ def test_an_epoch_of_which_nothing_counts_ends_the_run(start: Callable[..., Run]
         start()(Regression(), of(data([2, 2], weights=[0.0] * 4)), steps=1, accumulate=accumulate)
 
 
+def test_many_updates_in_a_row_of_which_nothing_counts_end_the_run(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch may be long. One update between them begins the count anew; the method says what may be wrong."""
+    monkeypatch.setattr(loop, "EMPTY", 3)
+    full, empty = [1.0], [0.0]
+    run = start()
+    with pytest.raises(ValueError, match="3 updates in a row had nothing to learn from"):
+        run(Regression(), of(data([1] * 7, weights=[*full, *empty * 2, *full, *empty * 3])), steps=9)
+    assert run.progress == Progress(2, 0, 7)
+    method = Regression()
+    method.made_nothing = "look at it"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="had nothing to learn from: look at it"):
+        start()(method, of(data([1] * 4, weights=empty * 4)), steps=9)
+
+
 def test_an_update_of_padding_alone_does_not_move_by_momentum(start: Callable[..., Run]) -> None:
     one, padding, other = data([2, 2, 2], weights=[1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
     run, without = start(optimizer=torch.optim.AdamW), start(optimizer=torch.optim.AdamW)

@@ -217,3 +217,62 @@ def test_diffusers_beta_is_half_of_ours_and_its_ipo_four_times_ours(variant: str
 def test_an_unknown_loss_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'dpoo'; expected one of dpo, ipo, hinge, robust"):
         losses.pair_loss("dpoo")
+
+
+def step_scores(case: dict, schedule: dict, prediction: Tensor) -> Pair:
+    """The mean Gaussian log-density of both next latents, from the definitions, in float64."""
+    ab, prev, std = (
+        torch.tensor(schedule[name], dtype=torch.float64).view(-1, 1, 1, 1)
+        for name in ("alpha_prod_t", "alpha_prod_t_prev", "std_dev_t")
+    )
+    x_t, chosen, rejected = tensors(case, torch.float64, "latents", "next_latents_win", "next_latents_lose")
+    mean = prev.sqrt() * (x_t - (1 - ab).sqrt() * prediction) / ab.sqrt() + (1 - prev - std**2).sqrt() * prediction
+    law = torch.distributions.Normal(mean, std.expand_as(mean))
+    return Pair(law.log_prob(chosen).mean((1, 2, 3)), law.log_prob(rejected).mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("case", cases("spo"))
+def test_clipped_dpo_gives_the_release_s_numbers_with_one_forward_for_both_sides(case: dict) -> None:
+    """RockeyCoss/SPO, train_spo.py:488-586, in float64; its two forwards' gradients are summed.
+
+    1e-8 and, of the densities, 1e-7: the release's schedule is in float32, and its own std is squared and rooted there.
+    """
+    policy, reference = tensors(case, torch.float64, "noise_pred_policy", "noise_pred_ref")
+    policy.requires_grad_()
+    given, expected = case["inputs"], case["expected"]
+    ours, theirs = (step_scores(case, case["schedule"], p) for p in (policy, reference))
+    values = losses.clipped_dpo(ours, theirs, beta=given["beta"], clip=given["eps"])
+    values.mean().backward()
+    wanted = torch.tensor(expected["grad_noise_pred_shared_forward"], dtype=torch.float64)
+    torch.testing.assert_close(values.mean().item(), expected["loss"], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(policy.grad, wanted, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ours.chosen.tolist(), expected["logp_policy_w"], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(theirs.rejected.tolist(), expected["logp_ref_l"], rtol=1e-7, atol=1e-7)
+
+
+def test_a_side_outside_the_clip_has_no_gradient_and_both_have_a_largest_logit() -> None:
+    """Ratios e^0.2 and e^-0.2 are outside [0.9, 1.1]; e^0.05 is inside."""
+    chosen, rejected = torch.tensor([0.2, 0.05, 0.2]), torch.tensor([0.05, -0.2, -0.2])
+    for side in (chosen, rejected):
+        side.requires_grad_()
+    values = losses.clipped_dpo(Pair(chosen, rejected), pair([0.0] * 3, [0.0] * 3), beta=10.0, clip=0.1)
+    values.sum().backward()
+    assert (chosen.grad == 0).tolist() == [True, False, True]
+    assert (rejected.grad == 0).tolist() == [False, True, True]
+    largest = 10 * (math.log(1.1) - math.log(0.9))
+    torch.testing.assert_close(values[2].item(), math.log1p(math.exp(-largest)), rtol=1e-6, atol=1e-7)
+
+
+def test_clipped_dpo_inside_the_clip_is_dpo() -> None:
+    policy, reference = pair([0.05, -0.02], [0.01, 0.03]), pair([0.0, 0.01], [0.02, 0.0])
+    inside = losses.clipped_dpo(policy, reference, beta=10.0, clip=0.1)
+    torch.testing.assert_close(inside, losses.dpo(policy, reference, beta=10.0))
+    equal = losses.clipped_dpo(policy, policy, beta=1e4, clip=0.1)
+    torch.testing.assert_close(equal, torch.full((2,), math.log(2)))
+
+
+def test_a_soft_label_worked_out() -> None:
+    """Scores 1 and 0, so d = 1; scores 2 and 2, a tie that is seen as one; a tie that is not."""
+    values = losses.soft_preference(pair([1.0, 2.0, 1.0], [0.0, 2.0, 0.0]), torch.tensor([1.0, 0.5, 0.5]))
+    sure = math.log1p(math.exp(-1))
+    torch.testing.assert_close(values, torch.tensor([sure, 0.0, 0.5 * sure + 0.5 * math.log1p(math.e) - math.log(2)]))

@@ -9,11 +9,13 @@ import pytest
 import tiny
 import tiny_vlm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import mmalign
 from mmalign import checkpoint
 from mmalign.recipe import load_recipe
+from mmalign.rewards import load_judge
 from mmalign.share import roots
 from mmalign.training import train
 
@@ -58,30 +60,122 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft"])
+@pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
-    method: str, tune: str, tiny_sd15: Path, pairs: Path, tmp_path: Path
+    method: str, tune: str, tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, with an average of the weights, accumulation, and a stop in the middle of an epoch."""
+    """Bit for bit, with an average of the weights, accumulation, and a stop in the middle of an epoch.
+
+    A batch of spo is two updates here, and is gone on from where it ends.
+    """
+    of_steps = {"steps": 6, "start": 2, "threshold": 0.0, "judge": {"name": "step_aware", "path": str(tiny_step_judge)}}
+    steps = 4 if method == "spo" else 3
+    options = {"accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5}
     content = tiny.recipe(
         tiny_sd15,
         pairs,
         tmp_path / "whole",
         model={"tune": tune},
-        method={"name": method},
-        train={"steps": 3, "save_every": 1, "accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5},
+        method={"name": method, **(of_steps if method == "spo" else {})},
+        train={"steps": steps, "save_every": 1, **options},
     )
     whole = run(content)
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole", stopped)
-    for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
-        shutil.rmtree(stopped / late)
+    saved = sorted(stopped.glob("checkpoint-*"))
+    assert [path.name[-1] for path in saved] == (["2", "4"] if method == "spo" else ["1", "2", "3"])
+    for late in saved[1:]:  # as if killed after the first
+        shutil.rmtree(late)
     assert_same(whole, run({**content, "output": str(stopped)}))
     export = (
         "model/unet/diffusion_pytorch_model.safetensors" if tune == "full" else "model/pytorch_lora_weights.safetensors"
     )
     assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
+
+
+def step_preference(denoiser: Path, judge: Path, pairs: Path, output: Path, **train: Any) -> dict[str, Any]:
+    """A recipe that trains a step-aware judge."""
+    content = tiny.recipe(judge, pairs, output, method={"name": "step_preference"}, train=train)
+    return {**content, "model": {"path": str(judge), "denoiser": str(denoiser)}}
+
+
+@pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl"])
+def test_a_judge_is_trained_by_the_same_loop_and_judges(
+    model: str, tiny_clip: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """It goes on bit for bit, can be trained further, and what a run leaves is the judge of another recipe."""
+    content = step_preference(request.getfixturevalue(model), tiny_clip, pairs, tmp_path / "a", steps=2, save_every=1)
+    whole = run(content)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-00000002")
+    assert_same(whole, run({**content, "output": str(tmp_path / "b")}))
+    shutil.copytree(request.getfixturevalue(model), tmp_path / "another")
+    elsewhere = {**content["model"], "denoiser": str(tmp_path / "another")}
+    with pytest.raises(ValueError, match=r"belongs to another run \(denoiser "):
+        run({**content, "model": elsewhere})
+    left = load_file(tmp_path / "a" / "model" / "step_aware.safetensors")
+    assert left.keys() == whole.keys() and all(torch.equal(left[name], x) for name, x in whole.items())
+    further = {
+        **content,
+        "output": str(tmp_path / "c"),
+        "model": {**content["model"], "path": str(tmp_path / "a/model")},
+    }
+    run(further)
+    judge = load_judge("step_aware", str(tmp_path / "c" / "model"))
+    scores = judge([Image.new("RGB", (16, 16))] * 2, ["a", "a"], torch.tensor([1, 901]))
+    assert scores[0] != scores[1]
+
+
+def test_a_judge_learns_to_tell_the_pairs_apart(tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path) -> None:
+    """White upper halves are preferred, and survive noise; the random judge begins near ln 2."""
+    options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
+    content = step_preference(tiny_sd15, tiny_clip, pairs, tmp_path / "out", **options)
+    trained = train(load_recipe(content, ["method.guidance=1.0"]), say=quiet)
+    late = trained.history[-10:]
+    assert sum(h["loss"] for h in late) / 10 < 0.5
+    assert sum(h["accuracy"] for h in late) / 10 > 0.75
+
+
+def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
+    tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an epoch, or before its end after many updates without a pair; nothing is saved."""
+    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "judge": {"path": str(tiny_clip)}}
+    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method)
+    with pytest.raises(ValueError, match=r"epoch 0 has nothing to learn from.*: the judge was sure of no pair; lower"):
+        train(load_recipe(content), say=quiet)
+    monkeypatch.setattr("mmalign.loop.EMPTY", 3)
+    with pytest.raises(
+        ValueError, match=r"3 updates in a row had nothing to learn from: the judge was sure of no pair"
+    ):
+        train(load_recipe(content), say=quiet)
+    assert checkpoint.latest(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("method.judge.path=models/no_judge", "method.judge.path: there is no file or folder 'models/no_judge'"),
+        ("method.judge.name=stepaware", "judge: there is no 'stepaware'"),
+        ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
+    ],
+)
+def test_what_spo_needs_is_looked_for_before_a_model_is_loaded(
+    override: str, sentence: str, tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path
+) -> None:
+    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method={"name": "spo", "judge": {"path": str(tiny_clip)}})
+    with pytest.raises(ValueError, match=sentence):
+        train(load_recipe(content, [override]), say=quiet)
+
+
+def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a hen")
+    content = tiny.recipe(tiny_sd15, tmp_path / "prompts.txt", tmp_path / "out", data={"format": "prompts"})
+    with pytest.raises(
+        ValueError, match=r"data\.format: prompts has no images, and the method compares those of pairs"
+    ):
+        train(load_recipe(content), say=quiet)
 
 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "instruct_engine"])
@@ -120,11 +214,14 @@ def test_every_shipped_recipe_takes_two_steps(
     tiny_sd15: Path,
     tiny_sdxl: Path,
     flow_folders: Callable[[str], Path],
+    tiny_clip: Path,
+    tiny_step_judge: Path,
     vlm_folders: Callable[[str], Path],
     pairs: Path,
     tmp_path: Path,
 ) -> None:
     """As it is written, but for the model's size, the pairs, and what a CPU cannot do (float16, 8-bit optimizers)."""
+    judges: list[str] = []
     if path.parent.name == "vision_language":
         rows = tiny_vlm.pairs(tmp_path / "rows", layout=load_recipe(path).data.format)  # type: ignore[attr-defined]
         model = vlm_folders(MODELS[path.stem.rpartition("_")[2]])
@@ -133,9 +230,17 @@ def test_every_shipped_recipe_takes_two_steps(
         flows = [folder for name, folder in FLOWS.items() if f"_{name}" in path.stem]
         model = flow_folders(flows[0]) if flows else tiny_sdxl if "sdxl" in path.stem else tiny_sd15
         sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
+        method = load_recipe(path).method
+        if method.name == "spo":  # any pair will do: the tiny judge is hardly sure of one
+            judges = [f"method.judge.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
+        elif method.name == "step_preference":
+            judges = ["model.denoiser=" + str(model)]
+            judges += [f"method.judge.path={tiny_clip}"] if method.judge is not None else []
+            model = tiny_clip
     overrides = [
         f"model.path={model}",
         *sizes,
+        *judges,
         "data.workers=0",
         "data.hold_out=0.0",
         "data.split=null",

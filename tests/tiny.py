@@ -1,11 +1,13 @@
 """Random models of the real classes at tiny sizes, written to a folder as the Hub would have them."""
 
 import io
+import json
 import string
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -18,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CONTEXT = 16
@@ -112,6 +115,41 @@ def sdxl(folder: Path, seed: int = 0) -> Path:
             transformer_layers_per_block=(1, 2),
         ),
     ).save_pretrained(folder)
+    return folder
+
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": SIDE, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+    "text_cfg": {"context_length": CONTEXT, "width": 32, "heads": 2, "layers": 2, "hf_tokenizer_name": "tiny"},
+}
+
+
+def clip(folder: Path, seed: int = 0) -> Path:
+    """A random open_clip model, as open_clip has it on the Hub: a judge that is as good as none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = tokenizer()
+    words.save_pretrained(folder)
+    config: dict[str, Any] = json.loads(json.dumps(CLIP))
+    config["text_cfg"]["vocab_size"] = len(words)
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**json.loads(json.dumps(config)))
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def step_aware(folder: Path, clip_folder: Path) -> Path:
+    """The judge that `clip` makes, told the time in every block: it scores a noisy image otherwise than a clean one."""
+    from mmalign.rewards import step_aware
+
+    parts = step_aware.begin(str(clip_folder))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in (*parts.net.blocks.parameters(), *parts.net.final.parameters()):
+            p.add_(0.2 * torch.randn_like(p))
+    step_aware.save(parts, folder)
     return folder
 
 

@@ -4,6 +4,10 @@ A method answers two questions: what is compared (`contrasts`, without gradients
 wrong one (`loss`). `contrasts` is complete before the first update, and holds the reference's scores, so that a method
 that samples is not changed by its own updates halfway.
 
+A method that draws its own images has `learns_from = "prompts"`, and is given prompts alone; one that looks at images
+of latents has `needs_decoder = True`. A `judge` in a method's settings (a JudgeConfig) comes with every batch. What is
+to be said when a method could make nothing of its batches is `made_nothing`.
+
 A method of responses may ask for more than tokens and features: `needs_pictures = True` for the decoded images,
 `needs_others = True` for the chosen responses to the pairs' other images. One of images may ask for a
 prompt of the rejected image's own, `needs_two_prompts = True`, or for so many pairs in a batch, `least_pairs = 2`. A
@@ -85,7 +89,7 @@ class Method(Protocol[C]):
 
     @property
     def modality(self) -> str:
-        """What it aligns: "text_to_image" or "vision_language"; the recipe's model and data are of that kind."""
+        """What it aligns, a key of `sections.SECTIONS`; the recipe's model and data are of that kind."""
 
     @property
     def needs_reference(self) -> bool:

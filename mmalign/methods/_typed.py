@@ -19,6 +19,8 @@ from mmalign.methods import (
     response_sft,
     rlhfv,
     sft,
+    spo,
+    step_preference,
 )
 
 METHODS: tuple[Method[Any], ...] = (
@@ -35,4 +37,6 @@ METHODS: tuple[Method[Any], ...] = (
     response_sft,
     rlhfv,
     sft,
+    spo,
+    step_preference,
 )

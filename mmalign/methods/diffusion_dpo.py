@@ -101,21 +101,39 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -
     return denoising_step(cfg, ours, contrast.reference, contrast.weights)
 
 
-def noised(family: TextToImage, batch: EncodedPairs, caption_dropout: float, draws: Draws, index: int = 0) -> Noised:
-    """Both images of every pair at one timestep and under one noise, with one decision about the caption."""
-    images, schedule = clean(family, batch, caption_dropout, draws, index), family.schedule
+def noised(
+    family: TextToImage,
+    batch: EncodedPairs,
+    caption_dropout: float,
+    draws: Draws,
+    index: int = 0,
+    t: Tensor | None = None,
+) -> Noised:
+    """Both images of every pair at one timestep and under one noise, with one decision about the caption.
+
+    The timesteps [B] are drawn, if they are not given.
+    """
+    images, schedule = clean(family, batch, caption_dropout, draws, index, t), family.schedule
     x_0, t = images.x_0, images.t
     eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(2, 1, 1, 1)
     return Noised(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
 
 
-def clean(family: TextToImage, batch: EncodedPairs, caption_dropout: float, draws: Draws, index: int = 0) -> Clean:
+def clean(
+    family: TextToImage,
+    batch: EncodedPairs,
+    caption_dropout: float,
+    draws: Draws,
+    index: int = 0,
+    t: Tensor | None = None,
+) -> Clean:
     """Both images of every pair, sampled from their posteriors, with the pair's timestep and caption."""
     device = batch.latents.mean.device
     sampled = draws.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
     x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
-    t = family.schedule.draw_time(batch.rows, draws, index).to(device).repeat(2)
-    return Clean(x_0, t, conditioned(family, batch, batch.text, caption_dropout, draws, index))
+    drawn = family.schedule.draw_time(batch.rows, draws, index) if t is None else t
+    cond = conditioned(family, batch, batch.text, caption_dropout, draws, index)
+    return Clean(x_0, drawn.to(device).repeat(2), cond)
 
 
 def conditioned(

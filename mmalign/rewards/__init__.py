@@ -19,7 +19,10 @@ from torch import Tensor
 
 
 class Judge(Protocol):
-    """Scores images, each against the prompt of the same row. Only a judge that knows noisy images reads `t`."""
+    """Scores images, each against the prompt of the same row. Only a judge that knows noisy images reads `t`.
+
+    Without `t` images are taken for clean.
+    """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Scores [N], float32, without a graph; rows do not depend on each other. `t`: timesteps [N]."""

@@ -7,7 +7,7 @@ bias (SigLIP) is left out: it is the same for every pair. N is the number of ima
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.share import resolve_model
+
+KNOWN = 8192  # prompts whose features are kept
 
 
 class Config(BaseModel):
@@ -32,12 +34,40 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True)
+class TextFeatures:
+    """Unit vectors of prompts, each encoded once, and alone: in a batch its last digits would depend on its company.
+
+    Attributes:
+        model: an open_clip model.
+        tokenize: from prompts to [N, context].
+        device: of the model.
+    """
+
+    model: Any  # open_clip has no types: CLIP, CustomTextCLIP or CoCa
+    tokenize: Callable[[list[str]], Tensor]
+    device: torch.device
+    _known: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[N, E], float32."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._known:
+                vector = self.model.encode_text(self.tokenize([prompt]).to(self.device), normalize=True)[0].float()
+                self._known[prompt] = vector
+        found = torch.stack([self._known[prompt] for prompt in prompts])
+        for oldest in list(self._known)[: max(0, len(self._known) - KNOWN)]:
+            del self._known[oldest]
+        return found
+
+
+@dataclass(frozen=True)
 class OpenClip:
     """A loaded model, in float32 and eval mode."""
 
-    model: Any  # open_clip has no types: CLIP, CustomTextCLIP or CoCa
+    model: Any
     preprocess: Callable[[Image.Image], Tensor]  # to [3, H, W]
-    tokenize: Callable[[list[str]], Tensor]  # to [N, context]
+    text: TextFeatures
     device: torch.device
     batch_size: int
 
@@ -58,10 +88,8 @@ class OpenClip:
 
     @torch.no_grad()
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        image = self.embed(images)  # [N, E]
-        text: Tensor = self.model.encode_text(self.tokenize(list(prompts)).to(self.device), normalize=True)  # [N, E]
         scale: Tensor = self.model.logit_scale.exp()
-        return (scale * (image * text).sum(-1)).float()
+        return (scale * (self.embed(images) * self.text(prompts)).sum(-1)).float()
 
 
 def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
@@ -70,12 +98,23 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
     Raises:
         ValueError: there is no such model, or its weights are missing or do not fit its config.
     """
+    model, preprocess, tokenize = load_parts(path, cfg.pretrained)
+    model = model.eval().requires_grad_(False).to(device)
+    return OpenClip(model, preprocess, TextFeatures(model, tokenize, device), device, cfg.batch_size)
+
+
+def load_parts(path: str, pretrained: str | None = None) -> tuple[Any, Callable[[Image.Image], Tensor], Any]:
+    """A model on the CPU, in float32, with its image preprocessing and its tokenizer.
+
+    Raises:
+        ValueError: there is no such model, or its weights are missing or do not fit its config.
+    """
     import open_clip
 
     try:
-        name = _open_clip_name(path, cfg.pretrained)
+        name = _open_clip_name(path, pretrained)
         # Not `create_model`: that one goes on with random weights where it finds none.
-        model, preprocess = open_clip.create_model_from_pretrained(name, cfg.pretrained, precision="fp32")
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, precision="fp32")
         tokenize = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
@@ -83,7 +122,7 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
             " open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip"
             " with `pretrained`"
         ) from error
-    return OpenClip(model.eval().requires_grad_(False).to(device), preprocess, tokenize, device, cfg.batch_size)
+    return model, preprocess, tokenize
 
 
 def _open_clip_name(path: str, pretrained: str | None) -> str:

@@ -325,16 +325,17 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
 
 
 def test_the_list_of_methods_is_the_folder() -> None:
-    of_images, of_responses = (
+    of_images, of_judges, of_responses = (
         [name for name in methods.names() if methods.find(name).modality == modality] for modality in SECTIONS
     )
-    assert of_images == ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft"]
+    assert of_images == ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"]
+    assert of_judges == ["step_preference"]
     assert of_responses == ["bdhs", "dpo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
     # Those that the type checker holds to one protocol, of both modalities.
     assert [name.rpartition(".")[2] for name in sorted(m.__name__ for m in METHODS)] == methods.names()  # type: ignore[attr-defined]
-    assert sorted([*of_images, *of_responses]) == methods.names()
+    assert sorted([*of_images, *of_judges, *of_responses]) == methods.names()
     for name in methods.names():
-        assert methods.find(name).Config().name == name
+        assert methods.find(name).Config.model_fields["name"].default == name
     known = ", ".join(methods.names())
     with pytest.raises(ValueError, match=rf"no method 'mappo'; did you mean 'mapo'\? \(there are {known}\)"):
         methods.find("mappo")

@@ -1,0 +1,108 @@
+"""Steps from noise to an image that draw: x_t to the x at the time before it, with a density.
+
+Every process has one: DDIM's step for DDPM's (arXiv:2010.02502, eq. 12 and 16), and for flow matching the stochastic
+step of Flow-GRPO (arXiv:2505.05470). Who takes `grid` and `step` need not know which.
+
+B rows, C, H, W a latent's channels, height and width; S steps. All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmalign.diffusion.flow import Flow
+from mmalign.diffusion.noise import Diffusion, Schedule
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution of latents with independent elements: mean [B, C, H, W], std [B, 1, 1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents [B, C, H, W] at the given standard normal draws."""
+        return self.mean + self.std * noise
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density [B] of latents, as the MEAN over their elements (SPO's unit), in nats."""
+        z = (x.float() - self.mean) / self.std
+        return -(0.5 * z.square()).flatten(1).mean(1) - self.std.log().flatten() - 0.5 * math.log(2 * math.pi)
+
+
+def grid(schedule: Schedule, steps: int) -> Tensor:
+    """The times [S + 1] of a sampler with S steps, from the noise to the image.
+
+    DDPM's: spaced by T // S ("leading", offset 1, as Stable Diffusion's samplers have it), and 0 at the end, which is
+    where the release of SPO clamps the last step; so no step goes past the training's least noise. Flow: sigma evenly
+    from 1 to 0, then shifted.
+
+    Raises:
+        ValueError: there are more steps than the schedule can give.
+    """
+    match schedule:
+        case Diffusion():
+            if 2 * steps > schedule.num_timesteps:
+                raise ValueError(
+                    f"steps: {steps} are too many for a schedule of {schedule.num_timesteps} timesteps; expected at "
+                    f"most {schedule.num_timesteps // 2}"
+                )
+            stride = schedule.num_timesteps // steps
+            times = torch.arange(steps - 1, -1, -1) * stride + 1
+            return torch.cat([times, torch.zeros(1, dtype=times.dtype)])
+        case Flow():
+            sigma = torch.linspace(1, 0, steps + 1)
+            return schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)
+    raise ValueError(f"steps: there is no stochastic step for a {type(schedule).__name__}")
+
+
+def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:
+    """Where a step goes.
+
+    Args:
+        schedule: the noise process.
+        prediction: the network's (guided) answer at x_t [B, C, H, W], in its own parameterization.
+        x_t: where it starts [B, C, H, W].
+        t: the time there [B].
+        prev: the time that it goes to [B], nearer to the image.
+        eta: how much noise it adds, above 0: for DDPM's processes 1 is as much as DDPM does, for flow it is the
+            published `noise_level` (0.7).
+    """
+    prediction, x_t = prediction.float(), x_t.float()
+    match schedule:
+        case Diffusion():
+            return _ddim(schedule, prediction, x_t, t, prev, eta)
+        case Flow():
+            return _flow(prediction, x_t, t, prev, eta)
+    raise ValueError(f"steps: there is no stochastic step for a {type(schedule).__name__}")
+
+
+def timestep(schedule: Schedule, t: Tensor) -> Tensor:
+    """Times [B] in the unit of DDPM's timesteps, 0 to T - 1 or to T, which a judge of noisy images is told."""
+    return t * schedule.num_timesteps if isinstance(schedule, Flow) else t
+
+
+def _ddim(schedule: Diffusion, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:
+    """`sqrt(abar') x_0 + sqrt(1 - abar' - std^2) eps`, both predicted; std^2 is eta^2 times DDPM's variance."""
+    abar, abar_prev = (schedule.alphas_cumprod.to(x_t.device)[time].view(-1, 1, 1, 1) for time in (t, prev))
+    variance = eta**2 * (1 - abar_prev) / (1 - abar) * (abar_prev - abar) / abar_prev
+    clean, eps = schedule.to_clean(prediction, x_t, t), schedule.to_eps(prediction, x_t, t)
+    return Gaussian(abar_prev.sqrt() * clean + (1 - abar_prev - variance).sqrt() * eps, variance.sqrt())
+
+
+def _flow(velocity: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, noise_level: float) -> Gaussian:
+    """The Euler-Maruyama step of the SDE that has the flow's marginals: drift `v + g^2 / (2 t) (x + (1 - t) v)`.
+
+    Its diffusion is `g^2 = noise_level^2 t / (1 - t)`, infinite at pure noise, where the next time stands in for t
+    in the 1 - t of g.
+    """
+    sigma, sigma_prev = (time.float().view(-1, 1, 1, 1) for time in (t, prev))
+    left = 1 - torch.where(sigma == 1, sigma_prev, sigma)
+    g2, dt = noise_level**2 * sigma / left, sigma_prev - sigma
+    mean = x_t * (1 + g2 / (2 * sigma) * dt) + velocity * (1 + g2 * (1 - sigma) / (2 * sigma)) * dt
+    return Gaussian(mean, (-g2 * dt).sqrt())

@@ -1,0 +1,61 @@
+"""The accuracy of a judge of noisy images by time, through the commands and on worked-out counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from mmalign import run
+from mmalign.evaluation.steps import StepAccuracy
+from mmalign.recipe import load_recipe
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet", number=24)
+    content = tiny.recipe(
+        judge,
+        pairs,
+        tmp_path / "out",
+        method={"name": "step_preference", "guidance": 1.0},
+        train={"steps": 40, "batch_size": 8, "lr": 2e-3, "save_every": 40},
+        data={"hold_out": 0.4},
+    )
+    model = {"path": str(judge), "denoiser": str(denoiser)}
+    return load_recipe({**content, "model": model, "evaluate": {"benchmark": "steps", **evaluate}})
+
+
+def test_training_makes_a_judge_of_noisy_images(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    """White halves are told apart in little noise by the trained judge; at T - 1 hardly anything is left to see."""
+    made = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1, 999])
+    run.train(made, quiet)
+    found = run.evaluate(made, quiet)
+    assert found.result == json.loads((found.folder / "result.json").read_text())
+    before, after = (found.result[side]["1"]["estimate"] for side in ("before", "after"))
+    assert after > 0.8 and after > before
+    assert found.table[0][1:] == ("before", "after") and [row[0] for row in found.table[1:]] == ["1", "999"]
+    with pytest.raises(ValueError, match="benchmark steps draws no pictures"):
+        run.gallery(made, quiet)
+    with pytest.raises(ValueError, match="prepare: a judge draws no pictures"):
+        run.prepare(made, quiet)
+
+
+def test_what_cannot_be_measured_is_refused(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    made = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
+    with pytest.raises(ValueError, match="steps needs pairs kept from training"):
+        run.evaluate(made.model_copy(update={"data": made.data.model_copy(update={"hold_out": 0.0})}), quiet)
+    run.train(made.model_copy(update={"train": made.train.model_copy(update={"steps": 1})}), quiet)
+    with pytest.raises(ValueError, match=r"evaluate\.times: expected timesteps from 0 to 999, got \[1000\]"):
+        run.evaluate(made, quiet)
+
+
+def test_counts_and_shares() -> None:
+    found = StepAccuracy((1, 501), 10, {"before": (5, 4), "after": (9, 6)})
+    assert found.accuracy("after", 501).estimate == 0.6
+    assert found.as_dict()["before"]["1"]["estimate"] == 0.5
+    assert found.table()[0] == ("timestep (10 pairs)", "before", "after")
