@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmalign.diffusion.noise import Schedule
+from mmalign.diffusion.noise import Schedule, posterior_std
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [n, C, H, W], time [n], rows [n]) -> the network's answer
 
@@ -91,17 +91,6 @@ def release(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> I
         signal, noise = schedule.levels(there)
         spread = eta * posterior_std(schedule.levels(here), (signal, noise)) if eta else None
         yield Hop(rows, asked, here, False, signal, noise, spread)
-
-
-def posterior_std(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
-    """The standard deviation of x `here` given x further on, `there`, and the image; both as (signal, noise).
-
-    For a variance-preserving process it is the square root of `(1 - a) / (1 - a') * (1 - a' / a)` with a = signal ** 2,
-    eq. 16 of arXiv:2010.02502 at eta 1.
-    """
-    (signal, noise), (further_signal, further_noise) = here, there
-    added = further_noise.square() - (further_signal / signal * noise).square()
-    return noise / further_noise * added.clamp(min=0).sqrt()
 
 
 def invert(

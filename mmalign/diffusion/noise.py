@@ -120,6 +120,17 @@ class Diffusion(Schedule):
         return signal * x_t - noise * prediction
 
 
+def posterior_std(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
+    """The standard deviation of x `here` given x further on, `there`, and the image; both as (signal, noise).
+
+    For a variance-preserving process it is the square root of `(1 - a) / (1 - a') * (1 - a' / a)` with a = signal ** 2,
+    eq. 16 of arXiv:2010.02502 at eta 1.
+    """
+    (signal, noise), (further_signal, further_noise) = here, there
+    added = further_noise.square() - (further_signal / signal * noise).square()
+    return noise / further_noise * added.clamp(min=0).sqrt()
+
+
 def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
     """The mean squared error [B] of every row, subtracted and averaged in float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmalign.diffusion.flow import Flow
-from mmalign.diffusion.noise import Diffusion, Schedule
+from mmalign.diffusion.noise import Diffusion, Schedule, posterior_std
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def timestep(schedule: Schedule, t: Tensor) -> Tensor:
 
 def _ddim(schedule: Diffusion, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:
     """`sqrt(abar') x_0 + sqrt(1 - abar' - std^2) eps`, both predicted; std^2 is eta^2 times DDPM's variance."""
-    abar, abar_prev = (schedule.alphas_cumprod.to(x_t.device)[time].view(-1, 1, 1, 1) for time in (t, prev))
-    variance = eta**2 * (1 - abar_prev) / (1 - abar) * (abar_prev - abar) / abar_prev
+    signal, noise = schedule.levels(prev)
+    std = eta * posterior_std((signal, noise), schedule.levels(t))
     clean, eps = schedule.to_clean(prediction, x_t, t), schedule.to_eps(prediction, x_t, t)
-    return Gaussian(abar_prev.sqrt() * clean + (1 - abar_prev - variance).sqrt() * eps, variance.sqrt())
+    return Gaussian(signal * clean + (noise.square() - std.square()).sqrt() * eps, std)
 
 
 def _flow(velocity: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, noise_level: float) -> Gaussian:

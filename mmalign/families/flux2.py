@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.families import Conditioning, Loading, Moments, Sampling, flow, latents
@@ -81,19 +80,19 @@ class Flux2(LatentModel):
             )[0]
         return _unpack(tokens, height, width)
 
-    def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Image.Image]:
-        """See TextToImage; the guidance is the number that the network is told."""
-        text: dict[str, Any] = {
-            "prompt_embeds": self.encode_prompts(prompts).tensors["embeds"],
-            "guidance_scale": sampling.guidance,
-        }
-        side, (channels, height, width) = self.latent_shape(sampling)
-        shape = (channels, height // 2, width // 2)
-        with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
-        return latents.to_pil(self.decode(_unpack(drawn, *shape[1:])))
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel; the guidance is the number that the network is told."""
+        embeds = self.encode_prompts(prompts).tensors["embeds"]
+        return {"prompt_embeds": embeds, "guidance_scale": sampling.guidance}
+
+    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+        """See LatentModel; a latent is one of 2 x 2 of the autoencoder's."""
+        side, (channels, height, width) = super().latent_shape(sampling)
+        return side, (channels, height // 2, width // 2)
+
+    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
+        """Latents of the pipeline's tokens."""
+        return _unpack(drawn, height, width)
 
 
 def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:

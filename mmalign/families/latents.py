@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,11 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
 
 
 @dataclass(frozen=True)
-class LatentModel:
+class LatentModel(ABC):
     """What a pipeline with an autoencoder does whatever its denoiser and its text are; see TextToImage for each call.
 
     A family adds how its text is encoded and given to the network: `encode_prompts`, `unconditional`, `count_cut`,
-    `predict`, `sample`.
+    `predict`, and to the pipeline: `shown`.
     """
 
     name: str
@@ -52,6 +53,28 @@ class LatentModel:
         own = getattr(self.pipeline, "default_sample_size", None)  # where the denoiser's config says nothing
         config: Any = self.network.config
         return int((own or config.sample_size) * self.pipeline.vae_scale_factor)
+
+    def sample(
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Image.Image]:
+        """See TextToImage."""
+        text = self.shown(prompts, sampling)
+        side, shape = self.latent_shape(sampling)
+        with autocast(self.loading):
+            drawn = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
+        return to_pil(self.decode(self.unpack(drawn, *shape[1:])))
+
+    @abstractmethod
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """What the pipeline is told of the prompts, by its own names: embeddings, and the scale of guidance."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, H, W] as the pipeline takes them."""
+        return latents
+
+    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
+        """Latents [N, C, height, width] of what the pipeline gives."""
+        return drawn
 
     def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
         """The side of images to draw, in pixels, and C, H, W of their latents.
@@ -277,6 +300,18 @@ def sample(
         **text,
     ).images
     return latents
+
+
+def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: Sampling) -> dict[str, Any]:
+    """What pipelines are told whose prompts have a pooled embedding beside that of the tokens."""
+    empty = repeat_rows(empty, len(cond))
+    return {
+        "prompt_embeds": cond.tensors["embeds"],
+        "pooled_prompt_embeds": cond.tensors["pooled"],
+        "negative_prompt_embeds": empty.tensors["embeds"],
+        "negative_pooled_prompt_embeds": empty.tensors["pooled"],
+        "guidance_scale": sampling.guidance,
+    }
 
 
 def sampler(name: str, own: Any) -> Any:

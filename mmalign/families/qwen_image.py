@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.families import Conditioning, Loading, Sampling, flow, latents
@@ -65,21 +64,28 @@ class QwenImage(LatentModel):
             )[0]
         return flow.unpack(tokens, height, width)
 
-    def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Image.Image]:
-        """See TextToImage; guided predictions get the norm of those with the prompt, as the pipeline has it."""
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel; guided predictions get the norm of those with the prompt, as the pipeline has it."""
         cond = self.encode_prompts(prompts).tensors
         text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}
         text |= {"true_cfg_scale": sampling.guidance}
         if sampling.guidance > 1:
             empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
             text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_embeds_mask": empty["mask"]}
-        side, (packed, height, width) = self.latent_shape(sampling)
-        shape = (packed // 4, height, width)
-        with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape, flow.pack)
-        return latents.to_pil(self.decode(flow.unpack(drawn, height, width)))
+        return text
+
+    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+        """See LatentModel; the network counts the channels of four latents as one's."""
+        side, (packed, height, width) = super().latent_shape(sampling)
+        return side, (packed // 4, height, width)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Tokens, as the pipeline takes them."""
+        return flow.pack(latents)
+
+    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
+        """Latents of the pipeline's tokens."""
+        return flow.unpack(drawn, height, width)
 
 
 def load(path: str, loading: Loading) -> QwenImage:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.families import Conditioning, Loading, Sampling, flow, latents
@@ -59,20 +58,14 @@ class Sana(LatentModel):
         with latents.autocast(self.loading):
             return net(x_t, timestep=1000 * config.timestep_scale * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Image.Image]:
-        """See TextToImage."""
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
         cond = self.encode_prompts(prompts).tensors
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
         text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_attention_mask": cond["mask"]}
         text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_attention_mask": empty["mask"]}
         # Without its own list of sizes, so that an image has the size asked for.
-        text |= {"negative_prompt": None, "guidance_scale": sampling.guidance, "use_resolution_binning": False}
-        side, shape = self.latent_shape(sampling)
-        with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
-        return latents.to_pil(self.decode(drawn))
+        return text | {"negative_prompt": None, "guidance_scale": sampling.guidance, "use_resolution_binning": False}
 
 
 def load(path: str, loading: Loading) -> Sana:

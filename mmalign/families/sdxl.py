@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
@@ -50,23 +50,9 @@ class StableDiffusionXL(LatentModel):
             embeds = cond.tensors["embeds"]
             return net(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Image.Image]:
-        """See TextToImage."""
-        cond = self.encode_prompts(prompts).tensors
-        empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
-        text = {
-            "prompt_embeds": cond["embeds"],
-            "pooled_prompt_embeds": cond["pooled"],
-            "negative_prompt_embeds": empty["embeds"],
-            "negative_pooled_prompt_embeds": empty["pooled"],
-            "guidance_scale": sampling.guidance,
-        }
-        side, shape = self.latent_shape(sampling)
-        with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
-        return latents.to_pil(self.decode(drawn))
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
+        return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 
 
 def load(path: str, loading: Loading) -> StableDiffusionXL:

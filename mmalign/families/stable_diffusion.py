@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Diffusion
@@ -35,17 +35,11 @@ class StableDiffusion(LatentModel):
         with latents.autocast(self.loading):
             return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Image.Image]:
-        """See TextToImage."""
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
-        side, shape = self.latent_shape(sampling)
-        with latents.autocast(self.loading):
-            text = {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
-            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
-        return latents.to_pil(self.decode(drawn))
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
 
 
 def load(path: str, loading: Loading) -> StableDiffusion:

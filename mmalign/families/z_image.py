@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.families import Conditioning, Loading, Sampling, flow, latents
@@ -57,18 +56,13 @@ class ZImage(LatentModel):
             answers = net(images, 1 - t, flow.texts(cond), return_dict=False)[0]
         return -torch.stack(answers).squeeze(2)
 
-    def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-    ) -> list[Image.Image]:
-        """See TextToImage."""
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
         text: dict[str, Any] = {"prompt_embeds": flow.texts(self.encode_prompts(prompts))}
         text |= {"guidance_scale": sampling.guidance - 1}
         if sampling.guidance > 1:
             text |= {"negative_prompt_embeds": flow.texts(self.unconditional()) * len(prompts)}
-        side, shape = self.latent_shape(sampling)
-        with latents.autocast(self.loading):
-            drawn = latents.sample(self.pipeline, net, text, seeds, sampling, side, shape)
-        return latents.to_pil(self.decode(drawn))
+        return text
 
 
 def load(path: str, loading: Loading) -> ZImage:
