@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.diffusion.flow import Flow
-from mmalign.families import Conditioning
+from mmalign.families import Conditioning, Sampling
+from mmalign.families.latents import LatentModel
 from mmalign.families.lora import ATTENTION
 
 # The attention's projections of images and of text, as the training scripts of diffusers and Flow-GRPO adapt them.
@@ -43,6 +44,23 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Latents [N, C, height, width] of their tokens."""
     return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2), 2)
+
+
+class PackedModel(LatentModel):
+    """A model whose pipeline draws tokens, one for every 2 x 2 of its latents."""
+
+    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+        """See LatentModel; the network counts the channels of four latents as one's."""
+        side, (packed, height, width) = super().latent_shape(sampling)
+        return side, (packed // 4, height, width)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Tokens, as the pipeline takes them."""
+        return pack(latents)
+
+    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
+        """Latents of the pipeline's tokens."""
+        return unpack(drawn, height, width)
 
 
 def padded(rows: Sequence[Tensor], length: int) -> Conditioning:

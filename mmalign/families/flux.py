@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.families import Conditioning, Loading, Sampling, flow, latents
-from mmalign.families.latents import LatentModel
 
 GUIDANCE = 3.5
 TOKENS = 512  # that the T5 reads, as the pipeline has it
 
 
-class Flux(LatentModel):
+class Flux(flow.PackedModel):
     """Adapts a FluxPipeline; the protocol TextToImage says what each call does."""
 
     @property
@@ -66,19 +65,6 @@ class Flux(LatentModel):
         cond = self.encode_prompts(prompts).tensors
         text = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}
         return {**text, "guidance_scale": sampling.guidance}
-
-    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
-        """See LatentModel; the network counts the channels of four latents as one's."""
-        side, (packed, height, width) = super().latent_shape(sampling)
-        return side, (packed // 4, height, width)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Tokens, as the pipeline takes them."""
-        return flow.pack(latents)
-
-    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
-        """Latents of the pipeline's tokens."""
-        return flow.unpack(drawn, height, width)
 
 
 def load(path: str, loading: Loading) -> Flux:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.families import Conditioning, Loading, Sampling, flow, latents
-from mmalign.families.latents import LatentModel
 
 TOKENS = 512  # of the prompt and what the template says after it, as the pipeline has it
 
 
-class QwenImage(LatentModel):
+class QwenImage(flow.PackedModel):
     """Adapts a QwenImagePipeline; the protocol TextToImage says what each call does."""
 
     @property
@@ -73,19 +72,6 @@ class QwenImage(LatentModel):
             empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
             text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_embeds_mask": empty["mask"]}
         return text
-
-    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
-        """See LatentModel; the network counts the channels of four latents as one's."""
-        side, (packed, height, width) = super().latent_shape(sampling)
-        return side, (packed // 4, height, width)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Tokens, as the pipeline takes them."""
-        return flow.pack(latents)
-
-    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
-        """Latents of the pipeline's tokens."""
-        return flow.unpack(drawn, height, width)
 
 
 def load(path: str, loading: Loading) -> QwenImage:
