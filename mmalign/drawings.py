@@ -16,6 +16,7 @@ from torch import nn
 from mmalign.data.pairs import hashed
 from mmalign.families import Sampling, TextToImage
 from mmalign.report import tracked
+from mmalign.sections import Drawing, ImageModel, Recipe
 
 
 class Album:
@@ -46,6 +47,13 @@ class Album:
 
     def _path(self, prompt: str, seed: int) -> Path:
         return self.folder / f"{hashed(prompt, str(seed)):016x}.png"
+
+
+def depends(recipe: Recipe, drawing: Drawing) -> dict[str, object]:
+    """What a recipe's pictures depend on besides the weights of the denoiser."""
+    assert isinstance(recipe.model, ImageModel)
+    vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
+    return {"drawing": drawing.model_dump(), "precision": recipe.train.precision, **vae}
 
 
 def draw(

@@ -15,14 +15,14 @@ from torch import nn
 
 from mmalign import assemble
 from mmalign.data.scenes import ATTRIBUTES, Truth
-from mmalign.drawings import Album, draw
+from mmalign.drawings import Album, depends, draw
 from mmalign.evaluation import diversity, preference, scenes
 from mmalign.evaluation.counts import SIDES, Counts, Share, Sums, Values, compare, ratio
 from mmalign.families import Sampling
 from mmalign.page.pictures import Entry
 from mmalign.policy import Policy
 from mmalign.rewards import Judge
-from mmalign.sections import EvaluateImages, ImageModel, Recipe
+from mmalign.sections import EvaluateImages, Recipe
 
 Say = Callable[[str], None]
 Table = list[tuple[str, ...]]
@@ -199,11 +199,8 @@ def _albums(recipe: Recipe, section: EvaluateImages, policy: Policy, of: Mapping
     """Where the pictures of the base and of the trained model are kept."""
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     assemble.make_folder("evaluate.cache", folder)
-    assert isinstance(recipe.model, ImageModel)
-    vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
-    depends = {"drawing": section.drawing.model_dump(), "precision": recipe.train.precision, **vae}
     models = of["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
-    before, after = (Album(folder, {**depends, "model": model}) for model in models)
+    before, after = (Album(folder, {**depends(recipe, section.drawing), "model": model}) for model in models)
     return before, after
 
 

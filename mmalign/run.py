@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 
 from mmalign import assemble, evaluate_images, evaluate_responses, methods
-from mmalign.drawings import draw
-from mmalign.evaluate_images import couples_of, prompts_of
 from mmalign.evaluation import implicit, steps
 from mmalign.feed import Feed, Opened, open_data, open_feed
 from mmalign.output import read_trained, require_base, unwritten, written
@@ -263,6 +260,7 @@ def prepare(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -
     Raises:
         ValueError: no `prepare` section, a file that is there already, or no pair.
     """
+    from mmalign.prepare_images import prepare_images
     from mmalign.prepare_responses import prepare_responses
 
     if isinstance(recipe.model, JudgeModel):
@@ -279,54 +277,7 @@ def prepare(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -
     if writer is not None:
         raise ValueError("prepare: text-to-image models draw and judge images; they take no function for responses")
     assert isinstance(recipe.prepare, PrepareImages)
-    return _prepare_images(recipe, recipe.prepare, say)
-
-
-def _prepare_images(recipe: Recipe, section: PrepareImages, say: Say) -> Path:
-    """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
-
-    A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
-    function of the difference of its scores) reaches `prepare.sure`; with `prepare.contrast`, the best images of two
-    prompts, kept where by either prompt its own image is that surely preferred. The file has the layout of Pick-a-Pic
-    v2.
-    """
-    from mmalign.data.drawn import best_of_each, write_contrasts, write_pairs
-
-    assemble.check(recipe, data=False)
-    path = Path(recipe.data.path)
-    if path.is_dir():
-        raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
-    if path.exists():
-        raise ValueError(
-            f"data.path: {path} is there already; move it away, or name another with --set data.path=...: "
-            "prepare replaces nothing"
-        )
-    assemble.make_folder("data.path", path.parent)
-    device, started = _device(), time.time()
-    family = assemble.load_model(recipe.model, recipe.train.precision, device)
-    judge = assemble.judge(section.judge, device)
-    asked_for = _asked_for(section)
-    prompts = [p for p in asked_for for _ in range(section.images)]
-    seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
-    images = draw(family, family.network, prompts, seeds, assemble.sampling(section.drawing))
-    scores = judge(images, prompts).tolist()
-    if section.contrast:
-        best = best_of_each(scores, section.images)
-        shown, own = [images[i] for i in best], [scores[i] for i in best]
-        crossed = judge(shown, [asked_for[i ^ 1] for i in range(len(asked_for))]).tolist()  # by the couple's other one
-        kept, asked = write_contrasts(path, asked_for, shown, own, crossed, sure=section.sure)
-    else:
-        kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
-    what = "couples of prompts" if section.contrast else "prompts"
-    say(f"{path}: {kept} pairs of {asked} {what}, from {len(images)} images in {time.time() - started:.0f} s")
-    return path
-
-
-def _asked_for(section: PrepareImages) -> list[str]:
-    """The prompts that images are drawn for; those of a couple one after the other."""
-    if section.contrast:
-        return [p for couple in couples_of("prepare.prompts", section.prompts, section.seed) for p in couple]
-    return prompts_of("prepare.prompts", section.prompts, "train", section.seed)
+    return prepare_images(recipe, say)
 
 
 def list_everything(console: Any) -> None:
