@@ -117,6 +117,8 @@ def check_data(data: Data) -> None:
         )
         return
     assert isinstance(data, ImageData)
+    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
+        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
     if data.format == "prompts":
         prompts.open_prompts(locate(data.path))
         return
@@ -126,8 +128,6 @@ def check_data(data: Data) -> None:
             f"data.cache: {data.cache} cannot be used with data.crop: random, which is never the same twice; "
             "use cache: off"
         )
-    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
-        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
 
 
 def _check_training(train: Train) -> None:

@@ -22,7 +22,7 @@ from mmalign.policy import Policy
 
 Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
 Metrics = dict[str, Tensor]  # scalars, on the model's device
-EMPTY = 100  # updates in a row that had nothing to learn from, after which a run stops
+EMPTY = 500  # updates in a row that had nothing to learn from, after which a run stops
 
 
 @dataclass

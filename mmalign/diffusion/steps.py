@@ -56,12 +56,13 @@ def grid(schedule: Schedule, steps: int) -> Tensor:
             times = torch.arange(steps - 1, -1, -1) * stride + 1
             return torch.cat([times, torch.zeros(1, dtype=times.dtype)])
         case Flow():
-            sigma = torch.linspace(1, 0, steps + 1)
-            return schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)
+            # In float64: some shifts would round the first time to a little more or less than 1, which is pure noise.
+            sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            return (schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)).float()
     raise ValueError(f"steps: there is no stochastic step for a {type(schedule).__name__}")
 
 
-def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:
+def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float | None) -> Gaussian:
     """Where a step goes.
 
     Args:
@@ -71,14 +72,14 @@ def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: T
         t: the time there [B].
         prev: the time that it goes to [B], nearer to the image.
         eta: how much noise it adds, above 0: for DDPM's processes 1 is as much as DDPM does, for flow it is the
-            published `noise_level` (0.7).
+            published `noise_level`. None is 1 and 0.7.
     """
     prediction, x_t = prediction.float(), x_t.float()
     match schedule:
         case Diffusion():
-            return _ddim(schedule, prediction, x_t, t, prev, eta)
+            return _ddim(schedule, prediction, x_t, t, prev, 1.0 if eta is None else eta)
         case Flow():
-            return _flow(prediction, x_t, t, prev, eta)
+            return _flow(prediction, x_t, t, prev, 0.7 if eta is None else eta)
     raise ValueError(f"steps: there is no stochastic step for a {type(schedule).__name__}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mmalign.diffusion.flow import Flow
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.evaluation.intervals import Interval, proportion
@@ -57,7 +58,7 @@ def accuracy(
     Args:
         policy: the trained judge, with what it began as for reference.
         batches: held-out pairs, encoded; rows of weight 0 do not count.
-        times: timesteps, of the denoiser's schedule.
+        times: timesteps, of the denoiser's schedule; of flow matching sigma is so many thousandths.
         guidance: of the predictions.
         seed: of the noise.
 
@@ -65,7 +66,7 @@ def accuracy(
         ValueError: no pair counts, or a time is none of the schedule.
     """
     family = policy.family
-    last = family.denoiser.schedule.num_timesteps - 1
+    last, flows = family.denoiser.schedule.num_timesteps - 1, isinstance(family.denoiser.schedule, Flow)
     if not all(0 <= time <= last for time in times):
         raise ValueError(f"evaluate.times: expected timesteps from 0 to {last}, got {list(times)}")
     right = {side: [0] * len(times) for side in SIDES}
@@ -73,7 +74,8 @@ def accuracy(
     for batch in batches:
         ids, counted = family.tokens(batch.prompts), batch.weights > 0
         for i, time in enumerate(times):
-            images, t = predicted(family, batch, guidance, Draws(seed), torch.full((len(batch.rows),), time))
+            at = torch.full((len(batch.rows),), time)
+            images, t = predicted(family, batch, guidance, Draws(seed), at / (last + 1) if flows else at)
             pixels = family.pixels(images)
             before = policy.on_reference(lambda net, p=pixels, w=ids, t=t: family.score(net, p, w, t))  # type: ignore[misc]
             assert before is not None

@@ -7,7 +7,9 @@ guidance; policy and reference are trained at the one at which the pipeline draw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from mmalign.families import Conditioning, Loading, Moments, Sampling, flow, lat
 from mmalign.families.latents import LatentModel
 
 GUIDANCE = 4.0
+STEPS = 50  # of the pipeline's default, on which its shift depends a little
 TOKENS = 512  # of the system's message and the prompt, as the pipeline has it
 
 
@@ -102,6 +105,13 @@ def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def load(path: str, loading: Loading) -> Flux2:
     """Load a folder or Hub id with a Flux2Pipeline."""
     from diffusers import Flux2Pipeline
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     pipeline = latents.load_pipeline(Flux2Pipeline, path, loading)
-    return Flux2(path, pipeline, flow.schedule(pipeline, path), loading)
+    schedule = flow.schedule(pipeline, path)
+    if pipeline.scheduler.config.use_dynamic_shifting:
+        # This pipeline takes the shift from a fit of its own, and not from the scheduler's fields.
+        schedule = replace(
+            schedule, shift=math.exp(compute_empirical_mu((pipeline.default_sample_size // 2) ** 2, STEPS))
+        )
+    return Flux2(path, pipeline, schedule, loading)

@@ -63,7 +63,9 @@ class Config(BaseModel):
     clip: float = Field(0.1, gt=0, lt=1, description="how far a likelihood ratio may go from 1 and still learn")
     steps: int = Field(20, ge=1, description="of the sampler")
     guidance: float = Field(5.0, ge=1, description="of policy and reference, in sampling and in the loss")
-    eta: float = Field(1.0, gt=0, le=1, description="noise of a step; of flow models the noise level (0.7)")
+    eta: float | None = Field(
+        None, gt=0, le=1, description="noise of a step; if not given, as published: 1, and of flow models 0.7"
+    )
     candidates: int = Field(4, ge=2, description="next steps from one x_t")
     start: int = Field(4, ge=0, description="the step of the first candidates; before it no judge can tell")
     inner_steps: int = Field(0, ge=0, description="steps that a candidate goes on alone before it is judged; SDXL 3")

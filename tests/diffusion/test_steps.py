@@ -147,3 +147,20 @@ def test_times_for_a_judge_are_in_steps_of_a_thousand() -> None:
 def test_what_has_no_step_is_refused() -> None:
     with pytest.raises(ValueError, match="600 are too many for a schedule of 1000 timesteps; expected at most 500"):
         grid(diffusion(), 600)
+
+
+def test_a_flow_s_grid_begins_at_pure_noise_whatever_the_shift() -> None:
+    """In float32 some shifts rounded the first time past 1, where the step's variance is negative or without bound."""
+    for mu in torch.arange(0.3, 3.0, 0.01).tolist():
+        times = grid(Flow(shift=math.exp(mu)), 10)
+        assert times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
+
+
+def test_what_is_not_given_is_the_published_noise() -> None:
+    x, answer = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    for schedule, t, prev, eta in (
+        (Flow(), torch.tensor([0.6]), torch.tensor([0.5]), 0.7),
+        (Diffusion.of(CONFIG, "test"), torch.tensor([501]), torch.tensor([451]), 1.0),
+    ):
+        given, silent = (step(schedule, answer, x, t, prev, e) for e in (eta, None))
+        assert torch.equal(given.std, silent.std) and torch.equal(given.mean, silent.mean)
