@@ -44,8 +44,8 @@ class Flow(Schedule):
         diffusers' training scripts draw. Where the shift depends on the number of an image's tokens (FLUX, Qwen-Image),
         those scripts leave it out, and train mostly where the sampler spends few of its steps: at 1024 pixels FLUX's
         takes half of them above t = 0.76, and an eighth of the unshifted times lie there. Training here has the shift
-        that the sampler has at the model's own resolution, whichever it is (FLUX.2's pipeline has a rule of its own, and its
-        family sees to that); at a smaller one its times are a little high.
+        that the sampler has at the model's own resolution, whichever it is (FLUX.2's pipeline has a rule of its own,
+        and its family sees to that); at a smaller one its times are a little high.
 
         Args:
             scheduler: of a checkpoint.
