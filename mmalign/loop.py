@@ -8,8 +8,9 @@ used.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +28,16 @@ EMPTY = 500  # updates in a row that had nothing to learn from, after which a ru
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run is.
+
+    `seconds` is the time of the updates, data and drawing included, saving and evaluating not: of wall-clock on a GPU;
+    on CPUs, which others may use as well, of CPU time, all threads of this process together.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    seconds: float = field(default=0.0, compare=False)  # how long it took to get there is no part of where it is
 
 
 @dataclass
@@ -79,6 +85,8 @@ def train(
         ValueError: an epoch has no batch, or the method made nothing of any, or of many in a row.
     """
     window = _Window(policy, learner)
+    clock = time.process_time if learner.accelerator.device.type == "cpu" else time.perf_counter
+    since = clock()
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
@@ -93,9 +101,11 @@ def train(
                     raise ValueError(f"train: {EMPTY} updates in a row had nothing to learn from{_why(method)}")
                 if metrics is not None:
                     progress.step += 1
+                    progress.seconds += clock() - since
                     after_update(progress, metrics, number == len(contrasts))
                     if progress.step == steps:
                         return progress
+                    since = clock()
         if first == 0 and not window.used and not window.count:
             raise ValueError(
                 f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
