@@ -37,5 +37,11 @@ def predict_guided(
 
 
 def pictures(family: TextToImage, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W] of latents, one at a time: many large ones at once take more memory than the training."""
-    return torch.cat([family.decode(latent[None]) for latent in latents])
+    """Images [N, 3, H, W] of latents [N, C, h, w], decoded some at a time.
+
+    All at once, large ones take more memory than the training. As many as have a megapixel together, and eight at most:
+    on a CPU eight small ones are a quarter faster than one by one, and more are slower again.
+    """
+    first = family.decode(latents[:1])
+    rest = latents[1:].split(min(8, max(1, 2**20 // (first.shape[-2] * first.shape[-1]))))
+    return torch.cat([first, *(family.decode(some) for some in rest if len(some))])
