@@ -195,16 +195,27 @@ def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
 
 
 def _resume(recipe: Recipe, run: _Run, say: Say) -> None:
-    """Load the latest checkpoint of the run's folder into it, if there is one."""
-    path = checkpoint.latest(Path(recipe.output))
+    """Load the latest checkpoint of the run's folder into it, if there is one.
+
+    One that was written inside a batch is where a run has ended, and is loaded only where nothing is left to do.
+    """
+    output, steps = Path(recipe.output), recipe.train.steps
+    path = checkpoint.latest(output)
     if path is None:
         return
     saved = checkpoint.read(path, run.identity)
-    if saved.step > recipe.train.steps:
+    if saved.step > steps:
         raise ValueError(
-            f"train.steps: {path} has done {saved.step} updates already, more than the {recipe.train.steps} asked for; "
+            f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
             "raise train.steps, or use another output folder"
         )
+    if saved.step < steps and saved.state["progress"].get("pending"):
+        resting = checkpoint.latest(output, resting=True)
+        where = f"what comes after {resting.name}" if resting is not None else "it"
+        say(f"{path.name} is where a run ended inside a batch, and no other can go on from: {where} is done again")
+        if resting is None:
+            return
+        path, saved = resting, checkpoint.read(resting, run.identity)
     average, scaler = run.learner.average, run.learner.accelerator.scaler
     if average is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
@@ -250,20 +261,21 @@ def _train(recipe: Recipe, run: _Run, feed: Feed, hook: _Hook) -> None:
 
 
 def _last(output: Path) -> str:
-    path = checkpoint.latest(output)
+    path = checkpoint.latest(output, resting=True)
     return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"
 
 
 class _Hook:
-    """After every update: report, and save when it is time and nothing is pending."""
+    """After every update: report, and save when it is time and nothing is pending; the last one always."""
 
     def __init__(self, recipe: Recipe, run: _Run, feed: Feed, reporter: Reporter) -> None:
         self.recipe, self.run, self.feed, self.reporter, self.due = recipe, run, feed, reporter, False
 
-    def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor], resting: bool) -> None:
+    def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
         self.reporter.update(progress.step, metrics)
-        self.due |= progress.step % self.recipe.train.save_every == 0 or progress.step == self.recipe.train.steps
-        if self.due and resting:
+        last = progress.step == self.recipe.train.steps
+        self.due |= last or progress.step % self.recipe.train.save_every == 0
+        if self.due and (last or not progress.pending):
             self.due = False
             score = _mean_loss(self.recipe, self.run, islice(self.feed.held_out(), HELD_OUT_BATCHES))
             if score is not None:
@@ -275,8 +287,13 @@ class _Hook:
             self.run.learner.accelerator.wait_for_everyone()
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
-        """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite."""
-        loss = score if score is not None else _mean_loss(self.recipe, self.run, islice(self.feed.batches(0), 1))
+        """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite.
+
+        Its loss is looked at, too, but for a method that would have to draw a batch of images for it.
+        """
+        loss, draws = score, getattr(self.run.method, "learns_from", "pairs") == "prompts"
+        if loss is None and not draws:
+            loss = _mean_loss(self.recipe, self.run, islice(self.feed.batches(0), 1))
         whole = all(torch.isfinite(x).all() for x in trainable_weights(self.run.policy.unwrapped).values())
         if not whole or (loss is not None and not math.isfinite(loss)):
             raise checkpoint.CheckpointError(
@@ -298,7 +315,16 @@ def _save(recipe: Recipe, run: _Run, score: float | None) -> None:
         state["scaler"] = learner.accelerator.scaler.state_dict()
     weights = trainable_weights(run.policy.unwrapped)
     output = Path(recipe.output)
-    checkpoint.write(output, run.progress.step, weights, state, run.identity, keep=recipe.train.keep, score=score)
+    checkpoint.write(
+        output,
+        run.progress.step,
+        weights,
+        state,
+        run.identity,
+        keep=recipe.train.keep,
+        score=score,
+        resting=not run.progress.pending,
+    )
 
 
 def trainable_weights(net: nn.Module) -> dict[str, Tensor]:

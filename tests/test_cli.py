@@ -211,8 +211,8 @@ def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: 
     run("train", recipe, "--set", f"output={tmp_path / 'whole'}", "--set", "train.steps=4")
     update = training._Hook.__call__
 
-    def stopped(hook: Any, progress: Any, metrics: Any, resting: bool) -> None:
-        update(hook, progress, metrics, resting)
+    def stopped(hook: Any, progress: Any, metrics: Any) -> None:
+        update(hook, progress, metrics)
         if progress.step == 3:
             raise KeyboardInterrupt
 
