@@ -222,6 +222,15 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
         ("method.judge.path=models/no_judge", "method.judge.path: there is no file or folder 'models/no_judge'"),
         ("method.judge.name=stepaware", "judge: there is no 'stepaware'"),
         ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
+        (
+            "data.flip=true",
+            "data.flip: means nothing here: method.name: spo draws its own images, and takes prompts al",
+        ),
+        ("data.workers=2", r"data.workers: .* from the pairs of data.path; leave workers out"),
+        ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),
+        ("data={format: prompts, path: a.txt, columns: {a: b}}", "data.columns: means nothing here"),
+        ("data={format: prompts, path: a.txt, crop: random, max_bad: 1}", "; leave max_bad and crop out"),
+        ("data.group_by=caption", "data.group_by: means nothing here"),
     ],
 )
 def test_what_spo_needs_is_looked_for_before_a_model_is_loaded(
