@@ -325,6 +325,7 @@ def sampling(drawing: Drawing) -> Sampling:
 
 def judge(config: JudgeConfig, device: torch.device) -> Judge:
     """The recipe's judge in memory."""
+    _without_loading_bars()
     return load_judge(config.name, config.path, device, **config.options)
 
 

@@ -287,6 +287,7 @@ def test_every_shipped_recipe_takes_two_steps(
     tiny_sdxl: Path,
     flow_folders: Callable[[str], Path],
     tiny_clip: Path,
+    tiny_transformers_clip: Path,
     tiny_step_judge: Path,
     vlm_folders: Callable[[str], Path],
     pairs: Path,
@@ -307,8 +308,8 @@ def test_every_shipped_recipe_takes_two_steps(
             judges = [f"method.judge.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
         elif method.name == "step_preference":
             judges = ["model.denoiser=" + str(model)]
-            judges += [f"method.judge.path={tiny_clip}"] if method.judge is not None else []
-            model = tiny_clip
+            model = tiny_transformers_clip if "PickScore" in load_recipe(path).model.path else tiny_clip
+            judges += [f"method.judge.path={model}"] if method.judge is not None else []
     overrides = [
         f"model.path={model}",
         *sizes,

@@ -41,7 +41,7 @@ class ImageModel(Model):
 class JudgeModel(Model):
     """A judge that learns to know noisy images, and the model that shows it some."""
 
-    path: str = Field(description="an open_clip model, as which it begins, or a step-aware judge: a folder or a Hub id")
+    path: str = Field(description="a CLIP, as which it begins, or a step-aware judge: a folder or a Hub id")
     denoiser: str = Field(description="a diffusers pipeline, which stays frozen: a folder or a Hub id")
     tune: Literal["full"] = "full"
     vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
