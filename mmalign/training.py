@@ -25,7 +25,7 @@ from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
 from mmalign.rewards import Judge
 from mmalign.sections import ImageData, Recipe
-from mmalign.training_run import Run, Say, begin, export, last_saved, save, trainable_weights
+from mmalign.training_run import Run, Say, begin, export, identify, last_checkpoint, last_saved, save, trainable_weights
 
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
 
@@ -70,7 +70,11 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    run, folder = begin(recipe, accelerator, tell), output / "model"
+    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
+    identity = identify(recipe, family)
+    saved = last_checkpoint(recipe, identity, tell)
+    run, folder = begin(recipe, family, identity, saved, accelerator, tell), output / "model"
+    del saved  # the optimizer's state in it is as large as the optimizer's own
     if run.progress.step == options.steps:
         export(folder, run)
         accelerator.end_training()

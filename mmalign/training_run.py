@@ -32,15 +32,20 @@ class Run:
     progress: loop.Progress
 
 
-def begin(recipe: Recipe, accelerator: Any, say: Say) -> Run:
-    """Load the model, make policy and optimizer, and go on from the last checkpoint if there is one.
+def begin(
+    recipe: Recipe,
+    family: Family,
+    identity: dict[str, str],
+    saved: checkpoint.Checkpoint | None,
+    accelerator: Any,
+    say: Say,
+) -> Run:
+    """Make policy and optimizer, and go on from a checkpoint if there is one.
 
     Raises:
-        ValueError: the model cannot be loaded or trained so, or the checkpoint is another run's.
+        ValueError: the model cannot be trained so, or the checkpoint does not fit it.
     """
     options = recipe.train
-    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
-    identity = _identity(recipe, family)
     policy = assemble.build_policy(
         family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
     )
@@ -64,11 +69,13 @@ def begin(recipe: Recipe, accelerator: Any, say: Say) -> Run:
     method = methods.find(recipe.method.name)
     policy = Policy(family, model, policy.unwrapped, policy.reference)
     run = Run(method, policy, learner, identity, loop.Progress())
-    _resume(recipe, run, say)
+    if saved is not None:
+        _resume(recipe, run, saved)
+        say(f"going on from checkpoint-{saved.step:08d}")
     return run
 
 
-def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
+def identify(recipe: Recipe, family: Family) -> dict[str, str]:
     """What a checkpoint belongs to: it can be gone on from only where all of this is the same."""
     lora = recipe.model.lora
     targets = " ".join(family.usual_targets if lora.targets is None else lora.targets)
@@ -86,16 +93,19 @@ def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
     }
 
 
-def _found(recipe: Recipe, run: Run, say: Say) -> tuple[Path, checkpoint.Checkpoint] | None:
+def last_checkpoint(recipe: Recipe, identity: dict[str, str], say: Say) -> checkpoint.Checkpoint | None:
     """The checkpoint of the run's folder to go on from: the latest, if there is one.
 
     One that was written inside a batch is where a run has ended, and is taken only where nothing is left to do.
+
+    Raises:
+        ValueError: it is another run's, is damaged, or has done more updates than the recipe asks for.
     """
     output, steps = Path(recipe.output), recipe.train.steps
     path = checkpoint.latest(output)
     if path is None:
         return None
-    saved = checkpoint.read(path, run.identity)
+    saved = checkpoint.read(path, identity)
     if saved.step > steps:
         raise ValueError(
             f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
@@ -105,16 +115,13 @@ def _found(recipe: Recipe, run: Run, say: Say) -> tuple[Path, checkpoint.Checkpo
         resting = checkpoint.latest(output, resting=True)
         where = f"what comes after {resting.name}" if resting is not None else "it"
         say(f"{path.name} is where a run ended inside a batch, and no other can go on from: {where} is done again")
-        return (resting, checkpoint.read(resting, run.identity)) if resting is not None else None
-    return path, saved
+        return checkpoint.read(resting, identity) if resting is not None else None
+    return saved
 
 
-def _resume(recipe: Recipe, run: Run, say: Say) -> None:
-    """Load the checkpoint that there is to go on from into the run."""
-    found = _found(recipe, run, say)
-    if found is None:
-        return
-    path, saved = found
+def _resume(recipe: Recipe, run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Load a checkpoint into a run."""
+    path = Path(recipe.output) / f"checkpoint-{saved.step:08d}"
     average, scaler = run.learner.average, run.learner.accelerator.scaler
     if average is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
@@ -130,7 +137,6 @@ def _resume(recipe: Recipe, run: Run, say: Say) -> None:
         scaler.load_state_dict(saved.state["scaler"])
     torch.set_rng_state(saved.state["generator"])
     run.progress = loop.Progress(**saved.state["progress"])
-    say(f"going on from {path.name}")
 
 
 def save(recipe: Recipe, run: Run, score: float | None) -> None:
