@@ -99,15 +99,28 @@ def compare(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or names of shipped ones.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with seeds 0, 1, ...")] = 3,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/compare"),
+    pairs: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Measure every run after N pairs as well; may be given several times."),
+    ] = None,
     table: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table there too, as Markdown; beside it, as JSON.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the table there too, as Markdown; beside it numbers and pictures."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train recipes with several seeds, measure them alike, and write one table; what is done is not done again."""
     from mmalign.compare import compare as run
 
-    run(recipes, seeds=seeds, output=output, overrides=overrides or (), table=table, say=console.print)
+    run(
+        recipes,
+        seeds=seeds,
+        output=output,
+        pairs=pairs or (),
+        overrides=overrides or (),
+        table=table,
+        say=console.print,
+    )
 
 
 @app.command()

@@ -2,68 +2,49 @@
 
 Every run is a folder of its own, trained and evaluated by the recipe as it is but for seed and output. What is there
 already is not made again: the same command goes on where it was stopped, and one more recipe costs its own runs.
+
+Recipes end where their `train.steps` say, which may be after as much time for each. With `pairs` every run is measured
+after so many pairs as well, the same for all; a shorter run is the beginning of the longer one, which goes on from its
+last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mmalign import assemble, run
+from PIL import Image
+
+from mmalign import assemble, checkpoint, run
 from mmalign.evaluate_images import count_images
 from mmalign.evaluate_responses import count_answers
-from mmalign.evaluation.counts import Counts, Runs, over_runs
-from mmalign.evaluation.intervals import Interval
+from mmalign.evaluation.counts import Counts, over_runs
 from mmalign.output import read_trained, written
+from mmalign.page.comparison import Drawn, Row, as_markdown, draw_curve, draw_side_by_side
 from mmalign.recipe import load_recipe
-from mmalign.sections import EvaluateResponses, Recipe
+from mmalign.sections import EvaluateImages, EvaluateResponses, Recipe
 from mmalign.share import locate
 
 Say = Callable[[str], None]
+SHOWN = 8  # prompts whose pictures stand side by side
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the runs of one recipe came to; the base model is a row with a single run.
+class Stage(NamedTuple):
+    """A recipe's runs of one length, a recipe for each seed.
 
     Attributes:
         name: the recipe's.
-        method: that it trains by; nothing for the base model.
-        runs: how many there are.
-        pairs: that each of them was trained on, with repetition.
-        measured: of each set of measures what was counted in the base model's answers, and the runs beside it.
+        at: the numbers of pairs asked for that this is; None among them if it is the recipe's own end.
+        runs: the recipes, with their own folders.
     """
 
     name: str
-    method: str
-    runs: int
-    pairs: int
-    measured: list[tuple[Counts, Runs]]
-
-    def cells(self, of: Callable[[Runs], Mapping[str, Interval]]) -> Iterator[tuple[str, bool, Interval]]:
-        """The main measures: label, whether it is a share, and its interval."""
-        for base, runs in self.measured:
-            for name in base.in_short:
-                yield base.label(name), name in base.shares, of(runs)[name]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: every main measure with its runs, and its change from the base model."""
-        values = [runs.values[name] for base, runs in self.measured for name in base.in_short]
-        means, changes = (list(self.cells(of)) for of in (_means, _changes))
-        return {
-            "name": self.name,
-            "method": self.method,
-            "runs": self.runs,
-            "pairs": self.pairs,
-            "measures": {
-                label: {**mean.as_dict(), "runs": list(each), "change": change.as_dict()}
-                for (label, _, mean), (_, _, change), each in zip(means, changes, values, strict=True)
-            },
-        }
+    at: list[int | None]
+    runs: list[Recipe]
 
 
 def compare(
@@ -71,11 +52,15 @@ def compare(
     *,
     seeds: int,
     output: Path,
+    pairs: Sequence[int] = (),
     overrides: Sequence[str] = (),
     table: Path | None = None,
     say: Say = print,
 ) -> list[Row]:
-    """Train every recipe with seeds 0, 1, ..., evaluate each run, and write `comparison.md` and `comparison.json`.
+    """Train every recipe with seeds 0, 1, ..., evaluate each run, and write what came of it.
+
+    `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training,
+    and where pictures are drawn `comparison-pictures.png` has some of the first seed's.
 
     Pairs that a recipe prepares itself are prepared first, where they are not there yet, and shared by its seeds.
 
@@ -83,33 +68,42 @@ def compare(
         sources: recipes, by path or by shipped name; all of one model and one benchmark.
         seeds: how many runs of each.
         output: where everything is written.
+        pairs: numbers of pairs after which every run is measured as well, also where its recipe ends before.
         overrides: settings of all recipes.
-        table: where the table is written besides, as Markdown; its numbers go beside it, as JSON.
+        table: where the table is written besides, as Markdown; what goes with it is put beside it, by its name.
         say: takes lines of text.
 
     Returns:
-        The rows: the base model's, and one for each recipe.
+        The rows: the base model's, one for each recipe at its end, and one for each recipe at each number of pairs.
 
     Raises:
         ValueError: the recipes cannot be compared, or a run is there that was trained by another recipe.
     """
     recipes = _load(sources, overrides)
-    plan = {
-        name: [_of_seed(source, overrides, output / name / f"seed-{seed}", seed, output) for seed in range(seeds)]
-        for name, source in zip(recipes, sources, strict=True)
-    }
-    for planned in plan.values():
-        for one in planned:
+    plan = [
+        stage
+        for (name, recipe), source in zip(recipes.items(), sources, strict=True)
+        for stage in _stages(name, recipe, source, seeds=seeds, output=output, pairs=pairs, overrides=overrides)
+    ]
+    for stage in plan:
+        for one in stage.runs:
             _require_same(one)
-    for number, (name, planned) in enumerate(plan.items()):
-        for seed, one in enumerate(planned):
-            say(f"{name}, seed {seed}: run {number * seeds + seed + 1} of {len(plan) * seeds}")
-            _finish(one, say)
-    rows = _rows(plan)
-    settings = [word for override in overrides for word in ("--set", override)]
-    command = shlex.join(["mmalign", "compare", *sources, "--seeds", str(seeds), *settings])
+    total, done = len(recipes) * seeds, 0
+    for name in recipes:
+        for seed in range(seeds):
+            done += 1
+            before: Recipe | None = None
+            for stage in (stage for stage in plan if stage.name == name):
+                one = stage.runs[seed]
+                say(f"{name}, seed {seed}, {_pairs(one):,} pairs: run {done} of {total}")
+                _finish(one, before, say)
+                before = one
+    rows = _rows(plan, [None, *sorted(set(pairs))])
+    words = [word for number in pairs for word in ("--pairs", str(number))]
+    words += [word for override in overrides for word in ("--set", override)]
+    command = shlex.join(["mmalign", "compare", *sources, "--seeds", str(seeds), *words])
     for file in [output / "comparison.md", *([table] if table else [])]:
-        _write(file, _markdown(rows, command), rows)
+        _write(file, rows, plan, command)
         say(f"table: {file}")
     return rows
 
@@ -147,15 +141,55 @@ def _at(recipe: Recipe, key: str) -> Any:
     return value
 
 
+def _stages(
+    name: str,
+    recipe: Recipe,
+    source: str,
+    *,
+    seeds: int,
+    output: Path,
+    pairs: Sequence[int],
+    overrides: Sequence[str],
+) -> Iterator[Stage]:
+    """The lengths of a recipe's runs, the shortest first."""
+    batch, train = recipe.train.batch_size * recipe.train.accumulate, recipe.train
+    if pairs and train.schedule != "constant":
+        raise ValueError(
+            f"compare: {name} has train.schedule {train.schedule}, which follows from train.steps, so that a "
+            "shorter run is not the beginning of a longer one; leave --pairs out, or set train.schedule=constant"
+        )
+    steps: dict[int, list[int | None]] = {train.steps: [None]}
+    for number in sorted(set(pairs)):
+        if number < batch or number % batch:
+            raise ValueError(
+                f"compare: --pairs {number} is no whole number of updates of {name}, which takes {batch} pairs at a "
+                "time; name a multiple of every recipe's train.batch_size times train.accumulate"
+            )
+        steps.setdefault(number // batch, []).append(number)
+    for count, at in sorted(steps.items()):
+        longer = "" if count == train.steps else f"-{count * batch}-pairs"
+        runs = [
+            _of_seed(source, [*overrides, f"train.steps={count}"], output / name / f"seed-{seed}{longer}", seed, output)
+            for seed in range(seeds)
+        ]
+        yield Stage(name, at, runs)
+
+
 def _of_seed(source: str, overrides: Sequence[str], folder: Path, seed: int, output: Path) -> Recipe:
-    """The recipe of one run; what the base model says or draws is kept where all runs find it."""
+    """The recipe of one run; what the frozen networks and the base model give is kept where all runs find it."""
     settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
     recipe = load_recipe(source, settings)
+    if getattr(recipe.data, "cache", None) == "auto":
+        settings.append(f"data.cache={json.dumps(str(output / 'cache'))}")
     if getattr(recipe.evaluate, "cache", None) == "auto":
         kept = "answers" if isinstance(recipe.evaluate, EvaluateResponses) else "drawings"
         settings.append(f"evaluate.cache={json.dumps(str(output / kept))}")
-        recipe = load_recipe(source, settings)
-    return recipe
+    return load_recipe(source, settings)
+
+
+def _pairs(recipe: Recipe) -> int:
+    """That it is trained on, with repetition."""
+    return recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
 
 
 def _require_same(recipe: Recipe) -> None:
@@ -174,15 +208,27 @@ def _require_same(recipe: Recipe) -> None:
             )
 
 
-def _finish(recipe: Recipe, say: Say) -> None:
-    """Prepare, train and evaluate, whatever of it has not been done."""
+def _finish(recipe: Recipe, before: Recipe | None, say: Say) -> None:
+    """Prepare, train and evaluate, whatever of it has not been done; `before` is the same run's shorter length."""
     if recipe.prepare is not None and not Path(locate(recipe.data.path)).exists():
         run.prepare(recipe, say)
-    model = Path(recipe.output) / "model"
+    output = Path(recipe.output)
+    model = output / "model"
     if not model.is_dir() or read_trained(model)["step"] != recipe.train.steps:
+        if before is not None and checkpoint.latest(output) is None:
+            _hand_on(Path(before.output), output)
         run.train(recipe, say)
     if not run.is_evaluated(recipe):
         run.evaluate(recipe, say)
+
+
+def _hand_on(before: Path, output: Path) -> None:
+    """Give a run's last checkpoint to the longer run; without one that begins anew, and comes to the same."""
+    last = checkpoint.latest(before)
+    if last is not None:
+        assemble.make_folder("compare", output)
+        with written(output / last.name) as part:
+            shutil.copytree(last, part)
 
 
 def _counted(recipe: Recipe) -> tuple[list[Counts], list[Counts]]:
@@ -190,73 +236,73 @@ def _counted(recipe: Recipe) -> tuple[list[Counts], list[Counts]]:
     folder = Path(recipe.output) / "evaluation"
     if isinstance(recipe.evaluate, EvaluateResponses):
         return count_answers(recipe.evaluate, folder)
-    return count_images(json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"])
+    return count_images(_samples(recipe))
 
 
-def _rows(plan: Mapping[str, Sequence[Recipe]]) -> list[Row]:
-    """The base model's row, and one for the runs of each recipe."""
-    counted = {name: [_counted(one) for one in planned] for name, planned in plan.items()}
-    base = next(iter(counted.values()))[0][0]
-    rows = [Row("base", "", 1, 0, [(counts, over_runs(counts, [counts])) for counts in base])]
-    for name, runs in counted.items():
-        each = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
-        method, train = plan[name][0].method.name, plan[name][0].train
-        pairs = train.steps * train.batch_size * train.accumulate
-        rows.append(Row(name, method, len(runs), pairs, [(counts, over_runs(counts, after)) for counts, after in each]))
+def _samples(recipe: Recipe) -> list[Mapping[str, Any]]:
+    file = Path(recipe.output) / "evaluation" / "samples.json"
+    samples: list[Mapping[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    return samples
+
+
+def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[Row]:
+    """The base model's row, and one for each recipe at each place."""
+    counted = [[_counted(one) for one in stage.runs] for stage in plan]
+    base = counted[0][0][0]
+    rows = [Row("base", "", None, 1, 0, 0.0, [(counts, over_runs(counts, [counts])) for counts in base])]
+    for place in places:
+        for stage, runs in zip(plan, counted, strict=True):
+            if place not in stage.at:
+                continue
+            first, number = stage.runs[0], len(runs)
+            seconds = [read_trained(Path(one.output) / "model")["seconds"] for one in stage.runs]
+            each = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
+            measured = [(counts, over_runs(counts, after)) for counts, after in each]
+            mean = sum(seconds) / number
+            rows.append(Row(stage.name, first.method.name, place, number, _pairs(first), mean, measured))
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ the table
+# --------------------------------------------------------------------------------------------------------- what is left
 
 
-def _means(runs: Runs) -> Mapping[str, Interval]:
-    return runs.means
-
-
-def _changes(runs: Runs) -> Mapping[str, Interval]:
-    return runs.changes
-
-
-def _markdown(rows: Sequence[Row], command: str) -> str:
-    """Two tables: what every row came to, and what changed from the base model, bold where it surely did."""
-    base, *others = rows
-    labels = [f"{label}, %" if share else label for label, share, _ in base.cells(_means)]
-    values = [
-        [row.name, row.method, *([str(row.runs), f"{row.pairs:,}"] if row.pairs else ["", ""]), *_shown(row, _means)]
-        for row in rows
-    ]
-    changes = [[row.name, *_shown(row, _changes)] for row in others]
-    asked = " and ".join(f"{len(counts.keys):,} of {counts.benchmark}" for counts, _ in base.measured)
-    return "\n".join(
-        [
-            *_lines(["", "method", "runs", "pairs seen", *labels], values),
-            "",
-            "Change from the base model, paired by question; bold where the interval leaves out 0:",
-            "",
-            *_lines(["", *labels], changes),
-            "",
-            f"Means over runs that differ in their seed, with 95 % intervals over questions ({asked}) and runs.",
-            f"Made by `{command}`.",
-            "",
-        ]
-    )
-
-
-def _shown(row: Row, of: Callable[[Runs], Mapping[str, Interval]]) -> Iterator[str]:
-    """A row's cells: shares in percent; of changes those in bold whose interval leaves out 0."""
-    signed = of is _changes
-    for _, share, interval in row.cells(of):
-        text = interval.points(signed=signed) if share else str(interval)
-        yield f"**{text}**" if signed and (interval.low > 0 or interval.high < 0) else text
-
-
-def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
-def _write(file: Path, markdown: str, rows: Sequence[Row]) -> None:
+def _write(file: Path, rows: Sequence[Row], plan: Sequence[Stage], command: str) -> None:
+    """The table as Markdown, and beside it, by its name, the numbers, the curve and some pictures."""
     assemble.make_folder("compare", file.parent)
-    numbers = json.dumps([row.as_dict() for row in rows], indent=1)
-    for path, text in ((file, markdown), (file.with_suffix(".json"), numbers)):
-        with written(path) as part:
-            part.write_text(text, encoding="utf-8")
+    with written(file) as part:
+        part.write_text(as_markdown(rows, command), encoding="utf-8")
+    with written(file.with_suffix(".json")) as part:
+        part.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
+    with written(file.with_suffix(".png")) as part:
+        draw_curve(rows, part)
+    ends = {stage.name: stage.runs[0] for stage in plan if None in stage.at}
+    if isinstance(plan[0].runs[0].evaluate, EvaluateImages):
+        with written(file.with_name(f"{file.stem}-pictures.png")) as part:
+            _side_by_side(ends).save(part, format="PNG")
+
+
+def _side_by_side(ends: Mapping[str, Recipe]) -> Image.Image:
+    """The first prompts, none chosen, drawn by the base model and by each recipe's first run, from the same noise."""
+    some = {name: _samples(recipe) for name, recipe in ends.items()}
+    first, recipe = next(iter(some.values())), next(iter(ends.values()))
+    numbers = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(first)))}.values())[::-1][:SHOWN]
+    columns = {"base": [_drawn(Path(recipe.output), first[i], i, "before") for i in numbers]}
+    columns |= {
+        name: [_drawn(Path(ends[name].output), samples[i], i, "after") for i in numbers]
+        for name, samples in some.items()
+    }
+    lines = ["The first prompts of the evaluation, none chosen; a row's pictures begin with the same noise (seed 0)."]
+    if any(drawn.note for column in columns.values() for drawn in column):
+        lines.append("Below a picture: what is wrong with it. The frame is green where nothing is.")
+    else:
+        lines.append("Below a picture: its score by the judge. The frame is green where it is above the base model's.")
+    return draw_side_by_side([first[i]["prompt"] for i in numbers], columns, recipe.model.path, lines)
+
+
+def _drawn(output: Path, sample: Mapping[str, Any], number: int, side: str) -> Drawn:
+    with Image.open(output / "evaluation" / side / f"{number:05d}.png") as image:
+        picture = image.convert("RGB")
+    one = sample[side]
+    if one["note"]:
+        return Drawn(picture, one["note"], one["note"] == "correct")
+    return Drawn(picture, f"{one['score']:.3g}", one["score"] > sample["before"]["score"])

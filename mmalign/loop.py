@@ -8,8 +8,9 @@ these are `pending`, nothing can go on: another process would make them with the
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,12 +35,15 @@ class Progress:
         epoch: the one under way.
         batch: batches of it that were begun.
         pending: contrasts of the last of them that are not used yet; 0 where a run can go on from.
+        seconds: of the updates, data and drawing included, saving and evaluating not: of wall-clock on a GPU; on CPUs,
+            which others may use as well, of CPU time, all threads of this process together.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     pending: int = 0
+    seconds: float = field(default=0.0, compare=False)  # how long it took to get there is no part of where it is
 
 
 @dataclass
@@ -88,6 +92,8 @@ def train(
     """
     assert not progress.pending, "the contrasts that are pending cannot be made again"
     window = _Window(policy, learner)
+    clock = time.process_time if learner.accelerator.device.type == "cpu" else time.perf_counter
+    since = clock()
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
@@ -100,9 +106,11 @@ def train(
                 metrics = window.update(progress.step + 1) if last else None
                 if metrics is not None:
                     progress.step += 1
+                    progress.seconds += clock() - since
                     after_update(progress, metrics)
                     if progress.step == steps:
                         return progress
+                    since = clock()
             window.empty = window.empty + 1 if progress.step == before else 0
             if window.empty >= EMPTY and not window.count:
                 raise ValueError(

@@ -56,7 +56,7 @@ def _remove(path: Path) -> None:
 
 
 def read_trained(folder: Path) -> dict[str, Any]:
-    """The updates (`step`) and the `identity` of the model that a run has left.
+    """The updates (`step`), their `seconds` (see `loop.Progress`) and the `identity` of the model that a run has left.
 
     Raises:
         ValueError: it has left none.

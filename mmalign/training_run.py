@@ -188,7 +188,7 @@ def export(folder: Path, run: Run) -> None:
             average.swap(parameters)
         with written(folder) as part:
             run.policy.family.save(part, run.policy.unwrapped)
-            about = {"step": run.progress.step, "identity": run.identity}
+            about = {"step": run.progress.step, "seconds": run.progress.seconds, "identity": run.identity}
             (part / TRAINED).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if average is not None:
             average.swap(parameters)

@@ -12,10 +12,12 @@ import pytest
 import tiny
 import tiny_vlm
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
-from mmalign import cli, run
-from mmalign.compare import compare
+from mmalign import checkpoint, cli, run
+from mmalign.compare import SHOWN, compare
+from mmalign.page.grid import fit
 
 Content = dict[str, Any]
 EVALUATE = {"benchmark": "crowds", "pictures": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
@@ -93,11 +95,12 @@ def test_the_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
     compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)
     text = (tmp_path / "compared" / "comparison.md").read_text()
     header, rule, *rows = (line.split(" | ") for line in text.splitlines()[:5])
-    assert [cell.strip("| ") for cell in header][:7] == [
+    assert [cell.strip("| ") for cell in header][:8] == [
         "",
         "method",
         "runs",
         "pairs seen",
+        "seconds",
         "CHAIR_s, %",
         "CHAIR_i, %",
         "recall, %",
@@ -137,6 +140,73 @@ def test_what_is_done_is_not_done_again(sources: list[str], tmp_path: Path, call
     calls.clear()
     compare(sources[:1], seeds=3, output=out, say=quiet)
     assert {call.split()[2] for call in calls} == {"seed-2"}
+
+
+def test_runs_are_measured_after_equal_numbers_of_pairs_too(
+    sources: list[str], tmp_path: Path, calls: list[str]
+) -> None:
+    """After 2, 4 (the recipes' end) and 6 pairs; each length goes on from the one before."""
+    out, long = tmp_path / "compared", tmp_path / "long"
+    rows = compare(sources, seeds=1, output=out, pairs=[6, 2, 4], say=quiet)
+    assert [(row.name, row.at, row.pairs) for row in rows[1:]] == [
+        (name, at, pairs) for at, pairs in ((None, 4), (2, 2), (4, 4), (6, 6)) for name in ("dpo", "hinge")
+    ]
+    lengths = ["seed-0-2-pairs", "seed-0", "seed-0-6-pairs"]
+    assert calls == [
+        f"{what} {name} {run}" for name in ("dpo", "hinge") for run in lengths for what in ("train", "evaluate")
+    ]
+    end, at_end = (next(r for r in rows if (r.name, r.at) == ("dpo", at)) for at in (None, 4))
+    assert end.measured is not at_end.measured and {**end.as_dict(), "at": 4} == at_end.as_dict()
+    assert 0 < rows[3].seconds < end.seconds < rows[7].seconds  # those of the shorter run are in the longer one
+    compare(sources[:1], seeds=1, output=long, overrides=["train.steps=3"], say=quiet)
+    assert weights(long / "dpo" / "seed-0") == weights(out / "dpo" / "seed-0-6-pairs")
+    text = (out / "comparison.md").read_text()
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith("Change")]
+    assert headings == ["At the end of each recipe:", *(f"After {n} pairs each:" for n in (2, 4, 6))]
+    assert " --seeds 1 --pairs 6 --pairs 2 --pairs 4`" in text
+    calls.clear()
+    compare(sources, seeds=1, output=out, pairs=[6, 2, 4], say=quiet)
+    assert not calls
+
+
+def weights(folder: Path) -> bytes:
+    return (checkpoint.latest(folder) or folder).joinpath("model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "override", "sentence"),
+    [
+        (3, "train.batch_size=2", "--pairs 3 is no whole number of updates of dpo, which takes 2 pairs at a time"),
+        (2, "train.schedule=cosine", "dpo has train.schedule cosine.* leave --pairs out, or set train.schedule=consta"),
+    ],
+)
+def test_numbers_of_pairs_that_no_run_ends_at(
+    pairs: int, override: str, sentence: str, sources: list[str], tmp_path: Path, calls: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        compare(sources, seeds=1, output=tmp_path / "c", pairs=[pairs], overrides=[override], say=quiet)
+    assert not calls
+
+
+def test_the_curve_and_the_pictures(tiny_sd15: Path, tmp_path: Path) -> None:
+    """The curve's points are the rows' numbers, and the pictures are those of the evaluation."""
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    evaluate = {"benchmark": "scenes", "prompts": 10, "drawing": {"steps": 1}}
+    made = tiny.recipe(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
+    out, table = tmp_path / "compared", tmp_path / "assets" / "images.md"
+    compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, pairs=[4], table=table, say=quiet)
+    for name in ("comparison", "images"):
+        folder = out if name == "comparison" else table.parent
+        assert {p.name for p in folder.glob(f"{name}*")} == {
+            f"{name}.md", f"{name}.json", f"{name}.png", f"{name}-pictures.png"
+        }  # fmt: skip
+    with Image.open(table.with_suffix(".png")) as curve, Image.open(out / "comparison-pictures.png") as shown:
+        assert len(set(curve.convert("RGB").get_flattened_data())) > 10
+        top, high = 40 + 50 + 26 * 2 + 40, 128 + 30
+        assert shown.size == (2 * 40 + 250 + 2 * (128 + 14), top + SHOWN * high + 40)
+        with Image.open(out / "dpo" / "seed-0" / "evaluation" / "after" / "00001.png") as drawn:
+            place = (40 + 250 + 128 + 14, top + high)
+            assert shown.crop((*place, place[0] + 128, place[1] + 128)).tobytes() == fit(drawn, 128).tobytes()
 
 
 def test_the_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
