@@ -65,6 +65,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
                 f"expected at least {least}, got {recipe.train.batch_size}"
             )
+    _check_of_prompts(recipe)
     if data:
         check_data(recipe.data)
     if isinstance(recipe.evaluate, EvaluateImages):
@@ -127,6 +128,22 @@ def check_data(data: Data) -> None:
         raise ValueError(
             f"data.cache: {data.cache} cannot be used with data.crop: random, which is never the same twice; "
             "use cache: off"
+        )
+
+
+def _check_of_prompts(recipe: Recipe) -> None:
+    """A method that draws its own images takes nothing of the data but prompts."""
+    if getattr(methods.find(recipe.method.name), "learns_from", "pairs") != "prompts":
+        return
+    data, unread = recipe.data, ["group_by", "max_bad", "workers", "crop", "flip"]
+    from_text = isinstance(data, ImageData) and data.format == "prompts"
+    unread += ["split", "columns"] if from_text else []
+    given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
+    if given:
+        source = "a text file with one a line (data.format: prompts)" if from_text else "the pairs of data.path"
+        raise ValueError(
+            f"data.{given[0]}: means nothing here: method.name: {recipe.method.name} draws its own images, and takes "
+            f"prompts alone, from {source}; leave {' and '.join(given)} out"
         )
 
 
@@ -308,6 +325,7 @@ def sampling(drawing: Drawing) -> Sampling:
 
 def judge(config: JudgeConfig, device: torch.device) -> Judge:
     """The recipe's judge in memory."""
+    _without_loading_bars()
     return load_judge(config.name, config.path, device, **config.options)
 
 

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, found again, and refused where they do not belong.
 
 A checkpoint is a folder `checkpoint-00000100` with `model.safetensors` (the trainable weights), `state.pt` (optimizer,
-average, progress, generator) and `checkpoint.json` (step, score, and the identity of what it belongs to). One whose
-name begins with a dot is half written or half deleted; the next write sweeps it away.
+average, progress, generator) and `checkpoint.json` (step, score, the identity of what it belongs to, and whether it is
+`resting`: whether training can go on from it exactly). One whose name begins with a dot is half written or half
+deleted; the next write sweeps it away.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def write(
     *,
     keep: int,
     score: float | None = None,
+    resting: bool = True,
 ) -> Path:
-    """Write a checkpoint, then delete all but the last `keep` and the one with the lowest score.
+    """Write a checkpoint, then delete all but it, the last `keep` resting ones, and the one with the lowest score.
 
     Args:
         folder: the run's folder.
@@ -56,6 +58,7 @@ def write(
         identity: what the checkpoint belongs to; `read` compares it.
         keep: how many of the latest to keep.
         score: lower is better, such as a held-out loss; None if there is none.
+        resting: whether training can go on from it.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written. Nothing that was there is lost.
@@ -68,7 +71,7 @@ def write(
         part.mkdir(parents=True)
         save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
         torch.save(dict(state), part / "state.pt")
-        about = {"step": step, "score": score, "identity": dict(identity)}
+        about = {"step": step, "score": score, "resting": resting, "identity": dict(identity)}
         (part / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         for path in part.iterdir():
             _flush(path)
@@ -115,9 +118,9 @@ def _intact(folder: Path) -> str:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    kept = best(folder)
-    for path in _all(folder)[:-keep]:
-        if path != kept:
+    kept = [*_all(folder)[-1:], *[path for path in _all(folder) if _resting(path)][-keep:], best(folder)]
+    for path in _all(folder):
+        if path not in kept:
             os.replace(path, _hidden(path))  # first: what is half deleted must not pass for a checkpoint
 
 
@@ -130,9 +133,9 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, if there is one."""
-    there = _all(folder)
+def latest(folder: Path, *, resting: bool = False) -> Path | None:
+    """The newest complete checkpoint, or the newest resting one, if there is one."""
+    there = [path for path in _all(folder) if not resting or _resting(path)]
     return there[-1] if there else None
 
 
@@ -175,6 +178,14 @@ def _all(folder: Path) -> list[Path]:
 
 def _about(path: Path) -> dict[str, Any]:
     return json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _resting(path: Path) -> bool:
+    """True where the file is damaged, too: whoever reads that checkpoint will say so."""
+    try:
+        return bool(_about(path).get("resting", True))
+    except (OSError, ValueError):
+        return True
 
 
 def _score(path: Path) -> float | None:

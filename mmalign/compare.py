@@ -223,8 +223,8 @@ def _finish(recipe: Recipe, before: Recipe | None, say: Say) -> None:
 
 
 def _hand_on(before: Path, output: Path) -> None:
-    """Give a run's last checkpoint to the longer run; without one that begins anew, and comes to the same."""
-    last = checkpoint.latest(before)
+    """Give a run's last checkpoint to go on from to the longer run; without one that begins anew, and does the same."""
+    last = checkpoint.latest(before, resting=True)
     if last is not None:
         assemble.make_folder("compare", output)
         with written(output / last.name) as part:

@@ -1,8 +1,8 @@
 """The loop: one for every method, modality and family.
 
 Every random number follows from its row's position (`Draws`), so going on from a checkpoint is running the same lines
-again. Progress counts what is finished: `step` updates, and in `epoch` the `batch` batches whose contrasts are all
-used.
+again. Progress counts what is finished: `step` updates, and in `epoch` `batch` batches. Where contrasts of the last of
+these are `pending`, nothing can go on: another process would make them with the weights of now.
 """
 
 from __future__ import annotations
@@ -23,20 +23,26 @@ from mmalign.policy import Policy
 
 Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
 Metrics = dict[str, Tensor]  # scalars, on the model's device
-EMPTY = 500  # updates in a row that had nothing to learn from, after which a run stops
+EMPTY = 100  # batches in a row with nothing to learn from, after which a run stops
 
 
 @dataclass
 class Progress:
     """How far a run is.
 
-    `seconds` is the time of the updates, data and drawing included, saving and evaluating not: of wall-clock on a GPU;
-    on CPUs, which others may use as well, of CPU time, all threads of this process together.
+    Attributes:
+        step: updates done.
+        epoch: the one under way.
+        batch: batches of it that were begun.
+        pending: contrasts of the last of them that are not used yet; 0 where a run can go on from.
+        seconds: of the updates, data and drawing included, saving and evaluating not: of wall-clock on a GPU; on CPUs,
+            which others may use as well, of CPU time, all threads of this process together.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    pending: int = 0
     seconds: float = field(default=0.0, compare=False)  # how long it took to get there is no part of where it is
 
 
@@ -63,7 +69,7 @@ def train(
     accumulate: int,
     seed: int,
     progress: Progress,
-    after_update: Callable[[Progress, Metrics, bool], None],
+    after_update: Callable[[Progress, Metrics], None],
 ) -> Progress:
     """Train until `steps` updates are done.
 
@@ -76,14 +82,15 @@ def train(
         steps: updates in all, those that `progress` has already counted in.
         accumulate: contrasts of an update.
         seed: of every draw.
-        progress: where to begin; it is changed in place.
-        after_update: called with the progress, the update's metrics, and whether nothing is pending, so that a
-            checkpoint written now resumes exactly.
+        progress: where to begin, with nothing pending; it is changed in place.
+        after_update: called with the progress and the update's metrics; where nothing is pending, a checkpoint written
+            now resumes exactly.
 
     Raises:
         FloatingPointError: a loss is not finite; it names the batch, and nothing has been updated from it.
         ValueError: an epoch has no batch, or the method made nothing of any, or of many in a row.
     """
+    assert not progress.pending, "the contrasts that are pending cannot be made again"
     window = _Window(policy, learner)
     clock = time.process_time if learner.accelerator.device.type == "cpu" else time.perf_counter
     since = clock()
@@ -91,21 +98,25 @@ def train(
         first = progress.batch
         for batch in batches(progress.epoch, first):
             contrasts = make_contrasts(method, policy, batch, config, Draws(seed, progress.epoch))
-            progress.batch += 1
+            progress.batch, before = progress.batch + 1, progress.step
             for number, contrast in enumerate(contrasts, start=1):
-                last = window.count + 1 == accumulate
+                last, progress.pending = window.count + 1 == accumulate, len(contrasts) - number
                 with window.silent(last):
                     window.add(_checked(method.loss(policy, contrast, config), batch, progress))
                 metrics = window.update(progress.step + 1) if last else None
-                if window.empty == EMPTY:
-                    raise ValueError(f"train: {EMPTY} updates in a row had nothing to learn from{_why(method)}")
                 if metrics is not None:
                     progress.step += 1
                     progress.seconds += clock() - since
-                    after_update(progress, metrics, number == len(contrasts))
+                    after_update(progress, metrics)
                     if progress.step == steps:
                         return progress
                     since = clock()
+            window.empty = window.empty + 1 if progress.step == before else 0
+            if window.empty >= EMPTY and not window.count:
+                raise ValueError(
+                    f"train: {window.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
+                    f"had nothing to learn from ({EMPTY} are the limit){_why(method)}"
+                )
         if first == 0 and not window.used and not window.count:
             raise ValueError(
                 f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
@@ -147,7 +158,7 @@ class _Window:
     Attributes:
         count: contrasts so far.
         used: whether there was an update in this epoch.
-        empty: how many times in a row no row of any process counted.
+        empty: batches since the last one in which there was an update.
     """
 
     def __init__(self, policy: Policy, learner: Learner) -> None:
@@ -185,7 +196,6 @@ class _Window:
         if not packed[0]:
             learner.optimizer.zero_grad()
             self._clear()
-            self.empty += 1
             return None
         total = packed[0]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -206,6 +216,6 @@ class _Window:
         if learner.average is not None:
             learner.average.update(self.parameters, step)
         self._clear()
-        self.used, self.empty = True, 0
+        self.used = True
         metrics = dict(zip(names, packed[1:] / total, strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

@@ -1,34 +1,32 @@
-"""`train` a recipe: put the pieces together, go on from a checkpoint, and leave a model and a verdict."""
+"""`train` a recipe: its data and its run through the loop, to a model and a verdict."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmalign import assemble, checkpoint, loop, methods
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
-from mmalign.families import Family
-from mmalign.feed import Feed, fill_kept, open_data, open_feed
+from mmalign.feed import Feed, Opened, fill_kept, open_data, open_feed
 from mmalign.kept import asked
-from mmalign.optim import Average, build_optimizer, schedule
-from mmalign.output import TRAINED, written
+from mmalign.output import written
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
-from mmalign.sections import ImageData, JudgeModel, Recipe
+from mmalign.rewards import Judge
+from mmalign.sections import ImageData, Recipe
+from mmalign.training_run import Run, Say, begin, export, identify, last_checkpoint, last_saved, save, trainable_weights
 
-Say = Callable[[str], None]
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
 
 
@@ -61,33 +59,24 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         FloatingPointError: a loss is not finite; the last checkpoint is kept.
         CheckpointError: a checkpoint could not be written; the ones before it are kept.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object, set_seed
-
     started, options = time.time(), recipe.train
     assemble.check(recipe, training=True)
     output = assemble.make_folder("output", Path(recipe.output))
     method = methods.find(recipe.method.name)
     opened = open_data(recipe.data, options.seed, method)
-    precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
-    trackers = options.trackers if options.trackers else None
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(output))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would train "
-            "alone into one folder; on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    set_seed(options.seed)
+    accelerator = _accelerator(recipe)
     tell = say if accelerator.is_main_process else _silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    run = _assemble(recipe, accelerator, tell)
-    folder = output / "model"
+    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
+    identity = identify(recipe, family)
+    saved = last_checkpoint(recipe, identity, tell)
+    run, folder = begin(recipe, family, identity, saved, accelerator, tell), output / "model"
+    del saved  # the optimizer's state in it is as large as the optimizer's own
     if run.progress.step == options.steps:
-        _export(folder, run)
+        export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
         tell(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
@@ -95,10 +84,43 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     if accelerator.is_main_process:  # not before it is known that the folder is this run's
         with written(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
+    feed = _feed(recipe, run, opened, judge, tell)
+    accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
+    with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
+        _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
+    export(folder, run)
+    _end(recipe, feed, accelerator, tell)
+    verdict = reporter.verdict()
+    tell(f"{recipe.method.name}: {verdict}")
+    return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
+
+
+def _accelerator(recipe: Recipe) -> Any:
+    """What knows of devices and of the other processes."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    options = recipe.train
+    precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
+    trackers = options.trackers if options.trackers else None
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=recipe.output)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would train "
+            "alone into one folder; on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    set_seed(options.seed)
+    return accelerator
+
+
+def _feed(recipe: Recipe, run: Run, opened: Opened, judge: Judge | None, tell: Say) -> Feed:
+    """The batches, with all caches filled."""
+    options, accelerator, method = recipe.train, run.learner.accelerator, run.method
     feed = open_feed(
         run.policy.family,
         recipe.data,
-        output=output,
+        output=Path(recipe.output),
         batch_size=options.batch_size,
         seed=options.seed,
         accelerator=accelerator,
@@ -112,17 +134,17 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
     planned = {"batches": options.steps * options.accumulate, "held_out": HELD_OUT_BATCHES, "seed": options.seed}
     fill_kept(feed, run.policy, method, recipe.method, accelerator=accelerator, **planned)
-    accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
-    with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
-        _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
-    _export(folder, run)
+    return feed
+
+
+def _end(recipe: Recipe, feed: Feed, accelerator: Any, tell: Say) -> None:
+    """Close the trackers and the processes' group, and name what no process could use."""
+    from accelerate.utils import gather_object
+
     dropped = list({d.where: d for d in gather_object(feed.dropped())}.values())
     accelerator.end_training()  # also ends the processes' group: nothing can wait for the others after it
     if dropped:
         tell(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {listed(dropped)}")
-    verdict = reporter.verdict()
-    tell(f"{recipe.method.name}: {verdict}")
-    return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
 
 
 def _named(recipe: Recipe) -> str:
@@ -133,97 +155,7 @@ def _silent(_: str) -> None:
     pass
 
 
-@dataclass
-class _Run:
-    """The pieces of a run, and how far it is."""
-
-    method: Any
-    policy: Policy
-    learner: loop.Learner
-    identity: dict[str, str]
-    progress: loop.Progress
-
-
-def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
-    """Load the model, make policy and optimizer, and go on from the last checkpoint if there is one."""
-    options = recipe.train
-    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
-    identity = _identity(recipe, family)
-    policy = assemble.build_policy(
-        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
-    )
-    parameters = policy.trainable()
-    optimizer = build_optimizer(
-        parameters,
-        options.optimizer,
-        lr=options.lr,
-        betas=(options.betas[0], options.betas[1]),
-        weight_decay=options.weight_decay,
-    )
-    model, optimizer = accelerator.prepare(policy.model, optimizer)
-    learner = loop.Learner(
-        accelerator,
-        optimizer,
-        options.lr,
-        schedule(options.schedule, warmup=options.warmup, steps=options.steps),
-        options.clip,
-        Average(parameters, options.ema) if options.ema else None,
-    )
-    method = methods.find(recipe.method.name)
-    policy = Policy(family, model, policy.unwrapped, policy.reference)
-    run = _Run(method, policy, learner, identity, loop.Progress())
-    _resume(recipe, run, say)
-    return run
-
-
-def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
-    """What a checkpoint belongs to: it can be gone on from only where all of this is the same."""
-    lora = recipe.model.lora
-    targets = " ".join(family.usual_targets if lora.targets is None else lora.targets)
-    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
-    named = assemble.method_judge(recipe)
-    beside = {"judge": named.path} if named is not None else {}
-    beside |= {"denoiser": recipe.model.denoiser} if isinstance(recipe.model, JudgeModel) else {}
-    return {
-        **beside,
-        "model": assemble.fingerprint(family.network),
-        "method": recipe.method.name,
-        "tune": adapters if recipe.model.tune == "lora" else "full",
-        "data": recipe.data.path,
-        "optimizer": recipe.train.optimizer,
-    }
-
-
-def _resume(recipe: Recipe, run: _Run, say: Say) -> None:
-    """Load the latest checkpoint of the run's folder into it, if there is one."""
-    path = checkpoint.latest(Path(recipe.output))
-    if path is None:
-        return
-    saved = checkpoint.read(path, run.identity)
-    if saved.step > recipe.train.steps:
-        raise ValueError(
-            f"train.steps: {path} has done {saved.step} updates already, more than the {recipe.train.steps} asked for; "
-            "raise train.steps, or use another output folder"
-        )
-    average, scaler = run.learner.average, run.learner.accelerator.scaler
-    if average is not None and "average" not in saved.state:
-        raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
-    missing = run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
-    if missing.unexpected_keys:
-        raise ValueError(
-            f"{path}: has weights that the model lacks ({missing.unexpected_keys[0]}, ...); use another output folder"
-        )
-    run.learner.optimizer.load_state_dict(saved.state["optimizer"])
-    if average is not None:
-        average.load(saved.state["average"])
-    if scaler is not None and "scaler" in saved.state:
-        scaler.load_state_dict(saved.state["scaler"])
-    torch.set_rng_state(saved.state["generator"])
-    run.progress = loop.Progress(**saved.state["progress"])
-    say(f"going on from {path.name}")
-
-
-def _train(recipe: Recipe, run: _Run, feed: Feed, hook: _Hook) -> None:
+def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
     """Run the loop; where a loss is not finite, say which pairs it came from."""
     options = recipe.train
     try:
@@ -245,25 +177,21 @@ def _train(recipe: Recipe, run: _Run, feed: Feed, hook: _Hook) -> None:
         wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
         raise FloatingPointError(
             f"train: the loss is not finite after update {run.progress.step}, in batch {batch} of epoch {epoch} "
-            f"({places}); {_last(Path(recipe.output))}: lower train.lr{wider}"
+            f"({places}); {last_saved(Path(recipe.output))}: lower train.lr{wider}"
         ) from error
 
 
-def _last(output: Path) -> str:
-    path = checkpoint.latest(output)
-    return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"
-
-
 class _Hook:
-    """After every update: report, and save when it is time and nothing is pending."""
+    """After every update: report, and save when it is time and nothing is pending; the last one always."""
 
-    def __init__(self, recipe: Recipe, run: _Run, feed: Feed, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, run: Run, feed: Feed, reporter: Reporter) -> None:
         self.recipe, self.run, self.feed, self.reporter, self.due = recipe, run, feed, reporter, False
 
-    def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor], resting: bool) -> None:
+    def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
         self.reporter.update(progress.step, metrics)
-        self.due |= progress.step % self.recipe.train.save_every == 0 or progress.step == self.recipe.train.steps
-        if self.due and resting:
+        last = progress.step == self.recipe.train.steps
+        self.due |= last or progress.step % self.recipe.train.save_every == 0
+        if self.due and (last or not progress.pending):
             self.due = False
             score = _mean_loss(self.recipe, self.run, islice(self.feed.held_out(), HELD_OUT_BATCHES))
             if score is not None:
@@ -271,43 +199,27 @@ class _Hook:
                 self.reporter.say(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, score)
             if self.run.learner.accelerator.is_main_process:
-                _save(self.recipe, self.run, score)
+                save(self.recipe, self.run, score)
             self.run.learner.accelerator.wait_for_everyone()
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
-        """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite."""
-        loss = score if score is not None else _mean_loss(self.recipe, self.run, islice(self.feed.batches(0), 1))
+        """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite.
+
+        Its loss is looked at, too, but for a method that would have to draw a batch of images for it.
+        """
+        loss, draws = score, getattr(self.run.method, "learns_from", "pairs") == "prompts"
+        if loss is None and not draws:
+            loss = _mean_loss(self.recipe, self.run, islice(self.feed.batches(0), 1))
         whole = all(torch.isfinite(x).all() for x in trainable_weights(self.run.policy.unwrapped).values())
         if not whole or (loss is not None and not math.isfinite(loss)):
             raise checkpoint.CheckpointError(
                 f"train: after update {progress.step} the {'loss is' if whole else 'weights are'} not finite, so that "
-                f"update was not saved; {_last(Path(self.recipe.output))}: lower train.lr"
+                f"update was not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
             )
 
 
-def _save(recipe: Recipe, run: _Run, score: float | None) -> None:
-    learner = run.learner
-    state: dict[str, Any] = {
-        "optimizer": learner.optimizer.state_dict(),
-        "progress": asdict(run.progress),
-        "generator": torch.get_rng_state(),
-    }
-    if learner.average is not None:
-        state["average"] = learner.average.state()
-    if learner.accelerator.scaler is not None:
-        state["scaler"] = learner.accelerator.scaler.state_dict()
-    weights = trainable_weights(run.policy.unwrapped)
-    output = Path(recipe.output)
-    checkpoint.write(output, run.progress.step, weights, state, run.identity, keep=recipe.train.keep, score=score)
-
-
-def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name."""
-    return {name: p for name, p in net.named_parameters() if p.requires_grad}
-
-
 @torch.no_grad()
-def _mean_loss(recipe: Recipe, run: _Run, batches: Iterable[Any]) -> float | None:
+def _mean_loss(recipe: Recipe, run: Run, batches: Iterable[Any]) -> float | None:
     """The method's loss on these batches under fixed draws, or None where they have no pair. Lower is better."""
     total, weight = 0.0, 0.0
     bare = Policy(run.policy.family, run.policy.unwrapped, run.policy.unwrapped, run.policy.reference)
@@ -317,18 +229,3 @@ def _mean_loss(recipe: Recipe, run: _Run, batches: Iterable[Any]) -> float | Non
             total += float((step.losses * step.weights).sum())
             weight += float(step.weights.sum())
     return total / weight if weight else None
-
-
-def _export(folder: Path, run: _Run) -> None:
-    """Write the trained model (its average, if there is one) the way its library loads it, and what it was made of."""
-    if run.learner.accelerator.is_main_process:
-        parameters, average = run.policy.trainable(), run.learner.average
-        if average is not None:
-            average.swap(parameters)
-        with written(folder) as part:
-            run.policy.family.save(part, run.policy.unwrapped)
-            about = {"step": run.progress.step, "seconds": run.progress.seconds, "identity": run.identity}
-            (part / TRAINED).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        if average is not None:
-            average.swap(parameters)
-    run.learner.accelerator.wait_for_everyone()

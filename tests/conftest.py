@@ -64,6 +64,11 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_transformers_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.transformers_clip(tmp_path_factory.mktemp("models") / "transformers clip")
+
+
+@pytest.fixture(scope="session")
 def tiny_step_judge(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.step_aware(tmp_path_factory.mktemp("models") / "step judge", tiny_clip)
 

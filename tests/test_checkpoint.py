@@ -22,9 +22,9 @@ def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"layer.weight": torch.full((3, 2), value), "layer.bias": torch.arange(3.0)}
 
 
-def write(folder: Path, step: int, *, keep: int = 2, score: float | None = None, value: float = 1.0) -> Path:
+def write(folder: Path, step: int, *, value: float = 1.0, keep: int = 2, **options: Any) -> Path:
     state = {"progress": {"step": step}, "average": [torch.ones(2)], "generator": torch.get_rng_state()}
-    return checkpoint.write(folder, step, weights(value), state, MINE, keep=keep, score=score)
+    return checkpoint.write(folder, step, weights(value), state, MINE, keep=keep, **options)
 
 
 def steps(folder: Path) -> list[int]:
@@ -78,6 +78,23 @@ def test_without_scores_only_the_last_are_kept(tmp_path: Path) -> None:
         write(tmp_path, step, keep=2)
     assert steps(tmp_path) == [10, 200]
     assert checkpoint.best(tmp_path) is None
+
+
+def test_one_that_cannot_be_gone_on_from_takes_no_other_s_place(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write(tmp_path, step, keep=1)
+    last = write(tmp_path, 5, keep=1, resting=False)
+    assert steps(tmp_path) == [4, 5] and checkpoint.latest(tmp_path) == last
+    assert checkpoint.latest(tmp_path, resting=True) == tmp_path / "checkpoint-00000004"
+    write(tmp_path, 6, keep=1)
+    assert steps(tmp_path) == [6] == [int(checkpoint.latest(tmp_path, resting=True).name[-1])]  # type: ignore[union-attr]
+
+
+def test_one_that_does_not_say_whether_it_rests_does(tmp_path: Path) -> None:
+    """As those written before there were others."""
+    about = write(tmp_path, 2) / "checkpoint.json"
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "resting"}))
+    assert checkpoint.latest(tmp_path, resting=True) == about.parent
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:

@@ -119,13 +119,13 @@ def test_adapters_are_read_back_as_they_were_trained(
     from mmalign.recipe import load_recipe
 
     trained: list[torch.nn.Module] = []
-    export = training._export
+    export = training.export
 
     def exported(folder: Path, run: Any) -> None:
         trained.append(run.policy.unwrapped)
         export(folder, run)
 
-    monkeypatch.setattr(training, "_export", exported)
+    monkeypatch.setattr(training, "export", exported)
     pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
     tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
     content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
@@ -211,8 +211,8 @@ def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: 
     run("train", recipe, "--set", f"output={tmp_path / 'whole'}", "--set", "train.steps=4")
     update = training._Hook.__call__
 
-    def stopped(hook: Any, progress: Any, metrics: Any, resting: bool) -> None:
-        update(hook, progress, metrics, resting)
+    def stopped(hook: Any, progress: Any, metrics: Any) -> None:
+        update(hook, progress, metrics)
         if progress.step == 3:
             raise KeyboardInterrupt
 

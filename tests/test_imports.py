@@ -26,7 +26,7 @@ LAYERS = (
     {"encode", "encode_responses", "completions", "rejected"},
     {"methods"},
     {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint", "answers", "drawings", "kept"},
-    {"training", "output", "evaluate_images", "evaluate_responses"},
+    {"training", "training_run", "output", "evaluate_images", "evaluate_responses"},
     {"run", "quickstart", "compare", "prepare_images", "prepare_responses"},
     {"cli"},
     {"__init__", "__main__"},

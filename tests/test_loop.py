@@ -104,7 +104,8 @@ class Run:
             self.learner.average.load(snapshot["average"])
 
     def __call__(self, method: Any, batches: loop.Batches, *, steps: int, accumulate: int = 1) -> Progress:
-        def after(progress: Progress, metrics: loop.Metrics, resting: bool) -> None:
+        def after(progress: Progress, metrics: loop.Metrics) -> None:
+            resting = not progress.pending
             self.said.append((copy.copy(progress), {name: float(x) for name, x in metrics.items()}, resting))
             if resting:
                 self.snapshots.append(self.snapshot())
@@ -283,6 +284,16 @@ def test_a_checkpoint_is_offered_only_where_nothing_is_pending(start: Callable[.
     run(Regression(contrasts_of_a_batch=3), of(data([2, 2, 2, 2])), steps=6, accumulate=2)
     assert [resting for _, _, resting in run.said] == [False, False, True, False, False, True]
     assert [progress.batch for progress, _, _ in run.said] == [1, 2, 2, 3, 4, 4]
+    assert [progress.pending for progress, _, _ in run.said] == [1, 2, 0, 1, 2, 0]
+
+
+def test_a_run_that_ends_inside_a_batch_knows_it(start: Callable[..., Run]) -> None:
+    """What is pending was made with the weights before the batch: nothing goes on from there."""
+    run = start()
+    batches = of(data([2, 2]))
+    assert run(Regression(contrasts_of_a_batch=3), batches, steps=4) == Progress(4, 0, 2, pending=2)
+    with pytest.raises(AssertionError, match="cannot be made again"):
+        run(Regression(contrasts_of_a_batch=3), batches, steps=6)
 
 
 def test_several_contrasts_are_made_before_the_first_update_and_used_one_by_one(start: Callable[..., Run]) -> None:
@@ -361,20 +372,36 @@ def test_an_epoch_of_which_nothing_counts_ends_the_run(start: Callable[..., Run]
         start()(Regression(), of(data([2, 2], weights=[0.0] * 4)), steps=1, accumulate=accumulate)
 
 
-def test_many_updates_in_a_row_of_which_nothing_counts_end_the_run(
+def test_many_batches_in_a_row_of_which_nothing_counts_end_the_run(
     start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch may be long. One update between them begins the count anew; the method says what may be wrong."""
+    """An epoch may be long. A batch with one update begins the count anew; the method says what may be wrong."""
     monkeypatch.setattr(loop, "EMPTY", 3)
     full, empty = [1.0], [0.0]
     run = start()
-    with pytest.raises(ValueError, match="3 updates in a row had nothing to learn from"):
-        run(Regression(), of(data([1] * 7, weights=[*full, *empty * 2, *full, *empty * 3])), steps=9)
+    with pytest.raises(
+        ValueError,
+        match=r"3 batches in a row, up to batch 7 of epoch 0, had nothing to learn from \(3 are the limit\)$",
+    ):
+        run(Regression(), of(data([1] * 8, weights=[*full, *empty * 2, *full, *empty * 4])), steps=9)
     assert run.progress == Progress(2, 0, 7)
     method = Regression()
     method.made_nothing = "look at it"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="had nothing to learn from: look at it"):
+    with pytest.raises(ValueError, match=r"\(3 are the limit\): look at it"):
         start()(method, of(data([1] * 4, weights=empty * 4)), steps=9)
+
+
+@pytest.mark.parametrize(("contrasts", "accumulate"), [(16, 1), (16, 2), (3, 2), (1, 5)])
+def test_batches_are_counted_and_not_their_contrasts(
+    start: Callable[..., Run], contrasts: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many contrasts a batch has; nor while one that may count is in an update that is not full yet."""
+    monkeypatch.setattr(loop, "EMPTY", 4)
+    run, method = start(), Regression(contrasts_of_a_batch=contrasts)
+    run(method, of(data([1] * 12, weights=[0.0, 0.0, 0.0, 1.0] * 3)), steps=2, accumulate=accumulate)
+    assert run.progress.step == 2
+    with pytest.raises(ValueError, match="batches in a row"):
+        start()(method, of(data([1] * 12, weights=[0.0] * 12)), steps=2, accumulate=accumulate)
 
 
 def test_an_update_of_padding_alone_does_not_move_by_momentum(start: Callable[..., Run]) -> None:

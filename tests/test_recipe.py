@@ -249,6 +249,18 @@ def test_a_file_that_is_no_text_or_no_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "absent.yaml")
 
 
+def test_a_judge_is_trained_whole_and_from_two_models() -> None:
+    judge = {**LEAST, "method": {"name": "step_preference"}, "model": {"path": "a", "denoiser": "b"}}
+    assert load_recipe(judge, ["model.lora={}", "model.revision=null"]) == load_recipe(judge)
+    assert slip("model.lora.rank=4", of=judge) == (
+        "recipe: model: lora means nothing to a judge that learns to know noisy images, which is trained whole; leave "
+        "it out"
+    )
+    assert "revision: 'main' would be of either of two models, path and denoiser; leave it out, and name a" in slip(
+        "model.revision=main", of=judge
+    )
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().train.lr = 1.0

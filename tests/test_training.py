@@ -140,17 +140,80 @@ def test_a_judge_learns_to_tell_the_pairs_apart(tiny_sd15: Path, tiny_clip: Path
 def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
     tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an epoch, or before its end after many updates without a pair; nothing is saved."""
+    """After an epoch, or before its end after many batches without a pair; nothing is saved."""
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "judge": {"path": str(tiny_clip)}}
     content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method)
     with pytest.raises(ValueError, match=r"epoch 0 has nothing to learn from.*: the judge was sure of no pair; lower"):
         train(load_recipe(content), say=quiet)
     monkeypatch.setattr("mmalign.loop.EMPTY", 3)
     with pytest.raises(
-        ValueError, match=r"3 updates in a row had nothing to learn from: the judge was sure of no pair"
+        ValueError, match=r"3 batches in a row, .* had nothing to learn from .*: the judge was sure of no"
     ):
         train(load_recipe(content), say=quiet)
     assert checkpoint.latest(tmp_path / "out") is None
+
+
+@pytest.fixture
+def steps_of_spo(tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe of SPO whose batches are four updates each."""
+    judge = {"name": "step_aware", "path": str(tiny_step_judge)}
+    method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "judge": judge}
+    options = {"save_every": 2, "keep": 1, "ema": 0.9}
+    return tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
+
+
+def saved(output: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+
+
+def test_a_run_that_ends_inside_a_batch_is_done(steps_of_spo: dict[str, Any], tmp_path: Path) -> None:
+    """Its last checkpoint is written, and the same command again trains nothing; the one to go on from is kept."""
+    run(steps_of_spo, "train.steps=6")
+    assert saved(tmp_path / "out") == [4, 6]
+    model = tmp_path / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before, said = load_file(model), list[str]()
+    again = train(load_recipe(steps_of_spo, ["train.steps=6"]), say=said.append)
+    assert again.verdict == "all updates were done already: nothing was trained" and again.history == []
+    assert said[0] == "going on from checkpoint-00000006"
+    assert_same(before, load_file(model))
+
+
+@pytest.mark.parametrize(("first", "then"), [(3, 4), (3, 6), (6, 7), (6, 9), (8, 9)])
+def test_a_run_that_ended_inside_a_batch_made_longer_equals_never_ending(
+    first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path
+) -> None:
+    """Bit for bit: what it had made of its last batch is thrown away."""
+    run(steps_of_spo, f"train.steps={first}")
+    longer, said = load_recipe(steps_of_spo, [f"train.steps={then}"]), list[str]()
+    train(longer, say=said.append)
+    again = {3: "it is done again", 6: "what comes after checkpoint-00000004 is done again", 8: ""}[first]
+    assert again in said[0] and (said[1] if first == 6 else said[0]) != "going on from checkpoint-00000006"
+    whole = run({**steps_of_spo, "output": str(tmp_path / "whole")}, f"train.steps={then}")
+    assert_same(whole, load_file(tmp_path / "out" / f"checkpoint-{then:08d}" / "model.safetensors"))
+
+
+def test_weights_that_an_update_inside_a_batch_breaks_are_not_left(
+    steps_of_spo: dict[str, Any], tmp_path: Path
+) -> None:
+    """The last update overflows, and no loss is computed after it that could tell."""
+    with pytest.raises(checkpoint.CheckpointError, match="after update 1 the weights are not finite"):
+        run(steps_of_spo, "train.steps=1", "train.lr=1e39", "train.ema=null")
+    assert saved(tmp_path / "out") == [] and not (tmp_path / "out" / "model").exists()
+
+
+def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight updates are two batches, each of which is saved after."""
+    from mmalign.methods import spo
+
+    made, contrasts = list[int](), spo.contrasts
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return contrasts(*args)
+
+    monkeypatch.setattr(spo, "contrasts", counted)
+    run(steps_of_spo, "train.steps=8")
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
@@ -159,6 +222,15 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
         ("method.judge.path=models/no_judge", "method.judge.path: there is no file or folder 'models/no_judge'"),
         ("method.judge.name=stepaware", "judge: there is no 'stepaware'"),
         ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
+        (
+            "data.flip=true",
+            "data.flip: means nothing here: method.name: spo draws its own images, and takes prompts al",
+        ),
+        ("data.workers=2", r"data.workers: .* from the pairs of data.path; leave workers out"),
+        ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),
+        ("data={format: prompts, path: a.txt, columns: {a: b}}", "data.columns: means nothing here"),
+        ("data={format: prompts, path: a.txt, crop: random, max_bad: 1}", "; leave max_bad and crop out"),
+        ("data.group_by=caption", "data.group_by: means nothing here"),
     ],
 )
 def test_what_spo_needs_is_looked_for_before_a_model_is_loaded(
@@ -215,6 +287,7 @@ def test_every_shipped_recipe_takes_two_steps(
     tiny_sdxl: Path,
     flow_folders: Callable[[str], Path],
     tiny_clip: Path,
+    tiny_transformers_clip: Path,
     tiny_step_judge: Path,
     vlm_folders: Callable[[str], Path],
     pairs: Path,
@@ -235,8 +308,8 @@ def test_every_shipped_recipe_takes_two_steps(
             judges = [f"method.judge.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
         elif method.name == "step_preference":
             judges = ["model.denoiser=" + str(model)]
-            judges += [f"method.judge.path={tiny_clip}"] if method.judge is not None else []
-            model = tiny_clip
+            model = tiny_transformers_clip if "PickScore" in load_recipe(path).model.path else tiny_clip
+            judges += [f"method.judge.path={model}"] if method.judge is not None else []
     overrides = [
         f"model.path={model}",
         *sizes,

@@ -21,7 +21,16 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 CONTEXT = 16
 SIDE = 16  # pixels; the autoencoder halves them
@@ -137,6 +146,22 @@ def clip(folder: Path, seed: int = 0) -> Path:
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def transformers_clip(folder: Path, seed: int = 0, activation: str = "gelu") -> Path:
+    """A random CLIPModel and its processor, as transformers has them on the Hub."""
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**tower, "image_size": SIDE, "patch_size": 8, "hidden_act": activation}
+    words = tokenizer()
+    text = {**tower, "vocab_size": len(words), "max_position_embeddings": CONTEXT, "hidden_act": activation}
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": words.eos_token_id}
+    torch.manual_seed(seed)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    for weight in model.parameters():  # biases and scales too, which begin alike
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(size=SIDE, crop_size=SIDE), words).save_pretrained(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ B rows, C, H, W a latent's channels, height and width; S steps. All arithmetic i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule, posterior_std
+from mmalign.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,15 @@ def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: T
 def timestep(schedule: Schedule, t: Tensor) -> Tensor:
     """Times [B] in the unit of DDPM's timesteps, 0 to T - 1 or to T, which a judge of noisy images is told."""
     return t * schedule.num_timesteps if isinstance(schedule, Flow) else t
+
+
+def any_time(schedule: Schedule, rows: Sequence[int], draws: Draws) -> Tensor:
+    """A time for every row [B], uniform over all there are: for what is asked at each of them on the way to an image.
+
+    DDPM's networks learn at such times; those of flow matching mostly at middling ones, and hardly at nearly clean
+    images (`Flow.draw_time`), where a way to an image ends.
+    """
+    return draws.uniform(rows, (), "time") if isinstance(schedule, Flow) else schedule.draw_time(rows, draws)
 
 
 def _ddim(schedule: Diffusion, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:

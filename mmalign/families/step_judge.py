@@ -95,7 +95,7 @@ class StepJudge:
 
 
 def load(path: str, denoiser: TextToImage, loading: Loading) -> StepJudge:
-    """A judge to train: a step-aware one to go on with, or an open_clip model, as which it begins.
+    """A judge to train: a step-aware one to go on with, or a CLIP of open_clip or transformers, as which it begins.
 
     Raises:
         ValueError: it is neither, or its vision tower cannot be told the time.

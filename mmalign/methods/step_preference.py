@@ -1,9 +1,12 @@
 """SPO's step-aware judge (arXiv:2406.04314): which of two images is preferred, seen through noise?
 
-    t ~ U{0, ..., T - 1},  eps ~ N(0, 1)                     one of each for both images of a pair
+    t ~ U{0, ..., T - 1},  eps ~ N(0, 1)        one of each for both images of a pair; of flow matching t ~ U[0, 1)
     image = decode(x_0 predicted from add_noise(x_0, eps, t))    by a frozen model, under guidance
     score = judge(image, prompt, t)
     loss = -log softmax(scores)[chosen]                      of a tie the mean over both, less ln 2
+
+SPO asks the judge at every time of a way to an image, so it learns at all of them alike. This is not how networks of
+flow matching learn, whose times are drawn from another law (`diffusion.steps.any_time`).
 
 What learns is the judge, which begins as a judge of clean images; both its towers do. The release resizes images on the
 GPU, by bicubic interpolation without antialiasing; here they go through the judge's own preprocessing. It also divides
@@ -25,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mmalign import losses
-from mmalign.diffusion.steps import timestep
+from mmalign.diffusion.steps import any_time, timestep
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families.latents import repeat_rows, to_pil
@@ -78,6 +81,7 @@ def predicted(
 ) -> tuple[Tensor, Tensor]:
     """Images [2B, 3, H, W] predicted from noisy ones, and their timesteps [2B]; at given times [B], or drawn ones."""
     painter = family.denoiser
+    t = any_time(painter.schedule, batch.rows, draws) if t is None else t
     view = noised(painter, batch, 0.0, draws, t=t)
     empty = painter.condition(repeat_rows(batch.unconditional, len(view.t)), batch.sizes)
     answer = predict_guided(painter, painter.network, view.x_t, view.t, view.cond, empty, guidance)

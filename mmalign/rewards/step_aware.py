@@ -1,4 +1,4 @@
-"""A judge that knows noisy images: an open_clip model whose vision tower is told the timestep (arXiv:2406.04314).
+"""A judge that knows noisy images: a CLIP whose vision tower is told the timestep (arXiv:2406.04314).
 
 SPO compares images that are predicted from x_t, blurred and wrong in ways that depend on t; a judge of clean images
 sees in them what it never learned. Here every block of the vision tower is steered by the timestep, as a DiT's is
@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmalign.rewards import transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
 from mmalign.share import resolve_model
 
@@ -196,16 +197,22 @@ def load(path: str, device: torch.device, cfg: Config) -> StepAware:
 
 
 def begin(path: str) -> Parts:
-    """What a judge is trained from: a step-aware judge's folder, or an open_clip model, whose scores it then has.
+    """What a judge is trained from: a step-aware judge's folder, or a CLIP, whose scores it then has.
+
+    That is a model of open_clip, or of transformers where the folder or Hub id has no configuration of open_clip's.
 
     Raises:
-        ValueError: it is neither, or the model's vision tower cannot be told the timestep.
+        ValueError: it is none of these, or the model's vision tower cannot be told the timestep.
     """
-    found = Path(resolve_model(path))
-    if (found / WEIGHTS).is_file():
+    found = resolve_model(path)
+    if (Path(found) / WEIGHTS).is_file():
         return read(path)
-    clip, preprocess, tokenize = load_parts(path)
-    config = json.loads(_config_file(str(found)).read_text(encoding="utf-8"))
+    about = _config_file(found)
+    if about is None:
+        clip, preprocess, tokenize, config = _of_transformers(path)
+    else:
+        clip, preprocess, tokenize = load_parts(path)
+        config = json.loads(about.read_text(encoding="utf-8"))
     return Parts(_conditioned(path, clip), preprocess, tokenize, config)
 
 
@@ -256,12 +263,24 @@ def _conditioned(path: str, clip: Any) -> TimeConditioned:
         raise ValueError(f"judge step_aware: {path}: {error}") from None
 
 
-def _config_file(found: str) -> Path:
-    if Path(found).is_dir():
-        return Path(found) / CONFIG
-    from huggingface_hub import hf_hub_download
+def _of_transformers(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, dict[str, Any]]:
+    try:
+        return transformers_clip.load_parts(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; a model of open_clip would have {CONFIG}, a step-aware judge {WEIGHTS}") from error
 
-    return Path(hf_hub_download(found, CONFIG))
+
+def _config_file(found: str) -> Path | None:
+    """open_clip's configuration of a model, in a folder or from the Hub; None if there is none."""
+    if Path(found).is_dir():
+        return Path(found) / CONFIG if (Path(found) / CONFIG).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(found, CONFIG))
+    except EntryNotFoundError:
+        return None
 
 
 def save(parts: Parts, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmalign.sections._section import Section
 
@@ -41,11 +41,24 @@ class ImageModel(Model):
 class JudgeModel(Model):
     """A judge that learns to know noisy images, and the model that shows it some."""
 
-    path: str = Field(description="an open_clip model, as which it begins, or a step-aware judge: a folder or a Hub id")
+    path: str = Field(description="a CLIP, as which it begins, or a step-aware judge: a folder or a Hub id")
     denoiser: str = Field(description="a diffusers pipeline, which stays frozen: a folder or a Hub id")
     tune: Literal["full"] = "full"
     vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _takes(self) -> JudgeModel:
+        if self.lora != Lora():
+            raise ValueError(
+                "lora means nothing to a judge that learns to know noisy images, which is trained whole; leave it out"
+            )
+        if self.revision is not None:
+            raise ValueError(
+                f"revision: {self.revision!r} would be of either of two models, path and denoiser; leave it out, and "
+                "name a folder where you mean another revision than a model's last"
+            )
+        return self
 
 
 class Data(Section):

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule
-from mmalign.diffusion.steps import Gaussian, grid, step, timestep
+from mmalign.diffusion.steps import Gaussian, any_time, grid, step, timestep
 from mmalign.draws import Draws
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "spo.json").read_text())
@@ -142,6 +142,17 @@ def test_a_step_keeps_the_process_s_marginals(schedule: Schedule) -> None:
 def test_times_for_a_judge_are_in_steps_of_a_thousand() -> None:
     assert timestep(Flow(), torch.tensor([0.25])).item() == 250
     assert timestep(diffusion(), torch.tensor([751])).item() == 751
+
+
+@pytest.mark.parametrize("schedule", [diffusion(), Flow(), Flow(shift=3.0)], ids=["ddpm", "flow", "shifted"])
+def test_any_time_is_as_likely_as_any_other(schedule: Schedule) -> None:
+    """4000 draws: the largest distance from the uniform law is above 0.031 in one of a thousand cases (Kolmogorov)."""
+    drawn = timestep(schedule, any_time(schedule, range(4000), Draws(seed=1))).double().sort().values / 1000
+    steps = torch.arange(1, 4001) / 4000
+    assert (drawn - steps).abs().max() < 0.031
+    assert drawn.min() >= 0 and drawn.max() < 1
+    alone = any_time(schedule, [17], Draws(seed=1))
+    assert torch.equal(alone[0], any_time(schedule, range(20), Draws(seed=1))[17])
 
 
 def test_what_has_no_step_is_refused() -> None:

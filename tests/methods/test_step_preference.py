@@ -81,6 +81,16 @@ def test_both_images_are_predicted_from_one_noise_at_one_time_under_guidance(fam
     assert (contrast.pixels - expected).abs().mean() < 1e-3
 
 
+def test_a_flow_s_judge_learns_at_all_times_alike(tiny_sd3: Path, tiny_clip: Path) -> None:
+    """Uniform, and not where the denoiser learned, which is shifted towards noise and hardly near the image."""
+    flow = step_judge.load(str(tiny_clip), load_family(str(tiny_sd3), CPU), CPU)
+    batch = pairs(flow)
+    images, t = step_preference.predicted(flow, batch, 1.0, DRAWS)
+    assert torch.equal(t, 1000 * DRAWS.uniform(ROWS, (), "time").repeat(2))
+    assert not torch.equal(t[:3], 1000 * flow.denoiser.schedule.draw_time(ROWS, DRAWS))
+    assert images.shape == (6, 3, 16, 16)
+
+
 def test_the_loss_is_the_judge_s_own_preference_at_the_beginning(sd: StepJudge, tiny_clip: Path) -> None:
     """-log softmax of the clean judge's scores of the predicted images, and a gradient for what tells the time."""
     policy, batch = learning(sd), pairs(sd)

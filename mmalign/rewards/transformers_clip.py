@@ -1,0 +1,176 @@
+"""A CLIP in transformers' format as a judge, such as PickScore (arXiv:2305.01569): the scaled cosine, as open_clip's.
+
+The weights go into open_clip's network of the same shape, which then is a judge like any of open_clip's, and can be
+told the timestep (`step_aware`). A folder without a tokenizer or without a preprocessor has CLIP's own, as PickScore's
+card has it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mmalign.rewards.open_clip import OpenClip, TextFeatures
+from mmalign.share import resolve_model
+
+VOCABULARY = 49_408  # tokens of CLIP's own tokenizer
+TOKENIZER = ("tokenizer.json", "vocab.json")  # either file makes one
+INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+QUICK = {"gelu": False, "quick_gelu": True}
+NAMES = (  # a pattern of transformers' names, and what it is in open_clip's
+    (r"^(text|vision)_model\.encoder\.layers", r"\1.transformer.resblocks"),
+    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"^(text|vision)_model\.embeddings\.position_embedding\.weight", r"\1.positional_embedding"),
+    (r"^vision_model\.embeddings\.class_embedding", "vision.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding", "vision.conv1"),
+    (r"^vision_model\.pre_layrnorm", "vision.ln_pre"),
+    (r"^vision_model\.post_layernorm", "vision.ln_post"),
+    (r"^text_model\.final_layer_norm", "ln_final"),
+    (r"^visual_projection\.weight", "vision.proj"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.", ".attn."),
+    (r"^text\.", ""),  # open_clip's text tower is the model itself
+    (r"^vision\.", "visual."),
+)
+
+
+class Config(BaseModel):
+    """Options of the judge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: PositiveInt = 64
+    """Images that go through the network at once."""
+
+
+def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
+    """The model in a folder as CLIPModel and its processor save it, or on the Hub.
+
+    Raises:
+        ValueError: there is no such model, its weights are missing, or it is no CLIP.
+    """
+    model, preprocess, tokenize, _ = load_parts(path)
+    model = model.eval().requires_grad_(False).to(device)
+    return OpenClip(model, preprocess, TextFeatures(model, tokenize, device), device, cfg.batch_size)
+
+
+def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, dict[str, Any]]:
+    """open_clip's network with these weights, on the CPU in float32; preprocessing, tokenizer, and open_clip's config.
+
+    Raises:
+        ValueError: there is no such model, its weights are missing, or it is no CLIP.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from transformers import CLIPConfig, CLIPModel
+
+    found = resolve_model(path)
+    try:
+        config = CLIPConfig.from_pretrained(found)
+        theirs, missing = CLIPModel.from_pretrained(found, dtype=torch.float32, output_loading_info=True)
+        folder = _small_files(found)
+        tokenize = _tokenizer(folder, config)
+        about = {"model_cfg": _network(config, tokenize), "preprocess_cfg": _preprocessing(folder)}
+        if missing["missing_keys"] or missing["mismatched_keys"]:
+            raise ValueError(f"weights are missing, such as {sorted(map(str, missing['missing_keys']))[:1]}")
+        model = open_clip.CLIP(**copy.deepcopy(about["model_cfg"]))
+        model.load_state_dict(renamed(theirs.state_dict()))
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"judge transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder"
+            " with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
+        ) from error
+    return model, image_transform_v2(PreprocessCfg(**about["preprocess_cfg"]), is_train=False), tokenize, about
+
+
+def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a CLIPModel under open_clip's names: projections turned, and queries, keys and values in one."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        ours = name
+        for pattern, by in NAMES:
+            ours = re.sub(pattern, by, ours)
+        found[ours] = weight.T.contiguous() if name.endswith("_projection.weight") else weight
+    for name in [name for name in found if ".attn.q_proj." in name]:
+        parts = [found.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return found
+
+
+def _small_files(found: str) -> Path:
+    """The folder of a model, or on the Hub that of its configurations and of its tokenizer."""
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(found, allow_patterns=["*.json", "*.txt"]))
+
+
+def _tokenizer(folder: Path, config: Any) -> Any:
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    length, words = config.text_config.max_position_embeddings, config.text_config.vocab_size
+    if any((folder / name).is_file() for name in TOKENIZER):
+        return HFTokenizer(str(folder), context_length=length)
+    if words != VOCABULARY:
+        raise ValueError(f"it has no tokenizer, and {words} tokens, where CLIP's own has {VOCABULARY}")
+    return SimpleTokenizer(context_length=length)
+
+
+def _network(config: Any, tokenize: Any) -> dict[str, Any]:
+    """open_clip's configuration of a network of the same shape."""
+    vision, text = config.vision_config, config.text_config
+    if vision.hidden_act not in QUICK or text.hidden_act != vision.hidden_act:
+        raise ValueError(f"its activations are {vision.hidden_act} and {text.hidden_act}; expected gelu or quick_gelu")
+    if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 is what old configurations say, whatever it is
+        raise ValueError(f"the end of a text is token {text.eos_token_id}; expected the last, {text.vocab_size - 1}")
+    towers: list[dict[str, Any]] = [
+        {"width": of.hidden_size, "layers": of.num_hidden_layers, "mlp_ratio": of.intermediate_size / of.hidden_size}
+        | {"norm_kwargs": {"eps": of.layer_norm_eps}}
+        for of in (vision, text)
+    ]
+    towers[0] |= {"head_width": vision.hidden_size // vision.num_attention_heads}
+    towers[0] |= {"patch_size": vision.patch_size, "image_size": vision.image_size}
+    towers[1] |= {"heads": text.num_attention_heads, "context_length": text.max_position_embeddings}
+    towers[1] |= {"vocab_size": text.vocab_size}
+    if hasattr(tokenize, "save_pretrained"):  # open_clip's own has no name
+        towers[1] |= {"hf_tokenizer_name": "its own"}
+    return {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": QUICK[vision.hidden_act],
+        "vision_cfg": towers[0],
+        "text_cfg": towers[1],
+    }
+
+
+def _preprocessing(folder: Path) -> dict[str, Any]:
+    """open_clip's configuration of what the folder's image processor does; without one, of what CLIP's does."""
+    from transformers import CLIPImageProcessor
+
+    there = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    own = CLIPImageProcessor.from_pretrained(folder) if there else CLIPImageProcessor()
+    side, crop = own.size.get("shortest_edge"), own.crop_size["height"]
+    if side != crop or not own.do_center_crop or own.resample not in INTERPOLATION:
+        raise ValueError(
+            f"its images are resized to {dict(own.size)} and cropped to {dict(own.crop_size)}; expected squares of the "
+            "whole of the shorter side"
+        )
+    return {
+        "size": side,
+        "mean": list(own.image_mean),
+        "std": list(own.image_std),
+        "interpolation": INTERPOLATION[own.resample],
+        "resize_mode": "shortest",
+    }

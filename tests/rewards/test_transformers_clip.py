@@ -1,0 +1,131 @@
+"""The judge of transformers' CLIPs on a tiny random one, against the library's own model and processor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from mmalign.rewards import load_judge, step_aware
+from mmalign.rewards.transformers_clip import load_parts
+
+PROMPTS = ["a red circle", "two blue stars", "a red circle", "", "word " * 40]
+TIMES = torch.tensor([0, 301, 301, 951, 1])
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    torch.manual_seed(1)
+    sizes = [(16, 16), (40, 24), (16, 48), (64, 64), (20, 16)]
+    return [Image.fromarray(torch.randint(256, (h, w, 3), dtype=torch.uint8).numpy()) for w, h in sizes]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_it_scores_as_the_library_s_own_model_does(activation: str, tmp_path: Path, images: list[Image.Image]) -> None:
+    """The same pixels and tokens: float32 rounding. From images: the library resizes tensors, open_clip by Pillow."""
+    folder = tiny.transformers_clip(tmp_path / "clip", activation=activation)
+    theirs, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    words = {"padding": True, "truncation": True, "max_length": tiny.CONTEXT}
+    inputs = processor(text=PROMPTS, images=images, return_tensors="pt", **words)
+    with torch.no_grad():
+        expected = theirs(**inputs).logits_per_image.diag()
+        model, preprocess, tokenize, _ = load_parts(str(folder))
+        image = model.eval().encode_image(inputs["pixel_values"], normalize=True)
+        text = model.encode_text(tokenize(PROMPTS), normalize=True)
+        torch.testing.assert_close(model.logit_scale.exp() * (image * text).sum(-1), expected, rtol=1e-5, atol=1e-5)
+    found = load_judge("transformers_clip", str(folder))(images, PROMPTS)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.std()))
+    pixels = torch.stack([preprocess(image) for image in images])
+    # Images that need no resizing are the same pixels; of the others a pixel may round by 2 of 255, over a std of 0.26.
+    torch.testing.assert_close(pixels[0], inputs["pixel_values"][0])
+    torch.testing.assert_close(pixels, inputs["pixel_values"], rtol=0, atol=2.1 / 255 / 0.26)
+
+
+def test_a_score_does_not_depend_on_its_company(tiny_transformers_clip: Path, images: list[Image.Image]) -> None:
+    judge = load_judge("transformers_clip", str(tiny_transformers_clip), batch_size=2)
+    together = judge(images, PROMPTS)
+    alone = torch.cat([judge([image], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_aware_judge_begins_as_it(
+    tiny_transformers_clip: Path, tmp_path: Path, images: list[Image.Image]
+) -> None:
+    """At every time, also once it is saved: with the tokenizer and the preprocessing that it came with."""
+    step_aware.save(step_aware.begin(str(tiny_transformers_clip)), tmp_path / "begun")
+    clean = load_judge("transformers_clip", str(tiny_transformers_clip))(images, PROMPTS)
+    assert torch.equal(load_judge("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
+
+
+def test_without_its_own_it_has_clip_s_tokenizer_and_preprocessing(tmp_path: Path, images: list[Image.Image]) -> None:
+    """As PickScore's card has it, of which only the weights count."""
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    from transformers import CLIPConfig
+
+    text, vision = {**tower, "eos_token_id": 49_407}, {**tower, "patch_size": 56}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "a")
+    _, preprocess, tokenize, about = load_parts(str(tmp_path / "a"))
+    assert tokenize("a cat").tolist()[0][:5] == [49406, 320, 2368, 49407, 0]
+    assert preprocess(images[1]).shape == (3, 224, 224)
+    assert about["preprocess_cfg"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
+    step_aware.save(step_aware.begin(str(tmp_path / "a")), tmp_path / "begun")
+    clean = load_judge("transformers_clip", str(tmp_path / "a"))(images, PROMPTS)
+    assert torch.equal(load_judge("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
+
+
+def test_a_preprocessor_s_own_file_is_read_as_older_versions_wrote_it(
+    tiny_transformers_clip: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(tiny_transformers_clip, folder)
+    (folder / "processor_config.json").unlink()
+    own = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 16, "crop_size": 16, "resample": 2}
+    own |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_center_crop": True, "do_resize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    about = load_parts(str(folder))[-1]["preprocess_cfg"]
+    assert (about["size"], about["mean"], about["std"]) == (16, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert about["interpolation"] == "bilinear" and about["resize_mode"] == "shortest"
+
+
+def spoilt(folder: Path, to: Path, name: str, **changed: object) -> Path:
+    shutil.copytree(folder, to)
+    config = json.loads((to / name).read_text())
+    (to / name).write_text(json.dumps({**config, **changed}))
+    return to
+
+
+def test_what_is_no_such_model_is_refused_in_a_sentence(
+    tiny_transformers_clip: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    ours = tiny_transformers_clip
+    config = json.loads((ours / "config.json").read_text())
+    deeper = spoilt(
+        ours, tmp_path / "a", "config.json", vision_config={**config["vision_config"], "num_hidden_layers": 3}
+    )
+    relu = {name: {**config[name], "hidden_act": "relu"} for name in ("text_config", "vision_config")}
+    squashed = {"image_processor_type": "CLIPImageProcessor", "size": 20, "crop_size": 16}
+    bare = spoilt(ours, tmp_path / "d", "config.json")
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (bare / file).unlink(missing_ok=True)
+    (tmp_path / "e").mkdir()
+    cases = {
+        deeper: "weights are missing, such as ['vision_model.encoder.layers.2",
+        spoilt(ours, tmp_path / "b", "config.json", **relu): "its activations are relu and relu",
+        spoilt(
+            ours, tmp_path / "c", "processor_config.json", image_processor=squashed
+        ): "expected squares of the whole",
+        bare: "it has no tokenizer, and 74 tokens, where CLIP's own has 49408",
+        tiny_clip: "cannot load",
+        tmp_path / "e": "cannot load",
+    }
+    for folder, sentence in cases.items():
+        with pytest.raises(ValueError) as raised:
+            load_judge("transformers_clip", str(folder))
+        assert sentence in str(raised.value) and "expected a folder with a CLIPModel" in str(raised.value)
