@@ -44,5 +44,5 @@ def pictures(family: TextToImage, latents: Tensor) -> Tensor:
     """
     first = family.decode(latents[:1])
     at_once = min(8, max(1, 2**20 // (first.shape[-2] * first.shape[-1])))
-    rest: tuple[Tensor, ...] = torch.split(latents[1:], at_once)  # type: ignore[no-untyped-call]
+    rest: tuple[Tensor, ...] = torch.split(latents[1:], at_once)
     return torch.cat([first, *(family.decode(some) for some in rest if len(some))])
