@@ -221,3 +221,15 @@ def test_shipped_pairs_are_pictures_of_the_models_size_with_one_better_side() ->
         assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
         sizes = {Image.open(io.BytesIO(row[picture])).size for picture in ("jpg_0", "jpg_1")}
         assert sizes == {(side, side)} and row["jpg_0"] != row["jpg_1"]
+
+
+def test_shipped_couples_say_two_things_and_ask_for_no_prompt_that_measures() -> None:
+    recipe = load_recipe("configs/text_to_image/instruct_engine_tiny_sd.yaml")
+    rows = pq.read_table(resolve(recipe.data.path)).to_pylist()
+    captions = {row[key] for row in rows for key in ("caption", "rejected_caption")}
+    assert len(rows) >= 100 and all(row["caption"] != row["rejected_caption"] for row in rows)
+    assert all(scenes.split_of(scenes.parse(caption)) == "train" for caption in captions)
+    for row in rows:
+        assert {row["label_0"], row["label_1"]} == {0.0, 1.0} and row["jpg_0"] != row["jpg_1"]
+        sizes = {Image.open(io.BytesIO(row[picture])).size for picture in ("jpg_0", "jpg_1")}
+        assert sizes == {(recipe.data.resolution, recipe.data.resolution)}
