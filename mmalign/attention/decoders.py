@@ -88,10 +88,10 @@ def why_not_packed(decoder: Any, longest: int) -> str:
     return ""
 
 
-def head_sizes(decoder: nn.Module) -> set[int]:
+def head_sizes(decoder: nn.Module) -> frozenset[int]:
     """Numbers of a head, of all layers that say so."""
     sizes = (getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "q_proj"))
-    return {size for size in sizes if isinstance(size, int)}
+    return frozenset(size for size in sizes if isinstance(size, int))
 
 
 def _register(executor: str) -> str:
