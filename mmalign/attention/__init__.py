@@ -22,6 +22,9 @@ and through a decoder of transformers, which `decoders.use(decoder, "sdpa" | "xf
                      **decoders.of(forest, decoder)).last_hidden_state         # [1, L, D]
 
 unless `decoders.why_not_packed(decoder, forest.longest)` says that this decoder cannot take such rows.
+For other positions than those, such as in rows and columns, join the ones that the model gives to each row apart.
+tests/attention/test_models.py does all of it with whole models and their images.
+
 `Tree(..., both_ways=True)` lets the prefix's tokens see one another in both directions (PaliGemma).
 """
 

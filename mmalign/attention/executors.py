@@ -10,7 +10,8 @@ key, or else numbers that are added to the logits. `causal` is for M = N, withou
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +42,16 @@ def xformers(
     from xformers.ops import LowerTriangularMask, fmha, memory_efficient_attention
 
     q, k, v = _in_one_dtype(q, k, v)
-    k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
     ordered = (fmha.cutlass.FwOp, fmha.cutlass.BwOp) if torch.are_deterministic_algorithms_enabled() else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+        k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
+        out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale, op=ordered)
+        return out
+
     if isinstance(mask, Forest):
-
-        def run(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out: Tensor = memory_efficient_attention(q, k, v, attn_bias=group.bias, scale=scale, op=ordered)
-            return out
-
-        return by_groups(run, q, k, v, mask)
-    bias = LowerTriangularMask() if causal else None if mask is None else _added(mask, q, k)
-    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale, op=ordered)
-    return out
+        return by_groups(lambda group, *qkv: run(*qkv, group.bias), q, k, v, mask)
+    return run(q, k, v, LowerTriangularMask() if causal else None if mask is None else _added(mask, q, k))
 
 
 def sdpa(
@@ -97,11 +96,9 @@ def dense(
 EXECUTORS: dict[str, Executor] = {"xformers": xformers, "sdpa": sdpa, "dense": dense}
 
 
-class _Run(Protocol):
-    def __call__(self, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
-
-
-def by_groups(run: _Run, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+def by_groups(
+    run: Callable[[Group, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, forest: Forest
+) -> Tensor:
     """A forest's attention by calls that run all blocks of a kind: each with its queries and keys side by side."""
     _check_row(q, forest)
     groups = forest.groups(q.device)
