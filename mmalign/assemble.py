@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mmalign import families, methods
+from mmalign.attention import choice
 from mmalign.data import prompts, responses, sources
 from mmalign.families import Family, Loading, Sampling, step_judge
 from mmalign.optim import build_optimizer
@@ -57,6 +58,8 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
     if recipe.train.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
         _check_training(recipe.train)
         least = getattr(methods.find(recipe.method.name), "least_pairs", 1)
@@ -258,8 +261,33 @@ def make_folder(key: str, folder: Path) -> Path:
     return folder
 
 
-def load_model(model: Model, precision: str, device: torch.device) -> Any:
-    """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says."""
+def load_model(
+    model: Model,
+    precision: str,
+    device: torch.device,
+    *,
+    attention: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> Any:
+    """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
+
+    Args:
+        model: which one.
+        precision: of its computations.
+        device: where it goes.
+        attention: what computes it, see `train.attention`.
+        say: hears what does, and why.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its attention not be computed as wanted.
+    """
+    choice.check(attention, device, DTYPES[precision])
+    family = _load(model, precision, device)
+    say(str(family.use_attention(attention)))
+    return family
+
+
+def _load(model: Model, precision: str, device: torch.device) -> Any:
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
     loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)

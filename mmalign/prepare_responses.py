@@ -174,13 +174,13 @@ def _work(
         return _povid(settings, pairs, draws, writer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(settings, Decoding):
-        speaker, of = _speaker(recipe, device, draws)
+        speaker, of = _speaker(recipe, device, draws, say)
         how = families.Decoding(**settings.model_dump())
         return Work(Own(speaker, how), of)
     # Before a model of gigabytes: what may be missing.
     similarity = _similarity(f"prepare.{section.kind}.similarity", settings, say)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
-    speaker, of = _speaker(recipe, device, draws)
+    speaker, of = _speaker(recipe, device, draws, say)
     of["similarity by"] = similarity.name
     if not isinstance(settings, PrepareRealign):
         require_hiding(speaker.family)
@@ -198,9 +198,12 @@ def _work(
     return Work(misled, {**of, "masker": _named(settings.masker, writer)})
 
 
-def _speaker(recipe: Recipe, device: torch.device, draws: Draws) -> tuple[Speaker, dict[str, str]]:
+def _speaker(recipe: Recipe, device: torch.device, draws: Draws, say: Say) -> tuple[Speaker, dict[str, str]]:
     """The recipe's model, and which one it is."""
-    family: VisionLanguage = assemble.load_model(recipe.model, recipe.train.precision, device)
+    options = recipe.train
+    family: VisionLanguage = assemble.load_model(
+        recipe.model, options.precision, device, attention=options.attention, say=say
+    )
     of = {
         "model": recipe.model.path,
         "fingerprint": assemble.fingerprint(family.network),

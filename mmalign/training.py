@@ -70,7 +70,9 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
+    family = assemble.load_model(
+        recipe.model, options.precision, accelerator.device, attention=options.attention, say=tell
+    )
     identity = identify(recipe, family)
     saved = last_checkpoint(recipe, identity, tell)
     run, folder = begin(recipe, family, identity, saved, accelerator, tell), output / "model"

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmalign.attention.choice import Choice
 from mmalign.data.pairs import Turn
 from mmalign.diffusion.noise import Schedule
 from mmalign.draws import Draws
@@ -102,6 +103,15 @@ class Family(Protocol):
 
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass, instead of keeping them."""
+
+    def use_attention(self, wanted: str) -> Choice:
+        """Have the network's attention computed as wanted, "auto", "xformers" or "sdpa"; what was chosen, and why.
+
+        `frozen_copy` and `load_trained` give networks that do as it does.
+
+        Raises:
+            ValueError: xformers is wanted, and cannot serve.
+        """
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write what the model's own library loads: adapters where the network has them, else the whole model."""

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmalign.attention import denoisers
+from mmalign.attention.choice import Choice, choose
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families import Conditioning, Loading, Moments, Sampling
@@ -131,6 +133,15 @@ class LatentModel(ABC):
         """See Family."""
         net: Any = self.network
         net.enable_gradient_checkpointing()
+
+    def use_attention(self, wanted: str) -> Choice:
+        """See Family. The denoiser's; with sdpa it stays as diffusers made it."""
+        dtype = self.loading.half or torch.float32
+        sizes = denoisers.head_sizes(self.network) if wanted != "sdpa" else frozenset()
+        choice = choose(wanted, self.loading.device, dtype, sizes)
+        if choice.executor != "sdpa":
+            denoisers.use(self.network, choice.executor)
+        return choice
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """As diffusers loads it: LoRA weights where the network has adapters, else a whole pipeline folder."""
@@ -371,6 +382,8 @@ def load_trained(base: Any, part: str, folder: Path) -> nn.Module:
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
             return base  # type: ignore[no-any-return]
         net: nn.Module = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
+    if (executor := denoisers.used(base)) is not None:
+        denoisers.use(net, executor)
     return net.requires_grad_(False).eval()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mmalign.attention.choice import Choice
 from mmalign.families import Loading, TextToImage
 from mmalign.families.latents import to_pil
 from mmalign.rewards import step_aware
@@ -66,6 +67,10 @@ class StepJudge:
     def checkpoint_activations(self) -> None:
         """Of the vision tower, in which nearly all of them are."""
         self.parts.net.checkpointing = True
+
+    def use_attention(self, wanted: str) -> Choice:
+        """See Family. The frozen model's, which is most of the work; a judge computes its attention by itself."""
+        return self.denoiser.use_attention(wanted)
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """A folder that the judge `step_aware` loads."""

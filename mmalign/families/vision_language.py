@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmalign.attention import decoders
+from mmalign.attention.choice import Choice, choose
 from mmalign.draws import Draws
 from mmalign.families import Decoding, ImageFeatures, ImageView, Loading
 from mmalign.families.checkpoints import first_line, intact
@@ -184,6 +186,15 @@ class ImageTextToText:
         """See Family."""
         self._model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
+    def use_attention(self, wanted: str) -> Choice:
+        """See Family. The decoder's; the vision tower stays as it is, and with sdpa the decoder too."""
+        decoder = self._model.get_decoder()
+        dtype = self.loading.half or torch.float32
+        choice = choose(wanted, self.loading.device, dtype, decoders.head_sizes(decoder))
+        if choice.executor != "sdpa":
+            decoders.use(decoder, choice.executor)
+        return choice
+
     def save(self, folder: Path, net: nn.Module) -> None:
         """As transformers and peft load it: adapters where the network has them, else the model with its processor."""
         model: Any = net.model
@@ -198,6 +209,8 @@ class ImageTextToText:
                 self._model.load_adapter(str(folder))
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
+        if (executor := decoders.used(self._model.get_decoder())) is not None:
+            decoders.use(model.get_decoder(), executor)
         return TokenScorer(model.to(self.loading.device).requires_grad_(False).eval())
 
 

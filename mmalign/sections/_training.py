@@ -112,6 +112,9 @@ class Train(Section):
     weight_decay: float = Field(0.01, ge=0)
     clip: float | None = Field(1.0, gt=0, description="the largest norm of the gradient")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["auto", "xformers", "sdpa"] = Field(
+        "auto", description="who computes attention; auto is xformers where it can serve, and else PyTorch (sdpa)"
+    )
     gradient_checkpointing: bool = False
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, which is then what is saved"

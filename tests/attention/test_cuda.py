@@ -1,0 +1,104 @@
+"""xformers on a GPU: what the plain reference computes, forwards and backwards. `pytest -m gpu tests/attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_vlm import STANDING
+from torch import Tensor
+
+from mmalign.attention import EXECUTORS, Forest, Tree, decoders, denoisers, kernels
+from mmalign.families import Loading, load_family
+
+CUDA = torch.device("cuda")
+why = "there is no CUDA device" if not torch.cuda.is_available() else kernels.why_not_here(CUDA, torch.bfloat16)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why), reason=f"xformers cannot be tried: {why}")]
+
+FORESTS = {
+    "pair": Forest((Tree(130, (40, 33)),)),
+    "row": Forest((Tree(61, (9, 17, 5)), Tree(12, (30,)), Tree(3, (1, 2)))),
+    "both_ways": Forest((Tree(64, (8, 24), both_ways=True), Tree(20, (7, 9)))),
+}
+# What the kernels round away, as a share of the largest value: the products' inputs have 8, 11, or (with TF32) 11 bits.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def run(name: str, dtype: torch.dtype, size: int, mask: Forest | Tensor | None, length: int) -> list[Tensor]:
+    """The result and the gradients, of values that `dtype` holds exactly; the reference computes in float64."""
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, length, heads, size, generator=draw).to(dtype) for heads in (4, 2, 2, 4)]
+    wide = torch.float64 if name == "dense" else dtype
+    q, k, v, weight = (x.to(CUDA, wide) for x in given)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = EXECUTORS[name](*inputs, mask)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(ours, plain, strict=True):
+        assert (one.double() - other).abs().max() < tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("size", [40, 64, 128])
+@pytest.mark.parametrize("forest", list(FORESTS))
+def test_a_forest_is_the_reference_s(dtype: torch.dtype, size: int, forest: str) -> None:
+    mask = FORESTS[forest]
+    ours, plain = (run(name, dtype, size, mask, mask.length) for name in ("xformers", "dense"))
+    assert_near(ours, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("hidden", [False, True])
+def test_other_masks_are_the_reference_s(dtype: torch.dtype, hidden: bool) -> None:
+    mask = torch.arange(77, device=CUDA)[None, None, None] < 50 if hidden else None
+    ours, plain = (run(name, dtype, 64, mask, 77) for name in ("xformers", "dense"))
+    assert_near(ours, plain, TOLERANCE[dtype])
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it before the reference's products
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("forest", list(FORESTS))
+def test_the_same_seed_gives_the_same_bits(forest: str) -> None:
+    mask = FORESTS[forest]
+    first, *others = (run("xformers", torch.bfloat16, 64, mask, mask.length) for _ in range(3))
+    for other in others:
+        assert all(a.equal(b) for a, b in zip(first, other, strict=True))
+    assert_near(first, run("dense", torch.bfloat16, 64, mask, mask.length), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("name", list(STANDING))
+def test_a_decoder_packed_by_xformers_is_its_rows_apart(name: str) -> None:
+    torch.manual_seed(0)
+    decoder = STANDING[name]()[0].get_decoder().eval().to(CUDA)
+    forest = Forest((Tree(9, (4, 3), name == "paligemma"), Tree(5, (2,), name == "paligemma")))
+    packed = torch.randn(1, forest.length, decoder.get_input_embeddings().embedding_dim, device=CUDA)
+    found = []
+    for executor in ("xformers", "dense"):
+        decoders.use(decoder, executor)
+        given = decoders.of(forest, decoder)
+        found.append(decoder(inputs_embeds=packed, position_ids=forest.positions.to(CUDA), use_cache=False, **given)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=2e-3)  # TF32
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image"])
+def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: Callable[[str], Path]) -> None:
+    family = load_family(str(flow_folders(name)), Loading(CUDA))
+    text = family.encode_prompts(["a red fox in the long grass", "a hen"])
+    cond = family.condition(text, torch.ones(2, 6, device=CUDA))
+    x_t = family.encode_images(torch.rand(2, 3, 32, 32) * 2 - 1).mean
+    found = []
+    for executor in ("xformers", "dense"):
+        denoisers.use(family.network, executor)
+        found.append(family.predict(family.network, x_t, torch.tensor([0.3, 0.9], device=CUDA), cond))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=2e-3)  # TF32

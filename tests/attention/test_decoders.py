@@ -1,0 +1,189 @@
+"""transformers' decoders with our executors: rows apart as ever, rows that share a prefix as rows apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_vlm import BUILDERS, NEWER
+from torch import Tensor
+
+from mmalign.attention import Forest, Tree, decoders
+
+FOREST = Forest((Tree(5, (4, 3)), Tree(4, (2, 5, 1))))
+LENGTHS = [length for tree in FOREST.trees for length in tree.branches]
+PLAIN = sorted({**BUILDERS, "gemma4": NEWER["gemma4"], "llava_onevision": NEWER["llava_onevision"]})
+
+
+def decoder_of(name: str) -> Any:
+    torch.manual_seed(0)
+    model, _ = {**BUILDERS, **NEWER}[name]()
+    for weight in model.parameters():
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    return model.get_decoder().eval().requires_grad_(False)
+
+
+def embeddings(decoder: Any, number: int) -> Tensor:
+    width: int = decoder.get_input_embeddings().embedding_dim
+    return torch.randn(1, number, width, generator=torch.Generator().manual_seed(number))
+
+
+def states(decoder: Any, embeds: Tensor, **more: Any) -> Tensor:
+    found: Tensor = decoder(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state
+    return found
+
+
+def inputs(decoder: Any, embeds: Tensor) -> dict[str, Any]:
+    """Gemma 4 has embeddings for each layer besides, which are made of tokens."""
+    if not getattr(decoder, "hidden_size_per_layer_input", 0):
+        return {}
+    config = decoder.config
+    each = config.num_hidden_layers, config.hidden_size_per_layer_input
+    return {"per_layer_inputs": embeds[..., :1, None].expand(-1, -1, *each)}
+
+
+def said(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """A number of the branches' states alone: a prefix's gradients come through what its branches see of it."""
+    parts = zip(rows, weights, LENGTHS, strict=True)
+    return torch.stack([(row * weight)[:, -length:].sum() for row, weight, length in parts]).sum()
+
+
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - {"gemma4"}))
+@pytest.mark.parametrize("executor", ["sdpa", "dense"])
+def test_a_packed_row_is_its_rows_apart(name: str, executor: str) -> None:
+    decoder, both_ways = decoder_of(name), name == "paligemma"
+    forest = Forest(tuple(Tree(tree.prefix, tree.branches, both_ways) for tree in FOREST.trees))
+    packed = embeddings(decoder, forest.length).requires_grad_()
+    apart = []
+    for row, places in zip(forest.split(packed, dim=1), forest.places, strict=True):
+        seen = forest.visible[places][:, places][None, None]
+        apart.append(states(decoder, row, **inputs(decoder, row), **({"attention_mask": seen} if both_ways else {})))
+    weights = [torch.randn_like(row) for row in apart]
+    (expected,) = torch.autograd.grad(said(apart, weights), packed)
+    decoders.use(decoder, executor)
+    given = {**decoders.of(forest, decoder), **inputs(decoder, packed)}
+    ours = forest.split(states(decoder, packed, position_ids=forest.positions, **given), dim=1)
+    for one, other in zip(ours, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)  # float32, in another order
+    (found,) = torch.autograd.grad(said(ours, weights), packed)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_other_rows_have_the_numbers_that_they_had(name: str) -> None:
+    decoder = decoder_of(name)
+    embeds = embeddings(decoder, 12).view(2, 6, -1)
+    more = inputs(decoder, embeds)
+    seen = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    stock = [states(decoder, embeds, **more), states(decoder, embeds, attention_mask=seen, **more)]
+    assert decoders.used(decoder) is None
+    decoders.use(decoder, "sdpa")
+    assert decoders.used(decoder) == "sdpa"
+    for before, mask in zip(stock, [None, seen], strict=True):
+        assert states(decoder, embeds, attention_mask=mask, **more).equal(before)
+    decoders.use(decoder, "dense")
+    for before, mask in zip(stock, [None, seen], strict=True):
+        after = states(decoder, embeds, attention_mask=mask, **more)
+        torch.testing.assert_close(after[seen.bool()], before[seen.bool()], rtol=1e-5, atol=2e-6)
+
+
+def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    decoder = decoder_of("llava")
+    embeds = embeddings(decoder, 6)
+    alone = states(decoder, embeds)[:, -1]
+    padded, mask = F.pad(embeds, (0, 0, 3, 0), value=1.0), F.pad(torch.ones(1, 6, dtype=torch.long), (3, 0))
+    for executor in ("sdpa", "dense"):
+        decoders.use(decoder, executor)
+        ours = states(decoder, padded, attention_mask=mask)[:, -1]
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=2e-6)
+    AttentionInterface.register("attention_alone", sdpa_attention_forward)
+    decoder.set_attn_implementation("attention_alone")
+    assert (states(decoder, padded, attention_mask=mask)[:, -1] - alone).abs().max() > 0.01
+
+
+def test_transformers_own_attention_takes_a_branch_for_another_document() -> None:
+    decoder = decoder_of("llava")
+    packed = embeddings(decoder, FOREST.length)
+    second = states(decoder, packed[:, FOREST.places[1]])[:, -1]
+    place = int(FOREST.places[1][-1])
+    stock = states(decoder, packed, position_ids=FOREST.positions)[:, place]
+    assert (stock - second).abs().max() > 0.1
+    masked = states(decoder, packed, position_ids=FOREST.positions, attention_mask=FOREST.visible[None, None])
+    torch.testing.assert_close(masked[:, place], second, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "why"),
+    [
+        ("qwen3_5", {}, "its linear_attention layers do not see tokens by a mask"),
+        ("gemma4", {}, "the tokens of an image see one another"),
+        ("gemma4", {"use_bidirectional_attention": None, "sliding_window": 8}, "its tokens see 8 others, and a row"),
+        ("llava", {"attn_logit_softcapping": 50.0}, "its attention has a soft cap"),
+    ],
+)
+def test_decoders_that_cannot_be_packed_say_why(name: str, changed: dict[str, Any], why: str) -> None:
+    decoder = decoder_of(name)
+    for key, value in changed.items():
+        setattr(decoder.config, key, value)
+    decoders.use(decoder, "sdpa")
+    with pytest.raises(ValueError, match=f"cannot take rows that share a prefix: {why}"):
+        decoders.of(FOREST, decoder)
+
+
+def test_a_window_that_hides_nothing_does_not_matter() -> None:
+    decoder = decoder_of("gemma4")
+    decoder.config.use_bidirectional_attention = None
+    decoder.config.sliding_window = FOREST.longest
+    assert decoders.why_not_packed(decoder, FOREST.longest) == ""
+
+
+def test_a_layer_with_a_window_refuses_rows_that_are_longer() -> None:
+    decoder = decoder_of("gemma4")  # with windows of 32 tokens in every other layer
+    forest = Forest((Tree(30, (2, 3)),))
+    decoders.use(decoder, "sdpa")
+    packed = embeddings(decoder, forest.length)
+    no_mask = torch.ones(1, 1, 0, 0, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match=r"a window of 32 tokens .* share a prefix, of up to 33"):
+        states(decoder, packed, attention_mask=no_mask, mmalign_forest=forest, **inputs(decoder, packed))
+
+
+def test_gradients_go_through_layers_that_are_computed_again() -> None:
+    decoder = decoder_of("llava").train()
+    decoders.use(decoder, "sdpa")
+    packed, found = embeddings(decoder, FOREST.length).requires_grad_(), []
+    for again in (False, True):
+        if again:
+            decoder.activation_checkpointing_enable({"use_reentrant": False})
+        out = states(decoder, packed, position_ids=FOREST.positions, **decoders.of(FOREST, decoder))
+        found += torch.autograd.grad(out.square().sum(), packed)
+    assert found[0].equal(found[1])
+
+
+def test_a_saved_model_does_not_know_of_it(tmp_path: Path) -> None:
+    decoder = decoder_of("llava")
+    decoders.use(decoder, "sdpa")
+    decoder.save_pretrained(tmp_path)
+    assert "mmalign" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_layer_that_does_not_take_the_forest_fails() -> None:
+    decoder = decoder_of("llava")
+    packed = embeddings(decoder, FOREST.length)
+    with pytest.raises(ValueError, match="transformers' own attention"):
+        decoders.of(FOREST, decoder)
+    decoders.use(decoder, "sdpa")
+    given = decoders.of(FOREST, decoder)
+    decoder.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="must match"):
+        states(decoder, packed, position_ids=FOREST.positions, **given)
+    decoders.use(decoder, "sdpa")
+    del given["mmalign_forest"]
+    with pytest.raises(RuntimeError, match="must match"):
+        states(decoder, packed, position_ids=FOREST.positions, **given)

@@ -1,0 +1,158 @@
+"""Denoisers of every family with our executors: what diffusers' own attention gives, values and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_flow
+import torch
+from diffusers.models import attention_processor
+from torch import Tensor, nn
+
+from mmalign.attention import EXECUTORS, denoisers
+from mmalign.families import Conditioning, Loading, TextToImage, load_family
+
+CPU = Loading(torch.device("cpu"))
+UNETS = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
+SIDE = 32  # Sana takes multiples of 32 alone
+SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
+
+
+@pytest.fixture(params=[*UNETS, *tiny_flow.BUILDERS])
+def family(request: pytest.FixtureRequest, flow_folders: Callable[[str], Path]) -> TextToImage:
+    name = request.param
+    found = load_family(str(request.getfixturevalue(name) if name in UNETS else flow_folders(name)), CPU)
+    torch.manual_seed(1)
+    for weight in found.network.parameters():  # none begins at zero, where its layer would not matter
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    return found
+
+
+class Counting:
+    """An executor that counts how often it is asked."""
+
+    def __init__(self, name: str) -> None:
+        self.run, self.calls = EXECUTORS[name], 0
+
+    def __call__(self, *args: Any, **more: Any) -> Tensor:
+        self.calls += 1
+        return self.run(*args, **more)
+
+
+def given(family: TextToImage) -> tuple[Tensor, Tensor, Conditioning]:
+    """Noisy latents, their times, and the conditioning of two prompts, one much longer than the other."""
+    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    text = family.encode_prompts(["a red fox in the long grass", "a hen"])
+    return family.encode_images(images).mean, torch.tensor([0.3, 0.9]), family.condition(text, SIZES)
+
+
+def answer(family: TextToImage, net: nn.Module) -> tuple[Tensor, Tensor]:
+    """The network's answer, and its gradient to all of its weights."""
+    weights = [p.requires_grad_() for p in net.parameters()]
+    out = family.predict(net, *given(family))
+    grads = torch.autograd.grad(out.square().sum(), weights, allow_unused=True)
+    return out.detach(), torch.cat([g.flatten() for g in grads if g is not None])
+
+
+# float32: the reference adds in another order, and small gradients are differences of large ones.
+@pytest.mark.parametrize("name", ["sdpa", "dense"])
+def test_every_family_is_what_it_was(family: TextToImage, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, grad = answer(family, family.network)
+    counting = Counting(name)
+    monkeypatch.setitem(EXECUTORS, name, counting)
+    denoisers.use(family.network, name)
+    ours, our_grad = answer(family, family.network)
+    assert counting.calls == len(softmax_attention(family.network))
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
+    assert (our_grad - grad).norm() < 1e-5 * grad.norm()
+
+
+def softmax_attention(net: nn.Module) -> list[nn.Module]:
+    """The modules that attend, but for Sana's linear attention."""
+    linear = "SanaLinearAttnProcessor2_0"
+    found = [m for m in net.modules() if type(m).__name__.endswith("Attention")]
+    return [m for m in found if type(getattr(m, "processor", None)).__name__ != linear]
+
+
+def test_a_copy_attends_as_its_original(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = load_family(str(tiny_sd15), CPU)
+    assert denoisers.used(family.network) is None
+    denoisers.use(family.network, "dense")
+    monkeypatch.setitem(EXECUTORS, "dense", counting := Counting("dense"))
+    twin = family.frozen_copy()
+    assert denoisers.used(twin) == "dense"
+    family.predict(twin, *given(family))
+    assert counting.calls == len(softmax_attention(twin))
+
+
+@pytest.mark.parametrize("builder", ["sd3", "flux"])
+def test_a_trained_model_attends_as_its_base(
+    builder: str, flow_folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load_family(str(flow_folders(builder)), CPU)
+    denoisers.use(family.network, "dense")
+    family.save(tmp_path / "model", family.network)
+    monkeypatch.setitem(EXECUTORS, "dense", counting := Counting("dense"))
+    net = family.load_trained(tmp_path / "model")
+    assert net is not family.network
+    family.predict(net, *given(family))
+    assert counting.calls == len(softmax_attention(net))
+    assert denoisers.used(net) == "dense"
+
+
+def test_adapters_learn_as_before(tiny_sdxl: Path) -> None:
+    found = []
+    for executor in (None, "dense"):
+        family = load_family(str(tiny_sdxl), CPU)
+        family.add_lora(rank=2, alpha=2.0, targets=family.usual_targets, seed=0)
+        if executor is not None:
+            denoisers.use(family.network, executor)
+        weights = [p for p in family.network.parameters() if p.requires_grad]
+        out = family.predict(family.network, *given(family))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), weights)]))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_is_that_of_autocast(flow_folders: Callable[[str], Path]) -> None:
+    """With float32 weights under autocast, norms leave queries in float32 beside values in bfloat16."""
+    family = load_family(str(flow_folders("sd3")), Loading(torch.device("cpu"), half=torch.bfloat16))
+    x_t, t, cond = given(family)
+    with torch.no_grad():
+        stock = family.predict(family.network, x_t, t, cond)
+        denoisers.use(family.network, "dense")
+        ours = family.predict(family.network, x_t, t, cond)
+    torch.testing.assert_close(ours.float(), stock.float(), rtol=0.05, atol=0.05)  # of bfloat16's 8 bits
+
+
+def test_heads_are_measured(family: TextToImage) -> None:
+    assert denoisers.head_sizes(family.network) <= {2, 4, 8}
+    assert denoisers.head_sizes(family.network)
+
+
+class Odd(nn.Module):
+    """Attention in a way that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = object()
+
+
+def test_attention_that_is_not_known_is_an_error_that_names_it(tiny_sd15: Path) -> None:
+    net: Any = copy.deepcopy(load_family(str(tiny_sd15), CPU).network)
+    place = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    net.get_submodule(place).set_processor(attention_processor.AttnProcessor())
+    with pytest.raises(ValueError, match=rf"{place} \(Attention with AttnProcessor\) and 0 more are of kinds"):
+        denoisers.use(net, "dense")
+    with pytest.raises(ValueError, match=r"odd \(Odd with object\) and 0 more"):
+        denoisers.use(nn.ModuleDict({"odd": Odd()}), "dense")
+    with pytest.raises(
+        ValueError, match="own of this ModuleDict is a MultiheadAttention, which computes attention in a way of its own"
+    ):
+        denoisers.use(nn.ModuleDict({"own": nn.MultiheadAttention(8, 2)}), "dense")
+    with pytest.raises(ValueError, match="this Linear: it has no attention; use sdpa"):
+        denoisers.use(nn.Linear(2, 2), "dense")

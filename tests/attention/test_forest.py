@@ -1,0 +1,183 @@
+"""Rows that share a prefix: worked out by hand, and for random lengths against the mask's definition."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.attention import EXECUTORS, Executor, Forest, Tree
+from mmalign.attention.executors import by_groups
+from mmalign.attention.forest import Group, Pick
+
+SMALL = Forest((Tree(2, (1, 2)), Tree(1, (1,))))
+# Rows of the hand-written masks: a letter for each token that is seen.
+LETTERS = "PQaxyRb"  # the first tree's prefix PQ, its branches a and xy; the second's R and b
+CAUSAL = ["P", "PQ", "PQa", "PQx", "PQxy", "R", "Rb"]
+
+
+def by_hand(rows: list[str]) -> Tensor:
+    return torch.tensor([[letter in row for letter in LETTERS] for row in rows])
+
+
+def random_forest(seed: int) -> Forest:
+    """One to four trees of up to 20 tokens a part, with and without prefixes that see both ways."""
+    draw = random.Random(seed)
+
+    def tree() -> Tree:
+        branches = tuple(draw.randint(1, 20) for _ in range(draw.randint(1, 4)))
+        return Tree(draw.randint(1, 20), branches, both_ways=draw.random() < 0.4)
+
+    return Forest(tuple(tree() for _ in range(draw.randint(1, 4))))
+
+
+def by_definition(forest: Forest) -> Tensor:
+    """The mask token by token: of the same tree, in the prefix or in the same branch, and not later."""
+    tokens = [
+        (number, branch, place)
+        for number, tree in enumerate(forest.trees)
+        for branch, length in [(-1, tree.prefix), *enumerate(tree.branches)]
+        for place in range(length)
+    ]
+
+    def sees(query: tuple[int, int, int], key: tuple[int, int, int]) -> bool:
+        if query[0] != key[0] or key[1] not in (-1, query[1]):
+            return False
+        free = forest.trees[query[0]].both_ways and query[1] == -1
+        return key[1] != query[1] or free or key[2] <= query[2]
+
+    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
+
+
+def test_a_small_row_by_hand() -> None:
+    assert SMALL.length == 7
+    assert SMALL.longest == 4
+    assert SMALL.visible.equal(by_hand(CAUSAL))
+    assert SMALL.positions.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
+    assert SMALL.said.tolist() == [2, 3, 4, 6]
+    assert SMALL.before.tolist() == [1, 1, 3, 5]  # a and x are said after Q, y after x, b after R
+
+
+def test_a_prefix_that_sees_both_ways_by_hand() -> None:
+    forest = Forest((Tree(2, (1, 2), both_ways=True), Tree(1, (1,))))
+    assert forest.visible.equal(by_hand(["PQ", "PQ", *CAUSAL[2:]]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_mask_is_its_definition(seed: int) -> None:
+    forest = random_forest(seed)
+    assert forest.visible.equal(by_definition(forest))
+    assert sum(block.num_queries for block in forest.blocks) == forest.length
+
+
+def test_rows_are_joined_and_split_again() -> None:
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4, 5]), torch.tensor([6, 7])]
+    packed = SMALL.join(rows)
+    assert packed.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert [row.tolist() for row in SMALL.split(packed)] == [row.tolist() for row in rows]
+    wide = SMALL.join([torch.stack([row, -row]) for row in rows])  # as M-RoPE's three lines of positions
+    assert wide.tolist() == [packed.tolist(), (-packed).tolist()]
+    assert SMALL.split(packed[None, :, None].expand(1, 7, 3), dim=1)[1].shape == (1, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: Tree(0, (1,)), lambda: Tree(1, ()), lambda: Tree(1, (2, 0)), lambda: Forest(())]
+)
+def test_what_is_no_row_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        wrong()
+
+
+def test_rows_of_another_forest_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected rows of \[3, 4, 2\] tokens, got \[3, 4, 3\]"):
+        SMALL.join([torch.zeros(3), torch.zeros(4), torch.zeros(3)])
+    q = torch.zeros(2, 7, 1, 8)
+    for name in ("sdpa", "dense"):
+        with pytest.raises(ValueError, match="a forest of 7 tokens is one row of as many, got 2 of 7"):
+            EXECUTORS[name](q, q, q, SMALL)
+
+
+def run(
+    executor: Executor, forest: Forest, heads: int = 4, key_heads: int = 2, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """The result and the gradients to queries, keys and values, at random values."""
+    draw = torch.Generator().manual_seed(1)
+    q, k, v, weight = (
+        torch.randn(1, forest.length, number, 8, generator=draw, dtype=dtype)
+        for number in (heads, key_heads, key_heads, heads)
+    )
+    given = [x.requires_grad_() for x in (q, k, v)]
+    out = executor(*given, forest)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), given)]
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, causal: bool = False, scale: Any = None) -> Tensor:
+    """What xformers is given, blocks side by side over keys laid out anew, computed by the reference."""
+
+    def one(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
+        row = column = 0
+        for queries, keys in zip(group.num_queries, group.num_keys, strict=True):
+            full = torch.ones(queries, keys, dtype=torch.bool)
+            block = full.tril(keys - queries) if group.causal else full
+            seen[row : row + queries, column : column + keys] = block
+            row, column = row + queries, column + keys
+        return EXECUTORS["dense"](q, k, v, seen, scale=scale)
+
+    return by_groups(one, q, k, v, mask)
+
+
+# float64: executors add the same numbers in another order.
+@pytest.mark.parametrize("executor", [EXECUTORS["sdpa"], grouped], ids=["sdpa", "grouped"])
+@pytest.mark.parametrize("seed", range(12))
+def test_executors_agree_with_the_reference(executor: Executor, seed: int) -> None:
+    forest = random_forest(seed)
+    for ours, plain in zip(run(executor, forest), run(EXECUTORS["dense"], forest), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "dense"])
+def test_a_packed_row_is_its_rows_apart(name: str) -> None:
+    forest = random_forest(5)
+    q, k, v = (torch.randn(1, forest.length, 2, 8, dtype=torch.float64) for _ in range(3))
+    packed = forest.split(EXECUTORS[name](q, k, v, forest), dim=1)
+    apart = zip(*(forest.split(x, dim=1) for x in (q, k, v)), strict=True)
+    trees = [tree for tree in forest.trees for _ in tree.branches]
+    for ours, row, tree in zip(packed, apart, trees, strict=True):
+        seen = torch.ones(row[0].shape[1], row[0].shape[1], dtype=torch.bool).tril()
+        if tree.both_ways:
+            seen[: tree.prefix, : tree.prefix] = True
+        torch.testing.assert_close(ours, EXECUTORS["dense"](*row, seen), rtol=1e-11, atol=1e-12)
+
+
+def test_another_mask_than_the_forest_is_noticed() -> None:
+    forest = Forest((Tree(3, (2, 2)),))
+    wrong = torch.ones(7, 7, dtype=torch.bool).tril()  # the second branch sees the first
+    q = torch.randn(1, 7, 2, 8, dtype=torch.float64)
+    ours, other = EXECUTORS["sdpa"](q, q, q, forest), EXECUTORS["dense"](q, q, q, wrong)
+    torch.testing.assert_close(ours[:, :5], other[:, :5])
+    assert (ours[:, 5:] - other[:, 5:]).abs().max() > 0.01
+
+
+def test_gradients_go_back_through_a_pick_in_their_own_order() -> None:
+    pick = Pick([(0, 3), (1, 2), (0, 2), (4, 5)], 5, torch.device("cpu"))  # tokens 0 1 2 1 0 1 4
+    x = torch.arange(5.0)[None, :, None].requires_grad_()
+    assert pick(x).flatten().tolist() == [0, 1, 2, 1, 0, 1, 4]
+    (back,) = torch.autograd.grad(pick(x), x, torch.tensor([1.0, 2, 4, 8, 16, 32, 64])[None, :, None])
+    assert back.flatten().tolist() == [17, 42, 4, 0, 64]
+
+
+@pytest.mark.parametrize("take", [True, False])
+def test_a_pick_has_right_gradients(take: bool) -> None:
+    pick = Pick([(1, 3), (0, 2)], 4, torch.device("cpu"))
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pick if take else pick.put, (x,))
+
+
+def test_a_row_in_order_is_not_copied() -> None:
+    x = torch.randn(1, 5, 2)
+    pick = Pick([(0, 3), (3, 5)], 5, torch.device("cpu"))
+    assert pick(x) is x

@@ -1,0 +1,150 @@
+"""Whether xformers can serve, and the sentence that says why not; a small package stands in for every broken one."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmalign.attention import kernels
+from mmalign.attention.choice import Choice, check, choose
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+HEADS = frozenset({64})
+WHOLE = {
+    "__init__.py": "__version__ = '9.9'",
+    "ops/__init__.py": "from xformers.ops.fmha import memory_efficient_attention",
+    "ops/fmha/__init__.py": "from xformers.ops.fmha import cutlass, flash\ndef memory_efficient_attention(): ...",
+    "ops/fmha/common.py": "_built_with_cuda = True",
+    "ops/fmha/flash.py": "class FwOp:\n    is_available = staticmethod(lambda: True)",
+    "ops/fmha/cutlass.py": "class FwOp:\n    is_available = staticmethod(lambda: True)",
+}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Writes a package xformers of the given files, which is then the one that is found."""
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "xformers"]
+
+    def write(files: dict[str, str]) -> None:
+        for name, content in files.items():
+            (tmp_path / "xformers" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "xformers" / name).write_text(content)
+
+    own = {name: sys.modules.pop(name) for name in loaded()}
+    kernels._not_usable.cache_clear()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield write
+    for name in loaded():
+        del sys.modules[name]
+    sys.modules.update(own)
+    kernels._not_usable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "why"),
+    [
+        (CPU, torch.float32, {64}, "it has no kernels for a CPU"),
+        (CUDA, torch.float64, {64}, "it has no kernels for float64"),
+        (CUDA, torch.bfloat16, {64, 7}, "heads of 7 numbers are none of its sizes, which are the multiples of 8 up to"),
+        (CUDA, torch.bfloat16, {64, 264}, "heads of 264 numbers are none of its sizes"),
+    ],
+)
+def test_what_no_kernel_is_for_is_named(device: torch.device, dtype: torch.dtype, heads: set[int], why: str) -> None:
+    assert kernels.why_not(device, dtype, frozenset(heads)).startswith(why)
+    assert choose("auto", device, dtype, frozenset(heads)).executor == "sdpa"
+    with pytest.raises(ValueError, match=f"^train.attention: xformers cannot serve: {why}.*; use auto or sdpa$"):
+        choose("xformers", device, dtype, frozenset(heads))
+
+
+def test_a_package_that_is_whole_is_used(package: Callable[[dict[str, str]], None]) -> None:
+    package(WHOLE)
+    assert kernels.why_not_here(CUDA, torch.bfloat16) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        (
+            {"ops/__init__.py": "raise OSError('no libcudart.so.12')"},
+            "it cannot be imported (OSError: no lib",
+        ),
+        ({"ops/__init__.py": "1 / 0"}, "it cannot be imported (ZeroDivisionError: "),
+        ({"ops/__init__.py": "def unbind(): ..."}, "xformers 9.9 has no memory_efficient_attention (pip install"),
+        (
+            {
+                "ops/fmha/common.py": "_built_with_cuda = False",
+                "ops/fmha/flash.py": "class FwOp:\n    is_available = staticmethod(lambda: False)",
+            },
+            "xformers 9.9 is for another CUDA than",
+        ),
+    ],
+)
+def test_a_broken_package_is_named(
+    package: Callable[[dict[str, str]], None], changed: dict[str, str], why: str
+) -> None:
+    package({**WHOLE, **changed})
+    assert kernels.why_not_here(CUDA, torch.bfloat16).startswith(why)
+    with pytest.raises(ValueError, match="cannot serve"):
+        check("xformers", CUDA, torch.bfloat16)
+    check("auto", CUDA, torch.bfloat16)
+    assert "cannot serve" in str(choose("auto", CUDA, torch.bfloat16, HEADS))
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._not_usable.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert kernels.why_not_here(CUDA, torch.float16) == "it is not installed (pip install 'mmalign[cuda]')"
+    kernels._not_usable.cache_clear()
+
+
+def test_a_flag_that_another_cuda_has_left_wrong_is_mended(package: Callable[[dict[str, str]], None]) -> None:
+    package({**WHOLE, "ops/fmha/common.py": "_built_with_cuda = False"})
+    assert kernels.why_not_here(CUDA, torch.bfloat16) == ""
+    assert sys.modules["xformers.ops.fmha.common"].__dict__["_built_with_cuda"] is True
+
+
+@pytest.mark.parametrize(("cuda", "loads"), [("13.0", True), ("12.8", False), (None, False)])
+def test_the_runtime_of_cuda_12_is_loaded_beside_a_newer_one(
+    package: Callable[[dict[str, str]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    loads: bool,
+) -> None:
+    package(WHOLE)
+    file = tmp_path / "nvidia/cuda_runtime/lib/libcudart.so.12"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    loaded: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: loaded.append((name, mode)))
+    assert kernels.why_not_here(CUDA, torch.bfloat16) == ""
+    assert loaded == ([(str(file), ctypes.RTLD_GLOBAL)] if loads else [])
+
+
+def test_an_operator_that_fails_is_named(
+    package: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(WHOLE)
+    kernels._not_working.cache_clear()
+    monkeypatch.setattr(torch, "ones", lambda *shape, **more: broken())
+    assert kernels.why_not(CUDA, torch.bfloat16, HEADS) == "it was tried and failed (RuntimeError: no kernel image)"
+    kernels._not_working.cache_clear()
+
+
+def broken() -> None:
+    raise RuntimeError("no kernel image\nand a page of advice")
+
+
+def test_what_is_chosen_is_said() -> None:
+    assert str(choose("sdpa", CUDA, torch.float64, frozenset({7}))) == "attention: sdpa"
+    assert str(Choice("xformers")) == "attention: xformers"
+    on_cpu = choose("auto", CPU, torch.float32, HEADS)
+    assert str(on_cpu) == "attention: sdpa, since xformers cannot serve: it has no kernels for a CPU"

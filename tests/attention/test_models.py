@@ -1,0 +1,59 @@
+"""Whole vision-language models: a row that responses share gives the states that its rows have apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_vlm import BUILDERS, PICTURES
+from torch import Tensor
+
+from mmalign.attention import Forest, Tree, decoders
+from mmalign.data.pairs import Turn
+from mmalign.families import ImageFeatures, Loading, load_vision_language
+from mmalign.families.decoder_inputs import decoder_inputs
+from mmalign.language.tokens import Tokens
+
+ASKED = [Turn("user", "<image>\nWhat is in this image?")]
+SAID = [["There is a red cube.", "No, there is no dog.", "Yes."], ["A cat and a car.", "A green ball on the table."]]
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("executor", ["sdpa", "dense"])
+def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: Callable[[str], Path]) -> None:
+    family: Any = load_vision_language(str(vlm_folders(name)), Loading(torch.device("cpu")))
+    reader, model = family.reader, family.network.model
+    views = {key: reader.view(PICTURES[key]) for key in ("wide", "square")}
+    features = family.encode_images(views)
+    samples = [reader.rows(ASKED, said, [(key, views[key])]) for key, said in zip(views, SAID, strict=True)]
+    rows = [reader.batch([row]) for sample in samples for row in sample]
+    apart = [states(model, family._inputs(row, features)) for row in rows]
+    both_ways = reader.facts.prefix_attention
+    forest = Forest(tuple(Tree(rows[0].start, tuple(len(row.response) for row in rows), both_ways) for rows in samples))
+
+    decoders.use(model.get_decoder(), executor)
+    ids, is_response = (forest.join([getattr(row, key) for row in rows]) for key in ("ids", "is_response"))
+    images = [features.images[key] for key in views]
+    inputs = decoder_inputs(model, reader.facts, ids, torch.ones_like(ids), is_response, images)
+    inputs |= {"position_ids": forest.join([positions(family, row, features) for row in rows])}
+    inputs |= decoders.of(forest, model.get_decoder())
+    ours = states(model, inputs)
+    for one, other in zip(forest.split(ours, dim=1), apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # float32, in another order
+    said = torch.cat([row.responses[0] for row in rows])
+    assert ids[0, forest.said].equal(said)
+
+
+def states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    return found
+
+
+def positions(family: Any, row: Tokens, features: ImageFeatures) -> Tensor:
+    """The model's own, of a row apart: in rows and columns where it has these, and from 1 where it counts so."""
+    own: Tensor = family._model._prepare_position_ids_for_generation(row.ids, family._inputs(row, features))
+    return own

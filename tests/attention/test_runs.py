@@ -1,0 +1,117 @@
+"""`train.attention` in whole runs on tiny models: what is said, what is refused, and numbers that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_vlm
+import torch
+from safetensors.torch import load_file
+
+from mmalign import assemble, checkpoint
+from mmalign.attention.choice import Choice
+from mmalign.families import Loading, load_family, load_vision_language
+from mmalign.recipe import load_recipe
+from mmalign.run import evaluate
+from mmalign.training import train
+
+Folders = Callable[[str], Path]
+STEPS = 2
+
+
+@pytest.fixture(params=["tiny_sd15", "sd3", "llava"])
+def content(
+    request: pytest.FixtureRequest, flow_folders: Folders, vlm_folders: Folders, tmp_path: Path
+) -> dict[str, Any]:
+    """A recipe of two updates for a model of each kind."""
+    short = {"steps": STEPS, "batch_size": 2, "save_every": STEPS, "lr": 1e-3}
+    if request.param == "llava":
+        rows = tiny_vlm.pairs(tmp_path / "rows")
+        return tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "run", train=short)
+    folder = flow_folders("sd3") if request.param == "sd3" else request.getfixturevalue(request.param)
+    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    return tiny.recipe(folder, pairs, tmp_path / "run", train=short, model={"tune": "full"})
+
+
+def run(content: dict[str, Any], *overrides: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What a run said, and the weights that it left."""
+    recipe = load_recipe(content, overrides)
+    lines: list[str] = []
+    train(recipe, say=lines.append)
+    last = checkpoint.latest(Path(recipe.output))
+    assert last is not None
+    return lines, load_file(last / "model.safetensors")
+
+
+def test_who_computes_is_said_once_and_changes_no_number_here(content: dict[str, Any], tmp_path: Path) -> None:
+    found = {}
+    for wanted in ("auto", "sdpa"):
+        lines, found[wanted] = run(content, f"train.attention={wanted}", f"output={tmp_path / wanted}")
+        why = ", since xformers cannot serve: it has no kernels for a CPU" if wanted == "auto" else ""
+        assert [line for line in lines if line.startswith("attention")] == [f"attention: sdpa{why}"]
+    assert all(found["auto"][name].equal(weight) for name, weight in found["sdpa"].items())
+
+
+def test_a_run_by_the_reference_learns_the_same(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What xformers' place in a run is, taken by the plain reference: policy, reference and their gradients."""
+    _, stock = run(content)
+    for family in ("latents", "vision_language"):
+        monkeypatch.setattr(f"mmalign.families.{family}.choose", lambda *_: Choice("dense"))
+    lines, ours = run(content, f"output={tmp_path / 'reference'}")
+    assert "attention: dense" in lines
+    for name, weight in stock.items():  # AdamW divides by gradients, of which some are nothing but rounding
+        assert (ours[name] - weight).abs().mean() < 0.05 * STEPS * 1e-3, name
+
+
+def test_what_cannot_serve_is_refused_before_a_model_is_loaded(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "_load", lambda *_: pytest.fail("a model was loaded"))
+    recipe = load_recipe(content, ["train.attention=xformers"])
+    says = r"train.attention: xformers cannot serve: it has no kernels for a CPU; use auto or sdpa"
+    for command in (train, evaluate):
+        with pytest.raises(ValueError, match=says):
+            command(load_recipe({**recipe.model_dump(), "evaluate": {"benchmark": "implicit"}}, ["data.hold_out=0.5"]))
+
+
+def test_a_value_that_is_none_is_corrected(content: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"train.attention: expected 'auto', 'xformers' or 'sdpa', got the text 'xform'"
+    ):
+        load_recipe(content, ["train.attention=xform"])
+
+
+def test_a_judge_s_frozen_model_computes_as_it_is_told(
+    tiny_sd15: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.attention import denoisers
+    from mmalign.families import step_judge
+
+    monkeypatch.setattr("mmalign.families.latents.choose", lambda *_: Choice("dense"))
+    frozen = load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+    judge = step_judge.load(str(tiny_clip), frozen, Loading(torch.device("cpu")))
+    assert judge.use_attention("auto").executor == "dense"
+    assert denoisers.used(frozen.network) == "dense"
+
+
+def test_a_trained_decoder_computes_as_its_base(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.attention import decoders
+
+    monkeypatch.setattr("mmalign.families.vision_language.choose", lambda *_: Choice("dense"))
+    family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    tower = family.network.model.model.vision_tower
+    assert decoders.used(family.network.model.get_decoder()) is None
+    family.use_attention("auto")
+    family.save(tmp_path, family.network)
+    for net in (family.network, family.frozen_copy(), family.load_trained(tmp_path)):
+        assert decoders.used(net.model.get_decoder()) == "dense"
+        assert net.model.model.vision_tower.config._attn_implementation == "sdpa"
+    assert tower.config._attn_implementation == "sdpa"
