@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign import assemble, checkpoint, loop, methods
+from mmalign import assemble, caching, checkpoint, loop, methods
+from mmalign.caching import HELD_OUT_BATCHES
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
 from mmalign.families import Family
-from mmalign.feed import Feed, fill_kept, open_data, open_feed
-from mmalign.kept import asked
+from mmalign.feed import Feed, open_data
 from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.output import TRAINED, written
 from mmalign.policy import Policy
@@ -29,7 +29,6 @@ from mmalign.report import Reporter
 from mmalign.sections import ImageData, JudgeModel, Recipe
 
 Say = Callable[[str], None]
-HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,12 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    run = _assemble(recipe, accelerator, tell)
+    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
+    identity = _identity(recipe, family)
+    saved = _saved(recipe, identity)
     folder = output / "model"
-    if run.progress.step == options.steps:
+    if saved is not None and saved.step == options.steps:
+        run = _assemble(recipe, family, identity, saved, accelerator, tell)
         _export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
@@ -95,23 +97,12 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     if accelerator.is_main_process:  # not before it is known that the folder is this run's
         with written(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
-    feed = open_feed(
-        run.policy.family,
-        recipe.data,
-        output=output,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        accelerator=accelerator,
-        say=tell,
-        method=method,
-        opened=opened,
-        keep=asked(method, recipe.method, model=run.identity["model"], precision=options.precision),
-        judge=judge,
-    )
+    feed = caching.open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened, judge=judge)
+    run = _assemble(recipe, family, identity, saved, accelerator, tell, kept=caching.replaces_reference(feed))
+    del saved  # the optimizer's state of a checkpoint is as large as the optimizer's own
+    caching.put_away(feed, recipe, family)
     count = sum(p.numel() for p in run.policy.trainable())
     tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
-    planned = {"batches": options.steps * options.accumulate, "held_out": HELD_OUT_BATCHES, "seed": options.seed}
-    fill_kept(feed, run.policy, method, recipe.method, accelerator=accelerator, **planned)
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
@@ -144,13 +135,20 @@ class _Run:
     progress: loop.Progress
 
 
-def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
-    """Load the model, make policy and optimizer, and go on from the last checkpoint if there is one."""
+def _assemble(
+    recipe: Recipe,
+    family: Any,
+    identity: dict[str, str],
+    saved: checkpoint.Checkpoint | None,
+    accelerator: Any,
+    say: Say,
+    kept: bool = False,
+) -> _Run:
+    """Make policy and optimizer, without a reference if its scores are `kept`, and go on from a checkpoint."""
     options = recipe.train
-    family = assemble.load_model(recipe.model, options.precision, accelerator.device)
-    identity = _identity(recipe, family)
+    checkpointing = options.gradient_checkpointing
     policy = assemble.build_policy(
-        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
+        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=checkpointing, kept=kept
     )
     parameters = policy.trainable()
     optimizer = build_optimizer(
@@ -172,7 +170,9 @@ def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
     method = methods.find(recipe.method.name)
     policy = Policy(family, model, policy.unwrapped, policy.reference)
     run = _Run(method, policy, learner, identity, loop.Progress())
-    _resume(recipe, run, say)
+    if saved is not None:
+        _resume(recipe, run, saved)
+        say(f"going on from checkpoint-{saved.step:08d}")
     return run
 
 
@@ -194,17 +194,23 @@ def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
     }
 
 
-def _resume(recipe: Recipe, run: _Run, say: Say) -> None:
-    """Load the latest checkpoint of the run's folder into it, if there is one."""
+def _saved(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Checkpoint | None:
+    """The latest checkpoint of the run's folder, if there is one."""
     path = checkpoint.latest(Path(recipe.output))
     if path is None:
-        return
-    saved = checkpoint.read(path, run.identity)
+        return None
+    saved = checkpoint.read(path, identity)
     if saved.step > recipe.train.steps:
         raise ValueError(
             f"train.steps: {path} has done {saved.step} updates already, more than the {recipe.train.steps} asked for; "
             "raise train.steps, or use another output folder"
         )
+    return saved
+
+
+def _resume(recipe: Recipe, run: _Run, saved: checkpoint.Checkpoint) -> None:
+    """Load a checkpoint into a run."""
+    path = Path(recipe.output) / f"checkpoint-{saved.step:08d}"
     average, scaler = run.learner.average, run.learner.accelerator.scaler
     if average is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
@@ -220,7 +226,6 @@ def _resume(recipe: Recipe, run: _Run, say: Say) -> None:
         scaler.load_state_dict(saved.state["scaler"])
     torch.set_rng_state(saved.state["generator"])
     run.progress = loop.Progress(**saved.state["progress"])
-    say(f"going on from {path.name}")
 
 
 def _train(recipe: Recipe, run: _Run, feed: Feed, hook: _Hook) -> None:
