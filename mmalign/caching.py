@@ -18,11 +18,13 @@ from torch import Tensor
 
 from mmalign import assemble, features, methods
 from mmalign.data.pairs import ImageRef
+from mmalign.data.prompts import PromptLoader
 from mmalign.draws import Draws
 from mmalign.encode_responses import ResponseLoader, images_of
 from mmalign.families.features import executor, move
 from mmalign.feed import Feed, Opened, bar_of, open_data, open_feed
 from mmalign.kept import asked, met
+from mmalign.loop import EMPTY
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import Judge
 from mmalign.sections import Recipe, ResponseData
@@ -162,13 +164,30 @@ def _fill_kept(feed: Feed, recipe: Recipe, family: Any, batches: int, accelerato
 
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     with bar_of(accelerator) as bar:
-        for loader, number in _loaders(feed, batches):
+
+        def fill(loader: Any, number: int) -> None:
+            assert feed.kept is not None
             steps = feed.kept.fill(loader, number, work_out, shared=loader is feed.train, **share)
             task = bar.add_task("work out what is kept", total=next(steps))
             for _ in steps:
                 bar.advance(task)
             accelerator.wait_for_everyone()
             feed.kept.cache.refresh()
+
+        for loader, number in _loaders(feed, batches):
+            fill(loader, number)
+        # A batch of bad pairs makes no update, and the training goes on to a further one.
+        planned = batches
+        while feed.kept.keep.scores and planned < (wanted := batches + _useless(feed, planned, accelerator)):
+            planned = wanted
+            fill(feed.train, planned)
+
+
+def _useless(feed: Feed, batches: int, accelerator: Any) -> int:
+    """How many batches no process can use, at most; no more than a training meets before it gives up."""
+    assert feed.kept is not None and not isinstance(feed.train, PromptLoader)
+    found = torch.tensor([feed.kept.useless(feed.train, batches)], device=accelerator.device)
+    return min(int(accelerator.gather(found).min()), EMPTY * batches)
 
 
 def _loaders(feed: Feed, batches: int) -> list[tuple[Any, int]]:

@@ -214,6 +214,7 @@ class ResponseLoader:
         self._read = partial(read_pair, reader, max_length, wants, known)
         self._left_out = LeftOut(pairs.source, max_bad)
         self._spare: ReadPair | None = None
+        self._keys = dict[int, str]()
 
     @property
     def dropped(self) -> list[Dropped]:
@@ -258,7 +259,9 @@ class ResponseLoader:
 
     def key(self, number: int) -> str:
         """The key of a pair, by number; see ReadBatch."""
-        return response_key(self.pairs[number])
+        if number not in self._keys:
+            self._keys[number] = response_key(self.pairs[number])
+        return self._keys[number]
 
     def _batches(self, plan: list[list[tuple[int, float]]]) -> Iterator[ReadBatch]:
         spare = self.check_readable()

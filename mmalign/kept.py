@@ -17,8 +17,8 @@ A stop costs at most what was not written yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,11 +46,13 @@ class Kept:
         cache: where they are.
         keep: what they are.
         needed: nothing else can give them: what is missing is an error.
+        bad: the keys of pairs that were met here and cannot be used.
     """
 
     cache: ArrayCache
     keep: Keep
     needed: bool = False
+    bad: set[str] = field(default_factory=set)
 
     def key(self, pair: str, epoch: int) -> str:
         """Of a pair's arrays in an epoch."""
@@ -99,11 +101,10 @@ class Kept:
 
     def wanted(self, loader: Loader, batches: int) -> Wanted:
         """What the first `batches` batches of every process will ask for, each once."""
-        found, names = Wanted(), dict[int, str]()
+        found = Wanted()
         for epoch, numbers in met(loader, batches):
             for number in numbers:
-                names[number] = names.get(number) or loader.key(number)
-                found.setdefault(self.key(names[number], epoch), (epoch % self.keep.draws, number))
+                found.setdefault(self.key(loader.key(number), epoch), (epoch % self.keep.draws, number))
         return found
 
     def _fill_singles(
@@ -139,20 +140,40 @@ class Kept:
                         if batch.weights[row]:
                             shard.add(self.key(pair, epoch), arrays, row)
                 yield 1
+            self.bad.update(self._absent(loader, epoch, numbers, shard))
         shard.close()
 
     def _lacking(self, loader: Loader, batches: int) -> dict[int, list[int]]:
         """For every epoch the numbers of this process's batches that are the first to meet a pair not kept."""
-        seen, names, found = set(self.cache), dict[int, str](), dict[int, list[int]]()
+        seen, found = {*self.cache, *self.bad}, dict[int, list[int]]()
         for epoch, numbers in met(loader, batches):
             left = min(len(loader), batches - epoch * len(loader))
-            names |= {number: loader.key(number) for number in numbers if number not in names}
             found[epoch] = [
                 at
                 for at, batch in enumerate(loader.epochs.plan(epoch)[:left])
-                if any(weight and self.key(names[number], epoch) not in seen for number, weight in batch)
+                if any(weight and self.key(loader.key(number), epoch) not in seen for number, weight in batch)
             ]
-            seen.update(self.key(names[number], epoch) for number in numbers)  # by this process or by another
+            seen.update(self.key(loader.key(number), epoch) for number in numbers)  # by this process or by another
+        return found
+
+    def _absent(self, loader: Loader, epoch: int, numbers: Sequence[int], shard: _Shard) -> Iterator[str]:
+        """The keys of pairs of these batches for which nothing was worked out."""
+        plan = loader.epochs.plan(epoch)
+        for pair, weight in (one for number in numbers for one in plan[number]):
+            key = self.key(loader.key(pair), epoch)
+            if weight and key not in self.cache and key not in shard.stored:
+                yield key
+
+    def useless(self, loader: Loader, batches: int) -> int:
+        """How many of this process's first `batches` batches have no pair that can be used, all having been filled."""
+        found = 0
+        if not self.bad:
+            return found
+        for epoch, _ in met(loader, batches):
+            left = min(len(loader), batches - epoch * len(loader))
+            for batch in loader.epochs.plan(epoch)[:left]:
+                keys = (self.key(loader.key(number), epoch) for number, weight in batch if weight)
+                found += all(key not in self.cache for key in keys)
         return found
 
 

@@ -109,6 +109,7 @@ class PairLoader:
         self.num_workers, self.repeat = num_workers, repeat
         self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
         self._bad = LeftOut(pairs.source, max_bad)
+        self._keys = dict[int, str]()
 
     @property
     def dropped(self) -> list[Dropped]:
@@ -148,7 +149,9 @@ class PairLoader:
 
     def key(self, number: int) -> str:
         """The key of a pair, by number; see PairBatch."""
-        return pair_key(self.pairs[number])
+        if number not in self._keys:
+            self._keys[number] = pair_key(self.pairs[number])
+        return self._keys[number]
 
     def singles(self, epoch: int, numbers: Sequence[int]) -> Iterator[PairBatch]:
         """Pairs by number, in this order, each in a batch of its own; cropped and flipped as in that epoch."""

@@ -23,7 +23,7 @@ from mmalign.families import Decoding, ImageFeatures, ImageView, Loading
 from mmalign.families.checkpoints import first_line, intact
 from mmalign.families.decoder_inputs import decoder_inputs
 from mmalign.families.facts import SCALED_LOGITS, facts
-from mmalign.families.features import apart, packed, unpacked
+from mmalign.families.features import apart, move, packed, unpacked
 from mmalign.families.generation import Prompt, generate, why_not_hidden
 from mmalign.families.lora import add_lora, linear_names
 from mmalign.families.processor_reader import ProcessorReader
@@ -92,6 +92,9 @@ class ImageTextToText:
         Raises:
             ValueError: the model makes another number of features than the processor makes tokens.
         """
+        if any(view.made is None for view in views.values()):
+            for _, part in self.encoders():
+                move(part, self.device)  # it may have been put away
         return ImageFeatures(
             {
                 key: self._encode(view) if view.made is None else unpacked(view.made, self.device)
