@@ -99,8 +99,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ the same losses
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-@pytest.mark.parametrize("method", KEEPING)
+@pytest.mark.parametrize(
+    ("method", "tune"), [*((name, "full") for name in KEEPING), ("dpo", "lora"), ("povid", "lora")]
+)
 def test_training_from_kept_scores_is_training_without_bit_for_bit(
     method: str, tune: str, vlm_folders: Folders, tmp_path: Path
 ) -> None:
