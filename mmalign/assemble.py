@@ -110,6 +110,8 @@ def check_data(data: Data) -> None:
     Raises:
         ValueError: where, what came, what was expected, what to do.
     """
+    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
+        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
     if isinstance(data, ResponseData):
         responses.check_responses(
             data.format,
@@ -121,8 +123,6 @@ def check_data(data: Data) -> None:
         )
         return
     assert isinstance(data, ImageData)
-    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
-        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
     if data.format == "prompts":
         prompts.open_prompts(locate(data.path))
         return
@@ -310,10 +310,12 @@ def _without_loading_bars() -> None:
     transformers_off()
 
 
-def build_policy(family: F, model: Model, method: str, *, seed: int, checkpointing: bool) -> Policy[F]:
+def build_policy(
+    family: F, model: Model, method: str, *, seed: int, checkpointing: bool, kept: bool = False
+) -> Policy[F]:
     """The policy to train: LoRA with the adapters off as reference, or the whole network with a frozen copy.
 
-    A method that needs no reference gets none, and no copy is made.
+    A method that needs no reference gets none, and no copy is made; nor is one of a reference whose scores are `kept`.
     """
     needed = methods.find(method).needs_reference
     reference: Reference = None
@@ -323,7 +325,7 @@ def build_policy(family: F, model: Model, method: str, *, seed: int, checkpointi
         family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=seed)
         reference = AdaptersOff() if needed else None
     else:
-        if needed:
+        if needed and not kept:
             reference = FrozenCopy(family.frozen_copy())
         family.unfreeze()
     if checkpointing:

@@ -79,6 +79,17 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Store what a recipe's training would work out again and again; the same command again goes on where it stopped.
+
+    Several processes share the work: accelerate launch -m mmalign.cli cache RECIPE. `mmalign train` does what is left.
+    """
+    from mmalign.caching import cache as run
+
+    run(_load(recipe, overrides), say=console.print)
+
+
+@app.command()
 def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
     from mmalign import run

@@ -39,15 +39,17 @@ def begin(
     saved: checkpoint.Checkpoint | None,
     accelerator: Any,
     say: Say,
+    kept: bool = False,
 ) -> Run:
-    """Make policy and optimizer, and go on from a checkpoint if there is one.
+    """Make policy and optimizer, without a reference if its scores are `kept`, and go on from a checkpoint, if any.
 
     Raises:
         ValueError: the model cannot be trained so, or the checkpoint does not fit it.
     """
     options = recipe.train
+    checkpointing = options.gradient_checkpointing
     policy = assemble.build_policy(
-        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
+        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=checkpointing, kept=kept
     )
     parameters = policy.trainable()
     optimizer = build_optimizer(

@@ -172,10 +172,12 @@ class ImageView:
     Attributes:
         ids: the tokens that stand for it in a prompt.
         tensors: what the vision tower takes.
+        made: its features as `VisionLanguage.pack` gives them, where they are known already; `tensors` is empty then.
     """
 
     ids: tuple[int, ...]
     tensors: dict[str, Tensor]
+    made: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,20 @@ class VisionLanguage(Family, Protocol):
 
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
         """The features of images by their keys, without gradients, for policy and reference alike."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of autocast; None in float32."""
+
+    def pack(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
+        """Features as tensors by name, of every image by its key; `ImageView.made` takes them back, bit for bit."""
+
+    def encoders(self) -> Iterable[tuple[str, nn.Module]]:
+        """The parts that make features and never learn, by name: vision tower and projector."""
 
     def token_logps(
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mmalign.families import Decoding, ImageFeatures, ImageView, Loading
 from mmalign.families.checkpoints import first_line, intact
 from mmalign.families.decoder_inputs import decoder_inputs
 from mmalign.families.facts import SCALED_LOGITS, facts
+from mmalign.families.features import apart, move, packed, unpacked
 from mmalign.families.generation import Prompt, generate, why_not_hidden
 from mmalign.families.lora import add_lora, linear_names
 from mmalign.families.processor_reader import ProcessorReader
@@ -93,7 +94,34 @@ class ImageTextToText:
         Raises:
             ValueError: the model makes another number of features than the processor makes tokens.
         """
-        return ImageFeatures({key: self._encode(view) for key, view in views.items()})
+        if any(view.made is None for view in views.values()):
+            for _, part in self.encoders():
+                move(part, self.device)  # it may have been put away
+        return ImageFeatures(
+            {
+                key: self._encode(view) if view.made is None else unpacked(view.made, self.device)
+                for key, view in views.items()
+            }
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """See VisionLanguage."""
+        return self.loading.device
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """See VisionLanguage."""
+        return self.loading.half
+
+    def pack(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
+        """See VisionLanguage."""
+        return {key: packed(found) for key, found in features.images.items()}
+
+    def encoders(self) -> Iterator[tuple[str, nn.Module]]:
+        """See VisionLanguage."""
+        learning = (self._model.get_decoder(), self._model.get_output_embeddings())
+        return apart(self.network, {id(p) for part in learning for p in part.parameters()})
 
     def _encode(self, view: ImageView) -> Any:
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
