@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.attention import denoisers
+
 POOLED, DEEP, GRID = "pooled", "deep", "grid"
 
 
@@ -65,6 +67,7 @@ def executor(net: nn.Module) -> str:
     configs = (getattr(part, "config", None) for part in net.modules())
     attention = {getattr(config, "_attn_implementation", None) for config in configs}
     attention |= {type(part.processor).__name__ for part in net.modules() if hasattr(part, "processor")}
+    attention |= {denoisers.used(net)}
     weights = {f"{p.device.type} {str(p.dtype).removeprefix('torch.')}" for p in net.parameters()}
     return ", ".join((*sorted(weights), *sorted(str(name) for name in attention if name)))
 
