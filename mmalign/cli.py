@@ -131,6 +131,36 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
     run.prepare(_load(recipe, overrides), say=console.print)
 
 
+@app.command()
+def bench(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe, or a case of random weights; see docs/performance.md.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another program's step beside ours: diffusers or trl.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'KEY=VALUE ...'", help="Measure the recipe so changed as well; may be given repeatedly."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 5,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure a training step: pairs per second, its parts, memory, and its share of what the device can do."""
+    from mmalign.benchmark.bench import bench as run
+
+    run(
+        recipe,
+        overrides=overrides or (),
+        variants=variant or (),
+        peer=against,
+        repeats=repeats,
+        json=json,
+        say=console.print,
+    )
+
+
 @app.command("list")
 def list_() -> None:
     """List methods, families, judges, and the recipes that come with the project."""

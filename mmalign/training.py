@@ -26,7 +26,7 @@ from mmalign.output import TRAINED, written
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
-from mmalign.sections import ImageData, JudgeModel, Recipe
+from mmalign.sections import ImageData, JudgeModel, Recipe, Train
 
 Say = Callable[[str], None]
 HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
@@ -152,6 +152,15 @@ def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
     policy = assemble.build_policy(
         family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
     )
+    policy, learner = build_learner(policy, options, accelerator)
+    method = methods.find(recipe.method.name)
+    run = _Run(method, policy, learner, identity, loop.Progress())
+    _resume(recipe, run, say)
+    return run
+
+
+def build_learner(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.Learner]:
+    """The policy as the accelerator has prepared it, and what changes it: optimizer, schedule, clipping, average."""
     parameters = policy.trainable()
     optimizer = build_optimizer(
         parameters,
@@ -169,11 +178,7 @@ def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
         options.clip,
         Average(parameters, options.ema) if options.ema else None,
     )
-    method = methods.find(recipe.method.name)
-    policy = Policy(family, model, policy.unwrapped, policy.reference)
-    run = _Run(method, policy, learner, identity, loop.Progress())
-    _resume(recipe, run, say)
-    return run
+    return Policy(policy.family, model, policy.unwrapped, policy.reference), learner
 
 
 def _identity(recipe: Recipe, family: Family) -> dict[str, str]:
