@@ -6,8 +6,9 @@ entrant is the recipe as it is, and all others are compared with it.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,10 +81,10 @@ def bench(
     check(repeats, peer)
     accelerator = Accelerator()
     tell = say if accelerator.is_main_process else _silent
-    with tempfile.TemporaryDirectory(prefix="mmalign-bench-") as scratch:
-        found = open_source(source, Path(scratch), accelerator.device, tell)
+    with scratch(accelerator) as folder:
+        found = open_source(source, folder, accelerator, tell)
         asked = Asked(found, overrides, [variant.split() for variant in variants], peer)
-        report = run(asked, Path(scratch), accelerator, name=source, repeats=repeats, say=tell)
+        report = run(asked, folder, accelerator, name=source, repeats=repeats, say=tell)
     if accelerator.is_main_process:
         tables.show(report)
         if json is not None:
@@ -104,12 +105,26 @@ def check(repeats: int, peer: str | None) -> None:
         against.find(peer)
 
 
-def open_source(source: str, folder: Path, device: torch.device, say: Say) -> Source:
-    """A recipe as it came, or a case's, whose model and pairs are written to the folder."""
+@contextlib.contextmanager
+def scratch(accelerator: Any) -> Iterator[Path]:
+    """A folder that all processes share, and that is gone afterwards."""
+    from accelerate.utils import broadcast_object_list
+
+    main = accelerator.is_main_process
+    with tempfile.TemporaryDirectory(prefix="mmalign-bench-") if main else contextlib.nullcontext("") as folder:
+        yield Path(broadcast_object_list([folder])[0])
+        accelerator.wait_for_everyone()
+
+
+def open_source(source: str, folder: Path, accelerator: Any, say: Say) -> Source:
+    """A recipe as it came, or a case's, whose model and pairs the main process writes to the folder."""
     if source not in cases.CASES:
         return source
     say(f"{source}: {cases.CASES[source].about}, random weights")
-    return cases.write_case(source, folder / source, device)
+    if accelerator.is_main_process:
+        cases.write_case(source, folder / source, accelerator.device)
+    accelerator.wait_for_everyone()
+    return cases.content(source, folder / source)
 
 
 def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int, say: Say) -> Report:

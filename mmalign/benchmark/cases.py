@@ -57,13 +57,19 @@ def write_case(name: str, folder: Path, device: torch.device) -> Content:
             f"bench: {name} ({case.about}) needs a CUDA device, and there is none; use "
             f"{' or '.join(other for other in CASES if not CASES[other].gpu)}, or a recipe"
         )
-    content: Content = json.loads(json.dumps(case.content))
-    pairs = folder / ("pairs.parquet" if "resolution" in content["data"] else "pairs.jsonl")
+    given = content(name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     case.write(folder / "model", device)
-    case.pairs(pairs)
-    content["model"]["path"], content["data"]["path"] = str(folder / "model"), str(pairs)
-    return {**content, "output": str(folder / "output")}
+    case.pairs(Path(given["data"]["path"]))
+    return given
+
+
+def content(name: str, folder: Path) -> Content:
+    """A case's recipe, with model and pairs in the folder."""
+    given: Content = json.loads(json.dumps(CASES[name].content))
+    given["model"]["path"] = str(folder / "model")
+    given["data"]["path"] = str(folder / ("pairs.parquet" if "resolution" in given["data"] else "pairs.jsonl"))
+    return {**given, "output": str(folder / "output")}
 
 
 def draw_image_pairs(path: Path, resolution: int, number: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""Meters for a training step: which part takes the time or the operations, how many bytes are alive, what is possible."""
+"""Meters for a training step: which part takes time and operations, how many bytes are alive, what is possible."""
 
 from __future__ import annotations
 

@@ -199,7 +199,9 @@ class First:
         """
         if [x.shape for x in self.gradients] != [x.shape for x in other.gradients]:
             return None
-        apart = sum(float((a - b).double().square().sum()) for a, b in zip(self.gradients, other.gradients, strict=True))
+        apart = sum(
+            float((a - b).double().square().sum()) for a, b in zip(self.gradients, other.gradients, strict=True)
+        )
         norm = sum(float(b.double().square().sum()) for b in other.gradients)
         return abs(self.loss - other.loss), (apart / norm) ** 0.5 if norm else float(apart > 0)
 

@@ -63,7 +63,10 @@ def write_report(report: Report, path: Path) -> None:
 
 def summary(report: Report) -> dict[str, Any]:
     """Of every model: medians of each entrant, and the ratios of each comparison."""
-    return {title: {"entrants": _entrants(report, rows), "ratios": _ratios(report, rows)} for title, rows in report.models.items()}
+    return {
+        title: {"entrants": _entrants(report, rows), "ratios": _ratios(report, rows)}
+        for title, rows in report.models.items()
+    }
 
 
 def _entrants(report: Report, rows: Sequence[Measured]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from tests.benchmarks.meters import LiveBytes, Meter, flop_counter
+from tests.benchmarks.tables import COMPARISONS, FULL, LORA, LORA_COPY, LORA_UNCACHED, MAPO, VARIANTS, Measured, Report
 from torch import nn
 
 from tests.benchmarks import step, tables
-from tests.benchmarks.meters import LiveBytes, Meter, flop_counter
-from tests.benchmarks.tables import COMPARISONS, FULL, LORA, LORA_COPY, LORA_UNCACHED, MAPO, VARIANTS, Measured, Report
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,9 @@ def check(recipe: Recipe) -> None:
 
 
 def _said(method: Any) -> str:
-    return ", ".join(f"{key}: {getattr(method, key)}" for key in ("name", "loss", "label_smoothing") if hasattr(method, key))
+    return ", ".join(
+        f"{key}: {getattr(method, key)}" for key in ("name", "loss", "label_smoothing") if hasattr(method, key)
+    )
 
 
 def prepare(policy: Policy) -> None:
