@@ -134,7 +134,12 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def bench(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe, or a case of random weights; see docs/performance.md.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe, or random weights: sd_middle or llava_middle; on a GPU sd15_lora, sd15_full, sdxl_lora, "
+            "sdxl_full, sd35m_lora, llava15_7b or qwen25vl_7b.",
+        ),
     ],
     against: Annotated[
         str | None, typer.Option(metavar="NAME", help="Another program's step beside ours: diffusers or trl.")
@@ -158,9 +163,7 @@ def bench(
     common |= {"overrides": overrides or (), "say": console.print}
     if scale is None:
         if plot is not None or values:
-            raise ValueError(
-                "bench: --plot and --values belong to --scale; name what grows, such as --scale resolution"
-            )
+            raise ValueError("bench: --plot and --values need --scale; name what grows, such as --scale resolution")
         from mmalign.benchmark.bench import bench as run
 
         run(recipe, **common)

@@ -28,6 +28,8 @@ from mmalign.sections import Recipe
 Say = Callable[[str], None]
 Source = str | Path | Mapping[str, Any]
 OURS = "mmalign"
+SAME = 0.01  # of a gradient's norm: encoders round otherwise in a batch, and beta multiplies that
+SAME_IN_HALF = 0.2  # bfloat16 keeps eight bits; another loss, reference or order is 1 and more
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int
     if asked.peer is not None:
         peer = against.find(asked.peer)
         peer.check(recipe)
-        entrants.append(Entrant(asked.peer, entrant(asked.recipe(*peer.own), accelerator, peer)))
+        limit = SAME if recipe.train.precision == "float32" else SAME_IN_HALF
+        entrants.append(Entrant(asked.peer, entrant(asked.recipe(*peer.own), accelerator, peer), limit))
         comparisons.append(Comparison(asked.peer, OURS, peer.about))
     device: torch.device = accelerator.device
     rate = peak_rate(device, DTYPES[recipe.train.precision])

@@ -30,10 +30,14 @@ Build = Callable[[Path, int], Run]  # a folder for its caches, updates that it w
 
 @dataclass(frozen=True)
 class Entrant:
-    """What takes part: its name, and how to build it."""
+    """What takes part: its name, how to build it, and how far its first gradient may be from the first entrant's.
+
+    That is a share of the norm; None leaves it open.
+    """
 
     name: str
     build: Build
+    limit: float | None = None
 
 
 @dataclass
@@ -87,7 +91,7 @@ def measure(
         say: hears what is being done.
 
     Raises:
-        ValueError: one cannot be built.
+        ValueError: one cannot be built, or computes something else than it is compared with.
     """
     gc.collect()  # what is left of others would be freed in the middle of a measurement
     together, updates = device.type == "cpu", 1 if device.type == "cpu" else MOST
@@ -100,9 +104,10 @@ def measure(
         run = entrant.build(folder / f"{number}", planned)
         first = runs.first_gradient(run)
         compared = compared or first
+        apart = first.beside(compared)
+        require_same(entrant, apart)
         row = _counted(entrant.name, run, before)
-        row.loss, apart = first.loss, first.beside(compared)
-        row.loss_apart, row.gradient_apart = apart or (None, None)
+        row.loss, (row.loss_apart, row.gradient_apart) = first.loss, apart or (None, None)
         rows.append(row)
         if together:
             alive.append(run)
@@ -121,6 +126,25 @@ def measure(
     for run in alive:
         run.learner.accelerator.free_memory()
     return rows
+
+
+def require_same(entrant: Entrant, apart: tuple[float, float] | None) -> None:
+    """Refuse to time against one another what computes different things.
+
+    Args:
+        entrant: the other one.
+        apart: how far its loss and its gradient are from the first's; None if other weights learn.
+
+    Raises:
+        ValueError: it is further than its limit.
+    """
+    if entrant.limit is not None and (apart is None or not apart[1] <= entrant.limit):
+        came = "other weights learn" if apart is None else f"the losses differ by {apart[0]:.2g}, the gradients by "
+        came += "" if apart is None else f"{apart[1]:.2g} of their norm, and expected was at most {entrant.limit:g}"
+        raise ValueError(
+            f"bench: {entrant.name} does not compute what it is compared with ({came}), so their times say nothing; "
+            "leave it out, or report this with the recipe"
+        )
 
 
 def _turns(alive: Sequence[Run], rows: Sequence[Measured], repeats: int) -> Iterator[list[tuple[Run, Measured]]]:

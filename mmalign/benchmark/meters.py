@@ -141,11 +141,11 @@ def now(device: torch.device) -> float:
     """Seconds, when the device has done what it was given.
 
     On CPUs, which others may use as well, it is CPU time, all threads of this process together, as in `loop.Progress`;
-    but where several processes work together, which wait for one another, that of the clock on the wall.
+    but where processes were launched to work together, which wait for one another, that of the clock on the wall.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    elif os.environ.get("WORLD_SIZE", "1") == "1":
+    elif "WORLD_SIZE" not in os.environ:
         return time.process_time()
     return time.perf_counter()
 

@@ -34,7 +34,7 @@ from mmalign.policy import FrozenCopy, Policy
 from mmalign.sections import Recipe
 
 UPDATES = 4  # whose pairs are read; after them they come again
-MOVED = 2e-4  # how far weights are moved before gradients are compared: where policy is reference, errors can hide
+MOVED = 1e-3  # how far weights are moved before gradients are compared: where policy is reference, errors can hide
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,12 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
     assemble.check(recipe, training=True)
     options, method = recipe.train, methods.find(recipe.method.name)
     opened = open_data(recipe.data, options.seed, method)
+    needed = options.batch_size * accelerator.num_processes
+    if len(opened[0]) < needed:  # rows of weight 0 would fill up the batch, and be measured as pairs
+        raise ValueError(
+            f"data.path: {opened[0].source} has {len(opened[0])} pairs, and a batch has {needed}; measure with more, "
+            "or with a smaller train.batch_size"
+        )
     named = assemble.method_judge(recipe)
     family = assemble.load_model(recipe.model, options.precision, accelerator.device)
     feed = open_feed(

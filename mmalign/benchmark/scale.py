@@ -71,14 +71,14 @@ def _responses(recipe: Recipe, value: int, folder: Path) -> list[str]:
     return [*_said(recipe, folder, each=value), f"train.batch_size={max(value, recipe.train.batch_size)}"]
 
 
-def _said(recipe: Recipe, folder: Path, **sizes: int) -> list[str]:
+def _said(recipe: Recipe, folder: Path, prompt: int = 50, each: int = 1) -> list[str]:
     if not isinstance(recipe.data, ResponseData):
         raise ValueError(
             "--scale: a text-to-image model is shown every prompt in as many tokens, and compares two images; expected "
             "a recipe of a vision-language model, or --scale pairs, resolution or processes"
         )
     file = folder / "pairs.jsonl"
-    draw_response_pairs(file, side=SIDE, **sizes)
+    draw_response_pairs(file, side=SIDE, prompt=prompt, each=each)
     return _drawn(file, "trl")
 
 

@@ -110,7 +110,8 @@ def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> T
 @torch.no_grad()
 def _encode(vae: Any, pixels: Tensor, draws: Draws, rows: Sequence[int], device: torch.device) -> Tensor:
     """Samples of the posteriors of images [2B, 3, R, R], scaled."""
-    parts = [vae.encode(some.to(device, vae.dtype)).latent_dist for some in pixels.split(ENCODED)]
+    some = (pixels[first : first + ENCODED] for first in range(0, len(pixels), ENCODED))
+    parts = [vae.encode(images.to(device, vae.dtype)).latent_dist for images in some]
     mean, std = torch.cat([p.mean for p in parts]).float(), torch.cat([p.std for p in parts]).float()
     noise = draws.normal(rows, (2, *mean.shape[1:]), "posterior").to(device).transpose(0, 1).flatten(0, 1)
     scaled: Tensor = (mean + std * noise) * vae.config.scaling_factor

@@ -96,8 +96,11 @@ def _holder(run: Run, switch: Callable[[str], None]) -> Any:
     method: Any = run.recipe.method
 
     def reference(**inputs: Any) -> Any:
+        def run_it(net: Any) -> Any:
+            return net.model(**inputs)
+
         switch("reference")
-        found = policy.on_reference(lambda net: net.model(**inputs))
+        found = policy.on_reference(run_it)
         switch("policy")
         return found
 
