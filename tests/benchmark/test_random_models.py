@@ -53,7 +53,9 @@ def vae() -> nn.Module:
 def llava() -> nn.Module:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    config = LlavaConfig(CLIPVisionConfig(**shapes.VIT_L), LlamaConfig(**shapes.LLAMA_7B))
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shapes.VIT_L), text_config=LlamaConfig(**shapes.LLAMA_7B), image_token_id=3
+    )
     net: nn.Module = LlavaForConditionalGeneration(config)
     return net
 
@@ -102,5 +104,5 @@ def test_an_image_has_576_tokens(tmp_path: Path) -> None:
     rows = family.reader.rows(pair.turns, [pair.chosen, pair.rejected], [("image", view)])
     assert len(view.ids) == 576
     for row, said in zip(rows, (pair.chosen, pair.rejected), strict=True):
-        assert len(said) == 100 and len(row.response) == 100 + len(" </s>") - 4  # a byte each, and the end
-        assert row.start == len("<s>") - 2 + len("USER: ") + 576 + len("\n") + 50 + len(" ASSISTANT:")
+        assert len(said) == 100 and len(row.response) == 1 + 100 + 1  # the space before it, a byte each, and the end
+        assert row.start == len(["<s>"]) + len("USER: ") + 576 + len("\n") + 50 + len(" ASSISTANT:")
