@@ -99,12 +99,12 @@ def check(repeats: int, peer: str | None) -> None:
     """Refuse at once what needs no model to be known wrong.
 
     Raises:
-        ValueError: there is no such program, or nothing would be measured.
+        ValueError: there is no such program, it is not installed, or nothing would be measured.
     """
     if repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {repeats}")
     if peer is not None:
-        against.find(peer)
+        against.find(peer).available()
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from typer.testing import CliRunner
 
 from mmalign.benchmark import bench, cases
 from mmalign.benchmark.against import trl
 from mmalign.benchmark.bench import OURS, Asked
+from mmalign.cli import app
 from mmalign.recipe import load_recipe
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
@@ -40,12 +42,11 @@ def test_trl_computes_the_same(name: str, tune: str, vlm_folders: Any, tmp_path:
     assert theirs.operations > ours.operations
 
 
-def test_without_trl_it_says_how_to_install_it(
-    vlm_folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_trl_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: no model is written first."""
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ValueError, match=r"pip install 'trl>=1.16'"):
-        trl.check(load_recipe(recipe(vlm_folders("llava"), tmp_path)))
+    done = CliRunner().invoke(app, ["bench", "llava_middle", "--against", "trl"])
+    assert done.exit_code == 1 and "pip install 'trl>=1.16'" in " ".join(done.output.split())
 
 
 def test_what_trl_does_otherwise_is_refused(vlm_folders: Any, tmp_path: Path) -> None:

@@ -38,6 +38,13 @@ class Peer(Protocol):
     def own(self) -> Sequence[str]:
         """Further settings of the recipe, for the peer's side alone."""
 
+    def available(self) -> None:
+        """Look for what the file needs, before anything is made.
+
+        Raises:
+            ValueError: a package is missing; how to install it.
+        """
+
     def check(self, recipe: Recipe) -> None:
         """Refuse what that program has no step for.
 

@@ -36,6 +36,10 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 ENCODED = 8  # images that the scripts' autoencoder takes at a time
 
 
+def available() -> None:
+    """Diffusers is always there."""
+
+
 def check(recipe: Recipe) -> None:
     """Refuse methods and models that the scripts do not train.
 

@@ -34,8 +34,17 @@ own = ()
 TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # whose images' tensors join along one dimension
 
 
+def available() -> None:
+    """Look for TRL.
+
+    Raises:
+        ValueError: it is not installed, or too old.
+    """
+    _trainer()
+
+
 def check(recipe: Recipe) -> None:
-    """Refuse what TRL's trainer does otherwise, and say how to install it.
+    """Refuse what TRL's trainer does otherwise.
 
     Raises:
         ValueError: what.
@@ -49,7 +58,6 @@ def check(recipe: Recipe) -> None:
     kind = families.model_type(resolve_model(recipe.model.path), recipe.model.revision)
     if kind not in TYPES:
         raise ValueError(f"--against trl: cannot give it images of a {kind}; use one of {', '.join(TYPES)}")
-    _trainer()
 
 
 def prepare(policy: Policy) -> None:
