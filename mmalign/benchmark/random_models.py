@@ -167,7 +167,7 @@ def stable_diffusion(
     StableDiffusionPipeline(
         **_saved(parts, device),
         tokenizer=tokens,
-        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False),
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -188,7 +188,10 @@ def sdxl(folder: Path, device: torch.device) -> None:
             "unet": UNet2DConditionModel(**SDXL_UNET),
         }
     StableDiffusionXLPipeline(
-        **_saved(parts, device), tokenizer=tokens, tokenizer_2=_words(), scheduler=EulerDiscreteScheduler(**SCHEDULE)
+        **_saved(parts, device),
+        tokenizer=tokens,
+        tokenizer_2=_words(),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, steps_offset=1),
     ).save_pretrained(folder)
 
 
