@@ -27,7 +27,7 @@ LAYERS = (
     {"methods"},
     {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint", "answers", "drawings", "kept"},
     {"caching", "training", "training_run", "output", "evaluate_images", "evaluate_responses"},
-    {"run", "quickstart", "compare", "prepare_images", "prepare_responses"},
+    {"run", "quickstart", "compare", "prepare_images", "prepare_responses", "benchmark"},
     {"cli"},
     {"__init__", "__main__"},
 )
