@@ -148,7 +148,12 @@ def _assemble(recipe: Recipe, accelerator: Any, say: Say) -> _Run:
     """Load the model, make policy and optimizer, and go on from the last checkpoint if there is one."""
     options = recipe.train
     family = assemble.load_model(
-        recipe.model, options.precision, accelerator.device, attention=options.attention, say=say
+        recipe.model,
+        options.precision,
+        accelerator.device,
+        attention=options.attention,
+        pack=options.pack,
+        say=say,
     )
     identity = _identity(recipe, family)
     policy = assemble.build_policy(

@@ -119,6 +119,15 @@ class Tokens:
         return Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
 
     @cached_property
+    def by_prompt(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the rows, those together that have all in common before their responses, images included."""
+        found = dict[tuple[object, ...], list[int]]()
+        rows = zip(self.images, self.ids.tolist(), self.starts.tolist(), strict=True)
+        for number, (images, ids, start) in enumerate(rows):
+            found.setdefault((images, *ids[:start]), []).append(number)
+        return tuple(map(tuple, found.values()))
+
+    @cached_property
     def mask(self) -> Tensor:
         """Which tokens are no padding, [N, L]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]

@@ -1,0 +1,88 @@
+"""Responses to one prompt in one row of a decoder: the prompt and its images run once, and every response sees them.
+
+What is shared is the whole of what comes before a response, words and images alike; a prompt with another image, or
+with a disturbed one, is another prompt. All prompts of a batch stand in the same row, each with its responses, and no
+padding. Log-probabilities mean what they mean in rows apart, and differ from those by the rounding of sums in another
+order.
+
+N rows apart, L tokens of the longest; T prompts; M tokens of responses; P tokens of the packed row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.attention import Forest, Tree, decoders
+from mmalign.families import ImageFeatures
+from mmalign.families.decoder_inputs import decoder_inputs
+from mmalign.families.facts import Facts
+from mmalign.language.tokens import Tokens
+
+
+def let_pack(decoder: Any) -> None:
+    """Give a decoder attention that knows of shared prompts, and leave its other numbers alone; or leave it all."""
+    if not decoders.why_not_packed(decoder, longest=0):
+        with contextlib.suppress(ValueError):  # `why_apart` says so then
+            decoders.use(decoder, "sdpa")
+
+
+def why_apart(decoder: Any, longest: int) -> str:
+    """Why a decoder runs the responses of rows of up to that many tokens apart; empty if it packs them."""
+    why = decoders.why_not_packed(decoder, longest)
+    return why or ("" if decoders.used(decoder) else "it computes attention in a way of its own")
+
+
+def forest_of(tokens: Tokens, facts: Facts) -> Forest:
+    """The prompts of rows, each with its responses; equal ones are one object, with all that it has worked out."""
+    starts, counts = tokens.starts.tolist(), tokens.counts.tolist()
+    both_ways = facts.prefix_attention
+    return _forest(tuple(Tree(starts[rows[0]], tuple(counts[n] for n in rows), both_ways) for rows in tokens.by_prompt))
+
+
+@lru_cache(maxsize=16)  # of a batch, for policy and reference, with and without other images
+def _forest(trees: tuple[Tree, ...]) -> Forest:
+    return Forest(trees)
+
+
+def packed_inputs(
+    model: Any, facts: Facts, tokens: Tokens, forest: Forest, features: ImageFeatures
+) -> tuple[Tensor, dict[str, Any]]:
+    """Where the responses' tokens are predicted [M], in the order of `tokens`, and what a forward pass takes.
+
+    Positions are the model's own, of each prompt with its longest response in a row apart: that of a token depends on
+    its place in its row, and of the images before it, alone.
+
+    Args:
+        model: a model of transformers with a head.
+        facts: of its type.
+        tokens: the rows apart.
+        forest: of these tokens.
+        features: of every image of the rows.
+    """
+    device, width = tokens.ids.device, tokens.ids.shape[1]
+    lengths, counts = tokens.lengths.tolist(), tokens.counts.tolist()
+    order = [(row, tree) for tree, rows in enumerate(tokens.by_prompt) for row in rows]  # the forest's
+    longest = [max(rows, key=lambda row: lengths[row]) for rows in tokens.by_prompt]
+    images = [features.images[key] for row in longest for key in tokens.images[row]]
+
+    some = torch.tensor(longest, device=device)
+    ids, mask, is_response = (x[some] for x in (tokens.ids, tokens.mask, tokens.is_response))
+    alone = decoder_inputs(model, facts, ids, mask, is_response, images)
+    own = model._prepare_position_ids_for_generation(ids, alone) + facts.first_position
+
+    def packed(x: Tensor, numbers: list[int]) -> Tensor:
+        """[..., 1, P] of rows [..., _, L], of which each token of the forest's is in one of these."""
+        at = [torch.arange(lengths[row]) + number * width for (row, _), number in zip(order, numbers, strict=True)]
+        return x.flatten(-2)[..., forest.join(at).to(device)].unsqueeze(-2)
+
+    ids, is_response = (packed(x, [row for row, _ in order]) for x in (tokens.ids, tokens.is_response))
+    inputs = decoder_inputs(model, facts, ids, torch.ones_like(ids), is_response, images)
+    inputs["position_ids"] = packed(own, [tree for _, tree in order])
+    before = forest.before.split([counts[row] for row, _ in order])
+    places = torch.cat([part for _, part in sorted(zip(order, before, strict=True), key=lambda one: one[0])])
+    return places.to(device), inputs | decoders.of(forest, model.get_decoder())
