@@ -166,8 +166,8 @@ def test_packed_rows_whose_activations_are_computed_again(vlm: Any) -> None:
         torch.testing.assert_close(grad, theirs[weight], rtol=1e-5, atol=1e-6, msg=weight)
 
 
-def test_the_likelier_reference_is_none_before_the_first_update(vlm: Any) -> None:
-    """Policy and reference are packed alike: the loss is ln 2 to the last bit, by adapters and by a copy."""
+def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(vlm: Any) -> None:
+    """They are packed alike: the loss is ln 2, by adapters and by a copy."""
     tokens, features = mixed(vlm)
     copied = Policy(vlm, vlm.network, vlm.network, FrozenCopy(vlm.frozen_copy()))
     vlm.add_lora(rank=2, alpha=4.0, targets=vlm.usual_targets, seed=0)
@@ -193,7 +193,7 @@ def test_what_has_nothing_to_share_and_no_padding_stays_as_it_is(llava: Any) -> 
     assert shapes == [(2, length), (1, length), (1, 2 * (length + len(same[0].response)))]
 
 
-# ----------------------------------------------------------------------------------------------------- what is not packed
+# -------------------------------------------------------------------------------------------------- what is not packed
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folde
         (
             "qwen3_5",
             "auto",
-        ): "off, each response runs with its own prompt and images, since its linear_attention layers",
+        ): "off, each response runs with its own prompt and images, since its linear_attention",
     }
     for (name, pack), expected in told.items():
         lines: list[str] = []
