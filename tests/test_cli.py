@@ -250,6 +250,10 @@ def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_pa
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[0] == "1 of 8 prompts are longer than the text encoder reads, and are cut"
-    assert [line.partition(":")[0] for line in lines[1:]] == ["diffusion_dpo", "diffusion_dpo"]
+    assert lines[1] == "1 of 8 prompts are longer than the text encoder reads, and are cut"
+    assert [line.partition(":")[0] for line in (lines[0], *lines[2:])] == [
+        "attention",
+        "diffusion_dpo",
+        "diffusion_dpo",
+    ]
     assert all(line.startswith(("update ", "warning: gradient factor")) for line in ended.stderr.splitlines())

@@ -296,7 +296,7 @@ def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_toget
 
 def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
     said = runs.record("again", 0)["said"]
-    assert said[0] == "going on from checkpoint-00000003" and "all updates were done already" in said[1]
+    assert said[1] == "going on from checkpoint-00000003" and "all updates were done already" in said[2]
     assert runs.record("again", 1)["said"] == []
 
 

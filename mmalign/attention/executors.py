@@ -50,7 +50,7 @@ def xformers(
         return out
 
     if isinstance(mask, Forest):
-        return by_groups(lambda group, *qkv: run(*qkv, group.bias), q, k, v, mask)
+        return by_groups(lambda group, q, k, v: run(q, k, v, group.bias), q, k, v, mask)
     return run(q, k, v, LowerTriangularMask() if causal else None if mask is None else _added(mask, q, k))
 
 
