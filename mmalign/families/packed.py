@@ -64,25 +64,25 @@ def packed_inputs(
         forest: of these tokens.
         features: of every image of the rows.
     """
-    device, width = tokens.ids.device, tokens.ids.shape[1]
-    lengths, counts = tokens.lengths.tolist(), tokens.counts.tolist()
-    order = [(row, tree) for tree, rows in enumerate(tokens.by_prompt) for row in rows]  # the forest's
-    longest = [max(rows, key=lambda row: lengths[row]) for rows in tokens.by_prompt]
+    device, width, lengths = tokens.ids.device, tokens.ids.shape[1], tokens.lengths.tolist()
+    prompts = tokens.by_prompt
+    longest = [max(rows, key=lambda row: lengths[row]) for rows in prompts]
     images = [features.images[key] for row in longest for key in tokens.images[row]]
 
     some = torch.tensor(longest, device=device)
     ids, mask, is_response = (x[some] for x in (tokens.ids, tokens.mask, tokens.is_response))
     alone = decoder_inputs(model, facts, ids, mask, is_response, images)
-    own = model._prepare_position_ids_for_generation(ids, alone) + facts.first_position
+    positions = model._prepare_position_ids_for_generation(ids, alone) + facts.first_position
 
-    def packed(x: Tensor, numbers: list[int]) -> Tensor:
-        """[..., 1, P] of rows [..., _, L], of which each token of the forest's is in one of these."""
-        at = [torch.arange(lengths[row]) + number * width for (row, _), number in zip(order, numbers, strict=True)]
-        return x.flatten(-2)[..., forest.join(at).to(device)].unsqueeze(-2)
+    def joined(starts: list[int]) -> Tensor:
+        """Where each token of the packed row is in flattened rows [P], given where these rows begin."""
+        order = [row for rows in prompts for row in rows]
+        return forest.join([torch.arange(lengths[row]) + start for row, start in zip(order, starts, strict=True)])
 
-    ids, is_response = (packed(x, [row for row, _ in order]) for x in (tokens.ids, tokens.is_response))
+    rows = joined([row * width for rows in prompts for row in rows])
+    alike = joined([tree * width for tree, rows in enumerate(prompts) for _ in rows]).to(device)
+    ids, is_response = (x.flatten()[rows.to(device)][None] for x in (tokens.ids, tokens.is_response))
     inputs = decoder_inputs(model, facts, ids, torch.ones_like(ids), is_response, images)
-    inputs["position_ids"] = packed(own, [tree for _, tree in order])
-    before = forest.before.split([counts[row] for row, _ in order])
-    places = torch.cat([part for _, part in sorted(zip(order, before, strict=True), key=lambda one: one[0])])
+    inputs["position_ids"] = positions.flatten(-2)[..., None, alike]
+    places = forest.before[rows[forest.said].argsort()]
     return places.to(device), inputs | decoders.of(forest, model.get_decoder())
