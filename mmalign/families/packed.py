@@ -39,9 +39,11 @@ def why_apart(decoder: Any, longest: int) -> str:
 
 def forest_of(tokens: Tokens, facts: Facts) -> Forest:
     """The prompts of rows, each with its responses; equal ones are one object, with all that it has worked out."""
-    starts, counts = tokens.starts.tolist(), tokens.counts.tolist()
-    both_ways = facts.prefix_attention
-    return _forest(tuple(Tree(starts[rows[0]], tuple(counts[n] for n in rows), both_ways) for rows in tokens.by_prompt))
+    both_ways, trees = facts.prefix_attention, list[Tree]()
+    for numbers in tokens.by_prompt:
+        rows = [tokens.rows[number] for number in numbers]
+        trees.append(Tree(rows[0].start, tuple(len(row.response) for row in rows), both_ways))
+    return _forest(tuple(trees))
 
 
 @lru_cache(maxsize=16)  # of a batch, for policy and reference, with and without other images
@@ -64,8 +66,8 @@ def packed_inputs(
         forest: of these tokens.
         features: of every image of the rows.
     """
-    device, width, lengths = tokens.ids.device, tokens.ids.shape[1], tokens.lengths.tolist()
-    prompts = tokens.by_prompt
+    device, width, prompts = tokens.ids.device, tokens.ids.shape[1], tokens.by_prompt
+    lengths = [len(row.ids) for row in tokens.rows]
     longest = [max(rows, key=lambda row: lengths[row]) for rows in prompts]
     images = [features.images[key] for row in longest for key in tokens.images[row]]
 

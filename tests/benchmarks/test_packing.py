@@ -12,7 +12,7 @@ from tests.benchmarks.packing import PROMPT, Case
 def test_packed_runs_the_tokens_that_it_should_and_learns_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The operations that a token costs outweigh those of attention, so that their ratio is about that of the tokens."""
+    """A token costs more operations outside attention than in it, so that their ratio is about that of the tokens."""
     file = tmp_path / "packing.json"
     (row,) = packing.measure((Case((12, 4)),), repeats=1)
     prefix = 576 + PROMPT
