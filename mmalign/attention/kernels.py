@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import logging
 import sys
 from functools import cache
 from pathlib import Path
@@ -58,6 +59,7 @@ def _not_usable() -> str:
     if importlib.util.find_spec("xformers") is None:
         return "it is not installed (pip install 'mmalign[cuda]')"
     _load_cuda_12()
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns of what is mended below
     try:
         ops = importlib.import_module("xformers.ops")
         version = importlib.import_module("xformers").__version__
