@@ -58,6 +58,11 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
     if recipe.train.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    if recipe.train.pack != "auto" and isinstance(recipe.model, ImageModel | JudgeModel):
+        raise ValueError(
+            f"train.pack: {recipe.train.pack} is about responses that share a prompt, and method.name: "
+            f"{recipe.method.name} compares images; leave it out"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
@@ -267,6 +272,7 @@ def load_model(
     device: torch.device,
     *,
     attention: str = "auto",
+    pack: str = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
@@ -276,23 +282,26 @@ def load_model(
         precision: of its computations.
         device: where it goes.
         attention: what computes it, see `train.attention`.
-        say: hears what does, and why.
+        pack: see `train.pack`.
+        say: hears what computes attention, and whether responses share their prompts, and why.
 
     Raises:
         ValueError: the model cannot be loaded, or its attention not be computed as wanted.
     """
     choice.check(attention, device, DTYPES[precision])
-    family = _load(model, precision, device)
+    family = _load(model, precision, device, pack=pack != "off")
     say(str(family.use_attention(attention)))
+    if not isinstance(model, ImageModel | JudgeModel):
+        say(family.packing)
     return family
 
 
-def _load(model: Model, precision: str, device: torch.device) -> Any:
+def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> Any:
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
     loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
     if not isinstance(model, ImageModel | JudgeModel):
-        return families.load_vision_language(resolve_model(model.path), loading)
+        return families.load_vision_language(resolve_model(model.path), replace(loading, pack=pack))
     vae = model.vae and resolve_model(model.vae)
     painting = replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype])
     if isinstance(model, JudgeModel):

@@ -56,7 +56,12 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     tell = say if accelerator.is_main_process else _silent
     options = recipe.train
     family = assemble.load_model(
-        recipe.model, options.precision, accelerator.device, attention=options.attention, say=tell
+        recipe.model,
+        options.precision,
+        accelerator.device,
+        attention=options.attention,
+        pack=options.pack,
+        say=tell,
     )
     open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
     folder = folder_of(recipe)
@@ -87,7 +92,7 @@ def open_filled(
         ValueError: as `open_feed`.
     """
     options, method = recipe.train, methods.find(recipe.method.name)
-    run = {"precision": options.precision, "executor": executor(family.network)}
+    run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
     feed = open_feed(
         family,
         recipe.data,

@@ -68,7 +68,12 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
     family = assemble.load_model(
-        recipe.model, options.precision, accelerator.device, attention=options.attention, say=tell
+        recipe.model,
+        options.precision,
+        accelerator.device,
+        attention=options.attention,
+        pack=options.pack,
+        say=tell,
     )
     identity = identify(recipe, family)
     saved, folder = last_checkpoint(recipe, identity, tell), output / "model"

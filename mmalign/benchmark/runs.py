@@ -86,7 +86,12 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
         )
     named = assemble.method_judge(recipe)
     family = assemble.load_model(
-        recipe.model, options.precision, accelerator.device, attention=options.attention, say=_quiet
+        recipe.model,
+        options.precision,
+        accelerator.device,
+        attention=options.attention,
+        pack=options.pack,
+        say=_quiet,
     )
     judge = assemble.judge(named, accelerator.device) if named is not None else None
     feed = caching.open_filled(recipe, family, accelerator=accelerator, say=_quiet, opened=opened, judge=judge)

@@ -258,6 +258,8 @@ class VisionLanguage(Family, Protocol):
     ) -> Tensor:
         """The log-probabilities [N, R] of the responses' tokens, float32; 0 where a response has ended.
 
+        Rows that differ in their responses alone share one run of what comes before these, if `packing` says so.
+
         With `targets` [N, R, K], those of K other tokens in the place of each, all after the responses' own history:
         [N, R, K], by one run of the network.
         """
@@ -267,6 +269,10 @@ class VisionLanguage(Family, Protocol):
 
         Where a response has ended it is the row's first token, as in `Tokens.responses`. No gradients.
         """
+
+    @property
+    def packing(self) -> str:
+        """Whether the responses to a prompt share one run of it, and if not, why: a sentence for people."""
 
     @property
     def hides_images(self) -> str:
@@ -350,6 +356,7 @@ class Loading:
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
+        pack: a vision-language model runs a prompt once for all of its responses, where it can.
     """
 
     device: torch.device
@@ -358,6 +365,7 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
+    pack: bool = True
 
 
 def load_family(path: str, loading: Loading) -> TextToImage:

@@ -119,6 +119,9 @@ class Train(Section):
     attention: Literal["auto", "xformers", "sdpa"] = Field(
         "auto", description="who computes attention; auto is xformers where it can serve, and else PyTorch (sdpa)"
     )
+    pack: Literal["auto", "off"] = Field(
+        "auto", description="responses to one prompt and its images share one run of these, where the model can; or not"
+    )
     gradient_checkpointing: bool = False
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, which is then what is saved"
