@@ -381,5 +381,6 @@ def test_the_fingerprint_is_written_beside_the_scores(vlm_folders: Folders, tmp_
     caching.cache(load_recipe(content), say=quiet)
     (path,) = (tmp_path / "out" / "cache" / "reference").glob("*/fingerprint.json")
     told = json.loads(path.read_text())
-    assert told["method"] == "dpo" and told["executor"] == "cpu float32, sdpa" and told["precision"] == "float32"
+    assert told["method"] == "dpo" and told["executor"] == "cpu float32, mmalign_sdpa, sdpa"
+    assert told["precision"] == "float32" and told["pack"] == "auto"
     assert told["pairs"] == 8 and told["batch_size"] == 2 and told["processes"] == 1 and told["seed"] == 0
