@@ -24,7 +24,7 @@ from mmalign.evaluate_images import count_images
 from mmalign.evaluate_responses import count_answers
 from mmalign.evaluation.counts import Counts, over_runs
 from mmalign.output import read_trained, written
-from mmalign.page.comparison import Drawn, Row, as_markdown, draw_curve, draw_side_by_side
+from mmalign.page.comparison import Drawn, Row, as_markdown, draw_curve, draw_side_by_side, short_names
 from mmalign.recipe import load_recipe
 from mmalign.sections import EvaluateImages, EvaluateResponses, Recipe
 from mmalign.share import locate
@@ -199,7 +199,7 @@ def _require_same(recipe: Recipe) -> None:
         return
     was = load_recipe(file)
     for section in ("method", "model", "data", "train"):
-        before, now = (getattr(one, section).model_dump() for one in (was, recipe))
+        before, now = (getattr(one, section).model_dump(exclude={"cache"}) for one in (was, recipe))
         other = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
         if other is not None:
             raise ValueError(
@@ -287,8 +287,9 @@ def _side_by_side(ends: Mapping[str, Recipe]) -> Image.Image:
     first, recipe = next(iter(some.values())), next(iter(ends.values()))
     numbers = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(first)))}.values())[::-1][:SHOWN]
     columns = {"base": [_drawn(Path(recipe.output), first[i], i, "before") for i in numbers]}
+    short = short_names(list(some))
     columns |= {
-        name: [_drawn(Path(ends[name].output), samples[i], i, "after") for i in numbers]
+        short[name]: [_drawn(Path(ends[name].output), samples[i], i, "after") for i in numbers]
         for name, samples in some.items()
     }
     lines = ["The first prompts of the evaluation, none chosen; a row's pictures begin with the same noise (seed 0)."]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mmalign import checkpoint, cli, run
 from mmalign.compare import SHOWN, compare
+from mmalign.page.comparison import short_names
 from mmalign.page.grid import fit
 
 Content = dict[str, Any]
@@ -207,6 +208,19 @@ def test_the_curve_and_the_pictures(tiny_sd15: Path, tmp_path: Path) -> None:
         with Image.open(out / "dpo" / "seed-0" / "evaluation" / "after" / "00001.png") as drawn:
             place = (40 + 250 + 128 + 14, top + high)
             assert shown.crop((*place, place[0] + 128, place[1] + 128)).tobytes() == fit(drawn, 128).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["sft_tiny_sd", "inpo_tiny_sd"], ["sft", "inpo"]),
+        (["sft_tiny_sd", "quickstart"], ["sft_tiny_sd", "quickstart"]),
+        (["sd", "dpo_sd"], ["sd", "dpo_sd"]),
+        (["dpo_tiny_sd"], ["dpo_tiny_sd"]),
+    ],
+)
+def test_pictures_name_recipes_by_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == dict(zip(names, short, strict=True))
 
 
 def test_the_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:

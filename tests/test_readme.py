@@ -185,7 +185,13 @@ def test_files(piece: Piece) -> None:
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize(("begins", "asset"), [("Methods against hallucination", "comparison_vision_language.md")])
+@pytest.mark.parametrize(
+    ("begins", "asset"),
+    [
+        ("Methods for text-to-image", "comparison_text_to_image.md"),
+        ("Methods against hallucination", "comparison_vision_language.md"),
+    ],
+)
 def test_a_table_has_the_numbers_of_its_asset(begins: str, asset: str) -> None:
     """Every change with an interval, in bold or not, as `mmalign compare` wrote it."""
     section = README.read_text(encoding="utf-8").partition(f"\n{begins}")[2].partition("\n[The whole table]")[0]

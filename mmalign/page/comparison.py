@@ -131,6 +131,15 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ the curve
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without the last words that all of them have: "sft" and "mapo" for "sft_tiny_sd" and "mapo_tiny_sd"."""
+    parts = [name.split("_") for name in names]
+    same = 0
+    while len(parts) > 1 and all(len(p) > same + 1 for p in parts) and len({p[-1 - same] for p in parts}) == 1:
+        same += 1
+    return {name: "_".join(part[: len(part) - same]) for name, part in zip(names, parts, strict=True)}
+
+
 def draw_curve(rows: Sequence[Row], file: Path) -> None:
     """The first measure's change from the base model over the seconds of training, a line for each recipe; PNG."""
     from matplotlib.figure import Figure
@@ -140,13 +149,13 @@ def draw_curve(rows: Sequence[Row], file: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#68625b", linewidth=0.8)
-    for k, name in enumerate(dict.fromkeys(row.name for row in others)):
+    for k, (name, label_of) in enumerate(short_names(list(dict.fromkeys(row.name for row in others))).items()):
         points = sorted((row.seconds, *_point(row)) for row in others if row.name == name)
         seconds, means, lows, highs = np.array([(0.0, 0.0, 0.0, 0.0), *dict.fromkeys(points)]).T
         sides = np.abs(np.stack([lows, highs]) - means)
         colour, mark = COLOURS[k % len(COLOURS)], MARKS[k % len(MARKS)]
         axes.errorbar(
-            seconds, means, sides, label=name, color=colour, marker=mark, markersize=5, capsize=3, elinewidth=0.8
+            seconds, means, sides, label=label_of, color=colour, marker=mark, markersize=5, capsize=3, elinewidth=0.8
         )
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(f"change of {label}" + (", points" if share else ""))
