@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from tests.benchmarks.meters import flop_counter
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import LlavaProcessor as Processor
 
+from mmalign.benchmark.meters import Operations
 from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses
 from mmalign.families import Loading, VisionLanguage, load_vision_language
@@ -155,7 +155,7 @@ def measure(
         for case in cases:
             given, counted, gradients = batch(packed, case), list[int](), list[list[Tensor]]()
             for policy in policies:
-                with flop_counter() as counter:
+                with Operations() as counter:
                     gradients.append([grad.clone() for grad in step(policy, given)])
                 counted.append(counter.get_total_flops())
             tokens = forest_of(given.tokens, packed.reader.facts).length, given.tokens.ids.numel()
