@@ -58,6 +58,11 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
     if recipe.train.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    if recipe.train.pack != "auto" and isinstance(recipe.model, ImageModel | JudgeModel):
+        raise ValueError(
+            f"train.pack: {recipe.train.pack} is about responses that share a prompt, and method.name: "
+            f"{recipe.method.name} compares images; leave it out"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
@@ -110,6 +115,8 @@ def check_data(data: Data) -> None:
     Raises:
         ValueError: where, what came, what was expected, what to do.
     """
+    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
+        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
     if isinstance(data, ResponseData):
         responses.check_responses(
             data.format,
@@ -121,8 +128,6 @@ def check_data(data: Data) -> None:
         )
         return
     assert isinstance(data, ImageData)
-    if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
-        raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
     if data.format == "prompts":
         prompts.open_prompts(locate(data.path))
         return
@@ -267,6 +272,7 @@ def load_model(
     device: torch.device,
     *,
     attention: str = "auto",
+    pack: str = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> Any:
     """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
@@ -276,23 +282,26 @@ def load_model(
         precision: of its computations.
         device: where it goes.
         attention: what computes it, see `train.attention`.
-        say: hears what does, and why.
+        pack: see `train.pack`.
+        say: hears what computes attention, and whether responses share their prompts, and why.
 
     Raises:
         ValueError: the model cannot be loaded, or its attention not be computed as wanted.
     """
     choice.check(attention, device, DTYPES[precision])
-    family = _load(model, precision, device)
+    family = _load(model, precision, device, pack=pack != "off")
     say(str(family.use_attention(attention)))
+    if not isinstance(model, ImageModel | JudgeModel):
+        say(family.packing)
     return family
 
 
-def _load(model: Model, precision: str, device: torch.device) -> Any:
+def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> Any:
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
     loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
     if not isinstance(model, ImageModel | JudgeModel):
-        return families.load_vision_language(resolve_model(model.path), loading)
+        return families.load_vision_language(resolve_model(model.path), replace(loading, pack=pack))
     vae = model.vae and resolve_model(model.vae)
     painting = replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype])
     if isinstance(model, JudgeModel):
@@ -310,10 +319,12 @@ def _without_loading_bars() -> None:
     transformers_off()
 
 
-def build_policy(family: F, model: Model, method: str, *, seed: int, checkpointing: bool) -> Policy[F]:
+def build_policy(
+    family: F, model: Model, method: str, *, seed: int, checkpointing: bool, kept: bool = False
+) -> Policy[F]:
     """The policy to train: LoRA with the adapters off as reference, or the whole network with a frozen copy.
 
-    A method that needs no reference gets none, and no copy is made.
+    A method that needs no reference gets none, and no copy is made; nor is one of a reference whose scores are `kept`.
     """
     needed = methods.find(method).needs_reference
     reference: Reference = None
@@ -323,7 +334,7 @@ def build_policy(family: F, model: Model, method: str, *, seed: int, checkpointi
         family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=seed)
         reference = AdaptersOff() if needed else None
     else:
-        if needed:
+        if needed and not kept:
             reference = FrozenCopy(family.frozen_copy())
         family.unfreeze()
     if checkpointing:

@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mmalign.data.cache import ArrayCache
 from mmalign.data.epochs import Epochs, LeftOut
 from mmalign.data.images import BadImage, decode
-from mmalign.data.pairs import Dropped, ImageRef, Pairs, ResponsePair, listed
+from mmalign.data.pairs import Dropped, ImageRef, Pairs, ResponsePair, hashed, listed
 from mmalign.families import ImageFeatures, ImageView, Reader, VisionLanguage
+from mmalign.features import known_view
 from mmalign.language.tokens import TokenRow, Tokens, cut_tail
 
 
@@ -37,6 +39,7 @@ class EncodedResponses:
         others: of prompts that hold the pairs' other images, with the chosen responses, [B] rows, for methods that ask
             for them.
         max_length: tokens of a row, for methods that make further ones.
+        kept: what has been worked out for these pairs beforehand, by name, each [B, ...]; None where nothing has.
     """
 
     rows: list[int]
@@ -47,6 +50,7 @@ class EncodedResponses:
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
     others: Tokens | None = None
     max_length: int = sys.maxsize
+    kept: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class ReadPair:
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """B pairs as they come from the loader, on the CPU; see EncodedResponses."""
+    """B pairs as they come from the loader, on the CPU; see EncodedResponses. `keys` name all that the pairs are."""
 
     rows: list[int]
     pairs: list[ResponsePair]
@@ -90,20 +94,45 @@ class ReadBatch:
     weights: Tensor
     dropped: list[Dropped] = field(default_factory=list)
 
+    @property
+    def keys(self) -> list[str]:
+        """What the pairs' words and images are [B]: any other has another key."""
+        return [response_key(pair) for pair in self.pairs]
 
-def read_pair(reader: Reader, max_length: int, wants: Wants, pair: ResponsePair) -> ReadPair | list[Dropped]:
-    """A pair's tokens and prepared images, or why there are none: a bad image, or a prompt that is too long."""
+
+def response_key(pair: ResponsePair) -> str:
+    """The key of what is made of a pair: its draws, its words, and the content of its images."""
+    images = ((ref.key for ref in refs) for refs in (pair.images, pair.rejected_images, pair.other_images))
+    said = (pair.chosen, pair.rejected, pair.hallucinated)
+    return f"{pair.row:x}-{hashed(repr(pair.turns), *said, *('|'.join(keys) for keys in images)):x}"
+
+
+def images_of(pair: ResponsePair, wants: Wants) -> list[ImageRef]:
+    """The images that a method is shown of a pair, each once."""
+    return list(dict.fromkeys((*pair.images, *pair.rejected_images, *(pair.other_images if wants.others else ()))))
+
+
+def read_pair(
+    reader: Reader, max_length: int, wants: Wants, known: ArrayCache | None, pair: ResponsePair
+) -> ReadPair | list[Dropped]:
+    """A pair's tokens and prepared images, or why there are none: a bad image, or a prompt that is too long.
+
+    An image whose features are `known` is not prepared, and where no method wants to see it not even decoded.
+    """
     if wants.others and not pair.other_images:
         return [Dropped(pair.where, "has no other image, which the method compares with")]
-    pictures, dropped = dict[str, Image.Image](), list[Dropped]()
-    for ref in dict.fromkeys((*pair.images, *pair.rejected_images, *(pair.other_images if wants.others else ()))):
+    pictures, views, dropped = dict[str, Image.Image](), dict[str, ImageView](), list[Dropped]()
+    for ref in images_of(pair, wants):
+        found = known_view(known, ref.key)
         try:
-            pictures[ref.key] = decode(ref)
+            if found is None or wants.pictures:
+                pictures[ref.key] = decode(ref)
         except BadImage as error:
             dropped.append(Dropped(ref.where, str(error).removeprefix(f"{ref.where}: ")))
+            continue
+        views[ref.key] = found or reader.view(pictures[ref.key])
     if dropped:
         return dropped
-    views = {key: reader.view(picture) for key, picture in pictures.items()}
 
     def rows(refs: Sequence[ImageRef]) -> list[TokenRow]:
         """The prompt with these images, and with either response."""
@@ -156,6 +185,7 @@ class ResponseLoader:
         batch_size: B, pairs of a batch on this process.
         seed: of the order.
         wants: what else the method asks for; a pair without the other images that it asks for is left out.
+        known: images' features that are kept already.
         num_workers: processes that read; 0 reads in this one.
         rank: this process among `world_size`.
         world_size: how many processes share an epoch.
@@ -172,17 +202,19 @@ class ResponseLoader:
         batch_size: int,
         seed: int,
         wants: Wants = NOTHING,
+        known: ArrayCache | None = None,
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         max_bad: int | None = None,
         keep_last: bool = False,
     ) -> None:
-        self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
+        self.pairs, self.reader, self.num_workers, self.wants = pairs, reader, num_workers, wants
         self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
-        self._read = partial(read_pair, reader, max_length, wants)
+        self._read = partial(read_pair, reader, max_length, wants, known)
         self._left_out = LeftOut(pairs.source, max_bad)
         self._spare: ReadPair | None = None
+        self._keys = dict[int, str]()
 
     @property
     def dropped(self) -> list[Dropped]:
@@ -218,10 +250,24 @@ class ResponseLoader:
         Raises:
             ValueError: more than `max_bad` are bad; it names the first few.
         """
+        return self._batches(self.epochs.plan(epoch)[start:])
+
+    def pick(self, epoch: int, numbers: Sequence[int]) -> Iterator[ReadBatch]:
+        """Some of the batches of an epoch, by number."""
+        plan = self.epochs.plan(epoch)
+        return self._batches([plan[number] for number in numbers])
+
+    def key(self, number: int) -> str:
+        """The key of a pair, by number; see ReadBatch."""
+        if number not in self._keys:
+            self._keys[number] = response_key(self.pairs[number])
+        return self._keys[number]
+
+    def _batches(self, plan: list[list[tuple[int, float]]]) -> Iterator[ReadBatch]:
         spare = self.check_readable()
         loader = DataLoader(
             _Read(self.pairs, self._read),
-            batch_sampler=self.epochs.plan(epoch)[start:],
+            batch_sampler=plan,
             collate_fn=partial(_collate, self.reader, spare),
             num_workers=self.num_workers,
             generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
@@ -268,7 +314,7 @@ def _collate(reader: Reader, spare: ReadPair, found: Sequence[_Found]) -> ReadBa
 
 def encode(family: VisionLanguage, batch: ReadBatch, max_length: int = sys.maxsize) -> EncodedResponses:
     """A batch on the model's device, every distinct image encoded once; its rows have at most `max_length` tokens."""
-    device = next(family.network.parameters()).device
+    device = family.device
     return EncodedResponses(
         batch.rows,
         batch.tokens.to(device),

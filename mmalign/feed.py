@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,25 +13,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from mmalign import methods
 from mmalign.data.cache import ArrayCache, fingerprint_tensors
 from mmalign.data.epochs import check_bad
-from mmalign.data.loader import PairBatch, PairLoader, View
+from mmalign.data.loader import PairLoader, View
 from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
-from mmalign.data.prompts import PromptLoader, open_prompts, prompts_of
+from mmalign.data.prompts import PromptBatch, PromptLoader, open_prompts, prompts_of
 from mmalign.data.responses import open_responses
 from mmalign.data.sources import open_pairs
-from mmalign.draws import Draws
 from mmalign.encode import Encoder, fill_latents, fill_text, text_key
 from mmalign.encode_responses import ResponseLoader, Wants
 from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage
 from mmalign.families.step_judge import StepJudge
+from mmalign.features import depends as feature_dependencies
 from mmalign.kept import Kept
 from mmalign.methods import Keep
-from mmalign.policy import Policy
 from mmalign.rewards import Judge
 from mmalign.sections import Data, ImageData, ResponseData
 from mmalign.share import locate
@@ -48,6 +48,7 @@ class Feed:
         held: the loader of those held out; None if there are none.
         about: one sentence on what there is, for people.
         kept: where the method's own arrays are kept; None if it has none, or nothing is cached.
+        features: where images' features are kept; None if nothing is cached.
     """
 
     encode: Callable[[Any], Any]
@@ -55,6 +56,7 @@ class Feed:
     held: Loader | None
     about: str
     kept: Kept | None = None
+    features: ArrayCache | None = None
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The training batches of an epoch, from number `start` on."""
@@ -67,7 +69,7 @@ class Feed:
     def _encoded(self, loader: Loader, epoch: int, start: int) -> Iterator[Any]:
         for batch in loader.batches(epoch, start):
             encoded = self.encode(batch)
-            if self.kept is not None and isinstance(batch, PairBatch):
+            if self.kept is not None and not isinstance(batch, PromptBatch):
                 encoded = replace(encoded, kept=self.kept.find(batch, epoch, encoded.weights.device))
             yield encoded
 
@@ -172,7 +174,7 @@ def open_feed(
         say: takes a line of text.
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
-        keep: what the method would like to have kept, by `mmalign.kept.asked`; `fill_kept` fills the place for it.
+        keep: what the method would like to have kept, by `mmalign.kept.asked`; mmalign.caching fills the place for it.
         judge: what scores images, for methods whose settings name one.
 
     Raises:
@@ -185,10 +187,17 @@ def open_feed(
     about = train.summary() + (f" {len(held):,} more are held out." if held is not None else "")
     make: Callable[..., Loader]
     encode: Callable[[Any], Any]
-    kept = None
+    kept = features = None
+    together = {"seed": seed, "batch_size": batch_size, "processes": share["world_size"], "pairs": len(train)}
     if isinstance(data, ResponseData):
         longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
-        make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=_wants(method), **common)
+        if data.cache != "off":
+            folder = output / "cache" if data.cache == "auto" else Path(data.cache)
+            features = ArrayCache.open(folder / "features", feature_dependencies(family))
+            if keep is not None:
+                kept = _open_kept(folder, keep, {**keep.settings, **together, "max_length": longest})
+        wants = _wants(method)
+        make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=wants, known=features, **common)
         encode = partial(encode_responses, family, max_length=longest)
     else:
         assert isinstance(data, ImageData)
@@ -203,8 +212,8 @@ def open_feed(
             view, latents, encoder, depends = _prepare(painter, sources, data, output, accelerator, say, decodes)
             make = partial(PairLoader, view=view, cache=latents, repeat=keep.draws if keep else None, **common)
             if keep is not None and latents is not None:
-                settings = {**depends, **keep.settings, "flip": data.flip, "seed": seed}
-                kept = Kept(ArrayCache.open(latents.folder.parent / "kept", settings), keep)
+                settings = {**depends, **keep.settings, "flip": data.flip, **(together if keep.scores else {})}
+                kept = _open_kept(latents.folder.parent, keep, {**settings, "seed": seed})
             encode = replace(encoder, judge=judge, two_prompts=getattr(method, "needs_two_prompts", False)).encode
     loader = make(pairs=train, **share)
     # Every process scores all held-out pairs, so that all know the same number.
@@ -212,47 +221,19 @@ def open_feed(
     for checked in (loader, scored):
         if checked is not None:
             checked.check_readable()
-    return Feed(encode, loader, scored, about, kept)
+    return Feed(encode, loader, scored, about, kept, features)
 
 
-def fill_kept(
-    feed: Feed, policy: Policy, method: Any, config: Any, *, batches: int, held_out: int, seed: int, accelerator: Any
-) -> None:
-    """Work out what the method keeps of the pairs that a run will meet, and store what is not there yet, with a bar.
-
-    Args:
-        feed: whose pairs; nothing happens if it keeps nothing.
-        policy: with its reference; nothing of it is changed.
-        method: a module of mmalign.methods with `keep`.
-        config: its Config.
-        batches: of the training on every process.
-        held_out: batches of the held-out pairs.
-        seed: of the draws.
-        accelerator: says which process this is.
-    """
-    if feed.kept is None:
-        return
-
-    @torch.no_grad()
-    def work_out(batch: PairBatch, epoch: int) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = method.keep(policy, feed.encode(batch), config, Draws(seed, epoch))
-        return found
-
-    policy.model.eval()
-    with _bar(accelerator) as bar:
-        for loader, number in ((feed.train, batches), (feed.held, held_out)):
-            if isinstance(loader, PairLoader):
-                share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-                steps = feed.kept.fill(loader, number, work_out, **share)
-                task = bar.add_task("work out what is kept", total=next(steps))
-                for _ in steps:
-                    bar.advance(task)
-                accelerator.wait_for_everyone()
-                feed.kept.cache.refresh()
-    policy.model.train()
+def _open_kept(folder: Path, keep: Keep, settings: Mapping[str, str | int | float]) -> Kept:
+    """The cache of what a method keeps; scores of other settings are in a folder of their own."""
+    if not keep.scores:
+        return Kept(ArrayCache.open(folder / "kept", settings), keep)
+    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return Kept(ArrayCache.open(folder / "reference" / name, settings), keep)
 
 
-def _bar(accelerator: Any) -> Progress:
+def bar_of(accelerator: Any) -> Progress:
+    """A bar of the main process, where there is a terminal."""
     console = Console(stderr=True)
     return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))
 
@@ -343,7 +324,7 @@ def _fill(
 
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     bad: list[Dropped] = []
-    with _bar(accelerator) as bar:
+    with bar_of(accelerator) as bar:
         for pairs in sources:
             task = bar.add_task("encode images", total=None)
             for found in fill_latents(family, pairs, view, latents, num_workers=data.workers, **share):

@@ -107,7 +107,9 @@ def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
     elif isinstance(section, EvaluateImages) and section.judge:
         judge = assemble.judge(section.judge, device)
     options = recipe.train
-    family = assemble.load_model(recipe.model, options.precision, device, attention=options.attention, say=say)
+    family = assemble.load_model(
+        recipe.model, options.precision, device, attention=options.attention, pack=options.pack, say=say
+    )
     require_base(about, trained, family)
     policy = assemble.load_aligned(family, trained)
     of = _of(section, about)

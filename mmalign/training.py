@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign import assemble, checkpoint, loop, methods
+from mmalign import assemble, caching, checkpoint, loop, methods
+from mmalign.caching import HELD_OUT_BATCHES
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
-from mmalign.feed import Feed, Opened, fill_kept, open_data, open_feed
-from mmalign.kept import asked
+from mmalign.feed import Feed, open_data
 from mmalign.output import written
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter
-from mmalign.rewards import Judge
 from mmalign.sections import ImageData, Recipe
 from mmalign.training_run import Run, Say, begin, export, identify, last_checkpoint, last_saved, save, trainable_weights
-
-HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,17 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
     family = assemble.load_model(
-        recipe.model, options.precision, accelerator.device, attention=options.attention, say=tell
+        recipe.model,
+        options.precision,
+        accelerator.device,
+        attention=options.attention,
+        pack=options.pack,
+        say=tell,
     )
     identity = identify(recipe, family)
-    saved = last_checkpoint(recipe, identity, tell)
-    run, folder = begin(recipe, family, identity, saved, accelerator, tell), output / "model"
-    del saved  # the optimizer's state in it is as large as the optimizer's own
-    if run.progress.step == options.steps:
+    saved, folder = last_checkpoint(recipe, identity, tell), output / "model"
+    if saved is not None and saved.step == options.steps:
+        run = begin(recipe, family, identity, saved, accelerator, tell)
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
@@ -86,7 +87,12 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     if accelerator.is_main_process:  # not before it is known that the folder is this run's
         with written(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
-    feed = _feed(recipe, run, opened, judge, tell)
+    feed = caching.open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened, judge=judge)
+    run = begin(recipe, family, identity, saved, accelerator, tell, kept=caching.replaces_reference(feed))
+    del saved  # the optimizer's state in it is as large as the optimizer's own
+    caching.put_away(feed, recipe, family)
+    count = sum(p.numel() for p in run.policy.trainable())
+    tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
@@ -114,29 +120,6 @@ def _accelerator(recipe: Recipe) -> Any:
         )
     set_seed(options.seed)
     return accelerator
-
-
-def _feed(recipe: Recipe, run: Run, opened: Opened, judge: Judge | None, tell: Say) -> Feed:
-    """The batches, with all caches filled."""
-    options, accelerator, method = recipe.train, run.learner.accelerator, run.method
-    feed = open_feed(
-        run.policy.family,
-        recipe.data,
-        output=Path(recipe.output),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        accelerator=accelerator,
-        say=tell,
-        method=method,
-        opened=opened,
-        keep=asked(method, recipe.method, model=run.identity["model"], precision=options.precision),
-        judge=judge,
-    )
-    count = sum(p.numel() for p in run.policy.trainable())
-    tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
-    planned = {"batches": options.steps * options.accumulate, "held_out": HELD_OUT_BATCHES, "seed": options.seed}
-    fill_kept(feed, run.policy, method, recipe.method, accelerator=accelerator, **planned)
-    return feed
 
 
 def _end(recipe: Recipe, feed: Feed, accelerator: Any, tell: Say) -> None:

@@ -16,7 +16,7 @@ from mmalign.families import Family
 from mmalign.optim import Average, build_optimizer, schedule
 from mmalign.output import TRAINED, written
 from mmalign.policy import Policy
-from mmalign.sections import JudgeModel, Recipe
+from mmalign.sections import JudgeModel, Recipe, Train
 
 Say = Callable[[str], None]
 
@@ -39,16 +39,29 @@ def begin(
     saved: checkpoint.Checkpoint | None,
     accelerator: Any,
     say: Say,
+    kept: bool = False,
 ) -> Run:
-    """Make policy and optimizer, and go on from a checkpoint if there is one.
+    """Make policy and optimizer, without a reference if its scores are `kept`, and go on from a checkpoint, if any.
 
     Raises:
         ValueError: the model cannot be trained so, or the checkpoint does not fit it.
     """
     options = recipe.train
+    checkpointing = options.gradient_checkpointing
     policy = assemble.build_policy(
-        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=options.gradient_checkpointing
+        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=checkpointing, kept=kept
     )
+    policy, learner = build_learner(policy, options, accelerator)
+    method = methods.find(recipe.method.name)
+    run = Run(method, policy, learner, identity, loop.Progress())
+    if saved is not None:
+        _resume(recipe, run, saved)
+        say(f"going on from checkpoint-{saved.step:08d}")
+    return run
+
+
+def build_learner(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.Learner]:
+    """The policy as the accelerator has prepared it, and what changes it: optimizer, schedule, clipping, average."""
     parameters = policy.trainable()
     optimizer = build_optimizer(
         parameters,
@@ -66,13 +79,7 @@ def begin(
         options.clip,
         Average(parameters, options.ema) if options.ema else None,
     )
-    method = methods.find(recipe.method.name)
-    policy = Policy(family, model, policy.unwrapped, policy.reference)
-    run = Run(method, policy, learner, identity, loop.Progress())
-    if saved is not None:
-        _resume(recipe, run, saved)
-        say(f"going on from checkpoint-{saved.step:08d}")
-    return run
+    return Policy(policy.family, model, policy.unwrapped, policy.reference), learner
 
 
 def identify(recipe: Recipe, family: Family) -> dict[str, str]:

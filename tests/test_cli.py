@@ -21,7 +21,7 @@ from mmalign import cli, training
 from mmalign.data import scenes
 from mmalign.methods import names
 
-COMMANDS = ("quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
+COMMANDS = ("bench", "cache", "quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
 EVALUATE = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
 
 

@@ -236,7 +236,7 @@ def test_what_was_counted_is_read_back(content: Content, folder: Path, images: P
     said: list[str] = []
     recipe = of(content, chair(images))
     found = run.evaluate(recipe, say=said.append).result
-    assert said[1].startswith("1 images are left out, for both models: 2.png: is not a readable image")
+    assert said[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
     assert found["questions"] == 3 and found["left out"][0].startswith("2.png: ")
     (before,), (after,) = count_answers(recipe.evaluate, folder)  # type: ignore[arg-type]
     assert json.loads(json.dumps(before.as_dict())) == found["measures"]["CHAIR"]["before"]

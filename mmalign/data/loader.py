@@ -109,6 +109,7 @@ class PairLoader:
         self.num_workers, self.repeat = num_workers, repeat
         self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
         self._bad = LeftOut(pairs.source, max_bad)
+        self._keys = dict[int, str]()
 
     @property
     def dropped(self) -> list[Dropped]:
@@ -140,6 +141,17 @@ class PairLoader:
                 f"data.path: {self.pairs.source}: no pair of the epoch has two readable images "
                 f"({listed(self.dropped)}); repair the images, or name another source"
             )
+
+    def pick(self, epoch: int, numbers: Sequence[int]) -> Iterator[PairBatch]:
+        """Some of the batches of an epoch, by number."""
+        plan = self.epochs.plan(epoch)
+        return self._read(epoch, [plan[number] for number in numbers])
+
+    def key(self, number: int) -> str:
+        """The key of a pair, by number; see PairBatch."""
+        if number not in self._keys:
+            self._keys[number] = pair_key(self.pairs[number])
+        return self._keys[number]
 
     def singles(self, epoch: int, numbers: Sequence[int]) -> Iterator[PairBatch]:
         """Pairs by number, in this order, each in a batch of its own; cropped and flipped as in that epoch."""
@@ -186,8 +198,9 @@ class PairLoader:
 
 
 def pair_key(pair: ImagePair) -> str:
-    """The key of what is made of a pair: its draws, its prompt, and the content of both images."""
-    return f"{pair.row:x}-{hashed(pair.prompt, pair.chosen.key, pair.rejected.key):x}"
+    """The key of what is made of a pair: its draws, its prompt or prompts, and the content of both images."""
+    second = [pair.rejected_prompt] if pair.rejected_prompt else []
+    return f"{pair.row:x}-{hashed(pair.prompt, pair.chosen.key, pair.rejected.key, *second):x}"
 
 
 def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:

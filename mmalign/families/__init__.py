@@ -172,10 +172,12 @@ class ImageView:
     Attributes:
         ids: the tokens that stand for it in a prompt.
         tensors: what the vision tower takes.
+        made: its features as `VisionLanguage.pack` gives them, where they are known already; `tensors` is empty then.
     """
 
     ids: tuple[int, ...]
     tensors: dict[str, Tensor]
+    made: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,26 @@ class VisionLanguage(Family, Protocol):
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
         """The features of images by their keys, without gradients, for policy and reference alike."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of autocast; None in float32."""
+
+    def pack(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
+        """Features as tensors by name, of every image by its key; `ImageView.made` takes them back, bit for bit."""
+
+    def encoders(self) -> Iterable[tuple[str, nn.Module]]:
+        """The parts that make features and never learn, by name: vision tower and projector."""
+
     def token_logps(
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
     ) -> Tensor:
         """The log-probabilities [N, R] of the responses' tokens, float32; 0 where a response has ended.
+
+        Rows that differ in their responses alone share one run of what comes before these, if `packing` says so.
 
         With `targets` [N, R, K], those of K other tokens in the place of each, all after the responses' own history:
         [N, R, K], by one run of the network.
@@ -251,6 +269,10 @@ class VisionLanguage(Family, Protocol):
 
         Where a response has ended it is the row's first token, as in `Tokens.responses`. No gradients.
         """
+
+    @property
+    def packing(self) -> str:
+        """Whether the responses to a prompt share one run of it, and if not, why: a sentence for people."""
 
     @property
     def hides_images(self) -> str:
@@ -334,6 +356,7 @@ class Loading:
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
+        pack: a vision-language model runs a prompt once for all of its responses, where it can.
     """
 
     device: torch.device
@@ -342,6 +365,7 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
+    pack: bool = True
 
 
 def load_family(path: str, loading: Loading) -> TextToImage:

@@ -23,11 +23,13 @@ class Facts:
         placeholder: the processor's attribute with the text that is an image's place.
         written: the text that a processor tokenises in the place of a prompt, given the processor and the prompt.
         prefix_attention: the prompt's tokens see one another in both directions; the model must be told where it ends.
+        first_position: of a row's tokens, where the model is not told their positions.
     """
 
     placeholder: str = "image_token"
     written: Callable[[Any, str], str] = _as_it_is
     prefix_attention: bool = False
+    first_position: int = 0
 
 
 def _paligemma(processor: Any, text: str) -> str:
@@ -37,7 +39,7 @@ def _paligemma(processor: Any, text: str) -> str:
     return f"{processor.image_token * images}{processor.tokenizer.bos_token}{rest}\n"
 
 
-FACTS = {"paligemma": Facts(written=_paligemma, prefix_attention=True)}
+FACTS = {"paligemma": Facts(written=_paligemma, prefix_attention=True, first_position=1)}
 
 # Types whose logits are not the head's alone, in ways not known here.
 SCALED_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")

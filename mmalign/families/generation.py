@@ -82,7 +82,7 @@ def _together(
 ) -> list[str]:
     """The answers to one batch."""
     rows = [prompt.row for prompt in prompts]
-    ids, mask, is_said = _left_padded(reader.batch(rows).to(model.device))
+    ids, mask, is_said = _left_padded(reader.batch(rows).to(model.get_output_embeddings().weight.device))
     images = [features.images[key] for row in rows for key in row.images]
     inputs = decoder_inputs(model, reader.facts, ids, mask, is_said, images)
     # The model's own rule, which knows of positions in rows and columns and of those from 1 on; made of the mask

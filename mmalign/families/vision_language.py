@@ -9,7 +9,7 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from mmalign.families import Decoding, ImageFeatures, ImageView, Loading
 from mmalign.families.checkpoints import first_line, intact
 from mmalign.families.decoder_inputs import decoder_inputs
 from mmalign.families.facts import SCALED_LOGITS, facts
+from mmalign.families.features import apart, move, packed, unpacked
 from mmalign.families.generation import Prompt, generate, why_not_hidden
 from mmalign.families.lora import add_lora, linear_names
+from mmalign.families.packed import forest_of, let_pack, packed_inputs, why_apart
 from mmalign.families.processor_reader import ProcessorReader
 from mmalign.language.scores import log_probabilities, most_likely
 from mmalign.language.tokens import TokenRow, Tokens
@@ -93,7 +95,34 @@ class ImageTextToText:
         Raises:
             ValueError: the model makes another number of features than the processor makes tokens.
         """
-        return ImageFeatures({key: self._encode(view) for key, view in views.items()})
+        if any(view.made is None for view in views.values()):
+            for _, part in self.encoders():
+                move(part, self.device)  # it may have been put away
+        return ImageFeatures(
+            {
+                key: self._encode(view) if view.made is None else unpacked(view.made, self.device)
+                for key, view in views.items()
+            }
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """See VisionLanguage."""
+        return self.loading.device
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """See VisionLanguage."""
+        return self.loading.half
+
+    def pack(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
+        """See VisionLanguage."""
+        return {key: packed(found) for key, found in features.images.items()}
+
+    def encoders(self) -> Iterator[tuple[str, nn.Module]]:
+        """See VisionLanguage."""
+        learning = (self._model.get_decoder(), self._model.get_output_embeddings())
+        return apart(self.network, {id(p) for part in learning for p in part.parameters()})
 
     def _encode(self, view: ImageView) -> Any:
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
@@ -117,23 +146,42 @@ class ImageTextToText:
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
     ) -> Tensor:
         """See VisionLanguage. Only the rows of hidden states before a response's tokens reach the head."""
-        at, mask = tokens.is_response.flatten().nonzero()[:, 0], tokens.response_mask
-        wanted = tokens.responses if targets is None else targets
+        mask, wanted = tokens.response_mask, tokens.responses if targets is None else targets
+        at, inputs = self._inputs(tokens, features)
         with _autocast(self.loading):
-            logps = net(at - 1, wanted[mask], **self._inputs(tokens, features))
+            logps = net(at, wanted[mask], **inputs)
         filled = mask.view(*mask.shape, *[1] * (wanted.dim() - 2))
         return torch.zeros(wanted.shape, device=logps.device).masked_scatter(filled, logps)
 
-    def _inputs(self, tokens: Tokens, features: ImageFeatures) -> dict[str, Any]:
-        """What the model's forward pass takes."""
+    def _inputs(self, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, Any]]:
+        """Where each response's tokens are predicted, row by row, and what the model's forward pass takes."""
+        model, facts = self._model, self.reader.facts
+        forest = forest_of(tokens, facts)
+        # Where nothing is shared, and no padding to be saved, rows stay as they are.
+        if forest.length < tokens.ids.numel() and not self._why_apart(forest.longest):
+            return packed_inputs(model, facts, tokens, forest, features)
         images = [features.images[key] for row in tokens.images for key in row]
-        return decoder_inputs(self._model, self.reader.facts, tokens.ids, tokens.mask, tokens.is_response, images)
+        at = tokens.is_response.flatten().nonzero()[:, 0]
+        return at - 1, decoder_inputs(model, facts, tokens.ids, tokens.mask, tokens.is_response, images)
+
+    def _why_apart(self, longest: int) -> str:
+        """Why responses in rows of up to that many tokens run apart; empty if they do not."""
+        return why_apart(self._model.get_decoder(), longest) if self.loading.pack else "train.pack is off"
+
+    @property
+    def packing(self) -> str:
+        """See VisionLanguage."""
+        why = self._why_apart(self.reader.max_length)
+        if why and self._why_apart(0):
+            return f"packing: off, each response runs with its own prompt and images, since {why}"
+        unless = f", unless rows are too long: {why}" if why else ""
+        return f"packing: the responses to a prompt share one run of it and its images{unless}"
 
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
         """See VisionLanguage."""
-        at = tokens.is_response.flatten().nonzero()[:, 0]
+        at, inputs = self._inputs(tokens, features)
         with _autocast(self.loading):
-            found = _bare(net).argmax(at - 1, **self._inputs(tokens, features))
+            found = _bare(net).argmax(at, **inputs)
         return tokens.responses.masked_scatter(tokens.response_mask, found)
 
     @property
@@ -244,6 +292,8 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     longest = getattr(text, "max_position_embeddings", sys.maxsize)  # a model without positions reads on
     reader = ProcessorReader(processor, facts(model_type), model.config.image_token_id, longest)
     _without_dropout(model)
+    if loading.pack:
+        let_pack(model.get_decoder())
     network = TokenScorer(model.to(loading.device).requires_grad_(False).eval())
     family = ImageTextToText(path, network, reader, loading)
     _try(family)

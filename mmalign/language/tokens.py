@@ -119,6 +119,20 @@ class Tokens:
         return Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
 
     @cached_property
+    def rows(self) -> tuple[TokenRow, ...]:
+        """The rows one by one, without their padding."""
+        parts = zip(self.ids.tolist(), self.starts.tolist(), self.lengths.tolist(), self.images, strict=True)
+        return tuple(TokenRow(tuple(ids[:length]), start, images) for ids, start, length, images in parts)
+
+    @cached_property
+    def by_prompt(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the rows, those together that have all in common before their responses, images included."""
+        found = dict[tuple[object, ...], list[int]]()
+        for number, row in enumerate(self.rows):
+            found.setdefault((row.images, row.ids[: row.start]), []).append(number)
+        return tuple(map(tuple, found.values()))
+
+    @cached_property
     def mask(self) -> Tensor:
         """Which tokens are no padding, [N, L]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]

@@ -14,11 +14,17 @@ prompt of the rejected image's own, `needs_two_prompts = True`, or for so many p
 method whose settings name what may not be there, such as a similarity model, looks for it in `notes(config)`, before
 anything is loaded; the lines that it gives are told at the beginning of a run.
 
-What follows from a pair of images, its draws and the reference alone need not be worked out twice. A method whose
-`keeps(config)` gives a `Keep` says so: then `keep(policy, batch, config, draws)` gives it by name, each [B, ...], a
-pair's draws come again after `Keep.draws` epochs, and before the training every pair that it will meet is worked out
-once and kept on disk, beside the latents. `contrasts` finds it in `batch.kept`; where that is None, as without a cache,
-it asks `keep_singly`, which gives the same bits.
+What follows from a pair, its draws and the reference alone need not be worked out twice. A method whose `keeps(config)`
+gives a `Keep` says so: then `keep(policy, batch, config, draws)` gives it by name, each [B, ...], a pair's draws come
+again after `Keep.draws` epochs, and before the training every pair that it will meet is worked out once and kept on
+disk. `contrasts` finds it in `batch.kept`, which is None without a cache.
+
+There are two kinds. What a method goes on to compute with is worked out pair by pair, and where nothing is kept by
+`keep_singly`: the same bits in any batch. The reference's scores (`Keep.scores`) are worked out in the batches in which
+the training first meets the pairs: networks round by the batch, and a policy that has not moved is to score exactly
+what its reference does. `reference_scores` finds them, or asks the reference. All of it must be there, for where the
+whole network learns no reference is loaded beside it then. A method that needs the vision tower in the training, for
+pictures that no file has, says so in `needs_tower(config)`.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.draws import Draws
 from mmalign.policy import Policy
@@ -57,12 +63,14 @@ class Keep:
     """What a method would like to have kept.
 
     Attributes:
-        draws: epochs after which a pair's draws come again.
+        draws: epochs after which a pair's draws come again; 1 where there are none.
         settings: of the method, that the kept arrays depend on.
+        scores: they are all that is needed of the reference, worked out in the training's own batches.
     """
 
     draws: int
     settings: Mapping[str, str | int | float]
+    scores: bool = False
 
     def of(self, draws: Draws) -> Draws:
         """The draws of an epoch, out of the few there are."""
@@ -75,6 +83,14 @@ def keep_singly(
     """What a method keeps of a batch [B, ...], worked out pair by pair: in another company it would round otherwise."""
     found = [keep(policy, single, cfg, draws) for single in batch.singles()]
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+
+def reference_scores(
+    policy: Policy[Any], batch: Any, run: Callable[[nn.Module], dict[str, Tensor]]
+) -> dict[str, Tensor] | None:
+    """What `run` gives for the reference, each [B, ...]: as it is kept with the batch, or else by its network."""
+    kept: dict[str, Tensor] | None = batch.kept
+    return policy.on_reference(run) if kept is None else kept
 
 
 C = TypeVar("C")

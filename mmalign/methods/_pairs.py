@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +23,14 @@ class PairLossConfig(BaseModel):
     loss: Literal["dpo", "ipo", "hinge", "robust"] = "dpo"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="for loss: dpo")
     flip_rate: float = Field(0.0, ge=0, lt=0.5, description="for loss: robust")
+
+
+def asked_for(made: Sequence[Any]) -> Scores:
+    """The reference's scores in the one contrast that a method has made of a batch."""
+    (contrast,) = made
+    scores: Scores | None = contrast.reference
+    assert scores is not None, "what is kept is the reference's, and needs one"
+    return scores
 
 
 def bound_loss(cfg: PairLossConfig) -> PairLoss:

@@ -42,9 +42,9 @@ from mmalign.language.hallucinate import WHOLE, contradicts
 from mmalign.language.objects import Vocabulary
 from mmalign.language.similarity import Similarity, is_fallback, load_similarity
 from mmalign.language.tokens import TokenRow, cut_tail
-from mmalign.methods import Step
-from mmalign.methods._pairs import bound_loss
-from mmalign.methods.dpo import PAIR, ResponseLossConfig, against, response_scores, response_step
+from mmalign.methods import Keep, Step, reference_scores
+from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods.dpo import PAIR, TOKEN, ResponseLossConfig, against, response_scores, response_step
 from mmalign.policy import Policy, Scores
 from mmalign.sections import Bdhs, Section
 
@@ -141,7 +141,10 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     make = {"offline": _offline, "online": _online, "mixed": _mixed}[cfg.mode]
     found: Contrast = make(policy, batch, cfg, draws)
     score = partial(response_scores, policy.family, batch=found.batch, views=found.views, mean=cfg.loss == "ipo")
-    return [replace(found, reference=policy.on_reference(score))]
+    scores = reference_scores(policy, batch, score)
+    if batch.kept is not None and scores is not None:
+        scores = {view: scores[view] for view in (*found.views, TOKEN)}
+    return [replace(found, reference=scores)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
@@ -159,6 +162,18 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     left_out = ("hallucinated", "rejected loss") if cfg.mode == "offline" else ()
     kept = {name: value for name, value in step.metrics.items() if not name.startswith(left_out)}
     return replace(step, metrics={**kept, **contrast.told})
+
+
+def keeps(cfg: Any) -> Keep | None:
+    """What the reference's scores depend on besides pairs and reference; None where the policy writes responses."""
+    settings = {"mean": cfg.loss == "ipo", "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
+    return Keep(1, settings, scores=True) if cfg.mode == "offline" else None
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
+    """The reference's scores; the rejected response's stands in for that of a hallucinated one that there is not."""
+    scores = asked_for(contrasts(policy, batch, cfg, draws))
+    return {"hallucinated": scores["rejected"], **scores}
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared

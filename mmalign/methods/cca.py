@@ -21,7 +21,8 @@ The images are the chosen ones. One term says of every image that it is likely, 
 ones, which somebody found worse, from the chosen.
 
 c' is the prompt of the next pair of the batch that counts, and the last one's is the first's, as released: pairs of
-weight 0 neither lend their prompt nor have a say in whose is next. A pair that is alone in what counts, or whose
+weight 0 neither lend their prompt nor have a say in whose is next. The reference's scores of c' are those of a batch,
+not of a pair, and nothing is kept of them. A pair that is alone in what counts, or whose
 neighbour has the same prompt, has c' = c. Each process rolls its own batch, so that, unlike elsewhere, numbers depend
 on the batch's size and the number of processes; resuming is exact. A batch size of 1 has no other prompts: refused.
 

@@ -12,6 +12,11 @@ by 0.1 to 2 for that reason alone.
 In flow matching t is drawn as the family's schedule says, and the target is the velocity, as in Flow-GRPO's DPO. Its
 errors have another unit, and so has beta: Flow-GRPO has 100 at Stable Diffusion 3.5-medium, and advises 2000 for FLUX.
 
+With `cache_draws: K` a pair has K draws of everything random (t, noise, posterior, dropped caption), epoch after epoch
+in turn. What the reference scores under them is worked out once, before the training, and kept: two numbers a draw. A
+step then costs the policy's run alone, and where all of the network learns no second one is in memory. Fewer draws are
+another estimate of the same loss: a run of at most K epochs has the draws that it has without.
+
 2B rows: the chosen images first, then the rejected.
 """
 
@@ -30,8 +35,8 @@ from mmalign.diffusion.noise import mean_square
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import Conditioning, TextToImage
-from mmalign.methods import Step
-from mmalign.methods._pairs import PairLossConfig, bound_loss, preference_step
+from mmalign.methods import Keep, Step, reference_scores
+from mmalign.methods._pairs import PairLossConfig, asked_for, bound_loss, preference_step
 from mmalign.policy import Policy, Scores
 
 modality = "text_to_image"
@@ -48,6 +53,12 @@ class Config(PairLossConfig):
         5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script has half of it"
     )
     caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
+    cache_draws: int = Field(
+        0,
+        ge=0,
+        description="so many draws of a pair come again and again, and what the reference scores under each is kept on "
+        "disk; 0 draws anew in every epoch, with the reference at hand",
+    )
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,10 @@ class Contrast:
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: both images of every pair under the same noise."""
+    keeping = keeps(cfg)
+    draws = keeping.of(draws) if keeping else draws
     view = noised(policy.family, batch, cfg.caption_dropout, draws)
-    scores = policy.on_reference(partial(denoising_scores, policy.family, view=view))
+    scores = reference_scores(policy, batch, partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
 
 
@@ -99,6 +112,16 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -
     assert contrast.reference is not None, "the method needs a reference"
     ours = denoising_scores(policy.family, policy.model, contrast.view)
     return denoising_step(cfg, ours, contrast.reference, contrast.weights)
+
+
+def keeps(cfg: Any) -> Keep | None:
+    """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
+    return Keep(cfg.cache_draws, {"caption_dropout": cfg.caption_dropout}, scores=True) if cfg.cache_draws else None
+
+
+def keep(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> Scores:
+    """The reference's scores."""
+    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def noised(

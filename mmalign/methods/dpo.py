@@ -26,8 +26,8 @@ from mmalign.encode_responses import EncodedResponses
 from mmalign.families import VisionLanguage
 from mmalign.language import scores
 from mmalign.losses import Pair, PairLoss
-from mmalign.methods import Step
-from mmalign.methods._pairs import PairLossConfig, bound_loss, preference_step
+from mmalign.methods import Keep, Step, reference_scores
+from mmalign.methods._pairs import PairLossConfig, asked_for, bound_loss, preference_step
 from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
@@ -62,7 +62,7 @@ class Contrast:
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: the pairs as they are."""
     score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss == "ipo")
-    return [Contrast(batch, policy.on_reference(score))]
+    return [Contrast(batch, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
@@ -70,6 +70,16 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     assert contrast.reference is not None, "dpo needs a reference"
     ours = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
     return response_step(cfg, ours, contrast.reference, contrast.batch)
+
+
+def keeps(cfg: Any) -> Keep:
+    """What the reference's scores depend on besides pairs and reference."""
+    return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
+    """The reference's scores."""
+    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def response_scores(

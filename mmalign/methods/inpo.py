@@ -18,7 +18,7 @@ the inversion, 5.5 hops on average at 10 steps: 19 (the release: 20.8). No gradi
 inverted once, before the training, and kept on disk: a step then costs what Diffusion-DPO's does. Kept is x_t, in
 float32, a draw as much as half of the pair's latents: in float16 the numbers would no longer be those without a cache,
 and near t = 0 the implied noise, which divides by a level of 0.03, would be off by up to 2 %. The reference's scores
-are not kept: in another batch they round otherwise, and a policy that has not moved would no longer have ln 2 exactly.
+are not kept beside it, so that the reference stays in memory: x_t is worked out pair by pair, and scores in batches.
 """
 
 from __future__ import annotations

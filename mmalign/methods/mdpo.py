@@ -27,10 +27,17 @@ from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses, disturbed
 from mmalign.families import ImageFeatures, VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Step
-from mmalign.methods._pairs import bound_loss
-from mmalign.methods.dpo import PAIR, Contrast, ResponseLossConfig, against, response_scores, response_step
-from mmalign.policy import Policy
+from mmalign.methods import Keep, Step, reference_scores
+from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods.dpo import (
+    PAIR,
+    Contrast,
+    ResponseLossConfig,
+    against,
+    response_scores,
+    response_step,
+)
+from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
 needs_reference = True
@@ -48,6 +55,12 @@ class Config(ResponseLossConfig):
     keep: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.01, 0.2], min_length=2, max_length=2, description="the least and the greatest share of the area of a crop"
     )
+    cache_draws: int = Field(
+        0,
+        ge=0,
+        description="so many crops of an image come again and again, epoch after epoch in turn, and what the reference "
+        "scores with each is kept on disk; 0 crops anew in every epoch, with the reference at hand",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Config:
@@ -58,6 +71,8 @@ class Config(ResponseLossConfig):
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
     """The pairs, and the chosen responses once more to a crop of their images."""
+    keeping = keeps(cfg)
+    draws = keeping.of(draws) if keeping else draws
 
     def crop(picture: Image.Image, row: int, place: int) -> Image.Image:
         return cropped(picture, draws.uniform([row], (4,), "crop", place)[0], keep=(cfg.keep[0], cfg.keep[1]))
@@ -66,7 +81,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     features = ImageFeatures({**batch.features.images, **found.images})
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, tokens]), features=features)
     score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
-    return [Contrast(whole, policy.on_reference(score))]
+    return [Contrast(whole, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
@@ -78,3 +93,19 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     anchor = -F.logsigmoid(cfg.beta * (ours["chosen"] - theirs["chosen"]) - cfg.delta)
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}
     return response_step(cfg, ours, theirs, batch, terms)
+
+
+def keeps(cfg: Any) -> Keep | None:
+    """What the reference's scores depend on besides pairs, crops and reference; None where every crop is new."""
+    settings = {"mean": cfg.loss == "ipo", "least": cfg.keep[0], "greatest": cfg.keep[1]}
+    return Keep(cfg.cache_draws, settings, scores=True) if cfg.cache_draws else None
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
+    """The reference's scores, of the crops' too."""
+    return asked_for(contrasts(policy, batch, cfg, draws))
+
+
+def needs_tower(cfg: Any) -> bool:
+    """The policy looks at crops, which are made in the training."""
+    return True

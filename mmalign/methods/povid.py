@@ -13,6 +13,9 @@ The released code averages two losses, as above; the paper has one sigmoid over 
 arXiv:2407.02477): `combine: paper`, -log sigma(beta * (chosen against the weighted mean of rejected and noisy)). In the
 release each network scores its own noisy tokens, so that its ratio is of two different texts: `tokens: own`. By default
 both score the reference's, which never change. And the release's noisy pixels wrap around: `overflow: wrap`.
+
+With the reference's tokens and `cache_draws: K` a pair has K noises, epoch after epoch in turn: the tokens and the
+reference's scores are worked out once and kept on disk, and a step costs what DPO's does. A policy's tokens cannot be.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmalign.data.disturb import NUM_STEPS, noised
@@ -32,7 +35,7 @@ from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses, disturbed
 from mmalign.families import VisionLanguage
 from mmalign.losses import Pair
-from mmalign.methods import Step
+from mmalign.methods import Keep, Step
 from mmalign.methods._pairs import bound_loss
 from mmalign.methods.dpo import ResponseLossConfig, against, response_step, view_scores
 from mmalign.policy import Policy, Scores
@@ -40,6 +43,8 @@ from mmalign.policy import Policy, Scores
 modality = "vision_language"
 needs_reference = True
 needs_pictures = True
+
+TOKENS = "noisy tokens"  # of what is kept, the one that is no score
 
 
 class Config(ResponseLossConfig):
@@ -54,6 +59,21 @@ class Config(ResponseLossConfig):
         "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
     )
     combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
+    cache_draws: int = Field(
+        0,
+        ge=0,
+        description="so many noises of a pair come again and again, and what the reference says and scores under each "
+        "is kept on disk; needs tokens: reference; 0 draws anew in every epoch, with the reference at hand",
+    )
+
+    @model_validator(mode="after")
+    def _fixed(self) -> Config:
+        if self.cache_draws and self.tokens != "reference":
+            raise ValueError(
+                f"cache_draws: {self.cache_draws} keeps noisy tokens, and a policy that learns would not say the same "
+                "again; use tokens: reference, or leave cache_draws out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,11 @@ class Contrast:
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
     """The pairs, with the tokens that are likeliest under a noisy picture."""
-    family, mean = policy.family, cfg.loss == "ipo"
+    if batch.kept is not None:
+        kept = dict(batch.kept)
+        return [Contrast(batch, _fitted(kept.pop(TOKENS), batch), kept)]
+    family, mean, keeping = policy.family, cfg.loss == "ipo", keeps(cfg)
+    draws = keeping.of(draws) if keeping else draws
 
     def with_noise(picture: Image.Image, row: int, place: int) -> Image.Image:
         eps = draws.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
@@ -97,6 +121,23 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})
 
 
+def keeps(cfg: Any) -> Keep | None:
+    """What the reference says and scores depends on besides pairs, noise and reference; None where all noise is new."""
+    settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
+    return Keep(cfg.cache_draws, settings, scores=True) if cfg.cache_draws else None
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+    """The noisy tokens [B, R], and the reference's scores."""
+    (contrast,) = contrasts(policy, batch, cfg, draws)
+    return {TOKENS: contrast.noisy, **contrast.reference}
+
+
+def needs_tower(cfg: Any) -> bool:
+    """Noisy pictures are looked at where their tokens are drawn: in the training, unless they are kept."""
+    return not cfg.cache_draws
+
+
 def noisy_scores(
     family: VisionLanguage, net: nn.Module, batch: EncodedResponses, noisy: Tensor, *, mean: bool = False
 ) -> Scores:
@@ -110,6 +151,12 @@ def noisy_scores(
     responses, others = family.token_logps(net, batch.tokens, batch.features, targets).unbind(-1)
     drawn = view_scores(others[:half], mask[:half], ("noisy",), mean=mean)
     return {**view_scores(responses, mask, mean=mean), "noisy": drawn["noisy"]}
+
+
+def _fitted(noisy: Tensor, batch: EncodedResponses) -> Tensor:
+    """Kept tokens [B, any] as long as the batch's chosen responses: in another batch they were padded otherwise."""
+    longest = batch.tokens[: len(batch.rows)].responses.shape[1]
+    return F.pad(noisy, (0, max(0, longest - noisy.shape[1])))[:, :longest]
 
 
 def _share_changed(batch: EncodedResponses, noisy: Tensor) -> Tensor:

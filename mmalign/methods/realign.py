@@ -23,10 +23,17 @@ from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Step
-from mmalign.methods._pairs import bound_loss
-from mmalign.methods.dpo import PAIR, Contrast, ResponseLossConfig, against, response_scores, response_step
-from mmalign.policy import Policy
+from mmalign.methods import Keep, Step, reference_scores
+from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods.dpo import (
+    PAIR,
+    Contrast,
+    ResponseLossConfig,
+    against,
+    response_scores,
+    response_step,
+)
+from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
 needs_reference = True
@@ -48,7 +55,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     assert batch.others is not None, "realign needs other images"
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.others]))
     score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
-    return [Contrast(whole, policy.on_reference(score))]
+    return [Contrast(whole, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
@@ -58,3 +65,13 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     ours = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
     text, image = (against(link, ours, theirs, view) for view in ("rejected", "retrieved"))
     return response_step(cfg, ours, theirs, batch, {"text loss": text, "image loss": cfg.image_weight * image})
+
+
+def keeps(cfg: Any) -> Keep:
+    """What the reference's scores depend on besides pairs and reference."""
+    return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
+    """The reference's scores, of the retrieved images' too."""
+    return asked_for(contrasts(policy, batch, cfg, draws))

@@ -25,9 +25,10 @@ from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Step
+from mmalign.methods import Keep, Step, reference_scores
+from mmalign.methods._pairs import asked_for
 from mmalign.methods.dpo import Contrast, ResponseLossConfig, response_scores, response_step
-from mmalign.policy import Policy
+from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
 needs_reference = True
@@ -47,7 +48,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     """The pairs as they are, with their tokens' weights."""
     weights = token_weights(batch.tokens, cfg.gamma, cfg.min_block, insertions=cfg.insertions)
     score = partial(response_scores, policy.family, batch=batch, weights=weights)
-    return [Contrast(batch, policy.on_reference(score), weights)]
+    return [Contrast(batch, reference_scores(policy, batch, score), weights)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
@@ -55,6 +56,16 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     assert contrast.reference is not None, "rlhfv needs a reference"
     ours = response_scores(policy.family, policy.model, contrast.batch, weights=contrast.token_weights)
     return response_step(cfg, ours, contrast.reference, contrast.batch)
+
+
+def keeps(cfg: Any) -> Keep:
+    """What the reference's scores depend on besides pairs and reference."""
+    return Keep(1, {"gamma": cfg.gamma, "min_block": cfg.min_block, "insertions": cfg.insertions}, scores=True)
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
+    """The reference's scores."""
+    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:

@@ -76,6 +76,11 @@ class Data(Section):
     limit: int | None = Field(None, ge=1)
     max_bad: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
     workers: int = Field(0, ge=0)
+    cache: str = Field(
+        "auto",
+        description="where latents and text, or images' features and what the reference scores of responses, are kept: "
+        "auto (in the output), off, or a folder",
+    )
 
 
 class ImageData(Data):
@@ -85,7 +90,6 @@ class ImageData(Data):
     resolution: int | None = Field(None, ge=8, description="pixels; the model's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair alike")
-    cache: str = Field("auto", description="where latents and text are kept: auto (in the output), off, or a folder")
 
 
 class ResponseData(Data):
@@ -114,6 +118,9 @@ class Train(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["auto", "xformers", "sdpa"] = Field(
         "auto", description="who computes attention; auto is xformers where it can serve, and else PyTorch (sdpa)"
+    )
+    pack: Literal["auto", "off"] = Field(
+        "auto", description="responses to one prompt and its images share one run of these, where the model can; or not"
     )
     gradient_checkpointing: bool = False
     ema: float | None = Field(

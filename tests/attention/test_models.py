@@ -30,7 +30,7 @@ def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: C
     features = family.encode_images(views)
     samples = [reader.rows(ASKED, said, [(key, views[key])]) for key, said in zip(views, SAID, strict=True)]
     rows = [reader.batch([row]) for sample in samples for row in sample]
-    apart = [states(model, family._inputs(row, features)) for row in rows]
+    apart = [states(model, family._inputs(row, features)[1]) for row in rows]
     both_ways = reader.facts.prefix_attention
     forest = Forest(tuple(Tree(rows[0].start, tuple(len(row.response) for row in rows), both_ways) for rows in samples))
 
@@ -55,5 +55,5 @@ def states(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def positions(family: Any, row: Tokens, features: ImageFeatures) -> Tensor:
     """The model's own, of a row apart: in rows and columns where it has these, and from 1 where it counts so."""
-    own: Tensor = family._model._prepare_position_ids_for_generation(row.ids, family._inputs(row, features))
+    own: Tensor = family._model._prepare_position_ids_for_generation(row.ids, family._inputs(row, features)[1])
     return own

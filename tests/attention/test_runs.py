@@ -108,7 +108,7 @@ def test_a_trained_decoder_computes_as_its_base(
     monkeypatch.setattr("mmalign.families.vision_language.choose", lambda *_: Choice("dense"))
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
     tower = family.network.model.model.vision_tower
-    assert decoders.used(family.network.model.get_decoder()) is None
+    assert decoders.used(family.network.model.get_decoder()) == "sdpa"  # which knows of shared prompts
     family.use_attention("auto")
     family.save(tmp_path, family.network)
     for net in (family.network, family.frozen_copy(), family.load_trained(tmp_path)):

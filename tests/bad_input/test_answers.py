@@ -192,7 +192,7 @@ def test_an_image_that_cannot_be_read_costs_its_questions_alone(
     (files / "1.png").write_bytes((files / "1.png").read_bytes()[:60])
     asked = {**trained, "evaluate": filled(chair(decoding=DECODING), files)}
     printed = mmalign("evaluate", asked)
-    assert printed.startswith("1 images are left out, for both models: 1.png: is not a readable image")
+    assert "\n1 images are left out, for both models: 1.png: is not a readable image" in printed
     result = json.loads((Path(trained["output"]) / "evaluation" / "result.json").read_text())
     assert result["questions"] == 2 and len(result["left out"]) == 1
     mmalign("gallery", asked)

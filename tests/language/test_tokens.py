@@ -59,3 +59,19 @@ def test_some_rows_of_a_batch() -> None:
     first = tokens[:1]
     assert first.ids.tolist() == [[5, 6, 0, 0]] and first.images == (("a",),)
     assert first.responses.tolist() == [[6]] and len(first) == 1
+
+
+def test_rows_of_one_prompt_are_found_wherever_they_are() -> None:
+    """By all that comes before the response, and the images: three have the words 1 2 3, two of them an image alike."""
+    rows = [
+        TokenRow((1, 2, 3, 7), 3, ("a",)),
+        TokenRow((1, 2, 3, 7), 3, ("b",)),
+        TokenRow((1, 2, 4, 7), 3, ("a",)),
+        TokenRow((1, 2, 3, 8, 9), 3, ("a",)),
+        TokenRow((1, 2, 3, 7), 2, ("a",)),
+    ]
+    tokens = Tokens.of(rows, pad=0)
+    assert tokens.by_prompt == ((0, 3), (1,), (2,), (4,))
+    assert tokens.rows == tuple(rows)
+    assert tokens[1:4].by_prompt == ((0,), (1,), (2,))
+    assert Tokens.cat([tokens[:1], tokens[3:4]]).by_prompt == ((0, 1),)

@@ -82,7 +82,10 @@ def test_swapping_the_sides_negates_the_logit(llava: VisionLanguage) -> None:
 
 
 def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> None:
-    """Chosen, rejected and reference share an image's features; with their own copies they say the same."""
+    """Chosen, rejected and reference share an image's features; with their own copies they say the same.
+
+    To rounding: sides with an image each do not share a row.
+    """
     policy, given = adapted(vlm, moved=0.1), batch(vlm)
     again = {f"{key}, again": copy.deepcopy(found) for key, found in given.features.images.items()}
     t, half = given.tokens, len(given.rows)
@@ -93,8 +96,8 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
         features=ImageFeatures({**given.features.images, **again}),
     )
     one, other = (run(dpo, policy, some, dpo.Config()) for some in (given, twice))
-    assert torch.equal(one.losses, other.losses)
-    assert torch.equal(gradient(policy, one), gradient(policy, other))
+    torch.testing.assert_close(one.losses, other.losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(policy, one), gradient(policy, other), rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rlhfv

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from mmalign.families.latents import to_pil
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.losses import Pair
 from mmalign.methods import Step, spo
-from mmalign.methods._drawn import pictures, predict_guided
+from mmalign.methods._drawn import predict_guided
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.rewards import Judge, checked
 from mmalign.sections import JudgeConfig
@@ -398,17 +397,3 @@ def test_segments_must_fit_between_start_and_end() -> None:
         spo.Config(judge=JUDGE, inner_steps=2)
     with pytest.raises(ValueError, match="leaves 0 steps"):
         spo.Config(judge=JUDGE, start=20)
-
-
-@pytest.mark.parametrize(("side", "sizes"), [(64, [1, 8, 8, 2]), (512, [1] + [4] * 4 + [2]), (1024, [1] * 19)])
-def test_pictures_are_decoded_as_many_at_a_time_as_have_a_megapixel(side: int, sizes: list[int]) -> None:
-    decoded: list[int] = []
-
-    def decode(latents: Tensor) -> Tensor:
-        decoded.append(len(latents))
-        return latents[:, :1, :1, :1].expand(-1, 3, side, side)
-
-    family: Any = SimpleNamespace(decode=decode)
-    numbers = torch.arange(19.0)[:, None, None, None].expand(-1, 4, 2, 2)
-    found = pictures(family, numbers)
-    assert decoded == sizes and torch.equal(found[:, 0, 0, 0], numbers[:, 0, 0, 0])

@@ -1,0 +1,168 @@
+"""`mmalign bench`: what a recipe's training step costs, beside changed recipes and beside other programs' steps.
+
+A variant is a list of overrides of the recipe; another program is a file of `mmalign.benchmark.against`. The first
+entrant is the recipe as it is, and all others are compared with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign.assemble import DTYPES
+from mmalign.benchmark import against, cases, tables
+from mmalign.benchmark.measure import Build, Entrant, measure
+from mmalign.benchmark.meters import machine, peak_rate
+from mmalign.benchmark.runs import Run, build
+from mmalign.benchmark.tables import Comparison, Report
+from mmalign.recipe import load_recipe
+from mmalign.sections import Recipe
+
+Say = Callable[[str], None]
+Source = str | Path | Mapping[str, Any]
+OURS = "mmalign"
+SAME = 0.01  # of a gradient's norm: encoders round otherwise in a batch, and beta multiplies that
+SAME_IN_HALF = 0.2  # bfloat16 keeps eight bits; another loss, reference or order is 1 and more
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asked to have measured.
+
+    Attributes:
+        source: a recipe: a path, a shipped name, or the content.
+        overrides: of the recipe, for all.
+        variants: further overrides of one variant each.
+        peer: the name of another program, or None.
+    """
+
+    source: Source
+    overrides: Sequence[str] = ()
+    variants: Sequence[Sequence[str]] = ()
+    peer: str | None = None
+
+    def recipe(self, *more: str) -> Recipe:
+        """The recipe, with what makes it the same as the peer's."""
+        alike = against.find(self.peer).alike if self.peer else ()
+        return load_recipe(self.source, [*self.overrides, *alike, *more])
+
+
+def bench(
+    source: str,
+    *,
+    overrides: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    peer: str | None = None,
+    repeats: int = 5,
+    json: Path | None = None,
+    say: Say = print,
+) -> Report:
+    """Measure a recipe's step, print the tables, and write the numbers.
+
+    Args:
+        source: a recipe, or the name of a case.
+        overrides: assignments for all.
+        variants: each some assignments with spaces between them, measured beside the recipe.
+        peer: another program, measured on the same model and pairs.
+        repeats: measurements of each.
+        json: a file for the numbers.
+        say: hears what is being done.
+
+    Raises:
+        ValueError: a recipe, a case or a program does not fit.
+    """
+    from accelerate import Accelerator
+
+    check(repeats, peer)
+    accelerator = Accelerator()
+    tell = say if accelerator.is_main_process else _silent
+    with scratch(accelerator) as folder:
+        found = open_source(source, folder, accelerator, tell)
+        asked = Asked(found, overrides, [variant.split() for variant in variants], peer)
+        report = run(asked, folder, accelerator, name=source, repeats=repeats, say=tell)
+    if accelerator.is_main_process:
+        tables.show(report)
+        if json is not None:
+            tables.write_report(report, json)
+            tell(f"{json}: the numbers")
+    return report
+
+
+def check(repeats: int, peer: str | None) -> None:
+    """Refuse at once what needs no model to be known wrong.
+
+    Raises:
+        ValueError: there is no such program, it is not installed, or nothing would be measured.
+    """
+    if repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1, got {repeats}")
+    if peer is not None:
+        against.find(peer).available()
+
+
+@contextlib.contextmanager
+def scratch(accelerator: Any) -> Iterator[Path]:
+    """A folder that all processes share, and that is gone afterwards."""
+    from accelerate.utils import broadcast_object_list
+
+    main = accelerator.is_main_process
+    with tempfile.TemporaryDirectory(prefix="mmalign-bench-") if main else contextlib.nullcontext("") as folder:
+        yield Path(broadcast_object_list([folder])[0])
+        accelerator.wait_for_everyone()
+
+
+def open_source(source: str, folder: Path, accelerator: Any, say: Say) -> Source:
+    """A recipe as it came, or a case's, whose model and pairs the main process writes to the folder."""
+    if source not in cases.CASES:
+        return source
+    say(f"{source}: {cases.CASES[source].about}, random weights")
+    if accelerator.is_main_process:
+        cases.write_case(source, folder / source, accelerator.device)
+    accelerator.wait_for_everyone()
+    return cases.content(source, folder / source)
+
+
+def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int, say: Say) -> Report:
+    """Measure what is asked; `name` is what the tables call it."""
+    recipe = asked.recipe()
+    entrants = [Entrant(OURS, entrant(recipe, accelerator))]
+    comparisons = []
+    for changes in asked.variants:
+        title = " ".join(changes)
+        entrants.append(Entrant(title, entrant(asked.recipe(*changes), accelerator)))
+        comparisons.append(Comparison(title, OURS, f"the recipe with {title}"))
+    if asked.peer is not None:
+        peer = against.find(asked.peer)
+        peer.check(recipe)
+        limit = SAME if recipe.train.precision == "float32" else SAME_IN_HALF
+        entrants.append(Entrant(asked.peer, entrant(asked.recipe(*peer.own), accelerator, peer), limit))
+        comparisons.append(Comparison(asked.peer, OURS, peer.about))
+    device: torch.device = accelerator.device
+    rate = peak_rate(device, DTYPES[recipe.train.precision])
+    rows = measure(entrants, folder / "runs", repeats=repeats, device=device, say=say)
+    options = recipe.train
+    batches = f"{options.accumulate} batches of {options.batch_size}" if options.accumulate > 1 else options.batch_size
+    title = f"{name}: {recipe.method.name}, {recipe.model.tune}, {options.precision}, {batches} pairs"
+    if accelerator.num_processes > 1:
+        title += f" on each of {accelerator.num_processes} processes"
+    return Report(machine(), {title: rows}, comparisons, rate * accelerator.num_processes)
+
+
+def entrant(recipe: Recipe, accelerator: Any, peer: Any = None) -> Build:
+    """How a recipe, or a peer's step on it, is built."""
+    return partial(_build, recipe, accelerator, peer)
+
+
+def _build(recipe: Recipe, accelerator: Any, peer: Any, folder: Path, updates: int) -> Run:
+    return build(recipe, folder, accelerator, updates=updates, peer=peer)
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,222 @@
+"""What a training would otherwise work out again and again, worked out once and stored: `mmalign cache RECIPE`.
+
+Latents and text, or images' features; then what the method keeps: the reference's scores among it. All of it is for the
+pairs that the recipe's training meets, shared by the processes of a launch, and what is stored is never made again: who
+is stopped goes on, and `mmalign train` does the same before its first update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign import assemble, features, methods
+from mmalign.data.pairs import ImageRef
+from mmalign.data.prompts import PromptLoader
+from mmalign.draws import Draws
+from mmalign.encode_responses import ResponseLoader, images_of
+from mmalign.families.features import executor, move
+from mmalign.feed import Feed, Opened, bar_of, open_data, open_feed
+from mmalign.kept import asked, met
+from mmalign.loop import EMPTY
+from mmalign.policy import FrozenCopy, Policy
+from mmalign.rewards import Judge
+from mmalign.sections import Recipe, ResponseData
+
+HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
+
+Say = Callable[[str], None]
+
+
+def cache(recipe: Recipe, say: Say = print) -> Path:
+    """Fill the caches that the recipe's training reads from, and say what was written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: something in the recipe or the data does not fit, nothing is to be cached, or a cache was made
+            otherwise.
+    """
+    from accelerate import Accelerator
+
+    if recipe.data.cache == "off":
+        raise ValueError("data.cache: off keeps nothing; leave it out, or name a folder")
+    begun = time.time()
+    assemble.check(recipe, training=True)
+    opened = open_data(recipe.data, recipe.train.seed, methods.find(recipe.method.name))
+    assemble.make_folder("output", Path(recipe.output))
+    accelerator = Accelerator()
+    tell = say if accelerator.is_main_process else _silent
+    options = recipe.train
+    family = assemble.load_model(
+        recipe.model,
+        options.precision,
+        accelerator.device,
+        attention=options.attention,
+        pack=options.pack,
+        say=tell,
+    )
+    open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
+    folder = folder_of(recipe)
+    tell(f"cache: {folder}: {_written(folder, begun)}")
+    accelerator.end_training()
+    return folder
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where a recipe's caches are, if it has any."""
+    return Path(recipe.output) / "cache" if recipe.data.cache == "auto" else Path(recipe.data.cache)
+
+
+def open_filled(
+    recipe: Recipe, family: Any, *, accelerator: Any, say: Say, opened: Opened, judge: Judge | None = None
+) -> Feed:
+    """The recipe's pairs in batches, with everything stored that is kept of those that its training meets.
+
+    Args:
+        recipe: what to train on.
+        family: the model as it was loaded: its network is the reference.
+        accelerator: says which process this is.
+        say: takes a line of text.
+        opened: what `open_data` has given.
+        judge: what scores images, for methods whose settings name one.
+
+    Raises:
+        ValueError: as `open_feed`.
+    """
+    options, method = recipe.train, methods.find(recipe.method.name)
+    run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
+    feed = open_feed(
+        family,
+        recipe.data,
+        output=Path(recipe.output),
+        batch_size=options.batch_size,
+        seed=options.seed,
+        accelerator=accelerator,
+        say=say,
+        method=method,
+        opened=opened,
+        keep=asked(method, recipe.method, model=assemble.fingerprint(family.network), **run),
+        judge=judge,
+    )
+    batches = options.steps * options.accumulate
+    if feed.features is not None and not _fill_features(feed, recipe, family, batches, accelerator):
+        say(
+            f"the images' features would take more than half of the free disk of {feed.features.folder} and are not "
+            "kept; name another data.cache to keep them"
+        )
+        feed = replace(feed, features=None)
+    if feed.kept is not None:
+        _fill_kept(feed, recipe, family, batches, accelerator)
+        feed = replace(feed, kept=replace(feed.kept, needed=feed.kept.keep.scores and recipe.model.tune == "full"))
+    return feed
+
+
+def replaces_reference(feed: Feed) -> bool:
+    """Whether all that the method needs of a reference is kept."""
+    return feed.kept is not None and feed.kept.keep.scores
+
+
+def put_away(feed: Feed, recipe: Recipe, family: Any) -> None:
+    """Move the vision tower off the GPU, if the training does not need it: its features are kept."""
+    method = methods.find(recipe.method.name)
+    if feed.features is not None and not (hasattr(method, "needs_tower") and method.needs_tower(recipe.method)):
+        for _, net in family.encoders():
+            move(net, torch.device("cpu"))
+
+
+def _fill_features(feed: Feed, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> bool:
+    """Make what the cache of features lacks; False if the disk has no room for it."""
+    assert feed.features is not None and isinstance(recipe.data, ResponseData)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    images = (image for loader, number in _loaders(feed, batches) for image in _images(loader, number))
+    steps = features.fill(family, images, feed.features, num_workers=recipe.data.workers, **share)
+    with bar_of(accelerator) as bar:
+        total = next(steps)
+        task = bar.add_task("encode images", total=total)
+        stored = 0
+        for step in steps:
+            stored += step
+            bar.advance(task)
+    short = torch.tensor([int(stored < total)], device=accelerator.device)
+    short = accelerator.reduce(short, reduction="sum")
+    feed.features.refresh()
+    return not bool(short)
+
+
+def _images(loader: ResponseLoader, batches: int) -> Iterator[ImageRef]:
+    """The images of the pairs in the first batches, each once."""
+    numbers = dict.fromkeys(number for _, some in met(loader, batches) for number in some)
+    for number in numbers:
+        yield from images_of(loader.pairs[number], loader.wants)
+
+
+def _fill_kept(feed: Feed, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> None:
+    """Work out what the method keeps, by the network as it was loaded, and store what is not there yet, with a bar."""
+    assert feed.kept is not None
+    method, net = methods.find(recipe.method.name), family.network
+    base = Policy(family, net, net, FrozenCopy(net))
+
+    @torch.no_grad()
+    def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
+        draws = Draws(recipe.train.seed, epoch)
+        found: dict[str, Tensor] = method.keep(base, feed.encode(batch), recipe.method, draws)
+        return found
+
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    with bar_of(accelerator) as bar:
+
+        def fill(loader: Any, number: int) -> None:
+            assert feed.kept is not None
+            steps = feed.kept.fill(loader, number, work_out, shared=loader is feed.train, **share)
+            task = bar.add_task("work out what is kept", total=next(steps))
+            for _ in steps:
+                bar.advance(task)
+            accelerator.wait_for_everyone()
+            feed.kept.cache.refresh()
+
+        for loader, number in _loaders(feed, batches):
+            fill(loader, number)
+        # A batch of bad pairs makes no update, and the training goes on to a further one.
+        planned = batches
+        while feed.kept.keep.scores and planned < (wanted := batches + _useless(feed, planned, accelerator)):
+            planned = wanted
+            fill(feed.train, planned)
+
+
+def _useless(feed: Feed, batches: int, accelerator: Any) -> int:
+    """How many batches no process can use, at most; no more than a training meets before it gives up."""
+    assert feed.kept is not None and not isinstance(feed.train, PromptLoader)
+    found = torch.tensor([feed.kept.useless(feed.train, batches)], device=accelerator.device)
+    return min(int(accelerator.gather(found).min()), EMPTY * batches)
+
+
+def _loaders(feed: Feed, batches: int) -> list[tuple[Any, int]]:
+    """The loaders of a training, and how many of their batches it takes."""
+    held = [(feed.held, min(HELD_OUT_BATCHES, len(feed.held)))] if feed.held is not None else []
+    return [(feed.train, batches), *held]
+
+
+def _written(folder: Path, begun: float) -> str:
+    """What is in the caches, by kind, and how much of it is new."""
+    kinds = {path.name: [f.stat() for f in path.rglob("*.safetensors")] for path in sorted(folder.iterdir())}
+    parts = [f"{name} {_size(sum(f.st_size for f in files))}" for name, files in kinds.items() if files]
+    every = [file for files in kinds.values() for file in files]
+    new = sum(file.st_size for file in every if file.st_mtime >= begun)
+    whole = sum(file.st_size for file in every)
+    return f"{', '.join(parts) or 'nothing'}; {_size(whole)} in all, {_size(new)} of it new"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.1f} kB"
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,80 @@
+"""What a vision tower and its projector make of an image, as tensors by name, and back; and where the tower is.
+
+Transformers gives an object of which a decoder reads a few attributes: the features of the image (`pooler_output`: a
+tensor, or one for each picture), those of several layers (`deepstack_features`), and here the grid that positions are
+made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.attention import denoisers
+
+POOLED, DEEP, GRID = "pooled", "deep", "grid"
+
+
+def packed(found: Any) -> dict[str, Tensor]:
+    """An image's features by name."""
+    pooled = found.pooler_output
+    parts = {POOLED: pooled} if isinstance(pooled, Tensor) else {f"{POOLED}.{i}": x for i, x in enumerate(pooled)}
+    for number, layer in enumerate(getattr(found, "deepstack_features", None) or ()):
+        parts |= {f"{DEEP}.{number}.{i}": x for i, x in enumerate(layer)}
+    if getattr(found, "grid", None) is not None:
+        parts[GRID] = found.grid
+    return parts
+
+
+def unpacked(parts: dict[str, Tensor], device: torch.device) -> Any:
+    """What `packed` was given, so far as a decoder reads it, on a device."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    there = {name: x.to(device) for name, x in parts.items()}
+    pooled: Any = there[POOLED] if POOLED in there else _numbered(there, POOLED)
+    found: Any = BaseModelOutputWithPooling(pooler_output=pooled)
+    layers = sum(name.startswith(f"{DEEP}.") and name.endswith(".0") for name in there)
+    if layers:
+        found.deepstack_features = [_numbered(there, f"{DEEP}.{number}") for number in range(layers)]
+    found.grid = there.get(GRID)
+    return found
+
+
+def _numbered(parts: dict[str, Tensor], name: str) -> list[Tensor]:
+    number = sum(key.rpartition(".")[0] == name for key in parts)
+    return [parts[f"{name}.{i}"] for i in range(number)]
+
+
+def apart(net: nn.Module, learning: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """The largest parts of a network that have parameters, and none of those named by `id` in `learning`."""
+
+    def within(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        own = {id(p) for p in module.parameters()}
+        if own and not own & learning:
+            yield name, module
+        elif own:
+            for child, part in module.named_children():
+                yield from within(part, f"{name}.{child}" if name else child)
+
+    return within(net, "")
+
+
+def executor(net: nn.Module) -> str:
+    """How a network is run, so far as its numbers depend on it: device, the weights' precision, what does attention."""
+    configs = (getattr(part, "config", None) for part in net.modules())
+    attention = {getattr(config, "_attn_implementation", None) for config in configs}
+    attention |= {type(part.processor).__name__ for part in net.modules() if hasattr(part, "processor")}
+    attention |= {denoisers.used(net)}
+    weights = {f"{p.device.type} {str(p.dtype).removeprefix('torch.')}" for p in net.parameters()}
+    return ", ".join((*sorted(weights), *sorted(str(name) for name in attention if name)))
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Move a part of a network, but for its buffers: they are small, and whoever trains with several processes sends
+    them all from one to another.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device)

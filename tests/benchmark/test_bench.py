@@ -1,0 +1,205 @@
+"""`mmalign bench` on tiny models: parts, ratios and their bounds, and another program that computes the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from typer.testing import CliRunner
+
+from mmalign.benchmark import bench, cases, measure, runs, tables
+from mmalign.benchmark.against import diffusers
+from mmalign.benchmark.bench import OURS, Asked
+from mmalign.benchmark.meters import Meter
+from mmalign.benchmark.tables import Report
+from mmalign.cli import app
+from mmalign.recipe import load_recipe
+
+OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
+
+
+def recipe(model: Path, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    return tiny.recipe(model, tiny.pick_a_pic(folder / "pairs.parquet"), folder / "output", **sections)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    folder = tmp_path_factory.mktemp("bench")
+    asked = Asked(recipe(tiny_sd15, folder, model={"tune": "lora"}), (), [[OFF], [CHECKPOINTED]], "diffusers")
+    return bench.run(asked, folder, Accelerator(), name="tiny", repeats=1, say=lambda _: None)
+
+
+def rows(report: Report) -> dict[str, measure.Measured]:
+    return {row.variant: row for row in next(iter(report.models.values()))}
+
+
+def test_every_entrant_has_its_parts(report: Report) -> None:
+    assert list(rows(report)) == [OURS, OFF, CHECKPOINTED, "diffusers"]
+    for row in rows(report).values():
+        parts = ("data", "noise", "reference", "policy", "backward", "optimizer")
+        assert all(row.parts[part][0] > 0 for part in parts)
+
+
+def test_the_other_program_computes_the_same(report: Report) -> None:
+    """In float32 its encoders round otherwise, since they take a whole batch: by 1e-6 of a latent, times beta / 2."""
+    theirs = rows(report)["diffusers"]
+    assert theirs.loss_apart is not None and theirs.loss_apart < 1e-4
+    assert theirs.gradient_apart is not None and theirs.gradient_apart < 1e-4
+
+
+def test_what_is_no_different_computes_the_same(report: Report) -> None:
+    for name in (OFF, CHECKPOINTED):
+        assert rows(report)[name].loss_apart == 0
+    assert rows(report)[OFF].gradient_apart == 0
+
+
+def test_bounds_follow_from_operations(report: Report) -> None:
+    """Both sides run the network three times over; the other program runs the encoders besides."""
+    ours, theirs = rows(report)[OURS].flops, rows(report)["diffusers"].flops
+    assert {part: theirs[part] for part in ("reference", "policy", "backward")} == {
+        part: ours[part] for part in ("reference", "policy", "backward")
+    }
+    assert ours["data"] == 0 < theirs["data"] == rows(report)[OFF].flops["data"]
+    ratio = tables.summary(report)[next(iter(report.models))]["ratios"][f"diffusers / {OURS}"]
+    assert ratio["bound"] == pytest.approx(sum(theirs.values()) / sum(ours.values()))
+    assert ratio["of_the_bound"] == pytest.approx(ratio["time"] / ratio["bound"])
+
+
+def test_repetitions_are_no_operations_of_the_model(report: Report) -> None:
+    plain, again = rows(report)[OURS], rows(report)[CHECKPOINTED]
+    assert plain.flops == again.flops
+    assert plain.repeated == 0 < again.repeated < again.flops["policy"]
+    assert tables.beyond(again) < tables.beyond(plain)
+
+
+def test_the_table_says_bound_and_share_of_peak(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    title, found = next(iter(report.models.items()))
+    head, *lines = tables.comparisons(report, found)
+    assert head[3:6] == ["time: bound", "measured", "of it"]
+    assert [line[0] for line in lines] == [f"{name} / {OURS}" for name in (OFF, CHECKPOINTED, "diffusers")]
+    assert lines[0][1:4] == ["0e+00", "0e+00", lines[2][3]]  # without caches it is the other program's bound
+    costs = tables.costs(report, found)
+    assert all(line[costs[0].index("of peak")].endswith("%") for line in costs[1:])
+    tables.show(report)
+    assert title in capsys.readouterr().out
+
+
+def test_the_parts_add_up_to_the_whole(tiny_sd15: Path, tmp_path: Path) -> None:
+    """Operations, which unlike seconds are exact: those of the parts are those of updates without a meter."""
+    found = load_recipe(recipe(tiny_sd15, tmp_path, train={"accumulate": 2}))
+    run = runs.build(found, tmp_path / "run", Accelerator(), updates=4)
+    assert run.pairs == 4
+    runs.advance(run, 1)
+    flops, repeated = runs.count_operations(run)
+    with runs.Operations() as counter:
+        runs.advance(run, 1)
+    assert sum(flops.values()) == counter.get_total_flops() > 0 and repeated == 0
+    clock = iter(range(1000))
+    meter = Meter(lambda: float(next(clock)))
+    runs.advance(run, 1, meter)
+    meter.switch("rest")
+    assert sum(meter.total.values()) == next(clock) - 1  # no reading of the clock is lost
+
+
+def wrong_beta_of(loss: Any) -> Any:
+    def wrong(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
+        twice: Any = run.recipe.method
+        twice = twice.model_copy(update={"beta": 2 * twice.beta})
+        found: Tensor = loss(replace(run, recipe=run.recipe.model_copy(update={"method": twice})), batch, draws, switch)
+        return found
+
+    return wrong
+
+
+def no_reference(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
+    policy = replace(run.policy, reference=runs.FrozenCopy(run.policy.unwrapped))
+    return diffusers.loss(replace(run, policy=policy), batch, draws, switch)
+
+
+def swapped(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
+    return diffusers.loss(run, replace(batch, pixels=batch.pixels.roll(len(batch.rows), 0)), draws, switch)
+
+
+@pytest.mark.parametrize("wrong", [wrong_beta_of(diffusers.loss), no_reference, swapped])
+def test_another_step_is_told_apart(wrong: Any, tiny_sd15: Path, tmp_path: Path) -> None:
+    """What equality is asked of sees twice the beta, a reference that is the policy, and exchanged images."""
+
+    class Wrong:
+        prepare, optimizer, loss = diffusers.prepare, diffusers.optimizer, staticmethod(wrong)
+
+    released = {"name": "diffusion_dpo", "beta": 5000.0}
+    asked = Asked(recipe(tiny_sd15, tmp_path, method=released, model={"tune": "lora"}), peer="diffusers")
+    right = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
+    theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=Wrong)
+    apart = runs.first_gradient(theirs).beside(runs.first_gradient(right))
+    with pytest.raises(ValueError, match="does not compute what it is compared with"):
+        measure.require_same(measure.Entrant("wrong", lambda *_: theirs, bench.SAME), apart)
+
+
+def test_a_wrong_step_is_never_timed(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusers, "loss", wrong_beta_of(diffusers.loss))
+    asked = Asked(recipe(tiny_sd15, tmp_path, model={"tune": "lora"}), peer="diffusers")
+    with pytest.raises(ValueError, match="diffusers does not compute"):
+        bench.run(asked, tmp_path, Accelerator(), name="wrong", repeats=1, say=lambda _: None)
+
+
+def test_from_the_command_line(tiny_sd15: Path, tmp_path: Path) -> None:
+    import yaml
+
+    file, numbers = tmp_path / "recipe.yaml", tmp_path / "numbers" / "bench.json"
+    file.write_text(yaml.dump(recipe(tiny_sd15, tmp_path)))
+    done = CliRunner().invoke(app, ["bench", str(file), "--repeats", "1", "--json", str(numbers)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(numbers.read_text())
+    (summary,) = found["summary"].values()
+    assert 0 < summary["entrants"][OURS]["share_of_peak"] < 1
+    assert not (tmp_path / "output").exists()  # the recipe's own folder is left alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nothing.yaml"], "there is no file or folder"),
+        (["sd_middle", "--against", "difusers"], "did you mean 'diffusers'"),
+        (["sd_middle", "--repeats", "0"], "expected at least 1, got 0"),
+        (["sdxl_lora"], "needs a CUDA device"),
+        (["sd_middle", "--values", "1"], "need --scale"),
+        (["sd_middle", "--scale", "size"], "expected one of pairs, resolution"),
+        (["sd_middle", "--scale", "pairs", "--values", "1,2"], "with spaces between them"),
+        (["sd_middle", "--scale", "pairs", "--values", "0"], "at least 1, got 0"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    assert done.exit_code == 1 and sentence in " ".join(done.output.split())
+
+
+def test_pairs_that_fill_no_batch_are_refused(tiny_sd15: Path, tmp_path: Path) -> None:
+    few = Asked(recipe(tiny_sd15, tmp_path, train={"batch_size": 9}))
+    with pytest.raises(ValueError, match="has 8 pairs, and a batch has 9"):
+        bench.run(few, tmp_path, Accelerator(), name="few", repeats=1, say=lambda _: None)
+
+
+def test_programs_refuse_what_they_do_not_train(tiny_sd15: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got name: mapo"):
+        diffusers.check(load_recipe(recipe(tiny_sd15, tmp_path, method={"name": "mapo"})))
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline"):
+        diffusers.check(load_recipe(recipe(tiny_sd3, tmp_path)))
+
+
+def test_a_case_is_a_recipe(tmp_path: Path) -> None:
+    """Every case's settings are a recipe's, and only those for a CPU are small enough to be written here."""
+    for name in cases.names():
+        found = load_recipe(cases.content(name, tmp_path))
+        assert found.model.path == str(tmp_path / "model") and found.output == str(tmp_path / "output")
+        assert name in " ".join(CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert [name for name in cases.names() if not cases.CASES[name].gpu] == ["sd_middle", "llava_middle"]

@@ -1,0 +1,53 @@
+"""Short trainings on tiny models whose caches are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import tiny_vlm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmalign import checkpoint
+from mmalign.recipe import load_recipe
+from mmalign.training import Trained, train
+
+Folders = Callable[[str], Path]
+EPOCH = 4  # batches of two: eight pairs
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def trained(content: dict[str, Any], *overrides: str) -> tuple[Trained, dict[str, Tensor]]:
+    """A training, and the weights of its last checkpoint."""
+    made = load_recipe(content, overrides)
+    done, last = train(made, say=quiet), checkpoint.latest(Path(made.output))
+    assert last is not None
+    return done, load_file(last / "model.safetensors")
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def numbers(done: Trained) -> list[dict[str, float]]:
+    """All that was told of the updates."""
+    return done.history
+
+
+def responses(model: Path, tmp_path: Path, output: str, /, **sections: Any) -> dict[str, Any]:
+    rows = tmp_path / "rows" / "realign.jsonl"
+    source = rows if rows.exists() else tiny_vlm.pairs(tmp_path / "rows", layout="realign")
+    given = {"data": {"format": "realign"}, **sections}
+    return tiny_vlm.recipe(model, source, tmp_path / output, **given)
+
+
+def pictures(model: Path, tmp_path: Path, output: str, /, **sections: Any) -> dict[str, Any]:
+    source = tmp_path / "pairs.parquet"
+    return tiny.recipe(model, source if source.exists() else tiny.pick_a_pic(source), tmp_path / output, **sections)

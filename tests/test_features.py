@@ -1,0 +1,115 @@
+"""Features of images that are kept: the same bits through the disk, and a vision tower that is away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_vlm
+import torch
+from cached_runs import EPOCH, Folders, assert_same, numbers, responses, trained
+
+from mmalign import caching, features
+from mmalign.data.cache import ArrayCache
+from mmalign.families import Loading, load_vision_language
+from mmalign.families.features import apart, packed, unpacked
+from mmalign.families.vision_language import ImageTextToText
+from mmalign.methods import povid
+from mmalign.recipe import load_recipe
+from mmalign.training import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", list(tiny_vlm.STANDING))
+def test_the_tower_is_put_away_and_not_missed(
+    name: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are where nothing can be computed with them, and the losses are what they were."""
+    content = responses(vlm_folders(name), tmp_path, "there", data={"format": "realign", "hold_out": 0.3})
+    there, weights = trained(content)
+    gone: list[torch.nn.Module] = []
+
+    def lost(module: torch.nn.Module, device: torch.device) -> None:
+        gone.append(module.to("meta"))
+
+    monkeypatch.setattr(caching, "move", lost)
+    away, theirs = trained({**content, "output": str(tmp_path / "away")})
+    assert numbers(there) == numbers(away)
+    assert_same(weights, theirs)
+    family: Any = load_vision_language(str(vlm_folders(name)), Loading(CPU))
+    left = sum(p.numel() for p in family.network.parameters()) - sum(p.numel() for m in gone for p in m.parameters())
+    learning = (family._model.get_decoder(), family._model.get_output_embeddings())
+    decoder = {id(p): p.numel() for part in learning for p in part.parameters()}
+    bare = sum(p.numel() for _, p in family._model.base_model.named_parameters(recurse=False))
+    assert gone and left == sum(decoder.values()) + bare
+
+
+def test_the_tower_stays_for_pictures_that_no_file_has(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crops, which the policy looks at, and noise while it is drawn anew; kept noise was looked at before."""
+    monkeypatch.setattr(caching, "move", lambda *_: pytest.fail("the tower was put away"))
+    for name, method in enumerate([{"name": "mdpo", "cache_draws": 1}, {"name": "mdpo"}, {"name": "povid"}]):
+        trained(responses(vlm_folders("llava"), tmp_path, str(name), method=method, train={"steps": 2}))
+    assert not povid.needs_tower(povid.Config(cache_draws=1))
+
+
+@pytest.mark.parametrize("name", [*tiny_vlm.BUILDERS, *tiny_vlm.NEWER])
+def test_kept_features_are_the_features(name: str, vlm_folders: Folders, tmp_path: Path) -> None:
+    """Through the disk, for every type: a decoder gives the same bits."""
+    family: Any = load_vision_language(str(vlm_folders(name)), Loading(CPU))
+    views = {key: family.reader.view(tiny_vlm.PICTURES[key]) for key in ("wide", "tall")}
+    live = family.encode_images(views)
+    store = ArrayCache.open(tmp_path / "features", features.depends(family))
+    for key, arrays in family.pack(live).items():
+        store.put({key: {features.IDS: torch.tensor(views[key].ids), **arrays}})
+    known = {key: features.known_view(store, key) for key in views}
+    assert all(known[key].ids == view.ids and not known[key].tensors for key, view in views.items())  # type: ignore[union-attr]
+    turns = [tiny_vlm.Turn("user", "<image>What is it?")]
+    rows = [row for key, view in views.items() for row in family.reader.rows(turns, ["A dog.", "A"], [(key, view)])]
+    tokens = family.reader.batch(rows)
+    with torch.no_grad():
+        ours, theirs = (
+            family.token_logps(family.network, tokens, found) for found in (family.encode_images(known), live)
+        )
+    assert torch.equal(ours, theirs)
+    assert not [
+        key for key, one in live.images.items() if packed(unpacked(packed(one), CPU)).keys() != packed(one).keys()
+    ]
+
+
+def test_an_image_is_encoded_once_and_not_prepared_again(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four images of eight pairs, in two runs."""
+    encoded: list[Any] = []
+    encode = ImageTextToText._encode
+    monkeypatch.setattr(ImageTextToText, "_encode", lambda self, view: encoded.append(view) or encode(self, view))
+    content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 2 * EPOCH})
+    trained(content)
+    assert len(encoded) == 1 + 4  # the picture that a model is tried with
+    monkeypatch.setattr(tiny_vlm.Image.Image, "resize", lambda *_, **__: pytest.fail("an image was prepared"))
+    trained({**content, "output": str(tmp_path / "again")}, f"data.cache={tmp_path}/out/cache", "data.workers=1")
+    assert len(encoded) == 1 + 4 + 1
+
+
+def test_features_that_would_fill_the_disk_are_not_kept(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 2})
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
+    monkeypatch.setattr(caching, "move", lambda *_: pytest.fail("the tower was put away"))
+    said: list[str] = []
+    train(load_recipe(content), say=said.append)
+    assert any(line.startswith("the images' features would take more than half of the free disk") for line in said)
+    assert not list((tmp_path / "out" / "cache" / "features").glob("*.safetensors"))
+
+
+def test_parts_that_learn_are_never_put_away() -> None:
+    inner = torch.nn.ModuleDict({"tower": torch.nn.Linear(1, 1), "decoder": torch.nn.Linear(1, 1)})
+    net = torch.nn.ModuleDict({"model": inner, "head": torch.nn.Linear(1, 1), "empty": torch.nn.Identity()})
+    learning = {id(p) for part in (inner["decoder"], net["head"]) for p in part.parameters()}
+    assert [name for name, _ in apart(net, learning)] == ["model.tower"]
