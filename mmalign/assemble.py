@@ -15,7 +15,8 @@ from torch import nn
 from mmalign import families, methods
 from mmalign.attention import choice
 from mmalign.data import prompts, responses, sources
-from mmalign.families import Family, Loading, Sampling, step_judge
+from mmalign.families import Family, Loading, Sampling, compiled, step_judge
+from mmalign.families.compiled import compile_blocks
 from mmalign.optim import build_optimizer
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.rewards import Judge, judge_module, load_judge
@@ -66,7 +67,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
-        _check_training(recipe.train)
+        _check_training(recipe.train, device)
         least = getattr(methods.find(recipe.method.name), "least_pairs", 1)
         if recipe.train.batch_size < least:
             raise ValueError(
@@ -155,7 +156,7 @@ def _check_of_prompts(recipe: Recipe) -> None:
         )
 
 
-def _check_training(train: Train) -> None:
+def _check_training(train: Train, device: torch.device) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]
@@ -164,6 +165,8 @@ def _check_training(train: Train) -> None:
             what = "is not installed; install it" if name in LOGGER_TYPE_TO_CLASS else "is unknown; correct it"
             installed = ", ".join(available) or "none"
             raise ValueError(f"train.trackers: {name} {what}, or leave it out (there are: {installed})")
+    if train.compile:
+        compiled.check(device)
     some = [nn.Parameter(torch.zeros(1))]  # the optimizer says whether its package is there
     build_optimizer(some, train.optimizer, lr=train.lr, betas=(0.9, 0.999), weight_decay=0.0)
 
@@ -266,31 +269,21 @@ def make_folder(key: str, folder: Path) -> Path:
     return folder
 
 
-def load_model(
-    model: Model,
-    precision: str,
-    device: torch.device,
-    *,
-    attention: str = "auto",
-    pack: str = "auto",
-    say: Callable[[str], None] = lambda _: None,
-) -> Any:
+def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
     """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
 
     Args:
-        model: which one.
-        precision: of its computations.
+        recipe: says which one, its precision, and who computes its attention.
         device: where it goes.
-        attention: what computes it, see `train.attention`.
-        pack: see `train.pack`.
         say: hears what computes attention, and whether responses share their prompts, and why.
 
     Raises:
         ValueError: the model cannot be loaded, or its attention not be computed as wanted.
     """
-    choice.check(attention, device, DTYPES[precision])
-    family = _load(model, precision, device, pack=pack != "off")
-    say(str(family.use_attention(attention)))
+    model, options = recipe.model, recipe.train
+    choice.check(options.attention, device, DTYPES[options.precision])
+    family = _load(model, options.precision, device, pack=options.pack != "off")
+    say(str(family.use_attention(options.attention)))
     if not isinstance(model, ImageModel | JudgeModel):
         say(family.packing)
     return family
@@ -319,26 +312,28 @@ def _without_loading_bars() -> None:
     transformers_off()
 
 
-def build_policy(
-    family: F, model: Model, method: str, *, seed: int, checkpointing: bool, kept: bool = False
-) -> Policy[F]:
+def build_policy(family: F, recipe: Recipe, *, kept: bool = False) -> Policy[F]:
     """The policy to train: LoRA with the adapters off as reference, or the whole network with a frozen copy.
 
     A method that needs no reference gets none, and no copy is made; nor is one of a reference whose scores are `kept`.
     """
-    needed = methods.find(method).needs_reference
+    model, options = recipe.model, recipe.train
+    needed = methods.find(recipe.method.name).needs_reference
     reference: Reference = None
     if model.tune == "lora":
         lora = model.lora
         targets = family.usual_targets if lora.targets is None else lora.targets
-        family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=seed)
+        family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=options.seed)
         reference = AdaptersOff() if needed else None
     else:
         if needed and not kept:
             reference = FrozenCopy(family.frozen_copy())
         family.unfreeze()
-    if checkpointing:
+    if options.gradient_checkpointing:
         family.checkpoint_activations()
+    if options.compile:
+        for net in (family.network, *([reference.model] if isinstance(reference, FrozenCopy) else [])):
+            compile_blocks(family.blocks(net))
     return Policy(family, family.network, family.network, reference)
 
 

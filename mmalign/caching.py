@@ -54,15 +54,7 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     assemble.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
     tell = say if accelerator.is_main_process else _silent
-    options = recipe.train
-    family = assemble.load_model(
-        recipe.model,
-        options.precision,
-        accelerator.device,
-        attention=options.attention,
-        pack=options.pack,
-        say=tell,
-    )
+    family = assemble.load_model(recipe, accelerator.device, tell)
     open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
     folder = folder_of(recipe)
     tell(f"cache: {folder}: {_written(folder, begun)}")

@@ -46,8 +46,7 @@ def prepare_images(recipe: Recipe, say: Say = print) -> Path:
         )
     assemble.make_folder("data.path", path.parent)
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
-    options = recipe.train
-    family = assemble.load_model(recipe.model, options.precision, device, attention=options.attention, say=say)
+    family = assemble.load_model(recipe, device, say)
     judge = assemble.judge(section.judge, device)
     asked_for = _asked_for(section)
     prompts = [p for p in asked_for for _ in range(section.images)]

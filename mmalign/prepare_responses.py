@@ -200,10 +200,7 @@ def _work(
 
 def _speaker(recipe: Recipe, device: torch.device, draws: Draws, say: Say) -> tuple[Speaker, dict[str, str]]:
     """The recipe's model, and which one it is."""
-    options = recipe.train
-    family: VisionLanguage = assemble.load_model(
-        recipe.model, options.precision, device, attention=options.attention, say=say
-    )
+    family: VisionLanguage = assemble.load_model(recipe, device, say)
     of = {
         "model": recipe.model.path,
         "fingerprint": assemble.fingerprint(family.network),

@@ -106,10 +106,7 @@ def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
         benchmark = evaluate_responses.open_benchmark(section)
     elif isinstance(section, EvaluateImages) and section.judge:
         judge = assemble.judge(section.judge, device)
-    options = recipe.train
-    family = assemble.load_model(
-        recipe.model, options.precision, device, attention=options.attention, pack=options.pack, say=say
-    )
+    family = assemble.load_model(recipe, device, say)
     require_base(about, trained, family)
     policy = assemble.load_aligned(family, trained)
     of = _of(section, about)

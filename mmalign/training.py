@@ -67,14 +67,7 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    family = assemble.load_model(
-        recipe.model,
-        options.precision,
-        accelerator.device,
-        attention=options.attention,
-        pack=options.pack,
-        say=tell,
-    )
+    family = assemble.load_model(recipe, accelerator.device, tell)
     identity = identify(recipe, family)
     saved, folder = last_checkpoint(recipe, identity, tell), output / "model"
     if saved is not None and saved.step == options.steps:

@@ -46,12 +46,7 @@ def begin(
     Raises:
         ValueError: the model cannot be trained so, or the checkpoint does not fit it.
     """
-    options = recipe.train
-    checkpointing = options.gradient_checkpointing
-    policy = assemble.build_policy(
-        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=checkpointing, kept=kept
-    )
-    policy, learner = build_learner(policy, options, accelerator)
+    policy, learner = build_learner(assemble.build_policy(family, recipe, kept=kept), recipe.train, accelerator)
     method = methods.find(recipe.method.name)
     run = Run(method, policy, learner, identity, loop.Progress())
     if saved is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_vlm
 import torch
 from PIL import Image
 
@@ -17,7 +18,7 @@ from mmalign.data.images import BadImage
 from mmalign.families import Decoding, VisionLanguage
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.policy import Policy
-from mmalign.sections import Lora, Model
+from mmalign.recipe import load_recipe
 
 GREEDY = Decoding(max_new_tokens=6, batch_size=2)
 QUESTIONS = [(f"{n}.png", text) for n in range(3) for text in ("What is it?", "Is there a dog in the image?")]
@@ -41,8 +42,8 @@ def ask(policy: Policy[VisionLanguage], folder: Path, questions: Any = QUESTIONS
 @pytest.fixture
 def fresh(llava: VisionLanguage) -> Policy[VisionLanguage]:
     """Adapters that have learned nothing: the policy is its base."""
-    model = Model(path="tiny", lora=Lora(rank=2))
-    return assemble.build_policy(llava, model, "dpo", seed=0, checkpointing=False)
+    recipe = load_recipe(tiny_vlm.recipe(Path("x"), Path("y"), Path("z"), model={"lora": {"rank": 2}}))
+    return assemble.build_policy(llava, recipe)
 
 
 @pytest.fixture

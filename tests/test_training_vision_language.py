@@ -177,7 +177,7 @@ def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_fo
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
     before = {name: p.detach().clone() for name, p in family.network.named_parameters()}
     recipe = load_recipe(tiny_vlm.recipe(vlm_folders("llava"), Path("x"), Path("y"), model={"tune": tune}))
-    policy = assemble.build_policy(family, recipe.model, "dpo", seed=0, checkpointing=False)
+    policy = assemble.build_policy(family, recipe)
     if tune == "lora":
         assert isinstance(policy.reference, AdaptersOff)
         assert sum(p.numel() for p in policy.trainable()) < 0.2 * sum(p.numel() for p in before.values())

@@ -100,6 +100,7 @@ def _register(executor: str) -> str:
 
     run, name = EXECUTORS[executor], _PREFIX + executor
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else compiled anew for every forest
     def attention(
         module: nn.Module,
         query: Tensor,

@@ -31,6 +31,7 @@ class Executor(Protocol):
         """softmax(scale * q k^T, masked) v; `scale` is 1 / sqrt(K) if not given."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it chooses its kernels in Python
 def xformers(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, causal: bool = False, scale: float | None = None
 ) -> Tensor:

@@ -85,20 +85,10 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
             "or with a smaller train.batch_size"
         )
     named = assemble.method_judge(recipe)
-    family = assemble.load_model(
-        recipe.model,
-        options.precision,
-        accelerator.device,
-        attention=options.attention,
-        pack=options.pack,
-        say=_quiet,
-    )
+    family = assemble.load_model(recipe, accelerator.device)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
     feed = caching.open_filled(recipe, family, accelerator=accelerator, say=_quiet, opened=opened, judge=judge)
-    checkpointing, kept = options.gradient_checkpointing, caching.replaces_reference(feed)
-    policy = assemble.build_policy(
-        family, recipe.model, recipe.method.name, seed=options.seed, checkpointing=checkpointing, kept=kept
-    )
+    policy = assemble.build_policy(family, recipe, kept=caching.replaces_reference(feed))
     policy, learner = training_run.build_learner(policy, options, accelerator)
     if peer is not None:
         peer.prepare(policy)

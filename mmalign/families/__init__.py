@@ -104,6 +104,13 @@ class Family(Protocol):
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass, instead of keeping them."""
 
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """The blocks that `network`, or a copy of it, is made of: what is compiled for `train.compile`.
+
+        Raises:
+            ValueError: they are not known.
+        """
+
     def use_attention(self, wanted: str) -> Choice:
         """Have the network's attention computed as wanted, "auto", "xformers" or "sdpa"; what was chosen, and why.
 

@@ -24,6 +24,7 @@ from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families import Conditioning, Loading, Moments, Sampling
 from mmalign.families.checkpoints import intact
+from mmalign.families.compiled import denoiser_blocks
 from mmalign.families.lora import ATTENTION, add_lora
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
@@ -133,6 +134,10 @@ class LatentModel(ABC):
         """See Family."""
         net: Any = self.network
         net.enable_gradient_checkpointing()
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """See Family. A UNet's transformer blocks; its convolutions gain nothing (docs/performance.md)."""
+        return denoiser_blocks(net)
 
     def use_attention(self, wanted: str) -> Choice:
         """See Family. The denoiser's; with sdpa it stays as diffusers made it."""

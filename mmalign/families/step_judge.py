@@ -68,6 +68,14 @@ class StepJudge:
         """Of the vision tower, in which nearly all of them are."""
         self.parts.net.checkpointing = True
 
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """See Family.
+
+        Raises:
+            ValueError: always; most of the work is the frozen model's, which makes the judge's images.
+        """
+        raise ValueError("train.compile: compiles what is trained, and most of a judge's step is not; leave it out")
+
     def use_attention(self, wanted: str) -> Choice:
         """See Family. The frozen model's, which is most of the work; a judge computes its attention by itself."""
         return self.denoiser.use_attention(wanted)

@@ -234,6 +234,11 @@ class ImageTextToText:
         """See Family."""
         self._model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
+    def blocks(self, net: Any) -> Sequence[nn.Module]:
+        """See Family. The decoder's layers."""
+        layers: nn.ModuleList = net.model.get_decoder().layers
+        return list(layers)
+
     def use_attention(self, wanted: str) -> Choice:
         """See Family. The decoder's; the vision tower stays as it is, and with sdpa the decoder too."""
         decoder = self._model.get_decoder()

@@ -122,7 +122,14 @@ class Train(Section):
     pack: Literal["auto", "off"] = Field(
         "auto", description="responses to one prompt and its images share one run of these, where the model can; or not"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="activations are computed again in the backward pass, instead of kept"
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile of the blocks that the network is made of: a minute or two before the first update, "
+        "and shorter ones then",
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, which is then what is saved"
     )

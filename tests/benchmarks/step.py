@@ -70,7 +70,7 @@ def build(variant: Variant, content: Content, accelerator: Any, folder: Path, up
     recipe = load_recipe(content, variant.overrides)
     run = runs.build(recipe, folder, accelerator, updates=updates)
     if variant.copied:
-        another = assemble.load_model(recipe.model, recipe.train.precision, accelerator.device)
+        another = assemble.load_model(recipe, accelerator.device)
         run = replace(run, policy=replace(run.policy, reference=FrozenCopy(another.network)))
     return run
 

@@ -243,8 +243,7 @@ def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folde
     for (name, pack), expected in told.items():
         lines: list[str] = []
         recipe = load_recipe(tiny_vlm.recipe(vlm_folders(name), pairs, tmp_path / "run", train={"pack": pack}))
-        options = recipe.train
-        load_model(recipe.model, options.precision, CPU.device, pack=options.pack, say=lines.append)
+        load_model(recipe, CPU.device, lines.append)
         (line,) = [line for line in lines if line.startswith("packing")]
         assert line.startswith(f"packing: {expected}")
 

@@ -42,7 +42,7 @@ def made(vlm_folders: Folders, seed: int = 0, size: float = 0.3) -> Policy[Any]:
     """A policy with adapters that have learned something: without, it would equal its reference."""
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
     recipe = load_recipe(tiny_vlm.recipe(Path("x"), Path("y"), Path("z")))
-    policy: Policy[Any] = assemble.build_policy(family, recipe.model, "bdhs", seed=0, checkpointing=False)
+    policy: Policy[Any] = assemble.build_policy(family, recipe)
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.trainable():
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
