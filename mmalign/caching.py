@@ -54,7 +54,7 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     assemble.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
     tell = say if accelerator.is_main_process else _silent
-    family = assemble.load_model(recipe, accelerator.device, tell)
+    family = assemble.load_to_train(recipe, accelerator.device, tell)
     open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
     folder = folder_of(recipe)
     tell(f"cache: {folder}: {_written(folder, begun)}")
@@ -85,6 +85,7 @@ def open_filled(
     """
     options, method = recipe.train, methods.find(recipe.method.name)
     run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
+    run |= {"compile": "on"} if options.compile else {}  # it rounds otherwise
     feed = open_feed(
         family,
         recipe.data,
