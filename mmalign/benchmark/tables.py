@@ -101,7 +101,8 @@ def _ratios(report: Report, rows: Sequence[Measured]) -> dict[str, Any]:
 
 def _compared(report: Report, rows: Sequence[Measured]) -> list[tuple[Comparison, Measured, Measured]]:
     found = {row.variant: row for row in rows}
-    return [(one, found[one.first], found[one.second]) for one in report.comparisons]
+    there = [one for one in report.comparisons if {one.first, one.second} <= found.keys()]
+    return [(one, found[one.first], found[one.second]) for one in there]
 
 
 def _times(a: Measured, b: Measured) -> list[float]:
