@@ -48,7 +48,7 @@ def test_operations_of_a_pair_do_not_depend_on_the_batch(tiny_sd15: Path, tmp_pa
 
 
 def test_operations_grow_with_the_area(tiny_sd15: Path, tmp_path: Path) -> None:
-    """Convolutions by exactly four, attention by more."""
+    """Most convolutions by exactly four, attention by more; less only what is worked out once an image, from time."""
     file = image_recipe(tiny_sd15, tmp_path)
     found = scale.scale(str(file), "resolution", values=[16, 32], repeats=1, say=lambda _: None)
     small, large = (sum(rows[0].flops.values()) for rows in found.points.values())
