@@ -15,7 +15,7 @@ from rich.table import Table
 from mmalign.benchmark.measure import Measured
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-WIDTH = 190  # characters that the tables need
+WIDTH = 215  # characters that the tables need
 
 ONE_EPOCH = (
     "One epoch: the time of a training of one epoch against the other's, with what is kept beforehand; the more "
