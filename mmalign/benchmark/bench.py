@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mmalign.assemble import DTYPES
+from mmalign.assemble import DTYPES, check_precision
 from mmalign.benchmark import against, cases, tables
 from mmalign.benchmark.against import Peer
 from mmalign.benchmark.measure import Build, Entrant, measure
@@ -116,7 +116,8 @@ def accelerator_for(asked: Asked) -> Any:
     """The accelerator that `mmalign train` would have; there is one for all that is measured.
 
     Raises:
-        ValueError: a recipe or a variant does not fit; or one scales its gradients and another does not.
+        ValueError: a recipe or a variant does not fit, one scales its gradients and another does not, or there is no
+            GPU for that.
     """
     source = asked.source
     if isinstance(source, str) and source in cases.CASES:
@@ -129,6 +130,7 @@ def accelerator_for(asked: Asked) -> Any:
                 f"--variant: {' '.join(changes)} has train.precision: {other} beside {options.precision}, and "
                 "gradients are scaled in float16 alone, for all or for none; measure it by itself, with --set"
             )
+    check_precision(options)
     return open_accelerator(options)
 
 

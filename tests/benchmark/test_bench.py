@@ -1,6 +1,7 @@
 """`mmalign bench` on tiny models: parts, ratios, what is expected of them, and another program computes the same."""
 
 import contextlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -175,6 +176,8 @@ def test_from_the_command_line(tiny_sd15: Path, tmp_path: Path) -> None:
         (["sd_middle", "--against", "difusers"], "did you mean 'diffusers'"),
         (["sd_middle", "--repeats", "0"], "expected at least 1, got 0"),
         (["sdxl_lora"], "needs a CUDA device"),
+        (["sd_middle", "--set", "train.precision=float16"], "float16 needs a GPU"),
+        (["llava_middle", "--against", "diffusers"], "got name: dpo"),
         (["sd_middle", "--values", "1"], "need --scale"),
         (["sd_middle", "--scale", "size"], "expected one of pairs, resolution"),
         (["sd_middle", "--scale", "pairs", "--values", "1,2"], "with spaces between them"),
@@ -189,14 +192,20 @@ def test_mistakes_end_in_a_sentence(
     assert done.exit_code == 1 and sentence in " ".join(done.output.split())
 
 
-PEERS: list[against.Peer] = [diffusers, trl]  # mypy holds the modules against it
+@pytest.mark.parametrize("name", against.names())
+def test_a_peer_offers_what_is_asked_of_it(name: str) -> None:
+    """Every call of `Peer`, with its arguments."""
+    peer = against.find(name)
+    assert peer.about and all(isinstance(assignment, str) for assignment in peer.own)
+    for call, asked in inspect.getmembers(against.Peer, inspect.isfunction):
+        if not call.startswith("_"):
+            assert list(inspect.signature(getattr(peer, call)).parameters) == [*inspect.signature(asked).parameters][1:]
 
 
 def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None:
     """Whatever the recipe asks for itself, and which stays with its own run."""
-    assert [peer.__name__.rpartition(".")[2] for peer in PEERS] == against.names()  # type: ignore[attr-defined]
     given = recipe(tiny_sd15, tmp_path, train={"attention": "xformers", "compile": True})
-    for peer in PEERS:
+    for peer in (diffusers, trl):
         theirs = load_recipe(given, peer.own[:3])
         assert (theirs.data.cache, theirs.train.attention, theirs.train.compile) == ("off", "sdpa", False)
     assert trl.own[3:] == ("train.pack='off'",)  # the decoder keeps the attention of transformers
@@ -282,7 +291,14 @@ def two_by_hand() -> Report:
     shared |= {"peak_bytes": 110, "weight_bytes": 10, "loss_apart": 0.0, "gradient_apart": 0.0}
     theirs = measure.Measured("theirs", whole=[4.0], flops={"policy": 400}, **shared)
     ours = measure.Measured("ours", whole=[2.0], flops={"policy": 200}, filling=0.25, **shared)
-    made = {"gpu": "none", "cpu": "a CPU", "threads": 1, "cores": 2, "torch": "2", "date": "today"}
+    made: dict[str, str | int] = {
+        "gpu": "none",
+        "cpu": "a CPU",
+        "threads": 1,
+        "cores": 2,
+        "torch": "2",
+        "date": "today",
+    }
     return Report(made, {"by hand": [theirs, ours]}, [tables.Comparison("theirs", "ours", "why")], 200.0)
 
 
