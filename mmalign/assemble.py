@@ -57,8 +57,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
-    if recipe.train.precision == "float16" and not torch.cuda.is_available():
-        raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    check_precision(recipe.train)
     if recipe.train.pack != "auto" and isinstance(recipe.model, ImageModel | JudgeModel):
         raise ValueError(
             f"train.pack: {recipe.train.pack} is about responses that share a prompt, and method.name: "
@@ -95,6 +94,16 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         families.pipeline_class(path, recipe.model.revision)
     else:
         families.model_type(path, recipe.model.revision)
+
+
+def check_precision(options: Train) -> None:
+    """Refuse float16 where there is no GPU.
+
+    Raises:
+        ValueError: that is so.
+    """
+    if options.precision == "float16" and not torch.cuda.is_available():
+        raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
 
 
 def require_images(recipe: Recipe, command: str) -> None:

@@ -28,6 +28,10 @@ SHOWN = {
 SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
 
 
+def silent(_: str) -> None:
+    """Take a line of text, and say nothing: for the processes beside the main one."""
+
+
 def tracked(items: Sequence[T], description: str) -> Iterable[T]:
     """The items, one after another, with a bar where there is a terminal and more than one of them."""
     console = Console(stderr=True)

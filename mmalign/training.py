@@ -22,8 +22,8 @@ from mmalign.feed import Feed, open_data
 from mmalign.output import written
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
-from mmalign.report import Reporter
-from mmalign.sections import ImageData, Recipe
+from mmalign.report import Reporter, silent
+from mmalign.sections import ImageData, Recipe, Train
 from mmalign.training_run import Run, Say, begin, export, identify, last_checkpoint, last_saved, save, trainable_weights
 
 
@@ -61,8 +61,9 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     output = assemble.make_folder("output", Path(recipe.output))
     method = methods.find(recipe.method.name)
     opened = open_data(recipe.data, options.seed, method)
-    accelerator = _accelerator(recipe)
-    tell = say if accelerator.is_main_process else _silent
+    trackers = options.trackers if options.trackers else None
+    accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
+    tell = say if accelerator.is_main_process else silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
         tell(line)
     named = assemble.method_judge(recipe)
@@ -96,15 +97,17 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
 
 
-def _accelerator(recipe: Recipe) -> Any:
-    """What knows of devices and of the other processes."""
+def open_accelerator(options: Train, **logging: Any) -> Any:
+    """What knows of devices and of the other processes; `logging` is as accelerate takes it.
+
+    Raises:
+        ValueError: the processes do not know of one another.
+    """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    options = recipe.train
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
-    trackers = options.trackers if options.trackers else None
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=recipe.output)
+    accelerator = Accelerator(mixed_precision=precision, **logging)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -127,10 +130,6 @@ def _end(recipe: Recipe, feed: Feed, accelerator: Any, tell: Say) -> None:
 
 def _named(recipe: Recipe) -> str:
     return "images could not be read" if isinstance(recipe.data, ImageData) else "images or prompts could not be used"
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
