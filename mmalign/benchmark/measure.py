@@ -193,17 +193,17 @@ def _counted(name: str, run: Run, before: int) -> Measured:
 def _enough(run: Run) -> int:
     """How many updates take about `SECONDS`."""
     started = now(run.device)
-    runs.advance(run, 1)
-    return max(1, min(MOST, round(SECONDS / (now(run.device) - started))))
+    updates = runs.advance(run, 1)
+    return max(1, min(MOST, round(SECONDS * updates / (now(run.device) - started))))
 
 
 def time_once(run: Run, row: Measured, updates: int) -> None:
     """Add to the row the seconds of an update, as a whole and by part."""
     started = now(run.device)
-    runs.advance(run, updates)
-    row.whole.append((now(run.device) - started) / updates)
+    done = runs.advance(run, updates)
+    row.whole.append((now(run.device) - started) / done)
     meter = Meter(lambda: now(run.device))
-    runs.advance(run, updates, meter)
+    done = runs.advance(run, updates, meter)
     meter.switch("rest")
     for part, seconds in meter.total.items():
-        row.parts[part].append(seconds / updates)
+        row.parts[part].append(seconds / done)

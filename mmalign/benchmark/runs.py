@@ -20,6 +20,7 @@ whatever `data.workers` says: a few batches would measure how workers are starte
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,11 +178,20 @@ def _filled(recipe: Recipe, family: Any, opened: Opened, judge: Judge | None, ac
     return feed, max(0.0, whole - opening) / pairs
 
 
-def advance(run: Run, updates: int, meter: Meter | None = None) -> None:
-    """Let the loop make some updates, ours or the peer's."""
+class _Enough(Exception):
+    """All updates that were asked for are done, and nothing is pending."""
+
+
+def advance(run: Run, updates: int, meter: Meter | None = None) -> int:
+    """Let the loop make some updates, ours or the peer's, and those that are left of a method's last batch (SPO's).
+
+    Returns:
+        How many there were.
+    """
+    first = run.progress.step
     if run.peer is not None:
         _advance_peer(run, updates, meter)
-        return
+        return updates
     method, learner = run.method, run.learner
     batches: loop.Batches = run.feed.batches
     policy: Any = run.policy
@@ -192,18 +202,27 @@ def advance(run: Run, updates: int, meter: Meter | None = None) -> None:
         learner = replace(learner, accelerator=gauge)
         # The reference runs from within `contrasts`.
         policy = Metered(policy, meter, {"on_reference": ("reference", "noise")})
-    loop.train(
-        method,
-        run.recipe.method,
-        policy,
-        batches,
-        learner,
-        steps=run.progress.step + updates,
-        accumulate=run.recipe.train.accumulate,
-        seed=run.recipe.train.seed,
-        progress=run.progress,
-        after_update=lambda *_: meter.switch("rest") if meter is not None else None,
-    )
+
+    def after_update(progress: loop.Progress, _: Any) -> None:
+        if meter is not None:
+            meter.switch("rest")
+        if progress.step >= first + updates and not progress.pending:
+            raise _Enough
+
+    with contextlib.suppress(_Enough):
+        loop.train(
+            method,
+            run.recipe.method,
+            policy,
+            batches,
+            learner,
+            steps=sys.maxsize,
+            accumulate=run.recipe.train.accumulate,
+            seed=run.recipe.train.seed,
+            progress=run.progress,
+            after_update=after_update,
+        )
+    return run.progress.step - first
 
 
 def _advance_peer(run: Run, updates: int, meter: Meter | None) -> None:
@@ -340,6 +359,6 @@ def count_operations(run: Run) -> tuple[dict[str, int], int]:
     """
     with torch.compiler.set_stance("force_eager"), Operations() as counter:
         meter = Meter(counter.get_total_flops)
-        advance(run, 1, meter)
+        updates = advance(run, 1, meter)
         meter.switch("rest")
-    return {part: int(number) for part, number in meter.total.items()}, counter.repeated
+    return {part: int(number) // updates for part, number in meter.total.items()}, counter.repeated // updates

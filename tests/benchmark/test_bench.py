@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -354,6 +355,25 @@ def test_a_peer_sends_its_gradients_once_an_update(
     monkeypatch.setattr(diffusers, "loss", recorded("loss", loss))
     runs.advance(run, 1)
     assert seen == [(name, silent) for silent in (True, True, False) for name in ("loss", "backward")]
+
+
+def test_a_method_with_many_updates_of_a_batch_is_measured_in_whole_batches(
+    tiny_sd15: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """SPO makes two contrasts of every batch here, which none but the process that drew them can go on with."""
+    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
+    given = recipe(tiny_sd15, tmp_path, method=method)
+    run = runs.build(load_recipe(given), tmp_path / "run", Accelerator(), updates=8)
+    assert [runs.advance(run, updates) for updates in (1, 2, 3)] == [2, 2, 4]
+    assert run.progress.pending == 0 and run.progress.step == 8 and run.progress.batch + 2 * run.progress.epoch == 4
+    rows = measure.measure(
+        [measure.Entrant("spo", partial(runs.build, load_recipe(given), accelerator=Accelerator()))],
+        tmp_path / "rows",
+        repeats=1,
+        device=torch.device("cpu"),
+        say=lambda _: None,
+    )
+    assert rows[0].flops["noise"] > rows[0].flops["policy"] > 0  # it draws what it learns from
 
 
 def test_starting_workers_is_not_measured(tiny_sd15: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmalign import assemble
 from mmalign.benchmark import against, runs, tables
+from mmalign.benchmark.against import Peer
 from mmalign.benchmark.bench import OURS, SAME
 from mmalign.benchmark.cases import Content, draw_image_pairs, write_case
 from mmalign.benchmark.measure import Entrant, measure
@@ -203,7 +204,9 @@ STUDIES = {
 }
 
 
-def build(content: Content, overrides: Sequence[str], variant: Variant, peer: Any, folder: Path, updates: int) -> Run:
+def build(
+    content: Content, overrides: Sequence[str], variant: Variant, peer: Peer | None, folder: Path, updates: int
+) -> Run:
     """A variant of a recipe in memory, or a peer's step on it."""
     recipe = load_recipe(content, [*overrides, *variant.overrides, *(peer.own if peer else ())])
     return variant.change(runs.build(recipe, folder, Accelerator(), updates=updates, peer=peer))
@@ -211,8 +214,10 @@ def build(content: Content, overrides: Sequence[str], variant: Variant, peer: An
 
 def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[str], None]) -> Report:
     """Measure a study."""
-    peer: Any = against.find(study.peer) if study.peer else None
-    content, overrides = study.content(folder / "content"), [*study.overrides, *(peer.alike if peer else ())]
+    peer = against.find(study.peer) if study.peer else None
+    content, overrides = study.content(folder / "content"), list(study.overrides)
+    if peer:
+        overrides += peer.alike(load_recipe(content, overrides))
     make = partial(build, content, overrides)
     base = Variant(OURS, "")
     entrants = [Entrant(one.name, partial(make, one, None)) for one in (base, *study.variants)]
@@ -224,14 +229,14 @@ def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[
     rate = peak_rate(device, dtype)
     rows = measure(entrants, folder / "runs", repeats=repeats, device=device, say=say)
     options = load_recipe(content, overrides).train
-    return Report(machine(), {f"{title}: batches of {options.batch_size}": rows}, compared, rate)
+    return Report(machine(device), {f"{title}: batches of {options.batch_size}": rows}, compared, rate)
 
 
 def joined(reports: Sequence[Report]) -> Report:
     """All studies as one report."""
     models = {title: rows for report in reports for title, rows in report.models.items()}
     compared = dict.fromkeys(one for report in reports for one in report.comparisons)
-    return Report(reports[0].machine, models, list(compared), max(report.peak_rate or 0.0 for report in reports))
+    return Report(reports[0].machine, models, list(compared), max(report.peak_rate for report in reports))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
