@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 
 from mmalign.assemble import DTYPES
 from mmalign.benchmark import against, cases, tables
-from mmalign.benchmark.measure import Build, Entrant, measure
+from mmalign.benchmark.measure import Build, Entrant, measure, require_same
 from mmalign.benchmark.meters import machine, peak_rate
+from mmalign.benchmark.proof import apart_in_float32
 from mmalign.benchmark.runs import Run, build
 from mmalign.benchmark.tables import Comparison, Report
 from mmalign.recipe import load_recipe
@@ -29,7 +30,6 @@ Say = Callable[[str], None]
 Source = str | Path | Mapping[str, Any]
 OURS = "mmalign"
 SAME = 0.01  # of a gradient's norm: encoders round otherwise in a batch, and beta multiplies that
-SAME_IN_HALF = 0.2  # bfloat16 keeps eight bits; another loss, reference or order is 1 and more
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,13 @@ def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int
     if asked.peer is not None:
         peer = against.find(asked.peer)
         peer.check(recipe)
-        limit = SAME if recipe.train.precision == "float32" else SAME_IN_HALF
-        entrants.append(Entrant(asked.peer, entrant(asked.recipe(*peer.own), accelerator, peer), limit))
+        theirs = asked.recipe(*peer.own)
+        other = Entrant(asked.peer, entrant(theirs, accelerator, peer), SAME)
+        if recipe.train.precision != "float32":
+            say(f"{asked.peer}: compared in float32")
+            require_same(other, apart_in_float32(recipe, theirs, peer, folder / "float32", accelerator))
+            other = replace(other, limit=None)
+        entrants.append(other)
         comparisons.append(Comparison(asked.peer, OURS, peer.about))
     device: torch.device = accelerator.device
     rate = peak_rate(device, DTYPES[recipe.train.precision])
