@@ -57,8 +57,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
-    if recipe.train.precision == "float16" and not torch.cuda.is_available():
-        raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    check_precision(recipe.train)
     if recipe.train.pack != "auto" and isinstance(recipe.model, ImageModel | JudgeModel):
         raise ValueError(
             f"train.pack: {recipe.train.pack} is about responses that share a prompt, and method.name: "
@@ -95,6 +94,16 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         families.pipeline_class(path, recipe.model.revision)
     else:
         families.model_type(path, recipe.model.revision)
+
+
+def check_precision(options: Train) -> None:
+    """Refuse float16 where there is no GPU.
+
+    Raises:
+        ValueError: that is so.
+    """
+    if options.precision == "float16" and not torch.cuda.is_available():
+        raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
 
 
 def require_images(recipe: Recipe, command: str) -> None:
@@ -289,6 +298,18 @@ def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] 
     return family
 
 
+def load_to_train(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+    """As `load_model`, and compiled if the recipe says so: before the reference's scores are worked out by it.
+
+    Raises:
+        ValueError: as `load_model`, or the network's blocks are not known.
+    """
+    family = load_model(recipe, device, say)
+    if recipe.train.compile:
+        compile_blocks(family.blocks(family.network))
+    return family
+
+
 def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> Any:
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
@@ -331,9 +352,8 @@ def build_policy(family: F, recipe: Recipe, *, kept: bool = False) -> Policy[F]:
         family.unfreeze()
     if options.gradient_checkpointing:
         family.checkpoint_activations()
-    if options.compile:
-        for net in (family.network, *([reference.model] if isinstance(reference, FrozenCopy) else [])):
-            compile_blocks(family.blocks(net))
+    if options.compile and isinstance(reference, FrozenCopy):  # no copy is compiled as its original is
+        compile_blocks(family.blocks(reference.model))
     return Policy(family, family.network, family.network, reference)
 
 

@@ -26,6 +26,7 @@ from mmalign.feed import Feed, Opened, bar_of, open_data, open_feed
 from mmalign.kept import asked, met
 from mmalign.loop import EMPTY
 from mmalign.policy import FrozenCopy, Policy
+from mmalign.report import silent
 from mmalign.rewards import Judge
 from mmalign.sections import Recipe, ResponseData
 
@@ -53,8 +54,8 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     opened = open_data(recipe.data, recipe.train.seed, methods.find(recipe.method.name))
     assemble.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
-    tell = say if accelerator.is_main_process else _silent
-    family = assemble.load_model(recipe, accelerator.device, tell)
+    tell = say if accelerator.is_main_process else silent
+    family = assemble.load_to_train(recipe, accelerator.device, tell)
     open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
     folder = folder_of(recipe)
     tell(f"cache: {folder}: {_written(folder, begun)}")
@@ -85,6 +86,7 @@ def open_filled(
     """
     options, method = recipe.train, methods.find(recipe.method.name)
     run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
+    run |= {"compile": "on"} if options.compile else {}  # it rounds otherwise
     feed = open_feed(
         family,
         recipe.data,
@@ -208,7 +210,3 @@ def _written(folder: Path, begun: float) -> str:
 
 def _size(number: int) -> str:
     return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.1f} kB"
-
-
-def _silent(_: str) -> None:
-    pass

@@ -28,6 +28,10 @@ SHOWN = {
 SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
 
 
+def silent(_: str) -> None:
+    """Take a line of text, and say nothing: for the processes beside the main one."""
+
+
 def tracked(items: Sequence[T], description: str) -> Iterable[T]:
     """The items, one after another, with a bar where there is a terminal and more than one of them."""
     console = Console(stderr=True)
@@ -68,7 +72,7 @@ class Reporter:
     def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """Take in an update's metrics; report when it is time."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float().cpu()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # where it is: no wait for a GPU
         self.count += 1
         if step % self.every == 0 or step == self.steps:
             self._report(step)

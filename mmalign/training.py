@@ -22,8 +22,8 @@ from mmalign.feed import Feed, open_data
 from mmalign.output import written
 from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
-from mmalign.report import Reporter
-from mmalign.sections import ImageData, Recipe
+from mmalign.report import Reporter, silent
+from mmalign.sections import ImageData, Recipe, Train
 from mmalign.training_run import Run, Say, begin, export, identify, last_checkpoint, last_saved, save, trainable_weights
 
 
@@ -61,17 +61,18 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     output = assemble.make_folder("output", Path(recipe.output))
     method = methods.find(recipe.method.name)
     opened = open_data(recipe.data, options.seed, method)
-    accelerator = _accelerator(recipe)
-    tell = say if accelerator.is_main_process else _silent
+    trackers = options.trackers if options.trackers else None
+    accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
+    tell = say if accelerator.is_main_process else silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    family = assemble.load_model(recipe, accelerator.device, tell)
+    family = assemble.load_to_train(recipe, accelerator.device, tell)
     identity = identify(recipe, family)
     saved, folder = last_checkpoint(recipe, identity, tell), output / "model"
     if saved is not None and saved.step == options.steps:
-        run = begin(recipe, family, identity, saved, accelerator, tell)
+        run = begin(recipe, family, identity, saved, accelerator, tell, kept=True)  # no reference: nothing learns
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
@@ -96,15 +97,17 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
 
 
-def _accelerator(recipe: Recipe) -> Any:
-    """What knows of devices and of the other processes."""
+def open_accelerator(options: Train, **logging: Any) -> Any:
+    """What knows of devices and of the other processes; `logging` is as accelerate takes it.
+
+    Raises:
+        ValueError: the processes do not know of one another.
+    """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    options = recipe.train
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
-    trackers = options.trackers if options.trackers else None
-    accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=recipe.output)
+    accelerator = Accelerator(mixed_precision=precision, **logging)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -129,10 +132,6 @@ def _named(recipe: Recipe) -> str:
     return "images could not be read" if isinstance(recipe.data, ImageData) else "images or prompts could not be used"
 
 
-def _silent(_: str) -> None:
-    pass
-
-
 def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
     """Run the loop; where a loss is not finite, say which pairs it came from."""
     options = recipe.train
@@ -151,6 +150,8 @@ def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
         )
     except FloatingPointError as error:
         epoch, batch = run.progress.epoch, run.progress.batch
+        if isinstance(error, loop.NotFinite) and error.place is not None:
+            epoch, batch = error.place.epoch, error.place.batch
         places = ", ".join(feed.places(epoch, batch - 1)[:8])
         wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
         raise FloatingPointError(

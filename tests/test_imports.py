@@ -18,7 +18,7 @@ PACKAGE = Path(mmalign.__file__).parent
 
 # From the bottom to the top. A module of mmalign/ (a file or a folder) imports from its own layer and from lower ones.
 LAYERS = (
-    {"losses", "draws", "sections", "share", "optim", "callables"},
+    {"losses", "draws", "sections", "share", "optim", "callables", "plugins"},
     {"recipe"},
     {"policy"},
     {"attention", "diffusion", "language", "rewards", "data"},

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
-from mmalign.assemble import DTYPES
+from mmalign.assemble import DTYPES, check_precision
 from mmalign.benchmark import against, cases, tables
+from mmalign.benchmark.against import Peer
 from mmalign.benchmark.measure import Build, Entrant, measure, require_same
 from mmalign.benchmark.meters import machine, peak_rate
 from mmalign.benchmark.proof import apart_in_float32
-from mmalign.benchmark.runs import Run, build
+from mmalign.benchmark.runs import build
 from mmalign.benchmark.tables import Comparison, Report
 from mmalign.recipe import load_recipe
+from mmalign.report import silent
 from mmalign.sections import Recipe
+from mmalign.training import open_accelerator
 
 Say = Callable[[str], None]
 Source = str | Path | Mapping[str, Any]
@@ -48,9 +51,13 @@ class Asked:
     variants: Sequence[Sequence[str]] = ()
     peer: str | None = None
 
+    def plain(self) -> Recipe:
+        """The recipe as a person gave it."""
+        return load_recipe(self.source, self.overrides)
+
     def recipe(self, *more: str) -> Recipe:
-        """The recipe, with what makes it the same as the peer's."""
-        alike = against.find(self.peer).alike if self.peer else ()
+        """The recipe, with what makes it the same as the peer's, which knows a step for it."""
+        alike = against.find(self.peer).alike(self.plain()) if self.peer else ()
         return load_recipe(self.source, [*self.overrides, *alike, *more])
 
 
@@ -78,14 +85,12 @@ def bench(
     Raises:
         ValueError: a recipe, a case or a program does not fit.
     """
-    from accelerate import Accelerator
-
     check(repeats, peer)
-    accelerator = Accelerator()
-    tell = say if accelerator.is_main_process else _silent
+    asked = Asked(source, overrides, [variant.split() for variant in variants], peer)
+    accelerator = accelerator_for(asked)
+    tell = say if accelerator.is_main_process else silent
     with scratch(accelerator) as folder:
-        found = open_source(source, folder, accelerator, tell)
-        asked = Asked(found, overrides, [variant.split() for variant in variants], peer)
+        asked = replace(asked, source=open_source(source, folder, accelerator, tell))
         report = run(asked, folder, accelerator, name=source, repeats=repeats, say=tell)
     if accelerator.is_main_process:
         tables.show(report)
@@ -105,6 +110,28 @@ def check(repeats: int, peer: str | None) -> None:
         raise ValueError(f"--repeats: expected at least 1, got {repeats}")
     if peer is not None:
         against.find(peer).available()
+
+
+def accelerator_for(asked: Asked) -> Any:
+    """The accelerator that `mmalign train` would have; there is one for all that is measured.
+
+    Raises:
+        ValueError: a recipe or a variant does not fit, one scales its gradients and another does not, or there is no
+            GPU for that.
+    """
+    source = asked.source
+    if isinstance(source, str) and source in cases.CASES:
+        source = cases.content(source, Path())  # for what does not depend on where its files will be
+    options = replace(asked, source=source).plain().train
+    for changes in asked.variants:
+        other = load_recipe(source, [*asked.overrides, *changes]).train.precision
+        if "float16" in (other, options.precision) and other != options.precision:
+            raise ValueError(
+                f"--variant: {' '.join(changes)} has train.precision: {other} beside {options.precision}, and "
+                "gradients are scaled in float16 alone, for all or for none; measure it by itself, with --set"
+            )
+    check_precision(options)
+    return open_accelerator(options)
 
 
 @contextlib.contextmanager
@@ -131,18 +158,19 @@ def open_source(source: str, folder: Path, accelerator: Any, say: Say) -> Source
 
 def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int, say: Say) -> Report:
     """Measure what is asked; `name` is what the tables call it."""
+    peer = against.find(asked.peer) if asked.peer is not None else None
+    if peer is not None:
+        peer.check(asked.plain(), accelerator.num_processes)
     recipe = asked.recipe()
-    entrants = [Entrant(OURS, entrant(recipe, accelerator))]
+    entrants = [Entrant(OURS, _entrant(recipe, accelerator))]
     comparisons = []
     for changes in asked.variants:
         title = " ".join(changes)
-        entrants.append(Entrant(title, entrant(asked.recipe(*changes), accelerator)))
+        entrants.append(Entrant(title, _entrant(asked.recipe(*changes), accelerator)))
         comparisons.append(Comparison(title, OURS, f"the recipe with {title}"))
-    if asked.peer is not None:
-        peer = against.find(asked.peer)
-        peer.check(recipe)
+    if asked.peer is not None and peer is not None:
         theirs = asked.recipe(*peer.own)
-        other = Entrant(asked.peer, entrant(theirs, accelerator, peer), SAME)
+        other = Entrant(asked.peer, _entrant(theirs, accelerator, peer), SAME)
         if recipe.train.precision != "float32":
             say(f"{asked.peer}: compared in float32")
             require_same(other, apart_in_float32(recipe, theirs, peer, folder / "float32", accelerator))
@@ -157,17 +185,9 @@ def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int
     title = f"{name}: {recipe.method.name}, {recipe.model.tune}, {options.precision}, {batches} pairs"
     if accelerator.num_processes > 1:
         title += f" on each of {accelerator.num_processes} processes"
-    return Report(machine(), {title: rows}, comparisons, rate * accelerator.num_processes)
+    return Report(machine(device), {title: rows}, comparisons, rate)
 
 
-def entrant(recipe: Recipe, accelerator: Any, peer: Any = None) -> Build:
+def _entrant(recipe: Recipe, accelerator: Any, peer: Peer | None = None) -> Build:
     """How a recipe, or a peer's step on it, is built."""
-    return partial(_build, recipe, accelerator, peer)
-
-
-def _build(recipe: Recipe, accelerator: Any, peer: Any, folder: Path, updates: int) -> Run:
-    return build(recipe, folder, accelerator, updates=updates, peer=peer)
-
-
-def _silent(_: str) -> None:
-    pass
+    return partial(build, recipe, accelerator=accelerator, peer=peer)

@@ -123,29 +123,16 @@ def _words(letters: random.Random, length: int) -> str:
     return "".join(" " if 0 < at < length - 1 and at % 6 == 5 else letter for at, letter in enumerate(word))
 
 
-def _images(resolution: int, tune: str, batch_size: int, half: bool, **lora: Any) -> Content:
+def _recipe(method: str, lr: float, data: Content, tune: str, batch_size: int, *, half: bool, **lora: Any) -> Content:
+    """A recipe but for its paths; `lora` is its section, if there is any."""
     return {
-        "method": {"name": "diffusion_dpo"},
+        "method": {"name": method},
         "model": {"tune": tune, **({"lora": lora} if lora else {})},
-        "data": {"resolution": resolution},
+        "data": data,
         "train": {
             "steps": 1,
             "batch_size": batch_size,
-            "lr": 1e-5,
-            "precision": "bfloat16" if half else "float32",
-        },
-    }
-
-
-def _responses(tune: str, batch_size: int, half: bool, **lora: Any) -> Content:
-    return {
-        "method": {"name": "dpo"},
-        "model": {"tune": tune, **({"lora": lora} if lora else {})},
-        "data": {"format": "trl"},
-        "train": {
-            "steps": 1,
-            "batch_size": batch_size,
-            "lr": 1e-6,
+            "lr": lr,
             "precision": "bfloat16" if half else "float32",
         },
     }
@@ -155,6 +142,8 @@ def _checkpointed(content: Content) -> Content:
     return {**content, "train": {**content["train"], "gradient_checkpointing": True}}
 
 
+_IMAGES = partial(_recipe, "diffusion_dpo", 1e-5)
+_RESPONSES = partial(_recipe, "dpo", 1e-6, {"format": "trl"})
 _SMALL = partial(shapes.stable_diffusion, unet=shapes.SMALL_UNET, vae=shapes.VAE_SMALL, text=shapes.CLIP_SMALL)
 _SD15 = partial(shapes.stable_diffusion, unet=shapes.SD15_UNET, vae=shapes.VAE, text=shapes.CLIP_L)
 _LLAVA_SMALL = partial(shapes.llava, text=shapes.LLAMA_SMALL, tower=shapes.VIT_SMALL)
@@ -166,63 +155,63 @@ CASES = {
         "a Stable Diffusion of 128 and 256 channels, 128 pixels",
         _SMALL,
         partial(draw_image_pairs, resolution=128),
-        _images(128, "lora", 4, half=False, rank=16),
+        _IMAGES({"resolution": 128}, "lora", 4, half=False, rank=16),
         gpu=False,
     ),
     "llava_middle": Case(
         "a LLaVA of 5 million parameters with 576 tokens an image",
         _LLAVA_SMALL,
         partial(draw_response_pairs, side=336),
-        _responses("lora", 1, half=False, rank=16),
+        _RESPONSES("lora", 1, half=False, rank=16),
         gpu=False,
     ),
     "sd15_lora": Case(
         "Stable Diffusion 1.5, 512 pixels, LoRA",
         _SD15,
         partial(draw_image_pairs, resolution=512),
-        _images(512, "lora", 16, half=True, rank=8),
+        _IMAGES({"resolution": 512}, "lora", 16, half=True, rank=8),
         gpu=True,
     ),
     "sd15_full": Case(
         "Stable Diffusion 1.5, 512 pixels, all weights",
         _SD15,
         partial(draw_image_pairs, resolution=512),
-        _images(512, "full", 16, half=True),
+        _IMAGES({"resolution": 512}, "full", 16, half=True),
         gpu=True,
     ),
     "sdxl_lora": Case(
         "SDXL, 1024 pixels, LoRA",
         shapes.sdxl,
         partial(draw_image_pairs, resolution=1024),
-        _checkpointed(_images(1024, "lora", 4, half=True, rank=8)),
+        _checkpointed(_IMAGES({"resolution": 1024}, "lora", 4, half=True, rank=8)),
         gpu=True,
     ),
     "sdxl_full": Case(
         "SDXL, 1024 pixels, all weights",
         shapes.sdxl,
         partial(draw_image_pairs, resolution=1024),
-        _checkpointed(_images(1024, "full", 4, half=True)),
+        _checkpointed(_IMAGES({"resolution": 1024}, "full", 4, half=True)),
         gpu=True,
     ),
     "sd35m_lora": Case(
         "Stable Diffusion 3.5-medium, 1024 pixels, LoRA",
         shapes.sd35_medium,
         partial(draw_image_pairs, resolution=1024),
-        _checkpointed(_images(1024, "lora", 4, half=True, rank=8)),
+        _checkpointed(_IMAGES({"resolution": 1024}, "lora", 4, half=True, rank=8)),
         gpu=True,
     ),
     "llava15_7b": Case(
         "LLaVA-1.5-7B, 576 tokens an image, LoRA",
         _LLAVA,
         partial(draw_response_pairs, side=336),
-        _checkpointed(_responses("lora", 4, half=True, rank=128)),
+        _checkpointed(_RESPONSES("lora", 4, half=True, rank=128)),
         gpu=True,
     ),
     "qwen25vl_7b": Case(
         "Qwen2.5-VL-7B, 1,024 tokens an image, LoRA",
         shapes.qwen25_vl,
         _QWEN_PAIRS,
-        _checkpointed(_responses("lora", 2, half=True, rank=64)),
+        _checkpointed(_RESPONSES("lora", 2, half=True, rank=64)),
         gpu=True,
     ),
 }

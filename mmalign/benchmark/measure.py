@@ -15,6 +15,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -25,7 +26,12 @@ from mmalign.benchmark.runs import First, Run
 WARM_UP = 2  # updates: the optimizer's state and the kernels' plans exist afterwards
 MOST, SECONDS = 10, 1.0  # updates of a measurement on a GPU at most, and how long they are to take together
 
-Build = Callable[[Path, int], Run]  # a folder for its caches, updates that it will be asked for
+
+class Build(Protocol):
+    """Puts a run together, with a folder for its caches, and for so many updates at most."""
+
+    def __call__(self, *, folder: Path, updates: int) -> Run:
+        """The run."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,16 @@ class Measured:
 
     Attributes:
         variant: its name.
-        batch_size: pairs of an update.
+        batch_size: pairs of an update, of all processes.
         whole: seconds of an update in every repeat, without a meter.
         parts: likewise by part, with one.
-        flops: operations of an update by part.
+        flops: operations of an update by part, of one process.
         state_bytes: what is known beforehand: every network, and the gradient and two moments of what is trained.
-        peak_bytes: measured.
+        peak_bytes: measured, of one process.
         weight_bytes: of every network.
         repeated: operations of an update that backward does once more, with checkpointed activations.
+        processes: that work together.
+        filling: seconds of a pair that making what is kept beforehand took; once, for a training of one epoch.
         loss: the mean of the first batch, at weights that were moved a little off the reference.
         loss_apart: how far that is from the first entrant's; None where other weights learn.
         gradient_apart: likewise the gradient, as a share of the first entrant's norm.
@@ -68,14 +76,31 @@ class Measured:
     peak_bytes: int
     weight_bytes: int = 0
     repeated: int = 0
+    processes: int = 1
+    filling: float = 0.0
     loss: float = field(default=float("nan"))
     loss_apart: float | None = None
     gradient_apart: float | None = None
 
     @property
     def operations(self) -> int:
-        """Of an update, with what is repeated."""
+        """Of an update, with what is repeated, of one process."""
         return sum(self.flops.values()) + self.repeated
+
+    @property
+    def beyond(self) -> int:
+        """Peak bytes without the weights, of one process: activations, gradients, optimizer's state, what is read."""
+        return self.peak_bytes - self.weight_bytes
+
+    @property
+    def bytes_of_a_pair(self) -> float:
+        """Peak bytes beyond the weights, of one of the pairs that a process has at a time."""
+        return self.beyond * self.processes / self.batch_size
+
+    @property
+    def seconds_of_a_pair(self) -> list[float]:
+        """In every repeat, without a meter."""
+        return [seconds / self.batch_size for seconds in self.whole]
 
 
 def measure(
@@ -101,7 +126,7 @@ def measure(
     for number, entrant in enumerate(entrants):
         say(entrant.name)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        run = entrant.build(folder / f"{number}", planned)
+        run = entrant.build(folder=folder / f"{number}", updates=planned)
         first = runs.first_gradient(run)
         compared = compared or first
         apart = first.beside(compared)
@@ -161,7 +186,8 @@ def _counted(name: str, run: Run, before: int) -> Measured:
     flops, repeated = runs.count_operations(run)
     empty: dict[str, list[float]] = {part: [] for part in PARTS}
     state, weights = runs.state_bytes(run), runs.weight_bytes(run)
-    return Measured(name, run.pairs, [], empty, flops, state, peak, weights, repeated)
+    processes = int(run.learner.accelerator.num_processes)
+    return Measured(name, run.pairs, [], empty, flops, state, peak, weights, repeated, processes, run.filling)
 
 
 def _enough(run: Run) -> int:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from mmalign.benchmark.attention_operations import formulas
 from mmalign.loop import Batches
 
 PARTS = ("data", "noise", "reference", "policy", "backward", "optimizer", "rest")
@@ -106,12 +107,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Operations(FlopCounterMode):
     """Torch's counter of operations, of matrix products, convolutions and attention, that tells repetitions apart.
 
-    It knows fused attention on CUDA, and is taught that of the CPU. Where activations are checkpointed, the backward
-    pass computes some of the forward pass again: these operations are counted in `repeated`, and not among the others.
+    It is taught the attention that it does not know (`attention_operations`). Where activations are checkpointed, the
+    backward pass computes some of the forward pass again: these operations are counted in `repeated`, and not among the
+    others.
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_CPU_ATTENTION)
+        super().__init__(display=False)
+        self.flop_registry = {**self.flop_registry, **formulas()}
         self.repeated = 0
 
     def _count_flops(self, packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
@@ -123,31 +126,26 @@ class Operations(FlopCounterMode):
         return super()._count_flops(packet, out, args, kwargs)  # type: ignore[no-untyped-call]
 
 
-def _forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
-
-
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-}
-
-
 def now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given.
-
-    On CPUs, which others may use as well, it is CPU time, all threads of this process together, as in `loop.Progress`;
-    but where processes were launched to work together, which wait for one another, that of the clock on the wall.
-    """
+    """Seconds, when the device has done what it was given; `clock` says of which kind."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     elif "WORLD_SIZE" not in os.environ:
         return time.process_time()
     return time.perf_counter()
+
+
+def clock(device: torch.device) -> str:
+    """What `now` counts, for people, and whether runs take turns.
+
+    On CPUs, which others may use as well, it is CPU time as in `loop.Progress`; but where processes were launched to
+    work together, which wait for one another, it is that of the clock on the wall.
+    """
+    if device.type != "cpu":
+        return "seconds are of the clock on the wall; each run is alone on the device, one after the other"
+    if "WORLD_SIZE" not in os.environ:
+        return "seconds are CPU seconds, of all threads together; runs take turns"
+    return "seconds are of the clock on the wall, since processes wait for one another; runs take turns"
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -164,8 +162,9 @@ def peak_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) ->
     return best
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
+def machine(device: torch.device | None = None) -> dict[str, str | int]:
+    """What the numbers were measured on, and by which clock; a GPU's if there is one and no device is named."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -176,4 +175,5 @@ def machine() -> dict[str, str | int]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
+        "clock": clock(device),
     }

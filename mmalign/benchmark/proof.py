@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mmalign.benchmark import runs
+from mmalign.benchmark.against import Peer
 from mmalign.sections import Recipe
 
 PAIRS = 2  # more than one, so that a sum is no mean
@@ -21,7 +22,7 @@ EXACT = {"precision": "float32", "accumulate": 1}
 
 
 def apart_in_float32(
-    ours: Recipe, theirs: Recipe, peer: Any, folder: Path, accelerator: Any
+    ours: Recipe, theirs: Recipe, peer: Peer, folder: Path, accelerator: Any
 ) -> tuple[float, float] | None:
     """How far a peer's first loss and gradient are from ours: see `First.beside`. Networks are freed afterwards.
 
@@ -40,7 +41,10 @@ def apart_in_float32(
         for name, recipe, step in (("ours", ours, None), ("theirs", theirs, peer)):
             batch_size = min(PAIRS, recipe.train.batch_size)
             exact = recipe.train.model_copy(update={**EXACT, "batch_size": batch_size})
-            made = recipe.model_copy(update={"train": exact})
+            changed: dict[str, Any] = {"train": exact}
+            if hasattr(recipe.model, "vae_dtype"):
+                changed["model"] = recipe.model.model_copy(update={"vae_dtype": "float32"})
+            made = recipe.model_copy(update=changed)
             run = runs.build(made, folder / name, accelerator, updates=1, peer=step)
             found.append(runs.first_gradient(run))
             accelerator.free_memory()

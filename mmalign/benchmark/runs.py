@@ -12,10 +12,14 @@ the same objects with a meter on five of their calls:
     rest        what is left to the loop itself
 
 A run may be another program's step instead (`mmalign.benchmark.against`), on the same model and the same pairs.
+
+What is kept beforehand is made before the first update, and timed apart. Pairs are read by the process itself,
+whatever `data.workers` says: a few batches would measure how workers are started.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +30,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmalign import assemble, caching, loop, methods, training_run
-from mmalign.benchmark.meters import LiveBytes, Meter, Metered, Operations, metered_batches
+from mmalign.benchmark.against import Peer
+from mmalign.benchmark.meters import LiveBytes, Meter, Metered, Operations, metered_batches, now
 from mmalign.draws import Draws
-from mmalign.feed import Feed, open_data
+from mmalign.families.step_judge import StepJudge
+from mmalign.feed import Feed, Opened, open_data
 from mmalign.policy import FrozenCopy, Policy
+from mmalign.report import silent
+from mmalign.rewards import Judge
 from mmalign.sections import Recipe
 
 UPDATES = 4  # whose pairs are read; after them they come again
@@ -38,7 +46,10 @@ MOVED = 1e-3  # how far weights are moved before gradients are compared: where p
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe in memory, somewhere in its training; or another program's step on it, if there is a `peer`."""
+    """A recipe in memory, somewhere in its training; or another program's step on it, if there is a `peer`.
+
+    `filling` is what was kept beforehand: seconds of a pair, once, for a training of one epoch.
+    """
 
     recipe: Recipe
     method: Any
@@ -46,7 +57,8 @@ class Run:
     feed: Feed
     learner: loop.Learner
     progress: loop.Progress
-    peer: Any = None
+    peer: Peer | None = None
+    filling: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +73,7 @@ class Run:
         return options.batch_size * options.accumulate * processes
 
 
-def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer: Any = None) -> Run:
+def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer: Peer | None = None) -> Run:
     """The pieces of a run, as `mmalign train` makes them; nothing is written outside of `folder`.
 
     Args:
@@ -77,35 +89,28 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
     recipe = shortened(recipe, folder, updates, accelerator.num_processes)
     assemble.check(recipe, training=True)
     options, method = recipe.train, methods.find(recipe.method.name)
-    opened = open_data(recipe.data, options.seed, method)
-    needed = options.batch_size * accelerator.num_processes
-    if len(opened[0]) < needed:  # rows of weight 0 would fill up the batch, and be measured as pairs
-        raise ValueError(
-            f"data.path: {opened[0].source} has {len(opened[0])} pairs, and a batch has {needed}; measure with more, "
-            "or with a smaller train.batch_size"
-        )
+    opened = _whole_batches(recipe, method, accelerator.num_processes)
     named = assemble.method_judge(recipe)
-    family = assemble.load_model(recipe, accelerator.device)
+    family = assemble.load_to_train(recipe, accelerator.device)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    feed = caching.open_filled(recipe, family, accelerator=accelerator, say=_quiet, opened=opened, judge=judge)
+    feed, filling = _filled(recipe, family, opened, judge, accelerator)
     policy = assemble.build_policy(family, recipe, kept=caching.replaces_reference(feed))
     policy, learner = training_run.build_learner(policy, options, accelerator)
     if peer is not None:
         peer.prepare(policy)
-        learner = replace(learner, optimizer=peer.optimizer(policy.trainable(), options) or learner.optimizer)
+        own = peer.optimizer(policy.trainable(), options)
+        if own is not None:
+            accelerator.free_memory()  # where gradients are scaled, it would do so for the optimizer that it forgets
+            learner = replace(learner, optimizer=accelerator.prepare_optimizer(own))
     caching.put_away(feed, recipe, family)
-    return Run(recipe, method, policy, feed, learner, loop.Progress(), peer)
-
-
-def _quiet(_: str) -> None:
-    pass
+    return Run(recipe, method, policy, feed, learner, loop.Progress(), peer, filling)
 
 
 def shortened(recipe: Recipe, folder: Path, updates: int, processes: int) -> Recipe:
     """The recipe for so many updates on a few of its pairs; its caches and all else go to the folder."""
     options, data = recipe.train, recipe.data
     few = UPDATES * options.batch_size * options.accumulate * processes
-    changed: dict[str, Any] = {"hold_out": 0.0, "limit": min(few, data.limit or few)}
+    changed: dict[str, Any] = {"hold_out": 0.0, "limit": min(few, data.limit or few), "workers": 0}
     if getattr(data, "cache", "off") != "off":
         changed["cache"] = "auto"
     return recipe.model_copy(
@@ -115,6 +120,61 @@ def shortened(recipe: Recipe, folder: Path, updates: int, processes: int) -> Rec
             "output": str(folder),
         }
     )
+
+
+def _whole_batches(recipe: Recipe, method: Any, processes: int) -> Opened:
+    """The recipe's pairs, as many of them as fill the batches of updates, or at least of one.
+
+    Raises:
+        ValueError: they fill no batch: rows of weight 0 would fill it up, and be measured as pairs.
+    """
+    options = recipe.train
+    opened = open_data(recipe.data, options.seed, method)
+    batch, found = options.batch_size * processes, len(opened[0])
+    if found < batch:
+        raise ValueError(
+            f"data.path: {opened[0].source} has {found} pairs, and a batch has {batch}; measure with more, "
+            "or with a smaller train.batch_size"
+        )
+    unit = batch * options.accumulate if found >= batch * options.accumulate else batch
+    if rest := found % unit:
+        return open_data(recipe.data.model_copy(update={"limit": found - rest}), options.seed, method)
+    return opened
+
+
+def _filled(recipe: Recipe, family: Any, opened: Opened, judge: Judge | None, accelerator: Any) -> tuple[Feed, float]:
+    """The pairs with all that is kept of them, and the seconds of a pair that this took, for a training of one epoch.
+
+    Opening caches takes its time whatever the number of pairs: it is measured alone, when they are full, and left out;
+    so are the first calls of the encoders, which make plans.
+    """
+    device, options = accelerator.device, recipe.train
+
+    def filled(data: dict[str, Any], steps: int) -> tuple[Feed, float]:
+        for _, net in (family.denoiser if isinstance(family, StepJudge) else family).encoders():
+            net.to(device)  # caches that are full send them away
+        one = recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update=data),
+                "train": options.model_copy(update={"steps": steps}),
+            }
+        )
+        accelerator.wait_for_everyone()
+        started = now(device)
+        feed = caching.open_filled(one, family, accelerator=accelerator, say=silent, opened=opened, judge=judge)
+        return feed, now(device) - started
+
+    bare, _ = filled({"cache": "off"}, 1)
+    if recipe.data.cache == "off":
+        return bare, 0.0
+    next(iter(bare.batches(0)), None)
+    pairs = len(opened[0])
+    epoch = -(-pairs // (options.batch_size * options.accumulate * accelerator.num_processes))
+    _, whole = filled({}, epoch)
+    feed, opening = filled({}, epoch)
+    if feed.kept is not None and feed.kept.keep.draws > 1:  # later epochs have draws of their own
+        feed, _ = filled({}, options.steps)
+    return feed, max(0.0, whole - opening) / pairs
 
 
 def advance(run: Run, updates: int, meter: Meter | None = None) -> None:
@@ -149,19 +209,22 @@ def advance(run: Run, updates: int, meter: Meter | None = None) -> None:
 def _advance_peer(run: Run, updates: int, meter: Meter | None) -> None:
     """Updates as other programs make them: a loss of a batch, its gradient, clipping, the optimizer."""
     switch = meter.switch if meter is not None else lambda _: None
-    options, learner, batches = run.recipe.train, run.learner, _peer_batches(run)
-    parameters = run.policy.trainable()
+    options, learner, batches, peer = run.recipe.train, run.learner, _peer_batches(run), run.peer
+    assert peer is not None
+    accelerator, parameters = learner.accelerator, run.policy.trainable()
     run.policy.model.train()
     for _ in range(updates):
-        for _ in range(options.accumulate):
+        for number in range(1, options.accumulate + 1):
             switch("data")
             batch, draws = next(batches)
-            loss = run.peer.loss(run, batch, draws, switch)
-            switch("backward")
-            learner.accelerator.backward(loss / options.accumulate)
+            last = number == options.accumulate
+            with contextlib.nullcontext() if last else accelerator.no_sync(run.policy.model):
+                loss = peer.loss(run, batch, draws, switch)
+                switch("backward")
+                accelerator.backward(loss / options.accumulate)
         switch("optimizer")
         if options.clip is not None:
-            learner.accelerator.clip_grad_norm_(parameters, options.clip)
+            accelerator.clip_grad_norm_(parameters, options.clip)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         run.progress.step += 1
@@ -250,13 +313,16 @@ def state_bytes(run: Run) -> int:
 
 
 def peak_bytes(run: Run, before: int) -> int:
-    """Bytes of tensors at most, in one update; `before` is what CUDA held when the run was not yet built."""
+    """Bytes of tensors at most, in one update; `before` is what CUDA held when the run was not yet built.
+
+    On a CPU blocks that are compiled run as they are written, since what happens inside of compiled ones is not seen.
+    """
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
         advance(run, 1)
         return int(torch.cuda.max_memory_allocated(run.device)) - before
     memory = LiveBytes()
-    with memory:
+    with torch.compiler.set_stance("force_eager"), memory:
         for net in networks(run):
             for tensor in (*net.parameters(), *net.buffers()):
                 memory.count(tensor)
@@ -268,8 +334,11 @@ def peak_bytes(run: Run, before: int) -> int:
 
 
 def count_operations(run: Run) -> tuple[dict[str, int], int]:
-    """Operations of one update by part, and those that backward repeats, which belong to none of them."""
-    with Operations() as counter:
+    """Operations of one update by part, and those that backward repeats, which belong to none of them.
+
+    Of this process. What is compiled runs as it is written: compiled products are no operators that could be counted.
+    """
+    with torch.compiler.set_stance("force_eager"), Operations() as counter:
         meter = Meter(counter.get_total_flops)
         advance(run, 1, meter)
         meter.switch("rest")

@@ -1,7 +1,8 @@
 """What a pair costs as something grows: pairs at a time, resolution, prompt, responses of a prompt, processes.
 
 Every point is a benchmark of its own, of the recipe, its variants and another program, with one more override; for
-prompts and responses the pairs are drawn anew. Points are seconds of a pair and, beyond the weights, bytes of a pair.
+prompts and responses the pairs are drawn anew. Points are seconds of a pair and, beyond the weights, bytes of a pair:
+of one of those that a process has at a time. With several processes seconds are of the clock on the wall.
 """
 
 from __future__ import annotations
@@ -151,16 +152,14 @@ def _points(values: Sequence[int], reports: Sequence[tables.Report]) -> dict[int
 
 def _here(asked: Asked, by: str, values: Sequence[int], repeats: int, say: Say) -> list[tables.Report]:
     """A report for each value, by this process."""
-    from accelerate import Accelerator
-
-    accelerator, found = Accelerator(), []
+    accelerator, found = bench.accelerator_for(asked), list[tables.Report]()
     with bench.scratch(accelerator) as folder:
         source = bench.open_source(str(asked.source), folder, accelerator, say)
         opened = replace(asked, source=source)
         for value in values:
             say(f"{AXES[by].label}: {value}")
             place = folder / f"{by} {value}"
-            more = AXES[by].overrides(opened.recipe(), value, place)
+            more = AXES[by].overrides(opened.plain(), value, place)
             one = replace(opened, overrides=[*asked.overrides, *more])
             found.append(bench.run(one, place, accelerator, name=str(asked.source), repeats=repeats, say=say))
     return found
@@ -193,23 +192,24 @@ def _processes(asked: Asked, values: Sequence[int], repeats: int, say: Say) -> l
     return found
 
 
-def seconds(row: Measured) -> float:
-    """Of a pair, the median."""
-    return statistics.median(row.whole) / row.batch_size
-
-
 def show(scaling: Scaling) -> None:
     """Print what a pair costs at every value."""
     first = next(iter(scaling.points.values()))
-    table = Table(title=f"{scaling.title}: milliseconds of a pair, and MB beyond the weights")
+    title = f"{scaling.title}: milliseconds of a pair, and MB of a process beyond the weights"
+    table = Table(title=title, caption=str(scaling.machine["clock"]))
     table.add_column(scaling.label, justify="right")
     for row in first:
         table.add_column(row.variant, justify="right")
         table.add_column("MB", justify="right")
     for value, rows in scaling.points.items():
-        cells = [(f"{1000 * seconds(row):,.1f}", f"{tables.beyond(row) / 1e6:,.1f}") for row in rows]
+        cells = [(f"{_milliseconds(row):,.1f}", f"{row.beyond / 1e6:,.1f}") for row in rows]
         table.add_row(str(value), *(cell for pair in cells for cell in pair))
     Console(highlight=False).print(table)
+
+
+def _milliseconds(row: Measured) -> float:
+    """Of a pair, the median."""
+    return 1000 * statistics.median(row.seconds_of_a_pair)
 
 
 def write(scaling: Scaling, path: Path) -> None:
@@ -226,8 +226,8 @@ def draw(scaling: Scaling, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     values = list(scaling.points)
     costs: list[tuple[Any, str, Callable[[Measured], float]]] = [
-        (left, "milliseconds of a pair", lambda row: 1000 * seconds(row)),
-        (right, "MB of a pair beyond the weights", lambda row: tables.beyond(row) / row.batch_size / 1e6),
+        (left, "milliseconds of a pair", _milliseconds),
+        (right, "MB of a pair beyond the weights", lambda row: row.bytes_of_a_pair / 1e6),
     ]
     for axes, label, cost in costs:
         for lines in zip(*scaling.points.values(), strict=True):

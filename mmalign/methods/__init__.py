@@ -29,9 +29,6 @@ pictures that no file has, says so in `needs_tower(config)`.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -39,6 +36,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mmalign import plugins
 from mmalign.draws import Draws
 from mmalign.policy import Policy
 
@@ -120,7 +118,7 @@ class Method(Protocol[C]):
 
 def names() -> list[str]:
     """The methods there are."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return plugins.names(__name__)
 
 
 def find(name: str) -> Any:
@@ -129,8 +127,4 @@ def find(name: str) -> Any:
     Raises:
         ValueError: there is no such file.
     """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method.name: there is no method {name!r}{hint} (there are {', '.join(names())})")
-    return importlib.import_module(f"{__name__}.{name}")
+    return plugins.find(__name__, name, "method.name: there is no method")

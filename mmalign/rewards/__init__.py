@@ -6,16 +6,15 @@ A judge's file has a `Config` (a frozen pydantic model: the options a recipe may
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Protocol, cast
 
 import torch
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
+
+from mmalign import plugins
 
 
 class Judge(Protocol):
@@ -44,7 +43,7 @@ class JudgeModule(Protocol):
 
 def names() -> list[str]:
     """The judges there are: the files of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    return plugins.names(__name__)
 
 
 def judge_module(name: str) -> JudgeModule:
@@ -53,11 +52,7 @@ def judge_module(name: str) -> JudgeModule:
     Raises:
         ValueError: no file has this name.
     """
-    if name not in names():
-        near = get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "each file of mmalign/rewards/ is one"
-        raise ValueError(f"judge: there is no {name!r}; there are {', '.join(names())}; {hint}")
-    return cast(JudgeModule, importlib.import_module(f"{__name__}.{name}"))
+    return cast(JudgeModule, plugins.find(__name__, name, "judge: there is no"))
 
 
 def load_judge(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> Judge:

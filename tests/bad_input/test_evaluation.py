@@ -29,7 +29,11 @@ from tests.bad_input.commands import EVALUATE, JUDGED, UNET, Commands, Content, 
         ("evaluate", {**JUDGED, "prompts": "W/latin.txt"}, "evaluate.prompts: W/latin.txt cannot be read"),
         ("evaluate", {**JUDGED, "prompts": "W"}, "evaluate.prompts: W cannot be read ("),
         ("evaluate", {**JUDGED, "judge": {"path": "models/tiny_klip"}}, "evaluate.judge.path: there is no file"),
-        ("evaluate", {**JUDGED, "judge": {"path": "W/x", "name": "open_klip"}}, "there is no 'open_klip'; there are"),
+        (
+            "evaluate",
+            {**JUDGED, "judge": {"path": "W/x", "name": "open_klip"}},
+            "there is no 'open_klip'; did you mean 'open_clip'?",
+        ),
         ("prepare", EVALUATE, "prepare: the recipe has no such section; add one: configs"),
     ],
 )

@@ -1,8 +1,13 @@
-"""`mmalign bench` on tiny models: parts, ratios and their bounds, and another program that computes the same."""
+"""`mmalign bench` on tiny models: parts, ratios, what is expected of them, and another program computes the same."""
 
+import contextlib
+import inspect
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +17,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mmalign.benchmark import bench, cases, measure, runs, tables
-from mmalign.benchmark.against import diffusers
+from mmalign.benchmark import against, bench, cases, measure, runs, tables
+from mmalign.benchmark.against import diffusers, trl
 from mmalign.benchmark.bench import OURS, Asked
 from mmalign.benchmark.meters import Meter
 from mmalign.benchmark.tables import Report
 from mmalign.cli import app
+from mmalign.families import latents
+from mmalign.methods import diffusion_dpo
 from mmalign.recipe import load_recipe
+from mmalign.sections import ImageModel
 
 OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
 
@@ -59,7 +67,7 @@ def test_what_is_no_different_computes_the_same(report: Report) -> None:
     assert rows(report)[OFF].gradient_apart == 0
 
 
-def test_bounds_follow_from_operations(report: Report) -> None:
+def test_what_is_expected_follows_from_operations(report: Report) -> None:
     """Both sides run the network three times over; the other program runs the encoders besides."""
     ours, theirs = rows(report)[OURS].flops, rows(report)["diffusers"].flops
     assert {part: theirs[part] for part in ("reference", "policy", "backward")} == {
@@ -67,27 +75,28 @@ def test_bounds_follow_from_operations(report: Report) -> None:
     }
     assert ours["data"] == 0 < theirs["data"] == rows(report)[OFF].flops["data"]
     ratio = tables.summary(report)[next(iter(report.models))]["ratios"][f"diffusers / {OURS}"]
-    assert ratio["bound"] == pytest.approx(sum(theirs.values()) / sum(ours.values()))
-    assert ratio["of_the_bound"] == pytest.approx(ratio["time"] / ratio["bound"])
+    assert ratio["by_operations"] == pytest.approx(sum(theirs.values()) / sum(ours.values()))
+    assert ratio["of_that"] == pytest.approx(ratio["time"] / ratio["by_operations"])
 
 
 def test_repetitions_are_no_operations_of_the_model(report: Report) -> None:
     plain, again = rows(report)[OURS], rows(report)[CHECKPOINTED]
     assert plain.flops == again.flops
     assert plain.repeated == 0 < again.repeated < again.flops["policy"]
-    assert tables.beyond(again) < tables.beyond(plain)
+    assert again.beyond < plain.beyond
 
 
-def test_the_table_says_bound_and_share_of_peak(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_say_what_is_expected(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     title, found = next(iter(report.models.items()))
     head, *lines = tables.comparisons(report, found)
-    assert head[3:6] == ["time: bound", "measured", "of it"]
+    assert head[3:7] == ["time: by operations", "measured", "of that", "one epoch"]
     assert [line[0] for line in lines] == [f"{name} / {OURS}" for name in (OFF, CHECKPOINTED, "diffusers")]
-    assert lines[0][1:4] == ["0e+00", "0e+00", lines[2][3]]  # without caches it is the other program's bound
+    assert lines[0][1:4] == ["0e+00", "0e+00", lines[2][3]]  # as of the other program, which has no caches either
     costs = tables.costs(report, found)
     assert all(line[costs[0].index("of peak")].endswith("%") for line in costs[1:])
     tables.show(report)
-    assert title in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert title in shown and "CPU seconds, of all threads together; runs take turns" in shown
 
 
 def test_the_parts_add_up_to_the_whole(tiny_sd15: Path, tmp_path: Path) -> None:
@@ -130,16 +139,14 @@ def swapped(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
 def test_another_step_is_told_apart(wrong: Any, tiny_sd15: Path, tmp_path: Path) -> None:
     """What equality is asked of sees twice the beta, a reference that is the policy, and exchanged images."""
 
-    class Wrong:
-        prepare, optimizer, loss = diffusers.prepare, diffusers.optimizer, staticmethod(wrong)
-
+    other: Any = SimpleNamespace(prepare=diffusers.prepare, optimizer=diffusers.optimizer, loss=wrong)
     released = {"name": "diffusion_dpo", "beta": 5000.0}
     asked = Asked(recipe(tiny_sd15, tmp_path, method=released, model={"tune": "lora"}), peer="diffusers")
     right = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
-    theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=Wrong)
+    theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=other)
     apart = runs.first_gradient(theirs).beside(runs.first_gradient(right))
     with pytest.raises(ValueError, match="does not compute what it is compared with"):
-        measure.require_same(measure.Entrant("wrong", lambda *_: theirs, bench.SAME), apart)
+        measure.require_same(measure.Entrant("wrong", lambda **_: theirs, bench.SAME), apart)
 
 
 def test_a_wrong_step_is_never_timed(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +176,8 @@ def test_from_the_command_line(tiny_sd15: Path, tmp_path: Path) -> None:
         (["sd_middle", "--against", "difusers"], "did you mean 'diffusers'"),
         (["sd_middle", "--repeats", "0"], "expected at least 1, got 0"),
         (["sdxl_lora"], "needs a CUDA device"),
+        (["sd_middle", "--set", "train.precision=float16"], "float16 needs a GPU"),
+        (["llava_middle", "--against", "diffusers"], "got name: dpo"),
         (["sd_middle", "--values", "1"], "need --scale"),
         (["sd_middle", "--scale", "size"], "expected one of pairs, resolution"),
         (["sd_middle", "--scale", "pairs", "--values", "1,2"], "with spaces between them"),
@@ -183,6 +192,195 @@ def test_mistakes_end_in_a_sentence(
     assert done.exit_code == 1 and sentence in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize("name", against.names())
+def test_a_peer_offers_what_is_asked_of_it(name: str) -> None:
+    """Every call of `Peer`, with its arguments."""
+    peer = against.find(name)
+    assert peer.about and all(isinstance(assignment, str) for assignment in peer.own)
+    for call, asked in inspect.getmembers(against.Peer, inspect.isfunction):
+        if not call.startswith("_"):
+            assert list(inspect.signature(getattr(peer, call)).parameters) == [*inspect.signature(asked).parameters][1:]
+
+
+def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None:
+    """Whatever the recipe asks for itself, and which stays with its own run."""
+    given = recipe(tiny_sd15, tmp_path, train={"attention": "xformers", "compile": True})
+    for peer in (diffusers, trl):
+        theirs = load_recipe(given, peer.own[:3])
+        assert (theirs.data.cache, theirs.train.attention, theirs.train.compile) == ("off", "sdpa", False)
+    assert trl.own[3:] == ("train.pack='off'",)  # the decoder keeps the attention of transformers
+    ours = Asked(given, peer="diffusers").recipe()
+    assert (ours.data.cache, ours.train.attention, ours.train.compile) == ("auto", "xformers", True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_autoencoder_is_in_half_precision_where_the_script_has_it(
+    precision: str, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    """On both sides: train_diffusion_dpo.py puts it into the weights' dtype, train_diffusion_dpo_sdxl.py does not."""
+    for model, expected in ((tiny_sd15, precision), (tiny_sdxl, "float32")):
+        asked = Asked(recipe(model, tmp_path, train={"precision": precision}), peer="diffusers")
+        for found in (asked.recipe(), asked.recipe(*diffusers.own)):
+            assert isinstance(found.model, ImageModel) and found.model.vae_dtype == expected
+
+
+def test_both_sides_encode_in_half_precision(tiny_sd15: Path, tmp_path: Path) -> None:
+    given = recipe(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"precision": "bfloat16"})
+    asked = Asked(given, peer="diffusers")
+    ours = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
+    theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=diffusers)
+    assert {run.policy.family.pipeline.vae.dtype for run in (ours, theirs)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 2),  # both images of a pair
+        (["method.cache_draws=2"], 2 + 4 / 8),  # and once every batch of an epoch of eight pairs, of two epochs
+        ([OFF], 0),
+    ],
+)
+def test_filling_is_what_one_epoch_needs(
+    overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks with every image encoded and with every batch that the reference scores."""
+    ticks = [0]
+
+    def ticking(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ticks[0] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(latents, "encode", ticking(latents.encode))
+    monkeypatch.setattr(diffusion_dpo, "keep", ticking(diffusion_dpo.keep))
+    monkeypatch.setattr(runs, "now", lambda _: float(ticks[0]))
+    found = load_recipe(recipe(tiny_sd15, tmp_path), overrides)
+    run = runs.build(found, tmp_path / "run", Accelerator(), updates=8)
+    assert run.filling == expected
+    before = ticks[0]
+    runs.advance(run, 8)
+    assert ticks[0] == before + (8 * 2 * 2 if OFF in overrides else 0)  # all that the updates need is there
+
+
+def test_one_epoch_pays_for_what_is_kept() -> None:
+    """A pair in 1 s, and in 0.5 s with 0.25 s beforehand: 2 times as fast, and 4 / 3 in a training of one epoch."""
+    report = two_by_hand()
+    (found,) = tables.summary(report)["by hand"]["ratios"].values()
+    assert found["time"] == 2 and found["one_epoch"] == pytest.approx(4 / 3)
+    head, line = tables.comparisons(report, report.models["by hand"])
+    assert line[head.index("one epoch")] == "1.33"
+    head, theirs, ours = tables.costs(report, report.models["by hand"])
+    assert (theirs[head.index("kept beforehand")], ours[-1]) == ("", "250.0 ms a pair, once")
+
+
+def test_shares_are_those_of_a_process() -> None:
+    """Of two processes each does 100 operations a second of the 200 that it can, for 2 of the 4 pairs; 100 bytes."""
+    report = two_by_hand()
+    theirs = report.models["by hand"][0]
+    assert tables.summary(report)["by hand"]["entrants"]["theirs"]["share_of_peak"] == 0.5
+    assert theirs.bytes_of_a_pair == 50 and theirs.seconds_of_a_pair == [1]
+
+
+def two_by_hand() -> Report:
+    """Two entrants on two processes, 4 pairs an update."""
+    shared: dict[str, Any] = {"batch_size": 4, "parts": {"policy": [1.0]}, "state_bytes": 10, "processes": 2}
+    shared |= {"peak_bytes": 110, "weight_bytes": 10, "loss_apart": 0.0, "gradient_apart": 0.0}
+    theirs = measure.Measured("theirs", whole=[4.0], flops={"policy": 400}, **shared)
+    ours = measure.Measured("ours", whole=[2.0], flops={"policy": 200}, filling=0.25, **shared)
+    made: dict[str, str | int] = {
+        "gpu": "none",
+        "cpu": "a CPU",
+        "threads": 1,
+        "cores": 2,
+        "torch": "2",
+        "date": "today",
+    }
+    return Report(made, {"by hand": [theirs, ours]}, [tables.Comparison("theirs", "ours", "why")], 200.0)
+
+
+class Double:
+    """An accelerator that says it is one of two."""
+
+    num_processes = 2
+
+    def __init__(self) -> None:
+        self.inner = Accelerator()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_a_report_of_two_processes_is_in_units_of_one(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "peak_rate", lambda *_: 1e12)
+    asked = Asked(recipe(tiny_sd15, tmp_path), [OFF])  # the other's share of the caches would be missing
+    report = bench.run(asked, tmp_path, Double(), name="tiny", repeats=1, say=lambda _: None)
+    ((title, (row,)),) = report.models.items()
+    assert title.endswith("2 pairs on each of 2 processes")
+    assert (report.peak_rate, row.processes, row.batch_size) == (1e12, 2, 4)
+
+
+def test_a_peer_sends_its_gradients_once_an_update(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three micro-batches the first two, forward and backward, are inside of `no_sync`."""
+    asked = Asked(recipe(tiny_sd15, tmp_path, train={"accumulate": 3, "batch_size": 1}), peer="diffusers")
+    accelerator, inside, seen = Accelerator(), [False], list[tuple[str, bool]]()
+    run = runs.build(asked.recipe(*diffusers.own), tmp_path / "run", accelerator, updates=1, peer=diffusers)
+
+    @contextlib.contextmanager
+    def no_sync(model: Any) -> Iterator[None]:
+        assert model is run.policy.model
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    backward, loss = accelerator.backward, diffusers.loss
+
+    def recorded(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            seen.append((name, inside[0]))
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(accelerator, "backward", recorded("backward", backward))
+    monkeypatch.setattr(diffusers, "loss", recorded("loss", loss))
+    runs.advance(run, 1)
+    assert seen == [(name, silent) for silent in (True, True, False) for name in ("loss", "backward")]
+
+
+def test_starting_workers_is_not_measured(tiny_sd15: Path, tmp_path: Path) -> None:
+    found = runs.shortened(load_recipe(recipe(tiny_sd15, tmp_path, data={"workers": 2})), tmp_path, 1, 1)
+    assert found.data.workers == 0
+
+
+def test_gradients_are_scaled_for_all_or_for_none(tiny_sd15: Path, tmp_path: Path) -> None:
+    asked = Asked(recipe(tiny_sd15, tmp_path), variants=[["train.precision=float16"]])
+    with pytest.raises(
+        ValueError, match="precision: float16 beside float32, and gradients are scaled in float16 alone"
+    ):
+        bench.accelerator_for(asked)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_run_is_counted_as_another(tiny_sd15: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    found = {}
+    for on in (False, True):
+        given = load_recipe(recipe(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"compile": on}))
+        run = runs.build(given, tmp_path / f"{on}", Accelerator(), updates=4)
+        runs.advance(run, 1)
+        found[on] = runs.count_operations(run), runs.peak_bytes(run, 0)
+    assert found[True] == found[False]
+    torch._dynamo.reset()
+
+
 def test_pairs_that_fill_no_batch_are_refused(tiny_sd15: Path, tmp_path: Path) -> None:
     few = Asked(recipe(tiny_sd15, tmp_path, train={"batch_size": 9}))
     with pytest.raises(ValueError, match="has 8 pairs, and a batch has 9"):
@@ -191,9 +389,9 @@ def test_pairs_that_fill_no_batch_are_refused(tiny_sd15: Path, tmp_path: Path) -
 
 def test_programs_refuse_what_they_do_not_train(tiny_sd15: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got name: mapo"):
-        diffusers.check(load_recipe(recipe(tiny_sd15, tmp_path, method={"name": "mapo"})))
+        diffusers.check(load_recipe(recipe(tiny_sd15, tmp_path, method={"name": "mapo"})), 1)
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline"):
-        diffusers.check(load_recipe(recipe(tiny_sd3, tmp_path)))
+        diffusers.check(load_recipe(recipe(tiny_sd3, tmp_path)), 1)
 
 
 def test_a_case_is_a_recipe(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def test_without_trl_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_trl_does_otherwise_is_refused(vlm_folders: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are 2 processes; use one"):
+        trl.check(load_recipe(recipe(vlm_folders("llava"), tmp_path)), 2)
     with pytest.raises(ValueError, match="nll: 0"):
-        trl.check(load_recipe(recipe(vlm_folders("llava"), tmp_path, nll=1.0)))
+        trl.check(load_recipe(recipe(vlm_folders("llava"), tmp_path, nll=1.0)), 1)
     with pytest.raises(ValueError, match="idefics3"):
-        trl.check(load_recipe(recipe(vlm_folders("idefics3"), tmp_path)))
+        trl.check(load_recipe(recipe(vlm_folders("idefics3"), tmp_path)), 1)

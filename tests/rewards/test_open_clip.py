@@ -146,7 +146,7 @@ def test_a_built_in_name_takes_weights_from_pretrained(tmp_path: Path) -> None:
 def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Path) -> None:
     assert names() == sorted(names()) and "open_clip" in names()
     with pytest.raises(
-        ValueError, match=r"there is no 'open-clip'; there are .*open_clip.*; did you mean 'open_clip'\?"
+        ValueError, match=r"there is no 'open-clip'; did you mean 'open_clip'\? \(there are .*open_clip.*\)"
     ):
         judge_module("open-clip")
     with pytest.raises(ValueError, match=r"judge open_clip: batchsize: .*got 3; options: pretrained, batch_size"):

@@ -6,15 +6,13 @@ our method on the same pairs under the same draws; `mmalign bench` compares both
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from mmalign import plugins
 from mmalign.draws import Draws
 from mmalign.policy import Policy
 from mmalign.sections import Recipe, Train
@@ -31,12 +29,8 @@ class Peer(Protocol):
         """One sentence on how that program makes its step."""
 
     @property
-    def alike(self) -> Sequence[str]:
-        """Settings of the recipe, for both sides, without which they would compute different things."""
-
-    @property
     def own(self) -> Sequence[str]:
-        """Further settings of the recipe, for the peer's side alone."""
+        """Settings of the recipe for the peer's side alone, which make it run as that program does."""
 
     def available(self) -> None:
         """Look for what the file needs, before anything is made.
@@ -45,11 +39,17 @@ class Peer(Protocol):
             ValueError: a package is missing; how to install it.
         """
 
-    def check(self, recipe: Recipe) -> None:
-        """Refuse what that program has no step for.
+    def check(self, recipe: Recipe, processes: int) -> None:
+        """Refuse what that program has no step for, or has none here that so many processes share.
 
         Raises:
             ValueError: why, and what to do.
+        """
+
+    def alike(self, recipe: Recipe) -> Sequence[str]:
+        """Settings of the recipe, for both sides, without which they would compute different things.
+
+        The recipe has passed `check`.
         """
 
     def prepare(self, policy: Policy) -> None:
@@ -64,17 +64,13 @@ class Peer(Protocol):
 
 def names() -> list[str]:
     """The programs there are."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return plugins.names(__name__)
 
 
-def find(name: str) -> Any:
+def find(name: str) -> Peer:
     """The module of a program's step.
 
     Raises:
         ValueError: there is no such file.
     """
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--against: there is no step of {name!r}{hint} (there are {', '.join(names())})")
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast(Peer, plugins.find(__name__, name, "--against: there is no step of"))

@@ -8,7 +8,8 @@
 
 The scripts' arithmetic on diffusers' scheduler, with the reference that our run has: they train adapters alone, so for
 a full fine-tuning it is a frozen copy, as in the official program. The optimizer is AdamW as torch has it by default.
-Draws are those of our run; captions are not dropped, since empty ones are encoded otherwise.
+Draws are those of our run; captions are not dropped, since empty ones are encoded otherwise. In half precision the
+script of Stable Diffusion puts the autoencoder into it, too, and that of SDXL does not: so do both sides here.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from mmalign.sections import Recipe, Train
 from mmalign.share import resolve_model
 
 about = "diffusers' script: autoencoder, text encoder, policy and reference in every step"
-alike = ("method.caption_dropout=0.0",)
-own = ("data.cache='off'",)
+own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false")
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+HALF_VAE = "StableDiffusionPipeline"
+PIPELINES = (HALF_VAE, "StableDiffusionXLPipeline")
 ENCODED = 8  # images that the scripts' autoencoder takes at a time
 
 
@@ -40,7 +41,7 @@ def available() -> None:
     """Diffusers is always there."""
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, processes: int) -> None:
     """Refuse methods and models that the scripts do not train.
 
     Raises:
@@ -52,12 +53,23 @@ def check(recipe: Recipe) -> None:
             "--against diffusers: its scripts do Diffusion-DPO with the paper's loss; expected method: {name: "
             f"diffusion_dpo}} with loss: dpo and label_smoothing: 0, got {_said(method)}"
         )
-    cls = families.pipeline_class(resolve_model(recipe.model.path), recipe.model.revision)
+    cls = _pipeline(recipe)
     if cls not in PIPELINES:
         raise ValueError(
             f"--against diffusers: its scripts train Stable Diffusion and SDXL, and model.path is a {cls}; use a "
             "recipe of one of these"
         )
+
+
+def alike(recipe: Recipe) -> Sequence[str]:
+    """See Peer."""
+    precision = recipe.train.precision
+    half = precision != "float32" and _pipeline(recipe) == HALF_VAE
+    return ("method.caption_dropout=0.0", *([f"model.vae_dtype={precision}"] if half else []))
+
+
+def _pipeline(recipe: Recipe) -> str:
+    return families.pipeline_class(resolve_model(recipe.model.path), recipe.model.revision)
 
 
 def _said(method: Any) -> str:

@@ -28,8 +28,7 @@ from mmalign.sections import Recipe, Train
 from mmalign.share import resolve_model
 
 about = "TRL's DPOTrainer._compute_loss: two padded rows a pair, images encoded for each, policy and reference"
-alike = ()
-own = ("data.cache='off'",)
+own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false", "train.pack='off'")
 
 TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # whose images' tensors join along one dimension
 
@@ -43,12 +42,17 @@ def available() -> None:
     _trainer()
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, processes: int) -> None:
     """Refuse what TRL's trainer does otherwise.
 
     Raises:
         ValueError: what.
     """
+    if processes > 1:
+        raise ValueError(
+            f"--against trl: its loss is called here without what distributes it, and there are {processes} processes; "
+            "use one"
+        )
     method: Any = recipe.method
     if method.name != "dpo" or method.loss != "dpo" or method.label_smoothing or method.nll:
         raise ValueError(
@@ -58,6 +62,11 @@ def check(recipe: Recipe) -> None:
     kind = families.model_type(resolve_model(recipe.model.path), recipe.model.revision)
     if kind not in TYPES:
         raise ValueError(f"--against trl: cannot give it images of a {kind}; use one of {', '.join(TYPES)}")
+
+
+def alike(recipe: Recipe) -> Sequence[str]:
+    """Nothing."""
+    return ()
 
 
 def prepare(policy: Policy) -> None:

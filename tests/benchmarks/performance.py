@@ -1,0 +1,265 @@
+"""The measurements of docs/performance.md. Not a test, but run by hand, on a machine that does nothing else:
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.performance --json performance.json
+    python -m tests.benchmarks.performance --from performance.json --markdown docs/performance.md
+
+`mmalign bench` measures (mmalign/benchmark); here is what it is asked for. Most ways to train are overrides of a
+recipe. Some no recipe asks for: what was tried and left out, and what a program without some idea of ours would do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from mmalign import assemble
+from mmalign.benchmark import against, runs, tables
+from mmalign.benchmark.bench import OURS, SAME
+from mmalign.benchmark.cases import Content, draw_image_pairs, write_case
+from mmalign.benchmark.measure import Entrant, measure
+from mmalign.benchmark.meters import machine, peak_rate
+from mmalign.benchmark.runs import Run
+from mmalign.benchmark.tables import Comparison, Report, read_report
+from mmalign.methods import spo
+from mmalign.policy import FrozenCopy
+from mmalign.recipe import load_recipe
+from mmalign.share import resolve_model
+
+# ------------------------------------------------------------------------------------------------ what no recipe says
+
+
+def copied(run: Run) -> Run:
+    """With a frozen copy as reference, whatever the recipe says."""
+    another = assemble.load_model(run.recipe, run.device)
+    return replace(run, policy=replace(run.policy, reference=FrozenCopy(another.network)))
+
+
+def channels_last(run: Run) -> Run:
+    """Convolutions' weights, and so all they make, with the channels innermost."""
+    nets: list[Any] = [run.policy.unwrapped]
+    nets += [run.policy.reference.model] if isinstance(run.policy.reference, FrozenCopy) else []
+    for net in nets:
+        net.to(memory_format=torch.channels_last)
+    return run
+
+
+def looped(run: Run) -> Run:
+    """AdamW parameter by parameter, instead of by one kernel."""
+    for group in run.learner.optimizer.param_groups:
+        group.update(fused=False, foreach=False)
+    return run
+
+
+class OneAfterTheOther(nn.Module):
+    """A network that runs the second half of its rows, and then the first again in the backward pass.
+
+    The activations of one half exist at a time: winners and losers in sequence.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        """See the network; it is asked for a tuple of one tensor."""
+        half = len(x) // 2
+
+        def part(rows: slice) -> Any:
+            return tree_map(lambda y: y[rows] if isinstance(y, Tensor) and len(y) == 2 * half else y, (x, args, kwargs))
+
+        def first(x: Tensor, args: Any, kwargs: Any) -> Tensor:
+            return self.net(x, *args, **kwargs)[0]  # type: ignore[no-any-return]
+
+        one = checkpoint(first, *part(slice(half)), use_reentrant=False)
+        return (torch.cat([one, first(*part(slice(half, None)))]),)
+
+
+def in_sequence(run: Run) -> Run:
+    """Winners and losers one after the other."""
+    return replace(run, policy=replace(run.policy, model=OneAfterTheOther(run.policy.model)))
+
+
+def two_forwards(run: Run) -> Run:
+    """SPO with a prediction for the chosen step and one for the rejected, as released, though both begin at one x_t."""
+    found = importlib.util.spec_from_file_location("spo_with_two_forwards", str(spo.__file__))
+    assert found is not None and found.loader is not None
+    method: Any = importlib.util.module_from_spec(found)
+    found.loader.exec_module(method)
+
+    def apart(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
+        of = view.of
+        each = {name: getattr(view, name)[of] for name in ("x_t", "t", "prev", "cond", "unconditional")}
+        twice = replace(view, **each, of=torch.arange(len(of), device=of.device))
+        return spo.step_scores(family, cfg, twice, net)
+
+    method.step_scores = apart
+    return replace(run, method=method)
+
+
+# ------------------------------------------------------------------------------------------------------- what is run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train: overrides of a recipe, and what is done to a run. `why`: what follows from it, beforehand."""
+
+    name: str
+    why: str
+    overrides: tuple[str, ...] = ()
+    change: Callable[[Run], Run] = copy.copy
+
+
+OFF = "data.cache='off'"
+UNCACHED = Variant("no caches", "frozen encoders, and a reference whose scores can be kept, run in every step", (OFF,))
+KEPT = Variant(
+    "reference kept", "what the reference scores is read: two draws of a pair in turn", ("method.cache_draws=2",)
+)
+COPIED = Variant("frozen copy", "the same operations; one network more in memory", (), copied)
+MAPO = Variant("mapo", "no reference: one forward pass less, one network less", ("method.name=mapo",))
+AGAIN = Variant(
+    "activations again",
+    "train.gradient_checkpointing: the policy's forward pass twice",
+    ("train.gradient_checkpointing=true",),
+)
+COMPILED = Variant("compiled", "train.compile: the same operations, some of them together", ("train.compile=true",))
+HALVES = Variant(
+    "half batches",
+    "train.accumulate: the same operations, half at a time",
+    ("train.batch_size=2", "train.accumulate=2"),
+)
+LAST = Variant("channels last", "left out: the same operations", (), channels_last)
+SEQUENCE = Variant(
+    "in sequence", "left out: winners after losers, half of the policy's forward pass twice", (), in_sequence
+)
+LOOPED = Variant("AdamW looped", "the same operations, a parameter at a time", (), looped)
+APART = Variant(
+    "rows apart", "train.pack: off, caches on; each response runs with its own prompt", ("train.pack='off'",)
+)
+BARE = Variant("rows apart, no caches", "both", ("train.pack='off'", OFF))
+TWICE = Variant("two forwards", "as released: chosen and rejected steps predicted apart", (), two_forwards)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe, how it is trained otherwise, and another program."""
+
+    content: Callable[[Path], Content]
+    variants: tuple[Variant, ...]
+    overrides: tuple[str, ...] = ()
+    peer: str | None = None
+
+
+def tiny(folder: Path) -> Content:
+    """The bundled model on pairs of the bundled world."""
+    draw_image_pairs(folder / "pairs.parquet", 64)
+    return {
+        "method": {"name": "diffusion_dpo"},
+        "model": {"path": resolve_model("models/tiny_sd")},
+        "data": {"path": str(folder / "pairs.parquet"), "resolution": 64},
+        "train": {"steps": 1, "batch_size": 16, "lr": 1e-5},
+        "output": str(folder / "output"),
+    }
+
+
+def case(name: str, folder: Path) -> Content:
+    """A case of `mmalign bench`: random weights, large enough that arithmetic outweighs Python."""
+    return write_case(name, folder, Accelerator().device)
+
+
+def steps(folder: Path) -> Content:
+    """SPO on the bundled model, which draws what it learns from."""
+    recipe = load_recipe("configs/text_to_image/spo_tiny_sd.yaml")
+    return {**recipe.model_dump(exclude_unset=True), "output": str(folder / "output")}
+
+
+FULL = "model.tune=full"
+IMAGES, RESPONSES = partial(case, "sd_middle"), partial(case, "llava_middle")
+STUDIES = {
+    "tiny_sd, LoRA": Study(tiny, (UNCACHED, KEPT)),
+    "tiny_sd, full": Study(tiny, (UNCACHED, KEPT, MAPO), (FULL,)),
+    "sd_middle, LoRA": Study(
+        IMAGES, (UNCACHED, KEPT, COPIED, HALVES, AGAIN, SEQUENCE, COMPILED, LAST), peer="diffusers"
+    ),
+    "sd_middle, full": Study(
+        IMAGES, (UNCACHED, KEPT, MAPO, HALVES, AGAIN, SEQUENCE, COMPILED, LAST, LOOPED), (FULL,), peer="diffusers"
+    ),
+    "llava_middle, LoRA": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED), peer="trl"),
+    "llava_middle, full": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED, LOOPED), (FULL,), peer="trl"),
+    "SPO on tiny_sd": Study(steps, (TWICE,)),
+}
+
+
+def build(content: Content, overrides: Sequence[str], variant: Variant, peer: Any, folder: Path, updates: int) -> Run:
+    """A variant of a recipe in memory, or a peer's step on it."""
+    recipe = load_recipe(content, [*overrides, *variant.overrides, *(peer.own if peer else ())])
+    return variant.change(runs.build(recipe, folder, Accelerator(), updates=updates, peer=peer))
+
+
+def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[str], None]) -> Report:
+    """Measure a study."""
+    peer: Any = against.find(study.peer) if study.peer else None
+    content, overrides = study.content(folder / "content"), [*study.overrides, *(peer.alike if peer else ())]
+    make = partial(build, content, overrides)
+    base = Variant(OURS, "")
+    entrants = [Entrant(one.name, partial(make, one, None)) for one in (base, *study.variants)]
+    compared = [Comparison(one.name, OURS, one.why) for one in study.variants]
+    if peer:
+        entrants.append(Entrant(study.peer or "", partial(make, base, peer), SAME))
+        compared.append(Comparison(study.peer or "", OURS, peer.about))
+    device, dtype = Accelerator().device, torch.float32
+    rate = peak_rate(device, dtype)
+    rows = measure(entrants, folder / "runs", repeats=repeats, device=device, say=say)
+    options = load_recipe(content, overrides).train
+    return Report(machine(), {f"{title}: batches of {options.batch_size}": rows}, compared, rate)
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """All studies as one report."""
+    models = {title: rows for report in reports for title, rows in report.models.items()}
+    compared = dict.fromkeys(one for report in reports for one in report.comparisons)
+    return Report(reports[0].machine, models, list(compared), max(report.peak_rate or 0.0 for report in reports))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or take what was measured; show it, and write it where one asks."""
+    parser = argparse.ArgumentParser(description="What a training step costs.")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument(
+        "--from", type=Path, dest="source", help="measure nothing; take the numbers of an earlier --json"
+    )
+    parser.add_argument("--markdown", type=Path, help="write the tables into this document, between its two markers")
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="not all, but these")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args(arguments)
+    if options.source:
+        report = read_report(options.source)
+    else:
+        say, reports = Console(stderr=True, highlight=False).print, list[Report]()
+        for title in options.only:
+            say(title)
+            with tempfile.TemporaryDirectory() as folder:
+                reports.append(run(title, STUDIES[title], Path(folder), repeats=options.repeats, say=say))
+            report = joined(reports)
+            if options.json:  # what has been measured stays, whatever comes after it
+                tables.write_report(report, options.json)
+    tables.show(report)
+    if options.markdown:
+        tables.write_markdown(report, options.markdown)
+
+
+if __name__ == "__main__":
+    main()
