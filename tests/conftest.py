@@ -1,16 +1,18 @@
 """Tiny models, made once a session."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import linear_runs
 import pytest
 import tiny
 import tiny_flow
 import tiny_vlm
 import torch
+from accelerate.state import AcceleratorState
 
 from mmalign.families import Loading, VisionLanguage, load_vision_language
 
@@ -95,3 +97,11 @@ def vlm(request: pytest.FixtureRequest, vlm_folders: Callable[[str], Path]) -> V
 @pytest.fixture
 def llava(vlm_folders: Callable[[str], Path]) -> VisionLanguage:
     return load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., linear_runs.Run]]:
+    """Begins runs of the loop on a linear network, all from the same weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield linear_runs.begin
+    AcceleratorState._reset_state(reset_partial_state=True)

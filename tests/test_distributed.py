@@ -6,18 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tiny_vlm
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmalign.caching import cache
 from mmalign.recipe import load_recipe
 from mmalign.training import train
 
@@ -38,7 +40,10 @@ METRICS = {"rel": 1e-3, "abs": 1e-4}  # a logit is beta = 100 times a difference
 
 
 def work(jobs: Path) -> None:
-    """What each of two processes does: the trainings of a file, one after the other, with a record of each."""
+    """What each of two processes does: the trainings of a file, one after the other, with a record of each.
+
+    Some of the file are no trainings, but only fill the caches of one.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -52,7 +57,7 @@ def work(jobs: Path) -> None:
         return model, optimizer
 
     Accelerator.prepare = watched
-    for name, content in json.loads(jobs.read_text()):
+    for name, does, content in json.loads(jobs.read_text()):
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.distributed.init_process_group(  # by a file, where a port might be taken
             "gloo", init_method=f"file://{jobs}.{name}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
@@ -60,8 +65,12 @@ def work(jobs: Path) -> None:
         touched.clear()
         exchanges.clear()
         said: list[str] = []
-        trained = train(load_recipe(content), say=said.append)
-        record = {"history": trained.history, "said": said, "touched": touched, "exchanges": len(exchanges)}
+        if does == "cache":
+            cache(load_recipe(content), say=said.append)
+            history = []
+        else:
+            history = train(load_recipe(content), say=said.append).history
+        record = {"history": history, "said": said, "touched": touched, "exchanges": len(exchanges)}
         jobs.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
 
 
@@ -105,12 +114,13 @@ def launch(jobs: Path) -> None:
 class Runs:
     """Trainings by name: in one process under `one/`, in two under `two/`."""
 
-    def __init__(self, folder: Path, model: Path, judge: Path) -> None:
-        self.folder, self.model, self.judge = folder, model, judge
+    def __init__(self, folder: Path, model: Path, judge: Path, decoder: Path) -> None:
+        self.folder, self.model, self.judge, self.decoder = folder, model, judge, decoder
         often = {"steps": STEPS, "save_every": 1, "keep": 9}
         full = {"train": {**often, "clip": None, "ema": 0.9, "trackers": ["tensorboard"]}}
         lora = {"model": {"tune": "lora"}, "data": {"hold_out": 0.2}, "train": {**often, "lr": 0.03}}
         inpo = {"name": "inpo", "beta": 100.0, "steps": 3}
+        uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}
         self.recipes: dict[str, tuple[str, Content]] = {
             "full": ("eight", full),
             "lora": ("ten", lora),
@@ -118,6 +128,8 @@ class Runs:
             "few": ("few", {"method": {"name": "sft"}, "train": often}),
             "inverted": ("eight", {"method": inpo, "train": often}),
             "kept": ("eight", {"method": {**inpo, "inverter": "reference", "cache_draws": 1}, "train": often}),
+            "pictures": ("eight", uncached),
+            "responses": ("rows", uncached),
         }
 
     def make(self) -> None:
@@ -128,6 +140,7 @@ class Runs:
         tiny.pick_a_pic(self.folder / "ten.parquet", number=10)
         tiny.pick_a_pic(self.folder / "bad.parquet", bad={0: b"", 3: b"", 5: b"no image"})
         tiny.pick_a_pic(self.folder / "few.parquet", number=3)
+        tiny_vlm.pairs(self.folder / "rows")
         for name in self.recipes:
             self.alone(name, batch_size=4)
         for where, batch_size in (("double", 8), ("half", 2)):
@@ -144,17 +157,25 @@ class Runs:
             ("grown", self.content("two", "full", "grown", batch_size=2)),
             ("lora", self.content("two", "lora", **small)),
             ("uneven", self.content("two", "uneven", batch_size=2)),
-            *((name, self.content("two", name, batch_size=2)) for name in ("few", "inverted", "kept")),
+            *((name, self.content("two", name, batch_size=2)) for name in ("few", "inverted", "kept", "responses")),
         ]
+        for name in ("pictures", "responses"):
+            given = self.content("two", name, f"{name} cached", batch_size=2)
+            given["data"]["cache"] = "auto"
+            jobs += [(f"{name} filled", given), (f"{name} cached", given)]
         judge = {"name": "step_aware", "path": str(self.judge)}
         drawing = {"name": "spo", "judge": judge, "steps": 6, "start": 2, "threshold": UNSURE}
         jobs.append(("spo", self.content("two", "few", "spo", batch_size=1) | {"method": drawing}))
-        (self.folder / "jobs.json").write_text(json.dumps(jobs))
+        done = [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
+        (self.folder / "jobs.json").write_text(json.dumps(done))
         launch(self.folder / "jobs.json")
 
     def content(self, where: str, name: str, output: str = "", **options: Any) -> Content:
         pairs, sections = self.recipes[name]
         filled = {**sections, "train": {**sections["train"], **options}}
+        if pairs == "rows":
+            rows = self.folder / pairs / "trl.jsonl"
+            return tiny_vlm.recipe(self.decoder, rows, self.folder / where / (output or name), **filled)
         return tiny.recipe(
             self.model, self.folder / f"{pairs}.parquet", self.folder / where / (output or name), **filled
         )
@@ -193,11 +214,17 @@ def relative(difference: Tensor, scale: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_step_judge: Path) -> Runs:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_sd15: Path,
+    tiny_step_judge: Path,
+    vlm_folders: Callable[[str], Path],
+) -> Runs:
     """Made once, also where several test workers share this file."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    runs, done = Runs(shared / "distributed", tiny_sd15, tiny_step_judge), shared / "distributed.done"
+    runs = Runs(shared / "distributed", tiny_sd15, tiny_step_judge, vlm_folders("llava"))
+    done = shared / "distributed.done"
     with FileLock(shared / "distributed.lock"):
         if not done.exists():
             runs.make()
@@ -207,13 +234,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path, tiny_step_ju
 
 # ----------------------------------------------------------------------------------------------------------- the tests
 
-NAMES = ["full", "lora", "uneven", "few", "inverted", "kept"]
+NAMES = ["full", "lora", "uneven", "few", "inverted", "kept", "responses"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_one_process(name: str, runs: Runs) -> None:
     """All weights with an average, adapters with accumulated gradients, unequal shares of a batch, padding, inversions
-    of which one process's take longer, and those that both have worked out before."""
+    of which one process's take longer, those that both have worked out before, and responses that share their prompts.
+    """
     weights, gradients = runs.distance(f"one/{name}", f"two/{name}")
     assert weights < WEIGHTS and gradients < GRADIENTS
 
@@ -285,6 +313,23 @@ def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
     )
     assert len(one) == 1 and len(two) == 2
     assert two[0] | two[1] == one[0] and not two[0] & two[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("pictures", {"latents", "text"}), ("responses", {"features", "reference"})]
+)
+def test_caches_that_both_filled_before_give_the_weights_of_one_process_without(
+    name: str, kinds: set[str], runs: Runs
+) -> None:
+    """Both write a share of each cache, and nothing more of it in the training."""
+    filled = max((runs.folder / f"{name} filled-{rank}.json").stat().st_mtime for rank in (0, 1))
+    caches = runs.folder / "two" / f"{name} cached" / "cache"
+    shards = {path.name: list(path.rglob("*.safetensors")) for path in caches.iterdir()}
+    assert {kind: len(files) for kind, files in shards.items()} == dict.fromkeys(kinds, 2)
+    assert all(file.stat().st_mtime <= filled for files in shards.values() for file in files)
+    weights, gradients = runs.distance(f"one/{name}", f"two/{name} cached")
+    assert weights < WEIGHTS and gradients < GRADIENTS
+    assert not (runs.folder / "one" / name / "cache").exists()
 
 
 def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_together(runs: Runs) -> None:

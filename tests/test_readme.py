@@ -1,11 +1,11 @@
 """What the README says can be done: its commands parse, its Python runs, and what it names is there.
 
-Every case is called after its line, so that a failure says where to look.
+The commands of docs/ too. Every case is called after its line, so that a failure says where to look.
 """
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmalign.recipe import load_recipe
 
 ROOT = Path(mmalign.__file__).parent.parent
 README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 if not README.is_file():
     pytest.skip("no checkout: the installed package is under test", allow_module_level=True)
@@ -39,13 +40,14 @@ SHORT = [
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the README: a block, a command, a name; and its line."""
+    """A piece of the README or of another page: a block, a command, a name; and its line."""
 
     line: int
     text: str
+    page: Path = README
 
     def __str__(self) -> str:
-        return f"README.md:{self.line}: {self.text.strip().splitlines()[0]}"
+        return f"{self.page.name}:{self.line}: {self.text.strip().splitlines()[0]}"
 
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -56,10 +58,10 @@ def line_of(text: str, at: int) -> int:
     return text.count("\n", 0, at) + 1
 
 
-def blocks(language: str) -> list[Piece]:
+def blocks(language: str, page: Path = README) -> list[Piece]:
     """The fenced blocks of a language."""
-    text = README.read_text(encoding="utf-8")
-    return [Piece(line_of(text, m.start(2)), m[2]) for m in FENCED.finditer(text) if m[1] == language]
+    text = page.read_text(encoding="utf-8")
+    return [Piece(line_of(text, m.start(2)), m[2], page) for m in FENCED.finditer(text) if m[1] == language]
 
 
 def spans() -> list[Piece]:
@@ -74,13 +76,47 @@ def links() -> list[Piece]:
     return [link for link in found if "://" not in link.text]
 
 
+def lines_of(block: Piece) -> Iterator[Piece]:
+    """The commands of a block; one that goes on in the next line begins where its first line is."""
+    for match in re.finditer(r"(?:.*\\\n)*.+", block.text):
+        text = match[0].replace("\\\n", " ")
+        if shlex.split(text, comments=True):
+            yield Piece(block.line + block.text.count("\n", 0, match.start()), text, block.page)
+
+
 def commands() -> Iterator[Piece]:
-    """Every line of a bash block, and what reads as a command of ours in the prose."""
-    for block in blocks("bash"):
-        for number, text in enumerate(block.text.replace("\\\n", "  ").splitlines()):
-            if shlex.split(text, comments=True):
-                yield Piece(block.line + number, text)
+    """Every line of a bash block, and what reads as a command of ours in the README's prose.
+
+    Pages of docs/ have blocks of no language too: there the lines that call a program that is known here.
+    """
+    for page in (README, *DOCS):
+        for block in blocks("bash", page):
+            yield from lines_of(block)
+    for page in DOCS:
+        for block in blocks("", page):
+            yield from (line for line in lines_of(block) if call(line.text)[0] in (*OWN, *OTHERS))
     yield from (span for span in spans() if re.match(r"(make|mmalign|accelerate launch) ", span.text))
+
+
+OWN, OTHERS = ("make", "mmalign", "accelerate", "python"), ("pip", "git", "cd")  # of the others nothing is tested
+
+
+def call(text: str) -> tuple[str, list[str]]:
+    """The program that a line calls, without its folder, and the arguments as a shell would hand them over."""
+    words = shlex.split(text, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):  # a setting of the environment
+        words = words[1:]
+    arguments = [ANY_RECIPE if word == "RECIPE" else word for word in words[1:]]
+    return words[0].rpartition("/")[2], [one for word in arguments for one in expanded(word)]
+
+
+def expanded(word: str) -> list[str]:
+    """A word with {braces,of,alternatives} or a star, as bash takes it apart."""
+    if braces := re.fullmatch(r"([^{}\s]*)\{([^{}\s]*,[^{}\s]*)\}([^{}\s]*)", word):
+        return [f"{braces[1]}{one}{braces[3]}" for one in braces[2].split(",")]
+    if "*" in word and "=" not in word:
+        return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(word)) or [word]
+    return [word]
 
 
 def of_each(pieces: list[Piece]) -> pytest.MarkDecorator:
@@ -91,6 +127,7 @@ def test_the_readme_is_read_as_it_is_written() -> None:
     """Blocks, commands and links are found at all."""
     assert blocks("bash") and blocks("python") and links()
     assert {"make quickstart", "make test"} <= {" ".join(shlex.split(c.text, comments=True)) for c in commands()}
+    assert {page.name for page in DOCS} <= {command.page.name for command in commands()}
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -99,31 +136,61 @@ def test_the_readme_is_read_as_it_is_written() -> None:
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands are taken apart and their recipes loaded, and nothing else is done."""
-    from mmalign import compare, quickstart, run
+    from mmalign import caching, compare, quickstart, run
+    from mmalign.benchmark import bench, scale
 
-    doing = {run: ("train", "evaluate", "gallery", "prepare"), quickstart: ("quickstart",), compare: ("compare",)}
+    doing: dict[Any, Sequence[str]] = {
+        run: ("train", "evaluate", "gallery", "prepare"),
+        caching: ("cache",),
+        quickstart: ("quickstart",),
+    }
     for module, names in doing.items():
         for name in names:
             monkeypatch.setattr(module, name, lambda *_, **__: None)
+    monkeypatch.setattr(compare, "compare", load_all)
+    monkeypatch.setattr(bench, "bench", load_measured)
+    monkeypatch.setattr(scale, "scale", load_measured)
+
+
+def load_all(recipes: Sequence[str], *, overrides: Sequence[str], **_: Any) -> None:
+    """In place of `compare`."""
+    assert [load_recipe(name, overrides) for name in recipes]
+
+
+def load_measured(
+    source: str, by: str = "", *, overrides: Sequence[str], variants: Sequence[str], peer: str | None, **_: Any
+) -> None:
+    """In place of `bench` and `scale`: a recipe or a case, and every variant of it."""
+    from mmalign.benchmark import bench, cases, scale
+
+    given = cases.content(source, ROOT) if source in cases.CASES else source
+    asked = bench.Asked(given, overrides, [one.split() for one in variants], peer)
+    assert [asked.recipe(*changes) for changes in ((), *asked.variants)]
+    assert not by or by in scale.AXES
 
 
 @pytest.mark.usefixtures("nothing_runs")
 @of_each(list(commands()))
 def test_commands(piece: Piece) -> None:
-    words = shlex.split(piece.text, comments=True)
-    while re.match(r"[A-Z_]+=", words[0]):  # a setting of the environment
-        words = words[1:]
-    program, arguments = words[0].rpartition("/")[2], words[1:]
+    program, arguments = call(piece.text)
+    for name in filter(names_a_file, arguments):
+        assert (ROOT / name).exists(), f"{piece}: there is no {name}"
     if program == "make":
         targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         for target in (a for a in arguments if "=" not in a):
             assert target in targets, f"{piece}: make knows no {target}; it has {', '.join(targets)}"
     elif program == "mmalign" or "mmalign.cli" in arguments:
         ours = arguments if program == "mmalign" else arguments[arguments.index("mmalign.cli") + 1 :]
-        result = CliRunner().invoke(cli.app, [ANY_RECIPE if a == "RECIPE" else a for a in ours])
+        result = CliRunner().invoke(cli.app, ours)
         assert result.exit_code == 0, f"{piece}: {result.output}"
+    elif program == "python":
+        module, *options = arguments[arguments.index("-m") + 1 :]
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        assert file.is_file(), f"{piece}: there is no {module}"
+        for option in (word for word in options if word.startswith("--")):
+            assert f'"{option}"' in file.read_text(encoding="utf-8"), f"{piece}: {module} has no {option}"
     else:
-        assert program in ("pip", "git", "cd"), f"{piece}: nothing here tests a call of {program}"
+        assert program in OTHERS, f"{piece}: nothing here tests a call of {program}"
 
 
 # --------------------------------------------------------------------------------------------------------------- Python

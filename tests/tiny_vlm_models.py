@@ -64,6 +64,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
+from mmalign.benchmark.random_models import LLAVA_CHAT, QWEN_CHAT, QWEN_MARKS
+
 WORDS = [
     "USER: What is in this image? Describe it. ASSISTANT: There is a red cube and a green ball on the table.",
     "Is there a dog in the image? Yes, there is. No, there is no dog. Two cats sit on a blue mat near a car.",
@@ -84,17 +86,6 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
-LLAVA_CHAT = (
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-QWEN_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 IDEFICS_CHAT = (
     "<s>{% for m in messages %}{{ m['role'] | capitalize + ':' }}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}"
@@ -211,12 +202,6 @@ def smolvlm() -> tuple[Any, Any]:
     return SmolVLMForConditionalGeneration(SmolVLMConfig(**config)), processor
 
 
-QWEN_MARKS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
 QWEN_SIDES: dict[str, Any] = {
     "patch_size": 8,
     "merge_size": 2,

@@ -19,8 +19,9 @@ import torch
 from mmalign.assemble import DTYPES, check_precision
 from mmalign.benchmark import against, cases, tables
 from mmalign.benchmark.against import Peer
-from mmalign.benchmark.measure import Build, Entrant, measure
+from mmalign.benchmark.measure import Build, Entrant, measure, require_same
 from mmalign.benchmark.meters import machine, peak_rate
+from mmalign.benchmark.proof import apart_in_float32
 from mmalign.benchmark.runs import build
 from mmalign.benchmark.tables import Comparison, Report
 from mmalign.recipe import load_recipe
@@ -32,7 +33,6 @@ Say = Callable[[str], None]
 Source = str | Path | Mapping[str, Any]
 OURS = "mmalign"
 SAME = 0.01  # of a gradient's norm: encoders round otherwise in a batch, and beta multiplies that
-SAME_IN_HALF = 0.2  # bfloat16 keeps eight bits; another loss, reference or order is 1 and more
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,13 @@ def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int
         entrants.append(Entrant(title, _entrant(asked.recipe(*changes), accelerator)))
         comparisons.append(Comparison(title, OURS, f"the recipe with {title}"))
     if asked.peer is not None and peer is not None:
-        limit = SAME if recipe.train.precision == "float32" else SAME_IN_HALF
-        entrants.append(Entrant(asked.peer, _entrant(asked.recipe(*peer.own), accelerator, peer), limit))
+        theirs = asked.recipe(*peer.own)
+        other = Entrant(asked.peer, _entrant(theirs, accelerator, peer), SAME)
+        if recipe.train.precision != "float32":
+            say(f"{asked.peer}: compared in float32")
+            require_same(other, apart_in_float32(recipe, theirs, peer, folder / "float32", accelerator))
+            other = replace(other, limit=None)
+        entrants.append(other)
         comparisons.append(Comparison(asked.peer, OURS, peer.about))
     device: torch.device = accelerator.device
     rate = peak_rate(device, DTYPES[recipe.train.precision])

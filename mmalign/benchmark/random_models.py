@@ -1,7 +1,9 @@
 """Models of random weights in the shapes of real ones, written to a folder as the Hub would have them.
 
-What a step costs depends on shapes alone, so no checkpoint is needed. Sizes are those of the published configurations;
-tokenizers are the bundled one of models/tiny_sd, and bytes for decoders: a token is a character.
+What a step costs depends on shapes alone, so no checkpoint is needed. Sizes are those of the published configurations,
+or given; tokenizers are the bundled one of models/tiny_sd, and bytes for decoders: a token is a character.
+
+A model's networks are built by a function of their own, on the default device: on "meta", only their shapes.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import torch
 
 from mmalign.share import resolve_model
 
-CLIP_L: dict[str, Any] = {
+Sizes = dict[str, Any]  # of a network, by the names of its configuration
+
+CLIP_L: Sizes = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "projection_dim": 768,
 }
-CLIP_G: dict[str, Any] = {
+CLIP_G: Sizes = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -30,16 +34,17 @@ CLIP_G: dict[str, Any] = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
-CLIP_SMALL: dict[str, Any] = {
+CLIP_SMALL: Sizes = {
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
 }
-VAE: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-VAE_SMALL: dict[str, Any] = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 1, "latent_channels": 4}
-SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SMALL_UNET: dict[str, Any] = {
+VAE: Sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+VAE_16: Sizes = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+VAE_SMALL: Sizes = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 1, "latent_channels": 4}
+SD15_UNET: Sizes = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SMALL_UNET: Sizes = {
     "sample_size": 16,
     "block_out_channels": (128, 256),
     "layers_per_block": 1,
@@ -48,7 +53,7 @@ SMALL_UNET: dict[str, Any] = {
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "cross_attention_dim": 256,
 }
-SDXL_UNET: dict[str, Any] = {
+SDXL_UNET: Sizes = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -61,7 +66,7 @@ SDXL_UNET: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-SD35M: dict[str, Any] = {
+SD35M: Sizes = {
     "sample_size": 128,
     "num_layers": 24,
     "num_attention_heads": 24,
@@ -75,9 +80,9 @@ SD35M: dict[str, Any] = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
-SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULE: Sizes = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
-LLAMA_7B: dict[str, Any] = {
+LLAMA_7B: Sizes = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
@@ -85,7 +90,7 @@ LLAMA_7B: dict[str, Any] = {
     "vocab_size": 32064,
     "max_position_embeddings": 4096,
 }
-LLAMA_SMALL: dict[str, Any] = {
+LLAMA_SMALL: Sizes = {
     "hidden_size": 256,
     "intermediate_size": 688,
     "num_hidden_layers": 6,
@@ -93,7 +98,7 @@ LLAMA_SMALL: dict[str, Any] = {
     "vocab_size": 2048,
     "max_position_embeddings": 4096,
 }
-VIT_L: dict[str, Any] = {
+VIT_L: Sizes = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -102,7 +107,7 @@ VIT_L: dict[str, Any] = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-VIT_SMALL: dict[str, Any] = {
+VIT_SMALL: Sizes = {
     "hidden_size": 64,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -111,7 +116,7 @@ VIT_SMALL: dict[str, Any] = {
     "patch_size": 14,
     "projection_dim": 64,
 }
-QWEN_7B: dict[str, Any] = {
+QWEN_7B: Sizes = {
     "hidden_size": 3584,
     "intermediate_size": 18944,
     "num_hidden_layers": 28,
@@ -121,7 +126,7 @@ QWEN_7B: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
 }
-QWEN_TOWER: dict[str, Any] = {
+QWEN_TOWER: Sizes = {
     "depth": 32,
     "hidden_size": 1280,
     "intermediate_size": 3420,
@@ -131,6 +136,7 @@ QWEN_TOWER: dict[str, Any] = {
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
+LLAVA_MARKS = ["<image>"]
 LLAVA_CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
@@ -151,22 +157,16 @@ QWEN_MARKS = {
 
 
 def stable_diffusion(
-    folder: Path, device: torch.device, *, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]
+    folder: Path, device: torch.device, *, unet: Sizes = SD15_UNET, vae: Sizes = VAE, text: Sizes = CLIP_L
 ) -> None:
     """Stable Diffusion 1.x."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    tokens = _words()
     with _beginning(device):
-        parts = {
-            "vae": AutoencoderKL(**_blocks(vae)),
-            "text_encoder": CLIPTextModel(_clip(tokens, text)),
-            "unet": UNet2DConditionModel(**unet),
-        }
+        parts = stable_diffusion_parts(unet, vae, text)
     StableDiffusionPipeline(
         **_saved(parts, device),
-        tokenizer=tokens,
+        tokenizer=_words(),
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -174,49 +174,70 @@ def stable_diffusion(
     ).save_pretrained(folder)
 
 
-def sdxl(folder: Path, device: torch.device) -> None:
-    """Stable Diffusion XL."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+def stable_diffusion_parts(unet: Sizes = SD15_UNET, vae: Sizes = VAE, text: Sizes = CLIP_L) -> dict[str, Any]:
+    """Its networks."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
-    tokens = _words()
+    return {
+        "vae": AutoencoderKL(**_blocks(vae)),
+        "text_encoder": CLIPTextModel(_clip(text)),
+        "unet": UNet2DConditionModel(**unet),
+    }
+
+
+def sdxl(
+    folder: Path,
+    device: torch.device,
+    *,
+    unet: Sizes = SDXL_UNET,
+    vae: Sizes = VAE,
+    texts: tuple[Sizes, Sizes] = (CLIP_L, CLIP_G),
+) -> None:
+    """Stable Diffusion XL."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
     with _beginning(device):
-        parts = {
-            "vae": AutoencoderKL(**_blocks(VAE), scaling_factor=0.13025),
-            "text_encoder": CLIPTextModel(_clip(tokens, CLIP_L)),
-            "text_encoder_2": CLIPTextModelWithProjection(_clip(tokens, CLIP_G)),
-            "unet": UNet2DConditionModel(**SDXL_UNET),
-        }
+        parts = sdxl_parts(unet, vae, texts)
     StableDiffusionXLPipeline(
         **_saved(parts, device),
-        tokenizer=tokens,
+        tokenizer=_words(),
         tokenizer_2=_words(),
         scheduler=EulerDiscreteScheduler(**SCHEDULE, steps_offset=1),
     ).save_pretrained(folder)
 
 
-def sd35_medium(folder: Path, device: torch.device) -> None:
-    """Stable Diffusion 3.5-medium without its T5, in whose place the pipeline puts as many zeros."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextModelWithProjection
+def sdxl_parts(
+    unet: Sizes = SDXL_UNET, vae: Sizes = VAE, texts: tuple[Sizes, Sizes] = (CLIP_L, CLIP_G)
+) -> dict[str, Any]:
+    """Its networks."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    tokens = _words()
-    wide = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+    return {
+        "vae": AutoencoderKL(**_blocks(vae), scaling_factor=0.13025),
+        "text_encoder": CLIPTextModel(_clip(texts[0])),
+        "text_encoder_2": CLIPTextModelWithProjection(_clip(texts[1])),
+        "unet": UNet2DConditionModel(**unet),
+    }
+
+
+def sd35_medium(
+    folder: Path,
+    device: torch.device,
+    *,
+    transformer: Sizes = SD35M,
+    vae: Sizes = VAE_16,
+    texts: tuple[Sizes, Sizes] = (CLIP_L, CLIP_G),
+) -> None:
+    """Stable Diffusion 3.5-medium without its T5, in whose place the pipeline puts as many zeros."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
     with _beginning(device):
-        parts = {
-            "vae": AutoencoderKL(**_blocks(wide), scaling_factor=1.5305, shift_factor=0.0609),
-            "text_encoder": CLIPTextModelWithProjection(_clip(tokens, CLIP_L)),
-            "text_encoder_2": CLIPTextModelWithProjection(_clip(tokens, CLIP_G)),
-            "transformer": SD3Transformer2DModel(**SD35M),
-        }
+        parts = sd35_medium_parts(transformer, vae, texts)
     StableDiffusion3Pipeline(
         **_saved(parts, device),
-        tokenizer=tokens,
+        tokenizer=_words(),
         tokenizer_2=_words(),
         text_encoder_3=None,
         tokenizer_3=None,
@@ -224,18 +245,45 @@ def sd35_medium(folder: Path, device: torch.device) -> None:
     ).save_pretrained(folder)
 
 
-def llava(folder: Path, device: torch.device, *, text: dict[str, Any], tower: dict[str, Any]) -> None:
-    """LLaVA-1.5: 576 tokens an image."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+def sd35_medium_parts(
+    transformer: Sizes = SD35M, vae: Sizes = VAE_16, texts: tuple[Sizes, Sizes] = (CLIP_L, CLIP_G)
+) -> dict[str, Any]:
+    """Its networks."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection
 
-    tokens, side = _bytes(["<image>"]), tower["image_size"]
+    return {
+        "vae": AutoencoderKL(**_blocks(vae), scaling_factor=1.5305, shift_factor=0.0609),
+        "text_encoder": CLIPTextModelWithProjection(_clip(texts[0])),
+        "text_encoder_2": CLIPTextModelWithProjection(_clip(texts[1])),
+        "transformer": SD3Transformer2DModel(**transformer),
+    }
+
+
+def llava(folder: Path, device: torch.device, *, text: Sizes = LLAMA_7B, tower: Sizes = VIT_L) -> None:
+    """LLaVA-1.5: 576 tokens an image."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    side = tower["image_size"]
+    square = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = LlavaProcessor(
+        square,
+        _bytes(LLAVA_MARKS),
+        patch_size=tower["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_CHAT,
+    )
+    with _beginning(device):
+        model = llava_model(text, tower)
+    _write(folder, model, processor, device)
+
+
+def llava_model(text: Sizes = LLAMA_7B, tower: Sizes = VIT_L) -> Any:
+    """Its network."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tokens = _bytes(LLAVA_MARKS)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**tower),
         text_config=LlamaConfig(**text, **_ids(tokens)),
@@ -243,38 +291,28 @@ def llava(folder: Path, device: torch.device, *, text: dict[str, Any], tower: di
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    square = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = LlavaProcessor(
-        square,
-        tokens,
-        patch_size=tower["patch_size"],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_CHAT,
-    )
-    with _beginning(device):
-        model = LlavaForConditionalGeneration(config)
-    _write(folder, model, processor, device)
+    return LlavaForConditionalGeneration(config)
 
 
-def qwen25_vl(folder: Path, device: torch.device) -> None:
+def qwen25_vl(folder: Path, device: torch.device, *, text: Sizes = QWEN_7B, tower: Sizes = QWEN_TOWER) -> None:
     """Qwen2.5-VL-7B: a token for every 28 pixels by 28."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    tokens = _bytes([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
-    marks = {name: tokens.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()}
-    config = Qwen2_5_VLConfig(vision_config=QWEN_TOWER, text_config={**QWEN_7B, **_ids(tokens)}, **marks)
     image, video = Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()
-    processor = Qwen2_5_VLProcessor(image, tokens, video, chat_template=QWEN_CHAT)
+    processor = Qwen2_5_VLProcessor(image, _qwen_tokens(), video, chat_template=QWEN_CHAT)
     with _beginning(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = qwen25_vl_model(text, tower)
     _write(folder, model, processor, device)
+
+
+def qwen25_vl_model(text: Sizes = QWEN_7B, tower: Sizes = QWEN_TOWER) -> Any:
+    """Its network."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokens = _qwen_tokens()
+    marks = {name: tokens.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()}
+    config = Qwen2_5_VLConfig(vision_config=tower, text_config={**text, **_ids(tokens)}, **marks)
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 @contextlib.contextmanager
@@ -300,7 +338,7 @@ def _write(folder: Path, model: Any, processor: Any, device: torch.device) -> No
     processor.save_pretrained(folder)
 
 
-def _blocks(vae: dict[str, Any]) -> dict[str, Any]:
+def _blocks(vae: Sizes) -> dict[str, Any]:
     number = len(vae["block_out_channels"])
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * number, "up_block_types": ("UpDecoderBlock2D",) * number}
     return {**vae, **kinds, "sample_size": 128}
@@ -315,10 +353,15 @@ def _words() -> Any:
     return tokens
 
 
-def _clip(tokens: Any, sizes: dict[str, Any]) -> Any:
+def _clip(sizes: Sizes) -> Any:
     from transformers import CLIPTextConfig
 
+    tokens = _words()
     return CLIPTextConfig(vocab_size=49408 if sizes["hidden_size"] >= 768 else len(tokens), **_ids(tokens), **sizes)
+
+
+def _qwen_tokens() -> Any:
+    return _bytes([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
 
 
 def _ids(tokens: Any) -> dict[str, int]:

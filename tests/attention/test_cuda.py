@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import whole_models
 from tiny_vlm import STANDING
 from torch import Tensor
 
@@ -93,12 +94,24 @@ def test_a_decoder_packed_by_xformers_is_its_rows_apart(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image"])
 def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: Callable[[str], Path]) -> None:
-    family = load_family(str(flow_folders(name)), Loading(CUDA))
-    text = family.encode_prompts(["a red fox in the long grass", "a hen"])
-    cond = family.condition(text, torch.ones(2, 6, device=CUDA))
-    x_t = family.encode_images(torch.rand(2, 3, 32, 32) * 2 - 1).mean
-    found = []
+    images, found = torch.rand(2, 3, 32, 32) * 2 - 1, []
     for executor in ("xformers", "dense"):
+        family = load_family(str(flow_folders(name)), Loading(CUDA))  # anew: a denoiser is given an executor once
         denoisers.use(family.network, executor)
+        text = family.encode_prompts(["a red fox in the long grass", "a hen"])
+        cond = family.condition(text, torch.ones(2, 6, device=CUDA))
+        x_t = family.encode_images(images).mean
         found.append(family.predict(family.network, x_t, torch.tensor([0.3, 0.9], device=CUDA), cond))
     torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=2e-3)  # TF32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", whole_models.MODELS)
+def test_a_model_with_adapters_says_and_learns_what_it_does_by_sdpa(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Values, and the gradients of all adapters. With TF32, whose products have three bits more than bfloat16's."""
+    values, gradient = whole_models.APART[torch.bfloat16]
+    less = 1.0 if dtype == torch.bfloat16 else 2**-3
+    (found,) = whole_models.compare(name, CUDA, dtype, tmp_path, ("sdpa", "xformers"))
+    assert whole_models.near(found, (less * values, less * gradient)), found

@@ -74,7 +74,7 @@ class Taken:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [8, 40, 64, 80, 128, 160, 256])
+@pytest.mark.parametrize("size", [8, 32, 40, 64, 80, 128, 160, 256])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_every_mask_has_a_kernel_with_gradients(
     dtype: torch.dtype, size: int, ordered: bool, monkeypatch: pytest.MonkeyPatch

@@ -1,103 +1,196 @@
-"""The shapes are those of the published checkpoints: their numbers of parameters say so."""
+"""The shapes are those of the published checkpoints, and what is written loads and learns."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from mmalign.benchmark import cases
 from mmalign.benchmark import random_models as shapes
 from mmalign.data.images import decode
-from mmalign.families import Loading, load_vision_language
+from mmalign.families import Loading, load_family, load_vision_language
 from mmalign.feed import open_data
 from mmalign.recipe import load_recipe
+from mmalign.training import train
+
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------- at their published size
 
 
-def sd15() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    net: nn.Module = UNet2DConditionModel(**shapes.SD15_UNET)
-    return net
+def numbers(parts: dict[str, Any]) -> dict[str, int]:
+    return {name: sum(p.numel() for p in net.parameters()) for name, net in parts.items()}
 
 
-def sdxl() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    net: nn.Module = UNet2DConditionModel(**shapes.SDXL_UNET)
-    return net
-
-
-def sd35_medium() -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    net: nn.Module = SD3Transformer2DModel(**shapes.SD35M)
-    return net
+@pytest.fixture
+def meta() -> Iterator[None]:
+    with torch.device("meta"):
+        yield
 
 
-def clip_g() -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    net: nn.Module = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=49408, **shapes.CLIP_G))
-    return net
-
-
-def vae() -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    net: nn.Module = AutoencoderKL(**shapes._blocks(shapes.VAE))
-    return net
-
-
-def llava() -> nn.Module:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shapes.VIT_L), text_config=LlamaConfig(**shapes.LLAMA_7B), image_token_id=3
-    )
-    net: nn.Module = LlavaForConditionalGeneration(config)
-    return net
+@pytest.mark.usefixtures("meta")
+def test_diffusion_models_have_their_published_sizes() -> None:
+    """As the checkpoints on the Hub have them."""
+    vae, clip_l = 83_653_863, 123_060_480
+    assert numbers(shapes.stable_diffusion_parts()) == {"vae": vae, "text_encoder": clip_l, "unet": 859_520_964}
+    assert numbers(shapes.sdxl_parts()) == {
+        "vae": vae,
+        "text_encoder": clip_l,
+        "text_encoder_2": 694_659_840,
+        "unet": 2_567_463_684,
+    }
 
 
-def qwen25_vl() -> nn.Module:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+@pytest.mark.usefixtures("meta")
+def test_stable_diffusion_35_medium_has_its_size() -> None:
+    """Its transformer has 2.5 billion parameters by its model card, the position table included."""
+    parts = shapes.sd35_medium_parts()
+    net = parts.pop("transformer")
+    assert 2.2e9 < sum(x.numel() for x in (*net.parameters(), *net.buffers())) < 2.6e9
+    assert numbers(parts) == {
+        "vae": 83_819_683,  # as Flux' too, which has this shape
+        "text_encoder": 123_060_480 + 768 * 768,
+        "text_encoder_2": 694_659_840,
+    }
 
-    config = Qwen2_5_VLConfig(vision_config=shapes.QWEN_TOWER, text_config=shapes.QWEN_7B)
-    net: nn.Module = Qwen2_5_VLForConditionalGeneration(config)
-    return net
+
+@pytest.mark.usefixtures("meta")
+@pytest.mark.parametrize(
+    ("build", "number"), [(shapes.llava_model, 7_063_427_072), (shapes.qwen25_vl_model, 8_292_166_656)]
+)
+def test_vision_language_models_have_their_published_sizes(build: Callable[[], Any], number: int) -> None:
+    assert numbers({"model": build()}) == {"model": number}
+
+
+# ------------------------------------------------------------------------------------------- written at a tiny size
+
+CLIP: shapes.Sizes = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
+VAE: shapes.Sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
+UNET: shapes.Sizes = {
+    "sample_size": 8,
+    "block_out_channels": (8, 8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+}
+SD15: shapes.Sizes = {
+    "unet": {**shapes.SMALL_UNET, **UNET, "block_out_channels": (8, 16), "cross_attention_dim": 16},
+    "vae": VAE,
+    "text": CLIP,
+}
+SDXL: shapes.Sizes = {
+    "unet": {
+        **shapes.SDXL_UNET,
+        **UNET,
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 32,
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 16 + 6 * 4,
+    },
+    "vae": VAE,
+    "texts": (CLIP, CLIP),
+}
+SD35M: shapes.Sizes = {
+    "transformer": {
+        **shapes.SD35M,
+        "sample_size": 8,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0,),
+    },
+    "vae": {**shapes.VAE_16, **VAE, "latent_channels": 16},
+    "texts": (CLIP, CLIP),
+}
+TEXT: shapes.Sizes = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+LLAVA: shapes.Sizes = {
+    "text": TEXT,
+    "tower": {**shapes.VIT_SMALL, "hidden_size": 16, "intermediate_size": 24, "image_size": 28, "projection_dim": 16},
+}
+QWEN: shapes.Sizes = {
+    "text": {
+        **shapes.QWEN_7B,
+        **TEXT,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+    },
+    "tower": {
+        **shapes.QWEN_TOWER,
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+}
+
+
+def learned(case: str, folder: Path, **data: Any) -> dict[str, float]:
+    """What an update of a case's recipe says, of the model and the pairs in a folder."""
+    content = cases.content(case, folder)
+    content["model"]["lora"] = {"rank": 2}
+    content["data"] |= data
+    content["train"] |= {"precision": "float32", "batch_size": 2, "save_every": 1, "log_every": 1, "trackers": []}
+    (report,) = train(load_recipe(content), say=lambda _: None).history
+    return report
 
 
 @pytest.mark.parametrize(
-    ("build", "number"),
+    ("write", "sizes", "case"),
     [
-        (sd15, 859_520_964),  # as the checkpoints on the Hub have them
-        (sdxl, 2_567_463_684),
-        (clip_g, 694_659_840),
-        (vae, 83_653_863),
-        (llava, 7_063_427_072),
-        (qwen25_vl, 8_292_166_656),
+        (shapes.stable_diffusion, SD15, "sd15_lora"),
+        (shapes.sdxl, SDXL, "sdxl_lora"),
+        (shapes.sd35_medium, SD35M, "sd35m_lora"),
     ],
 )
-def test_sizes_are_the_published_ones(build: Any, number: int) -> None:
-    with torch.device("meta"):
-        net = build()
-    assert sum(p.numel() for p in net.parameters()) == number
+def test_a_written_diffusion_model_learns(write: Any, sizes: dict[str, Any], case: str, tmp_path: Path) -> None:
+    """By its case's own settings, but for rank, precision and size."""
+    write(tmp_path / "model", CPU, **sizes)
+    load_family(str(tmp_path / "model"), Loading(CPU)).encode_prompts(["a red fox"])
+    cases.draw_image_pairs(tmp_path / "pairs.parquet", 16, number=2)
+    report = learned(case, tmp_path, resolution=16)
+    assert report["logit"] == 0 and report["gradient norm"] > 0
 
 
-def test_stable_diffusion_35_medium_has_its_size() -> None:
-    """2.5 billion parameters by its model card, the position table included."""
-    with torch.device("meta"):
-        net = sd35_medium()
-    numbers = sum(x.numel() for x in (*net.parameters(), *net.buffers()))
-    assert 2.2e9 < numbers < 2.6e9
+@pytest.mark.parametrize(
+    ("write", "sizes", "case"), [(shapes.llava, LLAVA, "llava15_7b"), (shapes.qwen25_vl, QWEN, "qwen25vl_7b")]
+)
+def test_a_written_vision_language_model_learns(write: Any, sizes: dict[str, Any], case: str, tmp_path: Path) -> None:
+    """As above; an image has a token for every 14 pixels by 14 of LLaVA's 28, and for every 28 by 28 of Qwen's 56."""
+    write(tmp_path / "model", CPU, **sizes)
+    cases.draw_response_pairs(tmp_path / "pairs.jsonl", side=56, prompt=10, responses=(6, 9), number=2)
+    family = load_vision_language(str(tmp_path / "model"), Loading(CPU))
+    pairs, _ = open_data(load_recipe(cases.content(case, tmp_path)).data, 0)
+    assert len(family.reader.view(decode(pairs[0].images[0])).ids) == 4
+    report = learned(case, tmp_path)
+    assert report["logit"] == 0 and report["gradient norm"] > 0
 
 
 def test_an_image_has_576_tokens(tmp_path: Path) -> None:
     """As LLaVA-1.5 has them, and a prompt as many as it has characters, but for what stands around it."""
-    content = cases.write_case("llava_middle", tmp_path, torch.device("cpu"))
+    content = cases.write_case("llava_middle", tmp_path, CPU)
     recipe = load_recipe(content)
-    family = load_vision_language(recipe.model.path, Loading(torch.device("cpu")))
+    family = load_vision_language(recipe.model.path, Loading(CPU))
     pairs, _ = open_data(recipe.data, 0)
     pair = pairs[0]
     view = family.reader.view(decode(pair.images[0]))

@@ -1,0 +1,34 @@
+"""What tests on a GPU hold xformers to, on a CPU: the plain reference passes it, and wrong attention does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import whole_models
+from torch import Tensor
+
+from mmalign.attention import EXECUTORS
+from mmalign.attention.executors import Mask
+
+CPU = torch.device("cpu")
+
+
+def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float | None = None, **more: Any) -> Tensor:
+    """Wrong: logits of 1.1 times their size."""
+    right = q.shape[-1] ** -0.5 if scale is None else scale
+    return EXECUTORS["sdpa"](q, k, v, mask, scale=1.1 * right, **more)
+
+
+@pytest.mark.parametrize("dtype", list(whole_models.APART))
+@pytest.mark.parametrize("name", whole_models.MODELS)
+def test_a_model_says_and_learns_the_same_by_every_executor(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXECUTORS, "hotter", hotter)
+    right, wrong = whole_models.compare(name, CPU, dtype, tmp_path, ("sdpa", "dense", "hotter"))
+    values, gradient = whole_models.APART[dtype]
+    assert whole_models.near(right, (values, gradient)), right
+    assert wrong[0] > values and wrong[1] > 2 * gradient, wrong

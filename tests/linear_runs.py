@@ -1,0 +1,146 @@
+"""The loop on a linear network whose updates can be worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mmalign import loop
+from mmalign.draws import Draws
+from mmalign.loop import Learner, Progress
+from mmalign.methods import Step
+from mmalign.optim import Average
+from mmalign.policy import Policy
+
+
+@dataclass(frozen=True)
+class Batch:
+    rows: list[int]
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+
+
+@dataclass
+class Regression:
+    """Squared errors of a network under noise from the draws; remembers how it was called."""
+
+    contrasts_of_a_batch: int = 1
+    noise: float = 0.0
+    spoil: Callable[[Batch, Tensor], Tensor] = lambda batch, losses: losses
+    seen: list[Any] = field(default_factory=list)
+
+    def contrasts(self, policy: Policy, batch: Batch, cfg: Any, draws: Draws) -> list[Batch]:
+        weight = next(policy.model.parameters()).detach().clone()
+        self.seen.append(("contrasts", batch.rows, draws, policy.model.training, torch.is_grad_enabled(), weight))
+        found = []
+        for index in range(self.contrasts_of_a_batch):
+            x = batch.x + self.noise * draws.normal(batch.rows, (3,), "noise", index)
+            found.append(replace(batch, x=x))
+        return found
+
+    def loss(self, policy: Policy, contrast: Batch, cfg: Any) -> Step:
+        self.seen.append(("loss", contrast.rows, None, policy.model.training, torch.is_grad_enabled(), None))
+        losses = self.spoil(contrast, (policy.model(contrast.x)[:, 0] - contrast.y).square())
+        return Step(losses, contrast.weights, {"loss": losses.detach(), "row": torch.tensor(contrast.rows).float()})
+
+
+def data(sizes: list[int], weights: list[float] | None = None, seed: int = 0) -> list[Batch]:
+    """Batches of the given sizes, cut from the same rows whatever the sizes."""
+    g = torch.Generator().manual_seed(seed)
+    number = sum(sizes)
+    x, y = torch.randn(number, 3, generator=g), torch.randn(number, generator=g)
+    w = torch.tensor(weights) if weights else torch.ones(number)
+    cut = zip(torch.arange(number).split(sizes), strict=True)
+    return [Batch(i.tolist(), x[i], y[i], w[i]) for (i,) in cut]
+
+
+def of(batches: list[Batch]) -> loop.Batches:
+    def give(epoch: int, first: int) -> Iterator[Batch]:
+        return iter(batches[first:])
+
+    return give
+
+
+def network() -> nn.Linear:
+    net = nn.Linear(3, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.5, -1.0, 2.0]]))
+        net.bias.zero_()
+    return net
+
+
+@dataclass
+class Run:
+    """What a run is made of, and what it said after every update."""
+
+    net: nn.Linear
+    policy: Policy
+    learner: Learner
+    progress: Progress = field(default_factory=Progress)
+    said: list[tuple[Progress, dict[str, float], bool]] = field(default_factory=list)
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        average = self.learner.average.state() if self.learner.average is not None else None
+        parts = self.net.state_dict(), self.learner.optimizer.state_dict(), self.progress, average
+        return copy.deepcopy(dict(zip(("net", "optimizer", "progress", "average"), parts, strict=True)))
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        snapshot = copy.deepcopy(snapshot)
+        self.net.load_state_dict(snapshot["net"])
+        self.learner.optimizer.load_state_dict(snapshot["optimizer"])
+        self.progress = snapshot["progress"]
+        if self.learner.average is not None:
+            self.learner.average.load(snapshot["average"])
+
+    def __call__(self, method: Any, batches: loop.Batches, *, steps: int, accumulate: int = 1) -> Progress:
+        def after(progress: Progress, metrics: loop.Metrics) -> None:
+            resting = not progress.pending
+            self.said.append((copy.copy(progress), {name: float(x) for name, x in metrics.items()}, resting))
+            if resting:
+                self.snapshots.append(self.snapshot())
+
+        return loop.train(
+            method, None, self.policy, batches, self.learner,
+            steps=steps, accumulate=accumulate, seed=3, progress=self.progress, after_update=after,
+        )  # fmt: skip
+
+
+def begin(
+    *,
+    optimizer: Any = torch.optim.SGD,
+    lr: float = 0.1,
+    clip: float | None = None,
+    factor: Callable[[int], float] = lambda _: 1.0,
+    ema: float | None = None,
+) -> Run:
+    """A run from `START`."""
+    accelerator = Accelerator(cpu=True)
+    net = network()
+    model, wrapped = accelerator.prepare(net, optimizer(net.parameters(), lr=lr))
+    average = Average(list(net.parameters()), ema) if ema else None
+    policy = Policy(None, model, net, None)  # type: ignore[arg-type]
+    return Run(net, policy, Learner(accelerator, wrapped, lr, factor, clip, average))
+
+
+def flat(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+START = flat(network())
+WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.0, 0.0, 1.0, 3.0]
+
+
+def by_hand(batch: Batch, at: Tensor) -> Tensor:
+    """The gradient of the weighted mean of (w x + b - y)^2: 2 sum(weight * error * (x, 1)) / sum(weight)."""
+    error = batch.x @ at[:3] + at[3] - batch.y
+    inputs = torch.cat([batch.x, torch.ones(len(batch.x), 1)], 1)
+    return 2 * (batch.weights * error) @ inputs / batch.weights.sum()

@@ -1,0 +1,143 @@
+"""Whole models with adapters, by one executor and by another: how far apart what they say is, and their gradients.
+
+What is compared is what a training computes: a denoiser with heads of 32 and 64 numbers, self- and cross-attention,
+and a decoder with heads of 64 whose responses share their prompt; frozen weights in half precision under autocast, and
+adapters in float32, moved off zero so that both of their factors have gradients. Anywhere, in any precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiny_vlm
+import torch
+from torch import Tensor
+
+from mmalign.attention import decoders, denoisers
+from mmalign.benchmark import random_models as shapes
+from mmalign.data.pairs import Turn
+from mmalign.families import Loading, load_family, load_vision_language
+
+CPU = torch.device("cpu")
+ADAPTERS: dict[str, Any] = {"rank": 8, "alpha": 8.0, "seed": 0}
+MOVED = 0.02  # of an adapter's weights
+SHARPER = {"to_q.": 3.0, "to_k.": 3.0, "q_proj.": 8.0, "k_proj.": 8.0, "v_proj.": 8.0, "o_proj.": 8.0, "lm_head.": 16.0}
+SIDE = 128  # pixels: 64 queries of heads with 64 numbers, 256 of heads with 32
+TEXT: shapes.Sizes = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+TOWER: shapes.Sizes = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+    "projection_dim": 32,
+}
+MODELS = ("denoiser", "decoder")
+# How far two executors may be apart: values and gradient. A product of bfloat16 is rounded by up to 2^-9 of itself, and
+# what is rounded passes through up to fourteen attentions, and back: PyTorch's own kernel
+# and the plain formula are 0.015 and 0.040 apart on a CPU; logits of 1.1 times their size make 0.044 and 0.20.
+APART = {torch.float32: (1e-5, 3e-5), torch.bfloat16: (0.03, 0.08)}
+SAID = [["There is a red cube and a green ball on the table.", "Yes."], ["No, there is no dog.", "A cat sits on it."]]
+
+
+def compare(name: str, *given: Any) -> list[tuple[float, float]]:
+    """One of MODELS."""
+    return {"denoiser": denoiser, "decoder": decoder}[name](*given)
+
+
+def loading(device: torch.device, dtype: torch.dtype) -> Loading:
+    """As a recipe with LoRA in this precision has it."""
+    half = None if dtype == torch.float32 else dtype
+    return Loading(device, half=half, network_half=half is not None)
+
+
+def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
+    """The UNet of `sd_middle` under each executor of the pair: see `apart`."""
+    small = {**shapes.CLIP_SMALL, "num_hidden_layers": 1}
+    shapes.stable_diffusion(folder, CPU, unet=shapes.SMALL_UNET, vae=shapes.VAE_SMALL, text=small)
+    x_t = torch.randn(4, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(device)
+    t = torch.tensor([10, 300, 600, 900], device=device)
+
+    def under(executor: str) -> tuple[Tensor, list[Tensor]]:
+        family = load_family(str(folder), loading(device, dtype))
+        assert denoisers.head_sizes(family.network) == {32, 64}
+        weights = adapted(family)
+        denoisers.use(family.network, executor)
+        text = family.encode_prompts(["a red fox in the long grass", "a hen", "", "two boats"]).to(device)
+        cond = family.condition(text, torch.full((4, 6), float(SIDE), device=device))
+        return family.predict(family.network, x_t, t, cond), weights
+
+    return apart(under, pair)
+
+
+def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
+    """A LLaVA whose pairs are packed, under each executor of the pair: see `apart`."""
+    shapes.llava(folder, CPU, text=TEXT, tower=TOWER)
+    asked = [Turn("user", "<image>What is it?")]
+
+    def under(executor: str) -> tuple[Tensor, list[Tensor]]:
+        family: Any = load_vision_language(str(folder), loading(device, dtype))
+        inner = family.network.model.get_decoder()
+        assert decoders.head_sizes(inner) == {64}
+        weights, rows = adapted(family), []
+        decoders.use(inner, executor)
+        views = {key: family.reader.view(tiny_vlm.PICTURES[key]) for key in ("wide", "square")}
+        for (key, view), said in zip(views.items(), SAID, strict=True):
+            rows += family.reader.rows(asked, said, [(key, view)])
+        tokens, features = family.reader.batch(rows).to(device), family.encode_images(views)
+        assert "mmalign_forest" in family._inputs(tokens, features)[1]  # they are one row
+        return family.token_logps(family.network, tokens, features), weights
+
+    return apart(under, pair)
+
+
+def adapted(family: Any) -> list[Tensor]:
+    """Adapters on a family's network, in float32; and their weights, moved off their first values.
+
+    Attention that new weights compute is nearly a mean. Larger queries and keys, and a larger head, make it matter.
+    """
+    with torch.no_grad():
+        for name, p in family.network.named_parameters():
+            p.mul_(next((factor for part, factor in SHARPER.items() if part in name), 1.0))
+    family.add_lora(**ADAPTERS, targets=family.usual_targets)
+    draw = torch.Generator().manual_seed(2)
+    weights = [p for p in family.network.parameters() if p.requires_grad]
+    assert weights and all(p.dtype == torch.float32 for p in weights)
+    with torch.no_grad():
+        for p in weights:
+            p.add_(MOVED * torch.randn(p.shape, generator=draw).to(p.device))
+    return weights
+
+
+def apart(under: Callable[[str], tuple[Tensor, list[Tensor]]], pair: Sequence[str]) -> list[tuple[float, float]]:
+    """How far each executor's answer and gradient are from the first one's, as shares of the first one's norms.
+
+    The gradient is that of a sum of the answer with random weights: no error is hidden by a symmetry.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    for executor in pair:
+        out, weights = under(executor)
+        asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device)
+        grads = torch.autograd.grad((out.float() * asked).sum(), weights)
+        assert all(bool(grad.abs().max() > 0) for grad in grads)
+        found.append((out.detach(), torch.cat([grad.flatten() for grad in grads])))
+    first = found[0]
+    return [(relative(out, first[0]), relative(grad, first[1])) for out, grad in found[1:]]
+
+
+def near(found: tuple[float, float], tolerance: tuple[float, float]) -> bool:
+    return found[0] < tolerance[0] and found[1] < tolerance[1]
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
