@@ -8,7 +8,7 @@ is stopped goes on, and `mmalign train` does the same before its first update.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,15 @@ from mmalign.data.pairs import ImageRef
 from mmalign.data.prompts import PromptLoader
 from mmalign.draws import Draws
 from mmalign.encode_responses import ResponseLoader, images_of
+from mmalign.families import identity
 from mmalign.families.features import executor, move
-from mmalign.feed import Feed, Opened, bar_of, open_data, open_feed
+from mmalign.feed import Feed, Opened, bar_of, folder_of, open_data, open_feed
 from mmalign.kept import asked, met
 from mmalign.loop import EMPTY
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import Judge
-from mmalign.sections import Recipe, ResponseData
-
-HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
-
-Say = Callable[[str], None]
+from mmalign.sections import ImageData, Recipe, ResponseData
+from mmalign.training_run import HELD_OUT_BATCHES, Say, require_all
 
 
 def cache(recipe: Recipe, say: Say = print) -> Path:
@@ -41,30 +39,31 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
         The folder.
 
     Raises:
-        ValueError: something in the recipe or the data does not fit, nothing is to be cached, or a cache was made
-            otherwise.
+        ValueError: something in the recipe or the data does not fit, nothing is to be cached, or processes were
+            started that do not know of one another.
     """
     from accelerate import Accelerator
 
     if recipe.data.cache == "off":
         raise ValueError("data.cache: off keeps nothing; leave it out, or name a folder")
+    if isinstance(recipe.data, ImageData) and recipe.data.crop == "random":
+        raise ValueError(
+            "data.crop: random is never the same twice, so that there is nothing to keep; use crop: center, or train "
+            "without a cache"
+        )
     begun = time.time()
     assemble.check(recipe, training=True)
     opened = open_data(recipe.data, recipe.train.seed, methods.find(recipe.method.name))
     assemble.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
+    require_all(accelerator)
     tell = say if accelerator.is_main_process else _silent
     family = assemble.load_model(recipe, accelerator.device, tell)
-    open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
-    folder = folder_of(recipe)
-    tell(f"cache: {folder}: {_written(folder, begun)}")
+    feed = open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
+    folder = folder_of(recipe.data, Path(recipe.output))
+    tell(f"cache: {folder}: {_written(folder, {cache.folder for cache in feed.caches}, begun)}")
     accelerator.end_training()
     return folder
-
-
-def folder_of(recipe: Recipe) -> Path:
-    """Where a recipe's caches are, if it has any."""
-    return Path(recipe.output) / "cache" if recipe.data.cache == "auto" else Path(recipe.data.cache)
 
 
 def open_filled(
@@ -85,6 +84,9 @@ def open_filled(
     """
     options, method = recipe.train, methods.find(recipe.method.name)
     run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
+    keep = asked(method, recipe.method, **run)
+    if keep is not None and recipe.data.cache != "off":
+        keep = replace(keep, settings={**keep.settings, "model": identity.of_network(family.network)})
     feed = open_feed(
         family,
         recipe.data,
@@ -95,7 +97,7 @@ def open_filled(
         say=say,
         method=method,
         opened=opened,
-        keep=asked(method, recipe.method, model=assemble.fingerprint(family.network), **run),
+        keep=keep,
         judge=judge,
     )
     batches = options.steps * options.accumulate
@@ -196,14 +198,21 @@ def _loaders(feed: Feed, batches: int) -> list[tuple[Any, int]]:
     return [(feed.train, batches), *held]
 
 
-def _written(folder: Path, begun: float) -> str:
-    """What is in the caches, by kind, and how much of it is new."""
-    kinds = {path.name: [f.stat() for f in path.rglob("*.safetensors")] for path in sorted(folder.iterdir())}
-    parts = [f"{name} {_size(sum(f.st_size for f in files))}" for name, files in kinds.items() if files]
-    every = [file for files in kinds.values() for file in files]
-    new = sum(file.st_size for file in every if file.st_mtime >= begun)
-    whole = sum(file.st_size for file in every)
-    return f"{', '.join(parts) or 'nothing'}; {_size(whole)} in all, {_size(new)} of it new"
+def _written(folder: Path, used: set[Path], begun: float) -> str:
+    """What is in a recipe's caches, by kind, how much of it is new, and what other settings have left beside it."""
+    files = {path: path.stat() for path in sorted(folder.rglob("*.safetensors"))}
+    ours = {path: file for path, file in files.items() if path.parent in used}
+    kinds = dict.fromkeys(path.relative_to(folder).parts[0] for path in ours)
+    sizes = {kind: sum(file.st_size for path, file in ours.items() if folder / kind in path.parents) for kind in kinds}
+    told = ", ".join(f"{kind} {_size(size)}" for kind, size in sizes.items()) or "nothing"
+    new = sum(file.st_size for file in ours.values() if file.st_mtime >= begun)
+    told += f"; {_size(sum(sizes.values()))} in all, {_size(new)} of it new"
+    others = [path for path in files if path not in ours]
+    if not others:
+        return told
+    folders = dict.fromkeys(str(path.parent.relative_to(folder)) for path in others)
+    size = sum(files[path].st_size for path in others)
+    return f"{told}; of no use to this recipe: {_size(size)} of other settings in {', '.join(folders)}"
 
 
 def _size(number: int) -> str:

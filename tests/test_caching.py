@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,28 +199,108 @@ def test_scores_of_other_settings_are_not_taken(
     asked.clear()
     caching.cache(load_recipe(content, ["method.beta=0.3", "train.lr=1.0", "model.lora.rank=1"]), say=quiet)
     assert asked == []
-    if "precision" in override:  # features belong to a precision, too
-        shutil.rmtree(tmp_path / "all" / "features")
     caching.cache(load_recipe(content, [override]), say=quiet)
     assert asked and len(list((tmp_path / "all" / "reference").iterdir())) == 2
 
 
-def test_scores_of_another_model_or_executor_are_not_taken(
+def test_scores_of_another_executor_are_not_taken(
     vlm_folders: Folders, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = responses(vlm_folders("llava"), tmp_path, "out", data={"format": "realign", "cache": f"{tmp_path}/all"})
+    content = responses(vlm_folders("llava"), tmp_path, "out")
     caching.cache(load_recipe(content), say=quiet)
     asked.clear()
-    other = tiny_vlm.write("llava", tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"features was made otherwise: model\.model\.multi_modal_projector is"):
-        caching.cache(load_recipe(content, [f"model.path={other}"]), say=quiet)
-    shutil.rmtree(tmp_path / "all" / "features")
-    caching.cache(load_recipe(content, [f"model.path={other}"]), say=quiet)
-    assert asked
-    asked.clear()
     monkeypatch.setattr(caching, "executor", lambda _: "another")
-    caching.cache(load_recipe(content, [f"model.path={other}"]), say=quiet)
-    assert asked and len(list((tmp_path / "all" / "reference").iterdir())) == 3
+    caching.cache(load_recipe(content), say=quiet)
+    assert asked and len(list((tmp_path / "out" / "cache" / "reference").iterdir())) == 2
+
+
+def other_template(folder: Path) -> None:
+    """A chat template that tells the model something first."""
+    file = folder / "chat_template.jinja"
+    file.write_text("You are a careful assistant.\n" + file.read_text())
+
+
+def other_tokenizer(folder: Path) -> None:
+    """The same words as other tokens."""
+    edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+
+
+def other_pixels(folder: Path) -> None:
+    """An image processor that takes another mean off."""
+    file = folder / "processor_config.json"
+    told = json.loads(file.read_text())
+    told["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    file.write_text(json.dumps(told))
+
+
+def other_layer(folder: Path) -> None:
+    """The features of another layer of the same tower."""
+    edit(folder / "config.json", vision_feature_layer=-1)
+
+
+def other_rope(folder: Path) -> None:
+    """The same decoder with other positions."""
+    file = folder / "config.json"
+    told = json.loads(file.read_text())
+    told["text_config"]["rope_parameters"] = {"rope_theta": 500.0, "rope_type": "default"}
+    file.write_text(json.dumps(told))
+
+
+def other_weight(folder: Path) -> None:
+    """One number of the decoder's largest matrix; no sample of every thousandth would see it."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = max((name for name in weights if "embed_tokens" in name), key=lambda name: weights[name].numel())
+    weights[name].view(-1)[1] += 1e-3
+    save_file(weights, file, {"format": "pt"})
+
+
+def edit(file: Path, **changed: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        (other_template, ["reference"]),
+        (other_tokenizer, ["features", "reference"]),
+        (other_pixels, ["features", "reference"]),
+        (other_layer, ["features", "reference"]),
+        (other_rope, ["features", "reference"]),
+        (other_weight, ["reference"]),
+    ],
+)
+def test_scores_of_a_model_that_was_changed_are_not_taken(
+    change: Callable[[Path], None], kinds: list[str], vlm_folders: Folders, tmp_path: Path, asked: list[str]
+) -> None:
+    """In the same folder, under the same name; what does not depend on the change is taken."""
+    model = tmp_path / "model"
+    shutil.copytree(vlm_folders("llava"), model)
+    content = responses(model, tmp_path, "out", train={"steps": 2})
+    caching.cache(load_recipe(content), say=quiet)
+    asked.clear()
+    change(model)
+    ours, weights = trained(content)
+    assert len(asked) == 2
+    theirs, plain = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
+    assert numbers(ours) == numbers(theirs)
+    assert_same(weights, plain)
+    folders = {kind: len(list((tmp_path / "out" / "cache" / kind).iterdir())) for kind in ("features", "reference")}
+    assert [kind for kind, number in folders.items() if number == 2] == kinds
+
+
+def test_errors_of_another_schedule_are_not_taken(tiny_sd15: Path, tmp_path: Path, asked: list[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd15, model)
+    method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": 1}
+    content = pictures(model, tmp_path, "out", method=method, train={"steps": 2})
+    caching.cache(load_recipe(content), say=quiet)
+    asked.clear()
+    edit(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    trained(content)
+    assert len(asked) == 2
 
 
 def test_an_image_that_was_changed_is_scored_again(vlm_folders: Folders, tmp_path: Path, asked: list[str]) -> None:
@@ -247,6 +328,30 @@ def test_the_command_says_what_it_wrote_and_a_second_time_that_nothing_is_new(
         whole = said[0][-1].partition("; ")[2].partition(" in all")[0]
         assert said[0][-1].endswith(f"{whole} in all, {whole} of it new")
         assert said[1][-1].endswith(f"{whole} in all, 0.0 kB of it new")
+        caching.cache(load_recipe(content, ["train.precision=bfloat16"]), say=said[1].append)
+        told = said[1][-1].partition("; of no use to this recipe: ")[2]
+        assert told.startswith(f"{whole} of other settings in {kinds[0]}/") or "images" in folder  # latents are float32
+        assert told.endswith(tuple(f"{kinds[1]}/{path.name}" for path in Path(folder, kinds[1]).iterdir()))
+
+
+def test_random_crops_are_refused_before_a_model_is_loaded(tiny_sd15: Path, tmp_path: Path) -> None:
+    content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"}, model={"path": "nobody/nothing"})
+    with pytest.raises(
+        ValueError, match=r"data\.crop: random is never the same twice, so that there is nothing to keep"
+    ):
+        caching.cache(load_recipe(content), say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would do all of the work, and keep it as one process's."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=1, device=CPU))
+    with pytest.raises(ValueError, match="2 processes were started, and each knows of 1: all would work alone"):
+        caching.cache(load_recipe(responses(vlm_folders("llava"), tmp_path, "out")), say=quiet)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_stop_loses_what_was_not_written_yet(

@@ -105,7 +105,7 @@ def test_features_that_would_fill_the_disk_are_not_kept(
     said: list[str] = []
     train(load_recipe(content), say=said.append)
     assert any(line.startswith("the images' features would take more than half of the free disk") for line in said)
-    assert not list((tmp_path / "out" / "cache" / "features").glob("*.safetensors"))
+    assert not list((tmp_path / "out" / "cache" / "features").rglob("*.safetensors"))
 
 
 def test_parts_that_learn_are_never_put_away() -> None:

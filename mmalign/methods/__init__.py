@@ -72,6 +72,11 @@ class Keep:
     settings: Mapping[str, str | int | float]
     scores: bool = False
 
+    @property
+    def folder(self) -> str:
+        """Where it is kept, among a recipe's caches."""
+        return "reference" if self.scores else "kept"
+
     def of(self, draws: Draws) -> Draws:
         """The draws of an epoch, out of the few there are."""
         return replace(draws, epoch=draws.epoch % self.draws)
