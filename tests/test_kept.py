@@ -160,7 +160,8 @@ def changed(what: str, model: Path, folder: Path) -> None:
     elif what == "tokenizer":
         file = folder / "tokenizer" / "tokenizer.json"
         told = json.loads(file.read_text())
-        told["normalizer"] = {"type": "Prepend", "prepend": "a"}
+        words = told["model"]["vocab"]
+        words["a</w>"], words["e</w>"] = words["e</w>"], words["a</w>"]
         file.write_text(json.dumps(told))
     else:
         file = folder / "scheduler" / "scheduler_config.json"
