@@ -96,6 +96,7 @@ def open_filled(
         accelerator=accelerator,
         say=say,
         method=method,
+        config=recipe.method,
         opened=opened,
         keep=keep,
         judge=judge,
@@ -109,8 +110,26 @@ def open_filled(
         feed = replace(feed, features=None)
     if feed.kept is not None:
         _fill_kept(feed, recipe, family, batches, accelerator)
-        feed = replace(feed, kept=replace(feed.kept, needed=feed.kept.keep.scores and recipe.model.tune == "full"))
+        if replaces_reference(feed):
+            needed = _without_pictures(feed, recipe) or recipe.model.tune == "full"
+            feed = replace(feed, kept=replace(feed.kept, needed=needed))
     return feed
+
+
+def _without_pictures(feed: Feed, recipe: Recipe) -> bool:
+    """Have no picture decoded any more that was there for the reference alone; whether there were such pictures."""
+    if _needs_tower(recipe):
+        return False
+    loaders = [one for one in (feed.train, feed.held) if isinstance(one, ResponseLoader) and one.wants.pictures]
+    for loader in loaders:
+        loader.without_pictures()
+    return bool(loaders)
+
+
+def _needs_tower(recipe: Recipe) -> bool:
+    """Whether the training looks at pictures that no file has."""
+    method = methods.find(recipe.method.name)
+    return hasattr(method, "needs_tower") and bool(method.needs_tower(recipe.method))
 
 
 def replaces_reference(feed: Feed) -> bool:
@@ -120,8 +139,7 @@ def replaces_reference(feed: Feed) -> bool:
 
 def put_away(feed: Feed, recipe: Recipe, family: Any) -> None:
     """Move the vision tower off the GPU, if the training does not need it: its features are kept."""
-    method = methods.find(recipe.method.name)
-    if feed.features is not None and not (hasattr(method, "needs_tower") and method.needs_tower(recipe.method)):
+    if feed.features is not None and not _needs_tower(recipe):
         for _, net in family.encoders():
             move(net, torch.device("cpu"))
 
@@ -146,7 +164,8 @@ def _fill_features(feed: Feed, recipe: Recipe, family: Any, batches: int, accele
 
 
 def _images(loader: ResponseLoader, batches: int) -> Iterator[ImageRef]:
-    """The images of the pairs in the first batches, each once."""
+    """The images of the pairs in the first batches, each once, and of the one that stands in for bad ones."""
+    yield from images_of(loader.check_readable(), loader.wants)
     numbers = dict.fromkeys(number for _, some in met(loader, batches) for number in some)
     for number in numbers:
         yield from images_of(loader.pairs[number], loader.wants)
@@ -164,25 +183,26 @@ def _fill_kept(feed: Feed, recipe: Recipe, family: Any, batches: int, accelerato
         found: dict[str, Tensor] = method.keep(base, feed.encode(batch), recipe.method, draws)
         return found
 
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    with bar_of(accelerator) as bar:
-
-        def fill(loader: Any, number: int) -> None:
-            assert feed.kept is not None
-            steps = feed.kept.fill(loader, number, work_out, shared=loader is feed.train, **share)
+    def fill(loader: Any, number: int) -> None:
+        assert feed.kept is not None
+        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        steps = feed.kept.fill(loader, number, work_out, shared=loader is feed.train, **share)
+        with bar_of(accelerator) as bar:
             task = bar.add_task("work out what is kept", total=next(steps))
             for _ in steps:
                 bar.advance(task)
-            accelerator.wait_for_everyone()
-            feed.kept.cache.refresh()
+        accelerator.wait_for_everyone()
+        feed.kept.cache.refresh()
 
-        for loader, number in _loaders(feed, batches):
-            fill(loader, number)
-        # A batch of bad pairs makes no update, and the training goes on to a further one.
-        planned = batches
-        while feed.kept.keep.scores and planned < (wanted := batches + _useless(feed, planned, accelerator)):
-            planned = wanted
-            fill(feed.train, planned)
+    for loader, number in _loaders(feed, batches):
+        fill(loader, number)
+    # A batch of bad pairs makes no update, and the training goes on to a further one.
+    planned = batches
+    while feed.kept.keep.scores and planned < (wanted := batches + _useless(feed, planned, accelerator)):
+        planned = wanted
+        if feed.features is not None:
+            _fill_features(feed, recipe, family, planned, accelerator)
+        fill(feed.train, planned)
 
 
 def _useless(feed: Feed, batches: int, accelerator: Any) -> int:

@@ -104,7 +104,7 @@ def open_data(data: Data, seed: int, method: Any = None) -> Opened:
     if isinstance(data, ResponseData):
         images = Path(data.images) if data.images is not None else None
         pairs = open_responses(data.format, locate(data.path), images=images, **common)
-        if _wants(method).others and not any(pair.other_images for pair in pairs):
+        if getattr(method, "needs_others", False) and not any(pair.other_images for pair in pairs):
             raise ValueError(
                 f"data.path: {pairs.source} has no other images, and method.name: {method.__name__.split('.')[-1]} "
                 "compares what is said of an image with the same words about another; use data.format: realign, whose "
@@ -130,9 +130,10 @@ def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[
     return open_pairs(data.format, locate(data.path), two_prompts=_two_prompts(method), **common)
 
 
-def _wants(method: Any) -> Wants:
+def _wants(method: Any, config: Any) -> Wants:
     """What a method asks for besides responses: its module says so."""
-    return Wants(getattr(method, "needs_pictures", False), getattr(method, "needs_others", False))
+    pictures = hasattr(method, "needs_pictures") and method.needs_pictures(config)
+    return Wants(pictures, getattr(method, "needs_others", False))
 
 
 def _two_prompts(method: Any) -> str | None:
@@ -159,6 +160,7 @@ def open_feed(
     accelerator: Any,
     say: Any,
     method: Any = None,
+    config: Any = None,
     opened: Opened | None = None,
     keep: Keep | None = None,
     judge: Judge | None = None,
@@ -174,6 +176,7 @@ def open_feed(
         accelerator: says which process this is.
         say: takes a line of text.
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
+        config: the method's settings, where there is one.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
         keep: what the method would like to have kept, by `mmalign.kept.asked`; mmalign.caching fills the place for it.
         judge: what scores images, for methods whose settings name one.
@@ -200,7 +203,7 @@ def open_feed(
             if keep is not None:
                 settings = {**scores_depend(family), **keep.settings, **together, "max_length": longest}
                 kept = Kept(ArrayCache.open(folder / keep.folder, settings), keep)
-        wants = _wants(method)
+        wants = _wants(method, config)
         make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=wants, known=features, **common)
         encode = partial(encode_responses, family, max_length=longest)
     else:

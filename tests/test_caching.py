@@ -147,6 +147,18 @@ def test_a_pair_that_cannot_be_read_keeps_its_place(vlm_folders: Folders, tmp_pa
     assert_same(weights, theirs)
 
 
+def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
+    vlm_folders: Folders, tmp_path: Path, asked: list[str]
+) -> None:
+    content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": EPOCH})
+    (tmp_path / "rows" / "0.png").write_bytes(b"no picture")
+    caching.cache(load_recipe(content), say=quiet)
+    assert 0 < len(asked) <= EPOCH
+    asked.clear()
+    trained(content)
+    assert asked == []
+
+
 # ------------------------------------------------------------------------------------------------ what is not in memory
 
 
@@ -466,7 +478,7 @@ def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path)
 def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_path: Path) -> None:
     batch: Any = SimpleNamespace(keys=["a", "b"], weights=torch.tensor([1.0, 0.0]))
     cache = ArrayCache.open(tmp_path / "kept", {})
-    with pytest.raises(ValueError, match="lacks what the reference scores in a batch of epoch 3, and the reference is"):
+    with pytest.raises(ValueError, match="lacks what the reference scores in a batch of epoch 3, and nothing else in"):
         Kept(cache, Keep(1, {}, scores=True), needed=True).find(batch, 3, CPU)
     assert Kept(cache, Keep(1, {}, scores=True)).find(batch, 3, CPU) is None
     cache.put({"a/0": {"x": torch.tensor([1, 2])}, "c/0": {"x": torch.tensor([1, 2, 3])}})

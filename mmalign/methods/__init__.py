@@ -8,7 +8,7 @@ A method that draws its own images has `learns_from = "prompts"`, and is given p
 of latents has `needs_decoder = True`. A `judge` in a method's settings (a JudgeConfig) comes with every batch. What is
 to be said when a method could make nothing of its batches is `made_nothing`.
 
-A method of responses may ask for more than tokens and features: `needs_pictures = True` for the decoded images,
+A method of responses may ask for more than tokens and features: `needs_pictures(config)` for the decoded images,
 `needs_others = True` for the chosen responses to the pairs' other images. One of images may ask for a
 prompt of the rejected image's own, `needs_two_prompts = True`, or for so many pairs in a batch, `least_pairs = 2`. A
 method whose settings name what may not be there, such as a similarity model, looks for it in `notes(config)`, before
@@ -24,7 +24,7 @@ There are two kinds. What a method goes on to compute with is worked out pair by
 the training first meets the pairs: networks round by the batch, and a policy that has not moved is to score exactly
 what its reference does. `reference_scores` finds them, or asks the reference. All of it must be there, for where the
 whole network learns no reference is loaded beside it then. A method that needs the vision tower in the training, for
-pictures that no file has, says so in `needs_tower(config)`.
+pictures that no file has, says so in `needs_tower(config)`; any other is given no more pictures once all is kept.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
 needs_reference = True
-needs_pictures = True
 
 VIEWS = (*PAIR, "cropped")
 
@@ -104,6 +103,11 @@ def keeps(cfg: Any) -> Keep | None:
 def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
     """The reference's scores, of the crops' too."""
     return asked_for(contrasts(policy, batch, cfg, draws))
+
+
+def needs_pictures(cfg: Any) -> bool:
+    """The pictures, to crop them."""
+    return True
 
 
 def needs_tower(cfg: Any) -> bool:

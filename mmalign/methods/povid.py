@@ -42,7 +42,6 @@ from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
 needs_reference = True
-needs_pictures = True
 
 TOKENS = "noisy tokens"  # of what is kept, the one that is no score
 
@@ -131,6 +130,11 @@ def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draw
     """The noisy tokens [B, R], and the reference's scores."""
     (contrast,) = contrasts(policy, batch, cfg, draws)
     return {TOKENS: contrast.noisy, **contrast.reference}
+
+
+def needs_pictures(cfg: Any) -> bool:
+    """The pictures, to put noise in them."""
+    return True
 
 
 def needs_tower(cfg: Any) -> bool:
