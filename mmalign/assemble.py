@@ -289,6 +289,18 @@ def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] 
     return family
 
 
+def load_to_train(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+    """As `load_model`, and compiled if the recipe says so: before the reference's scores are worked out by it.
+
+    Raises:
+        ValueError: as `load_model`, or the network's blocks are not known.
+    """
+    family = load_model(recipe, device, say)
+    if recipe.train.compile:
+        compile_blocks(family.blocks(family.network))
+    return family
+
+
 def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> Any:
     _without_loading_bars()
     half = None if precision == "float32" else DTYPES[precision]
@@ -331,9 +343,8 @@ def build_policy(family: F, recipe: Recipe, *, kept: bool = False) -> Policy[F]:
         family.unfreeze()
     if options.gradient_checkpointing:
         family.checkpoint_activations()
-    if options.compile:
-        for net in (family.network, *([reference.model] if isinstance(reference, FrozenCopy) else [])):
-            compile_blocks(family.blocks(net))
+    if options.compile and isinstance(reference, FrozenCopy):  # no copy is compiled as its original is
+        compile_blocks(family.blocks(reference.model))
     return Policy(family, family.network, family.network, reference)
 
 

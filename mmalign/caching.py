@@ -58,7 +58,7 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     accelerator = Accelerator()
     require_all(accelerator)
     tell = say if accelerator.is_main_process else _silent
-    family = assemble.load_model(recipe, accelerator.device, tell)
+    family = assemble.load_to_train(recipe, accelerator.device, tell)
     feed = open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
     folder = folder_of(recipe.data, Path(recipe.output))
     tell(f"cache: {folder}: {_written(folder, {cache.folder for cache in feed.caches}, begun)}")
@@ -84,6 +84,7 @@ def open_filled(
     """
     options, method = recipe.train, methods.find(recipe.method.name)
     run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
+    run |= {"compile": "on"} if options.compile else {}  # it rounds otherwise
     keep = asked(method, recipe.method, **run)
     if keep is not None and recipe.data.cache != "off":
         keep = replace(keep, settings={**keep.settings, "model": identity.of_network(family.network)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,8 +102,8 @@ def train(
             for number, contrast in enumerate(contrasts, start=1):
                 last, progress.pending = window.count + 1 == accumulate, len(contrasts) - number
                 with window.silent(last):
-                    window.add(_checked(method.loss(policy, contrast, config), batch, progress))
-                metrics = window.update(progress.step + 1) if last else None
+                    window.add(method.loss(policy, contrast, config), Place(progress.epoch, progress.batch, batch.rows))
+                metrics = window.update(progress.step) if last else None
                 if metrics is not None:
                     progress.step += 1
                     progress.seconds += clock() - since
@@ -141,15 +141,28 @@ def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, draws: 
     return contrasts
 
 
-def _checked(step: Step, batch: Any, progress: Progress) -> Step:
-    if not torch.isfinite(step.losses[step.weights > 0]).all():
-        rows = ", ".join(str(row) for row in batch.rows[:8])
-        raise FloatingPointError(
-            f"train: the loss is not finite after update {progress.step}, "
-            f"in batch {progress.batch} of epoch {progress.epoch} "
-            f"(rows {rows}); the last checkpoint is good: lower train.lr, or use train.precision: bfloat16 or float32"
+@dataclass(frozen=True)
+class Place:
+    """Where a contrast came from: a batch of an epoch, counted from 1, and its rows."""
+
+    epoch: int
+    batch: int
+    rows: Sequence[int]
+
+
+class NotFinite(FloatingPointError):
+    """A loss is not finite; `place` is where, None if it was on another process."""
+
+    def __init__(self, place: Place | None, step: int) -> None:
+        self.place = place
+        where = "on another process"
+        if place is not None:
+            rows = ", ".join(str(row) for row in place.rows[:8])
+            where = f"in batch {place.batch} of epoch {place.epoch} (rows {rows})"
+        super().__init__(
+            f"train: the loss is not finite after update {step}, {where}; the last checkpoint is good: lower train.lr, "
+            "or use train.precision: bfloat16 or float32"
         )
-    return step
 
 
 class _Window:
@@ -169,6 +182,7 @@ class _Window:
 
     def _clear(self) -> None:
         self.count, self.weight, self.sums = 0, torch.zeros(()), dict[str, Tensor]()
+        self.places = list[tuple[Place, Tensor]]()
 
     def silent(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Where gradients stay on their process, but for the last contrast's; the forward pass decides it, too."""
@@ -177,11 +191,15 @@ class _Window:
         silent: contextlib.AbstractContextManager[None] = self.learner.accelerator.no_sync(self.model)
         return silent
 
-    def add(self, step: Step) -> None:
-        """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full."""
+    def add(self, step: Step, place: Place) -> None:
+        """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full.
+
+        Nothing here waits for a GPU; whether all losses were finite is asked once, before anything moves.
+        """
         self.learner.accelerator.backward((step.losses * step.weights).sum())
         self.count += 1
         self.weight = self.weight.to(step.weights.device) + step.weights.sum()
+        self.places.append((place, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
 
@@ -189,15 +207,26 @@ class _Window:
         """Divide by the global weight, clip, and move; the update's mean metrics over all processes.
 
         None, and nothing moves, where no row of any process counts: the optimizer would go on by momentum alone.
+
+        Args:
+            step: updates done before.
+
+        Raises:
+            FloatingPointError: a loss of any process, or the gradient, is not finite.
         """
         learner, accelerator = self.learner, self.learner.accelerator
         names = sorted(self.sums)
-        packed = accelerator.reduce(torch.stack([self.weight, *(self.sums[n] for n in names)]), reduction="sum")
-        if not packed[0]:
+        bad = torch.stack([~finite for _, finite in self.places]).any().to(self.weight.dtype)
+        mine = torch.stack([bad, self.weight, *(self.sums[n] for n in names)])
+        packed = accelerator.reduce(mine, reduction="sum")
+        broken, weight = packed[:2].tolist()
+        if broken:
+            raise NotFinite(next((place for place, finite in self.places if not finite), None), step)
+        if not weight:
             learner.optimizer.zero_grad()
             self._clear()
             return None
-        total = packed[0]
+        total = packed[1]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Distribution averages the gradients over processes; the weights are summed over them.
         torch._foreach_mul_(gradients, accelerator.num_processes / total)
@@ -205,17 +234,17 @@ class _Window:
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
         if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update by itself
             raise FloatingPointError(
-                f"train: the gradient of update {step} is not finite; no weight was changed: "
+                f"train: the gradient of update {step + 1} is not finite; no weight was changed: "
                 "the last checkpoint is good, lower train.lr, or use train.precision: bfloat16 or float32"
             )
-        rate = learner.lr * learner.factor(step - 1)
+        rate = learner.lr * learner.factor(step)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         if learner.average is not None:
-            learner.average.update(self.parameters, step)
+            learner.average.update(self.parameters, step + 1)
         self._clear()
         self.used = True
-        metrics = dict(zip(names, packed[1:] / total, strict=True))
+        metrics = dict(zip(names, packed[2:] / total, strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

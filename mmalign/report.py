@@ -68,7 +68,7 @@ class Reporter:
     def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         """Take in an update's metrics; report when it is time."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float().cpu()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # where it is: no wait for a GPU
         self.count += 1
         if step % self.every == 0 or step == self.steps:
             self._report(step)

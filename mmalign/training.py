@@ -77,11 +77,11 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
         tell(line)
     named = assemble.method_judge(recipe)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
-    family = assemble.load_model(recipe, accelerator.device, tell)
+    family = assemble.load_to_train(recipe, accelerator.device, tell)
     identity = identify(recipe, family)
     saved, folder = last_checkpoint(recipe, identity, tell), output / "model"
     if saved is not None and saved.step == options.steps:
-        run = begin(recipe, family, identity, saved, accelerator, tell)
+        run = begin(recipe, family, identity, saved, accelerator, tell, kept=True)  # no reference: nothing learns
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
@@ -156,6 +156,8 @@ def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
         )
     except FloatingPointError as error:
         epoch, batch = run.progress.epoch, run.progress.batch
+        if isinstance(error, loop.NotFinite) and error.place is not None:
+            epoch, batch = error.place.epoch, error.place.batch
         places = ", ".join(feed.places(epoch, batch - 1)[:8])
         wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
         raise FloatingPointError(

@@ -37,7 +37,9 @@ def check(wanted: str, device: torch.device, dtype: torch.dtype) -> None:
         _refuse(wanted, why)
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> Choice:
+def choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int], model: str = ""
+) -> Choice:
     """What computes attention: "sdpa" is itself, "auto" is xformers where it can serve and else sdpa.
 
     Args:
@@ -45,13 +47,14 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, head_sizes: fr
         device: where.
         dtype: of queries, keys and values: what autocast makes of them, if it is on.
         head_sizes: numbers of a head, of all attention of the model.
+        model: what else of the model speaks against xformers.
 
     Raises:
         ValueError: xformers is wanted, and cannot serve.
     """
     if wanted == "sdpa":
         return Choice("sdpa")
-    if why := why_not(device, dtype, head_sizes):
+    if why := why_not(device, dtype, head_sizes) or model:
         _refuse(wanted, why)
         return Choice("sdpa", why)
     return Choice("xformers")

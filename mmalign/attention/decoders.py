@@ -88,6 +88,13 @@ def why_not_packed(decoder: Any, longest: int) -> str:
     return ""
 
 
+def why_not_xformers(decoder: Any) -> str:
+    """Why no kernel of xformers computes a decoder's attention, whatever the device; empty if one may."""
+    if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
+        return "the model's attention has a soft cap, which its kernels do not know"
+    return ""
+
+
 def head_sizes(decoder: nn.Module) -> frozenset[int]:
     """Numbers of a head, of all layers that say so."""
     sizes = (getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "q_proj"))

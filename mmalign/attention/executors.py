@@ -10,7 +10,7 @@ key, or else numbers that are added to the logits. `causal` is for M = N, withou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +65,7 @@ def sdpa(
     _check_row(q, mask)
     found = []
     for block in mask.blocks:
-        keys, values = (torch.cat([x[:, slice(*one)] for one in block.keys], 1) for x in (k, v))
+        keys, values = (_parts(x, block.keys) for x in (k, v))
         queries, more = q[:, slice(*block.queries)], block.num_keys - block.num_queries
         causal, seen = block.causal and not more, None
         if block.causal and more:
@@ -108,6 +108,12 @@ def by_groups(
         return found[0]
     # No token is in two groups: what each leaves at 0, another fills.
     return torch.stack([group.queries.put(out) for group, out in zip(groups, found, strict=True)]).sum(0)
+
+
+def _parts(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Tokens of a row; where they stand side by side, without a copy."""
+    parts = [x[:, slice(*one)] for one in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _check_row(q: Tensor, forest: Forest) -> None:

@@ -85,7 +85,7 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
             "or with a smaller train.batch_size"
         )
     named = assemble.method_judge(recipe)
-    family = assemble.load_model(recipe, accelerator.device)
+    family = assemble.load_to_train(recipe, accelerator.device)
     judge = assemble.judge(named, accelerator.device) if named is not None else None
     feed = caching.open_filled(recipe, family, accelerator=accelerator, say=_quiet, opened=opened, judge=judge)
     policy = assemble.build_policy(family, recipe, kept=caching.replaces_reference(feed))

@@ -24,6 +24,7 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
         ValueError: no layer of the network has one of these names.
     """
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     # The library goes on if one name of several is found, and the others' layers would silently not be trained.
     known = [name for name, _ in net.named_modules() if f"{name}.".startswith(f"{within}.") or not within]
@@ -43,6 +44,10 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
             net.add_adapter(config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets: {', '.join(targets)} cannot be adapted: {error}") from error
+    for layer in net.modules():
+        if isinstance(layer, BaseTunerLayer):
+            # Autocast brings inputs and adapters together; peft would first make a float32 copy of every input.
+            layer.cast_input_dtype_enabled = False
     for parameter in net.parameters():
         if parameter.requires_grad:
             # Half-precision weights would lose updates of 1e-5.

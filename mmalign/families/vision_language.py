@@ -9,8 +9,9 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,14 @@ class ImageTextToText:
         """See VisionLanguage."""
         return {key: packed(found) for key, found in features.images.items()}
 
-    def encoders(self) -> Iterator[tuple[str, nn.Module]]:
+    def encoders(self) -> Sequence[tuple[str, nn.Module]]:
         """See VisionLanguage."""
+        return self._encoders
+
+    @cached_property
+    def _encoders(self) -> Sequence[tuple[str, nn.Module]]:
         learning = (self._model.get_decoder(), self._model.get_output_embeddings())
-        return apart(self.network, {id(p) for part in learning for p in part.parameters()})
+        return tuple(apart(self.network, {id(p) for part in learning for p in part.parameters()}))
 
     def _encode(self, view: ImageView) -> Any:
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
@@ -242,7 +247,8 @@ class ImageTextToText:
         """See Family. The decoder's; the vision tower stays as it is, and with sdpa the decoder too."""
         decoder = self._model.get_decoder()
         dtype = self.loading.half or torch.float32
-        choice = choose(wanted, self.loading.device, dtype, decoders.head_sizes(decoder))
+        against = decoders.why_not_xformers(decoder)
+        choice = choose(wanted, self.loading.device, dtype, decoders.head_sizes(decoder), against)
         if choice.executor != "sdpa":
             decoders.use(decoder, choice.executor)
         return choice

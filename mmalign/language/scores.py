@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2**24  # elements of [rows, V] in float32 that exist at a time: 64 MB
+CHUNK_CUDA = 2**27  # 512 MB: every chunk's gradient passes over all of the head's weights
 
 
 def log_probabilities(
@@ -22,7 +23,7 @@ def log_probabilities(
     *,
     vocabulary: int,
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """The log-probability of every target given the hidden state before it; or of several targets each.
 
@@ -35,7 +36,7 @@ def log_probabilities(
         targets: [M], or [M, K].
         vocabulary: V.
         softcap: logits are `softcap * tanh(logits / softcap)`; None leaves them.
-        chunk: logits at a time.
+        chunk: logits at a time; as many as the device has room for if not given.
 
     Returns:
         As `targets`, float32, at most 0.
@@ -48,15 +49,21 @@ def log_probabilities(
         found = logits.gather(1, targets.view(len(targets), -1)) - logits.logsumexp(1, keepdim=True)
         return found.view(targets.shape)
 
-    chunks = _chunks(len(targets), vocabulary, chunk)
+    chunks = _chunks(len(targets), vocabulary, chunk or _chunk(hidden))
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(some, hidden[at], targets[at], use_reentrant=False) for at in chunks])
     return torch.cat([some(hidden[at], targets[at]) for at in chunks])
 
 
-def most_likely(hidden: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int, chunk: int = CHUNK) -> Tensor:
+def most_likely(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int, chunk: int | None = None
+) -> Tensor:
     """The most likely token [M] after each hidden state [M, D], so many at a time as in `log_probabilities`."""
-    return torch.cat([head(hidden[at]).argmax(1) for at in _chunks(len(hidden), vocabulary, chunk)])
+    return torch.cat([head(hidden[at]).argmax(1) for at in _chunks(len(hidden), vocabulary, chunk or _chunk(hidden))])
+
+
+def _chunk(hidden: Tensor) -> int:
+    return CHUNK_CUDA if hidden.is_cuda else CHUNK
 
 
 def _chunks(length: int, vocabulary: int, chunk: int) -> list[slice]:

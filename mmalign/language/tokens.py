@@ -115,8 +115,10 @@ class Tokens:
         return Tokens(self.ids[rows], self.starts[rows], self.lengths[rows], self.images[rows])
 
     def to(self, device: torch.device) -> Tokens:
-        """The same on another device."""
-        return Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
+        """The same on another device, with the rows that are known here: to ask for them there would wait for it."""
+        moved = Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
+        moved.__dict__["rows"] = self.rows
+        return moved
 
     @cached_property
     def rows(self) -> tuple[TokenRow, ...]:
@@ -151,7 +153,7 @@ class Tokens:
     @cached_property
     def response_mask(self) -> Tensor:
         """Which of a response's places are filled, [N, R]."""
-        return torch.arange(int(self.counts.max()), device=self.ids.device) < self.counts[:, None]
+        return torch.arange(max(len(row.response) for row in self.rows), device=self.ids.device) < self.counts[:, None]
 
     @cached_property
     def responses(self) -> Tensor:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_vlm_models import BUILDERS
 
-from mmalign.attention import kernels
+from mmalign.attention import choice, decoders, kernels
 from mmalign.attention.choice import Choice, check, choose
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -148,3 +149,16 @@ def test_what_is_chosen_is_said() -> None:
     assert str(Choice("xformers")) == "attention: xformers"
     on_cpu = choose("auto", CPU, torch.float32, HEADS)
     assert str(on_cpu) == "attention: sdpa, since xformers cannot serve: it has no kernels for a CPU"
+
+
+def test_a_model_that_no_kernel_serves_gets_sdpa_and_is_refused_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention would fail in the first update, on a device where everything else is well."""
+    monkeypatch.setattr(choice, "why_not", lambda *_: "")
+    decoder = BUILDERS["llava"]()[0].get_decoder()
+    assert decoders.why_not_xformers(decoder) == ""
+    assert choose("auto", CUDA, torch.bfloat16, HEADS, decoders.why_not_xformers(decoder)).executor == "xformers"
+    decoder.config.attn_logit_softcapping = 50.0
+    why = decoders.why_not_xformers(decoder)
+    assert choose("auto", CUDA, torch.bfloat16, HEADS, why) == Choice("sdpa", why) and "soft cap" in why
+    with pytest.raises(ValueError, match="cannot serve: the model's attention has a soft cap"):
+        choose("xformers", CUDA, torch.bfloat16, HEADS, why)

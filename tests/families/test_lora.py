@@ -60,6 +60,23 @@ def test_only_adapters_train_and_they_are_float32_masters_of_a_half_precision_ne
     assert moved and all("lora_B" in name for name in moved)  # the zero matrices hide the others at the first step
 
 
+def test_in_half_precision_an_adapted_layer_keeps_its_input_once(tiny_sd15: Path) -> None:
+    """And in half precision: not a float32 copy for every layer that it goes to, and what autocast makes of that."""
+    family = load(tiny_sd15, HALF)
+    add_lora(family.network, rank=4, alpha=4.0, targets=ATTENTION, seed=0)
+    block = next(m for m in family.network.modules() if type(m).__name__ == "BasicTransformerBlock")
+    x = torch.randn(2, 16, block.attn1.to_q.in_features, dtype=torch.bfloat16, requires_grad=True)
+    kept = list[torch.Tensor]()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y),
+    ):
+        for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            layer(x)
+    inputs = {y.untyped_storage()._cdata: y.dtype for y in kept if y.numel() == x.numel()}
+    assert inputs == {x.untyped_storage()._cdata: torch.bfloat16}
+
+
 def test_the_same_seed_gives_the_same_adapters_and_leaves_the_generator_alone(tiny_sd15: Path) -> None:
     nets = [load(tiny_sd15).network for _ in range(3)]
     torch.manual_seed(123)
