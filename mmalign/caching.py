@@ -181,8 +181,7 @@ def _fill_kept(feed: Feed, recipe: Recipe, family: Any, batches: int, accelerato
     @torch.no_grad()
     def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
         draws = Draws(recipe.train.seed, epoch)
-        found: dict[str, Tensor] = method.keep(base, feed.encode(batch), recipe.method, draws)
-        return found
+        return methods.worked_out(method, base, feed.encode(batch), recipe.method, draws)
 
     def fill(loader: Any, number: int) -> None:
         assert feed.kept is not None

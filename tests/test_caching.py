@@ -368,19 +368,24 @@ def test_a_stop_loses_what_was_not_written_yet(
 ) -> None:
     monkeypatch.setattr(kept, "SHARD", 2)
     content = responses(vlm_folders("llava"), tmp_path, "out")
-    keep, scored = dpo.keep, list[int]()
+    make, scored = dpo.contrasts, list[int]()
 
     def stopping(policy: Any, batch: Any, *more: Any) -> Any:
         if len(scored) == 4:
             raise KeyboardInterrupt
         scored.extend(batch.rows)
-        return keep(policy, batch, *more)
+        return make(policy, batch, *more)
 
-    monkeypatch.setattr(dpo, "keep", stopping)
+    monkeypatch.setattr(dpo, "contrasts", stopping)
     with pytest.raises(KeyboardInterrupt):
         caching.cache(load_recipe(content), say=quiet)
     rest: list[int] = []
-    monkeypatch.setattr(dpo, "keep", lambda policy, batch, *more: rest.extend(batch.rows) or keep(policy, batch, *more))
+
+    def noted(policy: Any, batch: Any, *more: Any) -> Any:
+        rest.extend(batch.rows if batch.kept is None else [])
+        return make(policy, batch, *more)
+
+    monkeypatch.setattr(dpo, "contrasts", noted)
     cached, weights = trained(content)
     assert len(rest) == 4 and not set(rest) & set(scored)
     plain, theirs = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")

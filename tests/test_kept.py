@@ -22,6 +22,7 @@ from mmalign.data.sources import open_pairs
 from mmalign.draws import Draws
 from mmalign.families import Loading, load_family
 from mmalign.kept import Kept
+from mmalign.loop import make_contrasts
 from mmalign.methods import Keep, inpo, keep_singly
 from mmalign.recipe import load_recipe
 from mmalign.training import train
@@ -235,7 +236,7 @@ def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
 
     @torch.no_grad()
     def made(epoch: int) -> Any:
-        return inpo.contrasts(policy, pairs(family), cfg, Draws(5, epoch))[0]
+        return make_contrasts(inpo, policy, pairs(family), cfg, Draws(5, epoch))[0]
 
     return made
 

@@ -42,8 +42,8 @@ from mmalign.language.hallucinate import WHOLE, contradicts
 from mmalign.language.objects import Vocabulary
 from mmalign.language.similarity import Similarity, is_fallback, load_similarity
 from mmalign.language.tokens import TokenRow, cut_tail
-from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods import Keep, Step, asked_for, reference_scores
+from mmalign.methods._pairs import bound_loss
 from mmalign.methods.dpo import PAIR, TOKEN, ResponseLossConfig, against, response_scores, response_step
 from mmalign.policy import Policy, Scores
 from mmalign.sections import Bdhs, Section
