@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -95,3 +96,19 @@ def vlm(request: pytest.FixtureRequest, vlm_folders: Callable[[str], Path]) -> V
 @pytest.fixture
 def llava(vlm_folders: Callable[[str], Path]) -> VisionLanguage:
     return load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the reference was run for."""
+    from mmalign.policy import Policy
+
+    seen: list[str] = []
+    ask = Policy.on_reference
+
+    def noted(policy: Policy, run: Any) -> Any:
+        seen.append(type(policy.reference).__name__)
+        return ask(policy, run)
+
+    monkeypatch.setattr(Policy, "on_reference", noted)
+    return seen
