@@ -8,7 +8,7 @@ is stopped goes on, and `mmalign train` does the same before its first update.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,16 @@ from mmalign.data.pairs import ImageRef
 from mmalign.data.prompts import PromptLoader
 from mmalign.draws import Draws
 from mmalign.encode_responses import ResponseLoader, images_of
+from mmalign.families import identity
 from mmalign.families.features import executor, move
-from mmalign.feed import Feed, Opened, bar_of, open_data, open_feed
+from mmalign.feed import Feed, Opened, bar_of, folder_of, open_data, open_feed
 from mmalign.kept import asked, met
 from mmalign.loop import EMPTY
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.report import silent
 from mmalign.rewards import Judge
-from mmalign.sections import Recipe, ResponseData
-
-HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
-
-Say = Callable[[str], None]
+from mmalign.sections import ImageData, Recipe, ResponseData
+from mmalign.training_run import HELD_OUT_BATCHES, Say, require_all
 
 
 def cache(recipe: Recipe, say: Say = print) -> Path:
@@ -42,30 +40,31 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
         The folder.
 
     Raises:
-        ValueError: something in the recipe or the data does not fit, nothing is to be cached, or a cache was made
-            otherwise.
+        ValueError: something in the recipe or the data does not fit, nothing is to be cached, or processes were
+            started that do not know of one another.
     """
     from accelerate import Accelerator
 
     if recipe.data.cache == "off":
         raise ValueError("data.cache: off keeps nothing; leave it out, or name a folder")
+    if isinstance(recipe.data, ImageData) and recipe.data.crop == "random":
+        raise ValueError(
+            "data.crop: random is never the same twice, so that there is nothing to keep; use crop: center, or train "
+            "without a cache"
+        )
     begun = time.time()
     assemble.check(recipe, training=True)
     opened = open_data(recipe.data, recipe.train.seed, methods.find(recipe.method.name))
     assemble.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
+    require_all(accelerator)
     tell = say if accelerator.is_main_process else silent
     family = assemble.load_to_train(recipe, accelerator.device, tell)
-    open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
-    folder = folder_of(recipe)
-    tell(f"cache: {folder}: {_written(folder, begun)}")
+    feed = open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
+    folder = folder_of(recipe.data, Path(recipe.output))
+    tell(f"cache: {folder}: {_written(folder, {cache.folder for cache in feed.caches}, begun)}")
     accelerator.end_training()
     return folder
-
-
-def folder_of(recipe: Recipe) -> Path:
-    """Where a recipe's caches are, if it has any."""
-    return Path(recipe.output) / "cache" if recipe.data.cache == "auto" else Path(recipe.data.cache)
 
 
 def open_filled(
@@ -87,6 +86,9 @@ def open_filled(
     options, method = recipe.train, methods.find(recipe.method.name)
     run = {"precision": options.precision, "executor": executor(family.network), "pack": options.pack}
     run |= {"compile": "on"} if options.compile else {}  # it rounds otherwise
+    keep = asked(method, recipe.method, **run)
+    if keep is not None and recipe.data.cache != "off":
+        keep = replace(keep, settings={**keep.settings, "model": identity.of_network(family.network)})
     feed = open_feed(
         family,
         recipe.data,
@@ -96,8 +98,9 @@ def open_filled(
         accelerator=accelerator,
         say=say,
         method=method,
+        config=recipe.method,
         opened=opened,
-        keep=asked(method, recipe.method, model=assemble.fingerprint(family.network), **run),
+        keep=keep,
         judge=judge,
     )
     batches = options.steps * options.accumulate
@@ -109,8 +112,26 @@ def open_filled(
         feed = replace(feed, features=None)
     if feed.kept is not None:
         _fill_kept(feed, recipe, family, batches, accelerator)
-        feed = replace(feed, kept=replace(feed.kept, needed=feed.kept.keep.scores and recipe.model.tune == "full"))
+        if replaces_reference(feed):
+            needed = _without_pictures(feed, recipe) or recipe.model.tune == "full"
+            feed = replace(feed, kept=replace(feed.kept, needed=needed))
     return feed
+
+
+def _without_pictures(feed: Feed, recipe: Recipe) -> bool:
+    """Have no picture decoded any more that was there for the reference alone; whether there were such pictures."""
+    if _needs_tower(recipe):
+        return False
+    loaders = [one for one in (feed.train, feed.held) if isinstance(one, ResponseLoader) and one.wants.pictures]
+    for loader in loaders:
+        loader.without_pictures()
+    return bool(loaders)
+
+
+def _needs_tower(recipe: Recipe) -> bool:
+    """Whether the training looks at pictures that no file has."""
+    method = methods.find(recipe.method.name)
+    return hasattr(method, "needs_tower") and bool(method.needs_tower(recipe.method))
 
 
 def replaces_reference(feed: Feed) -> bool:
@@ -120,8 +141,7 @@ def replaces_reference(feed: Feed) -> bool:
 
 def put_away(feed: Feed, recipe: Recipe, family: Any) -> None:
     """Move the vision tower off the GPU, if the training does not need it: its features are kept."""
-    method = methods.find(recipe.method.name)
-    if feed.features is not None and not (hasattr(method, "needs_tower") and method.needs_tower(recipe.method)):
+    if feed.features is not None and not _needs_tower(recipe):
         for _, net in family.encoders():
             move(net, torch.device("cpu"))
 
@@ -146,7 +166,8 @@ def _fill_features(feed: Feed, recipe: Recipe, family: Any, batches: int, accele
 
 
 def _images(loader: ResponseLoader, batches: int) -> Iterator[ImageRef]:
-    """The images of the pairs in the first batches, each once."""
+    """The images of the pairs in the first batches, each once, and of the one that stands in for bad ones."""
+    yield from images_of(loader.check_readable(), loader.wants)
     numbers = dict.fromkeys(number for _, some in met(loader, batches) for number in some)
     for number in numbers:
         yield from images_of(loader.pairs[number], loader.wants)
@@ -161,28 +182,28 @@ def _fill_kept(feed: Feed, recipe: Recipe, family: Any, batches: int, accelerato
     @torch.no_grad()
     def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
         draws = Draws(recipe.train.seed, epoch)
-        found: dict[str, Tensor] = method.keep(base, feed.encode(batch), recipe.method, draws)
-        return found
+        return methods.worked_out(method, base, feed.encode(batch), recipe.method, draws)
 
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    with bar_of(accelerator) as bar:
-
-        def fill(loader: Any, number: int) -> None:
-            assert feed.kept is not None
-            steps = feed.kept.fill(loader, number, work_out, shared=loader is feed.train, **share)
+    def fill(loader: Any, number: int) -> None:
+        assert feed.kept is not None
+        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        steps = feed.kept.fill(loader, number, work_out, shared=loader is feed.train, **share)
+        with bar_of(accelerator) as bar:
             task = bar.add_task("work out what is kept", total=next(steps))
             for _ in steps:
                 bar.advance(task)
-            accelerator.wait_for_everyone()
-            feed.kept.cache.refresh()
+        accelerator.wait_for_everyone()
+        feed.kept.cache.refresh()
 
-        for loader, number in _loaders(feed, batches):
-            fill(loader, number)
-        # A batch of bad pairs makes no update, and the training goes on to a further one.
-        planned = batches
-        while feed.kept.keep.scores and planned < (wanted := batches + _useless(feed, planned, accelerator)):
-            planned = wanted
-            fill(feed.train, planned)
+    for loader, number in _loaders(feed, batches):
+        fill(loader, number)
+    # A batch of bad pairs makes no update, and the training goes on to a further one.
+    planned = batches
+    while feed.kept.keep.scores and planned < (wanted := batches + _useless(feed, planned, accelerator)):
+        planned = wanted
+        if feed.features is not None:
+            _fill_features(feed, recipe, family, planned, accelerator)
+        fill(feed.train, planned)
 
 
 def _useless(feed: Feed, batches: int, accelerator: Any) -> int:
@@ -198,14 +219,21 @@ def _loaders(feed: Feed, batches: int) -> list[tuple[Any, int]]:
     return [(feed.train, batches), *held]
 
 
-def _written(folder: Path, begun: float) -> str:
-    """What is in the caches, by kind, and how much of it is new."""
-    kinds = {path.name: [f.stat() for f in path.rglob("*.safetensors")] for path in sorted(folder.iterdir())}
-    parts = [f"{name} {_size(sum(f.st_size for f in files))}" for name, files in kinds.items() if files]
-    every = [file for files in kinds.values() for file in files]
-    new = sum(file.st_size for file in every if file.st_mtime >= begun)
-    whole = sum(file.st_size for file in every)
-    return f"{', '.join(parts) or 'nothing'}; {_size(whole)} in all, {_size(new)} of it new"
+def _written(folder: Path, used: set[Path], begun: float) -> str:
+    """What is in a recipe's caches, by kind, how much of it is new, and what other settings have left beside it."""
+    files = {path: path.stat() for path in sorted(folder.rglob("*.safetensors"))}
+    ours = {path: file for path, file in files.items() if path.parent in used}
+    kinds = dict.fromkeys(path.relative_to(folder).parts[0] for path in ours)
+    sizes = {kind: sum(file.st_size for path, file in ours.items() if folder / kind in path.parents) for kind in kinds}
+    told = ", ".join(f"{kind} {_size(size)}" for kind, size in sizes.items()) or "nothing"
+    new = sum(file.st_size for file in ours.values() if file.st_mtime >= begun)
+    told += f"; {_size(sum(sizes.values()))} in all, {_size(new)} of it new"
+    others = [path for path in files if path not in ours]
+    if not others:
+        return told
+    folders = dict.fromkeys(str(path.parent.relative_to(folder)) for path in others)
+    size = sum(files[path].st_size for path in others)
+    return f"{told}; of no use to this recipe: {_size(size)} of other settings in {', '.join(folders)}"
 
 
 def _size(number: int) -> str:

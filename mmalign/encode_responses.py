@@ -36,6 +36,7 @@ class EncodedResponses:
         weights: [B]; 0 for a padding row.
         pairs: what the tokens were made of [B]; the images have been read, and cannot be read again.
         pictures: the decoded images by their keys, for methods that ask for them.
+        views: the images as the model's reader takes them, by their keys, for further rows about them.
         others: of prompts that hold the pairs' other images, with the chosen responses, [B] rows, for methods that ask
             for them.
         max_length: tokens of a row, for methods that make further ones.
@@ -48,6 +49,7 @@ class EncodedResponses:
     weights: Tensor
     pairs: list[ResponsePair] = field(default_factory=list)
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+    views: Mapping[str, ImageView] = field(default_factory=dict)
     others: Tokens | None = None
     max_length: int = sys.maxsize
     kept: dict[str, Tensor] | None = None
@@ -211,9 +213,9 @@ class ResponseLoader:
     ) -> None:
         self.pairs, self.reader, self.num_workers, self.wants = pairs, reader, num_workers, wants
         self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
-        self._read = partial(read_pair, reader, max_length, wants, known)
+        self._max_length, self._known = max_length, known
         self._left_out = LeftOut(pairs.source, max_bad)
-        self._spare: ReadPair | None = None
+        self._first = 0  # of the pairs, all before it being bad
         self._keys = dict[int, str]()
 
     @property
@@ -225,24 +227,35 @@ class ResponseLoader:
         """Batches of an epoch."""
         return len(self.epochs)
 
-    def check_readable(self) -> ReadPair:
-        """Read pairs until one is good, and give it.
+    def check_readable(self) -> ResponsePair:
+        """Read pairs until one is good, and give it: it stands in where all of a batch are bad.
 
         Raises:
             ValueError: none is, or more than `max_bad` are bad; it names the first few.
         """
-        for pair in self.pairs if self._spare is None else ():
-            found = self._read(pair)
+        self._stand_in()
+        return self.pairs[self._first]
+
+    def _stand_in(self) -> ReadPair:
+        """The first good pair, read now: its features may be known by now."""
+        for number in range(self._first, len(self.pairs)):
+            found = self._read(self.pairs[number])
             if isinstance(found, ReadPair):
-                self._spare = found
-                break
+                self._first = number
+                return found
             self._left_out.add(found)
-        if self._spare is None:
-            raise ValueError(
-                f"data.path: {self.pairs.source}: none of {len(self.pairs):,} pairs can be used "
-                f"({listed(self.dropped)}); repair the images, raise data.max_length, or name another source"
-            )
-        return self._spare
+        raise ValueError(
+            f"data.path: {self.pairs.source}: none of {len(self.pairs):,} pairs can be used "
+            f"({listed(self.dropped)}); repair the images, raise data.max_length, or name another source"
+        )
+
+    def without_pictures(self) -> None:
+        """Give no decoded images from now on, whatever was asked for at first."""
+        self.wants = replace(self.wants, pictures=False)
+
+    @property
+    def _read(self) -> partial[ReadPair | list[Dropped]]:
+        return partial(read_pair, self.reader, self._max_length, self.wants, self._known)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[ReadBatch]:
         """The batches of an epoch from number `start` on; those before it are not read.
@@ -264,11 +277,10 @@ class ResponseLoader:
         return self._keys[number]
 
     def _batches(self, plan: list[list[tuple[int, float]]]) -> Iterator[ReadBatch]:
-        spare = self.check_readable()
         loader = DataLoader(
             _Read(self.pairs, self._read),
             batch_sampler=plan,
-            collate_fn=partial(_collate, self.reader, spare),
+            collate_fn=partial(_collate, self.reader, self._stand_in()),
             num_workers=self.num_workers,
             generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
         )
@@ -297,8 +309,9 @@ class _Read(Dataset[_Found]):
 
 
 def _collate(reader: Reader, spare: ReadPair, found: Sequence[_Found]) -> ReadBatch:
-    """Pairs to a batch; a good pair stands in for a bad one, with weight 0."""
-    read = [one if isinstance(one, ReadPair) else spare for _, _, one in found]
+    """Pairs to a batch; a good one of it stands in for a bad one, with weight 0, and `spare` where none is good."""
+    stand_in = next((one for _, _, one in found if isinstance(one, ReadPair)), spare)
+    read = [one if isinstance(one, ReadPair) else stand_in for _, _, one in found]
     others = [one.other for one in read if one.other is not None]
     return ReadBatch(
         rows=[row for row, _, _ in found],
@@ -316,14 +329,15 @@ def encode(family: VisionLanguage, batch: ReadBatch, max_length: int = sys.maxsi
     """A batch on the model's device, every distinct image encoded once; its rows have at most `max_length` tokens."""
     device = family.device
     return EncodedResponses(
-        batch.rows,
-        batch.tokens.to(device),
-        family.encode_images(batch.views),
-        batch.weights.to(device),
-        batch.pairs,
-        batch.pictures,
-        None if batch.others is None else batch.others.to(device),
-        min(max_length, family.reader.max_length),
+        rows=batch.rows,
+        tokens=batch.tokens.to(device),
+        features=family.encode_images(batch.views),
+        weights=batch.weights.to(device),
+        pairs=batch.pairs,
+        pictures=batch.pictures,
+        views=batch.views,
+        others=None if batch.others is None else batch.others.to(device),
+        max_length=min(max_length, family.reader.max_length),
     )
 
 

@@ -5,18 +5,18 @@ One image at a time, as in a batch, so that nothing changes by a bit: kept featu
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.cache import ArrayCache, fingerprint_tensors
+from mmalign.data.cache import ArrayCache
 from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef, hashed
-from mmalign.families import ImageView, Reader, VisionLanguage
+from mmalign.families import ImageView, Reader, VisionLanguage, identity
 from mmalign.families.features import executor
 
 IDS = "ids"  # the field with the tokens that stand for the image
@@ -25,16 +25,25 @@ SHARE = 0.5  # of the free disk that features may take
 
 
 def depends(family: VisionLanguage) -> dict[str, str | int | float]:
-    """What features depend on besides the image: tower, projector and processor, and how they are run."""
-    processor = getattr(family.reader, "processor", None)
-    prepared = f"{type(processor).__name__} {getattr(processor, 'image_processor', None)}"
-    parts = list(family.encoders())
+    """What features, and the tokens that stand for them, depend on besides the image: all that makes them, and how."""
+    parts, reader = list(family.encoders()), _processor(family)
     return {
-        **{name: fingerprint_tensors(net.state_dict()) for name, net in parts},
-        "processor": hashlib.blake2b(prepared.encode(), digest_size=8).hexdigest(),
+        **{name: identity.of_network(net) for name, net in parts},
+        "config": identity.of_config(family.network),
+        "processor": identity.of_files(reader, template=False),
         "run": "; ".join(sorted({executor(net) for _, net in parts})),
         "autocast": str(family.half),
     }
+
+
+def scores_depend(family: VisionLanguage) -> dict[str, str | int | float]:
+    """What the scores of a network depend on besides its own weights and the pair: features, and words as tokens."""
+    return {**depends(family), "words": identity.of_files(_processor(family))}
+
+
+def _processor(family: Any) -> Any:
+    """Of transformers; readers have it beside what methods ask of them."""
+    return family.reader.processor
 
 
 def known_view(cache: ArrayCache | None, key: str) -> ImageView | None:
@@ -69,14 +78,15 @@ def fill(
         num_workers=num_workers,
         generator=Generator().manual_seed(0),
     )
-    room = SHARE * shutil.disk_usage(cache.folder).free
-    for number, (key, view) in enumerate(loader):
+    room: float | None = SHARE * shutil.disk_usage(cache.folder).free  # until the first image has told its size
+    for key, view in loader:
         if view is not None:
             (arrays,) = family.pack(family.encode_images({key: view})).values()
             arrays = {IDS: torch.tensor(view.ids), **arrays}
-            if number == 0 and _size([arrays]) * len(mine) * world_size > room:
+            if room is not None and _size([arrays]) * len(mine) * world_size > room:
                 yield 0
                 return
+            room = None
             if stored and (_size(stored.values()) >= SHARD or next(iter(stored.values())).keys() != arrays.keys()):
                 cache.put(stored)
                 stored = {}

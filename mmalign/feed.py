@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmalign import methods
-from mmalign.data.cache import ArrayCache, fingerprint_tensors
+from mmalign.data.cache import ArrayCache
 from mmalign.data.epochs import check_bad
 from mmalign.data.loader import PairLoader, View
 from mmalign.data.pairs import Dropped, Pairs, hold_out, listed
@@ -25,9 +23,10 @@ from mmalign.data.sources import open_pairs
 from mmalign.encode import Encoder, fill_latents, fill_text, text_key
 from mmalign.encode_responses import ResponseLoader, Wants
 from mmalign.encode_responses import encode as encode_responses
-from mmalign.families import TextToImage
+from mmalign.families import TextToImage, identity
 from mmalign.families.step_judge import StepJudge
 from mmalign.features import depends as feature_dependencies
+from mmalign.features import scores_depend
 from mmalign.kept import Kept
 from mmalign.methods import Keep
 from mmalign.rewards import Judge
@@ -49,6 +48,7 @@ class Feed:
         about: one sentence on what there is, for people.
         kept: where the method's own arrays are kept; None if it has none, or nothing is cached.
         features: where images' features are kept; None if nothing is cached.
+        caches: all that is read from, the two above among them.
     """
 
     encode: Callable[[Any], Any]
@@ -57,6 +57,7 @@ class Feed:
     about: str
     kept: Kept | None = None
     features: ArrayCache | None = None
+    caches: tuple[ArrayCache, ...] = ()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The training batches of an epoch, from number `start` on."""
@@ -103,7 +104,7 @@ def open_data(data: Data, seed: int, method: Any = None) -> Opened:
     if isinstance(data, ResponseData):
         images = Path(data.images) if data.images is not None else None
         pairs = open_responses(data.format, locate(data.path), images=images, **common)
-        if _wants(method).others and not any(pair.other_images for pair in pairs):
+        if getattr(method, "needs_others", False) and not any(pair.other_images for pair in pairs):
             raise ValueError(
                 f"data.path: {pairs.source} has no other images, and method.name: {method.__name__.split('.')[-1]} "
                 "compares what is said of an image with the same words about another; use data.format: realign, whose "
@@ -129,9 +130,10 @@ def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[
     return open_pairs(data.format, locate(data.path), two_prompts=_two_prompts(method), **common)
 
 
-def _wants(method: Any) -> Wants:
+def _wants(method: Any, config: Any) -> Wants:
     """What a method asks for besides responses: its module says so."""
-    return Wants(getattr(method, "needs_pictures", False), getattr(method, "needs_others", False))
+    pictures = hasattr(method, "needs_pictures") and method.needs_pictures(config)
+    return Wants(pictures, getattr(method, "needs_others", False))
 
 
 def _two_prompts(method: Any) -> str | None:
@@ -158,6 +160,7 @@ def open_feed(
     accelerator: Any,
     say: Any,
     method: Any = None,
+    config: Any = None,
     opened: Opened | None = None,
     keep: Keep | None = None,
     judge: Judge | None = None,
@@ -173,6 +176,7 @@ def open_feed(
         accelerator: says which process this is.
         say: takes a line of text.
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
+        config: the method's settings, where there is one.
         opened: what `open_data` has given, for those who must know that it is sound before they have a family.
         keep: what the method would like to have kept, by `mmalign.kept.asked`; mmalign.caching fills the place for it.
         judge: what scores images, for methods whose settings name one.
@@ -188,15 +192,18 @@ def open_feed(
     make: Callable[..., Loader]
     encode: Callable[[Any], Any]
     kept = features = None
+    caches = list[ArrayCache]()
     together = {"seed": seed, "batch_size": batch_size, "processes": share["world_size"], "pairs": len(train)}
     if isinstance(data, ResponseData):
         longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
         if data.cache != "off":
-            folder = output / "cache" if data.cache == "auto" else Path(data.cache)
+            folder = folder_of(data, output)
             features = ArrayCache.open(folder / "features", feature_dependencies(family))
+            caches.append(features)
             if keep is not None:
-                kept = _open_kept(folder, keep, {**keep.settings, **together, "max_length": longest})
-        wants = _wants(method)
+                settings = {**scores_depend(family), **keep.settings, **together, "max_length": longest}
+                kept = Kept(ArrayCache.open(folder / keep.folder, settings), keep)
+        wants = _wants(method, config)
         make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=wants, known=features, **common)
         encode = partial(encode_responses, family, max_length=longest)
     else:
@@ -206,30 +213,31 @@ def open_feed(
         if getattr(method, "learns_from", "pairs") == "prompts":
             about = f"{len(train):,} prompts from {train.source}."
             make = partial(PromptLoader, batch_size=batch_size, seed=seed)
-            encode = _prompt_encoder(painter, sources, data, output, accelerator, say, judge)
+            encoder, encode = _prompt_encoder(painter, sources, data, output, accelerator, say, judge)
         else:
             decodes = getattr(method, "needs_decoder", False)
             view, latents, encoder, depends = _prepare(painter, sources, data, output, accelerator, say, decodes)
             make = partial(PairLoader, view=view, cache=latents, repeat=keep.draws if keep else None, **common)
+            caches += [latents] if latents is not None else []
             if keep is not None and latents is not None:
                 settings = {**depends, **keep.settings, "flip": data.flip, **(together if keep.scores else {})}
-                kept = _open_kept(latents.folder.parent, keep, {**settings, "seed": seed})
+                where = folder_of(data, output) / keep.folder
+                kept = Kept(ArrayCache.open(where, {**settings, "seed": seed}), keep)
             encode = replace(encoder, judge=judge, two_prompts=getattr(method, "needs_two_prompts", False)).encode
+        caches += [encoder.text] if encoder.text is not None else []
+    caches += [kept.cache] if kept is not None else []
     loader = make(pairs=train, **share)
     # Every process scores all held-out pairs, so that all know the same number.
     scored = make(pairs=held, keep_last=True) if held is not None else None
     for checked in (loader, scored):
         if checked is not None:
             checked.check_readable()
-    return Feed(encode, loader, scored, about, kept, features)
+    return Feed(encode, loader, scored, about, kept, features, tuple(caches))
 
 
-def _open_kept(folder: Path, keep: Keep, settings: Mapping[str, str | int | float]) -> Kept:
-    """The cache of what a method keeps; scores of other settings are in a folder of their own."""
-    if not keep.scores:
-        return Kept(ArrayCache.open(folder / "kept", settings), keep)
-    name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return Kept(ArrayCache.open(folder / "reference" / name, settings), keep)
+def folder_of(data: Data, output: Path) -> Path:
+    """Where a recipe's caches are, if it has any; `output` is the recipe's."""
+    return output / "cache" if data.cache == "auto" else Path(data.cache)
 
 
 def bar_of(accelerator: Any) -> Progress:
@@ -246,16 +254,17 @@ def _prompt_encoder(
     accelerator: Any,
     say: Any,
     judge: Judge | None,
-) -> Callable[[Any], Any]:
-    """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled."""
+) -> tuple[Encoder, Callable[[Any], Any]]:
+    """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled.
+
+    Gives the encoder, and its call for a batch.
+    """
     side = data.resolution or family.resolution
     shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
     encoder = Encoder(family, family.unconditional(), None, judge=judge)
     if data.cache != "off":
-        folder = output / "cache" if data.cache == "auto" else Path(data.cache)
         networks = {name: net for name, net in family.encoders() if name != "vae"}
-        about = {name: fingerprint_tensors(net.state_dict()) for name, net in networks.items()}
-        text = ArrayCache.open(folder / "text", about)
+        text = ArrayCache.open(folder_of(data, output) / "text", _text_depends(family))
         for pairs in sources:
             share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
             for _ in fill_text(family, sorted(set(pairs.prompts())), text, **share):
@@ -266,7 +275,13 @@ def _prompt_encoder(
             net.to("cpu")
         encoder = replace(encoder, text=text)
     _say_cut(family, sources, say)
-    return partial(encoder.encode_prompts, side=side, shape=shape)
+    return encoder, partial(encoder.encode_prompts, side=side, shape=shape)
+
+
+def _text_depends(family: TextToImage) -> dict[str, str | int | float]:
+    """What prompts' embeddings depend on besides the words: text encoders and tokenizers."""
+    encoders = {name: identity.of_network(net) for name, net in family.encoders() if name != "vae"}
+    return {**encoders, "tokenizers": identity.of_words(family)}
 
 
 def _say_cut(family: TextToImage, sources: Sequence[Pairs[Any]], say: Any) -> None:
@@ -292,14 +307,15 @@ def _prepare(
     """
     view = View(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[Dropped]()
-    depends: dict[str, str | int | float] = {"resolution": view.resolution}
+    depends: dict[str, str | int | float] = {}
     unconditional = family.unconditional()
     if data.cache != "off" and data.crop == "center":
-        folder = output / "cache" if data.cache == "auto" else Path(data.cache)
-        encoders = {name: fingerprint_tensors(net.state_dict()) for name, net in family.encoders()}
-        depends |= encoders
-        latents = ArrayCache.open(folder / "latents", {"vae": encoders.pop("vae"), "resolution": view.resolution})
-        text = ArrayCache.open(folder / "text", encoders)
+        of_text = _text_depends(family)
+        of_images: dict[str, str | int | float] = {"resolution": view.resolution}
+        of_images["vae"] = identity.of_network(dict(family.encoders())["vae"])
+        depends |= {**of_text, **of_images, "schedule": identity.of_schedule(family.schedule)}
+        latents = ArrayCache.open(folder_of(data, output) / "latents", of_images)
+        text = ArrayCache.open(folder_of(data, output) / "text", of_text)
         bad = _fill(family, sources, view, latents, text, data, accelerator)
         for name, net in family.encoders():
             if not (decodes and name == "vae"):

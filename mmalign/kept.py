@@ -72,7 +72,7 @@ class Kept:
             if self.needed:
                 raise ValueError(
                     f"data.cache: {self.cache.folder} lacks what the reference scores in a batch of epoch {epoch}, and "
-                    "the reference is not in memory; run the same command again, and if that does not help, use "
+                    "nothing else in memory can give it; run the same command again, and if that does not help, use "
                     "data.cache: off"
                 )
             return None
@@ -134,11 +134,12 @@ class Kept:
         shard = _Shard(self.cache)
         for epoch, numbers in planned.items():
             for batch in loader.pick(epoch, numbers):
-                if batch.weights.any():
+                keys = [self.key(pair, epoch) for pair in batch.keys]
+                lacking = [row for row, key in enumerate(keys) if batch.weights[row] and not shard.has(key)]
+                if lacking:  # of a batch that was planned for a bad pair alone, nothing
                     arrays = work_out(batch, epoch)
-                    for row, pair in enumerate(batch.keys):
-                        if batch.weights[row]:
-                            shard.add(self.key(pair, epoch), arrays, row)
+                    for row in lacking:
+                        shard.add(keys[row], arrays, row)
                 yield 1
             self.bad.update(self._absent(loader, epoch, numbers, shard))
         shard.close()
@@ -161,7 +162,7 @@ class Kept:
         plan = loader.epochs.plan(epoch)
         for pair, weight in (one for number in numbers for one in plan[number]):
             key = self.key(loader.key(pair), epoch)
-            if weight and key not in self.cache and key not in shard.stored:
+            if weight and not shard.has(key):
                 yield key
 
     def useless(self, loader: Loader, batches: int) -> int:
@@ -183,9 +184,13 @@ class _Shard:
     def __init__(self, cache: ArrayCache) -> None:
         self.cache, self.stored = cache, dict[str, dict[str, Tensor]]()
 
+    def has(self, key: str) -> bool:
+        """Whether there is something of this key, written or not."""
+        return key in self.cache or key in self.stored
+
     def add(self, key: str, arrays: dict[str, Tensor], row: int) -> None:
         """Take one row of some arrays, if there is none of its key yet."""
-        if key in self.cache or key in self.stored:
+        if self.has(key):
             return
         self.stored[key] = {name: x[row].cpu().clone() for name, x in arrays.items()}
         if len(self.stored) == SHARD:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.draws import Draws
-from mmalign.methods import Step
+from mmalign.methods import Step, drawn
 from mmalign.optim import Average
 from mmalign.policy import Policy
 
@@ -136,7 +136,7 @@ def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, draws: 
     """The method's contrasts, complete, without gradients, in eval mode; the model is back in train mode afterwards."""
     policy.model.eval()
     with torch.no_grad():
-        contrasts: list[Any] = method.contrasts(policy, batch, config, draws)
+        contrasts: list[Any] = method.contrasts(policy, batch, config, drawn(method, config, draws))
     policy.model.train()
     return contrasts
 

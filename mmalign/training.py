@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mmalign import assemble, caching, checkpoint, loop, methods
-from mmalign.caching import HELD_OUT_BATCHES
 from mmalign.data.pairs import listed
 from mmalign.draws import Draws
 from mmalign.feed import Feed, open_data
@@ -24,7 +22,19 @@ from mmalign.policy import Policy
 from mmalign.recipe import dump_recipe
 from mmalign.report import Reporter, silent
 from mmalign.sections import ImageData, Recipe, Train
-from mmalign.training_run import Run, Say, begin, export, identify, last_checkpoint, last_saved, save, trainable_weights
+from mmalign.training_run import (
+    HELD_OUT_BATCHES,
+    Run,
+    Say,
+    begin,
+    export,
+    identify,
+    last_checkpoint,
+    last_saved,
+    require_all,
+    save,
+    trainable_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,7 @@ def open_accelerator(options: Train, **logging: Any) -> Any:
 
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
     accelerator = Accelerator(mixed_precision=precision, **logging)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would train "
-            "alone into one folder; on CPUs set ACCELERATE_USE_CPU=true"
-        )
+    require_all(accelerator)
     set_seed(options.seed)
     return accelerator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmalign.policy import Policy
 from mmalign.sections import JudgeModel, Recipe, Train
 
 Say = Callable[[str], None]
+HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
 
 
 @dataclass
@@ -30,6 +32,20 @@ class Run:
     learner: loop.Learner
     identity: dict[str, str]
     progress: loop.Progress
+
+
+def require_all(accelerator: Any) -> None:
+    """Refuse processes that do not know of one another.
+
+    Raises:
+        ValueError: more were started than each knows of.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would work "
+            "alone on one folder; on CPUs set ACCELERATE_USE_CPU=true"
+        )
 
 
 def begin(

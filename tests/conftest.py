@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -105,3 +106,19 @@ def start() -> Iterator[Callable[..., linear_runs.Run]]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield linear_runs.begin
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the reference was run for."""
+    from mmalign.policy import Policy
+
+    seen: list[str] = []
+    ask = Policy.on_reference
+
+    def noted(policy: Policy, run: Any) -> Any:
+        seen.append(type(policy.reference).__name__)
+        return ask(policy, run)
+
+    monkeypatch.setattr(Policy, "on_reference", noted)
+    return seen

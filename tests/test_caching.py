@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
-import tiny_vlm
 import torch
 from cached_runs import EPOCH, Folders, assert_same, numbers, pictures, quiet, responses, trained
 from torch import Tensor
@@ -21,7 +19,6 @@ from mmalign.data.cache import ArrayCache
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.kept import Kept
 from mmalign.methods import Keep, bdhs, dpo, mdpo, povid
-from mmalign.policy import Policy
 from mmalign.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -41,20 +38,6 @@ KEEPING: dict[str, dict[str, Any]] = {
 def no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen copy is an error."""
     monkeypatch.setattr(ImageTextToText, "frozen_copy", lambda _: pytest.fail("the network was copied"))
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the reference was run for."""
-    seen: list[str] = []
-    ask = Policy.on_reference
-
-    def noted(policy: Policy, run: Any) -> Any:
-        seen.append(type(policy.reference).__name__)
-        return ask(policy, run)
-
-    monkeypatch.setattr(Policy, "on_reference", noted)
-    return seen
 
 
 # ------------------------------------------------------------------------------------------------------ the same losses
@@ -147,6 +130,18 @@ def test_a_pair_that_cannot_be_read_keeps_its_place(vlm_folders: Folders, tmp_pa
     assert_same(weights, theirs)
 
 
+def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
+    vlm_folders: Folders, tmp_path: Path, asked: list[str]
+) -> None:
+    content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": EPOCH})
+    (tmp_path / "rows" / "0.png").write_bytes(b"no picture")
+    caching.cache(load_recipe(content), say=quiet)
+    assert 0 < len(asked) <= EPOCH
+    asked.clear()
+    trained(content)
+    assert asked == []
+
+
 # ------------------------------------------------------------------------------------------------ what is not in memory
 
 
@@ -183,54 +178,6 @@ def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
     assert [policy.reference for policy in built] == [None] and asked == []
 
 
-# ------------------------------------------------------------------------------------------------- whose a cache is
-
-
-@pytest.mark.parametrize(
-    "override", ["train.seed=1", "train.batch_size=1", "train.precision=bfloat16", "method.loss=ipo", "data.limit=6"]
-)
-def test_scores_of_other_settings_are_not_taken(
-    override: str, vlm_folders: Folders, tmp_path: Path, asked: list[str]
-) -> None:
-    """They are made anew, in a folder of their own; other settings, such as beta, share them."""
-    content = responses(vlm_folders("llava"), tmp_path, "out", data={"format": "realign", "cache": f"{tmp_path}/all"})
-    caching.cache(load_recipe(content), say=quiet)
-    asked.clear()
-    caching.cache(load_recipe(content, ["method.beta=0.3", "train.lr=1.0", "model.lora.rank=1"]), say=quiet)
-    assert asked == []
-    if "precision" in override:  # features belong to a precision, too
-        shutil.rmtree(tmp_path / "all" / "features")
-    caching.cache(load_recipe(content, [override]), say=quiet)
-    assert asked and len(list((tmp_path / "all" / "reference").iterdir())) == 2
-
-
-def test_scores_of_another_model_or_executor_are_not_taken(
-    vlm_folders: Folders, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = responses(vlm_folders("llava"), tmp_path, "out", data={"format": "realign", "cache": f"{tmp_path}/all"})
-    caching.cache(load_recipe(content), say=quiet)
-    asked.clear()
-    other = tiny_vlm.write("llava", tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"features was made otherwise: model\.model\.multi_modal_projector is"):
-        caching.cache(load_recipe(content, [f"model.path={other}"]), say=quiet)
-    shutil.rmtree(tmp_path / "all" / "features")
-    caching.cache(load_recipe(content, [f"model.path={other}"]), say=quiet)
-    assert asked
-    asked.clear()
-    monkeypatch.setattr(caching, "executor", lambda _: "another")
-    caching.cache(load_recipe(content, [f"model.path={other}"]), say=quiet)
-    assert asked and len(list((tmp_path / "all" / "reference").iterdir())) == 3
-
-
-def test_an_image_that_was_changed_is_scored_again(vlm_folders: Folders, tmp_path: Path, asked: list[str]) -> None:
-    content = responses(vlm_folders("llava"), tmp_path, "out")
-    caching.cache(load_recipe(content), say=quiet)
-    asked.clear()
-    (tmp_path / "rows" / "1.png").write_bytes(tiny.picture(77, 16))
-    caching.cache(load_recipe(content), say=quiet)
-    assert 0 < len(asked) <= EPOCH
-
-
 # ------------------------------------------------------------------------------------------------------- the command
 
 
@@ -247,6 +194,28 @@ def test_the_command_says_what_it_wrote_and_a_second_time_that_nothing_is_new(
         whole = said[0][-1].partition("; ")[2].partition(" in all")[0]
         assert said[0][-1].endswith(f"{whole} in all, {whole} of it new")
         assert said[1][-1].endswith(f"{whole} in all, 0.0 kB of it new")
+        caching.cache(load_recipe(content, ["train.precision=bfloat16"]), say=said[1].append)
+        told = said[1][-1].partition("; of no use to this recipe: ")[2]
+        assert told.startswith(f"{whole} of other settings in {kinds[0]}/") or "images" in folder  # latents are float32
+        assert told.endswith(tuple(f"{kinds[1]}/{path.name}" for path in Path(folder, kinds[1]).iterdir()))
+
+
+def test_random_crops_are_refused_before_a_model_is_loaded(tiny_sd15: Path, tmp_path: Path) -> None:
+    content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"}, model={"path": "nobody/nothing"})
+    with pytest.raises(ValueError, match=r"data\.crop: random is never the same twice"):
+        caching.cache(load_recipe(content), say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would do all of the work, and keep it as one process's."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=1, device=CPU))
+    with pytest.raises(ValueError, match="2 processes were started, and each knows of 1: all would work alone"):
+        caching.cache(load_recipe(responses(vlm_folders("llava"), tmp_path, "out")), say=quiet)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_stop_loses_what_was_not_written_yet(
@@ -254,19 +223,24 @@ def test_a_stop_loses_what_was_not_written_yet(
 ) -> None:
     monkeypatch.setattr(kept, "SHARD", 2)
     content = responses(vlm_folders("llava"), tmp_path, "out")
-    keep, scored = dpo.keep, list[int]()
+    make, scored = dpo.contrasts, list[int]()
 
     def stopping(policy: Any, batch: Any, *more: Any) -> Any:
         if len(scored) == 4:
             raise KeyboardInterrupt
         scored.extend(batch.rows)
-        return keep(policy, batch, *more)
+        return make(policy, batch, *more)
 
-    monkeypatch.setattr(dpo, "keep", stopping)
+    monkeypatch.setattr(dpo, "contrasts", stopping)
     with pytest.raises(KeyboardInterrupt):
         caching.cache(load_recipe(content), say=quiet)
     rest: list[int] = []
-    monkeypatch.setattr(dpo, "keep", lambda policy, batch, *more: rest.extend(batch.rows) or keep(policy, batch, *more))
+
+    def noted(policy: Any, batch: Any, *more: Any) -> Any:
+        rest.extend(batch.rows if batch.kept is None else [])
+        return make(policy, batch, *more)
+
+    monkeypatch.setattr(dpo, "contrasts", noted)
     cached, weights = trained(content)
     assert len(rest) == 4 and not set(rest) & set(scored)
     plain, theirs = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
@@ -364,7 +338,7 @@ def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path)
 def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_path: Path) -> None:
     batch: Any = SimpleNamespace(keys=["a", "b"], weights=torch.tensor([1.0, 0.0]))
     cache = ArrayCache.open(tmp_path / "kept", {})
-    with pytest.raises(ValueError, match="lacks what the reference scores in a batch of epoch 3, and the reference is"):
+    with pytest.raises(ValueError, match="lacks what the reference scores in a batch of epoch 3, and nothing else in"):
         Kept(cache, Keep(1, {}, scores=True), needed=True).find(batch, 3, CPU)
     assert Kept(cache, Keep(1, {}, scores=True)).find(batch, 3, CPU) is None
     cache.put({"a/0": {"x": torch.tensor([1, 2])}, "c/0": {"x": torch.tensor([1, 2, 3])}})

@@ -240,6 +240,32 @@ def test_images_are_compared_by_the_benchmarks_number(tiny_sd15: Path, tmp_path:
         assert row.as_dict()["measures"]["prompts drawn right"]["estimate"] == result[side]["estimate"]
 
 
+def test_runs_whose_caches_differ_share_a_folder_of_them(tiny_sd15: Path, tmp_path: Path) -> None:
+    """Seeds that keep draws of their own, and recipes of other sizes."""
+    method = {"name": "inpo", "inverter": "reference", "cache_draws": 1, "steps": 2}
+    evaluate = {"benchmark": "scenes", "prompts": 2, "drawing": {"steps": 1}}
+    pairs, common = tiny.pick_a_pic(tmp_path / "pairs.parquet"), {"train": {"steps": 1}, "evaluate": evaluate}
+    made = tiny.recipe(tiny_sd15, pairs, tmp_path / "unused", method=method, **common)
+    sizes = {"small": {}, "large": {"resolution": 24}, "half": {}}
+    recipes = {name: {**made, "data": {**made["data"], **size}} for name, size in sizes.items()}
+    recipes["half"]["train"] = {**made["train"], "precision": "bfloat16"}
+    sources = [recipe(tmp_path, name, content) for name, content in recipes.items()]
+    rows = compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
+    assert [row.runs for row in rows] == [1, 2, 2, 2]
+    number = {kind: len(list((tmp_path / "compared" / "cache" / kind).iterdir())) for kind in ("kept", "latents")}
+    assert number == {"kept": 6, "latents": 2}
+
+
+def test_adapters_and_whole_networks_share_a_folder_of_caches(content: Content, tmp_path: Path) -> None:
+    """In bfloat16 the tower of one is in half precision, and that of the other is not."""
+    half = {**content, "train": {**content["train"], "precision": "bfloat16"}}
+    sources = [
+        recipe(tmp_path, tune, {**half, "model": {**content["model"], "tune": tune}}) for tune in ("lora", "full")
+    ]
+    assert len(compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)) == 3
+    assert len(list((tmp_path / "compared" / "cache" / "features").iterdir())) == 2
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 

@@ -308,7 +308,7 @@ def listed(output: Path) -> list[str]:
 @pytest.mark.parametrize("kind", ["latents", "text"])
 def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
     one, two = (
-        [set(load_file(shard)) for shard in (runs.folder / where / "full" / "cache" / kind).glob("*.safetensors")]
+        [set(load_file(shard)) for shard in (runs.folder / where / "full" / "cache" / kind).rglob("*.safetensors")]
         for where in ("one", "two")
     )
     assert len(one) == 1 and len(two) == 2

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import tiny_vlm
 import torch
 from cached_runs import EPOCH, Folders, assert_same, numbers, responses, trained
 
-from mmalign import caching, features
+from mmalign import caching, encode_responses, features, training
 from mmalign.data.cache import ArrayCache
+from mmalign.data.pairs import ImageRef
 from mmalign.families import Loading, load_vision_language
 from mmalign.families.features import apart, packed, unpacked
 from mmalign.families.vision_language import ImageTextToText
@@ -45,6 +47,28 @@ def test_the_tower_is_put_away_and_not_missed(
     decoder = {id(p): p.numel() for part in learning for p in part.parameters()}
     bare = sum(p.numel() for _, p in family._model.base_model.named_parameters(recurse=False))
     assert gone and left == sum(decoder.values()) + bare
+
+
+@pytest.mark.parametrize(("size", "bad"), [(2, ["0.png"]), (1, ["0.png", "1.png", "3.png"])])
+def test_a_pair_that_cannot_be_read_does_not_bring_the_tower_back(
+    size: int, bad: list[str], vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A good pair of the batch stands in for it; and where there is none, one whose features are kept for that."""
+    content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 1, "batch_size": size})
+    for name in bad:
+        (tmp_path / "rows" / name).write_bytes(b"no picture")
+    monkeypatch.setattr(caching, "move", lambda module, device: module.to("meta"))
+    encode, seen = training.Feed._encoded, list[tuple[int, Any]]()
+
+    def noted(self: Any, loader: Any, epoch: int, start: int) -> Any:
+        for batch in encode(self, loader, epoch, start):
+            seen.append((int(batch.weights.sum()), batch))
+            yield batch
+
+    monkeypatch.setattr(training.Feed, "_encoded", noted)
+    train(load_recipe(content), say=lambda _: None)
+    counted = [number for number, _ in seen]
+    assert (0 in counted) if size == 1 else (1 in counted)
 
 
 def test_the_tower_stays_for_pictures_that_no_file_has(
@@ -96,6 +120,51 @@ def test_an_image_is_encoded_once_and_not_prepared_again(
     assert len(encoded) == 1 + 4 + 1
 
 
+def test_what_goes_to_other_devices_item_by_item_is_whole(vlm_folders: Folders) -> None:
+    """As a wrapper for distribution takes an object apart; and nothing else is in memory with it."""
+    family: Any = load_vision_language(str(vlm_folders("qwen3_vl")), Loading(CPU))
+    (live,) = family.encode_images({"wide": family.reader.view(tiny_vlm.PICTURES["wide"])}).images.values()
+    assert set(live.keys()) == {"pooler_output", "deepstack_features"}
+    for found in (live, unpacked(packed(live), CPU)):
+        again = type(found)(list(found.items()))
+        for ours, theirs in zip(again.deepstack_features, live.deepstack_features, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
+ONLINE = {"name": "bdhs", "mode": "online", "online": {"similarity": "trigrams", "tries": 1, "max_new_tokens": 2}}
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "cache_draws": 1}, ONLINE])
+def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
+    method: dict[str, Any], tune: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first, by which it is known that there are some: the reference may still have to look."""
+    sections: dict[str, Any] = {"method": method, "model": {"tune": tune}, "train": {"steps": EPOCH}}
+    content = responses(vlm_folders("llava"), tmp_path, "out", **sections)
+    caching.cache(load_recipe(content), say=lambda _: None)
+    decoded, decode = list[str](), encode_responses.decode
+    monkeypatch.setattr(encode_responses, "decode", lambda ref: decoded.append(ref.where) or decode(ref))
+    ours, weights = trained(content)
+    assert len(set(decoded)) == (1 if method["name"] == "povid" else 0)
+    theirs, plain = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
+    assert numbers(ours) == numbers(theirs)
+    assert_same(weights, plain)
+
+
+def test_the_first_image_that_can_be_read_tells_whether_there_is_room(
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where others come before it that cannot."""
+    family: Any = load_vision_language(str(vlm_folders("llava")), Loading(CPU))
+    store, images = ArrayCache.open(tmp_path / "features", {}), list[ImageRef]()
+    for name, content in (("bad", b"no picture"), ("good", tiny.picture(1, 16)), ("other", tiny.picture(2, 16))):
+        images.append(ImageRef(name, name, lambda content=content: content))  # type: ignore[misc]
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
+    steps = features.fill(family, images, store, num_workers=0, rank=0, world_size=1)
+    assert list(steps) == [3, 1, 0] and not len(store)
+
+
 def test_features_that_would_fill_the_disk_are_not_kept(
     vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +174,7 @@ def test_features_that_would_fill_the_disk_are_not_kept(
     said: list[str] = []
     train(load_recipe(content), say=said.append)
     assert any(line.startswith("the images' features would take more than half of the free disk") for line in said)
-    assert not list((tmp_path / "out" / "cache" / "features").glob("*.safetensors"))
+    assert not list((tmp_path / "out" / "cache" / "features").rglob("*.safetensors"))
 
 
 def test_parts_that_learn_are_never_put_away() -> None:

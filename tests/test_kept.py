@@ -1,7 +1,9 @@
-"""What a method keeps of pairs, seen on InPO's inversions: the same bits, worked out once, refused to strangers."""
+"""What a method keeps of pairs, seen on InPO's inversions: the same bits, worked out once, unseen by strangers."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mmalign.data.sources import open_pairs
 from mmalign.draws import Draws
 from mmalign.families import Loading, load_family
 from mmalign.kept import Kept
+from mmalign.loop import make_contrasts
 from mmalign.methods import Keep, inpo, keep_singly
 from mmalign.recipe import load_recipe
 from mmalign.training import train
@@ -118,30 +121,53 @@ def moved(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["method.steps=4"], "steps is 3 there and 4 here"),
-        (["method.eta=0.0"], "eta is 0.1 there and 0.0 here"),
-        (["train.seed=1"], "seed is 0 there and 1 here"),
-        (["data.flip=false"], "flip is True there and False here"),
-    ],
-)
-def test_what_was_made_otherwise_is_refused(overrides: list[str], said: str, tiny_sd15: Path, tmp_path: Path) -> None:
-    first = recipe(tiny_sd15, tmp_path, "first", train={"steps": 1, "save_every": 1})
-    run(first)
-    there = f"data.cache='{tmp_path / 'first' / 'cache'}'"
-    with pytest.raises(ValueError, match=rf"kept was made otherwise: {said}; use another data\.cache"):
-        run({**first, "output": str(tmp_path / "second")}, there, *overrides)
+OTHERS = {
+    "steps": ["method.steps=4"],
+    "eta": ["method.eta=0.0"],
+    "seed": ["train.seed=1"],
+    "flip": ["data.flip=false"],
+    "resolution": ["data.resolution=24"],
+    "precision": ["train.precision=bfloat16"],
+}
 
 
-def test_another_model_s_inversions_are_refused(tiny_sd15: Path, tmp_path: Path) -> None:
-    first = recipe(tiny_sd15, tmp_path, "first", train={"steps": 1, "save_every": 1})
+@pytest.mark.parametrize("other", [*OTHERS, "weights", "schedule", "prediction", "tokenizer"])
+def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
+    other: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
+) -> None:
+    """In one folder of caches; both are found again, and training is what it is in a folder of its own."""
+    options = {"steps": 1, "save_every": 1}
+    first = recipe(tiny_sd15, tmp_path, "first", train=options, data={"flip": True, "cache": f"{tmp_path}/all"})
     run(first)
-    other = moved(tiny_sd15, tmp_path / "moved")
-    there = [f"data.cache='{tmp_path / 'first' / 'cache'}'", f"model.path={other}"]
-    with pytest.raises(ValueError, match=r"kept was made otherwise: model is '\w{16}' there and '\w{16}' here"):
-        run({**first, "output": str(tmp_path / "second")}, *there)
+    overrides = OTHERS.get(other, [f"model.path={tmp_path / 'other'}"])
+    if other not in OTHERS:
+        changed(other, tiny_sd15, tmp_path / "other")
+    worked_out.clear()
+    shared = run({**first, "output": str(tmp_path / "second")}, *overrides)
+    assert len(worked_out) == 2
+    alone = run({**first, "output": str(tmp_path / "third")}, *overrides, f"data.cache={tmp_path}/own")
+    assert_same(shared, alone)
+    worked_out.clear()
+    run({**first, "output": str(tmp_path / "fourth")}, *overrides)
+    run({**first, "output": str(tmp_path / "fifth")})
+    assert worked_out == [] and len(list((tmp_path / "all" / "kept").iterdir())) == 2
+
+
+def changed(what: str, model: Path, folder: Path) -> None:
+    """The same model, but for one thing."""
+    shutil.copytree(model, folder)
+    if what == "weights":
+        moved(model, folder)
+    elif what == "tokenizer":
+        file = folder / "tokenizer" / "tokenizer.json"
+        told = json.loads(file.read_text())
+        words = told["model"]["vocab"]
+        words["a</w>"], words["e</w>"] = words["e</w>"], words["a</w>"]
+        file.write_text(json.dumps(told))
+    else:
+        file = folder / "scheduler" / "scheduler_config.json"
+        new = {"schedule": {"beta_end": 0.02}, "prediction": {"prediction_type": "v_prediction"}}[what]
+        file.write_text(json.dumps(json.loads(file.read_text()) | new))
 
 
 def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path, tmp_path: Path) -> None:
@@ -210,7 +236,7 @@ def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
 
     @torch.no_grad()
     def made(epoch: int) -> Any:
-        return inpo.contrasts(policy, pairs(family), cfg, Draws(5, epoch))[0]
+        return make_contrasts(inpo, policy, pairs(family), cfg, Draws(5, epoch))[0]
 
     return made
 

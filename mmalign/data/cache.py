@@ -1,7 +1,8 @@
 """Arrays on disk by key: dicts of tensors that are costly to make, in safetensors shards that are mapped, not loaded.
 
-The cache stores and finds; it never encodes. Several processes may write to one folder: each `put` is a file of its
-own, complete under its name or absent. A process sees what it has put and what lay there at `open` or `refresh`.
+The cache stores and finds; it never encodes. What is made in another way lies in another folder, whose name says so.
+Several processes may write to one folder: each `put` is a file of its own, complete under its name or absent. A process
+sees what it has put and what lay there at `open` or `refresh`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 _FINGERPRINT = "fingerprint.json"
 _STALE = 3600.0  # seconds after which an unfinished file has no writer any more
+_CHUNK = 2**16  # numbers that are added up together for a fingerprint
 
 Fingerprint = Mapping[str, str | int | float]
 
@@ -39,20 +41,23 @@ class ArrayCache:
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: Fingerprint) -> ArrayCache:
-        """Open a folder, or make it.
+        """Open the cache of this fingerprint within a folder, or make it; each fingerprint has one of its own.
 
         Args:
-            folder: where the shards are.
+            folder: where caches of one kind are.
             fingerprint: what the arrays depend on besides their keys: model, resolution, dtype ...
 
         Raises:
-            ValueError: the folder is a file, holds something else, or was made with another fingerprint.
+            ValueError: the folder is a file, or the cache's own holds something else.
         """
-        cache = cls(Path(folder))
-        if cache.folder.exists() and not cache.folder.is_dir():
-            raise ValueError(f"data.cache: {folder} is a file; expected a folder, or a name that is free")
+        wanted = json.loads(json.dumps(dict(fingerprint)))
+        name = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
+        cache = cls(Path(folder) / name)
+        for path in (Path(folder), cache.folder):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"data.cache: {path} is a file; expected a folder, or a name that is free")
         cache.folder.mkdir(parents=True, exist_ok=True)
-        _check_fingerprint(cache.folder, json.loads(json.dumps(dict(fingerprint))))
+        _check_fingerprint(cache.folder, wanted)
         cache.refresh()
         return cache
 
@@ -142,13 +147,32 @@ class ArrayCache:
 
 
 def fingerprint_tensors(state: Mapping[str, Tensor]) -> str:
-    """Thirty-two hex digits of names, shapes, dtypes and every byte: the identity of a model's weights."""
+    """Thirty-two hex digits of names, shapes, dtypes and every byte: the identity of a model's weights.
+
+    The bytes are taken as integers, multiplied by odd random ones of 64 bits, and added up, some at a time, wherever
+    the tensors are: the same on every device. A change of one integer always shows, one of several but for one case in
+    2 ** 31 at worst (which multiples of 2 ** 64 a random sum hits), and a model of many gigabytes takes seconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator, dtype=torch.int64) | 1
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name].detach()
         digest.update(f"{len(name)} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if factors.device != tensor.device:
+            factors = factors.to(tensor.device)
+        sums = [(part * factors[: len(part)]).sum() for part in torch.split(_integers(tensor), _CHUNK) if len(part)]
+        if sums:
+            digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, four by four where they come out even, each as an integer."""
+    whole = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if len(whole) % 4:
+        return whole
+    return (whole.clone() if whole.storage_offset() % 4 else whole).view(torch.int32)
 
 
 def _check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
@@ -167,9 +191,7 @@ def _check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
     differing = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
     if differing:
         what = "; ".join(f"{k} is {found.get(k)!r} there and {wanted.get(k)!r} here" for k in differing)
-        raise ValueError(
-            f"data.cache: {folder} was made otherwise: {what}; use another data.cache, or delete the folder"
-        )
+        raise ValueError(f"data.cache: {folder} is not what its name says: {what}; delete the folder")
 
 
 def _names(path: Path) -> list[str] | None:

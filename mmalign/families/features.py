@@ -38,7 +38,8 @@ def unpacked(parts: dict[str, Tensor], device: torch.device) -> Any:
     found: Any = BaseModelOutputWithPooling(pooler_output=pooled)
     layers = sum(name.startswith(f"{DEEP}.") and name.endswith(".0") for name in there)
     if layers:
-        found.deepstack_features = [_numbered(there, f"{DEEP}.{number}") for number in range(layers)]
+        # As an item, which is an attribute, too: who sends it to other devices takes an object apart by its items.
+        found["deepstack_features"] = [_numbered(there, f"{DEEP}.{number}") for number in range(layers)]
     found.grid = there.get(GRID)
     return found
 

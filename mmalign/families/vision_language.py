@@ -143,9 +143,8 @@ class ImageTextToText:
                 f"makes {number} features; it belongs to another model: copy the processor's files anew"
             )
         found.grid = given.get("image_grid_thw")
-        # The towers' own states are not needed any more, and take more memory than what is.
-        found.last_hidden_state = found.hidden_states = found.attentions = None
-        return found
+        # Without the towers' own states, which take more memory than what a decoder reads.
+        return unpacked(packed(found), self.loading.device)
 
     def token_logps(
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None

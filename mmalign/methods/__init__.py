@@ -8,29 +8,31 @@ A method that draws its own images has `learns_from = "prompts"`, and is given p
 of latents has `needs_decoder = True`. A `judge` in a method's settings (a JudgeConfig) comes with every batch. What is
 to be said when a method could make nothing of its batches is `made_nothing`.
 
-A method of responses may ask for more than tokens and features: `needs_pictures = True` for the decoded images,
+A method of responses may ask for more than tokens and features: `needs_pictures(config)` for the decoded images,
 `needs_others = True` for the chosen responses to the pairs' other images. One of images may ask for a
 prompt of the rejected image's own, `needs_two_prompts = True`, or for so many pairs in a batch, `least_pairs = 2`. A
 method whose settings name what may not be there, such as a similarity model, looks for it in `notes(config)`, before
 anything is loaded; the lines that it gives are told at the beginning of a run.
 
 What follows from a pair, its draws and the reference alone need not be worked out twice. A method whose `keeps(config)`
-gives a `Keep` says so: then `keep(policy, batch, config, draws)` gives it by name, each [B, ...], a pair's draws come
-again after `Keep.draws` epochs, and before the training every pair that it will meet is worked out once and kept on
-disk. `contrasts` finds it in `batch.kept`, which is None without a cache.
+gives a `Keep` says so: then a pair's draws come again after `Keep.draws` epochs, and before the training every pair
+that it will meet is worked out once and kept on disk. `contrasts` finds it in `batch.kept`, which is None without a
+cache. It is the reference's scores in the one contrast of a batch, or what `keep(policy, batch, config, draws)` gives
+by name, each [B, ...], where a method has such a function.
 
 There are two kinds. What a method goes on to compute with is worked out pair by pair, and where nothing is kept by
 `keep_singly`: the same bits in any batch. The reference's scores (`Keep.scores`) are worked out in the batches in which
 the training first meets the pairs: networks round by the batch, and a policy that has not moved is to score exactly
 what its reference does. `reference_scores` finds them, or asks the reference. All of it must be there, for where the
 whole network learns no reference is loaded beside it then. A method that needs the vision tower in the training, for
-pictures that no file has, says so in `needs_tower(config)`.
+pictures that no file has, says so in `needs_tower(config)`; any other is given no more pictures once all is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -38,7 +40,7 @@ from torch import Tensor, nn
 
 from mmalign import plugins
 from mmalign.draws import Draws
-from mmalign.policy import Policy
+from mmalign.policy import Policy, Scores
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,34 @@ class Keep:
     settings: Mapping[str, str | int | float]
     scores: bool = False
 
-    def of(self, draws: Draws) -> Draws:
-        """The draws of an epoch, out of the few there are."""
-        return replace(draws, epoch=draws.epoch % self.draws)
+    @property
+    def folder(self) -> str:
+        """Where it is kept, among a recipe's caches."""
+        return "reference" if self.scores else "kept"
+
+
+def drawn(method: Any, cfg: Any, draws: Draws) -> Draws:
+    """The draws of an epoch, for a method that keeps what it makes of a few out of these few."""
+    keeping: Keep | None = method.keeps(cfg) if hasattr(method, "keeps") else None
+    return draws if keeping is None else replace(draws, epoch=draws.epoch % keeping.draws)
+
+
+def worked_out(method: Any, policy: Policy[Any], batch: Any, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+    """What a method keeps of a batch, by name, each [B, ...]."""
+    own: Callable[..., dict[str, Tensor]] = getattr(method, "keep", None) or partial(_scores_of, method)
+    return own(policy, batch, cfg, drawn(method, cfg, draws))
+
+
+def _scores_of(method: Any, policy: Policy[Any], batch: Any, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+    return asked_for(method.contrasts(policy, batch, cfg, draws))
+
+
+def asked_for(made: Sequence[Any]) -> Scores:
+    """The reference's scores in the one contrast that a method has made of a batch."""
+    (contrast,) = made
+    scores: Scores | None = contrast.reference
+    assert scores is not None, "what is kept is the reference's, and needs one"
+    return scores
 
 
 def keep_singly(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +12,15 @@ from torch import Tensor
 from mmalign.losses import Pair, PairLoss, pair_loss
 from mmalign.methods import Step
 from mmalign.policy import Scores
+
+CacheDraws = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="so many draws of a pair come again and again, epoch after epoch in turn, and what the reference "
+        "makes of each is worked out once and kept on disk; 0 draws anew in every epoch",
+    ),
+]
 
 
 class PairLossConfig(BaseModel):
@@ -23,14 +32,6 @@ class PairLossConfig(BaseModel):
     loss: Literal["dpo", "ipo", "hinge", "robust"] = "dpo"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="for loss: dpo")
     flip_rate: float = Field(0.0, ge=0, lt=0.5, description="for loss: robust")
-
-
-def asked_for(made: Sequence[Any]) -> Scores:
-    """The reference's scores in the one contrast that a method has made of a batch."""
-    (contrast,) = made
-    scores: Scores | None = contrast.reference
-    assert scores is not None, "what is kept is the reference's, and needs one"
-    return scores
 
 
 def bound_loss(cfg: PairLossConfig) -> PairLoss:

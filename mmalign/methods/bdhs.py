@@ -21,7 +21,7 @@ another; each makes one contrast of every batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
@@ -37,20 +37,19 @@ from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.data.vocabularies import load_vocabulary
 from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses
-from mmalign.families import Decoding, ImageView, VisionLanguage
+from mmalign.families import Decoding, VisionLanguage
 from mmalign.language.hallucinate import WHOLE, contradicts
 from mmalign.language.objects import Vocabulary
 from mmalign.language.similarity import Similarity, is_fallback, load_similarity
 from mmalign.language.tokens import TokenRow, cut_tail
-from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods import Keep, Step, asked_for, reference_scores
+from mmalign.methods._pairs import bound_loss
 from mmalign.methods.dpo import PAIR, TOKEN, ResponseLossConfig, against, response_scores, response_step
 from mmalign.policy import Policy, Scores
 from mmalign.sections import Bdhs, Section
 
 modality = "vision_language"
 needs_reference = True
-needs_pictures = True
 
 VIEWS = (*PAIR, "hallucinated")
 RULES = "rules"
@@ -176,6 +175,11 @@ def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draw
     return {"hallucinated": scores["rejected"], **scores}
 
 
+def needs_pictures(cfg: Any) -> bool:
+    """The pictures, for the annotator."""
+    return bool(cfg.mode == "mixed")
+
+
 # ---------------------------------------------------------------------------------------------------- what is compared
 
 
@@ -185,9 +189,6 @@ class _Texts(NamedTuple):
     chosen: str
     rejected: str
     hallucinated: str = ""
-
-
-Views = Mapping[str, ImageView]  # by the images' keys
 
 
 def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, draws: Draws) -> Contrast:
@@ -206,8 +207,7 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
     require_hiding(policy.family)
     how, similarity = hiding(cfg.online), _similarity(cfg.online.similarity)
     speaker = Speaker(policy.family, policy.unwrapped, draws)
-    views = _views(policy.family, batch)
-    asked = _asked(speaker, batch, views, how.decoding.max_new_tokens, [True] * len(batch.rows), completing=True)
+    asked = _asked(speaker, batch, how.decoding.max_new_tokens, [True] * len(batch.rows), completing=True)
     found = bdhs(speaker, list(asked.values()), batch.features, how, similarity)
     said = dict(zip(asked, found, strict=True))
     texts, weights, tries = list[_Texts](), batch.weights.clone(), torch.zeros_like(batch.weights)
@@ -221,7 +221,7 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
             texts.append(_Texts(pair.chosen, text or pair.rejected))
             weights[number] *= bool(text)
     told = {"tries": tries}
-    return _contrast(policy.family, replace(batch, weights=weights), texts, cfg.gamma, told, views, three=cfg.gamma > 0)
+    return _contrast(policy.family, replace(batch, weights=weights), texts, cfg.gamma, told, three=cfg.gamma > 0)
 
 
 def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, draws: Draws) -> Contrast:
@@ -230,8 +230,7 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     annotate = _annotator(mixed.annotator, mixed.vocabulary)
     speaker = Speaker(policy.family, policy.unwrapped, draws)
     drawn = (draws.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
-    views = _views(policy.family, batch)
-    asked = _asked(speaker, batch, views, mixed.max_new_tokens, drawn, completing=False)
+    asked = _asked(speaker, batch, mixed.max_new_tokens, drawn, completing=False)
     decoding = Decoding(mixed.max_new_tokens, mixed.temperature, batch_size=mixed.batch_size)
     rows, parts = list(asked.values()), [WHOLE] * len(asked)
     first, second = (speaker.says(rows, parts, batch.features, decoding, tried) for tried in (1, 2))
@@ -244,16 +243,16 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
         if better:
             texts[number] = _Texts(one, other) if better > 0 else _Texts(other, one)
             own[number] = 1.0
-    return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own}, views, three=False)
+    return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own}, three=False)
 
 
 def _asked(
-    speaker: Speaker, batch: EncodedResponses, views: Views, new: int, wanted: Sequence[bool], *, completing: bool
+    speaker: Speaker, batch: EncodedResponses, new: int, wanted: Sequence[bool], *, completing: bool
 ) -> dict[int, Answered]:
     """The pairs of a batch, by their number, that a model is asked to answer anew: those that count and fit."""
     found = dict[int, Answered]()
     for number, pair in enumerate(batch.pairs):
-        images = tuple((ref.key, views[ref.key]) for ref in pair.images)
+        images = tuple((ref.key, batch.views[ref.key]) for ref in pair.images)
         row = Answered(batch.rows[number], pair.turns, pair.chosen.strip(), images)
         start = row.answer if completing else ""
         if wanted[number] and batch.weights[number] > 0 and not too_long(speaker, row, start, new):
@@ -267,15 +266,13 @@ def _contrast(
     texts: Sequence[_Texts],
     gamma: float,
     told: dict[str, Tensor],
-    views: Views | None = None,
     *,
     three: bool,
 ) -> Contrast:
     """The batch with these responses, two or three of each pair; where they are its own two, as it is."""
     if not three and list(texts) == [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]:
         return Contrast(batch, None, told, None)
-    views = views or _views(family, batch)
-    rows = [_rows(family, batch, views, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
+    rows = [_rows(family, batch, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     device, weights = batch.weights.device, batch.weights.clone()
     for number, row in enumerate(rows):  # a difference that begins after the last token that is read is none
         if row[0] == row[1]:
@@ -287,23 +284,17 @@ def _contrast(
     return Contrast(replace(batch, tokens=tokens, weights=weights), shares, told, None)
 
 
-def _rows(
-    family: VisionLanguage, batch: EncodedResponses, views: Views, pair: ResponsePair, texts: _Texts
-) -> list[TokenRow]:
+def _rows(family: VisionLanguage, batch: EncodedResponses, pair: ResponsePair, texts: _Texts) -> list[TokenRow]:
     """The prompt with each of three responses, tokenised together; the rejected one stands in for a missing third."""
 
     def rows(refs: Sequence[ImageRef]) -> list[TokenRow]:
         said = [texts.chosen, texts.rejected, texts.hallucinated or texts.rejected]
-        return family.reader.rows(pair.turns, said, [(ref.key, views[ref.key]) for ref in refs])
+        return family.reader.rows(pair.turns, said, [(ref.key, batch.views[ref.key]) for ref in refs])
 
     found = rows(pair.images)
     if texts.rejected == pair.rejected and pair.rejected_images != pair.images:
         found[1] = rows(pair.rejected_images)[1]
     return [cut_tail(row, batch.max_length) for row in found]
-
-
-def _views(family: VisionLanguage, batch: EncodedResponses) -> Views:
-    return {key: family.reader.view(picture) for key, picture in batch.pictures.items()}
 
 
 # --------------------------------------------------------------------------------------------------- what is looked up

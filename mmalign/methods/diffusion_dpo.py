@@ -36,7 +36,7 @@ from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import Conditioning, TextToImage
 from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import PairLossConfig, asked_for, bound_loss, preference_step
+from mmalign.methods._pairs import CacheDraws, PairLossConfig, bound_loss, preference_step
 from mmalign.policy import Policy, Scores
 
 modality = "text_to_image"
@@ -53,12 +53,7 @@ class Config(PairLossConfig):
         5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script has half of it"
     )
     caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
-    cache_draws: int = Field(
-        0,
-        ge=0,
-        description="so many draws of a pair come again and again, and what the reference scores under each is kept on "
-        "disk; 0 draws anew in every epoch, with the reference at hand",
-    )
+    cache_draws: CacheDraws = 0
 
 
 @dataclass(frozen=True)
@@ -100,8 +95,6 @@ class Contrast:
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: both images of every pair under the same noise."""
-    keeping = keeps(cfg)
-    draws = keeping.of(draws) if keeping else draws
     view = noised(policy.family, batch, cfg.caption_dropout, draws)
     scores = reference_scores(policy, batch, partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
@@ -117,11 +110,6 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -
 def keeps(cfg: Any) -> Keep | None:
     """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
     return Keep(cfg.cache_draws, {"caption_dropout": cfg.caption_dropout}, scores=True) if cfg.cache_draws else None
-
-
-def keep(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> Scores:
-    """The reference's scores."""
-    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def noised(

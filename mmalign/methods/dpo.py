@@ -27,7 +27,7 @@ from mmalign.families import VisionLanguage
 from mmalign.language import scores
 from mmalign.losses import Pair, PairLoss
 from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import PairLossConfig, asked_for, bound_loss, preference_step
+from mmalign.methods._pairs import PairLossConfig, bound_loss, preference_step
 from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
@@ -75,11 +75,6 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
 def keeps(cfg: Any) -> Keep:
     """What the reference's scores depend on besides pairs and reference."""
     return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)
-
-
-def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
-    """The reference's scores."""
-    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def response_scores(

@@ -34,7 +34,7 @@ from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import TextToImage
 from mmalign.methods import Keep, diffusion_dpo, keep_singly
-from mmalign.methods._pairs import PairLossConfig
+from mmalign.methods._pairs import CacheDraws, PairLossConfig
 from mmalign.methods.diffusion_dpo import Clean, Contrast, Noised, denoising_scores
 from mmalign.policy import Policy
 
@@ -59,12 +59,7 @@ class Config(PairLossConfig):
     )
     steps: int = Field(10, ge=1, le=1000, description="of an inversion through all times; one to t takes its share")
     eta: float = Field(0.1, ge=0, le=1, description="how much of the noise is fresh; 0 inverts without any")
-    cache_draws: int = Field(
-        0,
-        ge=0,
-        description="so many draws of a pair come again and again, inverted once and kept on disk; needs inverter: "
-        "reference; 0 draws and inverts anew in every epoch",
-    )
+    cache_draws: CacheDraws = 0
 
     @model_validator(mode="after")
     def _fixed(self) -> Config:
@@ -78,10 +73,8 @@ class Config(PairLossConfig):
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: both images of every pair, inverted to the pair's t."""
-    keeping = keeps(cfg)
-    draws = keeping.of(draws) if keeping else draws
     clean = diffusion_dpo.clean(policy.family, batch, cfg.caption_dropout, draws)
-    if keeping:
+    if keeps(cfg):
         kept = batch.kept or keep_singly(keep, policy, batch, cfg, draws)
         x_t = kept["x_t"].transpose(0, 1).flatten(0, 1)
     else:

@@ -28,9 +28,9 @@ from mmalign.encode import EncodedPairs
 from mmalign.families import TextToImage
 from mmalign.losses import Pair
 from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import PairLossConfig, asked_for, bound_loss, watched
+from mmalign.methods._pairs import CacheDraws, PairLossConfig, bound_loss, watched
 from mmalign.methods.diffusion_dpo import Contrast, Noised, conditioned, denoising_scores, noised
-from mmalign.policy import Policy, Scores
+from mmalign.policy import Policy
 
 modality = "text_to_image"
 needs_reference = True
@@ -53,12 +53,7 @@ class Config(PairLossConfig):
         description="of the comparisons: prompts under the first image, and under the second; images under the first "
         "prompt, and under the second",
     )
-    cache_draws: int = Field(
-        0,
-        ge=0,
-        description="so many draws of a pair come again and again, and what the reference scores under each is kept on "
-        "disk; 0 draws anew in every epoch, with the reference at hand",
-    )
+    cache_draws: CacheDraws = 0
 
     @model_validator(mode="after")
     def _compares(self) -> Config:
@@ -69,8 +64,7 @@ class Config(PairLossConfig):
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
     """One contrast: both images of every pair, under one noise, with either prompt."""
-    family, keeping = policy.family, keeps(cfg)
-    draws = keeping.of(draws) if keeping else draws
+    family = policy.family
     assert batch.rejected_text is not None, "instruct_engine needs two prompts"
     first = noised(family, batch, 0.0, draws)
     second = replace(first, cond=conditioned(family, batch, batch.rejected_text, 0.0, draws))
@@ -82,11 +76,6 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws:
 def keeps(cfg: Any) -> Keep | None:
     """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
     return Keep(cfg.cache_draws, {}, scores=True) if cfg.cache_draws else None
-
-
-def keep(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> Scores:
-    """The reference's scores of the grid."""
-    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:

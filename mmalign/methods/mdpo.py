@@ -28,7 +28,7 @@ from mmalign.encode_responses import EncodedResponses, disturbed
 from mmalign.families import ImageFeatures, VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods._pairs import CacheDraws, bound_loss
 from mmalign.methods.dpo import (
     PAIR,
     Contrast,
@@ -37,11 +37,10 @@ from mmalign.methods.dpo import (
     response_scores,
     response_step,
 )
-from mmalign.policy import Policy, Scores
+from mmalign.policy import Policy
 
 modality = "vision_language"
 needs_reference = True
-needs_pictures = True
 
 VIEWS = (*PAIR, "cropped")
 
@@ -55,12 +54,7 @@ class Config(ResponseLossConfig):
     keep: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.01, 0.2], min_length=2, max_length=2, description="the least and the greatest share of the area of a crop"
     )
-    cache_draws: int = Field(
-        0,
-        ge=0,
-        description="so many crops of an image come again and again, epoch after epoch in turn, and what the reference "
-        "scores with each is kept on disk; 0 crops anew in every epoch, with the reference at hand",
-    )
+    cache_draws: CacheDraws = 0
 
     @model_validator(mode="after")
     def _in_order(self) -> Config:
@@ -71,8 +65,6 @@ class Config(ResponseLossConfig):
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
     """The pairs, and the chosen responses once more to a crop of their images."""
-    keeping = keeps(cfg)
-    draws = keeping.of(draws) if keeping else draws
 
     def crop(picture: Image.Image, row: int, place: int) -> Image.Image:
         return cropped(picture, draws.uniform([row], (4,), "crop", place)[0], keep=(cfg.keep[0], cfg.keep[1]))
@@ -101,9 +93,9 @@ def keeps(cfg: Any) -> Keep | None:
     return Keep(cfg.cache_draws, settings, scores=True) if cfg.cache_draws else None
 
 
-def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
-    """The reference's scores, of the crops' too."""
-    return asked_for(contrasts(policy, batch, cfg, draws))
+def needs_pictures(cfg: Any) -> bool:
+    """The pictures, to crop them."""
+    return True
 
 
 def needs_tower(cfg: Any) -> bool:

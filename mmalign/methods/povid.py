@@ -36,13 +36,12 @@ from mmalign.encode_responses import EncodedResponses, disturbed
 from mmalign.families import VisionLanguage
 from mmalign.losses import Pair
 from mmalign.methods import Keep, Step
-from mmalign.methods._pairs import bound_loss
+from mmalign.methods._pairs import CacheDraws, bound_loss
 from mmalign.methods.dpo import ResponseLossConfig, against, response_step, view_scores
 from mmalign.policy import Policy, Scores
 
 modality = "vision_language"
 needs_reference = True
-needs_pictures = True
 
 TOKENS = "noisy tokens"  # of what is kept, the one that is no score
 
@@ -59,12 +58,7 @@ class Config(ResponseLossConfig):
         "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
     )
     combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
-    cache_draws: int = Field(
-        0,
-        ge=0,
-        description="so many noises of a pair come again and again, and what the reference says and scores under each "
-        "is kept on disk; needs tokens: reference; 0 draws anew in every epoch, with the reference at hand",
-    )
+    cache_draws: CacheDraws = 0
 
     @model_validator(mode="after")
     def _fixed(self) -> Config:
@@ -90,8 +84,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     if batch.kept is not None:
         kept = dict(batch.kept)
         return [Contrast(batch, _fitted(kept.pop(TOKENS), batch), kept)]
-    family, mean, keeping = policy.family, cfg.loss == "ipo", keeps(cfg)
-    draws = keeping.of(draws) if keeping else draws
+    family, mean = policy.family, cfg.loss == "ipo"
 
     def with_noise(picture: Image.Image, row: int, place: int) -> Image.Image:
         eps = draws.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
@@ -131,6 +124,11 @@ def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draw
     """The noisy tokens [B, R], and the reference's scores."""
     (contrast,) = contrasts(policy, batch, cfg, draws)
     return {TOKENS: contrast.noisy, **contrast.reference}
+
+
+def needs_pictures(cfg: Any) -> bool:
+    """The pictures, to put noise in them."""
+    return True
 
 
 def needs_tower(cfg: Any) -> bool:

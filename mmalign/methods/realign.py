@@ -24,7 +24,7 @@ from mmalign.encode_responses import EncodedResponses
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import asked_for, bound_loss
+from mmalign.methods._pairs import bound_loss
 from mmalign.methods.dpo import (
     PAIR,
     Contrast,
@@ -33,7 +33,7 @@ from mmalign.methods.dpo import (
     response_scores,
     response_step,
 )
-from mmalign.policy import Policy, Scores
+from mmalign.policy import Policy
 
 modality = "vision_language"
 needs_reference = True
@@ -70,8 +70,3 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
 def keeps(cfg: Any) -> Keep:
     """What the reference's scores depend on besides pairs and reference."""
     return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)
-
-
-def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
-    """The reference's scores, of the retrieved images' too."""
-    return asked_for(contrasts(policy, batch, cfg, draws))

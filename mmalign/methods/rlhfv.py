@@ -26,9 +26,8 @@ from mmalign.encode_responses import EncodedResponses
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Keep, Step, reference_scores
-from mmalign.methods._pairs import asked_for
 from mmalign.methods.dpo import Contrast, ResponseLossConfig, response_scores, response_step
-from mmalign.policy import Policy, Scores
+from mmalign.policy import Policy
 
 modality = "vision_language"
 needs_reference = True
@@ -61,11 +60,6 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
 def keeps(cfg: Any) -> Keep:
     """What the reference's scores depend on besides pairs and reference."""
     return Keep(1, {"gamma": cfg.gamma, "min_block": cfg.min_block, "insertions": cfg.insertions}, scores=True)
-
-
-def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
-    """The reference's scores."""
-    return asked_for(contrasts(policy, batch, cfg, draws))
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:

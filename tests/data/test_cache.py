@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -61,39 +63,56 @@ def test_two_writers_see_each_other_after_refresh(tmp_path: Path) -> None:
     assert len(first) == len(second) == 2 and first.get("b")["mean"][0, 0] == 2
 
 
-def test_another_model_is_refused_and_the_difference_named(tmp_path: Path) -> None:
-    ArrayCache.open(tmp_path, MODEL).put({"a": item(1)})
-    with pytest.raises(ValueError, match="resolution is 64 there and 128 here; use another data.cache") as error:  # noqa: RUF043
-        ArrayCache.open(tmp_path, {"model": "abc", "resolution": 128})
-    assert "abc" not in str(error.value)
-    with pytest.raises(ValueError, match="dtype is None there and 'half' here"):
-        ArrayCache.open(tmp_path, MODEL | {"dtype": "half"})
-    assert "a" in ArrayCache.open(tmp_path, MODEL)
+def test_another_model_has_another_folder(tmp_path: Path) -> None:
+    """Each finds its own again, none finds another's, and the file beside the arrays says what they are of."""
+    others: list[dict[str, str | int | float]] = [MODEL, MODEL | {"resolution": 128}, MODEL | {"dtype": "half"}]
+    for number, of in enumerate(others):
+        found = ArrayCache.open(tmp_path, of)
+        assert "a" not in found
+        found.put({"a": item(number)})
+        assert json.loads((found.folder / "fingerprint.json").read_text()) == of
+    for number, of in enumerate(others):
+        assert read(ArrayCache.open(tmp_path, dict(reversed(of.items()))), "a")[1] == [number] * 6
+
+
+def test_a_folder_by_another_s_name_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    one, other = (ArrayCache.open(tmp_path, MODEL | {"resolution": side}).folder for side in (64, 128))
+    shutil.rmtree(other)
+    one.rename(other)
+    with pytest.raises(ValueError, match="is not what its name says: resolution is 64 there and 128 here; delete") as e:
+        ArrayCache.open(tmp_path, MODEL | {"resolution": 128})
+    assert "abc" not in str(e.value)
 
 
 def test_a_file_and_a_strangers_folder_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").write_text("precious")
+    own = ArrayCache.open(tmp_path, MODEL).folder
+    (own / "fingerprint.json").unlink()
+    (own / "photo.jpg").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
         ArrayCache.open(tmp_path, MODEL)
     with pytest.raises(ValueError, match="is a file"):
-        ArrayCache.open(tmp_path / "photo.jpg", MODEL)
-    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
+        ArrayCache.open(own / "photo.jpg", MODEL)
+    assert [p.name for p in own.iterdir()] == ["photo.jpg"]
+    shutil.rmtree(own)
+    own.write_text("precious")
+    with pytest.raises(ValueError, match="is a file"):
+        ArrayCache.open(tmp_path, MODEL)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 60, -1])
 def test_a_shard_cut_short_is_removed_and_the_others_kept(tmp_path: Path, kept: int) -> None:
     cache = ArrayCache.open(tmp_path, MODEL)
     cache.put({"a": item(1)})
-    (whole,) = tmp_path.glob("*.safetensors")
-    cut = tmp_path / "cut.safetensors"
+    (whole,) = cache.folder.glob("*.safetensors")
+    cut = cache.folder / "cut.safetensors"
     cut.write_bytes(whole.read_bytes()[:kept])
     again = ArrayCache.open(tmp_path, MODEL)
     assert set(again) == {"a"} and not cut.exists() and whole.exists()
 
 
 def test_an_unfinished_file_is_ignored_and_removed_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
-    ArrayCache.open(tmp_path, MODEL)
-    fresh, old = tmp_path / "fresh.part", tmp_path / "old.part"
+    folder = ArrayCache.open(tmp_path, MODEL).folder
+    fresh, old = folder / "fresh.part", folder / "old.part"
     for path in (fresh, old):
         path.write_bytes(b"half a shard")
     os.utime(old, (0, 0))
@@ -106,14 +125,14 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cache = ArrayCache.open(tmp_path, MODEL)
     cache.put({"a": item(1)})
     name = uuid.UUID(int=7)
-    (tmp_path / f"{name.hex}.part").symlink_to("/dev/full")  # what the next shard is written to
+    (cache.folder / f"{name.hex}.part").symlink_to("/dev/full")  # what the next shard is written to
     monkeypatch.setattr(uuid, "uuid4", lambda: name)
     with pytest.raises(
         OSError, match=r"could not write 0\.0 MB \(No space left on device; [\d,.]+ MB are free\)"
     ) as error:
         cache.put({"b": item(2)})
     assert str(tmp_path) in str(error.value)
-    assert not list(tmp_path.glob("*.part")) and set(cache) == set(ArrayCache.open(tmp_path, MODEL)) == {"a"}
+    assert not list(cache.folder.glob("*.part")) and set(cache) == set(ArrayCache.open(tmp_path, MODEL)) == {"a"}
 
 
 def test_a_fingerprint_knows_names_shapes_dtypes_and_every_byte() -> None:
@@ -131,3 +150,25 @@ def test_a_fingerprint_knows_names_shapes_dtypes_and_every_byte() -> None:
     ]
     assert len(set(prints)) == len(prints)
     assert fingerprint_tensors(dict(reversed(base.items()))) == prints[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
+def test_a_fingerprint_knows_where_a_number_stands_and_every_bit_of_it(dtype: torch.dtype) -> None:
+    """Also in the last of several parts that are added up, and where a plain sum would be the same."""
+    numbers = torch.arange(200_003).remainder(251).to(dtype)
+    swapped, moved, signs = numbers.clone(), numbers.clone(), numbers.clone()
+    swapped[[3, 200_001]] = numbers[[200_001, 3]]
+    moved[200_002:].view(torch.uint8)[-1] ^= 1
+    signs[[1, 200_001]] = -signs[[1, 200_001]]
+    parts = (numbers, numbers.roll(1), swapped, moved, signs, numbers[:-1])
+    assert len({fingerprint_tensors({"w": x}) for x in parts}) == len(parts)
+
+
+def test_a_fingerprint_is_of_the_numbers_and_not_of_how_they_lie() -> None:
+    square = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    apart = torch.zeros(13, dtype=torch.bfloat16)
+    apart[1:] = square.flatten()
+    for same in (square.t().contiguous().t(), apart[1:].view(3, 4), square.clone()):
+        assert torch.equal(same, square) and fingerprint_tensors({"w": same}) == fingerprint_tensors({"w": square})
+    assert fingerprint_tensors({"w": square.t()}) != fingerprint_tensors({"w": square.t().reshape(3, 4)})
+    assert fingerprint_tensors({"empty": torch.zeros(0)}) != fingerprint_tensors({})
