@@ -225,3 +225,9 @@ def recipe(model: Path, pairs: Path, output: Path, /, **sections: dict[str, Any]
     for name, section in sections.items():
         base[name] = section if name == "method" else {**base.get(name, {}), **section}
     return {**base, "output": str(output)}
+
+
+def recipe_in(folder_of_model: Path, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    """The same with pairs of its own, all in a folder."""
+    folder.mkdir(exist_ok=True)
+    return recipe(folder_of_model, pick_a_pic(folder / "pairs.parquet"), folder / "output", **sections)

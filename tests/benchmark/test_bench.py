@@ -1,25 +1,18 @@
 """`mmalign bench` on tiny models: parts, ratios, what is expected of them, and another program computes the same."""
 
-import contextlib
-import inspect
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from typer.testing import CliRunner
 
-from mmalign.benchmark import against, bench, cases, measure, runs, tables
-from mmalign.benchmark.against import diffusers, trl
+from mmalign.benchmark import bench, cases, measure, runs, tables
 from mmalign.benchmark.bench import OURS, Asked
 from mmalign.benchmark.meters import Meter
 from mmalign.benchmark.tables import Report
@@ -27,20 +20,14 @@ from mmalign.cli import app
 from mmalign.families import latents
 from mmalign.methods import diffusion_dpo
 from mmalign.recipe import load_recipe
-from mmalign.sections import ImageModel
 
 OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
-
-
-def recipe(model: Path, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    return tiny.recipe(model, tiny.pick_a_pic(folder / "pairs.parquet"), folder / "output", **sections)
 
 
 @pytest.fixture(scope="module")
 def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("bench")
-    asked = Asked(recipe(tiny_sd15, folder, model={"tune": "lora"}), (), [[OFF], [CHECKPOINTED]], "diffusers")
+    asked = Asked(tiny.recipe_in(tiny_sd15, folder, model={"tune": "lora"}), (), [[OFF], [CHECKPOINTED]], "diffusers")
     return bench.run(asked, folder, Accelerator(), name="tiny", repeats=1, say=lambda _: None)
 
 
@@ -102,7 +89,7 @@ def test_the_tables_say_what_is_expected(report: Report, capsys: pytest.CaptureF
 
 def test_the_parts_add_up_to_the_whole(tiny_sd15: Path, tmp_path: Path) -> None:
     """Operations, which unlike seconds are exact: those of the parts are those of updates without a meter."""
-    found = load_recipe(recipe(tiny_sd15, tmp_path, train={"accumulate": 2}))
+    found = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, train={"accumulate": 2}))
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=4)
     assert run.pairs == 4
     runs.advance(run, 1)
@@ -117,51 +104,11 @@ def test_the_parts_add_up_to_the_whole(tiny_sd15: Path, tmp_path: Path) -> None:
     assert sum(meter.total.values()) == next(clock) - 1  # no reading of the clock is lost
 
 
-def wrong_beta_of(loss: Any) -> Any:
-    def wrong(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
-        twice: Any = run.recipe.method
-        twice = twice.model_copy(update={"beta": 2 * twice.beta})
-        found: Tensor = loss(replace(run, recipe=run.recipe.model_copy(update={"method": twice})), batch, draws, switch)
-        return found
-
-    return wrong
-
-
-def no_reference(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
-    policy = replace(run.policy, reference=runs.FrozenCopy(run.policy.unwrapped))
-    return diffusers.loss(replace(run, policy=policy), batch, draws, switch)
-
-
-def swapped(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
-    return diffusers.loss(run, replace(batch, pixels=batch.pixels.roll(len(batch.rows), 0)), draws, switch)
-
-
-@pytest.mark.parametrize("wrong", [wrong_beta_of(diffusers.loss), no_reference, swapped])
-def test_another_step_is_told_apart(wrong: Any, tiny_sd15: Path, tmp_path: Path) -> None:
-    """What equality is asked of sees twice the beta, a reference that is the policy, and exchanged images."""
-
-    other: Any = SimpleNamespace(prepare=diffusers.prepare, optimizer=diffusers.optimizer, loss=wrong)
-    released = {"name": "diffusion_dpo", "beta": 5000.0}
-    asked = Asked(recipe(tiny_sd15, tmp_path, method=released, model={"tune": "lora"}), peer="diffusers")
-    right = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
-    theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=other)
-    apart = runs.first_gradient(theirs).beside(runs.first_gradient(right))
-    with pytest.raises(ValueError, match="does not compute what it is compared with"):
-        measure.require_same(measure.Entrant("wrong", lambda **_: theirs, bench.SAME), apart)
-
-
-def test_a_wrong_step_is_never_timed(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusers, "loss", wrong_beta_of(diffusers.loss))
-    asked = Asked(recipe(tiny_sd15, tmp_path, model={"tune": "lora"}), peer="diffusers")
-    with pytest.raises(ValueError, match="diffusers does not compute"):
-        bench.run(asked, tmp_path, Accelerator(), name="wrong", repeats=1, say=lambda _: None)
-
-
 def test_from_the_command_line(tiny_sd15: Path, tmp_path: Path) -> None:
     import yaml
 
     file, numbers = tmp_path / "recipe.yaml", tmp_path / "numbers" / "bench.json"
-    file.write_text(yaml.dump(recipe(tiny_sd15, tmp_path)))
+    file.write_text(yaml.dump(tiny.recipe_in(tiny_sd15, tmp_path)))
     done = CliRunner().invoke(app, ["bench", str(file), "--repeats", "1", "--json", str(numbers)])
     assert done.exit_code == 0, done.output
     found = json.loads(numbers.read_text())
@@ -193,46 +140,6 @@ def test_mistakes_end_in_a_sentence(
     assert done.exit_code == 1 and sentence in " ".join(done.output.split())
 
 
-@pytest.mark.parametrize("name", against.names())
-def test_a_peer_offers_what_is_asked_of_it(name: str) -> None:
-    """Every call of `Peer`, with its arguments."""
-    peer = against.find(name)
-    assert peer.about and all(isinstance(assignment, str) for assignment in peer.own)
-    for call, asked in inspect.getmembers(against.Peer, inspect.isfunction):
-        if not call.startswith("_"):
-            assert list(inspect.signature(getattr(peer, call)).parameters) == [*inspect.signature(asked).parameters][1:]
-
-
-def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None:
-    """Whatever the recipe asks for itself, and which stays with its own run."""
-    given = recipe(tiny_sd15, tmp_path, train={"attention": "xformers", "compile": True})
-    for peer in (diffusers, trl):
-        theirs = load_recipe(given, peer.own[:3])
-        assert (theirs.data.cache, theirs.train.attention, theirs.train.compile) == ("off", "sdpa", False)
-    assert trl.own[3:] == ("train.pack='off'",)  # the decoder keeps the attention of transformers
-    ours = Asked(given, peer="diffusers").recipe()
-    assert (ours.data.cache, ours.train.attention, ours.train.compile) == ("auto", "xformers", True)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_autoencoder_is_in_half_precision_where_the_script_has_it(
-    precision: str, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path
-) -> None:
-    """On both sides: train_diffusion_dpo.py puts it into the weights' dtype, train_diffusion_dpo_sdxl.py does not."""
-    for model, expected in ((tiny_sd15, precision), (tiny_sdxl, "float32")):
-        asked = Asked(recipe(model, tmp_path, train={"precision": precision}), peer="diffusers")
-        for found in (asked.recipe(), asked.recipe(*diffusers.own)):
-            assert isinstance(found.model, ImageModel) and found.model.vae_dtype == expected
-
-
-def test_both_sides_encode_in_half_precision(tiny_sd15: Path, tmp_path: Path) -> None:
-    given = recipe(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"precision": "bfloat16"})
-    asked = Asked(given, peer="diffusers")
-    ours = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
-    theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=diffusers)
-    assert {run.policy.family.pipeline.vae.dtype for run in (ours, theirs)} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -257,7 +164,7 @@ def test_filling_is_what_one_epoch_needs(
     monkeypatch.setattr(latents, "encode", ticking(latents.encode))
     monkeypatch.setattr(diffusion_dpo, "keep", ticking(diffusion_dpo.keep))
     monkeypatch.setattr(runs, "now", lambda _: float(ticks[0]))
-    found = load_recipe(recipe(tiny_sd15, tmp_path), overrides)
+    found = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path), overrides)
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=8)
     assert run.filling == expected
     before = ticks[0]
@@ -317,42 +224,11 @@ def test_a_report_of_two_processes_is_in_units_of_one(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "peak_rate", lambda *_: 1e12)
-    asked = Asked(recipe(tiny_sd15, tmp_path), [OFF])  # the other's share of the caches would be missing
+    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path), [OFF])  # the other's share of the caches would be missing
     report = bench.run(asked, tmp_path, Double(), name="tiny", repeats=1, say=lambda _: None)
     ((title, (row,)),) = report.models.items()
     assert title.endswith("2 pairs on each of 2 processes")
     assert (report.peak_rate, row.processes, row.batch_size) == (1e12, 2, 4)
-
-
-def test_a_peer_sends_its_gradients_once_an_update(
-    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With three micro-batches the first two, forward and backward, are inside of `no_sync`."""
-    asked = Asked(recipe(tiny_sd15, tmp_path, train={"accumulate": 3, "batch_size": 1}), peer="diffusers")
-    accelerator, inside, seen = Accelerator(), [False], list[tuple[str, bool]]()
-    run = runs.build(asked.recipe(*diffusers.own), tmp_path / "run", accelerator, updates=1, peer=diffusers)
-
-    @contextlib.contextmanager
-    def no_sync(model: Any) -> Iterator[None]:
-        assert model is run.policy.model
-        inside[0] = True
-        yield
-        inside[0] = False
-
-    backward, loss = accelerator.backward, diffusers.loss
-
-    def recorded(name: str, function: Any) -> Any:
-        def call(*args: Any) -> Any:
-            seen.append((name, inside[0]))
-            return function(*args)
-
-        return call
-
-    monkeypatch.setattr(accelerator, "no_sync", no_sync)
-    monkeypatch.setattr(accelerator, "backward", recorded("backward", backward))
-    monkeypatch.setattr(diffusers, "loss", recorded("loss", loss))
-    runs.advance(run, 1)
-    assert seen == [(name, silent) for silent in (True, True, False) for name in ("loss", "backward")]
 
 
 def test_a_method_with_many_updates_of_a_batch_is_measured_in_whole_batches(
@@ -360,7 +236,7 @@ def test_a_method_with_many_updates_of_a_batch_is_measured_in_whole_batches(
 ) -> None:
     """SPO makes two contrasts of every batch here, which none but the process that drew them can go on with."""
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
-    given = recipe(tiny_sd15, tmp_path, method=method)
+    given = tiny.recipe_in(tiny_sd15, tmp_path, method=method)
     run = runs.build(load_recipe(given), tmp_path / "run", Accelerator(), updates=8)
     assert [runs.advance(run, updates) for updates in (1, 2, 3)] == [2, 2, 4]
     assert run.progress.pending == 0 and run.progress.step == 8 and run.progress.batch + 2 * run.progress.epoch == 4
@@ -375,12 +251,12 @@ def test_a_method_with_many_updates_of_a_batch_is_measured_in_whole_batches(
 
 
 def test_starting_workers_is_not_measured(tiny_sd15: Path, tmp_path: Path) -> None:
-    found = runs.shortened(load_recipe(recipe(tiny_sd15, tmp_path, data={"workers": 2})), tmp_path, 1, 1)
+    found = runs.shortened(load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, data={"workers": 2})), tmp_path, 1, 1)
     assert found.data.workers == 0
 
 
 def test_gradients_are_scaled_for_all_or_for_none(tiny_sd15: Path, tmp_path: Path) -> None:
-    asked = Asked(recipe(tiny_sd15, tmp_path), variants=[["train.precision=float16"]])
+    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path), variants=[["train.precision=float16"]])
     with pytest.raises(
         ValueError, match="precision: float16 beside float32, and gradients are scaled in float16 alone"
     ):
@@ -393,7 +269,7 @@ def test_a_compiled_run_is_counted_as_another(tiny_sd15: Path, tmp_path: Path) -
     torch._dynamo.reset()
     found = {}
     for on in (False, True):
-        given = load_recipe(recipe(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"compile": on}))
+        given = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"compile": on}))
         run = runs.build(given, tmp_path / f"{on}", Accelerator(), updates=4)
         runs.advance(run, 1)
         found[on] = runs.count_operations(run), runs.peak_bytes(run, 0)
@@ -402,16 +278,9 @@ def test_a_compiled_run_is_counted_as_another(tiny_sd15: Path, tmp_path: Path) -
 
 
 def test_pairs_that_fill_no_batch_are_refused(tiny_sd15: Path, tmp_path: Path) -> None:
-    few = Asked(recipe(tiny_sd15, tmp_path, train={"batch_size": 9}))
+    few = Asked(tiny.recipe_in(tiny_sd15, tmp_path, train={"batch_size": 9}))
     with pytest.raises(ValueError, match="has 8 pairs, and a batch has 9"):
         bench.run(few, tmp_path, Accelerator(), name="few", repeats=1, say=lambda _: None)
-
-
-def test_programs_refuse_what_they_do_not_train(tiny_sd15: Path, tiny_sd3: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got name: mapo"):
-        diffusers.check(load_recipe(recipe(tiny_sd15, tmp_path, method={"name": "mapo"})), 1)
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline"):
-        diffusers.check(load_recipe(recipe(tiny_sd3, tmp_path)), 1)
 
 
 def test_a_case_is_a_recipe(tmp_path: Path) -> None:

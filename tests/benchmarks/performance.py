@@ -200,7 +200,7 @@ STUDIES = {
     ),
     "llava_middle, LoRA": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED), peer="trl"),
     "llava_middle, full": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED, LOOPED), (FULL,), peer="trl"),
-    "SPO on tiny_sd": Study(steps, (TWICE,)),
+    "SPO on tiny_sd": Study(steps, (TWICE,), ("train.batch_size=2",)),
 }
 
 
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--markdown", type=Path, help="write the tables into this document, between its two markers")
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="not all, but these")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     if options.source:
         report = read_report(options.source)
