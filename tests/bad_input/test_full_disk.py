@@ -50,7 +50,9 @@ def test_a_full_disk_at_the_cache_keeps_what_was_encoded(mmalign: Commands, cont
     mmalign("train", content, "data.limit=2", "data.cache='off'", f"output={tmp_path / 'first'}")  # maps the table
     with full_disk(10_000):
         told = mmalign.refused("train", content)
-    contains(told, f"data.cache: {tmp_path / 'out' / 'cache' / 'latents'}: could not write", "make room and run again")
+    contains(
+        told, f"data.cache: {tmp_path / 'out' / 'cache' / 'latents'}/", ": could not write", "make room and run again"
+    )
     assert not list((tmp_path / "out" / "cache").rglob("*.part"))
     mmalign("train", content)
 

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from typer.testing import CliRunner
 
+from mmalign import methods
 from mmalign.benchmark import bench, cases, measure, runs, tables
 from mmalign.benchmark.bench import OURS, Asked
 from mmalign.benchmark.meters import Meter
 from mmalign.benchmark.tables import Report
 from mmalign.cli import app
 from mmalign.families import latents
-from mmalign.methods import diffusion_dpo
 from mmalign.recipe import load_recipe
 
 OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
@@ -162,7 +162,7 @@ def test_filling_is_what_one_epoch_needs(
         return call
 
     monkeypatch.setattr(latents, "encode", ticking(latents.encode))
-    monkeypatch.setattr(diffusion_dpo, "keep", ticking(diffusion_dpo.keep))
+    monkeypatch.setattr(methods, "worked_out", ticking(methods.worked_out))
     monkeypatch.setattr(runs, "now", lambda _: float(ticks[0]))
     found = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path), overrides)
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=8)
