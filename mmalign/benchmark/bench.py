@@ -170,12 +170,7 @@ def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int
         comparisons.append(Comparison(title, OURS, f"the recipe with {title}"))
     if asked.peer is not None and peer is not None:
         theirs = asked.recipe(*peer.own)
-        other = Entrant(asked.peer, _entrant(theirs, accelerator, peer), SAME)
-        if recipe.train.precision != "float32":
-            say(f"{asked.peer}: compared in float32")
-            require_same(other, apart_in_float32(recipe, theirs, peer, folder / "float32", accelerator))
-            other = replace(other, limit=None)
-        entrants.append(other)
+        entrants.append(rival(asked.peer, recipe, theirs, folder / "float32", accelerator, say))
         comparisons.append(Comparison(asked.peer, OURS, peer.about))
     device: torch.device = accelerator.device
     rate = peak_rate(device, DTYPES[recipe.train.precision])
@@ -186,6 +181,29 @@ def run(asked: Asked, folder: Path, accelerator: Any, *, name: str, repeats: int
     if accelerator.num_processes > 1:
         title += f" on each of {accelerator.num_processes} processes"
     return Report(machine(device), {title: rows}, comparisons, rate)
+
+
+def rival(name: str, ours: Recipe, theirs: Recipe, folder: Path, accelerator: Any, say: Say) -> Entrant:
+    """Another program's step, which is held against ours: here if they compute in half precision, else when measured.
+
+    Args:
+        name: of the program.
+        ours: the recipe that is measured.
+        theirs: the same with the program's own settings.
+        folder: for caches.
+        accelerator: of all runs.
+        say: hears what is being done.
+
+    Raises:
+        ValueError: it computes something else.
+    """
+    peer = against.find(name)
+    other = Entrant(name, _entrant(theirs, accelerator, peer), SAME)
+    if ours.train.precision == "float32":
+        return other
+    say(f"{name}: compared in float32")
+    require_same(other, apart_in_float32(ours, theirs, peer, folder, accelerator))
+    return replace(other, limit=None)
 
 
 def _entrant(recipe: Recipe, accelerator: Any, peer: Peer | None = None) -> Build:

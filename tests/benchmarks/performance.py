@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from mmalign import assemble
-from mmalign.benchmark import against, runs, tables
-from mmalign.benchmark.against import Peer
-from mmalign.benchmark.bench import OURS, SAME
+from mmalign.assemble import DTYPES
+from mmalign.benchmark import against, bench, runs, tables
+from mmalign.benchmark.bench import OURS
 from mmalign.benchmark.cases import Content, draw_image_pairs, write_case
 from mmalign.benchmark.measure import Entrant, measure
 from mmalign.benchmark.meters import machine, peak_rate
@@ -151,6 +151,7 @@ APART = Variant(
     "rows apart", "train.pack: off, caches on; each response runs with its own prompt", ("train.pack='off'",)
 )
 BARE = Variant("rows apart, no caches", "both", ("train.pack='off'", OFF))
+PYTORCH = Variant("sdpa", "train.attention: PyTorch's own, which may be cuDNN's", ("train.attention=sdpa",))
 TWICE = Variant("two forwards", "as released: chosen and rejected steps predicted apart", (), two_forwards)
 
 
@@ -202,34 +203,44 @@ STUDIES = {
     "llava_middle, full": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED, LOOPED), (FULL,), peer="trl"),
     "SPO on tiny_sd": Study(steps, (TWICE,), ("train.batch_size=2",)),
 }
+UNET, DIT, DECODER = (
+    (PYTORCH, UNCACHED, COMPILED, LAST),
+    (PYTORCH, UNCACHED, COMPILED),
+    (PYTORCH, UNCACHED, APART, COMPILED),
+)
+STUDIES_CUDA = {
+    "sd15_lora": Study(partial(case, "sd15_lora"), UNET, peer="diffusers"),
+    "sd15_full": Study(partial(case, "sd15_full"), UNET, peer="diffusers"),
+    "sdxl_lora": Study(partial(case, "sdxl_lora"), UNET, peer="diffusers"),
+    "sdxl_full": Study(partial(case, "sdxl_full"), UNET, peer="diffusers"),
+    "sd35m_lora": Study(partial(case, "sd35m_lora"), DIT),
+    "llava15_7b": Study(partial(case, "llava15_7b"), DECODER, peer="trl"),
+    "qwen25vl_7b": Study(partial(case, "qwen25vl_7b"), DECODER, peer="trl"),
+}
 
 
-def build(
-    content: Content, overrides: Sequence[str], variant: Variant, peer: Peer | None, folder: Path, updates: int
-) -> Run:
-    """A variant of a recipe in memory, or a peer's step on it."""
-    recipe = load_recipe(content, [*overrides, *variant.overrides, *(peer.own if peer else ())])
-    return variant.change(runs.build(recipe, folder, Accelerator(), updates=updates, peer=peer))
+def build(content: Content, overrides: Sequence[str], variant: Variant, folder: Path, updates: int) -> Run:
+    """A variant of a recipe in memory."""
+    recipe = load_recipe(content, [*overrides, *variant.overrides])
+    return variant.change(runs.build(recipe, folder, Accelerator(), updates=updates))
 
 
 def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[str], None]) -> Report:
     """Measure a study."""
+    accelerator, content, overrides = Accelerator(), study.content(folder / "content"), list(study.overrides)
     peer = against.find(study.peer) if study.peer else None
-    content, overrides = study.content(folder / "content"), list(study.overrides)
-    if peer:
-        overrides += peer.alike(load_recipe(content, overrides))
-    make = partial(build, content, overrides)
-    base = Variant(OURS, "")
-    entrants = [Entrant(one.name, partial(make, one, None)) for one in (base, *study.variants)]
+    overrides += peer.alike(load_recipe(content, overrides)) if peer else ()
+    ways = (Variant(OURS, ""), *study.variants)
+    entrants = [Entrant(one.name, partial(build, content, overrides, one)) for one in ways]
     compared = [Comparison(one.name, OURS, one.why) for one in study.variants]
-    if peer:
-        entrants.append(Entrant(study.peer or "", partial(make, base, peer), SAME))
-        compared.append(Comparison(study.peer or "", OURS, peer.about))
-    device, dtype = Accelerator().device, torch.float32
-    rate = peak_rate(device, dtype)
-    rows = measure(entrants, folder / "runs", repeats=repeats, device=device, say=say)
-    options = load_recipe(content, overrides).train
-    return Report(machine(device), {f"{title}: batches of {options.batch_size}": rows}, compared, rate)
+    ours = load_recipe(content, overrides)
+    if study.peer and peer:
+        theirs = load_recipe(content, [*overrides, *peer.own])
+        entrants.append(bench.rival(study.peer, ours, theirs, folder / "float32", accelerator, say))
+        compared.append(Comparison(study.peer, OURS, peer.about))
+    rate = peak_rate(accelerator.device, DTYPES[ours.train.precision])
+    rows = measure(entrants, folder / "runs", repeats=repeats, device=accelerator.device, say=say)
+    return Report(machine(accelerator.device), {f"{title}: batches of {ours.train.batch_size}": rows}, compared, rate)
 
 
 def joined(reports: Sequence[Report]) -> Report:
@@ -247,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--from", type=Path, dest="source", help="measure nothing; take the numbers of an earlier --json"
     )
     parser.add_argument("--markdown", type=Path, help="write the tables into this document, between its two markers")
-    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="not all, but these")
+    usual = STUDIES_CUDA if torch.cuda.is_available() else STUDIES
+    parser.add_argument("--only", nargs="+", choices=usual, default=list(usual), help="not all, but these")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     if options.source:
@@ -257,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for title in options.only:
             say(title)
             with tempfile.TemporaryDirectory() as folder:
-                reports.append(run(title, STUDIES[title], Path(folder), repeats=options.repeats, say=say))
+                reports.append(run(title, usual[title], Path(folder), repeats=options.repeats, say=say))
             report = joined(reports)
             if options.json:  # what has been measured stays, whatever comes after it
                 tables.write_report(report, options.json)

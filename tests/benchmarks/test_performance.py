@@ -101,7 +101,7 @@ def test_the_optimizer_that_loops_does(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
     content = tiny.recipe(tiny_sd15, pairs, tmp_path / "run")
     for variant, fused in ((Variant(OURS, ""), True), (LOOPED, False)):
-        run = performance.build(content, [], variant, None, tmp_path / variant.name, 1)
+        run = performance.build(content, [], variant, tmp_path / variant.name, 1)
         assert all(group["fused"] is fused for group in run.learner.optimizer.param_groups)
     Accelerator().free_memory()
 
