@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -99,6 +100,7 @@ def two_forwards(run: Run) -> Run:
     found = importlib.util.spec_from_file_location("spo_with_two_forwards", str(spo.__file__))
     assert found is not None and found.loader is not None
     method: Any = importlib.util.module_from_spec(found)
+    sys.modules[method.__name__] = method  # its dataclasses look there for what their annotations mean
     found.loader.exec_module(method)
 
     def apart(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
@@ -139,7 +141,7 @@ AGAIN = Variant(
 COMPILED = Variant("compiled", "train.compile: the same operations, some of them together", ("train.compile=true",))
 HALVES = Variant(
     "half batches",
-    "train.accumulate: the same operations, half at a time",
+    "train.accumulate: the same operations, half at a time; the first batch, which is compared, is another",
     ("train.batch_size=2", "train.accumulate=2"),
 )
 LAST = Variant("channels last", "left out: the same operations", (), channels_last)
@@ -153,6 +155,14 @@ APART = Variant(
 BARE = Variant("rows apart, no caches", "both", ("train.pack='off'", OFF))
 PYTORCH = Variant("sdpa", "train.attention: PyTorch's own, which may be cuDNN's", ("train.attention=sdpa",))
 TWICE = Variant("two forwards", "as released: chosen and rejected steps predicted apart", (), two_forwards)
+
+
+# What of the gain over a program is left without one of our ideas, or comes with a further one.
+BESIDE = {
+    UNCACHED.name: "likewise, with no caches on our side either",
+    KEPT.name: "likewise, with the reference kept on ours",
+    AGAIN.name: "likewise, with activations again on ours",
+}
 
 
 @dataclass(frozen=True)
@@ -238,6 +248,8 @@ def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[
         theirs = load_recipe(content, [*overrides, *peer.own])
         entrants.append(bench.rival(study.peer, ours, theirs, folder / "float32", accelerator, say))
         compared.append(Comparison(study.peer, OURS, peer.about))
+        here = [one.name for one in study.variants if one.name in BESIDE]
+        compared += [Comparison(study.peer, name, BESIDE[name]) for name in here]
     rate = peak_rate(accelerator.device, DTYPES[ours.train.precision])
     rows = measure(entrants, folder / "runs", repeats=repeats, device=accelerator.device, say=say)
     return Report(machine(accelerator.device), {f"{title}: batches of {ours.train.batch_size}": rows}, compared, rate)
@@ -254,16 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or take what was measured; show it, and write it where one asks."""
     parser = argparse.ArgumentParser(description="What a training step costs.")
     parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument(
-        "--from", type=Path, dest="source", help="measure nothing; take the numbers of an earlier --json"
-    )
+    parser.add_argument("--from", type=Path, nargs="+", dest="sources", help="measure nothing; take these --json")
     parser.add_argument("--markdown", type=Path, help="write the tables into this document, between its two markers")
     usual = STUDIES_CUDA if torch.cuda.is_available() else STUDIES
     parser.add_argument("--only", nargs="+", choices=usual, default=list(usual), help="not all, but these")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
-    if options.source:
-        report = read_report(options.source)
+    if options.sources:
+        report = joined([read_report(source) for source in options.sources])
     else:
         say, reports = Console(stderr=True, highlight=False).print, list[Report]()
         for title in options.only:
