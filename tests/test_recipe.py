@@ -270,3 +270,11 @@ def test_yaml_s_merge_keys_still_work(tmp_path: Path) -> None:
     text = yaml.safe_dump({k: v for k, v in LEAST.items() if k != "train"})
     path = file(tmp_path, f"train: {{<<: &t {{steps: 3, lr: 1e-5}}, lr: 2e-5}}\n{text}")
     assert load_recipe(path).train.lr == 2e-5
+
+
+def test_a_bare_off_is_a_word_and_no_truth_value() -> None:
+    """YAML reads it as false, and people write it as the documents do."""
+    found = load_recipe(LEAST, ["data.cache=off", "train.pack=off"])
+    assert (found.data.cache, found.train.pack) == ("off", "off")
+    assert load_recipe(yaml.safe_load(dump_recipe(found))) == found
+    assert slip("train.pack=on") == "recipe: train.pack: expected 'auto' or 'off', got true"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mmalign.sections._section import Section
+
+# YAML reads a bare `off` as false.
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class Lora(Section):
@@ -76,7 +79,7 @@ class Data(Section):
     limit: int | None = Field(None, ge=1)
     max_bad: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
     workers: int = Field(0, ge=0)
-    cache: str = Field(
+    cache: Annotated[str, _OFF] = Field(
         "auto",
         description="where latents and text, or images' features and what the reference scores of responses, are kept: "
         "auto (in the output), off, or a folder",
@@ -119,7 +122,7 @@ class Train(Section):
     attention: Literal["auto", "xformers", "sdpa"] = Field(
         "auto", description="who computes attention; auto is xformers where it can serve, and else PyTorch (sdpa)"
     )
-    pack: Literal["auto", "off"] = Field(
+    pack: Annotated[Literal["auto", "off"], _OFF] = Field(
         "auto", description="responses to one prompt and its images share one run of these, where the model can; or not"
     )
     gradient_checkpointing: bool = Field(
