@@ -136,7 +136,7 @@ class LatentModel(ABC):
         net.enable_gradient_checkpointing()
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """See Family. A UNet's transformer blocks; its convolutions gain nothing (docs/performance.md)."""
+        """See Family. Of a UNet its transformer blocks; its convolutions stay as they are."""
         return denoiser_blocks(net)
 
     def use_attention(self, wanted: str) -> Choice:

@@ -130,8 +130,8 @@ class Train(Section):
     )
     compile: bool = Field(
         False,
-        description="torch.compile of the blocks that the network is made of: a minute or two before the first update, "
-        "and shorter ones then",
+        description="torch.compile of the blocks that the network is made of; the first updates take longer, and what "
+        "it gains depends on the device (docs/performance.md: on a CPU nothing sure)",
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an average of the weights, which is then what is saved"

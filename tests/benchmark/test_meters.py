@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import library as operators
 from torch.utils.checkpoint import checkpoint
 
 from mmalign.benchmark.attention_operations import (
@@ -115,7 +116,7 @@ def test_the_counter_finds_operators_of_xformers() -> None:
         "int max_seqlen_q, int max_seqlen_k, float p, float softmax_scale, bool is_causal, int window_left, "
         "int window_right, bool return_softmax, Tensor? block_tables"
     )
-    with torch.library._scoped_library("xformers_flash", "DEF") as library:
+    with operators._scoped_library("xformers_flash", "DEF") as library:
         library.define(f"flash_fwd({arguments}) -> Tensor")
         library.impl("flash_fwd", lambda query, *_: query.clone(), "CPU")
         x = torch.randn(1, 16, 2, 8)
