@@ -106,19 +106,6 @@ def check_precision(options: Train) -> None:
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
 
 
-def require_images(recipe: Recipe, command: str) -> None:
-    """Refuse what only text-to-image models can do so far.
-
-    Raises:
-        ValueError: the recipe's method is for another modality.
-    """
-    if not isinstance(recipe.model, ImageModel):
-        raise ValueError(
-            f"{command}: draws pictures, and method.name: {recipe.method.name} aligns a vision-language model; use it "
-            "with a recipe of configs/text_to_image"
-        )
-
-
 def check_data(data: Data) -> None:
     """The pairs' files are there and have their columns.
 
