@@ -196,8 +196,7 @@ def fill_text(
 ) -> Iterator[int]:
     """Encode every prompt that the cache lacks; yields how many were stored."""
     there = {text_key(prompt): prompt for prompt in prompts}
-    # Shared by key: processes may see the cache at different moments.
-    missing = [key for key in cache.missing(there) if int(key[:15], 16) % world_size == rank]
+    missing = cache.share(there, rank=rank, world_size=world_size)
     for start in range(0, len(missing), SHARD):
         keys = missing[start : start + SHARD]
         encoded = (encode_prompts(family, [there[key]]).tensors for key in keys)

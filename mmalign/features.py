@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.cache import ArrayCache
 from mmalign.data.images import BadImage, decode
-from mmalign.data.pairs import ImageRef, hashed
+from mmalign.data.pairs import ImageRef
 from mmalign.families import ImageView, Reader, VisionLanguage, identity
 from mmalign.families.features import executor
 
@@ -68,8 +68,8 @@ def fill(
     Yields how many images that are, then 1 for each; after the first 0, if they would take more than half of the free
     disk, and nothing is stored then. An image that cannot be read is left out: a loader tells of it.
     """
-    missing = {ref.key: ref for ref in images if ref.key not in cache}
-    mine = [ref for key, ref in missing.items() if hashed(key) % world_size == rank]
+    there = {ref.key: ref for ref in images}
+    mine = [there[key] for key in cache.share(there, rank=rank, world_size=world_size)]
     yield len(mine)
     stored: dict[str, dict[str, Tensor]] = {}
     loader = DataLoader(

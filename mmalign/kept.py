@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mmalign.data.cache import ArrayCache
 from mmalign.data.loader import PairBatch, PairLoader
-from mmalign.data.pairs import hashed
 from mmalign.encode_responses import ReadBatch, ResponseLoader
 from mmalign.methods import Keep
 
@@ -111,7 +110,7 @@ class Kept:
         self, loader: PairLoader, batches: int, work_out: WorkOut, rank: int, world_size: int
     ) -> Iterator[int]:
         wanted = self.wanted(loader, batches)
-        mine = [key for key in self.cache.missing(wanted) if hashed(key) % world_size == rank]
+        mine = self.cache.share(wanted, rank=rank, world_size=world_size)
         yield len(mine)
         shard = _Shard(self.cache)
         for epoch in sorted({wanted[key][0] for key in mine}):

@@ -127,6 +127,14 @@ class ArrayCache:
         """Those of the keys that are not stored, in order, each once."""
         return [key for key in dict.fromkeys(keys) if key not in self._index]
 
+    def share(self, keys: Iterable[str], *, rank: int, world_size: int) -> list[str]:
+        """Those of the keys that are not stored and that process `rank` of `world_size` is to make, in order.
+
+        The keys are dealt out in turn, by their place among all of them and not among what is missing: another process
+        may have stored some of its own already, and so see a shorter list. Every process is to ask for the same keys.
+        """
+        return self.missing(list(dict.fromkeys(keys))[rank::world_size])
+
     def __contains__(self, key: object) -> bool:
         return key in self._index
 

@@ -233,8 +233,7 @@ def images_to_encode(
         world_size: how many processes share them.
     """
     assert view.crop == "center", "random crops are not cached"
-    # Shared by key and not by position: another process may have stored some already, and so see a shorter list.
-    wanted = [at for at, key in _unstored(pairs, view, cache) if hashed(key) % world_size == rank]
+    wanted = _unstored(pairs, view, cache, rank, world_size)
     loader = DataLoader(
         _Undecoded(pairs, view, cache),
         sampler=wanted,
@@ -250,17 +249,17 @@ def _mirrors(view: View) -> tuple[bool, ...]:
     return (False, True) if view.flip else (False,)
 
 
-def _unstored(pairs: Pairs, view: View, cache: ArrayCache) -> list[tuple[tuple[int, int], str]]:
-    """(pair, side) and key of every image that lacks a view, each image once."""
-    seen, wanted = set[str](), list[tuple[tuple[int, int], str]]()
+def _unstored(pairs: Pairs, view: View, cache: ArrayCache, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Pair and side of every image that lacks a view, each image once, of this process's share of all images."""
+    there = dict[str, tuple[ImageRef, tuple[int, int]]]()
     for number in range(len(pairs)):
         pair = pairs[number]
         for side, ref in enumerate((pair.chosen, pair.rejected)):
-            if ref.key not in seen:
-                seen.add(ref.key)
-                if cache.missing(image_key(ref, view.resolution, mirror=m) for m in _mirrors(view)):
-                    wanted.append(((number, side), ref.key))
-    return wanted
+            there.setdefault(ref.key, (ref, (number, side)))
+    # Dealt out by images, as `ArrayCache.share` deals out keys: who decodes an image makes both of its views.
+    mine = list(there.values())[rank::world_size]
+    mirrors = _mirrors(view)
+    return [at for ref, at in mine if cache.missing(image_key(ref, view.resolution, mirror=m) for m in mirrors)]
 
 
 class _Undecoded(Dataset[list[ToEncode | Dropped]]):

@@ -63,6 +63,17 @@ def test_two_writers_see_each_other_after_refresh(tmp_path: Path) -> None:
     assert len(first) == len(second) == 2 and first.get("b")["mean"][0, 0] == 2
 
 
+def test_what_is_missing_is_dealt_out_evenly_also_to_one_who_looks_later(tmp_path: Path) -> None:
+    keys = [f"{n}" for n in (*range(7), 3, 0)]
+    first, second = ArrayCache.open(tmp_path, MODEL), ArrayCache.open(tmp_path, MODEL)
+    assert first.share(keys, rank=0, world_size=2) == ["0", "2", "4", "6"]
+    first.put({"0": item(0), "2": item(2)})
+    assert first.share(keys, rank=0, world_size=2) == ["4", "6"]
+    second.refresh()
+    assert second.share(keys, rank=1, world_size=2) == ["1", "3", "5"]
+    assert second.share(keys, rank=0, world_size=1) == ["1", "3", "4", "5", "6"]
+
+
 def test_another_model_has_another_folder(tmp_path: Path) -> None:
     """Each finds its own again, none finds another's, and the file beside the arrays says what they are of."""
     others: list[dict[str, str | int | float]] = [MODEL, MODEL | {"resolution": 128}, MODEL | {"dtype": "half"}]
