@@ -125,10 +125,13 @@ class Kept:
     def _fill_batches(
         self, loader: Loader, batches: int, work_out: WorkOut, rank: int, world_size: int
     ) -> Iterator[int]:
-        """Every pair in the batch that meets it first; every `world_size`-th of the batches from number `rank` on."""
-        planned = {
-            epoch: numbers[rank::world_size] for epoch, numbers in self._lacking(loader, batches).items() if numbers
-        }
+        """Every pair in the batch that meets it first; of these, the batches whose number falls to this process.
+
+        By their number and not by their place among what is lacking: another process may have stored some already.
+        """
+        found = self._lacking(loader, batches).items()
+        dealt = {epoch: [at for at in numbers if at % world_size == rank] for epoch, numbers in found}
+        planned = {epoch: numbers for epoch, numbers in dealt.items() if numbers}
         yield sum(map(len, planned.values()))
         shard = _Shard(self.cache)
         for epoch, numbers in planned.items():

@@ -299,20 +299,23 @@ def test_processes_score_their_own_batches_and_share_the_held_out_ones(tmp_path:
         plan = [tuple(pair for pair, _ in batch) for batch in Loader(rank, 2).epochs.plan(0)]
         assert [rows for who, epoch, rows in seen if (who, epoch) == (rank, 0)] == plan
     assert len(seen) == 5 and len(Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {})).cache) == 9
-    # Held-out batches are met by both, and each scores every second one.
-    ours: list[int] = []
-    held = [Kept(ArrayCache.open(tmp_path / "held", {}), Keep(1, {}, scores=True)) for _ in range(2)]
-    for rank, store in enumerate(held):
-        steps = store.fill(
-            Loader(0, 1),  # type: ignore[arg-type]
-            4,
-            lambda batch, _: ours.extend(batch.rows) or {"of": torch.tensor(batch.rows)},
-            rank=rank,
-            world_size=2,
-            shared=False,
-        )
-        assert sum(1 for _ in steps) == 1 + 2
-    assert len(ours) == len(set(ours)) == 8
+    # Held-out batches are met by both, and each scores every second one, also if it looks when others are done.
+    for folder, late in (("together", False), ("one after the other", True)):
+        ours: list[int] = []
+        held = [Kept(ArrayCache.open(tmp_path / folder, {}), Keep(1, {}, scores=True)) for _ in range(2)]
+        for rank, store in enumerate(held):
+            if late:
+                store.cache.refresh()
+            steps = store.fill(
+                Loader(0, 1),  # type: ignore[arg-type]
+                4,
+                lambda batch, _, ours=ours: ours.extend(batch.rows) or {"of": torch.tensor(batch.rows)},
+                rank=rank,
+                world_size=2,
+                shared=False,
+            )
+            assert sum(1 for _ in steps) == 1 + 2
+        assert len(ours) == len(set(ours)) == 8
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
