@@ -251,15 +251,19 @@ def _mirrors(view: View) -> tuple[bool, ...]:
 
 def _unstored(pairs: Pairs, view: View, cache: ArrayCache, rank: int, world_size: int) -> list[tuple[int, int]]:
     """Pair and side of every image that lacks a view, each image once, of this process's share of all images."""
-    there = dict[str, tuple[ImageRef, tuple[int, int]]]()
+    seen, wanted = set[str](), list[tuple[int, int]]()
     for number in range(len(pairs)):
         pair = pairs[number]
         for side, ref in enumerate((pair.chosen, pair.rejected)):
-            there.setdefault(ref.key, (ref, (number, side)))
-    # Dealt out by images, as `ArrayCache.share` deals out keys: who decodes an image makes both of its views.
-    mine = list(there.values())[rank::world_size]
-    mirrors = _mirrors(view)
-    return [at for ref, at in mine if cache.missing(image_key(ref, view.resolution, mirror=m) for m in mirrors)]
+            if ref.key in seen:
+                continue
+            # Images are dealt out as `ArrayCache.share` deals out keys; who decodes one makes both of its views.
+            mine = len(seen) % world_size == rank
+            seen.add(ref.key)
+            views = (image_key(ref, view.resolution, mirror=m) for m in _mirrors(view))
+            if mine and cache.missing(views):
+                wanted.append((number, side))
+    return wanted
 
 
 class _Undecoded(Dataset[list[ToEncode | Dropped]]):
