@@ -66,6 +66,8 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
+        if recipe.train.compile and isinstance(recipe.model, JudgeModel):
+            raise ValueError(step_judge.NOT_COMPILED)
         _check_training(recipe.train, device)
         least = getattr(methods.find(recipe.method.name), "least_pairs", 1)
         if recipe.train.batch_size < least:
@@ -371,7 +373,11 @@ def judge(config: JudgeConfig, device: torch.device) -> Judge:
 
 
 def fingerprint(net: nn.Module) -> str:
-    """Sixteen hex digits that tell networks apart: names, shapes, and a thousand values of every tensor."""
+    """Sixteen hex digits that tell networks apart: names, shapes, and a thousand values of every tensor.
+
+    It is seen at once whether a run goes on from the model that it began with. What is kept on disk, and taken for what
+    would be computed, must not miss a single number: `families.identity`.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in net.state_dict().items():
         flat = tensor.detach().flatten()

@@ -62,7 +62,8 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     family = assemble.load_to_train(recipe, accelerator.device, tell)
     feed = open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened)
     folder = folder_of(recipe.data, Path(recipe.output))
-    tell(f"cache: {folder}: {_written(folder, {cache.folder for cache in feed.caches}, begun)}")
+    if accelerator.is_main_process:
+        say(f"cache: {folder}: {_written(folder, {cache.folder for cache in feed.caches}, begun)}")
     accelerator.end_training()
     return folder
 

@@ -36,9 +36,9 @@ def depends(family: VisionLanguage) -> dict[str, str | int | float]:
     }
 
 
-def scores_depend(family: VisionLanguage) -> dict[str, str | int | float]:
-    """What the scores of a network depend on besides its own weights and the pair: features, and words as tokens."""
-    return {**depends(family), "words": identity.of_files(_processor(family))}
+def words_depend(family: VisionLanguage) -> dict[str, str | int | float]:
+    """What the tokens of words depend on."""
+    return {"words": identity.of_files(_processor(family))}
 
 
 def _processor(family: Any) -> Any:

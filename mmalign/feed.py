@@ -26,7 +26,7 @@ from mmalign.encode_responses import encode as encode_responses
 from mmalign.families import TextToImage, identity
 from mmalign.families.step_judge import StepJudge
 from mmalign.features import depends as feature_dependencies
-from mmalign.features import scores_depend
+from mmalign.features import words_depend
 from mmalign.kept import Kept
 from mmalign.methods import Keep
 from mmalign.rewards import Judge
@@ -198,10 +198,11 @@ def open_feed(
         longest = min(family.reader.max_length, data.max_length or family.reader.max_length)
         if data.cache != "off":
             folder = folder_of(data, output)
-            features = ArrayCache.open(folder / "features", feature_dependencies(family))
+            of_features = feature_dependencies(family)
+            features = ArrayCache.open(folder / "features", of_features)
             caches.append(features)
             if keep is not None:
-                settings = {**scores_depend(family), **keep.settings, **together, "max_length": longest}
+                settings = {**of_features, **words_depend(family), **keep.settings, **together, "max_length": longest}
                 kept = Kept(ArrayCache.open(folder / keep.folder, settings), keep)
         wants = _wants(method, config)
         make = partial(ResponseLoader, reader=family.reader, max_length=longest, wants=wants, known=features, **common)
@@ -349,7 +350,7 @@ def _fill(
                     check_bad(bad, data.max_bad, pairs.source)
                 bar.advance(task)
             prompts = sorted(set(pairs.prompts()))
-            task = bar.add_task("encode prompts", total=len(text.missing(map(text_key, prompts))))
+            task = bar.add_task("encode prompts", total=len(text.share(map(text_key, prompts), **share)))
             for number in fill_text(family, prompts, text, **share):
                 bar.advance(task, number)
             accelerator.wait_for_everyone()

@@ -170,8 +170,6 @@ class Kept:
     def useless(self, loader: Loader, batches: int) -> int:
         """How many of this process's first `batches` batches have no pair that can be used, all having been filled."""
         found = 0
-        if not self.bad:
-            return found
         for epoch, _ in met(loader, batches):
             left = min(len(loader), batches - epoch * len(loader))
             for batch in loader.epochs.plan(epoch)[:left]:

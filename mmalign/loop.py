@@ -181,7 +181,8 @@ class _Window:
         self._clear()
 
     def _clear(self) -> None:
-        self.count, self.weight, self.sums = 0, torch.zeros(()), dict[str, Tensor]()
+        self.count, self.sums = 0, dict[str, Tensor]()
+        self.weight: Tensor | int = 0
         self.places = list[tuple[Place, Tensor]]()
 
     def silent(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -198,7 +199,7 @@ class _Window:
         """
         self.learner.accelerator.backward((step.losses * step.weights).sum())
         self.count += 1
-        self.weight = self.weight.to(step.weights.device) + step.weights.sum()
+        self.weight = self.weight + step.weights.sum()
         self.places.append((place, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
@@ -216,6 +217,7 @@ class _Window:
         """
         learner, accelerator = self.learner, self.learner.accelerator
         names = sorted(self.sums)
+        assert isinstance(self.weight, Tensor), "a window has a contrast"
         bad = torch.stack([~finite for _, finite in self.places]).any().to(self.weight.dtype)
         mine = torch.stack([bad, self.weight, *(self.sums[n] for n in names)])
         packed = accelerator.reduce(mine, reduction="sum")

@@ -154,15 +154,27 @@ def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
             after_update=hook,
         )
     except FloatingPointError as error:
-        epoch, batch = run.progress.epoch, run.progress.batch
-        if isinstance(error, loop.NotFinite) and error.place is not None:
-            epoch, batch = error.place.epoch, error.place.batch
-        places = ", ".join(feed.places(epoch, batch - 1)[:8])
+        epoch, batch, pairs = _met(error, run, feed)
+        places = ", ".join(pairs[:8])
         wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
         raise FloatingPointError(
             f"train: the loss is not finite after update {run.progress.step}, in batch {batch} of epoch {epoch} "
             f"({places}); {last_saved(Path(recipe.output))}: lower train.lr{wider}"
         ) from error
+
+
+def _met(error: FloatingPointError, run: Run, feed: Feed) -> tuple[int, int, list[str]]:
+    """Where the numbers went wrong: epoch, batch, and the places of its pairs, on whichever process it was."""
+    if not isinstance(error, loop.NotFinite):
+        epoch, batch = run.progress.epoch, run.progress.batch
+        return epoch, batch, feed.places(epoch, batch - 1)
+    from accelerate.utils import gather_object
+
+    place, mine = error.place, list[tuple[int, int, list[str]]]()
+    if place is not None:
+        mine = [(place.epoch, place.batch, feed.places(place.epoch, place.batch - 1))]
+    found: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise it, in the same update
+    return found[0]
 
 
 class _Hook:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mmalign import caching, kept
 from mmalign.data.cache import ArrayCache
+from mmalign.data.epochs import Epochs
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.kept import Kept
 from mmalign.methods import Keep, bdhs, dpo, mdpo, povid
@@ -257,30 +259,28 @@ def test_going_on_with_more_updates_scores_the_new_pairs_as_one_run_would(vlm_fo
     assert_same(parts, whole)
 
 
+class Numbers:
+    """A loader whose pairs are numbers; those that are `bad` have weight 0 where they are read."""
+
+    def __init__(self, epochs: Epochs, bad: Sequence[int] = ()) -> None:
+        self.epochs, self.bad = epochs, bad
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    def key(self, number: int) -> str:
+        return f"pair {number}"
+
+    def pick(self, epoch: int, some: list[int]) -> Any:
+        plan = self.epochs.plan(epoch)
+        for number in some:
+            rows = [pair for pair, _ in plan[number]]
+            weights = torch.tensor([weight * (pair not in self.bad) for pair, weight in plan[number]])
+            yield SimpleNamespace(rows=rows, keys=[self.key(row) for row in rows], weights=weights)
+
+
 def test_processes_score_their_own_batches_and_share_the_held_out_ones(tmp_path: Path) -> None:
     """Two processes that begin at once: no pair is scored twice, and each in the batch that its process will meet."""
-
-    class Batch(SimpleNamespace):
-        pass
-
-    class Loader:
-        def __init__(self, rank: int, world_size: int) -> None:
-            from mmalign.data.epochs import Epochs
-
-            self.epochs = Epochs(9, 2, 0, rank, world_size)
-
-        def __len__(self) -> int:
-            return len(self.epochs)
-
-        def key(self, number: int) -> str:
-            return f"pair {number}"
-
-        def pick(self, epoch: int, some: list[int]) -> Any:
-            plan = self.epochs.plan(epoch)
-            for number in some:
-                rows = [pair for pair, _ in plan[number]]
-                weights = torch.tensor([weight for _, weight in plan[number]])
-                yield Batch(rows=rows, keys=[self.key(row) for row in rows], weights=weights)
 
     seen: list[tuple[int, int, tuple[int, ...]]] = []
     stores = [Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {}, scores=True)) for _ in range(2)]
@@ -290,13 +290,13 @@ def test_processes_score_their_own_batches_and_share_the_held_out_ones(tmp_path:
             seen.append((rank, epoch, tuple(batch.rows)))
             return {"of": torch.tensor(batch.rows)}
 
-        loader: Any = Loader(rank, 2)
+        loader: Any = Numbers(Epochs(9, 2, 0, rank, 2))
         steps = store.fill(loader, 6, work_out, rank=rank, world_size=2)
         assert next(steps) == len(list(steps))
     first = [rows for _, epoch, rows in seen if epoch == 0]
-    assert sorted(row for rows in first for row in rows) == sorted(Loader(0, 2).epochs.order(0)[:8])
+    assert sorted(row for rows in first for row in rows) == sorted(Epochs(9, 2, 0, 0, 2).order(0)[:8])
     for rank in (0, 1):
-        plan = [tuple(pair for pair, _ in batch) for batch in Loader(rank, 2).epochs.plan(0)]
+        plan = [tuple(pair for pair, _ in batch) for batch in Epochs(9, 2, 0, rank, 2).plan(0)]
         assert [rows for who, epoch, rows in seen if (who, epoch) == (rank, 0)] == plan
     assert len(seen) == 5 and len(Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {})).cache) == 9
     # Held-out batches are met by both, and each scores every second one, also if it looks when others are done.
@@ -307,7 +307,7 @@ def test_processes_score_their_own_batches_and_share_the_held_out_ones(tmp_path:
             if late:
                 store.cache.refresh()
             steps = store.fill(
-                Loader(0, 1),  # type: ignore[arg-type]
+                Numbers(Epochs(9, 2, 0)),  # type: ignore[arg-type]
                 4,
                 lambda batch, _, ours=ours: ours.extend(batch.rows) or {"of": torch.tensor(batch.rows)},
                 rank=rank,
@@ -316,6 +316,35 @@ def test_processes_score_their_own_batches_and_share_the_held_out_ones(tmp_path:
             )
             assert sum(1 for _ in steps) == 1 + 2
         assert len(ours) == len(set(ours)) == 8
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_that_are_of_no_use_are_made_up_for_whoever_met_the_bad_pairs(seed: int, tmp_path: Path) -> None:
+    """Two of five pairs are bad, and two processes go on until they have made four updates together."""
+    steps, bad = 4, (2, 3)
+    loaders: list[Any] = [Numbers(Epochs(5, 1, seed, rank, 2), bad) for rank in (0, 1)]
+    stores = [Kept(ArrayCache.open(tmp_path, {}), Keep(1, {}, scores=True)) for _ in loaders]
+
+    def fill(batches: int) -> None:
+        for rank, (store, loader) in enumerate(zip(stores, loaders, strict=True)):
+            scored = store.fill(loader, batches, lambda b, _: {"of": torch.tensor(b.rows)}, rank=rank, world_size=2)
+            assert next(scored) == len(list(scored))
+        for store in stores:
+            store.cache.refresh()
+
+    planned = steps
+    fill(planned)
+    while planned < (more := steps + min(s.useless(x, planned) for s, x in zip(stores, loaders, strict=True))):
+        planned = more
+        fill(planned)
+    there, updates = set(stores[0].cache), 0
+    for epoch in range(steps * 2):
+        for at in range(len(loaders[0])):
+            met = {loader.epochs.plan(epoch)[at][0][0] for loader in loaders} - {*bad}
+            if updates < steps and met:
+                updates += 1
+                assert {stores[0].key(f"pair {pair}", epoch) for pair in met} <= there
+    assert updates == steps
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

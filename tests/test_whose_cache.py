@@ -132,6 +132,20 @@ def test_errors_of_another_schedule_are_not_taken(tiny_sd15: Path, tmp_path: Pat
     assert len(asked) == 2
 
 
+def test_errors_of_another_empty_prompt_are_not_taken(tiny_sdxl: Path, tmp_path: Path, asked: list[str]) -> None:
+    """SDXL's pipeline says whether a prompt that is left out is zeros or the words ""."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sdxl, model)
+    method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": 1, "caption_dropout": 0.9}
+    content = pictures(model, tmp_path, "out", method=method, train={"steps": 2})
+    caching.cache(load_recipe(content), say=quiet)
+    asked.clear()
+    told = json.loads((model / "model_index.json").read_text())
+    edit(model / "model_index.json", force_zeros_for_empty_prompt=not told.get("force_zeros_for_empty_prompt", True))
+    trained(content)
+    assert len(asked) == 2
+
+
 def test_an_image_that_was_changed_is_scored_again(vlm_folders: Folders, tmp_path: Path, asked: list[str]) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
     caching.cache(load_recipe(content), say=quiet)

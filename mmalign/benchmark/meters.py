@@ -162,9 +162,8 @@ def peak_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) ->
     return best
 
 
-def machine(device: torch.device | None = None) -> dict[str, str | int]:
-    """What the numbers were measured on, and by which clock; a GPU's if there is one and no device is named."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers were measured on, and by which clock, that of the device."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -46,6 +46,8 @@ def apart_in_float32(
                 changed["model"] = recipe.model.model_copy(update={"vae_dtype": "float32"})
             made = recipe.model_copy(update=changed)
             run = runs.build(made, folder / name, accelerator, updates=1, peer=step)
+            # In float16 the accelerator itself has put autocast around the network, whatever the recipe says.
+            accelerator.unwrap_model(run.policy.model, keep_fp32_wrapper=False)
             found.append(runs.first_gradient(run))
             accelerator.free_memory()
             del run

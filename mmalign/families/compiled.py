@@ -6,6 +6,8 @@ network does between them (LoRA of another scale, a forest of other lengths) sta
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +57,10 @@ def check(device: torch.device) -> None:
         if not has_triton():
             raise ValueError(
                 "train.compile: needs triton, which does not run here; pip install triton, or leave it out"
+            )
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # where triton looks for one
+            raise ValueError(
+                "train.compile: needs a C compiler, and none was found; install gcc, set CC to one, or leave it out"
             )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

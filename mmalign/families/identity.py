@@ -54,9 +54,15 @@ def of_schedule(schedule: Schedule) -> str:
 
 
 def of_words(family: Any) -> str:
-    """Of what makes tokens of prompts in a diffusers pipeline; of nothing where a family has none."""
-    parts = getattr(getattr(family, "pipeline", None), "components", {})
-    return _hashed({name: of_files(part) for name, part in parts.items() if "tokenizer" in name and part is not None})
+    """Of what makes tokens of prompts in a diffusers pipeline; of nothing where a family has none.
+
+    And of the pipeline's own settings: SDXL's say whether no prompt is zeros or the words "".
+    """
+    pipeline = getattr(family, "pipeline", None)
+    parts, told = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
+    settings = {name: value for name, value in told.items() if name not in parts}
+    files = {name: of_files(part) for name, part in parts.items() if "tokenizer" in name and part is not None}
+    return _hashed({**files, "settings": _lasting(settings)})
 
 
 def _content(path: Path) -> str:

@@ -21,6 +21,8 @@ from mmalign.families.latents import to_pil
 from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
 
+NOT_COMPILED = "train.compile: compiles what is trained, and most of a judge's step is not; leave it out"
+
 
 @dataclass(frozen=True)
 class StepJudge:
@@ -74,7 +76,7 @@ class StepJudge:
         Raises:
             ValueError: always; most of the work is the frozen model's, which makes the judge's images.
         """
-        raise ValueError("train.compile: compiles what is trained, and most of a judge's step is not; leave it out")
+        raise ValueError(NOT_COMPILED)
 
     def use_attention(self, wanted: str) -> Choice:
         """See Family. The frozen model's, which is most of the work; a judge computes its attention by itself."""

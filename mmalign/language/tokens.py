@@ -109,16 +109,22 @@ class Tokens:
         # With the last token of each row, which is a response's or padding: never an image's.
         ids = [torch.cat([x.ids, x.ids[:, -1:].expand(-1, longest - x.ids.shape[1])], 1) for x in parts]
         starts, lengths = (torch.cat([getattr(x, name) for x in parts]) for name in ("starts", "lengths"))
-        return cls(torch.cat(ids), starts, lengths, tuple(row for x in parts for row in x.images))
+        whole = cls(torch.cat(ids), starts, lengths, tuple(row for x in parts for row in x.images))
+        return whole._knowing(tuple(row for x in parts for row in x.rows))
 
     def __getitem__(self, rows: slice) -> Tokens:
-        return Tokens(self.ids[rows], self.starts[rows], self.lengths[rows], self.images[rows])
+        some = Tokens(self.ids[rows], self.starts[rows], self.lengths[rows], self.images[rows])
+        return some._knowing(self.rows[rows])
 
     def to(self, device: torch.device) -> Tokens:
-        """The same on another device, with the rows that are known here: to ask for them there would wait for it."""
+        """The same on another device."""
         moved = Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
-        moved.__dict__["rows"] = self.rows
-        return moved
+        return moved._knowing(self.rows)
+
+    def _knowing(self, rows: tuple[TokenRow, ...]) -> Tokens:
+        """With its rows, which are known before: to ask a GPU for them would wait for it."""
+        self.__dict__["rows"] = rows
+        return self
 
     @cached_property
     def rows(self) -> tuple[TokenRow, ...]:

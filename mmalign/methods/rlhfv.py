@@ -65,9 +65,9 @@ def keeps(cfg: Any) -> Keep:
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:
     """1 for the tokens that both responses of a pair have, `gamma` for the others, [2B, R]."""
     weights = torch.ones(tokens.response_mask.shape)
-    pairs, responses, counts = len(tokens) // 2, tokens.responses.tolist(), tokens.counts.tolist()
+    pairs, responses = len(tokens) // 2, [row.response for row in tokens.rows]
     for row in range(pairs):
-        ours, theirs = (responses[at][: counts[at]] for at in (row, row + pairs))
+        ours, theirs = responses[row], responses[row + pairs]
         places = changed(ours, theirs, min_block, insertions=insertions)
         weights[row, places[0]] = weights[row + pairs, places[1]] = gamma
     return weights.to(tokens.ids.device)

@@ -2,12 +2,14 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmalign import checkpoint
+from mmalign import checkpoint, loop, training
 from tests.bad_input.commands import UNET, Commands, Content, contains, weights
 
 
@@ -28,6 +30,16 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_check
     last = checkpoint.latest(tmp_path / "out")
     assert last is not None and last.name == "checkpoint-00000002" and finite(last)
     assert "going on from checkpoint-00000002" in mmalign("train", content, "train.steps=6", "train.lr=1e-4")
+
+
+def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not those that this one has just read."""
+    theirs = (2, 3, ["pairs.parquet: row 7"])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, theirs])
+    run: Any = SimpleNamespace(progress=loop.Progress(5, 2, 3))
+    feed: Any = SimpleNamespace(places=lambda epoch, batch: [f"this one's of {epoch}, {batch}"])
+    assert training._met(loop.NotFinite(None, 5), run, feed) == theirs
+    assert training._met(loop.NotFinite(loop.Place(1, 4, ()), 5), run, feed) == (1, 4, ["this one's of 1, 3"])
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e38"])

@@ -115,6 +115,17 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
         compiled.check(torch.device("cpu"))
 
 
+def test_a_gpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds its launchers with one."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ValueError, match=r"^train.compile: needs a C compiler, .* install gcc, set CC"):
+        compiled.check(torch.device("cuda"))
+    monkeypatch.setenv("CC", "cc")
+    compiled.check(torch.device("cuda"))
+
+
 def test_a_judge_is_refused(tiny_step_judge: Path, tiny_sd15: Path) -> None:
     family = step_judge.load(str(tiny_step_judge), load_family(str(tiny_sd15), CPU), CPU)
     with pytest.raises(ValueError, match=r"^train.compile: .* leave it out$"):

@@ -61,6 +61,15 @@ def test_some_rows_of_a_batch() -> None:
     assert first.responses.tolist() == [[6]] and len(first) == 1
 
 
+def test_rows_are_known_where_their_tokens_are_put_together_or_apart() -> None:
+    """As they would be read from the tokens, which a GPU would have to be asked for."""
+    rows = [TokenRow((5, 6), 1, ("a",)), TokenRow((5, 8, 9, 4), 1, ("b",)), TokenRow((7, 7, 3), 2)]
+    tokens = Tokens.of(rows, pad=0)
+    for made in (tokens[1:], Tokens.cat([tokens[:1], tokens]), tokens.to(torch.device("cpu"))[::2]):
+        assert "rows" in vars(made)
+        assert made.rows == Tokens(made.ids, made.starts, made.lengths, made.images).rows
+
+
 def test_rows_of_one_prompt_are_found_wherever_they_are() -> None:
     """By all that comes before the response, and the images: three have the words 1 2 3, two of them an image alike."""
     rows = [
