@@ -12,15 +12,23 @@ import pytest
 import tiny
 from cached_runs import EPOCH, Folders, assert_same, numbers, pictures, quiet, responses, trained
 
-from mmalign import caching
+from mmalign import assemble, caching
 from mmalign.recipe import load_recipe
 
 
 @pytest.mark.parametrize(
-    "override", ["train.seed=1", "train.batch_size=1", "train.precision=bfloat16", "method.loss=ipo", "data.limit=6"]
+    "override",
+    [
+        "train.seed=1",
+        "train.batch_size=1",
+        "train.precision=bfloat16",
+        "train.compile=true",
+        "method.loss=ipo",
+        "data.limit=6",
+    ],
 )
 def test_scores_of_other_settings_are_not_taken(
-    override: str, vlm_folders: Folders, tmp_path: Path, asked: list[str]
+    override: str, vlm_folders: Folders, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are made anew, in a folder of their own; other settings, such as beta, share them."""
     content = responses(vlm_folders("llava"), tmp_path, "out", data={"format": "realign", "cache": f"{tmp_path}/all"})
@@ -28,6 +36,8 @@ def test_scores_of_other_settings_are_not_taken(
     asked.clear()
     caching.cache(load_recipe(content, ["method.beta=0.3", "train.lr=1.0", "model.lora.rank=1"]), say=quiet)
     assert asked == []
+    monkeypatch.setattr(assemble, "compile_blocks", lambda blocks: None)  # that it is asked for is enough
+    monkeypatch.setattr(assemble.compiled, "check", lambda device: None)
     caching.cache(load_recipe(content, [override]), say=quiet)
     assert asked and len(list((tmp_path / "all" / "reference").iterdir())) == 2
 
@@ -75,15 +85,25 @@ def other_rope(folder: Path) -> None:
     file.write_text(json.dumps(told))
 
 
-def other_weight(folder: Path) -> None:
+def other_weight(folder: Path, part: str = "embed_tokens") -> None:
     """One number of the decoder's largest matrix; no sample of every thousandth would see it."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
     weights = load_file(file)
-    name = max((name for name in weights if "embed_tokens" in name), key=lambda name: weights[name].numel())
+    name = max((name for name in weights if part in name), key=lambda name: weights[name].numel())
     weights[name].view(-1)[1] += 1e-3
     save_file(weights, file, {"format": "pt"})
+
+
+def other_projector(folder: Path) -> None:
+    """One number of what makes features of the tower's states."""
+    other_weight(folder, "multi_modal_projector")
+
+
+def other_tower(folder: Path) -> None:
+    """One number of the tower."""
+    other_weight(folder, "vision_tower")
 
 
 def edit(file: Path, **changed: Any) -> None:
@@ -99,6 +119,8 @@ def edit(file: Path, **changed: Any) -> None:
         (other_layer, ["features", "reference"]),
         (other_rope, ["features", "reference"]),
         (other_weight, ["reference"]),
+        (other_projector, ["features", "reference"]),
+        (other_tower, ["features", "reference"]),
     ],
 )
 def test_scores_of_a_model_that_was_changed_are_not_taken(

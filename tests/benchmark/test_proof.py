@@ -55,13 +55,22 @@ def test_what_is_wrong_is_refused_in_half_precision(
 
 
 @pytest.mark.parametrize("of_accelerator", ["no", "bf16"])
-def test_it_is_float32_whatever_is_measured(of_accelerator: str, start: Any, asked: Asked, tmp_path: Path) -> None:
+def test_it_is_float32_whatever_is_measured(
+    of_accelerator: str, start: Any, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten times nearer than what is asked; with fewer pairs, and not several batches. No autocast is left on.
 
     Where precision is float16, the accelerator puts it around the network; on a CPU it does so for bfloat16 alone.
     """
-    recipe = asked.recipe("train.accumulate=2")
+    recipe, built, build = asked.recipe("train.accumulate=2", "train.batch_size=4"), list[Recipe](), runs.build
+
+    def noted(recipe: Recipe, *args: Any, **kwargs: Any) -> runs.Run:
+        built.append(recipe)
+        return build(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(runs, "build", noted)
     accelerator = Accelerator(mixed_precision=of_accelerator)
     apart = apart_in_float32(recipe, asked.recipe(*diffusers.own), diffusers, tmp_path, accelerator)
     assert apart is not None and apart[1] < SAME / 10
-    assert isinstance(recipe, Recipe) and recipe.train.precision == "bfloat16"
+    found = [(r.train.precision, r.model.vae_dtype, r.train.accumulate, r.train.batch_size) for r in built]  # type: ignore[union-attr]
+    assert found == [("float32", "float32", 1, 2)] * 2 and recipe.train.precision == "bfloat16"

@@ -171,7 +171,9 @@ def test_a_fingerprint_knows_where_a_number_stands_and_every_bit_of_it(dtype: to
     swapped[[3, 200_001]] = numbers[[200_001, 3]]
     moved[200_002:].view(torch.uint8)[-1] ^= 1
     signs[[1, 200_001]] = -signs[[1, 200_001]]
-    parts = (numbers, numbers.roll(1), swapped, moved, signs, numbers[:-1])
+    near = numbers.clone()
+    near[[12, 20]] = numbers[[20, 12]]  # of one part, and in the same place of an integer
+    parts = (numbers, numbers.roll(1), swapped, moved, signs, near, numbers[:-1])
     assert len({fingerprint_tensors({"w": x}) for x in parts}) == len(parts)
 
 
