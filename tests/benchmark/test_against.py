@@ -19,18 +19,9 @@ from mmalign.benchmark.against import diffusers, trl
 from mmalign.benchmark.bench import Asked
 from mmalign.recipe import load_recipe
 from mmalign.sections import ImageModel
+from tests.benchmark.wrong_steps import wrong_beta_of
 
 OFF = "data.cache='off'"
-
-
-def wrong_beta_of(loss: Any) -> Any:
-    def wrong(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
-        twice: Any = run.recipe.method
-        twice = twice.model_copy(update={"beta": 2 * twice.beta})
-        found: Tensor = loss(replace(run, recipe=run.recipe.model_copy(update={"method": twice})), batch, draws, switch)
-        return found
-
-    return wrong
 
 
 def no_reference(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:

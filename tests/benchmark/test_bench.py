@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from typer.testing import CliRunner
 
-from mmalign import methods
+from mmalign import caching, methods
 from mmalign.benchmark import bench, cases, measure, runs, tables
 from mmalign.benchmark.bench import OURS, Asked
 from mmalign.benchmark.meters import Meter
@@ -152,7 +152,11 @@ def test_filling_is_what_one_epoch_needs(
     overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that ticks with every image encoded and with every batch that the reference scores."""
-    ticks = [0]
+    ticks, open_feed = [0], caching.open_feed
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        ticks[0] += 100  # which is not filling: without anything to fill it takes as long
+        return open_feed(*args, **kwargs)
 
     def ticking(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -163,6 +167,7 @@ def test_filling_is_what_one_epoch_needs(
 
     monkeypatch.setattr(latents, "encode", ticking(latents.encode))
     monkeypatch.setattr(methods, "worked_out", ticking(methods.worked_out))
+    monkeypatch.setattr(caching, "open_feed", slow)
     monkeypatch.setattr(runs, "now", lambda _: float(ticks[0]))
     found = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path), overrides)
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=8)
@@ -273,6 +278,7 @@ def test_a_compiled_run_is_counted_as_another(tiny_sd15: Path, tmp_path: Path) -
         run = runs.build(given, tmp_path / f"{on}", Accelerator(), updates=4)
         runs.advance(run, 1)
         found[on] = runs.count_operations(run), runs.peak_bytes(run, 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled
     assert found[True] == found[False]
     torch._dynamo.reset()
 

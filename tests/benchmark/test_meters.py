@@ -1,6 +1,7 @@
 """Meters by hand."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch import library as operators
 from torch.utils.checkpoint import checkpoint
 
+from mmalign.benchmark import meters
 from mmalign.benchmark.attention_operations import (
     efficient_backward,
     efficient_forward,
@@ -65,17 +67,18 @@ def test_what_checkpointing_repeats_is_counted_apart(again: bool) -> None:
     assert counter.repeated == (512 if again else 0)
 
 
-def test_a_product_reaches_about_what_the_probe_says() -> None:
-    """A product of another shape, timed here: within a factor of eight of it, since others use the machine."""
-    device = torch.device("cpu")
-    rate = peak_rate(device, torch.float32, seconds=0.1)
-    a, b = torch.randn(512, 2048), torch.randn(2048, 512)
-    a @ b
-    started = now(device)
-    for _ in range(5):
-        a @ b
-    reached = 5 * 2 * 512 * 2048 * 512 / (now(device) - started)
-    assert 1 / 8 < rate / reached < 8
+def test_the_probe_gives_the_operations_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by a second with every 3e9 operations, as counted."""
+    with Operations() as counter:
+        monkeypatch.setattr(meters, "now", lambda _: counter.get_total_flops() / 3e9)
+        assert peak_rate(torch.device("cpu"), torch.float32, seconds=0.1) == pytest.approx(3e9)
+
+
+def test_seconds_of_a_cpu_are_those_that_it_worked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    begun = now(torch.device("cpu"))
+    time.sleep(0.2)
+    assert now(torch.device("cpu")) - begun < 0.1
 
 
 def starts(*lengths: int) -> Tensor:

@@ -1,19 +1,18 @@
 """Another program's step in half precision: proven in float32, since bfloat16 would refuse what is right."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from accelerate import Accelerator
-from torch import Tensor
 
 from mmalign.benchmark import bench, runs
 from mmalign.benchmark.against import diffusers
 from mmalign.benchmark.bench import OURS, SAME, Asked
 from mmalign.benchmark.proof import apart_in_float32
 from mmalign.sections import Recipe
+from tests.benchmark.wrong_steps import wrong_beta_of
 
 
 @pytest.fixture
@@ -28,16 +27,6 @@ def asked(tiny_sd15: Path, tmp_path: Path) -> Asked:
     return Asked(tiny.recipe(tiny_sd15, pairs, tmp_path / "output", **sections), peer="diffusers")
 
 
-def twice_the_beta(run: runs.Run, batch: Any, draws: Any, switch: Any) -> Tensor:
-    method: Any = run.recipe.method
-    changed = run.recipe.model_copy(update={"method": method.model_copy(update={"beta": 2 * method.beta})})
-    found: Tensor = RIGHT(replace(run, recipe=changed), batch, draws, switch)
-    return found
-
-
-RIGHT = diffusers.loss
-
-
 def test_what_is_right_is_measured_in_half_precision(asked: Asked, tmp_path: Path) -> None:
     said: list[str] = []
     report = bench.run(asked, tmp_path, Accelerator(), name="half", repeats=1, say=said.append)
@@ -49,7 +38,7 @@ def test_what_is_right_is_measured_in_half_precision(asked: Asked, tmp_path: Pat
 def test_what_is_wrong_is_refused_in_half_precision(
     asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diffusers, "loss", twice_the_beta)
+    monkeypatch.setattr(diffusers, "loss", wrong_beta_of(diffusers.loss))
     with pytest.raises(ValueError, match="diffusers does not compute what it is compared with"):
         bench.run(asked, tmp_path, Accelerator(), name="wrong", repeats=1, say=lambda _: None)
 

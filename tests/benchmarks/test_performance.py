@@ -1,19 +1,25 @@
 """The measurements of docs/performance.md, made once on the smallest model: their numbers hang together."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import tiny_vlm
+import torch
 from torch import nn
 
-from mmalign.benchmark import tables
+from mmalign.benchmark import against, cases, runs, tables
 from mmalign.benchmark.bench import OURS
 from mmalign.benchmark.measure import Measured
 from mmalign.benchmark.tables import Report
+from mmalign.recipe import load_recipe
 from tests.benchmarks import performance
 from tests.benchmarks.performance import (
     AGAIN,
+    APART,
     COPIED,
     FULL,
     KEPT,
@@ -21,6 +27,9 @@ from tests.benchmarks.performance import (
     LOOPED,
     MAPO,
     SEQUENCE,
+    STUDIES,
+    STUDIES_CUDA,
+    TWICE,
     UNCACHED,
     Study,
     Variant,
@@ -93,6 +102,56 @@ def test_memory_is_what_a_variant_holds(measured: Callable[[str], Report], tiny_
         assert more.state_bytes - less.state_bytes == network
         assert more.peak_bytes - less.peak_bytes == pytest.approx(network, rel=0.01)
     assert lora[SEQUENCE.name].beyond < 0.8 * lora[OURS].beyond
+
+
+@pytest.mark.parametrize("title", [*STUDIES, *STUDIES_CUDA])
+def test_every_study_is_one_that_can_be_made(title: str, tmp_path: Path) -> None:
+    """Its recipes are recipes, and its peer is there to ask; with no weights written."""
+    study = {**STUDIES, **STUDIES_CUDA}[title]
+    made: Any = study.content
+    content = cases.content(*made.args, tmp_path) if isinstance(made, partial) else made(tmp_path)
+    changes = [variant.overrides for variant in study.variants]
+    changes += [against.find(study.peer).own] if study.peer else []
+    for change in changes:
+        assert load_recipe(content, [*study.overrides, *change]).output == str(tmp_path / "output")
+
+
+def test_spo_with_two_forwards_learns_the_same_from_twice_the_rows(
+    tiny_sd15: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
+    content, found, forwards = tiny.recipe_in(tiny_sd15, tmp_path, method=method), [], []
+    for variant in (Variant(OURS, ""), TWICE):
+        run = performance.build(content, [], variant, tmp_path / variant.name, 2)
+        found.append(runs.first_gradient(run))
+        forwards.append(runs.count_operations(run)[0]["policy"])
+        run.learner.accelerator.free_memory()
+    apart = found[1].beside(found[0])
+    assert apart is not None and apart[0] < 1e-6 and apart[1] < 1e-4
+    assert forwards[1] == 2 * forwards[0] > 0
+
+
+def test_rows_that_share_a_prompt_spare_its_operations(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """A decoder's operations are nearly as the tokens that it reads: attention, a small part of them here, is not."""
+    content = tiny_vlm.recipe(vlm_folders("llava"), tiny_vlm.pairs(tmp_path / "rows"), tmp_path / "run")
+    forwards = {}
+    for variant in (Variant(OURS, ""), APART):
+        run = performance.build(content, [], variant, tmp_path / variant.name, 2)
+        rows = next(run.feed.batches(0)).tokens.rows
+        forwards[variant.name] = runs.count_operations(run)[0]["policy"]
+        run.learner.accelerator.free_memory()
+    prompts = {(row.ids[: row.start], row.images): row.start for row in rows}
+    responses = sum(len(row.response) for row in rows)
+    tokens = sum(prompts.values()) + responses, sum(row.start for row in rows) + responses
+    assert forwards[APART.name] / forwards[OURS] == pytest.approx(tokens[1] / tokens[0], rel=0.05)
+    assert tokens[1] > 1.3 * tokens[0]
+
+
+def test_what_is_said_to_lie_otherwise_does(tiny_sd15: Path, tmp_path: Path) -> None:
+    run = performance.build(tiny.recipe_in(tiny_sd15, tmp_path), [], LAST, tmp_path / "last", 1)
+    kernels = [p for p in run.policy.unwrapped.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    run.learner.accelerator.free_memory()
 
 
 def test_the_optimizer_that_loops_does(tiny_sd15: Path, tmp_path: Path) -> None:
