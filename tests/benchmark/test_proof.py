@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from accelerate import Accelerator
 
 from mmalign.benchmark import bench, runs
@@ -52,14 +53,19 @@ def test_it_is_float32_whatever_is_measured(
     Where precision is float16, the accelerator puts it around the network; on a CPU it does so for bfloat16 alone.
     """
     recipe, built, build = asked.recipe("train.accumulate=2", "train.batch_size=4"), list[Recipe](), runs.build
+    autocast = list[bool]()
 
     def noted(recipe: Recipe, *args: Any, **kwargs: Any) -> runs.Run:
         built.append(recipe)
-        return build(recipe, *args, **kwargs)
+        run = build(recipe, *args, **kwargs)
+        inside: Any = run.policy.unwrapped
+        inside.conv_in.register_forward_pre_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
+        return run
 
     monkeypatch.setattr(runs, "build", noted)
     accelerator = Accelerator(mixed_precision=of_accelerator)
     apart = apart_in_float32(recipe, asked.recipe(*diffusers.own), diffusers, tmp_path, accelerator)
     assert apart is not None and apart[1] < SAME / 10
     found = [(r.train.precision, r.model.vae_dtype, r.train.accumulate, r.train.batch_size) for r in built]  # type: ignore[union-attr]
+    assert autocast and not any(autocast)
     assert found == [("float32", "float32", 1, 2)] * 2 and recipe.train.precision == "bfloat16"
