@@ -1,108 +1,145 @@
-"""Tiny models, made once a session."""
+"""Shared fixtures. Heavy libraries are imported inside the fixtures that need them."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import linear_runs
 import pytest
-import tiny
-import tiny_flow
-import tiny_vlm
-import torch
-from accelerate.state import AcceleratorState
 
-from mmalign.families import Loading, VisionLanguage, load_vision_language
+if TYPE_CHECKING:
+    from linear_runs import Run
 
+    from mmalign.families import VisionLanguage
 
-@pytest.fixture(scope="session")
-def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.stable_diffusion(tmp_path_factory.mktemp("models") / "sd15")
+Folders = Callable[[str], Path]
+STANDING_VLMS = ("llava", "llava_next", "qwen2_5_vl", "paligemma")
 
 
 @pytest.fixture(scope="session")
-def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.stable_diffusion(tmp_path_factory.mktemp("models") / "sd2", "v_prediction")
+def diffusion_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Return the folder of a tiny diffusion or CLIP model by name, written at the first request."""
 
-
-@pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.sdxl(tmp_path_factory.mktemp("models") / "sdxl")
-
-
-@pytest.fixture(scope="session")
-def flow_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny flow-matching model by its name, written when first asked for."""
-    there: dict[str, Path] = {}
-
+    @cache
     def folder(name: str) -> Path:
-        if name not in there:
-            there[name] = tiny_flow.write(name, tmp_path_factory.mktemp("models") / name)
-        return there[name]
+        import tiny
+
+        path = tmp_path_factory.mktemp("models") / name
+        if name == "step judge":
+            return tiny.step_aware(path, folder("clip"))
+        writers = {
+            "sd15": tiny.stable_diffusion,
+            "sd2": lambda path: tiny.stable_diffusion(path, "v_prediction"),
+            "sdxl": tiny.sdxl,
+            "clip": tiny.clip,
+            "transformers clip": tiny.transformers_clip,
+        }
+        return writers[name](path)
 
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_sd3(flow_folders: Callable[[str], Path]) -> Path:
+def flow_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Return the folder of a tiny flow-matching model by name, written at the first request."""
+
+    @cache
+    def folder(name: str) -> Path:
+        import tiny_flow
+
+        return tiny_flow.write(name, tmp_path_factory.mktemp("models") / name)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vlm_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Return the folder of a tiny vision-language model by type, written at the first request."""
+
+    @cache
+    def folder(name: str) -> Path:
+        import tiny_vlm
+
+        return tiny_vlm.write(name, tmp_path_factory.mktemp("models") / name)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(diffusion_folders: Folders) -> Path:
+    return diffusion_folders("sd15")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(diffusion_folders: Folders) -> Path:
+    return diffusion_folders("sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(diffusion_folders: Folders) -> Path:
+    return diffusion_folders("sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(flow_folders: Folders) -> Path:
     return flow_folders("sd3")
 
 
 @pytest.fixture(scope="session")
-def tiny_flux(flow_folders: Callable[[str], Path]) -> Path:
+def tiny_flux(flow_folders: Folders) -> Path:
     return flow_folders("flux")
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen_image(flow_folders: Callable[[str], Path]) -> Path:
+def tiny_qwen_image(flow_folders: Folders) -> Path:
     return flow_folders("qwen_image")
 
 
 @pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.clip(tmp_path_factory.mktemp("models") / "clip")
+def tiny_clip(diffusion_folders: Folders) -> Path:
+    return diffusion_folders("clip")
 
 
 @pytest.fixture(scope="session")
-def tiny_transformers_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.transformers_clip(tmp_path_factory.mktemp("models") / "transformers clip")
+def tiny_transformers_clip(diffusion_folders: Folders) -> Path:
+    return diffusion_folders("transformers clip")
 
 
 @pytest.fixture(scope="session")
-def tiny_step_judge(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.step_aware(tmp_path_factory.mktemp("models") / "step judge", tiny_clip)
+def tiny_step_judge(diffusion_folders: Folders) -> Path:
+    return diffusion_folders("step judge")
 
 
-@pytest.fixture(scope="session")
-def vlm_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny vision-language model by its type, written when first asked for."""
-    there: dict[str, Path] = {}
+def _load_vlm(folder: Path) -> VisionLanguage:
+    import torch
 
-    def folder(name: str) -> Path:
-        if name not in there:
-            there[name] = tiny_vlm.write(name, tmp_path_factory.mktemp("models") / name)
-        return there[name]
+    from mmalign.families import Loading, load_vision_language
 
-    return folder
+    return load_vision_language(str(folder), Loading(torch.device("cpu")))
 
 
-@pytest.fixture(params=list(tiny_vlm.STANDING))
-def vlm(request: pytest.FixtureRequest, vlm_folders: Callable[[str], Path]) -> VisionLanguage:
-    """Each of the standing vision-language models, loaded anew."""
-    return load_vision_language(str(vlm_folders(request.param)), Loading(torch.device("cpu")))
+@pytest.fixture(params=STANDING_VLMS)
+def vlm(request: pytest.FixtureRequest, vlm_folders: Folders) -> VisionLanguage:
+    """Load each of the standing vision-language models anew."""
+    return _load_vlm(vlm_folders(request.param))
 
 
 @pytest.fixture
-def llava(vlm_folders: Callable[[str], Path]) -> VisionLanguage:
-    return load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+def llava(vlm_folders: Folders) -> VisionLanguage:
+    return _load_vlm(vlm_folders("llava"))
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., linear_runs.Run]]:
-    """Begins runs of the loop on a linear network, all from the same weights."""
+def start() -> Iterator[Callable[..., Run]]:
+    """Return a function that begins runs of the loop on a linear network, all from the same weights."""
+    import linear_runs
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
     yield linear_runs.begin
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -110,7 +147,7 @@ def start() -> Iterator[Callable[..., linear_runs.Run]]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the reference was run for."""
+    """Record the reference's type at every pass through it."""
     from mmalign.policy import Policy
 
     seen: list[str] = []
