@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mmalign import assemble, checkpoint, run
-from mmalign.evaluate_images import count_images
+from mmalign.evaluate_images import measure_samples
 from mmalign.evaluate_responses import count_answers
-from mmalign.evaluation.counts import Counts, over_runs
+from mmalign.evaluation.counts import Metrics, summarize_runs
 from mmalign.output import read_trained, written
 from mmalign.page.comparison import Drawn, Row, as_markdown, draw_curve, draw_side_by_side, short_names
 from mmalign.recipe import load_recipe
@@ -231,12 +231,12 @@ def _hand_on(before: Path, output: Path) -> None:
             shutil.copytree(last, part)
 
 
-def _counted(recipe: Recipe) -> tuple[list[Counts], list[Counts]]:
+def _counted(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     """What was counted in an evaluated run, before and after."""
     folder = Path(recipe.output) / "evaluation"
     if isinstance(recipe.evaluate, EvaluateResponses):
         return count_answers(recipe.evaluate, folder)
-    return count_images(_samples(recipe))
+    return measure_samples(_samples(recipe))
 
 
 def _samples(recipe: Recipe) -> list[Mapping[str, Any]]:
@@ -249,7 +249,7 @@ def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[Row]:
     """The base model's row, and one for each recipe at each place."""
     counted = [[_counted(one) for one in stage.runs] for stage in plan]
     base = counted[0][0][0]
-    rows = [Row("base", "", None, 1, 0, 0.0, [(counts, over_runs(counts, [counts])) for counts in base])]
+    rows = [Row("base", "", None, 1, 0, 0.0, [(counts, summarize_runs(counts, [counts])) for counts in base])]
     for place in places:
         for stage, runs in zip(plan, counted, strict=True):
             if place not in stage.at:
@@ -257,7 +257,7 @@ def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[Row]:
             first, number = stage.runs[0], len(runs)
             seconds = [read_trained(Path(one.output) / "model")["seconds"] for one in stage.runs]
             each = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
-            measured = [(counts, over_runs(counts, after)) for counts, after in each]
+            measured = [(counts, summarize_runs(counts, after)) for counts, after in each]
             mean = sum(seconds) / number
             rows.append(Row(stage.name, first.method.name, place, number, _pairs(first), mean, measured))
     return rows

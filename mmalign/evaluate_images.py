@@ -1,23 +1,20 @@
-"""Compare text-to-image models by what they draw: from a recipe's section to numbers, files, and a page."""
+"""Evaluation of text-to-image models: generate images with both, measure them, write numbers and files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
 from mmalign import assemble
-from mmalign.data.scenes import ATTRIBUTES, Truth
 from mmalign.drawings import Album, depends, draw
 from mmalign.evaluation import diversity, preference, scenes
-from mmalign.evaluation.counts import SIDES, Counts, Share, Sums, Values, compare, ratio
+from mmalign.evaluation.counts import SIDES, Metrics, Table, compare
 from mmalign.families import Sampling
 from mmalign.page.pictures import Entry
 from mmalign.policy import Policy
@@ -25,151 +22,113 @@ from mmalign.rewards import Judge
 from mmalign.sections import EvaluateImages, Recipe
 
 Say = Callable[[str], None]
-Table = list[tuple[str, ...]]
+Sample = dict[str, Any]  # prompt, seed, and the measurements of the images before and after
 
 
 def compare_images(
     recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, of: Mapping[str, Any], say: Say
 ) -> tuple[dict[str, Any], Table]:
-    """Draw with base and trained model from the same noise, measure by the exact reader or a judge, write to `folder`.
+    """Generate images with base and trained model from the same noise, measure them, and write them to `folder`.
 
     Args:
-        recipe: whose `evaluate` section says what is drawn, and how.
+        recipe: a recipe with a section `evaluate`.
         policy: the trained model, with its base as reference.
-        judge: who says which picture is better; benchmark scenes does without as well.
-        folder: where to write the pictures, and the page's samples.
-        of: what this evaluation is of.
+        judge: the reward model; benchmark scenes needs none.
+        folder: target of the images, and of the gallery's samples.json.
+        of: identity of this evaluation.
         say: takes a line of text.
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateImages)
-    prompts, seeds = _rows(section)
-    cut = policy.family.count_cut(prompts)
-    if cut:
-        say(f"{cut} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
+    prompts, seeds = _prompts_and_seeds(section)
+    num_truncated = policy.family.count_cut(prompts)
+    if num_truncated:
+        say(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
     albums = _albums(recipe, section, policy, of)
-    drawn = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing), albums)
-    told, result, table, name = _measured(section, judge, drawn, prompts)
-    samples = [
-        {"prompt": prompt, "seed": seed, **dict(zip(SIDES, both, strict=True))}
-        for prompt, seed, *both in zip(prompts, seeds, *told, strict=True)
+    images = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing), albums)
+    samples: list[Sample] = [
+        {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    result, table = _with_more(section, samples, result, table)
-    for folder_of, images in zip((folder / side for side in SIDES), drawn, strict=True):
-        folder_of.mkdir()
-        for i, image in enumerate(images):
-            image.save(folder_of / f"{i:05d}.png")
-    content = {"of": of, "score": name, "table": table, "samples": samples}
+    for side, side_images in zip(SIDES, images, strict=True):
+        _measure(section, judge, side_images, prompts, [sample[side] for sample in samples])
+        (folder / side).mkdir()
+        for index, image in enumerate(side_images):
+            image.save(folder / side / f"{index:05d}.png")
+    result, table = _compare(section.benchmark, samples)
+    score_name = "share of the prompt's parts that are right"
+    if section.benchmark == "preference" and section.judge is not None:
+        score_name = f"score of {section.judge.path}"
+    content = {"of": of, "score": score_name, "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
 
 
-def _rows(section: EvaluateImages) -> tuple[list[str], list[int]]:
-    """The prompt and the seed of every picture; those of one prompt stand together."""
-    once = prompts_of("evaluate.prompts", section.prompts, section.split, section.seed)
-    prompts = [prompt for prompt in once for _ in range(section.per_prompt)]
-    return prompts, [section.seed * 1_000_003 + i for i in range(len(prompts))]
+def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[str], list[int]]:
+    """Return the prompt and the seed of every image; all images of a prompt are adjacent."""
+    distinct = prompts_of("evaluate.prompts", section.prompts, section.split, section.seed)
+    prompts = [prompt for prompt in distinct for _ in range(section.per_prompt)]
+    return prompts, [section.seed * 1_000_003 + index for index in range(len(prompts))]
 
 
-def _measured(
-    section: EvaluateImages, judge: Judge | None, drawn: Sequence[Sequence[Image.Image]], prompts: Sequence[str]
-) -> tuple[list[list[dict[str, Any]]], dict[str, Any], Table, str]:
-    """What is known of each side's pictures; the benchmark's result and table; and what a picture's score is."""
-    told: list[list[dict[str, Any]]] = [[{} for _ in prompts] for _ in SIDES]
-    judged = [judge(images, prompts).tolist() for images in drawn] if judge is not None else []
-    for side, scores in zip(told, judged, strict=False):
-        _tell(side, judged=scores, score=scores, note=[""] * len(prompts))
+def _measure(
+    section: EvaluateImages,
+    judge: Judge | None,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    records: Sequence[dict[str, Any]],
+) -> None:
+    """Add the measurements of one model's images to their records: rewards, distances, and checks of scenes."""
+    if judge is not None:
+        for record, reward in zip(records, judge(images, prompts).tolist(), strict=True):
+            record.update(judged=reward, score=reward, note="")
     if section.per_prompt > 1:
-        for side, images in zip(told, drawn, strict=True):
-            _tell(side, apart=diversity.apart(images, prompts))
-    if section.benchmark != "scenes":
-        assert section.judge is not None, "benchmark preference has a judge"
-        preferred = preference.compare_scores(judged[0], judged[1], prompts)
-        return told, preferred.as_dict(), preferred.table(), f"score of {section.judge.path}"
-    before, after = (scenes.score_scenes(images, prompts) for images in drawn)
-    for side, truths in zip(told, (before, after), strict=True):
-        right = [sum(truth.values()) / len(truth) for truth in truths]
-        _tell(side, score=right, note=[scenes.describe(truth) for truth in truths], parts=truths)
-    compared = scenes.compare_scenes(before, after, prompts)
-    return told, compared.as_dict(), compared.table(), "share of the prompt's parts that are right"
+        for record, distance in zip(records, diversity.pixel_distances(images, prompts), strict=True):
+            record["apart"] = distance
+    if section.benchmark == "scenes":
+        for record, truth in zip(records, scenes.check_scenes(images, prompts), strict=True):
+            record.update(score=sum(truth.values()) / len(truth), note=scenes.describe(truth), parts=truth)
 
 
-def _tell(side: Sequence[dict[str, Any]], **columns: Sequence[Any]) -> None:
-    """Add to what is known of a side's pictures."""
-    for name, values in columns.items():
-        for one, value in zip(side, values, strict=True):
-            one[name] = value
+def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any], Table]:
+    """Return the benchmark's own result and table, with those of everything else measured on the same images."""
+    metrics = {before.benchmark: (before, after) for before, after in zip(*measure_samples(samples), strict=True)}
+    compare_own = scenes.compare_scenes if benchmark == "scenes" else preference.compare_scores
+    result, table = compare_own(*metrics.pop(benchmark))
+    if metrics and benchmark != "scenes":  # the table of scenes has these columns already
+        table.append(("", "images", "before", "after", "change [95 % interval]"))
+    for name, sides in metrics.items():
+        comparison = compare(*sides)
+        result[name] = comparison.as_dict()
+        table += [(label, str(len(samples)), *cells) for label, *cells in comparison.table()[1:]]
+    return result, table
 
 
-def _with_more(
-    section: EvaluateImages, samples: Sequence[Mapping[str, Any]], result: dict[str, Any], table: Table
-) -> tuple[dict[str, Any], Table]:
-    """The benchmark's own result and table, and what else was measured of the same pictures."""
-    rows: Table = []
-    for before, after in zip(*count_images(samples), strict=True):
-        if before.benchmark == section.benchmark:
-            continue
-        compared = compare(before, after)
-        result = {**result, before.benchmark: compared.as_dict()}
-        rows += [(name, str(len(samples)), *shown) for name, *shown in compared.table()[1:]]
-    if rows and section.benchmark != "scenes":  # whose table has these columns already
-        table = [*table, ("", "images", "before", "after", "change [95 % interval]")]
-    return result, [*table, *rows]
+def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of an evaluation's samples, before and after.
 
-
-def count_images(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Counts], list[Counts]]:
-    """What was measured of an evaluation's samples, before and after, to compare several runs by.
-
-    Of the bundled world the share of prompts that are drawn right, and of each attribute where it is named; of a judge
-    the win rate over the base model (a tie is half a win) and the mean score; and how different the pictures of a
-    prompt are.
+    Of the bundled world the accuracy; of a reward model the win rate over the base model and the mean score; of
+    several images of a prompt their diversity.
     """
-    rows = _Rows(
-        tuple((sample["prompt"], sample["seed"]) for sample in samples), tuple(sample["prompt"] for sample in samples)
-    )
-    base, sides = [sample["before"] for sample in samples], list[list[Counts]]()
-    for side in ([sample[side] for sample in samples] for side in SIDES):
-        sides.append([])
-        if "parts" in side[0]:
-            sides[-1].append(_count_scenes(rows, [one["parts"] for one in side]))
-        if "judged" in side[0]:
-            scores, before = (np.array([one["judged"] for one in some]) for some in (side, base))
-            sides[-1].append(_count_scores(rows, scores, before))
-        if "apart" in side[0]:
-            columns = {"images": np.ones(len(side)), "apart": np.array([one["apart"] for one in side])}
-            sides[-1].append(Counts("diversity", *rows, columns, {"diversity": partial(_share, "apart", "images")}))
-    return sides[0], sides[1]
+    prompts = tuple(sample["prompt"] for sample in samples)
+    keys = tuple((sample["prompt"], sample["seed"]) for sample in samples)
 
+    def values(side: str, name: str) -> list[Any]:
+        return [sample[side][name] for sample in samples]
 
-class _Rows(NamedTuple):
-    """What tells samples apart, and which of them are of one prompt."""
-
-    keys: tuple[Hashable, ...]
-    groups: tuple[Hashable, ...]
-
-
-def _count_scenes(rows: _Rows, truths: Sequence[Truth]) -> Counts:
-    columns = {"images": np.ones(len(truths)), "right": np.array([float(truth["correct"]) for truth in truths])}
-    shares: dict[str, Share] = {"prompts drawn right": partial(_share, "right", "images")}
-    for name in (name for name in ATTRIBUTES if any(name in truth for truth in truths)):
-        columns[f"{name} named"] = np.array([float(name in truth) for truth in truths])
-        columns[f"{name} right"] = np.array([float(truth.get(name, False)) for truth in truths])
-        shares[name] = partial(_share, f"{name} right", f"{name} named")
-    return Counts("scenes", *rows, columns, shares)
-
-
-def _count_scores(rows: _Rows, scores: NDArray[np.float64], base: NDArray[np.float64]) -> Counts:
-    wins = 0.5 + 0.5 * np.sign(scores - base)
-    columns = {"images": np.ones(len(scores)), "wins": wins, "mean score": scores}
-    return Counts("preference", *rows, columns, {"win rate": partial(_share, "wins", "images")}, ("mean score",))
-
-
-def _share(part: str, whole: str, sums: Sums) -> Values:
-    return ratio(sums[part], sums[whole])
+    metrics: dict[str, list[Metrics]] = {side: [] for side in SIDES}
+    for side in SIDES:
+        if "parts" in samples[0][side]:
+            metrics[side].append(scenes.measure_scenes(values(side, "parts"), keys, prompts))
+        if "judged" in samples[0][side]:
+            rewards = values(side, "judged"), values("before", "judged")
+            metrics[side].append(preference.measure_scores(*rewards, keys, prompts))
+        if "apart" in samples[0][side]:
+            metrics[side].append(diversity.measure_distances(values(side, "apart"), keys, prompts))
+    return metrics["before"], metrics["after"]
 
 
 def entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Entry]:
-    """Samples of the evaluation in a folder, by their numbers, with their pictures, as the page takes them."""
+    """Return the gallery's entries of an evaluation's samples, given with their indices."""
     found = []
     for i, sample in samples:
         before, after = (Image.open(folder / side / f"{i:05d}.png").convert("RGB") for side in SIDES)

@@ -23,7 +23,7 @@ from mmalign.evaluation.benchmarks import (
     in_folder,
     read_asked,
 )
-from mmalign.evaluation.counts import SIDES, Comparison, Counts, compare
+from mmalign.evaluation.counts import SIDES, Metrics, MetricsComparison, compare
 from mmalign.families import Decoding, VisionLanguage
 from mmalign.language.objects import Vocabulary
 from mmalign.page.answers import Answer, Entry
@@ -194,7 +194,7 @@ def entries(section: EvaluateResponses, samples: Sequence[Mapping[str, Any]]) ->
     ]
 
 
-def count_answers(section: EvaluateResponses, folder: Path) -> tuple[list[Counts], list[Counts]]:
+def count_answers(section: EvaluateResponses, folder: Path) -> tuple[list[Metrics], list[Metrics]]:
     """What was counted in the answers that `compare_answers` has written to a folder, before and after."""
     benchmark = open_benchmark(section)
     said = [
@@ -247,7 +247,7 @@ def _truth(section: EvaluateResponses, words: Vocabulary, images: Sequence[str])
     return chair.read_coco(where.instances, where.captions, words, {image_id(image) for image in images})
 
 
-def _score_pope(section: EvaluateResponses, files: Files) -> list[Counts]:
+def _score_pope(section: EvaluateResponses, files: Files) -> list[Metrics]:
     questions = _pope_questions(section)
     given = {next(iter(questions)): files} if isinstance(files, str) else files
     if set(given) != set(questions):
@@ -258,7 +258,7 @@ def _score_pope(section: EvaluateResponses, files: Files) -> list[Counts]:
     return [pope.score(questions, answers, _PARSE[section.parse])]
 
 
-def _score_amber(section: EvaluateResponses, files: Files) -> list[Counts]:
+def _score_amber(section: EvaluateResponses, files: Files) -> list[Metrics]:
     assert isinstance(section.annotations, str)
     given = [files] if isinstance(files, str) else list(files.values())
     read = [amber.read_responses(file) for file in given]
@@ -268,7 +268,7 @@ def _score_amber(section: EvaluateResponses, files: Files) -> list[Counts]:
     return amber.score(together, amber.read_amber(section.annotations))
 
 
-def _score_descriptions(section: EvaluateResponses, files: Files) -> list[Counts]:
+def _score_descriptions(section: EvaluateResponses, files: Files) -> list[Metrics]:
     if not isinstance(files, str):
         raise ValueError(f"answers: came for {', '.join(files)}; expected one file, since there are no splits")
     assert section.questions is None or isinstance(section.questions, str)
@@ -280,11 +280,11 @@ def _score_descriptions(section: EvaluateResponses, files: Files) -> list[Counts
 # ---------------------------------------------------------------------------------------------------- files that go out
 
 
-def _compared(before: Sequence[Counts], after: Sequence[Counts]) -> list[Comparison]:
+def _compared(before: Sequence[Metrics], after: Sequence[Metrics]) -> list[MetricsComparison]:
     return [compare(theirs, ours) for theirs, ours in zip(before, after, strict=True)]
 
 
-def _short(compared: Sequence[Comparison]) -> Table:
+def _short(compared: Sequence[MetricsComparison]) -> Table:
     """One table of the main measures."""
     rows = [row for one in compared for row in one.table(short=True)[1:]]
     return [("", "before", "after", "change [95 % interval]"), *rows]

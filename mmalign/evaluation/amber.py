@@ -29,7 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mmalign.evaluation.answer_files import document, records, shown, take, take_names, take_text
-from mmalign.evaluation.counts import Counts, Share, Values, f1, ratio
+from mmalign.evaluation.counts import Metrics, Ratio, as_columns, divide, f1, ratio
+from mmalign.evaluation.intervals import Values
 from mmalign.evaluation.pope import Parse, parse_strict
 from mmalign.language.objects import singular, tokens
 from mmalign.share import resolve
@@ -155,7 +156,7 @@ def find(
 
 def score_generative(
     responses: Mapping[int, str], amber: Amber, nouns: Nouns = nouns_by_rule, similar: Similar | None = None
-) -> Counts:
+) -> Metrics:
     """CHAIR, Cover, Hal, Cog and the mean length in words (at white space) of descriptions.
 
     Args:
@@ -185,17 +186,18 @@ def score_generative(
                 "words per response": len(responses[number].split()),
             }
         )
-    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
-    shares: dict[str, Share] = {
-        "CHAIR": lambda sums: ratio(sums["invented mentions"], sums["mentions"]),
-        "Cover": lambda sums: ratio(sums["covered objects"], sums["true objects"]),
-        "Hal": lambda sums: ratio(sums["inventing responses"], sums["responses"]),
-        "Cog": lambda sums: ratio(sums["expected objects mentioned"], sums["expected objects"]),
+    ratios: dict[str, Ratio] = {
+        "CHAIR": ratio("invented mentions", "mentions"),
+        "Cover": ratio("covered objects", "true objects"),
+        "Hal": ratio("inventing responses", "responses"),
+        "Cog": ratio("expected objects mentioned", "expected objects"),
     }
-    return Counts("AMBER, generative", tuple(items), _groups(items, amber), columns, shares, ("words per response",))
+    return Metrics(
+        "AMBER, generative", tuple(items), _groups(items, amber), as_columns(rows), ratios, ("words per response",)
+    )
 
 
-def score(responses: Mapping[int, str], amber: Amber) -> list[Counts]:
+def score(responses: Mapping[int, str], amber: Amber) -> list[Metrics]:
     """Descriptions and answers together: what was counted in those that there are, descriptions first.
 
     Raises:
@@ -212,7 +214,7 @@ def parse_published(answer: str) -> bool | None:
     return {"Yes": True, "No": False}.get(answer)
 
 
-def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Parse = parse_strict) -> Counts:
+def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Parse = parse_strict) -> Metrics:
     """Accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, of dimensions and of their kinds.
 
     All existence questions are of absent objects, so their precision is 1 as soon as one is right.
@@ -241,13 +243,13 @@ def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Pars
         of_kind = np.array([claim.kind == kind for claim in claims.values()], dtype=np.float64)
         if of_kind.any():
             columns.update({f"{kind}: {what}": of_kind * np.array(values) for what, values in counted.items()})
-    shares: dict[str, Share] = {}
+    ratios: dict[str, Ratio] = {}
     for dimension, kinds in _DIMENSIONS.items():
         there = tuple(kind for kind in kinds if f"{kind}: questions" in columns)
         if there:
-            shares.update({f"{dimension}: {name}": _over(there, *parts) for name, parts in _MEASURES.items()})
-    main = ("all: accuracy", "all: F1", "all: yes rate")
-    return Counts("AMBER, discriminative", tuple(claims), _groups(claims, amber), columns, shares, main=main)
+            ratios.update({f"{dimension}: {name}": _over(there, *parts) for name, parts in _MEASURES.items()})
+    headline = ("all: accuracy", "all: F1", "all: yes rate")
+    return Metrics("AMBER, discriminative", tuple(claims), _groups(claims, amber), columns, ratios, headline=headline)
 
 
 def read_amber(folder: str | Path) -> Amber:
@@ -304,12 +306,12 @@ _MEASURES = {
 }
 
 
-def _over(kinds: Sequence[str], *parts: str) -> Share:
+def _over(kinds: Sequence[str], *parts: str) -> Ratio:
     """A ratio (two parts) or an F1 (three), of sums over some kinds of question."""
 
     def share(sums: Mapping[str, Values]) -> Values:
         totals = [np.sum([sums[f"{kind}: {part}"] for kind in kinds], axis=0) for part in parts]
-        return f1(*totals) if len(totals) == 3 else ratio(*totals)
+        return f1(*totals) if len(totals) == 3 else divide(*totals)
 
     return share
 

@@ -18,7 +18,7 @@ from mmalign.data.images import decode
 from mmalign.data.rows import file_ref
 from mmalign.evaluation import amber, chair, pope
 from mmalign.evaluation.answer_files import Response, check_ids, image_id, records, shown, take_text
-from mmalign.evaluation.counts import Counts
+from mmalign.evaluation.counts import Metrics
 from mmalign.language.objects import Vocabulary, singular, tokens
 
 Answers = Mapping[str, Sequence[str]]  # from the name of a part to the answers to its questions, in their order
@@ -84,7 +84,7 @@ class Benchmark(Protocol):
     def without(self, images: Collection[str]) -> Benchmark:
         """The same, less the questions about these images."""
 
-    def score(self, answers: Answers) -> list[Counts]:
+    def score(self, answers: Answers) -> list[Metrics]:
         """What was counted in the answers, one for each set of measures."""
 
     def judge(self, part: str, number: int, answer: str) -> Verdict:
@@ -113,7 +113,7 @@ class Descriptions:
     objects: chair.Truth
     vocabulary: Vocabulary
     images: Images
-    count: Callable[[Sequence[Response], chair.Truth, Vocabulary], Counts] = chair.score
+    count: Callable[[Sequence[Response], chair.Truth, Vocabulary], Metrics] = chair.score
 
     def __post_init__(self) -> None:
         check_ids("annotations", [image_id(question.image) for question in self.questions], self.objects)
@@ -136,7 +136,7 @@ class Descriptions:
         """See Benchmark."""
         return replace(self, questions=_less(self.questions, images))
 
-    def score(self, answers: Answers) -> list[Counts]:
+    def score(self, answers: Answers) -> list[Metrics]:
         """See Benchmark."""
         asked = zip(self.questions, answers[DESCRIPTIONS], strict=True)
         responses = [Response(image_id(question.image), answer, question.text) for question, answer in asked]
@@ -180,7 +180,7 @@ class YesNo:
         """See Benchmark."""
         return replace(self, parts={part: _less(asked, images) for part, asked in self.parts.items()})
 
-    def score(self, answers: Answers) -> list[Counts]:
+    def score(self, answers: Answers) -> list[Metrics]:
         """See Benchmark."""
         return [pope.score(self.parts, {part: answers[part] for part in self.parts}, self.parse)]
 
@@ -236,7 +236,7 @@ class Amber:
         """See Benchmark."""
         return replace(self, questions=_less(self.questions, images))
 
-    def score(self, answers: Answers) -> list[Counts]:
+    def score(self, answers: Answers) -> list[Metrics]:
         """See Benchmark."""
         said = {q.id: a for part, asked in self.parts.items() for q, a in zip(asked, answers[part], strict=True)}
         return amber.score(said, self.files)
@@ -285,7 +285,7 @@ class Together:
         """See Benchmark."""
         return Together(self.first.without(images), self.second.without(images))
 
-    def score(self, answers: Answers) -> list[Counts]:
+    def score(self, answers: Answers) -> list[Metrics]:
         """See Benchmark."""
         return [*self.first.score(answers), *self.second.score(answers)]
 

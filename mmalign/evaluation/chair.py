@@ -20,8 +20,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from mmalign.evaluation.answer_files import (
     Response,
     check_ids,
@@ -33,7 +31,8 @@ from mmalign.evaluation.answer_files import (
     take_id,
     take_text,
 )
-from mmalign.evaluation.counts import Counts, Values, ratio
+from mmalign.evaluation.counts import Metrics, as_columns, ratio
+from mmalign.evaluation.intervals import Values
 from mmalign.language.objects import Mention, Vocabulary
 
 Truth = Mapping[str, Collection[str]]
@@ -55,7 +54,7 @@ def judge(text: str, objects: Collection[str], vocabulary: Vocabulary) -> Judgem
     return Judgement(mentions, invented, frozenset(mention.object for mention in mentions) & frozenset(objects))
 
 
-def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -> Counts:
+def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -> Metrics:
     """CHAIR_i, CHAIR_s, recall and the mean length in words (at white space) of N descriptions.
 
     Args:
@@ -67,15 +66,15 @@ def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -
         ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
             annotated object is not the vocabulary's.
     """
-    return Counts(
+    return Metrics(
         "CHAIR",
         tuple((response.image, response.question) for response in responses),
         tuple(response.image for response in responses),
         tally(responses, truth, vocabulary),
         {
-            "CHAIR_i": lambda sums: ratio(sums["invented mentions"], sums["mentions"]),
-            "CHAIR_s": lambda sums: ratio(sums["inventing responses"], sums["responses"]),
-            "recall": lambda sums: ratio(sums["found objects"], sums["true objects"]),
+            "CHAIR_i": ratio("invented mentions", "mentions"),
+            "CHAIR_s": ratio("inventing responses", "responses"),
+            "recall": ratio("found objects", "true objects"),
         },
         ("words per response",),
         ("CHAIR_s", "CHAIR_i", "recall", "words per response"),
@@ -117,7 +116,7 @@ def tally(
                 "words per response": len(response.text.split()),
             }
         )
-    return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
+    return as_columns(rows)
 
 
 def read_truth(path: str | Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:

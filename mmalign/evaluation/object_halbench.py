@@ -19,13 +19,13 @@ from collections.abc import Sequence
 
 from mmalign.evaluation.answer_files import Response
 from mmalign.evaluation.chair import Truth, tally
-from mmalign.evaluation.counts import Counts, ratio
+from mmalign.evaluation.counts import Metrics, ratio
 from mmalign.language.objects import Vocabulary, coco_vocabulary
 
 
 def score(
     responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary | None = None, *, distinct: bool = False
-) -> Counts:
+) -> Metrics:
     """The two rates, recall and the mean length in words (at white space) of N descriptions.
 
     Args:
@@ -38,15 +38,15 @@ def score(
         ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
             annotated object is not the vocabulary's.
     """
-    return Counts(
+    return Metrics(
         "Object HalBench",
         tuple((response.image, response.question) for response in responses),
         tuple(response.image for response in responses),
         tally(responses, truth, vocabulary or coco_vocabulary("refined"), distinct=distinct),
         {
-            "response-level": lambda sums: ratio(sums["inventing responses"], sums["responses with objects"]),
-            "mention-level": lambda sums: ratio(sums["invented mentions"], sums["mentions"]),
-            "recall": lambda sums: ratio(sums["found objects"], sums["true objects"]),
+            "response-level": ratio("inventing responses", "responses with objects"),
+            "mention-level": ratio("invented mentions", "mentions"),
+            "recall": ratio("found objects", "true objects"),
         },
         ("words per response",),
     )

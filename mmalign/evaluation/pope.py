@@ -25,7 +25,8 @@ import numpy as np
 
 from mmalign.draws import Draws
 from mmalign.evaluation.answer_files import records, shown, take, take_text
-from mmalign.evaluation.counts import Counts, Share, Sums, Values, f1, ratio
+from mmalign.evaluation.counts import Metrics, Ratio, Sums, f1, ratio
+from mmalign.evaluation.intervals import Values
 
 Split = Literal["random", "popular", "adversarial"]
 Parse = Callable[[str], bool | None]
@@ -144,7 +145,7 @@ def score(
     questions: Mapping[str, Sequence[Question]],
     answers: Mapping[str, Sequence[str]],
     parse: Parse = parse_published,
-) -> Counts:
+) -> Metrics:
     """Accuracy, precision, recall, F1 and yes rate of every split, and the means over the splits.
 
     Args:
@@ -173,19 +174,19 @@ def score(
     ]
     counted = np.array([_count(question, answer, parse) for _, question, answer in rows], dtype=np.float64)
     columns: dict[str, Values] = {}
-    shares: dict[str, Share] = {}
+    ratios: dict[str, Ratio] = {}
     for split in questions:
         of_split = np.array([name == split for name, _, _ in rows], dtype=np.float64)
         columns.update({f"{split}: {what}": of_split * counted[:, at] for at, what in enumerate(_COUNTED)})
-        shares.update({f"{split}: {name}": _of_split(share, split) for name, share in _MEASURES.items()})
+        ratios.update({f"{split}: {name}": _of_split(share, split) for name, share in _MEASURES.items()})
     if len(questions) > 1:
         for name in _MEANS:
-            shares[f"mean: {name}"] = _mean([shares[f"{split}: {name}"] for split in questions])
+            ratios[f"mean: {name}"] = _mean([ratios[f"{split}: {name}"] for split in questions])
     keys = tuple((split, question.id) for split, question, _ in rows)
     groups = tuple(question.image for _, question, _ in rows)
     which = "mean" if len(questions) > 1 else next(iter(questions), "")
-    main = tuple(f"{which}: {name}" for name in _MEANS)
-    return Counts("POPE", keys, groups, columns, shares, main=main)
+    headline = tuple(f"{which}: {name}" for name in _MEANS)
+    return Metrics("POPE", keys, groups, columns, ratios, headline=headline)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -267,13 +268,13 @@ def _answers_in_order(
 
 
 _COUNTED = ("questions", "true yes", "said yes", "right yes", "right", "unclear")
-_MEASURES: dict[str, Share] = {
-    "accuracy": lambda sums: ratio(sums["right"], sums["questions"]),
-    "precision": lambda sums: ratio(sums["right yes"], sums["said yes"]),
-    "recall": lambda sums: ratio(sums["right yes"], sums["true yes"]),
+_MEASURES: dict[str, Ratio] = {
+    "accuracy": ratio("right", "questions"),
+    "precision": ratio("right yes", "said yes"),
+    "recall": ratio("right yes", "true yes"),
     "F1": lambda sums: f1(sums["right yes"], sums["said yes"], sums["true yes"]),
-    "yes rate": lambda sums: ratio(sums["said yes"], sums["questions"]),
-    "unclear": lambda sums: ratio(sums["unclear"], sums["questions"]),
+    "yes rate": ratio("said yes", "questions"),
+    "unclear": ratio("unclear", "questions"),
 }
 
 
@@ -286,13 +287,13 @@ def _count(question: Question, answer: str, parse: Parse) -> tuple[bool, ...]:
     return (True, question.answer, said is True, said is True and question.answer, said is question.answer, unclear)
 
 
-def _of_split(share: Share, split: str) -> Share:
+def _of_split(share: Ratio, split: str) -> Ratio:
     return lambda sums: share({what: sums[f"{split}: {what}"] for what in _COUNTED})
 
 
-def _mean(shares: Sequence[Share]) -> Share:
+def _mean(ratios: Sequence[Ratio]) -> Ratio:
     def mean(sums: Sums) -> Values:
-        values: Values = np.mean([share(sums) for share in shares], axis=0)
+        values: Values = np.mean([share(sums) for share in ratios], axis=0)
         return values
 
     return mean

@@ -1,66 +1,57 @@
-"""How often a judge prefers the image after alignment to the one before, and by how much.
+"""Preference of a reward model for the image after alignment over the one before: win rate and mean change of score.
 
-N pairs, each of one prompt and seed.
+N pairs of images, each of one prompt and seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mmalign.evaluation.counts import Metrics, Table, ratio
 from mmalign.evaluation.intervals import Interval, paired_difference
 
 
-@dataclass(frozen=True)
-class Preference:
-    """A judge's verdict: a win is a higher score after; the win rate counts a tie as one half.
+def measure_scores(
+    scores: ArrayLike, base_scores: ArrayLike, keys: tuple[Hashable, ...], groups: tuple[Hashable, ...]
+) -> Metrics:
+    """Return the win rate over the base model and the mean score.
 
-    `difference` is the mean of after - before in the judge's own unit.
-    """
-
-    wins: int
-    losses: int
-    ties: int
-    win_rate: Interval
-    difference: Interval
-
-    def table(self) -> list[tuple[str, ...]]:
-        """Rows of text, the header first: wins, losses, ties, the win rate in percent, the mean change of the score."""
-        counts = (str(self.wins), str(self.losses), str(self.ties))
-        return [
-            ("wins", "losses", "ties", "win rate, %", "mean change of score"),
-            (*counts, self.win_rate.points(signed=False), str(self.difference)),
-        ]
-
-    def as_dict(self) -> dict[str, object]:
-        """Numbers for `result.json`; the win rate in [0, 1]."""
-        counts: dict[str, object] = {"wins": self.wins, "losses": self.losses, "ties": self.ties}
-        return {**counts, "win_rate": self.win_rate.as_dict(), "difference": self.difference.as_dict()}
-
-
-def compare_scores(before: ArrayLike, after: ArrayLike, groups: Sequence[Hashable] | None = None) -> Preference:
-    """The judge's verdict on N pairs, with 95 % intervals.
-
-    With s = +1, 0, -1 for a win, a tie, a loss, the win rate is (1 + mean(s)) / 2, and its interval follows from that
-    of the paired difference mean(s). An interval of decisive pairs alone (Wilson) would ignore both the ties and the
-    dependence of several seeds of one prompt. Scores that agree to within float32 rounding tie: equal images judged
-    in other batches differ by as much, and their order would be a coin's.
+    A win is a higher score, and a tie is half a win. Scores that agree to within float32 rounding tie: the scores of
+    equal images differ by as much from batch to batch.
 
     Args:
-        before: [N] the judge's scores, higher is better.
-        after: [N] the same of the other side, in the same order.
-        groups: [N] what dependent pairs share, such as the prompt.
+        scores: [N] a model's scores, higher is better.
+        base_scores: [N] scores of the base model's images.
+        keys: [N] prompt and seed.
+        groups: [N] the prompt.
+    """
+    own, base = np.asarray(scores, dtype=np.float64), np.asarray(base_scores, dtype=np.float64)
+    wins = np.where(np.isclose(own, base, rtol=1e-6, atol=1e-8), 0.5, 0.5 + 0.5 * np.sign(own - base))
+    columns = {"images": np.ones(len(own)), "wins": wins, "mean score": own}
+    return Metrics("preference", keys, groups, columns, {"win rate": ratio("wins", "images")}, ("mean score",))
+
+
+def compare_scores(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:
+    """Return the result of benchmark preference for result.json, and its table.
+
+    With s = +1, 0, -1 for a win, a tie, a loss, the win rate is (1 + mean(s)) / 2, and its interval is that of the
+    paired difference mean(s). An interval of decisive pairs alone (Wilson) would ignore both the ties and the
+    dependence of several seeds of one prompt.
 
     Raises:
-        ValueError: lengths differ, a score is not finite, or there are fewer than two pairs or groups.
+        ValueError: a score is not finite, or there are fewer than two groups.
     """
-    difference = paired_difference(before, after, groups)
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    tie = np.isclose(second, first, rtol=1e-6, atol=1e-8)
-    won, lost = (second > first) & ~tie, (second < first) & ~tie
-    sign = paired_difference(lost, won, groups)
-    win_rate = Interval(*((1 + x) / 2 for x in (sign.estimate, sign.low, sign.high)))
-    return Preference(int(won.sum()), int(lost.sum()), int(tie.sum()), win_rate, difference)
+    wins, groups = after.columns["wins"], after.groups
+    signs = paired_difference(wins == 0, wins == 1, groups)
+    win_rate = Interval(*((1 + end) / 2 for end in (signs.estimate, signs.low, signs.high)))
+    difference = paired_difference(before.columns["mean score"], after.columns["mean score"], groups)
+    counts: dict[str, object] = {"wins": int((wins == 1).sum()), "losses": int((wins == 0).sum())}
+    counts["ties"] = int((wins == 0.5).sum())
+    table = [
+        ("wins", "losses", "ties", "win rate, %", "mean change of score"),
+        (*map(str, counts.values()), win_rate.points(signed=False), str(difference)),
+    ]
+    return {**counts, "win_rate": win_rate.as_dict(), "difference": difference.as_dict()}, table

@@ -1,95 +1,39 @@
-"""How well pictures follow prompts of the bundled world, by its exact reader, which no judge can flatter.
+"""Accuracy of images of the bundled world's prompts, by its exact reader; no reward model is involved.
 
-N images, the i-th of `prompts[i]`. An attribute is measured over the prompts that name it: every prompt names a number,
+N images, the i-th of `prompts[i]`. An attribute is measured over the prompts that name it: every prompt names a count,
 a colour and a shape, some a size or a relation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 
+import numpy as np
 from PIL.Image import Image
 
 from mmalign.data.scenes import ATTRIBUTES, CATEGORIES, Truth, check, parse, read
-from mmalign.evaluation.intervals import Interval, paired_difference, proportion
+from mmalign.evaluation.counts import Metrics, Ratio, Table, ratio
+from mmalign.evaluation.intervals import paired_difference, proportion
+
+OVERALL = "prompts drawn right"
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """`right` of `number` images; the interval (Wilson, 95 %) takes them as independent."""
-
-    right: int
-    number: int
-
-    @property
-    def interval(self) -> Interval:
-        """The share of right images in [0, 1]."""
-        return proportion(self.right, self.number)
-
-
-@dataclass(frozen=True)
-class SceneReport:
-    """Accuracies of one set of images; a category or attribute that no prompt has is left out."""
-
-    overall: Accuracy
-    by_category: dict[str, Accuracy]
-    by_attribute: dict[str, Accuracy]
-
-
-@dataclass(frozen=True)
-class SceneComparison:
-    """Two reports of the same prompts and seeds, and the paired differences (after - before, 95 %, by prompt).
-
-    A category or attribute with a single prompt has no difference: one prompt does not say how others would do.
-    """
-
-    before: SceneReport
-    after: SceneReport
-    difference: Interval
-    difference_by_category: dict[str, Interval]
-    difference_by_attribute: dict[str, Interval]
-
-    def table(self) -> list[tuple[str, ...]]:
-        """Rows of text in percent, the header first: what, images, before, after, change."""
-        return [
-            ("prompts fulfilled", "images", "before, %", "after, %", "change, points [95 % interval]"),
-            _row("all", self.before.overall, self.after.overall, self.difference),
-            *_rows("category", self.before.by_category, self.after.by_category, self.difference_by_category),
-            *_rows("attribute", self.before.by_attribute, self.after.by_attribute, self.difference_by_attribute),
-        ]
-
-    def as_dict(self) -> dict[str, object]:
-        """Numbers for `result.json`; shares and differences in [-1, 1], `null` where there is no difference."""
-        before, after = self.before, self.after
-        return {
-            "overall": _record(before.overall, after.overall, self.difference),
-            "by_category": {
-                name: _record(accuracy, after.by_category[name], self.difference_by_category.get(name))
-                for name, accuracy in before.by_category.items()
-            },
-            "by_attribute": {
-                name: _record(accuracy, after.by_attribute[name], self.difference_by_attribute.get(name))
-                for name, accuracy in before.by_attribute.items()
-            },
-        }
-
-
-def score_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]:
-    """[N] which parts of its prompt each image fulfils, as `mmalign.data.scenes.check` says.
+def check_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]:
+    """Return for each image which parts of its prompt it fulfils (`mmalign.data.scenes.check`).
 
     Raises:
         ValueError: the numbers differ, or a prompt is not of the bundled world.
     """
-    _same_number("images", len(images), prompts)
+    if len(images) != len(prompts):
+        raise ValueError(f"scenes: {len(images)} images for {len(prompts)} prompts; expected one for each prompt")
     return [check(parse(prompt), read(image)) for image, prompt in zip(images, prompts, strict=True)]
 
 
 def describe(truth: Truth) -> str:
-    """A note for people: "correct", or what is wrong, such as "colour, shape wrong".
+    """Return "correct", or a list of errors such as "colour, shape wrong".
 
-    A wrong number makes the lists of colours and of shapes differ too, and a wrong colour or shape leaves no pair to be
-    in relation; what only follows from another fault is not named.
+    A wrong count makes the lists of colours and of shapes differ too, and a wrong colour or shape leaves no pair to be
+    in relation. An error that only follows from another one is not named.
     """
     if truth["correct"]:
         return "correct"
@@ -101,80 +45,64 @@ def describe(truth: Truth) -> str:
     return f"{', '.join(wrong)} wrong" if wrong else "colours and shapes swapped"
 
 
-def report_scenes(truths: Sequence[Truth], prompts: Sequence[str]) -> SceneReport:
-    """The accuracies of N images.
+def measure_scenes(truths: Sequence[Truth], keys: tuple[Hashable, ...], prompts: Sequence[str]) -> Metrics:
+    """Return the accuracy of N images: over all, by category of prompt, and by attribute.
+
+    Categories and attributes that no prompt has are left out.
 
     Raises:
-        ValueError: the numbers differ, there is no image, or a prompt is not of the bundled world.
+        ValueError: there is no image, or a prompt is not of the bundled world.
     """
-    _same_number("truths", len(truths), prompts)
-    by_category = {name: _accuracy(truths, rows, "correct") for name, rows in _categories(prompts).items()}
-    by_attribute = {name: _accuracy(truths, rows, name) for name, rows in _attributes(truths).items()}
-    return SceneReport(_accuracy(truths, range(len(truths)), "correct"), by_category, by_attribute)
+    images, right = np.ones(len(truths)), np.array([float(truth["correct"]) for truth in truths])
+    columns = {"images": images, "right": right}
+    ratios: dict[str, Ratio] = {OVERALL: ratio("right", "images")}
+    categories = [parse(prompt).category for prompt in prompts]
+    for name in ATTRIBUTES:
+        columns[f"{name} named"] = np.array([float(name in truth) for truth in truths])
+        columns[f"{name} right"] = np.array([float(truth.get(name, False)) for truth in truths])
+    for name in CATEGORIES:
+        columns[f"category {name} named"] = np.array([float(category == name) for category in categories])
+        columns[f"category {name} right"] = columns[f"category {name} named"] * right
+    names = (*ATTRIBUTES, *(f"category {name}" for name in CATEGORIES))
+    ratios |= {name: ratio(f"{name} right", f"{name} named") for name in names if columns[f"{name} named"].any()}
+    headline = tuple(name for name in ratios if not name.startswith("category "))
+    return Metrics("scenes", keys, tuple(prompts), columns, ratios, headline=headline)
 
 
-def compare_scenes(before: Sequence[Truth], after: Sequence[Truth], prompts: Sequence[str]) -> SceneComparison:
-    """What changed from `before` to `after`, both [N] of the same prompts and seeds in the same order.
+def compare_scenes(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:
+    """Return the result of benchmark scenes for result.json, and its table.
+
+    Intervals of accuracies are Wilson's, which take images as independent. Those of differences are paired and by
+    prompt; a category or attribute with a single prompt has none.
 
     Raises:
-        ValueError: the numbers differ, there are fewer than two different prompts, or one is not of the bundled world.
+        ValueError: there are fewer than two prompts.
     """
-    reports = report_scenes(before, prompts), report_scenes(after, prompts)
+    prompts = before.groups
+    table: Table = [("prompts fulfilled", "images", "before, %", "after, %", "change, points [95 % interval]")]
 
-    def difference(rows: Sequence[int], name: str) -> Interval:
-        first, second = ([float(truths[i][name]) for i in rows] for truths in (before, after))
-        return paired_difference(first, second, [prompts[i] for i in rows])
+    def compare_accuracies(label: str, part: str, whole: str) -> dict[str, object]:
+        """Add a row to the table, and return its numbers."""
+        rows = np.flatnonzero(before.columns[whole])
+        outcomes = before.columns[part][rows], after.columns[part][rows]
+        accuracies = [proportion(int(outcome.sum()), len(rows)) for outcome in outcomes]
+        groups = [prompts[row] for row in rows]
+        several = label == "all" or len(set(groups)) > 1
+        difference = paired_difference(*outcomes, groups=groups) if several else None
+        cells = [accuracy.points(signed=False) for accuracy in accuracies]
+        table.append((label, str(len(rows)), *cells, difference.points() if difference else "one prompt only"))
+        return {
+            "number": len(rows),
+            "before": accuracies[0].as_dict(),
+            "after": accuracies[1].as_dict(),
+            "difference": difference.as_dict() if difference else None,
+        }
 
-    def several(rows: Sequence[int]) -> bool:
-        return len({prompts[i] for i in rows}) > 1
-
-    return SceneComparison(
-        *reports,
-        difference(range(len(prompts)), "correct"),
-        {name: difference(rows, "correct") for name, rows in _categories(prompts).items() if several(rows)},
-        {name: difference(rows, name) for name, rows in _attributes(before).items() if several(rows)},
-    )
-
-
-def _categories(prompts: Sequence[str]) -> dict[str, list[int]]:
-    """The rows of each category that occurs."""
-    found = [parse(prompt).category for prompt in prompts]
-    return {name: [i for i, category in enumerate(found) if category == name] for name in CATEGORIES if name in found}
-
-
-def _attributes(truths: Sequence[Truth]) -> dict[str, list[int]]:
-    """The rows of each attribute that a prompt names."""
-    rows = {name: [i for i, truth in enumerate(truths) if name in truth] for name in ATTRIBUTES}
-    return {name: found for name, found in rows.items() if found}
-
-
-def _accuracy(truths: Sequence[Truth], rows: Sequence[int], name: str) -> Accuracy:
-    if not rows:
-        raise ValueError("scenes: no image to measure; expected at least one image with its prompt")
-    return Accuracy(sum(truths[i][name] for i in rows), len(rows))
-
-
-def _same_number(what: str, number: int, prompts: Sequence[str]) -> None:
-    if number != len(prompts):
-        raise ValueError(f"scenes: {number} {what} for {len(prompts)} prompts; expected one for each prompt")
-
-
-def _row(name: str, before: Accuracy, after: Accuracy, difference: Interval | None) -> tuple[str, ...]:
-    change = difference.points() if difference else "one prompt only"
-    shares = (accuracy.interval.points(signed=False) for accuracy in (before, after))
-    return (name, str(before.number), *shares, change)
-
-
-def _rows(
-    kind: str, before: dict[str, Accuracy], after: dict[str, Accuracy], differences: dict[str, Interval]
-) -> list[tuple[str, ...]]:
-    return [_row(f"{kind}: {name}", before[name], after[name], differences.get(name)) for name in before]
-
-
-def _record(before: Accuracy, after: Accuracy, difference: Interval | None) -> dict[str, object]:
-    return {
-        "number": before.number,
-        "before": before.interval.as_dict(),
-        "after": after.interval.as_dict(),
-        "difference": difference.as_dict() if difference else None,
-    }
+    result: dict[str, object] = {"overall": compare_accuracies("all", "right", "images")}
+    for kind, names, prefix in (("category", CATEGORIES, "category "), ("attribute", ATTRIBUTES, "")):
+        result[f"by_{kind}"] = {
+            name: compare_accuracies(f"{kind}: {name}", f"{prefix}{name} right", f"{prefix}{name} named")
+            for name in names
+            if f"{prefix}{name}" in before.ratios
+        }
+    return result, table

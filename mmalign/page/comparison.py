@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mmalign.evaluation.counts import Counts, Runs
+from mmalign.evaluation.counts import Metrics, RunStatistics
 from mmalign.evaluation.intervals import Interval
 from mmalign.page.grid import INK, MUTED, PAGE, TEXT, fit, load_font, wrap, write_line
 
@@ -39,17 +39,17 @@ class Row:
     runs: int
     pairs: int
     seconds: float
-    measured: list[tuple[Counts, Runs]]
+    measured: list[tuple[Metrics, RunStatistics]]
 
-    def cells(self, of: Callable[[Runs], Mapping[str, Interval]]) -> Iterator[tuple[str, bool, Interval]]:
+    def cells(self, of: Callable[[RunStatistics], Mapping[str, Interval]]) -> Iterator[tuple[str, bool, Interval]]:
         """The main measures: label, whether it is a share, and its interval."""
         for base, runs in self.measured:
-            for name in base.in_short:
-                yield base.label(name), name in base.shares, of(runs)[name]
+            for name in base.headline_names:
+                yield base.label(name), name in base.ratios, of(runs)[name]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: every main measure with its runs, and its change from the base model."""
-        values = [runs.values[name] for base, runs in self.measured for name in base.in_short]
+        values = [runs.values[name] for base, runs in self.measured for name in base.headline_names]
         means, changes = (list(self.cells(of)) for of in (_means, _changes))
         return {
             "name": self.name,
@@ -65,11 +65,11 @@ class Row:
         }
 
 
-def _means(runs: Runs) -> Mapping[str, Interval]:
+def _means(runs: RunStatistics) -> Mapping[str, Interval]:
     return runs.means
 
 
-def _changes(runs: Runs) -> Mapping[str, Interval]:
+def _changes(runs: RunStatistics) -> Mapping[str, Interval]:
     return runs.changes
 
 
@@ -116,7 +116,7 @@ def _tables(base: Row, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _shown(row: Row, of: Callable[[Runs], Mapping[str, Interval]]) -> Iterator[str]:
+def _shown(row: Row, of: Callable[[RunStatistics], Mapping[str, Interval]]) -> Iterator[str]:
     """A row's cells: shares in percent; of changes those in bold whose interval leaves out 0."""
     signed = of is _changes
     for _, share, interval in row.cells(of):

@@ -64,7 +64,7 @@ def test_yes_and_no() -> None:
     questions = [pope.Question(1, "a", "Is there a dog?", True), pope.Question(2, "b", "Is there a cat?", False)]
     benchmark = YesNo({"random": questions}, nowhere)
     (counts,) = benchmark.score({"random": ["Yes", "Yes, there is a cat."]})
-    assert counts.values["random: accuracy"] == 0.5 and counts.in_short[0] == "random: accuracy"
+    assert counts.values["random: accuracy"] == 0.5 and counts.headline_names[0] == "random: accuracy"
     assert benchmark.judge("random", 1, "Yes, there is a cat.").invented == ((0, 20),)
     assert [benchmark.truth("random", number) for number in (0, 1)] == ["yes", "no"]
     assert benchmark.without({"b"}).parts == {"random": questions[:1]}

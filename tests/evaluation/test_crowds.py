@@ -7,7 +7,7 @@ import pytest
 from mmalign.data import crowds as world
 from mmalign.evaluation import crowds
 from mmalign.evaluation.benchmarks import DESCRIPTIONS
-from mmalign.evaluation.counts import Counts
+from mmalign.evaluation.counts import Metrics
 from mmalign.evaluation.pope import SPLITS
 
 
@@ -20,7 +20,7 @@ def kinds() -> dict[str, tuple[str, ...]]:
     return {crowd.name: crowd.kinds for crowd in world.sample("test", 40, 3)}
 
 
-def said(benchmark: crowds.Together, description: str, answer: str) -> dict[str, Counts]:
+def said(benchmark: crowds.Together, description: str, answer: str) -> dict[str, Metrics]:
     """What is counted if every picture gets this description and every question this answer."""
     answers = {
         part: [description if part == DESCRIPTIONS else answer] * len(asked) for part, asked in benchmark.parts.items()

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from mmalign.evaluation.diversity import apart
+from mmalign.evaluation.diversity import pixel_distances
 
 WHITE, BLACK = (Image.new("RGB", (4, 4), grey) for grey in ("white", "black"))
 HALF = Image.new("RGB", (4, 4), "white")
@@ -12,20 +12,20 @@ HALF.paste((0, 0, 0), (0, 0, 2, 4))
 
 def test_hand_worked_distances() -> None:
     """White and black are 1 apart, and half black is sqrt(1/2) from either."""
-    far = apart([WHITE, BLACK, HALF], ["a"] * 3)
+    far = pixel_distances([WHITE, BLACK, HALF], ["a"] * 3)
     root = 0.5**0.5
     assert far == pytest.approx([(1 + root) / 2, (1 + root) / 2, root])
 
 
 def test_groups_do_not_touch() -> None:
-    assert apart([WHITE, BLACK, WHITE, WHITE], ["a", "b", "a", "b"]) == pytest.approx([0, 1, 0, 1])
+    assert pixel_distances([WHITE, BLACK, WHITE, WHITE], ["a", "b", "a", "b"]) == pytest.approx([0, 1, 0, 1])
 
 
 def test_one_picture_of_a_prompt_has_no_diversity() -> None:
     with pytest.raises(ValueError, match="one picture of 'b'; expected two or more"):
-        apart([WHITE, BLACK, WHITE], ["a", "a", "b"])
+        pixel_distances([WHITE, BLACK, WHITE], ["a", "a", "b"])
 
 
 def test_pictures_of_other_sizes_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match=r"sizes \[\(2, 2\), \(4, 4\)\]"):
-        apart([WHITE, Image.new("RGB", (2, 2))], ["a", "a"])
+        pixel_distances([WHITE, Image.new("RGB", (2, 2))], ["a", "a"])

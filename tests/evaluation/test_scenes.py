@@ -1,14 +1,16 @@
-"""Scores of scenes: pictures drawn right and drawn wrong, counted by hand."""
+"""Accuracy of scenes: pictures drawn right and drawn wrong, counted by hand."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.data.scenes import draw, lay_out, parse
+from mmalign.data.scenes import Truth, draw, lay_out, parse
+from mmalign.evaluation.counts import Metrics
 from mmalign.evaluation.intervals import paired_difference, proportion
-from mmalign.evaluation.scenes import Accuracy, compare_scenes, describe, report_scenes, score_scenes
+from mmalign.evaluation.scenes import OVERALL, check_scenes, compare_scenes, describe, measure_scenes
 
 PROMPTS = [
     "a red circle",
@@ -28,15 +30,24 @@ WRONG = [
 ]
 
 
-def pictures(captions: list[str]) -> list[Image.Image]:
+def check(captions: list[str], prompts: list[str] = PROMPTS) -> list[Truth]:
     rng = np.random.default_rng(5)
-    return [draw(lay_out(parse(caption), rng)) for caption in captions]
+    return check_scenes([draw(lay_out(parse(caption), rng)) for caption in captions], prompts)
 
 
-def test_scores_what_was_drawn() -> None:
-    assert all(truth["correct"] for truth in score_scenes(pictures(PROMPTS), PROMPTS))
-    notes = [describe(truth) for truth in score_scenes(pictures(WRONG), PROMPTS)]
-    assert notes == [  # what only follows from another fault is not named
+def measure(truths: list[Truth], prompts: list[str] = PROMPTS) -> Metrics:
+    return measure_scenes(truths, tuple(enumerate(prompts)), prompts)
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    compared: dict[str, Any] = compare_scenes(measure(check(WRONG)), measure(check(PROMPTS)))[0]
+    return compared
+
+
+def test_scenes_are_checked_and_described() -> None:
+    assert all(truth["correct"] for truth in check(PROMPTS))
+    assert [describe(truth) for truth in check(WRONG)] == [  # no error that only follows from another one
         "colour wrong",
         "size wrong",
         "count wrong",
@@ -46,72 +57,63 @@ def test_scores_what_was_drawn() -> None:
     ]
 
 
-def test_report_by_hand() -> None:
-    report = report_scenes(score_scenes(pictures(WRONG), PROMPTS), PROMPTS)
-    assert report.overall == Accuracy(1, 6)
-    assert report.overall.interval == proportion(1, 6)
-    assert report.by_category == {
-        "single": Accuracy(0, 2),
-        "count": Accuracy(1, 2),
-        "two": Accuracy(0, 1),
-        "relation": Accuracy(0, 1),
+def test_scene_metrics_by_hand() -> None:
+    metrics = measure(check(WRONG))
+    attributes = {"count": 5 / 6, "colour": 4 / 6, "shape": 5 / 6, "size": 0, "relation": 0}
+    categories = {"category single": 0, "category count": 1 / 2, "category two": 0, "category relation": 0}
+    assert metrics.values == {OVERALL: 1 / 6, **attributes, **categories}
+    assert metrics.headline_names == (OVERALL, *attributes)
+    assert metrics.sums["size named"] == 1  # a single prompt names a size
+    assert set(measure([{"correct": True}], ["a red circle"]).values) == {OVERALL, "category single"}
+
+
+def test_scene_comparison_by_hand(result: dict[str, Any]) -> None:
+    def difference(before: list[int], after: list[int]) -> dict[str, float]:
+        return paired_difference(before, after).as_dict()
+
+    assert result["overall"] == {
+        "number": 6,
+        "before": proportion(1, 6).as_dict(),
+        "after": proportion(6, 6).as_dict(),
+        "difference": difference([0, 0, 0, 1, 0, 0], [1] * 6),
     }
-    assert report.by_attribute == {
-        "count": Accuracy(5, 6),
-        "colour": Accuracy(4, 6),
-        "shape": Accuracy(5, 6),
-        "size": Accuracy(0, 1),  # over the one prompt that names a size
-        "relation": Accuracy(0, 1),
-    }
-
-
-def test_comparison_by_hand() -> None:
-    before, after = score_scenes(pictures(WRONG), PROMPTS), score_scenes(pictures(PROMPTS), PROMPTS)
-    found = compare_scenes(before, after, PROMPTS)
-    assert found.difference == paired_difference([0, 0, 0, 1, 0, 0], [1] * 6)
-    assert found.difference_by_category["count"] == paired_difference([0, 1], [1, 1])
-    assert found.difference_by_attribute["colour"] == paired_difference([0, 1, 0, 1, 1, 1], [1] * 6)
-    assert "size" not in found.difference_by_attribute
-    backwards = compare_scenes(after, before, PROMPTS)
-    assert backwards.difference.low == pytest.approx(-found.difference.high)
-
-
-def test_seeds_of_a_prompt_are_one_group() -> None:
-    """Three copies of the same evidence leave the interval as it was."""
-    before, after = score_scenes(pictures(WRONG), PROMPTS), score_scenes(pictures(PROMPTS), PROMPTS)
-    once, thrice = (compare_scenes(before * k, after * k, PROMPTS * k).difference for k in (1, 3))
-    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
-
-
-def test_table_and_dict() -> None:
-    before, after = score_scenes(pictures(WRONG), PROMPTS), score_scenes(pictures(PROMPTS), PROMPTS)
-    found = compare_scenes(before, after, PROMPTS)
-    header, overall, *rest = found.table()
-    assert {len(row) for row in (header, overall, *rest)} == {5}
-    assert overall[:2] == ("all", "6")
-    assert overall[2].startswith("16.7 [") and overall[3].startswith("100.0 [") and overall[4].startswith("+83.3 [")
-    assert [row[0] for row in rest[:2]] == ["category: single", "category: count"]
-    assert next(row for row in rest if row[0] == "attribute: size")[4] == "one prompt only"
-    record = json.loads(json.dumps(found.as_dict(), allow_nan=False))
-    assert record["overall"]["difference"]["estimate"] == pytest.approx(5 / 6)
-    assert record["by_attribute"]["size"] == {
+    assert list(result["by_category"]) == ["single", "count", "two", "relation"]
+    assert result["by_category"]["count"]["difference"] == difference([0, 1], [1, 1])
+    assert list(result["by_attribute"]) == ["count", "colour", "shape", "size", "relation"]
+    assert result["by_attribute"]["colour"]["difference"] == difference([0, 1, 0, 1, 1, 1], [1] * 6)
+    assert result["by_attribute"]["size"] == {
         "number": 1,
         "before": proportion(0, 1).as_dict(),
         "after": proportion(1, 1).as_dict(),
         "difference": None,
     }
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
-def test_refuses() -> None:
+def test_scene_comparison_groups_seeds_of_a_prompt(result: dict[str, Any]) -> None:
+    """Three copies of the same evidence leave the interval as it was."""
+    before, after = (measure(check(captions) * 3, PROMPTS * 3) for captions in (WRONG, PROMPTS))
+    thrice: Any = compare_scenes(before, after)[0]["overall"]
+    assert thrice["difference"] == pytest.approx(result["overall"]["difference"])
+
+
+def test_scene_table() -> None:
+    header, overall, *rows = compare_scenes(measure(check(WRONG)), measure(check(PROMPTS)))[1]
+    assert {len(row) for row in (header, overall, *rows)} == {5}
+    assert overall[:2] == ("all", "6")
+    assert overall[2].startswith("16.7 [") and overall[3].startswith("100.0 [") and overall[4].startswith("+83.3 [")
+    assert [row[0] for row in rows[:2]] == ["category: single", "category: count"]
+    assert next(row for row in rows if row[0] == "attribute: size")[4] == "one prompt only"
+
+
+def test_scenes_refuse() -> None:
     white = Image.new("RGB", (64, 64), "white")
     with pytest.raises(ValueError, match="1 images for 2 prompts"):
-        score_scenes([white], ["a red circle"] * 2)
+        check_scenes([white], ["a red circle"] * 2)
     with pytest.raises(ValueError, match="cannot read 'a photo of a dog'"):
-        score_scenes([white], ["a photo of a dog"])
-    with pytest.raises(ValueError, match="no image to measure"):
-        report_scenes([], [])
-    truths = score_scenes([white], ["a red circle"])
-    with pytest.raises(ValueError, match="measure more prompts"):
-        compare_scenes(truths, truths, ["a red circle"])
-    with pytest.raises(ValueError, match="1 truths for 2 prompts"):
-        compare_scenes(truths * 2, truths, ["a red circle"] * 2)
+        check_scenes([white], ["a photo of a dog"])
+    with pytest.raises(ValueError, match="scenes: there is no response"):
+        measure([], [])
+    single = measure(check(["a red circle"], ["a red circle"]), ["a red circle"])
+    with pytest.raises(ValueError, match="two groups, so measure more"):
+        compare_scenes(single, single)
