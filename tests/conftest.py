@@ -12,13 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.helpers import STANDING_VLMS, Folders
+
 if TYPE_CHECKING:
-    from linear_runs import Run
-
     from mmalign.families import VisionLanguage
-
-Folders = Callable[[str], Path]
-STANDING_VLMS = ("llava", "llava_next", "qwen2_5_vl", "paligemma")
+    from tests.helpers.linear_runs import Run
 
 
 @pytest.fixture(scope="session")
@@ -27,17 +25,17 @@ def diffusion_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
     @cache
     def folder(name: str) -> Path:
-        import tiny
+        from tests.helpers import clip_models, diffusion_models
 
         path = tmp_path_factory.mktemp("models") / name
         if name == "step judge":
-            return tiny.step_aware(path, folder("clip"))
+            return clip_models.step_aware(path, folder("clip"))
         writers = {
-            "sd15": tiny.stable_diffusion,
-            "sd2": lambda path: tiny.stable_diffusion(path, "v_prediction"),
-            "sdxl": tiny.sdxl,
-            "clip": tiny.clip,
-            "transformers clip": tiny.transformers_clip,
+            "sd15": diffusion_models.stable_diffusion,
+            "sd2": lambda path: diffusion_models.stable_diffusion(path, "v_prediction"),
+            "sdxl": diffusion_models.sdxl,
+            "clip": clip_models.clip,
+            "transformers clip": clip_models.transformers_clip,
         }
         return writers[name](path)
 
@@ -50,9 +48,9 @@ def flow_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
     @cache
     def folder(name: str) -> Path:
-        import tiny_flow
+        from tests.helpers import flow_models
 
-        return tiny_flow.write(name, tmp_path_factory.mktemp("models") / name)
+        return flow_models.write(name, tmp_path_factory.mktemp("models") / name)
 
     return folder
 
@@ -63,9 +61,9 @@ def vlm_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
     @cache
     def folder(name: str) -> Path:
-        import tiny_vlm
+        from tests.helpers import vlm_models
 
-        return tiny_vlm.write(name, tmp_path_factory.mktemp("models") / name)
+        return vlm_models.write(name, tmp_path_factory.mktemp("models") / name)
 
     return folder
 
@@ -137,8 +135,9 @@ def llava(vlm_folders: Folders) -> VisionLanguage:
 @pytest.fixture
 def start() -> Iterator[Callable[..., Run]]:
     """Return a function that begins runs of the loop on a linear network, all from the same weights."""
-    import linear_runs
     from accelerate.state import AcceleratorState
+
+    from tests.helpers import linear_runs
 
     AcceleratorState._reset_state(reset_partial_state=True)
     yield linear_runs.begin

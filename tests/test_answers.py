@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_vlm
 import torch
 from PIL import Image
 
@@ -19,6 +18,7 @@ from mmalign.families import Decoding, VisionLanguage
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.policy import Policy
 from mmalign.recipe import load_recipe
+from tests.helpers import recipes
 
 GREEDY = Decoding(max_new_tokens=6, batch_size=2)
 QUESTIONS = [(f"{n}.png", text) for n in range(3) for text in ("What is it?", "Is there a dog in the image?")]
@@ -42,7 +42,7 @@ def ask(policy: Policy[VisionLanguage], folder: Path, questions: Any = QUESTIONS
 @pytest.fixture
 def fresh(llava: VisionLanguage) -> Policy[VisionLanguage]:
     """Adapters that have learned nothing: the policy is its base."""
-    recipe = load_recipe(tiny_vlm.recipe(Path("x"), Path("y"), Path("z"), model={"lora": {"rank": 2}}))
+    recipe = load_recipe(recipes.vlm(Path("x"), Path("y"), Path("z"), model={"lora": {"rank": 2}}))
     return assemble.build_policy(llava, recipe)
 
 

@@ -10,9 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from cached_runs import EPOCH, Folders, assert_same, numbers, pictures, quiet, responses, trained
 from torch import Tensor
 
 from mmalign import caching, kept
@@ -22,6 +20,8 @@ from mmalign.families.vision_language import ImageTextToText
 from mmalign.kept import Kept
 from mmalign.methods import Keep, bdhs, dpo, mdpo, povid
 from mmalign.recipe import load_recipe
+from tests.helpers import Folders, data_files
+from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, quiet, responses, trained
 
 CPU = torch.device("cpu")
 
@@ -108,7 +108,7 @@ def test_a_bank_of_draws_changes_nothing_until_they_come_again(
         "data": {"flip": True},
         "train": {"steps": 2 * EPOCH, "save_every": EPOCH},
     }
-    tiny.pick_a_pic(tmp_path / "pairs.parquet", rejected={} if method == "instruct_engine" else None)
+    data_files.pick_a_pic(tmp_path / "pairs.parquet", rejected={} if method == "instruct_engine" else None)
     plain = pictures(tiny_sd15, tmp_path, "plain", **sections, method={"name": method, "beta": 100.0})
     banked = {"name": method, "beta": 100.0, "cache_draws": 2}
     cached = pictures(tiny_sd15, tmp_path, "cached", **sections, method=banked)

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import typer
 import yaml
 from PIL import Image
@@ -20,6 +19,7 @@ import mmalign
 from mmalign import cli, training
 from mmalign.data import scenes
 from mmalign.methods import names
+from tests.helpers import data_files, recipes
 
 COMMANDS = ("bench", "cache", "quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
 EVALUATE = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
@@ -46,8 +46,8 @@ def write(path: Path, content: dict[str, Any]) -> Path:
 
 @pytest.fixture
 def recipe(tiny_sd15: Path, tmp_path: Path) -> Path:
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
     return write(tmp_path / "recipe.yaml", content)
 
 
@@ -126,9 +126,9 @@ def test_adapters_are_read_back_as_they_were_trained(
         export(folder, run)
 
     monkeypatch.setattr(training, "export", exported)
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
     folder = training.train(load_recipe(content), say=lambda _: None).folder
     policy = assemble.load_aligned(load_family(str(tiny_sd15), Loading(torch.device("cpu"))), folder)
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -19,6 +17,7 @@ from mmalign import checkpoint, cli, run
 from mmalign.compare import SHOWN, compare
 from mmalign.page.comparison import short_names
 from mmalign.page.grid import fit
+from tests.helpers import data_files, recipes
 
 Content = dict[str, Any]
 EVALUATE = {"benchmark": "crowds", "pictures": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
@@ -36,9 +35,9 @@ def recipe(folder: Path, name: str, content: Content) -> str:
 
 @pytest.fixture
 def content(vlm_folders: Callable[[str], Path], tmp_path: Path) -> Content:
-    rows = tiny_vlm.pairs(tmp_path / "rows")
+    rows = data_files.response_pairs(tmp_path / "rows")
     train = {"steps": 2, "save_every": 2, "lr": 0.1}
-    return tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "unused", train=train, evaluate=EVALUATE)
+    return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "unused", train=train, evaluate=EVALUATE)
 
 
 @pytest.fixture
@@ -191,9 +190,9 @@ def test_numbers_of_pairs_that_no_run_ends_at(
 
 def test_the_curve_and_the_pictures(tiny_sd15: Path, tmp_path: Path) -> None:
     """The curve's points are the rows' numbers, and the pictures are those of the evaluation."""
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     evaluate = {"benchmark": "scenes", "prompts": 10, "drawing": {"steps": 1}}
-    made = tiny.recipe(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
+    made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out, table = tmp_path / "compared", tmp_path / "assets" / "images.md"
     compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, pairs=[4], table=table, say=quiet)
     for name in ("comparison", "images"):
@@ -230,9 +229,9 @@ def test_the_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> Non
 
 
 def test_images_are_compared_by_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     evaluate = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
-    made = tiny.recipe(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
+    made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out = tmp_path / "compared"
     base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, say=quiet)
     result = json.loads((out / "dpo" / "seed-0" / "evaluation" / "result.json").read_text())["overall"]
@@ -244,12 +243,12 @@ def test_runs_whose_caches_differ_share_a_folder_of_them(tiny_sd15: Path, tmp_pa
     """Seeds that keep draws of their own, and recipes of other sizes."""
     method = {"name": "inpo", "inverter": "reference", "cache_draws": 1, "steps": 2}
     evaluate = {"benchmark": "scenes", "prompts": 2, "drawing": {"steps": 1}}
-    pairs, common = tiny.pick_a_pic(tmp_path / "pairs.parquet"), {"train": {"steps": 1}, "evaluate": evaluate}
-    made = tiny.recipe(tiny_sd15, pairs, tmp_path / "unused", method=method, **common)
+    pairs, common = data_files.pick_a_pic(tmp_path / "pairs.parquet"), {"train": {"steps": 1}, "evaluate": evaluate}
+    made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", method=method, **common)
     sizes = {"small": {}, "large": {"resolution": 24}, "half": {}}
-    recipes = {name: {**made, "data": {**made["data"], **size}} for name, size in sizes.items()}
-    recipes["half"]["train"] = {**made["train"], "precision": "bfloat16"}
-    sources = [recipe(tmp_path, name, content) for name, content in recipes.items()]
+    contents = {name: {**made, "data": {**made["data"], **size}} for name, size in sizes.items()}
+    contents["half"]["train"] = {**made["train"], "precision": "bfloat16"}
+    sources = [recipe(tmp_path, name, content) for name, content in contents.items()]
     rows = compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
     assert [row.runs for row in rows] == [1, 2, 2, 2]
     number = {kind: len(list((tmp_path / "compared" / "cache" / kind).iterdir())) for kind in ("kept", "latents")}

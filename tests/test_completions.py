@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_vlm
 import torch
-from tiny_vlm import PICTURES
 
 from mmalign.completions import Answered, Completion, Hiding, Speaker, bdhs, too_long
 from mmalign.data.pairs import Turn
@@ -20,6 +18,8 @@ from mmalign.families import Decoding, Loading, load_vision_language
 from mmalign.language.hallucinate import STOPS
 from mmalign.language.similarity import Similarity, load_similarity
 from mmalign.language.tokens import TokenRow
+from tests.helpers import vlm_models
+from tests.helpers.vlm_reference import PICTURES
 
 ANSWERS = ["There is a dog. It sits on a mat.", "Yes.", "Two cats and a red car stand there."]
 HOW = Hiding(rho=0.5, keep_tokens=None, tries=5, similar=0.97, decoding=Decoding(8, 1.0))
@@ -203,7 +203,7 @@ def test_with_every_token_hidden_the_image_does_not_matter(vlm: Any) -> None:
 
 
 def test_a_decoder_that_cannot_hide_a_token_is_refused(vlm_folders: Callable[[str], Path]) -> None:
-    names = [name for name in tiny_vlm.NEWER if "qwen3_5" in name]
+    names = [name for name in vlm_models.NEWER if "qwen3_5" in name]
     assert names, "a model with linear attention"
     family: Any = load_vision_language(str(vlm_folders(names[0])), Loading(torch.device("cpu")))
     with pytest.raises(ValueError, match=r"^model\.path: BDHS hides an image from .*linear_attention"):

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -22,6 +20,7 @@ from torch import Tensor
 from mmalign.caching import cache
 from mmalign.recipe import load_recipe
 from mmalign.training import train
+from tests.helpers import data_files, recipes
 
 Content = dict[str, Any]
 STEPS = 3
@@ -136,11 +135,11 @@ class Runs:
         """Every training that the tests look at; two processes are started once, since that is what takes the time."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        tiny.pick_a_pic(self.folder / "eight.parquet")  # four pairs an update: the third is of another epoch
-        tiny.pick_a_pic(self.folder / "ten.parquet", number=10)
-        tiny.pick_a_pic(self.folder / "bad.parquet", bad={0: b"", 3: b"", 5: b"no image"})
-        tiny.pick_a_pic(self.folder / "few.parquet", number=3)
-        tiny_vlm.pairs(self.folder / "rows")
+        data_files.pick_a_pic(self.folder / "eight.parquet")  # four pairs an update: the third is of another epoch
+        data_files.pick_a_pic(self.folder / "ten.parquet", number=10)
+        data_files.pick_a_pic(self.folder / "bad.parquet", bad={0: b"", 3: b"", 5: b"no image"})
+        data_files.pick_a_pic(self.folder / "few.parquet", number=3)
+        data_files.response_pairs(self.folder / "rows")
         for name in self.recipes:
             self.alone(name, batch_size=4)
         for where, batch_size in (("double", 8), ("half", 2)):
@@ -175,8 +174,8 @@ class Runs:
         filled = {**sections, "train": {**sections["train"], **options}}
         if pairs == "rows":
             rows = self.folder / pairs / "trl.jsonl"
-            return tiny_vlm.recipe(self.decoder, rows, self.folder / where / (output or name), **filled)
-        return tiny.recipe(
+            return recipes.vlm(self.decoder, rows, self.folder / where / (output or name), **filled)
+        return recipes.diffusion(
             self.model, self.folder / f"{pairs}.parquet", self.folder / where / (output or name), **filled
         )
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 
 from mmalign.data.images import decode
@@ -16,6 +14,7 @@ from mmalign.data.pairs import Dropped
 from mmalign.data.responses import open_responses
 from mmalign.encode_responses import ReadBatch, ResponseLoader, Wants, disturbed, encode
 from mmalign.families import VisionLanguage
+from tests.helpers import data_files
 
 ALL = Wants(pictures=True, others=True)
 
@@ -47,7 +46,7 @@ def assert_same(one: ReadBatch, other: ReadBatch) -> None:
 
 
 def test_batches_are_the_same_read_here_or_by_workers_and_from_any_start(llava: VisionLanguage, tmp_path: Path) -> None:
-    rows = tiny_vlm.pairs(tmp_path)
+    rows = data_files.response_pairs(tmp_path)
     here = list(loader(llava, rows).batches(1))
     assert len(here) == 4 and len({row for batch in here for row in batch.rows}) == 8
     for batch, worked in zip(here, loader(llava, rows, num_workers=2).batches(1), strict=True):
@@ -58,7 +57,7 @@ def test_batches_are_the_same_read_here_or_by_workers_and_from_any_start(llava: 
 
 
 def test_processes_share_an_epoch(llava: VisionLanguage, tmp_path: Path) -> None:
-    rows = tiny_vlm.pairs(tmp_path)
+    rows = data_files.response_pairs(tmp_path)
     parts = [loader(llava, rows, rank=rank, world_size=2) for rank in (0, 1)]
     together = [row for part in parts for batch in part.batches(0) for row in batch.rows]
     assert sorted(together) == sorted(row for batch in loader(llava, rows).batches(0) for row in batch.rows)
@@ -66,7 +65,7 @@ def test_processes_share_an_epoch(llava: VisionLanguage, tmp_path: Path) -> None
 
 def test_an_image_of_two_pairs_is_in_a_batch_once(llava: VisionLanguage, tmp_path: Path) -> None:
     """Eight pairs of four images: a batch of all has four, and the features of four."""
-    (batch,) = loader(llava, tiny_vlm.pairs(tmp_path), batch_size=8).batches(0)
+    (batch,) = loader(llava, data_files.response_pairs(tmp_path), batch_size=8).batches(0)
     assert len(batch.views) == 4 and len(batch.tokens) == 16
     encoded = encode(llava, batch)
     assert encoded.features.images.keys() == batch.views.keys()
@@ -74,7 +73,7 @@ def test_an_image_of_two_pairs_is_in_a_batch_once(llava: VisionLanguage, tmp_pat
 
 
 def test_the_chosen_side_comes_first_and_responses_read_as_they_were_written(llava: Any, tmp_path: Path) -> None:
-    pairs = {pair.row: pair for pair in open_responses("trl", str(tiny_vlm.pairs(tmp_path)))}
+    pairs = {pair.row: pair for pair in open_responses("trl", str(data_files.response_pairs(tmp_path)))}
     decode = llava.reader.processor.tokenizer.decode
     for batch in loader(llava, tmp_path / "trl.jsonl").batches(0):
         tokens = batch.tokens
@@ -85,7 +84,7 @@ def test_the_chosen_side_comes_first_and_responses_read_as_they_were_written(lla
 
 def test_an_over_long_response_loses_its_tail_and_nothing_else(llava: Any, tmp_path: Path) -> None:
     long = "There is a red cube. " * 30
-    rows = changed(tiny_vlm.pairs(tmp_path), 3, chosen=long)
+    rows = changed(data_files.response_pairs(tmp_path), 3, chosen=long)
     whole, cut = (next(iter(loader(llava, rows, batch_size=8, **o).batches(0))) for o in ({}, {"max_length": 60}))
     assert cut.tokens.ids.shape == (16, 60) and not cut.dropped and cut.weights.sum() == 8
     assert torch.equal(cut.tokens.starts, whole.tokens.starts)
@@ -106,7 +105,7 @@ def test_what_does_not_fit_is_left_out_counted_and_named(
     fields: dict[str, str], reason: str, llava: VisionLanguage, tmp_path: Path
 ) -> None:
     """No other pair moves for it."""
-    good = list(loader(llava, tiny_vlm.pairs(tmp_path), max_length=60).batches(0))
+    good = list(loader(llava, data_files.response_pairs(tmp_path), max_length=60).batches(0))
     rows = changed(tmp_path / "trl.jsonl", 3, **fields)
     found = loader(llava, rows, max_length=60)
     batches = list(found.batches(0))
@@ -118,8 +117,8 @@ def test_what_does_not_fit_is_left_out_counted_and_named(
 
 
 def test_an_unreadable_image_drops_its_pairs(llava: VisionLanguage, tmp_path: Path) -> None:
-    rows = tiny_vlm.pairs(tmp_path)
-    (tmp_path / "1.png").write_bytes(tiny.picture(0)[:50])
+    rows = data_files.response_pairs(tmp_path)
+    (tmp_path / "1.png").write_bytes(data_files.png(0)[:50])
     found = loader(llava, rows)
     batches = list(found.batches(0))
     assert sum(b.weights.sum() for b in batches) == 6
@@ -128,13 +127,13 @@ def test_an_unreadable_image_drops_its_pairs(llava: VisionLanguage, tmp_path: Pa
 
 
 def test_data_of_which_nothing_can_be_used_are_refused(llava: VisionLanguage, tmp_path: Path) -> None:
-    found = loader(llava, tiny_vlm.pairs(tmp_path), max_length=5)
+    found = loader(llava, data_files.response_pairs(tmp_path), max_length=5)
     with pytest.raises(ValueError, match=r"none of 8 pairs can be used \(trl\.jsonl: line 1: the prompt has"):
         found.check_readable()
 
 
 def test_the_last_batch_is_filled_up_for_evaluation(llava: VisionLanguage, tmp_path: Path) -> None:
-    batches = list(loader(llava, tiny_vlm.pairs(tmp_path), batch_size=3, keep_last=True).batches(0))
+    batches = list(loader(llava, data_files.response_pairs(tmp_path), batch_size=3, keep_last=True).batches(0))
     assert [int(b.weights.sum()) for b in batches] == [3, 3, 2]
     assert len(loader(llava, tmp_path / "trl.jsonl", batch_size=3)) == 2
 
@@ -142,7 +141,7 @@ def test_the_last_batch_is_filled_up_for_evaluation(llava: VisionLanguage, tmp_p
 def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguage, tmp_path: Path) -> None:
     """The same words under two images."""
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(tiny.picture(ord(name[0])))
+        (tmp_path / name).write_bytes(data_files.png(ord(name[0])))
     said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
     row = {"images": ["a.png"], "messages": said, "rejected_images": ["b.png"]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
@@ -159,7 +158,7 @@ def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguag
 
 @pytest.fixture
 def realign(tmp_path: Path) -> Path:
-    return tiny_vlm.pairs(tmp_path, layout="realign")
+    return data_files.response_pairs(tmp_path, layout="realign")
 
 
 def test_what_no_method_asked_for_is_not_read(llava: VisionLanguage, realign: Path) -> None:
@@ -217,8 +216,8 @@ def test_both_images_are_answered_with_as_many_tokens(vlm_folders: Any, tmp_path
     from mmalign.families import Loading, load_vision_language
 
     family = load_vision_language(str(vlm_folders("qwen2_5_vl")), Loading(torch.device("cpu")))
-    (tmp_path / "small.png").write_bytes(tiny.picture(0, 16))
-    (tmp_path / "large.png").write_bytes(tiny.picture(1, 48))
+    (tmp_path / "small.png").write_bytes(data_files.png(0, 16))
+    (tmp_path / "large.png").write_bytes(data_files.png(1, 48))
     turns = {
         side: [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": text * 9}]
         for side, text in (("chosen", "A red cube. "), ("rejected", "A green ball. "))
@@ -234,7 +233,7 @@ def test_both_images_are_answered_with_as_many_tokens(vlm_folders: Any, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "has zero bytes"), (tiny.picture(0)[:60], "is not a readable image")]
+    ("content", "reason"), [(b"", "has zero bytes"), (data_files.png(0)[:60], "is not a readable image")]
 )
 def test_an_other_image_that_is_bad_drops_its_pair(
     content: bytes, reason: str, llava: VisionLanguage, realign: Path
@@ -287,7 +286,7 @@ def test_disturbed_rows_are_the_chosen_ones_with_other_features(llava: VisionLan
 def test_every_image_of_a_prompt_is_disturbed_in_its_own_place(llava: VisionLanguage, tmp_path: Path) -> None:
     """Also where the same picture stands there twice: each place has a draw of its own."""
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(tiny.picture(ord(name[0])))
+        (tmp_path / name).write_bytes(data_files.png(ord(name[0])))
     row = {"images": ["a.png", "b.png", "a.png"], "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
     (tmp_path / "trl.jsonl").write_text(json.dumps(row))
     read = next(iter(loader(llava, tmp_path / "trl.jsonl", wants=Wants(pictures=True), batch_size=1).batches(0)))

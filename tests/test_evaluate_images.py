@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 import mmalign
 from mmalign.evaluate_images import measure_samples
 from mmalign.families import latents
 from mmalign.recipe import load_recipe
+from tests.helpers import data_files, recipes
 
 
 def samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,8 +68,8 @@ def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_p
         "judge": {"path": "models/tiny_clip"},
         "drawing": {"steps": 1, "guidance": 1.0},
     }
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    recipe = load_recipe(tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate))
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate))
     mmalign.train(recipe)
     done = mmalign.evaluate(recipe)
     samples = json.loads((done.folder / "samples.json").read_text())["samples"]
@@ -90,8 +90,8 @@ def test_cached_images_are_not_generated_again(
 ) -> None:
     """Evaluated twice, and then with other drawing: only the latter draws, and both models."""
     evaluate = {"benchmark": "scenes", "prompts": 3, "drawing": {"steps": 1, "guidance": 1.0, "batch_size": 2}}
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
     mmalign.train(load_recipe(content))
     calls: list[int] = []
     sample = latents.sample

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 from PIL import Image
 
 from mmalign import run
@@ -17,6 +15,7 @@ from mmalign.evaluate_responses import count_answers
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.recipe import load_recipe
 from mmalign.sections import Recipe
+from tests.helpers import data_files, recipes
 
 Content = dict[str, Any]
 DECODING = {"max_new_tokens": 6, "batch_size": 8}
@@ -37,8 +36,8 @@ def written(path: Path, *records: Any) -> Path:
 def content(vlm_folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Content:
     """A recipe whose model has been trained."""
     here = tmp_path_factory.mktemp("trained")
-    rows = tiny_vlm.pairs(here / "rows")
-    made = tiny_vlm.recipe(vlm_folders("llava"), rows, here / "out", train={"steps": 4, "lr": 0.1})
+    rows = data_files.response_pairs(here / "rows")
+    made = recipes.vlm(vlm_folders("llava"), rows, here / "out", train={"steps": 4, "lr": 0.1})
     run.train(load_recipe(made), say=quiet)
     return made
 
@@ -55,7 +54,7 @@ def images(tmp_path: Path) -> Path:
     here.mkdir()
     objects = [["dog", "ball"], ["cat"], ["dog", "cat", "ball"], []]
     for number in range(4):
-        (here / f"{number}.png").write_bytes(tiny.picture(number))
+        (here / f"{number}.png").write_bytes(data_files.png(number))
     records = [{"image": f"{n}.png", "objects": names} for n, names in enumerate(objects)]
     written(here / "objects.jsonl", *records)
     (here / "words.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "ball": []}))
@@ -155,7 +154,7 @@ def test_pope_built_of_annotations_and_from_files(content: Content, images: Path
     section: Content = {"benchmark": "pope", "images": str(images), "decoding": DECODING}
     more = [{"image": f"{n}.png", "objects": ["dog", "cat", "ball"]} for n in range(4)]
     absent = [{"image": "absent", "objects": ["mat", "hat", "car"]}]  # whose objects are asked for elsewhere
-    (images / "absent").write_bytes(tiny.picture(9))
+    (images / "absent").write_bytes(data_files.png(9))
     built = {**section, "annotations": str(written(images / "all.jsonl", *more, *absent))}
     found = run.evaluate(of(content, built), say=quiet).result
     assert found["questions"] == 3 * 5 * 6

@@ -7,25 +7,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
-from cached_runs import EPOCH, Folders, assert_same, numbers, responses, trained
+from PIL import Image
 
 from mmalign import caching, encode_responses, features, training
 from mmalign.data.cache import ArrayCache
-from mmalign.data.pairs import ImageRef
+from mmalign.data.pairs import ImageRef, Turn
 from mmalign.families import Loading, load_vision_language
 from mmalign.families.features import apart, packed, unpacked
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.methods import povid
 from mmalign.recipe import load_recipe
 from mmalign.training import train
+from tests.helpers import STANDING_VLMS, Folders, data_files, vlm_models, vlm_reference
+from tests.helpers.runs import EPOCH, assert_same, numbers, responses, trained
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", list(tiny_vlm.STANDING))
+@pytest.mark.parametrize("name", STANDING_VLMS)
 def test_the_tower_is_put_away_and_not_missed(
     name: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,18 +81,18 @@ def test_the_tower_stays_for_pictures_that_no_file_has(
     assert not povid.needs_tower(povid.Config(cache_draws=1))
 
 
-@pytest.mark.parametrize("name", [*tiny_vlm.BUILDERS, *tiny_vlm.NEWER])
+@pytest.mark.parametrize("name", [*vlm_models.BUILDERS, *vlm_models.NEWER])
 def test_kept_features_are_the_features(name: str, vlm_folders: Folders, tmp_path: Path) -> None:
     """Through the disk, for every type: a decoder gives the same bits."""
     family: Any = load_vision_language(str(vlm_folders(name)), Loading(CPU))
-    views = {key: family.reader.view(tiny_vlm.PICTURES[key]) for key in ("wide", "tall")}
+    views = {key: family.reader.view(vlm_reference.PICTURES[key]) for key in ("wide", "tall")}
     live = family.encode_images(views)
     store = ArrayCache.open(tmp_path / "features", features.depends(family))
     for key, arrays in family.pack(live).items():
         store.put({key: {features.IDS: torch.tensor(views[key].ids), **arrays}})
     known = {key: features.known_view(store, key) for key in views}
     assert all(known[key].ids == view.ids and not known[key].tensors for key, view in views.items())  # type: ignore[union-attr]
-    turns = [tiny_vlm.Turn("user", "<image>What is it?")]
+    turns = [Turn("user", "<image>What is it?")]
     rows = [row for key, view in views.items() for row in family.reader.rows(turns, ["A dog.", "A"], [(key, view)])]
     tokens = family.reader.batch(rows)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_an_image_is_encoded_once_and_not_prepared_again(
     content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 2 * EPOCH})
     trained(content)
     assert len(encoded) == 1 + 4  # the picture that a model is tried with
-    monkeypatch.setattr(tiny_vlm.Image.Image, "resize", lambda *_, **__: pytest.fail("an image was prepared"))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("an image was prepared"))
     trained({**content, "output": str(tmp_path / "again")}, f"data.cache={tmp_path}/out/cache", "data.workers=1")
     assert len(encoded) == 1 + 4 + 1
 
@@ -123,7 +123,7 @@ def test_an_image_is_encoded_once_and_not_prepared_again(
 def test_what_goes_to_other_devices_item_by_item_is_whole(vlm_folders: Folders) -> None:
     """As a wrapper for distribution takes an object apart; and nothing else is in memory with it."""
     family: Any = load_vision_language(str(vlm_folders("qwen3_vl")), Loading(CPU))
-    (live,) = family.encode_images({"wide": family.reader.view(tiny_vlm.PICTURES["wide"])}).images.values()
+    (live,) = family.encode_images({"wide": family.reader.view(vlm_reference.PICTURES["wide"])}).images.values()
     assert set(live.keys()) == {"pooler_output", "deepstack_features"}
     for found in (live, unpacked(packed(live), CPU)):
         again = type(found)(list(found.items()))
@@ -158,7 +158,7 @@ def test_the_first_image_that_can_be_read_tells_whether_there_is_room(
     """Also where others come before it that cannot."""
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(CPU))
     store, images = ArrayCache.open(tmp_path / "features", {}), list[ImageRef]()
-    for name, content in (("bad", b"no picture"), ("good", tiny.picture(1, 16)), ("other", tiny.picture(2, 16))):
+    for name, content in (("bad", b"no picture"), ("good", data_files.png(1, 16)), ("other", data_files.png(2, 16))):
         images.append(ImageRef(name, name, lambda content=content: content))  # type: ignore[misc]
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
     steps = features.fill(family, images, store, num_workers=0, rank=0, world_size=1)

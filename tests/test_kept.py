@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from image_pairs import ROWS, full, pairs
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +24,8 @@ from mmalign.loop import make_contrasts
 from mmalign.methods import Keep, inpo, keep_singly
 from mmalign.recipe import load_recipe
 from mmalign.training import train
+from tests.helpers import data_files, recipes
+from tests.helpers.image_batches import ROWS, full, pairs
 
 METHOD = {"name": "inpo", "inverter": "reference", "cache_draws": 2, "steps": 3, "beta": 100.0}
 STEPS = 10  # eight pairs by two: the third epoch begins with the ninth batch
@@ -34,7 +34,9 @@ STEPS = 10  # eight pairs by two: the third epoch begins with the ninth batch
 def recipe(folder: Path, tmp_path: Path, output: str, /, **sections: Any) -> dict[str, Any]:
     given = {"method": METHOD, "data": {"flip": True}, "train": {"steps": STEPS, "save_every": 5}, **sections}
     source = tmp_path / "pairs.parquet"
-    return tiny.recipe(folder, source if source.exists() else tiny.pick_a_pic(source), tmp_path / output, **given)
+    return recipes.diffusion(
+        folder, source if source.exists() else data_files.pick_a_pic(source), tmp_path / output, **given
+    )
 
 
 def run(content: dict[str, Any], *overrides: str) -> dict[str, Tensor]:
@@ -171,7 +173,7 @@ def changed(what: str, model: Path, folder: Path) -> None:
 
 
 def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path, tmp_path: Path) -> None:
-    tiny.pick_a_pic(tmp_path / "pairs.parquet", bad={3: b"no image"})
+    data_files.pick_a_pic(tmp_path / "pairs.parquet", bad={3: b"no image"})
     cached = run(recipe(tiny_sd15, tmp_path, "cached"))
     assert_same(cached, run(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
 
@@ -180,7 +182,7 @@ def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path,
 
 
 def loader(tmp_path: Path, **more: Any) -> PairLoader:
-    tiny.pick_a_pic(tmp_path / "pairs.parquet", 7)
+    data_files.pick_a_pic(tmp_path / "pairs.parquet", 7)
     source = open_pairs("pick_a_pic", str(tmp_path / "pairs.parquet"))
     return PairLoader(source, batch_size=2, seed=0, view=View(16, flip=True), repeat=2, **more)
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_runs import START, WEIGHTS, Batch, Regression, Run, by_hand, data, flat, of
 from torch import Tensor
 
 from mmalign.draws import Draws
 from mmalign.loop import Progress
 from mmalign.optim import schedule
+from tests.helpers.linear_runs import START, WEIGHTS, Batch, Regression, Run, by_hand, data, flat, of
 
 
 @pytest.mark.parametrize("sizes", [[8], [4, 4], [2, 2, 2, 2], [3, 1, 4], [1] * 8])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from linear_runs import START, Batch, Regression, Run, by_hand, data, flat, of
 
 from mmalign import loop
 from mmalign.draws import Draws
 from mmalign.loop import Progress
 from mmalign.optim import schedule
+from tests.helpers.linear_runs import START, Batch, Regression, Run, by_hand, data, flat, of
 
 
 @pytest.mark.parametrize("contrasts", [1, 3])

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import tiny_vlm
 from PIL import Image
 
 from mmalign import quickstart as module
@@ -18,6 +17,7 @@ from mmalign.data import scenes
 from mmalign.data.sources import open_pairs
 from mmalign.recipe import load_recipe
 from mmalign.share import resolve
+from tests.helpers import data_files
 
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "image_0_uid", "image_1_uid"]  # Pick-a-Pic v2's names
 STEPS = 2
@@ -166,7 +166,7 @@ ANSWERED = [
 @pytest.fixture
 def tiny_answers(vlm_folders: Callable[[str], Path], tmp_path: Path) -> list[str]:
     """Settings: a tiny model in the place of the bundled one, and true answers about a few pictures."""
-    rows = tiny_vlm.pairs(tmp_path / "rows")
+    rows = data_files.response_pairs(tmp_path / "rows")
     source = {"path": str(rows), "format": "trl", "limit": 6}
     return [*ANSWERED, f"model.path={vlm_folders('llava')}", f"prepare.source={json.dumps(source)}"]
 

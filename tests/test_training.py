@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,6 +16,7 @@ from mmalign.recipe import load_recipe
 from mmalign.rewards import load_judge
 from mmalign.share import roots
 from mmalign.training import train
+from tests.helpers import data_files, recipes
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
 # The tiny model of a vision-language recipe, by what the recipe's name ends in.
@@ -38,7 +37,7 @@ FLOWS = {"sd35m": "sd3", "flux": "flux"}
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     """With a second prompt each, which one method needs and the others never look at."""
-    return tiny.pick_a_pic(tmp_path / "pairs.parquet", rejected={})
+    return data_files.pick_a_pic(tmp_path / "pairs.parquet", rejected={})
 
 
 def quiet(_: str) -> None:
@@ -72,7 +71,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     of_steps = {"steps": 6, "start": 2, "threshold": 0.0, "judge": {"name": "step_aware", "path": str(tiny_step_judge)}}
     steps = 4 if method == "spo" else 3
     options = {"accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5}
-    content = tiny.recipe(
+    content = recipes.diffusion(
         tiny_sd15,
         pairs,
         tmp_path / "whole",
@@ -96,7 +95,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
 
 def step_preference(denoiser: Path, judge: Path, pairs: Path, output: Path, **train: Any) -> dict[str, Any]:
     """A recipe that trains a step-aware judge."""
-    content = tiny.recipe(judge, pairs, output, method={"name": "step_preference"}, train=train)
+    content = recipes.diffusion(judge, pairs, output, method={"name": "step_preference"}, train=train)
     return {**content, "model": {"path": str(judge), "denoiser": str(denoiser)}}
 
 
@@ -142,7 +141,7 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
 ) -> None:
     """After an epoch, or before its end after many batches without a pair; nothing is saved."""
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "judge": {"path": str(tiny_clip)}}
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method)
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method)
     with pytest.raises(ValueError, match=r"epoch 0 has nothing to learn from.*: the judge was sure of no pair; lower"):
         train(load_recipe(content), say=quiet)
     monkeypatch.setattr("mmalign.loop.EMPTY", 3)
@@ -159,7 +158,7 @@ def steps_of_spo(tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: 
     judge = {"name": "step_aware", "path": str(tiny_step_judge)}
     method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "judge": judge}
     options = {"save_every": 2, "keep": 1, "ema": 0.9}
-    return tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
+    return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
 
 
 def saved(output: Path) -> list[int]:
@@ -236,14 +235,16 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
 def test_what_spo_needs_is_looked_for_before_a_model_is_loaded(
     override: str, sentence: str, tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method={"name": "spo", "judge": {"path": str(tiny_clip)}})
+    content = recipes.diffusion(
+        tiny_sd15, pairs, tmp_path / "out", method={"name": "spo", "judge": {"path": str(tiny_clip)}}
+    )
     with pytest.raises(ValueError, match=sentence):
         train(load_recipe(content, [override]), say=quiet)
 
 
 def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a hen")
-    content = tiny.recipe(tiny_sd15, tmp_path / "prompts.txt", tmp_path / "out", data={"format": "prompts"})
+    content = recipes.diffusion(tiny_sd15, tmp_path / "prompts.txt", tmp_path / "out", data={"format": "prompts"})
     with pytest.raises(
         ValueError, match=r"data\.format: prompts has no images, and the method compares those of pairs"
     ):
@@ -256,10 +257,10 @@ def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
 ) -> None:
     """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
     flipped = {"method": {"name": method}, "data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
-    cached = run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
-    workers = run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
+    cached = run(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
+    workers = run(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
     assert_same(cached, workers)
-    assert_same(cached, run(tiny.recipe(tiny_sdxl, pairs, tmp_path / "uncached", **flipped), "data.cache='off'"))
+    assert_same(cached, run(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "uncached", **flipped), "data.cache='off'"))
 
 
 def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pai
 
     for tune in ("full", "lora"):
         output = tmp_path / tune
-        weights = run(tiny.recipe(tiny_sd15, pairs, output, model={"tune": tune}, train={"steps": 2}))
+        weights = run(recipes.diffusion(tiny_sd15, pairs, output, model={"tune": tune}, train={"steps": 2}))
         assert weights
         if tune == "full":
             pipe = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None)
@@ -296,7 +297,7 @@ def test_every_shipped_recipe_takes_two_steps(
     """As it is written, but for the model's size, the pairs, and what a CPU cannot do (float16, 8-bit optimizers)."""
     judges: list[str] = []
     if path.parent.name == "vision_language":
-        rows = tiny_vlm.pairs(tmp_path / "rows", layout=load_recipe(path).data.format)  # type: ignore[attr-defined]
+        rows = data_files.response_pairs(tmp_path / "rows", layout=load_recipe(path).data.format)  # type: ignore[attr-defined]
         model = vlm_folders(MODELS[path.stem.rpartition("_")[2]])
         sizes = [f"data.path={rows}", "data.images=null", "data.max_length=null"]
     else:
@@ -339,8 +340,8 @@ def test_every_shipped_recipe_takes_two_steps(
 
 
 def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Path, tmp_path: Path) -> None:
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet", number=12)
-    content = tiny.recipe(
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=12)
+    content = recipes.diffusion(
         tiny_sd15,
         pairs,
         tmp_path / "out",
@@ -359,7 +360,7 @@ def test_the_first_update_starts_at_ln_2_and_training_learns_the_pairs(
 ) -> None:
     method = {"name": "diffusion_dpo", "beta": 100.0, "caption_dropout": 0.0}
     options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
     trained = train(load_recipe(content), say=quiet)
     assert trained.history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     late = trained.history[-10:]

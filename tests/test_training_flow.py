@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_flow
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +14,7 @@ from mmalign import assemble, checkpoint
 from mmalign.families import Loading, Sampling, load_family
 from mmalign.recipe import load_recipe
 from mmalign.training import train
+from tests.helpers import data_files, flow_models, recipes
 
 CPU = Loading(torch.device("cpu"))
 
@@ -33,17 +32,17 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
 
 
-@pytest.mark.parametrize("name", list(tiny_flow.BUILDERS))
+@pytest.mark.parametrize("name", list(flow_models.BUILDERS))
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     tune: str, name: str, flow_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Bit for bit; and what is left is the base and its better half, as every command takes them."""
-    base, pairs = flow_folders(name), tiny.pick_a_pic(tmp_path / "pairs.parquet", number=4)
+    base, pairs = flow_folders(name), data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
     method = {"name": "mapo" if tune == "full" else "diffusion_dpo"}
     options = {"steps": 2, "batch_size": 2, "save_every": 1, "lr": 1e-2}
     model = {"tune": tune, "lora": {"rank": 2}}
-    content = tiny.recipe(base, pairs, tmp_path / "whole", method=method, model=model, train=options)
+    content = recipes.diffusion(base, pairs, tmp_path / "whole", method=method, model=model, train=options)
     whole, stopped = run(content), tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole", stopped)
     shutil.rmtree(stopped / "checkpoint-00000002")  # as if killed after the first update
@@ -61,9 +60,9 @@ def test_the_numbers_are_the_same_without_a_cache(
     name: str, flow_folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Standardised latents, padded text and its mask: read from a cache or encoded in every batch."""
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet", number=4)
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
     options = {"train": {"steps": 2}, "data": {"flip": True}}
-    cached, uncached = (tiny.recipe(flow_folders(name), pairs, tmp_path / to, **options) for to in ("a", "b"))
+    cached, uncached = (recipes.diffusion(flow_folders(name), pairs, tmp_path / to, **options) for to in ("a", "b"))
     assert_same(run(cached), run(uncached, "data.cache='off'"))
 
 
@@ -78,18 +77,18 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", list(tiny_flow.BUILDERS))
+@pytest.mark.parametrize("name", list(flow_models.BUILDERS))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_family(
     method: str, name: str, flow_folders: Callable[[str], Path], tiny_step_judge: Path, tmp_path: Path
 ) -> None:
     """One update by the one loop; it begins at the loss of a policy that is its reference, and moves the weights."""
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={})
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={})
     settings: dict[str, Any] = {"name": method, **METHODS[method]}
     if method == "spo":
         settings["judge"] = {"name": "step_aware", "path": str(tiny_step_judge)}
     options = {"steps": 1, "batch_size": 2, "lr": 1e-2, "warmup": 0}
-    content = tiny.recipe(flow_folders(name), pairs, tmp_path / "out", train=options)
+    content = recipes.diffusion(flow_folders(name), pairs, tmp_path / "out", train=options)
     recipe = load_recipe({**content, "method": settings})
     (told,) = train(recipe, say=lambda _: None).history
     first = {"cca": 2 * math.log(2), "mapo": None, "sft": None}.get(method, math.log(2))

@@ -6,13 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -23,8 +20,7 @@ from mmalign.families import Loading, load_vision_language
 from mmalign.policy import AdaptersOff, FrozenCopy
 from mmalign.recipe import load_recipe
 from mmalign.training import train
-
-Folders = Callable[[str], Path]
+from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
 
 
 def quiet(_: str) -> None:
@@ -33,13 +29,13 @@ def quiet(_: str) -> None:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    return tiny_vlm.pairs(tmp_path / "rows")
+    return data_files.response_pairs(tmp_path / "rows")
 
 
 @pytest.fixture
 def retrieved(tmp_path: Path) -> Path:
     """Pairs that come with another image."""
-    return tiny_vlm.pairs(tmp_path / "rows", layout="realign")
+    return data_files.response_pairs(tmp_path / "rows", layout="realign")
 
 
 def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
@@ -63,7 +59,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
 ) -> None:
     """Bit for bit, with an average of the weights, accumulation, and a stop in the middle of an epoch."""
     options = {"steps": 3, "save_every": 1, "accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5}
-    content = tiny_vlm.recipe(
+    content = recipes.vlm(
         vlm_folders("llava"), rows, tmp_path / "whole", model={"tune": tune}, method={"name": method}, train=options
     )
     whole = run(content)
@@ -82,7 +78,7 @@ def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
 ) -> None:
     """Two updates and two more, into the second epoch, are four; and two workers read what one process reads."""
     data, options = {"format": "realign"}, {"steps": 4, "batch_size": 4, "save_every": 2}
-    content = tiny_vlm.recipe(
+    content = recipes.vlm(
         vlm_folders("llava"), retrieved, tmp_path / "whole", method={"name": method}, data=data, train=options
     )
     whole = run(content)
@@ -97,7 +93,7 @@ def test_methods_of_several_terms_learn_their_pairs(
 ) -> None:
     """From ln 2 a term down; and the sides' log-probabilities are told apart from each other."""
     options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
-    content = tiny_vlm.recipe(
+    content = recipes.vlm(
         vlm_folders("llava"),
         retrieved,
         tmp_path / "out",
@@ -117,9 +113,7 @@ def test_methods_of_several_terms_learn_their_pairs(
 
 def test_the_baseline_needs_no_reference_and_says_what_it_did(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     options = {"steps": 8, "batch_size": 8, "save_every": 8, "lr": 1e-2}
-    content = tiny_vlm.recipe(
-        vlm_folders("llava"), rows, tmp_path / "out", method={"name": "response_sft"}, train=options
-    )
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "response_sft"}, train=options)
     trained = train(load_recipe(content), say=quiet)
     assert trained.history[-1]["chosen log-probability"] > trained.history[0]["chosen log-probability"]
     assert trained.verdict.startswith(f"loss {trained.history[0]['loss']:.4g} at the start")
@@ -131,17 +125,17 @@ def test_nll_keeps_the_chosen_responses_likely(vlm_folders: Folders, rows: Path,
     ends = []
     for nll in (0.0, 1.0):
         method = {"name": "dpo", "nll": nll}
-        content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / f"{nll}", method=method, train=options)
+        content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / f"{nll}", method=method, train=options)
         ends.append(train(load_recipe(content), say=quiet).history[-1]["chosen log-probability"])
     assert ends[1] > ends[0] + 1
 
 
-@pytest.mark.parametrize("name", list(tiny_vlm.STANDING))
+@pytest.mark.parametrize("name", STANDING_VLMS)
 def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
     name: str, vlm_folders: Folders, rows: Path, tmp_path: Path
 ) -> None:
     options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
-    content = tiny_vlm.recipe(vlm_folders(name), rows, tmp_path / "out", train=options)
+    content = recipes.vlm(vlm_folders(name), rows, tmp_path / "out", train=options)
     trained = train(load_recipe(content), say=quiet)
     assert trained.history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert trained.history[-1]["loss"] < 0.65 and trained.history[-1]["accuracy"] == 1.0
@@ -149,7 +143,7 @@ def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
 
 
 def test_workers_and_recomputed_activations_change_no_number(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "here", train={"steps": 2})
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "here", train={"steps": 2})
     here = run(content)
     assert_same(here, run({**content, "output": str(tmp_path / "workers")}, "data.workers=2"))
     again = run({**content, "output": str(tmp_path / "again")}, "train.gradient_checkpointing=true")
@@ -163,7 +157,7 @@ def test_the_trained_model_is_one_that_peft_loads_over_its_base(
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    weights = run(tiny_vlm.recipe(vlm_folders("qwen2_5_vl"), rows, tmp_path / "out", train={"steps": 2}))
+    weights = run(recipes.vlm(vlm_folders("qwen2_5_vl"), rows, tmp_path / "out", train={"steps": 2}))
     base = AutoModelForImageTextToText.from_pretrained(vlm_folders("qwen2_5_vl"))
     net = PeftModel.from_pretrained(base, tmp_path / "out" / "model")
     loaded = {name: p for name, p in net.named_parameters() if "lora_B" in name}
@@ -176,7 +170,7 @@ def test_the_trained_model_is_one_that_peft_loads_over_its_base(
 def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_folders: Folders) -> None:
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
     before = {name: p.detach().clone() for name, p in family.network.named_parameters()}
-    recipe = load_recipe(tiny_vlm.recipe(vlm_folders("llava"), Path("x"), Path("y"), model={"tune": tune}))
+    recipe = load_recipe(recipes.vlm(vlm_folders("llava"), Path("x"), Path("y"), model={"tune": tune}))
     policy = assemble.build_policy(family, recipe)
     if tune == "lora":
         assert isinstance(policy.reference, AdaptersOff)
@@ -190,14 +184,14 @@ def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_fo
 def test_a_trained_model_is_found_again_beside_its_base(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     for tune in ("lora", "full"):
         output = tmp_path / tune
-        run(tiny_vlm.recipe(vlm_folders("llava"), rows, output, model={"tune": tune}, train={"steps": 2}))
+        run(recipes.vlm(vlm_folders("llava"), rows, output, model={"tune": tune}, train={"steps": 2}))
         family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
         policy = assemble.load_aligned(family, output / "model")
         assert isinstance(policy.reference, AdaptersOff if tune == "lora" else FrozenCopy)
 
 
 def test_held_out_pairs_score_the_checkpoints(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", data={"hold_out": 0.4})
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", data={"hold_out": 0.4})
     run(content)
     assert checkpoint.best(tmp_path / "out") is not None
 
@@ -205,8 +199,8 @@ def test_held_out_pairs_score_the_checkpoints(vlm_folders: Folders, rows: Path, 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     """Half a batch each; to rounding, since gradients are summed in another order. And both end well."""
-    one = run(tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "one"))
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "two", train={"batch_size": 1})
+    one = run(recipes.vlm(vlm_folders("llava"), rows, tmp_path / "one"))
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "two", train={"batch_size": 1})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -227,7 +221,7 @@ def test_over_long_prompts_are_counted_and_named_at_the_end(vlm_folders: Folders
     text = rows.read_text().splitlines()
     rows.write_text("\n".join([text[0].replace("Describe it.", "Describe it. " * 60), *text[1:]]))
     said: list[str] = []
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", data={"max_length": 80})
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", data={"max_length": 80})
     train(load_recipe(content), say=said.append)
     assert any(
         line.startswith(
@@ -244,7 +238,7 @@ def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
     vlm_folders: Folders, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
     told = refused(content)
     assert told.startswith(f"data.path: {rows} has no other images, and method.name: realign compares what is said")
     assert "use data.format: realign" in told
@@ -258,27 +252,27 @@ def refused(content: dict[str, Any], *overrides: str, command: Any = None) -> st
 
 
 def test_a_recipe_of_one_modality_has_no_keys_of_the_other(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out")
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out")
     assert "recipe: data has no 'crop'" in refused(content, "data.crop=center")
     assert "recipe: model has no 'vae'" in refused(content, "model.vae=x")
     assert "recipe: data.format: expected 'trl', 'povid'" in refused(content, "data.format=folder")
-    images = tiny.recipe(vlm_folders("llava"), rows, tmp_path / "out")
+    images = recipes.diffusion(vlm_folders("llava"), rows, tmp_path / "out")
     assert "recipe: data has no 'max_length'" in refused(images, "data.max_length=3")
 
 
 def test_a_model_of_the_other_modality_is_refused_before_it_is_loaded(
     vlm_folders: Folders, tiny_sd15: Path, rows: Path, tmp_path: Path
 ) -> None:
-    content = tiny_vlm.recipe(tiny_sd15, rows, tmp_path / "out")
+    content = recipes.vlm(tiny_sd15, rows, tmp_path / "out")
     assert "has no config.json; expected the folder of a vision-language model" in refused(content)
-    pictures = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    images = tiny.recipe(vlm_folders("llava"), pictures, tmp_path / "out", data={"resolution": 16})
+    pictures = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    images = recipes.diffusion(vlm_folders("llava"), pictures, tmp_path / "out", data={"resolution": 16})
     assert "has no model_index.json; expected the folder of a diffusers pipeline" in refused(images)
 
 
 def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     """A judge compares pictures, and what is made of pictures is made by drawing."""
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out")
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out")
     judged = refused(content, "evaluate={benchmark: crowds, judge: {path: models/tiny_clip}}")
     assert judged.startswith("recipe: evaluate has no 'judge'; it has benchmark")
     drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images: 4}")
@@ -286,7 +280,7 @@ def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    content = tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 2})
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 2})
     run(content)
     told = refused(content, "model.lora.targets=[q_proj]", "train.steps=4")
     assert "belongs to another run (tune lora of rank 2, alpha 2, on down_proj gate_proj k_proj o_proj q_proj" in told

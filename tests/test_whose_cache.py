@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from cached_runs import EPOCH, Folders, assert_same, numbers, pictures, quiet, responses, trained
 
 from mmalign import assemble, caching
 from mmalign.recipe import load_recipe
+from tests.helpers import Folders, data_files
+from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, quiet, responses, trained
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,6 @@ def test_an_image_that_was_changed_is_scored_again(vlm_folders: Folders, tmp_pat
     content = responses(vlm_folders("llava"), tmp_path, "out")
     caching.cache(load_recipe(content), say=quiet)
     asked.clear()
-    (tmp_path / "rows" / "1.png").write_bytes(tiny.picture(77, 16))
+    (tmp_path / "rows" / "1.png").write_bytes(data_files.png(77, 16))
     caching.cache(load_recipe(content), say=quiet)
     assert 0 < len(asked) <= EPOCH

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import whole_models
-from tiny_vlm import STANDING
 from torch import Tensor
 
 from mmalign.attention import EXECUTORS, Forest, Tree, decoders, denoisers, kernels
 from mmalign.families import Loading, load_family
+from tests.helpers import STANDING_VLMS, attention_models
+from tests.helpers.vlm_models import BUILDERS
 
 CUDA = torch.device("cuda")
 why = "there is no CUDA device" if not torch.cuda.is_available() else kernels.why_not_here(CUDA, torch.bfloat16)
@@ -78,10 +78,10 @@ def test_the_same_seed_gives_the_same_bits(forest: str) -> None:
     assert_near(first, run("dense", torch.bfloat16, 64, mask, mask.length), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("name", list(STANDING))
+@pytest.mark.parametrize("name", STANDING_VLMS)
 def test_a_decoder_packed_by_xformers_is_its_rows_apart(name: str) -> None:
     torch.manual_seed(0)
-    decoder = STANDING[name]()[0].get_decoder().eval().to(CUDA)
+    decoder = BUILDERS[name]()[0].get_decoder().eval().to(CUDA)
     forest = Forest((Tree(9, (4, 3), name == "paligemma"), Tree(5, (2,), name == "paligemma")))
     packed = torch.randn(1, forest.length, decoder.get_input_embeddings().embedding_dim, device=CUDA)
     found = []
@@ -106,12 +106,12 @@ def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", whole_models.MODELS)
+@pytest.mark.parametrize("name", attention_models.MODELS)
 def test_a_model_with_adapters_says_and_learns_what_it_does_by_sdpa(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Values, and the gradients of all adapters. With TF32, whose products have three bits more than bfloat16's."""
-    values, gradient = whole_models.APART[torch.bfloat16]
+    values, gradient = attention_models.APART[torch.bfloat16]
     less = 1.0 if dtype == torch.bfloat16 else 2**-3
-    (found,) = whole_models.compare(name, CUDA, dtype, tmp_path, ("sdpa", "xformers"))
-    assert whole_models.near(found, (less * values, less * gradient)), found
+    (found,) = attention_models.compare(name, CUDA, dtype, tmp_path, ("sdpa", "xformers"))
+    assert attention_models.near(found, (less * values, less * gradient)), found

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_vlm import BUILDERS, NEWER
 from torch import Tensor
 
 from mmalign.attention import Forest, Tree, decoders
+from tests.helpers.vlm_models import BUILDERS, NEWER
 
 FOREST = Forest((Tree(5, (4, 3)), Tree(4, (2, 5, 1))))
 LENGTHS = [length for tree in FOREST.trees for length in tree.branches]

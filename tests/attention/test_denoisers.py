@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_flow
 import torch
 from diffusers.models import attention_processor
 from torch import Tensor, nn
 
 from mmalign.attention import EXECUTORS, denoisers
 from mmalign.families import Conditioning, Loading, TextToImage, load_family
+from tests.helpers import flow_models
 
 CPU = Loading(torch.device("cpu"))
 UNETS = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
@@ -22,7 +22,7 @@ SIDE = 32  # Sana takes multiples of 32 alone
 SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
 
 
-@pytest.fixture(params=[*UNETS, *tiny_flow.BUILDERS])
+@pytest.fixture(params=[*UNETS, *flow_models.BUILDERS])
 def family(request: pytest.FixtureRequest, flow_folders: Callable[[str], Path]) -> TextToImage:
     name = request.param
     found = load_family(str(request.getfixturevalue(name) if name in UNETS else flow_folders(name)), CPU)

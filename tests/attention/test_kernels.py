@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vlm_models import BUILDERS
 
 from mmalign.attention import choice, decoders, kernels
 from mmalign.attention.choice import Choice, check, choose
+from tests.helpers.vlm_models import BUILDERS
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 HEADS = frozenset({64})

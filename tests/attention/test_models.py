@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vlm import BUILDERS, PICTURES
 from torch import Tensor
 
 from mmalign.attention import Forest, Tree, decoders
@@ -16,6 +15,8 @@ from mmalign.data.pairs import Turn
 from mmalign.families import ImageFeatures, Loading, load_vision_language
 from mmalign.families.decoder_inputs import decoder_inputs
 from mmalign.language.tokens import Tokens
+from tests.helpers.vlm_models import BUILDERS
+from tests.helpers.vlm_reference import PICTURES
 
 ASKED = [Turn("user", "<image>\nWhat is in this image?")]
 SAID = [["There is a red cube.", "No, there is no dog.", "Yes."], ["A cat and a car.", "A green ball on the table."]]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 from safetensors.torch import load_file
 
@@ -18,8 +15,8 @@ from mmalign.families import Loading, load_family, load_vision_language
 from mmalign.recipe import load_recipe
 from mmalign.run import evaluate
 from mmalign.training import train
+from tests.helpers import Folders, data_files, recipes
 
-Folders = Callable[[str], Path]
 STEPS = 2
 
 
@@ -30,11 +27,11 @@ def content(
     """A recipe of two updates for a model of each kind."""
     short = {"steps": STEPS, "batch_size": 2, "save_every": STEPS, "lr": 1e-3}
     if request.param == "llava":
-        rows = tiny_vlm.pairs(tmp_path / "rows")
-        return tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "run", train=short)
+        rows = data_files.response_pairs(tmp_path / "rows")
+        return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "run", train=short)
     folder = flow_folders("sd3") if request.param == "sd3" else request.getfixturevalue(request.param)
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    return tiny.recipe(folder, pairs, tmp_path / "run", train=short, model={"tune": "full"})
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    return recipes.diffusion(folder, pairs, tmp_path / "run", train=short, model={"tune": "full"})
 
 
 def run(content: dict[str, Any], *overrides: str) -> tuple[list[str], dict[str, torch.Tensor]]:

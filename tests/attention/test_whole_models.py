@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import whole_models
 from torch import Tensor
 
 from mmalign.attention import EXECUTORS
 from mmalign.attention.executors import Mask
+from tests.helpers import attention_models
 
 CPU = torch.device("cpu")
 
@@ -22,13 +22,13 @@ def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float |
     return EXECUTORS["sdpa"](q, k, v, mask, scale=1.1 * right, **more)
 
 
-@pytest.mark.parametrize("dtype", list(whole_models.APART))
-@pytest.mark.parametrize("name", whole_models.MODELS)
+@pytest.mark.parametrize("dtype", list(attention_models.APART))
+@pytest.mark.parametrize("name", attention_models.MODELS)
 def test_a_model_says_and_learns_the_same_by_every_executor(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(EXECUTORS, "hotter", hotter)
-    right, wrong = whole_models.compare(name, CPU, dtype, tmp_path, ("sdpa", "dense", "hotter"))
-    values, gradient = whole_models.APART[dtype]
-    assert whole_models.near(right, (values, gradient)), right
+    right, wrong = attention_models.compare(name, CPU, dtype, tmp_path, ("sdpa", "dense", "hotter"))
+    values, gradient = attention_models.APART[dtype]
+    assert attention_models.near(right, (values, gradient)), right
     assert wrong[0] > values and wrong[1] > 2 * gradient, wrong

@@ -7,11 +7,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from diffusers import DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
-from tests.bad_input.commands import EVALUATE, Commands, Content
+from tests.helpers import data_files, recipes
+from tests.helpers.commands import EVALUATE, Commands, Content
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _no_bars() -> None:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    return tiny.pick_a_pic(tmp_path / "pairs.parquet")
+    return data_files.pick_a_pic(tmp_path / "pairs.parquet")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def mmalign(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Commands:
 
 @pytest.fixture
 def content(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> Content:
-    return tiny.recipe(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
+    return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Path:
     """A folder of broken things."""
     here = tmp_path_factory.mktemp("world")
-    table = pq.read_table(tiny.pick_a_pic(here / "good.parquet"))
+    table = pq.read_table(data_files.pick_a_pic(here / "good.parquet"))
     pq.write_table(table.slice(0, 0), here / "empty.parquet")
     pq.write_table(table.drop_columns(["jpg_1"]), here / "lacking.parquet")
     ties = [{**row, "label_0": 0.5, "label_1": 0.5} for row in table.to_pylist()]

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 
-from tests.bad_input.commands import Commands, Content, contains
+from tests.helpers import data_files, recipes
+from tests.helpers.commands import Commands, Content, contains
 
 DECODING = {"max_new_tokens": 4}
 QUESTION = {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"}
@@ -17,9 +16,9 @@ QUESTION = {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "labe
 
 @pytest.fixture
 def content(vlm_folders: Callable[[str], Path], tmp_path: Path) -> Content:
-    rows = tiny_vlm.pairs(tmp_path / "rows")
+    rows = data_files.response_pairs(tmp_path / "rows")
     evaluate = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
-    return tiny_vlm.recipe(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
+    return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def files(tmp_path: Path) -> Path:
     here = tmp_path / "files"
     here.mkdir()
     for number in range(3):
-        (here / f"{number}.png").write_bytes(tiny.picture(number))
+        (here / f"{number}.png").write_bytes(data_files.png(number))
     asked = [{**QUESTION, "question_id": n + 1, "image": f"{n}.png"} for n in range(3)]
     said = [{"question_id": n + 1, "image": f"{n}.png", "text": "Yes"} for n in range(3)]
     lines = {

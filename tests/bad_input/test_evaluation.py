@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.commands import EVALUATE, JUDGED, UNET, Commands, Content, contains, damage
+from tests.helpers.commands import EVALUATE, JUDGED, UNET, Commands, Content, contains, damage
 
 
 @pytest.mark.usefixtures("no_model")

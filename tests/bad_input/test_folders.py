@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 
-from tests.bad_input.commands import Commands, Content, contains, weights
+from tests.helpers import diffusion_models
+from tests.helpers.commands import Commands, Content, contains, weights
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(
     settings: list[str], differs: str, mmalign: Commands, content: Content, tmp_path: Path
 ) -> None:
     mmalign("train", content)
-    out, other = tmp_path / "out", tiny.stable_diffusion(tmp_path / "other", seed=1)
+    out, other = tmp_path / "out", diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     recipe, before = (out / "recipe.yaml").read_text(), weights(out)
     mmalign.capfd.readouterr()
     told = mmalign.refused("train", content, "train.steps=4", *(s.replace("OTHER", str(other)) for s in settings))
@@ -45,7 +45,7 @@ def test_a_checkpoint_that_goes_further_or_has_no_average(mmalign: Commands, con
 
 def test_a_trained_model_is_not_compared_with_another_base(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
-    other = tiny.stable_diffusion(tmp_path / "other", seed=1)
+    other = diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     mmalign.capfd.readouterr()
     told = mmalign.refused("evaluate", content, f"model.path={other}")
     contains(told, f"{tmp_path / 'out' / 'model'}: was trained from another model than {other} (fingerprint ")

@@ -5,9 +5,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-import tiny
-
-from tests.bad_input.commands import Commands, Content, contains, weights
+from tests.helpers import data_files
+from tests.helpers.commands import Commands, Content, contains, weights
 
 
 @contextlib.contextmanager
@@ -58,7 +57,7 @@ def test_a_full_disk_at_the_cache_keeps_what_was_encoded(mmalign: Commands, cont
 
 
 def test_a_full_disk_where_tables_are_mapped(mmalign: Commands, content: Content, pairs: Path) -> None:
-    tiny.pick_a_pic(pairs, number=11)  # a table that no test has mapped
+    data_files.pick_a_pic(pairs, number=11)  # a table that no test has mapped
     with full_disk(5_000):
         told = mmalign.refused("train", content, f"data.path={pairs}")
     contains(told, f"data.path: {pairs} could not be copied to ", "set HF_DATASETS_CACHE to another folder")

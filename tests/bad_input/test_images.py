@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from PIL import Image, ImageFile
 
-from tests.bad_input.commands import Commands, Content, contains, weights
+from tests.helpers import data_files, diffusion_models
+from tests.helpers.commands import Commands, Content, contains, weights
 
 
 def solid(width: int, height: int) -> bytes:
@@ -28,7 +28,7 @@ def solid(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
-BAD = {0: tiny.picture(0)[:300], 1: b"", 2: solid(1, 1), 3: solid(20_000, 20_000)}
+BAD = {0: data_files.png(0)[:300], 1: b"", 2: solid(1, 1), 3: solid(20_000, 20_000)}
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
@@ -44,7 +44,7 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
         return load(image)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", recorded)
-    tiny.pick_a_pic(pairs, bad=BAD)
+    data_files.pick_a_pic(pairs, bad=BAD)
     assert len(BAD[3]) < 100_000
     with pytest.raises(Image.DecompressionBombError, match="400000000 pixels"):
         Image.open(io.BytesIO(BAD[3]))
@@ -55,7 +55,7 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
     for row, reason in enumerate(
         ["is not a readable image", "has zero bytes", "is 1x1; expected", "is larger than 80,000,000 pixels"]
     ):
-        alone = tiny.pick_a_pic(pairs.with_name(f"{row}.parquet"), bad={row: BAD[row]})
+        alone = data_files.pick_a_pic(pairs.with_name(f"{row}.parquet"), bad={row: BAD[row]})
         data = f"data={{path: {alone}, cache: '{cache}', max_bad: 0}}"
         told = mmalign.refused("train", content, data, "train.batch_size=8")
         contains(told, f"more than data.max_bad = 0 images are bad ({row}.parquet: row {row}, jpg_0: ", reason)
@@ -65,10 +65,10 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
 def test_the_run_ends_if_too_many_images_are_bad_or_no_pair_is_left(
     cache: str, mmalign: Commands, content: Content, pairs: Path, tmp_path: Path
 ) -> None:
-    tiny.pick_a_pic(pairs, bad=BAD)
+    data_files.pick_a_pic(pairs, bad=BAD)
     told = mmalign.refused("train", content, f"data.cache='{cache}'", "data.max_bad=3", "train.steps=4")
     contains(told, "more than data.max_bad = 3 images are bad (", "and 1 more", "raise data.max_bad")
-    tiny.pick_a_pic(pairs, bad=dict.fromkeys(range(8), b"<html>not found</html>"))
+    data_files.pick_a_pic(pairs, bad=dict.fromkeys(range(8), b"<html>not found</html>"))
     told = mmalign.refused("train", content, f"data.cache='{cache}'", f"output={tmp_path / 'none'}")
     contains(told, "none of 8 pairs has two readable images (pairs.parquet: row ", "and 5 more); repair the images")
     assert "0x" not in told  # no object's address
@@ -80,9 +80,9 @@ def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, con
     from mmalign.data.pairs import hold_out
     from mmalign.data.sources import open_pairs
 
-    tiny.pick_a_pic(pairs, number=12)
+    data_files.pick_a_pic(pairs, number=12)
     _, held = hold_out(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)
-    tiny.pick_a_pic(pairs, number=12, bad={int(pair.where.split("row ")[1]): b"" for pair in held})
+    data_files.pick_a_pic(pairs, number=12, bad={int(pair.where.split("row ")[1]): b"" for pair in held})
     told = mmalign.refused("train", content, "data.hold_out=0.4", "data.cache='off'")
     contains(told, f"none of {len(held)} pairs has two readable images")
 
@@ -110,7 +110,7 @@ def test_a_cache_of_another_model_or_resolution_is_left_as_it_is(
     cache = f"data.cache={tmp_path / 'cache'}"
     mmalign("train", content, cache)
     before = weights(tmp_path / "cache")
-    tiny.stable_diffusion(tmp_path / "other", seed=1)
+    diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     mmalign.capfd.readouterr()
     setting = {"model": f"model.path={tmp_path / 'other'}", "resolution": "data.resolution=32"}[content_of]
     mmalign("train", content, cache, setting, f"output={tmp_path / 'second'}")
@@ -125,7 +125,7 @@ def test_rows_without_the_second_prompt_that_a_method_needs_are_dropped_and_name
     told = mmalign.refused("train", content, method)
     contains(told, "8 rows dropped: pairs.parquet: row 0: has no rejected_caption; ", "and 5 more")
     contains(told, "instruct_engine compares two images under two prompts; cca, diffusion_dpo, inpo, mapo, sft, spo ")
-    tiny.pick_a_pic(pairs, rejected={1: None, 4: ""})
+    data_files.pick_a_pic(pairs, rejected={1: None, 4: ""})
     printed = mmalign("train", content, method)
     contains(
         printed, "6 pairs", "2 rows dropped (pairs.parquet: row 1: has no rejected_caption; pairs.parquet: row 4: "

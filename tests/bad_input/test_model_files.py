@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_input.commands import UNET, VAE, Commands, Content, contains, damage
+from tests.helpers.commands import UNET, VAE, Commands, Content, contains, damage
 
 
 @pytest.mark.parametrize(

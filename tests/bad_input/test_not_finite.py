@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmalign import checkpoint, loop, training
-from tests.bad_input.commands import UNET, Commands, Content, contains, weights
+from tests.helpers.commands import UNET, Commands, Content, contains, weights
 
 
 def finite(folder: Path) -> bool:

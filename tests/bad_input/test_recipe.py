@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from mmalign import cli
-from tests.bad_input.commands import Commands, Content, contains
+from tests.helpers.commands import Commands, Content, contains
 
 
 @pytest.mark.usefixtures("no_model")

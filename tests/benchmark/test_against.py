@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,6 +19,7 @@ from mmalign.benchmark.bench import Asked
 from mmalign.recipe import load_recipe
 from mmalign.sections import ImageModel
 from tests.benchmark.wrong_steps import wrong_beta_of
+from tests.helpers import recipes
 
 OFF = "data.cache='off'"
 
@@ -39,7 +39,7 @@ def test_another_step_is_told_apart(wrong: Any, tiny_sd15: Path, tmp_path: Path)
 
     other: Any = SimpleNamespace(prepare=diffusers.prepare, optimizer=diffusers.optimizer, loss=wrong)
     released = {"name": "diffusion_dpo", "beta": 5000.0}
-    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path, method=released, model={"tune": "lora"}), peer="diffusers")
+    asked = Asked(recipes.diffusion_in(tiny_sd15, tmp_path, method=released, model={"tune": "lora"}), peer="diffusers")
     right = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
     theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=other)
     apart = runs.first_gradient(theirs).beside(runs.first_gradient(right))
@@ -49,7 +49,7 @@ def test_another_step_is_told_apart(wrong: Any, tiny_sd15: Path, tmp_path: Path)
 
 def test_a_wrong_step_is_never_timed(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusers, "loss", wrong_beta_of(diffusers.loss))
-    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path, model={"tune": "lora"}), peer="diffusers")
+    asked = Asked(recipes.diffusion_in(tiny_sd15, tmp_path, model={"tune": "lora"}), peer="diffusers")
     with pytest.raises(ValueError, match="diffusers does not compute"):
         bench.run(asked, tmp_path, Accelerator(), name="wrong", repeats=1, say=lambda _: None)
 
@@ -66,7 +66,7 @@ def test_a_peer_offers_what_is_asked_of_it(name: str) -> None:
 
 def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None:
     """Whatever the recipe asks for itself, and which stays with its own run."""
-    given = tiny.recipe_in(tiny_sd15, tmp_path, train={"attention": "xformers", "compile": True})
+    given = recipes.diffusion_in(tiny_sd15, tmp_path, train={"attention": "xformers", "compile": True})
     for peer in (diffusers, trl):
         theirs = load_recipe(given, peer.own[:3])
         assert (theirs.data.cache, theirs.train.attention, theirs.train.compile) == ("off", "sdpa", False)
@@ -81,13 +81,13 @@ def test_the_autoencoder_is_in_half_precision_where_the_script_has_it(
 ) -> None:
     """On both sides: train_diffusion_dpo.py puts it into the weights' dtype, train_diffusion_dpo_sdxl.py does not."""
     for model, expected in ((tiny_sd15, precision), (tiny_sdxl, "float32")):
-        asked = Asked(tiny.recipe_in(model, tmp_path, train={"precision": precision}), peer="diffusers")
+        asked = Asked(recipes.diffusion_in(model, tmp_path, train={"precision": precision}), peer="diffusers")
         for found in (asked.recipe(), asked.recipe(*diffusers.own)):
             assert isinstance(found.model, ImageModel) and found.model.vae_dtype == expected
 
 
 def test_both_sides_encode_in_half_precision(tiny_sd15: Path, tmp_path: Path) -> None:
-    given = tiny.recipe_in(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"precision": "bfloat16"})
+    given = recipes.diffusion_in(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"precision": "bfloat16"})
     asked = Asked(given, peer="diffusers")
     ours = runs.build(asked.recipe(), tmp_path / "ours", Accelerator(), updates=1)
     theirs = runs.build(asked.recipe(*diffusers.own), tmp_path / "theirs", Accelerator(), updates=1, peer=diffusers)
@@ -98,7 +98,7 @@ def test_a_peer_sends_its_gradients_once_an_update(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With three micro-batches the first two, forward and backward, are inside of `no_sync`."""
-    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path, train={"accumulate": 3, "batch_size": 1}), peer="diffusers")
+    asked = Asked(recipes.diffusion_in(tiny_sd15, tmp_path, train={"accumulate": 3, "batch_size": 1}), peer="diffusers")
     accelerator, inside, seen = Accelerator(), [False], list[tuple[str, bool]]()
     run = runs.build(asked.recipe(*diffusers.own), tmp_path / "run", accelerator, updates=1, peer=diffusers)
 
@@ -127,6 +127,6 @@ def test_a_peer_sends_its_gradients_once_an_update(
 
 def test_programs_refuse_what_they_do_not_train(tiny_sd15: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got name: mapo"):
-        diffusers.check(load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, method={"name": "mapo"})), 1)
+        diffusers.check(load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, method={"name": "mapo"})), 1)
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline"):
-        diffusers.check(load_recipe(tiny.recipe_in(tiny_sd3, tmp_path)), 1)
+        diffusers.check(load_recipe(recipes.diffusion_in(tiny_sd3, tmp_path)), 1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from mmalign.benchmark.tables import Report
 from mmalign.cli import app
 from mmalign.families import latents
 from mmalign.recipe import load_recipe
+from tests.helpers import recipes
 
 OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
 
@@ -27,7 +27,9 @@ OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
 @pytest.fixture(scope="module")
 def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("bench")
-    asked = Asked(tiny.recipe_in(tiny_sd15, folder, model={"tune": "lora"}), (), [[OFF], [CHECKPOINTED]], "diffusers")
+    asked = Asked(
+        recipes.diffusion_in(tiny_sd15, folder, model={"tune": "lora"}), (), [[OFF], [CHECKPOINTED]], "diffusers"
+    )
     return bench.run(asked, folder, Accelerator(), name="tiny", repeats=1, say=lambda _: None)
 
 
@@ -89,7 +91,7 @@ def test_the_tables_say_what_is_expected(report: Report, capsys: pytest.CaptureF
 
 def test_the_parts_add_up_to_the_whole(tiny_sd15: Path, tmp_path: Path) -> None:
     """Operations, which unlike seconds are exact: those of the parts are those of updates without a meter."""
-    found = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, train={"accumulate": 2}))
+    found = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train={"accumulate": 2}))
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=4)
     assert run.pairs == 4
     runs.advance(run, 1)
@@ -108,7 +110,7 @@ def test_from_the_command_line(tiny_sd15: Path, tmp_path: Path) -> None:
     import yaml
 
     file, numbers = tmp_path / "recipe.yaml", tmp_path / "numbers" / "bench.json"
-    file.write_text(yaml.dump(tiny.recipe_in(tiny_sd15, tmp_path)))
+    file.write_text(yaml.dump(recipes.diffusion_in(tiny_sd15, tmp_path)))
     done = CliRunner().invoke(app, ["bench", str(file), "--repeats", "1", "--json", str(numbers)])
     assert done.exit_code == 0, done.output
     found = json.loads(numbers.read_text())
@@ -169,7 +171,7 @@ def test_filling_is_what_one_epoch_needs(
     monkeypatch.setattr(methods, "worked_out", ticking(methods.worked_out))
     monkeypatch.setattr(caching, "open_feed", slow)
     monkeypatch.setattr(runs, "now", lambda _: float(ticks[0]))
-    found = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path), overrides)
+    found = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path), overrides)
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=8)
     assert run.filling == expected
     before = ticks[0]
@@ -229,7 +231,7 @@ def test_a_report_of_two_processes_is_in_units_of_one(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "peak_rate", lambda *_: 1e12)
-    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path), [OFF])  # the other's share of the caches would be missing
+    asked = Asked(recipes.diffusion_in(tiny_sd15, tmp_path), [OFF])  # the other's share of the caches would be missing
     report = bench.run(asked, tmp_path, Double(), name="tiny", repeats=1, say=lambda _: None)
     ((title, (row,)),) = report.models.items()
     assert title.endswith("2 pairs on each of 2 processes")
@@ -241,7 +243,7 @@ def test_a_method_with_many_updates_of_a_batch_is_measured_in_whole_batches(
 ) -> None:
     """SPO makes two contrasts of every batch here, which none but the process that drew them can go on with."""
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
-    given = tiny.recipe_in(tiny_sd15, tmp_path, method=method)
+    given = recipes.diffusion_in(tiny_sd15, tmp_path, method=method)
     run = runs.build(load_recipe(given), tmp_path / "run", Accelerator(), updates=8)
     assert [runs.advance(run, updates) for updates in (1, 2, 3)] == [2, 2, 4]
     assert run.progress.pending == 0 and run.progress.step == 8 and run.progress.batch + 2 * run.progress.epoch == 4
@@ -256,12 +258,12 @@ def test_a_method_with_many_updates_of_a_batch_is_measured_in_whole_batches(
 
 
 def test_starting_workers_is_not_measured(tiny_sd15: Path, tmp_path: Path) -> None:
-    found = runs.shortened(load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, data={"workers": 2})), tmp_path, 1, 1)
+    found = runs.shortened(load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, data={"workers": 2})), tmp_path, 1, 1)
     assert found.data.workers == 0
 
 
 def test_gradients_are_scaled_for_all_or_for_none(tiny_sd15: Path, tmp_path: Path) -> None:
-    asked = Asked(tiny.recipe_in(tiny_sd15, tmp_path), variants=[["train.precision=float16"]])
+    asked = Asked(recipes.diffusion_in(tiny_sd15, tmp_path), variants=[["train.precision=float16"]])
     with pytest.raises(
         ValueError, match="precision: float16 beside float32, and gradients are scaled in float16 alone"
     ):
@@ -274,7 +276,7 @@ def test_a_compiled_run_is_counted_as_another(tiny_sd15: Path, tmp_path: Path) -
     torch._dynamo.reset()
     found = {}
     for on in (False, True):
-        given = load_recipe(tiny.recipe_in(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"compile": on}))
+        given = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, model={"tune": "lora"}, train={"compile": on}))
         run = runs.build(given, tmp_path / f"{on}", Accelerator(), updates=4)
         runs.advance(run, 1)
         found[on] = runs.count_operations(run), runs.peak_bytes(run, 0)
@@ -284,7 +286,7 @@ def test_a_compiled_run_is_counted_as_another(tiny_sd15: Path, tmp_path: Path) -
 
 
 def test_pairs_that_fill_no_batch_are_refused(tiny_sd15: Path, tmp_path: Path) -> None:
-    few = Asked(tiny.recipe_in(tiny_sd15, tmp_path, train={"batch_size": 9}))
+    few = Asked(recipes.diffusion_in(tiny_sd15, tmp_path, train={"batch_size": 9}))
     with pytest.raises(ValueError, match="has 8 pairs, and a batch has 9"):
         bench.run(few, tmp_path, Accelerator(), name="few", repeats=1, say=lambda _: None)
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import Accelerator
 
@@ -14,6 +13,7 @@ from mmalign.benchmark.bench import OURS, SAME, Asked
 from mmalign.benchmark.proof import apart_in_float32
 from mmalign.sections import Recipe
 from tests.benchmark.wrong_steps import wrong_beta_of
+from tests.helpers import data_files, recipes
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def asked(tiny_sd15: Path, tmp_path: Path) -> Asked:
         "model": {"tune": "lora"},
         "train": {"precision": "bfloat16"},
     }
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    return Asked(tiny.recipe(tiny_sd15, pairs, tmp_path / "output", **sections), peer="diffusers")
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    return Asked(recipes.diffusion(tiny_sd15, pairs, tmp_path / "output", **sections), peer="diffusers")
 
 
 def test_what_is_right_is_measured_in_half_precision(asked: Asked, tmp_path: Path) -> None:

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
 from PIL import Image
 
 from mmalign.benchmark import cases, scale
 from mmalign.benchmark.bench import OURS
 from mmalign.recipe import load_recipe
+from tests.helpers import data_files, recipes
 
 
 def image_recipe(model: Path, folder: Path) -> Path:
     file = folder / "recipe.yaml"
-    content = tiny.recipe(model, tiny.pick_a_pic(folder / "pairs.parquet"), folder / "output")
+    content = recipes.diffusion(model, data_files.pick_a_pic(folder / "pairs.parquet"), folder / "output")
     file.write_text(yaml.dump(content))
     return file
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 from torch import nn
 
@@ -34,6 +32,7 @@ from tests.benchmarks.performance import (
     Study,
     Variant,
 )
+from tests.helpers import data_files, recipes
 
 LORA_VARIANTS, FULL_VARIANTS = (COPIED, UNCACHED, KEPT, SEQUENCE, LAST), (MAPO, LOOPED, AGAIN)
 
@@ -41,12 +40,12 @@ LORA_VARIANTS, FULL_VARIANTS = (COPIED, UNCACHED, KEPT, SEQUENCE, LAST), (MAPO, 
 @pytest.fixture(scope="module")
 def measured(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
     folder = tmp_path_factory.mktemp("benchmark")
-    pairs = tiny.pick_a_pic(folder / "pairs.parquet")
+    pairs = data_files.pick_a_pic(folder / "pairs.parquet")
     studies = {"lora": (LORA_VARIANTS, (), "diffusers"), "full": (FULL_VARIANTS, (FULL,), None)}
     found = {}
     for tune, (variants, overrides, peer) in studies.items():
         study = Study(
-            lambda into: tiny.recipe(tiny_sd15, pairs, into, model={"tune": "lora"}), variants, overrides, peer
+            lambda into: recipes.diffusion(tiny_sd15, pairs, into, model={"tune": "lora"}), variants, overrides, peer
         )
         found[tune] = performance.run(tune, study, folder / tune, repeats=1, say=lambda _: None)
     return found.__getitem__
@@ -120,7 +119,7 @@ def test_spo_with_two_forwards_learns_the_same_from_twice_the_rows(
     tiny_sd15: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
-    content, found, forwards = tiny.recipe_in(tiny_sd15, tmp_path, method=method), [], []
+    content, found, forwards = recipes.diffusion_in(tiny_sd15, tmp_path, method=method), [], []
     for variant in (Variant(OURS, ""), TWICE):
         run = performance.build(content, [], variant, tmp_path / variant.name, 2)
         found.append(runs.first_gradient(run))
@@ -133,7 +132,7 @@ def test_spo_with_two_forwards_learns_the_same_from_twice_the_rows(
 
 def test_rows_that_share_a_prompt_spare_its_operations(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
     """A decoder's operations are nearly as the tokens that it reads: attention, a small part of them here, is not."""
-    content = tiny_vlm.recipe(vlm_folders("llava"), tiny_vlm.pairs(tmp_path / "rows"), tmp_path / "run")
+    content = recipes.vlm(vlm_folders("llava"), data_files.response_pairs(tmp_path / "rows"), tmp_path / "run")
     forwards = {}
     for variant in (Variant(OURS, ""), APART):
         run = performance.build(content, [], variant, tmp_path / variant.name, 2)
@@ -148,7 +147,7 @@ def test_rows_that_share_a_prompt_spare_its_operations(vlm_folders: Callable[[st
 
 
 def test_what_is_said_to_lie_otherwise_does(tiny_sd15: Path, tmp_path: Path) -> None:
-    run = performance.build(tiny.recipe_in(tiny_sd15, tmp_path), [], LAST, tmp_path / "last", 1)
+    run = performance.build(recipes.diffusion_in(tiny_sd15, tmp_path), [], LAST, tmp_path / "last", 1)
     kernels = [p for p in run.policy.unwrapped.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
     run.learner.accelerator.free_memory()
@@ -157,8 +156,8 @@ def test_what_is_said_to_lie_otherwise_does(tiny_sd15: Path, tmp_path: Path) -> 
 def test_the_optimizer_that_loops_does(tiny_sd15: Path, tmp_path: Path) -> None:
     from accelerate import Accelerator
 
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    content = tiny.recipe(tiny_sd15, pairs, tmp_path / "run")
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "run")
     for variant, fused in ((Variant(OURS, ""), True), (LOOPED, False)):
         run = performance.build(content, [], variant, tmp_path / variant.name, 1)
         assert all(group["fused"] is fused for group in run.learner.optimizer.param_groups)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from mmalign.data.pairs import Turn
 from mmalign.data.responses import open_responses
+from tests.helpers import data_files
 
 
 def opened(folder: Path, row: dict[str, Any], layout: str = "answers") -> Any:
-    (folder / "a.png").write_bytes(tiny.picture(0))
+    (folder / "a.png").write_bytes(data_files.png(0))
     (folder / "rows.jsonl").write_text(json.dumps(row))
     return open_responses(layout, str(folder / "rows.jsonl"))
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import tiny
 
 from mmalign.data.pairs import hold_out
 from mmalign.data.prompts import PromptLoader, open_prompts, prompts_of
 from mmalign.data.scenes import sample_prompts
 from mmalign.data.sources import open_pairs
+from tests.helpers import data_files
 
 SHIPPED = Path(__file__).parents[2] / "assets" / "prompts" / "scenes.txt"
 
@@ -43,7 +43,7 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_pairs_give_their_prompts_once(tmp_path: Path) -> None:
-    pairs = open_pairs("pick_a_pic", str(tiny.pick_a_pic(tmp_path / "pairs.parquet")))
+    pairs = open_pairs("pick_a_pic", str(data_files.pick_a_pic(tmp_path / "pairs.parquet")))
     assert [p.prompt for p in prompts_of(pairs, limit=3)] == [f"thing number {i}" for i in range(3)]
     twice = pairs.select([0, 0, 1])
     assert len(prompts_of(twice)) == 2

@@ -11,11 +11,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 
 from mmalign.data.images import decode
 from mmalign.data.pairs import Pairs, ResponsePair, Turn, hold_out
 from mmalign.data.responses import check_responses, open_responses
+from tests.helpers import data_files
 
 QUESTION, CHOSEN, REJECTED = "What is in it?", "A red cube.", "A red cube and a dog."
 
@@ -29,7 +29,7 @@ def _no_bars() -> None:
 def here(tmp_path: Path) -> Path:
     """A folder with three pictures."""
     for number, name in enumerate(("a.png", "b.png", "c.png")):
-        (tmp_path / name).write_bytes(tiny.picture(number))
+        (tmp_path / name).write_bytes(data_files.png(number))
     return tmp_path
 
 
@@ -231,7 +231,7 @@ def table(folder: Path, number: int = 4) -> Path:
     """As TRL's data are on the Hub: images as structs of bytes, messages as lists of structs."""
     rows = [
         {
-            "images": [{"bytes": tiny.picture(n), "path": None}],
+            "images": [{"bytes": data_files.png(n), "path": None}],
             "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "?"}]}],
             "chosen": [{"role": "assistant", "content": [{"type": "text", "text": f"{n} cubes."}]}],
             "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "" if n == 2 else "None."}]}],
@@ -246,7 +246,7 @@ def test_a_table_s_images_are_read_with_their_pair(here: Path) -> None:
     pairs = open_responses("trl", str(table(here)))
     assert [pair.chosen for pair in pairs] == ["0 cubes.", "1 cubes.", "3 cubes."]
     assert [str(d) for d in pairs.dropped] == ["train-0.parquet: row 2: the rejected response is empty"]
-    assert pairs[2].images[0].read() == tiny.picture(3) and pairs[0].turns[0].text == "<image>?"
+    assert pairs[2].images[0].read() == data_files.png(3) and pairs[0].turns[0].text == "<image>?"
 
 
 def test_a_table_may_name_files(here: Path) -> None:
@@ -254,17 +254,17 @@ def test_a_table_may_name_files(here: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), here / "rows.parquet")
     for images in (None, here):
         (pair,) = open_responses("rlhfv", str(here / "rows.parquet"), images=images)
-        assert pair.images[0].read() == tiny.picture(0) and pair.group == "a.png"
+        assert pair.images[0].read() == data_files.png(0) and pair.group == "a.png"
 
 
 def test_a_column_of_bytes_and_json_in_text(here: Path) -> None:
     """As RLHF-V has it."""
     told = json.dumps({"question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED})
-    rows = [{"image": {"bytes": tiny.picture(0), "path": "x.png"}, "text": told}, {"image": None, "text": told}]
+    rows = [{"image": {"bytes": data_files.png(0), "path": "x.png"}, "text": told}, {"image": None, "text": told}]
     pq.write_table(pa.Table.from_pylist(rows), here / "rlhfv.parquet")
     pairs = open_responses("rlhfv", str(here / "rlhfv.parquet"))
     assert len(pairs) == 1 and "row 1: has no image" in str(pairs.dropped[0])
-    assert pairs[0].images[0].read() == tiny.picture(0)
+    assert pairs[0].images[0].read() == data_files.png(0)
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

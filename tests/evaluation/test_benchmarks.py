@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from mmalign.data.images import BadImage
 from mmalign.evaluation import amber, object_halbench, pope
 from mmalign.evaluation.benchmarks import DESCRIPTIONS, Amber, Descriptions, Question, YesNo, in_folder, read_asked
 from mmalign.language.objects import vocabulary
+from tests.helpers import data_files
 
 WORDS = vocabulary({"dog": ["puppy"], "cat": [], "ball": []})
 ASKED = [Question(1, "1.jpg", "Describe it."), Question(2, "COCO_val2014_000000000042.jpg", "Describe it.")]
@@ -137,7 +137,7 @@ def test_bad_questions(records: list[Any], sentence: str, tmp_path: Path) -> Non
 
 
 def test_images_are_there_before_anything_is_asked(tmp_path: Path) -> None:
-    (tmp_path / "1.jpg").write_bytes(tiny.picture(0))
+    (tmp_path / "1.jpg").write_bytes(data_files.png(0))
     with pytest.raises(ValueError, match=r"has no COCO_val2014_000000000042.jpg \(1 of 2 images are missing\)"):
         in_folder(tmp_path, ASKED)
     images = in_folder(tmp_path, ASKED[:1])

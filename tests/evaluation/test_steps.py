@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from mmalign import run
 from mmalign.evaluation.steps import StepAccuracy
 from mmalign.recipe import load_recipe
+from tests.helpers import data_files, recipes
 
 
 def quiet(_: str) -> None:
@@ -17,8 +17,8 @@ def quiet(_: str) -> None:
 
 
 def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet", number=24)
-    content = tiny.recipe(
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=24)
+    content = recipes.diffusion(
         judge,
         pairs,
         tmp_path / "out",

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_vlm
 import torch
 from torch import nn
 
 from mmalign.families import Loading, compiled, load_family, load_vision_language, step_judge
 from mmalign.recipe import load_recipe
 from mmalign.training import train
+from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
 
 CPU = Loading(torch.device("cpu"))
-Folders = Callable[[str], Path]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 
 
@@ -42,12 +40,12 @@ def learned(recipe: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_denoiser_learns_the_same(tune: str, tiny_sd15: Path, tmp_path: Path) -> None:
     """With a frozen copy and with adapters off; activations are computed again, too."""
-    pairs, losses = tiny.pick_a_pic(tmp_path / "pairs.parquet"), {}
+    pairs, losses = data_files.pick_a_pic(tmp_path / "pairs.parquet"), {}
     for on in (False, True):
         how = {"steps": 3, "compile": on, "gradient_checkpointing": tune == "full"}
         # The reference's scores are kept, or worked out beside the policy's.
         method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": int(tune == "lora")}
-        given = tiny.recipe(tiny_sd15, pairs, tmp_path / f"{on}", train=how, model={"tune": tune}, method=method)
+        given = recipes.diffusion(tiny_sd15, pairs, tmp_path / f"{on}", train=how, model={"tune": tune}, method=method)
         losses[on], compilations = learned(given)
         assert bool(compilations.get("unique_graphs")) == on
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
@@ -58,10 +56,10 @@ def test_a_denoiser_learns_the_same(tune: str, tiny_sd15: Path, tmp_path: Path) 
 
 @needs_compiler
 def test_a_decoder_learns_the_same_and_is_not_compiled_for_every_length(vlm_folders: Folders, tmp_path: Path) -> None:
-    pairs, losses = tiny_vlm.pairs(tmp_path / "rows", number=12), {}
+    pairs, losses = data_files.response_pairs(tmp_path / "rows", number=12), {}
     for on in (False, True):
         given = {"steps": 12, "save_every": 12, "batch_size": 1, "lr": 1e-3, "compile": on}
-        recipe = tiny_vlm.recipe(vlm_folders("llava"), pairs, tmp_path / f"{on}", train=given, model={"tune": "full"})
+        recipe = recipes.vlm(vlm_folders("llava"), pairs, tmp_path / f"{on}", train=given, model={"tune": "full"})
         losses[on], compilations = learned(recipe)
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][-1] != losses[True][0]
@@ -88,7 +86,7 @@ def test_the_blocks_of_a_transformer_are_those_that_repeat(name: str, kinds: set
 
 
 def test_the_blocks_of_a_decoder_are_its_own(vlm_folders: Folders) -> None:
-    for name in tiny_vlm.STANDING:
+    for name in STANDING_VLMS:
         family: Any = load_vision_language(str(vlm_folders(name)), CPU)
         decoder = family.network.model.get_decoder()
         assert list(family.blocks(family.network)) == list(decoder.layers), name

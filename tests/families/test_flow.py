@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_flow
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -20,6 +19,7 @@ from torch import Tensor
 from mmalign.diffusion.flow import Flow
 from mmalign.families import Conditioning, Loading, Sampling, TextToImage, flow, load_family
 from mmalign.policy import adapters_off
+from tests.helpers import flow_models
 
 CPU = Loading(torch.device("cpu"))
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
@@ -51,7 +51,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 MASKED = ["z_image", "qwen_image", "sana"]
 
 
-@pytest.fixture(params=list(tiny_flow.BUILDERS))
+@pytest.fixture(params=list(flow_models.BUILDERS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -393,7 +393,7 @@ def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> No
 
 
 def test_a_scheduler_of_diffusion_is_refused(tmp_path: Path) -> None:
-    pipeline = tiny_flow.BUILDERS["flux"]()
+    pipeline = flow_models.BUILDERS["flux"]()
     pipeline.scheduler = DDIMScheduler()
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a DDIMScheduler that predicts epsilon; expected a FlowMatch"):

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_vlm
 import torch
-from tiny_vlm import PICTURES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -25,9 +23,11 @@ from mmalign.families.facts import Facts
 from mmalign.families.processor_reader import ProcessorReader
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy
+from tests.helpers import vlm_models, vlm_reference
+from tests.helpers.vlm_reference import PICTURES
 
 CPU = Loading(torch.device("cpu"))
-EVERY = [*tiny_vlm.BUILDERS, *tiny_vlm.NEWER]
+EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
 QUESTION = "<image>What is it?"
 GREEDY, SAMPLED = Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, temperature=0.8)
 DRAWS = Draws(seed=3)
@@ -127,7 +127,7 @@ def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
     """Token by token from the model's own forward pass over pixels, the whole row anew each time."""
     row, said = prompt(family, asked), list[int]()
     for step in range(decoding.max_new_tokens):
-        logits = tiny_vlm.own_logits(family, [*row.ids, *said], asked.question, asked.images)[-1]
+        logits = vlm_reference.own_logits(family, [*row.ids, *said], asked.question, asked.images)[-1]
         if decoding.temperature:
             logits = logits / decoding.temperature + DRAWS.gumbel([asked.key], logits.shape, "answer", step)[0]
         said.append(int(logits.argmax()))
@@ -146,7 +146,7 @@ def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding
     assert all(found) and (found[0] != found[1] or decoding == GREEDY)
 
 
-@pytest.mark.parametrize("name", list(tiny_vlm.BUILDERS))
+@pytest.mark.parametrize("name", list(vlm_models.BUILDERS))
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_is_the_same_alone_and_in_any_company(
     name: str, decoding: Decoding, family_of: Callable[[str], Any]
@@ -180,7 +180,7 @@ def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
     decoding = Decoding(max_new_tokens=1, temperature=0.25, batch_size=600)
     found = answers(llava, [Asked(key=key) for key in range(600)], decoding)
     row = prompt(llava, Asked())
-    share = (tiny_vlm.own_logits(llava, row.ids, QUESTION, ("wide",))[-1] / 0.25).softmax(-1)
+    share = (vlm_reference.own_logits(llava, row.ids, QUESTION, ("wide",))[-1] / 0.25).softmax(-1)
     texts = [llava.reader.text([token], row.ids) for token in range(len(share))]
     for text in {texts[token] for token in share.topk(3).indices}:
         p = share[[other == text for other in texts]].sum().item()  # parts of characters read alike
@@ -375,7 +375,7 @@ def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
     assert found.shape == tokens.responses.shape and not found.requires_grad
     for got, row in zip(found, rows, strict=True):
         count = len(row.response)
-        logits = tiny_vlm.own_logits(family, row.ids, QUESTION, ("wide",))[row.start - 1 : -1]
+        logits = vlm_reference.own_logits(family, row.ids, QUESTION, ("wide",))[row.start - 1 : -1]
         assert got[:count].tolist() == logits.argmax(1).tolist()
         assert got[count:].tolist() == [row.ids[0]] * (len(got) - count)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_vlm
 import torch
-from tiny_vlm import BUILDERS, PICTURES
 from torch import Tensor
 
 from mmalign.assemble import load_model
@@ -26,6 +24,9 @@ from mmalign.losses import Pair, dpo
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.recipe import load_recipe
 from mmalign.training import train
+from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers.vlm_models import BUILDERS
+from tests.helpers.vlm_reference import PICTURES
 
 CPU = Loading(torch.device("cpu"))
 PACKED = [*BUILDERS, "llava_onevision"]
@@ -36,8 +37,6 @@ ASKED = [
     ("tall", "What is it?", ["A car.", LONG]),
     ("wide", "Is there a dog in the image?", ["No."]),
 ]
-
-Folders = Callable[[str], Path]
 
 
 def rows(family: Any, asked: Sequence[tuple[str, str, list[str]]] = ASKED) -> list[TokenRow]:
@@ -102,7 +101,7 @@ def test_packed_is_apart(name: str, vlm_folders: Folders) -> None:
         torch.testing.assert_close(ours[weight], grad, rtol=1e-4, atol=1e-5, msg=weight)
 
 
-@pytest.mark.parametrize("name", sorted(tiny_vlm.STANDING))
+@pytest.mark.parametrize("name", STANDING_VLMS)
 def test_a_plain_causal_mask_would_not_do(name: str, vlm_folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same row, with each token seeing all before it: the first response is right, if its prompt is, and no other.
 
@@ -231,7 +230,7 @@ def test_rows_as_long_as_a_window_run_apart_and_others_do_not(llava: Any) -> Non
 
 
 def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folders, tmp_path: Path) -> None:
-    pairs = tiny_vlm.pairs(tmp_path / "rows")
+    pairs = data_files.response_pairs(tmp_path / "rows")
     told = {
         ("llava", "auto"): "the responses to a prompt share one run of it and its images",
         ("llava", "off"): "off, each response runs with its own prompt and images, since train.pack is off",
@@ -242,7 +241,7 @@ def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folde
     }
     for (name, pack), expected in told.items():
         lines: list[str] = []
-        recipe = load_recipe(tiny_vlm.recipe(vlm_folders(name), pairs, tmp_path / "run", train={"pack": pack}))
+        recipe = load_recipe(recipes.vlm(vlm_folders(name), pairs, tmp_path / "run", train={"pack": pack}))
         load_model(recipe, CPU.device, lines.append)
         (line,) = [line for line in lines if line.startswith("packing")]
         assert line.startswith(f"packing: {expected}")
@@ -250,10 +249,10 @@ def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folde
 
 def test_a_run_learns_what_it_learns_unpacked(vlm_folders: Folders, tmp_path: Path) -> None:
     """Within the rounding of float32, which AdamW enlarges: its first steps divide small gradients by themselves."""
-    pairs, losses = tiny_vlm.pairs(tmp_path / "rows"), {}
+    pairs, losses = data_files.response_pairs(tmp_path / "rows"), {}
     for pack in ("auto", "off"):
         short = {"steps": 3, "save_every": 3, "pack": pack}
-        recipe = load_recipe(tiny_vlm.recipe(vlm_folders("llava"), pairs, tmp_path / pack, train=short))
+        recipe = load_recipe(recipes.vlm(vlm_folders("llava"), pairs, tmp_path / pack, train=short))
         losses[pack] = [report["loss"] for report in train(recipe, say=lambda _: None).history]
     assert losses["auto"][0] == losses["off"][0] == pytest.approx(math.log(2), abs=1e-7)
     assert losses["auto"] == pytest.approx(losses["off"], abs=1e-4)
@@ -261,9 +260,8 @@ def test_a_run_learns_what_it_learns_unpacked(vlm_folders: Folders, tmp_path: Pa
 
 
 def test_images_have_nothing_to_pack(tiny_sd15: Path, tmp_path: Path) -> None:
-    import tiny
 
-    pairs = tiny.pick_a_pic(tmp_path / "pairs.parquet")
-    recipe = load_recipe(tiny.recipe(tiny_sd15, pairs, tmp_path / "run", train={"pack": "off"}))
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "run", train={"pack": "off"}))
     with pytest.raises(ValueError, match=r"^train.pack: off is about responses .* compares images; leave it out$"):
         train(recipe, say=lambda _: None)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_vlm
 import torch
-from tiny_vlm import PICTURES
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -21,12 +19,14 @@ from mmalign.families import Loading, VisionLanguage, load_vision_language, mode
 from mmalign.families.vision_language import _check_type
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy, adapters_off
+from tests.helpers import vlm_models, vlm_reference
+from tests.helpers.vlm_reference import PICTURES
 
 CPU = Loading(torch.device("cpu"))
 ANSWERS = ["There is a red cube and a dog.", "Yes."]
 TRIED = [
-    *((name, images) for name in tiny_vlm.BUILDERS for images in [("wide",), ("tall", "wide")]),
-    *((name, (image,)) for name in tiny_vlm.NEWER for image in ("wide", "tall")),
+    *((name, images) for name in vlm_models.BUILDERS for images in [("wide",), ("tall", "wide")]),
+    *((name, (image,)) for name in vlm_models.NEWER for image in ("wide", "tall")),
 ]
 
 
@@ -128,7 +128,7 @@ def test_placeholders_must_match_the_images(vlm: VisionLanguage) -> None:
 def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
     """From the model's own forward pass over pixels and logits, for one row."""
     row = rows(family, images, [answer])[0]
-    logits = tiny_vlm.own_logits(family, row.ids, "<image>" * len(images) + "What is it?", images)
+    logits = vlm_reference.own_logits(family, row.ids, "<image>" * len(images) + "What is it?", images)
     at = torch.arange(row.start, len(row.ids))
     return logits.log_softmax(-1)[at - 1, torch.tensor(row.response)]
 
@@ -200,7 +200,7 @@ def test_adapters_are_on_every_linear_layer_of_the_decoder_and_nowhere_else(vlm:
     assert names and all(name.startswith(f"{decoder}.") and "lora_" in name for name in names)
     ends = {name.split(".lora_")[0].rpartition(".")[2] for name in names}
     assert ends == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert len(names) == 2 * 7 * tiny_vlm.TEXT["num_hidden_layers"]
+    assert len(names) == 2 * 7 * vlm_models.TEXT["num_hidden_layers"]
 
 
 def test_adapters_off_is_the_base_model_bit_for_bit(vlm: Any) -> None:
@@ -342,7 +342,7 @@ def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Callable[[
 
 def test_a_type_whose_prompts_name_images_by_another_token_than_its_features_is_refused() -> None:
     """As Gemma 3's and Molmo 2's do; the processor is the model's own, so copying it anew would not help."""
-    model, processor = tiny_vlm.BUILDERS["internvl"]()
+    model, processor = vlm_models.BUILDERS["internvl"]()
     processor.image_token = "<img>"
     told = "m is a internvl, which cannot be aligned here .*place in a prompt is <img>, and its features have other"
     with pytest.raises(ValueError, match=told):

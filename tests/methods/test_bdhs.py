@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_vlm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,8 +24,8 @@ from mmalign.language.objects import coco_vocabulary
 from mmalign.methods import bdhs, dpo
 from mmalign.policy import Policy
 from mmalign.recipe import load_recipe
+from tests.helpers import Folders, data_files, recipes
 
-Folders = Callable[[str], Path]
 DRAWS = Draws(0)
 ONLINE = {"similarity": "trigrams", "max_new_tokens": 5, "tries": 2}
 VOCABULARY = coco_vocabulary()
@@ -41,7 +39,7 @@ def policy(vlm_folders: Folders) -> Policy[Any]:
 def made(vlm_folders: Folders, seed: int = 0, size: float = 0.3) -> Policy[Any]:
     """A policy with adapters that have learned something: without, it would equal its reference."""
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
-    recipe = load_recipe(tiny_vlm.recipe(Path("x"), Path("y"), Path("z")))
+    recipe = load_recipe(recipes.vlm(Path("x"), Path("y"), Path("z")))
     policy: Policy[Any] = assemble.build_policy(family, recipe)
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.trainable():
@@ -51,7 +49,7 @@ def made(vlm_folders: Folders, seed: int = 0, size: float = 0.3) -> Policy[Any]:
 
 def rows(folder: Path, hallucinated: dict[int, str] | None = None, **fields: str) -> Path:
     """Eight pairs; some get a hallucinated response, and all of them other fields, {n} being the pair's number."""
-    path = tiny_vlm.pairs(folder)
+    path = data_files.response_pairs(folder)
     content = [json.loads(line) for line in path.read_text().splitlines()]
     for number, row in enumerate(content):
         row |= {name: text.format(n=number) for name, text in fields.items()}
@@ -304,7 +302,7 @@ def test_the_bundled_annotator_takes_verdicts_for_what_they_are(tmp_path: Path) 
 def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders: Folders, tmp_path: Path) -> None:
     """Bit for bit, although the policy's own words depend on its weights."""
     own = {"online": ONLINE} if mode == "online" else {"mixed": {"max_new_tokens": 4, "share": 1.0}}
-    content = tiny_vlm.recipe(
+    content = recipes.vlm(
         vlm_folders("llava"),
         rows(tmp_path / "rows"),
         tmp_path / "whole",
@@ -327,7 +325,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders
 
 
 def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders: Folders, tmp_path: Path) -> None:
-    content = tiny_vlm.recipe(
+    content = recipes.vlm(
         vlm_folders("qwen3_5"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", "mode": "online"}
     )
     with pytest.raises(ValueError, match=r"^model\.path: BDHS hides an image from "):
@@ -348,7 +346,7 @@ def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders:
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], sentence: str) -> None:
-    content = tiny_vlm.recipe(Path("x"), Path("y"), Path("z"), method={"name": "bdhs", **settings})
+    content = recipes.vlm(Path("x"), Path("y"), Path("z"), method={"name": "bdhs", **settings})
     with pytest.raises(ValueError) as raised:
         load_recipe(content)
     assert sentence in str(raised.value)
@@ -369,7 +367,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(
     settings: dict[str, Any], sentence: str, tmp_path: Path, vlm_folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(assemble, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    content = tiny_vlm.recipe(
+    content = recipes.vlm(
         vlm_folders("llava"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", **settings}
     )
     with pytest.raises(ValueError) as raised:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_pairs import DRAWS, ROWS, full, gradient, pairs, run
 from torch import Tensor
 
 from mmalign.encode import EncodedPairs
 from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_family
 from mmalign.methods import cca, diffusion_dpo
 from mmalign.policy import FrozenCopy, Policy
+from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run
 
 
 @pytest.fixture(params=["tiny_sd2", "tiny_sdxl"])

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from response_pairs import adapted, batch, golden, gradient, published, run, swapped
 
 from mmalign.families import ImageFeatures, VisionLanguage
 from mmalign.language.tokens import TokenRow, Tokens
 from mmalign.methods import dpo, rlhfv
 from mmalign.policy import FrozenCopy, Policy
+from tests.helpers.response_batches import adapted, batch, golden, gradient, published, run, swapped
 
 GOLDEN = golden("dpo")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from image_pairs import DRAWS, ROWS, full, gradient, pairs, run
 from torch import Tensor, nn
 
 from mmalign.diffusion import inversion
@@ -23,6 +22,7 @@ from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_f
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.methods import diffusion_dpo, inpo
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "inpo.json").read_text())["cases"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from image_pairs import DRAWS, ROWS, full, gradient, pairs, run, swapped
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from mmalign.encode import EncodedPairs
 from mmalign.families import Loading, Moments, TextToImage, load_family
 from mmalign.methods import diffusion_dpo, instruct_engine
 from mmalign.policy import FrozenCopy, Policy
+from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run, swapped
 
 LN2 = math.log(2)
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # of logits: beta magnifies rounding

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from response_pairs import DRAWS, PAIRS, adapted, batch, golden, gradient, run
 from torch import Tensor
 
 from mmalign.draws import Draws
@@ -17,6 +16,7 @@ from mmalign.language.tokens import TokenRow, Tokens
 from mmalign.methods import dpo, mdpo
 from mmalign.methods.dpo import Contrast
 from mmalign.policy import Policy
+from tests.helpers.response_batches import DRAWS, PAIRS, adapted, batch, golden, gradient, run
 
 GOLDEN = golden("mdpo")
 TERMS = ("text", "image", "anchor")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from image_pairs import DRAWS, ROWS, full, gradient, pairs, run, swapped
 from torch import Tensor, nn
 
 from mmalign import methods
@@ -22,6 +21,7 @@ from mmalign.methods import Step, diffusion_dpo, mapo, sft
 from mmalign.methods._typed import METHODS
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.sections import SECTIONS
+from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run, swapped
 
 ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen_image"]
 

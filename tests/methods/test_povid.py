@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from response_pairs import DRAWS, PAIRS, adapted, batch, golden, gradient, published, run
 
 from mmalign.draws import Draws
 from mmalign.families import VisionLanguage
 from mmalign.methods import dpo, povid
 from mmalign.policy import FrozenCopy
+from tests.helpers.response_batches import DRAWS, PAIRS, adapted, batch, golden, gradient, published, run
 
 GOLDEN = golden("povid")
 EXPECTED = GOLDEN["expected"]

@@ -6,11 +6,11 @@ import math
 from dataclasses import replace
 
 import torch
-from response_pairs import adapted, batch, golden, gradient, published, run, swapped
 
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import dpo, realign
+from tests.helpers.response_batches import adapted, batch, golden, gradient, published, run, swapped
 
 GOLDEN = golden("realign_rdpo")
 PAPER = GOLDEN["expected"]["paper"]

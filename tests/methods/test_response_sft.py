@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from response_pairs import PAIRS, adapted, batch, golden, gradient, published, run, swapped
 
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import response_sft
 from mmalign.policy import Policy
+from tests.helpers.response_batches import PAIRS, adapted, batch, golden, gradient, published, run, swapped
 
 GOLDEN = golden("dpo")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_vlm
 
-from tests.prepare.preparing import FEW, OWN, REALIGN, Folders, answers
+from tests.helpers import Folders, recipes
+from tests.helpers.preparation import FEW, OWN, REALIGN, answers
 
 
 @pytest.fixture
@@ -24,6 +24,6 @@ def content(vlm_folders: Folders, source: Path, tmp_path: Path) -> Callable[...,
         section = {"kind": kind, "source": {"path": str(source)}, "save_every": 2, **settings, **prepare}
         layout = "realign" if kind == "realign" else "trl"
         model = vlm_folders("llava")
-        return tiny_vlm.recipe(model, tmp_path / name, tmp_path / "out", prepare=section, data={"format": layout})
+        return recipes.vlm(model, tmp_path / name, tmp_path / "out", prepare=section, data={"format": layout})
 
     return recipe

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from mmalign import run
 from mmalign.families import latents
 from mmalign.recipe import Recipe, load_recipe
+from tests.helpers import recipes
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def recipe(tiny_sd15: Path, tmp_path: Path) -> Recipe:
     """Six images of three prompts, in three batches."""
     drawing = {"steps": 1, "guidance": 1.0, "batch_size": 2}
     prepare = {"prompts": 3, "images": 2, "sure": 0.5, "judge": {"path": "models/tiny_clip"}, "drawing": drawing}
-    return load_recipe(tiny.recipe(tiny_sd15, tmp_path / "drawn.parquet", tmp_path / "out", prepare=prepare))
+    return load_recipe(recipes.diffusion(tiny_sd15, tmp_path / "drawn.parquet", tmp_path / "out", prepare=prepare))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import tiny_vlm
 import torch
 import yaml
 
@@ -26,7 +25,8 @@ from mmalign.families import Decoding, Loading, load_vision_language
 from mmalign.language.objects import coco_vocabulary
 from mmalign.recipe import load_recipe
 from mmalign.rejected import Hallucinated, Index, Misled, Own
-from tests.prepare.preparing import ANSWERS, FEW, OWN, REALIGN, Folders, answers, prepared, refused, text
+from tests.helpers import Folders, data_files
+from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
 
 # ------------------------------------------------------------------------------------------------------ what is written
 
@@ -82,7 +82,7 @@ def test_every_row_says_where_it_came_from(content: Any, vlm_folders: Folders) -
 
 
 def test_the_source_s_rejected_responses_can_be_kept_beside(content: Any, tmp_path: Path) -> None:
-    source = {"path": str(tiny_vlm.pairs(tmp_path / "pairs")), "format": "trl"}
+    source = {"path": str(data_files.response_pairs(tmp_path / "pairs")), "format": "trl"}
     rows, _ = prepared(content("bdhs", source=source, bdhs={**FEW, "keep_rejected": True}))
     own = open_responses("trl", source["path"])
     pairs = open_responses("trl", str(tmp_path / "made.jsonl"))

@@ -9,7 +9,8 @@ import pytest
 
 from mmalign import run
 from mmalign.recipe import load_recipe
-from tests.prepare.preparing import REALIGN, Folders, answers, prepared, refused
+from tests.helpers import Folders
+from tests.helpers.preparation import REALIGN, answers, prepared, refused
 
 
 def test_what_gives_no_pair_is_left_out_counted_and_named(content: Any, tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from mmalign.rewards import load_judge, step_aware
 from mmalign.rewards.transformers_clip import load_parts
+from tests.helpers import clip_models, diffusion_models
 
 PROMPTS = ["a red circle", "two blue stars", "a red circle", "", "word " * 40]
 TIMES = torch.tensor([0, 301, 301, 951, 1])
@@ -29,9 +29,9 @@ def images() -> list[Image.Image]:
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_it_scores_as_the_library_s_own_model_does(activation: str, tmp_path: Path, images: list[Image.Image]) -> None:
     """The same pixels and tokens: float32 rounding. From images: the library resizes tensors, open_clip by Pillow."""
-    folder = tiny.transformers_clip(tmp_path / "clip", activation=activation)
+    folder = clip_models.transformers_clip(tmp_path / "clip", activation=activation)
     theirs, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
-    words = {"padding": True, "truncation": True, "max_length": tiny.CONTEXT}
+    words = {"padding": True, "truncation": True, "max_length": diffusion_models.CONTEXT}
     inputs = processor(text=PROMPTS, images=images, return_tensors="pt", **words)
     with torch.no_grad():
         expected = theirs(**inputs).logits_per_image.diag()

@@ -92,7 +92,7 @@ def gradient(policy: Policy[Any], step: Step) -> Tensor:
 
 def golden(name: str) -> dict[str, Any]:
     """A file of published values."""
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+    found: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text())
     return found
 
 

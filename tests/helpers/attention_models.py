@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiny_vlm
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from mmalign.attention import decoders, denoisers
 from mmalign.benchmark import random_models as shapes
 from mmalign.data.pairs import Turn
 from mmalign.families import Loading, load_family, load_vision_language
+from tests.helpers import vlm_reference
 
 CPU = torch.device("cpu")
 ADAPTERS: dict[str, Any] = {"rank": 8, "alpha": 8.0, "seed": 0}
@@ -92,7 +92,7 @@ def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequen
         assert decoders.head_sizes(inner) == {64}
         weights, rows = adapted(family), []
         decoders.use(inner, executor)
-        views = {key: family.reader.view(tiny_vlm.PICTURES[key]) for key in ("wide", "square")}
+        views = {key: family.reader.view(vlm_reference.PICTURES[key]) for key in ("wide", "square")}
         for (key, view), said in zip(views.items(), SAID, strict=True):
             rows += family.reader.rows(asked, said, [(key, view)])
         tokens, features = family.reader.batch(rows).to(device), family.encode_images(views)

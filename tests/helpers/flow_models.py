@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -27,8 +26,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny_vlm_models import qwen2_5_vl
-from tiny_vlm_models import tokenizer as pieces
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -44,6 +41,10 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from tests.helpers import data_files, diffusion_models
+from tests.helpers.vlm_models import qwen2_5_vl
+from tests.helpers.vlm_models import tokenizer as pieces
 
 HEADS: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
 DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
@@ -73,7 +74,7 @@ def _autoencoder() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=tiny.SIDE,
+        sample_size=data_files.SIDE,
         scaling_factor=1.5,
         shift_factor=0.06,
         use_quant_conv=False,
@@ -102,7 +103,7 @@ def _sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             **HEADS,
-            sample_size=tiny.SIDE // 2,
+            sample_size=data_files.SIDE // 2,
             in_channels=4,
             out_channels=4,
             num_layers=2,
@@ -115,11 +116,11 @@ def _sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_autoencoder(),
-        text_encoder=CLIPTextModelWithProjection(tiny.text_config(projection_dim=16)),
-        text_encoder_2=CLIPTextModelWithProjection(tiny.text_config(projection_dim=16)),
+        text_encoder=CLIPTextModelWithProjection(diffusion_models.text_config(projection_dim=16)),
+        text_encoder_2=CLIPTextModelWithProjection(diffusion_models.text_config(projection_dim=16)),
         text_encoder_3=t5,
-        tokenizer=tiny.tokenizer(),
-        tokenizer_2=tiny.tokenizer(),
+        tokenizer=diffusion_models.tokenizer(),
+        tokenizer_2=diffusion_models.tokenizer(),
         tokenizer_3=t5_tokenizer,
     )
 
@@ -139,9 +140,9 @@ def _flux(guided: bool = True) -> FluxPipeline:
         ),
         scheduler=DYNAMIC if guided else FlowMatchEulerDiscreteScheduler(),
         vae=_autoencoder(),
-        text_encoder=CLIPTextModel(tiny.text_config()),
+        text_encoder=CLIPTextModel(diffusion_models.text_config()),
         text_encoder_2=t5,
-        tokenizer=tiny.tokenizer(),
+        tokenizer=diffusion_models.tokenizer(),
         tokenizer_2=t5_tokenizer,
     )
 
@@ -154,7 +155,7 @@ def _flux2() -> Flux2Pipeline:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=tiny.SIDE,
+        sample_size=data_files.SIDE,
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)

@@ -1,17 +1,15 @@
 """True answers for `prepare`, and the command as a person runs it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from mmalign import run
 from mmalign.recipe import load_recipe
+from tests.helpers import data_files
 
-Folders = Callable[[str], Path]  # of a tiny model, by its type
 ANSWERS = [
     "There is a dog. It sits on a red mat.",
     "Two cats are next to a car.",
@@ -31,7 +29,7 @@ def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
     folder.mkdir(exist_ok=True)
     rows = []
     for n, text in enumerate(texts):
-        (folder / f"{n}.png").write_bytes(tiny.picture(n, 16 + 8 * (n % 3)))
+        (folder / f"{n}.png").write_bytes(data_files.png(n, 16 + 8 * (n % 3)))
         rows.append({"image": f"{n}.png", "prompt": "What is it?", "answer": text})
     path = folder / "answers.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))

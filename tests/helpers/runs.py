@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
-import tiny_vlm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,8 +12,8 @@ from torch import Tensor
 from mmalign import checkpoint
 from mmalign.recipe import load_recipe
 from mmalign.training import Trained, train
+from tests.helpers import data_files, recipes
 
-Folders = Callable[[str], Path]
 EPOCH = 4  # batches of two: eight pairs
 
 
@@ -43,11 +40,13 @@ def numbers(done: Trained) -> list[dict[str, float]]:
 
 def responses(model: Path, tmp_path: Path, output: str, /, **sections: Any) -> dict[str, Any]:
     rows = tmp_path / "rows" / "realign.jsonl"
-    source = rows if rows.exists() else tiny_vlm.pairs(tmp_path / "rows", layout="realign")
+    source = rows if rows.exists() else data_files.response_pairs(tmp_path / "rows", layout="realign")
     given = {"data": {"format": "realign"}, **sections}
-    return tiny_vlm.recipe(model, source, tmp_path / output, **given)
+    return recipes.vlm(model, source, tmp_path / output, **given)
 
 
 def pictures(model: Path, tmp_path: Path, output: str, /, **sections: Any) -> dict[str, Any]:
     source = tmp_path / "pairs.parquet"
-    return tiny.recipe(model, source if source.exists() else tiny.pick_a_pic(source), tmp_path / output, **sections)
+    return recipes.diffusion(
+        model, source if source.exists() else data_files.pick_a_pic(source), tmp_path / output, **sections
+    )

@@ -1,8 +1,10 @@
 """Random vision-language models of the real classes at tiny sizes, each with a processor of its own class."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -363,14 +365,11 @@ def gemma4() -> tuple[Any, Any]:
     return Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, **ids)), processor
 
 
-STANDING: dict[str, Callable[[], tuple[Any, Any]]] = {
+BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "llava_next": llava_next,
     "qwen2_5_vl": qwen2_5_vl,
     "paligemma": paligemma,
-}
-BUILDERS = {
-    **STANDING,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
     "qwen2_vl": qwen2_vl,
@@ -379,3 +378,14 @@ BUILDERS = {
 }
 # Types that the same path carries, with one image a row.
 NEWER = {"qwen3_5": qwen3_5, "gemma4": gemma4, "llava_onevision": llava_onevision}
+
+
+def write(name: str, folder: Path, seed: int = 0) -> Path:
+    """A tiny model of that type with its processor, in a folder."""
+    torch.manual_seed(seed)
+    model, processor = {**BUILDERS, **NEWER}[name]()
+    for weight in model.parameters():  # far enough from each other that every token matters
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
