@@ -1,7 +1,7 @@
-"""What a model and its base say to the same questions, written down as they say it.
+"""Answers of a model and its base to the same questions, cached as they come.
 
-Answers are kept in a file for each model, a line each: whoever is stopped goes on where it was, and what was answered
-once is not asked again, whichever benchmark or run wants to know.
+The cache has a file for each model, with a line for each answer. A stopped run resumes where it was, and no question is
+asked twice, whichever benchmark or run needs the answer.
 """
 
 from __future__ import annotations
@@ -26,111 +26,113 @@ from mmalign.language.tokens import TokenRow
 from mmalign.policy import Policy
 from mmalign.report import tracked
 
-Asked = tuple[str, str]  # the name of an image, and a question about it
-Answered = dict[Asked, str]
-OnSide = Callable[[Callable[[nn.Module], Answered]], Answered | None]  # runs something on one of the two models
+QuestionKey = tuple[str, str]  # the name of an image, and a question about it
+AnswersByQuestion = dict[QuestionKey, str]
+RunOnModel = Callable[[Callable[[nn.Module], AnswersByQuestion]], AnswersByQuestion | None]
 
 
 @dataclass(frozen=True)
-class Said:
-    """What was answered.
+class Answers:
+    """Answers of both models.
 
     Attributes:
-        before: the reference's answer to each question that could be asked.
+        before: the reference's answer to each question.
         after: the policy's.
-        left_out: the images about which nothing could be asked, and why.
+        left_out: the images whose questions could not be asked, and the reasons.
     """
 
-    before: Answered
-    after: Answered
+    before: AnswersByQuestion
+    after: AnswersByQuestion
     left_out: Mapping[str, Dropped]
 
 
-class Book:
-    """The answers of one model, in memory and in a file.
+class AnswerCache:
+    """Answers of one model, by image and question, in memory and in a file.
 
     Args:
-        folder: where the files of answers are.
-        of: what an answer depends on besides its question: the model's weights, how it decodes, where the images are;
-            JSON. Other answers are in other files.
+        folder: folder of the files.
+        settings: everything that an answer depends on besides its question: the model's weights, the decoding, the
+            place of the images; JSON. Other settings have another file.
     """
 
-    def __init__(self, folder: Path, of: Mapping[str, object]) -> None:
-        name = hashlib.blake2b(json.dumps(of, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self._journal = Journal(folder / f"{name}.jsonl", of)
-        self.answers = {(image, text): said for piece in self._journal.pieces for image, text, said in piece}
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        self._journal = Journal(folder / f"{name}.jsonl", settings)
+        self.answers: dict[tuple[str, str], str] = {
+            (image, question): answer for piece in self._journal.pieces for image, question, answer in piece
+        }
 
-    def add(self, answers: Answered) -> None:
-        """Write these down, too."""
-        self._journal.append([[*asked, said] for asked, said in answers.items()])
+    def add(self, answers: Mapping[tuple[str, str], str]) -> None:
+        """Add answers to the file."""
+        self._journal.append([[*key, answer] for key, answer in answers.items()])
         self.answers.update(answers)
 
 
-def ask_both(
+def generate_answers(
     policy: Policy[VisionLanguage],
-    questions: Sequence[Asked],
+    questions: Sequence[QuestionKey],
     images: Images,
     decoding: Decoding,
     *,
     seed: int,
-    books: tuple[Book, Book],
-) -> Said:
-    """Ask the reference and the policy the same questions, with the same draws where tokens are drawn.
+    caches: tuple[AnswerCache, AnswerCache],
+) -> Answers:
+    """Ask the reference and the policy the same questions, with the same random numbers if they sample.
 
-    Every image of a batch is encoded once for both. An image that cannot be read, or a prompt that is too long, takes
-    its questions with it, for both models alike.
+    Every image of a batch is encoded once for both. An unreadable image, or a prompt that is too long, takes its
+    questions with it, for both models.
 
     Args:
         policy: the trained model, with its base as reference.
-        questions: what to ask, in batches in this order: a batch takes as long as its longest answer, so questions
-            of one kind stand together. One that comes twice is asked once.
+        questions: the questions, batched in this order and without repetition. A batch takes as long as its longest
+            answer, so questions of one kind should be adjacent.
         images: an image by its name.
-        decoding: how they answer.
-        seed: of the draws, which are keyed by the question.
-        books: where answers of reference and policy are written, and may be already.
+        decoding: settings of generation.
+        seed: seed of sampling, keyed by the question.
+        caches: caches of reference and policy.
     """
-    sides: tuple[OnSide, OnSide] = (policy.on_reference, partial(_on_policy, policy))
-    distinct = list(dict.fromkeys(questions))
-    missing = [asked for asked in distinct if any(asked not in book.answers for book in books)]
+    models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
+    keys = list(dict.fromkeys(questions))
+    missing = [key for key in keys if any(key not in cache.answers for cache in caches)]
     starts, left_out = range(0, len(missing), decoding.batch_size), dict[str, Dropped]()
-    for at in tracked(starts, "answer"):
-        prompts, views = _read(policy.family, missing[at : at + decoding.batch_size], images, left_out)
+    for start in tracked(starts, "answer"):
+        prompts, views = _prepare(policy.family, missing[start : start + decoding.batch_size], images, left_out)
         features = policy.family.encode_images(views)
-        for book, on_side in zip(books, sides, strict=True):
-            new = {asked: prompt for asked, prompt in prompts.items() if asked not in book.answers}
-            if new:
-                said = on_side(partial(_answer, policy.family, new, features, decoding, seed))
-                assert said is not None
-                book.add(said)
-    known = [asked for asked in distinct if asked[0] not in left_out]
-    before, after = ({asked: book.answers[asked] for asked in known} for book in books)
-    return Said(before, after, left_out)
+        for cache, run_on_model in zip(caches, models, strict=True):
+            new_prompts = {key: prompt for key, prompt in prompts.items() if key not in cache.answers}
+            if new_prompts:
+                answers = run_on_model(partial(_generate, policy.family, new_prompts, features, decoding, seed))
+                assert answers is not None
+                cache.add(answers)
+    asked = [key for key in keys if key[0] not in left_out]
+    before, after = ({key: cache.answers[key] for key in asked} for cache in caches)
+    return Answers(before, after, left_out)
 
 
 @torch.no_grad()
-def _on_policy(policy: Policy[VisionLanguage], run: Callable[[nn.Module], Answered]) -> Answered:
+def _on_policy(policy: Policy[VisionLanguage], run: Callable[[nn.Module], AnswersByQuestion]) -> AnswersByQuestion:
     return run(policy.unwrapped)
 
 
-def _answer(
+def _generate(
     family: VisionLanguage,
-    prompts: Mapping[Asked, TokenRow],
+    prompts: Mapping[QuestionKey, TokenRow],
     features: ImageFeatures,
     decoding: Decoding,
     seed: int,
     net: nn.Module,
-) -> Answered:
-    """What a network says after each prompt; the same question always draws alike."""
-    rows = [hashed(*asked) for asked in prompts]
-    said = family.generate(net, list(prompts.values()), features, decoding, rows=rows, draws=Draws(seed))
-    return {asked: text.strip() for asked, text in zip(prompts, said, strict=True)}
+) -> AnswersByQuestion:
+    """Return a network's answers to prompts; random numbers are keyed by the question."""
+    rows = [hashed(*key) for key in prompts]
+    texts = family.generate(net, list(prompts.values()), features, decoding, rows=rows, draws=Draws(seed))
+    return {key: text.strip() for key, text in zip(prompts, texts, strict=True)}
 
 
-def _read(
-    family: VisionLanguage, questions: Sequence[Asked], images: Images, left_out: dict[str, Dropped]
-) -> tuple[dict[Asked, TokenRow], dict[str, ImageView]]:
-    """Questions as prompts, and their images as the model takes them; adds to `left_out` the images that fail."""
-    prompts, views = dict[Asked, TokenRow](), dict[str, ImageView]()
+def _prepare(
+    family: VisionLanguage, questions: Sequence[QuestionKey], images: Images, left_out: dict[str, Dropped]
+) -> tuple[dict[QuestionKey, TokenRow], dict[str, ImageView]]:
+    """Return prompts and preprocessed images of questions; add the images that fail to `left_out`."""
+    prompts, views = dict[QuestionKey, TokenRow](), dict[str, ImageView]()
     for image, text in questions:
         if image in left_out:
             continue
@@ -143,8 +145,8 @@ def _read(
                     f"the prompt has {len(prompt.ids):,} tokens, its image's included, and the model reads "
                     f"{family.reader.max_length:,}"
                 )
-        except ValueError as error:  # a BadImage is one
+        except ValueError as error:  # BadImage included
             left_out[image] = Dropped(image, str(error).removeprefix(f"{image}: "))
             continue
         prompts[image, text] = prompt
-    return {asked: prompt for asked, prompt in prompts.items() if asked[0] not in left_out}, views
+    return {key: prompt for key, prompt in prompts.items() if key[0] not in left_out}, views

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mmalign import assemble, checkpoint, run
 from mmalign.evaluate_images import measure_samples
-from mmalign.evaluate_responses import count_answers
+from mmalign.evaluate_responses import measure_written
 from mmalign.evaluation.counts import Metrics, summarize_runs
 from mmalign.output import read_trained, written
 from mmalign.page.comparison import Drawn, Row, as_markdown, draw_curve, draw_side_by_side, short_names
@@ -235,7 +235,7 @@ def _counted(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     """What was counted in an evaluated run, before and after."""
     folder = Path(recipe.output) / "evaluation"
     if isinstance(recipe.evaluate, EvaluateResponses):
-        return count_answers(recipe.evaluate, folder)
+        return measure_written(recipe.evaluate, folder)
     return measure_samples(_samples(recipe))
 
 

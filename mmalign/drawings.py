@@ -1,5 +1,6 @@
-"""Pictures that models draw, kept as they come: whoever is stopped goes on where it was, and what was drawn once is not
-drawn again, whichever run wants to see it.
+"""Images generated from prompts, cached as they come.
+
+A stopped run resumes where it was, and no image is generated twice, whichever run needs it.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from mmalign.report import tracked
 from mmalign.sections import Drawing, ImageModel, Recipe
 
 
-class Album:
-    """The pictures of one model, drawn in one way, each a file.
+class ImageCache:
+    """Images of one model, generated with the same settings, each in a file.
 
     Args:
-        folder: where the folders of models are.
-        of: what a picture depends on besides prompt and seed: the model's weights, how it draws; JSON.
+        folder: folder of the caches of all models.
+        settings: everything that an image depends on besides prompt and seed: the model's weights, the sampler; JSON.
     """
 
-    def __init__(self, folder: Path, of: Mapping[str, object]) -> None:
-        name = hashlib.blake2b(json.dumps(of, sort_keys=True).encode(), digest_size=8).hexdigest()
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, prompt: str, seed: int) -> Image.Image | None:
-        """The picture of a prompt and a seed; None if there is none, or it is damaged."""
+        """Return the image of a prompt and a seed; None if it is missing or damaged."""
         with contextlib.suppress(OSError), Image.open(self._path(prompt, seed)) as image:
             return image.convert("RGB")
         return None
 
     def put(self, prompt: str, seed: int, image: Image.Image) -> None:
-        """Keep a picture: all of it or nothing is on the disk, whenever the process ends."""
+        """Write an image, all of it or nothing."""
         path = self._path(prompt, seed)
         part = path.with_suffix(".part")
         image.save(part, format="PNG")
@@ -49,34 +50,35 @@ class Album:
         return self.folder / f"{hashed(prompt, str(seed)):016x}.png"
 
 
-def depends(recipe: Recipe, drawing: Drawing) -> dict[str, object]:
-    """What a recipe's pictures depend on besides the weights of the denoiser."""
+def cache_settings(recipe: Recipe, drawing: Drawing) -> dict[str, object]:
+    """Return the settings that a recipe's images depend on, besides the denoiser's weights."""
     assert isinstance(recipe.model, ImageModel)
     vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
     return {"drawing": drawing.model_dump(), "precision": recipe.train.precision, **vae}
 
 
-def draw(
+def generate_images(
     family: TextToImage,
     net: nn.Module,
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling,
-    album: Album | None = None,
+    cache: ImageCache | None = None,
 ) -> list[Image.Image]:
-    """One picture for every prompt and seed, with a progress bar.
+    """Generate an image for every prompt and seed, with a progress bar.
 
-    A batch of which a picture is missing is drawn whole, since a batch of another size rounds otherwise.
+    If the cache lacks any image of a batch, the whole batch is generated: a batch of another size rounds otherwise.
     """
     images: list[Image.Image] = []
-    for i in tracked(range(0, len(prompts), sampling.batch_size), "draw"):
-        some = list(zip(prompts[i : i + sampling.batch_size], seeds[i : i + sampling.batch_size], strict=True))
-        kept = [album.get(*row) for row in some] if album is not None else []
-        found = [image for image in kept if image is not None]
-        if len(found) < len(some):
-            found = family.sample(net, [prompt for prompt, _ in some], [seed for _, seed in some], sampling)
-            if album is not None:
-                for row, image in zip(some, found, strict=True):
-                    album.put(*row, image)
-        images += found
+    for start in tracked(range(0, len(prompts), sampling.batch_size), "draw"):
+        batch = slice(start, start + sampling.batch_size)
+        keys = list(zip(prompts[batch], seeds[batch], strict=True))
+        cached = [cache.get(*key) for key in keys] if cache is not None else []
+        batch_images = [image for image in cached if image is not None]
+        if len(batch_images) < len(keys):
+            batch_images = family.sample(net, list(prompts[batch]), list(seeds[batch]), sampling)
+            if cache is not None:
+                for key, image in zip(keys, batch_images, strict=True):
+                    cache.put(*key, image)
+        images += batch_images
     return images

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from mmalign import assemble
-from mmalign.drawings import Album, depends, draw
+from mmalign.drawings import ImageCache, cache_settings, generate_images
 from mmalign.evaluation import diversity, preference, scenes
 from mmalign.evaluation.counts import SIDES, Metrics, Table, compare
 from mmalign.families import Sampling
@@ -44,8 +44,8 @@ def compare_images(
     num_truncated = policy.family.count_cut(prompts)
     if num_truncated:
         say(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
-    albums = _albums(recipe, section, policy, of)
-    images = draw_both(policy, prompts, seeds, assemble.sampling(section.drawing), albums)
+    caches = _caches(recipe, section, policy, of)
+    images = generate_both(policy, prompts, seeds, assemble.sampling(section.drawing), caches)
     samples: list[Sample] = [
         {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
     ]
@@ -137,43 +137,46 @@ def entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> l
     return found
 
 
-def draw_both(
+def generate_both(
     policy: Policy,
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling,
-    albums: tuple[Album, Album],
+    caches: tuple[ImageCache, ImageCache],
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Pictures of the reference and of the policy, row by row from the same starting noise, kept in their albums."""
+    """Generate images of the reference and of the policy, pairwise from the same starting noise."""
 
-    def run(net: nn.Module, album: Album) -> list[Image.Image]:
-        return draw(policy.family, net.eval(), prompts, seeds, sampling, album)
+    def run(net: nn.Module, cache: ImageCache) -> list[Image.Image]:
+        return generate_images(policy.family, net.eval(), prompts, seeds, sampling, cache)
 
-    before = policy.on_reference(partial(run, album=albums[0]))
+    before = policy.on_reference(partial(run, cache=caches[0]))
     assert before is not None
-    return before, run(policy.unwrapped, albums[1])
+    return before, run(policy.unwrapped, caches[1])
 
 
-def _albums(recipe: Recipe, section: EvaluateImages, policy: Policy, of: Mapping[str, Any]) -> tuple[Album, Album]:
-    """Where the pictures of the base and of the trained model are kept."""
+def _caches(
+    recipe: Recipe, section: EvaluateImages, policy: Policy, of: Mapping[str, Any]
+) -> tuple[ImageCache, ImageCache]:
+    """Return the image caches of the base and of the trained model."""
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     assemble.make_folder("evaluate.cache", folder)
     models = of["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
-    before, after = (Album(folder, {**depends(recipe, section.drawing), "model": model}) for model in models)
+    settings = cache_settings(recipe, section.drawing)
+    before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)
     return before, after
 
 
 def prompts_of(key: str, which: int | str, split: Any, seed: int) -> list[str]:
-    """That many prompts of the bundled world, or those of the file that the recipe names at `key`."""
+    """Return prompts: a number of the bundled world's, or those of the file that the recipe names at `key`."""
     if isinstance(which, str):
         return assemble.read_prompts(key, which)
     from mmalign.data.scenes import sample_prompts
 
-    return [str(p) for p in sample_prompts(split, which, seed)]
+    return [str(prompt) for prompt in sample_prompts(split, which, seed)]
 
 
 def couples_of(key: str, which: int | str, seed: int) -> list[tuple[str, str]]:
-    """That many couples of contrasting training prompts of the bundled world, or those of the file named at `key`."""
+    """Return pairs of contrasting prompts: a number of the bundled world's, or those of the file named at `key`."""
     if isinstance(which, str):
         return assemble.read_couples(key, which)
     from mmalign.data.scenes import sample_contrasts

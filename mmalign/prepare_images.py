@@ -15,7 +15,7 @@ import torch
 
 from mmalign import assemble
 from mmalign.data.drawn import best_of_each, write_contrasts, write_pairs
-from mmalign.drawings import Album, depends, draw
+from mmalign.drawings import ImageCache, cache_settings, generate_images
 from mmalign.evaluate_images import couples_of, prompts_of
 from mmalign.sections import PrepareImages, Recipe
 
@@ -52,8 +52,9 @@ def prepare_images(recipe: Recipe, say: Say = print) -> Path:
     prompts = [p for p in asked_for for _ in range(section.images)]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     folder = path.with_name(f"{path.name}.unfinished")
-    album = Album(folder, {**depends(recipe, section.drawing), "model": assemble.fingerprint(family.network)})
-    images = draw(family, family.network, prompts, seeds, assemble.sampling(section.drawing), album)
+    settings = {**cache_settings(recipe, section.drawing), "model": assemble.fingerprint(family.network)}
+    cache = ImageCache(folder, settings)
+    images = generate_images(family, family.network, prompts, seeds, assemble.sampling(section.drawing), cache)
     scores = judge(images, prompts).tolist()
     if section.contrast:
         best = best_of_each(scores, section.images)

@@ -1,4 +1,4 @@
-"""What models say to the same questions: alike whoever they are asked with, kept, and never asked for twice."""
+"""Answers of both models to the same questions, and their cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmalign import assemble
-from mmalign.answers import Book, ask_both
+from mmalign.answers import AnswerCache, generate_answers
 from mmalign.data.images import BadImage
 from mmalign.families import Decoding, VisionLanguage
 from mmalign.families.vision_language import ImageTextToText
@@ -30,13 +30,13 @@ def picture(name: str) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def books(folder: Path) -> tuple[Book, Book]:
+def caches(folder: Path) -> tuple[AnswerCache, AnswerCache]:
     folder.mkdir(exist_ok=True)
-    return Book(folder, {"model": "base"}), Book(folder, {"model": "trained"})
+    return AnswerCache(folder, {"model": "base"}), AnswerCache(folder, {"model": "trained"})
 
 
 def ask(policy: Policy[VisionLanguage], folder: Path, questions: Any = QUESTIONS, decoding: Decoding = GREEDY) -> Any:
-    return ask_both(policy, questions, picture, decoding, seed=0, books=books(folder))
+    return generate_answers(policy, questions, picture, decoding, seed=0, caches=caches(folder))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
 # ---------------------------------------------------------------------------------------------------------- both models
 
 
-def test_adapters_that_learned_nothing_answer_as_the_base_does(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
+def test_untrained_adapters_answer_like_the_base(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
     """Greedily and with drawn tokens: the draws are keyed by the question, so that they are the same for both."""
     for temperature in (0.0, 1.5):
         said = ask(fresh, tmp_path / str(temperature), decoding=Decoding(6, temperature, batch_size=4))
@@ -81,7 +81,7 @@ def test_adapters_that_learned_nothing_answer_as_the_base_does(fresh: Policy[Vis
         assert any(said.before.values()) and not said.left_out
 
 
-def test_trained_adapters_are_on_for_one_side_alone(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+def test_trained_adapters_are_active_for_one_side(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     said = ask(trained, tmp_path / "both")
     assert said.before != said.after
     with torch.no_grad():
@@ -90,14 +90,14 @@ def test_trained_adapters_are_on_for_one_side_alone(trained: Policy[VisionLangua
     assert ask(trained, tmp_path / "base").after == said.before
 
 
-def test_answers_do_not_depend_on_company(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+def test_answers_do_not_depend_on_the_batch(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     together = ask(trained, tmp_path / "together", decoding=Decoding(6, 1.0, batch_size=6))
     for question in QUESTIONS:
         alone = ask(trained, tmp_path / "-".join(question), [question], Decoding(6, 1.0, batch_size=1))
         assert (alone.before[question], alone.after[question]) == (together.before[question], together.after[question])
 
 
-def test_equal_questions_are_asked_once(fresh: Policy[VisionLanguage], spied: Spy, tmp_path: Path) -> None:
+def test_repeated_questions_are_asked_once(fresh: Policy[VisionLanguage], spied: Spy, tmp_path: Path) -> None:
     ask(fresh, tmp_path / "kept", [*QUESTIONS, *QUESTIONS[:2]])
     assert sum(number for _, number in spied) == 2 * len(QUESTIONS)
     assert {number for _, number in spied} == {GREEDY.batch_size}
@@ -106,20 +106,20 @@ def test_equal_questions_are_asked_once(fresh: Policy[VisionLanguage], spied: Sp
 # -------------------------------------------------------------------------------------------------------------- stopped
 
 
-def test_what_was_answered_is_not_asked_again(
+def test_stopped_run_asks_only_what_is_missing(
     trained: Policy[VisionLanguage], spied: Spy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the second batch, between the two models; then the same command."""
     whole = ask(trained, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        add = Book.add
+        add = AnswerCache.add
 
-        def killed(book: Book, answers: Any) -> None:
+        def killed(book: AnswerCache, answers: Any) -> None:
             add(book, answers)
             if len(book.answers) == 4:
                 raise KeyboardInterrupt
 
-        patch.setattr(Book, "add", killed)
+        patch.setattr(AnswerCache, "add", killed)
         with pytest.raises(KeyboardInterrupt):
             ask(trained, tmp_path / "stopped")
     spied.clear()
@@ -131,22 +131,22 @@ def test_what_was_answered_is_not_asked_again(
     assert not spied
 
 
-def test_a_line_that_was_cut_short_was_never_written(tmp_path: Path) -> None:
+def test_cache_ignores_a_truncated_line(tmp_path: Path) -> None:
     of = {"model": "base"}
-    book = Book(tmp_path, of)
+    book = AnswerCache(tmp_path, of)
     book.add({("a", "What?"): "A dog.", ("b", "What?"): ""})
     (file,) = tmp_path.iterdir()
     with file.open("a") as end:
         end.write('[["c", "What?", "A c')
-    assert Book(tmp_path, of).answers == {("a", "What?"): "A dog.", ("b", "What?"): ""}
-    Book(tmp_path, of).add({("c", "What?"): "A cat."})
-    assert Book(tmp_path, of).answers["c", "What?"] == "A cat."
+    assert AnswerCache(tmp_path, of).answers == {("a", "What?"): "A dog.", ("b", "What?"): ""}
+    AnswerCache(tmp_path, of).add({("c", "What?"): "A cat."})
+    assert AnswerCache(tmp_path, of).answers["c", "What?"] == "A cat."
 
 
-def test_other_models_and_settings_have_other_books(tmp_path: Path) -> None:
-    Book(tmp_path, {"model": "base", "decoding": {"temperature": 0.0}}).add({("a", "?"): "yes"})
-    assert not Book(tmp_path, {"model": "trained", "decoding": {"temperature": 0.0}}).answers
-    assert not Book(tmp_path, {"model": "base", "decoding": {"temperature": 1.0}}).answers
+def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
+    AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 0.0}}).add({("a", "?"): "yes"})
+    assert not AnswerCache(tmp_path, {"model": "trained", "decoding": {"temperature": 0.0}}).answers
+    assert not AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 1.0}}).answers
     heads = [json.loads(file.read_text().splitlines()[0]) for file in sorted(tmp_path.iterdir())]
     assert {head["model"] for head in heads} == {"base", "trained"}
 
@@ -154,20 +154,20 @@ def test_other_models_and_settings_have_other_books(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- what is unfit
 
 
-def test_an_image_that_cannot_be_read_is_left_out_of_both(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+def test_unreadable_image_is_left_out_for_both_models(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     def broken(name: str) -> Image.Image:
         if name == "1.png":
             raise BadImage("1.png: has zero bytes")
         return picture(name)
 
-    said = ask_both(trained, QUESTIONS, broken, GREEDY, seed=0, books=books(tmp_path / "kept"))
+    said = generate_answers(trained, QUESTIONS, broken, GREEDY, seed=0, caches=caches(tmp_path / "kept"))
     assert set(said.before) == set(said.after) == {q for q in QUESTIONS if q[0] != "1.png"}
     assert [str(dropped) for dropped in said.left_out.values()] == ["1.png: has zero bytes"]
     whole = ask(trained, tmp_path / "whole")
     assert all(said.after[q] == whole.after[q] for q in said.after)
 
 
-def test_a_prompt_that_the_model_cannot_read_is_left_out(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+def test_prompt_that_is_too_long_is_left_out(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     long = ("2.png", "What? " * 400)
     said = ask(trained, tmp_path / "kept", [*QUESTIONS, long])
     assert set(said.left_out) == {"2.png"}

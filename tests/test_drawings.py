@@ -1,4 +1,4 @@
-"""Pictures are kept as they come, and what was drawn once is not drawn again."""
+"""Image cache: a stopped run resumes, and no image is generated twice."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,56 +9,56 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from mmalign.drawings import Album, draw
+from mmalign.drawings import ImageCache, generate_images
 from mmalign.families import Sampling
 
 PROMPTS, SEEDS = ["a fox", "a fox", "a car", "a bus", "a cat"], [0, 1, 2, 3, 4]
 
 
 class Painter:
-    """A family that paints noise by prompt and seed, and remembers what it was asked for."""
+    """A family whose images are noise by prompt and seed; `calls` has the seeds of each batch."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.asked: list[list[int]] = []
+        self.calls: list[list[int]] = []
         self.fail_at = fail_at
 
     def sample(self, net: Any, prompts: Sequence[str], seeds: Sequence[int], _: Sampling) -> list[Image.Image]:
-        if len(self.asked) == self.fail_at:
+        if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
-        self.asked.append(list(seeds))
+        self.calls.append(list(seeds))
         rngs = [np.random.default_rng([seed, len(prompt)]) for prompt, seed in zip(prompts, seeds, strict=True)]
         return [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for rng in rngs]
 
 
-def drawn(painter: Any, album: Album | None) -> list[bytes]:
-    images = draw(painter, nn.Identity(), PROMPTS, SEEDS, Sampling(batch_size=2), album)
+def generate(painter: Any, cache: ImageCache | None) -> list[bytes]:
+    images = generate_images(painter, nn.Identity(), PROMPTS, SEEDS, Sampling(batch_size=2), cache)
     return [image.tobytes() for image in images]
 
 
-def test_a_stop_costs_the_batch_that_it_came_in(tmp_path: Path) -> None:
-    whole, of = drawn(Painter(), None), {"model": "a"}
+def test_stopped_run_resumes_with_its_batch(tmp_path: Path) -> None:
+    whole, settings = generate(Painter(), None), {"model": "a"}
     with pytest.raises(KeyboardInterrupt):
-        drawn(Painter(fail_at=1), Album(tmp_path, of))
+        generate(Painter(fail_at=1), ImageCache(tmp_path, settings))
     again = Painter()
-    assert drawn(again, Album(tmp_path, of)) == whole
-    assert again.asked == [[2, 3], [4]]
+    assert generate(again, ImageCache(tmp_path, settings)) == whole
+    assert again.calls == [[2, 3], [4]]
     third = Painter()
-    assert drawn(third, Album(tmp_path, of)) == whole and third.asked == []
+    assert generate(third, ImageCache(tmp_path, settings)) == whole and third.calls == []
 
 
-def test_a_damaged_or_missing_picture_is_drawn_again_with_its_batch(tmp_path: Path) -> None:
-    album = Album(tmp_path, {})
-    whole = drawn(Painter(), album)
-    files = sorted(album.folder.glob("*.png"))
+def test_damaged_image_is_generated_again_with_its_batch(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path, {})
+    whole = generate(Painter(), cache)
+    files = sorted(cache.folder.glob("*.png"))
     assert len(files) == 5
     files[0].write_bytes(files[0].read_bytes()[:30])
     again = Painter()
-    assert drawn(again, album) == whole
-    assert len(again.asked) == 1 and not list(album.folder.glob("*.part"))
+    assert generate(again, cache) == whole
+    assert len(again.calls) == 1 and not list(cache.folder.glob("*.part"))
 
 
-def test_another_model_or_way_of_drawing_has_an_album_of_its_own(tmp_path: Path) -> None:
-    drawn(Painter(), Album(tmp_path, {"model": "a"}))
+def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
+    generate(Painter(), ImageCache(tmp_path, {"model": "a"}))
     other = Painter()
-    drawn(other, Album(tmp_path, {"model": "b"}))
-    assert len(other.asked) == 3
+    generate(other, ImageCache(tmp_path, {"model": "b"}))
+    assert len(other.calls) == 3

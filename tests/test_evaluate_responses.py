@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmalign import run
-from mmalign.evaluate_responses import count_answers
+from mmalign.evaluate_responses import measure_written
 from mmalign.families.vision_language import ImageTextToText
 from mmalign.recipe import load_recipe
 from mmalign.sections import Recipe
@@ -237,7 +237,7 @@ def test_what_was_counted_is_read_back(content: Content, folder: Path, images: P
     found = run.evaluate(recipe, say=said.append).result
     assert said[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
     assert found["questions"] == 3 and found["left out"][0].startswith("2.png: ")
-    (before,), (after,) = count_answers(recipe.evaluate, folder)  # type: ignore[arg-type]
+    (before,), (after,) = measure_written(recipe.evaluate, folder)  # type: ignore[arg-type]
     assert json.loads(json.dumps(before.as_dict())) == found["measures"]["CHAIR"]["before"]
     assert json.loads(json.dumps(after.as_dict())) == found["measures"]["CHAIR"]["after"]
     assert len(after.keys) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import glob
 import json
 import re
@@ -10,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.share import is_hub_id
+from mmalign.share import is_hub_id, resolve
 
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
@@ -151,35 +152,48 @@ def _undecoded(table: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every record of a JSON list or of JSON lines, with where it stands (from 1).
+def records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every record of a JSON list, or of JSON lines, with its location (numbered from 1).
+
+    JSON lines are recognized in files of any name. In a dictionary {"imgToEval": {id: record}}, as captioning toolkits
+    write it, the records are the inner ones.
 
     Raises:
-        ValueError: the file, or a line of it, is none.
+        ValueError: there is no such file, it is neither JSON nor JSON lines, or a record is no {...}.
     """
-    if file.suffix == ".json":
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"data.path: {file} is not JSON ({error}); expected a list of records") from error
-        if not isinstance(content, list):
-            raise ValueError(f"data.path: {file} holds {shown(content)}; expected a list of records")
-        numbered = _entries(file.name, content)
-    else:
-        numbered = _lines(file)
-    for where, record in numbered:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is {shown(record)}; expected a record {{...}}")
-        yield where, record
+    file = resolve(path)
+    try:
+        with file.open("rb") as stream:
+            is_list = stream.read(256).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        located = _lines(file) if file.suffix == ".jsonl" and not is_list else _entries(file, is_list)
+        for where, record in located:
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is {shown(record)}; expected a record {{...}}")
+            yield where, record
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected JSON, or JSON lines, in UTF-8") from error
 
 
-def _entries(name: str, content: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(content, start=1):
-        yield f"{name}: entry {number}", record
+def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file of JSON; of JSON lines if it is not JSON as a whole, and no list."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        if is_list:
+            raise ValueError(f"{file.name} is not JSON ({error}); expected a list of records [{{...}}]") from error
+        yield from _lines(file)
+        return
+    if isinstance(content, dict) and isinstance(content.get("imgToEval"), dict):
+        yield from ((f"{file.name}: imgToEval {key}", record) for key, record in content["imgToEval"].items())
+        return
+    entries = [content] if isinstance(content, dict) else content  # JSON lines with a single line
+    if not isinstance(entries, list):
+        raise ValueError(f"{file.name} is {shown(content)}; expected a list of records [{{...}}], or one record a line")
+    yield from ((f"{file.name}: entry {number}", record) for number, record in enumerate(entries, start=1))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:  # bytes, since a file cut short may end inside a character
+    with file.open("rb") as lines:  # bytes, since a truncated file may end inside a character
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file.name}: line {number}"
@@ -187,6 +201,22 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
                     yield where, json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{where} is not JSON ({error}); expected one record {{...}} a line") from error
+
+
+def document(path: str | Path) -> dict[str, Any]:
+    """Read a file that is one JSON dictionary.
+
+    Raises:
+        ValueError: there is no such file, or it is something else.
+    """
+    file = resolve(path)
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected one dictionary {{...}}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is {shown(content)}; expected one dictionary {{...}}")
+    return content
 
 
 def find_image(file: Path, name: Any, where: str, folder: Path | None = None) -> str:

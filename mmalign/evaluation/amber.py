@@ -9,27 +9,31 @@ Discriminative, where **"no" is the positive class**, since a hallucinating mode
 
     precision = right no / all no    recall = right no / true no    F1 = 2 right no / (all no + true no)
 
-As in the release (inference.py of https://github.com/junyangwang0410/AMBER): a mention is a noun among the words of
-relation.json; it is true if it is one of the image's objects or stands beside one in relation.json, and then covers
+As in the release (inference.py of https://github.com/junyangwang0410/AMBER), a mention is a noun among the words of
+relation.json. It is true if it is one of the image's objects or associated with one in relation.json. It then covers
 the first such object alone, so of two objects of one name only one can be covered. The nine words of safe_words.txt
-count as mentions but never as invented. What differs: denominators do not begin at 0.001, F1 is not computed from
-rounded numbers (together about 0.1 points at most), and two tools of the release are arguments here, because they need
-models that this package does not carry. `nouns` finds the nouns of a text (the release: NLTK's tagger and lemmatizer),
-by default `nouns_by_rule`. `similar` says whether two words mean the same (the release: similarity above 0.8 in spaCy's
-en_core_web_lg), by default only equal words do, so that CHAIR and Hal come out higher than published ones.
+count as mentions but never as invented.
+
+Differences: denominators do not begin at 0.001, and F1 is not computed from rounded numbers (together about 0.1 points
+at most). Two tools of the release are arguments here, because they need models that this package does not carry.
+`nouns` finds the nouns of a text (the release: NLTK's tagger and lemmatizer), by default `nouns_by_rule`. `similar`
+compares two words (the release: similarity above 0.8 in spaCy's en_core_web_lg). By default only equal words are
+similar, so CHAIR and Hal come out higher than published ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mmalign.evaluation.answer_files import document, records, shown, take, take_names, take_text
-from mmalign.evaluation.counts import Metrics, Ratio, as_columns, divide, f1, ratio
+from mmalign.data.files import document, records, shown
+from mmalign.evaluation.answer_files import Record, index, take_names, take_number, take_text
+from mmalign.evaluation.counts import Metrics, Ratio, Sums, as_columns, divide, f1, ratio
 from mmalign.evaluation.intervals import Values
 from mmalign.evaluation.pope import Parse, parse_strict
 from mmalign.language.objects import singular, tokens
@@ -59,46 +63,59 @@ _DIMENSIONS = {
 }
 
 
+_COUNTS = ("questions", "true no", "said yes", "said no", "right no", "right")
+_PARTS = {
+    "accuracy": ("right", "questions"),
+    "precision": ("right no", "said no"),
+    "recall": ("right no", "true no"),
+    "F1": ("right no", "said no", "true no"),
+    "yes rate": ("said yes", "questions"),
+}
+
+
 @dataclass(frozen=True)
-class Description:
-    """What is in an image, and what models are expected to invent there."""
+class GenerativeItem:
+    """The objects of an image, and the hallucinations expected in its descriptions."""
 
     truth: tuple[str, ...]
     expected: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Claim:
+class DiscriminativeItem:
     """A yes/no question: existence, state, number, action or relation, and whether "yes" is right."""
 
     kind: str
     answer: bool
 
 
+AnyItem = GenerativeItem | DiscriminativeItem
+
+
 @dataclass(frozen=True)
-class Amber:
-    """The benchmark's files.
+class Annotations:
+    """The benchmark's annotations.
 
     Attributes:
-        items: from an id to what is asked or described there.
+        items: the annotation of each id.
         associates: the vocabulary: from a word to others that may stand for it.
         safe_words: mentions that are never invented.
-        images: from an id to its image, which its questions share; where it is not given, each id is its own.
+        images: from an id to its image, which its questions share; by default each id is its own group.
     """
 
-    items: Mapping[int, Description | Claim]
+    items: Mapping[int, AnyItem]
     associates: Mapping[str, tuple[str, ...]]
     safe_words: Collection[str] = SAFE_WORDS
     images: Mapping[int, str] = field(default_factory=dict)
 
 
-class Found(NamedTuple):
-    """The words of the vocabulary in a description, those invented, and how many listed objects it mentions."""
+class ObjectMatch(NamedTuple):
+    """The words of the vocabulary in a description, the invented ones, and the numbers of listed objects mentioned."""
 
     mentions: tuple[str, ...]
     invented: tuple[str, ...]
-    covered: int
-    expected: int
+    num_covered: int
+    num_expected: int
 
 
 # Words of the vocabulary that are nouns in a description only after one of the following; "hot" never is.
@@ -113,76 +130,81 @@ _BEFORE_NOUNS = {
 
 
 def nouns_by_rule(text: str) -> list[str]:
-    """The words of a text, in lower case, without those that are seldom nouns in a description.
+    """Return the words of a text, in lower case, without those that are seldom nouns in a description.
 
     "A man can watch" has neither a can nor a watch, "the watch" is one: such a word counts after an article, a number
     or a possessive alone. Every other word that names an object is taken for that object.
     """
-    found = [token for token, _, _ in tokens(text)]
-    before = ["", *found]
+    words = [token for token, _, _ in tokens(text)]
     return [
         word
-        for word, previous in zip(found, before, strict=False)
+        for word, previous in zip(words, ["", *words], strict=False)
         if word != "hot" and (word not in _SELDOM_NOUNS or previous in _BEFORE_NOUNS)
     ]
 
 
-def find(
-    text: str, item: Description, amber: Amber, nouns: Nouns = nouns_by_rule, similar: Similar | None = None
-) -> Found:
-    """What a description mentions, invents and covers; see the head of this file."""
-    vocabulary = _vocabulary(amber)
-    true, expected = _stand_ins(item.truth, amber), _stand_ins(item.expected, amber)
-    mentions, invented, covered, hit = [], [], set[int](), set[int]()
+def match_objects(
+    text: str,
+    item: GenerativeItem,
+    annotations: Annotations,
+    nouns: Nouns = nouns_by_rule,
+    similar: Similar | None = None,
+) -> ObjectMatch:
+    """Match the words of a description with the objects of its image (see the head of this file)."""
+    vocabulary = {word.lower() for key, others in annotations.associates.items() for word in (key, *others)}
+    true, expected = _associated_words(item.truth, annotations), _associated_words(item.expected, annotations)
+    mentions, invented, covered, hits = [], [], set[int](), set[int]()
     for noun in nouns(text):
         word = noun.lower() if noun.lower() in vocabulary else singular(noun.lower())
         if word not in vocabulary:
             continue
         mentions.append(word)
-        if word in amber.safe_words:
+        if word in annotations.safe_words:
             continue
-        place = next((at for other, at in true if other == word), None)
-        if place is None:
-            hit.update(_first(word, expected, str.__eq__))
+        place = _first(word, true, str.__eq__)
+        if not place:
+            hits |= _first(word, expected, str.__eq__)
             if similar:
-                hit.update(_first(word, expected, similar))
-                place = next(iter(_first(word, true, similar)), None)
-        if place is None:
+                hits |= _first(word, expected, similar)
+                place = _first(word, true, similar)
+        if not place:
             invented.append(word)
-        else:
-            covered.add(place)
-    return Found(tuple(mentions), tuple(invented), len(covered), len(hit))
+        covered |= place
+    return ObjectMatch(tuple(mentions), tuple(invented), len(covered), len(hits))
 
 
 def score_generative(
-    responses: Mapping[int, str], amber: Amber, nouns: Nouns = nouns_by_rule, similar: Similar | None = None
+    responses: Mapping[int, str],
+    annotations: Annotations,
+    nouns: Nouns = nouns_by_rule,
+    similar: Similar | None = None,
 ) -> Metrics:
-    """CHAIR, Cover, Hal, Cog and the mean length in words (at white space) of descriptions.
+    """Return CHAIR, Cover, Hal, Cog and the mean length in words (at white space) of descriptions.
 
     Args:
-        responses: from an id to what the model said; ids of yes/no questions are left out.
-        amber: the benchmark's files.
-        nouns: the nouns of a text, in order and with repetition.
-        similar: whether two words, of the text and of the annotations, mean the same; equal words alone, if not given.
+        responses: from an id to the response; ids of yes/no questions are left out.
+        annotations: the benchmark's annotations.
+        nouns: a function from a text to its nouns, in order and with repetition.
+        similar: whether two words, of the text and of the annotations, mean the same; equal words alone by default.
 
     Raises:
         ValueError: an id is unknown, or none is a description's.
     """
-    _check_ids(responses, amber)
-    items = {number: item for number in responses if isinstance(item := amber.items[number], Description)}
+    _check_ids(responses, annotations)
+    items = {number: item for number in responses if isinstance(item := annotations.items[number], GenerativeItem)}
     rows = []
     for number, item in items.items():
-        found = find(responses[number], item, amber, nouns, similar)
+        match = match_objects(responses[number], item, annotations, nouns, similar)
         rows.append(
             {
                 "responses": 1,
-                "inventing responses": bool(found.invented),
-                "mentions": len(found.mentions),
-                "invented mentions": len(found.invented),
+                "inventing responses": bool(match.invented),
+                "mentions": len(match.mentions),
+                "invented mentions": len(match.invented),
                 "true objects": len(item.truth),
-                "covered objects": found.covered,
+                "covered objects": match.num_covered,
                 "expected objects": len(item.expected),
-                "expected objects mentioned": found.expected,
+                "expected objects mentioned": match.num_expected,
                 "words per response": len(responses[number].split()),
             }
         )
@@ -192,178 +214,160 @@ def score_generative(
         "Hal": ratio("inventing responses", "responses"),
         "Cog": ratio("expected objects mentioned", "expected objects"),
     }
-    return Metrics(
-        "AMBER, generative", tuple(items), _groups(items, amber), as_columns(rows), ratios, ("words per response",)
-    )
+    groups = _groups(items, annotations)
+    return Metrics("AMBER, generative", tuple(items), groups, as_columns(rows), ratios, ("words per response",))
 
 
-def score(responses: Mapping[int, str], amber: Amber) -> list[Metrics]:
-    """Descriptions and answers together: what was counted in those that there are, descriptions first.
+def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:
+    """Return the metrics of descriptions, of answers, or of both, whichever there are; descriptions first.
 
     Raises:
         ValueError: an id is unknown.
     """
-    _check_ids(responses, amber)
-    kinds = {type(amber.items[number]) for number in responses}
-    scored = [score_generative(responses, amber)] if Description in kinds else []
-    return [*scored, score_discriminative(responses, amber)] if Claim in kinds else scored
+    _check_ids(responses, annotations)
+    kinds = {type(annotations.items[number]) for number in responses}
+    metrics = [score_generative(responses, annotations)] if GenerativeItem in kinds else []
+    return [*metrics, score_discriminative(responses, annotations)] if DiscriminativeItem in kinds else metrics
 
 
 def parse_published(answer: str) -> bool | None:
-    """Yes or no as the release reads it: exactly "Yes" or "No"; everything else is neither, and wrong."""
+    """Parse yes or no like the release: exactly "Yes" or "No"; everything else is neither, and wrong."""
     return {"Yes": True, "No": False}.get(answer)
 
 
-def score_discriminative(responses: Mapping[int, str], amber: Amber, parse: Parse = parse_strict) -> Metrics:
-    """Accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, of dimensions and of their kinds.
+def score_discriminative(
+    responses: Mapping[int, str], annotations: Annotations, parse: Parse = parse_strict
+) -> Metrics:
+    """Return accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, by dimension and by kind.
 
     All existence questions are of absent objects, so their precision is 1 as soon as one is right.
 
     Args:
         responses: from an id to the answer; ids of descriptions are left out.
-        amber: the benchmark's files.
+        annotations: the benchmark's annotations.
         parse: `pope.parse_strict`, or `parse_published`; an answer that is neither yes nor no is wrong.
 
     Raises:
         ValueError: an id is unknown, or none is a question's.
     """
-    _check_ids(responses, amber)
-    claims = {number: item for number in responses if isinstance(item := amber.items[number], Claim)}
-    said = {number: parse(responses[number]) for number in claims}
-    counted = {
-        "questions": [1.0 for _ in claims],
-        "true no": [float(not claim.answer) for claim in claims.values()],
-        "said yes": [float(said[number] is True) for number in claims],
-        "said no": [float(said[number] is False) for number in claims],
-        "right no": [float(said[number] is False and not claim.answer) for number, claim in claims.items()],
-        "right": [float(said[number] is claim.answer) for number, claim in claims.items()],
-    }
-    columns: dict[str, Values] = {}
-    for kind in _DIMENSIONS["all"]:
-        of_kind = np.array([claim.kind == kind for claim in claims.values()], dtype=np.float64)
-        if of_kind.any():
-            columns.update({f"{kind}: {what}": of_kind * np.array(values) for what, values in counted.items()})
+    _check_ids(responses, annotations)
+    items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
+    present = {item.kind for item in items.values()}
+    kinds = [kind for kind in _DIMENSIONS["all"] if kind in present]
+    rows = [
+        {f"{kind}: {name}": value * (kind == item.kind) for kind in kinds for name, value in counts.items()}
+        for item, counts in ((item, _count(item, parse(responses[number]))) for number, item in items.items())
+    ]
     ratios: dict[str, Ratio] = {}
-    for dimension, kinds in _DIMENSIONS.items():
-        there = tuple(kind for kind in kinds if f"{kind}: questions" in columns)
+    for dimension, dimension_kinds in _DIMENSIONS.items():
+        there = [kind for kind in dimension_kinds if kind in present]
         if there:
-            ratios.update({f"{dimension}: {name}": _over(there, *parts) for name, parts in _MEASURES.items()})
-    headline = ("all: accuracy", "all: F1", "all: yes rate")
-    return Metrics("AMBER, discriminative", tuple(claims), _groups(claims, amber), columns, ratios, headline=headline)
+            ratios |= {f"{dimension}: {name}": partial(_over_kinds, there, parts) for name, parts in _PARTS.items()}
+    groups, headline = _groups(items, annotations), ("all: accuracy", "all: F1", "all: yes rate")
+    return Metrics("AMBER, discriminative", tuple(items), groups, as_columns(rows), ratios, headline=headline)
 
 
-def read_amber(folder: str | Path) -> Amber:
-    """The benchmark from its folder `data`: annotations.json, relation.json, safe_words.txt, and where it is there
-    query/query_all.json, which says which questions share an image.
+def _count(item: DiscriminativeItem, said: bool | None) -> dict[str, bool]:
+    values = (
+        True,
+        not item.answer,
+        said is True,
+        said is False,
+        said is False and not item.answer,
+        said is item.answer,
+    )
+    return dict(zip(_COUNTS, values, strict=True))
+
+
+def _over_kinds(kinds: Sequence[str], parts: Sequence[str], sums: Sums) -> Values:
+    """Return a ratio (two parts) or an F1 (three), of sums over some kinds of question."""
+    totals = [np.sum([sums[f"{kind}: {part}"] for kind in kinds], axis=0) for part in parts]
+    return f1(*totals) if len(totals) == 3 else divide(*totals)
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def read_amber(folder: str | Path) -> Annotations:
+    """Read the benchmark's folder `data`: annotations.json, relation.json, safe_words.txt.
+
+    Its query/query_all.json, if there is one, tells which questions share an image.
 
     Raises:
-        ValueError: a file is missing or bad; the message says where.
+        ValueError: a file is missing or bad.
     """
     place = resolve(folder)
     associates = {
-        word: tuple(take_names("relation.json", {word: others}, word))
+        word: take_names("relation.json", {word: others}, word)
         for word, others in document(place / "relation.json").items()
     }
-    items: dict[int, Description | Claim] = {}
-    for where, record in records(place / "annotations.json"):
-        number = _id(where, record)
-        if number in items:
-            raise ValueError(f"{where}: id {number} stands there twice; expected another for each record")
-        items[number] = _item(where, record, associates)
-    safe = resolve(place / "safe_words.txt").read_text(encoding="utf-8").split()
+    path = place / "annotations.json"
+    entries = ((where, _id(where, record), _read_item(where, record, associates)) for where, record in records(path))
+    items = index(path, "id", entries, "the benchmark's annotations")
+    safe_words = resolve(place / "safe_words.txt").read_text(encoding="utf-8").split()
     queries = place / "query" / "query_all.json"
-    images = {}
-    if queries.is_file():
-        images = {_id(where, record): take_text(where, record, "image") for where, record in records(queries)}
-    return Amber(items, associates, frozenset(safe), images)
+    located = records(queries) if queries.is_file() else ()
+    images = {_id(where, record): take_text(where, record, "image") for where, record in located}
+    return Annotations(items, associates, frozenset(safe_words), images)
 
 
 def read_responses(path: str | Path) -> dict[int, str]:
-    """The responses by id: records {"id", "response"}, descriptions and answers in one file or in several.
+    """Read responses by id: records {"id", "response"}, descriptions and answers in one file or in several.
 
     As in other benchmarks' files the id may be called `question_id`, and the response `text` or `answer`.
 
     Raises:
-        ValueError: the file is bad or empty, or an id stands there twice.
+        ValueError: the file is bad or empty, or an id is repeated.
     """
-    responses: dict[int, str] = {}
-    for where, record in records(path):
-        number = _id(where, record)
-        if number in responses:
-            raise ValueError(f"{where}: id {number} is answered twice; expected one response to each")
-        responses[number] = take_text(where, record, "response", "text", "answer")
-    if not responses:
-        raise ValueError(f'{path} is empty; expected records {{"id": 1, "response": "A lake in a forest."}}')
-    return responses
+    entries = (
+        (where, _id(where, record), take_text(where, record, "response", "text", "answer"))
+        for where, record in records(path)
+    )
+    return index(path, "id", entries, 'records {"id": 1, "response": "A lake in a forest."}')
 
 
-_MEASURES = {
-    "accuracy": ("right", "questions"),
-    "precision": ("right no", "said no"),
-    "recall": ("right no", "true no"),
-    "F1": ("right no", "said no", "true no"),
-    "yes rate": ("said yes", "questions"),
-}
+def _id(where: str, record: Record) -> int:
+    return take_number(where, record, "id", "question_id")
 
 
-def _over(kinds: Sequence[str], *parts: str) -> Ratio:
-    """A ratio (two parts) or an F1 (three), of sums over some kinds of question."""
-
-    def share(sums: Mapping[str, Values]) -> Values:
-        totals = [np.sum([sums[f"{kind}: {part}"] for kind in kinds], axis=0) for part in parts]
-        return f1(*totals) if len(totals) == 3 else divide(*totals)
-
-    return share
-
-
-def _vocabulary(amber: Amber) -> set[str]:
-    return {word.lower() for key, others in amber.associates.items() for word in (key, *others)}
-
-
-def _stand_ins(objects: Sequence[str], amber: Amber) -> list[tuple[str, int]]:
-    """The words for some objects with the object's place: all associates first, then the objects, as in the release."""
-    associates = [(word.lower(), at) for at, name in enumerate(objects) for word in amber.associates[name]]
-    return associates + [(name.lower(), at) for at, name in enumerate(objects)]
-
-
-def _first(word: str, stand_ins: Sequence[tuple[str, int]], same: Similar) -> list[int]:
-    """The place of the first object that a word stands for; empty if there is none."""
-    return [at for other, at in stand_ins if same(word, other)][:1]
-
-
-def _groups(numbers: Collection[int], amber: Amber) -> tuple[Hashable, ...]:
-    return tuple(amber.images.get(number, number) for number in numbers)
-
-
-def _check_ids(responses: Mapping[int, str], amber: Amber) -> None:
-    unknown = [number for number in responses if number not in amber.items]
-    if unknown:
-        raise ValueError(
-            f"amber: {len(unknown)} of {len(responses)} responses have an id without annotation "
-            f"({', '.join(map(str, unknown[:3]))}); expected ids of annotations.json, {min(amber.items, default=0)} to "
-            f"{max(amber.items, default=0)}"
-        )
-
-
-def _id(where: str, record: Mapping[str, object]) -> int:
-    number = take(where, record, "id", "question_id")
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise ValueError(f"{where}: id is {shown(number)}; expected a whole number")
-    return number
-
-
-def _item(where: str, record: Mapping[str, object], associates: Mapping[str, object]) -> Description | Claim:
+def _read_item(where: str, record: Record, associates: Mapping[str, object]) -> AnyItem:
     kind = take_text(where, record, "type")
     if kind == "generative":
-        lists = [tuple(take_names(where, record, name)) for name in ("truth", "hallu")]
-        unknown = [name for names in lists for name in names if name not in associates]
+        truth, expected = take_names(where, record, "truth"), take_names(where, record, "hallu")
+        unknown = [name for name in (*truth, *expected) if name not in associates]
         if unknown:
             raise ValueError(f"{where}: {unknown[0]!r} is no word of relation.json; expected the files of one release")
-        return Description(*lists)
+        return GenerativeItem(truth, expected)
     answer = take_text(where, record, "truth")
     if kind not in _TYPES or answer not in ("yes", "no"):
         raise ValueError(
             f"{where}: type is {shown(kind)}, truth {shown(answer)}; expected yes or no, and a type of generative, "
             f"{', '.join(_TYPES)}"
         )
-    return Claim(_TYPES[kind], answer == "yes")
+    return DiscriminativeItem(_TYPES[kind], answer == "yes")
+
+
+def _associated_words(objects: Sequence[str], annotations: Annotations) -> list[tuple[str, int]]:
+    """Return the words for each object with the object's index: all associates first, then the names themselves."""
+    associates = [(word.lower(), i) for i, name in enumerate(objects) for word in annotations.associates[name]]
+    return associates + [(name.lower(), i) for i, name in enumerate(objects)]
+
+
+def _first(word: str, associated: Sequence[tuple[str, int]], same: Similar) -> set[int]:
+    """Return the index of the first object that a word stands for; empty if there is none."""
+    return set([i for other, i in associated if same(word, other)][:1])
+
+
+def _groups(numbers: Collection[int], annotations: Annotations) -> tuple[Hashable, ...]:
+    return tuple(annotations.images.get(number, number) for number in numbers)
+
+
+def _check_ids(responses: Mapping[int, str], annotations: Annotations) -> None:
+    unknown = [number for number in responses if number not in annotations.items]
+    if unknown:
+        known = annotations.items
+        raise ValueError(
+            f"amber: {len(unknown)} of {len(responses)} responses have an id without annotation "
+            f"({', '.join(map(str, unknown[:3]))}); expected ids of annotations.json, {min(known, default=0)} to "
+            f"{max(known, default=0)}"
+        )

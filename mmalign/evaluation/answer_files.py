@@ -1,89 +1,65 @@
-"""Files of answers and annotations as people have them: JSON lists, JSON lines (also in files named .json), one record
-for each response or image.
+"""Questions about images, annotations and answers in files of JSON or JSON lines, one record for each.
 
-Image ids come as numbers (42), digits ("42") or the file names of MSCOCO ("COCO_val2014_000000000042.jpg"); all three
-are "42" here, and any other name stays as it is.
+Image ids come as numbers (42), digits ("42") or the file names of MSCOCO ("COCO_val2014_000000000042.jpg"). All three
+are "42" here; any other name stays as it is.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmalign.share import resolve
+from mmalign.data.files import records, shown
 
-Record = dict[str, Any]
-Named = TypeVar("Named")
+Record = Mapping[str, Any]
+K = TypeVar("K")
+V = TypeVar("V")
 
 _COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    Attributes:
+        id: its number, unique within a file.
+        image: the image's name.
+        text: the question.
+        answer: whether "yes" is right; None for a question that asks for a description.
+    """
+
+    id: int
+    image: str
+    text: str
+    answer: bool | None = None
+
+
+@dataclass(frozen=True)
 class Response:
-    """What a model said of an image; `question` tells several responses to one image apart."""
+    """A model's description of an image; `question` distinguishes several responses to one image."""
 
     image: str
     text: str
     question: str = ""
 
 
+# --------------------------------------------------------------------------------------------------- fields of a record
+
+
 def image_id(value: object) -> str:
-    """The id of an image, the same for 42, "42" and "COCO_val2014_000000000042.jpg"."""
+    """Return the id of an image, the same for 42, "42" and "COCO_val2014_000000000042.jpg"."""
     text = str(value)
     coco = _COCO_NAME.fullmatch(text)
     digits = coco.group(1) if coco else text
     return str(int(digits)) if digits.isascii() and digits.isdigit() else text
 
 
-def records(path: str | Path) -> Iterator[tuple[str, Record]]:
-    """Every record of a file, with where it stands (from 1).
-
-    A dictionary {"imgToEval": {id: record}}, as captioning toolkits write it, holds its records there.
-
-    Raises:
-        ValueError: there is no such file, it is not JSON or JSON lines, or a record is no {...}.
-    """
-    file = resolve(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected JSON, or JSON lines, in UTF-8") from error
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        if text.lstrip().startswith("["):
-            raise ValueError(f"{file.name} is not JSON ({error}); expected a list of records [{{...}}]") from error
-        numbered = _lines(file.name, text)
-    else:
-        numbered = _entries(file.name, content)
-    for where, record in numbered:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is {shown(record)}; expected a record {{...}}")
-        yield where, record
-
-
-def document(path: str | Path) -> Record:
-    """The one JSON dictionary that a file is.
-
-    Raises:
-        ValueError: there is no such file, or it is something else.
-    """
-    file = resolve(path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected one dictionary {{...}}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is {shown(content)}; expected one dictionary {{...}}")
-    return content
-
-
-def take(where: str, record: Mapping[str, Any], *names: str) -> Any:
-    """The value under the first of these names that a record has.
+def take(where: str, record: Record, *names: str) -> Any:
+    """Return the value under the first of these names that a record has.
 
     Raises:
         ValueError: it has none of them.
@@ -94,11 +70,11 @@ def take(where: str, record: Mapping[str, Any], *names: str) -> Any:
     raise ValueError(f"{where} has {shown(list(record))}; expected {' or '.join(map(repr, names))}")
 
 
-def take_text(where: str, record: Mapping[str, Any], *names: str) -> str:
-    """As `take`, and a string, which may be empty.
+def take_text(where: str, record: Record, *names: str) -> str:
+    """Return the string under the first of these names, which may be empty.
 
     Raises:
-        ValueError: the record has none of the names, or what is there is no string.
+        ValueError: the record has none of the names, or the value is no string.
     """
     value = take(where, record, *names)
     if not isinstance(value, str):
@@ -106,11 +82,23 @@ def take_text(where: str, record: Mapping[str, Any], *names: str) -> str:
     return value
 
 
-def take_id(where: str, record: Mapping[str, Any], *names: str) -> str:
-    """As `take`, and the id of an image; see `image_id`.
+def take_number(where: str, record: Record, *names: str) -> int:
+    """Return the whole number under the first of these names.
 
     Raises:
-        ValueError: the record has none of the names, or what is there is neither a number nor a string.
+        ValueError: the record has none of the names, or the value is no whole number.
+    """
+    value = take(where, record, *names)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{where}: {names[0]} is {shown(value)}; expected a whole number")
+    return value
+
+
+def take_image_id(where: str, record: Record, *names: str) -> str:
+    """Return the image id under the first of these names.
+
+    Raises:
+        ValueError: the record has none of the names, or the value is neither a number nor a string.
     """
     value = take(where, record, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
@@ -118,60 +106,120 @@ def take_id(where: str, record: Mapping[str, Any], *names: str) -> str:
     return image_id(value)
 
 
-def take_names(where: str, record: Mapping[str, Any], name: str) -> list[str]:
-    """As `take`, and a list of strings, which may be empty.
+def take_names(where: str, record: Record, name: str) -> tuple[str, ...]:
+    """Return the list of strings under a name, which may be empty.
 
     Raises:
-        ValueError: the record has no such name, or what is there is no list of strings.
+        ValueError: the record has no such name, or the value is no list of strings.
     """
     value = take(where, record, name)
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
         raise ValueError(f'{where}: {name} is {shown(value)}; expected a list of names, such as ["dog", "hot dog"]')
-    return value
+    return tuple(value)
+
+
+def index(path: str | Path, key_name: str, entries: Iterable[tuple[str, K, V]], example: str) -> dict[K, V]:
+    """Collect the values of a file by key, from (location, key, value).
+
+    Raises:
+        ValueError: the file has no record, or two of one key.
+    """
+    values: dict[K, V] = {}
+    for where, key, value in entries:
+        if key in values:
+            raise ValueError(f"{where}: duplicate {key_name} {key}; expected one record for each")
+        values[key] = value
+    if not values:
+        raise ValueError(f"{path} is empty; expected {example}")
+    return values
+
+
+def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, object]) -> None:
+    """Check that every image has an annotation.
+
+    Raises:
+        ValueError: an image has none.
+    """
+    unknown = sorted({image for image in images if image not in annotated})
+    if unknown:
+        examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise ValueError(
+            f"{name}: {len(unknown)} of {len(set(images))} images have no annotation ({examples}; annotated are "
+            f"{', '.join(list(annotated)[:3])}, ...); expected an annotation for every image, an empty one where there "
+            "is no object"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
 
 
 def read_objects(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """From each image to its objects, in the order of the file: records {"image", "objects"}, as POPE has them.
+    """Read the objects of each image, in the order of the file, from records {"image", "objects"}.
 
-    The images keep the names that the file gives them; an object named twice is kept once. Other keys are ignored.
+    The images keep the names of the file. An object that an image has twice is kept once.
 
     Raises:
-        ValueError: the file is empty or no such file, or an image stands in it twice.
+        ValueError: the file is bad or empty, or has an image twice.
     """
-    found: dict[str, tuple[str, ...]] = {}
-    for where, record in records(path):
-        image = str(take(where, record, "image", "image_id"))
-        if image in found:
-            raise ValueError(f"{where}: {image} is annotated twice; expected one record with all objects of an image")
-        found[image] = tuple(dict.fromkeys(take_names(where, record, "objects")))
-    if not found:
-        raise ValueError(f'{path} is empty; expected records {{"image": "1.jpg", "objects": ["dog", "ball"]}}')
-    return found
+    entries = (
+        (
+            where,
+            str(take(where, record, "image", "image_id")),
+            tuple(dict.fromkeys(take_names(where, record, "objects"))),
+        )
+        for where, record in records(path)
+    )
+    return index(path, "image", entries, 'records {"image": "1.jpg", "objects": ["dog", "ball"]}')
+
+
+def read_questions(path: str | Path, prompt: str) -> list[Question]:
+    """Read open questions: records with `image`, and the question under `text`, `question` or `query`.
+
+    Args:
+        path: a file of questions, or of annotations, whose other keys are ignored.
+        prompt: the question of records without one.
+
+    Raises:
+        ValueError: the file is bad or empty, or an id is repeated.
+    """
+
+    def read_question(number: int, where: str, record: Record) -> tuple[str, int, Question]:
+        id_names = [name for name in ("question_id", "id") if name in record]
+        text_names = [name for name in ("text", "question", "query") if name in record]
+        question_id = take_number(where, record, *id_names) if id_names else number
+        text = take_text(where, record, *text_names[:1]) if text_names else prompt
+        return where, question_id, Question(question_id, take_text(where, record, "image"), text)
+
+    entries = (read_question(number, *located) for number, located in enumerate(records(path), start=1))
+    example = 'records {"image": "1.jpg", "question": "What is there?"}'
+    return list(index(path, "question_id", entries, example).values())
 
 
 def read_responses(path: str | Path, images: str | Path | None = None) -> list[Response]:
-    """Descriptions of images: records with the image under `image_id` or `image` and the text under `caption`, `text`,
-    `answer` or `response`; `question` or `prompt` tells several responses to an image apart.
+    """Read descriptions of images.
+
+    The image is under `image_id` or `image`, the text under `caption`, `text`, `answer` or `response`. `question` or
+    `prompt` distinguishes several responses to an image.
 
     Args:
         path: the answers. A leading "Assistant:" is no part of an answer.
-        images: the file of questions, where the answers do not name their image: as many records in the same order,
+        images: the file of questions, for answers that do not name their image: as many records in the same order,
             each with `image_id` or `image`.
 
     Raises:
-        ValueError: a file is bad or empty, the two do not match, or an image and question stand there twice.
+        ValueError: a file is bad or empty, the two do not match, or an image and question are repeated.
     """
     answers = list(records(path))
-    if not answers:
-        raise ValueError(f'{path} is empty; expected records {{"image_id": 42, "caption": "A dog runs."}}')
-    asked = answers if images is None else list(records(images))
-    if len(asked) != len(answers):
+    questions = answers if images is None else list(records(images))
+    if answers and len(questions) != len(answers):
         raise ValueError(
-            f"{path} has {len(answers)} answers, {images} has {len(asked)} questions; expected one answer to each "
+            f"{path} has {len(answers)} answers, {images} has {len(questions)} questions; expected one answer to each "
             "question, in their order"
         )
-    responses: dict[tuple[str, str], Response] = {}
-    for (where, record), (there, question) in zip(answers, asked, strict=True):
+
+    def read_response(
+        where: str, record: Record, there: str, question: Record
+    ) -> tuple[str, tuple[str, ...], Response]:
         if "question_id" in record and record["question_id"] != question.get("question_id", record["question_id"]):
             raise ValueError(
                 f"{where} answers question_id {shown(record['question_id'])}, but {there} is "
@@ -179,56 +227,9 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
             )
         text = take_text(where, record, "caption", "text", "answer", "response").strip().removeprefix("Assistant:")
         prompt = next((str(record[name]) for name in ("question", "prompt") if name in record), "")
-        response = Response(take_id(there, question, "image_id", "image"), text.strip(), prompt)
-        if (response.image, prompt) in responses:
-            raise ValueError(
-                f"{where}: image {response.image} is answered twice; expected one response to each image, or different "
-                "questions under 'question'"
-            )
-        responses[response.image, prompt] = response
-    return list(responses.values())
+        response = Response(take_image_id(there, question, "image_id", "image"), text.strip(), prompt)
+        return where, (response.image, prompt), response
 
-
-def check_ids(what: str, came: Sequence[str], known: Mapping[str, Named]) -> None:
-    """That every id is known.
-
-    Raises:
-        ValueError: one is not.
-    """
-    unknown = sorted({name for name in came if name not in known})
-    if unknown:
-        some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise ValueError(
-            f"{what}: {len(unknown)} of {len(set(came))} images have no annotation ({some}; annotated are "
-            f"{', '.join(list(known)[:3])}, ...); expected an annotation for every image, an empty one where there is "
-            "no object"
-        )
-
-
-def shown(value: object) -> str:
-    """A value for an error message, cut short."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _entries(name: str, content: object) -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict):
-        nested = content.get("imgToEval")
-        if isinstance(nested, dict):
-            yield from ((f"{name}: imgToEval {key}", record) for key, record in nested.items())
-            return
-        content = [content]  # JSON lines with a single line
-    if not isinstance(content, list):
-        raise ValueError(f"{name} is {shown(content)}; expected a list of records [{{...}}], or one record a line")
-    yield from ((f"{name}: entry {number}", record) for number, record in enumerate(content, start=1))
-
-
-def _lines(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{name}: line {number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name}: line {number} is not JSON ({error}); expected one record {{...}} a line"
-                ) from error
+    entries = (read_response(*answer, *question) for answer, question in zip(answers, questions, strict=True))
+    example = 'records {"image_id": 42, "caption": "A dog runs."}'
+    return list(index(path, "image and question", entries, example).values())

@@ -1,7 +1,7 @@
-"""What models are asked about images, and what their answers are worth: POPE, CHAIR, Object HalBench, AMBER.
+"""Benchmarks of vision-language models: questions about images, and scores of the answers.
 
-A benchmark has parts (POPE's splits; descriptions), and a part has questions, each about one image. Answers come in the
-order of the questions. They are scored in two ways: all together, as the papers count, and one by one, for people.
+A benchmark has parts (POPE's splits; captions), and a part has items, each one question about one image. Answers come
+in the order of the items. They are scored in two ways: all together, as in the papers, and one by one, for readers.
 """
 
 from __future__ import annotations
@@ -10,55 +10,31 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from PIL import Image
 
 from mmalign.data.images import decode
 from mmalign.data.rows import file_ref
 from mmalign.evaluation import amber, chair, pope
-from mmalign.evaluation.answer_files import Response, check_ids, image_id, records, shown, take_text
+from mmalign.evaluation.answer_files import Question, Response, check_annotated, image_id
 from mmalign.evaluation.counts import Metrics
 from mmalign.language.objects import Vocabulary, singular, tokens
 
-Answers = Mapping[str, Sequence[str]]  # from the name of a part to the answers to its questions, in their order
-Images = Callable[[str], Image.Image]  # an image by its name; raises BadImage where it cannot be read
-DESCRIPTIONS = "descriptions"  # the part of a benchmark that asks what is in an image
-DESCRIBED = "objects of the image that are named, less mentions of invented ones"
-RIGHT = "1 for a right yes or no, 0 for a wrong one"
-
-
-class Asked(Protocol):
-    """A question about an image; `id` tells it from the others of its part."""
-
-    @property
-    def id(self) -> int: ...  # noqa: D102
-    @property
-    def image(self) -> str: ...  # noqa: D102
-    @property
-    def text(self) -> str: ...  # noqa: D102
-
-
-A = TypeVar("A", bound=Asked)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an image that has no one right answer: what is to be seen."""
-
-    id: int
-    image: str
-    text: str
+AnswersByPart = Mapping[str, Sequence[str]]  # from the name of a part to the answers to its items, in their order
+Images = Callable[[str], Image.Image]  # an image by its name; raises BadImage if it cannot be read
+CAPTIONS = "descriptions"  # the part of a benchmark that asks for descriptions
+CAPTION_SCORE = "objects of the image that are named, less mentions of invented ones"
+YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong one"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one answer is worth, for people.
+    """A rating of one answer, for readers.
 
     Attributes:
-        score: better when higher; the benchmark's `score_name` says what it is.
-        note: the same in words.
-        invented: where the answer names what is not in the image, [start, end).
+        score: higher is better; the benchmark's `score_name` explains it.
+        note: the score in words.
+        invented: spans of the answer that name objects which are not in the image, [start, end).
     """
 
     score: float
@@ -66,293 +42,191 @@ class Verdict:
     invented: tuple[tuple[int, int], ...] = ()
 
 
-class Benchmark(Protocol):
-    """Questions about images, and how answers to them are scored."""
+@dataclass(frozen=True)
+class Item:
+    """A question with its ground-truth answer in words, and a function that rates answers to it."""
+
+    question: Question
+    truth: str
+    rate: Callable[[str], Verdict]
+
+
+Parts = Mapping[str, Sequence[Item]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Items by part, their images, and the metrics of answers to them.
+
+    Attributes:
+        parts: the items of each part.
+        images: an image by its name.
+        score_name: the meaning of an answer's score.
+        measure: a function from parts and their answers to metrics.
+    """
+
+    parts: Parts
+    images: Images
+    score_name: str
+    measure: Callable[[Parts, AnswersByPart], list[Metrics]]
 
     @property
-    def parts(self) -> Mapping[str, Sequence[Asked]]:
-        """The questions, by the part that they belong to."""
-
-    @property
-    def score_name(self) -> str:
-        """What the score of one answer is, in words."""
-
-    @property
-    def images(self) -> Images:
-        """The image that questions call by a name."""
+    def questions(self) -> list[Question]:
+        """All questions, part by part."""
+        return [item.question for items in self.parts.values() for item in items]
 
     def without(self, images: Collection[str]) -> Benchmark:
-        """The same, less the questions about these images."""
+        """Return the benchmark without the questions about these images."""
+        parts = {
+            part: [item for item in items if item.question.image not in images] for part, items in self.parts.items()
+        }
+        return replace(self, parts=parts)
 
-    def score(self, answers: Answers) -> list[Metrics]:
-        """What was counted in the answers, one for each set of measures."""
-
-    def judge(self, part: str, number: int, answer: str) -> Verdict:
-        """What an answer to the question of this number is worth."""
-
-    def truth(self, part: str, number: int) -> str:
-        """What would have been right, for people."""
+    def score(self, answers: AnswersByPart) -> list[Metrics]:
+        """Return the metrics of answers to all items."""
+        return self.measure(self.parts, answers)
 
 
-@dataclass(frozen=True)
-class Descriptions:
-    """Descriptions of images, whose objects are known: CHAIR, or Object HalBench.
+def caption_benchmark(
+    questions: Sequence[Question],
+    objects: chair.Truth,
+    vocabulary: Vocabulary,
+    images: Images,
+    score: Callable[[Sequence[Response], chair.Truth, Vocabulary], Metrics] = chair.score,
+) -> Benchmark:
+    """Return a benchmark of descriptions of images with known objects: CHAIR, or Object HalBench.
 
-    Attributes:
-        questions: what is asked.
+    Args:
+        questions: the prompts for descriptions.
         objects: from an image's id (`answer_files.image_id`) to its objects, by the vocabulary's names.
-        vocabulary: the words for them.
-        images: the image by its name.
-        count: `chair.score` or `object_halbench.score`.
+        vocabulary: the words for the objects.
+        images: an image by its name.
+        score: `chair.score` or `object_halbench.score`.
 
     Raises:
-        ValueError: an image has no annotation, or is asked the same twice.
+        ValueError: an image has no annotation, or a question is repeated.
     """
+    check_annotated("annotations", [image_id(question.image) for question in questions], objects)
+    counts = Counter((image_id(question.image), question.text) for question in questions)
+    repeated = next((key for key, count in counts.items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"questions: {repeated[1]!r} is asked twice of image {repeated[0]}; expected it once")
 
-    questions: Sequence[Asked]
-    objects: chair.Truth
-    vocabulary: Vocabulary
-    images: Images
-    count: Callable[[Sequence[Response], chair.Truth, Vocabulary], Metrics] = chair.score
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        pairs = zip((item.question for item in parts[CAPTIONS]), answers[CAPTIONS], strict=True)
+        responses = [Response(image_id(question.image), answer, question.text) for question, answer in pairs]
+        return [score(responses, objects, vocabulary)]
 
-    def __post_init__(self) -> None:
-        check_ids("annotations", [image_id(question.image) for question in self.questions], self.objects)
-        times = Counter((image_id(question.image), question.text) for question in self.questions)
-        again = next((asked for asked, number in times.items() if number > 1), None)
-        if again is not None:
-            raise ValueError(f"questions: {again[1]!r} is asked twice of image {again[0]}; expected it once")
+    def item(question: Question) -> Item:
+        truth = objects[image_id(question.image)]
 
-    @property
-    def parts(self) -> Mapping[str, Sequence[Asked]]:
-        """See Benchmark."""
-        return {DESCRIPTIONS: self.questions}
+        def rate(answer: str) -> Verdict:
+            match = chair.match_objects(answer, truth, vocabulary)
+            spans = tuple((mention.start, mention.end) for mention in match.invented)
+            return _rate_caption(len(match.found), len(truth), len(match.invented), spans)
 
-    @property
-    def score_name(self) -> str:
-        """See Benchmark."""
-        return DESCRIBED
+        return Item(question, ", ".join(sorted(truth)) or "no object", rate)
 
-    def without(self, images: Collection[str]) -> Descriptions:
-        """See Benchmark."""
-        return replace(self, questions=_less(self.questions, images))
-
-    def score(self, answers: Answers) -> list[Metrics]:
-        """See Benchmark."""
-        asked = zip(self.questions, answers[DESCRIPTIONS], strict=True)
-        responses = [Response(image_id(question.image), answer, question.text) for question, answer in asked]
-        return [self.count(responses, self.objects, self.vocabulary)]
-
-    def judge(self, part: str, number: int, answer: str) -> Verdict:
-        """See Benchmark."""
-        objects = self._objects(number)
-        judged = chair.judge(answer, objects, self.vocabulary)
-        places = tuple((mention.start, mention.end) for mention in judged.invented)
-        return _described(len(judged.found), len(objects), len(judged.invented), places)
-
-    def truth(self, part: str, number: int) -> str:
-        """See Benchmark."""
-        return ", ".join(sorted(self._objects(number))) or "no object"
-
-    def _objects(self, number: int) -> Collection[str]:
-        return self.objects[image_id(self.questions[number].image)]
+    return Benchmark({CAPTIONS: [item(question) for question in questions]}, images, CAPTION_SCORE, measure)
 
 
-@dataclass(frozen=True)
-class YesNo:
-    """Yes/no questions on objects in images: POPE.
+def yes_no_benchmark(
+    questions: Mapping[str, Sequence[Question]], images: Images, parse: pope.Parse = pope.parse_published
+) -> Benchmark:
+    """Return a benchmark of yes/no questions on objects in images, by split: POPE."""
 
-    Attributes:
-        parts: the questions of each split.
-        images: the image by its name.
-        parse: how a yes and a no are read.
-    """
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        asked = {part: [item.question for item in items] for part, items in parts.items()}
+        return [pope.score(asked, {part: answers[part] for part in parts}, parse)]
 
-    parts: Mapping[str, Sequence[pope.Question]]
-    images: Images
-    parse: pope.Parse = pope.parse_published
-
-    @property
-    def score_name(self) -> str:
-        """See Benchmark."""
-        return RIGHT
-
-    def without(self, images: Collection[str]) -> YesNo:
-        """See Benchmark."""
-        return replace(self, parts={part: _less(asked, images) for part, asked in self.parts.items()})
-
-    def score(self, answers: Answers) -> list[Metrics]:
-        """See Benchmark."""
-        return [pope.score(self.parts, {part: answers[part] for part in self.parts}, self.parse)]
-
-    def judge(self, part: str, number: int, answer: str) -> Verdict:
-        """See Benchmark."""
-        return _said(self.parse(answer), self.parts[part][number].answer, answer)
-
-    def truth(self, part: str, number: int) -> str:
-        """See Benchmark."""
-        return "yes" if self.parts[part][number].answer else "no"
+    parts = {part: [_yes_no_item(question, parse) for question in asked] for part, asked in questions.items()}
+    return Benchmark(parts, images, YES_NO_SCORE, measure)
 
 
-@dataclass(frozen=True)
-class Amber:
-    """AMBER: descriptions, and yes/no questions on existence, attributes and relations.
+def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotations, images: Images) -> Benchmark:
+    """Return AMBER: descriptions, and yes/no questions on existence, attributes and relations.
 
-    Attributes:
+    Args:
         questions: all of them, by the benchmark's ids.
-        files: the benchmark's annotations.
-        images: the image by its name.
+        annotations: the benchmark's annotations.
+        images: an image by its name.
 
     Raises:
         ValueError: a question has no annotation.
     """
+    unknown = [question.id for question in questions if question.id not in annotations.items]
+    if unknown:
+        raise ValueError(f"questions: id {unknown[0]} is none of annotations.json; expected the files of one release")
 
-    questions: Sequence[Asked]
-    files: amber.Amber
-    images: Images
-
-    def __post_init__(self) -> None:
-        unknown = [question.id for question in self.questions if question.id not in self.files.items]
-        if unknown:
-            raise ValueError(
-                f"questions: id {unknown[0]} is none of annotations.json; expected the files of one release"
-            )
-
-    @property
-    def parts(self) -> Mapping[str, Sequence[Asked]]:
-        """See Benchmark."""
-        kinds = {DESCRIPTIONS: amber.Description, "questions": amber.Claim}
-        parts = {
-            part: [question for question in self.questions if isinstance(self.files.items[question.id], kind)]
-            for part, kind in kinds.items()
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        responses = {
+            item.question.id: answer
+            for part, items in parts.items()
+            for item, answer in zip(items, answers[part], strict=True)
         }
-        return {part: asked for part, asked in parts.items() if asked}
+        return amber.score(responses, annotations)
 
-    @property
-    def score_name(self) -> str:
-        """See Benchmark."""
-        return f"{DESCRIBED}; {RIGHT}"
+    def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
+        def rate(answer: str) -> Verdict:
+            match = amber.match_objects(answer, item, annotations)
+            words = set(match.invented)
+            spans = tuple((start, end) for word, start, end in tokens(answer) if {word, singular(word)} & words)
+            return _rate_caption(match.num_covered, len(item.truth), len(match.invented), spans)
 
-    def without(self, images: Collection[str]) -> Amber:
-        """See Benchmark."""
-        return replace(self, questions=_less(self.questions, images))
+        return Item(question, ", ".join(item.truth), rate)
 
-    def score(self, answers: Answers) -> list[Metrics]:
-        """See Benchmark."""
-        said = {q.id: a for part, asked in self.parts.items() for q, a in zip(asked, answers[part], strict=True)}
-        return amber.score(said, self.files)
-
-    def judge(self, part: str, number: int, answer: str) -> Verdict:
-        """See Benchmark."""
-        item = self.files.items[self.parts[part][number].id]
-        if isinstance(item, amber.Claim):
-            return _said(pope.parse_strict(answer), item.answer, answer)
-        found = amber.find(answer, item, self.files)
-        words = set(found.invented)
-        places = tuple((start, end) for word, start, end in tokens(answer) if {word, singular(word)} & words)
-        return _described(found.covered, len(item.truth), len(found.invented), places)
-
-    def truth(self, part: str, number: int) -> str:
-        """See Benchmark."""
-        item = self.files.items[self.parts[part][number].id]
-        if isinstance(item, amber.Claim):
-            return "yes" if item.answer else "no"
-        return ", ".join(item.truth)
+    parts: dict[str, list[Item]] = {CAPTIONS: [], "questions": []}
+    for question in questions:
+        annotation = annotations.items[question.id]
+        if isinstance(annotation, amber.GenerativeItem):
+            parts[CAPTIONS].append(caption_item(question, annotation))
+        else:
+            parts["questions"].append(_yes_no_item(replace(question, answer=annotation.answer), pope.parse_strict))
+    parts = {part: items for part, items in parts.items() if items}
+    return Benchmark(parts, images, f"{CAPTION_SCORE}; {YES_NO_SCORE}", measure)
 
 
-@dataclass(frozen=True)
-class Together:
-    """Two benchmarks on the same images, with different parts."""
+def combine(first: Benchmark, second: Benchmark) -> Benchmark:
+    """Return one benchmark of two on the same images, with different parts."""
 
-    first: Benchmark
-    second: Benchmark
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        return [
+            metrics
+            for benchmark in (first, second)
+            for metrics in benchmark.measure({part: parts[part] for part in benchmark.parts}, answers)
+        ]
 
-    @property
-    def parts(self) -> Mapping[str, Sequence[Asked]]:
-        """See Benchmark."""
-        return {**self.first.parts, **self.second.parts}
-
-    @property
-    def score_name(self) -> str:
-        """See Benchmark."""
-        return f"{self.first.score_name}; {self.second.score_name}"
-
-    @property
-    def images(self) -> Images:
-        """See Benchmark."""
-        return self.first.images
-
-    def without(self, images: Collection[str]) -> Together:
-        """See Benchmark."""
-        return Together(self.first.without(images), self.second.without(images))
-
-    def score(self, answers: Answers) -> list[Metrics]:
-        """See Benchmark."""
-        return [*self.first.score(answers), *self.second.score(answers)]
-
-    def judge(self, part: str, number: int, answer: str) -> Verdict:
-        """See Benchmark."""
-        return self._of(part).judge(part, number, answer)
-
-    def truth(self, part: str, number: int) -> str:
-        """See Benchmark."""
-        return self._of(part).truth(part, number)
-
-    def _of(self, part: str) -> Benchmark:
-        return self.first if part in self.first.parts else self.second
+    score_name = f"{first.score_name}; {second.score_name}"
+    return Benchmark({**first.parts, **second.parts}, first.images, score_name, measure)
 
 
-def read_asked(path: str | Path, prompt: str) -> list[Question]:
-    """What is asked: records with `image`, and the question under `text`, `question` or `query`.
-
-    Args:
-        path: the file; records of annotations will do, since the rest of them is not looked at.
-        prompt: what is asked where a record has no question.
+def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
+    """Return a function that reads a folder's images by name.
 
     Raises:
-        ValueError: the file is bad or empty, or an id stands there twice.
+        ValueError: an image of these questions is missing.
     """
-    questions: dict[int, Question] = {}
-    for where, record in records(path):
-        name = next((name for name in ("text", "question", "query") if name in record), None)
-        text = prompt if name is None else take_text(where, record, name)
-        number = record.get("question_id", record.get("id", len(questions) + 1))
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"{where}: question_id is {shown(number)}; expected a whole number")
-        if number in questions:
-            raise ValueError(f"{where}: question_id {number} stands there twice; expected another for each question")
-        questions[number] = Question(number, take_text(where, record, "image"), text)
-    if not questions:
-        raise ValueError(f'{path} is empty; expected records {{"image": "1.jpg", "question": "What is there?"}}')
-    return list(questions.values())
-
-
-def in_folder(folder: str | Path, asked: Sequence[Asked]) -> Images:
-    """The images of a folder, once it is known that those that are asked about are there.
-
-    Raises:
-        ValueError: one is not.
-    """
-    place, names = Path(folder), {question.image for question in asked}
-    absent = sorted(name for name in names if not (place / name).is_file())
-    if absent:
+    names = {question.image for question in questions}
+    missing = sorted(name for name in names if not (Path(folder) / name).is_file())
+    if missing:
         raise ValueError(
-            f"images: {folder} has no {', '.join(absent[:3])} ({len(absent):,} of {len(names):,} images are missing); "
-            "expected every image that is asked about, by the name that its question has"
+            f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are missing);"
+            " expected every image that is asked about, by the name that its question has"
         )
-    return lambda name: decode(file_ref(str(place / name), name))
+    return lambda name: decode(file_ref(str(Path(folder) / name), name))
 
 
-def _less(asked: Sequence[A], images: Collection[str]) -> list[A]:
-    return [question for question in asked if question.image not in images]
+def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
+    def rate(answer: str) -> Verdict:
+        """Rate an answer; a yes about an absent object is an invention as a whole."""
+        said = parse(answer)
+        invented = ((0, len(answer)),) if said and not question.answer and answer else ()
+        note = "neither yes nor no" if said is None else "right" if said is question.answer else "wrong"
+        return Verdict(float(said is question.answer), note, invented)
+
+    return Item(question, "yes" if question.answer else "no", rate)
 
 
-def _described(found: int, there: int, invented: int, places: tuple[tuple[int, int], ...]) -> Verdict:
-    """A description that finds some of the objects that are there, and invents others."""
-    return Verdict(found - invented, f"{found} of {there} named, {invented or 'none'} invented", places)
-
-
-def _said(said: bool | None, right: bool, answer: str) -> Verdict:
-    """An answer that was read as yes, no or neither; a yes to what is not there is an invention as a whole."""
-    invented = ((0, len(answer)),) if said and not right and answer else ()
-    note = "neither yes nor no" if said is None else "right" if said is right else "wrong"
-    return Verdict(float(said is right), note, invented)
+def _rate_caption(num_found: int, num_true: int, num_invented: int, spans: tuple[tuple[int, int], ...]) -> Verdict:
+    note = f"{num_found} of {num_true} named, {num_invented or 'none'} invented"
+    return Verdict(num_found - num_invented, note, spans)

@@ -1,16 +1,16 @@
-"""CHAIR: how many of the objects that a description mentions are not in the image (arXiv:1809.02156, section 3).
+"""CHAIR: mentions of objects that are not in the image (arXiv:1809.02156, section 3).
 
     CHAIR_i = mentions of invented objects / all mentions of objects
     CHAIR_s = descriptions with an invented object / all descriptions
     recall  = objects of the images that their descriptions mention / all objects of the images
 
-Every mention counts, as in the release: a dog that is not there, named twice, is two invented mentions. Recall counts
-each object of an image once. It stands beside CHAIR always, because a model that says nothing invents nothing. An empty
-description mentions nothing and counts in CHAIR_s; in an image without objects every mention is invented. Where there
-is nothing to divide by, a measure is 0.
+Every mention counts, as in the release: an invented dog, named twice, is two invented mentions. Recall counts each
+object of an image once. It accompanies CHAIR always, because a model that says nothing invents nothing. An empty
+description mentions nothing and counts in CHAIR_s. In an image without objects every mention is invented. A metric
+with denominator 0 is 0.
 
-What is in an image comes from annotations; for MSCOCO these are the object masks and what the five human captions
-mention (`read_coco`). The vocabulary is MSCOCO's (`coco_vocabulary`, two variants) or one of your own (`vocabulary`).
+The objects of an image come from annotations. For MSCOCO these are the object masks and the mentions of the five human
+captions (`read_coco`). The vocabulary is MSCOCO's (`coco_vocabulary`, two variants) or one of your own (`vocabulary`).
 """
 
 from __future__ import annotations
@@ -20,99 +20,105 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmalign.data.files import document, shown
 from mmalign.evaluation.answer_files import (
+    Record,
     Response,
-    check_ids,
-    document,
+    check_annotated,
     image_id,
     read_objects,
-    shown,
     take,
-    take_id,
+    take_image_id,
     take_text,
 )
-from mmalign.evaluation.counts import Metrics, as_columns, ratio
+from mmalign.evaluation.counts import Metrics, Ratio, as_columns, ratio
 from mmalign.evaluation.intervals import Values
 from mmalign.language.objects import Mention, Vocabulary
 
-Truth = Mapping[str, Collection[str]]
+Truth = Mapping[str, Collection[str]]  # from an image's id (`answer_files.image_id`) to its objects
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The object words of one description: all, those of objects that are not in the image, and the objects found."""
+class ObjectMatch:
+    """The object words of a description: all mentions, the invented ones, and the image's objects among them."""
 
     mentions: tuple[Mention, ...]
     invented: tuple[Mention, ...]
     found: frozenset[str]
 
 
-def judge(text: str, objects: Collection[str], vocabulary: Vocabulary) -> Judgement:
-    """Compare a description with the objects of its image, which are names of the vocabulary's objects."""
+def match_objects(text: str, objects: Collection[str], vocabulary: Vocabulary) -> ObjectMatch:
+    """Match the object words of a description with the objects of its image, by the vocabulary's names."""
     mentions = tuple(vocabulary.mentions(text))
     invented = tuple(mention for mention in mentions if mention.object not in objects)
-    return Judgement(mentions, invented, frozenset(mention.object for mention in mentions) & frozenset(objects))
+    return ObjectMatch(mentions, invented, frozenset(mention.object for mention in mentions) & frozenset(objects))
 
 
 def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -> Metrics:
-    """CHAIR_i, CHAIR_s, recall and the mean length in words (at white space) of N descriptions.
+    """Return CHAIR_i, CHAIR_s, recall and the mean length in words (at white space) of N descriptions.
 
     Args:
-        responses: [N]; several to one image are told apart by their question.
-        truth: from an image's id (see `answer_files.image_id`) to its objects, by the vocabulary's names.
-        vocabulary: which objects there are, and the words for them.
+        responses: [N]; several to one image differ in their question.
+        truth: the objects of each image, by the vocabulary's names.
+        vocabulary: the objects, and the words for them.
 
     Raises:
         ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
             annotated object is not the vocabulary's.
     """
-    return Metrics(
+    return description_metrics(
         "CHAIR",
-        tuple((response.image, response.question) for response in responses),
-        tuple(response.image for response in responses),
-        tally(responses, truth, vocabulary),
-        {
-            "CHAIR_i": ratio("invented mentions", "mentions"),
-            "CHAIR_s": ratio("inventing responses", "responses"),
-            "recall": ratio("found objects", "true objects"),
-        },
-        ("words per response",),
-        ("CHAIR_s", "CHAIR_i", "recall", "words per response"),
+        responses,
+        count_mentions(responses, truth, vocabulary),
+        {"CHAIR_i": ratio("invented mentions", "mentions"), "CHAIR_s": ratio("inventing responses", "responses")},
+        headline=("CHAIR_s", "CHAIR_i", "recall", "words per response"),
     )
 
 
-def tally(
+def description_metrics(
+    benchmark: str,
+    responses: Sequence[Response],
+    columns: Mapping[str, Values],
+    rates: Mapping[str, Ratio],
+    headline: tuple[str, ...] = (),
+) -> Metrics:
+    """Return rates of invention, with recall and length, of N descriptions from the columns of `count_mentions`."""
+    keys = tuple((response.image, response.question) for response in responses)
+    images = tuple(response.image for response in responses)
+    ratios = {**rates, "recall": ratio("found objects", "true objects")}
+    return Metrics(benchmark, keys, images, columns, ratios, ("words per response",), headline)
+
+
+def count_mentions(
     responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary, *, distinct: bool = False
 ) -> dict[str, Values]:
-    """From the name of a count to its values [N]; `distinct` counts each word of a response once.
+    """Return the values [N] of each count; `distinct` counts each word of a response once.
 
     Raises:
-        ValueError: as `score`.
+        ValueError: an image has no annotation, or an annotated object is not the vocabulary's.
     """
-    check_ids("truth", [response.image for response in responses], truth)
+    check_annotated("truth", [response.image for response in responses], truth)
     rows = []
     for response in responses:
         objects = truth[response.image]
-        strange = sorted(set(objects) - set(vocabulary.objects))
-        if strange:
+        unknown = sorted(set(objects) - set(vocabulary.objects))
+        if unknown:
             raise ValueError(
-                f"truth: image {response.image} has the object {strange[0]!r}, which the vocabulary "
+                f"truth: image {response.image} has the object {unknown[0]!r}, which the vocabulary "
                 f"({', '.join(vocabulary.objects[:3])}, ...) does not name so; read the annotations with the "
                 "vocabulary that is to score them"
             )
-        judged = judge(response.text, objects, vocabulary)
-        mentions, invented = (
-            {mention.word for mention in some} if distinct else some for some in (judged.mentions, judged.invented)
-        )
+        match = match_objects(response.text, objects, vocabulary)
+        words, invented_words = [mention.word for mention in match.mentions], [m.word for m in match.invented]
         rows.append(
             {
                 "responses": 1,
-                "responses with objects": bool(mentions),
-                "inventing responses": bool(invented),
-                "mentions": len(mentions),
-                "invented mentions": len(invented),
+                "responses with objects": bool(words),
+                "inventing responses": bool(invented_words),
+                "mentions": len(set(words) if distinct else words),
+                "invented mentions": len(set(invented_words) if distinct else invented_words),
                 "true objects": len(set(objects)),
-                "found objects": len(judged.found),
+                "found objects": len(match.found),
                 "words per response": len(response.text.split()),
             }
         )
@@ -120,16 +126,16 @@ def tally(
 
 
 def read_truth(path: str | Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
-    """The objects of each image from records {"image", "objects"}, by the vocabulary's names.
+    """Read the objects of each image from records {"image", "objects"}, by the vocabulary's names.
 
     Raises:
-        ValueError: the file is bad, or an object is no word of the vocabulary; the message says where.
+        ValueError: the file is bad, or an object is no word of the vocabulary.
     """
     truth: dict[str, frozenset[str]] = {}
     for image, names in read_objects(path).items():
         key = image_id(image)
         if key in truth:
-            raise ValueError(f"{path}: {image} is annotated twice, as {key}; expected one record for an image")
+            raise ValueError(f"{path}: duplicate image {image}, as {key}; expected one record for each")
         truth[key] = _objects(f"{path}: {image}", names, vocabulary)
     return truth
 
@@ -140,61 +146,52 @@ def read_coco(
     vocabulary: Vocabulary,
     images: Collection[str] | None = None,
 ) -> dict[str, frozenset[str]]:
-    """The objects of MSCOCO's images: those with a mask, and those that a human caption mentions.
+    """Read the objects of MSCOCO's images: those with a mask, and those that a human caption mentions.
 
-    CHAIR takes both of the 2014 splits: instances_train2014.json and instances_val2014.json, captions_train2014.json
+    CHAIR uses both of the 2014 splits: instances_train2014.json and instances_val2014.json, captions_train2014.json
     and captions_val2014.json.
 
     Args:
         instances: files with `images`, `categories` and `annotations` (`image_id`, `category_id`).
         captions: files with `images` and `annotations` (`image_id`, `caption`).
-        vocabulary: whose names the objects get.
-        images: ids to keep (all, if not given): matching the words of 600,000 captions takes minutes.
+        vocabulary: the objects' names.
+        images: ids to read, all by default; matching the words of 600,000 captions takes minutes.
 
     Raises:
         ValueError: a file is bad, or a category is no word of the vocabulary.
     """
     truth: dict[str, set[str]] = defaultdict(set)
     for path in instances:
-        file = _coco_file(path, "images", "categories", "annotations")
-        names = {
-            take(f"{path}: categories", category, "id"): take_text(f"{path}: categories", category, "name")
-            for category in file["categories"]
+        file = document(path)
+        objects = {
+            take(where, category, "id"): vocabulary.object_of(take_text(where, category, "name"))
+            for where, category in _coco_records(path, file, "categories")
         }
-        objects = {key: vocabulary.object_of(name) for key, name in names.items()}
-        _add_images(path, file, truth)
-        for number, annotation in enumerate(file["annotations"], start=1):
-            where = f"{path}: annotation {number}"
+        for where, image in _coco_records(path, file, "images"):
+            truth[take_image_id(where, image, "id")].update()  # an image without any annotation has no object
+        for where, annotation in _coco_records(path, file, "annotations"):
             category = take(where, annotation, "category_id")
             if category not in objects:
                 raise ValueError(f"{where}: category_id is {shown(category)}; expected one of `categories`")
-            truth[take_id(where, annotation, "image_id")].add(objects[category])
+            truth[take_image_id(where, annotation, "image_id")].add(objects[category])
     for path in captions:
-        file = _coco_file(path, "images", "annotations")
-        _add_images(path, file, truth)
-        for number, annotation in enumerate(file["annotations"], start=1):
-            where = f"{path}: annotation {number}"
-            image = take_id(where, annotation, "image_id")
-            if images is None or image in images:
+        file = document(path)
+        for where, image in _coco_records(path, file, "images"):
+            truth[take_image_id(where, image, "id")].update()
+        for where, annotation in _coco_records(path, file, "annotations"):
+            name = take_image_id(where, annotation, "image_id")
+            if images is None or name in images:
                 mentions = vocabulary.mentions(take_text(where, annotation, "caption"))
-                truth[image].update(mention.object for mention in mentions)
-    return {image: frozenset(found) for image, found in truth.items() if images is None or image in images}
+                truth[name].update(mention.object for mention in mentions)
+    return {image: frozenset(objects) for image, objects in truth.items() if images is None or image in images}
 
 
-def _coco_file(path: str | Path, *parts: str) -> dict[str, list[dict[str, object]]]:
-    file = document(path)
-    for part in parts:
-        if not isinstance(file.get(part), list) or not all(isinstance(entry, dict) for entry in file[part]):
-            raise ValueError(
-                f"{path}: {part} is {shown(file.get(part))}; expected a list of records, as MSCOCO's annotations have"
-            )
-    return file
-
-
-def _add_images(path: str | Path, file: Mapping[str, list[dict[str, object]]], truth: dict[str, set[str]]) -> None:
-    """Images without any annotation are images too: nothing is in them."""
-    for number, image in enumerate(file["images"], start=1):
-        truth[take_id(f"{path}: image {number}", image, "id")].update()
+def _coco_records(path: str | Path, file: Record, part: str) -> list[tuple[str, Record]]:
+    """Return the records of a part of MSCOCO's annotations, with their locations."""
+    entries = file.get(part)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: {part} is {shown(entries)}; expected a list of records, as in MSCOCO's annotations")
+    return [(f"{path}: {part} {number}", entry) for number, entry in enumerate(entries, start=1)]
 
 
 def _objects(where: str, names: Iterable[str], vocabulary: Vocabulary) -> frozenset[str]:

@@ -1,56 +1,59 @@
-"""How much a model invents in the bundled world, whose pictures are known exactly, so that no judge can be flattered.
+"""Hallucination in the bundled world of crowds, whose pictures are known exactly; no reward model is involved.
 
-Every held-out picture is to be described (CHAIR_i, CHAIR_s, recall, length), and of two of its objects and of two that
-are not there it is asked whether they are (POPE). In the adversarial split an absent object is the partner of a present
-one: what the model has most often seen beside it.
+Every held-out picture is described (CHAIR_i, CHAIR_s, recall, length), and two of its objects and two absent ones are
+asked for (POPE). In the adversarial split an absent object is the partner of a present one, its most frequent companion
+in training.
 """
 
 from __future__ import annotations
 
 import itertools
-from functools import cache, partial
+from functools import cache
 from typing import Literal
 
-from PIL import Image
+from PIL.Image import Image
 
 from mmalign.data import crowds
 from mmalign.data.scenes import COLOURS, SHAPES
 from mmalign.evaluation import pope
-from mmalign.evaluation.benchmarks import Descriptions, Question, Together, YesNo
+from mmalign.evaluation.answer_files import Question
+from mmalign.evaluation.benchmarks import Benchmark, caption_benchmark, combine, yes_no_benchmark
 from mmalign.language.objects import Vocabulary, vocabulary
 
-TEMPLATE = "Is there {} in the picture?"  # with its article, what `crowds.ask` says
-ASKED = 2  # present and absent objects of a picture that are asked for: no picture has fewer objects
+TEMPLATE = "Is there {} in the picture?"  # with its article, the words of `crowds.ask`
+OBJECTS_PER_PICTURE = 2  # present and absent objects that are asked for; no picture has fewer objects
 
 
-def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) -> Together:
-    """Descriptions and yes/no questions on this many pictures of a split, in which partners are rarely together."""
-    found = {crowd.name: crowd for crowd in crowds.sample(split, pictures, seed)}
-    images = partial(_draw, found)
-    questions = [Question(number, name, crowds.QUESTION) for number, name in enumerate(found, start=1)]
-    kinds = {name: crowd.kinds for name, crowd in found.items()}
+def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) -> Benchmark:
+    """Return descriptions and yes/no questions on held-out pictures, in which partners are rarely together."""
+    by_name = {crowd.name: crowd for crowd in crowds.sample(split, pictures, seed)}
+    kinds = {name: crowd.kinds for name, crowd in by_name.items()}
     partners = {kind: (partner,) for kind, partner in crowds.PARTNERS.items()}
-    asked: dict[str, list[pope.Question]] = {
-        which: pope.build(
+    yes_no_questions: dict[str, list[Question]] = {
+        name: pope.build(
             kinds,
-            which,
-            objects_per_image=ASKED,
+            name,
+            objects_per_image=OBJECTS_PER_PICTURE,
             names=crowds.KINDS,
-            company=partners,
+            companions=partners,
             template=TEMPLATE,
             seed=seed,
         )
-        for which in pope.SPLITS
+        for name in pope.SPLITS
     }
-    described = Descriptions(questions, {name: frozenset(there) for name, there in kinds.items()}, words(), images)
-    return Together(described, YesNo(asked, images, pope.parse_strict))
+    questions = [Question(number, name, crowds.QUESTION) for number, name in enumerate(by_name, start=1)]
+    objects = {name: frozenset(present) for name, present in kinds.items()}
+
+    def draw(name: str) -> Image:
+        return crowds.draw(by_name[name])
+
+    return combine(
+        caption_benchmark(questions, objects, words(), draw),
+        yes_no_benchmark(yes_no_questions, draw, pope.parse_strict),
+    )
 
 
 @cache
 def words() -> Vocabulary:
-    """Every colour with every shape: also kinds that the world does not have are named, and are then invented."""
+    """Return the vocabulary of every colour with every shape; kinds that the world does not have count as invented."""
     return vocabulary({f"{colour} {shape}": [] for colour, shape in itertools.product(COLOURS, SHAPES)})
-
-
-def _draw(found: dict[str, crowds.Crowd], name: str) -> Image.Image:
-    return crowds.draw(found[name])

@@ -1,14 +1,14 @@
 """POPE: yes/no questions on whether an object is in the image (arXiv:2305.10355).
 
-Half of the questions ask for objects that are there. The other half ask for absent ones, and how these are chosen makes
-three splits: at random, the most popular of all images first, or adversarially, those that most often stand beside the
+Half of the questions ask for objects of the image, the other half for absent ones. The choice of the absent ones makes
+three splits: random; popular, the most frequent objects first; and adversarial, the most frequent companions of the
 object of the question before. "Yes" is the positive class:
 
     accuracy = right answers / questions          precision = right yes / all yes
     recall   = right yes / true yes               F1 = 2 right yes / (all yes + true yes)
 
 Papers give the mean over the splits of F1 or of accuracy, so both are here. The yes rate shows a model that says yes to
-everything. An answer with neither a yes nor a no counts as unclear, however it is parsed.
+everything. An answer with neither a yes nor a no counts as unclear, whatever the parser makes of it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mmalign.data.files import records, shown
 from mmalign.draws import Draws
-from mmalign.evaluation.answer_files import records, shown, take, take_text
-from mmalign.evaluation.counts import Metrics, Ratio, Sums, f1, ratio
+from mmalign.evaluation.answer_files import Question, index, take, take_number, take_text
+from mmalign.evaluation.counts import Metrics, Ratio, Sums, as_columns, f1, ratio
 from mmalign.evaluation.intervals import Values
 
 Split = Literal["random", "popular", "adversarial"]
@@ -37,16 +38,16 @@ TEMPLATE = "Is there {} in the image?"
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _NO = {"no", "not", "nope", "cannot", "none", "nothing", "never", "neither", "without"}
 _AFFIRMS = re.compile(r"(there (is|are|was|were)|there's|i (can |do )?see)\b")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an image, and whether "yes" is right."""
-
-    id: int
-    image: str
-    text: str
-    answer: bool
+_COUNTS = ("questions", "true yes", "said yes", "right yes", "right", "unclear")
+_RATIOS: dict[str, Ratio] = {
+    "accuracy": ratio("right", "questions"),
+    "precision": ratio("right yes", "said yes"),
+    "recall": ratio("right yes", "true yes"),
+    "F1": lambda sums: f1(sums["right yes"], sums["said yes"], sums["true yes"]),
+    "yes rate": ratio("said yes", "questions"),
+    "unclear": ratio("unclear", "questions"),
+}
+_MEANS = ("accuracy", "F1", "yes rate")
 
 
 def build(
@@ -56,28 +57,27 @@ def build(
     num_images: int | None = None,
     objects_per_image: int = 3,
     names: Sequence[str] | None = None,
-    company: Mapping[str, Sequence[str]] | None = None,
+    companions: Mapping[str, Sequence[str]] | None = None,
     template: str = TEMPLATE,
     seed: int = 0,
 ) -> list[Question]:
-    """The questions of a split: for each image, an object that is there and one that is not, in turn.
+    """Build the questions of a split: for each image, a present and an absent object in turn.
 
-    The objects that are there are an image's first ones. An absent one is never asked for twice of an image. Popularity
-    and company are counted over the images that are asked about, as in the release; among equals, what came first goes
-    first. Where no object that stands beside the last one is left, a random one is asked for. Random choices are keyed
-    by the image's name, so that other images do not change them.
+    The present objects are an image's first ones. No object is asked for twice of an image. Popularity and
+    co-occurrence are counted over the chosen images, as in the release; ties keep the order of appearance. If no
+    companion of the last object is left, the absent one is random. Random choices are keyed by the image's name, so
+    other images do not change them.
 
     Args:
-        images: from an image to its objects (`answer_files.read_objects`); those with fewer than `objects_per_image`
+        images: from an image to its objects (`answer_files.read_objects`); images with fewer than `objects_per_image`
             are left out. The paper's are the objects of MSCOCO's masks and captions.
-        split: how absent objects are chosen.
-        num_images: how many images are drawn at random (500 in the paper), all if not given.
+        split: the choice of absent objects.
+        num_images: number of random images (500 in the paper), all by default.
         objects_per_image: questions of either kind per image (3 in the paper).
-        names: the objects that may be asked for; those of the chosen images, if not given.
-        company: for each object those that most often stand beside it, for a world in which that is known; counted
-            over the chosen images, if not given.
+        names: candidates for absent objects; the objects of the chosen images by default.
+        companions: for each object its companions, the most frequent first; counted over the chosen images by default.
         template: the question, with {} for "a dog" or "an apple".
-        seed: of the random choices.
+        seed: seed of the random choices.
 
     Raises:
         ValueError: the split is unknown, the template has no place for an object, there are too few images, or too few
@@ -86,48 +86,49 @@ def build(
     if split not in SPLITS:
         raise ValueError(f"pope: {split!r} is no split; expected one of {', '.join(SPLITS)}")
     if "{}" not in template:
-        raise ValueError(f"pope: the template {template!r} has no {{}}; expected one in the place of 'a dog'")
+        raise ValueError(f"pope: the template {template!r} has no {{}}; expected one for 'a dog'")
     chosen = _choose(images, num_images, objects_per_image, seed)
     popularity = Counter(name for objects in chosen.values() for name in objects)
-    beside = _company(chosen) if company is None and split == "adversarial" else company or {}
+    if companions is None:
+        companions = _companions(chosen)
     candidates = list(dict.fromkeys(names)) if names is not None else list(popularity)
     by_popularity = sorted(candidates, key=lambda name: -popularity[name])
     questions: list[Question] = []
     for image, objects in chosen.items():
-        asked = set(objects)
+        excluded = set(objects)
         keys = Draws(seed).uniform([_row(image)], (len(candidates),), "pope: absent object")[0].tolist()
         at_random = [name for _, name in sorted(zip(keys, candidates, strict=True))]
         for present in objects[:objects_per_image]:
             ranked = {
                 "random": at_random,
                 "popular": by_popularity,
-                "adversarial": [name for name in beside.get(present, ()) if name in candidates] + at_random,
+                "adversarial": [name for name in companions.get(present, ()) if name in candidates] + at_random,
             }[split]
-            absent = next((name for name in ranked if name not in asked), None)
+            absent = next((name for name in ranked if name not in excluded), None)
             if absent is None:
                 raise ValueError(
                     f"pope: image {image} has {len(objects)} of {len(candidates)} objects, so there are not "
                     f"{objects_per_image} absent ones; give more objects under `names`, or fewer `objects_per_image`"
                 )
-            asked.add(absent)
+            excluded.add(absent)
             for name, answer in ((present, True), (absent, False)):
                 questions.append(Question(len(questions) + 1, image, template.format(_with_article(name)), answer))
     return questions
 
 
 def parse_published(answer: str) -> bool:
-    """Yes or no as the release reads it: no, if the text before the first full stop has the word No, no or not.
+    """Parse yes or no like the release: no, if the text before the first full stop has the word No, no or not.
 
-    Everything else is a yes, "NO", "cannot", "isn't" and an empty answer too; commas do not count.
+    Everything else is a yes, also "NO", "cannot", "isn't" and an empty answer. Commas are removed.
     """
     first = answer.split(".")[0].replace(",", "")
     return not {"No", "not", "no"} & set(first.split(" "))
 
 
 def parse_strict(answer: str) -> bool | None:
-    """Yes, no, or None where the first sentence says neither.
+    """Parse yes, no, or None if the first sentence says neither.
 
-    A yes or no at its beginning decides ("Yes, there is no doubt"); else a negation anywhere is a no ("I cannot see
+    A yes or no at its beginning decides ("Yes, there is no doubt"). Else a negation anywhere is a no ("I cannot see
     one", "there isn't"), and a yes anywhere or "there is" a yes.
     """
     sentence = next((part for part in _SENTENCE_END.split(answer.lower().replace("\u2019", "'")) if part.strip()), "")
@@ -146,16 +147,16 @@ def score(
     answers: Mapping[str, Sequence[str]],
     parse: Parse = parse_published,
 ) -> Metrics:
-    """Accuracy, precision, recall, F1 and yes rate of every split, and the means over the splits.
+    """Return accuracy, precision, recall, F1 and yes rate of every split, and the means over the splits.
 
     Args:
         questions: from the name of a split to its questions.
         answers: from the same names to the answers, in the order of the questions.
-        parse: `parse_published`, with which published numbers are made, or `parse_strict`, with which an unclear answer
-            is neither yes nor no, and wrong.
+        parse: `parse_published`, as for published numbers, or `parse_strict`: an unclear answer is neither yes nor no,
+            and wrong.
 
     Raises:
-        ValueError: there is no question, the splits or the numbers differ, or a split asks a question twice.
+        ValueError: there is no question, the splits or the numbers differ, or a split has a question twice.
     """
     if list(questions) != list(answers):
         raise ValueError(
@@ -168,77 +169,97 @@ def score(
                 f"pope: {split} has {len(asked)} questions and {len(answers[split])} answers; expected one for each"
             )
     rows = [
-        (split, question, answer)
+        (split, question, _count(question, answer, parse))
         for split, asked in questions.items()
         for question, answer in zip(asked, answers[split], strict=True)
     ]
-    counted = np.array([_count(question, answer, parse) for _, question, answer in rows], dtype=np.float64)
-    columns: dict[str, Values] = {}
-    ratios: dict[str, Ratio] = {}
-    for split in questions:
-        of_split = np.array([name == split for name, _, _ in rows], dtype=np.float64)
-        columns.update({f"{split}: {what}": of_split * counted[:, at] for at, what in enumerate(_COUNTED)})
-        ratios.update({f"{split}: {name}": _of_split(share, split) for name, share in _MEASURES.items()})
+    columns = as_columns(
+        [
+            {f"{name}: {count}": value * (name == split) for name in questions for count, value in counts.items()}
+            for split, _, counts in rows
+        ]
+    )
+    ratios: dict[str, Ratio] = {
+        f"{split}: {name}": partial(_of_split, split, measure)
+        for split in questions
+        for name, measure in _RATIOS.items()
+    }
     if len(questions) > 1:
         for name in _MEANS:
-            ratios[f"mean: {name}"] = _mean([ratios[f"{split}: {name}"] for split in questions])
-    keys = tuple((split, question.id) for split, question, _ in rows)
-    groups = tuple(question.image for _, question, _ in rows)
-    which = "mean" if len(questions) > 1 else next(iter(questions), "")
-    headline = tuple(f"{which}: {name}" for name in _MEANS)
-    return Metrics("POPE", keys, groups, columns, ratios, headline=headline)
+            ratios[f"mean: {name}"] = partial(_mean, [ratios[f"{split}: {name}"] for split in questions])
+    scope = "mean" if len(questions) > 1 else next(iter(questions), "")
+    return Metrics(
+        "POPE",
+        tuple((split, question.id) for split, question, _ in rows),
+        tuple(question.image for _, question, _ in rows),
+        columns,
+        ratios,
+        headline=tuple(f"{scope}: {name}" for name in _MEANS),
+    )
+
+
+def _count(question: Question, answer: str, parse: Parse) -> dict[str, bool]:
+    said, is_true = parse(answer), question.answer is True
+    unclear = parse_strict(answer) is None
+    values = (True, is_true, said is True, said is True and is_true, said is is_true, unclear)
+    return dict(zip(_COUNTS, values, strict=True))
+
+
+def _of_split(split: str, measure: Ratio, sums: Sums) -> Values:
+    return measure({count: sums[f"{split}: {count}"] for count in _COUNTS})
+
+
+def _mean(ratios: Sequence[Ratio], sums: Sums) -> Values:
+    values: Values = np.mean([measure(sums) for measure in ratios], axis=0)
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a split as POPE publishes them: `question_id`, `image`, `text`, and `label` yes or no.
+    """Read the questions of a split as POPE publishes them: `question_id`, `image`, `text`, and `label` yes or no.
 
     Raises:
-        ValueError: the file is bad or empty, or an id stands there twice.
+        ValueError: the file is bad or empty, or an id is repeated.
     """
-    questions: dict[int, Question] = {}
-    for where, record in records(path):
-        number, label = take(where, record, "question_id"), take(where, record, "label")
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"{where}: question_id is {shown(number)}; expected a whole number")
+
+    def read_question(where: str, record: Mapping[str, Any]) -> tuple[str, int, Question]:
+        number, label = take_number(where, record, "question_id"), take(where, record, "label")
         if label not in ("yes", "no"):
             raise ValueError(f'{where}: label is {shown(label)}; expected "yes" or "no"')
-        if number in questions:
-            raise ValueError(f"{where}: question_id {number} stands there twice; expected another for each question")
         image, text = take_text(where, record, "image"), take_text(where, record, "text", "question")
-        questions[number] = Question(number, image, text, label == "yes")
-    if not questions:
-        raise ValueError(f"{path} is empty; expected POPE's questions, one record a line")
-    return list(questions.values())
+        return where, number, Question(number, image, text, label == "yes")
+
+    entries = (read_question(*located) for located in records(path))
+    return list(index(path, "question_id", entries, "POPE's questions, one record a line").values())
 
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
-    """The answers to a split's questions, in their order.
+    """Read the answers to a split's questions, and return them in the questions' order.
 
     Two layouts: with `question_id`, in any order, and the answer under `text` or `answer`, as LLaVA writes them; or
     without, in the order of the questions, with `question` (checked) and `answer`, as POPE does.
 
     Raises:
-        ValueError: the file is bad, an id is unknown or stands there twice, a question has no answer, or, where there
-            are no ids, a question is another than the one asked in its place.
+        ValueError: the file is bad, an id is unknown or repeated, a question has no answer, or, without ids, the
+            questions differ.
     """
     rows = list(records(path))
-    by_id = [row for row in rows if "question_id" in row[1]]
-    if by_id and len(by_id) < len(rows):
-        raise ValueError(f"{path}: {len(by_id)} of {len(rows)} records have a question_id; expected all, or none")
-    if not by_id:
+    num_with_id = sum("question_id" in record for _, record in rows)
+    if 0 < num_with_id < len(rows):
+        raise ValueError(f"{path}: {num_with_id} of {len(rows)} records have a question_id; expected all, or none")
+    if not num_with_id:
         return _answers_in_order(path, rows, questions)
     known = {question.id for question in questions}
-    answers: dict[int, str] = {}
     for where, record in rows:
-        number = record["question_id"]
-        if number not in known:
+        if record["question_id"] not in known:
             raise ValueError(
-                f"{where}: question_id {shown(number)} is none of the {len(known)} questions ({min(known)} to "
-                f"{max(known)}); expected the answers to this very file of questions"
+                f"{where}: question_id {shown(record['question_id'])} is none of the {len(known)} questions "
+                f"({min(known)} to {max(known)}); expected the answers to this very file of questions"
             )
-        if number in answers:
-            raise ValueError(f"{where}: question {number} is answered twice; expected one answer to each")
-        answers[number] = take_text(where, record, "text", "answer", "response")
+    entries = ((w, record["question_id"], take_text(w, record, "text", "answer", "response")) for w, record in rows)
+    answers = index(path, "question_id", entries, "one answer to each question")
     missing = sorted(known - set(answers))
     if missing:
         raise ValueError(
@@ -249,7 +270,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
 
 
 def _answers_in_order(
-    path: str | Path, rows: Sequence[tuple[str, dict[str, object]]], questions: Sequence[Question]
+    path: str | Path, rows: Sequence[tuple[str, dict[str, Any]]], questions: Sequence[Question]
 ) -> list[str]:
     if len(rows) != len(questions):
         raise ValueError(
@@ -257,77 +278,48 @@ def _answers_in_order(
         )
     answers = []
     for (where, record), question in zip(rows, questions, strict=True):
-        asked = take_text(where, record, "question", "prompt")
-        if question.text.casefold() not in asked.casefold():  # a prompt may go on: "Answer with yes or no."
+        text = take_text(where, record, "question", "prompt")
+        if question.text.casefold() not in text.casefold():  # a prompt may continue: "Answer with yes or no."
             raise ValueError(
-                f"{where} answers {shown(asked)}, but question {question.id} is {shown(question.text)}; expected the "
+                f"{where} answers {shown(text)}, but question {question.id} is {shown(question.text)}; expected the "
                 "answers in the order of the questions, or their question_id"
             )
         answers.append(take_text(where, record, "answer", "text", "response"))
     return answers
 
 
-_COUNTED = ("questions", "true yes", "said yes", "right yes", "right", "unclear")
-_MEASURES: dict[str, Ratio] = {
-    "accuracy": ratio("right", "questions"),
-    "precision": ratio("right yes", "said yes"),
-    "recall": ratio("right yes", "true yes"),
-    "F1": lambda sums: f1(sums["right yes"], sums["said yes"], sums["true yes"]),
-    "yes rate": ratio("said yes", "questions"),
-    "unclear": ratio("unclear", "questions"),
-}
-
-
-_MEANS = ("accuracy", "F1", "yes rate")
-
-
-def _count(question: Question, answer: str, parse: Parse) -> tuple[bool, ...]:
-    said = parse(answer)
-    unclear = parse_strict(answer) is None
-    return (True, question.answer, said is True, said is True and question.answer, said is question.answer, unclear)
-
-
-def _of_split(share: Ratio, split: str) -> Ratio:
-    return lambda sums: share({what: sums[f"{split}: {what}"] for what in _COUNTED})
-
-
-def _mean(ratios: Sequence[Ratio]) -> Ratio:
-    def mean(sums: Sums) -> Values:
-        values: Values = np.mean([share(sums) for share in ratios], axis=0)
-        return values
-
-    return mean
+# --------------------------------------------------------------------------------------------------------- the choices
 
 
 def _choose(
     images: Mapping[str, Sequence[str]], num_images: int | None, objects_per_image: int, seed: int
 ) -> dict[str, tuple[str, ...]]:
-    """The images that are asked about, in their order, with their different objects."""
-    different = {image: tuple(dict.fromkeys(objects)) for image, objects in images.items()}
-    enough = {image: objects for image, objects in different.items() if len(objects) >= objects_per_image}
-    wanted = len(enough) if num_images is None else num_images
-    if not 0 < wanted <= len(enough):
+    """Return the chosen images in their order, with their distinct objects."""
+    distinct = {image: tuple(dict.fromkeys(objects)) for image, objects in images.items()}
+    enough = {image: objects for image, objects in distinct.items() if len(objects) >= objects_per_image}
+    number = len(enough) if num_images is None else num_images
+    if not 0 < number <= len(enough):
         raise ValueError(
-            f"pope: {len(enough)} of {len(images)} images have {objects_per_image} objects or more, {wanted} are asked "
+            f"pope: {len(enough)} of {len(images)} images have {objects_per_image} objects or more, {number} are asked "
             "for; expected at least one, and as many as are asked for"
         )
     draws = Draws(seed)
     keys = {image: float(draws.uniform([_row(image)], (1,), "pope: image")[0, 0]) for image in enough}
-    drawn = set(sorted(enough, key=lambda image: (keys[image], image))[:wanted])
-    return {image: objects for image, objects in enough.items() if image in drawn}
+    chosen = set(sorted(enough, key=lambda image: (keys[image], image))[:number])
+    return {image: objects for image, objects in enough.items() if image in chosen}
 
 
-def _company(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """For each object, the others that stand in an image with it, the most frequent first."""
-    together: dict[str, Counter[str]] = {}
+def _companions(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return for each object the others of its images, the most frequent first."""
+    companions: dict[str, Counter[str]] = {}
     for objects in images.values():
         for name in objects:
-            together.setdefault(name, Counter()).update(other for other in objects if other != name)
-    return {name: [other for other, _ in others.most_common()] for name, others in together.items()}
+            companions.setdefault(name, Counter()).update(other for other in objects if other != name)
+    return {name: [other for other, _ in others.most_common()] for name, others in companions.items()}
 
 
 def _row(image: str) -> int:
-    """A number for an image's name, to key draws by."""
+    """Return a number for an image's name, a key of random numbers."""
     return int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -281,7 +281,7 @@ def test_rankings_as_preferences(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="expected a list of images, and one as long of ranks"):
             open_pairs("rankings", str(lines(tmp_path / "train.jsonl", [bad])))
     (tmp_path / "train.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds {}; expected a list of records"):
+    with pytest.raises(ValueError, match=r"train.json: entry 1 has no 'prompt'"):
         check_source("rankings", str(tmp_path / "train.json"))
 
 

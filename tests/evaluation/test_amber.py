@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from mmalign.evaluation import amber
-from mmalign.evaluation.amber import Amber, Claim, Description, find, nouns_by_rule
+from mmalign.evaluation.amber import (
+    Annotations,
+    AnyItem,
+    DiscriminativeItem,
+    GenerativeItem,
+    match_objects,
+    nouns_by_rule,
+)
 from mmalign.evaluation.counts import compare
 
 ASSOCIATES: dict[str, tuple[str, ...]] = {
@@ -25,18 +32,18 @@ ASSOCIATES: dict[str, tuple[str, ...]] = {
     "hot": (),
     "television": ("TV",),
 }
-ITEMS: dict[int, Description | Claim] = {
-    1: Description(("sky", "man", "ship", "ship", "tree"), ("bird", "sun")),
-    2: Description(("forest", "person"), ("sky",)),
-    11: Claim("existence", False),
-    12: Claim("existence", False),
-    13: Claim("existence", False),
-    14: Claim("state", True),
-    15: Claim("state", False),
-    16: Claim("relation", True),
-    17: Claim("relation", False),
+ITEMS: dict[int, AnyItem] = {
+    1: GenerativeItem(("sky", "man", "ship", "ship", "tree"), ("bird", "sun")),
+    2: GenerativeItem(("forest", "person"), ("sky",)),
+    11: DiscriminativeItem("existence", False),
+    12: DiscriminativeItem("existence", False),
+    13: DiscriminativeItem("existence", False),
+    14: DiscriminativeItem("state", True),
+    15: DiscriminativeItem("state", False),
+    16: DiscriminativeItem("relation", True),
+    17: DiscriminativeItem("relation", False),
 }
-BENCHMARK = Amber(ITEMS, ASSOCIATES)
+BENCHMARK = Annotations(ITEMS, ASSOCIATES)
 SAID = {
     # people, boat, bird, tree, dog, sign: bird and dog are invented, "sign" is safe, "can" is a verb
     1: "People on a boat can watch birds under trees. A dog by the sign.",
@@ -52,10 +59,10 @@ def written(path: Path, content: Any) -> Path:
 
 def test_finds_by_hand() -> None:
     """Of sky, man, ship, ship, tree: people cover the man, the boat one ship alone, the trees the tree."""
-    found = find(SAID[1], ITEMS[1], BENCHMARK)  # type: ignore[arg-type]
+    found = match_objects(SAID[1], ITEMS[1], BENCHMARK)  # type: ignore[arg-type]
     assert found.mentions == ("people", "boat", "bird", "tree", "dog", "sign")
     assert found.invented == ("bird", "dog")
-    assert (found.covered, found.expected) == (3, 1)
+    assert (found.num_covered, found.num_expected) == (3, 1)
 
 
 def test_generative_by_hand() -> None:
@@ -78,25 +85,25 @@ def test_every_mention_counts() -> None:
 
 def test_two_mentions_of_one_object_cover_it_once_and_one_mention_covers_one_object() -> None:
     """As in the release the words beside an object are looked at first: a man is the person, and a woman too."""
-    both = Description(("man", "person"), ())
-    assert find("a man", both, BENCHMARK).covered == 1
-    assert find("a woman and a woman", both, BENCHMARK).covered == 1
-    assert find("a man and a person", both, BENCHMARK).covered == 2
+    both = GenerativeItem(("man", "person"), ())
+    assert match_objects("a man", both, BENCHMARK).num_covered == 1
+    assert match_objects("a woman and a woman", both, BENCHMARK).num_covered == 1
+    assert match_objects("a man and a person", both, BENCHMARK).num_covered == 2
 
 
 def test_similar_words_are_true() -> None:
     """A tool for which a dog is like a ship finds no invented dog; one for which it is like the sun, one hit more."""
     item = ITEMS[1]
-    assert isinstance(item, Description)
-    near = find(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "ship"))
-    assert (near.invented, near.covered) == (("bird",), 3)  # the ship is covered already
-    near = find(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "sun"))
-    assert (near.invented, near.expected) == (("bird", "dog"), 2)
+    assert isinstance(item, GenerativeItem)
+    near = match_objects(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "ship"))
+    assert (near.invented, near.num_covered) == (("bird",), 3)  # the ship is covered already
+    near = match_objects(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "sun"))
+    assert (near.invented, near.num_expected) == (("bird", "dog"), 2)
 
 
 def test_an_expected_word_that_is_true_is_no_hallucination() -> None:
-    found = find("A tree", Description(("tree",), ("forest",)), BENCHMARK)
-    assert (found.invented, found.covered, found.expected) == ((), 1, 0)
+    found = match_objects("A tree", GenerativeItem(("tree",), ("forest",)), BENCHMARK)
+    assert (found.invented, found.num_covered, found.num_expected) == ((), 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def test_an_expected_word_that_is_true_is_no_hallucination() -> None:
     ],
 )
 def test_nouns_by_rule(text: str, mentions: tuple[str, ...]) -> None:
-    assert find(text, Description((), ()), BENCHMARK).mentions == mentions
+    assert match_objects(text, GenerativeItem((), ()), BENCHMARK).mentions == mentions
 
 
 def test_nouns_by_another_tool() -> None:
@@ -159,7 +166,7 @@ def test_an_empty_answer_is_wrong() -> None:
 
 
 def test_questions_of_an_image_are_one_group() -> None:
-    shared = Amber(ITEMS, ASSOCIATES, images={number: f"AMBER_{1 + number % 2}.jpg" for number in ITEMS})
+    shared = Annotations(ITEMS, ASSOCIATES, images={number: f"AMBER_{1 + number % 2}.jpg" for number in ITEMS})
     assert len(set(amber.score_discriminative(ANSWERS, shared).groups)) == 2
     assert len(set(amber.score_discriminative(ANSWERS, BENCHMARK).groups)) == 7
 
@@ -170,7 +177,9 @@ def test_two_models() -> None:
     assert found.differences["CHAIR"].estimate == pytest.approx(-2 / 7)
     assert found.differences["Cover"].estimate == 0
     assert [row[0] for row in found.table()][1:5] == ["CHAIR, %", "Cover, %", "Hal, %", "Cog, %"]
-    right = {number: "Yes" if item.answer else "No" for number, item in ITEMS.items() if isinstance(item, Claim)}
+    right = {
+        number: "Yes" if item.answer else "No" for number, item in ITEMS.items() if isinstance(item, DiscriminativeItem)
+    }
     found = compare(amber.score_discriminative(ANSWERS, BENCHMARK), amber.score_discriminative(right, BENCHMARK))
     assert found.differences["all: F1"].estimate == pytest.approx(1 / 2)
 
@@ -209,11 +218,11 @@ def folder(place: Path, records: Any = RECORDS) -> Path:
 def test_reads_the_benchmark(tmp_path: Path) -> None:
     found = amber.read_amber(folder(tmp_path))
     assert found.items == {
-        1: Description(("sky", "man"), ("bird",)),
-        2: Claim("existence", False),
-        3: Claim("number", True),
-        4: Claim("relation", False),
-        5: Claim("relation", True),
+        1: GenerativeItem(("sky", "man"), ("bird",)),
+        2: DiscriminativeItem("existence", False),
+        3: DiscriminativeItem("number", True),
+        4: DiscriminativeItem("relation", False),
+        5: DiscriminativeItem("relation", True),
     }
     assert found.associates == ASSOCIATES
     assert (found.safe_words, found.images) == ({"sign", "line"}, {})
@@ -232,7 +241,7 @@ def test_reads_the_benchmark(tmp_path: Path) -> None:
         ),
         ({"type": "relation", "truth": "No"}, 'truth "No"; expected yes or no'),
         ({"id": "1"}, 'id is "1"; expected a whole number'),
-        ({"id": 2}, "entry 2: id 2 stands there twice"),
+        ({"id": 2}, "entry 2: duplicate id 2"),
     ],
 )
 def test_bad_annotations(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -257,7 +266,7 @@ def test_reads_responses(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ([], "is empty; expected records"),
-        ([{"id": 1, "response": ""}, {"id": 1, "response": ""}], "entry 2: id 1 is answered twice"),
+        ([{"id": 1, "response": ""}, {"id": 1, "response": ""}], "entry 2: duplicate id 1"),
         ([{"id": 1, "said": ""}], "expected 'response' or 'text' or 'answer'"),
         ([{"id": 1, "response": ["No"]}], r'response or text or answer is \["No"\]; expected a string'),
         ([{"response": ""}], "expected 'id'"),

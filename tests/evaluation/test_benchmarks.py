@@ -1,4 +1,4 @@
-"""Benchmarks on files as people have them: what is asked, and what single answers are worth."""
+"""Benchmarks: scores of all answers, ratings of single ones, and files of questions."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from mmalign.data.images import BadImage
-from mmalign.evaluation import amber, object_halbench, pope
-from mmalign.evaluation.benchmarks import DESCRIPTIONS, Amber, Descriptions, Question, YesNo, in_folder, read_asked
+from mmalign.evaluation import amber, object_halbench
+from mmalign.evaluation.answer_files import Question, read_questions
+from mmalign.evaluation.benchmarks import (
+    CAPTIONS,
+    amber_benchmark,
+    caption_benchmark,
+    open_folder,
+    yes_no_benchmark,
+)
 from mmalign.language.objects import vocabulary
 from tests.helpers import data_files
 
@@ -17,103 +24,102 @@ ASKED = [Question(1, "1.jpg", "Describe it."), Question(2, "COCO_val2014_0000000
 TRUTH = {"1.jpg": frozenset({"dog", "ball"}), "42": frozenset({"cat"})}
 
 
-def written(path: Path, *records: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_lines(path: Path, *records: Any) -> Path:
     path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     return path
 
 
-def nowhere(name: str) -> Any:
+def no_images(name: str) -> Any:
     raise AssertionError(f"{name} was read")
 
 
-# --------------------------------------------------------------------------------------------------------- descriptions
+# ------------------------------------------------------------------------------------------------------------- captions
 
 
-def test_descriptions_are_counted_and_judged() -> None:
-    benchmark = Descriptions(ASKED, TRUTH, WORDS, nowhere)
+def test_captions_are_scored_and_rated() -> None:
+    benchmark = caption_benchmark(ASKED, TRUTH, WORDS, no_images)
     texts = ["A puppy with a cat.", "A cat."]
-    (counts,) = benchmark.score({DESCRIPTIONS: texts})
-    assert counts.benchmark == "CHAIR"
-    assert counts.values == {"CHAIR_i": 1 / 3, "CHAIR_s": 0.5, "recall": 2 / 3, "words per response": 3.5}
-    verdict = benchmark.judge(DESCRIPTIONS, 0, texts[0])
-    assert (verdict.score, verdict.note) == (0, "1 of 2 named, 1 invented")
-    assert [texts[0][start:end] for start, end in verdict.invented] == ["cat"]
-    assert benchmark.judge(DESCRIPTIONS, 1, texts[1]).note == "1 of 1 named, none invented"
-    assert [benchmark.truth(DESCRIPTIONS, number) for number in (0, 1)] == ["ball, dog", "cat"]
+    (metrics,) = benchmark.score({CAPTIONS: texts})
+    assert metrics.benchmark == "CHAIR"
+    assert metrics.values == {"CHAIR_i": 1 / 3, "CHAIR_s": 0.5, "recall": 2 / 3, "words per response": 3.5}
+    verdicts = [item.rate(text) for item, text in zip(benchmark.parts[CAPTIONS], texts, strict=True)]
+    assert [verdict.score for verdict in verdicts] == [0, 1]
+    assert [verdict.note for verdict in verdicts] == ["1 of 2 named, 1 invented", "1 of 1 named, none invented"]
+    assert [texts[0][start:end] for start, end in verdicts[0].invented] == ["cat"]
+    assert [item.truth for item in benchmark.parts[CAPTIONS]] == ["ball, dog", "cat"]
 
 
-def test_object_halbench_counts_the_same_answers_its_own_way() -> None:
-    benchmark = Descriptions(ASKED, TRUTH, WORDS, nowhere, object_halbench.score)
-    (counts,) = benchmark.score({DESCRIPTIONS: ["A puppy with a cat.", "Nothing."]})
-    assert counts.benchmark == "Object HalBench" and counts.values["response-level"] == 1
+def test_captions_are_scored_by_object_halbench() -> None:
+    benchmark = caption_benchmark(ASKED, TRUTH, WORDS, no_images, object_halbench.score)
+    (metrics,) = benchmark.score({CAPTIONS: ["A puppy with a cat.", "Nothing."]})
+    assert metrics.benchmark == "Object HalBench" and metrics.values["response-level"] == 1
 
 
-def test_images_need_an_annotation_and_one_question_of_a_kind() -> None:
+def test_captions_refuse_images_without_annotation_and_repeated_questions() -> None:
     with pytest.raises(ValueError, match=r"annotations: 1 of 2 images have no annotation \(42; annotated are 1.jpg"):
-        Descriptions(ASKED, {"1.jpg": frozenset()}, WORDS, nowhere)
-    twice = [ASKED[1], Question(3, "42", "Describe it.")]
+        caption_benchmark(ASKED, {"1.jpg": frozenset()}, WORDS, no_images)
     with pytest.raises(ValueError, match=r"'Describe it.' is asked twice of image 42"):
-        Descriptions(twice, TRUTH, WORDS, nowhere)
+        caption_benchmark([ASKED[1], Question(3, "42", "Describe it.")], TRUTH, WORDS, no_images)
 
 
 # -------------------------------------------------------------------------------------------------------------- yes, no
 
 
-def test_yes_and_no() -> None:
-    questions = [pope.Question(1, "a", "Is there a dog?", True), pope.Question(2, "b", "Is there a cat?", False)]
-    benchmark = YesNo({"random": questions}, nowhere)
-    (counts,) = benchmark.score({"random": ["Yes", "Yes, there is a cat."]})
-    assert counts.values["random: accuracy"] == 0.5 and counts.headline_names[0] == "random: accuracy"
-    assert benchmark.judge("random", 1, "Yes, there is a cat.").invented == ((0, 20),)
-    assert [benchmark.truth("random", number) for number in (0, 1)] == ["yes", "no"]
-    assert benchmark.without({"b"}).parts == {"random": questions[:1]}
+def test_yes_no_answers_are_scored_and_rated() -> None:
+    questions = [Question(1, "a", "Is there a dog?", True), Question(2, "b", "Is there a cat?", False)]
+    benchmark = yes_no_benchmark({"random": questions}, no_images)
+    (metrics,) = benchmark.score({"random": ["Yes", "Yes, there is a cat."]})
+    assert metrics.values["random: accuracy"] == 0.5 and metrics.headline_names[0] == "random: accuracy"
+    assert benchmark.parts["random"][1].rate("Yes, there is a cat.").invented == ((0, 20),)
+    assert [item.truth for item in benchmark.parts["random"]] == ["yes", "no"]
+    assert benchmark.without({"b"}).questions == questions[:1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- AMBER
 
-ITEMS: dict[int, amber.Description | amber.Claim] = {
-    1: amber.Description(("dog", "tree"), ("cat",)),
-    2: amber.Claim("existence", False),
+ITEMS: dict[int, amber.AnyItem] = {
+    1: amber.GenerativeItem(("dog", "tree"), ("cat",)),
+    2: amber.DiscriminativeItem("existence", False),
 }
-FILES = amber.Amber(ITEMS, {"dog": (), "tree": ("forest",), "cat": ()})
+ANNOTATIONS = amber.Annotations(ITEMS, {"dog": (), "tree": ("forest",), "cat": ()})
 
 
-def test_amber_asks_and_counts_both_kinds() -> None:
+def test_amber_scores_and_rates_both_kinds() -> None:
     questions = [Question(1, "1.jpg", "Describe this image."), Question(2, "1.jpg", "Is there a cat?")]
-    benchmark = Amber(questions, FILES, nowhere)
-    assert {part: [q.id for q in asked] for part, asked in benchmark.parts.items()} == {
+    benchmark = amber_benchmark(questions, ANNOTATIONS, no_images)
+    assert {part: [item.question.id for item in items] for part, items in benchmark.parts.items()} == {
         "descriptions": [1],
         "questions": [2],
     }
-    told = "A dog in the forest. Two cats!"
-    generative, discriminative = benchmark.score({"descriptions": [told], "questions": ["No."]})
+    caption = "A dog in the forest. Two cats!"
+    generative, discriminative = benchmark.score({"descriptions": [caption], "questions": ["No."]})
     assert generative.values["CHAIR"] == 1 / 3 and generative.values["Cover"] == 1
     assert discriminative.values["all: accuracy"] == 1 and discriminative.values["all: yes rate"] == 0
-    verdict = benchmark.judge("descriptions", 0, told)
+    caption_item, claim_item = (items[0] for items in benchmark.parts.values())
+    verdict = caption_item.rate(caption)
     assert (verdict.score, verdict.note) == (1, "2 of 2 named, 1 invented")
-    assert [told[start:end] for start, end in verdict.invented] == ["cats"]
-    assert benchmark.judge("questions", 0, "Yes").note == "wrong"
-    assert [benchmark.truth(part, 0) for part in benchmark.parts] == ["dog, tree", "no"]
+    assert [caption[start:end] for start, end in verdict.invented] == ["cats"]
+    assert claim_item.rate("Yes").note == "wrong"
+    assert (caption_item.truth, claim_item.truth) == ("dog, tree", "no")
 
 
 def test_amber_refuses_questions_of_another_release() -> None:
     with pytest.raises(ValueError, match=r"id 3 is none of annotations.json"):
-        Amber([Question(3, "1.jpg", "What?")], FILES, nowhere)
+        amber_benchmark([Question(3, "1.jpg", "What?")], ANNOTATIONS, no_images)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def test_questions_in_the_layouts_that_people_have(tmp_path: Path) -> None:
-    file = written(
+def test_read_questions_in_common_formats(tmp_path: Path) -> None:
+    file = write_lines(
         tmp_path / "q.jsonl",
         {"question_id": 7, "image": "a.jpg", "text": "What is it?", "category": "conv"},  # LLaVA
         {"image": "b.jpg", "question": "And that?"},
         {"id": 9, "image": "c.jpg", "query": "Describe this image."},  # AMBER
-        {"image": "d.jpg", "objects": ["dog"]},  # annotations, with nothing asked
+        {"image": "d.jpg", "objects": ["dog"]},  # annotations, without a question
     )
-    assert read_asked(file, "Describe this image.") == [
+    assert read_questions(file, "Describe this image.") == [
         Question(7, "a.jpg", "What is it?"),
         Question(2, "b.jpg", "And that?"),
         Question(9, "c.jpg", "Describe this image."),
@@ -122,25 +128,25 @@ def test_questions_in_the_layouts_that_people_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "sentence"),
+    ("records", "error"),
     [
-        ([{"text": "What?"}], r"q.jsonl: entry 1 has \[\"text\"\]; expected 'image'"),
+        ([{"text": "What?"}], r"q.jsonl: line 1 has \[\"text\"\]; expected 'image'"),
         ([{"image": "a", "text": 3}], r"text is 3; expected a string"),
         ([{"image": "a", "question_id": "one"}], 'question_id is "one"; expected a whole number'),
-        ([{"image": "a", "id": 1}, {"image": "b", "id": 1}], "line 2: question_id 1 stands there twice"),
+        ([{"image": "a", "id": 1}, {"image": "b", "id": 1}], "line 2: duplicate question_id 1"),
         ([], "q.jsonl is empty; expected records"),
     ],
 )
-def test_bad_questions(records: list[Any], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        read_asked(written(tmp_path / "q.jsonl", *records), "What?")
+def test_read_questions_refuses_bad_records(records: list[Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=error):
+        read_questions(write_lines(tmp_path / "q.jsonl", *records), "What?")
 
 
-def test_images_are_there_before_anything_is_asked(tmp_path: Path) -> None:
+def test_open_folder_checks_that_images_are_there(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(data_files.png(0))
     with pytest.raises(ValueError, match=r"has no COCO_val2014_000000000042.jpg \(1 of 2 images are missing\)"):
-        in_folder(tmp_path, ASKED)
-    images = in_folder(tmp_path, ASKED[:1])
+        open_folder(tmp_path, ASKED)
+    images = open_folder(tmp_path, ASKED[:1])
     assert images("1.jpg").size == (16, 16)
     (tmp_path / "1.jpg").write_bytes(b"no picture")
     with pytest.raises(BadImage, match=r"1.jpg: is not a readable image"):

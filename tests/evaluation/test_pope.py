@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mmalign.evaluation import pope
-from mmalign.evaluation.answer_files import read_objects
+from mmalign.evaluation.answer_files import Question, read_objects
 from mmalign.evaluation.counts import compare
-from mmalign.evaluation.pope import SPLITS, Question, build, parse_published, parse_strict
+from mmalign.evaluation.pope import SPLITS, build, parse_published, parse_strict
 
 # dog 3, cat 2, ball 2, tree 1, hat 1; with a dog: cat 2, ball 2, tree 1, hat 1; with a cat: dog 2, ball 1, tree 1
 IMAGES = {"a": ["dog", "cat", "ball"], "b": ["dog", "cat", "tree"], "c": ["dog", "ball", "hat"], "few": ["dog"]}
@@ -25,7 +25,7 @@ def asked(questions: list[Question]) -> dict[str, list[str]]:
     return found
 
 
-def test_popular_by_hand() -> None:
+def test_build_popular_by_hand() -> None:
     """Absent objects by popularity, each asked for once; equals in the order in which they appear."""
     assert asked(build(IMAGES, "popular", objects_per_image=2)) == {
         "a": ["dog", "-tree", "cat", "-hat"],
@@ -34,7 +34,7 @@ def test_popular_by_hand() -> None:
     }
 
 
-def test_adversarial_by_hand() -> None:
+def test_build_adversarial_by_hand() -> None:
     """The company of the object before; where none of it is left, the only object that remains."""
     assert asked(build(IMAGES, "adversarial", objects_per_image=2)) == {
         "a": ["dog", "-tree", "cat", "-hat"],  # a cat's company is dog, ball (there) and tree (asked for)
@@ -43,7 +43,7 @@ def test_adversarial_by_hand() -> None:
     }
 
 
-def test_adversarial_asks_for_company_and_popular_for_frequency() -> None:
+def test_adversarial_asks_for_companions_and_popular_for_frequency() -> None:
     """Beside a dog stand a leash and a bone, once each; a cat is in most images, and never beside a dog."""
     images = {
         "a": ["dog", "leash"],
@@ -64,7 +64,7 @@ def test_adversarial_asks_for_company_and_popular_for_frequency() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_laws_of_a_split(split: pope.Split) -> None:
+def test_build_laws_of_a_split(split: pope.Split) -> None:
     """Half of the questions are a yes, no question is asked twice, and every answer is true."""
     names = [f"thing{i}" for i in range(12)]
     images = {f"{i}.jpg": [names[(i * k) % 12] for k in range(1, 6)] for i in range(1, 40)}
@@ -78,7 +78,7 @@ def test_laws_of_a_split(split: pope.Split) -> None:
         assert not {name[1:] for name in things if name[0] == "-"} & set(images[image])
 
 
-def test_random_is_uniform_over_what_is_absent() -> None:
+def test_random_is_uniform_over_absent_objects() -> None:
     images = {f"{i}.jpg": ["dog"] for i in range(400)}
     names = ["dog", "cat", "hat", "tree", "ball", "car"]
     found = asked(build(images, "random", objects_per_image=1, names=names))
@@ -87,7 +87,7 @@ def test_random_is_uniform_over_what_is_absent() -> None:
     assert max(abs(number - 80) for number in times.values()) <= 32  # four standard deviations of 8
 
 
-def test_other_images_do_not_change_random_choices() -> None:
+def test_build_random_does_not_depend_on_other_images() -> None:
     names = [f"thing{i}" for i in range(9)]
     images = {f"{i}.jpg": [names[i % 9], names[(i + 1) % 9], names[(i + 2) % 9]] for i in range(30)}
     fewer = {image: images[image] for image in ("3.jpg", "20.jpg", "7.jpg")}
@@ -100,14 +100,14 @@ def test_other_images_do_not_change_random_choices() -> None:
     assert len(chosen & {question.image for question in build(later, "random", num_images=10, names=names)}) >= 9
 
 
-def test_articles_and_templates() -> None:
+def test_build_articles_and_templates() -> None:
     texts = [q.text for q in build({"a": ["apple"], "b": ["hot dog"]}, "popular", objects_per_image=1)]
     assert texts[:2] == ["Is there an apple in the image?", "Is there a hot dog in the image?"]  # no "imange"
     (first, _) = build({"a": ["owl"]}, "random", objects_per_image=1, names=["fox"], template="Do you see {}?")
     assert first.text == "Do you see an owl?"
 
 
-def test_an_object_annotated_twice_is_one() -> None:
+def test_build_counts_an_object_annotated_twice_once() -> None:
     assert asked(build({"a": ["dog", "dog", "cat"], "b": ["hat", "tree"]}, "popular", objects_per_image=2))["a"] == [
         *("dog", "-hat", "cat", "-tree")
     ]
@@ -151,7 +151,7 @@ def test_build_refuses() -> None:
         ("...", True, None),
     ],
 )
-def test_reads_answers_as_published_and_strictly(answer: str, published: bool, strict: bool | None) -> None:
+def test_parsers_of_answers(answer: str, published: bool, strict: bool | None) -> None:
     assert parse_published(answer) is published
     assert parse_strict(answer) is strict
 
@@ -163,7 +163,7 @@ def twelve() -> tuple[list[Question], list[str]]:
     return questions, said
 
 
-def test_measures_by_hand() -> None:
+def test_score_by_hand() -> None:
     """Accuracy 5 / 12, precision 3 / 7, recall 3 / 6, F1 2 * 3 / (7 + 6), yes rate 7 / 12; two say neither."""
     questions, said = twelve()
     found = pope.score({"random": questions}, {"random": said}).values
@@ -180,7 +180,7 @@ def test_measures_by_hand() -> None:
     assert [round(value, 5) for value in list(found.values())[:5]] == [0.41667, 0.42857, 0.5, 0.46154, 0.58333]
 
 
-def test_strict_answers_by_hand() -> None:
+def test_score_of_strict_answers_by_hand() -> None:
     """The two unclear ones are no yes any more, and still wrong: precision 3 / 5, F1 6 / (5 + 6)."""
     questions, said = twelve()
     found = pope.score({"random": questions}, {"random": said}, parse_strict).values
@@ -190,14 +190,14 @@ def test_strict_answers_by_hand() -> None:
     assert found["random: yes rate"] == 5 / 12
 
 
-def test_a_model_that_never_says_yes_has_no_precision() -> None:
+def test_score_of_a_model_that_never_says_yes() -> None:
     questions, _ = twelve()
     found = pope.score({"random": questions}, {"random": ["no"] * 12}).values
     assert (found["random: precision"], found["random: recall"], found["random: F1"]) == (0, 0, 0)
     assert found["random: accuracy"] == 1 / 2
 
 
-def test_means_over_splits_are_means_and_not_pooled() -> None:
+def test_score_averages_splits_without_pooling() -> None:
     questions, said = twelve()
     easy = questions[:2], ["Yes", "Yes"]
     found = pope.score({"random": questions, "popular": easy[0]}, {"random": said, "popular": easy[1]}).values
@@ -206,7 +206,7 @@ def test_means_over_splits_are_means_and_not_pooled() -> None:
     assert found["mean: yes rate"] == pytest.approx((7 / 12 + 1) / 2)
 
 
-def test_two_models() -> None:
+def test_compare_two_models() -> None:
     questions, said = twelve()
     better = ["Yes" if question.answer else "No" for question in questions]
     found = compare(
@@ -244,7 +244,7 @@ ROWS = [
 ]
 
 
-def test_reads_questions_and_annotations(tmp_path: Path) -> None:
+def test_read_questions_and_annotations(tmp_path: Path) -> None:
     assert (
         pope.read_questions(written(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
     )  # JSON lines, named .json
@@ -256,23 +256,23 @@ def test_reads_questions_and_annotations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"question_id": 1}, "line 2: question_id 1 stands there twice"),
+        ({"question_id": 1}, "line 2: duplicate question_id 1"),
         ({"question_id": "2"}, 'question_id is "2"; expected a whole number'),
         ({"label": "No"}, 'label is "No"; expected "yes" or "no"'),
         ({"text": 3}, "text or question is 3; expected a string"),
     ],
 )
-def test_bad_questions(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_read_questions_refuses_bad_records(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         pope.read_questions(written(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
 
 
-def test_no_questions(tmp_path: Path) -> None:
+def test_read_questions_refuses_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty; expected POPE's questions"):
         pope.read_questions(written(tmp_path / "q.json"))
 
 
-def test_reads_answers(tmp_path: Path) -> None:
+def test_read_answers(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with_ids = [{"question_id": 2, "prompt": "...", "text": "No"}, {"question_id": 1, "prompt": "...", "text": "Yes"}]
     assert pope.read_answers(written(file, *with_ids), QUESTIONS) == ["Yes", "No"]
@@ -292,13 +292,13 @@ def test_reads_answers(tmp_path: Path) -> None:
             [{"question_id": 1, "text": ""}, {"question_id": 3, "text": ""}],
             r"question_id 3 is none of the 2 questions \(1 to 2\)",
         ),
-        ([{"question_id": 1, "text": ""}, {"question_id": 1, "text": ""}], "line 2: question 1 is answered twice"),
+        ([{"question_id": 1, "text": ""}, {"question_id": 1, "text": ""}], "line 2: duplicate question_id 1"),
         ([{"question_id": 1, "text": ""}, {"answer": ""}], "1 of 2 records have a question_id; expected all, or none"),
         ([{"question_id": 1, "text": None}, {"question_id": 2, "text": ""}], "is null; expected a string"),
         ([{"question": QUESTIONS[1].text, "answer": ""}] * 2, "line 1 answers .* but question 1 is .* in the order"),
         ([{"answer": "yes"}] * 2, r"""has \["answer"\]; expected 'question' or 'prompt'"""),
     ],
 )
-def test_bad_answers(records: list[Any], said: str, tmp_path: Path) -> None:
+def test_read_answers_refuses_bad_records(records: list[Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         pope.read_answers(written(tmp_path / "answers.jsonl", *records), QUESTIONS)
