@@ -24,7 +24,8 @@ from mmalign.evaluate_images import measure_samples
 from mmalign.evaluate_responses import measure_written
 from mmalign.evaluation.counts import Metrics, summarize_runs
 from mmalign.output import read_trained, written
-from mmalign.page.comparison import Drawn, Row, as_markdown, draw_curve, draw_side_by_side, short_names
+from mmalign.page.comparison import RatedImage, TableRow, as_markdown, draw_curve, draw_side_by_side, short_names
+from mmalign.page.grid import encode_grid
 from mmalign.recipe import load_recipe
 from mmalign.sections import EvaluateImages, EvaluateResponses, Recipe
 from mmalign.share import locate
@@ -56,7 +57,7 @@ def compare(
     overrides: Sequence[str] = (),
     table: Path | None = None,
     say: Say = print,
-) -> list[Row]:
+) -> list[TableRow]:
     """Train every recipe with seeds 0, 1, ..., evaluate each run, and write what came of it.
 
     `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training,
@@ -245,11 +246,11 @@ def _samples(recipe: Recipe) -> list[Mapping[str, Any]]:
     return samples
 
 
-def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[Row]:
+def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[TableRow]:
     """The base model's row, and one for each recipe at each place."""
     counted = [[_counted(one) for one in stage.runs] for stage in plan]
     base = counted[0][0][0]
-    rows = [Row("base", "", None, 1, 0, 0.0, [(counts, summarize_runs(counts, [counts])) for counts in base])]
+    rows = [TableRow("base", "", None, 1, 0, 0.0, [(counts, summarize_runs(counts, [counts])) for counts in base])]
     for place in places:
         for stage, runs in zip(plan, counted, strict=True):
             if place not in stage.at:
@@ -259,14 +260,14 @@ def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[Row]:
             each = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
             measured = [(counts, summarize_runs(counts, after)) for counts, after in each]
             mean = sum(seconds) / number
-            rows.append(Row(stage.name, first.method.name, place, number, _pairs(first), mean, measured))
+            rows.append(TableRow(stage.name, first.method.name, place, number, _pairs(first), mean, measured))
     return rows
 
 
 # --------------------------------------------------------------------------------------------------------- what is left
 
 
-def _write(file: Path, rows: Sequence[Row], plan: Sequence[Stage], command: str) -> None:
+def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command: str) -> None:
     """The table as Markdown, and beside it, by its name, the numbers, the curve and some pictures."""
     assemble.make_folder("compare", file.parent)
     with written(file) as part:
@@ -275,35 +276,42 @@ def _write(file: Path, rows: Sequence[Row], plan: Sequence[Stage], command: str)
         part.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
     with written(file.with_suffix(".png")) as part:
         draw_curve(rows, part)
-    ends = {stage.name: stage.runs[0] for stage in plan if None in stage.at}
     if isinstance(plan[0].runs[0].evaluate, EvaluateImages):
-        with written(file.with_name(f"{file.stem}-pictures.png")) as part:
-            _side_by_side(ends).save(part, format="PNG")
+        _write_pictures(file, {stage.name: stage.runs[0] for stage in plan if None in stage.at})
 
 
-def _side_by_side(ends: Mapping[str, Recipe]) -> Image.Image:
-    """The first prompts, none chosen, drawn by the base model and by each recipe's first run, from the same noise."""
-    some = {name: _samples(recipe) for name, recipe in ends.items()}
-    first, recipe = next(iter(some.values())), next(iter(ends.values()))
-    numbers = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(first)))}.values())[::-1][:SHOWN]
-    columns = {"base": [_drawn(Path(recipe.output), first[i], i, "before") for i in numbers]}
-    short = short_names(list(some))
-    columns |= {
-        short[name]: [_drawn(Path(ends[name].output), samples[i], i, "after") for i in numbers]
-        for name, samples in some.items()
+def _write_pictures(file: Path, ends: Mapping[str, Recipe]) -> None:
+    """Write images of the first prompts, by the base model and by each recipe's first run, and their manifest."""
+    samples = {name: _samples(recipe) for name, recipe in ends.items()}
+    base, recipe = next(iter(samples.values())), next(iter(ends.values()))
+    indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
+    columns = {"base": [_rated_image(Path(recipe.output), base[i], i, "before") for i in indices]}
+    for name, short_name in short_names(list(samples)).items():
+        output = Path(ends[name].output)
+        columns[short_name] = [_rated_image(output, samples[name][i], i, "after") for i in indices]
+    below = "its score by the judge. The frame is green where it is above the base model's."
+    if any(sample["before"]["note"] for sample in base):
+        below = "what is wrong with it. The frame is green where nothing is."
+    lines = [
+        "The first prompts of the evaluation, none chosen; a row's pictures begin with the same noise (seed 0).",
+        f"Below a picture: {below}",
+    ]
+    prompts, title = [base[i]["prompt"] for i in indices], recipe.model.path
+    manifest = {
+        "picture": {"lines": [title, *lines]},
+        "prompts": prompts,
+        "notes": {name: [image.note for image in images] for name, images in columns.items()},
     }
-    lines = ["The first prompts of the evaluation, none chosen; a row's pictures begin with the same noise (seed 0)."]
-    if any(drawn.note for column in columns.values() for drawn in column):
-        lines.append("Below a picture: what is wrong with it. The frame is green where nothing is.")
-    else:
-        lines.append("Below a picture: its score by the judge. The frame is green where it is above the base model's.")
-    return draw_side_by_side([first[i]["prompt"] for i in numbers], columns, recipe.model.path, lines)
+    with written(file.with_name(f"{file.stem}-pictures.png")) as part:
+        part.write_bytes(encode_grid(draw_side_by_side(prompts, columns, title, lines), [title, *lines]))
+    with written(file.with_name(f"{file.stem}-pictures.json")) as part:
+        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _drawn(output: Path, sample: Mapping[str, Any], number: int, side: str) -> Drawn:
-    with Image.open(output / "evaluation" / side / f"{number:05d}.png") as image:
+def _rated_image(output: Path, sample: Mapping[str, Any], index: int, side: str) -> RatedImage:
+    with Image.open(output / "evaluation" / side / f"{index:05d}.png") as image:
         picture = image.convert("RGB")
-    one = sample[side]
-    if one["note"]:
-        return Drawn(picture, one["note"], one["note"] == "correct")
-    return Drawn(picture, f"{one['score']:.3g}", one["score"] > sample["before"]["score"])
+    record = sample[side]
+    if record["note"]:
+        return RatedImage(picture, record["note"], record["note"] == "correct")
+    return RatedImage(picture, f"{record['score']:.3g}", record["score"] > sample["before"]["score"])

@@ -16,7 +16,8 @@ from mmalign.drawings import ImageCache, cache_settings, generate_images
 from mmalign.evaluation import diversity, preference, scenes
 from mmalign.evaluation.counts import SIDES, Metrics, Table, compare
 from mmalign.families import Sampling
-from mmalign.page.pictures import Entry
+from mmalign.page.files import GalleryEntry
+from mmalign.page.pictures import picture_entry
 from mmalign.policy import Policy
 from mmalign.rewards import Judge
 from mmalign.sections import EvaluateImages, Recipe
@@ -127,14 +128,15 @@ def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics]
     return metrics["before"], metrics["after"]
 
 
-def entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Entry]:
+def gallery_entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[GalleryEntry]:
     """Return the gallery's entries of an evaluation's samples, given with their indices."""
-    found = []
-    for i, sample in samples:
-        before, after = (Image.open(folder / side / f"{i:05d}.png").convert("RGB") for side in SIDES)
-        scores, notes = ([sample[side][key] for side in SIDES] for key in ("score", "note"))
-        found.append(Entry(sample["prompt"], sample["seed"], before, after, *scores, *notes))
-    return found
+    entries = []
+    for index, sample in samples:
+        images = [Image.open(folder / side / f"{index:05d}.png").convert("RGB") for side in SIDES]
+        before, after = (sample[side] for side in SIDES)
+        scores, notes = (before["score"], after["score"]), (before["note"], after["note"])
+        entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes))
+    return entries
 
 
 def generate_both(

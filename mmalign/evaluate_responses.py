@@ -26,7 +26,8 @@ from mmalign.evaluation.benchmarks import (
 from mmalign.evaluation.counts import SIDES, Metrics, MetricsComparison, Table, compare
 from mmalign.families import Decoding, VisionLanguage
 from mmalign.language.objects import Vocabulary
-from mmalign.page.answers import Answer, Entry
+from mmalign.page.answers import RatedAnswer, answer_entry
+from mmalign.page.files import GalleryEntry
 from mmalign.policy import Policy
 from mmalign.sections import EvaluateResponses, Files, Recipe
 
@@ -170,23 +171,25 @@ def score_files(section: EvaluateResponses) -> tuple[dict[str, Any], Table]:
     return {"benchmark": section.benchmark, "answers": files.model_dump(), "measures": measures}, table
 
 
-def entries(section: EvaluateResponses, samples: Sequence[Mapping[str, Any]]) -> list[Entry]:
+def gallery_entries(section: EvaluateResponses, samples: Sequence[Mapping[str, Any]]) -> list[GalleryEntry]:
     """Return the gallery's entries of an evaluation's samples.
 
     Raises:
         ValueError: an image is not there any more.
     """
     images = open_benchmark(section).images
+
+    def answer(record: Mapping[str, Any]) -> RatedAnswer:
+        return RatedAnswer(**{**record, "invented": tuple(tuple(span) for span in record["invented"])})
+
     return [
-        Entry(
+        answer_entry(
             images(sample["image"]),
             sample["image"],
             sample["question"],
             sample["truth"],
-            *(
-                Answer(**{**sample[side], "invented": [tuple(place) for place in sample[side]["invented"]]})
-                for side in SIDES
-            ),
+            answer(sample["before"]),
+            answer(sample["after"]),
         )
         for sample in samples
     ]

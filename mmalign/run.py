@@ -202,10 +202,10 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
     }
     try:
         if isinstance(section, EvaluateResponses):
-            asked = evaluate_responses.entries(section, [samples[i] for i in chosen])
+            asked = evaluate_responses.gallery_entries(section, [samples[i] for i in chosen])
             page = write_page(target, asked, answers.LAYOUT, **about)
         else:
-            drawn = evaluate_images.entries(folder, [(i, samples[i]) for i in chosen])
+            drawn = evaluate_images.gallery_entries(folder, [(i, samples[i]) for i in chosen])
             page = write_page(target, drawn, pictures.LAYOUT, **about)
     except OSError as error:
         raise unwritten(target, error) from error

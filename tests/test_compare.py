@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -195,18 +196,21 @@ def test_the_curve_and_the_pictures(tiny_sd15: Path, tmp_path: Path) -> None:
     made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out, table = tmp_path / "compared", tmp_path / "assets" / "images.md"
     compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, pairs=[4], table=table, say=quiet)
-    for name in ("comparison", "images"):
-        folder = out if name == "comparison" else table.parent
-        assert {p.name for p in folder.glob(f"{name}*")} == {
-            f"{name}.md", f"{name}.json", f"{name}.png", f"{name}-pictures.png"
-        }  # fmt: skip
-    with Image.open(table.with_suffix(".png")) as curve, Image.open(out / "comparison-pictures.png") as shown:
+    for folder, name in ((out, "comparison"), (table.parent, "images")):
+        suffixes = {".md", ".json", ".png", "-pictures.png", "-pictures.json"}
+        assert {path.name for path in folder.glob(f"{name}*")} == {f"{name}{suffix}" for suffix in suffixes}
+    with Image.open(table.with_suffix(".png")) as curve:
         assert len(set(curve.convert("RGB").get_flattened_data())) > 10
-        top, high = 40 + 50 + 26 * 2 + 40, 128 + 30
-        assert shown.size == (2 * 40 + 250 + 2 * (128 + 14), top + SHOWN * high + 40)
-        with Image.open(out / "dpo" / "seed-0" / "evaluation" / "after" / "00001.png") as drawn:
-            place = (40 + 250 + 128 + 14, top + high)
-            assert shown.crop((*place, place[0] + 128, place[1] + 128)).tobytes() == fit(drawn, 128).tobytes()
+    with Image.open(out / "comparison-pictures.png") as picture:
+        pixels, description = np.asarray(picture), picture.info["Description"]
+    manifest = json.loads((out / "comparison-pictures.json").read_text())
+    assert description.split("\n") == manifest["picture"]["lines"]
+    assert len(manifest["prompts"]) == SHOWN and list(manifest["notes"]) == ["base", "dpo"]
+    with Image.open(out / "dpo" / "seed-0" / "evaluation" / "after" / "00001.png") as image:
+        expected = np.asarray(fit(image, 128))
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, expected.shape)[:, :, 0]
+    rows, columns = np.nonzero((windows[:, :, ::8, ::8] == expected[::8, ::8]).all((2, 3, 4)))
+    assert any(np.array_equal(windows[place], expected) for place in zip(rows, columns, strict=True))
 
 
 @pytest.mark.parametrize(

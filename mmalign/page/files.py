@@ -1,6 +1,7 @@
-"""A page's files: `index.html` (one file that needs no network), `gallery.png`, `manifest.json` and `images/`.
+"""A gallery's files: `index.html` (one file that needs no network), `gallery.png`, `manifest.json` and `images/`.
 
-What one entry looks like is a `Layout`; `pictures` and `answers` have one each.
+The page and the picture show the same numbers, and the manifest records them: the picture's texts and entries are under
+`picture`, and the PNG carries the texts. Each kind of entry has a `Layout`, in `pictures` and `answers`.
 """
 
 from __future__ import annotations
@@ -13,83 +14,108 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import jinja2
 from PIL import Image
 
-from mmalign.page.grid import SMALL, E, Tiles, draw_grid, header
-from mmalign.page.ranking import MARKS, SECTIONS, Kind, change, kind, ranked, shown, tally
+from mmalign.page.grid import INK, SMALL, Piece, Section, Text, Tile, draw_grid, encode_grid
+from mmalign.page.ranking import (
+    MARKS,
+    SECTIONS,
+    Kind,
+    Scores,
+    change,
+    choose,
+    format_score,
+    kind,
+    ranked,
+    tally,
+)
 
 
 @dataclass(frozen=True)
-class Layout(Generic[E]):
-    """What an entry of a kind looks like.
+class GalleryEntry:
+    """A sample measured before and after alignment.
 
     Attributes:
-        template: the file beside this one that shows the entries.
+        title: the prompt or the question.
+        label: distinguishes entries of one title, such as "seed 3".
+        scores: before and after; higher is better.
+        notes: the scores in words, before and after; may be empty.
+        images: its pictures, by their names in manifest.json and the template.
+        details: the rest of it, for manifest.json and the template.
+    """
+
+    title: str
+    label: str
+    scores: Scores
+    notes: tuple[str, str]
+    images: Mapping[str, Image.Image]
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Presentation of a kind of entry.
+
+    Attributes:
+        template: the file beside this one that renders the entries.
         lead: what the entries have in common, in a sentence.
         noun: what an entry's title is: "prompt".
-        images: an entry's pictures, by their names in manifest.json and the template.
-        describe: the rest of it, for manifest.json and the template.
-        label: what tells an entry from others of its title: "seed 3".
-        tiles: how it is drawn in the grid.
-        grid: the largest number of entries in `gallery.png`: half best gains, half worst regressions.
+        tile: the entry's tile in `gallery.png`.
+        columns: the largest number of tiles in a row.
+        num_in_grid: the largest number of entries in `gallery.png`: half best gains, half worst regressions.
     """
 
     template: str
     lead: str
     noun: str
-    images: Callable[[E], dict[str, Image.Image]]
-    describe: Callable[[E], dict[str, Any]]
-    label: Callable[[E], str]
-    tiles: Tiles[E]
-    grid: int
+    tile: Callable[[GalleryEntry], Tile]
+    columns: int
+    num_in_grid: int
 
 
 def write_page(
     folder: Path,
-    entries: Sequence[E],
-    layout: Layout[E],
+    entries: Sequence[GalleryEntry],
+    layout: Layout,
     *,
     title: str,
     summary: Sequence[Sequence[str]],
     score_name: str,
     provenance: Mapping[str, str],
-    measured: Sequence[tuple[float, float]] | None = None,
+    measured: Sequence[Scores] | None = None,
 ) -> Path:
     """Write the page of N entries and return the path of its `index.html`.
 
     A file appears whole or not at all, the manifest last. Other files in the folder stay as they are.
 
     Args:
-        folder: where to write; made if it is not there.
+        folder: target, made if it is not there.
         entries: [N] in any order; the page and the grid sort them by change.
-        layout: what an entry looks like.
+        layout: presentation of the entries.
         title: the heading of the page and the grid.
-        summary: rows of text, the header first, such as `SceneComparison.table()`; empty for no table.
-        score_name: what the score is, in words.
-        provenance: what made the entries (models, recipe, sampler), shown as it is.
-        measured: [M] the scores of all that was measured, before and after, where the entries are a part of it.
+        summary: rows of text, the header first, such as `MetricsComparison.table()`; empty for no table.
+        score_name: the meaning of the score.
+        provenance: models, recipe, sampler, shown as it is.
+        measured: [M] the scores of all samples, if the entries are a part of them.
 
     Raises:
         ValueError: no entry, scores that cannot be compared, or an uneven summary.
         OSError: a file cannot be written.
     """
-    _check(entries, layout, summary)
+    _check(entries, summary)
     counts = tally(measured or [entry.scores for entry in entries])
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
-    for i, entry in enumerate(entries):
-        images = layout.images(entry)
-        names = {key: f"images/{i:04d}-{key.removesuffix('_image')}.png" for key in images}
-        for key, image in images.items():
+    for index, entry in enumerate(entries):
+        names = {key: f"images/{index:04d}-{key.removesuffix('_image')}.png" for key in entry.images}
+        for key, image in entry.images.items():
             _write(folder / names[key], _encode(image, "PNG"))
-        records.append(_record(entry, layout, names))
-    unit = 1 if _is_small(entries, layout) else 2  # everything in the grid scales with the pictures
-    lines = header(counts, layout.lead, score_name, summary)
-    canvas = draw_grid(entries, title, lines, counts, layout.tiles, number=layout.grid, unit=unit)
-    _write(folder / "gallery.png", _encode(canvas, "PNG"))
+        records.append(_record(entry, names))
+    picture, lines, chosen = _draw_picture(entries, layout, counts, title, score_name, summary)
+    _write(folder / "gallery.png", encode_grid(picture, lines))
     _write(folder / "index.html", _page(entries, counts, layout, title, summary, score_name, provenance).encode())
     manifest = {
         "title": title,
@@ -97,18 +123,19 @@ def write_page(
         "provenance": dict(provenance),
         "summary": [list(row) for row in summary],
         "counts": counts,
+        "picture": {"lines": lines, "entries": chosen},
         "entries": records,
     }
     _write(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False).encode())
     return folder / "index.html"
 
 
-def _check(entries: Sequence[E], layout: Layout[E], summary: Sequence[Sequence[str]]) -> None:
+def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) -> None:
     if not entries:
         raise ValueError("gallery: no entries; expected at least one that was measured before and after")
-    for i, entry in enumerate(entries):
-        where = f"gallery: entry {i} ({entry.title[:60]!r}, {layout.label(entry)})"
-        sizes = [image.size for image in layout.images(entry).values()]
+    for index, entry in enumerate(entries):
+        where = f"gallery: entry {index} ({entry.title[:60]!r}, {entry.label})"
+        sizes = [image.size for image in entry.images.values()]
         if len(set(sizes)) > 1:
             raise ValueError(f"{where}: {sizes[0]} before but {sizes[1]} after; expected pictures of one size")
         if not all(map(math.isfinite, entry.scores)):
@@ -120,14 +147,40 @@ def _check(entries: Sequence[E], layout: Layout[E], summary: Sequence[Sequence[s
         raise ValueError(f"gallery: summary rows of {[len(row) for row in summary]} cells; expected as many in each")
 
 
-def _record(entry: E, layout: Layout[E], names: Mapping[str, str]) -> dict[str, Any]:
+def _draw_picture(
+    entries: Sequence[GalleryEntry],
+    layout: Layout,
+    counts: Mapping[Kind, int],
+    title: str,
+    score_name: str,
+    summary: Sequence[Sequence[str]],
+) -> tuple[Image.Image, list[str], dict[Kind, list[int]]]:
+    """Return the picture of the best gains and worst regressions, its texts, and the indices of its entries."""
+    lines = [layout.lead, f"Score: {score_name}."]
+    lines.append(", ".join(f"{number:,} {name}" for name, number in counts.items()) + ".")
+    if len(summary) > 1:
+        lines.append("  ·  ".join(f"{name}: {cell}" if name else cell for name, cell in zip(*summary[:2], strict=True)))
+    chosen = choose([entry.scores for entry in entries], layout.num_in_grid)
+    headings = {name: heading for name, heading, *_ in SECTIONS}
+    sections = []
+    for name, indices in chosen.items():
+        shown = f"{len(indices)} of {counts[name]:,}" if counts[name] else "none"
+        heading = Text([Piece(f"{headings[name]}  ·  {shown}", INK[name])], 26)
+        sections.append(Section([layout.tile(entries[index]) for index in indices], heading))
+    unit = 1 if _is_small(entries) else 2  # everything scales with the pictures
+    picture = draw_grid(title, lines, sections, columns=layout.columns, unit=unit)
+    return picture, [title, *lines], chosen
+
+
+def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return an entry for manifest.json."""
     (before, after), (before_note, after_note) = entry.scores, entry.notes
     return {
-        **layout.describe(entry),
+        **entry.details,
         "before_score": float(before),
         "after_score": float(after),
         "change": float(after - before),
-        "kind": kind(entry),
+        "kind": kind(entry.scores),
         "before_note": before_note,
         "after_note": after_note,
         **names,
@@ -135,9 +188,9 @@ def _record(entry: E, layout: Layout[E], names: Mapping[str, str]) -> dict[str, 
 
 
 def _page(
-    entries: Sequence[E],
+    entries: Sequence[GalleryEntry],
     counts: Mapping[Kind, int],
-    layout: Layout[E],
+    layout: Layout,
     title: str,
     summary: Sequence[Sequence[str]],
     score_name: str,
@@ -145,17 +198,18 @@ def _page(
 ) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    measured = [entry.scores for entry in entries]
     sections = [
         {
-            "kind": which,
-            "mark": MARKS[which],
+            "kind": name,
+            "mark": MARKS[name],
             "heading": heading,
             "anchor": anchor,
             "order": order,
-            "number": counts[which],
-            "cards": [_card(entries[i], layout, i) for i in ranked(entries, which)],
+            "number": counts[name],
+            "cards": [_card(entries[index], index) for index in ranked(measured, name)],
         }
-        for which, heading, anchor, order in SECTIONS
+        for name, heading, anchor, order in SECTIONS
     ]
     return environment.get_template(layout.template).render(
         title=title,
@@ -165,30 +219,30 @@ def _page(
         score_name=score_name,
         provenance=provenance,
         sections=sections,
-        small=_is_small(entries, layout),
+        small=_is_small(entries),
     )
 
 
-def _card(entry: E, layout: Layout[E], index: int) -> dict[str, Any]:
-    """What a template knows of an entry."""
-    (before, after), (before_note, after_note), images = entry.scores, entry.notes, layout.images(entry)
-    first = next(iter(images.values()))
+def _card(entry: GalleryEntry, index: int) -> dict[str, Any]:
+    """Return an entry for a template."""
+    (before, after), (before_note, after_note) = entry.scores, entry.notes
+    first = next(iter(entry.images.values()))
     return {
-        **layout.describe(entry),
+        **entry.details,
         "id": f"entry-{index:04d}",
         "title": entry.title,
-        "label": layout.label(entry),
-        "change": shown(change(entry), "+"),
+        "label": entry.label,
+        "change": format_score(change(entry.scores), "+"),
         "width": first.width,
         "height": first.height,
         **{"before_score": before, "after_score": after, "before_note": before_note, "after_note": after_note},
-        **{"before_text": shown(before), "after_text": shown(after)},
-        **{key: _data_uri(image) for key, image in images.items()},
+        **{"before_text": format_score(before), "after_text": format_score(after)},
+        **{key: _data_uri(image) for key, image in entry.images.items()},
     }
 
 
 def _data_uri(image: Image.Image) -> str:
-    """Small pictures exactly (WebP is a third smaller than PNG there), large ones reduced: the page stays a few MB."""
+    """Return small pictures without loss (WebP is a third smaller than PNG there), and large ones reduced."""
     if max(image.size) <= SMALL:
         content = _encode(image, "WEBP", lossless=True)
     else:
@@ -198,8 +252,8 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(content).decode()
 
 
-def _is_small(entries: Sequence[E], layout: Layout[E]) -> bool:
-    return all(max(image.size) <= SMALL for entry in entries for image in layout.images(entry).values())
+def _is_small(entries: Sequence[GalleryEntry]) -> bool:
+    return all(max(image.size) <= SMALL for entry in entries for image in entry.images.values())
 
 
 def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -209,7 +263,7 @@ def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A reader, or a run that is killed, sees the old file or the new one, never half of it."""
+    """Write a file, all of it or nothing: a reader sees the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)

@@ -1,111 +1,194 @@
-"""The grid of a page's best gains and worst regressions as one picture, for a README. Sizes are pixels."""
+"""Grid of pictures and texts as one PNG, for a README.
+
+A grid has sections of tiles. A tile has texts above a row of cells, and a cell has a picture with texts below it. Sizes
+are pixels before scaling.
+"""
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
-
-from mmalign.page.ranking import SECTIONS, Entry, Kind, change, choose, kind, shown
+from PIL.PngImagePlugin import PngInfo
 
 SMALL = 192  # pictures up to this side are enlarged by whole factors, pixels kept; larger ones reduced to twice this
 PAGE, SURFACE, TEXT, MUTED, LINE = "#f8f7f5", "#ffffff", "#1f1c19", "#68625b", "#e6e3de"
-INK = {"gained": ("#0b6b5f", "#dff2ee"), "lost": ("#a93a22", "#fbe8e3"), "unchanged": ("#68625b", "#efedea")}
+INK = {"gained": "#0b6b5f", "lost": "#a93a22", "unchanged": "#68625b"}
+MARGIN, GUTTER, GAP, FRAME = 48, 28, 12, 2  # around the grid, between tiles, between cells, around a picture
 _ASCII = str.maketrans({"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"'})  # noqa: RUF001
 
-E = TypeVar("E", bound=Entry)
-E_contra = TypeVar("E_contra", bound=Entry, contravariant=True)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-class Tile(Protocol[E_contra]):
-    """How one entry is drawn; all tiles of a grid are of one size."""
+class Piece(NamedTuple):
+    """A piece of a text; a marked one is underlined."""
 
-    @property
-    def columns(self) -> int:
-        """The most tiles in a row."""
+    text: str
+    ink: str = TEXT
+    is_marked: bool = False
+
+
+class Text(NamedTuple):
+    """A text of several pieces, wrapped into at most `num_lines` lines."""
+
+    pieces: Sequence[Piece]
+    size: int = 18
+    num_lines: int = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture in a square as wide as the cell, if there is one, and the texts below it."""
+
+    texts: Sequence[Text]
+    image: Image.Image | None = None
+    width: int = SMALL
+    frame: str = LINE
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Cells side by side, below the texts of them all."""
+
+    cells: Sequence[Cell]
+    heading: Sequence[Text] = ()
 
     @property
     def width(self) -> int:
-        """Of a tile."""
-
-    @property
-    def height(self) -> int:
-        """Of a tile."""
-
-    def draw(self, canvas: Image.Image, brush: ImageDraw.ImageDraw, entry: E_contra, place: tuple[int, int]) -> None:
-        """Draw an entry; `place` is the tile's top left corner."""
+        """The width of all cells, with the gaps between them."""
+        return sum(cell.width + GAP for cell in self.cells) - GAP
 
 
-class Tiles(Protocol[E_contra]):
-    """Makes the tile that has room for each of these entries; `unit` is 1, or 2 where the pictures are large."""
+class Section(NamedTuple):
+    """Tiles below a heading, if there is one."""
 
-    def __call__(self, entries: Sequence[E_contra], unit: int) -> Tile[E_contra]: ...  # noqa: D102
+    tiles: Sequence[Tile]
+    heading: Text | None = None
 
 
 def draw_grid(
-    entries: Sequence[E],
-    title: str,
-    lines: Sequence[str],
-    counts: Mapping[Kind, int],
-    tiles: Tiles[E],
-    *,
-    number: int,
-    unit: int,
+    title: str, lines: Sequence[str], sections: Sequence[Section], *, columns: int, unit: int = 1
 ) -> Image.Image:
-    """Title and lines, then a section of tiles for each kind: at most `number` entries in all, of these counts."""
-    chosen = choose(entries, number)
-    tile = tiles([entries[i] for indices in chosen.values() for i in indices], unit)
-    columns = min(tile.columns, max(2, *map(len, chosen.values())))
-    margin, heading, gutter = 48 * unit, 84 * unit, 28 * unit
-    width = 2 * margin + columns * tile.width + (columns - 1) * gutter
-    top = margin + (52 + 32 * len(lines)) * unit
-    num_rows = {which: math.ceil(len(indices) / columns) for which, indices in chosen.items()}
-    height = top + sum(heading + n * (tile.height + gutter) for n in num_rows.values()) + margin - gutter
-    canvas = Image.new("RGB", (width, height), PAGE)
-    brush = ImageDraw.Draw(canvas)
-    room = width - 2 * margin
-    write_line(brush, (margin, margin), title, 38 * unit, TEXT, room)
-    for k, line in enumerate(lines):
-        write_line(brush, (margin, margin + (56 + 32 * k) * unit), line, 22 * unit, MUTED, room)
-    for which, indices in chosen.items():
-        label = next(heading for k, heading, *_ in SECTIONS if k == which)
-        text = f"{label}  ·  {len(indices)} of {counts[which]:,}" if counts[which] else f"{label}  ·  none"
-        write_line(brush, (margin, top + 36 * unit), text, 26 * unit, INK[which][0], room)
-        for k, index in enumerate(indices):
-            across, down = k % columns, k // columns
-            place = (margin + across * (tile.width + gutter), top + heading + down * (tile.height + gutter))
-            tile.draw(canvas, brush, entries[index], place)
-        top += heading + num_rows[which] * (tile.height + gutter)
-    return canvas
+    """Draw a title, lines of text, and sections of tiles.
+
+    Args:
+        title: the heading of all.
+        lines: texts below the title.
+        sections: the tiles; all of one width.
+        columns: the largest number of tiles in a row.
+        unit: scale of all sizes.
+    """
+    tiles = [tile for section in sections for tile in section.tiles]
+    tile_width = max((tile.width for tile in tiles), default=2 * SMALL)
+    columns = min(columns, max(len(section.tiles) for section in sections))
+    room = max(columns * (tile_width + GUTTER) - GUTTER, 2 * SMALL)
+    head = [Text([Piece(title)], 38), *(Text([Piece(line, MUTED)], 22, num_lines=2) for line in lines)]
+
+    def draw(canvas: _Canvas) -> int:
+        y = canvas.write(head, MARGIN, MARGIN, room)
+        for section in sections:
+            if section.heading is not None:
+                y = canvas.write([section.heading], MARGIN, y + GUTTER, room) + GAP
+            for start in range(0, len(section.tiles), columns):
+                row, top = section.tiles[start : start + columns], y + GAP
+                pictures_top = max(canvas.measure(tile.heading, tile.width) for tile in row) + top
+                for index, tile in enumerate(row):
+                    y = max(y, canvas.draw_tile(tile, MARGIN + index * (tile_width + GUTTER), top, pictures_top))
+                y += GUTTER - GAP
+        return y + MARGIN - GUTTER
+
+    height = draw(_Canvas(1, 1, unit))  # measured on a canvas without room, then drawn
+    canvas = _Canvas(room + 2 * MARGIN, height, unit)
+    draw(canvas)
+    return canvas.image
 
 
-def header(counts: Mapping[Kind, int], lead: str, score_name: str, summary: Sequence[Sequence[str]]) -> list[str]:
-    """What is shown, what the score is, how many gained and lost, and the summary's first line."""
-    lines = [lead, f"Score: {score_name}.", ", ".join(f"{number:,} {which}" for which, number in counts.items()) + "."]
-    if len(summary) > 1:
-        lines.append("  ·  ".join(f"{name}: {cell}" if name else cell for name, cell in zip(*summary[:2], strict=True)))
-    return lines
+class _Canvas:
+    """An image to draw on, in pixels before scaling."""
+
+    def __init__(self, width: int, height: int, unit: int) -> None:
+        self.unit = unit
+        self.image = Image.new("RGB", (width * unit, height * unit), PAGE)
+        self.brush = ImageDraw.Draw(self.image)
+
+    def draw_tile(self, tile: Tile, x: int, y: int, pictures_top: int) -> int:
+        """Draw a tile, and return the bottom of it."""
+        self.write(tile.heading, x, y, tile.width)
+        bottom = y
+        for cell in tile.cells:
+            below = pictures_top
+            if cell.image is not None:
+                left, top, side = x * self.unit, below * self.unit, cell.width * self.unit
+                self.image.paste(fit(cell.image, side), (left, top))
+                edge = FRAME * self.unit
+                box = (left - edge, top - edge, left + side + edge - 1, top + side + edge - 1)
+                self.brush.rectangle(box, outline=cell.frame, width=edge)
+                below += cell.width + GAP
+            bottom = max(bottom, self.write(cell.texts, x, below, cell.width))
+            x += cell.width + GAP
+        return bottom
+
+    def measure(self, texts: Sequence[Text], room: int) -> int:
+        """Return the height of texts, one below the other."""
+        return sum(_line_height(text) * len(self._wrap(text, room)) for text in texts)
+
+    def write(self, texts: Sequence[Text], x: int, y: int, room: int) -> int:
+        """Write texts, one below the other, and return the bottom of the last."""
+        for text in texts:
+            font = load_font(text.size * self.unit)
+            for line in self._wrap(text, room):
+                left, top, underline = float(x * self.unit), y * self.unit, (y + 1.2 * text.size) * self.unit
+                for word in line:
+                    self.brush.text((left, top), word.text, fill=word.ink, font=font)
+                    right = left + font.getlength(word.text)
+                    if word.is_marked:
+                        self.brush.line((left, underline, right, underline), word.ink, 2 * self.unit)
+                    left = right
+                y += _line_height(text)
+        return y
+
+    def _wrap(self, text: Text, room: int) -> list[list[Piece]]:
+        """Return a text's lines of words and spaces; dots stand for what does not fit."""
+        font, width, lines = load_font(text.size * self.unit), room * self.unit, list[list[Piece]]()
+
+        def is_too_wide(pieces: Sequence[Piece]) -> bool:
+            return font.getlength("".join(piece.text for piece in pieces)) > width
+
+        for is_space, group in itertools.groupby(_words(text.pieces), lambda word: word.text == " "):
+            word = list(group)
+            while is_too_wide(word):
+                last = word.pop()
+                word += [last._replace(text=last.text[:-1])] if last.text[1:] else []
+            if not is_space and (not lines or is_too_wide([*lines[-1], *word])):
+                lines.append(word)
+            elif lines:
+                lines[-1] += word[:1] if is_space else word
+        if len(lines) > text.num_lines:
+            lines = lines[: text.num_lines]
+            lines[-1][-1] = Piece("...", text.pieces[0].ink)
+        return lines
 
 
-def badge(brush: ImageDraw.ImageDraw, corner: tuple[int, int], entry: Entry, unit: int) -> None:
-    """The change in a pill whose top right is `corner`; a triangle says the direction without colour."""
-    ink, soft = INK[kind(entry)]
-    text, font = shown(change(entry), "+"), load_font(17 * unit)
-    right, top = corner
-    left = right - int(font.getlength(text)) - 36 * unit
-    brush.rounded_rectangle((left, top, right - 1, top + 26 * unit), 13 * unit, fill=soft)
-    x, y = left + 15 * unit, top + 13 * unit
-    tip = {"gained": -5, "lost": 5, "unchanged": 0}[kind(entry)] * unit
-    brush.polygon([(x - 5 * unit, y - tip), (x + 5 * unit, y - tip), (x, y + tip)], fill=ink)
-    brush.text((left + 26 * unit, y), text, fill=ink, font=font, anchor="lm")
+def _words(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Yield words and single spaces; a word can have several pieces, such as "cross" and its stop."""
+    for piece in pieces:
+        for word in re.findall(r"\S+|\s+", plain(piece.text[:2000])):
+            yield piece._replace(text=" " if word.isspace() else word)
+
+
+def _line_height(text: Text) -> int:
+    return math.ceil(1.35 * text.size)
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """The picture in the middle of a square: whole pixels if it must grow, smoothed if it must shrink."""
+    """Return the picture in the middle of a square: whole pixels if it grows, smoothed if it shrinks."""
     square = Image.new("RGB", (side, side), SURFACE)
     factor = side / max(image.size)
     factor = math.floor(factor) if factor >= 1 else factor
@@ -116,34 +199,19 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def load_font(size: int) -> Font:
-    """Pillow's own font."""
+    """Return Pillow's own font."""
     return ImageFont.load_default(size=size)
 
 
-def write_line(brush: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, ink: str, room: int) -> None:
-    """A line of text, shortened to the room."""
-    font = load_font(size)
-    brush.text(place, _shorten(plain(text), font, room), fill=ink, font=font)
-
-
 def plain(text: str) -> str:
-    """Pillow's font has ASCII and little else; accents go, other characters become "?" (the page shows them)."""
+    """Return a text in ASCII: Pillow's font has little else. Accents go, other characters become "?"."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(c if c.isascii() or c == "·" else "?" for c in bare.translate(_ASCII))
 
 
-def _shorten(text: str, font: Font, room: int) -> str:
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
-def wrap(text: str, font: Font, room: int) -> list[str]:
-    """One or two lines; the second may be too long, and is shortened where it is drawn."""
-    words = plain(text[:1000]).split()
-    number = len(words)
-    while number > 1 and font.getlength(" ".join(words[:number])) > room:
-        number -= 1
-    return [" ".join(part) for part in (words[:number], words[number:]) if part]
+def encode_grid(canvas: Image.Image, lines: Sequence[str]) -> bytes:
+    """Return a grid as a PNG that carries its title and lines as text, to be checked against a manifest."""
+    stream, info = io.BytesIO(), PngInfo()
+    info.add_itxt("Description", "\n".join(lines))
+    canvas.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()

@@ -1,13 +1,17 @@
-"""What changed by how much: which entries of a page gained, which lost, and in what order they are shown."""
+"""Ranking of a gallery's entries by the change of their scores: gains, regressions, and their order.
+
+Scores are pairs (before, after); higher is better.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 Kind = Literal["gained", "lost", "unchanged"]
+Scores = tuple[float, float]
 
 MARKS: dict[Kind, str] = {"gained": "▲", "lost": "▼", "unchanged": "="}
 SECTIONS: tuple[tuple[Kind, str, str, str], ...] = (  # kind, heading, anchor, order
@@ -17,68 +21,49 @@ SECTIONS: tuple[tuple[Kind, str, str, str], ...] = (  # kind, heading, anchor, o
 )
 
 
-class Entry(Protocol):
-    """Something measured before and after alignment; a score is better when higher, a note says it in words."""
-
-    @property
-    def title(self) -> str:
-        """What was asked for: a prompt, or a question."""
-
-    @property
-    def scores(self) -> tuple[float, float]:
-        """Before, after."""
-
-    @property
-    def notes(self) -> tuple[str, str]:
-        """Before, after; empty where there is nothing to say."""
-
-
-def kind(entry: Entry) -> Kind:
-    """`gained`, `lost`, or `unchanged` where the scores agree to within float32 rounding."""
-    return _kind(*entry.scores)
-
-
-def tally(scores: Iterable[tuple[float, float]]) -> dict[Kind, int]:
-    """How many of each kind there are, of scores before and after."""
-    kinds = Counter(_kind(before, after) for before, after in scores)
-    return {which: kinds[which] for which in MARKS}
-
-
-def _kind(before: float, after: float) -> Kind:
+def kind(scores: Scores) -> Kind:
+    """Return `gained`, `lost`, or `unchanged` if the scores agree to within float32 rounding."""
+    before, after = scores
     if math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-8):
         return "unchanged"
     return "gained" if after > before else "lost"
 
 
-def change(entry: Entry) -> float:
-    """The score after less the score before; 0 where it is unchanged, so that rounding errors sort nothing."""
-    before, after = entry.scores
-    return 0.0 if kind(entry) == "unchanged" else after - before
+def change(scores: Scores) -> float:
+    """Return the score after less the score before; 0 if it is unchanged, so that rounding errors sort nothing."""
+    return 0.0 if kind(scores) == "unchanged" else scores[1] - scores[0]
 
 
-def ranked(entries: Sequence[Entry], which: Kind) -> list[int]:
-    """Indices of a kind's entries, the largest change first; equal changes stay in the order given."""
-    return sorted((i for i, e in enumerate(entries) if kind(e) == which), key=lambda i: -abs(change(entries[i])))
+def tally(measured: Iterable[Scores]) -> dict[Kind, int]:
+    """Count the entries of each kind."""
+    kinds = Counter(map(kind, measured))
+    return {name: kinds[name] for name in MARKS}
 
 
-def choose(entries: Sequence[Entry], number: int) -> dict[Kind, list[int]]:
-    """At most `number` indices: half gains, half losses, each taking the room that the other does not need."""
-    gained, lost = ranked(entries, "gained"), ranked(entries, "lost")
+def ranked(measured: Sequence[Scores], wanted: Kind) -> list[int]:
+    """Return the indices of a kind's entries, the largest change first; equal changes keep their order."""
+    indices = (index for index, scores in enumerate(measured) if kind(scores) == wanted)
+    return sorted(indices, key=lambda index: -abs(change(measured[index])))
+
+
+def choose(measured: Sequence[Scores], number: int) -> dict[Kind, list[int]]:
+    """Return at most `number` indices: half gains, half losses, each taking the room that the other does not need."""
+    gained, lost = ranked(measured, "gained"), ranked(measured, "lost")
     num_lost = min(len(lost), max(number // 2, number - len(gained)))
     chosen: dict[Kind, list[int]] = {"gained": gained[: number - num_lost], "lost": lost[:num_lost]}
-    return chosen if gained or lost else {"unchanged": ranked(entries, "unchanged")[:number]}
+    return chosen if gained or lost else {"unchanged": ranked(measured, "unchanged")[:number]}
 
 
 def spread(changes: Sequence[float], number: int) -> list[int]:
-    """At most `number` indices: half of them of the largest changes, half of the smallest; all if there are no more."""
-    falling = sorted(range(len(changes)), key=lambda i: -changes[i])
+    """Return at most `number` indices: half of them of the largest changes, half of the smallest."""
+    falling = sorted(range(len(changes)), key=lambda index: -changes[index])
     if len(falling) <= number:
         return falling
     best = falling[: (number + 1) // 2]
-    rest = sorted(set(falling) - set(best), key=lambda i: (changes[i], i))
+    rest = sorted(set(falling) - set(best), key=lambda index: (changes[index], index))
     return best + rest[: number - len(best)]
 
 
-def shown(value: float, sign: str = "") -> str:
-    """A score, or with `sign` "+" a change, in three digits."""
+def format_score(value: float, sign: str = "") -> str:
+    """Format a score, or with `sign` "+" a change, in three digits."""
     return f"{value:{sign}.3g}"

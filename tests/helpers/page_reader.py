@@ -1,0 +1,47 @@
+"""Reader of a gallery's page, for tests."""
+
+import html
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+
+class Page(HTMLParser):
+    """A page as a reader without a script meets it.
+
+    Attributes:
+        text: the source.
+        tags: every tag with its attributes.
+        cards: section and title of each card, in order.
+        answers: the answers as a screen reader reads them.
+        marked: the marked words as a sighted reader sees them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cards: list[tuple[str | None, str | None]] = []
+        self.section: str | None = None
+        paragraphs = re.findall(r'<div class="answer">.*?<p>(.*?)</p>', self.text, re.DOTALL)
+        self.answers = [visible(paragraph) for paragraph in paragraphs]
+        marks = re.findall(r"<mark>(.*?)</mark>", self.text, re.DOTALL)
+        self.marked = [visible(re.sub(r'<span class="hush">.*?</span>', "", mark)) for mark in marks]
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if tag == "section":
+            self.section = values["id"]
+        if tag == "article":
+            self.cards.append((self.section, values["data-title"]))
+
+    def values(self, tag: str, name: str) -> list[str]:
+        """Return an attribute of every tag of a kind that has it."""
+        return [str(values[name]) for found, values in self.tags if found == tag and name in values]
+
+
+def visible(markup: str) -> str:
+    """Return a text without its tags."""
+    return html.unescape(re.sub(r"<[^>]*>", "", markup))
