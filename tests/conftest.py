@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import STANDING_VLMS, Folders
 
 if TYPE_CHECKING:
-    from mmalign.families import VisionLanguage
+    from mmalign.families import TextToImage, VisionLanguage
     from tests.helpers.linear_runs import Run
 
 
@@ -113,23 +113,27 @@ def tiny_step_judge(diffusion_folders: Folders) -> Path:
     return diffusion_folders("step judge")
 
 
-def _load_vlm(folder: Path) -> VisionLanguage:
-    import torch
+@pytest.fixture
+def sd(tiny_sd15: Path) -> TextToImage:
+    """Load the tiny Stable Diffusion 1.x anew."""
+    from tests.helpers.loading import load_diffusion
 
-    from mmalign.families import Loading, load_vision_language
-
-    return load_vision_language(str(folder), Loading(torch.device("cpu")))
+    return load_diffusion(tiny_sd15)
 
 
 @pytest.fixture(params=STANDING_VLMS)
 def vlm(request: pytest.FixtureRequest, vlm_folders: Folders) -> VisionLanguage:
     """Load each of the standing vision-language models anew."""
-    return _load_vlm(vlm_folders(request.param))
+    from tests.helpers.loading import load_vlm
+
+    return load_vlm(vlm_folders(request.param))
 
 
 @pytest.fixture
 def llava(vlm_folders: Folders) -> VisionLanguage:
-    return _load_vlm(vlm_folders("llava"))
+    from tests.helpers.loading import load_vlm
+
+    return load_vlm(vlm_folders("llava"))
 
 
 @pytest.fixture

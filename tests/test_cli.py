@@ -20,6 +20,7 @@ from mmalign import cli, training
 from mmalign.data import scenes
 from mmalign.methods import names
 from tests.helpers import data_files, recipes
+from tests.helpers.loading import load_diffusion
 
 COMMANDS = ("bench", "cache", "quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
 EVALUATE = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
@@ -115,7 +116,6 @@ def test_adapters_are_read_back_as_they_were_trained(
     import torch
 
     from mmalign import assemble
-    from mmalign.families import Loading, load_family
     from mmalign.recipe import load_recipe
 
     trained: list[torch.nn.Module] = []
@@ -130,7 +130,7 @@ def test_adapters_are_read_back_as_they_were_trained(
     tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
     folder = training.train(load_recipe(content), say=lambda _: None).folder
-    policy = assemble.load_aligned(load_family(str(tiny_sd15), Loading(torch.device("cpu"))), folder)
+    policy = assemble.load_aligned(load_diffusion(tiny_sd15), folder)
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)
 
     def answer(net: torch.nn.Module) -> torch.Tensor:

@@ -19,13 +19,10 @@ from mmalign.compare import SHOWN, compare
 from mmalign.page.comparison import short_names
 from mmalign.page.grid import fit
 from tests.helpers import data_files, recipes
+from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
 EVALUATE = {"benchmark": "crowds", "pictures": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 def recipe(folder: Path, name: str, content: Content) -> str:

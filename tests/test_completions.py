@@ -14,11 +14,12 @@ import torch
 from mmalign.completions import Answered, Completion, Hiding, Speaker, bdhs, too_long
 from mmalign.data.pairs import Turn
 from mmalign.draws import Draws
-from mmalign.families import Decoding, Loading, load_vision_language
+from mmalign.families import Decoding
 from mmalign.language.hallucinate import STOPS
 from mmalign.language.similarity import Similarity, load_similarity
 from mmalign.language.tokens import TokenRow
 from tests.helpers import vlm_models
+from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
 ANSWERS = ["There is a dog. It sits on a mat.", "Yes.", "Two cats and a red car stand there."]
@@ -205,6 +206,6 @@ def test_with_every_token_hidden_the_image_does_not_matter(vlm: Any) -> None:
 def test_a_decoder_that_cannot_hide_a_token_is_refused(vlm_folders: Callable[[str], Path]) -> None:
     names = [name for name in vlm_models.NEWER if "qwen3_5" in name]
     assert names, "a model with linear attention"
-    family: Any = load_vision_language(str(vlm_folders(names[0])), Loading(torch.device("cpu")))
+    family: Any = load_vlm(vlm_folders(names[0]))
     with pytest.raises(ValueError, match=r"^model\.path: BDHS hides an image from .*linear_attention"):
         completed(family, *asked(family), HOW)

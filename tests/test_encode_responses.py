@@ -15,6 +15,7 @@ from mmalign.data.responses import open_responses
 from mmalign.encode_responses import ReadBatch, ResponseLoader, Wants, disturbed, encode
 from mmalign.families import VisionLanguage
 from tests.helpers import data_files
+from tests.helpers.loading import load_vlm
 
 ALL = Wants(pictures=True, others=True)
 
@@ -213,9 +214,8 @@ def test_others_are_the_chosen_responses_to_the_other_images(llava: Any, realign
 
 def test_both_images_are_answered_with_as_many_tokens(vlm_folders: Any, tmp_path: Path) -> None:
     """The other image takes more tokens than the pair's own, so that less room is left for the response."""
-    from mmalign.families import Loading, load_vision_language
 
-    family = load_vision_language(str(vlm_folders("qwen2_5_vl")), Loading(torch.device("cpu")))
+    family = load_vlm(vlm_folders("qwen2_5_vl"))
     (tmp_path / "small.png").write_bytes(data_files.png(0, 16))
     (tmp_path / "large.png").write_bytes(data_files.png(1, 48))
     turns = {

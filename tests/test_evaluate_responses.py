@@ -16,20 +16,12 @@ from mmalign.families.vision_language import ImageTextToText
 from mmalign.recipe import load_recipe
 from mmalign.sections import Recipe
 from tests.helpers import data_files, recipes
+from tests.helpers.data_files import write_jsonl
+from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
 DECODING = {"max_new_tokens": 6, "batch_size": 8}
 CROWDS = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def written(path: Path, *records: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +48,7 @@ def images(tmp_path: Path) -> Path:
     for number in range(4):
         (here / f"{number}.png").write_bytes(data_files.png(number))
     records = [{"image": f"{n}.png", "objects": names} for n, names in enumerate(objects)]
-    written(here / "objects.jsonl", *records)
+    write_jsonl(here / "objects.jsonl", *records)
     (here / "words.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "ball": []}))
     return here
 
@@ -155,10 +147,10 @@ def test_pope_built_of_annotations_and_from_files(content: Content, images: Path
     more = [{"image": f"{n}.png", "objects": ["dog", "cat", "ball"]} for n in range(4)]
     absent = [{"image": "absent", "objects": ["mat", "hat", "car"]}]  # whose objects are asked for elsewhere
     (images / "absent").write_bytes(data_files.png(9))
-    built = {**section, "annotations": str(written(images / "all.jsonl", *more, *absent))}
+    built = {**section, "annotations": str(write_jsonl(images / "all.jsonl", *more, *absent))}
     found = run.evaluate(of(content, built), say=quiet).result
     assert found["questions"] == 3 * 5 * 6
-    questions = written(
+    questions = write_jsonl(
         images / "q.json",
         {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
         {"question_id": 2, "image": "1.png", "text": "Is there a dog?", "label": "no"},
@@ -215,12 +207,12 @@ def test_answers_that_were_written_score_the_same_from_their_files(
 
 
 def test_pope_answers_by_split_and_one_model_alone(content: Content, images: Path, tmp_path: Path) -> None:
-    questions = written(
+    questions = write_jsonl(
         images / "q.json",
         {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
         {"question_id": 2, "image": "1.png", "text": "Is there a dog?", "label": "no"},
     )
-    answers = written(images / "a.jsonl", {"question_id": 1, "text": "Yes"}, {"question_id": 2, "text": "Yes"})
+    answers = write_jsonl(images / "a.jsonl", {"question_id": 1, "text": "Yes"}, {"question_id": 2, "text": "Yes"})
     section: Content = {"benchmark": "pope", "questions": {"mine": str(questions)}}
     section["answers"] = {"after": {"mine": str(answers)}}
     found = run.evaluate(of({**content, "output": str(tmp_path / "scored")}, section), say=quiet)

@@ -10,22 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mmalign import checkpoint, kept
+from mmalign import kept
 from mmalign.data.cache import ArrayCache
 from mmalign.data.loader import PairLoader, View
 from mmalign.data.sources import open_pairs
 from mmalign.draws import Draws
-from mmalign.families import Loading, load_family
 from mmalign.kept import Kept
 from mmalign.loop import make_contrasts
 from mmalign.methods import Keep, inpo, keep_singly
-from mmalign.recipe import load_recipe
-from mmalign.training import train
 from tests.helpers import data_files, recipes
-from tests.helpers.image_batches import ROWS, full, pairs
+from tests.helpers.image_batches import ROWS, pairs
+from tests.helpers.loading import load_diffusion
+from tests.helpers.policies import full
+from tests.helpers.runs import assert_same, train_weights
 
 METHOD = {"name": "inpo", "inverter": "reference", "cache_draws": 2, "steps": 3, "beta": 100.0}
 STEPS = 10  # eight pairs by two: the third epoch begins with the ninth batch
@@ -37,18 +36,6 @@ def recipe(folder: Path, tmp_path: Path, output: str, /, **sections: Any) -> dic
     return recipes.diffusion(
         folder, source if source.exists() else data_files.pick_a_pic(source), tmp_path / output, **given
     )
-
-
-def run(content: dict[str, Any], *overrides: str) -> dict[str, Tensor]:
-    made = load_recipe(content, overrides)
-    train(made, say=lambda _: None)
-    last = checkpoint.latest(Path(made.output))
-    assert last is not None
-    return load_file(last / "model.safetensors")
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
 
 
 @pytest.fixture
@@ -71,16 +58,18 @@ def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
 ) -> None:
     """Mirrored pairs, held-out pairs, and an epoch whose draws have been before; then a run of other settings."""
     common: dict[str, Any] = {"model": {"tune": tune}, "data": {"flip": True, "hold_out": 0.5}}
-    cached = run(recipe(tiny_sd15, tmp_path, "cached", **common))
+    cached = train_weights(recipe(tiny_sd15, tmp_path, "cached", **common))
     assert len(worked_out) == len(set(worked_out)) and {epoch for _, epoch in worked_out} == {0, 1}
     once = len(worked_out)
     worked_out.clear()
-    assert_same(cached, run(recipe(tiny_sd15, tmp_path, "plain", **common), "data.cache='off'"))
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain", **common), "data.cache='off'"))
     assert len(worked_out) > once
     worked_out.clear()
     there = f"data.cache='{tmp_path / 'cached' / 'cache'}'"
-    assert_same(cached, run(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.workers=2"))
-    other = run(recipe(tiny_sd15, tmp_path, "other", **common), there, "method.beta=300.0", "train.batch_size=1")
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.workers=2"))
+    other = train_weights(
+        recipe(tiny_sd15, tmp_path, "other", **common), there, "method.beta=300.0", "train.batch_size=1"
+    )
     assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (cached, other)))
 
 
@@ -98,17 +87,17 @@ def test_what_was_written_before_a_stop_is_not_worked_out_again(
     monkeypatch.setattr(inpo, "keep", stopping)
     content = recipe(tiny_sd15, tmp_path, "stopped")
     with pytest.raises(KeyboardInterrupt):
-        run(content)
+        train_weights(content)
     monkeypatch.setattr(inpo, "keep", noted)
-    weights = run(content)
+    weights = train_weights(content)
     assert len(set(worked_out)) == 16 and len(worked_out) == 16 + 2  # two of a shard that was not full
-    assert_same(weights, run(recipe(tiny_sd15, tmp_path, "whole")))
+    assert_same(weights, train_weights(recipe(tiny_sd15, tmp_path, "whole")))
 
 
 def test_only_pairs_that_the_run_meets_are_worked_out(
     tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
-    run(recipe(tiny_sd15, tmp_path, "short", train={"steps": 1, "accumulate": 2, "save_every": 1}))
+    train_weights(recipe(tiny_sd15, tmp_path, "short", train={"steps": 1, "accumulate": 2, "save_every": 1}))
     assert len(worked_out) == 4
 
 
@@ -140,18 +129,18 @@ def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
     """In one folder of caches; both are found again, and training is what it is in a folder of its own."""
     options = {"steps": 1, "save_every": 1}
     first = recipe(tiny_sd15, tmp_path, "first", train=options, data={"flip": True, "cache": f"{tmp_path}/all"})
-    run(first)
+    train_weights(first)
     overrides = OTHERS.get(other, [f"model.path={tmp_path / 'other'}"])
     if other not in OTHERS:
         changed(other, tiny_sd15, tmp_path / "other")
     worked_out.clear()
-    shared = run({**first, "output": str(tmp_path / "second")}, *overrides)
+    shared = train_weights({**first, "output": str(tmp_path / "second")}, *overrides)
     assert len(worked_out) == 2
-    alone = run({**first, "output": str(tmp_path / "third")}, *overrides, f"data.cache={tmp_path}/own")
+    alone = train_weights({**first, "output": str(tmp_path / "third")}, *overrides, f"data.cache={tmp_path}/own")
     assert_same(shared, alone)
     worked_out.clear()
-    run({**first, "output": str(tmp_path / "fourth")}, *overrides)
-    run({**first, "output": str(tmp_path / "fifth")})
+    train_weights({**first, "output": str(tmp_path / "fourth")}, *overrides)
+    train_weights({**first, "output": str(tmp_path / "fifth")})
     assert worked_out == [] and len(list((tmp_path / "all" / "kept").iterdir())) == 2
 
 
@@ -174,8 +163,8 @@ def changed(what: str, model: Path, folder: Path) -> None:
 
 def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path, tmp_path: Path) -> None:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", bad={3: b"no image"})
-    cached = run(recipe(tiny_sd15, tmp_path, "cached"))
-    assert_same(cached, run(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
+    cached = train_weights(recipe(tiny_sd15, tmp_path, "cached"))
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
 
 
 # ----------------------------------------------------------------------------------------------------------- by itself
@@ -234,7 +223,7 @@ def test_views_come_again_with_the_draws_and_singles_are_the_batch_s_rows(tmp_pa
 
 @pytest.fixture
 def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
-    family = load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+    family = load_diffusion(tiny_sd15)
     policy, cfg = full(family, moved=0.02), inpo.Config(**METHOD)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -253,7 +242,7 @@ def test_draws_come_again_after_their_number_of_epochs(contrast: Callable[[int],
 
 
 def test_kept_singly_is_the_batch_s_to_rounding(tiny_sd15: Path) -> None:
-    family = load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+    family = load_diffusion(tiny_sd15)
     policy, cfg = full(family, moved=0.02), inpo.Config(inverter="reference")
     with torch.no_grad():
         singly = keep_singly(inpo.keep, policy, pairs(family), cfg, Draws(5))

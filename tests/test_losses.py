@@ -1,9 +1,7 @@
 """Published values, worked examples and laws of the losses."""
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +10,11 @@ from torch import Tensor
 from mmalign import losses
 from mmalign.diffusion.noise import mean_square
 from mmalign.losses import Pair
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.helpers.golden import golden
 
 
 def cases(name: str) -> list:
-    content = json.loads((GOLDEN / f"{name}.json").read_text())
+    content = golden(name)
     return [pytest.param(case, id=key) for key, case in content["cases"].items()]
 
 
@@ -68,7 +65,7 @@ def mean_square_64(prediction: Tensor, target: Tensor) -> Tensor:
 
 def test_mapo_agrees_with_the_release_where_the_release_is_right() -> None:
     """On the ordinary case the published float32 numbers hold too."""
-    case = json.loads((GOLDEN / "mapo.json").read_text())["cases"]["base"]
+    case = golden("mapo")["cases"]["base"]
     prediction, target = tensors(case, torch.float32, "model_pred", "target")
     prediction.requires_grad_()
     chosen, rejected = mean_square(prediction, target).chunk(2)
@@ -115,7 +112,7 @@ def test_worked_examples() -> None:
 @pytest.mark.parametrize("case", cases("cca"))
 def test_cca_gives_the_release_s_numbers(case: dict) -> None:
     """thu-ml/CCA, VAR_CCA_trainer.py:126-187, in float64: scores are sums of the tokens' log-probabilities."""
-    given = json.loads((GOLDEN / "cca.json").read_text())["tensors"]
+    given = golden("cca")["tensors"]
     names = ("logits", "shuffled_logits", "ref_logits", "shuffled_ref_logits")
     logits = [torch.tensor(given[name], dtype=torch.float64, requires_grad="ref" not in name) for name in names]
     tokens = torch.tensor(given["idx"])[..., None]
@@ -204,7 +201,7 @@ def test_robust_without_flips_is_dpo_and_half_flips_are_refused() -> None:
 @pytest.mark.parametrize("variant, name, factor", [("sigmoid", "dpo", 1), ("hinge", "hinge", 1), ("ipo", "ipo", 4)])
 def test_diffusers_beta_is_half_of_ours_and_its_ipo_four_times_ours(variant: str, name: str, factor: int) -> None:
     """diffusers' train_diffusion_dpo.py:851-890, run at beta 2500; ours is 5000 on the same numbers."""
-    content = json.loads((GOLDEN / "diffusion_dpo.json").read_text())
+    content = golden("diffusion_dpo")
     published = content["diffusers_variants"][f"{variant}_beta2500"]
     policy, reference, target = tensors(
         content["cases"]["base_beta5000"], torch.float32, "model_pred", "ref_pred", "target"

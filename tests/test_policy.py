@@ -15,13 +15,9 @@ from mmalign.diffusion.flow import Flow
 from mmalign.families import Conditioning, Loading, TextToImage, load_family
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off
+from tests.helpers.loading import CPU, diffusion_families
 
-CPU = Loading(device=torch.device("cpu"))
-
-
-@pytest.fixture(params=["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
-def family(request: pytest.FixtureRequest) -> TextToImage:
-    return load_family(str(request.getfixturevalue(request.param)), CPU)
+family = diffusion_families("tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux")
 
 
 @pytest.fixture

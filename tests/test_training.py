@@ -17,6 +17,7 @@ from mmalign.rewards import load_judge
 from mmalign.share import roots
 from mmalign.training import train
 from tests.helpers import data_files, recipes
+from tests.helpers.runs import assert_same, quiet, train_weights
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
 # The tiny model of a vision-language recipe, by what the recipe's name ends in.
@@ -40,25 +41,6 @@ def pairs(tmp_path: Path) -> Path:
     return data_files.pick_a_pic(tmp_path / "pairs.parquet", rejected={})
 
 
-def quiet(_: str) -> None:
-    pass
-
-
-def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
-    """Train, and give the last checkpoint's weights."""
-    recipe = load_recipe(content, overrides)
-    train(recipe, say=quiet)
-    last = checkpoint.latest(Path(recipe.output))
-    assert last is not None and last.name == f"checkpoint-{recipe.train.steps:08d}"
-    return load_file(last / "model.safetensors")
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
-
-
 @pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
@@ -79,14 +61,14 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
         method={"name": method, **(of_steps if method == "spo" else {})},
         train={"steps": steps, "save_every": 1, **options},
     )
-    whole = run(content)
+    whole = train_weights(content)
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole", stopped)
     saved = sorted(stopped.glob("checkpoint-*"))
     assert [path.name[-1] for path in saved] == (["2", "4"] if method == "spo" else ["1", "2", "3"])
     for late in saved[1:]:  # as if killed after the first
         shutil.rmtree(late)
-    assert_same(whole, run({**content, "output": str(stopped)}))
+    assert_same(whole, train_weights({**content, "output": str(stopped)}))
     export = (
         "model/unet/diffusion_pytorch_model.safetensors" if tune == "full" else "model/pytorch_lora_weights.safetensors"
     )
@@ -105,14 +87,14 @@ def test_a_judge_is_trained_by_the_same_loop_and_judges(
 ) -> None:
     """It goes on bit for bit, can be trained further, and what a run leaves is the judge of another recipe."""
     content = step_preference(request.getfixturevalue(model), tiny_clip, pairs, tmp_path / "a", steps=2, save_every=1)
-    whole = run(content)
+    whole = train_weights(content)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "checkpoint-00000002")
-    assert_same(whole, run({**content, "output": str(tmp_path / "b")}))
+    assert_same(whole, train_weights({**content, "output": str(tmp_path / "b")}))
     shutil.copytree(request.getfixturevalue(model), tmp_path / "another")
     elsewhere = {**content["model"], "denoiser": str(tmp_path / "another")}
     with pytest.raises(ValueError, match=r"belongs to another run \(denoiser "):
-        run({**content, "model": elsewhere})
+        train_weights({**content, "model": elsewhere})
     left = load_file(tmp_path / "a" / "model" / "step_aware.safetensors")
     assert left.keys() == whole.keys() and all(torch.equal(left[name], x) for name, x in whole.items())
     further = {
@@ -120,7 +102,7 @@ def test_a_judge_is_trained_by_the_same_loop_and_judges(
         "output": str(tmp_path / "c"),
         "model": {**content["model"], "path": str(tmp_path / "a/model")},
     }
-    run(further)
+    train_weights(further)
     judge = load_judge("step_aware", str(tmp_path / "c" / "model"))
     scores = judge([Image.new("RGB", (16, 16))] * 2, ["a", "a"], torch.tensor([1, 901]))
     assert scores[0] != scores[1]
@@ -167,7 +149,7 @@ def saved(output: Path) -> list[int]:
 
 def test_a_run_that_ends_inside_a_batch_is_done(steps_of_spo: dict[str, Any], tmp_path: Path) -> None:
     """Its last checkpoint is written, and the same command again trains nothing; the one to go on from is kept."""
-    run(steps_of_spo, "train.steps=6")
+    train_weights(steps_of_spo, "train.steps=6")
     assert saved(tmp_path / "out") == [4, 6]
     model = tmp_path / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before, said = load_file(model), list[str]()
@@ -182,12 +164,12 @@ def test_a_run_that_ended_inside_a_batch_made_longer_equals_never_ending(
     first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path
 ) -> None:
     """Bit for bit: what it had made of its last batch is thrown away."""
-    run(steps_of_spo, f"train.steps={first}")
+    train_weights(steps_of_spo, f"train.steps={first}")
     longer, said = load_recipe(steps_of_spo, [f"train.steps={then}"]), list[str]()
     train(longer, say=said.append)
     again = {3: "it is done again", 6: "what comes after checkpoint-00000004 is done again", 8: ""}[first]
     assert again in said[1] and (said[2] if first == 6 else said[1]) != "going on from checkpoint-00000006"
-    whole = run({**steps_of_spo, "output": str(tmp_path / "whole")}, f"train.steps={then}")
+    whole = train_weights({**steps_of_spo, "output": str(tmp_path / "whole")}, f"train.steps={then}")
     assert_same(whole, load_file(tmp_path / "out" / f"checkpoint-{then:08d}" / "model.safetensors"))
 
 
@@ -196,7 +178,7 @@ def test_weights_that_an_update_inside_a_batch_breaks_are_not_left(
 ) -> None:
     """The last update overflows, and no loss is computed after it that could tell."""
     with pytest.raises(checkpoint.CheckpointError, match="after update 1 the weights are not finite"):
-        run(steps_of_spo, "train.steps=1", "train.lr=1e39", "train.ema=null")
+        train_weights(steps_of_spo, "train.steps=1", "train.lr=1e39", "train.ema=null")
     assert saved(tmp_path / "out") == [] and not (tmp_path / "out" / "model").exists()
 
 
@@ -211,7 +193,7 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
         return contrasts(*args)
 
     monkeypatch.setattr(spo, "contrasts", counted)
-    run(steps_of_spo, "train.steps=8")
+    train_weights(steps_of_spo, "train.steps=8")
     assert len(made) == 2
 
 
@@ -257,10 +239,12 @@ def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
 ) -> None:
     """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
     flipped = {"method": {"name": method}, "data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
-    cached = run(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
-    workers = run(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
+    cached = train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
+    workers = train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
     assert_same(cached, workers)
-    assert_same(cached, run(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "uncached", **flipped), "data.cache='off'"))
+    assert_same(
+        cached, train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "uncached", **flipped), "data.cache='off'")
+    )
 
 
 def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> None:
@@ -268,7 +252,7 @@ def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pai
 
     for tune in ("full", "lora"):
         output = tmp_path / tune
-        weights = run(recipes.diffusion(tiny_sd15, pairs, output, model={"tune": tune}, train={"steps": 2}))
+        weights = train_weights(recipes.diffusion(tiny_sd15, pairs, output, model={"tune": tune}, train={"steps": 2}))
         assert weights
         if tune == "full":
             pipe = StableDiffusionPipeline.from_pretrained(output / "model", safety_checker=None)
@@ -348,7 +332,7 @@ def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Pa
         data={"hold_out": 0.4},
         train={"steps": 6, "save_every": 1, "keep": 1, "lr": 0.05},
     )
-    run(content)
+    train_weights(content)
     left = sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*"))
     best = checkpoint.best(tmp_path / "out")
     assert best is not None and best.name in left

@@ -8,28 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from mmalign import assemble, checkpoint
-from mmalign.families import Loading, Sampling, load_family
+from mmalign import assemble
+from mmalign.families import Sampling, load_family
 from mmalign.recipe import load_recipe
 from mmalign.training import train
 from tests.helpers import data_files, flow_models, recipes
-
-CPU = Loading(torch.device("cpu"))
-
-
-def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
-    """Train, and give the last checkpoint's weights."""
-    recipe = load_recipe(content, overrides)
-    train(recipe, say=lambda _: None)
-    last = checkpoint.latest(Path(recipe.output))
-    assert last is not None and last.name == f"checkpoint-{recipe.train.steps:08d}"
-    return load_file(last / "model.safetensors")
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
+from tests.helpers.loading import CPU, load_diffusion
+from tests.helpers.runs import assert_same, train_weights
 
 
 @pytest.mark.parametrize("name", list(flow_models.BUILDERS))
@@ -43,11 +29,11 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     options = {"steps": 2, "batch_size": 2, "save_every": 1, "lr": 1e-2}
     model = {"tune": tune, "lora": {"rank": 2}}
     content = recipes.diffusion(base, pairs, tmp_path / "whole", method=method, model=model, train=options)
-    whole, stopped = run(content), tmp_path / "stopped"
+    whole, stopped = train_weights(content), tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole", stopped)
     shutil.rmtree(stopped / "checkpoint-00000002")  # as if killed after the first update
-    assert_same(whole, run({**content, "output": str(stopped)}))
-    family = load_family(str(base), CPU)
+    assert_same(whole, train_weights({**content, "output": str(stopped)}))
+    family = load_diffusion(base)
     policy = assemble.load_aligned(family, tmp_path / "whole" / "model")
     sampling = Sampling(steps=2, guidance=2.0, resolution=32)
     before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling))
@@ -63,7 +49,7 @@ def test_the_numbers_are_the_same_without_a_cache(
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
     options = {"train": {"steps": 2}, "data": {"flip": True}}
     cached, uncached = (recipes.diffusion(flow_folders(name), pairs, tmp_path / to, **options) for to in ("a", "b"))
-    assert_same(run(cached), run(uncached, "data.cache='off'"))
+    assert_same(train_weights(cached), train_weights(uncached, "data.cache='off'"))
 
 
 METHODS = {

@@ -16,15 +16,12 @@ from safetensors.torch import load_file
 
 import mmalign
 from mmalign import assemble, checkpoint
-from mmalign.families import Loading, load_vision_language
 from mmalign.policy import AdaptersOff, FrozenCopy
 from mmalign.recipe import load_recipe
 from mmalign.training import train
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
-
-
-def quiet(_: str) -> None:
-    pass
+from tests.helpers.loading import load_vlm
+from tests.helpers.runs import assert_same, quiet, train_weights
 
 
 @pytest.fixture
@@ -38,20 +35,6 @@ def retrieved(tmp_path: Path) -> Path:
     return data_files.response_pairs(tmp_path / "rows", layout="realign")
 
 
-def run(content: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
-    """Train, and give the last checkpoint's weights."""
-    recipe = load_recipe(content, overrides)
-    train(recipe, say=quiet)
-    last = checkpoint.latest(Path(recipe.output))
-    assert last is not None and last.name == f"checkpoint-{recipe.train.steps:08d}"
-    return load_file(last / "model.safetensors")
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
-
-
 @pytest.mark.parametrize("method", ["dpo", "rlhfv"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
@@ -62,12 +45,12 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     content = recipes.vlm(
         vlm_folders("llava"), rows, tmp_path / "whole", model={"tune": tune}, method={"name": method}, train=options
     )
-    whole = run(content)
+    whole = train_weights(content)
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "whole", stopped)
     for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
         shutil.rmtree(stopped / late)
-    assert_same(whole, run({**content, "output": str(stopped)}))
+    assert_same(whole, train_weights({**content, "output": str(stopped)}))
     export = "model/model.safetensors" if tune == "full" else "model/adapter_model.safetensors"
     assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
 
@@ -81,10 +64,10 @@ def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
     content = recipes.vlm(
         vlm_folders("llava"), retrieved, tmp_path / "whole", method={"name": method}, data=data, train=options
     )
-    whole = run(content)
+    whole = train_weights(content)
     stopped = {**content, "output": str(tmp_path / "stopped")}
-    run(stopped, "train.steps=2", "data.workers=2")
-    assert_same(whole, run(stopped))
+    train_weights(stopped, "train.steps=2", "data.workers=2")
+    assert_same(whole, train_weights(stopped))
 
 
 @pytest.mark.parametrize(("method", "start"), [("mdpo", 3), ("povid", 1), ("realign", 2)])
@@ -144,9 +127,9 @@ def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
 
 def test_workers_and_recomputed_activations_change_no_number(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "here", train={"steps": 2})
-    here = run(content)
-    assert_same(here, run({**content, "output": str(tmp_path / "workers")}, "data.workers=2"))
-    again = run({**content, "output": str(tmp_path / "again")}, "train.gradient_checkpointing=true")
+    here = train_weights(content)
+    assert_same(here, train_weights({**content, "output": str(tmp_path / "workers")}, "data.workers=2"))
+    again = train_weights({**content, "output": str(tmp_path / "again")}, "train.gradient_checkpointing=true")
     for name, weight in here.items():
         torch.testing.assert_close(again[name], weight, rtol=1e-3, atol=1e-5)
 
@@ -157,7 +140,7 @@ def test_the_trained_model_is_one_that_peft_loads_over_its_base(
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    weights = run(recipes.vlm(vlm_folders("qwen2_5_vl"), rows, tmp_path / "out", train={"steps": 2}))
+    weights = train_weights(recipes.vlm(vlm_folders("qwen2_5_vl"), rows, tmp_path / "out", train={"steps": 2}))
     base = AutoModelForImageTextToText.from_pretrained(vlm_folders("qwen2_5_vl"))
     net = PeftModel.from_pretrained(base, tmp_path / "out" / "model")
     loaded = {name: p for name, p in net.named_parameters() if "lora_B" in name}
@@ -168,7 +151,7 @@ def test_the_trained_model_is_one_that_peft_loads_over_its_base(
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_folders: Folders) -> None:
-    family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    family: Any = load_vlm(vlm_folders("llava"))
     before = {name: p.detach().clone() for name, p in family.network.named_parameters()}
     recipe = load_recipe(recipes.vlm(vlm_folders("llava"), Path("x"), Path("y"), model={"tune": tune}))
     policy = assemble.build_policy(family, recipe)
@@ -184,22 +167,22 @@ def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_fo
 def test_a_trained_model_is_found_again_beside_its_base(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     for tune in ("lora", "full"):
         output = tmp_path / tune
-        run(recipes.vlm(vlm_folders("llava"), rows, output, model={"tune": tune}, train={"steps": 2}))
-        family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+        train_weights(recipes.vlm(vlm_folders("llava"), rows, output, model={"tune": tune}, train={"steps": 2}))
+        family: Any = load_vlm(vlm_folders("llava"))
         policy = assemble.load_aligned(family, output / "model")
         assert isinstance(policy.reference, AdaptersOff if tune == "lora" else FrozenCopy)
 
 
 def test_held_out_pairs_score_the_checkpoints(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", data={"hold_out": 0.4})
-    run(content)
+    train_weights(content)
     assert checkpoint.best(tmp_path / "out") is not None
 
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     """Half a batch each; to rounding, since gradients are summed in another order. And both end well."""
-    one = run(recipes.vlm(vlm_folders("llava"), rows, tmp_path / "one"))
+    one = train_weights(recipes.vlm(vlm_folders("llava"), rows, tmp_path / "one"))
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "two", train={"batch_size": 1})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -281,6 +264,6 @@ def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_
 
 def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 2})
-    run(content)
+    train_weights(content)
     told = refused(content, "model.lora.targets=[q_proj]", "train.steps=4")
     assert "belongs to another run (tune lora of rank 2, alpha 2, on down_proj gate_proj k_proj o_proj q_proj" in told

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mmalign.attention import EXECUTORS, denoisers
 from mmalign.families import Conditioning, Loading, TextToImage, load_family
 from tests.helpers import flow_models
+from tests.helpers.loading import load_diffusion
 
-CPU = Loading(torch.device("cpu"))
 UNETS = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
 SIDE = 32  # Sana takes multiples of 32 alone
 SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
@@ -25,7 +25,7 @@ SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
 @pytest.fixture(params=[*UNETS, *flow_models.BUILDERS])
 def family(request: pytest.FixtureRequest, flow_folders: Callable[[str], Path]) -> TextToImage:
     name = request.param
-    found = load_family(str(request.getfixturevalue(name) if name in UNETS else flow_folders(name)), CPU)
+    found = load_diffusion(request.getfixturevalue(name) if name in UNETS else flow_folders(name))
     torch.manual_seed(1)
     for weight in found.network.parameters():  # none begins at zero, where its layer would not matter
         weight.data.add_(0.05 * torch.randn_like(weight))
@@ -79,7 +79,7 @@ def softmax_attention(net: nn.Module) -> list[nn.Module]:
 
 
 def test_a_copy_attends_as_its_original(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = load_family(str(tiny_sd15), CPU)
+    family = load_diffusion(tiny_sd15)
     assert denoisers.used(family.network) is None
     denoisers.use(family.network, "dense")
     monkeypatch.setitem(EXECUTORS, "dense", counting := Counting("dense"))
@@ -93,7 +93,7 @@ def test_a_copy_attends_as_its_original(tiny_sd15: Path, monkeypatch: pytest.Mon
 def test_a_trained_model_attends_as_its_base(
     builder: str, flow_folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family = load_family(str(flow_folders(builder)), CPU)
+    family = load_diffusion(flow_folders(builder))
     denoisers.use(family.network, "dense")
     family.save(tmp_path / "model", family.network)
     monkeypatch.setitem(EXECUTORS, "dense", counting := Counting("dense"))
@@ -107,7 +107,7 @@ def test_a_trained_model_attends_as_its_base(
 def test_adapters_learn_as_before(tiny_sdxl: Path) -> None:
     found = []
     for executor in (None, "dense"):
-        family = load_family(str(tiny_sdxl), CPU)
+        family = load_diffusion(tiny_sdxl)
         family.add_lora(rank=2, alpha=2.0, targets=family.usual_targets, seed=0)
         if executor is not None:
             denoisers.use(family.network, executor)
@@ -143,7 +143,7 @@ class Odd(nn.Module):
 
 
 def test_attention_that_is_not_known_is_an_error_that_names_it(tiny_sd15: Path) -> None:
-    net: Any = copy.deepcopy(load_family(str(tiny_sd15), CPU).network)
+    net: Any = copy.deepcopy(load_diffusion(tiny_sd15).network)
     place = "mid_block.attentions.0.transformer_blocks.0.attn1"
     net.get_submodule(place).set_processor(attention_processor.AttnProcessor())
     with pytest.raises(ValueError, match=rf"{place} \(Attention with AttnProcessor\) and 0 more are of kinds"):

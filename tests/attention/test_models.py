@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mmalign.attention import Forest, Tree, decoders
 from mmalign.data.pairs import Turn
-from mmalign.families import ImageFeatures, Loading, load_vision_language
+from mmalign.families import ImageFeatures
 from mmalign.families.decoder_inputs import decoder_inputs
 from mmalign.language.tokens import Tokens
+from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_models import BUILDERS
 from tests.helpers.vlm_reference import PICTURES
 
@@ -25,7 +26,7 @@ SAID = [["There is a red cube.", "No, there is no dog.", "Yes."], ["A cat and a 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 @pytest.mark.parametrize("executor", ["sdpa", "dense"])
 def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: Callable[[str], Path]) -> None:
-    family: Any = load_vision_language(str(vlm_folders(name)), Loading(torch.device("cpu")))
+    family: Any = load_vlm(vlm_folders(name))
     reader, model = family.reader, family.network.model
     views = {key: reader.view(PICTURES[key]) for key in ("wide", "square")}
     features = family.encode_images(views)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from mmalign import assemble, checkpoint
 from mmalign.attention.choice import Choice
-from mmalign.families import Loading, load_family, load_vision_language
+from mmalign.families import Loading
 from mmalign.recipe import load_recipe
 from mmalign.run import evaluate
 from mmalign.training import train
 from tests.helpers import Folders, data_files, recipes
+from tests.helpers.loading import load_diffusion, load_vlm
 
 STEPS = 2
 
@@ -91,7 +92,7 @@ def test_a_judge_s_frozen_model_computes_as_it_is_told(
     from mmalign.families import step_judge
 
     monkeypatch.setattr("mmalign.families.latents.choose", lambda *_: Choice("dense"))
-    frozen = load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+    frozen = load_diffusion(tiny_sd15)
     judge = step_judge.load(str(tiny_clip), frozen, Loading(torch.device("cpu")))
     assert judge.use_attention("auto").executor == "dense"
     assert denoisers.used(frozen.network) == "dense"
@@ -103,7 +104,7 @@ def test_a_trained_decoder_computes_as_its_base(
     from mmalign.attention import decoders
 
     monkeypatch.setattr("mmalign.families.vision_language.choose", lambda *_: Choice("dense"))
-    family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    family: Any = load_vlm(vlm_folders("llava"))
     tower = family.network.model.model.vision_tower
     assert decoders.used(family.network.model.get_decoder()) == "sdpa"  # which knows of shared prompts
     family.use_attention("auto")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,9 @@ import torch
 from PIL import Image
 
 from mmalign.data.disturb import cropped, noised, signal_share
+from tests.helpers.golden import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "povid.json").read_text())["noise_schedule"]
+GOLDEN = golden("povid")["noise_schedule"]
 
 
 def flat(value: int, side: int = 8) -> Image.Image:

@@ -13,11 +13,6 @@ from mmalign.data.drawn import best_of_each, write_contrasts, write_pairs
 from mmalign.data.sources import open_pairs
 
 
-@pytest.fixture(autouse=True)
-def _cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
 def images(number: int) -> list[Image.Image]:
     return [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(number)]
 

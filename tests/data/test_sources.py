@@ -21,11 +21,6 @@ from mmalign.data.pairs import Pairs, hold_out
 from mmalign.data.sources import check_source, open_pairs
 
 
-@pytest.fixture(autouse=True)
-def _cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
 def png(level: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (level, 0, 0)).save(buffer, "PNG")

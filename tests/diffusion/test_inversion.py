@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +14,12 @@ from mmalign.diffusion import inversion
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.inversion import Hop
 from mmalign.diffusion.noise import Diffusion, Schedule
+from tests.helpers.golden import golden
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 EPSILON = Diffusion.of({**SD15, "prediction_type": "epsilon"}, "test")
 VELOCITY = Diffusion.of({**SD15, "prediction_type": "v_prediction"}, "test")
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "inpo.json").read_text())
+GOLDEN = golden("inpo")
 TIMES = torch.tensor([0, 1, 2, 99, 100, 101, 550, 999])
 SIGMAS = torch.tensor([1e-4, 0.05, 0.09, 0.101, 0.52, 0.77, 0.91, 0.9999])
 PROCESSES = [(EPSILON, TIMES), (VELOCITY, TIMES), (Flow(), SIGMAS), (Flow(shift=3.0), SIGMAS)]

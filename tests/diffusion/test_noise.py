@@ -1,21 +1,18 @@
 """The noise process against published values, diffusers, and its own algebra."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from mmalign.diffusion.noise import Diffusion, mean_square
+from tests.helpers.golden import golden
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 
 
 def test_published_noising() -> None:
     """x_t and the v target as diffusers 0.20 computes them in float32."""
-    path = Path(__file__).parent.parent / "golden" / "diffusion_dpo.json"
-    given = json.loads(path.read_text())["noising"]
+    given = golden("diffusion_dpo")["noising"]
     process = Diffusion.of({**SD15, "prediction_type": "v_prediction"}, "test")
     x_0, eps, t = torch.tensor(given["latents"]), torch.tensor(given["noise"]), torch.tensor(given["timesteps"])
     torch.testing.assert_close(process.alphas_cumprod[t], torch.tensor(given["alphas_cumprod_at_t"]))

@@ -1,8 +1,6 @@
 """Stochastic steps: published values, diffusers' own sampler, and the law that an SDE keeps its process's marginals."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,9 @@ from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule
 from mmalign.diffusion.steps import Gaussian, any_time, grid, step, timestep
 from mmalign.draws import Draws
+from tests.helpers.golden import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "spo.json").read_text())
+GOLDEN = golden("spo")
 CONFIG = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,

@@ -1,6 +1,5 @@
 """Benchmarks: scores of all answers, ratings of single ones, and files of questions."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,11 @@ from mmalign.evaluation.benchmarks import (
 )
 from mmalign.language.objects import vocabulary
 from tests.helpers import data_files
+from tests.helpers.data_files import write_jsonl
 
 WORDS = vocabulary({"dog": ["puppy"], "cat": [], "ball": []})
 ASKED = [Question(1, "1.jpg", "Describe it."), Question(2, "COCO_val2014_000000000042.jpg", "Describe it.")]
 TRUTH = {"1.jpg": frozenset({"dog", "ball"}), "42": frozenset({"cat"})}
-
-
-def write_lines(path: Path, *records: Any) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    return path
 
 
 def no_images(name: str) -> Any:
@@ -112,7 +107,7 @@ def test_amber_refuses_questions_of_another_release() -> None:
 
 
 def test_read_questions_in_common_formats(tmp_path: Path) -> None:
-    file = write_lines(
+    file = write_jsonl(
         tmp_path / "q.jsonl",
         {"question_id": 7, "image": "a.jpg", "text": "What is it?", "category": "conv"},  # LLaVA
         {"image": "b.jpg", "question": "And that?"},
@@ -139,7 +134,7 @@ def test_read_questions_in_common_formats(tmp_path: Path) -> None:
 )
 def test_read_questions_refuses_bad_records(records: list[Any], error: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=error):
-        read_questions(write_lines(tmp_path / "q.jsonl", *records), "What?")
+        read_questions(write_jsonl(tmp_path / "q.jsonl", *records), "What?")
 
 
 def test_open_folder_checks_that_images_are_there(tmp_path: Path) -> None:

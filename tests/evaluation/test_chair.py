@@ -10,6 +10,7 @@ from mmalign.evaluation import chair
 from mmalign.evaluation.answer_files import Response, image_id, read_responses
 from mmalign.evaluation.counts import compare
 from mmalign.language.objects import coco_vocabulary, vocabulary
+from tests.helpers.data_files import write_jsonl
 
 COCO = coco_vocabulary("refined")
 TRUTH = {
@@ -24,11 +25,6 @@ RESPONSES = [
     Response("3", "A chair, another chair"),  # 2 mentions, both invented: nothing is in the image
     Response("4", ""),  # no mention, and the bus missed
 ]
-
-
-def written(path: Path, *records: Any) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    return path
 
 
 def test_judges_a_description() -> None:
@@ -118,23 +114,23 @@ def test_other_names_stay() -> None:
 def test_reads_responses(tmp_path: Path) -> None:
     expected = [Response("1", "A dog."), Response("2", "")]
     rows = [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": ""}]
-    assert read_responses(written(tmp_path / "a.jsonl", *rows)) == expected
-    assert read_responses(written(tmp_path / "b.json", rows)) == expected
+    assert read_responses(write_jsonl(tmp_path / "a.jsonl", *rows)) == expected
+    assert read_responses(write_jsonl(tmp_path / "b.json", rows)) == expected
     toolkit = {"overall": {"SPICE": 0.2}, "imgToEval": {"1": rows[0], "2": rows[1]}}
-    assert read_responses(written(tmp_path / "c.json", toolkit)) == expected
-    assert read_responses(written(tmp_path / "d.json", rows[0])) == expected[:1]  # JSON lines, and one line
+    assert read_responses(write_jsonl(tmp_path / "c.json", toolkit)) == expected
+    assert read_responses(write_jsonl(tmp_path / "d.json", rows[0])) == expected[:1]  # JSON lines, and one line
     asked = {"image": "COCO_val2014_000000000001.jpg", "prompt": "Describe it.", "text": "Assistant: A dog."}
-    assert read_responses(written(tmp_path / "e.jsonl", asked)) == [Response("1", "A dog.", "Describe it.")]
+    assert read_responses(write_jsonl(tmp_path / "e.jsonl", asked)) == [Response("1", "A dog.", "Describe it.")]
 
 
 def test_reads_answers_beside_their_questions(tmp_path: Path) -> None:
-    questions = written(tmp_path / "q.jsonl", {"question_id": 5, "image_id": 1}, {"question_id": 6, "image_id": 2})
-    answers = written(tmp_path / "a.jsonl", {"question_id": 5, "text": "A dog."}, {"answer": "A cat."})
+    questions = write_jsonl(tmp_path / "q.jsonl", {"question_id": 5, "image_id": 1}, {"question_id": 6, "image_id": 2})
+    answers = write_jsonl(tmp_path / "a.jsonl", {"question_id": 5, "text": "A dog."}, {"answer": "A cat."})
     assert read_responses(answers, questions) == [Response("1", "A dog."), Response("2", "A cat.")]
     with pytest.raises(ValueError, match=r"a.jsonl: line 1 answers question_id 7, but q.jsonl: line 1 is 5"):
-        read_responses(written(answers, {"question_id": 7, "text": ""}, {"text": ""}), questions)
+        read_responses(write_jsonl(answers, {"question_id": 7, "text": ""}, {"text": ""}), questions)
     with pytest.raises(ValueError, match=r"has 1 answers, .* has 2 questions"):
-        read_responses(written(answers, {"question_id": 5, "text": ""}), questions)
+        read_responses(write_jsonl(answers, {"question_id": 5, "text": ""}), questions)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +164,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 
 
 def test_reads_truth(tmp_path: Path) -> None:
-    file = written(
+    file = write_jsonl(
         tmp_path / "t.jsonl", {"image": "1.jpg", "objects": ["men", "Puppy", "dog"]}, {"image": 2, "objects": []}
     )
     assert chair.read_truth(file, COCO) == {"1.jpg": {"person", "dog"}, "2": frozenset()}
@@ -187,7 +183,7 @@ def test_reads_truth(tmp_path: Path) -> None:
 )
 def test_bad_files_of_truth(records: list[Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
-        chair.read_truth(written(tmp_path / "t.jsonl", *records), COCO)
+        chair.read_truth(write_jsonl(tmp_path / "t.jsonl", *records), COCO)
 
 
 def coco_files(folder: Path) -> tuple[Path, Path]:
@@ -205,7 +201,7 @@ def coco_files(folder: Path) -> tuple[Path, Path]:
         "images": [{"id": 1}, {"id": 3}],
         "annotations": [{"image_id": 1, "caption": "A man plays."}, {"image_id": 3, "caption": "Fog."}],
     }
-    return written(folder / "instances.json", instances), written(folder / "captions.json", captions)
+    return write_jsonl(folder / "instances.json", instances), write_jsonl(folder / "captions.json", captions)
 
 
 def test_reads_coco(tmp_path: Path) -> None:
@@ -223,9 +219,9 @@ def test_bad_coco(tmp_path: Path) -> None:
     content = json.loads(instances.read_text())
     content["annotations"][1]["category_id"] = 5
     with pytest.raises(ValueError, match="annotations 2: category_id is 5; expected one of `categories`"):
-        chair.read_coco([written(instances, content)], [captions], COCO)
+        chair.read_coco([write_jsonl(instances, content)], [captions], COCO)
     content["categories"][0]["name"] = "unicorn"
     with pytest.raises(ValueError, match="'unicorn' is no word of the vocabulary"):
-        chair.read_coco([written(instances, content)], [captions], COCO)
+        chair.read_coco([write_jsonl(instances, content)], [captions], COCO)
     with pytest.raises(ValueError, match="expected one dictionary"):
-        chair.read_coco([written(instances, [1])], [captions], COCO)
+        chair.read_coco([write_jsonl(instances, [1])], [captions], COCO)

@@ -1,6 +1,5 @@
 """POPE: splits worked out by hand, answers as the release and a person read them, and the files that people have."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from mmalign.evaluation import pope
 from mmalign.evaluation.answer_files import Question, read_objects
 from mmalign.evaluation.counts import compare
 from mmalign.evaluation.pope import SPLITS, build, parse_published, parse_strict
+from tests.helpers.data_files import write_jsonl
 
 # dog 3, cat 2, ball 2, tree 1, hat 1; with a dog: cat 2, ball 2, tree 1, hat 1; with a cat: dog 2, ball 1, tree 1
 IMAGES = {"a": ["dog", "cat", "ball"], "b": ["dog", "cat", "tree"], "c": ["dog", "ball", "hat"], "few": ["dog"]}
@@ -230,11 +230,6 @@ def test_score_refuses() -> None:
         pope.score({"random": [questions[0]] * 2}, {"random": ["no", "no"]})
 
 
-def written(path: Path, *records: Any) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    return path
-
-
 QUESTIONS = [
     Question(1, "a.jpg", "Is there a dog in the image?", True),
     Question(2, "a.jpg", "Is there an owl in the image?", False),
@@ -246,10 +241,12 @@ ROWS = [
 
 def test_read_questions_and_annotations(tmp_path: Path) -> None:
     assert (
-        pope.read_questions(written(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
+        pope.read_questions(write_jsonl(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
     )  # JSON lines, named .json
-    assert pope.read_questions(written(tmp_path / "list.json", ROWS)) == QUESTIONS
-    objects = written(tmp_path / "objects.json", {"image": "a.jpg", "objects": ["dog", "cat", "dog"], "image_id": 4})
+    assert pope.read_questions(write_jsonl(tmp_path / "list.json", ROWS)) == QUESTIONS
+    objects = write_jsonl(
+        tmp_path / "objects.json", {"image": "a.jpg", "objects": ["dog", "cat", "dog"], "image_id": 4}
+    )
     assert read_objects(objects) == {"a.jpg": ("dog", "cat")}
 
 
@@ -264,23 +261,23 @@ def test_read_questions_and_annotations(tmp_path: Path) -> None:
 )
 def test_read_questions_refuses_bad_records(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
-        pope.read_questions(written(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
+        pope.read_questions(write_jsonl(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
 
 
 def test_read_questions_refuses_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty; expected POPE's questions"):
-        pope.read_questions(written(tmp_path / "q.json"))
+        pope.read_questions(write_jsonl(tmp_path / "q.json"))
 
 
 def test_read_answers(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with_ids = [{"question_id": 2, "prompt": "...", "text": "No"}, {"question_id": 1, "prompt": "...", "text": "Yes"}]
-    assert pope.read_answers(written(file, *with_ids), QUESTIONS) == ["Yes", "No"]
+    assert pope.read_answers(write_jsonl(file, *with_ids), QUESTIONS) == ["Yes", "No"]
     in_order = [
         {"question": "is there a dog in the image?", "answer": "yes"},
         {"prompt": f"{QUESTIONS[1].text}\nAnswer with one word.", "answer": ""},
     ]
-    assert pope.read_answers(written(file, *in_order), QUESTIONS) == ["yes", ""]
+    assert pope.read_answers(write_jsonl(file, *in_order), QUESTIONS) == ["yes", ""]
 
 
 @pytest.mark.parametrize(
@@ -301,4 +298,4 @@ def test_read_answers(tmp_path: Path) -> None:
 )
 def test_read_answers_refuses_bad_records(records: list[Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
-        pope.read_answers(written(tmp_path / "answers.jsonl", *records), QUESTIONS)
+        pope.read_answers(write_jsonl(tmp_path / "answers.jsonl", *records), QUESTIONS)

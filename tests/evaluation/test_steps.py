@@ -10,10 +10,7 @@ from mmalign import run
 from mmalign.evaluation.steps import StepAccuracy
 from mmalign.recipe import load_recipe
 from tests.helpers import data_files, recipes
-
-
-def quiet(_: str) -> None:
-    pass
+from tests.helpers.runs import quiet
 
 
 def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmalign.families import Loading, compiled, load_family, load_vision_language, step_judge
+from mmalign.families import compiled, step_judge
 from mmalign.recipe import load_recipe
 from mmalign.training import train
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers.loading import CPU, load_diffusion, load_vlm
 
-CPU = Loading(torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 
 
@@ -79,7 +79,7 @@ def test_a_decoder_learns_the_same_and_is_not_compiled_for_every_length(vlm_fold
     ],
 )
 def test_the_blocks_of_a_transformer_are_those_that_repeat(name: str, kinds: set[str], flow_folders: Folders) -> None:
-    family = load_family(str(flow_folders(name)), CPU)
+    family = load_diffusion(flow_folders(name))
     blocks = family.blocks(family.network)
     assert {type(block).__name__ for block in blocks} == kinds
     assert not any(inner in blocks for block in blocks for inner in list(block.modules())[1:])
@@ -87,7 +87,7 @@ def test_the_blocks_of_a_transformer_are_those_that_repeat(name: str, kinds: set
 
 def test_the_blocks_of_a_decoder_are_its_own(vlm_folders: Folders) -> None:
     for name in STANDING_VLMS:
-        family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+        family: Any = load_vlm(vlm_folders(name))
         decoder = family.network.model.get_decoder()
         assert list(family.blocks(family.network)) == list(decoder.layers), name
         copied = family.frozen_copy()
@@ -125,6 +125,6 @@ def test_a_gpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_judge_is_refused(tiny_step_judge: Path, tiny_sd15: Path) -> None:
-    family = step_judge.load(str(tiny_step_judge), load_family(str(tiny_sd15), CPU), CPU)
+    family = step_judge.load(str(tiny_step_judge), load_diffusion(tiny_sd15), CPU)
     with pytest.raises(ValueError, match=r"^train.compile: .* leave it out$"):
         family.blocks(family.network)

@@ -20,8 +20,8 @@ from mmalign.diffusion.flow import Flow
 from mmalign.families import Conditioning, Loading, Sampling, TextToImage, flow, load_family
 from mmalign.policy import adapters_off
 from tests.helpers import flow_models
+from tests.helpers.loading import CPU, load_diffusion
 
-CPU = Loading(torch.device("cpu"))
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
 PROMPTS = ["a red fox in the long grass", "a hen"]
 SEEDS = [3, 4]
@@ -63,7 +63,7 @@ def path(name: str, flow_folders: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def family(path: Path) -> TextToImage:
-    return load_family(str(path), CPU)
+    return load_diffusion(path)
 
 
 def given(family: TextToImage, prompts: list[str] = PROMPTS) -> tuple[Tensor, Tensor, Conditioning]:
@@ -253,7 +253,7 @@ def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> Non
 
 def test_without_its_t5_sd3_counts_by_what_its_clips_read(flow_folders: Callable[[str], Path]) -> None:
     """Sixteen tokens here; the T5 of the other reads 256, and stands in the text's tail, which is zeros without it."""
-    whole, less = (load_family(str(flow_folders(n)), CPU) for n in ("sd3", "sd3_without_t5"))
+    whole, less = (load_diffusion(flow_folders(n)) for n in ("sd3", "sd3_without_t5"))
     assert [f.count_cut(["fox", "red fox " * 4]) for f in (whole, less)] == [0, 1]
     tails = [f.encode_prompts(["fox"]).tensors["embeds"][:, -256:] for f in (whole, less)]
     assert tails[0].abs().sum() > 0 and (tails[1] == 0).all()
@@ -317,7 +317,7 @@ def test_what_is_saved_diffusers_loads_and_draws_alike(
     else:
         pipeline = own(name, tmp_path)
     assert np.abs(ours - pixels(by_hand(pipeline, 2, **GUIDED[name])[0])).max() <= 1
-    base = load_family(str(path), CPU)
+    base = load_diffusion(path)
     net = base.load_trained(tmp_path)
     assert (net is base.network) is (tune == "lora")
     x = given(family)
@@ -347,7 +347,7 @@ def test_half_precision(path: Path) -> None:
     assert next(net.parameters()).dtype == torch.bfloat16
     assert next(family.pipeline.vae.parameters()).dtype == torch.float32
     assert all(x.dtype == torch.float32 for x in family.encode_prompts(["fox"]).tensors.values())
-    x, exact = given(family), load_family(str(path), CPU)
+    x, exact = given(family), load_diffusion(path)
     with torch.no_grad():
         ours, theirs = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
     # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
@@ -397,4 +397,4 @@ def test_a_scheduler_of_diffusion_is_refused(tmp_path: Path) -> None:
     pipeline.scheduler = DDIMScheduler()
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a DDIMScheduler that predicts epsilon; expected a FlowMatch"):
-        load_family(str(tmp_path), CPU)
+        load_diffusion(tmp_path)

@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerFast
 
 from mmalign.data.pairs import Turn
 from mmalign.draws import Draws
-from mmalign.families import Decoding, Loading, load_vision_language
+from mmalign.families import Decoding
 from mmalign.families.facts import Facts
 from mmalign.families.processor_reader import ProcessorReader
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy
 from tests.helpers import vlm_models, vlm_reference
+from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
-CPU = Loading(torch.device("cpu"))
 EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
 QUESTION = "<image>What is it?"
 GREEDY, SAMPLED = Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, temperature=0.8)
@@ -68,7 +68,7 @@ def answers(
 @pytest.fixture(scope="module")
 def family_of(vlm_folders: Callable[[str], Path]) -> Callable[[str], Any]:
     """A model that no test may change, loaded once."""
-    return functools.cache(lambda name: load_vision_language(str(vlm_folders(name)), CPU))
+    return functools.cache(lambda name: load_vlm(vlm_folders(name)))
 
 
 @pytest.fixture(params=EVERY)
@@ -245,7 +245,7 @@ def test_the_token_that_ended_responses_in_training_ends_answers(name: str, fami
 
 @pytest.mark.parametrize("several", [False, True])
 def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: Callable[[str], Path]) -> None:
-    family: Any = load_vision_language(str(vlm_folders("llava")), CPU)
+    family: Any = load_vlm(vlm_folders("llava"))
     end = family.reader.processor.tokenizer.convert_tokens_to_ids("<unk>")
     family.network.model.generation_config.eos_token_id = [2, end] if several else end
     with head(family, end) as steps:
@@ -255,7 +255,7 @@ def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: C
 
 def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Callable[[str], Path]) -> None:
     """Such as Qwen2.5-VL's penalty of repetition; and the model is afterwards as it was, whatever its mode."""
-    family: Any = load_vision_language(str(vlm_folders("llava")), CPU)
+    family: Any = load_vlm(vlm_folders("llava"))
     plain, model = answers(family, [Asked()]), family.network.model
     habits = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "max_length": 3, "use_cache": False}
     for name, value in habits.items():
@@ -381,7 +381,7 @@ def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
 
 
 def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Callable[[str], Path]) -> None:
-    family: Any = load_vision_language(str(vlm_folders("llava")), CPU)
+    family: Any = load_vlm(vlm_folders("llava"))
     some = [Asked(key=key) for key in range(4)]
     base = answers(family, some, SAMPLED)
     family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)

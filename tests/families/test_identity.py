@@ -11,12 +11,13 @@ import torch
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion
-from mmalign.families import Loading, identity, load_family
+from mmalign.families import identity
+from tests.helpers.loading import load_diffusion
 
 
 @pytest.fixture
 def family(tiny_sd15: Path) -> Any:
-    return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+    return load_diffusion(tiny_sd15)
 
 
 def test_a_copy_of_a_model_is_the_same_and_so_is_one_that_has_been_used(
@@ -27,7 +28,7 @@ def test_a_copy_of_a_model_is_the_same_and_so_is_one_that_has_been_used(
     family.encode_prompts(["a red cube"])
     family.count_cut(["a red cube"])
     shutil.copytree(tiny_sd15, tmp_path / "copy")
-    for other in (family, load_family(str(tmp_path / "copy"), Loading(torch.device("cpu")))):
+    for other in (family, load_diffusion(tmp_path / "copy")):
         assert of == (
             identity.of_words(other),
             identity.of_network(other.network),

@@ -17,7 +17,7 @@ from mmalign.assemble import load_model
 from mmalign.attention import Forest
 from mmalign.attention.forest import Block
 from mmalign.data.pairs import Turn
-from mmalign.families import ImageFeatures, Loading, load_vision_language
+from mmalign.families import ImageFeatures
 from mmalign.families.packed import forest_of
 from mmalign.language.tokens import TokenRow, Tokens
 from mmalign.losses import Pair, dpo
@@ -25,10 +25,10 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.recipe import load_recipe
 from mmalign.training import train
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers.loading import CPU, load_vlm
 from tests.helpers.vlm_models import BUILDERS
 from tests.helpers.vlm_reference import PICTURES
 
-CPU = Loading(torch.device("cpu"))
 PACKED = [*BUILDERS, "llava_onevision"]
 LONG = "There is a red cube and a green ball on the table, and two cats sit on a blue mat near a car."
 # Prompts with one, two and three responses of very different length; two share an image, two share their words.
@@ -85,7 +85,7 @@ def given(family: Any) -> Iterator[list[dict[str, Any]]]:
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_is_apart(name: str, vlm_folders: Folders) -> None:
     """float32, in another order of sums: 5e-6 of log-probabilities of about 6, 1e-5 of gradients of up to about 10."""
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     family.unfreeze()
     tokens, features = mixed(family)
     with given(family) as seen:
@@ -107,7 +107,7 @@ def test_a_plain_causal_mask_would_not_do(name: str, vlm_folders: Folders, monke
 
     PaliGemma's prompts see both ways, so that there nothing is right.
     """
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     tokens, features = batch(family, rows(family))
 
     def causal(forest: Forest) -> tuple[Block, ...]:
@@ -126,7 +126,7 @@ def test_a_plain_causal_mask_would_not_do(name: str, vlm_folders: Folders, monke
 @pytest.mark.parametrize("name", PACKED)
 def test_every_token_has_the_position_that_it_has_apart(name: str, vlm_folders: Folders) -> None:
     """In rows and columns too, and from 1 on where a model counts so, which its scores would not show."""
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     tokens, features = batch(family, rows(family))
     with torch.no_grad(), given(family) as seen:
         for one in (family, apart(family)):
@@ -143,7 +143,7 @@ def test_every_token_has_the_position_that_it_has_apart(name: str, vlm_folders: 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "paligemma"])
 def test_packed_rows_with_other_targets_and_their_likeliest_tokens(name: str, vlm_folders: Folders) -> None:
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     tokens, features = mixed(family)
     targets = torch.stack([tokens.responses, (tokens.responses + 7) % 300], -1)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_what_has_nothing_to_share_and_no_padding_stays_as_it_is(llava: Any) -> 
     ],
 )
 def test_a_decoder_that_cannot_pack_runs_as_ever_and_is_named(name: str, why: str, vlm_folders: Folders) -> None:
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     assert family.packing == f"packing: off, each response runs with its own prompt and images, since {why}"
     tokens, features = mixed(family)
     with torch.no_grad(), given(family) as seen:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmalign.families import Loading, Sampling, TextToImage, load_family, pipeline_class
+from tests.helpers.loading import load_diffusion
 
-CPU = Loading(device=torch.device("cpu"))
 SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16], [32, 16, 8, 0, 16, 16]])
 
 
@@ -18,7 +18,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def family(path: Path) -> TextToImage:
-    return load_family(str(path), CPU)
+    return load_diffusion(path)
 
 
 def test_latents_round_trip_through_the_autoencoder_s_own_calls(family: TextToImage) -> None:
@@ -48,7 +48,7 @@ def test_predict_is_the_network_s_answer_for_each_row(family: TextToImage) -> No
 
 def test_sdxl_is_told_the_real_sizes_and_sd_is_not(tiny_sd15: Path, tiny_sdxl: Path) -> None:
     for path, matters in ((tiny_sd15, False), (tiny_sdxl, True)):
-        family = load_family(str(path), CPU)
+        family = load_diffusion(path)
         text = family.encode_prompts(["fox"]).repeat(2)
         x_t, t = torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([500, 500])
         with torch.no_grad():
@@ -57,9 +57,9 @@ def test_sdxl_is_told_the_real_sizes_and_sd_is_not(tiny_sd15: Path, tiny_sdxl: P
 
 
 def test_the_unconditional_row_is_what_the_sampler_guides_against(tiny_sd15: Path, tiny_sdxl: Path) -> None:
-    sdxl = load_family(str(tiny_sdxl), CPU)
+    sdxl = load_diffusion(tiny_sdxl)
     assert all((x == 0).all() for x in sdxl.unconditional().tensors.values())
-    sd = load_family(str(tiny_sd15), CPU)
+    sd = load_diffusion(tiny_sd15)
     torch.testing.assert_close(sd.unconditional().tensors["embeds"], sd.encode_prompts([""]).tensors["embeds"])
 
 

@@ -20,9 +20,9 @@ from mmalign.families.vision_language import _check_type
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy, adapters_off
 from tests.helpers import vlm_models, vlm_reference
+from tests.helpers.loading import CPU, load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
-CPU = Loading(torch.device("cpu"))
 ANSWERS = ["There is a red cube and a dog.", "Yes."]
 TRIED = [
     *((name, images) for name in vlm_models.BUILDERS for images in [("wide",), ("tall", "wide")]),
@@ -54,7 +54,7 @@ def test_a_prompt_s_tokens_are_the_processor_s_own(
     name: str, images: tuple[str, ...], vlm_folders: Callable[[str], Path]
 ) -> None:
     """Also of several images, although each is processed alone."""
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     found = rows(family, images)
     prompt = family.reader._render([Turn("user", "<image>" * len(images) + "What is it?")])
     encoded = family.reader.processor(text=[prompt], images=[[PICTURES[k] for k in images]], return_tensors="pt")
@@ -82,7 +82,7 @@ def test_prompt_and_response_read_as_the_model_s_layout_has_them(
     name: str, text: tuple[str, str], vlm_folders: Callable[[str], Path]
 ) -> None:
     """A response ends with the layout's own end of a turn, or with the end of the text where it has none."""
-    family: Any = load_vision_language(str(vlm_folders(name)), CPU)
+    family: Any = load_vlm(vlm_folders(name))
     row = rows(family)[1]
     decode = family.reader.processor.tokenizer.decode
     assert (decode(row.ids[: row.start]), decode(row.response)) == text
@@ -97,7 +97,7 @@ def test_a_token_across_the_border_belongs_to_both_responses(llava: VisionLangua
 
 
 def test_a_conversation_of_several_turns_and_images_between_the_words(vlm_folders: Callable[[str], Path]) -> None:
-    family: Any = load_vision_language(str(vlm_folders("qwen2_5_vl")), CPU)
+    family: Any = load_vlm(vlm_folders("qwen2_5_vl"))
     turns = [Turn("user", "Is <image> red?"), Turn("assistant", "No."), Turn("user", "And <image>")]
     views = [(k, family.reader.view(PICTURES[k])) for k in ("wide", "tall")]
     (row,) = family.reader.rows(turns, ["Yes."], views)
@@ -138,7 +138,7 @@ def test_scores_are_those_of_the_model_s_own_forward_pass(
     name: str, images: tuple[str, ...], vlm_folders: Callable[[str], Path]
 ) -> None:
     """Encoding every image once, alone, and scoring in a padded batch equals pixels in and logits out for one row."""
-    family = load_vision_language(str(vlm_folders(name)), CPU)
+    family = load_vlm(vlm_folders(name))
     found = logps(family, rows(family, images)).detach()
     for got, answer in zip(found, ANSWERS, strict=True):
         expected = own_logps(family, images, answer)
@@ -284,7 +284,7 @@ def test_a_saved_model_is_one_that_its_library_loads_and_scores_alike(vlm: Any, 
     assert torch.equal(logps(again, some, net), trained)
     if tune == "full":
         AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
-        load_vision_language(str(tmp_path / "model"), CPU)  # with its processor: a folder to go on from
+        load_vlm(tmp_path / "model")  # with its processor: a folder to go on from
 
 
 def test_half_precision_weights_have_float32_scores_and_masters(vlm_folders: Callable[[str], Path]) -> None:
@@ -327,7 +327,7 @@ def test_a_processor_of_another_model_is_refused(vlm_folders: Callable[[str], Pa
         if not file.name.startswith(("config", "model", "generation")):
             shutil.copy(file, mixed)
     with pytest.raises(ValueError, match=r"processor of .*mixed belongs to another model"):
-        load_vision_language(str(mixed), CPU)
+        load_vlm(mixed)
 
 
 def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Callable[[
     file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size": 4}))
     told = "belongs to another model|makes 16 tokens of an image of which the model makes 4 features"
     with pytest.raises(ValueError, match=told):
-        load_vision_language(str(tmp_path / "m"), CPU)
+        load_vlm(tmp_path / "m")
 
 
 def test_a_type_whose_prompts_name_images_by_another_token_than_its_features_is_refused() -> None:
@@ -353,4 +353,4 @@ def test_a_folder_without_its_weights_is_one_sentence(vlm_folders: Callable[[str
     shutil.copytree(vlm_folders("llava"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.path: .*could not be loaded as a vision-language model \(llava\)"):
-        load_vision_language(str(tmp_path / "m"), CPU)
+        load_vlm(tmp_path / "m")

@@ -79,3 +79,9 @@ def response_pairs(folder: Path, number: int = 8, layout: str = "trl") -> Path:
     path = folder / f"{layout}.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+def write_jsonl(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path

@@ -1,9 +1,7 @@
 """Batches of responses for tests of methods: on tiny models of the real classes, and with published logits."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.data.pairs import Turn
-from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses
 from mmalign.families import ImageFeatures, ImageView
 from mmalign.language.tokens import TokenRow, Tokens
-from mmalign.methods import Step
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.policy import FrozenCopy, Policy
 
-DRAWS = Draws(seed=1)
 PAIRS = [
     ("What is it?", "A red cube.", "A red cube and a dog."),
     ("Is there a dog in the image?", "No, there is no dog.", "Yes."),
@@ -61,39 +56,7 @@ def swapped(given: EncodedResponses) -> EncodedResponses:
     return replace(given, tokens=Tokens.cat([given.tokens[half:], given.tokens[:half]]))
 
 
-def adapted(family: Any, moved: float = 0.0) -> Policy[Any]:
-    """LoRA against the model without it; `moved` is the size of random changes of the adapters."""
-    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in family.network.parameters():
-            if p.requires_grad:
-                p.add_(moved * torch.randn(p.shape, generator=g))
-    return Policy(family, family.network, family.network, AdaptersOff())
-
-
-def run(method: Any, policy: Policy[Any], given: EncodedResponses, cfg: Any, draws: Draws = DRAWS) -> Step:
-    """The one contrast that a method makes of a batch, and its loss."""
-    with torch.no_grad():
-        (contrast,) = method.contrasts(policy, given, cfg, draws)
-    step: Step = method.loss(policy, contrast, cfg)
-    return step
-
-
-def gradient(policy: Policy[Any], step: Step) -> Tensor:
-    """Of the weighted sum of the losses, as the loop takes it; all parameters in one vector."""
-    policy.model.zero_grad()
-    (step.losses * step.weights).sum().backward()
-    return torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
-
-
 # ----------------------------------------------------------------------------------------------------- published values
-
-
-def golden(name: str) -> dict[str, Any]:
-    """A file of published values."""
-    found: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text())
-    return found
 
 
 class Logits(nn.Module):

@@ -29,6 +29,10 @@ def trained(content: dict[str, Any], *overrides: str) -> tuple[Trained, dict[str
     return done, load_file(last / "model.safetensors")
 
 
+def train_weights(content: dict[str, Any], *overrides: str) -> dict[str, Tensor]:
+    return trained(content, *overrides)[1]
+
+
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
 

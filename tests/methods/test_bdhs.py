@@ -19,12 +19,12 @@ from mmalign.completions import Completion
 from mmalign.data.responses import open_responses
 from mmalign.draws import Draws
 from mmalign.encode_responses import EncodedResponses, ResponseLoader, Wants, encode
-from mmalign.families import Loading, load_vision_language
 from mmalign.language.objects import coco_vocabulary
 from mmalign.methods import bdhs, dpo
 from mmalign.policy import Policy
 from mmalign.recipe import load_recipe
 from tests.helpers import Folders, data_files, recipes
+from tests.helpers.loading import load_vlm
 
 DRAWS = Draws(0)
 ONLINE = {"similarity": "trigrams", "max_new_tokens": 5, "tries": 2}
@@ -38,7 +38,7 @@ def policy(vlm_folders: Folders) -> Policy[Any]:
 
 def made(vlm_folders: Folders, seed: int = 0, size: float = 0.3) -> Policy[Any]:
     """A policy with adapters that have learned something: without, it would equal its reference."""
-    family: Any = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    family: Any = load_vlm(vlm_folders("llava"))
     recipe = load_recipe(recipes.vlm(Path("x"), Path("y"), Path("z")))
     policy: Policy[Any] = assemble.build_policy(family, recipe)
     generator = torch.Generator().manual_seed(seed)

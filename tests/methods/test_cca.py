@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from mmalign.encode import EncodedPairs
-from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_family
+from mmalign.families import Conditioning, Moments, TextToImage
 from mmalign.methods import cca, diffusion_dpo
 from mmalign.policy import FrozenCopy, Policy
-from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run
+from tests.helpers.image_batches import ROWS, pairs
+from tests.helpers.loading import diffusion_families
+from tests.helpers.policies import DRAWS, full, gradient, run
 
-
-@pytest.fixture(params=["tiny_sd2", "tiny_sdxl"])
-def family(request: pytest.FixtureRequest) -> TextToImage:
-    return load_family(str(request.getfixturevalue(request.param)), Loading(torch.device("cpu")))
-
-
-@pytest.fixture
-def sd(tiny_sd15: Path) -> TextToImage:
-    return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+family = diffusion_families("tiny_sd2", "tiny_sdxl")
 
 
 def prompted(family: TextToImage, batch: EncodedPairs, prompts: list[str]) -> EncodedPairs:

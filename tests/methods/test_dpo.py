@@ -14,7 +14,9 @@ from mmalign.families import ImageFeatures, VisionLanguage
 from mmalign.language.tokens import TokenRow, Tokens
 from mmalign.methods import dpo, rlhfv
 from mmalign.policy import FrozenCopy, Policy
-from tests.helpers.response_batches import adapted, batch, golden, gradient, published, run, swapped
+from tests.helpers.golden import golden
+from tests.helpers.policies import adapted, gradient, run
+from tests.helpers.response_batches import batch, published, swapped
 
 GOLDEN = golden("dpo")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +16,9 @@ from mmalign.families import Conditioning
 from mmalign.methods import diffusion_dpo, mapo
 from mmalign.methods.diffusion_dpo import Contrast, Noised
 from mmalign.policy import Policy
+from tests.helpers.golden import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "flow_dpo.json").read_text())
+GOLDEN = golden("flow_dpo")
 GIVEN = {name: torch.tensor(x) for name, x in GOLDEN["inputs"].items()}
 # A family whose network is its answer: published values are of given predictions.
 FAMILY: Any = SimpleNamespace(predict=lambda net, x_t, t, cond: net, schedule=Flow(shift=3.0))

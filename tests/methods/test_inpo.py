@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,41 +18,28 @@ from mmalign.diffusion.noise import Diffusion, Schedule
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
 from mmalign.families import Conditioning, Loading, Moments, TextToImage, load_family
-from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.methods import diffusion_dpo, inpo
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run
+from mmalign.policy import FrozenCopy, Policy
+from tests.helpers.golden import golden
+from tests.helpers.image_batches import ROWS, pairs
+from tests.helpers.loading import load_diffusion
+from tests.helpers.policies import DRAWS, POLICIES, adapted, full, gradient, run
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "inpo.json").read_text())["cases"]
+GOLDEN = golden("inpo")["cases"]
 
 
 @pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl", "flow"])
 def family(request: pytest.FixtureRequest) -> TextToImage:
     """Epsilon, velocity, a text that is pooled too; and the first one asked as if it had learned a flow."""
     name = "tiny_sd15" if request.param == "flow" else request.param
-    loaded: Any = load_family(str(request.getfixturevalue(name)), Loading(torch.device("cpu")))
+    loaded: Any = load_diffusion(request.getfixturevalue(name))
     return replace(loaded, schedule=Flow()) if request.param == "flow" else loaded
-
-
-@pytest.fixture
-def sd(tiny_sd15: Path) -> TextToImage:
-    return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
 
 
 def contrast(policy: Policy, batch: EncodedPairs, cfg: inpo.Config, draws: Draws = DRAWS) -> diffusion_dpo.Contrast:
     with torch.no_grad():
         (made,) = inpo.contrasts(policy, batch, cfg, draws)
     return made
-
-
-def adapted(family: TextToImage) -> Policy:
-    """LoRA whose adapters already do something."""
-    add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-    with torch.no_grad():
-        for name, p in family.network.named_parameters():
-            if "lora_B" in name:
-                p.fill_(0.1)
-    return Policy(family, family.network, family.network, AdaptersOff())
 
 
 # ----------------------------------------------------------------------------------------------------------------- laws
@@ -64,11 +50,7 @@ def adapted(family: TextToImage) -> Policy:
 def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(
     family: TextToImage, tune: str, inverter: dict[str, Any]
 ) -> None:
-    if tune == "full":
-        policy = full(family)
-    else:
-        add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-        policy = Policy(family, family.network, family.network, AdaptersOff())
+    policy = POLICIES[tune](family)
     step = run(inpo, policy, pairs(family), inpo.Config(**inverter))
     assert torch.equal(step.losses.detach(), torch.full((4,), math.log(2)))
     assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
@@ -133,7 +115,7 @@ def test_the_target_is_each_image_s_own_noise_at_the_pair_s_t(family: TextToImag
 
 def test_the_inverter_is_the_one_that_is_named(sd: TextToImage) -> None:
     """The policy's latents move with it, the reference's stay; and adapters are on again afterwards."""
-    policy, batch = adapted(sd), pairs(sd)
+    policy, batch = adapted(sd, moved=0.1), pairs(sd)
     by = {who: contrast(policy, batch, inpo.Config(inverter=who)).view.x_t for who in ("policy", "reference")}  # type: ignore[arg-type]
     with torch.no_grad():
         for name, p in sd.network.named_parameters():
@@ -194,7 +176,7 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, inverte
     """Also where the network answers in bfloat16."""
     loading = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family = load_family(str(tiny_sd15), loading)
-    policy = adapted(family)
+    policy = adapted(family, moved=0.1)
     (made,) = inpo.contrasts(policy, pairs(family), inpo.Config(inverter=inverter), DRAWS)
     tensors = [made.view.x_t, made.view.target, *(made.reference or {}).values()]
     assert all(x.dtype == torch.float32 for x in tensors)

@@ -12,18 +12,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmalign.encode import EncodedPairs
-from mmalign.families import Loading, Moments, TextToImage, load_family
+from mmalign.families import Moments, TextToImage
 from mmalign.methods import diffusion_dpo, instruct_engine
 from mmalign.policy import FrozenCopy, Policy
-from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run, swapped
+from tests.helpers.image_batches import ROWS, pairs, swapped
+from tests.helpers.loading import diffusion_families
+from tests.helpers.policies import DRAWS, full, gradient, run
 
 LN2 = math.log(2)
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # of logits: beta magnifies rounding
 
 
-@pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl"])
-def family(request: pytest.FixtureRequest) -> TextToImage:
-    return load_family(str(request.getfixturevalue(request.param)), Loading(torch.device("cpu")))
+family = diffusion_families("tiny_sd15", "tiny_sd2", "tiny_sdxl")
 
 
 def exchanged(batch: EncodedPairs) -> EncodedPairs:

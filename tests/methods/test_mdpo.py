@@ -16,7 +16,9 @@ from mmalign.language.tokens import TokenRow, Tokens
 from mmalign.methods import dpo, mdpo
 from mmalign.methods.dpo import Contrast
 from mmalign.policy import Policy
-from tests.helpers.response_batches import DRAWS, PAIRS, adapted, batch, golden, gradient, run
+from tests.helpers.golden import golden
+from tests.helpers.policies import DRAWS, adapted, gradient, run
+from tests.helpers.response_batches import PAIRS, batch
 
 GOLDEN = golden("mdpo")
 TERMS = ("text", "image", "anchor")

@@ -21,19 +21,14 @@ from mmalign.methods import Step, diffusion_dpo, mapo, sft
 from mmalign.methods._typed import METHODS
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.sections import SECTIONS
-from tests.helpers.image_batches import DRAWS, ROWS, full, gradient, pairs, run, swapped
+from tests.helpers.image_batches import ROWS, pairs, swapped
+from tests.helpers.loading import diffusion_families, load_diffusion
+from tests.helpers.policies import DRAWS, POLICIES, full, gradient, run
 
 ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen_image"]
 
 
-@pytest.fixture(params=ALL)
-def family(request: pytest.FixtureRequest) -> TextToImage:
-    return load_family(str(request.getfixturevalue(request.param)), Loading(torch.device("cpu")))
-
-
-@pytest.fixture
-def sd(tiny_sd15: Path) -> TextToImage:
-    return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+family = diffusion_families(*ALL)
 
 
 # ------------------------------------------------------------------------------------------------------- diffusion_dpo
@@ -41,11 +36,7 @@ def sd(tiny_sd15: Path) -> TextToImage:
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: TextToImage, tune: str) -> None:
-    if tune == "full":
-        policy = full(family)
-    else:
-        add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-        policy = Policy(family, family.network, family.network, AdaptersOff())
+    policy = POLICIES[tune](family)
     step = run(diffusion_dpo, policy, pairs(family), diffusion_dpo.Config())
     assert torch.equal(step.losses.detach(), torch.full((4,), math.log(2)))
     assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
@@ -220,7 +211,7 @@ def test_caption_dropout_at_its_ends(sd: TextToImage, rate: float, dropped: bool
 
 
 def test_sdxl_is_shown_each_side_s_own_sizes(tiny_sdxl: Path) -> None:
-    family = load_family(str(tiny_sdxl), Loading(torch.device("cpu")))
+    family = load_diffusion(tiny_sdxl)
     batch = pairs(family)
     sizes = batch.sizes.clone()
     sizes[4:, 0] = 99.0

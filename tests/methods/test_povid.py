@@ -13,7 +13,9 @@ from mmalign.draws import Draws
 from mmalign.families import VisionLanguage
 from mmalign.methods import dpo, povid
 from mmalign.policy import FrozenCopy
-from tests.helpers.response_batches import DRAWS, PAIRS, adapted, batch, golden, gradient, published, run
+from tests.helpers.golden import golden
+from tests.helpers.policies import DRAWS, adapted, gradient, run
+from tests.helpers.response_batches import PAIRS, batch, published
 
 GOLDEN = golden("povid")
 EXPECTED = GOLDEN["expected"]

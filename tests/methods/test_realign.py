@@ -10,7 +10,9 @@ import torch
 from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import dpo, realign
-from tests.helpers.response_batches import adapted, batch, golden, gradient, published, run, swapped
+from tests.helpers.golden import golden
+from tests.helpers.policies import adapted, gradient, run
+from tests.helpers.response_batches import batch, published, swapped
 
 GOLDEN = golden("realign_rdpo")
 PAPER = GOLDEN["expected"]["paper"]

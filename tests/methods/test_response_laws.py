@@ -13,7 +13,8 @@ from mmalign import methods
 from mmalign.families import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods import dpo, mdpo, povid, realign, rlhfv
-from tests.helpers.response_batches import DRAWS, PAIRS, adapted, batch, gradient, run
+from tests.helpers.policies import DRAWS, adapted, gradient, run
+from tests.helpers.response_batches import PAIRS, batch
 
 # The sum of the weights of a method's pair losses: its loss is that many ln 2 where policy and reference are equal.
 TERMS = {"dpo": 1, "mdpo": 3, "povid": 1, "realign": 2, "rlhfv": 1}

@@ -10,7 +10,9 @@ from mmalign.families import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import response_sft
 from mmalign.policy import Policy
-from tests.helpers.response_batches import PAIRS, adapted, batch, golden, gradient, published, run, swapped
+from tests.helpers.golden import golden
+from tests.helpers.policies import adapted, gradient, run
+from tests.helpers.response_batches import PAIRS, batch, published, swapped
 
 GOLDEN = golden("dpo")
 

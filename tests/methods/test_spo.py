@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,18 +18,19 @@ from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.steps import step
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPrompts
-from mmalign.families import Conditioning, Loading, TextToImage, load_family
+from mmalign.families import Conditioning, TextToImage
 from mmalign.families.latents import to_pil
-from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.losses import Pair
 from mmalign.methods import Step, spo
 from mmalign.methods._drawn import predict_guided
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import Judge, checked
 from mmalign.sections import JudgeConfig
+from tests.helpers.golden import golden
+from tests.helpers.loading import diffusion_families
+from tests.helpers.policies import DRAWS, POLICIES, full
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "spo.json").read_text())
-DRAWS = Draws(seed=5, epoch=2)
+GOLDEN = golden("spo")
 PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls"}
 ROWS = list(PROMPTS)
 JUDGE = JudgeConfig(name="step_aware", path="models/none")
@@ -44,14 +42,7 @@ def bright(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | No
     return torch.tensor([sum(image.convert("L").histogram()[i] * i for i in range(256)) / 2560 for image in images])
 
 
-@pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl"])
-def family(request: pytest.FixtureRequest) -> TextToImage:
-    return load_family(str(request.getfixturevalue(request.param)), Loading(torch.device("cpu")))
-
-
-@pytest.fixture
-def sd(tiny_sd15: Path) -> TextToImage:
-    return load_family(str(tiny_sd15), Loading(torch.device("cpu")))
+family = diffusion_families("tiny_sd15", "tiny_sd2", "tiny_sdxl")
 
 
 def prompts(family: TextToImage, judge: Judge = bright, rows: Sequence[int] = ROWS) -> EncodedPrompts:
@@ -62,16 +53,6 @@ def prompts(family: TextToImage, judge: Judge = bright, rows: Sequence[int] = RO
     return EncodedPrompts(
         list(rows), known, text, family.unconditional(), sizes, shape, torch.ones(len(rows)), checked("bright", judge)
     )
-
-
-def full(family: TextToImage, moved: float = 0.0) -> Policy:
-    reference = FrozenCopy(copy.deepcopy(family.network).requires_grad_(False).eval())
-    net = family.network.requires_grad_(True)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(moved * torch.randn(p.shape, generator=g))
-    return Policy(family, net, net, reference)
 
 
 def made(policy: Policy, batch: EncodedPrompts, cfg: spo.Config, draws: Draws = DRAWS) -> list[spo.Contrast]:
@@ -241,11 +222,7 @@ def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: T
 def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(
     family: TextToImage, tune: str, inner_steps: int
 ) -> None:
-    if tune == "full":
-        policy = full(family)
-    else:
-        add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-        policy = Policy(family, family.network, family.network, AdaptersOff())
+    policy = POLICIES[tune](family)
     cfg = spo.Config(**SHORT | {"inner_steps": inner_steps})
     contrasts = made(policy, prompts(family), cfg)
     values, gradient = learned(policy, contrasts, cfg)

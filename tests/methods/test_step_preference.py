@@ -14,27 +14,27 @@ from torch import Tensor
 
 from mmalign.draws import Draws
 from mmalign.encode import EncodedPairs
-from mmalign.families import Conditioning, Loading, Moments, load_family, step_judge
+from mmalign.families import Conditioning, Moments, step_judge
 from mmalign.families.step_judge import StepJudge
 from mmalign.methods import step_preference
 from mmalign.policy import Policy
 from mmalign.rewards import load_judge
+from tests.helpers.loading import CPU, load_diffusion
 
 DRAWS = Draws(seed=5, epoch=2)
 ROWS = [11, 2**62 + 3, 7]
 PROMPTS = ["a red fox", "a hen", "two owls"]
-CPU = Loading(torch.device("cpu"))
 
 
 @pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl"])
 def family(request: pytest.FixtureRequest, tiny_clip: Path) -> StepJudge:
-    denoiser = load_family(str(request.getfixturevalue(request.param)), CPU)
+    denoiser = load_diffusion(request.getfixturevalue(request.param))
     return step_judge.load(str(tiny_clip), denoiser, CPU)
 
 
 @pytest.fixture
 def sd(tiny_sd15: Path, tiny_clip: Path) -> StepJudge:
-    return step_judge.load(str(tiny_clip), load_family(str(tiny_sd15), CPU), CPU)
+    return step_judge.load(str(tiny_clip), load_diffusion(tiny_sd15), CPU)
 
 
 def pairs(family: StepJudge) -> EncodedPairs:
@@ -83,7 +83,7 @@ def test_both_images_are_predicted_from_one_noise_at_one_time_under_guidance(fam
 
 def test_a_flow_s_judge_learns_at_all_times_alike(tiny_sd3: Path, tiny_clip: Path) -> None:
     """Uniform, and not where the denoiser learned, which is shifted towards noise and hardly near the image."""
-    flow = step_judge.load(str(tiny_clip), load_family(str(tiny_sd3), CPU), CPU)
+    flow = step_judge.load(str(tiny_clip), load_diffusion(tiny_sd3), CPU)
     batch = pairs(flow)
     images, t = step_preference.predicted(flow, batch, 1.0, DRAWS)
     assert torch.equal(t, 1000 * DRAWS.uniform(ROWS, (), "time").repeat(2))

@@ -21,11 +21,12 @@ from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
 from mmalign.data.responses import open_responses
 from mmalign.draws import Draws
-from mmalign.families import Decoding, Loading, load_vision_language
+from mmalign.families import Decoding
 from mmalign.language.objects import coco_vocabulary
 from mmalign.recipe import load_recipe
 from mmalign.rejected import Hallucinated, Index, Misled, Own
 from tests.helpers import Folders, data_files
+from tests.helpers.loading import load_vlm
 from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -47,7 +48,7 @@ def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folde
     """Rejected is what the model says of picture and question alone, greedily; the true answer is never shown to it."""
     rows, said = prepared(content("own"))
     assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers, in ")
-    family = load_vision_language(str(vlm_folders("llava")), Loading(torch.device("cpu")))
+    family = load_vlm(vlm_folders("llava"))
     for row, pair in zip(rows, open_responses("trl", str(tmp_path / "made.jsonl")), strict=True):
         view = family.reader.view(decode(pair.images[0]))
         prompt = family.reader.prompt(pair.turns, [("it", view)])
@@ -125,7 +126,6 @@ def test_realign_writes_a_similar_image_and_what_was_said_of_it(content: Any, tm
 
 def test_the_most_similar_image_comes_first(tmp_path: Path) -> None:
     """Vectors at angles of 0, 10, 25 and 180 degrees; the copy of an image is no other one."""
-    import torch
 
     rows = open_responses("answers", str(answers(tmp_path, ["A."] * 5)))
     angles = torch.deg2rad(torch.tensor([0.0, 10.0, 25.0, 180.0, 0.0]))

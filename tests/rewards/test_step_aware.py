@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from mmalign.rewards import load_judge, step_aware
 from mmalign.rewards.step_aware import begin, save, sinusoid
+from tests.helpers.golden import golden
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "spo.json").read_text())
+GOLDEN = golden("spo")
 PROMPTS = ["a red circle", "two blue stars", "a red circle", ""]
 TIMES = torch.tensor([0, 301, 301, 951])
 

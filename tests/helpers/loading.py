@@ -1,0 +1,30 @@
+"""Model families on the CPU, and fixtures that load them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmalign.families import Loading, TextToImage, load_family, load_vision_language
+
+CPU = Loading(torch.device("cpu"))
+
+
+def load_diffusion(folder: Path | str) -> TextToImage:
+    return load_family(str(folder), CPU)
+
+
+def load_vlm(folder: Path | str) -> Any:
+    return load_vision_language(str(folder), CPU)
+
+
+def diffusion_families(*names: str) -> Callable[..., TextToImage]:
+    """Return a fixture that loads each of these tiny models anew, named by their fixtures."""
+
+    @pytest.fixture(params=names)
+    def family(request: pytest.FixtureRequest) -> TextToImage:
+        return load_diffusion(request.getfixturevalue(request.param))
+
+    return family
