@@ -1,15 +1,16 @@
-"""Compare recipes: each trained with several seeds from the same base, measured on the same questions, in one table.
+"""Comparison of recipes: each trained with several seeds from the same base, evaluated on the same questions.
 
-Every run is a folder of its own, trained and evaluated by the recipe as it is but for seed and output. What is there
-already is not made again: the same command goes on where it was stopped, and one more recipe costs its own runs.
+Every run has its own folder, and is trained and evaluated by the recipe, except for seed and output. Finished runs are
+reused: the same command resumes where it was stopped, and one more recipe costs its own runs.
 
-Recipes end where their `train.steps` say, which may be after as much time for each. With `pairs` every run is measured
-after so many pairs as well, the same for all; a shorter run is the beginning of the longer one, which goes on from its
-last checkpoint.
+A recipe ends at its `train.steps`, which may be after equal time for each. With `pairs` every run is evaluated after
+so many pairs too, the same for all. A shorter run is the beginning of the longer one, which resumes from its last
+checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -31,20 +32,20 @@ from mmalign.sections import EvaluateImages, EvaluateResponses, Recipe
 from mmalign.share import locate
 
 Say = Callable[[str], None]
-SHOWN = 8  # prompts whose pictures stand side by side
+SHOWN = 8  # prompts in the picture
 
 
 class Stage(NamedTuple):
     """A recipe's runs of one length, a recipe for each seed.
 
     Attributes:
-        name: the recipe's.
-        at: the numbers of pairs asked for that this is; None among them if it is the recipe's own end.
+        name: the recipe's name.
+        lengths: the numbers of pairs requested that this is; None among them for the recipe's own end.
         runs: the recipes, with their own folders.
     """
 
     name: str
-    at: list[int | None]
+    lengths: list[int | None]
     runs: list[Recipe]
 
 
@@ -58,27 +59,26 @@ def compare(
     table: Path | None = None,
     say: Say = print,
 ) -> list[TableRow]:
-    """Train every recipe with seeds 0, 1, ..., evaluate each run, and write what came of it.
+    """Train every recipe with seeds 0, 1, ..., evaluate each run, and write the results.
 
-    `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training,
-    and where pictures are drawn `comparison-pictures.png` has some of the first seed's.
-
-    Pairs that a recipe prepares itself are prepared first, where they are not there yet, and shared by its seeds.
+    `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training.
+    For images `comparison-pictures.png` shows some of the first seed's, with their manifest beside it. Pairs that a
+    recipe prepares itself are prepared first, if missing, and shared by its seeds.
 
     Args:
         sources: recipes, by path or by shipped name; all of one model and one benchmark.
-        seeds: how many runs of each.
-        output: where everything is written.
-        pairs: numbers of pairs after which every run is measured as well, also where its recipe ends before.
+        seeds: number of runs of each.
+        output: target of everything.
+        pairs: numbers of pairs after which every run is evaluated too, also beyond its recipe's end.
         overrides: settings of all recipes.
-        table: where the table is written besides, as Markdown; what goes with it is put beside it, by its name.
+        table: target of a second copy of the table, as Markdown, with the files that go with it.
         say: takes lines of text.
 
     Returns:
         The rows: the base model's, one for each recipe at its end, and one for each recipe at each number of pairs.
 
     Raises:
-        ValueError: the recipes cannot be compared, or a run is there that was trained by another recipe.
+        ValueError: the recipes cannot be compared, or a folder has a run of another recipe.
     """
     recipes = _load(sources, overrides)
     plan = [
@@ -87,22 +87,19 @@ def compare(
         for stage in _stages(name, recipe, source, seeds=seeds, output=output, pairs=pairs, overrides=overrides)
     ]
     for stage in plan:
-        for one in stage.runs:
-            _require_same(one)
-    total, done = len(recipes) * seeds, 0
-    for name in recipes:
-        for seed in range(seeds):
-            done += 1
-            before: Recipe | None = None
-            for stage in (stage for stage in plan if stage.name == name):
-                one = stage.runs[seed]
-                say(f"{name}, seed {seed}, {_pairs(one):,} pairs: run {done} of {total}")
-                _finish(one, before, say)
-                before = one
+        for run_recipe in stage.runs:
+            _check_trained_by(run_recipe)
+    for number, (name, seed) in enumerate(itertools.product(recipes, range(seeds)), start=1):
+        shorter: Recipe | None = None
+        for stage in (stage for stage in plan if stage.name == name):
+            run_recipe = stage.runs[seed]
+            say(f"{name}, seed {seed}, {_num_pairs(run_recipe):,} pairs: run {number} of {len(recipes) * seeds}")
+            _finish(run_recipe, shorter, say)
+            shorter = run_recipe
     rows = _rows(plan, [None, *sorted(set(pairs))])
-    words = [word for number in pairs for word in ("--pairs", str(number))]
-    words += [word for override in overrides for word in ("--set", override)]
-    command = shlex.join(["mmalign", "compare", *sources, "--seeds", str(seeds), *words])
+    options = [word for number in pairs for word in ("--pairs", str(number))]
+    options += [word for override in overrides for word in ("--set", override)]
+    command = shlex.join(["mmalign", "compare", *sources, "--seeds", str(seeds), *options])
     for file in [output / "comparison.md", *([table] if table else [])]:
         _write(file, rows, plan, command)
         say(f"table: {file}")
@@ -110,7 +107,7 @@ def compare(
 
 
 def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]:
-    """The recipes by name, once it is known that they can be compared."""
+    """Load the recipes by name, and check that they can be compared."""
     recipes: dict[str, Recipe] = {}
     for source in sources:
         name, recipe = Path(source).stem, load_recipe(source, overrides)
@@ -123,19 +120,19 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
                 "'evaluate={benchmark: crowds}'"
             )
         recipes[name] = recipe
-    (first, one), *others = recipes.items()
+    (first_name, first), *others = recipes.items()
     for name, other in others:
         for key in ("model.path", "model.revision", "evaluate"):
-            mine, theirs = (_at(recipe, key) for recipe in (one, other))
-            if mine != theirs:
+            values = [_setting(recipe, key) for recipe in (first, other)]
+            if values[0] != values[1]:
                 raise ValueError(
-                    f"compare: {key} differs between {first} and {name} ({mine!r} and {theirs!r}); give both the same, "
-                    f"for example by --set {key}=..."
+                    f"compare: {key} differs between {first_name} and {name} ({values[0]!r} and {values[1]!r}); give "
+                    f"both the same, for example by --set {key}=..."
                 )
     return recipes
 
 
-def _at(recipe: Recipe, key: str) -> Any:
+def _setting(recipe: Recipe, key: str) -> Any:
     value: Any = recipe
     for part in key.split("."):
         value = getattr(value, part)
@@ -152,91 +149,88 @@ def _stages(
     pairs: Sequence[int],
     overrides: Sequence[str],
 ) -> Iterator[Stage]:
-    """The lengths of a recipe's runs, the shortest first."""
-    batch, train = recipe.train.batch_size * recipe.train.accumulate, recipe.train
+    """Yield the stages of a recipe's runs, the shortest first."""
+    batch_size, train = recipe.train.batch_size * recipe.train.accumulate, recipe.train
     if pairs and train.schedule != "constant":
         raise ValueError(
             f"compare: {name} has train.schedule {train.schedule}, which follows from train.steps, so that a "
             "shorter run is not the beginning of a longer one; leave --pairs out, or set train.schedule=constant"
         )
-    steps: dict[int, list[int | None]] = {train.steps: [None]}
+    lengths: dict[int, list[int | None]] = {train.steps: [None]}
     for number in sorted(set(pairs)):
-        if number < batch or number % batch:
+        if number < batch_size or number % batch_size:
             raise ValueError(
-                f"compare: --pairs {number} is no whole number of updates of {name}, which takes {batch} pairs at a "
-                "time; name a multiple of every recipe's train.batch_size times train.accumulate"
+                f"compare: --pairs {number} is no whole number of updates of {name}, which takes {batch_size} pairs at "
+                "a time; name a multiple of every recipe's train.batch_size times train.accumulate"
             )
-        steps.setdefault(number // batch, []).append(number)
-    for count, at in sorted(steps.items()):
-        longer = "" if count == train.steps else f"-{count * batch}-pairs"
-        runs = [
-            _of_seed(source, [*overrides, f"train.steps={count}"], output / name / f"seed-{seed}{longer}", seed, output)
-            for seed in range(seeds)
-        ]
-        yield Stage(name, at, runs)
+        lengths.setdefault(number // batch_size, []).append(number)
+    for steps, numbers in sorted(lengths.items()):
+        suffix = "" if steps == train.steps else f"-{steps * batch_size}-pairs"
+        settings, folder = [*overrides, f"train.steps={steps}"], output / name
+        runs = [_load_run(source, settings, folder / f"seed-{seed}{suffix}", seed, output) for seed in range(seeds)]
+        yield Stage(name, numbers, runs)
 
 
-def _of_seed(source: str, overrides: Sequence[str], folder: Path, seed: int, output: Path) -> Recipe:
-    """The recipe of one run; what the frozen networks and the base model give is kept where all runs find it."""
+def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, output: Path) -> Recipe:
+    """Load the recipe of one run; all runs share the caches of frozen networks and of the base model's output."""
     settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
     recipe = load_recipe(source, settings)
     if getattr(recipe.data, "cache", None) == "auto":
         settings.append(f"data.cache={json.dumps(str(output / 'cache'))}")
     if getattr(recipe.evaluate, "cache", None) == "auto":
-        kept = "answers" if isinstance(recipe.evaluate, EvaluateResponses) else "drawings"
-        settings.append(f"evaluate.cache={json.dumps(str(output / kept))}")
+        name = "answers" if isinstance(recipe.evaluate, EvaluateResponses) else "drawings"
+        settings.append(f"evaluate.cache={json.dumps(str(output / name))}")
     return load_recipe(source, settings)
 
 
-def _pairs(recipe: Recipe) -> int:
-    """That it is trained on, with repetition."""
+def _num_pairs(recipe: Recipe) -> int:
+    """Return the number of pairs that a recipe trains on, with repetition."""
     return recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
 
 
-def _require_same(recipe: Recipe) -> None:
-    """That what is in a run's folder was trained by this very recipe."""
+def _check_trained_by(recipe: Recipe) -> None:
+    """Check that a run in the recipe's folder was trained by this very recipe."""
     file = Path(recipe.output) / "recipe.yaml"
     if not file.is_file():
         return
-    was = load_recipe(file)
+    trained_by = load_recipe(file)
     for section in ("method", "model", "data", "train"):
-        before, now = (getattr(one, section).model_dump(exclude={"cache"}) for one in (was, recipe))
-        other = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
-        if other is not None:
+        before, now = (getattr(some, section).model_dump(exclude={"cache"}) for some in (trained_by, recipe))
+        different = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
+        if different is not None:
             raise ValueError(
-                f"compare: {recipe.output} was trained with {section}.{other} {before.get(other)!r}, and now it is "
-                f"{now.get(other)!r}; name another --output, or move that folder away"
+                f"compare: {recipe.output} was trained with {section}.{different} {before.get(different)!r}, and now "
+                f"it is {now.get(different)!r}; name another --output, or move that folder away"
             )
 
 
-def _finish(recipe: Recipe, before: Recipe | None, say: Say) -> None:
-    """Prepare, train and evaluate, whatever of it has not been done; `before` is the same run's shorter length."""
+def _finish(recipe: Recipe, shorter: Recipe | None, say: Say) -> None:
+    """Prepare, train and evaluate, if not done; `shorter` is the same run at its previous length."""
     if recipe.prepare is not None and not Path(locate(recipe.data.path)).exists():
         run.prepare(recipe, say)
     output = Path(recipe.output)
     model = output / "model"
     if not model.is_dir() or read_trained(model)["step"] != recipe.train.steps:
-        if before is not None and checkpoint.latest(output) is None:
-            _hand_on(Path(before.output), output)
+        if shorter is not None and checkpoint.latest(output) is None:
+            _copy_checkpoint(Path(shorter.output), output)
         run.train(recipe, say)
     if not run.is_evaluated(recipe):
         run.evaluate(recipe, say)
 
 
-def _hand_on(before: Path, output: Path) -> None:
-    """Give a run's last checkpoint to go on from to the longer run; without one that begins anew, and does the same."""
-    last = checkpoint.latest(before, resting=True)
+def _copy_checkpoint(shorter: Path, output: Path) -> None:
+    """Copy a run's last checkpoint to the longer run; without one that starts anew, with the same result."""
+    last = checkpoint.latest(shorter, resting=True)
     if last is not None:
         assemble.make_folder("compare", output)
         with written(output / last.name) as part:
             shutil.copytree(last, part)
 
 
-def _counted(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
-    """What was counted in an evaluated run, before and after."""
-    folder = Path(recipe.output) / "evaluation"
+def _metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of an evaluated run, before and after."""
     if isinstance(recipe.evaluate, EvaluateResponses):
-        return measure_written(recipe.evaluate, folder)
+        return measure_written(recipe.evaluate, Path(recipe.output) / "evaluation")
     return measure_samples(_samples(recipe))
 
 
@@ -246,29 +240,26 @@ def _samples(recipe: Recipe) -> list[Mapping[str, Any]]:
     return samples
 
 
-def _rows(plan: Sequence[Stage], places: Sequence[int | None]) -> list[TableRow]:
-    """The base model's row, and one for each recipe at each place."""
-    counted = [[_counted(one) for one in stage.runs] for stage in plan]
-    base = counted[0][0][0]
-    rows = [TableRow("base", "", None, 1, 0, 0.0, [(counts, summarize_runs(counts, [counts])) for counts in base])]
-    for place in places:
-        for stage, runs in zip(plan, counted, strict=True):
-            if place not in stage.at:
-                continue
+def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow]:
+    """Return the base model's row, and one for each recipe at each length."""
+    metrics = [[_metrics(recipe) for recipe in stage.runs] for stage in plan]
+    base = metrics[0][0][0]
+    rows = [TableRow("base", "", None, 1, 0, 0.0, [(some, summarize_runs(some, [some])) for some in base])]
+    for length, (stage, runs) in itertools.product(lengths, zip(plan, metrics, strict=True)):
+        if length in stage.lengths:
             first, number = stage.runs[0], len(runs)
-            seconds = [read_trained(Path(one.output) / "model")["seconds"] for one in stage.runs]
-            each = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
-            measured = [(counts, summarize_runs(counts, after)) for counts, after in each]
-            mean = sum(seconds) / number
-            rows.append(TableRow(stage.name, first.method.name, place, number, _pairs(first), mean, measured))
+            seconds = sum(read_trained(Path(recipe.output) / "model")["seconds"] for recipe in stage.runs) / number
+            by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
+            measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
+            rows.append(TableRow(stage.name, first.method.name, length, number, _num_pairs(first), seconds, measured))
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------- what is left
+# --------------------------------------------------------------------------------------------------------- output files
 
 
 def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command: str) -> None:
-    """The table as Markdown, and beside it, by its name, the numbers, the curve and some pictures."""
+    """Write the table as Markdown, and beside it the numbers, the curve and some images."""
     assemble.make_folder("compare", file.parent)
     with written(file) as part:
         part.write_text(as_markdown(rows, command), encoding="utf-8")
@@ -277,7 +268,7 @@ def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command:
     with written(file.with_suffix(".png")) as part:
         draw_curve(rows, part)
     if isinstance(plan[0].runs[0].evaluate, EvaluateImages):
-        _write_pictures(file, {stage.name: stage.runs[0] for stage in plan if None in stage.at})
+        _write_pictures(file, {stage.name: stage.runs[0] for stage in plan if None in stage.lengths})
 
 
 def _write_pictures(file: Path, ends: Mapping[str, Recipe]) -> None:

@@ -1,4 +1,4 @@
-"""Several recipes and seeds in one table; what is done is not done again, and what cannot be compared is refused."""
+"""Comparison of recipes: one table of several recipes and seeds, resumed where it was stopped."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_a_table_of_two_recipes_and_two_seeds(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
+def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     out, table = tmp_path / "compared", tmp_path / "assets" / "table.md"
     base, dpo, hinge = compare(sources, seeds=2, output=out, table=table, say=quiet)
     assert [row.name for row in (base, dpo, hinge)] == ["base", "dpo", "hinge"]
@@ -89,7 +89,7 @@ def test_a_table_of_two_recipes_and_two_seeds(sources: list[str], tmp_path: Path
             assert found["low"] <= found["estimate"] <= found["high"]
 
 
-def test_the_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
+def test_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
     compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)
     text = (tmp_path / "compared" / "comparison.md").read_text()
     header, rule, *rows = (line.split(" | ") for line in text.splitlines()[:5])
@@ -112,7 +112,7 @@ def test_the_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
         assert bool(bold) == (float(low) > 0 or float(high) < 0) or 0 in (float(low), float(high))
 
 
-def test_what_is_done_is_not_done_again(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
+def test_stopped_comparison_resumes(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     """Stopped in the second run's evaluation; the same command; and then one more recipe, and one more seed."""
     out = tmp_path / "compared"
     evaluate = run.evaluate
@@ -140,9 +140,7 @@ def test_what_is_done_is_not_done_again(sources: list[str], tmp_path: Path, call
     assert {call.split()[2] for call in calls} == {"seed-2"}
 
 
-def test_runs_are_measured_after_equal_numbers_of_pairs_too(
-    sources: list[str], tmp_path: Path, calls: list[str]
-) -> None:
+def test_runs_are_evaluated_at_equal_numbers_of_pairs(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     """After 2, 4 (the recipes' end) and 6 pairs; each length goes on from the one before."""
     out, long = tmp_path / "compared", tmp_path / "long"
     rows = compare(sources, seeds=1, output=out, pairs=[6, 2, 4], say=quiet)
@@ -178,7 +176,7 @@ def weights(folder: Path) -> bytes:
         (2, "train.schedule=cosine", "dpo has train.schedule cosine.* leave --pairs out, or set train.schedule=consta"),
     ],
 )
-def test_numbers_of_pairs_that_no_run_ends_at(
+def test_refuses_a_number_of_pairs_that_no_run_ends_at(
     pairs: int, override: str, sentence: str, sources: list[str], tmp_path: Path, calls: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -186,7 +184,7 @@ def test_numbers_of_pairs_that_no_run_ends_at(
     assert not calls
 
 
-def test_the_curve_and_the_pictures(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_pictures_are_those_of_the_evaluation(tiny_sd15: Path, tmp_path: Path) -> None:
     """The curve's points are the rows' numbers, and the pictures are those of the evaluation."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     evaluate = {"benchmark": "scenes", "prompts": 10, "drawing": {"steps": 1}}
@@ -219,17 +217,17 @@ def test_the_curve_and_the_pictures(tiny_sd15: Path, tmp_path: Path) -> None:
         (["dpo_tiny_sd"], ["dpo_tiny_sd"]),
     ],
 )
-def test_pictures_name_recipes_by_what_tells_them_apart(names: list[str], short: list[str]) -> None:
+def test_short_names_drop_common_words(names: list[str], short: list[str]) -> None:
     assert short_names(names) == dict(zip(names, short, strict=True))
 
 
-def test_the_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
+def test_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
     """One file of answers for the base model and one for each of four runs."""
     compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
     assert len(list((tmp_path / "compared" / "answers").iterdir())) == 5
 
 
-def test_images_are_compared_by_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     evaluate = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
     made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
@@ -240,7 +238,7 @@ def test_images_are_compared_by_the_benchmarks_number(tiny_sd15: Path, tmp_path:
         assert row.as_dict()["measures"]["prompts drawn right"]["estimate"] == result[side]["estimate"]
 
 
-def test_runs_whose_caches_differ_share_a_folder_of_them(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_runs_share_a_folder_of_different_caches(tiny_sd15: Path, tmp_path: Path) -> None:
     """Seeds that keep draws of their own, and recipes of other sizes."""
     method = {"name": "inpo", "inverter": "reference", "cache_draws": 1, "steps": 2}
     evaluate = {"benchmark": "scenes", "prompts": 2, "drawing": {"steps": 1}}
@@ -256,7 +254,7 @@ def test_runs_whose_caches_differ_share_a_folder_of_them(tiny_sd15: Path, tmp_pa
     assert number == {"kept": 6, "latents": 2}
 
 
-def test_adapters_and_whole_networks_share_a_folder_of_caches(content: Content, tmp_path: Path) -> None:
+def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path: Path) -> None:
     """In bfloat16 the tower of one is in half precision, and that of the other is not."""
     half = {**content, "train": {**content["train"], "precision": "bfloat16"}}
     sources = [
@@ -278,7 +276,7 @@ def test_adapters_and_whole_networks_share_a_folder_of_caches(content: Content, 
         ({"model": {"path": "models/tiny_sd"}}, "model.path differs between dpo and other"),
     ],
 )
-def test_recipes_that_cannot_be_compared(
+def test_refuses_recipes_of_different_benchmarks(
     changed: Content, sentence: str, content: Content, sources: list[str], tmp_path: Path, calls: list[str]
 ) -> None:
     other = recipe(tmp_path, "other", {**content, **changed})
@@ -287,7 +285,7 @@ def test_recipes_that_cannot_be_compared(
     assert not calls
 
 
-def test_two_recipes_of_one_name(content: Content, sources: list[str], tmp_path: Path) -> None:
+def test_refuses_two_recipes_of_one_name(content: Content, sources: list[str], tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     with pytest.raises(ValueError, match="two recipes are called dpo; rename one"):
         compare([sources[0], recipe(tmp_path / "more", "dpo", content)], seeds=1, output=tmp_path / "c", say=quiet)
@@ -301,7 +299,7 @@ def test_runs_of_another_recipe_are_not_taken_for_this_ones(sources: list[str], 
         compare(sources[:1], seeds=1, output=tmp_path / "compared", overrides=["train.lr=0.2"], say=quiet)
 
 
-def test_the_command(sources: list[str], tmp_path: Path) -> None:
+def test_compare_command(sources: list[str], tmp_path: Path) -> None:
     arguments = ["compare", *sources, "--seeds", "1", "--output", str(tmp_path / "c"), "--set", "train.steps=1"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""`evaluate` and `gallery` of vision-language recipes, on a tiny model and on files as people have them."""
+"""Evaluation and gallery of vision-language recipes, on a tiny model and on files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def lines(file: Path) -> list[Content]:
 # ------------------------------------------------------------------------------------------------------------ the world
 
 
-def test_the_bundled_world_without_any_file(content: Content, folder: Path) -> None:
+def test_evaluate_the_bundled_world(content: Content, folder: Path) -> None:
     said: list[str] = []
     found = run.evaluate(of(content, CROWDS), say=said.append)
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(found.result))
@@ -93,7 +93,7 @@ def test_the_bundled_world_without_any_file(content: Content, folder: Path) -> N
     assert {file.stem for file in (folder / "before").iterdir()} == {"descriptions", "random", "popular", "adversarial"}
 
 
-def test_the_page_shows_the_answers_of_the_evaluation(content: Content, folder: Path) -> None:
+def test_gallery_shows_the_answers_of_the_evaluation(content: Content, folder: Path) -> None:
     recipe = load_recipe({**content, "evaluate": CROWDS, "gallery": {"images": 5, "title": "tiny"}})
     page = run.gallery(recipe, say=quiet)
     manifest = json.loads((page.parent / "manifest.json").read_text())
@@ -107,9 +107,7 @@ def test_the_page_shows_the_answers_of_the_evaluation(content: Content, folder: 
         assert grid.width > 500
 
 
-def test_the_same_evaluation_asks_nothing_and_other_settings_ask_again(
-    content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     run.evaluate(of(content, CROWDS), say=quiet)
     calls: list[int] = []
     generate = ImageTextToText.generate
@@ -132,7 +130,7 @@ def test_the_same_evaluation_asks_nothing_and_other_settings_ask_again(
 # ------------------------------------------------------------------------------------------------------ one's own files
 
 
-def test_chair_on_ones_own_files(content: Content, folder: Path, images: Path) -> None:
+def test_chair_on_files(content: Content, folder: Path, images: Path) -> None:
     """The file of annotations names the images, so that nothing else is needed; recall stands beside CHAIR."""
     found = run.evaluate(of(content, chair(images)), say=quiet).result
     assert found["questions"] == 4
@@ -142,7 +140,7 @@ def test_chair_on_ones_own_files(content: Content, folder: Path, images: Path) -
     ]
 
 
-def test_pope_built_of_annotations_and_from_files(content: Content, images: Path) -> None:
+def test_pope_from_annotations_and_from_files(content: Content, images: Path) -> None:
     section: Content = {"benchmark": "pope", "images": str(images), "decoding": DECODING}
     more = [{"image": f"{n}.png", "objects": ["dog", "cat", "ball"]} for n in range(4)]
     absent = [{"image": "absent", "objects": ["mat", "hat", "car"]}]  # whose objects are asked for elsewhere
@@ -182,7 +180,7 @@ def test_amber_on_its_folder(content: Content, images: Path) -> None:
     assert list(found["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
 
 
-def test_implicit_needs_no_question(content: Content, folder: Path) -> None:
+def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
     """Four updates at a high rate move the log-probabilities of held-out responses, one way or the other."""
     held = {**content, "data": {**content["data"], "hold_out": 0.5}, "evaluate": {"benchmark": "implicit"}}
     found = run.evaluate(load_recipe(held), say=quiet).result
@@ -194,7 +192,7 @@ def test_implicit_needs_no_question(content: Content, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("benchmark", ["chair", "object_halbench"])
-def test_answers_that_were_written_score_the_same_from_their_files(
+def test_written_answers_score_the_same_from_files(
     benchmark: str, content: Content, folder: Path, images: Path, tmp_path: Path
 ) -> None:
     asked = run.evaluate(of(content, chair(images, benchmark=benchmark)), say=quiet).result
@@ -206,7 +204,7 @@ def test_answers_that_were_written_score_the_same_from_their_files(
     assert run.evaluate(of(elsewhere, section), say=quiet).result["measures"] == asked["measures"]
 
 
-def test_pope_answers_by_split_and_one_model_alone(content: Content, images: Path, tmp_path: Path) -> None:
+def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tmp_path: Path) -> None:
     questions = write_jsonl(
         images / "q.json",
         {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
@@ -221,7 +219,7 @@ def test_pope_answers_by_split_and_one_model_alone(content: Content, images: Pat
     assert found.table[0] == ("POPE", "2 responses [95 % interval]")
 
 
-def test_what_was_counted_is_read_back(content: Content, folder: Path, images: Path) -> None:
+def test_metrics_of_written_answers(content: Content, folder: Path, images: Path) -> None:
     """As a comparison of several runs does, also where an image was left out."""
     (images / "2.png").write_bytes(b"no picture")
     said: list[str] = []

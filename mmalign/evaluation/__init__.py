@@ -1,1 +1,1 @@
-"""One file per measure: what it measures, of which images and prompts, with which interval."""
+"""Metrics of generated images and answers, one file for each benchmark, with confidence intervals."""

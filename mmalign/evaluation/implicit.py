@@ -1,6 +1,6 @@
-"""Implicit reward accuracy: how often a model finds the chosen side of a held-out pair likelier, against its base.
+"""Implicit reward accuracy: the ratio of held-out pairs that a model prefers more clearly than its base does.
 
-As in arXiv:2311.12908, section 5.3: a pair is right if the model's score prefers the chosen image or response by more
+As in arXiv:2311.12908, section 5.3, a pair is right if the model's score prefers the chosen image or response by more
 than the base model's does. The score of an image is the denoising score, averaged over several draws of time and noise;
 that of a response is its log-probability. An exact tie is wrong: a model that never moved scores 0, not one half.
 """
@@ -16,19 +16,20 @@ import torch
 from torch import nn
 
 from mmalign.draws import Draws
+from mmalign.evaluation.counts import Table
 from mmalign.evaluation.intervals import Interval, proportion
 from mmalign.families import TextToImage, VisionLanguage
 from mmalign.losses import Pair
 from mmalign.methods import diffusion_dpo, dpo
 from mmalign.policy import Policy, Scores
 
-# From a batch, the draws and the number of a draw to what gives a network's scores of both sides.
+# From a batch, the random numbers and the index of a draw to a function that returns a network's scores of both sides.
 Score = Callable[[Any, Draws, int], Callable[[nn.Module], Scores]]
 
 
 @dataclass(frozen=True)
 class ImplicitAccuracy:
-    """The accuracy over held-out pairs, and how both sides moved (score units, mean over pairs and draws)."""
+    """Accuracy over held-out pairs, and the gains of both sides (score units, mean over pairs and draws)."""
 
     right: int
     number: int
@@ -38,11 +39,11 @@ class ImplicitAccuracy:
 
     @property
     def accuracy(self) -> Interval:
-        """The share of pairs that are right, with its 95 % interval (Wilson)."""
+        """The ratio of right pairs, with Wilson's interval."""
         return proportion(self.right, self.number)
 
     def as_dict(self) -> dict[str, Any]:
-        """For result.json."""
+        """Return the numbers for result.json."""
         return {
             "benchmark": "implicit",
             "pairs": self.number,
@@ -52,32 +53,27 @@ class ImplicitAccuracy:
             "rejected gain": self.rejected_gain,
         }
 
-    def table(self) -> list[tuple[str, ...]]:
-        """Rows of text, the header first."""
+    def table(self) -> Table:
+        """Return a table of the numbers."""
+        gains = f"{self.chosen_gain:+.3g}", f"{self.rejected_gain:+.3g}"
         return [
             ("held-out pairs", "implicit accuracy", "chosen gain", "rejected gain"),
-            (
-                str(self.number),
-                self.accuracy.points(signed=False),
-                f"{self.chosen_gain:+.3g}",
-                f"{self.rejected_gain:+.3g}",
-            ),
+            (str(self.number), self.accuracy.points(signed=False), *gains),
         ]
 
 
 def image_scores(family: TextToImage) -> Score:
-    """Denoising scores, for policy and reference on the same noise, without dropped captions."""
+    """Return denoising scores, of policy and reference on the same noise, without dropped captions."""
 
     def score(batch: Any, draws: Draws, index: int) -> Callable[[nn.Module], Scores]:
-        return partial(
-            diffusion_dpo.denoising_scores, family, view=diffusion_dpo.noised(family, batch, 0.0, draws, index)
-        )
+        view = diffusion_dpo.noised(family, batch, 0.0, draws, index)
+        return partial(diffusion_dpo.denoising_scores, family, view=view)
 
     return score
 
 
 def response_scores(family: VisionLanguage) -> Score:
-    """Log-probabilities of whole responses, in nats; nothing is drawn."""
+    """Return log-probabilities of whole responses, in nats, without random numbers."""
     return lambda batch, draws, index: partial(dpo.response_scores, family, batch=batch)
 
 
@@ -87,28 +83,28 @@ def accuracy(policy: Policy, batches: Iterable[Any], score: Score, *, draws: int
 
     Args:
         policy: the trained model, with its base as reference.
-        batches: held-out pairs, encoded; rows of weight 0 do not count.
+        batches: held-out pairs, encoded; rows of weight 0 are padding.
         score: `image_scores` or `response_scores` of the family.
-        draws: how often a pair is scored; once is enough where nothing is drawn.
-        seed: of the draws.
+        draws: number of draws for each pair; 1 for scores without random numbers.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: no pair counts.
+        ValueError: there is no pair.
     """
     right, number, gains = 0, 0, torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         margins, moved = [], []
         for index in range(draws):
             run = score(batch, Draws(seed), index)
-            scores = policy.on_reference(run)
-            assert scores is not None
-            theirs, ours = (Pair(some["chosen"], some["rejected"]) for some in (scores, run(policy.unwrapped)))
-            margins.append(ours.margin - theirs.margin)
-            moved.append(torch.stack([ours.chosen - theirs.chosen, ours.rejected - theirs.rejected]))
-        counted = batch.weights > 0
-        right += int((torch.stack(margins).mean(0) > 0)[counted].sum())
-        number += int(counted.sum())
-        gains += torch.stack(moved).mean(0)[:, counted].sum(1).double().cpu()
+            reference_scores, policy_scores = policy.on_reference(run), run(policy.unwrapped)
+            assert reference_scores is not None
+            reference, trained = (Pair(s["chosen"], s["rejected"]) for s in (reference_scores, policy_scores))
+            margins.append(trained.margin - reference.margin)
+            moved.append(torch.stack([trained.chosen - reference.chosen, trained.rejected - reference.rejected]))
+        is_pair = batch.weights > 0
+        right += int((torch.stack(margins).mean(0) > 0)[is_pair].sum())
+        number += int(is_pair.sum())
+        gains += torch.stack(moved).mean(0)[:, is_pair].sum(1).double().cpu()
     if not number:
         raise ValueError("implicit: there is no held-out pair to score; raise data.hold_out, or give more pairs")
     chosen, rejected = (gains / number).tolist()

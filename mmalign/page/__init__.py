@@ -1,1 +1,1 @@
-"""Pages that show what alignment changed, one entry beside the other, the losses as easy to find as the gains."""
+"""Galleries of samples before and after alignment, regressions as easy to find as gains."""

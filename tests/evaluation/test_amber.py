@@ -44,7 +44,7 @@ ITEMS: dict[int, AnyItem] = {
     17: DiscriminativeItem("relation", False),
 }
 BENCHMARK = Annotations(ITEMS, ASSOCIATES)
-SAID = {
+RESPONSES = {
     # people, boat, bird, tree, dog, sign: bird and dog are invented, "sign" is safe, "can" is a verb
     1: "People on a boat can watch birds under trees. A dog by the sign.",
     2: "A forest.",
@@ -57,17 +57,17 @@ def written(path: Path, content: Any) -> Path:
     return path
 
 
-def test_finds_by_hand() -> None:
+def test_match_objects_by_hand() -> None:
     """Of sky, man, ship, ship, tree: people cover the man, the boat one ship alone, the trees the tree."""
-    found = match_objects(SAID[1], ITEMS[1], BENCHMARK)  # type: ignore[arg-type]
-    assert found.mentions == ("people", "boat", "bird", "tree", "dog", "sign")
-    assert found.invented == ("bird", "dog")
-    assert (found.num_covered, found.num_expected) == (3, 1)
+    match = match_objects(RESPONSES[1], ITEMS[1], BENCHMARK)  # type: ignore[arg-type]
+    assert match.mentions == ("people", "boat", "bird", "tree", "dog", "sign")
+    assert match.invented == ("bird", "dog")
+    assert (match.num_covered, match.num_expected) == (3, 1)
 
 
 def test_generative_by_hand() -> None:
-    found = amber.score_generative(SAID, BENCHMARK)
-    assert found.values == {
+    metrics = amber.score_generative(RESPONSES, BENCHMARK)
+    assert metrics.values == {
         "CHAIR": 2 / 7,
         "Cover": 4 / 7,
         "Hal": 1 / 2,
@@ -76,14 +76,14 @@ def test_generative_by_hand() -> None:
     }
 
 
-def test_every_mention_counts() -> None:
-    found = amber.score_generative({1: "A dog and two dogs", 2: ""}, BENCHMARK)
-    assert found.values["CHAIR"] == 1
-    assert found.sums["invented mentions"] == 2
-    assert found.values["Hal"] == 1 / 2
+def test_generative_counts_every_mention() -> None:
+    metrics = amber.score_generative({1: "A dog and two dogs", 2: ""}, BENCHMARK)
+    assert metrics.values["CHAIR"] == 1
+    assert metrics.sums["invented mentions"] == 2
+    assert metrics.values["Hal"] == 1 / 2
 
 
-def test_two_mentions_of_one_object_cover_it_once_and_one_mention_covers_one_object() -> None:
+def test_mention_covers_one_object_once() -> None:
     """As in the release the words beside an object are looked at first: a man is the person, and a woman too."""
     both = GenerativeItem(("man", "person"), ())
     assert match_objects("a man", both, BENCHMARK).num_covered == 1
@@ -91,19 +91,19 @@ def test_two_mentions_of_one_object_cover_it_once_and_one_mention_covers_one_obj
     assert match_objects("a man and a person", both, BENCHMARK).num_covered == 2
 
 
-def test_similar_words_are_true() -> None:
+def test_match_objects_by_similar_words() -> None:
     """A tool for which a dog is like a ship finds no invented dog; one for which it is like the sun, one hit more."""
     item = ITEMS[1]
     assert isinstance(item, GenerativeItem)
-    near = match_objects(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "ship"))
+    near = match_objects(RESPONSES[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "ship"))
     assert (near.invented, near.num_covered) == (("bird",), 3)  # the ship is covered already
-    near = match_objects(SAID[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "sun"))
+    near = match_objects(RESPONSES[1], item, BENCHMARK, similar=lambda word, other: (word, other) == ("dog", "sun"))
     assert (near.invented, near.num_expected) == (("bird", "dog"), 2)
 
 
-def test_an_expected_word_that_is_true_is_no_hallucination() -> None:
-    found = match_objects("A tree", GenerativeItem(("tree",), ("forest",)), BENCHMARK)
-    assert (found.invented, found.num_covered, found.num_expected) == ((), 1, 0)
+def test_expected_word_that_is_true_is_no_hallucination() -> None:
+    match = match_objects("A tree", GenerativeItem(("tree",), ("forest",)), BENCHMARK)
+    assert (match.invented, match.num_covered, match.num_expected) == ((), 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_nouns_by_rule(text: str, mentions: tuple[str, ...]) -> None:
     assert match_objects(text, GenerativeItem((), ()), BENCHMARK).mentions == mentions
 
 
-def test_nouns_by_another_tool() -> None:
+def test_nouns_of_another_tool() -> None:
     assert "watch" not in nouns_by_rule("They watch it") and "watch" in nouns_by_rule("Her watch")
-    found = amber.score_generative(SAID, BENCHMARK, nouns=lambda text: ["Dog", "dogs"] if "boat" in text else [])
-    assert found.values["CHAIR"] == 1
-    assert found.sums["mentions"] == 2
+    metrics = amber.score_generative(RESPONSES, BENCHMARK, nouns=lambda text: ["Dog", "dogs"] if "boat" in text else [])
+    assert metrics.values["CHAIR"] == 1
+    assert metrics.sums["mentions"] == 2
 
 
 ANSWERS = {11: "No", 12: "Yes", 13: "maybe", 14: "Yes", 15: "Yes", 16: "No", 17: "No."}
@@ -136,7 +136,7 @@ def test_discriminative_by_hand() -> None:
     Relation: no is said twice, once rightly. All: 3 of 7 right; no said 3 times, 2 rightly, of 5; F1 4 / (3 + 5);
     yes said once of existence (one answer is neither) and twice of state.
     """
-    found = amber.score_discriminative(ANSWERS, BENCHMARK).values
+    metrics = amber.score_discriminative(ANSWERS, BENCHMARK).values
     expected = {
         "all": (3 / 7, 2 / 3, 2 / 5, 4 / 8, 3 / 7),
         "existence": (1 / 3, 1, 1 / 3, 2 / 4, 1 / 3),
@@ -145,58 +145,58 @@ def test_discriminative_by_hand() -> None:
         "relation": (1 / 2, 1 / 2, 1, 2 / 3, 0),
     }
     names = ("accuracy", "precision", "recall", "F1", "yes rate")
-    assert found == {
+    assert metrics == {
         f"{dimension}: {name}": pytest.approx(value)
         for dimension, values in expected.items()
         for name, value in zip(names, values, strict=True)
     }
 
 
-def test_published_answers_are_exact() -> None:
+def test_published_parser_is_exact() -> None:
     """ "No." is no answer to the release: its relation questions are both wrong then."""
-    found = amber.score_discriminative(ANSWERS, BENCHMARK, amber.parse_published).values
-    assert found["relation: accuracy"] == 0
-    assert found["all: accuracy"] == 2 / 7
-    assert found["relation: precision"] == 0
+    metrics = amber.score_discriminative(ANSWERS, BENCHMARK, amber.parse_published).values
+    assert metrics["relation: accuracy"] == 0
+    assert metrics["all: accuracy"] == 2 / 7
+    assert metrics["relation: precision"] == 0
 
 
-def test_an_empty_answer_is_wrong() -> None:
-    found = amber.score_discriminative(dict.fromkeys(ANSWERS, ""), BENCHMARK).values
-    assert set(found.values()) == {0}
+def test_empty_answer_is_wrong() -> None:
+    metrics = amber.score_discriminative(dict.fromkeys(ANSWERS, ""), BENCHMARK).values
+    assert set(metrics.values()) == {0}
 
 
-def test_questions_of_an_image_are_one_group() -> None:
+def test_questions_about_an_image_are_one_group() -> None:
     shared = Annotations(ITEMS, ASSOCIATES, images={number: f"AMBER_{1 + number % 2}.jpg" for number in ITEMS})
     assert len(set(amber.score_discriminative(ANSWERS, shared).groups)) == 2
     assert len(set(amber.score_discriminative(ANSWERS, BENCHMARK).groups)) == 7
 
 
-def test_two_models() -> None:
+def test_compare_two_models() -> None:
     better = {1: "People on a boat under trees.", 2: "A forest."}
-    found = compare(amber.score_generative(SAID, BENCHMARK), amber.score_generative(better, BENCHMARK))
-    assert found.differences["CHAIR"].estimate == pytest.approx(-2 / 7)
-    assert found.differences["Cover"].estimate == 0
-    assert [row[0] for row in found.table()][1:5] == ["CHAIR, %", "Cover, %", "Hal, %", "Cog, %"]
+    comparison = compare(amber.score_generative(RESPONSES, BENCHMARK), amber.score_generative(better, BENCHMARK))
+    assert comparison.differences["CHAIR"].estimate == pytest.approx(-2 / 7)
+    assert comparison.differences["Cover"].estimate == 0
+    assert [row[0] for row in comparison.table()][1:5] == ["CHAIR, %", "Cover, %", "Hal, %", "Cog, %"]
     right = {
         number: "Yes" if item.answer else "No" for number, item in ITEMS.items() if isinstance(item, DiscriminativeItem)
     }
-    found = compare(amber.score_discriminative(ANSWERS, BENCHMARK), amber.score_discriminative(right, BENCHMARK))
-    assert found.differences["all: F1"].estimate == pytest.approx(1 / 2)
+    comparison = compare(amber.score_discriminative(ANSWERS, BENCHMARK), amber.score_discriminative(right, BENCHMARK))
+    assert comparison.differences["all: F1"].estimate == pytest.approx(1 / 2)
 
 
-def test_one_file_holds_both_tasks() -> None:
-    both = {**SAID, **ANSWERS}
-    assert amber.score_generative(both, BENCHMARK).values == amber.score_generative(SAID, BENCHMARK).values
+def test_scores_of_both_tasks_in_one_file() -> None:
+    both = {**RESPONSES, **ANSWERS}
+    assert amber.score_generative(both, BENCHMARK).values == amber.score_generative(RESPONSES, BENCHMARK).values
     assert amber.score_discriminative(both, BENCHMARK).keys == tuple(ANSWERS)
 
 
-def test_refuses() -> None:
+def test_score_refuses() -> None:
     with pytest.raises(ValueError, match=r"1 of 2 responses have an id without annotation \(99\); .* 1 to 17"):
         amber.score_generative({1: "", 99: ""}, BENCHMARK)
     with pytest.raises(ValueError, match="AMBER, generative: there is no response"):
         amber.score_generative(ANSWERS, BENCHMARK)
     with pytest.raises(ValueError, match="AMBER, discriminative: there is no response"):
-        amber.score_discriminative(SAID, BENCHMARK)
+        amber.score_discriminative(RESPONSES, BENCHMARK)
 
 
 RECORDS: list[dict[str, Any]] = [
@@ -215,23 +215,23 @@ def folder(place: Path, records: Any = RECORDS) -> Path:
     return place
 
 
-def test_reads_the_benchmark(tmp_path: Path) -> None:
-    found = amber.read_amber(folder(tmp_path))
-    assert found.items == {
+def test_read_amber(tmp_path: Path) -> None:
+    annotations = amber.read_amber(folder(tmp_path))
+    assert annotations.items == {
         1: GenerativeItem(("sky", "man"), ("bird",)),
         2: DiscriminativeItem("existence", False),
         3: DiscriminativeItem("number", True),
         4: DiscriminativeItem("relation", False),
         5: DiscriminativeItem("relation", True),
     }
-    assert found.associates == ASSOCIATES
-    assert (found.safe_words, found.images) == ({"sign", "line"}, {})
+    assert annotations.associates == ASSOCIATES
+    assert (annotations.safe_words, annotations.images) == ({"sign", "line"}, {})
     written(tmp_path / "query" / "query_all.json", [{"id": 2, "image": "AMBER_1.jpg", "query": "Is there a dog?"}])
     assert amber.read_amber(tmp_path).images == {2: "AMBER_1.jpg"}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "error"),
     [
         ({"truth": ["unicorn"]}, "entry 1: 'unicorn' is no word of relation.json"),
         ({"truth": "sky"}, 'truth is "sky"; expected a list of names'),
@@ -244,12 +244,12 @@ def test_reads_the_benchmark(tmp_path: Path) -> None:
         ({"id": 2}, "entry 2: duplicate id 2"),
     ],
 )
-def test_bad_annotations(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_read_amber_refuses_bad_annotations(change: dict[str, Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=error):
         amber.read_amber(folder(tmp_path, [{**RECORDS[0], **change}, *RECORDS[1:]]))
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_read_amber_refuses_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file or folder"):
         amber.read_amber(tmp_path / "none")
     (folder(tmp_path) / "safe_words.txt").unlink()
@@ -257,13 +257,13 @@ def test_missing_files(tmp_path: Path) -> None:
         amber.read_amber(tmp_path)
 
 
-def test_reads_responses(tmp_path: Path) -> None:
+def test_read_responses(tmp_path: Path) -> None:
     file = written(tmp_path / "r.json", [{"id": 1, "response": "A sky."}, {"id": 2, "response": "No"}])
     assert amber.read_responses(file) == {1: "A sky.", 2: "No"}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "error"),
     [
         ([], "is empty; expected records"),
         ([{"id": 1, "response": ""}, {"id": 1, "response": ""}], "entry 2: duplicate id 1"),
@@ -272,6 +272,6 @@ def test_reads_responses(tmp_path: Path) -> None:
         ([{"response": ""}], "expected 'id'"),
     ],
 )
-def test_bad_responses(content: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_read_responses_refuses_bad_records(content: Any, error: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=error):
         amber.read_responses(written(tmp_path / "r.json", content))

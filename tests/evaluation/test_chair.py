@@ -1,4 +1,4 @@
-"""CHAIR on descriptions counted by hand, and the files that people have."""
+"""CHAIR on descriptions counted by hand, and its files."""
 
 import json
 from pathlib import Path
@@ -27,40 +27,40 @@ RESPONSES = [
 ]
 
 
-def test_judges_a_description() -> None:
+def test_match_objects_of_a_description() -> None:
     match = chair.match_objects(RESPONSES[0].text, TRUTH["1"], COCO)
     assert [mention.object for mention in match.mentions] == ["person", "dog", "dog", "cat"]
     assert [(mention.word, mention.start, mention.end) for mention in match.invented] == [("cat", 36, 39)]
     assert match.found == {"person", "dog"}
 
 
-def test_by_hand() -> None:
-    """3 of 8 mentions are invented, in 2 of 4 descriptions; 4 of 5 objects are found; 10 + 5 + 4 + 0 words."""
-    found = chair.score(RESPONSES, TRUTH, COCO)
-    assert found.values == {"CHAIR_i": 3 / 8, "CHAIR_s": 2 / 4, "recall": 4 / 5, "words per response": 19 / 4}
+def test_score_by_hand() -> None:
+    """3 of 8 mentions are invented, in 2 of 4 descriptions; 4 of 5 objects are metrics; 10 + 5 + 4 + 0 words."""
+    metrics = chair.score(RESPONSES, TRUTH, COCO)
+    assert metrics.values == {"CHAIR_i": 3 / 8, "CHAIR_s": 2 / 4, "recall": 4 / 5, "words per response": 19 / 4}
 
 
-def test_every_mention_counts_and_recall_counts_objects() -> None:
-    """A cat named three times is three invented mentions; a dog named twice, by two words, is found once."""
-    found = chair.score([Response("1", "A cat, a kitten, a cat. A dog, a puppy.")], TRUTH, COCO)
-    assert found.sums["invented mentions"] == 3
-    assert found.values["CHAIR_i"] == 3 / 5
-    assert found.values["recall"] == 1 / 2
+def test_score_counts_mentions_and_recall_objects() -> None:
+    """A cat named three times is three invented mentions; a dog named twice, by two words, is metrics once."""
+    metrics = chair.score([Response("1", "A cat, a kitten, a cat. A dog, a puppy.")], TRUTH, COCO)
+    assert metrics.sums["invented mentions"] == 3
+    assert metrics.values["CHAIR_i"] == 3 / 5
+    assert metrics.values["recall"] == 1 / 2
 
 
-def test_nothing_said_is_nothing_invented_and_nothing_found() -> None:
-    found = chair.score([Response("1", ""), Response("4", "It is sunny.")], TRUTH, COCO)
-    assert found.values == {"CHAIR_i": 0, "CHAIR_s": 0, "recall": 0, "words per response": 1.5}
+def test_score_of_empty_responses() -> None:
+    metrics = chair.score([Response("1", ""), Response("4", "It is sunny.")], TRUTH, COCO)
+    assert metrics.values == {"CHAIR_i": 0, "CHAIR_s": 0, "recall": 0, "words per response": 1.5}
 
 
-def test_images_without_objects_do_not_count_in_recall() -> None:
+def test_recall_ignores_images_without_objects() -> None:
     assert chair.score([Response("3", "Fog.")], TRUTH, COCO).values["recall"] == 0
     both = chair.score([Response("3", "Fog."), Response("4", "A bus.")], TRUTH, COCO)
     assert both.values["recall"] == 1
 
 
-def test_variants_of_the_list_differ() -> None:
-    """As published, "motor bike" and "cheesecake" are never found, so that nothing is invented here."""
+def test_score_depends_on_the_vocabulary() -> None:
+    """As published, "motor bike" and "cheesecake" are never metrics, so that nothing is invented here."""
     responses = [Response("1", "A motor bike and a cheesecake."), Response("4", "A bus.")]
     rates = [
         chair.score(responses, TRUTH, coco_vocabulary(name)).values["CHAIR_s"] for name in ("published", "refined")
@@ -68,24 +68,30 @@ def test_variants_of_the_list_differ() -> None:
     assert rates == [0, 0.5]
 
 
-def test_any_world() -> None:
+def test_score_with_another_vocabulary() -> None:
     shapes = vocabulary({"red circle": [], "blue square": [], "green star": []})
-    found = chair.score(
+    metrics = chair.score(
         [Response("a", "Two red circles and a green star.")], {"a": ["red circle", "blue square"]}, shapes
     )
-    assert found.values == {"CHAIR_i": 1 / 2, "CHAIR_s": 1, "recall": 1 / 2, "words per response": 7}
+    assert metrics.values == {"CHAIR_i": 1 / 2, "CHAIR_s": 1, "recall": 1 / 2, "words per response": 7}
 
 
-def test_two_models() -> None:
+def test_compare_two_models() -> None:
     better = [Response("3", "A wall"), *RESPONSES[:2], Response("4", "A bus")]
-    found = compare(chair.score(RESPONSES, TRUTH, COCO), chair.score(better, TRUTH, COCO))
-    assert {name: interval.estimate for name, interval in found.differences.items()} == pytest.approx(
+    comparison = compare(chair.score(RESPONSES, TRUTH, COCO), chair.score(better, TRUTH, COCO))
+    assert {name: interval.estimate for name, interval in comparison.differences.items()} == pytest.approx(
         {"CHAIR_i": 1 / 7 - 3 / 8, "CHAIR_s": -1 / 4, "recall": 1 / 5, "words per response": 0}
     )
-    assert [row[0] for row in found.table()] == ["CHAIR", "CHAIR_i, %", "CHAIR_s, %", "recall, %", "words per response"]
+    assert [row[0] for row in comparison.table()] == [
+        "CHAIR",
+        "CHAIR_i, %",
+        "CHAIR_s, %",
+        "recall, %",
+        "words per response",
+    ]
 
 
-def test_refuses() -> None:
+def test_score_refuses() -> None:
     with pytest.raises(ValueError, match="CHAIR: there is no response"):
         chair.score([], TRUTH, COCO)
     with pytest.raises(ValueError, match=r"2 of 3 images have no annotation \(7, 8; annotated are 1, 2, 3, ...\)"):
@@ -96,22 +102,22 @@ def test_refuses() -> None:
         chair.score([RESPONSES[0]], {"1": ["puppy"]}, COCO)
 
 
-def test_several_questions_about_an_image_are_one_group() -> None:
+def test_questions_about_an_image_are_one_group() -> None:
     responses = [Response("1", "A dog", "What is it?"), Response("1", "A cat", "Describe it."), Response("4", "")]
-    found = chair.score(responses, TRUTH, COCO)
-    assert (len(found.keys), len(set(found.groups))) == (3, 2)
+    metrics = chair.score(responses, TRUTH, COCO)
+    assert (len(metrics.keys), len(set(metrics.groups))) == (3, 2)
 
 
 @pytest.mark.parametrize("value", [42, "42", "COCO_val2014_000000000042.jpg", "000000000042.jpg"])
-def test_ids_of_an_image(value: object) -> None:
+def test_image_id_is_the_number(value: object) -> None:
     assert image_id(value) == "42"
 
 
-def test_other_names_stay() -> None:
+def test_image_id_keeps_other_names() -> None:
     assert [image_id(name) for name in ("cat_42.jpg", "042.png", "a/b.jpg")] == ["cat_42.jpg", "042.png", "a/b.jpg"]
 
 
-def test_reads_responses(tmp_path: Path) -> None:
+def test_read_responses(tmp_path: Path) -> None:
     expected = [Response("1", "A dog."), Response("2", "")]
     rows = [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": ""}]
     assert read_responses(write_jsonl(tmp_path / "a.jsonl", *rows)) == expected
@@ -123,7 +129,7 @@ def test_reads_responses(tmp_path: Path) -> None:
     assert read_responses(write_jsonl(tmp_path / "e.jsonl", asked)) == [Response("1", "A dog.", "Describe it.")]
 
 
-def test_reads_answers_beside_their_questions(tmp_path: Path) -> None:
+def test_read_responses_beside_their_questions(tmp_path: Path) -> None:
     questions = write_jsonl(tmp_path / "q.jsonl", {"question_id": 5, "image_id": 1}, {"question_id": 6, "image_id": 2})
     answers = write_jsonl(tmp_path / "a.jsonl", {"question_id": 5, "text": "A dog."}, {"answer": "A cat."})
     assert read_responses(answers, questions) == [Response("1", "A dog."), Response("2", "A cat.")]
@@ -134,7 +140,7 @@ def test_reads_answers_beside_their_questions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error"),
     [
         ("", "is empty; expected records"),
         ("[]", "is empty; expected records"),
@@ -149,13 +155,13 @@ def test_reads_answers_beside_their_questions(tmp_path: Path) -> None:
         ('[{"image_id": 1, "caption": ""}, {"image_id": "1", "caption": ""}]', "entry 2: duplicate image and question"),
     ],
 )
-def test_bad_files_of_responses(text: str, said: str, tmp_path: Path) -> None:
+def test_read_responses_refuses_bad_files(text: str, error: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         read_responses(tmp_path / "r.json")
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+def test_read_responses_refuses_no_file_and_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file or folder"):
         read_responses(tmp_path / "none.json")
     (tmp_path / "r.json").write_bytes(b"\xff\xfe\x00")
@@ -163,7 +169,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         read_responses(tmp_path / "r.json")
 
 
-def test_reads_truth(tmp_path: Path) -> None:
+def test_read_truth(tmp_path: Path) -> None:
     file = write_jsonl(
         tmp_path / "t.jsonl", {"image": "1.jpg", "objects": ["men", "Puppy", "dog"]}, {"image": 2, "objects": []}
     )
@@ -171,7 +177,7 @@ def test_reads_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "error"),
     [
         ([], "is empty; expected records"),
         ([{"image": "a", "objects": ["unicorn"]}], "a: objects: 'unicorn' is no word of the vocabulary"),
@@ -181,8 +187,8 @@ def test_reads_truth(tmp_path: Path) -> None:
         ([{"image": 1, "objects": []}, {"image": "01", "objects": []}], "duplicate image 01, as 1"),
     ],
 )
-def test_bad_files_of_truth(records: list[Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_read_truth_refuses_bad_files(records: list[Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=error):
         chair.read_truth(write_jsonl(tmp_path / "t.jsonl", *records), COCO)
 
 
@@ -204,7 +210,7 @@ def coco_files(folder: Path) -> tuple[Path, Path]:
     return write_jsonl(folder / "instances.json", instances), write_jsonl(folder / "captions.json", captions)
 
 
-def test_reads_coco(tmp_path: Path) -> None:
+def test_read_coco(tmp_path: Path) -> None:
     instances, captions = coco_files(tmp_path)
     truth = chair.read_coco([instances], [captions], COCO)
     assert truth == {"1": {"dog", "person"}, "2": {"dining table"}, "3": frozenset()}
@@ -212,7 +218,7 @@ def test_reads_coco(tmp_path: Path) -> None:
     assert chair.read_coco([instances], [], COCO)["1"] == {"dog"}
 
 
-def test_bad_coco(tmp_path: Path) -> None:
+def test_read_coco_refuses_bad_files(tmp_path: Path) -> None:
     instances, captions = coco_files(tmp_path)
     with pytest.raises(ValueError, match=r"captions.json: categories is null; expected a list of records"):
         chair.read_coco([captions], [], COCO)

@@ -1,4 +1,4 @@
-"""How far apart pictures of one prompt are, on hand-worked pictures."""
+"""Pixel distances of images of one prompt, by hand."""
 
 import pytest
 from PIL import Image
@@ -10,22 +10,22 @@ HALF = Image.new("RGB", (4, 4), "white")
 HALF.paste((0, 0, 0), (0, 0, 2, 4))
 
 
-def test_hand_worked_distances() -> None:
+def test_pixel_distances_by_hand() -> None:
     """White and black are 1 apart, and half black is sqrt(1/2) from either."""
     far = pixel_distances([WHITE, BLACK, HALF], ["a"] * 3)
     root = 0.5**0.5
     assert far == pytest.approx([(1 + root) / 2, (1 + root) / 2, root])
 
 
-def test_groups_do_not_touch() -> None:
+def test_pixel_distances_are_within_groups() -> None:
     assert pixel_distances([WHITE, BLACK, WHITE, WHITE], ["a", "b", "a", "b"]) == pytest.approx([0, 1, 0, 1])
 
 
-def test_one_picture_of_a_prompt_has_no_diversity() -> None:
+def test_pixel_distances_refuse_a_single_image() -> None:
     with pytest.raises(ValueError, match="one picture of 'b'; expected two or more"):
         pixel_distances([WHITE, BLACK, WHITE], ["a", "a", "b"])
 
 
-def test_pictures_of_other_sizes_cannot_be_compared() -> None:
+def test_pixel_distances_refuse_other_sizes() -> None:
     with pytest.raises(ValueError, match=r"sizes \[\(2, 2\), \(4, 4\)\]"):
         pixel_distances([WHITE, Image.new("RGB", (2, 2))], ["a", "a"])

@@ -1,4 +1,4 @@
-"""Implicit accuracy, of images and of responses alike."""
+"""Implicit reward accuracy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,14 +47,14 @@ def score(batch: Batch, draws: Draws, index: int) -> Callable[[nn.Module], Score
     return run
 
 
-def test_by_hand() -> None:
-    """What counts is how much more a pair's margin is than the base model's, not whether it is above 0."""
-    found = implicit.accuracy(POLICY, [BATCH], score, draws=2, seed=0)
-    assert (found.right, found.number) == (1, 3)
-    assert found.chosen_gain == pytest.approx(0.25) and found.rejected_gain == pytest.approx(0.0)
-    assert found.as_dict()["accuracy"]["estimate"] == pytest.approx(1 / 3)
+def test_implicit_accuracy_by_hand() -> None:
+    """A pair is right if its margin exceeds the base model's, not if it is above 0."""
+    result = implicit.accuracy(POLICY, [BATCH], score, draws=2, seed=0)
+    assert (result.right, result.number) == (1, 3)
+    assert result.chosen_gain == pytest.approx(0.25) and result.rejected_gain == pytest.approx(0.0)
+    assert result.as_dict()["accuracy"]["estimate"] == pytest.approx(1 / 3)
 
 
-def test_no_pair_is_no_accuracy() -> None:
+def test_implicit_accuracy_refuses_no_pairs() -> None:
     with pytest.raises(ValueError, match="there is no held-out pair to score"):
         implicit.accuracy(POLICY, list[Any](), score, draws=1, seed=0)

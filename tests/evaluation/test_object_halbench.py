@@ -24,10 +24,10 @@ RESPONSES = [
 ]
 
 
-def test_by_hand() -> None:
+def test_score_by_hand() -> None:
     """2 of the 3 responses that name an object, 3 of 8 mentions, 4 of 5 objects, 10 + 5 + 4 + 2 words."""
-    found = object_halbench.score(RESPONSES, TRUTH)
-    assert found.values == {
+    metrics = object_halbench.score(RESPONSES, TRUTH)
+    assert metrics.values == {
         "response-level": 2 / 3,
         "mention-level": 3 / 8,
         "recall": 4 / 5,
@@ -36,51 +36,53 @@ def test_by_hand() -> None:
     assert chair.score(RESPONSES, TRUTH, coco_vocabulary("refined")).values["CHAIR_s"] == 2 / 4
 
 
-def test_a_repeated_word_once() -> None:
+def test_score_of_distinct_words() -> None:
     """Words man, puppy, dog, cat; hot dog, table; chair: two of seven invented. Rates of responses stay."""
-    found = object_halbench.score(RESPONSES, TRUTH, distinct=True)
-    assert found.values["mention-level"] == 2 / 7
-    assert found.values["response-level"] == 2 / 3
-    assert found.values["recall"] == 4 / 5
+    metrics = object_halbench.score(RESPONSES, TRUTH, distinct=True)
+    assert metrics.values["mention-level"] == 2 / 7
+    assert metrics.values["response-level"] == 2 / 3
+    assert metrics.values["recall"] == 4 / 5
 
 
-def test_no_response_names_an_object() -> None:
-    found = object_halbench.score([Response("1", ""), Response("4", "Rain.")], TRUTH)
-    assert found.values == {"response-level": 0, "mention-level": 0, "recall": 0, "words per response": 0.5}
+def test_score_of_responses_without_objects() -> None:
+    metrics = object_halbench.score([Response("1", ""), Response("4", "Rain.")], TRUTH)
+    assert metrics.values == {"response-level": 0, "mention-level": 0, "recall": 0, "words per response": 0.5}
 
 
-def test_uses_the_refined_list() -> None:
-    found = object_halbench.score([Response("1", "A pedestrian."), Response("4", "A cheesecake.")], TRUTH)
-    assert (found.values["mention-level"], found.values["recall"]) == (1 / 2, 1 / 3)
+def test_score_uses_the_refined_vocabulary() -> None:
+    metrics = object_halbench.score([Response("1", "A pedestrian."), Response("4", "A cheesecake.")], TRUTH)
+    assert (metrics.values["mention-level"], metrics.values["recall"]) == (1 / 2, 1 / 3)
 
 
-def test_another_vocabulary() -> None:
+def test_score_with_another_vocabulary() -> None:
     shapes = vocabulary({"circle": [], "star": []})
-    found = object_halbench.score([Response("1", "A star.")], {"1": ["circle"]}, shapes)
-    assert found.values["response-level"] == 1
+    metrics = object_halbench.score([Response("1", "A star.")], {"1": ["circle"]}, shapes)
+    assert metrics.values["response-level"] == 1
 
 
-def test_two_models() -> None:
+def test_compare_two_models() -> None:
     better = [*RESPONSES[:2], Response("3", "A wall"), Response("4", "A bus")]
-    found = compare(object_halbench.score(RESPONSES, TRUTH), object_halbench.score(better, TRUTH))
-    assert found.differences["response-level"].estimate == pytest.approx(1 / 3 - 2 / 3)
-    assert found.differences["mention-level"].estimate == pytest.approx(1 / 7 - 3 / 8)
-    assert [row[0] for row in found.table()][1:3] == ["response-level, %", "mention-level, %"]
-    assert json.loads(json.dumps(found.as_dict()))["benchmark"] == "Object HalBench"
+    comparison = compare(object_halbench.score(RESPONSES, TRUTH), object_halbench.score(better, TRUTH))
+    assert comparison.differences["response-level"].estimate == pytest.approx(1 / 3 - 2 / 3)
+    assert comparison.differences["mention-level"].estimate == pytest.approx(1 / 7 - 3 / 8)
+    assert [row[0] for row in comparison.table()][1:3] == ["response-level, %", "mention-level, %"]
+    assert json.loads(json.dumps(comparison.as_dict()))["benchmark"] == "Object HalBench"
 
 
-def test_reads_the_benchmarks_files(tmp_path: Path) -> None:
+def test_read_responses_beside_their_questions(tmp_path: Path) -> None:
     """The release's answers name no image: the file of questions does, line by line."""
     asked = [{"image_id": 1, "question": "Describe it."}, {"image_id": 4, "question": "What is there?"}]
-    said = [{"question": row["question"], "text": text} for row, text in zip(asked, ("A dog.", "A bus."), strict=True)]
-    for name, rows in (("q.jsonl", asked), ("a.jsonl", said)):
+    answers = [
+        {"question": row["question"], "text": text} for row, text in zip(asked, ("A dog.", "A bus."), strict=True)
+    ]
+    for name, rows in (("q.jsonl", asked), ("a.jsonl", answers)):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     responses = read_responses(tmp_path / "a.jsonl", tmp_path / "q.jsonl")
     assert responses == [Response("1", "A dog.", "Describe it."), Response("4", "A bus.", "What is there?")]
     assert object_halbench.score(responses, TRUTH).values["recall"] == 2 / 3
 
 
-def test_refuses() -> None:
+def test_score_refuses() -> None:
     with pytest.raises(ValueError, match="Object HalBench: there is no response"):
         object_halbench.score([], TRUTH)
     with pytest.raises(ValueError, match="images have no annotation"):

@@ -18,11 +18,11 @@ IMAGES = {"a": ["dog", "cat", "ball"], "b": ["dog", "cat", "tree"], "c": ["dog",
 
 def asked(questions: list[Question]) -> dict[str, list[str]]:
     """From each image to the objects asked for, "-" before those that are not there."""
-    found: dict[str, list[str]] = {}
+    objects: dict[str, list[str]] = {}
     for question in questions:
         name = question.text.removeprefix("Is there a ").removesuffix(" in the image?")
-        found.setdefault(question.image, []).append(name if question.answer else f"-{name}")
-    return found
+        objects.setdefault(question.image, []).append(name if question.answer else f"-{name}")
+    return objects
 
 
 def test_build_popular_by_hand() -> None:
@@ -53,8 +53,8 @@ def test_adversarial_asks_for_companions_and_popular_for_frequency() -> None:
         "e": ["cat", "mat"],
     }
     assert asked(build(images, "popular", objects_per_image=1))["a"] == ["dog", "-cat"]
-    found = asked(build(images, "adversarial", objects_per_image=1))
-    assert found == {
+    objects = asked(build(images, "adversarial", objects_per_image=1))
+    assert objects == {
         "a": ["dog", "-bone"],
         "b": ["dog", "-leash"],
         "c": ["cat", "-mat"],
@@ -81,8 +81,8 @@ def test_build_laws_of_a_split(split: pope.Split) -> None:
 def test_random_is_uniform_over_absent_objects() -> None:
     images = {f"{i}.jpg": ["dog"] for i in range(400)}
     names = ["dog", "cat", "hat", "tree", "ball", "car"]
-    found = asked(build(images, "random", objects_per_image=1, names=names))
-    times = Counter(things[1] for things in found.values())
+    asked_for = asked(build(images, "random", objects_per_image=1, names=names))
+    times = Counter(things[1] for things in asked_for.values())
     assert set(times) == {f"-{name}" for name in names[1:]}
     assert max(abs(number - 80) for number in times.values()) <= 32  # four standard deviations of 8
 
@@ -159,15 +159,15 @@ def test_parsers_of_answers(answer: str, published: bool, strict: bool | None) -
 def twelve() -> tuple[list[Question], list[str]]:
     """Six true yes and six true no; right yes 3, wrong yes 4, right no 2, wrong no 3."""
     questions = [Question(i, f"{i // 2}", f"Is there a thing{i} in the image?", i < 6) for i in range(12)]
-    said = ["Yes", "yes.", "Yes, it is", "No", "no", "not there", "Yes", "yes", "", "a cat", "No", "There is no one"]
-    return questions, said
+    answers = ["Yes", "yes.", "Yes, it is", "No", "no", "not there", "Yes", "yes", "", "a cat", "No", "There is no one"]
+    return questions, answers
 
 
 def test_score_by_hand() -> None:
     """Accuracy 5 / 12, precision 3 / 7, recall 3 / 6, F1 2 * 3 / (7 + 6), yes rate 7 / 12; two say neither."""
-    questions, said = twelve()
-    found = pope.score({"random": questions}, {"random": said}).values
-    assert found == pytest.approx(
+    questions, answers = twelve()
+    values = pope.score({"random": questions}, {"random": answers}).values
+    assert values == pytest.approx(
         {
             "random: accuracy": 5 / 12,
             "random: precision": 3 / 7,
@@ -177,55 +177,55 @@ def test_score_by_hand() -> None:
             "random: unclear": 2 / 12,
         }
     )
-    assert [round(value, 5) for value in list(found.values())[:5]] == [0.41667, 0.42857, 0.5, 0.46154, 0.58333]
+    assert [round(value, 5) for value in list(values.values())[:5]] == [0.41667, 0.42857, 0.5, 0.46154, 0.58333]
 
 
 def test_score_of_strict_answers_by_hand() -> None:
     """The two unclear ones are no yes any more, and still wrong: precision 3 / 5, F1 6 / (5 + 6)."""
-    questions, said = twelve()
-    found = pope.score({"random": questions}, {"random": said}, parse_strict).values
-    assert found["random: accuracy"] == 5 / 12
-    assert found["random: precision"] == 3 / 5
-    assert found["random: F1"] == 6 / 11
-    assert found["random: yes rate"] == 5 / 12
+    questions, answers = twelve()
+    values = pope.score({"random": questions}, {"random": answers}, parse_strict).values
+    assert values["random: accuracy"] == 5 / 12
+    assert values["random: precision"] == 3 / 5
+    assert values["random: F1"] == 6 / 11
+    assert values["random: yes rate"] == 5 / 12
 
 
 def test_score_of_a_model_that_never_says_yes() -> None:
     questions, _ = twelve()
-    found = pope.score({"random": questions}, {"random": ["no"] * 12}).values
-    assert (found["random: precision"], found["random: recall"], found["random: F1"]) == (0, 0, 0)
-    assert found["random: accuracy"] == 1 / 2
+    values = pope.score({"random": questions}, {"random": ["no"] * 12}).values
+    assert (values["random: precision"], values["random: recall"], values["random: F1"]) == (0, 0, 0)
+    assert values["random: accuracy"] == 1 / 2
 
 
 def test_score_averages_splits_without_pooling() -> None:
-    questions, said = twelve()
+    questions, answers = twelve()
     easy = questions[:2], ["Yes", "Yes"]
-    found = pope.score({"random": questions, "popular": easy[0]}, {"random": said, "popular": easy[1]}).values
-    assert found["mean: accuracy"] == pytest.approx((5 / 12 + 1) / 2)
-    assert found["mean: F1"] == pytest.approx((6 / 13 + 1) / 2)
-    assert found["mean: yes rate"] == pytest.approx((7 / 12 + 1) / 2)
+    values = pope.score({"random": questions, "popular": easy[0]}, {"random": answers, "popular": easy[1]}).values
+    assert values["mean: accuracy"] == pytest.approx((5 / 12 + 1) / 2)
+    assert values["mean: F1"] == pytest.approx((6 / 13 + 1) / 2)
+    assert values["mean: yes rate"] == pytest.approx((7 / 12 + 1) / 2)
 
 
 def test_compare_two_models() -> None:
-    questions, said = twelve()
+    questions, answers = twelve()
     better = ["Yes" if question.answer else "No" for question in questions]
-    found = compare(
-        pope.score({"random": questions}, {"random": said}), pope.score({"random": questions}, {"random": better})
+    comparison = compare(
+        pope.score({"random": questions}, {"random": answers}), pope.score({"random": questions}, {"random": better})
     )
-    assert found.differences["random: F1"].estimate == pytest.approx(7 / 13)
-    assert found.differences["random: accuracy"].low > 0
-    assert found.table()[1][0] == "random: accuracy, %"
-    assert len(set(found.before.groups)) == 6  # two questions about each image
+    assert comparison.differences["random: F1"].estimate == pytest.approx(7 / 13)
+    assert comparison.differences["random: accuracy"].low > 0
+    assert comparison.table()[1][0] == "random: accuracy, %"
+    assert len(set(comparison.before.groups)) == 6  # two questions about each image
 
 
 def test_score_refuses() -> None:
-    questions, said = twelve()
+    questions, answers = twelve()
     with pytest.raises(ValueError, match="POPE: there is no response"):
         pope.score({}, {})
     with pytest.raises(ValueError, match="questions of random, answers to popular"):
-        pope.score({"random": questions}, {"popular": said})
+        pope.score({"random": questions}, {"popular": answers})
     with pytest.raises(ValueError, match="random has 12 questions and 11 answers"):
-        pope.score({"random": questions}, {"random": said[:11]})
+        pope.score({"random": questions}, {"random": answers[:11]})
     with pytest.raises(ValueError, match="POPE: random, 0 is answered twice"):
         pope.score({"random": [questions[0]] * 2}, {"random": ["no", "no"]})
 
@@ -251,7 +251,7 @@ def test_read_questions_and_annotations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "error"),
     [
         ({"question_id": 1}, "line 2: duplicate question_id 1"),
         ({"question_id": "2"}, 'question_id is "2"; expected a whole number'),
@@ -259,8 +259,8 @@ def test_read_questions_and_annotations(tmp_path: Path) -> None:
         ({"text": 3}, "text or question is 3; expected a string"),
     ],
 )
-def test_read_questions_refuses_bad_records(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_read_questions_refuses_bad_records(change: dict[str, Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=error):
         pope.read_questions(write_jsonl(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
 
 
@@ -281,7 +281,7 @@ def test_read_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "error"),
     [
         ([], "has 0 answers to 2 questions"),
         ([{"question_id": 1, "text": ""}], r"has no answer to 1 of 2 questions \(2\)"),
@@ -296,6 +296,6 @@ def test_read_answers(tmp_path: Path) -> None:
         ([{"answer": "yes"}] * 2, r"""has \["answer"\]; expected 'question' or 'prompt'"""),
     ],
 )
-def test_read_answers_refuses_bad_records(records: list[Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_read_answers_refuses_bad_records(records: list[Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=error):
         pope.read_answers(write_jsonl(tmp_path / "answers.jsonl", *records), QUESTIONS)

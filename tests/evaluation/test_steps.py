@@ -1,4 +1,4 @@
-"""The accuracy of a judge of noisy images by time, through the commands and on worked-out counts."""
+"""Accuracy of a step judge by timestep, through the commands and by hand."""
 
 import json
 from pathlib import Path
@@ -27,22 +27,22 @@ def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
     return load_recipe({**content, "model": model, "evaluate": {"benchmark": "steps", **evaluate}})
 
 
-def test_training_makes_a_judge_of_noisy_images(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
+def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """White halves are told apart in little noise by the trained judge; at T - 1 hardly anything is left to see."""
     made = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1, 999])
     run.train(made, quiet)
-    found = run.evaluate(made, quiet)
-    assert found.result == json.loads((found.folder / "result.json").read_text())
-    before, after = (found.result[side]["1"]["estimate"] for side in ("before", "after"))
+    evaluation = run.evaluate(made, quiet)
+    assert evaluation.result == json.loads((evaluation.folder / "result.json").read_text())
+    before, after = (evaluation.result[side]["1"]["estimate"] for side in ("before", "after"))
     assert after > 0.8 and after > before
-    assert found.table[0][1:] == ("before", "after") and [row[0] for row in found.table[1:]] == ["1", "999"]
+    assert evaluation.table[0][1:] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
     with pytest.raises(ValueError, match="benchmark steps draws no pictures"):
         run.gallery(made, quiet)
     with pytest.raises(ValueError, match="prepare: a judge draws no pictures"):
         run.prepare(made, quiet)
 
 
-def test_what_cannot_be_measured_is_refused(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
+def test_step_accuracy_refuses(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     made = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
     with pytest.raises(ValueError, match="steps needs pairs kept from training"):
         run.evaluate(made.model_copy(update={"data": made.data.model_copy(update={"hold_out": 0.0})}), quiet)
@@ -51,8 +51,8 @@ def test_what_cannot_be_measured_is_refused(tiny_sd15: Path, tiny_clip: Path, tm
         run.evaluate(made, quiet)
 
 
-def test_counts_and_shares() -> None:
-    found = StepAccuracy((1, 501), 10, {"before": (5, 4), "after": (9, 6)})
-    assert found.accuracy("after", 501).estimate == 0.6
-    assert found.as_dict()["before"]["1"]["estimate"] == 0.5
-    assert found.table()[0] == ("timestep (10 pairs)", "before", "after")
+def test_step_accuracy_by_hand() -> None:
+    step_accuracy = StepAccuracy((1, 501), 10, {"before": (5, 4), "after": (9, 6)})
+    assert step_accuracy.accuracy("after", 501).estimate == 0.6
+    assert step_accuracy.as_dict()["before"]["1"]["estimate"] == 0.5
+    assert step_accuracy.table()[0] == ("timestep (10 pairs)", "before", "after")
