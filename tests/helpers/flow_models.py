@@ -42,7 +42,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.helpers import data_files, diffusion_models
+from tests.helpers.data_files import SIDE
+from tests.helpers.diffusion_models import VAE, text_config
+from tests.helpers.diffusion_models import tokenizer as clip_tokenizer
 from tests.helpers.vlm_models import qwen2_5_vl
 from tests.helpers.vlm_models import tokenizer as pieces
 
@@ -67,19 +69,7 @@ LAYERS: dict[str, Any] = {
 
 def _autoencoder() -> AutoencoderKL:
     """With a shift, as those of SD3, FLUX.1 and Z-Image have it."""
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=data_files.SIDE,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return AutoencoderKL(**VAE, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
@@ -103,7 +93,7 @@ def _sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             **HEADS,
-            sample_size=data_files.SIDE // 2,
+            sample_size=SIDE // 2,
             in_channels=4,
             out_channels=4,
             num_layers=2,
@@ -116,11 +106,11 @@ def _sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_autoencoder(),
-        text_encoder=CLIPTextModelWithProjection(diffusion_models.text_config(projection_dim=16)),
-        text_encoder_2=CLIPTextModelWithProjection(diffusion_models.text_config(projection_dim=16)),
+        text_encoder=CLIPTextModelWithProjection(text_config(projection_dim=16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(projection_dim=16)),
         text_encoder_3=t5,
-        tokenizer=diffusion_models.tokenizer(),
-        tokenizer_2=diffusion_models.tokenizer(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         tokenizer_3=t5_tokenizer,
     )
 
@@ -140,23 +130,15 @@ def _flux(guided: bool = True) -> FluxPipeline:
         ),
         scheduler=DYNAMIC if guided else FlowMatchEulerDiscreteScheduler(),
         vae=_autoencoder(),
-        text_encoder=CLIPTextModel(diffusion_models.text_config()),
+        text_encoder=CLIPTextModel(text_config()),
         text_encoder_2=t5,
-        tokenizer=diffusion_models.tokenizer(),
+        tokenizer=clip_tokenizer(),
         tokenizer_2=t5_tokenizer,
     )
 
 
 def _flux2() -> Flux2Pipeline:
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=data_files.SIDE,
-    )
+    vae = AutoencoderKLFlux2(**VAE)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
     tok = pieces(["[IMG]", "[IMG_BREAK]", "[IMG_END]"])

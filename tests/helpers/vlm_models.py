@@ -72,7 +72,8 @@ WORDS = [
     "USER: What is in this image? Describe it. ASSISTANT: There is a red cube and a green ball on the table.",
     "Is there a dog in the image? Yes, there is. No, there is no dog. Two cats sit on a blue mat near a car.",
 ]
-TEXT: dict[str, Any] = {
+Sizes = dict[str, Any]  # of a network, by the names of its configuration
+TEXT: Sizes = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -80,7 +81,7 @@ TEXT: dict[str, Any] = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 256,
 }
-VISION: dict[str, Any] = {
+VISION: Sizes = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -129,50 +130,43 @@ def _llama(tok: Any) -> LlamaConfig:
     return LlamaConfig(vocab_size=len(tok), **TEXT, **_ids(tok))
 
 
-def llava() -> tuple[Any, Any]:
+def llava(text: Sizes = TEXT, vision: Sizes = VISION, tok: Any = None) -> tuple[Any, Any]:
     """LLaVA-1.5: one-dimensional positions, a fixed number of tokens an image."""
-    tok = tokenizer(["<image>"], begin=True)
-    square = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    processor = LlavaProcessor(
-        square,
-        tok,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_CHAT,
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**VISION, projection_dim=16),
-        text_config=_llama(tok),
-        image_token_id=tok.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    return LlavaForConditionalGeneration(config), processor
+    tok, side = tok or tokenizer(["<image>"], begin=True), vision["image_size"]
+    square = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = _llava_processor(LlavaProcessor, square, tok, vision)
+    return LlavaForConditionalGeneration(_llava_config(LlavaConfig, text, vision, tok)), processor
 
 
 def llava_next() -> tuple[Any, Any]:
     """LLaVA-Next: an image in tiles of its own number."""
-    tok, grid = tokenizer(["<image>"], begin=True), [[16, 32], [32, 16], [32, 32]]
-    tiles = LlavaNextImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=grid
-    )
-    processor = LlavaNextProcessor(
-        tiles,
+    tok, grid = tokenizer(["<image>"], begin=True), {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
+    tiles = LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **grid)
+    processor = _llava_processor(LlavaNextProcessor, tiles, tok, VISION)
+    return LlavaNextForConditionalGeneration(_llava_config(LlavaNextConfig, TEXT, VISION, tok, **grid)), processor
+
+
+def _llava_processor(kind: Any, images: Any, tok: Any, vision: Sizes) -> Any:
+    """Of the LLaVA family: the tower's class token is left out, whatever the size."""
+    return kind(
+        images,
         tok,
-        patch_size=8,
+        patch_size=vision["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=LLAVA_CHAT,
     )
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**VISION, projection_dim=16),
-        text_config=_llama(tok),
+
+
+def _llava_config(kind: Any, text: Sizes, vision: Sizes, tok: Any, **more: Any) -> Any:
+    return kind(
+        vision_config=CLIPVisionConfig(**{"projection_dim": 16, **vision}),
+        text_config=LlamaConfig(**{"vocab_size": len(tok), **text}, **_ids(tok)),
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
-        image_grid_pinpoints=grid,
+        vision_feature_select_strategy="default",
+        **more,
     )
-    return LlavaNextForConditionalGeneration(config), processor
 
 
 def idefics3() -> tuple[Any, Any]:
@@ -209,14 +203,21 @@ QWEN_SIDES: dict[str, Any] = {
     "merge_size": 2,
     "size": {"shortest_edge": 16 * 16, "longest_edge": 48 * 48},
 }
-QWEN_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
+QWEN_VISION: Sizes = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 8}
+QWEN2_5_VISION: Sizes = {
+    **QWEN_VISION,
+    "intermediate_size": 24,
+    "out_hidden_size": 16,
+    "window_size": 32,
+    "fullatt_block_indexes": [1],
+}
 
 
-def _qwen(**rope: Any) -> tuple[Any, dict[str, Any]]:
+def _qwen(text: Sizes | None = None, tok: Any = None, **rope: Any) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of Qwen's, and what the configs of all its models have alike; positions in rows and columns."""
-    tok = tokenizer([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
+    tok = tok or tokenizer([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
     positions = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, **rope}
-    text = {**TEXT, "vocab_size": len(tok), "rope_parameters": positions, **_ids(tok)}
+    text = {"vocab_size": len(tok), "rope_parameters": positions, **(text or TEXT), **_ids(tok)}
     return tok, {"text_config": text, **{name: tok.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()}}
 
 
@@ -230,13 +231,13 @@ def qwen2_vl() -> tuple[Any, Any]:
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-def qwen2_5_vl() -> tuple[Any, Any]:
+def qwen2_5_vl(
+    text: Sizes | None = None, vision: Sizes = QWEN2_5_VISION, tok: Any = None, sides: Sizes = QWEN_SIDES
+) -> tuple[Any, Any]:
     """Qwen2.5-VL: as Qwen2-VL, with windows in its tower."""
-    tok, same = _qwen()
-    image, video = Qwen2VLImageProcessor(**QWEN_SIDES), Qwen2VLVideoProcessor(**QWEN_SIDES)
-    vision = {**QWEN_VISION, "intermediate_size": 24, "out_hidden_size": 16}
-    windows = {"window_size": 32, "fullatt_block_indexes": [1]}
-    config = Qwen2_5_VLConfig(vision_config={**vision, **windows}, **same)
+    tok, same = _qwen(text, tok)
+    image, video = Qwen2VLImageProcessor(**sides), Qwen2VLVideoProcessor(**sides)
+    config = Qwen2_5_VLConfig(vision_config=vision, **same)
     processor = Qwen2_5_VLProcessor(image, tok, video, chat_template=QWEN_CHAT)
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
