@@ -79,17 +79,10 @@ def generate_answers(
 ) -> Answers:
     """Ask the reference and the policy the same questions, with the same random numbers if they sample.
 
-    Every image of a batch is encoded once for both. An unreadable image, or a prompt that is too long, takes its
-    questions with it, for both models.
-
-    Args:
-        policy: the trained model, with its base as reference.
-        questions: the questions, batched in this order and without repetition. A batch takes as long as its longest
-            answer, so questions of one kind should be adjacent.
-        images: an image by its name.
-        decoding: settings of generation.
-        seed: seed of sampling, keyed by the question.
-        caches: caches of reference and policy.
+    Questions are batched in their order and without repetition. A batch takes as long as its longest answer, so
+    questions of one kind should be adjacent. Every image of a batch is encoded once for both models. An unreadable
+    image, or a prompt that is too long, takes its questions with it, for both models. Random numbers are keyed by the
+    question.
     """
     models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
     keys = list(dict.fromkeys(questions))

@@ -27,17 +27,11 @@ Sample = dict[str, Any]  # prompt, seed, and the measurements of the images befo
 
 
 def compare_images(
-    recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, of: Mapping[str, Any], say: Say
+    recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, identity: Mapping[str, Any], say: Say
 ) -> tuple[dict[str, Any], Table]:
-    """Generate images with base and trained model from the same noise, measure them, and write them to `folder`.
+    """Generate images with base and trained model from the same noise, and measure them.
 
-    Args:
-        recipe: a recipe with a section `evaluate`.
-        policy: the trained model, with its base as reference.
-        judge: the reward model; benchmark scenes needs none.
-        folder: target of the images, and of the gallery's samples.json.
-        of: identity of this evaluation.
-        say: takes a line of text.
+    `folder` receives the images and the gallery's samples.json, with the identity of this evaluation.
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateImages)
@@ -45,7 +39,7 @@ def compare_images(
     num_truncated = policy.family.count_cut(prompts)
     if num_truncated:
         say(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
-    caches = _caches(recipe, section, policy, of)
+    caches = _caches(recipe, section, policy, identity)
     images = generate_both(policy, prompts, seeds, assemble.sampling(section.drawing), caches)
     samples: list[Sample] = [
         {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
@@ -59,7 +53,7 @@ def compare_images(
     score_name = "share of the prompt's parts that are right"
     if section.benchmark == "preference" and section.judge is not None:
         score_name = f"score of {section.judge.path}"
-    content = {"of": of, "score": score_name, "table": table, "samples": samples}
+    content = {"of": identity, "score": score_name, "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
 
@@ -157,12 +151,12 @@ def generate_both(
 
 
 def _caches(
-    recipe: Recipe, section: EvaluateImages, policy: Policy, of: Mapping[str, Any]
+    recipe: Recipe, section: EvaluateImages, policy: Policy, identity: Mapping[str, Any]
 ) -> tuple[ImageCache, ImageCache]:
     """Return the image caches of the base and of the trained model."""
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     assemble.make_folder("evaluate.cache", folder)
-    models = of["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
+    models = identity["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
     settings = cache_settings(recipe, section.drawing)
     before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)
     return before, after

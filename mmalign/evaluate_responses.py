@@ -69,22 +69,16 @@ def compare_answers(
     policy: Policy[VisionLanguage],
     benchmark: Benchmark,
     folder: Path,
-    of: Mapping[str, Any],
+    identity: Mapping[str, Any],
     say: Say,
 ) -> tuple[dict[str, Any], Table]:
-    """Ask base and trained model, score their answers, and write these to `folder` with the gallery's samples.json.
+    """Ask base and trained model the benchmark's questions, and score their answers.
 
-    Args:
-        recipe: a recipe with a section `evaluate`.
-        policy: the trained model, with its base as reference.
-        benchmark: the questions, and their metrics.
-        folder: target of the files.
-        of: identity of this evaluation.
-        say: takes a line of text.
+    `folder` receives the answers and the gallery's samples.json, with the identity of this evaluation.
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateResponses)
-    answers = _ask(recipe, section, policy, benchmark, of)
+    answers = _ask(recipe, section, policy, benchmark, identity)
     left_out = list(answers.left_out.values())
     if left_out:
         say(f"{len(left_out)} images are left out, for both models: {listed(left_out)}")
@@ -108,7 +102,7 @@ def compare_answers(
     for side, parts in by_side.items():
         _write_answers(folder / side, benchmark, parts)
     content = {
-        "of": of,
+        "of": identity,
         "score": benchmark.score_name,
         "table": _headline_table(comparisons),
         "samples": _samples(benchmark, by_side),
@@ -131,7 +125,7 @@ def _ask(
     section: EvaluateResponses,
     policy: Policy[VisionLanguage],
     benchmark: Benchmark,
-    of: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> Answers:
     """Return both models' answers to all questions, from their caches or generated."""
     folder = Path(recipe.output) / "answers" if section.cache == "auto" else Path(section.cache)
@@ -142,7 +136,7 @@ def _ask(
         "seed": section.seed,
         "images": section.images or section.benchmark,
     }
-    models = of["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
+    models = identity["trained"]["identity"]["model"], assemble.fingerprint(policy.unwrapped)
     before, after = (AnswerCache(folder, {**settings, "model": model}) for model in models)
     return generate_answers(
         policy,

@@ -33,7 +33,7 @@ import numpy as np
 
 from mmalign.data.files import document, records, shown
 from mmalign.evaluation.answer_files import Record, index, take_names, take_number, take_text
-from mmalign.evaluation.counts import Metrics, Ratio, Sums, as_columns, divide, f1, ratio
+from mmalign.evaluation.counts import Metrics, Ratio, Sums, as_columns, as_columns_by_kind, divide, f1, ratio
 from mmalign.evaluation.intervals import Values
 from mmalign.evaluation.pope import Parse, parse_strict
 from mmalign.language.objects import singular, tokens
@@ -184,8 +184,8 @@ def score_generative(
     Args:
         responses: from an id to the response; ids of yes/no questions are left out.
         annotations: the benchmark's annotations.
-        nouns: a function from a text to its nouns, in order and with repetition.
-        similar: whether two words, of the text and of the annotations, mean the same; equal words alone by default.
+        nouns: returns the nouns of a text, in order and with repetition.
+        similar: compares a word of the text with one of the annotations; by default only equal words are similar.
 
     Raises:
         ValueError: an id is unknown, or none is a description's.
@@ -254,17 +254,16 @@ def score_discriminative(
     items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
     present = {item.kind for item in items.values()}
     kinds = [kind for kind in _DIMENSIONS["all"] if kind in present]
-    rows = [
-        {f"{kind}: {name}": value * (kind == item.kind) for kind in kinds for name, value in counts.items()}
-        for item, counts in ((item, _count(item, parse(responses[number]))) for number, item in items.items())
-    ]
+    rows = [(item.kind, _count(item, parse(responses[number]))) for number, item in items.items()]
     ratios: dict[str, Ratio] = {}
     for dimension, dimension_kinds in _DIMENSIONS.items():
         there = [kind for kind in dimension_kinds if kind in present]
         if there:
             ratios |= {f"{dimension}: {name}": partial(_over_kinds, there, parts) for name, parts in _PARTS.items()}
     groups, headline = _groups(items, annotations), ("all: accuracy", "all: F1", "all: yes rate")
-    return Metrics("AMBER, discriminative", tuple(items), groups, as_columns(rows), ratios, headline=headline)
+    return Metrics(
+        "AMBER, discriminative", tuple(items), groups, as_columns_by_kind(kinds, rows), ratios, headline=headline
+    )
 
 
 def _count(item: DiscriminativeItem, said: bool | None) -> dict[str, bool]:

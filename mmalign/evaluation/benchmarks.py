@@ -94,14 +94,7 @@ def caption_benchmark(
     images: Images,
     score: Callable[[Sequence[Response], chair.Truth, Vocabulary], Metrics] = chair.score,
 ) -> Benchmark:
-    """Return a benchmark of descriptions of images with known objects: CHAIR, or Object HalBench.
-
-    Args:
-        questions: the prompts for descriptions.
-        objects: from an image's id (`answer_files.image_id`) to its objects, by the vocabulary's names.
-        vocabulary: the words for the objects.
-        images: an image by its name.
-        score: `chair.score` or `object_halbench.score`.
+    """Return a benchmark of descriptions of images with known objects: CHAIR, or Object HalBench by its `score`.
 
     Raises:
         ValueError: an image has no annotation, or a question is repeated.
@@ -145,11 +138,6 @@ def yes_no_benchmark(
 
 def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotations, images: Images) -> Benchmark:
     """Return AMBER: descriptions, and yes/no questions on existence, attributes and relations.
-
-    Args:
-        questions: all of them, by the benchmark's ids.
-        annotations: the benchmark's annotations.
-        images: an image by its name.
 
     Raises:
         ValueError: a question has no annotation.

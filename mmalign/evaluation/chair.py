@@ -57,11 +57,6 @@ def match_objects(text: str, objects: Collection[str], vocabulary: Vocabulary) -
 def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -> Metrics:
     """Return CHAIR_i, CHAIR_s, recall and the mean length in words (at white space) of N descriptions.
 
-    Args:
-        responses: [N]; several to one image differ in their question.
-        truth: the objects of each image, by the vocabulary's names.
-        vocabulary: the objects, and the words for them.
-
     Raises:
         ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
             annotated object is not the vocabulary's.

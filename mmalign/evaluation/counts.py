@@ -45,6 +45,16 @@ def as_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, Values]:
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
 
 
+def as_columns_by_kind(kinds: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Values]:
+    """Return the values [N] of each count and kind ("random: right"), from a kind and its counts for each response."""
+    return as_columns(
+        [
+            {f"{kind}: {name}": value * (kind == row_kind) for kind in kinds for name, value in counts.items()}
+            for row_kind, counts in rows
+        ]
+    )
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Metrics of N responses, and the counts behind them.

@@ -26,7 +26,7 @@ import numpy as np
 from mmalign.data.files import records, shown
 from mmalign.draws import Draws
 from mmalign.evaluation.answer_files import Question, index, take, take_number, take_text
-from mmalign.evaluation.counts import Metrics, Ratio, Sums, as_columns, f1, ratio
+from mmalign.evaluation.counts import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
 from mmalign.evaluation.intervals import Values
 
 Split = Literal["random", "popular", "adversarial"]
@@ -173,12 +173,7 @@ def score(
         for split, asked in questions.items()
         for question, answer in zip(asked, answers[split], strict=True)
     ]
-    columns = as_columns(
-        [
-            {f"{name}: {count}": value * (name == split) for name in questions for count, value in counts.items()}
-            for split, _, counts in rows
-        ]
-    )
+    columns = as_columns_by_kind(list(questions), [(split, counts) for split, _, counts in rows])
     ratios: dict[str, Ratio] = {
         f"{split}: {name}": partial(_of_split, split, measure)
         for split in questions

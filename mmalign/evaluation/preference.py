@@ -20,13 +20,7 @@ def measure_scores(
     """Return the win rate over the base model and the mean score.
 
     A win is a higher score, and a tie is half a win. Scores that agree to within float32 rounding tie: the scores of
-    equal images differ by as much from batch to batch.
-
-    Args:
-        scores: [N] a model's scores, higher is better.
-        base_scores: [N] scores of the base model's images.
-        keys: [N] prompt and seed.
-        groups: [N] the prompt.
+    equal images differ by as much from batch to batch. All arguments are [N]; keys are prompt and seed, groups prompts.
     """
     own, base = np.asarray(scores, dtype=np.float64), np.asarray(base_scores, dtype=np.float64)
     wins = np.where(np.isclose(own, base, rtol=1e-6, atol=1e-8), 0.5, 0.5 + 0.5 * np.sign(own - base))

@@ -48,16 +48,7 @@ def spans(answer: RatedAnswer) -> list[Span]:
 def answer_entry(
     image: Image.Image, name: str, question: str, truth: str, before: RatedAnswer, after: RatedAnswer
 ) -> GalleryEntry:
-    """Return the entry of one question.
-
-    Args:
-        image: the image.
-        name: the image's name.
-        question: the question about it.
-        truth: the right answer in words.
-        before: the base model's answer.
-        after: the aligned model's.
-    """
+    """Return the entry of one question about an image, with the ground-truth answer in words."""
     reduced = image.copy()
     reduced.thumbnail((2 * SMALL, 2 * SMALL), Image.Resampling.LANCZOS)  # as large as the page shows it
     details = {

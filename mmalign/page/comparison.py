@@ -203,15 +203,7 @@ def draw_side_by_side(
     *,
     side: int = 128,
 ) -> Image.Image:
-    """Draw a row for each prompt and a column for each model.
-
-    Args:
-        prompts: N texts.
-        columns: from a model's name to its N images.
-        title: heading of all.
-        lines: texts below the title.
-        side: size of an image, in pixels.
-    """
+    """Draw a row for each of N prompts, and a column of N images of `side` pixels for each model."""
 
     def text_cell(text: str, size: int, width: int) -> Cell:
         return Cell([Text([Piece(text)], size, num_lines=3)], width=width)

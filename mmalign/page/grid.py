@@ -76,15 +76,7 @@ class Section(NamedTuple):
 def draw_grid(
     title: str, lines: Sequence[str], sections: Sequence[Section], *, columns: int, unit: int = 1
 ) -> Image.Image:
-    """Draw a title, lines of text, and sections of tiles.
-
-    Args:
-        title: the heading of all.
-        lines: texts below the title.
-        sections: the tiles; all of one width.
-        columns: the largest number of tiles in a row.
-        unit: scale of all sizes.
-    """
+    """Draw a title, lines of text, and sections of tiles, at most `columns` in a row; `unit` scales all sizes."""
     tiles = [tile for section in sections for tile in section.tiles]
     tile_width = max((tile.width for tile in tiles), default=2 * SMALL)
     columns = min(columns, max(len(section.tiles) for section in sections))

@@ -18,15 +18,7 @@ def picture_entry(
     scores: Scores,
     notes: tuple[str, str] = ("", ""),
 ) -> GalleryEntry:
-    """Return the entry of one prompt and seed.
-
-    Args:
-        prompt: the prompt.
-        seed: the seed of the starting noise.
-        images: before and after.
-        scores: before and after; higher is better.
-        notes: the scores in words, such as "correct" or "colour, count wrong".
-    """
+    """Return the entry of one prompt and seed; images, scores and notes are those before and after."""
     by_name = dict(zip(("before_image", "after_image"), images, strict=True))
     return GalleryEntry(prompt, f"seed {seed}", scores, notes, by_name, {"prompt": prompt, "seed": seed})
 

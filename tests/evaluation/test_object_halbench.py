@@ -26,22 +26,11 @@ RESPONSES = [
 
 def test_score_by_hand() -> None:
     """2 of the 3 responses that name an object, 3 of 8 mentions, 4 of 5 objects, 10 + 5 + 4 + 2 words."""
-    metrics = object_halbench.score(RESPONSES, TRUTH)
-    assert metrics.values == {
-        "response-level": 2 / 3,
-        "mention-level": 3 / 8,
-        "recall": 4 / 5,
-        "words per response": 21 / 4,
-    }
+    rates = {"response-level": 2 / 3, "mention-level": 3 / 8, "recall": 4 / 5, "words per response": 21 / 4}
+    assert object_halbench.score(RESPONSES, TRUTH).values == rates
     assert chair.score(RESPONSES, TRUTH, coco_vocabulary("refined")).values["CHAIR_s"] == 2 / 4
-
-
-def test_score_of_distinct_words() -> None:
-    """Words man, puppy, dog, cat; hot dog, table; chair: two of seven invented. Rates of responses stay."""
-    metrics = object_halbench.score(RESPONSES, TRUTH, distinct=True)
-    assert metrics.values["mention-level"] == 2 / 7
-    assert metrics.values["response-level"] == 2 / 3
-    assert metrics.values["recall"] == 4 / 5
+    # Words man, puppy, dog, cat; hot dog, table; chair: two of seven invented.
+    assert object_halbench.score(RESPONSES, TRUTH, distinct=True).values == {**rates, "mention-level": 2 / 7}
 
 
 def test_score_of_responses_without_objects() -> None:
@@ -49,15 +38,11 @@ def test_score_of_responses_without_objects() -> None:
     assert metrics.values == {"response-level": 0, "mention-level": 0, "recall": 0, "words per response": 0.5}
 
 
-def test_score_uses_the_refined_vocabulary() -> None:
+def test_score_uses_the_refined_vocabulary_or_another() -> None:
     metrics = object_halbench.score([Response("1", "A pedestrian."), Response("4", "A cheesecake.")], TRUTH)
     assert (metrics.values["mention-level"], metrics.values["recall"]) == (1 / 2, 1 / 3)
-
-
-def test_score_with_another_vocabulary() -> None:
     shapes = vocabulary({"circle": [], "star": []})
-    metrics = object_halbench.score([Response("1", "A star.")], {"1": ["circle"]}, shapes)
-    assert metrics.values["response-level"] == 1
+    assert object_halbench.score([Response("1", "A star.")], {"1": ["circle"]}, shapes).values["response-level"] == 1
 
 
 def test_compare_two_models() -> None:
