@@ -15,44 +15,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmalign.rejected import Writer
-    from mmalign.run import Evaluation, Trained
-    from mmalign.sections import Recipe
+    from mmalign.commands.evaluate import Evaluation
+    from mmalign.commands.train import Trained
+    from mmalign.config import Recipe
+    from mmalign.synthesis.rejected_responses import Writer
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "gallery", "load_recipe", "prepare", "train"]
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a path, a shipped recipe's name or a mapping, all of it checked; see mmalign.recipe.load_recipe."""
-    from mmalign import recipe
+    """Load and check a recipe, given by a path, the name of a shipped one, or a mapping."""
+    from mmalign.commands import load_recipe as command
 
-    return recipe.load_recipe(source, overrides)
+    return command.load_recipe(source, overrides)
 
 
 def train(recipe: Recipe) -> Trained:
-    """Train by a recipe, or go on where an earlier call stopped; see mmalign.run.train."""
-    from mmalign import run
+    """Train by a recipe, or resume from its last checkpoint."""
+    from mmalign.commands import train as command
 
-    return run.train(recipe)
+    return command.train(recipe)
 
 
 def evaluate(recipe: Recipe) -> Evaluation:
-    """Compare the base model with the trained one; see mmalign.run.evaluate."""
-    from mmalign import run
+    """Compare the base model with the trained one."""
+    from mmalign.commands import evaluate as command
 
-    return run.evaluate(recipe)
+    return command.evaluate(recipe)
 
 
 def gallery(recipe: Recipe) -> Path:
-    """Write the before-and-after page of what was evaluated and return its path; see mmalign.run.gallery."""
-    from mmalign import run
+    """Write the before-and-after page of an evaluation and return its path."""
+    from mmalign.commands import gallery as command
 
-    return run.gallery(recipe)
+    return command.gallery(recipe)
 
 
 def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
-    """Make the pairs that a recipe learns from and return their file; see mmalign.run.prepare."""
-    from mmalign import run
+    """Make the pairs that a recipe learns from and return their file."""
+    from mmalign.commands import prepare as command
 
-    return run.prepare(recipe, writer=writer)
+    return command.prepare(recipe, writer=writer)

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from mmalign import methods
+
 
 class _Commands(TyperGroup):
     """All commands; a mistake ends in its sentence and exit code 1, not in a traceback."""
@@ -25,7 +27,7 @@ class _Commands(TyperGroup):
             _complain("stopped; the same command goes on from what was saved last")
             raise SystemExit(130) from None
         except Exception as error:
-            from mmalign.checkpoint import CheckpointError  # which imports torch
+            from mmalign.atomic_io import CheckpointError  # which imports torch
 
             told = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
             if not told or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
@@ -41,13 +43,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Align text-to-image and vision-language models with human preferences.",
 )
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. train.lr=1e-5."),
 ]
+
+
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped one; see `mmalign list`.")
 ]
+
+
 console = Console(highlight=False, soft_wrap=True, markup=False)  # a path may hold brackets
 
 
@@ -65,7 +73,8 @@ def quickstart(
     ] = None,
 ) -> None:
     """Align a bundled model on this machine, without a network, and show the proof: some minutes on two cores."""
-    from mmalign.quickstart import quickstart as run
+
+    from mmalign.commands.quickstart import quickstart as run
 
     run(modality, seed=seed, draw=draw, output=output, say=console.print)
 
@@ -73,9 +82,9 @@ def quickstart(
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Train by a recipe; the same command again goes on where it stopped."""
-    from mmalign import run
+    from mmalign.commands.train import train as run
 
-    run.train(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides), say=console.print)
 
 
 @app.command()
@@ -84,7 +93,8 @@ def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     Several processes share the work: accelerate launch -m mmalign.cli cache RECIPE. `mmalign train` does what is left.
     """
-    from mmalign.caching import cache as run
+
+    from mmalign.commands.cache import cache as run
 
     run(_load(recipe, overrides), say=console.print)
 
@@ -92,17 +102,17 @@ def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
-    from mmalign import run
+    from mmalign.commands.evaluate import evaluate as run
 
-    run.evaluate(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides), say=console.print)
 
 
 @app.command()
 def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Make the before-and-after page, of what was evaluated."""
-    from mmalign import run
+    from mmalign.commands.gallery import gallery as run
 
-    run.gallery(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides), say=console.print)
 
 
 @app.command()
@@ -121,7 +131,8 @@ def compare(
     overrides: Overrides = None,
 ) -> None:
     """Train recipes with several seeds, measure them alike, and write one table; what is done is not done again."""
-    from mmalign.compare import compare as run
+
+    from mmalign.commands.compare import compare as run
 
     run(
         recipes,
@@ -137,9 +148,9 @@ def compare(
 @app.command()
 def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Make the pairs that a recipe learns from, and write them to data.path."""
-    from mmalign import run
+    from mmalign.commands.prepare import prepare as run
 
-    run.prepare(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides), say=console.print)
 
 
 @app.command()
@@ -175,6 +186,7 @@ def bench(
     if scale is None:
         if plot is not None or values:
             raise ValueError("bench: --plot and --values need --scale; name what grows, such as --scale resolution")
+
         from mmalign.benchmark.bench import bench as run
 
         run(recipe, **common)
@@ -189,13 +201,13 @@ def bench(
 @app.command("list")
 def list_() -> None:
     """List methods, families, judges, and the recipes that come with the project."""
-    from mmalign import run
+    from mmalign import cli
 
-    run.list_everything(console)
+    cli.list_everything(console)
 
 
 def _load(name: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
-    from mmalign.recipe import load_recipe
+    from mmalign.commands.load_recipe import load_recipe
 
     return load_recipe(name, overrides or ())
 
@@ -240,3 +252,22 @@ def _quiet() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def list_everything(console: Any) -> None:
+    """Print the methods, families, judges and shipped recipes that there are."""
+    from mmalign import rewards
+    from mmalign.families import loading
+    from mmalign.resources import roots
+
+    console.print("methods:  " + ", ".join(methods.names()))
+    pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
+    console.print(f"families: {pipelines}, vision_language (AutoModelForImageTextToText)")
+    console.print("judges:   " + ", ".join(rewards.names()))
+    console.print("recipes:")
+    for root in roots():
+        for path in sorted((root / "configs").rglob("*.yaml")):
+            first = path.read_text().splitlines()[0].lstrip("# ")
+            console.print(f"  {path.relative_to(root)}  {first}", markup=False)
+        if (root / "configs").is_dir():
+            return

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
-    from mmalign.families import Family
+    from mmalign.families.base import Family
 
 R = TypeVar("R")
 # What a method asks of a family depends on the modality; `Policy` alone is one of any family.

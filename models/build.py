@@ -3,7 +3,7 @@
 Stages, in the order in which they need each other: `vae`, `sd` (denoiser and text encoder, on the VAE's latents),
 `clip` (the judge) and `clip_eval` (a second judge, on other prompts with another seed, used for evaluation alone). A
 stage that is stopped goes on where it was when the same command is given again; `--work` keeps its checkpoints.
-Everything is drawn by `mmalign.data.scenes`; nothing is downloaded. What it took is in models/README.md.
+Everything is drawn by `mmalign.toy.scenes`; nothing is downloaded. What it took is in models/README.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fit import fit, half
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from mmalign.data import scenes
+from mmalign.toy import scenes
 
 HERE = Path(__file__).parent
 CONTEXT = 32  # tokens that the denoiser's text encoder reads; the longest caption of the world takes 12
@@ -351,9 +351,9 @@ def _weathered(x: Tensor) -> Tensor:
 
 def build_clip_steps(work: Path) -> None:
     """tiny_clip told the time: the judge of SPO, trained by its shipped recipe; its weights are halved."""
-    from mmalign.recipe import load_recipe
+    from mmalign.commands.load_recipe import load_recipe
+    from mmalign.commands.train import train
     from mmalign.rewards import step_aware
-    from mmalign.training import train
 
     recipe = load_recipe("configs/text_to_image/step_preference_tiny_sd.yaml", [f"output={work / 'clip_steps'}"])
     parts = step_aware.read(str(train(recipe).folder))

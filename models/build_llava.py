@@ -2,7 +2,7 @@
 
 Two stages: the vision tower learns to say what is where in pictures in which partners are rare, and is frozen; then
 projector and decoder learn descriptions and yes/no questions of pictures in which partners nearly always come
-together (`mmalign.data.crowds`). So the model sees, and over-trusts co-occurrence where seeing is hard. Stopped, it
+together (`mmalign.toy.crowds`). So the model sees, and over-trusts co-occurrence where seeing is hard. Stopped, it
 goes on where it was when the same command is given again. What it took is in models/README.md.
 """
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fit import fit, half
 from torch import Tensor, nn
 
-from mmalign.data import crowds
+from mmalign.toy import crowds
 
 HERE = Path(__file__).parent
 SIDE, PATCH = 64, 16  # pixels; an image is 16 tokens

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import STANDING_VLMS, Folders
 
 if TYPE_CHECKING:
-    from mmalign.families import TextToImage, VisionLanguage
+    from mmalign.families.base import TextToImage, VisionLanguage
     from tests.helpers.linear_runs import Run
 
 

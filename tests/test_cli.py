@@ -16,9 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import mmalign
-from mmalign import cli, training
-from mmalign.data import scenes
+from mmalign import cli
+from mmalign.commands import train
 from mmalign.methods import names
+from mmalign.toy import scenes
 from tests.helpers import data_files, recipes
 from tests.helpers.loading import load_diffusion
 
@@ -115,22 +116,22 @@ def test_adapters_are_read_back_as_they_were_trained(
     """Also where alpha is not the rank, which the weights alone do not say."""
     import torch
 
-    from mmalign import assemble
-    from mmalign.recipe import load_recipe
+    from mmalign.commands.load_recipe import load_recipe
+    from mmalign.modalities import loading
 
     trained: list[torch.nn.Module] = []
-    export = training.export
+    export = train.export
 
     def exported(folder: Path, run: Any) -> None:
         trained.append(run.policy.unwrapped)
         export(folder, run)
 
-    monkeypatch.setattr(training, "export", exported)
+    monkeypatch.setattr(train, "export", exported)
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
-    folder = training.train(load_recipe(content), say=lambda _: None).folder
-    policy = assemble.load_aligned(load_diffusion(tiny_sd15), folder)
+    folder = train.train(load_recipe(content), say=lambda _: None).folder
+    policy = loading.load_aligned(load_diffusion(tiny_sd15), folder)
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)
 
     def answer(net: torch.nn.Module) -> torch.Tensor:
@@ -209,7 +210,7 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
 def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after its second update, the run goes on from there, and ends as one that was never stopped."""
     run("train", recipe, "--set", f"output={tmp_path / 'whole'}", "--set", "train.steps=4")
-    update = training._Hook.__call__
+    update = train._Hook.__call__
 
     def stopped(hook: Any, progress: Any, metrics: Any) -> None:
         update(hook, progress, metrics)
@@ -217,7 +218,7 @@ def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Hook, "__call__", stopped)
+        patch.setattr(train._Hook, "__call__", stopped)
         code, printed = refused("train", recipe, "--set", "train.steps=4")
     assert code == 130 and printed.endswith("stopped; the same command goes on from what was saved last\n")
     assert "going on from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=4")
@@ -228,7 +229,7 @@ def test_what_is_not_the_users_mistake_keeps_its_traceback(recipe: Path, monkeyp
     def broken(*_: object, **__: object) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("mmalign.run.train", broken)
+    monkeypatch.setattr("mmalign.commands.train.train", broken)
     result = CliRunner().invoke(cli.app, ["train", str(recipe)])
     assert isinstance(result.exception, AssertionError)
 

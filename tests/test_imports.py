@@ -1,4 +1,4 @@
-"""Imports point down, and `import mmalign.losses` needs torch alone."""
+"""Imports point down, and `import mmalign.losses.pairwise` needs torch alone."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ PACKAGE = Path(mmalign.__file__).parent
 
 # From the bottom to the top. A module of mmalign/ (a file or a folder) imports from its own layer and from lower ones.
 LAYERS = (
-    {"losses", "draws", "sections", "share", "optim", "callables", "plugins"},
-    {"recipe"},
-    {"policy"},
-    {"attention", "diffusion", "language", "rewards", "data"},
+    {"config", "losses", "rng", "registry", "resources", "atomic_io", "console"},
+    {"policy", "attention", "diffusion", "language", "rewards", "toy"},
     {"families"},
-    {"encode", "encode_responses", "features", "completions", "rejected"},
+    {"data"},
+    {"synthesis"},
     {"methods"},
-    {"assemble", "loop", "feed", "report", "page", "evaluation", "checkpoint", "answers", "drawings", "kept"},
-    {"caching", "training", "training_run", "output", "evaluate_images", "evaluate_responses"},
-    {"run", "quickstart", "compare", "prepare_images", "prepare_responses", "benchmark"},
+    {"training", "evaluation", "gallery"},
+    {"modalities"},
+    {"benchmark", "commands"},
     {"cli"},
     {"__init__", "__main__"},
 )
-# A recipe checks the hyper-parameters of its method, which it finds by name, and only inside the function that does so.
-LAZY = {("recipe", "methods")}
 HEIGHT = {module: height for height, layer in enumerate(LAYERS) for module in layer}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -44,13 +41,10 @@ class Import:
     source: str
     target: str
     line: int
-    in_function: bool
 
     @property
     def points_up(self) -> bool:
         """Whether the target's layer is above the source's; a module without a layer is another test's."""
-        if self.in_function and (self.source, self.target) in LAZY:
-            return False
         return HEIGHT.get(self.target, 0) > HEIGHT.get(self.source, len(LAYERS))
 
 
@@ -64,7 +58,6 @@ def imports_of(path: Path, package: Path = PACKAGE) -> Iterator[Import]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     folder = path.relative_to(package.parent).parent.parts
     typing_only = inside(node.body for node in ast.walk(tree) if isinstance(node, ast.If) and is_type_checking(node))
-    functions = inside(n.body for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom) or node in typing_only:
             continue
@@ -73,7 +66,7 @@ def imports_of(path: Path, package: Path = PACKAGE) -> Iterator[Import]:
             if first == "mmalign":
                 # `from mmalign import x`: the module x, or else a name that mmalign/__init__.py offers.
                 known = len(rest) > 1 or (rest and (rest[0] in HEIGHT or (package / rest[0]).is_dir()))
-                yield Import(room(path, package), rest[0] if known else "__init__", node.lineno, node in functions)
+                yield Import(room(path, package), rest[0] if known else "__init__", node.lineno)
 
 
 def inside(bodies: Iterable[list[ast.stmt]]) -> set[ast.AST]:
@@ -115,7 +108,7 @@ def test_imports_point_down(path: Path) -> None:
 def test_no_two_modules_need_each_other() -> None:
     needs: dict[str, set[str]] = {}
     for found in (i for path in FILES for i in imports_of(path)):
-        if found.source != found.target and (found.source, found.target) not in LAZY:
+        if found.source != found.target:
             needs.setdefault(found.source, set()).add(found.target)
     try:
         TopologicalSorter(needs).prepare()
@@ -126,19 +119,22 @@ def test_no_two_modules_need_each_other() -> None:
 @pytest.mark.parametrize(
     ("source", "seen"),
     [
-        ("from mmalign.loop import train", ["policy.py:1: policy imports loop"]),
+        ("from mmalign.training.loop import train", ["policy.py:1: policy imports training"]),
         ("from mmalign import methods, losses", ["policy.py:1: policy imports methods"]),
-        ("def f():\n    import mmalign.families.sd", ["policy.py:2: policy imports families"]),
+        ("def f():\n    import mmalign.families.base.sd", ["policy.py:2: policy imports families"]),
         ("from .families import sd", ["policy.py:1: policy imports families"]),
         ("from . import cli", ["policy.py:1: policy imports cli"]),
         ("from mmalign import version", ["policy.py:1: policy imports __init__"]),
-        ("if TYPE_CHECKING:\n    from mmalign.families import TextToImage", []),
+        ("if TYPE_CHECKING:\n    from mmalign.families.base import TextToImage", []),
         (
-            "if TYPE_CHECKING:\n    pass\nelse:\n    from mmalign.families import x",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    from mmalign.families.base import x",
             ["policy.py:4: policy imports families"],
         ),
-        ("from mmalign.losses import Pair\nimport torch", []),
-        ("async def f():\n    from mmalign import recipe, cli", ["policy.py:2: policy imports cli"]),
+        ("from mmalign.losses.pairwise import Pair\nimport torch", []),
+        (
+            "async def f():\n    from mmalign import methods, cli",
+            ["policy.py:2: policy imports methods", "policy.py:2: policy imports cli"],
+        ),
     ],
 )
 def test_the_finder_finds(source: str, seen: list[str], tmp_path: Path) -> None:
@@ -146,13 +142,6 @@ def test_the_finder_finds(source: str, seen: list[str], tmp_path: Path) -> None:
     package.mkdir()
     (package / "policy.py").write_text(source)
     assert upward(package / "policy.py", package) == seen
-
-
-def test_a_recipe_reaches_its_method_inside_a_function_alone(tmp_path: Path) -> None:
-    package = tmp_path / "mmalign"
-    package.mkdir()
-    (package / "recipe.py").write_text("def check():\n    from mmalign import methods\nfrom mmalign import methods")
-    assert upward(package / "recipe.py", package) == ["recipe.py:3: recipe imports methods"]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -176,7 +165,7 @@ def test_losses_need_torch_alone() -> None:
         "PIL",
         "typer",
     }
-    modules = loaded_by("import mmalign.losses")
+    modules = loaded_by("import mmalign.losses.pairwise")
     assert "torch" in modules
     assert not modules & heavy
 

@@ -48,7 +48,7 @@ def test_the_wheel_has_the_package_and_what_it_shares_and_nothing_else(wheel: zi
     shared = {name.split("/")[2] for name in names if name.startswith("mmalign/_share/")}
     assert shared == {folder for folder in ("configs", "models", "assets") if any((ROOT / folder).glob("*"))}
     assert "mmalign/_share/models/tiny_clip/open_clip_model.safetensors" in names
-    assert "mmalign/losses.py" in names
+    assert "mmalign/losses/pairwise.py" in names
     scripts = {"build.py", "build_llava.py", "fit.py"}
     assert [n for n in names if ".work" in n or "pycache" in n or n.split("/")[-1] in scripts] == []
     assert any(name.endswith("licenses/LICENSE") for name in names)

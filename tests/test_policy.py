@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.diffusion.flow import Flow
-from mmalign.families import Conditioning, Loading, TextToImage, load_family
+from mmalign.families.base import TextToImage
+from mmalign.families.loading import load_family
 from mmalign.families.lora import ATTENTION, add_lora
+from mmalign.families.types import Conditioning, Loading
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off
 from tests.helpers.loading import CPU, diffusion_families
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import mmalign
 from mmalign import cli
-from mmalign.recipe import load_recipe
+from mmalign.commands.load_recipe import load_recipe
 
 ROOT = Path(mmalign.__file__).parent.parent
 README = ROOT / "README.md"
@@ -137,17 +137,12 @@ def test_the_readme_is_read_as_it_is_written() -> None:
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands are taken apart and their recipes loaded, and nothing else is done."""
-    from mmalign import caching, compare, quickstart, run
     from mmalign.benchmark import bench, scale
+    from mmalign.commands import cache, compare, evaluate, gallery, prepare, quickstart, train
 
-    doing: dict[Any, Sequence[str]] = {
-        run: ("train", "evaluate", "gallery", "prepare"),
-        caching: ("cache",),
-        quickstart: ("quickstart",),
-    }
-    for module, names in doing.items():
-        for name in names:
-            monkeypatch.setattr(module, name, lambda *_, **__: None)
+    for module in (cache, evaluate, gallery, prepare, quickstart, train):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
     monkeypatch.setattr(compare, "compare", load_all)
     monkeypatch.setattr(bench, "bench", load_measured)
     monkeypatch.setattr(scale, "scale", load_measured)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from mmalign.assemble import DTYPES, check_precision
 from mmalign.benchmark import against, cases, tables
 from mmalign.benchmark.against import Peer
 from mmalign.benchmark.measure import Build, Entrant, measure, require_same
@@ -24,10 +23,12 @@ from mmalign.benchmark.meters import machine, peak_rate
 from mmalign.benchmark.proof import apart_in_float32
 from mmalign.benchmark.runs import build
 from mmalign.benchmark.tables import Comparison, Report
-from mmalign.recipe import load_recipe
-from mmalign.report import silent
-from mmalign.sections import Recipe
-from mmalign.training import open_accelerator
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.preflight import check_precision
+from mmalign.commands.train import open_accelerator
+from mmalign.config import Recipe
+from mmalign.console import silent
+from mmalign.modalities.loading import DTYPES
 
 Say = Callable[[str], None]
 Source = str | Path | Mapping[str, Any]

@@ -76,8 +76,8 @@ def draw_image_pairs(path: Path, resolution: int, number: int = 64) -> None:
     """Pairs of the bundled world: a picture of the prompt against one with a thing wrong."""
     import numpy as np
 
-    from mmalign.data import scenes
-    from mmalign.data.drawn import write_pairs
+    from mmalign.synthesis.write_image_pairs import write_pairs
+    from mmalign.toy import scenes
 
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def draw_response_pairs(
     """
     import numpy as np
 
-    from mmalign.data import scenes
+    from mmalign.toy import scenes
 
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, letters = np.random.default_rng(0), random.Random(0)

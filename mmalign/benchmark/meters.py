@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmalign.benchmark.attention_operations import formulas
-from mmalign.loop import Batches
+from mmalign.training.loop import Batches
 
 PARTS = ("data", "noise", "reference", "policy", "backward", "optimizer", "rest")
 

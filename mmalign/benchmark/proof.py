@@ -15,7 +15,7 @@ import torch
 
 from mmalign.benchmark import runs
 from mmalign.benchmark.against import Peer
-from mmalign.sections import Recipe
+from mmalign.config import Recipe
 
 PAIRS = 2  # more than one, so that a sum is no mean
 EXACT = {"precision": "float32", "accumulate": 1}

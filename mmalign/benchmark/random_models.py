@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmalign.share import resolve_model
+from mmalign.resources import resolve_model
 
 Sizes = dict[str, Any]  # of a network, by the names of its configuration
 

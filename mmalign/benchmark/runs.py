@@ -30,16 +30,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmalign import assemble, caching, loop, methods, training_run
+from mmalign import methods
 from mmalign.benchmark.against import Peer
 from mmalign.benchmark.meters import LiveBytes, Meter, Metered, Operations, metered_batches, now
-from mmalign.draws import Draws
+from mmalign.commands import cache, preflight, train
+from mmalign.config import Recipe
+from mmalign.console import silent
+from mmalign.data.data_module import Feed, Opened
 from mmalign.families.step_judge import StepJudge
-from mmalign.feed import Feed, Opened, open_data
+from mmalign.modalities import loading
+from mmalign.modalities.data import open_data
 from mmalign.policy import FrozenCopy, Policy
-from mmalign.report import silent
 from mmalign.rewards import Judge
-from mmalign.sections import Recipe
+from mmalign.rng import Draws
+from mmalign.training import loop
+from mmalign.training import run as training_run
 
 UPDATES = 4  # whose pairs are read; after them they come again
 MOVED = 1e-3  # how far weights are moved before gradients are compared: where policy is reference, errors can hide
@@ -88,14 +93,14 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
         ValueError: what `mmalign train` would refuse as well.
     """
     recipe = shortened(recipe, folder, updates, accelerator.num_processes)
-    assemble.check(recipe, training=True)
+    preflight.check(recipe, training=True)
     options, method = recipe.train, methods.find(recipe.method.name)
     opened = _whole_batches(recipe, method, accelerator.num_processes)
-    named = assemble.method_judge(recipe)
-    family = assemble.load_to_train(recipe, accelerator.device)
-    judge = assemble.judge(named, accelerator.device) if named is not None else None
+    named = loading.method_judge(recipe)
+    family = loading.load_to_train(recipe, accelerator.device)
+    judge = loading.judge(named, accelerator.device) if named is not None else None
     feed, filling = _filled(recipe, family, opened, judge, accelerator)
-    policy = assemble.build_policy(family, recipe, kept=caching.replaces_reference(feed))
+    policy = train.build_policy(family, recipe, kept=cache.replaces_reference(feed))
     policy, learner = training_run.build_learner(policy, options, accelerator)
     if peer is not None:
         peer.prepare(policy)
@@ -103,7 +108,7 @@ def build(recipe: Recipe, folder: Path, accelerator: Any, *, updates: int, peer:
         if own is not None:
             accelerator.free_memory()  # where gradients are scaled, it would do so for the optimizer that it forgets
             learner = replace(learner, optimizer=accelerator.prepare_optimizer(own))
-    caching.put_away(feed, recipe, family)
+    cache.put_away(feed, recipe, family)
     return Run(recipe, method, policy, feed, learner, loop.Progress(), peer, filling)
 
 
@@ -162,7 +167,7 @@ def _filled(recipe: Recipe, family: Any, opened: Opened, judge: Judge | None, ac
         )
         accelerator.wait_for_everyone()
         started = now(device)
-        feed = caching.open_filled(one, family, accelerator=accelerator, say=silent, opened=opened, judge=judge)
+        feed = cache.open_filled(one, family, accelerator=accelerator, say=silent, opened=opened, judge=judge)
         return feed, now(device) - started
 
     bare, _ = filled({"cache": "off"}, 1)

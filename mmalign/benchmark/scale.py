@@ -24,7 +24,7 @@ from mmalign.benchmark import bench, tables
 from mmalign.benchmark.bench import Asked
 from mmalign.benchmark.cases import draw_image_pairs, draw_response_pairs
 from mmalign.benchmark.measure import Measured
-from mmalign.sections import ImageData, Recipe, ResponseData
+from mmalign.config import ImageData, Recipe, ResponseData
 
 Say = Callable[[str], None]
 SIDE = 336  # pixels of drawn pictures

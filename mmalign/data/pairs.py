@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, overload
+from typing import Generic, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypeVar
+
+from mmalign.language.chat import Turn
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,6 @@ class ImagePair:
     where: str
     group: str
     rejected_prompt: str = ""
-
-
-class Turn(NamedTuple):
-    """One side's words in a conversation: who speaks ("user", "assistant", "system"), and what.
-
-    `<image>` in the text is the place of an image.
-    """
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmalign.diffusion.noise import Schedule
-from mmalign.draws import Draws
+from mmalign.rng import Draws
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmalign.draws import Draws
+from mmalign.rng import Draws
 
 PREDICTIONS = ("epsilon", "v_prediction")
 

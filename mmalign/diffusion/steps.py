@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule, posterior_std
-from mmalign.draws import Draws
+from mmalign.rng import Draws
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.attention.choice import Choice
-from mmalign.families import Loading, TextToImage
-from mmalign.families.latents import to_pil
+from mmalign.families.base import TextToImage
+from mmalign.families.diffusion.pipeline import to_pil
+from mmalign.families.types import Loading
 from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
 

@@ -30,7 +30,7 @@ pictures that no file has, says so in `needs_tower(config)`; any other is given 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -38,9 +38,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmalign import plugins
-from mmalign.draws import Draws
+from mmalign import registry
+from mmalign.data.caches.precompute import Keep
 from mmalign.policy import Policy, Scores
+from mmalign.rng import Draws
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,6 @@ class Step:
     losses: Tensor
     weights: Tensor
     metrics: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What a method would like to have kept.
-
-    Attributes:
-        draws: epochs after which a pair's draws come again; 1 where there are none.
-        settings: of the method, that the kept arrays depend on.
-        scores: they are all that is needed of the reference, worked out in the training's own batches.
-    """
-
-    draws: int
-    settings: Mapping[str, str | int | float]
-    scores: bool = False
-
-    @property
-    def folder(self) -> str:
-        """Where it is kept, among a recipe's caches."""
-        return "reference" if self.scores else "kept"
 
 
 def drawn(method: Any, cfg: Any, draws: Draws) -> Draws:
@@ -143,15 +124,18 @@ class Method(Protocol[C]):
         """Run the policy, once."""
 
 
+FOLDERS = ("text_to_image", "vision_language")
+
+
 def names() -> list[str]:
-    """The methods there are."""
-    return plugins.names(__name__)
+    """Return the names of all methods."""
+    return sorted(name for folder in FOLDERS for name in registry.names(f"{__name__}.{folder}"))
 
 
 def find(name: str) -> Any:
-    """The module of the method called `name`.
+    """Return the module of the method called `name`.
 
     Raises:
         ValueError: there is no such file.
     """
-    return plugins.find(__name__, name, "method.name: there is no method")
+    return registry.find([f"{__name__}.{folder}" for folder in FOLDERS], name, "method.name: there is no method")

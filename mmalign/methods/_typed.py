@@ -4,24 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmalign.methods import (
-    Method,
-    bdhs,
-    cca,
-    diffusion_dpo,
-    dpo,
-    inpo,
-    instruct_engine,
-    mapo,
-    mdpo,
-    povid,
-    realign,
-    response_sft,
-    rlhfv,
-    sft,
-    spo,
-    step_preference,
-)
+from mmalign.methods import Method
+from mmalign.methods.text_to_image import cca, diffusion_dpo, inpo, instruct_engine, mapo, sft, spo, step_preference
+from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid, realign, response_sft, rlhfv
 
 METHODS: tuple[Method[Any], ...] = (
     bdhs,

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mmalign import plugins
+from mmalign import registry
 
 
 class Judge(Protocol):
@@ -43,7 +43,7 @@ class JudgeModule(Protocol):
 
 def names() -> list[str]:
     """The judges there are: the files of this folder."""
-    return plugins.names(__name__)
+    return registry.names(__name__)
 
 
 def judge_module(name: str) -> JudgeModule:
@@ -52,7 +52,7 @@ def judge_module(name: str) -> JudgeModule:
     Raises:
         ValueError: no file has this name.
     """
-    return cast(JudgeModule, plugins.find(__name__, name, "judge: there is no"))
+    return cast(JudgeModule, registry.find([__name__], name, "judge: there is no"))
 
 
 def load_judge(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> Judge:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mmalign.share import resolve_model
+from mmalign.resources import resolve_model
 
 KNOWN = 8192  # prompts whose features are kept
 

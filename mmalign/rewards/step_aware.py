@@ -38,9 +38,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmalign.resources import resolve_model
 from mmalign.rewards import transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
-from mmalign.share import resolve_model
 
 CONFIG, WEIGHTS = "open_clip_config.json", "step_aware.safetensors"
 FREQUENCIES = 256  # of the sinusoid

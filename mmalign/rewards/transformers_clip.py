@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mmalign.resources import resolve_model
 from mmalign.rewards.open_clip import OpenClip, TextFeatures
-from mmalign.share import resolve_model
 
 VOCABULARY = 49_408  # tokens of CLIP's own tokenizer
 TOKENIZER = ("tokenizer.json", "vocab.json")  # either file makes one

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmalign.attention import EXECUTORS, Forest, Tree, decoders, denoisers, kernels
-from mmalign.families import Loading, load_family
+from mmalign.families.loading import load_family
+from mmalign.families.types import Loading
 from tests.helpers import STANDING_VLMS, attention_models
 from tests.helpers.vlm_models import BUILDERS
 

@@ -13,7 +13,9 @@ from diffusers.models import attention_processor
 from torch import Tensor, nn
 
 from mmalign.attention import EXECUTORS, denoisers
-from mmalign.families import Conditioning, Loading, TextToImage, load_family
+from mmalign.families.base import TextToImage
+from mmalign.families.loading import load_family
+from mmalign.families.types import Conditioning, Loading
 from tests.helpers import flow_models
 from tests.helpers.loading import load_diffusion
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mmalign.attention import Forest, Tree, decoders
-from mmalign.data.pairs import Turn
-from mmalign.families import ImageFeatures
-from mmalign.families.decoder_inputs import decoder_inputs
+from mmalign.families.types import ImageFeatures
+from mmalign.families.vlm.decoder_inputs import decoder_inputs
+from mmalign.language.chat import Turn
 from mmalign.language.tokens import Tokens
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_models import BUILDERS

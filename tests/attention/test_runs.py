@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmalign import assemble, checkpoint
 from mmalign.attention.choice import Choice
-from mmalign.families import Loading
-from mmalign.recipe import load_recipe
-from mmalign.run import evaluate
-from mmalign.training import train
+from mmalign.commands.evaluate import evaluate
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
+from mmalign.families.types import Loading
+from mmalign.modalities import loading
+from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.loading import load_diffusion, load_vlm
 
@@ -59,7 +60,7 @@ def test_a_run_by_the_reference_learns_the_same(
 ) -> None:
     """What xformers' place in a run is, taken by the plain reference: policy, reference and their gradients."""
     _, stock = run(content)
-    for family in ("latents", "vision_language"):
+    for family in ("diffusion.pipeline", "vlm.model"):
         monkeypatch.setattr(f"mmalign.families.{family}.choose", lambda *_: Choice("dense"))
     lines, ours = run(content, f"output={tmp_path / 'reference'}")
     assert "attention: dense" in lines
@@ -70,7 +71,7 @@ def test_a_run_by_the_reference_learns_the_same(
 def test_what_cannot_serve_is_refused_before_a_model_is_loaded(
     content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "_load", lambda *_: pytest.fail("a model was loaded"))
     recipe = load_recipe(content, ["train.attention=xformers"])
     says = r"train.attention: xformers cannot serve: it has no kernels for a CPU; use auto or sdpa"
     for command in (train, evaluate):
@@ -91,7 +92,7 @@ def test_a_judge_s_frozen_model_computes_as_it_is_told(
     from mmalign.attention import denoisers
     from mmalign.families import step_judge
 
-    monkeypatch.setattr("mmalign.families.latents.choose", lambda *_: Choice("dense"))
+    monkeypatch.setattr("mmalign.families.diffusion.pipeline.choose", lambda *_: Choice("dense"))
     frozen = load_diffusion(tiny_sd15)
     judge = step_judge.load(str(tiny_clip), frozen, Loading(torch.device("cpu")))
     assert judge.use_attention("auto").executor == "dense"
@@ -103,7 +104,7 @@ def test_a_trained_decoder_computes_as_its_base(
 ) -> None:
     from mmalign.attention import decoders
 
-    monkeypatch.setattr("mmalign.families.vision_language.choose", lambda *_: Choice("dense"))
+    monkeypatch.setattr("mmalign.families.vlm.model.choose", lambda *_: Choice("dense"))
     family: Any = load_vlm(vlm_folders("llava"))
     tower = family.network.model.model.vision_tower
     assert decoders.used(family.network.model.get_decoder()) == "sdpa"  # which knows of shared prompts

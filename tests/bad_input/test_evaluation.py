@@ -72,9 +72,11 @@ def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
     mmalign: Commands, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mmalign("train", content)
-    monkeypatch.setattr("mmalign.evaluate_images.generate_both", lambda *_: pytest.fail("pictures were drawn"))
+    monkeypatch.setattr(
+        "mmalign.modalities.text_to_image.evaluate.generate_both", lambda *_: pytest.fail("pictures were drawn")
+    )
     judge = tmp_path / "judge"
-    from mmalign.share import resolve
+    from mmalign.resources import resolve
 
     shutil.copytree(resolve("models/tiny_clip"), judge)
     damage(judge, "open_clip_model.safetensors", keep=1000)

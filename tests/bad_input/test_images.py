@@ -77,8 +77,8 @@ def test_the_run_ends_if_too_many_images_are_bad_or_no_pair_is_left(
 
 def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, content: Content, pairs: Path) -> None:
     """Else the first checkpoint would find out, and its updates be lost."""
+    from mmalign.data.formats.images import open_pairs
     from mmalign.data.pairs import hold_out
-    from mmalign.data.sources import open_pairs
 
     data_files.pick_a_pic(pairs, number=12)
     _, held = hold_out(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)

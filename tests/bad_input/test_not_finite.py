@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmalign import checkpoint, loop, training
+from mmalign.commands import train
+from mmalign.training import checkpoint, loop
 from tests.helpers.commands import UNET, Commands, Content, contains, weights
 
 
@@ -38,8 +39,8 @@ def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, theirs])
     run: Any = SimpleNamespace(progress=loop.Progress(5, 2, 3))
     feed: Any = SimpleNamespace(places=lambda epoch, batch: [f"this one's of {epoch}, {batch}"])
-    assert training._met(loop.NotFinite(None, 5), run, feed) == theirs
-    assert training._met(loop.NotFinite(loop.Place(1, 4, ()), 5), run, feed) == (1, 4, ["this one's of 1, 3"])
+    assert train._met(loop.NotFinite(None, 5), run, feed) == theirs
+    assert train._met(loop.NotFinite(loop.Place(1, 4, ()), 5), run, feed) == (1, 4, ["this one's of 1, 3"])
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e38"])

@@ -16,8 +16,8 @@ from torch import Tensor
 from mmalign.benchmark import against, bench, measure, runs
 from mmalign.benchmark.against import diffusers, trl
 from mmalign.benchmark.bench import Asked
-from mmalign.recipe import load_recipe
-from mmalign.sections import ImageModel
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import ImageModel
 from tests.benchmark.wrong_steps import wrong_beta_of
 from tests.helpers import recipes
 

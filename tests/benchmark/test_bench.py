@@ -11,14 +11,15 @@ import torch
 from accelerate import Accelerator
 from typer.testing import CliRunner
 
-from mmalign import caching, methods
+from mmalign import methods
 from mmalign.benchmark import bench, cases, measure, runs, tables
 from mmalign.benchmark.bench import OURS, Asked
 from mmalign.benchmark.meters import Meter
 from mmalign.benchmark.tables import Report
 from mmalign.cli import app
-from mmalign.families import latents
-from mmalign.recipe import load_recipe
+from mmalign.commands import cache
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.families.diffusion import pipeline
 from tests.helpers import recipes
 
 OFF, CHECKPOINTED = "data.cache='off'", "train.gradient_checkpointing=true"
@@ -154,7 +155,7 @@ def test_filling_is_what_one_epoch_needs(
     overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that ticks with every image encoded and with every batch that the reference scores."""
-    ticks, open_feed = [0], caching.open_feed
+    ticks, open_feed = [0], cache.open_feed
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         ticks[0] += 100  # which is not filling: without anything to fill it takes as long
@@ -167,9 +168,9 @@ def test_filling_is_what_one_epoch_needs(
 
         return call
 
-    monkeypatch.setattr(latents, "encode", ticking(latents.encode))
+    monkeypatch.setattr(pipeline, "encode", ticking(pipeline.encode))
     monkeypatch.setattr(methods, "worked_out", ticking(methods.worked_out))
-    monkeypatch.setattr(caching, "open_feed", slow)
+    monkeypatch.setattr(cache, "open_feed", slow)
     monkeypatch.setattr(runs, "now", lambda _: float(ticks[0]))
     found = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path), overrides)
     run = runs.build(found, tmp_path / "run", Accelerator(), updates=8)

@@ -18,7 +18,7 @@ from mmalign.benchmark.attention_operations import (
     formulas,
 )
 from mmalign.benchmark.meters import LiveBytes, Meter, Operations, now, peak_rate
-from mmalign.families.compiled import compile_blocks
+from mmalign.families.compile import compile_blocks
 
 
 def test_a_meter_loses_no_time() -> None:

@@ -11,7 +11,7 @@ from mmalign.benchmark import bench, runs
 from mmalign.benchmark.against import diffusers
 from mmalign.benchmark.bench import OURS, SAME, Asked
 from mmalign.benchmark.proof import apart_in_float32
-from mmalign.sections import Recipe
+from mmalign.config import Recipe
 from tests.benchmark.wrong_steps import wrong_beta_of
 from tests.helpers import data_files, recipes
 

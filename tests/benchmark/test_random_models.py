@@ -9,11 +9,12 @@ import torch
 
 from mmalign.benchmark import cases
 from mmalign.benchmark import random_models as shapes
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
 from mmalign.data.images import decode
-from mmalign.families import Loading, load_family, load_vision_language
-from mmalign.feed import open_data
-from mmalign.recipe import load_recipe
-from mmalign.training import train
+from mmalign.families.loading import load_family, load_vision_language
+from mmalign.families.types import Loading
+from mmalign.modalities.data import open_data
 
 CPU = torch.device("cpu")
 

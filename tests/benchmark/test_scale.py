@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmalign.benchmark import cases, scale
 from mmalign.benchmark.bench import OURS
-from mmalign.recipe import load_recipe
+from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import data_files, recipes
 
 

@@ -13,7 +13,7 @@ from mmalign.benchmark import bench, cases
 from mmalign.benchmark.against import trl
 from mmalign.benchmark.bench import OURS, Asked
 from mmalign.cli import app
-from mmalign.recipe import load_recipe
+from mmalign.commands.load_recipe import load_recipe
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 

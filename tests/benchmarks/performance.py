@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from mmalign import assemble
-from mmalign.assemble import DTYPES
 from mmalign.benchmark import against, bench, runs, tables
 from mmalign.benchmark.bench import OURS
 from mmalign.benchmark.cases import Content, draw_image_pairs, write_case
@@ -36,17 +34,19 @@ from mmalign.benchmark.measure import Entrant, measure
 from mmalign.benchmark.meters import machine, peak_rate
 from mmalign.benchmark.runs import Run
 from mmalign.benchmark.tables import Comparison, Report, read_report
-from mmalign.methods import spo
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.methods.text_to_image import spo
+from mmalign.modalities import loading
+from mmalign.modalities.loading import DTYPES
 from mmalign.policy import FrozenCopy
-from mmalign.recipe import load_recipe
-from mmalign.share import resolve_model
+from mmalign.resources import resolve_model
 
 # ------------------------------------------------------------------------------------------------ what no recipe says
 
 
 def copied(run: Run) -> Run:
     """With a frozen copy as reference, whatever the recipe says."""
-    another = assemble.load_model(run.recipe, run.device)
+    another = loading.load_model(run.recipe, run.device)
     return replace(run, policy=replace(run.policy, reference=FrozenCopy(another.network)))
 
 

@@ -13,7 +13,7 @@ from mmalign.benchmark import against, cases, runs, tables
 from mmalign.benchmark.bench import OURS
 from mmalign.benchmark.measure import Measured
 from mmalign.benchmark.tables import Report
-from mmalign.recipe import load_recipe
+from mmalign.commands.load_recipe import load_recipe
 from tests.benchmarks import performance
 from tests.benchmarks.performance import (
     AGAIN,

@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import mean_square
-from mmalign.draws import Draws
+from mmalign.rng import Draws
 
 T = torch.tensor([0.001, 0.3, 0.7, 0.999])
 X_0, EPS, ANSWER = torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule
 from mmalign.diffusion.steps import Gaussian, any_time, grid, step, timestep
-from mmalign.draws import Draws
+from mmalign.rng import Draws
 from tests.helpers.golden import golden
 
 GOLDEN = golden("spo")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mmalign.families import Loading, TextToImage, load_family
+from mmalign.families.base import TextToImage
+from mmalign.families.loading import load_family
 from mmalign.families.lora import ATTENTION, add_lora
+from mmalign.families.types import Loading
 
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
 SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16]])

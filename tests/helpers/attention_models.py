@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mmalign.attention import decoders, denoisers
 from mmalign.benchmark import random_models as shapes
-from mmalign.data.pairs import Turn
-from mmalign.families import Loading, load_family, load_vision_language
+from mmalign.families.loading import load_family, load_vision_language
+from mmalign.families.types import Loading
+from mmalign.language.chat import Turn
 from tests.helpers import vlm_reference
 
 CPU = torch.device("cpu")

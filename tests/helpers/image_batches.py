@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from mmalign.encode import EncodedPairs
-from mmalign.families import Conditioning, Moments, TextToImage
+from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.families.base import TextToImage
+from mmalign.families.types import Conditioning, Moments
 
 ROWS = [11, 2**62 + 3, 7, 12345]
 PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls", 12345: "grass"}

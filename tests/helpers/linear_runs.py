@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmalign import loop
-from mmalign.draws import Draws
-from mmalign.loop import Learner, Progress
 from mmalign.methods import Step
-from mmalign.optim import Average
 from mmalign.policy import Policy
+from mmalign.rng import Draws
+from mmalign.training import loop
+from mmalign.training.loop import Learner, Progress
+from mmalign.training.optim import Average
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmalign.families import Loading, TextToImage, load_family, load_vision_language
+from mmalign.families.base import TextToImage
+from mmalign.families.loading import load_family, load_vision_language
+from mmalign.families.types import Loading
 
 CPU = Loading(torch.device("cpu"))
 

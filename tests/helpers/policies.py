@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.draws import Draws
 from mmalign.methods import Step
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.rng import Draws
 
 DRAWS = Draws(seed=5, epoch=2)
 

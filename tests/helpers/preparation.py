@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmalign import run
-from mmalign.recipe import load_recipe
+from mmalign.commands import prepare
+from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import data_files
 
 ANSWERS = [
@@ -39,13 +39,13 @@ def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
 def prepared(content: dict[str, Any], **callables: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows that were written, and what was said."""
     said: list[str] = []
-    path = run.prepare(load_recipe(content), say=said.append, **callables)
+    path = prepare.prepare(load_recipe(content), say=said.append, **callables)
     return [json.loads(line) for line in path.read_text().splitlines()], said
 
 
 def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:
     with pytest.raises(ValueError) as raised:
-        run.prepare(load_recipe(content, overrides), say=lambda _: None, **callables)
+        prepare.prepare(load_recipe(content, overrides), say=lambda _: None, **callables)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

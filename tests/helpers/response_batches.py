@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.data.pairs import Turn
-from mmalign.encode_responses import EncodedResponses
-from mmalign.families import ImageFeatures, ImageView
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.types import ImageFeatures, ImageView
+from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenRow, Tokens
 from mmalign.policy import FrozenCopy, Policy
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmalign import checkpoint
-from mmalign.recipe import load_recipe
-from mmalign.training import Trained, train
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import Trained, train
+from mmalign.training import checkpoint
 from tests.helpers import data_files, recipes
 
 EPOCH = 4  # batches of two: eight pairs

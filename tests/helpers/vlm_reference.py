@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.data.pairs import Turn
+from mmalign.language.chat import Turn
 
 
 def picture(seed: int, size: tuple[int, int] = (30, 20)) -> Image.Image:

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import methods
+from mmalign.config import SECTIONS
+from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
-from mmalign.draws import Draws
-from mmalign.encode import EncodedPairs
-from mmalign.families import Loading, Moments, TextToImage, load_family
+from mmalign.families.base import TextToImage
+from mmalign.families.loading import load_family
 from mmalign.families.lora import ATTENTION, add_lora
-from mmalign.methods import Step, diffusion_dpo, mapo, sft
+from mmalign.families.types import Loading, Moments
+from mmalign.methods import Step
 from mmalign.methods._typed import METHODS
+from mmalign.methods.text_to_image import _denoising, diffusion_dpo, mapo, sft
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from mmalign.sections import SECTIONS
+from mmalign.rng import Draws
 from tests.helpers.image_batches import ROWS, pairs, swapped
 from tests.helpers.loading import diffusion_families, load_diffusion
 from tests.helpers.policies import DRAWS, POLICIES, full, gradient, run
@@ -93,7 +96,7 @@ def test_an_equal_pair_has_no_gradient(family: TextToImage) -> None:
     cfg = diffusion_dpo.Config(beta=1000.0)
     with torch.no_grad():
         (contrast,) = diffusion_dpo.contrasts(policy, batch, cfg, DRAWS)
-    one_side = diffusion_dpo.denoising_scores(family, policy.model, contrast.view)["chosen"]
+    one_side = _denoising.denoising_scores(family, policy.model, contrast.view)["chosen"]
     alone = gradient(policy, Step(-0.5 * 1000 * one_side, batch.weights, {}))
     step = diffusion_dpo.loss(policy, contrast, cfg)
     both = gradient(policy, step)
@@ -150,21 +153,21 @@ def test_time_and_noise_are_shared_in_a_pair_and_differ_between_pairs(family: Te
     """With latents of zeros x_t is the noise alone, so it shows which noise a row has."""
     batch = pairs(family)
     zeros = torch.zeros_like(batch.latents.mean)
-    view = diffusion_dpo.noised(family, replace(batch, latents=Moments(zeros, zeros)), 0.0, DRAWS)
+    view = _denoising.noised(family, replace(batch, latents=Moments(zeros, zeros)), 0.0, DRAWS)
     assert torch.equal(view.t[:4], view.t[4:]) and len(set(view.t[:4].tolist())) == 4
     assert torch.equal(view.x_t[:4], view.x_t[4:]) and torch.equal(view.target[:4], view.target[4:])
     noise = view.x_t[:4] / view.x_t[:4].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     assert (torch.einsum("ichw,jchw->ij", noise, noise) - torch.eye(4)).abs().max() < 0.35
     for other in (Draws(6, 2), Draws(5, 3)):
-        assert not torch.equal(diffusion_dpo.noised(family, batch, 0.0, other).t, view.t)
-    again = diffusion_dpo.noised(family, batch, 0.0, DRAWS, index=1)
+        assert not torch.equal(_denoising.noised(family, batch, 0.0, other).t, view.t)
+    again = _denoising.noised(family, batch, 0.0, DRAWS, index=1)
     assert not torch.equal(again.t, view.t)
 
 
 def test_the_two_images_of_a_pair_are_sampled_apart_from_their_own_posteriors(sd: TextToImage) -> None:
     batch = pairs(sd, std=0.0)
     spread = replace(batch, latents=Moments(batch.latents.mean, torch.ones_like(batch.latents.std)))
-    sharp, soft = (diffusion_dpo.noised(sd, b, 0.0, DRAWS) for b in (batch, spread))
+    sharp, soft = (_denoising.noised(sd, b, 0.0, DRAWS) for b in (batch, spread))
     signal, _ = sd.schedule.levels(sharp.t)
     drawn = (soft.x_t - sharp.x_t) / signal
     seen = drawn[(signal > 0.1).flatten()]  # elsewhere the division loses the digits
@@ -189,7 +192,7 @@ def many(family: TextToImage, number: int) -> EncodedPairs:
 def test_caption_dropout_decides_once_for_a_pair_and_puts_the_family_s_unconditional_there(family: TextToImage) -> None:
     """Of 2,000 pairs a share of 0.2 is dropped, within four standard deviations; sizes are never dropped."""
     number, batch = 2000, many(family, 2000)
-    view = diffusion_dpo.noised(family, batch, 0.2, DRAWS)
+    view = _denoising.noised(family, batch, 0.2, DRAWS)
     empty = family.unconditional()
     for name, given in batch.text.tensors.items():
         rows = view.cond.tensors[name]
@@ -205,7 +208,7 @@ def test_caption_dropout_decides_once_for_a_pair_and_puts_the_family_s_unconditi
 @pytest.mark.parametrize(("rate", "dropped"), [(0.0, False), (1.0, True)])
 def test_caption_dropout_at_its_ends(sd: TextToImage, rate: float, dropped: bool) -> None:
     batch = many(sd, 50)
-    embeds = diffusion_dpo.noised(sd, batch, rate, DRAWS).cond.tensors["embeds"]
+    embeds = _denoising.noised(sd, batch, rate, DRAWS).cond.tensors["embeds"]
     expected = batch.unconditional if dropped else batch.text
     assert torch.equal(embeds, expected.tensors["embeds"][:1].expand(100, -1, -1))
 
@@ -215,7 +218,7 @@ def test_sdxl_is_shown_each_side_s_own_sizes(tiny_sdxl: Path) -> None:
     batch = pairs(family)
     sizes = batch.sizes.clone()
     sizes[4:, 0] = 99.0
-    view = diffusion_dpo.noised(family, replace(batch, sizes=sizes), 0.2, DRAWS)
+    view = _denoising.noised(family, replace(batch, sizes=sizes), 0.2, DRAWS)
     assert torch.equal(view.cond.tensors["time_ids"], sizes)
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from mmalign import plugins
-from mmalign.draws import Draws
+from mmalign import registry
+from mmalign.config import Recipe, Train
 from mmalign.policy import Policy
-from mmalign.sections import Recipe, Train
+from mmalign.rng import Draws
 
 if TYPE_CHECKING:
     from mmalign.benchmark.runs import Run
@@ -64,7 +64,7 @@ class Peer(Protocol):
 
 def names() -> list[str]:
     """The programs there are."""
-    return plugins.names(__name__)
+    return registry.names(__name__)
 
 
 def find(name: str) -> Peer:
@@ -73,4 +73,4 @@ def find(name: str) -> Peer:
     Raises:
         ValueError: there is no such file.
     """
-    return cast(Peer, plugins.find(__name__, name, "--against: there is no step of"))
+    return cast(Peer, registry.find([__name__], name, "--against: there is no step of"))

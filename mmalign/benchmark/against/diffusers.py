@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmalign import families
 from mmalign.benchmark.runs import Run
-from mmalign.draws import Draws
-from mmalign.families import Conditioning
+from mmalign.config import Recipe, Train
+from mmalign.families import loading
+from mmalign.families.types import Conditioning
 from mmalign.policy import Policy
-from mmalign.sections import Recipe, Train
-from mmalign.share import resolve_model
+from mmalign.resources import resolve_model
+from mmalign.rng import Draws
 
 about = "diffusers' script: autoencoder, text encoder, policy and reference in every step"
 own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false")
@@ -69,7 +69,7 @@ def alike(recipe: Recipe) -> Sequence[str]:
 
 
 def _pipeline(recipe: Recipe) -> str:
-    return families.pipeline_class(resolve_model(recipe.model.path), recipe.model.revision)
+    return loading.pipeline_class(resolve_model(recipe.model.path), recipe.model.revision)
 
 
 def _said(method: Any) -> str:

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign import families
 from mmalign.benchmark.runs import Run
-from mmalign.draws import Draws
-from mmalign.families.decoder_inputs import decoder_inputs
+from mmalign.config import Recipe, Train
+from mmalign.families import loading
+from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.language.tokens import Tokens
 from mmalign.policy import FrozenCopy, Policy
-from mmalign.sections import Recipe, Train
-from mmalign.share import resolve_model
+from mmalign.resources import resolve_model
+from mmalign.rng import Draws
 
 about = "TRL's DPOTrainer._compute_loss: two padded rows a pair, images encoded for each, policy and reference"
 own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false", "train.pack='off'")
@@ -59,7 +59,7 @@ def check(recipe: Recipe, processes: int) -> None:
             "--against trl: compares with DPO's own loss; expected method: {name: dpo} with loss: dpo, "
             f"label_smoothing: 0 and nll: 0, got name: {method.name} and the settings of the recipe"
         )
-    kind = families.model_type(resolve_model(recipe.model.path), recipe.model.revision)
+    kind = loading.model_type(resolve_model(recipe.model.path), recipe.model.revision)
     if kind not in TYPES:
         raise ValueError(f"--against trl: cannot give it images of a {kind}; use one of {', '.join(TYPES)}")
 

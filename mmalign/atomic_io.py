@@ -1,0 +1,72 @@
+"""Files and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mmalign import atomic_io
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that takes the place of `path` once it is whole; an error leaves `path` alone.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to.
+    """
+    part, aside = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    _remove(part)
+    try:
+        yield part
+        if path.is_dir():
+            _remove(aside)
+            path.replace(aside)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise unwritten(path, error) from error
+    finally:
+        _remove(part)
+    _remove(aside)
+
+
+def unwritten(path: Path, error: Exception) -> atomic_io.CheckpointError:
+    """What to say when a file or folder could not be written."""
+    free = shutil.disk_usage(path.parent).free // 10**6
+    return atomic_io.CheckpointError(
+        f"{path}: could not be written ({error}); {free:,} MB are free, what was there before is kept: make room and "
+        "run the same command again"
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are intact."""
+
+
+def make_folder(key: str, folder: Path) -> Path:
+    """The folder that the recipe names at `key`, made if it is not there.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{key}: {folder} cannot be written to ({error.strerror}); name a folder in which you may write"
+        ) from error
+    return folder

@@ -1,0 +1,311 @@
+"""Comparison of recipes: each trained with several seeds from the same base, evaluated on the same questions.
+
+Every run has its own folder, and is trained and evaluated by the recipe, except for seed and output. Finished runs are
+reused: the same command resumes where it was stopped, and one more recipe costs its own runs.
+
+A recipe ends at its `train.steps`, which may be after equal time for each. With `pairs` every run is evaluated after
+so many pairs too, the same for all. A shorter run is the beginning of the longer one, which resumes from its last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from mmalign import atomic_io
+from mmalign.atomic_io import written
+from mmalign.commands import evaluate, prepare, train
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import EvaluateImages, EvaluateResponses, Recipe
+from mmalign.evaluation.metrics import Metrics, summarize_runs
+from mmalign.gallery.comparison import RatedImage, TableRow, as_markdown, draw_curve, draw_side_by_side, short_names
+from mmalign.gallery.grid import encode_grid
+from mmalign.modalities.text_to_image.evaluate import measure_samples
+from mmalign.modalities.vision_language.evaluate import measure_written
+from mmalign.resources import locate
+from mmalign.training import checkpoint
+from mmalign.training.export import read_trained
+
+Say = Callable[[str], None]
+SHOWN = 8  # prompts in the picture
+
+
+class Stage(NamedTuple):
+    """A recipe's runs of one length, a recipe for each seed.
+
+    Attributes:
+        name: the recipe's name.
+        lengths: the numbers of pairs requested that this is; None among them for the recipe's own end.
+        runs: the recipes, with their own folders.
+    """
+
+    name: str
+    lengths: list[int | None]
+    runs: list[Recipe]
+
+
+def compare(
+    sources: Sequence[str],
+    *,
+    seeds: int,
+    output: Path,
+    pairs: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    table: Path | None = None,
+    say: Say = print,
+) -> list[TableRow]:
+    """Train every recipe with seeds 0, 1, ..., evaluate each run, and write the results.
+
+    `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training.
+    For images `comparison-pictures.png` shows some of the first seed's, with their manifest beside it. Pairs that a
+    recipe prepares itself are prepared first, if missing, and shared by its seeds.
+
+    Args:
+        sources: recipes, by path or by shipped name; all of one model and one benchmark.
+        seeds: number of runs of each.
+        output: target of everything.
+        pairs: numbers of pairs after which every run is evaluated too, also beyond its recipe's end.
+        overrides: settings of all recipes.
+        table: target of a second copy of the table, as Markdown, with the files that go with it.
+        say: takes lines of text.
+
+    Returns:
+        The rows: the base model's, one for each recipe at its end, and one for each recipe at each number of pairs.
+
+    Raises:
+        ValueError: the recipes cannot be compared, or a folder has a run of another recipe.
+    """
+    recipes = _load(sources, overrides)
+    plan = [
+        stage
+        for (name, recipe), source in zip(recipes.items(), sources, strict=True)
+        for stage in _stages(name, recipe, source, seeds=seeds, output=output, pairs=pairs, overrides=overrides)
+    ]
+    for stage in plan:
+        for run_recipe in stage.runs:
+            _check_trained_by(run_recipe)
+    for number, (name, seed) in enumerate(itertools.product(recipes, range(seeds)), start=1):
+        shorter: Recipe | None = None
+        for stage in (stage for stage in plan if stage.name == name):
+            run_recipe = stage.runs[seed]
+            say(f"{name}, seed {seed}, {_num_pairs(run_recipe):,} pairs: run {number} of {len(recipes) * seeds}")
+            _finish(run_recipe, shorter, say)
+            shorter = run_recipe
+    rows = _rows(plan, [None, *sorted(set(pairs))])
+    options = [word for number in pairs for word in ("--pairs", str(number))]
+    options += [word for override in overrides for word in ("--set", override)]
+    command = shlex.join(["mmalign", "compare", *sources, "--seeds", str(seeds), *options])
+    for file in [output / "comparison.md", *([table] if table else [])]:
+        _write(file, rows, plan, command)
+        say(f"table: {file}")
+    return rows
+
+
+def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]:
+    """Load the recipes by name, and check that they can be compared."""
+    recipes: dict[str, Recipe] = {}
+    for source in sources:
+        name, recipe = Path(source).stem, load_recipe(source, overrides)
+        if name in recipes:
+            raise ValueError(f"compare: two recipes are called {name}; rename one, since its runs go by that name")
+        section = recipe.evaluate
+        if section is None or section.benchmark in ("implicit", "steps") or getattr(section, "answers", None):
+            raise ValueError(
+                f"compare: {source} says of no benchmark that asks or draws; add one, such as --set "
+                "'evaluate={benchmark: crowds}'"
+            )
+        recipes[name] = recipe
+    (first_name, first), *others = recipes.items()
+    for name, other in others:
+        for key in ("model.path", "model.revision", "evaluate"):
+            values = [_setting(recipe, key) for recipe in (first, other)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"compare: {key} differs between {first_name} and {name} ({values[0]!r} and {values[1]!r}); give "
+                    f"both the same, for example by --set {key}=..."
+                )
+    return recipes
+
+
+def _setting(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _stages(
+    name: str,
+    recipe: Recipe,
+    source: str,
+    *,
+    seeds: int,
+    output: Path,
+    pairs: Sequence[int],
+    overrides: Sequence[str],
+) -> Iterator[Stage]:
+    """Yield the stages of a recipe's runs, the shortest first."""
+    batch_size, train = recipe.train.batch_size * recipe.train.accumulate, recipe.train
+    if pairs and train.schedule != "constant":
+        raise ValueError(
+            f"compare: {name} has train.schedule {train.schedule}, which follows from train.steps, so that a "
+            "shorter run is not the beginning of a longer one; leave --pairs out, or set train.schedule=constant"
+        )
+    lengths: dict[int, list[int | None]] = {train.steps: [None]}
+    for number in sorted(set(pairs)):
+        if number < batch_size or number % batch_size:
+            raise ValueError(
+                f"compare: --pairs {number} is no whole number of updates of {name}, which takes {batch_size} pairs at "
+                "a time; name a multiple of every recipe's train.batch_size times train.accumulate"
+            )
+        lengths.setdefault(number // batch_size, []).append(number)
+    for steps, numbers in sorted(lengths.items()):
+        suffix = "" if steps == train.steps else f"-{steps * batch_size}-pairs"
+        settings, folder = [*overrides, f"train.steps={steps}"], output / name
+        runs = [_load_run(source, settings, folder / f"seed-{seed}{suffix}", seed, output) for seed in range(seeds)]
+        yield Stage(name, numbers, runs)
+
+
+def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, output: Path) -> Recipe:
+    """Load the recipe of one run; all runs share the caches of frozen networks and of the base model's output."""
+    settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
+    recipe = load_recipe(source, settings)
+    if getattr(recipe.data, "cache", None) == "auto":
+        settings.append(f"data.cache={json.dumps(str(output / 'cache'))}")
+    if getattr(recipe.evaluate, "cache", None) == "auto":
+        name = "answers" if isinstance(recipe.evaluate, EvaluateResponses) else "drawings"
+        settings.append(f"evaluate.cache={json.dumps(str(output / name))}")
+    return load_recipe(source, settings)
+
+
+def _num_pairs(recipe: Recipe) -> int:
+    """Return the number of pairs that a recipe trains on, with repetition."""
+    return recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
+
+
+def _check_trained_by(recipe: Recipe) -> None:
+    """Check that a run in the recipe's folder was trained by this very recipe."""
+    file = Path(recipe.output) / "recipe.yaml"
+    if not file.is_file():
+        return
+    trained_by = load_recipe(file)
+    for section in ("method", "model", "data", "train"):
+        before, now = (getattr(some, section).model_dump(exclude={"cache"}) for some in (trained_by, recipe))
+        different = next((key for key in {**before, **now} if before.get(key) != now.get(key)), None)
+        if different is not None:
+            raise ValueError(
+                f"compare: {recipe.output} was trained with {section}.{different} {before.get(different)!r}, and now "
+                f"it is {now.get(different)!r}; name another --output, or move that folder away"
+            )
+
+
+def _finish(recipe: Recipe, shorter: Recipe | None, say: Say) -> None:
+    """Prepare, train and evaluate, if not done; `shorter` is the same run at its previous length."""
+    if recipe.prepare is not None and not Path(locate(recipe.data.path)).exists():
+        prepare.prepare(recipe, say)
+    output = Path(recipe.output)
+    model = output / "model"
+    if not model.is_dir() or read_trained(model)["step"] != recipe.train.steps:
+        if shorter is not None and checkpoint.latest(output) is None:
+            _copy_checkpoint(Path(shorter.output), output)
+        train.train(recipe, say)
+    if not evaluate.is_evaluated(recipe):
+        evaluate.evaluate(recipe, say)
+
+
+def _copy_checkpoint(shorter: Path, output: Path) -> None:
+    """Copy a run's last checkpoint to the longer run; without one that starts anew, with the same result."""
+    last = checkpoint.latest(shorter, resting=True)
+    if last is not None:
+        atomic_io.make_folder("compare", output)
+        with written(output / last.name) as part:
+            shutil.copytree(last, part)
+
+
+def _metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of an evaluated run, before and after."""
+    if isinstance(recipe.evaluate, EvaluateResponses):
+        return measure_written(recipe.evaluate, Path(recipe.output) / "evaluation")
+    return measure_samples(_samples(recipe))
+
+
+def _samples(recipe: Recipe) -> list[Mapping[str, Any]]:
+    file = Path(recipe.output) / "evaluation" / "samples.json"
+    samples: list[Mapping[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    return samples
+
+
+def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow]:
+    """Return the base model's row, and one for each recipe at each length."""
+    metrics = [[_metrics(recipe) for recipe in stage.runs] for stage in plan]
+    base = metrics[0][0][0]
+    rows = [TableRow("base", "", None, 1, 0, 0.0, [(some, summarize_runs(some, [some])) for some in base])]
+    for length, (stage, runs) in itertools.product(lengths, zip(plan, metrics, strict=True)):
+        if length in stage.lengths:
+            first, number = stage.runs[0], len(runs)
+            seconds = sum(read_trained(Path(recipe.output) / "model")["seconds"] for recipe in stage.runs) / number
+            by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
+            measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
+            rows.append(TableRow(stage.name, first.method.name, length, number, _num_pairs(first), seconds, measured))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------- output files
+
+
+def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command: str) -> None:
+    """Write the table as Markdown, and beside it the numbers, the curve and some images."""
+    atomic_io.make_folder("compare", file.parent)
+    with written(file) as part:
+        part.write_text(as_markdown(rows, command), encoding="utf-8")
+    with written(file.with_suffix(".json")) as part:
+        part.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
+    with written(file.with_suffix(".png")) as part:
+        draw_curve(rows, part)
+    if isinstance(plan[0].runs[0].evaluate, EvaluateImages):
+        _write_pictures(file, {stage.name: stage.runs[0] for stage in plan if None in stage.lengths})
+
+
+def _write_pictures(file: Path, ends: Mapping[str, Recipe]) -> None:
+    """Write images of the first prompts, by the base model and by each recipe's first run, and their manifest."""
+    samples = {name: _samples(recipe) for name, recipe in ends.items()}
+    base, recipe = next(iter(samples.values())), next(iter(ends.values()))
+    indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
+    columns = {"base": [_rated_image(Path(recipe.output), base[i], i, "before") for i in indices]}
+    for name, short_name in short_names(list(samples)).items():
+        output = Path(ends[name].output)
+        columns[short_name] = [_rated_image(output, samples[name][i], i, "after") for i in indices]
+    below = "its score by the judge. The frame is green where it is above the base model's."
+    if any(sample["before"]["note"] for sample in base):
+        below = "what is wrong with it. The frame is green where nothing is."
+    lines = [
+        "The first prompts of the evaluation, none chosen; a row's pictures begin with the same noise (seed 0).",
+        f"Below a picture: {below}",
+    ]
+    prompts, title = [base[i]["prompt"] for i in indices], recipe.model.path
+    manifest = {
+        "picture": {"lines": [title, *lines]},
+        "prompts": prompts,
+        "notes": {name: [image.note for image in images] for name, images in columns.items()},
+    }
+    with written(file.with_name(f"{file.stem}-pictures.png")) as part:
+        part.write_bytes(encode_grid(draw_side_by_side(prompts, columns, title, lines), [title, *lines]))
+    with written(file.with_name(f"{file.stem}-pictures.json")) as part:
+        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _rated_image(output: Path, sample: Mapping[str, Any], index: int, side: str) -> RatedImage:
+    with Image.open(output / "evaluation" / side / f"{index:05d}.png") as image:
+        picture = image.convert("RGB")
+    record = sample[side]
+    if record["note"]:
+        return RatedImage(picture, record["note"], record["note"] == "correct")
+    return RatedImage(picture, f"{record['score']:.3g}", record["score"] > sample["before"]["score"])

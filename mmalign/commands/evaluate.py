@@ -1,0 +1,169 @@
+"""The command `evaluate`: compare a base model with the trained one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign import atomic_io, methods
+from mmalign.atomic_io import written
+from mmalign.commands import preflight
+from mmalign.config import Evaluate, EvaluateImages, EvaluateResponses, EvaluateSteps, ImageModel, JudgeModel, Recipe
+from mmalign.data.data_module import Feed, Opened
+from mmalign.evaluation.benchmarks import implicit_reward, step_accuracy
+from mmalign.modalities import loading
+from mmalign.modalities.data import open_data, open_feed
+from mmalign.modalities.text_to_image import evaluate as evaluate_images
+from mmalign.modalities.vision_language import evaluate as evaluate_responses
+from mmalign.policy import Policy
+from mmalign.training.export import read_trained, require_base
+
+Say = Callable[[str], None]
+
+
+Table = list[tuple[str, ...]]
+
+
+Measure = Callable[[Path], tuple[dict[str, Any], Table]]  # to the folder that its files go to
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        folder: where `result.json`, `samples.json` and the pictures are.
+        result: the numbers, as in `result.json`.
+        table: rows of text, the header first.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    table: Table
+
+
+def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
+    """Compare the base model with the trained one by the recipe's benchmark, and write `evaluation/` in its output.
+
+    Raises:
+        ValueError: the recipe has no `evaluate` section, a file that it names is missing or bad, or nothing has been
+            trained yet.
+    """
+    section = recipe.evaluate
+    if section is None:
+        raise ValueError(f"evaluate: the recipe has no such section; add one, for example {_example(recipe)}")
+    of_pairs = section.benchmark in ("implicit", "steps")
+    if of_pairs and not recipe.data.hold_out:
+        needed = "needs pairs kept from training; set data.hold_out, for example to 0.1"
+        raise ValueError(f"evaluate: {section.benchmark} {needed}")
+    preflight.check(recipe, data=of_pairs)
+    measure = _measure_files(section) or _measure_models(recipe, section, say)
+    folder = atomic_io.make_folder("output", Path(recipe.output)) / "evaluation"
+    with written(folder) as part:
+        part.mkdir()
+        result, table = measure(part)
+        (part / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    for row in table:
+        say("  ".join(cell.ljust(22) for cell in row).rstrip())
+    return Evaluation(folder, result, table)
+
+
+def _example(recipe: Recipe) -> str:
+    if isinstance(recipe.model, JudgeModel):
+        return "{benchmark: steps}"
+    pictures = isinstance(recipe.model, ImageModel)
+    return "{benchmark: scenes, prompts: 256}" if pictures else "{benchmark: crowds, pictures: 256}"
+
+
+def _measure_files(section: Evaluate) -> Measure | None:
+    """The scores of the answers that a section names; None where it names none."""
+    if not isinstance(section, EvaluateResponses) or section.answers is None:
+        return None
+    scored = evaluate_responses.score_files(section)
+    return lambda _: scored
+
+
+def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
+    """How to compare the models, once all that it takes is there: questions and judge before any model is loaded."""
+    device, trained = _device(), Path(recipe.output) / "model"
+    about = read_trained(trained)
+    opened = benchmark = judge = None
+    if section.benchmark in ("implicit", "steps"):
+        opened = open_data(recipe.data, recipe.train.seed)
+    elif isinstance(section, EvaluateResponses):
+        benchmark = evaluate_responses.open_benchmark(section)
+    elif isinstance(section, EvaluateImages) and section.judge:
+        judge = loading.judge(section.judge, device)
+    family = loading.load_model(recipe, device, say)
+    require_base(about, trained, family)
+    policy = loading.load_aligned(family, trained)
+    of = _of(section, about)
+    if opened is not None:
+        measured = _steps if isinstance(section, EvaluateSteps) else _implicit
+        return lambda _: measured(recipe, section, policy, opened, say)
+    if benchmark is not None:
+        return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, of, say)
+    return lambda folder: evaluate_images.compare_images(recipe, policy, judge, folder, of, say)
+
+
+def _of(section: Evaluate, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation is of: another model or other settings want another one."""
+    return {"trained": dict(about), "evaluate": section.model_dump()}
+
+
+def _implicit(
+    recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say
+) -> tuple[dict[str, Any], Table]:
+    """How often the trained model finds the chosen side of a held-out pair likelier than the base model does."""
+    feed = _feed(recipe, policy, opened, say)
+    pictures = isinstance(section, EvaluateImages)
+    score = (implicit_reward.image_scores if pictures else implicit_reward.response_scores)(policy.family)
+    draws = section.draws if isinstance(section, EvaluateImages) else 1
+    report = implicit_reward.accuracy(policy, feed.held_out(), score, draws=draws, seed=section.seed)
+    return report.as_dict(), report.table()
+
+
+def _steps(recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say) -> tuple[dict[str, Any], Table]:
+    """How often the trained judge, and the one that it began as, prefer the chosen image of a held-out pair."""
+    assert isinstance(section, EvaluateSteps)
+    batches = _feed(recipe, policy, opened, say, methods.find(recipe.method.name)).held_out()
+    found = step_accuracy.accuracy(policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed)
+    return found.as_dict(), found.table()
+
+
+def _feed(recipe: Recipe, policy: Policy, opened: Opened, say: Say, method: Any = None) -> Feed:
+    """The recipe's pairs, encoded, with what a method asks for besides."""
+    from accelerate import Accelerator
+
+    return open_feed(
+        policy.family,
+        recipe.data,
+        output=Path(recipe.output),
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        accelerator=Accelerator(),
+        say=say,
+        method=method,
+        opened=opened,
+    )
+
+
+def is_evaluated(recipe: Recipe) -> bool:
+    """Whether the recipe's trained model has been evaluated as the recipe says.
+
+    Raises:
+        ValueError: nothing has been trained.
+    """
+    assert recipe.evaluate is not None
+    file = Path(recipe.output) / "evaluation" / "samples.json"
+    wanted = json.loads(json.dumps(_of(recipe.evaluate, read_trained(Path(recipe.output) / "model"))))
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("of") == wanted
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,234 @@
+"""Recipes: what a YAML file says, validated as a whole before anything is loaded.
+
+A recipe is a tree of frozen pydantic models (`mmalign.config`). Deep code never sees it: the functions that run a
+recipe take it apart into plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from mmalign.config import SECTIONS, Recipe
+
+ROOT = "a recipe"  # what the top of a recipe is called in a sentence
+SHOWN = 80  # characters of a wrong value that a sentence shows
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with YAML 1.2's numbers (1e-8 is one, in 1.1 a string), and without keys that are given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+_NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check every key and value.
+
+    Args:
+        source: a path, the name of a shipped recipe ("configs/text_to_image/quickstart.yaml"), or the content itself.
+        overrides: assignments such as "train.lr=1e-5", values in YAML, in this order; another "method.name" begins
+            its section anew, with that method's defaults.
+
+    Raises:
+        ValueError: names every key that is unknown (with the nearest known one) or has a wrong value.
+    """
+    where, content = "recipe", source
+    if isinstance(source, str | Path):
+        where, content = str(source), _parse(_read(source), str(source))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected a mapping of sections, {_came(content)}")
+    tree = _override(dict(content), overrides)
+    method = tree.get("method")
+    if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
+        raise ValueError(
+            f"{where}: method: expected a mapping with a name, such as {{name: diffusion_dpo}}, {_came(method)}"
+        )
+    try:
+        schema = _schema(method["name"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_sentences(where, schema, error))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+@cache  # recipes of one method are of one class, so that equal ones compare equal
+def _schema(method: str) -> type[Recipe]:
+    from mmalign import methods
+
+    found = methods.find(method)
+    kinds = SECTIONS[found.modality]
+    fields: dict[str, Any] = {
+        "method": (found.Config, ...),
+        "model": (kinds.model, ...),
+        "data": (kinds.data, ...),
+        "evaluate": (kinds.evaluate | None, None),
+        "prepare": (kinds.prepare | None, None),
+    }
+    return create_model("Recipe", __base__=Recipe, **fields)
+
+
+def _read(name: str | Path) -> str:
+    from mmalign.resources import resolve
+
+    try:
+        return resolve(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}: is not text in UTF-8; expected a recipe in YAML") from None
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror}); expected a recipe, a file in YAML") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}: is not a recipe in YAML: {at}{error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # control characters; a date in month 13
+        raise ValueError(f"{where}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for assignment in overrides:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ValueError(f"--set {assignment!r}: expected section.key=value, such as train.lr=1e-5")
+        here = tree
+        for depth, key in enumerate(keys[:-1], start=1):
+            section = {} if here.get(key) is None else here[key]
+            if not isinstance(section, Mapping):
+                at = ".".join(keys[:depth])
+                raise ValueError(f"--set {path}: {at} is no section but {_shown(section)}; set {at} itself")
+            here[key] = dict(section)
+            here = here[key]
+        value = _parse(text, f"--set {path}")
+        if keys == ["method", "name"] and value != here.get("name"):
+            here.clear()  # one method's hyper-parameters mean something else, or nothing, in another
+        here[keys[-1]] = value
+    return tree
+
+
+def _sentences(where: str, schema: type[BaseModel], error: ValidationError) -> list[str]:
+    """One sentence for each wrong place; the branches of a union become one."""
+    places: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for details in error.errors():
+        places.setdefault(_place(schema, details["loc"]), []).append(details)
+    for path in list(places):  # a section with a wrong value is no wrong text
+        if any(len(other) > len(path) and other[: len(path)] == path for other in places):
+            del places[path]
+    return [f"{where}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
+
+
+def _place(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, ...]:
+    """Where a value is, without the branches of unions, which pydantic adds to the place of what fits none of them."""
+    path: list[str] = []
+    for part in map(str, loc):
+        field = _section(schema, path[:-1]).model_fields.get(path[-1]) if path else None
+        annotation = field.annotation if field is not None else None
+        branches = get_args(annotation) if get_origin(annotation) is UnionType else ()
+        if part not in [str(b).replace(" ", "") if get_origin(b) else b.__name__ for b in branches]:
+            path.append(part)
+    return tuple(path)
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list, such as [a, b]",
+    "dict_type": "a mapping, such as {key: value}",
+    "model_type": "a section, such as {key: value}",
+}
+
+
+def _explain(schema: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
+    """A sentence for what is wrong at one place: what came, what was expected, what to do."""
+    error, at, got = errors[0], ".".join(path), _came(errors[0]["input"])
+    parent, kind = _section(schema, path[:-1]), error["type"]
+    if kind == "extra_forbidden":
+        return f"{'.'.join(path[:-1]) or ROOT} has no {path[-1]!r}; {_nearest(path[-1], list(parent.model_fields))}"
+    if kind == "missing":
+        meaning = parent.model_fields[path[-1]].description
+        expected = f"; expected {meaning}" if meaning else ""
+        return f"{'.'.join(path[:-1]) or ROOT} needs {path[-1]!r}, which is missing{expected}"
+    if kind == "invalid_key" or path[-1] == "[key]":
+        return f"{at.removesuffix('.[key]')}: a key must be text, {got}; write it in quotes"
+    if kind == "value_error":  # a section's own check, in whose words is what came
+        return f"{at}: {error['msg'].removeprefix('Value error, ')}"
+    if kind in _TYPES:
+        expected = " or ".join(_TYPES[e["type"]] for e in errors)
+        quotes = "; write it in quotes" if expected == "text" and not isinstance(error["input"], dict | list) else ""
+        return f"{at}: expected {expected}, {got}{quotes}"
+    message = error["msg"].removeprefix("Input should be ").removeprefix("List should have ")
+    message = message.split(" after validation")[0]
+    return f"{at}: expected {message[0].lower()}{message[1:]}, {got}{_meant(error)}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+
+
+def _meant(error: ErrorDetails) -> str:
+    """The choice nearest to a misspelt one."""
+    choices = re.findall(r"'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
+    near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _came(value: Any) -> str:
+    return f"got {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a person wrote it, in short; text is said to be text, since it may look like a number."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    return f"the text {shown}" if isinstance(value, str) else shown
+
+
+def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for key in path:
+        if key in schema.model_fields:
+            options = [schema.model_fields[key].annotation]
+            options += list(getattr(options[0], "__args__", ()))
+            schema = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), schema)
+    return schema

@@ -1,0 +1,108 @@
+"""The whole way in one command: pairs, alignment, measurement, page, on a bundled model and without a network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmalign.commands import evaluate, gallery, prepare, train
+from mmalign.commands.load_recipe import load_recipe
+
+MODALITIES = ("text_to_image", "vision_language")
+RECIPE = "configs/{}/quickstart.yaml"
+
+
+def quickstart(
+    modality: str = "text_to_image",
+    *,
+    seed: int,
+    draw: bool,
+    output: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Align a bundled model, and show by how much its images follow their prompts better, or its answers invent less.
+
+    Args:
+        modality: "text_to_image" (tiny_sd) or "vision_language" (tiny_llava).
+        seed: of the training.
+        draw: make the pairs anew, instead of taking those in assets/.
+        output: where everything is written, if not where the recipe says; `result.json` there has the numbers.
+        say: takes a line of text.
+
+    Returns:
+        What `result.json` holds: what base and aligned model reach on held-out prompts or pictures, and the paired
+        differences with their 95 % intervals.
+
+    Raises:
+        ValueError: the modality is none.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"quickstart: {modality!r} is no modality; expected {' or '.join(MODALITIES)}")
+    started, source = time.time(), RECIPE.format(modality)
+    settings = [f"train.seed={seed}", *([f"output={json.dumps(str(output))}"] if output else [])]
+    recipe = load_recipe(source, settings)
+    folder = Path(recipe.output)
+    if draw:
+        pairs = folder / f"pairs{Path(recipe.data.path).suffix}"
+        recipe = load_recipe(source, [*settings, f"data.path={json.dumps(str(pairs))}"])
+        if not pairs.is_file():
+            prepare.prepare(recipe, say)
+    trained = train.train(recipe, say)
+    details = evaluate.evaluate(recipe, say).result
+    page = gallery.gallery(recipe, say=lambda _: None)
+    numbers, sentences = (_drawn if modality == "text_to_image" else _answered)(details)
+    result = {
+        "seed": seed,
+        "seconds": round(time.time() - started),
+        "updates": trained.steps,
+        **numbers,
+        "details": details,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    shutil.copyfile(page.with_name("gallery.png"), folder / "gallery.png")
+    for sentence in sentences:
+        say(sentence)
+    say(f"gallery: {page}   numbers: {folder / 'result.json'}   ({time.time() - started:.0f} s)")
+    return result
+
+
+def _drawn(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What stands first in result.json of images, and what is said of it."""
+    overall = details["overall"]
+    base, aligned, difference = overall["before"], overall["after"], overall["difference"]
+    numbers = {"base accuracy": base["estimate"], "aligned accuracy": aligned["estimate"], "difference": difference}
+    return numbers, [_sentence("prompts drawn right", base, aligned, difference)]
+
+
+# What stands first in result.json of answers: by the name of a measure, its name there, and what is said of it.
+_FIRST = {
+    "CHAIR_s": ("CHAIR_s", "descriptions that invent an object"),
+    "CHAIR_i": ("CHAIR_i", "objects named that are invented"),
+    "recall": ("recall", "objects of the picture that are named"),
+    "mean: accuracy": ("POPE accuracy", "yes/no questions answered right"),
+}
+
+
+def _answered(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What stands first in result.json of answers, and what is said of it."""
+    numbers, sentences = dict[str, Any](), list[str]()
+    for compared in details["measures"].values():
+        base, aligned = (compared[side]["measures"] for side in ("before", "after"))
+        for name, difference in compared["difference"].items():
+            if name in _FIRST:
+                key, what = _FIRST[name]
+                numbers[key] = {"base": base[name], "aligned": aligned[name], "difference": difference}
+                sentences.append(_sentence(what, *numbers[key].values()))
+    return numbers, sentences
+
+
+def _sentence(what: str, base: dict[str, float], aligned: dict[str, float], difference: dict[str, float]) -> str:
+    change, low, high = (100 * difference[end] for end in ("estimate", "low", "high"))
+    return (
+        f"{what}: {base['estimate']:.1%} before, {aligned['estimate']:.1%} after; "
+        f"{change:+.1f} points, 95 % interval [{low:.1f}, {high:.1f}]"
+    )

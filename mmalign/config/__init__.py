@@ -1,0 +1,98 @@
+"""The sections of a recipe: what may stand in its YAML file, with types, limits and defaults."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from mmalign.config.base import Section
+from mmalign.config.evaluation import (
+    AnswerFiles,
+    Coco,
+    Decoding,
+    Drawing,
+    Evaluate,
+    EvaluateImages,
+    EvaluateResponses,
+    EvaluateSteps,
+    Files,
+    Gallery,
+    JudgeConfig,
+)
+from mmalign.config.preparation import (
+    Bdhs,
+    Completing,
+    Prepare,
+    PrepareBdhs,
+    PrepareImages,
+    PreparePovid,
+    PrepareRealign,
+    PrepareResponses,
+    Source,
+)
+from mmalign.config.training import Data, ImageData, ImageModel, JudgeModel, Lora, Model, ResponseData, Train
+
+__all__ = [
+    "SECTIONS",
+    "AnswerFiles",
+    "Bdhs",
+    "Coco",
+    "Completing",
+    "Data",
+    "Decoding",
+    "Drawing",
+    "Evaluate",
+    "EvaluateImages",
+    "EvaluateResponses",
+    "EvaluateSteps",
+    "Files",
+    "Gallery",
+    "ImageData",
+    "ImageModel",
+    "JudgeConfig",
+    "JudgeModel",
+    "Lora",
+    "Model",
+    "Prepare",
+    "PrepareBdhs",
+    "PrepareImages",
+    "PreparePovid",
+    "PrepareRealign",
+    "PrepareResponses",
+    "Recipe",
+    "ResponseData",
+    "Section",
+    "Sections",
+    "Source",
+    "Train",
+]
+
+
+class Recipe(Section):
+    """A complete recipe. `method` is the Config of the file in mmalign/methods that `method.name` names."""
+
+    method: Any
+    model: Model
+    data: Data
+    train: Train
+    evaluate: Evaluate | None = None
+    gallery: Gallery = Gallery()
+    prepare: Prepare | None = None
+    output: str = Field(description="the folder that everything is written to")
+
+
+class Sections(NamedTuple):
+    """The sections of a recipe that depend on what its method compares."""
+
+    model: type[Model]
+    data: type[Data]
+    evaluate: type[Evaluate]
+    prepare: type[Prepare]
+
+
+SECTIONS: dict[str, Sections] = {
+    "text_to_image": Sections(ImageModel, ImageData, EvaluateImages, PrepareImages),
+    "step_judge": Sections(JudgeModel, ImageData, EvaluateSteps, Prepare),
+    "vision_language": Sections(Model, ResponseData, EvaluateResponses, PrepareResponses),
+}

@@ -1,0 +1,154 @@
+"""How models are compared, and how they draw and answer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmalign.config.base import Section
+
+Files = str | dict[str, str]  # a file, or several by name
+
+
+class JudgeConfig(Section):
+    """A judge: a file in mmalign/rewards, and its weights."""
+
+    name: str = "open_clip"
+    path: str
+    options: dict[str, Any] = Field({}, description="of the judge's own, such as {pretrained: laion2b_s34b_b79k}")
+
+
+class Drawing(Section):
+    """How images are drawn."""
+
+    steps: int = Field(30, ge=1)
+    guidance: float = Field(7.5, ge=1)
+    resolution: int | None = Field(None, ge=8)
+    sampler: Literal["default", "ddim", "dpmsolver++"] = "default"
+    batch_size: int = Field(16, ge=1)
+
+
+class Evaluate(Section):
+    """How base and aligned model are compared."""
+
+    benchmark: str
+    seed: int = Field(0, ge=0)
+
+
+class EvaluateImages(Evaluate):
+    """How the images of text-to-image models are compared."""
+
+    benchmark: Literal["scenes", "preference", "implicit"] = "preference"
+    prompts: int | str = Field(
+        256, description="a number of the bundled world's prompts, or a file with one prompt a line"
+    )
+    split: Literal["validation", "test"] = Field("test", description="of the bundled world's prompts")
+    drawing: Drawing = Drawing()
+    per_prompt: int = Field(
+        1, ge=1, description="images of every prompt; with two or more, how different they are is measured"
+    )
+    judge: JudgeConfig | None = Field(None, description="whose win rate is measured; scenes does without as well")
+    draws: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
+    cache: str = Field("auto", description="where pictures are kept as they come: auto (in the output), or a folder")
+
+    @model_validator(mode="after")
+    def _judged(self) -> EvaluateImages:
+        if self.benchmark == "preference" and self.judge is None:
+            raise ValueError("benchmark preference needs a judge; add evaluate.judge.path")
+        if self.benchmark == "scenes" and isinstance(self.prompts, str):
+            raise ValueError(f"benchmark scenes makes its own prompts; expected their number, got {self.prompts!r}")
+        return self
+
+
+class EvaluateSteps(Evaluate):
+    """How often a judge of noisy images prefers the chosen image of a held-out pair, at several times."""
+
+    benchmark: Literal["steps"] = "steps"
+    times: list[Annotated[int, Field(ge=0)]] = Field([0, 251, 501, 701, 951], min_length=1)
+
+
+class Decoding(Section):
+    """How a model answers."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
+    batch_size: int = Field(16, ge=1)
+
+
+class Coco(Section):
+    """MSCOCO's own annotations: an object is in an image if it has a mask there, or a human caption names it."""
+
+    instances: list[str] = Field(min_length=1, description="instances_train2014.json, instances_val2014.json")
+    captions: list[str] = Field([], description="captions_train2014.json, captions_val2014.json")
+
+
+class AnswerFiles(Section):
+    """Answers that are there already: they are scored, and no model is asked."""
+
+    before: Files | None = Field(None, description="of the base model; without them the others are scored alone")
+    after: Files = Field(description="of the aligned model; of pope, a file for each split")
+
+
+class EvaluateResponses(Evaluate):
+    """How the answers of vision-language models are compared."""
+
+    benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"]
+    pictures: int = Field(256, ge=2, description="crowds: held-out pictures of the bundled world")
+    split: Literal["validation", "test"] = Field("test", description="crowds: of the bundled world")
+    questions: Files | None = Field(
+        None, description="records with image and question, those of pope by split, such as {random: a.json}"
+    )
+    annotations: str | Coco | None = Field(
+        None, description="what is in the images: records with image and objects, or MSCOCO's files; amber's folder"
+    )
+    images: str | None = Field(None, description="the folder that images' names begin in")
+    prompt: str = Field("Describe this image.", description="what is asked where a question has no text")
+    vocabulary: str = Field(
+        "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [other words for it]}"
+    )
+    parse: Literal["published", "strict"] = Field("published", description="pope: how yes and no are read")
+    answers: AnswerFiles | None = None
+    decoding: Decoding = Decoding()
+    cache: str = Field("auto", description="where answers are kept as they come: auto (in the output), or a folder")
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateResponses:
+        takes = {"benchmark", "seed", *_TAKES[self.benchmark]}
+        for name, field in type(self).model_fields.items():
+            if name not in takes and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
+                )
+        if self.benchmark in ("chair", "object_halbench", "amber") and self.annotations is None:
+            raise ValueError(f"benchmark {self.benchmark} needs to know what is in the images; add annotations")
+        if self.benchmark == "pope" and self.questions is None and self.annotations is None:
+            raise ValueError("benchmark pope needs questions, or annotations to make them of; add one of the two")
+        if self.benchmark == "amber" and not isinstance(self.annotations, str):
+            raise ValueError("benchmark amber reads its annotations from its folder 'data'; name that one")
+        if self.benchmark == "pope" and isinstance(self.annotations, Coco):
+            raise ValueError("benchmark pope makes questions of records with image and objects, not of MSCOCO's files")
+        if self.benchmark != "pope" and isinstance(self.questions, dict):
+            raise ValueError(f"benchmark {self.benchmark} has no splits; expected one file of questions")
+        if "images" in takes and self.images is None and self.answers is None:
+            raise ValueError("images: expected the folder of the images, or answers that are there already")
+        return self
+
+
+# What each benchmark of responses takes besides its name and a seed.
+_ASKED = ("annotations", "images", "answers", "decoding", "cache")
+_TAKES: dict[str, tuple[str, ...]] = {
+    "crowds": ("pictures", "split", "decoding", "cache"),
+    "pope": (*_ASKED, "questions", "parse"),
+    "chair": (*_ASKED, "questions", "prompt", "vocabulary"),
+    "object_halbench": (*_ASKED, "questions", "prompt", "vocabulary"),
+    "amber": _ASKED,
+    "implicit": (),
+}
+
+
+class Gallery(Section):
+    """The pictures that are shown."""
+
+    images: int = Field(96, ge=1, description="pairs of pictures on the page")
+    title: str = "Before and after"

@@ -1,0 +1,1 @@
+"""Caches on disk, keyed by content."""

@@ -1,0 +1,32 @@
+"""Cache of generated answers on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmalign.data.caches.journal import Journal
+
+
+class AnswerCache:
+    """Answers of one model, by image and question, in memory and in a file.
+
+    Args:
+        folder: folder of the files.
+        settings: everything that an answer depends on besides its question: the model's weights, the decoding, the
+            place of the images; JSON. Other settings have another file.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        self._journal = Journal(folder / f"{name}.jsonl", settings)
+        self.answers: dict[tuple[str, str], str] = {
+            (image, question): answer for piece in self._journal.pieces for image, question, answer in piece
+        }
+
+    def add(self, answers: Mapping[tuple[str, str], str]) -> None:
+        """Add answers to the file."""
+        self._journal.append([[*key, answer] for key, answer in answers.items()])
+        self.answers.update(answers)

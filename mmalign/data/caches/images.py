@@ -1,0 +1,43 @@
+"""Cache of generated images on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from mmalign.data.pairs import hashed
+
+
+class ImageCache:
+    """Images of one model, generated with the same settings, each in a file.
+
+    Args:
+        folder: folder of the caches of all models.
+        settings: everything that an image depends on besides prompt and seed: the model's weights, the sampler; JSON.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        self.folder = folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, prompt: str, seed: int) -> Image.Image | None:
+        """Return the image of a prompt and a seed; None if it is missing or damaged."""
+        with contextlib.suppress(OSError), Image.open(self._path(prompt, seed)) as image:
+            return image.convert("RGB")
+        return None
+
+    def put(self, prompt: str, seed: int, image: Image.Image) -> None:
+        """Write an image, all of it or nothing."""
+        path = self._path(prompt, seed)
+        part = path.with_suffix(".part")
+        image.save(part, format="PNG")
+        part.replace(path)
+
+    def _path(self, prompt: str, seed: int) -> Path:
+        return self.folder / f"{hashed(prompt, str(seed)):016x}.png"

@@ -1,0 +1,1 @@
+"""File formats and layouts of preference data."""

@@ -1,0 +1,277 @@
+"""Where pairs come from: three layouts of files, checked before they are used.
+
+pick_a_pic  Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, and where present `image_0_uid, image_1_uid,
+            are_different, has_label`. A parquet file, a folder or a glob of them, or a dataset on the Hub. Images are
+            bytes, or structs with bytes. The image with the larger label is chosen; equal labels are a tie.
+            `rejected_caption`, where present, is what the rejected image shows, and `caption` then the chosen one's.
+folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file. `rejected_prompt`, where
+            present, is what the rejected image shows.
+rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
+            (larger is better). Every two images of different rank are a pair. Paths are relative to the file, or to the
+            folder beside it that has its name (HPDv2 keeps the images of test.json in test/).
+
+`columns` maps a name above to the one that a file has.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmalign.data.formats.files import (
+    TABLES,
+    find_files,
+    find_image,
+    load_hub,
+    load_tables,
+    on_hub,
+    read_schema,
+    records,
+    shown,
+)
+from mmalign.data.formats.rows import FilePair, FileRows, TableRows
+from mmalign.data.pairs import Dropped, Pairs, listed
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "pick_a_pic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
+    "folder": ("prompt", "chosen", "rejected"),
+    "rankings": ("prompt", "image_path"),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "pick_a_pic": ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
+    "folder": ("rejected_prompt",),
+    "rankings": ("rank", "human_preference"),
+}
+_SUFFIXES = {"pick_a_pic": TABLES, "folder": (".jsonl",), "rankings": (".json", ".jsonl")}
+
+Columns = Mapping[str, str]
+
+
+def open_pairs(
+    format: str,
+    path: str,
+    *,
+    split: str | None = None,
+    columns: Columns | None = None,
+    group_by: str | None = None,
+    limit: int | None = None,
+    two_prompts: str | None = None,
+) -> Pairs:
+    """Index a source; its images stay where they are.
+
+    Args:
+        format: "pick_a_pic", "folder" or "rankings".
+        path: a file, a folder, a glob, or for pick_a_pic a Hub id.
+        split: files whose name begins with it or that lie in a folder of that name; on the Hub, the split ("train").
+        columns: the format's column names (or "prompt") to those that the files have.
+        group_by: the column whose values a hold-out keeps together; the prompt if not given.
+        limit: keep the first that many pairs.
+        two_prompts: who needs a prompt of the rejected image's own, and who does not, for the sentence where there is
+            none; the rows without are dropped. None needs none.
+
+    Raises:
+        ValueError: a file or column is missing, a row is not of the format, or no pair is left.
+    """
+    names, needed = _column_names(format, columns or {}), two_prompts is not None
+    if format == "pick_a_pic":
+        pairs = _open_tables(path, split, names, group_by, needed)
+    else:
+        pairs = _open_files(format, path, split, names, group_by, needed)
+    if not len(pairs):
+        why = f": {listed(pairs.dropped)}" if pairs.dropped else ""
+        expected = "in which one image is preferred"
+        if two_prompts is not None:
+            expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {two_prompts}"
+        raise ValueError(
+            f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.dropped):,} rows dropped"
+            f"{why}); expected rows {expected}"
+        )
+    return pairs[:limit] if limit is not None else pairs
+
+
+def check_source(
+    format: str, path: str, *, split: str | None = None, columns: Columns | None = None, group_by: str | None = None
+) -> None:
+    """What can be known without reading images: the files are there, and have the columns. The Hub is not asked.
+
+    Raises:
+        ValueError: where, what came, what was expected, what to do.
+    """
+    names = _column_names(format, columns or {})
+    if format == "pick_a_pic":
+        if not on_hub(path):
+            _check_schema(find_files(path, split, _SUFFIXES[format])[0], names, group_by)
+        return
+    for file in find_files(path, split, _SUFFIXES[format]):
+        for where, record in records(file):
+            _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
+            break
+
+
+def _column_names(format: str, columns: Columns) -> dict[str, str]:
+    """From every column of the format to its name in the files."""
+    if format not in REQUIRED:
+        near = difflib.get_close_matches(format, REQUIRED, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(REQUIRED)})")
+    names = {c: c for c in REQUIRED[format] + OPTIONAL[format]}
+    for ours, theirs in columns.items():
+        own = ours.replace("prompt", "caption") if format == "pick_a_pic" else ours
+        if own not in names:
+            raise ValueError(f"data.columns: {format} has no column {ours!r} to rename; it has {', '.join(names)}")
+        names[own] = theirs
+    return names
+
+
+def _check_columns(where: str, found: Sequence[str], needed: Sequence[str], group_by: str | None) -> None:
+    lacking = [c for c in needed if c not in found]
+    if lacking:
+        raise ValueError(
+            f"{where} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(found) or 'nothing'}); "
+            f"expected {', '.join(needed)}: data.columns names what is called otherwise, such as {{prompt: text}}"
+        )
+    if group_by is not None and group_by not in found:
+        raise ValueError(f"data.group_by: {where} has no {group_by!r} (found {', '.join(found)}); name one of those")
+
+
+# --------------------------------------------------------------------------------------------------------- pick_a_pic
+
+
+def _check_schema(file: Path, names: Columns, group_by: str | None) -> None:
+    _check_fields(str(file), read_schema(file), names, group_by)
+
+
+def _check_fields(where: str, schema: Any, names: Columns, group_by: str | None) -> None:
+    import pyarrow.types as pt
+
+    _check_columns(where, schema.names, [names[c] for c in REQUIRED["pick_a_pic"]], group_by)
+    for column in ("jpg_0", "jpg_1"):
+        kind = schema.field(names[column]).type
+        is_struct = pt.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if not (pt.is_binary(kind) or pt.is_large_binary(kind) or is_struct):
+            raise ValueError(f"{where}: {names[column]} is {kind}; expected images as bytes, or as bytes and path")
+    second = names["rejected_caption"]
+    if second in schema.names:
+        kind = schema.field(second).type
+        if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_null(kind)):
+            raise ValueError(f"{where}: {second} is {kind}; expected what the rejected image shows, as text")
+    for column in ("label_0", "label_1"):
+        kind = schema.field(names[column]).type
+        if not (pt.is_floating(kind) or pt.is_integer(kind)):
+            raise ValueError(f"{where}: {names[column]} is {kind}; expected a number: 1 preferred, 0 not, 0.5 a tie")
+
+
+def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: str | None, two_prompts: bool) -> Pairs:
+    if on_hub(path):
+        table, starts = load_hub(path, split)
+        _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
+    else:
+        files = find_files(path, split, _SUFFIXES["pick_a_pic"])
+        for file in files:
+            _check_schema(file, names, group_by)
+        table, starts = load_tables(path, files, {*names.values(), group_by})
+    found = table.column_names
+    rows = TableRows(table, {c: n for c, n in names.items() if n in found}, group_by or names["caption"], starts)
+    usable, chosen_is_1, reasons, ties = _judge(table, names, found, two_prompts)
+    rows.swap(chosen_is_1)
+    dropped = [Dropped(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
+    return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
+
+
+def _judge(table: Any, names: Columns, found: Sequence[str], two_prompts: bool) -> tuple[Any, Any, dict[int, str], int]:
+    """From the labels: usable rows [N], whether jpg_1 is chosen [N], why rows were dropped, and the number of ties.
+
+    With `two_prompts` a row without a second one is dropped.
+    """
+
+    def column(name: str) -> Any:
+        return table.data.column(names[name])
+
+    first, second = (
+        np.array(column(c).to_numpy(zero_copy_only=False), dtype=np.float64) for c in ("label_0", "label_1")
+    )
+    reasons = dict[int, str]()
+
+    def drop(rows: Any, why: str) -> None:
+        for row in np.flatnonzero(rows).tolist():
+            reasons.setdefault(row, why.format(first[row], second[row]))
+
+    for flag, why in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
+        if names[flag] in found:
+            drop([value is False for value in column(flag).to_pylist()], why)
+    named = f"{names['label_0']} is {{0:g}} and {names['label_1']} is {{1:g}}"
+    drop(~np.isfinite(first + second), f"{named}; expected numbers")
+    with np.errstate(invalid="ignore"):
+        drop((np.minimum(first, second) < 0) | (np.maximum(first, second) > 1), f"{named}; expected 0 to 1")
+        drop(np.abs(first + second - 1) > 1e-6, f"{named}; expected a sum of 1")
+    drop(column("caption").is_null().to_numpy(zero_copy_only=False), "has no caption")
+    if two_prompts:
+        other = names["rejected_caption"]
+        prompts = column("rejected_caption").to_pylist() if other in found else [None] * len(first)
+        drop([not prompt for prompt in prompts], f"has no {other}")
+    sound = np.ones(len(first), dtype=bool)
+    sound[list(reasons)] = False
+    ties = sound & (first == second)
+    return sound & ~ties, second > first, reasons, int(ties.sum())
+
+
+# ------------------------------------------------------------------------------------------------- folder and rankings
+
+
+def _open_files(
+    format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None, two_prompts: bool
+) -> Pairs:
+    pairs, dropped, ties = list[FilePair](), list[Dropped](), 0
+    for file in find_files(path, split, _SUFFIXES[format]):
+        for where, record in records(file):
+            _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
+            prompt = record[names[REQUIRED[format][0]]]
+            if not isinstance(prompt, str):
+                raise ValueError(f"{where}: {names['prompt']} is {shown(prompt)}; expected a text")
+            other = _second_prompt(where, record, names)
+            if two_prompts and not other:
+                dropped.append(Dropped(where, f"has no {names.get('rejected_prompt', 'second prompt')}"))
+                continue
+            group = prompt if group_by is None else str(record[group_by])
+            if format == "folder":
+                sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
+            else:
+                sides, new_ties = _ordered(where, record, names)
+            ties += new_ties
+            for chosen, rejected in sides:
+                paths = [find_image(file, side, where) for side in (chosen, rejected)]
+                absent = [side for side, found in zip((chosen, rejected), paths, strict=True) if not found]
+                if absent:
+                    dropped.append(Dropped(where, f"{' and '.join(absent)} does not exist"))
+                else:
+                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], where, group, other))
+    return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
+
+
+def _second_prompt(where: str, record: Mapping[str, Any], names: Columns) -> str:
+    """What the rejected image shows; empty where there is one prompt."""
+    found = record.get(names.get("rejected_prompt", "")) or ""
+    if not isinstance(found, str):
+        raise ValueError(f"{where}: {names['rejected_prompt']} is {shown(found)}; expected a text")
+    return found
+
+
+def _ordered(where: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
+    """(better, worse) for every two images of different rank, and how many are tied."""
+    images, rank, preference = (record.get(names[c]) for c in ("image_path", "rank", "human_preference"))
+    values = rank if rank is not None else preference
+    if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):
+        raise ValueError(
+            f"{where}: {names['image_path']} is {shown(images)}, {names['rank']} is {shown(rank)} and "
+            f"{names['human_preference']} is {shown(preference)}; expected a list of images, and one as long of ranks "
+            "or preferences"
+        )
+    if not all(isinstance(v, int | float) for v in values):
+        raise ValueError(f"{where}: the ranks are {values}; expected numbers")
+    worth = [-v if rank is not None else v for v in values]
+    ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
+    return ordered, len(images) * (len(images) - 1) // 2 - len(ordered)

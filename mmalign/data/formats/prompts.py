@@ -1,0 +1,95 @@
+"""Prompts alone, for methods that draw their own images: a text file with one a line, or the prompts of pairs.
+
+B prompts of a process's batch. A prompt that is there several times is as many rows, each with its own random numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign.data.pairs import Pairs, hashed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        row: 63 bits that name it in every draw of random numbers.
+        prompt: its text.
+        where: where it stands, for people.
+    """
+
+    row: int
+    prompt: str
+    where: str
+
+
+class _Rows:
+    """Prompts by number."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+
+    def pair(self, number: int) -> Prompt:
+        """The prompt of that number."""
+        return self._prompts[number]
+
+    def groups(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The same prompts stay together."""
+        return self.prompts(numbers)
+
+    def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The texts of these."""
+        return [self._prompts[n].prompt for n in numbers.tolist()]
+
+
+def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
+    """The prompts of a text file, one a line, with their lines' numbers; empty lines and those with # are none.
+
+    Raises:
+        ValueError: it cannot be read, is no text, or has no prompt; `key` says where its name came from.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: {path} cannot be read ({error}); expected a text file in UTF-8") from error
+    prompts = [(at, line) for at, line in enumerate(lines, start=1) if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{key}: {path} has none; expected one prompt a line")
+    return prompts
+
+
+def open_prompts(path: str, limit: int | None = None) -> Pairs[Prompt]:
+    """The prompts of a text file.
+
+    Raises:
+        ValueError: there is no such file, it is no text, or has no prompt.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"data.path: {path} does not exist; expected a text file with one prompt a line")
+    lines = read_prompts("data.path", Path(path))
+    return _numbered(path, [text for _, text in lines], [f"{path}: line {at}" for at, _ in lines], limit)
+
+
+def prompts_of(pairs: Pairs[Any], limit: int | None = None) -> Pairs[Prompt]:
+    """The prompts of pairs, each once; their images are not looked at."""
+    texts = [text for text in dict.fromkeys(pairs.prompts()) if text.strip()]
+    return _numbered(pairs.source, texts, [f"{pairs.source}: {text!r}" for text in texts], limit)
+
+
+def _numbered(source: str, texts: Sequence[str], where: Sequence[str], limit: int | None) -> Pairs[Prompt]:
+    seen, prompts = Counter[str](), list[Prompt]()
+    for text, place in zip(texts[:limit], where[:limit], strict=True):
+        prompts.append(Prompt(hashed("prompt", text, str(seen[text])), text, place))
+        seen[text] += 1
+    if not prompts:
+        raise ValueError(f"data.path: {source} has no prompt; expected at least one")
+    return Pairs(source, _Rows(prompts), np.arange(len(prompts)))

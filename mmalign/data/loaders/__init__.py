@@ -1,0 +1,1 @@
+"""Deterministic, resumable loaders of batches."""

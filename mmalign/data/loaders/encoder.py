@@ -1,0 +1,100 @@
+"""From pairs and prompts to what a denoiser eats: latents and text embeddings, kept, or encoded batch by batch.
+
+With a cache, `fill` runs the frozen encoders over every distinct image and prompt before training, and training reads
+the results; both ways give the same numbers. B pairs; rows of images are chosen first, then rejected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmalign.data.caches.array_cache import ArrayCache
+from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts
+from mmalign.data.loaders.image_pairs import PairBatch
+from mmalign.data.loaders.prompts import PromptBatch
+from mmalign.families.base import TextToImage
+from mmalign.families.types import Conditioning, Moments
+from mmalign.rewards import Judge
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes batches with a family's frozen networks, or finds what they made in caches.
+
+    Attributes:
+        family: the model.
+        unconditional: its conditioning without a prompt.
+        text: where prompts' embeddings are kept; None encodes them in every batch.
+        two_prompts: whether the method asks for the rejected images' prompts.
+        judge: what scores images, for methods whose settings name one.
+    """
+
+    family: TextToImage
+    unconditional: Conditioning
+    text: ArrayCache | None
+    two_prompts: bool = False
+    judge: Judge | None = None
+
+    def encode(self, batch: PairBatch) -> EncodedPairs:
+        """One batch, on the denoiser's device."""
+        device = next(self.family.network.parameters()).device
+        if batch.arrays is not None:
+            latents = Moments(batch.arrays["mean"].to(device), batch.arrays["std"].to(device))
+        else:
+            assert batch.pixels is not None
+            latents = encode_images(self.family, batch.pixels)
+        return EncodedPairs(
+            rows=batch.rows,
+            latents=latents,
+            text=self._text(batch.prompts).to(device),
+            unconditional=self.unconditional.to(device),
+            sizes=batch.sizes.to(device),
+            weights=batch.weights.to(device),
+            rejected_text=self._text(batch.rejected_prompts).to(device) if self.two_prompts else None,
+            prompts=batch.prompts,
+            judge=self.judge,
+        )
+
+    def encode_prompts(self, batch: PromptBatch, side: int, shape: tuple[int, ...]) -> EncodedPrompts:
+        """A batch of prompts for square images of `side` pixels, whose latents have this shape."""
+        device = next(self.family.network.parameters()).device
+        return EncodedPrompts(
+            rows=batch.rows,
+            prompts=batch.prompts,
+            text=self._text(batch.prompts).to(device),
+            unconditional=self.unconditional.to(device),
+            sizes=torch.tensor([[side, side, 0, 0, side, side]] * len(batch.rows), device=device),
+            shape=shape,
+            weights=batch.weights.to(device),
+            judge=self.judge,
+        )
+
+    def _text(self, prompts: Sequence[str]) -> Conditioning:
+        if self.text is None:
+            return encode_prompts(self.family, prompts)
+        rows = [self.text.get(text_key(p)) for p in prompts]
+        return Conditioning({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]})
+
+
+def encode_images(family: TextToImage, images: Tensor) -> Moments:
+    """The posterior of images [N, 3, H, W].
+
+    One at a time: a batch of another size rounds otherwise, and an image would have other latents in other company.
+    """
+    parts = [family.encode_images(image[None]) for image in images]
+    return Moments(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
+
+
+def encode_prompts(family: TextToImage, prompts: Sequence[str]) -> Conditioning:
+    """The conditioning of prompts [N], one at a time, for the same reason."""
+    return Conditioning.cat([family.encode_prompts([prompt]) for prompt in prompts])
+
+
+def text_key(prompt: str) -> str:
+    """The key of a prompt in the text cache: its hash, since a prompt may be long."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()

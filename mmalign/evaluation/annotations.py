@@ -1,0 +1,235 @@
+"""Questions about images, annotations and answers in files of JSON or JSON lines, one record for each.
+
+Image ids come as numbers (42), digits ("42") or the file names of MSCOCO ("COCO_val2014_000000000042.jpg"). All three
+are "42" here; any other name stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmalign.data.formats.files import records, shown
+
+Record = Mapping[str, Any]
+K = TypeVar("K")
+V = TypeVar("V")
+
+_COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    Attributes:
+        id: its number, unique within a file.
+        image: the image's name.
+        text: the question.
+        answer: whether "yes" is right; None for a question that asks for a description.
+    """
+
+    id: int
+    image: str
+    text: str
+    answer: bool | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """A model's description of an image; `question` distinguishes several responses to one image."""
+
+    image: str
+    text: str
+    question: str = ""
+
+
+# --------------------------------------------------------------------------------------------------- fields of a record
+
+
+def image_id(value: object) -> str:
+    """Return the id of an image, the same for 42, "42" and "COCO_val2014_000000000042.jpg"."""
+    text = str(value)
+    coco = _COCO_NAME.fullmatch(text)
+    digits = coco.group(1) if coco else text
+    return str(int(digits)) if digits.isascii() and digits.isdigit() else text
+
+
+def take(where: str, record: Record, *names: str) -> Any:
+    """Return the value under the first of these names that a record has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for name in names:
+        if name in record:
+            return record[name]
+    raise ValueError(f"{where} has {shown(list(record))}; expected {' or '.join(map(repr, names))}")
+
+
+def take_text(where: str, record: Record, *names: str) -> str:
+    """Return the string under the first of these names, which may be empty.
+
+    Raises:
+        ValueError: the record has none of the names, or the value is no string.
+    """
+    value = take(where, record, *names)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {' or '.join(names)} is {shown(value)}; expected a string (empty where no answer)")
+    return value
+
+
+def take_number(where: str, record: Record, *names: str) -> int:
+    """Return the whole number under the first of these names.
+
+    Raises:
+        ValueError: the record has none of the names, or the value is no whole number.
+    """
+    value = take(where, record, *names)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{where}: {names[0]} is {shown(value)}; expected a whole number")
+    return value
+
+
+def take_image_id(where: str, record: Record, *names: str) -> str:
+    """Return the image id under the first of these names.
+
+    Raises:
+        ValueError: the record has none of the names, or the value is neither a number nor a string.
+    """
+    value = take(where, record, *names)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ValueError(f"{where}: {' or '.join(names)} is {shown(value)}; expected a number or a file name")
+    return image_id(value)
+
+
+def take_names(where: str, record: Record, name: str) -> tuple[str, ...]:
+    """Return the list of strings under a name, which may be empty.
+
+    Raises:
+        ValueError: the record has no such name, or the value is no list of strings.
+    """
+    value = take(where, record, name)
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+        raise ValueError(f'{where}: {name} is {shown(value)}; expected a list of names, such as ["dog", "hot dog"]')
+    return tuple(value)
+
+
+def index(path: str | Path, key_name: str, entries: Iterable[tuple[str, K, V]], example: str) -> dict[K, V]:
+    """Collect the values of a file by key, from (location, key, value).
+
+    Raises:
+        ValueError: the file has no record, or two of one key.
+    """
+    values: dict[K, V] = {}
+    for where, key, value in entries:
+        if key in values:
+            raise ValueError(f"{where}: duplicate {key_name} {key}; expected one record for each")
+        values[key] = value
+    if not values:
+        raise ValueError(f"{path} is empty; expected {example}")
+    return values
+
+
+def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, object]) -> None:
+    """Check that every image has an annotation.
+
+    Raises:
+        ValueError: an image has none.
+    """
+    unknown = sorted({image for image in images if image not in annotated})
+    if unknown:
+        examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise ValueError(
+            f"{name}: {len(unknown)} of {len(set(images))} images have no annotation ({examples}; annotated are "
+            f"{', '.join(list(annotated)[:3])}, ...); expected an annotation for every image, an empty one where there "
+            "is no object"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def read_objects(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Read the objects of each image, in the order of the file, from records {"image", "objects"}.
+
+    The images keep the names of the file. An object that an image has twice is kept once.
+
+    Raises:
+        ValueError: the file is bad or empty, or has an image twice.
+    """
+    entries = (
+        (
+            where,
+            str(take(where, record, "image", "image_id")),
+            tuple(dict.fromkeys(take_names(where, record, "objects"))),
+        )
+        for where, record in records(path)
+    )
+    return index(path, "image", entries, 'records {"image": "1.jpg", "objects": ["dog", "ball"]}')
+
+
+def read_questions(path: str | Path, prompt: str) -> list[Question]:
+    """Read open questions: records with `image`, and the question under `text`, `question` or `query`.
+
+    Args:
+        path: a file of questions, or of annotations, whose other keys are ignored.
+        prompt: the question of records without one.
+
+    Raises:
+        ValueError: the file is bad or empty, or an id is repeated.
+    """
+
+    def read_question(number: int, where: str, record: Record) -> tuple[str, int, Question]:
+        id_names = [name for name in ("question_id", "id") if name in record]
+        text_names = [name for name in ("text", "question", "query") if name in record]
+        question_id = take_number(where, record, *id_names) if id_names else number
+        text = take_text(where, record, *text_names[:1]) if text_names else prompt
+        return where, question_id, Question(question_id, take_text(where, record, "image"), text)
+
+    entries = (read_question(number, *located) for number, located in enumerate(records(path), start=1))
+    example = 'records {"image": "1.jpg", "question": "What is there?"}'
+    return list(index(path, "question_id", entries, example).values())
+
+
+def read_responses(path: str | Path, images: str | Path | None = None) -> list[Response]:
+    """Read descriptions of images.
+
+    The image is under `image_id` or `image`, the text under `caption`, `text`, `answer` or `response`. `question` or
+    `prompt` distinguishes several responses to an image.
+
+    Args:
+        path: the answers. A leading "Assistant:" is no part of an answer.
+        images: the file of questions, for answers that do not name their image: as many records in the same order,
+            each with `image_id` or `image`.
+
+    Raises:
+        ValueError: a file is bad or empty, the two do not match, or an image and question are repeated.
+    """
+    answers = list(records(path))
+    questions = answers if images is None else list(records(images))
+    if answers and len(questions) != len(answers):
+        raise ValueError(
+            f"{path} has {len(answers)} answers, {images} has {len(questions)} questions; expected one answer to each "
+            "question, in their order"
+        )
+
+    def read_response(
+        where: str, record: Record, there: str, question: Record
+    ) -> tuple[str, tuple[str, ...], Response]:
+        if "question_id" in record and record["question_id"] != question.get("question_id", record["question_id"]):
+            raise ValueError(
+                f"{where} answers question_id {shown(record['question_id'])}, but {there} is "
+                f"{shown(question['question_id'])}; expected the answers in the order of the questions"
+            )
+        text = take_text(where, record, "caption", "text", "answer", "response").strip().removeprefix("Assistant:")
+        prompt = next((str(record[name]) for name in ("question", "prompt") if name in record), "")
+        response = Response(take_image_id(there, question, "image_id", "image"), text.strip(), prompt)
+        return where, (response.image, prompt), response
+
+    entries = (read_response(*answer, *question) for answer, question in zip(answers, questions, strict=True))
+    example = 'records {"image_id": 42, "caption": "A dog runs."}'
+    return list(index(path, "image and question", entries, example).values())

@@ -1,0 +1,372 @@
+"""AMBER: objects in descriptions, and yes/no questions on existence, attributes and relations (arXiv:2311.07397).
+
+Generative, over all descriptions:
+
+    CHAIR = mentions of invented objects / mentions      Cover = true objects that are mentioned / true objects
+    Hal   = descriptions with an invented object / all   Cog   = expected hallucinations mentioned / all expected
+
+Discriminative, where **"no" is the positive class**, since a hallucinating model says yes too often:
+
+    precision = right no / all no    recall = right no / true no    F1 = 2 right no / (all no + true no)
+
+As in the release (inference.py of https://github.com/junyangwang0410/AMBER), a mention is a noun among the words of
+relation.json. It is true if it is one of the image's objects or associated with one in relation.json. It then covers
+the first such object alone, so of two objects of one name only one can be covered. The nine words of safe_words.txt
+count as mentions but never as invented.
+
+Differences: denominators do not begin at 0.001, and F1 is not computed from rounded numbers (together about 0.1 points
+at most). Two tools of the release are arguments here, because they need models that this package does not carry.
+`nouns` finds the nouns of a text (the release: NLTK's tagger and lemmatizer), by default `nouns_by_rule`. `similar`
+compares two words (the release: similarity above 0.8 in spaCy's en_core_web_lg). By default only equal words are
+similar, so CHAIR and Hal come out higher than published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mmalign.data.formats.files import document, records, shown
+from mmalign.evaluation.annotations import Record, index, take_names, take_number, take_text
+from mmalign.evaluation.benchmarks.pope import Parse, parse_strict
+from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns, as_columns_by_kind, divide, f1, ratio
+from mmalign.evaluation.statistics import Values
+from mmalign.language.objects import singular, tokens
+from mmalign.resources import resolve
+
+Nouns = Callable[[str], Sequence[str]]
+Similar = Callable[[str, str], bool]
+
+SAFE_WORDS = frozenset({"orange", "snack", "line", "camera", "light", "shoe", "sign", "range", "individual"})
+
+_TYPES = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+_DIMENSIONS = {
+    "all": ("existence", "state", "number", "action", "relation"),
+    "existence": ("existence",),
+    "attribute": ("state", "number", "action"),
+    "state": ("state",),
+    "number": ("number",),
+    "action": ("action",),
+    "relation": ("relation",),
+}
+
+
+_COUNTS = ("questions", "true no", "said yes", "said no", "right no", "right")
+_PARTS = {
+    "accuracy": ("right", "questions"),
+    "precision": ("right no", "said no"),
+    "recall": ("right no", "true no"),
+    "F1": ("right no", "said no", "true no"),
+    "yes rate": ("said yes", "questions"),
+}
+
+
+@dataclass(frozen=True)
+class GenerativeItem:
+    """The objects of an image, and the hallucinations expected in its descriptions."""
+
+    truth: tuple[str, ...]
+    expected: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DiscriminativeItem:
+    """A yes/no question: existence, state, number, action or relation, and whether "yes" is right."""
+
+    kind: str
+    answer: bool
+
+
+AnyItem = GenerativeItem | DiscriminativeItem
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The benchmark's annotations.
+
+    Attributes:
+        items: the annotation of each id.
+        associates: the vocabulary: from a word to others that may stand for it.
+        safe_words: mentions that are never invented.
+        images: from an id to its image, which its questions share; by default each id is its own group.
+    """
+
+    items: Mapping[int, AnyItem]
+    associates: Mapping[str, tuple[str, ...]]
+    safe_words: Collection[str] = SAFE_WORDS
+    images: Mapping[int, str] = field(default_factory=dict)
+
+
+class ObjectMatch(NamedTuple):
+    """The words of the vocabulary in a description, the invented ones, and the numbers of listed objects mentioned."""
+
+    mentions: tuple[str, ...]
+    invented: tuple[str, ...]
+    num_covered: int
+    num_expected: int
+
+
+# Words of the vocabulary that are nouns in a description only after one of the following; "hot" never is.
+_SELDOM_NOUNS = {
+    *("can", "leave", "watch", "watches", "drink", "drinks", "support", "supports", "sound", "sounds"),
+    *("sailing", "drawing", "painting"),
+}
+_BEFORE_NOUNS = {
+    *("a", "an", "the", "this", "that", "another", "some", "several", "one", "two", "three"),
+    *("my", "your", "his", "her", "its", "our", "their"),
+}
+
+
+def nouns_by_rule(text: str) -> list[str]:
+    """Return the words of a text, in lower case, without those that are seldom nouns in a description.
+
+    "A man can watch" has neither a can nor a watch, "the watch" is one: such a word counts after an article, a number
+    or a possessive alone. Every other word that names an object is taken for that object.
+    """
+    words = [token for token, _, _ in tokens(text)]
+    return [
+        word
+        for word, previous in zip(words, ["", *words], strict=False)
+        if word != "hot" and (word not in _SELDOM_NOUNS or previous in _BEFORE_NOUNS)
+    ]
+
+
+def match_objects(
+    text: str,
+    item: GenerativeItem,
+    annotations: Annotations,
+    nouns: Nouns = nouns_by_rule,
+    similar: Similar | None = None,
+) -> ObjectMatch:
+    """Match the words of a description with the objects of its image (see the head of this file)."""
+    vocabulary = {word.lower() for key, others in annotations.associates.items() for word in (key, *others)}
+    true, expected = _associated_words(item.truth, annotations), _associated_words(item.expected, annotations)
+    mentions, invented, covered, hits = [], [], set[int](), set[int]()
+    for noun in nouns(text):
+        word = noun.lower() if noun.lower() in vocabulary else singular(noun.lower())
+        if word not in vocabulary:
+            continue
+        mentions.append(word)
+        if word in annotations.safe_words:
+            continue
+        place = _first(word, true, str.__eq__)
+        if not place:
+            hits |= _first(word, expected, str.__eq__)
+            if similar:
+                hits |= _first(word, expected, similar)
+                place = _first(word, true, similar)
+        if not place:
+            invented.append(word)
+        covered |= place
+    return ObjectMatch(tuple(mentions), tuple(invented), len(covered), len(hits))
+
+
+def score_generative(
+    responses: Mapping[int, str],
+    annotations: Annotations,
+    nouns: Nouns = nouns_by_rule,
+    similar: Similar | None = None,
+) -> Metrics:
+    """Return CHAIR, Cover, Hal, Cog and the mean length in words (at white space) of descriptions.
+
+    Args:
+        responses: from an id to the response; ids of yes/no questions are left out.
+        annotations: the benchmark's annotations.
+        nouns: returns the nouns of a text, in order and with repetition.
+        similar: compares a word of the text with one of the annotations; by default only equal words are similar.
+
+    Raises:
+        ValueError: an id is unknown, or none is a description's.
+    """
+    _check_ids(responses, annotations)
+    items = {number: item for number in responses if isinstance(item := annotations.items[number], GenerativeItem)}
+    rows = []
+    for number, item in items.items():
+        match = match_objects(responses[number], item, annotations, nouns, similar)
+        rows.append(
+            {
+                "responses": 1,
+                "inventing responses": bool(match.invented),
+                "mentions": len(match.mentions),
+                "invented mentions": len(match.invented),
+                "true objects": len(item.truth),
+                "covered objects": match.num_covered,
+                "expected objects": len(item.expected),
+                "expected objects mentioned": match.num_expected,
+                "words per response": len(responses[number].split()),
+            }
+        )
+    ratios: dict[str, Ratio] = {
+        "CHAIR": ratio("invented mentions", "mentions"),
+        "Cover": ratio("covered objects", "true objects"),
+        "Hal": ratio("inventing responses", "responses"),
+        "Cog": ratio("expected objects mentioned", "expected objects"),
+    }
+    groups = _groups(items, annotations)
+    return Metrics("AMBER, generative", tuple(items), groups, as_columns(rows), ratios, ("words per response",))
+
+
+def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:
+    """Return the metrics of descriptions, of answers, or of both, whichever there are; descriptions first.
+
+    Raises:
+        ValueError: an id is unknown.
+    """
+    _check_ids(responses, annotations)
+    kinds = {type(annotations.items[number]) for number in responses}
+    metrics = [score_generative(responses, annotations)] if GenerativeItem in kinds else []
+    return [*metrics, score_discriminative(responses, annotations)] if DiscriminativeItem in kinds else metrics
+
+
+def parse_published(answer: str) -> bool | None:
+    """Parse yes or no like the release: exactly "Yes" or "No"; everything else is neither, and wrong."""
+    return {"Yes": True, "No": False}.get(answer)
+
+
+def score_discriminative(
+    responses: Mapping[int, str], annotations: Annotations, parse: Parse = parse_strict
+) -> Metrics:
+    """Return accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, by dimension and by kind.
+
+    All existence questions are of absent objects, so their precision is 1 as soon as one is right.
+
+    Args:
+        responses: from an id to the answer; ids of descriptions are left out.
+        annotations: the benchmark's annotations.
+        parse: `pope.parse_strict`, or `parse_published`; an answer that is neither yes nor no is wrong.
+
+    Raises:
+        ValueError: an id is unknown, or none is a question's.
+    """
+    _check_ids(responses, annotations)
+    items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
+    present = {item.kind for item in items.values()}
+    kinds = [kind for kind in _DIMENSIONS["all"] if kind in present]
+    rows = [(item.kind, _count(item, parse(responses[number]))) for number, item in items.items()]
+    ratios: dict[str, Ratio] = {}
+    for dimension, dimension_kinds in _DIMENSIONS.items():
+        there = [kind for kind in dimension_kinds if kind in present]
+        if there:
+            ratios |= {f"{dimension}: {name}": partial(_over_kinds, there, parts) for name, parts in _PARTS.items()}
+    groups, headline = _groups(items, annotations), ("all: accuracy", "all: F1", "all: yes rate")
+    return Metrics(
+        "AMBER, discriminative", tuple(items), groups, as_columns_by_kind(kinds, rows), ratios, headline=headline
+    )
+
+
+def _count(item: DiscriminativeItem, said: bool | None) -> dict[str, bool]:
+    values = (
+        True,
+        not item.answer,
+        said is True,
+        said is False,
+        said is False and not item.answer,
+        said is item.answer,
+    )
+    return dict(zip(_COUNTS, values, strict=True))
+
+
+def _over_kinds(kinds: Sequence[str], parts: Sequence[str], sums: Sums) -> Values:
+    """Return a ratio (two parts) or an F1 (three), of sums over some kinds of question."""
+    totals = [np.sum([sums[f"{kind}: {part}"] for kind in kinds], axis=0) for part in parts]
+    return f1(*totals) if len(totals) == 3 else divide(*totals)
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def read_amber(folder: str | Path) -> Annotations:
+    """Read the benchmark's folder `data`: annotations.json, relation.json, safe_words.txt.
+
+    Its query/query_all.json, if there is one, tells which questions share an image.
+
+    Raises:
+        ValueError: a file is missing or bad.
+    """
+    place = resolve(folder)
+    associates = {
+        word: take_names("relation.json", {word: others}, word)
+        for word, others in document(place / "relation.json").items()
+    }
+    path = place / "annotations.json"
+    entries = ((where, _id(where, record), _read_item(where, record, associates)) for where, record in records(path))
+    items = index(path, "id", entries, "the benchmark's annotations")
+    safe_words = resolve(place / "safe_words.txt").read_text(encoding="utf-8").split()
+    queries = place / "query" / "query_all.json"
+    located = records(queries) if queries.is_file() else ()
+    images = {_id(where, record): take_text(where, record, "image") for where, record in located}
+    return Annotations(items, associates, frozenset(safe_words), images)
+
+
+def read_responses(path: str | Path) -> dict[int, str]:
+    """Read responses by id: records {"id", "response"}, descriptions and answers in one file or in several.
+
+    As in other benchmarks' files the id may be called `question_id`, and the response `text` or `answer`.
+
+    Raises:
+        ValueError: the file is bad or empty, or an id is repeated.
+    """
+    entries = (
+        (where, _id(where, record), take_text(where, record, "response", "text", "answer"))
+        for where, record in records(path)
+    )
+    return index(path, "id", entries, 'records {"id": 1, "response": "A lake in a forest."}')
+
+
+def _id(where: str, record: Record) -> int:
+    return take_number(where, record, "id", "question_id")
+
+
+def _read_item(where: str, record: Record, associates: Mapping[str, object]) -> AnyItem:
+    kind = take_text(where, record, "type")
+    if kind == "generative":
+        truth, expected = take_names(where, record, "truth"), take_names(where, record, "hallu")
+        unknown = [name for name in (*truth, *expected) if name not in associates]
+        if unknown:
+            raise ValueError(f"{where}: {unknown[0]!r} is no word of relation.json; expected the files of one release")
+        return GenerativeItem(truth, expected)
+    answer = take_text(where, record, "truth")
+    if kind not in _TYPES or answer not in ("yes", "no"):
+        raise ValueError(
+            f"{where}: type is {shown(kind)}, truth {shown(answer)}; expected yes or no, and a type of generative, "
+            f"{', '.join(_TYPES)}"
+        )
+    return DiscriminativeItem(_TYPES[kind], answer == "yes")
+
+
+def _associated_words(objects: Sequence[str], annotations: Annotations) -> list[tuple[str, int]]:
+    """Return the words for each object with the object's index: all associates first, then the names themselves."""
+    associates = [(word.lower(), i) for i, name in enumerate(objects) for word in annotations.associates[name]]
+    return associates + [(name.lower(), i) for i, name in enumerate(objects)]
+
+
+def _first(word: str, associated: Sequence[tuple[str, int]], same: Similar) -> set[int]:
+    """Return the index of the first object that a word stands for; empty if there is none."""
+    return set([i for other, i in associated if same(word, other)][:1])
+
+
+def _groups(numbers: Collection[int], annotations: Annotations) -> tuple[Hashable, ...]:
+    return tuple(annotations.images.get(number, number) for number in numbers)
+
+
+def _check_ids(responses: Mapping[int, str], annotations: Annotations) -> None:
+    unknown = [number for number in responses if number not in annotations.items]
+    if unknown:
+        known = annotations.items
+        raise ValueError(
+            f"amber: {len(unknown)} of {len(responses)} responses have an id without annotation "
+            f"({', '.join(map(str, unknown[:3]))}); expected ids of annotations.json, {min(known, default=0)} to "
+            f"{max(known, default=0)}"
+        )

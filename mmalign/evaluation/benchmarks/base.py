@@ -1,0 +1,220 @@
+"""Benchmarks of vision-language models: questions about images, and scores of the answers.
+
+A benchmark has parts (POPE's splits; captions), and a part has items, each one question about one image. Answers come
+in the order of the items. They are scored in two ways: all together, as in the papers, and one by one, for readers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from mmalign.data.formats.rows import file_ref
+from mmalign.data.images import decode
+from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id
+from mmalign.evaluation.benchmarks import amber, chair, pope
+from mmalign.evaluation.metrics import Metrics
+from mmalign.language.objects import Vocabulary, singular, tokens
+
+AnswersByPart = Mapping[str, Sequence[str]]  # from the name of a part to the answers to its items, in their order
+Images = Callable[[str], Image.Image]  # an image by its name; raises BadImage if it cannot be read
+CAPTIONS = "descriptions"  # the part of a benchmark that asks for descriptions
+CAPTION_SCORE = "objects of the image that are named, less mentions of invented ones"
+YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong one"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A rating of one answer, for readers.
+
+    Attributes:
+        score: higher is better; the benchmark's `score_name` explains it.
+        note: the score in words.
+        invented: spans of the answer that name objects which are not in the image, [start, end).
+    """
+
+    score: float
+    note: str
+    invented: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its ground-truth answer in words, and a function that rates answers to it."""
+
+    question: Question
+    truth: str
+    rate: Callable[[str], Verdict]
+
+
+Parts = Mapping[str, Sequence[Item]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Items by part, their images, and the metrics of answers to them.
+
+    Attributes:
+        parts: the items of each part.
+        images: an image by its name.
+        score_name: the meaning of an answer's score.
+        measure: a function from parts and their answers to metrics.
+    """
+
+    parts: Parts
+    images: Images
+    score_name: str
+    measure: Callable[[Parts, AnswersByPart], list[Metrics]]
+
+    @property
+    def questions(self) -> list[Question]:
+        """All questions, part by part."""
+        return [item.question for items in self.parts.values() for item in items]
+
+    def without(self, images: Collection[str]) -> Benchmark:
+        """Return the benchmark without the questions about these images."""
+        parts = {
+            part: [item for item in items if item.question.image not in images] for part, items in self.parts.items()
+        }
+        return replace(self, parts=parts)
+
+    def score(self, answers: AnswersByPart) -> list[Metrics]:
+        """Return the metrics of answers to all items."""
+        return self.measure(self.parts, answers)
+
+
+def caption_benchmark(
+    questions: Sequence[Question],
+    objects: chair.Truth,
+    vocabulary: Vocabulary,
+    images: Images,
+    score: Callable[[Sequence[Response], chair.Truth, Vocabulary], Metrics] = chair.score,
+) -> Benchmark:
+    """Return a benchmark of descriptions of images with known objects: CHAIR, or Object HalBench by its `score`.
+
+    Raises:
+        ValueError: an image has no annotation, or a question is repeated.
+    """
+    check_annotated("annotations", [image_id(question.image) for question in questions], objects)
+    counts = Counter((image_id(question.image), question.text) for question in questions)
+    repeated = next((key for key, count in counts.items() if count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"questions: {repeated[1]!r} is asked twice of image {repeated[0]}; expected it once")
+
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        pairs = zip((item.question for item in parts[CAPTIONS]), answers[CAPTIONS], strict=True)
+        responses = [Response(image_id(question.image), answer, question.text) for question, answer in pairs]
+        return [score(responses, objects, vocabulary)]
+
+    def item(question: Question) -> Item:
+        truth = objects[image_id(question.image)]
+
+        def rate(answer: str) -> Verdict:
+            match = chair.match_objects(answer, truth, vocabulary)
+            spans = tuple((mention.start, mention.end) for mention in match.invented)
+            return _rate_caption(len(match.found), len(truth), len(match.invented), spans)
+
+        return Item(question, ", ".join(sorted(truth)) or "no object", rate)
+
+    return Benchmark({CAPTIONS: [item(question) for question in questions]}, images, CAPTION_SCORE, measure)
+
+
+def yes_no_benchmark(
+    questions: Mapping[str, Sequence[Question]], images: Images, parse: pope.Parse = pope.parse_published
+) -> Benchmark:
+    """Return a benchmark of yes/no questions on objects in images, by split: POPE."""
+
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        asked = {part: [item.question for item in items] for part, items in parts.items()}
+        return [pope.score(asked, {part: answers[part] for part in parts}, parse)]
+
+    parts = {part: [_yes_no_item(question, parse) for question in asked] for part, asked in questions.items()}
+    return Benchmark(parts, images, YES_NO_SCORE, measure)
+
+
+def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotations, images: Images) -> Benchmark:
+    """Return AMBER: descriptions, and yes/no questions on existence, attributes and relations.
+
+    Raises:
+        ValueError: a question has no annotation.
+    """
+    unknown = [question.id for question in questions if question.id not in annotations.items]
+    if unknown:
+        raise ValueError(f"questions: id {unknown[0]} is none of annotations.json; expected the files of one release")
+
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        responses = {
+            item.question.id: answer
+            for part, items in parts.items()
+            for item, answer in zip(items, answers[part], strict=True)
+        }
+        return amber.score(responses, annotations)
+
+    def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
+        def rate(answer: str) -> Verdict:
+            match = amber.match_objects(answer, item, annotations)
+            words = set(match.invented)
+            spans = tuple((start, end) for word, start, end in tokens(answer) if {word, singular(word)} & words)
+            return _rate_caption(match.num_covered, len(item.truth), len(match.invented), spans)
+
+        return Item(question, ", ".join(item.truth), rate)
+
+    parts: dict[str, list[Item]] = {CAPTIONS: [], "questions": []}
+    for question in questions:
+        annotation = annotations.items[question.id]
+        if isinstance(annotation, amber.GenerativeItem):
+            parts[CAPTIONS].append(caption_item(question, annotation))
+        else:
+            parts["questions"].append(_yes_no_item(replace(question, answer=annotation.answer), pope.parse_strict))
+    parts = {part: items for part, items in parts.items() if items}
+    return Benchmark(parts, images, f"{CAPTION_SCORE}; {YES_NO_SCORE}", measure)
+
+
+def combine(first: Benchmark, second: Benchmark) -> Benchmark:
+    """Return one benchmark of two on the same images, with different parts."""
+
+    def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
+        return [
+            metrics
+            for benchmark in (first, second)
+            for metrics in benchmark.measure({part: parts[part] for part in benchmark.parts}, answers)
+        ]
+
+    score_name = f"{first.score_name}; {second.score_name}"
+    return Benchmark({**first.parts, **second.parts}, first.images, score_name, measure)
+
+
+def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
+    """Return a function that reads a folder's images by name.
+
+    Raises:
+        ValueError: an image of these questions is missing.
+    """
+    names = {question.image for question in questions}
+    missing = sorted(name for name in names if not (Path(folder) / name).is_file())
+    if missing:
+        raise ValueError(
+            f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are missing);"
+            " expected every image that is asked about, by the name that its question has"
+        )
+    return lambda name: decode(file_ref(str(Path(folder) / name), name))
+
+
+def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
+    def rate(answer: str) -> Verdict:
+        """Rate an answer; a yes about an absent object is an invention as a whole."""
+        said = parse(answer)
+        invented = ((0, len(answer)),) if said and not question.answer and answer else ()
+        note = "neither yes nor no" if said is None else "right" if said is question.answer else "wrong"
+        return Verdict(float(said is question.answer), note, invented)
+
+    return Item(question, "yes" if question.answer else "no", rate)
+
+
+def _rate_caption(num_found: int, num_true: int, num_invented: int, spans: tuple[tuple[int, int], ...]) -> Verdict:
+    note = f"{num_found} of {num_true} named, {num_invented or 'none'} invented"
+    return Verdict(num_found - num_invented, note, spans)

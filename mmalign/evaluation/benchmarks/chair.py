@@ -1,0 +1,196 @@
+"""CHAIR: mentions of objects that are not in the image (arXiv:1809.02156, section 3).
+
+    CHAIR_i = mentions of invented objects / all mentions of objects
+    CHAIR_s = descriptions with an invented object / all descriptions
+    recall  = objects of the images that their descriptions mention / all objects of the images
+
+Every mention counts, as in the release: an invented dog, named twice, is two invented mentions. Recall counts each
+object of an image once. It accompanies CHAIR always, because a model that says nothing invents nothing. An empty
+description mentions nothing and counts in CHAIR_s. In an image without objects every mention is invented. A metric
+with denominator 0 is 0.
+
+The objects of an image come from annotations. For MSCOCO these are the object masks and the mentions of the five human
+captions (`read_coco`). The vocabulary is MSCOCO's (`coco_vocabulary`, two variants) or one of your own (`vocabulary`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmalign.data.formats.files import document, shown
+from mmalign.evaluation.annotations import (
+    Record,
+    Response,
+    check_annotated,
+    image_id,
+    read_objects,
+    take,
+    take_image_id,
+    take_text,
+)
+from mmalign.evaluation.metrics import Metrics, Ratio, as_columns, ratio
+from mmalign.evaluation.statistics import Values
+from mmalign.language.objects import Mention, Vocabulary
+
+Truth = Mapping[str, Collection[str]]  # from an image's id (`answer_files.image_id`) to its objects
+
+
+@dataclass(frozen=True)
+class ObjectMatch:
+    """The object words of a description: all mentions, the invented ones, and the image's objects among them."""
+
+    mentions: tuple[Mention, ...]
+    invented: tuple[Mention, ...]
+    found: frozenset[str]
+
+
+def match_objects(text: str, objects: Collection[str], vocabulary: Vocabulary) -> ObjectMatch:
+    """Match the object words of a description with the objects of its image, by the vocabulary's names."""
+    mentions = tuple(vocabulary.mentions(text))
+    invented = tuple(mention for mention in mentions if mention.object not in objects)
+    return ObjectMatch(mentions, invented, frozenset(mention.object for mention in mentions) & frozenset(objects))
+
+
+def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -> Metrics:
+    """Return CHAIR_i, CHAIR_s, recall and the mean length in words (at white space) of N descriptions.
+
+    Raises:
+        ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
+            annotated object is not the vocabulary's.
+    """
+    return description_metrics(
+        "CHAIR",
+        responses,
+        count_mentions(responses, truth, vocabulary),
+        {"CHAIR_i": ratio("invented mentions", "mentions"), "CHAIR_s": ratio("inventing responses", "responses")},
+        headline=("CHAIR_s", "CHAIR_i", "recall", "words per response"),
+    )
+
+
+def description_metrics(
+    benchmark: str,
+    responses: Sequence[Response],
+    columns: Mapping[str, Values],
+    rates: Mapping[str, Ratio],
+    headline: tuple[str, ...] = (),
+) -> Metrics:
+    """Return rates of invention, with recall and length, of N descriptions from the columns of `count_mentions`."""
+    keys = tuple((response.image, response.question) for response in responses)
+    images = tuple(response.image for response in responses)
+    ratios = {**rates, "recall": ratio("found objects", "true objects")}
+    return Metrics(benchmark, keys, images, columns, ratios, ("words per response",), headline)
+
+
+def count_mentions(
+    responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary, *, distinct: bool = False
+) -> dict[str, Values]:
+    """Return the values [N] of each count; `distinct` counts each word of a response once.
+
+    Raises:
+        ValueError: an image has no annotation, or an annotated object is not the vocabulary's.
+    """
+    check_annotated("truth", [response.image for response in responses], truth)
+    rows = []
+    for response in responses:
+        objects = truth[response.image]
+        unknown = sorted(set(objects) - set(vocabulary.objects))
+        if unknown:
+            raise ValueError(
+                f"truth: image {response.image} has the object {unknown[0]!r}, which the vocabulary "
+                f"({', '.join(vocabulary.objects[:3])}, ...) does not name so; read the annotations with the "
+                "vocabulary that is to score them"
+            )
+        match = match_objects(response.text, objects, vocabulary)
+        words, invented_words = [mention.word for mention in match.mentions], [m.word for m in match.invented]
+        rows.append(
+            {
+                "responses": 1,
+                "responses with objects": bool(words),
+                "inventing responses": bool(invented_words),
+                "mentions": len(set(words) if distinct else words),
+                "invented mentions": len(set(invented_words) if distinct else invented_words),
+                "true objects": len(set(objects)),
+                "found objects": len(match.found),
+                "words per response": len(response.text.split()),
+            }
+        )
+    return as_columns(rows)
+
+
+def read_truth(path: str | Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
+    """Read the objects of each image from records {"image", "objects"}, by the vocabulary's names.
+
+    Raises:
+        ValueError: the file is bad, or an object is no word of the vocabulary.
+    """
+    truth: dict[str, frozenset[str]] = {}
+    for image, names in read_objects(path).items():
+        key = image_id(image)
+        if key in truth:
+            raise ValueError(f"{path}: duplicate image {image}, as {key}; expected one record for each")
+        truth[key] = _objects(f"{path}: {image}", names, vocabulary)
+    return truth
+
+
+def read_coco(
+    instances: Iterable[str | Path],
+    captions: Iterable[str | Path],
+    vocabulary: Vocabulary,
+    images: Collection[str] | None = None,
+) -> dict[str, frozenset[str]]:
+    """Read the objects of MSCOCO's images: those with a mask, and those that a human caption mentions.
+
+    CHAIR uses both of the 2014 splits: instances_train2014.json and instances_val2014.json, captions_train2014.json
+    and captions_val2014.json.
+
+    Args:
+        instances: files with `images`, `categories` and `annotations` (`image_id`, `category_id`).
+        captions: files with `images` and `annotations` (`image_id`, `caption`).
+        vocabulary: the objects' names.
+        images: ids to read, all by default; matching the words of 600,000 captions takes minutes.
+
+    Raises:
+        ValueError: a file is bad, or a category is no word of the vocabulary.
+    """
+    truth: dict[str, set[str]] = defaultdict(set)
+    for path in instances:
+        file = document(path)
+        objects = {
+            take(where, category, "id"): vocabulary.object_of(take_text(where, category, "name"))
+            for where, category in _coco_records(path, file, "categories")
+        }
+        for where, image in _coco_records(path, file, "images"):
+            truth[take_image_id(where, image, "id")].update()  # an image without any annotation has no object
+        for where, annotation in _coco_records(path, file, "annotations"):
+            category = take(where, annotation, "category_id")
+            if category not in objects:
+                raise ValueError(f"{where}: category_id is {shown(category)}; expected one of `categories`")
+            truth[take_image_id(where, annotation, "image_id")].add(objects[category])
+    for path in captions:
+        file = document(path)
+        for where, image in _coco_records(path, file, "images"):
+            truth[take_image_id(where, image, "id")].update()
+        for where, annotation in _coco_records(path, file, "annotations"):
+            name = take_image_id(where, annotation, "image_id")
+            if images is None or name in images:
+                mentions = vocabulary.mentions(take_text(where, annotation, "caption"))
+                truth[name].update(mention.object for mention in mentions)
+    return {image: frozenset(objects) for image, objects in truth.items() if images is None or image in images}
+
+
+def _coco_records(path: str | Path, file: Record, part: str) -> list[tuple[str, Record]]:
+    """Return the records of a part of MSCOCO's annotations, with their locations."""
+    entries = file.get(part)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: {part} is {shown(entries)}; expected a list of records, as in MSCOCO's annotations")
+    return [(f"{path}: {part} {number}", entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _objects(where: str, names: Iterable[str], vocabulary: Vocabulary) -> frozenset[str]:
+    try:
+        return frozenset(map(vocabulary.object_of, names))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

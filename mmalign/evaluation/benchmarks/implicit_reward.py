@@ -1,0 +1,112 @@
+"""Implicit reward accuracy: the ratio of held-out pairs that a model prefers more clearly than its base does.
+
+As in arXiv:2311.12908, section 5.3, a pair is right if the model's score prefers the chosen image or response by more
+than the base model's does. The score of an image is the denoising score, averaged over several draws of time and noise;
+that of a response is its log-probability. An exact tie is wrong: a model that never moved scores 0, not one half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmalign.evaluation.metrics import Table
+from mmalign.evaluation.statistics import Interval, proportion
+from mmalign.families.base import TextToImage, VisionLanguage
+from mmalign.losses.pairwise import Pair
+from mmalign.methods.text_to_image import _denoising
+from mmalign.methods.vision_language import _responses
+from mmalign.policy import Policy, Scores
+from mmalign.rng import Draws
+
+# From a batch, the random numbers and the index of a draw to a function that returns a network's scores of both sides.
+Score = Callable[[Any, Draws, int], Callable[[nn.Module], Scores]]
+
+
+@dataclass(frozen=True)
+class ImplicitAccuracy:
+    """Accuracy over held-out pairs, and the gains of both sides (score units, mean over pairs and draws)."""
+
+    right: int
+    number: int
+    chosen_gain: float
+    rejected_gain: float
+    draws: int
+
+    @property
+    def accuracy(self) -> Interval:
+        """The ratio of right pairs, with Wilson's interval."""
+        return proportion(self.right, self.number)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers for result.json."""
+        return {
+            "benchmark": "implicit",
+            "pairs": self.number,
+            "draws": self.draws,
+            "accuracy": self.accuracy.as_dict(),
+            "chosen gain": self.chosen_gain,
+            "rejected gain": self.rejected_gain,
+        }
+
+    def table(self) -> Table:
+        """Return a table of the numbers."""
+        gains = f"{self.chosen_gain:+.3g}", f"{self.rejected_gain:+.3g}"
+        return [
+            ("held-out pairs", "implicit accuracy", "chosen gain", "rejected gain"),
+            (str(self.number), self.accuracy.points(signed=False), *gains),
+        ]
+
+
+def image_scores(family: TextToImage) -> Score:
+    """Return denoising scores, of policy and reference on the same noise, without dropped captions."""
+
+    def score(batch: Any, draws: Draws, index: int) -> Callable[[nn.Module], Scores]:
+        view = _denoising.noised(family, batch, 0.0, draws, index)
+        return partial(_denoising.denoising_scores, family, view=view)
+
+    return score
+
+
+def response_scores(family: VisionLanguage) -> Score:
+    """Return log-probabilities of whole responses, in nats, without random numbers."""
+    return lambda batch, draws, index: partial(_responses.response_scores, family, batch=batch)
+
+
+@torch.no_grad()
+def accuracy(policy: Policy, batches: Iterable[Any], score: Score, *, draws: int, seed: int) -> ImplicitAccuracy:
+    """Score every pair `draws` times by policy and reference.
+
+    Args:
+        policy: the trained model, with its base as reference.
+        batches: held-out pairs, encoded; rows of weight 0 are padding.
+        score: `image_scores` or `response_scores` of the family.
+        draws: number of draws for each pair; 1 for scores without random numbers.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    right, number, gains = 0, 0, torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        margins, moved = [], []
+        for index in range(draws):
+            run = score(batch, Draws(seed), index)
+            reference_scores, policy_scores = policy.on_reference(run), run(policy.unwrapped)
+            assert reference_scores is not None
+            reference, trained = (Pair(s["chosen"], s["rejected"]) for s in (reference_scores, policy_scores))
+            margins.append(trained.margin - reference.margin)
+            moved.append(torch.stack([trained.chosen - reference.chosen, trained.rejected - reference.rejected]))
+        is_pair = batch.weights > 0
+        right += int((torch.stack(margins).mean(0) > 0)[is_pair].sum())
+        number += int(is_pair.sum())
+        gains += torch.stack(moved).mean(0)[:, is_pair].sum(1).double().cpu()
+    if not number:
+        raise ValueError("implicit: there is no held-out pair to score; raise data.hold_out, or give more pairs")
+    chosen, rejected = (gains / number).tolist()
+    return ImplicitAccuracy(right, number, chosen, rejected, draws)

@@ -1,0 +1,322 @@
+"""POPE: yes/no questions on whether an object is in the image (arXiv:2305.10355).
+
+Half of the questions ask for objects of the image, the other half for absent ones. The choice of the absent ones makes
+three splits: random; popular, the most frequent objects first; and adversarial, the most frequent companions of the
+object of the question before. "Yes" is the positive class:
+
+    accuracy = right answers / questions          precision = right yes / all yes
+    recall   = right yes / true yes               F1 = 2 right yes / (all yes + true yes)
+
+Papers give the mean over the splits of F1 or of accuracy, so both are here. The yes rate shows a model that says yes to
+everything. An answer with neither a yes nor a no counts as unclear, whatever the parser makes of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mmalign.data.formats.files import records, shown
+from mmalign.evaluation.annotations import Question, index, take, take_number, take_text
+from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
+from mmalign.evaluation.statistics import Values
+from mmalign.rng import Draws
+
+Split = Literal["random", "popular", "adversarial"]
+Parse = Callable[[str], bool | None]
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+TEMPLATE = "Is there {} in the image?"
+
+_SENTENCE_END = re.compile(r"[.!?\n]")
+_NO = {"no", "not", "nope", "cannot", "none", "nothing", "never", "neither", "without"}
+_AFFIRMS = re.compile(r"(there (is|are|was|were)|there's|i (can |do )?see)\b")
+_COUNTS = ("questions", "true yes", "said yes", "right yes", "right", "unclear")
+_RATIOS: dict[str, Ratio] = {
+    "accuracy": ratio("right", "questions"),
+    "precision": ratio("right yes", "said yes"),
+    "recall": ratio("right yes", "true yes"),
+    "F1": lambda sums: f1(sums["right yes"], sums["said yes"], sums["true yes"]),
+    "yes rate": ratio("said yes", "questions"),
+    "unclear": ratio("unclear", "questions"),
+}
+_MEANS = ("accuracy", "F1", "yes rate")
+
+
+def build(
+    images: Mapping[str, Sequence[str]],
+    split: Split,
+    *,
+    num_images: int | None = None,
+    objects_per_image: int = 3,
+    names: Sequence[str] | None = None,
+    companions: Mapping[str, Sequence[str]] | None = None,
+    template: str = TEMPLATE,
+    seed: int = 0,
+) -> list[Question]:
+    """Build the questions of a split: for each image, a present and an absent object in turn.
+
+    The present objects are an image's first ones. No object is asked for twice of an image. Popularity and
+    co-occurrence are counted over the chosen images, as in the release; ties keep the order of appearance. If no
+    companion of the last object is left, the absent one is random. Random choices are keyed by the image's name, so
+    other images do not change them.
+
+    Args:
+        images: from an image to its objects (`answer_files.read_objects`); images with fewer than `objects_per_image`
+            are left out. The paper's are the objects of MSCOCO's masks and captions.
+        split: the choice of absent objects.
+        num_images: number of random images (500 in the paper), all by default.
+        objects_per_image: questions of either kind per image (3 in the paper).
+        names: candidates for absent objects; the objects of the chosen images by default.
+        companions: for each object its companions, the most frequent first; counted over the chosen images by default.
+        template: the question, with {} for "a dog" or "an apple".
+        seed: seed of the random choices.
+
+    Raises:
+        ValueError: the split is unknown, the template has no place for an object, there are too few images, or too few
+            absent objects to ask for.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"pope: {split!r} is no split; expected one of {', '.join(SPLITS)}")
+    if "{}" not in template:
+        raise ValueError(f"pope: the template {template!r} has no {{}}; expected one for 'a dog'")
+    chosen = _choose(images, num_images, objects_per_image, seed)
+    popularity = Counter(name for objects in chosen.values() for name in objects)
+    if companions is None:
+        companions = _companions(chosen)
+    candidates = list(dict.fromkeys(names)) if names is not None else list(popularity)
+    by_popularity = sorted(candidates, key=lambda name: -popularity[name])
+    questions: list[Question] = []
+    for image, objects in chosen.items():
+        excluded = set(objects)
+        keys = Draws(seed).uniform([_row(image)], (len(candidates),), "pope: absent object")[0].tolist()
+        at_random = [name for _, name in sorted(zip(keys, candidates, strict=True))]
+        for present in objects[:objects_per_image]:
+            ranked = {
+                "random": at_random,
+                "popular": by_popularity,
+                "adversarial": [name for name in companions.get(present, ()) if name in candidates] + at_random,
+            }[split]
+            absent = next((name for name in ranked if name not in excluded), None)
+            if absent is None:
+                raise ValueError(
+                    f"pope: image {image} has {len(objects)} of {len(candidates)} objects, so there are not "
+                    f"{objects_per_image} absent ones; give more objects under `names`, or fewer `objects_per_image`"
+                )
+            excluded.add(absent)
+            for name, answer in ((present, True), (absent, False)):
+                questions.append(Question(len(questions) + 1, image, template.format(_with_article(name)), answer))
+    return questions
+
+
+def parse_published(answer: str) -> bool:
+    """Parse yes or no like the release: no, if the text before the first full stop has the word No, no or not.
+
+    Everything else is a yes, also "NO", "cannot", "isn't" and an empty answer. Commas are removed.
+    """
+    first = answer.split(".")[0].replace(",", "")
+    return not {"No", "not", "no"} & set(first.split(" "))
+
+
+def parse_strict(answer: str) -> bool | None:
+    """Parse yes, no, or None if the first sentence says neither.
+
+    A yes or no at its beginning decides ("Yes, there is no doubt"). Else a negation anywhere is a no ("I cannot see
+    one", "there isn't"), and a yes anywhere or "there is" a yes.
+    """
+    sentence = next((part for part in _SENTENCE_END.split(answer.lower().replace("\u2019", "'")) if part.strip()), "")
+    words: list[str] = re.findall(r"[a-z']+", sentence)
+    if not words:
+        return None
+    if words[0] in ("yes", "no"):
+        return words[0] == "yes"
+    if any(word in _NO or word.endswith("n't") for word in words):
+        return False
+    return True if "yes" in words or _AFFIRMS.match(" ".join(words)) else None
+
+
+def score(
+    questions: Mapping[str, Sequence[Question]],
+    answers: Mapping[str, Sequence[str]],
+    parse: Parse = parse_published,
+) -> Metrics:
+    """Return accuracy, precision, recall, F1 and yes rate of every split, and the means over the splits.
+
+    Args:
+        questions: from the name of a split to its questions.
+        answers: from the same names to the answers, in the order of the questions.
+        parse: `parse_published`, as for published numbers, or `parse_strict`: an unclear answer is neither yes nor no,
+            and wrong.
+
+    Raises:
+        ValueError: there is no question, the splits or the numbers differ, or a split has a question twice.
+    """
+    if list(questions) != list(answers):
+        raise ValueError(
+            f"pope: questions of {', '.join(questions) or 'no split'}, answers to {', '.join(answers) or 'none'}; "
+            "expected answers to every split, in the same order"
+        )
+    for split, asked in questions.items():
+        if len(asked) != len(answers[split]):
+            raise ValueError(
+                f"pope: {split} has {len(asked)} questions and {len(answers[split])} answers; expected one for each"
+            )
+    rows = [
+        (split, question, _count(question, answer, parse))
+        for split, asked in questions.items()
+        for question, answer in zip(asked, answers[split], strict=True)
+    ]
+    columns = as_columns_by_kind(list(questions), [(split, counts) for split, _, counts in rows])
+    ratios: dict[str, Ratio] = {
+        f"{split}: {name}": partial(_of_split, split, measure)
+        for split in questions
+        for name, measure in _RATIOS.items()
+    }
+    if len(questions) > 1:
+        for name in _MEANS:
+            ratios[f"mean: {name}"] = partial(_mean, [ratios[f"{split}: {name}"] for split in questions])
+    scope = "mean" if len(questions) > 1 else next(iter(questions), "")
+    return Metrics(
+        "POPE",
+        tuple((split, question.id) for split, question, _ in rows),
+        tuple(question.image for _, question, _ in rows),
+        columns,
+        ratios,
+        headline=tuple(f"{scope}: {name}" for name in _MEANS),
+    )
+
+
+def _count(question: Question, answer: str, parse: Parse) -> dict[str, bool]:
+    said, is_true = parse(answer), question.answer is True
+    unclear = parse_strict(answer) is None
+    values = (True, is_true, said is True, said is True and is_true, said is is_true, unclear)
+    return dict(zip(_COUNTS, values, strict=True))
+
+
+def _of_split(split: str, measure: Ratio, sums: Sums) -> Values:
+    return measure({count: sums[f"{split}: {count}"] for count in _COUNTS})
+
+
+def _mean(ratios: Sequence[Ratio], sums: Sums) -> Values:
+    values: Values = np.mean([measure(sums) for measure in ratios], axis=0)
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Read the questions of a split as POPE publishes them: `question_id`, `image`, `text`, and `label` yes or no.
+
+    Raises:
+        ValueError: the file is bad or empty, or an id is repeated.
+    """
+
+    def read_question(where: str, record: Mapping[str, Any]) -> tuple[str, int, Question]:
+        number, label = take_number(where, record, "question_id"), take(where, record, "label")
+        if label not in ("yes", "no"):
+            raise ValueError(f'{where}: label is {shown(label)}; expected "yes" or "no"')
+        image, text = take_text(where, record, "image"), take_text(where, record, "text", "question")
+        return where, number, Question(number, image, text, label == "yes")
+
+    entries = (read_question(*located) for located in records(path))
+    return list(index(path, "question_id", entries, "POPE's questions, one record a line").values())
+
+
+def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
+    """Read the answers to a split's questions, and return them in the questions' order.
+
+    Two layouts: with `question_id`, in any order, and the answer under `text` or `answer`, as LLaVA writes them; or
+    without, in the order of the questions, with `question` (checked) and `answer`, as POPE does.
+
+    Raises:
+        ValueError: the file is bad, an id is unknown or repeated, a question has no answer, or, without ids, the
+            questions differ.
+    """
+    rows = list(records(path))
+    num_with_id = sum("question_id" in record for _, record in rows)
+    if 0 < num_with_id < len(rows):
+        raise ValueError(f"{path}: {num_with_id} of {len(rows)} records have a question_id; expected all, or none")
+    if not num_with_id:
+        return _answers_in_order(path, rows, questions)
+    known = {question.id for question in questions}
+    for where, record in rows:
+        if record["question_id"] not in known:
+            raise ValueError(
+                f"{where}: question_id {shown(record['question_id'])} is none of the {len(known)} questions "
+                f"({min(known)} to {max(known)}); expected the answers to this very file of questions"
+            )
+    entries = ((w, record["question_id"], take_text(w, record, "text", "answer", "response")) for w, record in rows)
+    answers = index(path, "question_id", entries, "one answer to each question")
+    missing = sorted(known - set(answers))
+    if missing:
+        raise ValueError(
+            f"{path} has no answer to {len(missing)} of {len(known)} questions ({', '.join(map(str, missing[:3]))}); "
+            "expected one to each, an empty one where the model said nothing"
+        )
+    return [answers[question.id] for question in questions]
+
+
+def _answers_in_order(
+    path: str | Path, rows: Sequence[tuple[str, dict[str, Any]]], questions: Sequence[Question]
+) -> list[str]:
+    if len(rows) != len(questions):
+        raise ValueError(
+            f"{path} has {len(rows)} answers to {len(questions)} questions; expected one to each, in order"
+        )
+    answers = []
+    for (where, record), question in zip(rows, questions, strict=True):
+        text = take_text(where, record, "question", "prompt")
+        if question.text.casefold() not in text.casefold():  # a prompt may continue: "Answer with yes or no."
+            raise ValueError(
+                f"{where} answers {shown(text)}, but question {question.id} is {shown(question.text)}; expected the "
+                "answers in the order of the questions, or their question_id"
+            )
+        answers.append(take_text(where, record, "answer", "text", "response"))
+    return answers
+
+
+# --------------------------------------------------------------------------------------------------------- the choices
+
+
+def _choose(
+    images: Mapping[str, Sequence[str]], num_images: int | None, objects_per_image: int, seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Return the chosen images in their order, with their distinct objects."""
+    distinct = {image: tuple(dict.fromkeys(objects)) for image, objects in images.items()}
+    enough = {image: objects for image, objects in distinct.items() if len(objects) >= objects_per_image}
+    number = len(enough) if num_images is None else num_images
+    if not 0 < number <= len(enough):
+        raise ValueError(
+            f"pope: {len(enough)} of {len(images)} images have {objects_per_image} objects or more, {number} are asked "
+            "for; expected at least one, and as many as are asked for"
+        )
+    draws = Draws(seed)
+    keys = {image: float(draws.uniform([_row(image)], (1,), "pope: image")[0, 0]) for image in enough}
+    chosen = set(sorted(enough, key=lambda image: (keys[image], image))[:number])
+    return {image: objects for image, objects in enough.items() if image in chosen}
+
+
+def _companions(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return for each object the others of its images, the most frequent first."""
+    companions: dict[str, Counter[str]] = {}
+    for objects in images.values():
+        for name in objects:
+            companions.setdefault(name, Counter()).update(other for other in objects if other != name)
+    return {name: [other for other, _ in others.most_common()] for name, others in companions.items()}
+
+
+def _row(image: str) -> int:
+    """Return a number for an image's name, a key of random numbers."""
+    return int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

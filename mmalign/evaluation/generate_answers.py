@@ -1,0 +1,126 @@
+"""Answers of a model and its base to the same questions, cached as they come.
+
+The cache has a file for each model, with a line for each answer. A stopped run resumes where it was, and no question is
+asked twice, whichever benchmark or run needs the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from mmalign.console import tracked
+from mmalign.data.caches.answers import AnswerCache
+from mmalign.data.formats.responses import IMAGE
+from mmalign.data.pairs import Dropped, hashed
+from mmalign.evaluation.benchmarks.base import Images
+from mmalign.families.base import VisionLanguage
+from mmalign.families.types import Decoding, ImageFeatures, ImageView
+from mmalign.language.chat import Turn
+from mmalign.language.tokens import TokenRow
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+QuestionKey = tuple[str, str]  # the name of an image, and a question about it
+
+
+AnswersByQuestion = dict[QuestionKey, str]
+
+
+RunOnModel = Callable[[Callable[[nn.Module], AnswersByQuestion]], AnswersByQuestion | None]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of both models.
+
+    Attributes:
+        before: the reference's answer to each question.
+        after: the policy's.
+        left_out: the images whose questions could not be asked, and the reasons.
+    """
+
+    before: AnswersByQuestion
+    after: AnswersByQuestion
+    left_out: Mapping[str, Dropped]
+
+
+def generate_answers(
+    policy: Policy[VisionLanguage],
+    questions: Sequence[QuestionKey],
+    images: Images,
+    decoding: Decoding,
+    *,
+    seed: int,
+    caches: tuple[AnswerCache, AnswerCache],
+) -> Answers:
+    """Ask the reference and the policy the same questions, with the same random numbers if they sample.
+
+    Questions are batched in their order and without repetition. A batch takes as long as its longest answer, so
+    questions of one kind should be adjacent. Every image of a batch is encoded once for both models. An unreadable
+    image, or a prompt that is too long, takes its questions with it, for both models. Random numbers are keyed by the
+    question.
+    """
+    models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
+    keys = list(dict.fromkeys(questions))
+    missing = [key for key in keys if any(key not in cache.answers for cache in caches)]
+    starts, left_out = range(0, len(missing), decoding.batch_size), dict[str, Dropped]()
+    for start in tracked(starts, "answer"):
+        prompts, views = _prepare(policy.family, missing[start : start + decoding.batch_size], images, left_out)
+        features = policy.family.encode_images(views)
+        for cache, run_on_model in zip(caches, models, strict=True):
+            new_prompts = {key: prompt for key, prompt in prompts.items() if key not in cache.answers}
+            if new_prompts:
+                answers = run_on_model(partial(_generate, policy.family, new_prompts, features, decoding, seed))
+                assert answers is not None
+                cache.add(answers)
+    asked = [key for key in keys if key[0] not in left_out]
+    before, after = ({key: cache.answers[key] for key in asked} for cache in caches)
+    return Answers(before, after, left_out)
+
+
+@torch.no_grad()
+def _on_policy(policy: Policy[VisionLanguage], run: Callable[[nn.Module], AnswersByQuestion]) -> AnswersByQuestion:
+    return run(policy.unwrapped)
+
+
+def _generate(
+    family: VisionLanguage,
+    prompts: Mapping[QuestionKey, TokenRow],
+    features: ImageFeatures,
+    decoding: Decoding,
+    seed: int,
+    net: nn.Module,
+) -> AnswersByQuestion:
+    """Return a network's answers to prompts; random numbers are keyed by the question."""
+    rows = [hashed(*key) for key in prompts]
+    texts = family.generate(net, list(prompts.values()), features, decoding, rows=rows, draws=Draws(seed))
+    return {key: text.strip() for key, text in zip(prompts, texts, strict=True)}
+
+
+def _prepare(
+    family: VisionLanguage, questions: Sequence[QuestionKey], images: Images, left_out: dict[str, Dropped]
+) -> tuple[dict[QuestionKey, TokenRow], dict[str, ImageView]]:
+    """Return prompts and preprocessed images of questions; add the images that fail to `left_out`."""
+    prompts, views = dict[QuestionKey, TokenRow](), dict[str, ImageView]()
+    for image, text in questions:
+        if image in left_out:
+            continue
+        try:
+            if image not in views:
+                views[image] = family.reader.view(images(image))
+            prompt = family.reader.prompt([Turn("user", f"{IMAGE}{text}")], [(image, views[image])])
+            if len(prompt.ids) >= family.reader.max_length:
+                raise ValueError(
+                    f"the prompt has {len(prompt.ids):,} tokens, its image's included, and the model reads "
+                    f"{family.reader.max_length:,}"
+                )
+        except ValueError as error:  # BadImage included
+            left_out[image] = Dropped(image, str(error).removeprefix(f"{image}: "))
+            continue
+        prompts[image, text] = prompt
+    return {key: prompt for key, prompt in prompts.items() if key[0] not in left_out}, views

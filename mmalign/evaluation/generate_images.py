@@ -1,0 +1,51 @@
+"""Images generated from prompts, cached as they come.
+
+A stopped run resumes where it was, and no image is generated twice, whichever run needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import nn
+
+from mmalign.config import Drawing, ImageModel, Recipe
+from mmalign.console import tracked
+from mmalign.data.caches.images import ImageCache
+from mmalign.families.base import TextToImage
+from mmalign.families.types import Sampling
+
+
+def cache_settings(recipe: Recipe, drawing: Drawing) -> dict[str, object]:
+    """Return the settings that a recipe's images depend on, besides the denoiser's weights."""
+    assert isinstance(recipe.model, ImageModel)
+    vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
+    return {"drawing": drawing.model_dump(), "precision": recipe.train.precision, **vae}
+
+
+def generate_images(
+    family: TextToImage,
+    net: nn.Module,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    cache: ImageCache | None = None,
+) -> list[Image.Image]:
+    """Generate an image for every prompt and seed, with a progress bar.
+
+    If the cache lacks any image of a batch, the whole batch is generated: a batch of another size rounds otherwise.
+    """
+    images: list[Image.Image] = []
+    for start in tracked(range(0, len(prompts), sampling.batch_size), "draw"):
+        batch = slice(start, start + sampling.batch_size)
+        keys = list(zip(prompts[batch], seeds[batch], strict=True))
+        cached = [cache.get(*key) for key in keys] if cache is not None else []
+        batch_images = [image for image in cached if image is not None]
+        if len(batch_images) < len(keys):
+            batch_images = family.sample(net, list(prompts[batch]), list(seeds[batch]), sampling)
+            if cache is not None:
+                for key, image in zip(keys, batch_images, strict=True):
+                    cache.put(*key, image)
+        images += batch_images
+    return images

@@ -1,0 +1,288 @@
+"""Metrics of a model's responses, their comparison between two models, and their statistics over training runs.
+
+N responses (answers or images), K columns of counts. A metric is a ratio of the columns' sums over all responses
+(invented mentions of all mentions, an F1), or the mean of a column (the length in words).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+
+from mmalign.evaluation.statistics import Interval, Values, cluster_bootstrap, paired, paired_difference
+
+Sums = Mapping[str, Values]
+Ratio = Callable[[Sums], Values]  # from sums of columns to a metric in [0, 1]
+Table = list[tuple[str, ...]]  # rows of text, the header first
+SIDES = ("before", "after")
+
+
+def divide(part: Values, whole: Values) -> Values:
+    """Return part / whole, and 0 where whole is 0."""
+    return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole > 0)
+
+
+def f1(right: Values, said: Values, true: Values) -> Values:
+    """Return the harmonic mean of precision right / said and recall right / true: 2 right / (said + true)."""
+    return divide(2 * right, said + true)
+
+
+def ratio(part: str, whole: str) -> Ratio:
+    """Return the ratio of two columns, by name."""
+    return partial(_divide_columns, part, whole)
+
+
+def _divide_columns(part: str, whole: str, sums: Sums) -> Values:
+    return divide(sums[part], sums[whole])
+
+
+def as_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, Values]:
+    """Return the values [N] of each count, from a record of counts for each response."""
+    return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
+
+
+def as_columns_by_kind(kinds: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Values]:
+    """Return the values [N] of each count and kind ("random: right"), from a kind and its counts for each response."""
+    return as_columns(
+        [
+            {f"{kind}: {name}": value * (kind == row_kind) for kind in kinds for name, value in counts.items()}
+            for row_kind, counts in rows
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics of N responses, and the counts behind them.
+
+    Attributes:
+        benchmark: its name, for tables and result.json.
+        keys: [N] the questions, all different. Two models are compared on the same keys.
+        groups: [N] a key that dependent responses share: the image, or the prompt.
+        columns: from the name of a count to its values [N].
+        ratios: from the name of a metric in [0, 1] to a function of the columns' sums.
+        means: the columns whose mean is a metric.
+        headline: the metrics of a short table; all of them by default.
+
+    Raises:
+        ValueError: there is no response, or there are two with the same key.
+    """
+
+    benchmark: str
+    keys: tuple[Hashable, ...]
+    groups: tuple[Hashable, ...]
+    columns: Mapping[str, Values]
+    ratios: Mapping[str, Ratio]
+    means: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError(f"{self.benchmark}: there is no response to measure; expected at least one")
+        repeated = next((key for key, times in Counter(self.keys).items() if times > 1), None)
+        if repeated is not None:
+            raise ValueError(
+                f"{self.benchmark}: {_format_key(repeated)} is answered twice; expected one response to each question"
+            )
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """The sum of every column."""
+        return {name: float(values.sum()) for name, values in self.columns.items()}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The value of every metric."""
+        ratios = zip(self.ratios, map(float, self.measure(self.matrix.sum(0))), strict=True)
+        return {**dict(ratios), **{name: float(self.columns[name].mean()) for name in self.means}}
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """Every metric with its interval: of ratios by bootstrap over the groups, of means by Student's t over them.
+
+        Raises:
+            ValueError: there are fewer than two groups.
+        """
+        ratios = cluster_bootstrap([self.matrix], self.measure, self.groups, bounds=[(0.0, 1.0)] * len(self.ratios))
+        zeros = np.zeros(len(self.keys))
+        means = {name: paired_difference(zeros, self.columns[name], self.groups) for name in self.means}
+        return {**dict(zip(self.ratios, ratios, strict=True)), **means}
+
+    @property
+    def matrix(self) -> Values:
+        """The columns [N, K]."""
+        return np.stack(list(self.columns.values()), axis=-1)
+
+    def measure(self, sums: Values) -> Values:
+        """Return the ratios [M, ...] from sums of the columns [..., K]."""
+        by_name = {name: sums[..., index] for index, name in enumerate(self.columns)}
+        return np.stack([ratio(by_name) for ratio in self.ratios.values()])
+
+    @property
+    def headline_names(self) -> tuple[str, ...]:
+        """The names of the headline metrics."""
+        return self.headline or (*self.ratios, *self.means)
+
+    def label(self, name: str) -> str:
+        """Return a metric's name for a table of several benchmarks: "POPE accuracy" for "mean: accuracy"."""
+        scope, colon, metric = name.partition(": ")
+        return f"{self.benchmark} {metric}" if colon and scope in ("mean", "all") else name
+
+    def matrix_of(self, keys: Sequence[Hashable]) -> Values:
+        """Return the columns [N, K] in the order of these keys, a permutation of this object's keys."""
+        indices = {key: index for index, key in enumerate(self.keys)}
+        return self.matrix[[indices[key] for key in keys]]
+
+    def table(self) -> Table:
+        """Return a table of every metric's value."""
+        rows = [self.format_row(name, interval) for name, interval in self.intervals.items()]
+        return [(self.benchmark, f"{len(self.keys)} responses [95 % interval]"), *rows]
+
+    def format_row(self, name: str, *intervals: Interval) -> tuple[str, ...]:
+        """Return a table's row: a metric and its values, the third of them a change; ratios in percent."""
+        if name not in self.ratios:
+            return (name, *map(str, intervals))
+        return (f"{name}, %", *(interval.points(signed=index == 2) for index, interval in enumerate(intervals)))
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the numbers for result.json: metrics (ratios in [0, 1]), and the counts behind them."""
+        return {
+            "benchmark": self.benchmark,
+            "responses": len(self.keys),
+            "groups": len(set(self.groups)),
+            "measures": {name: interval.as_dict() for name, interval in self.intervals.items()},
+            "counts": self.sums,
+        }
+
+
+@dataclass(frozen=True)
+class MetricsComparison:
+    """Metrics of two models on the same questions, and the paired differences (after - before)."""
+
+    before: Metrics
+    after: Metrics
+    differences: Mapping[str, Interval]
+
+    def table(self, *, short: bool = False) -> Table:
+        """Return a table of before, after and change; of the headline metrics alone if `short`."""
+        rows = []
+        for name in self.before.headline_names if short else self.differences:
+            values = [metrics.intervals[name] for metrics in (self.before, self.after)]
+            label, *cells = self.before.format_row(name, *values, self.differences[name])
+            rows.append((self.before.label(label) if short else label, *cells))
+        return [(self.before.benchmark, "before", "after", "change [95 % interval]"), *rows]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the numbers for result.json; differences of ratios in [-1, 1]."""
+        return {
+            "benchmark": self.before.benchmark,
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "difference": {name: interval.as_dict() for name, interval in self.differences.items()},
+        }
+
+
+def compare(before: Metrics, after: Metrics) -> MetricsComparison:
+    """Compare the metrics of two models that answered the same questions, in any order.
+
+    Raises:
+        ValueError: the benchmarks or the questions differ, or there are fewer than two groups.
+    """
+    _check_comparable(before, after)
+    columns = list(before.columns)
+    first, second = before.matrix, after.matrix_of(before.keys)
+    ratios = cluster_bootstrap(
+        [np.concatenate([first, second], axis=-1)],
+        paired(before.measure),
+        before.groups,
+        bounds=[(-1.0, 1.0)] * len(before.ratios),
+    )
+    indices = {name: columns.index(name) for name in before.means}
+    means = {
+        name: paired_difference(first[:, index], second[:, index], before.groups) for name, index in indices.items()
+    }
+    return MetricsComparison(before, after, {**dict(zip(before.ratios, ratios, strict=True)), **means})
+
+
+@dataclass(frozen=True)
+class RunStatistics:
+    """Statistics of training runs that answered the same questions as a base model.
+
+    Attributes:
+        values: every metric of each run.
+        means: their means over runs, with intervals over questions and runs (`cluster_bootstrap`).
+        changes: the paired differences from the base model, in the same form.
+    """
+
+    values: Mapping[str, tuple[float, ...]]
+    means: Mapping[str, Interval]
+    changes: Mapping[str, Interval]
+
+
+def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
+    """Return the statistics of R runs of one training, which differ in their seed, beside their base model.
+
+    Raises:
+        ValueError: there is no run, the benchmarks or the questions differ, or there are fewer than two groups.
+    """
+    if not runs:
+        raise ValueError(f"{base.benchmark}: there is no run to measure; expected at least one")
+    for run in runs:
+        _check_comparable(base, run)
+    base_counts = _append_ones(base.matrix)
+    run_counts = np.stack([_append_ones(run.matrix_of(base.keys)) for run in runs])
+    paired_counts = np.concatenate([np.broadcast_to(base_counts, run_counts.shape), run_counts], axis=-1)
+    columns, num_ratios = list(base.columns), len(base.ratios)
+    averaged = [columns.index(name) for name in base.means]
+
+    def measures(sums: Values) -> Values:
+        means = [divide(sums[..., index], sums[..., -1]) for index in averaged]
+        return np.concatenate([base.measure(sums[..., :-1]), *([mean] for mean in means)])
+
+    greatest = [float(run_counts[..., index].max()) for index in averaged]
+    spans = [max(1.0, float(np.ptp(paired_counts[..., [i, i + base_counts.shape[1]]]))) for i in averaged]
+    bounds = [(0.0, 1.0)] * num_ratios + [(0.0, value) for value in greatest]
+    change_bounds = [(-1.0, 1.0)] * num_ratios + [(-span, span) for span in spans]
+    means = cluster_bootstrap(run_counts, measures, base.groups, bounds=bounds)
+    changes = cluster_bootstrap(paired_counts, paired(measures), base.groups, bounds=change_bounds)
+    values = np.stack([measures(run.sum(0)) for run in run_counts], axis=-1)
+    names = (*base.ratios, *base.means)
+    return RunStatistics(
+        {name: tuple(row.tolist()) for name, row in zip(names, values, strict=True)},
+        dict(zip(names, means, strict=True)),
+        dict(zip(names, changes, strict=True)),
+    )
+
+
+def _append_ones(matrix: Values) -> Values:
+    """Return the columns and a column of ones, whose sum is the number of rows."""
+    return np.concatenate([matrix, np.ones((len(matrix), 1))], axis=1)
+
+
+def _check_comparable(before: Metrics, after: Metrics) -> None:
+    """Check that two models answered the same questions of the same benchmark."""
+    if (before.benchmark, list(before.ratios)) != (after.benchmark, list(after.ratios)):
+        raise ValueError(
+            f"compare: {before.benchmark} ({', '.join(before.ratios)}) before, {after.benchmark} "
+            f"({', '.join(after.ratios)}) after; expected two results of the same measures"
+        )
+    alone = set(before.keys) - set(after.keys), set(after.keys) - set(before.keys)
+    if any(alone):
+        sides = [
+            f"{len(keys)} only {side} ({min(map(_format_key, keys))}, ...)"
+            for side, keys in zip(SIDES, alone, strict=True)
+            if keys
+        ]
+        raise ValueError(
+            f"{before.benchmark}: the two models did not answer the same: {' and '.join(sides)}; "
+            "expected one response to each question from both"
+        )
+
+
+def _format_key(key: Hashable) -> str:
+    """Return a key for an error message: "popular, 12"."""
+    return ", ".join(str(part) for part in key if part != "") if isinstance(key, tuple) else str(key)

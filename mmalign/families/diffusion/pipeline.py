@@ -1,0 +1,397 @@
+"""What the latent-diffusion families share: the autoencoder, sampling by diffusers' pipelines, loading, saving.
+
+A denoiser is a UNet or a transformer; a pipeline has one of them, under that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.attention import denoisers
+from mmalign.attention.choice import Choice, choose
+from mmalign.diffusion.flow import is_flow
+from mmalign.diffusion.noise import Schedule
+from mmalign.families.compile import denoiser_blocks
+from mmalign.families.loading import intact
+from mmalign.families.lora import ATTENTION, add_lora
+from mmalign.families.types import Conditioning, Loading, Moments, Sampling
+
+SAMPLERS = ("default", "ddim", "dpmsolver++")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # as pipelines call theirs
+ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
+
+
+@dataclass(frozen=True)
+class LatentModel(ABC):
+    """What a pipeline with an autoencoder does whatever its denoiser and its text are; see TextToImage for each call.
+
+    A family adds how its text is encoded and given to the network: `encode_prompts`, `unconditional`, `count_cut`,
+    `predict`, and to the pipeline: `shown`.
+    """
+
+    name: str
+    pipeline: Any
+    schedule: Schedule
+    loading: Loading
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser."""
+        return getattr(self.pipeline, part_of(self.pipeline))  # type: ignore[no-any-return]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels; the side of a latent that the denoiser was trained on times the autoencoder's reduction."""
+        own = getattr(self.pipeline, "default_sample_size", None)  # where the denoiser's config says nothing
+        config: Any = self.network.config
+        return int((own or config.sample_size) * self.pipeline.vae_scale_factor)
+
+    def sample(
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Image.Image]:
+        """See TextToImage."""
+        text = self.shown(prompts, sampling)
+        side, shape = self.latent_shape(sampling)
+        with autocast(self.loading):
+            drawn = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
+        return to_pil(self.decode(self.unpack(drawn, *shape[1:])))
+
+    @abstractmethod
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """What the pipeline is told of the prompts, by its own names: embeddings, and the scale of guidance."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, H, W] as the pipeline takes them."""
+        return latents
+
+    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
+        """Latents [N, C, height, width] of what the pipeline gives."""
+        return drawn
+
+    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+        """The side of images to draw, in pixels, and C, H, W of their latents.
+
+        Raises:
+            ValueError: the pipeline draws none of that size.
+        """
+        side = sampling.resolution or self.resolution
+        check_side(self.pipeline, side)
+        latent = side // self.pipeline.vae_scale_factor
+        config: Any = self.network.config
+        return side, (config.in_channels, latent, latent)
+
+    def encode_images(self, images: Tensor) -> Moments:
+        """See TextToImage.
+
+        Raises:
+            ValueError: the images are of a size that the pipeline does not know.
+        """
+        check_side(self.pipeline, images.shape[-1])
+        return encode(self.pipeline.vae, images)
+
+    def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
+        """The text alone: most families are not told of sizes."""
+        return text
+
+    def encoders(self) -> list[tuple[str, nn.Module]]:
+        """The autoencoder, and the text encoders that the checkpoint has."""
+        parts = self.pipeline.components
+        return [(name, parts[name]) for name in ("vae", *TEXT_ENCODERS) if parts.get(name) is not None]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See TextToImage."""
+        return decode(self.pipeline.vae, latents)
+
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        """The attention's projections."""
+        return ATTENTION
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+        """See Family."""
+        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
+
+    def unfreeze(self) -> None:
+        """All of the denoiser."""
+        self.network.requires_grad_(True)
+
+    def frozen_copy(self) -> nn.Module:
+        """See Family."""
+        return copy.deepcopy(self.network).requires_grad_(False).eval()
+
+    def checkpoint_activations(self) -> None:
+        """See Family."""
+        net: Any = self.network
+        net.enable_gradient_checkpointing()
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """See Family. Of a UNet its transformer blocks; its convolutions stay as they are."""
+        return denoiser_blocks(net)
+
+    def use_attention(self, wanted: str) -> Choice:
+        """See Family. The denoiser's; with sdpa it stays as diffusers made it."""
+        dtype = self.loading.half or torch.float32
+        sizes = denoisers.head_sizes(self.network) if wanted != "sdpa" else frozenset()
+        choice = choose(wanted, self.loading.device, dtype, sizes)
+        if choice.executor != "sdpa":
+            denoisers.use(self.network, choice.executor)
+        return choice
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """As diffusers loads it: LoRA weights where the network has adapters, else a whole pipeline folder."""
+        save(self.pipeline, folder, net)
+
+    def load_trained(self, folder: Path) -> nn.Module:
+        """See Family."""
+        return load_trained(self.network, part_of(self.pipeline), folder)
+
+
+def part_of(pipeline: Any) -> str:
+    """The name that a pipeline, or its class, has for its denoiser: "transformer" or "unet"."""
+    cls = pipeline if isinstance(pipeline, type) else type(pipeline)
+    return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
+
+
+def check_side(pipeline: Any, side: int) -> None:
+    """Refuse images that the autoencoder and the denoiser's patches do not divide.
+
+    Raises:
+        ValueError: the side is no multiple of theirs.
+    """
+    patches = pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1)
+    multiple = max(patches, pipeline.image_processor.config.vae_scale_factor)
+    if side % multiple:
+        raise ValueError(
+            f"resolution: a {type(pipeline).__name__} takes images whose side is a multiple of {multiple} pixels, got "
+            f"{side}; set data.resolution or drawing.resolution to one"
+        )
+
+
+def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
+    """A diffusers pipeline, every part in its dtype, frozen, and in eval mode.
+
+    Raises:
+        ValueError: a file of the checkpoint is missing or cannot be read.
+    """
+    options: dict[str, Any] = {"revision": loading.revision}
+    if loading.vae:
+        options["vae"] = _load_vae(loading.vae, loading.vae_dtype)
+    if "SafetyChecker" in str(cls.__init__.__annotations__):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    frozen = loading.half or torch.float32
+    dtypes = {
+        "default": frozen,
+        part_of(cls): frozen if loading.network_half else torch.float32,
+        "vae": loading.vae_dtype,
+    }
+    with intact("model.path", path, f"a {cls.__name__}"):
+        index = cls.load_config(path, revision=loading.revision)
+        left_out = [part for part, of in index.items() if isinstance(of, list | tuple) and of[0] is None]
+        options = {**dict.fromkeys(left_out), **options}  # diffusers wants to hear it again, as of SD3's T5
+        pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_vae(path: str, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL
+
+    with intact("model.vae", path, "an AutoencoderKL"):
+        return AutoencoderKL.from_pretrained(path, dtype=dtype)
+
+
+def autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to the half precision in use, or nothing."""
+    if loading.half is None:
+        return contextlib.nullcontext()
+    return torch.autocast(loading.device.type, loading.half)
+
+
+@torch.no_grad()
+def encode(vae: Any, images: Tensor) -> Moments:
+    """The posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
+    with _own_dtype(vae):
+        encoded = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype)))
+    scale, shift = _scale_and_shift(vae)
+    if not hasattr(encoded, "latent_dist"):  # Sana's, which has no posterior
+        mean = encoded.latent.float()
+        return Moments((mean - shift) * scale, torch.zeros_like(mean))
+    mean, std = (_without_frames(x.float()) for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
+    return Moments((mean - shift) * scale, std * scale)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale, float32."""
+    scale, shift = _scale_and_shift(vae)
+    with _own_dtype(vae):
+        own = (latents.float() / scale + shift).to(vae.device, vae.dtype)
+        return _without_frames(vae.decode(_as_frames(vae, own)).sample.float())
+
+
+def _as_frames(vae: Any, images: Tensor) -> Tensor:
+    """[N, C, H, W], for a video's autoencoder [N, C, 1, H, W]."""
+    return images.unsqueeze(2) if hasattr(vae.config, "temperal_downsample") else images
+
+
+def _without_frames(images: Tensor) -> Tensor:
+    """[N, C, H, W], with the one frame of a video taken out of it."""
+    return images.squeeze(2) if images.dim() == 5 else images
+
+
+def _own_dtype(vae: Any) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: SDXL's own autoencoder overflows in float16, whatever the denoiser runs in."""
+    return torch.autocast(vae.device.type, enabled=False)
+
+
+def _scale_and_shift(vae: Any) -> tuple[float | Tensor, float | Tensor]:
+    """What latents are multiplied by after this is subtracted: of all channels, or of each, [1, C, 1, 1]."""
+    config = vae.config
+    scale: float | Tensor = getattr(config, "scaling_factor", 1.0)
+    shift: float | Tensor = getattr(config, "shift_factor", None) or 0.0
+    if getattr(config, "latents_std", None) is not None:
+        std, mean = (torch.tensor(x, device=vae.device) for x in (config.latents_std, config.latents_mean))
+        scale, shift = scale / std.view(1, -1, 1, 1), mean.view(1, -1, 1, 1)
+    return scale, shift
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """RGB images of [N, 3, H, W] in [-1, 1]."""
+    pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    net: nn.Module,
+    text: dict[str, Any],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    side: int,
+    shape: tuple[int, int, int],
+    pack: Callable[[Tensor], Tensor] = lambda latents: latents,
+) -> Tensor:
+    """What a diffusers pipeline with `net` in it makes of noise: latents as it gives them.
+
+    Args:
+        pipeline: its scheduler and its networks stay what they are.
+        net: the denoiser.
+        text: the pipeline's own arguments: embeddings, and the scale of guidance.
+        seeds: of the starting noise, and of what the sampler adds on the way.
+        sampling: how to draw.
+        side: of the images, in pixels.
+        shape: C, H, W of a latent as methods see it.
+        pack: makes of the noise [N, C, H, W] what the pipeline takes for it.
+
+    Raises:
+        ValueError: the model has no sampler of that name.
+    """
+    pipeline = copy.copy(pipeline)  # so that the denoiser and the sampler of the family stay what they are
+    setattr(pipeline, part_of(pipeline), net)
+    pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    latents: Tensor = pipeline(
+        height=side,
+        width=side,
+        num_inference_steps=sampling.steps,
+        latents=pack(noise.to(pipeline.device)),
+        generator=generators,
+        output_type="latent",
+        **text,
+    ).images
+    return latents
+
+
+def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: Sampling) -> dict[str, Any]:
+    """What pipelines are told whose prompts have a pooled embedding beside that of the tokens."""
+    empty = repeat_rows(empty, len(cond))
+    return {
+        "prompt_embeds": cond.tensors["embeds"],
+        "pooled_prompt_embeds": cond.tensors["pooled"],
+        "negative_prompt_embeds": empty.tensors["embeds"],
+        "negative_pooled_prompt_embeds": empty.tensors["pooled"],
+        "guidance_scale": sampling.guidance,
+    }
+
+
+def sampler(name: str, own: Any) -> Any:
+    """A diffusers scheduler by name, with the noise schedule of the checkpoint's `own`.
+
+    Raises:
+        ValueError: no sampler has that name, or it is none for flow matching.
+    """
+    import diffusers
+
+    classes = {
+        "default": type(own),
+        "ddim": diffusers.DDIMScheduler,
+        "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+    }
+    if name not in classes:
+        raise ValueError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)}")
+    if name != "default" and is_flow(own):
+        raise ValueError(
+            f"sampler: {name!r} is for diffusion models, and this one is of flow matching; there is only default, the "
+            f"checkpoint's own {type(own).__name__}"
+        )
+    return classes[name].from_config(own.config)
+
+
+def count_cut(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> int:
+    """How many prompts have more tokens than the text encoder reads: `limit`, or what the tokenizer says."""
+    ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    return sum(len(row) > (limit or tokenizer.model_max_length) for row in ids)
+
+
+def save(pipeline: Any, folder: Path, net: Any) -> None:
+    """LoRA weights in diffusers' layout where `net` has adapters, else the whole pipeline with `net` in it."""
+    part = part_of(pipeline)
+    if getattr(net, "peft_config", None):
+        from peft.utils import get_peft_model_state_dict
+
+        # With the config: the weights alone would be read with alpha equal to the rank.
+        config = net.peft_config["default"].to_dict()
+        weights = get_peft_model_state_dict(net)
+        named = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
+        type(pipeline).save_lora_weights(folder, **named)
+    else:
+        pipeline = copy.copy(pipeline)
+        setattr(pipeline, part, net)
+        pipeline.save_pretrained(folder)
+
+
+def load_trained(base: Any, part: str, folder: Path) -> nn.Module:
+    """`base` with the adapters in `folder`, or the denoiser that is there; `part` is the pipeline's name for it.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
+        if (folder / ADAPTERS).is_file():
+            base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
+            return base  # type: ignore[no-any-return]
+        net: nn.Module = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
+    if (executor := denoisers.used(base)) is not None:
+        denoisers.use(net, executor)
+    return net.requires_grad_(False).eval()
+
+
+def repeat_rows(cond: Conditioning, number: int) -> Conditioning:
+    """`number` copies of a single row."""
+    return Conditioning({k: x.expand(number, *x.shape[1:]) for k, x in cond.tensors.items()})

@@ -1,0 +1,84 @@
+"""Qwen-Image: the states of a Qwen2.5-VL, a video's autoencoder, and packed latents; flow matching.
+
+Prompts have as many states as tokens. Here all are padded to the most that the pipeline reads, with a mask, so that
+they can be kept and put together; the network is given no more of the padding than the longest prompt needs, and
+attends to none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.families.diffusion import flow_matching
+from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.types import Conditioning, Loading, Sampling
+
+TOKENS = 512  # of the prompt and what the template says after it, as the pipeline has it
+
+
+class QwenImage(flow_matching.PackedModel):
+    """Adapts a QwenImagePipeline; the protocol TextToImage says what each call does."""
+
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        """The attention's projections of images and of text."""
+        return flow_matching.JOINT
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`embeds` [N, L, D]: last states after the template's head; `mask` [N, L]: where there is one; float32."""
+        pipeline = self.pipeline
+        embeds, mask = pipeline.encode_prompt(
+            list(prompts), device=pipeline.text_encoder.device, max_sequence_length=TOKENS
+        )
+        if mask is None:  # all are of one length
+            return flow_matching.padded(list(embeds), TOKENS)
+        return flow_matching.padded([row[there.bool()] for row, there in zip(embeds, mask, strict=True)], TOKENS)
+
+    def unconditional(self) -> Conditioning:
+        """A single space, which the model's authors guide against."""
+        return self.encode_prompts([" "])
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        whole = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+        limit = TOKENS + self.pipeline.prompt_template_encode_start_idx
+        return latents.count_cut(self.pipeline.tokenizer, whole, limit)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """See TextToImage."""
+        number, _, height, width = x_t.shape
+        mask = cond.tensors["mask"].bool()
+        longest = int(mask.sum(1).max())
+        with latents.autocast(self.loading):
+            tokens = net(
+                flow_matching.pack(x_t),
+                timestep=t,
+                encoder_hidden_states=cond.tensors["embeds"][:, :longest],
+                encoder_hidden_states_mask=mask[:, :longest],
+                img_shapes=[[(1, height // 2, width // 2)]] * number,
+                return_dict=False,
+            )[0]
+        return flow_matching.unpack(tokens, height, width)
+
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel; guided predictions get the norm of those with the prompt, as the pipeline has it."""
+        cond = self.encode_prompts(prompts).tensors
+        text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}
+        text |= {"true_cfg_scale": sampling.guidance}
+        if sampling.guidance > 1:
+            empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
+            text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_embeds_mask": empty["mask"]}
+        return text
+
+
+def load(path: str, loading: Loading) -> QwenImage:
+    """Load a folder or Hub id with a QwenImagePipeline."""
+    from diffusers import QwenImagePipeline
+
+    pipeline = latents.load_pipeline(QwenImagePipeline, path, loading)
+    return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path), loading)

@@ -1,0 +1,62 @@
+"""Stable Diffusion 3 and 3.5: two CLIP encoders, and a T5 that may be left out; flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.families.diffusion import flow_matching
+from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.types import Conditioning, Loading, Sampling
+
+TOKENS = 256  # that the T5 reads, as the pipeline has it
+
+
+class StableDiffusion3(LatentModel):
+    """Adapts a StableDiffusion3Pipeline; the protocol TextToImage says what each call does."""
+
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        """The attention's projections of images and of text."""
+        return flow_matching.JOINT
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`embeds` [N, L, D]: both CLIPs' states, then the T5's, or zeros without one; `pooled` [N, P]; float32."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, None, self.pipeline.text_encoder.device, do_classifier_free_guidance=False
+        )
+        return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
+
+    def unconditional(self) -> Conditioning:
+        """The empty prompt, encoded."""
+        return self.encode_prompts([""])
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the encoder that reads most."""
+        if self.pipeline.text_encoder_3 is None:
+            return latents.count_cut(self.pipeline.tokenizer, prompts)
+        return latents.count_cut(self.pipeline.tokenizer_3, prompts, TOKENS)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """See TextToImage."""
+        embeds, pooled = cond.tensors["embeds"], cond.tensors["pooled"]
+        with latents.autocast(self.loading):
+            text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+            return net(x_t, timestep=1000 * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
+
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
+        return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
+
+
+def load(path: str, loading: Loading) -> StableDiffusion3:
+    """Load a folder or Hub id with a StableDiffusion3Pipeline."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = latents.load_pipeline(StableDiffusion3Pipeline, path, loading)
+    return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path), loading)

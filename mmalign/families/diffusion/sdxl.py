@@ -1,0 +1,64 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and micro-conditioning on the image's real sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.diffusion.noise import Diffusion
+from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.types import Conditioning, Loading, Sampling
+
+
+class StableDiffusionXL(LatentModel):
+    """Adapts a StableDiffusionXLPipeline; the protocol TextToImage says what each call does."""
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`embeds` [N, L, D1 + D2]: both encoders' penultimate states; `pooled` [N, P]: the second one's; float32."""
+        device = self.pipeline.text_encoder_2.device
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=device, do_classifier_free_guidance=False
+        )
+        return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
+
+    def unconditional(self) -> Conditioning:
+        """Zeros where the pipeline guides against zeros, as SDXL base does; else the empty prompt, encoded.
+
+        The Diffusion-DPO release encodes "" here, which the sampler never shows the network.
+        """
+        empty = self.encode_prompts([""])
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return Conditioning({name: torch.zeros_like(x) for name, x in empty.tensors.items()})
+        return empty
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return latents.count_cut(self.pipeline.tokenizer, prompts)
+
+    def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
+        """The text, and `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
+        return Conditioning({**text.tensors, "time_ids": sizes.to(text.tensors["embeds"])})
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """See TextToImage."""
+        added = {"text_embeds": cond.tensors["pooled"], "time_ids": cond.tensors["time_ids"]}
+        with latents.autocast(self.loading):
+            embeds = cond.tensors["embeds"]
+            return net(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
+        return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
+
+
+def load(path: str, loading: Loading) -> StableDiffusionXL:
+    """Load a folder or Hub id with a StableDiffusionXLPipeline."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = latents.load_pipeline(StableDiffusionXLPipeline, path, loading)
+    return StableDiffusionXL(path, pipeline, Diffusion.of(pipeline.scheduler.config, path), loading)

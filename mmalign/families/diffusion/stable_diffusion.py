@@ -1,0 +1,51 @@
+"""Stable Diffusion 1.x and 2.x (and models/tiny_sd): one text encoder, epsilon- or v-prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.diffusion.noise import Diffusion
+from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.types import Conditioning, Loading, Sampling
+
+
+class StableDiffusion(LatentModel):
+    """Adapts a StableDiffusionPipeline; the protocol TextToImage says what each call does."""
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`embeds` [N, L, D]: the text encoder's last hidden states, float32."""
+        embeds, _ = self.pipeline.encode_prompt(list(prompts), self.pipeline.text_encoder.device, 1, False)
+        return Conditioning({"embeds": embeds.float()})
+
+    def unconditional(self) -> Conditioning:
+        """The empty prompt, encoded."""
+        return self.encode_prompts([""])
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """See TextToImage."""
+        return latents.count_cut(self.pipeline.tokenizer, prompts)
+
+    def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """See TextToImage."""
+        with latents.autocast(self.loading):
+            return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+        """See LatentModel."""
+        embeds = self.encode_prompts(prompts).tensors["embeds"]
+        empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
+
+
+def load(path: str, loading: Loading) -> StableDiffusion:
+    """Load a folder or Hub id with a StableDiffusionPipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = latents.load_pipeline(StableDiffusionPipeline, path, loading)
+    return StableDiffusion(path, pipeline, Diffusion.of(pipeline.scheduler.config, path), loading)

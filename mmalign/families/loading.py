@@ -1,0 +1,138 @@
+"""Find the adapter of a checkpoint and load it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mmalign.families.base import TextToImage, VisionLanguage
+from mmalign.families.types import Loading
+
+# The pipeline class that a folder's model_index.json names, and the file here that adapts it.
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
+    "ZImagePipeline": "z_image",
+    "QwenImagePipeline": "qwen_image",
+    "SanaPipeline": "sana",
+}
+
+
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that may be missing
+
+
+def pipeline_class(path: str, revision: str | None = None) -> str:
+    """The class that a checkpoint's model_index.json names, read without loading any weights.
+
+    Raises:
+        ValueError: it is no diffusers pipeline, a part of it is missing, or its class is not supported.
+    """
+    file = _index_file(path, revision)
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        name = str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.path: {file} cannot be read as the index of a diffusers pipeline ({error}); copy the model anew"
+        ) from error
+    if name not in PIPELINES:
+        raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
+    parts = [part for part, of in index.items() if isinstance(of, list) and of[0] and part not in _UNUSED]
+    lacking = [part for part in parts if Path(path).is_dir() and not any(Path(path, part).glob("*"))]
+    if lacking:
+        raise ValueError(f"model.path: {path} has no {', no '.join(lacking)}; copy it anew, with all its folders")
+    return name
+
+
+def model_type(path: str, revision: str | None = None) -> str:
+    """The type that a vision-language checkpoint's config.json names, read without loading any weights.
+
+    Raises:
+        ValueError: it is no checkpoint of transformers, or its type reads no images.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    file = _index_file(path, revision, "config.json", "a vision-language model of transformers")
+    try:
+        name = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.path: {file} cannot be read as the config of a model ({error}); copy the model anew"
+        ) from error
+    if name not in KNOWN:
+        raise ValueError(
+            f"model.path: {path} is a {name}, which has no vision tower; expected a vision-language model, such as "
+            "llava-hf/llava-1.5-7b-hf"
+        )
+    return name
+
+
+def _index_file(
+    path: str, revision: str | None, name: str = "model_index.json", kind: str = "a diffusers pipeline"
+) -> Path:
+    here = Path(path)
+    if here.exists():
+        if not (here / name).is_file():
+            what = f"has no {name}" if here.is_dir() else "is a file"
+            raise ValueError(f"model.path: {path} {what}; expected the folder of {kind}, or a Hub id")
+        return here / name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path, name, revision=revision))
+    except (OSError, EntryNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"model.path: {path} is no folder here, and its {name} did not come from the Hub "
+            f"({first_line(error)}); see to the name and the network, or name a folder"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says at first: some run to a page."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+@contextlib.contextmanager
+def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> Iterator[None]:
+    """Make one sentence of whatever a library raises as it loads damaged or incomplete files."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    # Of damaged files diffusers, transformers and safetensors report half a dozen kinds of error.
+    except Exception as error:
+        here = "it may be incomplete: copy it anew"
+        mend = mend or (here if Path(path).exists() else "see to the name and the network, or name a folder")
+        raise ValueError(f"{key}: {path} could not be loaded as {kind} ({first_line(error)}); {mend}") from error
+
+
+def load_family(path: str, loading: Loading) -> TextToImage:
+    """Load a checkpoint with the adapter for its pipeline class.
+
+    Raises:
+        ValueError: the class is not supported, or a file is missing.
+    """
+    module = importlib.import_module(f"mmalign.families.diffusion.{PIPELINES[pipeline_class(path, loading.revision)]}")
+    family: TextToImage = module.load(path, loading)
+    return family
+
+
+def load_vision_language(path: str, loading: Loading) -> VisionLanguage:
+    """Load a vision-language checkpoint: one adapter for all of transformers' types.
+
+    Raises:
+        ValueError: the type is not supported, its processor is another model's, or a file is missing.
+    """
+    kind = model_type(path, loading.revision)
+    family: VisionLanguage = importlib.import_module("mmalign.families.vlm.model").load(path, kind, loading)
+    return family

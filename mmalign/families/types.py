@@ -1,0 +1,138 @@
+"""Data that families take and give: conditioning, latents, image features, sampling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told besides x_t and t: named tensors whose first dimension is rows."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Tensor | slice) -> Conditioning:
+        return self._map(lambda x: x[rows])
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+        return self._map(lambda x: x.to(device))
+
+    def repeat(self, times: int) -> Conditioning:
+        """All rows, `times` times one after the other."""
+        return self._map(lambda x: torch.cat([x] * times))
+
+    def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
+        """Own rows where `keep` [N] is true, and those of `other` (N rows, or one for all) elsewhere."""
+        return Conditioning(
+            {k: torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, other.tensors[k]) for k, x in self.tensors.items()}
+        )
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: f(x) for name, x in self.tensors.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """The rows of all parts."""
+        return cls({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The posterior of a latent, in the denoiser's scale: mean and standard deviation, each [N, C, H, W], float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents [N, C, H, W] at the given standard normal draws."""
+        return self.mean + self.std * noise
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """An image as one model takes it, on the CPU.
+
+    Attributes:
+        ids: the tokens that stand for it in a prompt.
+        tensors: what the vision tower takes.
+        made: its features as `VisionLanguage.pack` gives them, where they are known already; `tensors` is empty then.
+    """
+
+    ids: tuple[int, ...]
+    tensors: dict[str, Tensor]
+    made: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower and the projector make of images, each encoded once; by the images' keys."""
+
+    images: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: the scale of classifier-free guidance; 1 does without.
+        resolution: the side in pixels; None takes the model's own.
+        sampler: "default" (the checkpoint's scheduler), "ddim" or "dpmsolver++".
+        batch_size: images drawn at a time.
+    """
+
+    steps: int = 30
+    guidance: float = 7.5
+    resolution: int | None = None
+    sampler: str = "default"
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 takes the most likely token; otherwise one is drawn from softmax(logits / temperature).
+        stop: an answer also ends after the first of these texts, which belongs to it.
+        batch_size: answers written at a time.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a checkpoint is brought into memory.
+
+    Attributes:
+        device: where the networks go.
+        half: the dtype of autocast and of frozen weights; None keeps everything in float32.
+        network_half: the network's weights in `half` too (LoRA); otherwise they are float32 masters.
+        vae: a folder or Hub id with another autoencoder.
+        vae_dtype: the dtype of the autoencoder.
+        revision: the Hub revision.
+        pack: a vision-language model runs a prompt once for all of its responses, where it can.
+    """
+
+    device: torch.device
+    half: torch.dtype | None = None
+    network_half: bool = False
+    vae: str | None = None
+    vae_dtype: torch.dtype = torch.float32
+    revision: str | None = None
+    pack: bool = True

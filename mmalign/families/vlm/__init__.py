@@ -1,0 +1,1 @@
+"""The adapter over transformers' vision-language models."""

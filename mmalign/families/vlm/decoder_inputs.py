@@ -1,0 +1,53 @@
+"""What a decoder of transformers is given beside its tokens: features of images, and what is known of each token.
+
+N rows, L tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.families.vlm.quirks import Facts
+
+
+def decoder_inputs(
+    model: Any, facts: Facts, ids: Tensor, mask: Tensor, is_response: Tensor, features: Sequence[Any]
+) -> dict[str, Any]:
+    """What the model's forward pass takes, for rows padded on either side.
+
+    Args:
+        model: a model of transformers with a head.
+        facts: of its type.
+        ids: [N, L].
+        mask: which tokens are no padding, [N, L].
+        is_response: which tokens the model has said, or is to say, [N, L].
+        features: of the rows' images, in their order.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+    if features:
+        inputs["mm_encoder_outputs"] = {"image": _joined(features)}
+        if features[0].grid is not None:  # positions in rows and columns (M-RoPE) are made of it
+            inputs["image_grid_thw"] = torch.cat([one.grid for one in features])
+    known = inspect.signature(model.base_model.forward).parameters
+    if "mm_token_type_ids" in known:
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    if facts.prefix_attention:
+        inputs["token_type_ids"] = is_response.long()
+    return inputs
+
+
+def _joined(features: Sequence[Any]) -> Any:
+    """The features of several images as the model would have made of them together."""
+    whole = copy.copy(features[0])
+    pooled = [one.pooler_output for one in features]
+    whole.pooler_output = torch.cat(pooled) if isinstance(pooled[0], Tensor) else [x for one in pooled for x in one]
+    if getattr(whole, "deepstack_features", None) is not None:  # Qwen3-VL: of several layers, each by image
+        layers = zip(*(one.deepstack_features for one in features), strict=True)
+        whole.deepstack_features = [[x for one in layer for x in one] for layer in layers]
+    return whole

@@ -1,0 +1,262 @@
+"""A gallery's files: `index.html` (one file that needs no network), `gallery.png`, `manifest.json` and `images/`.
+
+The page and the picture show the same numbers, and the manifest records them: the picture's texts and entries are under
+`picture`, and the PNG carries the texts. Each kind of entry has a `Layout`, in `pictures` and `answers`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from mmalign.gallery.grid import INK, SMALL, Piece, Section, Text, Tile, draw_grid, encode_grid
+from mmalign.gallery.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
+
+
+@dataclass(frozen=True)
+class GalleryEntry:
+    """A sample measured before and after alignment.
+
+    Attributes:
+        title: the prompt or the question.
+        label: distinguishes entries of one title, such as "seed 3".
+        scores: before and after; higher is better.
+        notes: the scores in words, before and after; may be empty.
+        images: its pictures, by their names in manifest.json and the template.
+        details: the rest of it, for manifest.json and the template.
+    """
+
+    title: str
+    label: str
+    scores: Scores
+    notes: tuple[str, str]
+    images: Mapping[str, Image.Image]
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Presentation of a kind of entry.
+
+    Attributes:
+        template: the file beside this one that renders the entries.
+        lead: what the entries have in common, in a sentence.
+        noun: what an entry's title is: "prompt".
+        tile: the entry's tile in `gallery.png`.
+        columns: the largest number of tiles in a row.
+        num_in_grid: the largest number of entries in `gallery.png`: half best gains, half worst regressions.
+    """
+
+    template: str
+    lead: str
+    noun: str
+    tile: Callable[[GalleryEntry], Tile]
+    columns: int
+    num_in_grid: int
+
+
+def write_page(
+    folder: Path,
+    entries: Sequence[GalleryEntry],
+    layout: Layout,
+    *,
+    title: str,
+    summary: Sequence[Sequence[str]],
+    score_name: str,
+    provenance: Mapping[str, str],
+    measured: Sequence[Scores] | None = None,
+) -> Path:
+    """Write the page of N entries and return the path of its `index.html`.
+
+    A file appears whole or not at all, the manifest last. Other files in the folder stay as they are.
+
+    Args:
+        folder: target, made if it is not there.
+        entries: [N] in any order; the page and the grid sort them by change.
+        layout: presentation of the entries.
+        title: the heading of the page and the grid.
+        summary: rows of text, the header first, such as `MetricsComparison.table()`; empty for no table.
+        score_name: the meaning of the score.
+        provenance: models, recipe, sampler, shown as it is.
+        measured: [M] the scores of all samples, if the entries are a part of them.
+
+    Raises:
+        ValueError: no entry, scores that cannot be compared, or an uneven summary.
+        OSError: a file cannot be written.
+    """
+    _check(entries, summary)
+    counts = tally(measured or [entry.scores for entry in entries])
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, entry in enumerate(entries):
+        names = {key: f"images/{index:04d}-{key.removesuffix('_image')}.png" for key in entry.images}
+        for key, image in entry.images.items():
+            _write(folder / names[key], _encode(image, "PNG"))
+        records.append(_record(entry, names))
+    picture, lines, chosen = _draw_picture(entries, layout, counts, title, score_name, summary)
+    _write(folder / "gallery.png", encode_grid(picture, lines))
+    _write(folder / "index.html", _page(entries, counts, layout, title, summary, score_name, provenance).encode())
+    manifest = {
+        "title": title,
+        "score": score_name,
+        "provenance": dict(provenance),
+        "summary": [list(row) for row in summary],
+        "counts": counts,
+        "picture": {"lines": lines, "entries": chosen},
+        "entries": records,
+    }
+    _write(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    return folder / "index.html"
+
+
+def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) -> None:
+    if not entries:
+        raise ValueError("gallery: no entries; expected at least one that was measured before and after")
+    for index, entry in enumerate(entries):
+        where = f"gallery: entry {index} ({entry.title[:60]!r}, {entry.label})"
+        sizes = [image.size for image in entry.images.values()]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"{where}: {sizes[0]} before but {sizes[1]} after; expected pictures of one size")
+        if not all(map(math.isfinite, entry.scores)):
+            raise ValueError(
+                f"{where}: scores {entry.scores[0]} and {entry.scores[1]}; expected finite numbers, "
+                "so leave out what could not be judged"
+            )
+    if len({len(row) for row in summary}) > 1:
+        raise ValueError(f"gallery: summary rows of {[len(row) for row in summary]} cells; expected as many in each")
+
+
+def _draw_picture(
+    entries: Sequence[GalleryEntry],
+    layout: Layout,
+    counts: Mapping[Kind, int],
+    title: str,
+    score_name: str,
+    summary: Sequence[Sequence[str]],
+) -> tuple[Image.Image, list[str], dict[Kind, list[int]]]:
+    """Return the picture of the best gains and worst regressions, its texts, and the indices of its entries."""
+    lines = [layout.lead, f"Score: {score_name}."]
+    lines.append(", ".join(f"{number:,} {name}" for name, number in counts.items()) + ".")
+    if len(summary) > 1:
+        lines.append("  ·  ".join(f"{name}: {cell}" if name else cell for name, cell in zip(*summary[:2], strict=True)))
+    chosen = choose([entry.scores for entry in entries], layout.num_in_grid)
+    headings = {name: heading for name, heading, *_ in SECTIONS}
+    sections = []
+    for name, indices in chosen.items():
+        shown = f"{len(indices)} of {counts[name]:,}" if counts[name] else "none"
+        heading = Text([Piece(f"{headings[name]}  ·  {shown}", INK[name])], 26)
+        sections.append(Section([layout.tile(entries[index]) for index in indices], heading))
+    unit = 1 if _is_small(entries) else 2  # everything scales with the pictures
+    picture = draw_grid(title, lines, sections, columns=layout.columns, unit=unit)
+    return picture, [title, *lines], chosen
+
+
+def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return an entry for manifest.json."""
+    (before, after), (before_note, after_note) = entry.scores, entry.notes
+    return {
+        **entry.details,
+        "before_score": float(before),
+        "after_score": float(after),
+        "change": float(after - before),
+        "kind": kind(entry.scores),
+        "before_note": before_note,
+        "after_note": after_note,
+        **names,
+    }
+
+
+def _page(
+    entries: Sequence[GalleryEntry],
+    counts: Mapping[Kind, int],
+    layout: Layout,
+    title: str,
+    summary: Sequence[Sequence[str]],
+    score_name: str,
+    provenance: Mapping[str, str],
+) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    measured = [entry.scores for entry in entries]
+    sections = [
+        {
+            "kind": name,
+            "mark": MARKS[name],
+            "heading": heading,
+            "anchor": anchor,
+            "order": order,
+            "number": counts[name],
+            "cards": [_card(entries[index], index) for index in ranked(measured, name)],
+        }
+        for name, heading, anchor, order in SECTIONS
+    ]
+    return environment.get_template(layout.template).render(
+        title=title,
+        lead=layout.lead,
+        noun=layout.noun,
+        summary=[[str(cell) for cell in row] for row in summary],
+        score_name=score_name,
+        provenance=provenance,
+        sections=sections,
+        small=_is_small(entries),
+    )
+
+
+def _card(entry: GalleryEntry, index: int) -> dict[str, Any]:
+    """Return an entry for a template."""
+    (before, after), (before_note, after_note) = entry.scores, entry.notes
+    first = next(iter(entry.images.values()))
+    return {
+        **entry.details,
+        "id": f"entry-{index:04d}",
+        "title": entry.title,
+        "label": entry.label,
+        "change": format_score(change(entry.scores), "+"),
+        "width": first.width,
+        "height": first.height,
+        **{"before_score": before, "after_score": after, "before_note": before_note, "after_note": after_note},
+        **{"before_text": format_score(before), "after_text": format_score(after)},
+        **{key: _data_uri(image) for key, image in entry.images.items()},
+    }
+
+
+def _data_uri(image: Image.Image) -> str:
+    """Return small pictures without loss (WebP is a third smaller than PNG there), and large ones reduced."""
+    if max(image.size) <= SMALL:
+        content = _encode(image, "WEBP", lossless=True)
+    else:
+        reduced = image.copy()
+        reduced.thumbnail((2 * SMALL, 2 * SMALL), Image.Resampling.LANCZOS)
+        content = _encode(reduced, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(content).decode()
+
+
+def _is_small(entries: Sequence[GalleryEntry]) -> bool:
+    return all(max(image.size) <= SMALL for entry in entries for image in entry.images.values())
+
+
+def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing: a reader sees the old content or the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

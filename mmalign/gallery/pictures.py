@@ -1,0 +1,46 @@
+"""Gallery of images before and after alignment, of the same prompt and noise, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from mmalign.gallery.grid import INK, MUTED, Cell, Piece, Text, Tile
+from mmalign.gallery.page import GalleryEntry, Layout
+from mmalign.gallery.ranking import Scores, change, format_score, kind
+
+
+def picture_entry(
+    prompt: str,
+    seed: int,
+    images: Sequence[Image.Image],
+    scores: Scores,
+    notes: tuple[str, str] = ("", ""),
+) -> GalleryEntry:
+    """Return the entry of one prompt and seed; images, scores and notes are those before and after."""
+    by_name = dict(zip(("before_image", "after_image"), images, strict=True))
+    return GalleryEntry(prompt, f"seed {seed}", scores, notes, by_name, {"prompt": prompt, "seed": seed})
+
+
+def _tile(entry: GalleryEntry) -> Tile:
+    """Return a prompt over its two images, with scores, notes and the change below them."""
+    cells = []
+    for side, image, score, note in zip(
+        ("before", "after"), entry.images.values(), entry.scores, entry.notes, strict=True
+    ):
+        pieces = [Piece(f"{side} {format_score(score)}")]
+        if side == "after":
+            pieces.append(Piece(f" ({format_score(change(entry.scores), '+')})", INK[kind(entry.scores)]))
+        cells.append(Cell([Text(pieces), Text([Piece(note, MUTED)], 16)], image))
+    return Tile(cells, heading=[Text([Piece(entry.title)], 21, num_lines=2)])
+
+
+LAYOUT = Layout(
+    template="pictures.html.jinja",
+    lead="The same prompts, seeds and starting noise, before and after.",
+    noun="prompt",
+    tile=_tile,
+    columns=4,
+    num_in_grid=24,
+)

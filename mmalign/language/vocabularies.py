@@ -1,0 +1,45 @@
+"""Vocabularies of objects by name: MSCOCO's, the bundled world's, or one's own in a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+from mmalign.language.objects import Variant, Vocabulary, coco_vocabulary, vocabulary
+
+CROWDS = "crowds"
+
+
+def load_vocabulary(key: str, name: str) -> Vocabulary:
+    """The vocabulary that a recipe names at `key`.
+
+    Args:
+        key: where the name stands, for messages.
+        name: "refined" or "published" (MSCOCO's objects), "crowds" (the bundled world's), or a JSON file with other
+            words for each object, {"dog": ["puppy", "hound"], "red circle": []}.
+
+    Raises:
+        ValueError: there is no such file, or it holds no vocabulary.
+    """
+    if name == CROWDS:
+        from mmalign.toy.crowds import KINDS
+
+        return vocabulary({kind: [] for kind in KINDS})
+    for variant in get_args(Variant):
+        if name == variant:
+            return coco_vocabulary(variant)
+    expected = f"{', '.join((*get_args(Variant), CROWDS))}, or a JSON file {{object: [other words for it]}}"
+    try:
+        content = json.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{key}: {name} cannot be read ({error.strerror}); expected {expected}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {name} is not JSON in UTF-8 ({error}); expected {expected}") from error
+    listed = isinstance(content, dict) and all(isinstance(words, list) for words in content.values())
+    if not listed or not all(isinstance(word, str) for words in content.values() for word in words):
+        raise ValueError(f"{key}: {name} holds no lists of words by object; expected {expected}")
+    try:
+        return vocabulary(content)
+    except ValueError as error:
+        raise ValueError(f"{key}: {name}: {str(error).removeprefix('vocabulary: ')}") from error

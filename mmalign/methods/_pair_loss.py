@@ -1,0 +1,71 @@
+"""What methods with a pair loss share: its hyper-parameters, and the numbers that a person watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mmalign.losses.pairwise import Pair, PairLoss, pair_loss
+from mmalign.methods import Step
+from mmalign.policy import Scores
+
+CacheDraws = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="so many draws of a pair come again and again, epoch after epoch in turn, and what the reference "
+        "makes of each is worked out once and kept on disk; 0 draws anew in every epoch",
+    ),
+]
+
+
+class PairLossConfig(BaseModel):
+    """Which pair loss, and its hyper-parameters; `beta` is in a unit of the method's own scores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    beta: float = Field(gt=0)
+    loss: Literal["dpo", "ipo", "hinge", "robust"] = "dpo"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="for loss: dpo")
+    flip_rate: float = Field(0.0, ge=0, lt=0.5, description="for loss: robust")
+
+
+def bound_loss(cfg: PairLossConfig) -> PairLoss:
+    """The pair loss with the hyper-parameters that it has."""
+    extra = {"dpo": {"label_smoothing": cfg.label_smoothing}, "robust": {"flip_rate": cfg.flip_rate}}
+    return pair_loss(cfg.loss, beta=cfg.beta, **extra.get(cfg.loss, {}))
+
+
+def preference_step(
+    link: PairLoss, beta: float, ours: Scores, theirs: Scores, weights: Tensor, more: Mapping[str, Tensor]
+) -> Step:
+    """A pair loss with the numbers that a person watches, and what a method adds to them.
+
+    "chosen gain" and "rejected gain" are how much likelier than the reference the policy finds each side, in score
+    units: a run in which both fall unlearns, whatever the loss says.
+    """
+    policy, reference = Pair(ours["chosen"], ours["rejected"]), Pair(theirs["chosen"], theirs["rejected"])
+    losses = link(policy, reference)
+    with torch.no_grad():
+        z = beta * (policy.margin - reference.margin)
+        metrics = {
+            "loss": losses.detach(),
+            **watched(z),
+            **more,
+            "chosen gain": (policy.chosen - reference.chosen).detach(),
+            "rejected gain": (policy.rejected - reference.rejected).detach(),
+        }
+    return Step(losses, weights, metrics)
+
+
+def watched(z: Tensor) -> dict[str, Tensor]:
+    """What a comparison's logits [B] say: which are right (a tie is half right), how large, and what pull is left."""
+    return {
+        "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
+        "logit": z.detach(),
+        "gradient factor": torch.sigmoid(-z).detach(),
+    }

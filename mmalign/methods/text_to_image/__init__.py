@@ -1,0 +1,1 @@
+"""Methods for text-to-image models, one file per paper."""

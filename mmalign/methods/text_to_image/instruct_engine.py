@@ -1,0 +1,99 @@
+"""InstructEngine (arXiv:2504.10329), cross-validation alignment: two images and two prompts, each judged by the other.
+
+    one t and eps for the image x1 of the prompt y1 and the image x2 of the prompt y2, as in Diffusion-DPO
+    score(x, y) = -1/2 mean((target - network(x_t, t, y)) ** 2)   for policy and reference
+    loss = sum of weight * pair loss of   x1: y1 over y2     x2: y2 over y1     y1: x1 over x2     y2: x2 over x1
+
+Each comparison is one of Diffusion-DPO; the last two are the usual kind, the first two hold the image still and so
+compare nothing but what the prompts say. No code has been published. Which comparisons the paper takes ("triples" of
+two pairs), their weights, beta and the learning rate could not be verified: all four and a quarter each are ours, beta
+is Diffusion-DPO's. There is no caption dropout: without their prompts the first two comparisons compare a thing
+with itself, and the last two contradict each other.
+
+Data: rows in which the chosen image shows `prompt` and the rejected image `rejected_prompt`. Both are good images of
+their own prompts. 4B rows in one run of the network, twice as many as Diffusion-DPO's; `cache_draws` is its.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from mmalign.data.caches.precompute import Keep
+from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.families.base import TextToImage
+from mmalign.losses.pairwise import Pair
+from mmalign.methods import Step, reference_scores
+from mmalign.methods._pair_loss import CacheDraws, PairLossConfig, bound_loss, watched
+from mmalign.methods.text_to_image._denoising import Contrast, Noised, conditioned, denoising_scores, noised
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+modality = "text_to_image"
+needs_reference = True
+needs_two_prompts = True
+
+GRID = ("x1 y1", "x2 y1", "x1 y2", "x2 y2")
+COMPARED = (("x1 y1", "x1 y2"), ("x2 y2", "x2 y1"), ("x1 y1", "x2 y1"), ("x2 y2", "x1 y2"))  # better, worse
+SIDES = {"matched": ("x1 y1", "x2 y2"), "mismatched": ("x1 y2", "x2 y1")}
+
+
+class Config(PairLossConfig):
+    """Hyper-parameters; the paper's are not known, and these are ours (see above)."""
+
+    name: Literal["instruct_engine"] = "instruct_engine"
+    beta: float = Field(5000.0, gt=0, description="in units of -1/2 mean squared error, as Diffusion-DPO's")
+    weights: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.25] * 4,
+        min_length=4,
+        max_length=4,
+        description="of the comparisons: prompts under the first image, and under the second; images under the first "
+        "prompt, and under the second",
+    )
+    cache_draws: CacheDraws = 0
+
+    @model_validator(mode="after")
+    def _compares(self) -> Config:
+        if not any(self.weights):
+            raise ValueError("weights are all 0; expected at least one comparison to count")
+        return self
+
+
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+    """One contrast: both images of every pair, under one noise, with either prompt."""
+    family = policy.family
+    assert batch.rejected_text is not None, "instruct_engine needs two prompts"
+    first = noised(family, batch, 0.0, draws)
+    second = replace(first, cond=conditioned(family, batch, batch.rejected_text, 0.0, draws))
+    view = Noised.cat([first, second])
+    scores = reference_scores(policy, batch, partial(denoising_scores, family, view=view, views=GRID))
+    return [Contrast(view, scores, batch.weights)]
+
+
+def keeps(cfg: Any) -> Keep | None:
+    """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
+    return Keep(cfg.cache_draws, {}, scores=True) if cfg.cache_draws else None
+
+
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+    """The weighted comparisons of the grid."""
+    theirs, link = contrast.reference, bound_loss(cfg)
+    assert theirs is not None, "instruct_engine needs a reference"
+    ours = denoising_scores(policy.family, policy.model, contrast.view, GRID)
+    compared = [[Pair(scores[a], scores[b]) for scores in (ours, theirs)] for a, b in COMPARED]
+    weights = torch.tensor(cfg.weights, device=contrast.weights.device)[:, None]
+    values = (weights * torch.stack([link(policy, reference) for policy, reference in compared])).sum(0)
+    with torch.no_grad():
+        share = weights / weights.sum()
+        z = torch.stack([cfg.beta * (policy.margin - reference.margin) for policy, reference in compared])
+        metrics = {"loss": values.detach(), **{name: (share * each).sum(0) for name, each in watched(z).items()}}
+        for side, views in SIDES.items():
+            metrics[f"{side} error"] = -torch.stack([2 * ours[view] for view in views]).mean(0)
+            metrics[f"{side} gain"] = torch.stack([ours[view] - theirs[view] for view in views]).mean(0)
+        right = watched(z)["accuracy"]
+        metrics |= {"prompt accuracy": right[:2].mean(0), "image accuracy": right[2:].mean(0)}
+    return Step(values, contrast.weights, metrics)

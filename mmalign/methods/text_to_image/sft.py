@@ -1,0 +1,43 @@
+"""Supervised fine-tuning on the chosen images: the baseline that a preference method has to beat.
+
+loss = mean((target - network(x_t, t, prompt)) ** 2) on the chosen image alone (arXiv:2006.11239, eq. 14)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.diffusion.noise import mean_square
+from mmalign.families.base import TextToImage
+from mmalign.methods import Step
+from mmalign.methods.text_to_image._denoising import Contrast, noised
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+modality = "text_to_image"
+needs_reference = False
+
+
+class Config(BaseModel):
+    """Hyper-parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Literal["sft"] = "sft"
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
+
+
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+    """The chosen half of what Diffusion-DPO would show, so that a comparison sees the same images and noise."""
+    view = noised(policy.family, batch, cfg.caption_dropout, draws)
+    return [Contrast(view[: len(batch.rows)], None, batch.weights)]
+
+
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
+    """The mean squared error [B] of the chosen images."""
+    view = contrast.view
+    error = mean_square(policy.family.predict(policy.model, view.x_t, view.t, view.cond), view.target)
+    return Step(error, contrast.weights, {"loss": error.detach(), "chosen error": error.detach()})

@@ -1,0 +1,110 @@
+"""SPO's step-aware judge (arXiv:2406.04314): which of two images is preferred, seen through noise?
+
+    t ~ U{0, ..., T - 1},  eps ~ N(0, 1)        one of each for both images of a pair; of flow matching t ~ U[0, 1)
+    image = decode(x_0 predicted from add_noise(x_0, eps, t))    by a frozen model, under guidance
+    score = judge(image, prompt, t)
+    loss = -log softmax(scores)[chosen]                      of a tie the mean over both, less ln 2
+
+SPO asks the judge at every time of a way to an image, so it learns at all of them alike. This is not how networks of
+flow matching learn, whose times are drawn from another law (`diffusion.steps.any_time`).
+
+What learns is the judge, which begins as a judge of clean images; both its towers do. The release resizes images on the
+GPU, by bicubic interpolation without antialiasing; here they go through the judge's own preprocessing. It also divides
+a pair's weight by the number of its prompt's pairs, which is not done here.
+
+For SDXL the release does not believe the labels of a data set whose images are another model's: with `judge` the clean
+images are compared by a judge of these, and a pair of which it is not `sure` is a tie.
+
+2B rows: the chosen images first, then the rejected; S is the side of an image in the judge's eyes, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mmalign.config import JudgeConfig
+from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.diffusion.steps import any_time, timestep
+from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
+from mmalign.families.step_judge import StepJudge
+from mmalign.losses import pairwise
+from mmalign.losses.pairwise import Pair
+from mmalign.methods import Step
+from mmalign.methods.text_to_image._denoising import noised
+from mmalign.methods.text_to_image._images import pictures, predict_guided
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+modality = "step_judge"
+needs_reference = False
+needs_decoder = True
+
+
+class Config(BaseModel):
+    """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Literal["step_preference"] = "step_preference"
+    guidance: float = Field(5.0, ge=1, description="of the predictions, as in the sampling that the judge is for")
+    judge: JudgeConfig | None = Field(None, description="labels the pairs anew, by their clean images")
+    sure: float = Field(0.1, ge=0, lt=1, description="the difference of its probabilities that is no tie")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Predicted images [2B, 3, S, S] and times [2B], tokens [B, L], how much the chosen is preferred, weights [B]."""
+
+    pixels: Tensor
+    t: Tensor
+    ids: Tensor
+    share: Tensor
+    weights: Tensor
+
+
+def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, draws: Draws) -> list[Contrast]:
+    """One contrast: what the frozen model sees in both images of every pair under the same noise."""
+    family = policy.family
+    images, t = predicted(family, batch, cfg.guidance, draws)
+    return [
+        Contrast(family.pixels(images), t, family.tokens(batch.prompts), _shares(family, batch, cfg), batch.weights)
+    ]
+
+
+def predicted(
+    family: StepJudge, batch: EncodedPairs, guidance: float, draws: Draws, t: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images [2B, 3, H, W] predicted from noisy ones, and their timesteps [2B]; at given times [B], or drawn ones."""
+    painter = family.denoiser
+    t = any_time(painter.schedule, batch.rows, draws) if t is None else t
+    view = noised(painter, batch, 0.0, draws, t=t)
+    empty = painter.condition(repeat_rows(batch.unconditional, len(view.t)), batch.sizes)
+    answer = predict_guided(painter, painter.network, view.x_t, view.t, view.cond, empty, guidance)
+    clean = painter.schedule.to_clean(answer, view.x_t, view.t)
+    return pictures(painter, clean), timestep(painter.schedule, view.t)
+
+
+def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
+    """How much the first image of each pair is preferred [B]: 1 or 0, or 1/2 in a tie."""
+    if batch.judge is None:
+        return torch.ones_like(batch.weights)
+    clean = to_pil(pictures(family.denoiser, batch.latents.mean))
+    chosen, rejected = batch.judge(clean, list(batch.prompts) * 2).to(batch.weights).chunk(2)
+    sure = torch.tanh((chosen - rejected).abs() / 2) > cfg.sure
+    return torch.where(sure, (chosen > rejected).float(), 0.5)
+
+
+def loss(policy: Policy[StepJudge], contrast: Contrast, cfg: Any) -> Step:
+    """The cross-entropy [B] of the judge's preference."""
+    scores = Pair(*policy.family.score(policy.model, contrast.pixels, contrast.ids, contrast.t).chunk(2))
+    values = pairwise.soft_preference(scores, contrast.share)
+    with torch.no_grad():
+        side = (2 * contrast.share - 1) * scores.margin  # above 0 where the preferred image has the higher score
+        right = (side > 0).float() + 0.5 * (side == 0).float()
+        metrics = {"loss": values.detach(), "accuracy": right, "margin": scores.margin.detach()}
+    return Step(values, contrast.weights, metrics)

@@ -1,0 +1,1 @@
+"""Methods for vision-language models, one file per paper."""

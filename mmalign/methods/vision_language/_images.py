@@ -1,0 +1,32 @@
+"""Disturbed images, shared by the methods that change the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from PIL import Image
+
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.families.types import ImageFeatures, ImageView
+from mmalign.language.tokens import Tokens
+
+Change = Callable[[Image.Image, int, int], Image.Image]
+
+
+def disturbed(family: VisionLanguage, batch: EncodedResponses, change: Change) -> tuple[Tokens, ImageFeatures]:
+    """The chosen rows [B] with disturbed images in their prompts, and the features of these images.
+
+    Args:
+        family: encodes them, by the part of it that is frozen: policy and reference see the same.
+        batch: with `pictures`.
+        change: makes of a picture one of the same size, given its pair's row id and its place among the prompt's
+            images.
+    """
+    chosen, views, keys = batch.tokens[: len(batch.rows)], dict[str, ImageView](), list[tuple[str, ...]]()
+    for row, images in zip(batch.rows, chosen.images, strict=True):
+        named = [(f"{key}, disturbed for {row}, {place}", place, key) for place, key in enumerate(images)]
+        views |= {new: family.reader.view(change(batch.pictures[key], row, place)) for new, place, key in named}
+        keys.append(tuple(new for new, _, _ in named))
+    return replace(chosen, images=tuple(keys)), family.encode_images(views)

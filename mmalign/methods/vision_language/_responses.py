@@ -1,0 +1,109 @@
+"""Log-probabilities of response pairs, shared by the methods for vision-language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.language import scores
+from mmalign.losses.pairwise import Pair, PairLoss
+from mmalign.methods import Step
+from mmalign.methods._pair_loss import PairLossConfig, bound_loss, preference_step
+from mmalign.policy import Scores
+
+PAIR = ("chosen", "rejected")
+
+
+TOKEN = "chosen token"  # the view whose score is the mean over the chosen response's tokens, whatever the others' is
+
+
+class ResponseLossConfig(PairLossConfig):
+    """Which pair loss, and what every method that compares responses may add to it."""
+
+    nll: float = Field(0.0, ge=0, description="the weight of the chosen response's own -log p, a mean over its tokens")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two responses to every prompt, how the reference scores them, and the weight of each token if they differ."""
+
+    batch: EncodedResponses
+    reference: Scores | None
+    token_weights: Tensor | None = None
+
+
+def response_scores(
+    family: VisionLanguage,
+    net: nn.Module,
+    batch: EncodedResponses,
+    *,
+    views: Sequence[str] = PAIR,
+    mean: bool = False,
+    weights: Tensor | None = None,
+) -> Scores:
+    """The log-probabilities [B] of the chosen responses, the rejected ones and of further views, in nats.
+
+    Args:
+        family: the model.
+        net: its network, or its reference's.
+        batch: the pairs; its tokens are [kB] rows for k views.
+        views: the names of the k views, "chosen" and "rejected" first.
+        mean: divide by the number of a response's tokens.
+        weights: of the responses' tokens [kB, R]; the score is then their weighted mean.
+    """
+    logps = family.token_logps(net, batch.tokens, batch.features)
+    return view_scores(logps, batch.tokens.response_mask, views, mean=mean, weights=weights)
+
+
+def view_scores(
+    logps: Tensor, mask: Tensor, views: Sequence[str] = PAIR, *, mean: bool = False, weights: Tensor | None = None
+) -> Scores:
+    """Token log-probabilities [kB, R] of k views as their scores [B], and the first view's mean over tokens."""
+    if weights is not None:
+        each = scores.weighted_mean(logps, mask, weights)
+    else:
+        each = scores.mean(logps, mask) if mean else scores.total(logps, mask)
+    pairs = len(logps) // len(views)
+    found = dict(zip(views, each.chunk(len(views)), strict=True))
+    return {**found, TOKEN: scores.mean(logps[:pairs], mask[:pairs])}
+
+
+def against(link: PairLoss, ours: Scores, theirs: Scores, view: str) -> Tensor:
+    """The pair loss [B] that prefers the chosen responses to another view."""
+    return link(Pair(ours["chosen"], ours[view]), Pair(theirs["chosen"], theirs[view]))
+
+
+def response_step(
+    cfg: ResponseLossConfig,
+    ours: Scores,
+    theirs: Scores,
+    batch: EncodedResponses,
+    terms: Mapping[str, Tensor] | None = None,
+) -> Step:
+    """The loss, with the log-probabilities that the scores are, and the lengths of the responses.
+
+    Args:
+        cfg: which pair loss, and the weight of the chosen responses' likelihood, which is added here.
+        ours: the policy's scores.
+        theirs: the reference's.
+        batch: the pairs.
+        terms: what the loss is a sum of, each [B], by name; the pair loss on chosen and rejected if not given.
+    """
+    pairs, counts = len(batch.rows), batch.tokens.counts.float()
+    views = [view for view in ours if view != TOKEN]
+    more = {f"{view} log-probability": ours[view].detach() for view in views}
+    more |= {"chosen tokens": counts[:pairs], "rejected tokens": counts[pairs : 2 * pairs]}
+    more |= {f"{view} gain": (ours[view] - theirs[view]).detach() for view in views if view not in PAIR}
+    step = preference_step(bound_loss(cfg), cfg.beta, ours, theirs, batch.weights, more)
+    losses = step.losses if terms is None else torch.stack(list(terms.values())).sum(0)
+    told = {name: term.detach() for name, term in (terms or {}).items()}
+    if cfg.nll:
+        losses = losses - cfg.nll * ours[TOKEN]
+        told["nll"] = -ours[TOKEN].detach()
+    return replace(step, losses=losses, metrics={**step.metrics, **told, "loss": losses.detach()})

@@ -1,0 +1,56 @@
+"""DPO (arXiv:2305.18290, eq. 7) on responses to images: prefer the chosen one, by the log-probability of its words.
+
+    score = sum_t log p(y_t | image, prompt, y_<t)      over the response's tokens, for policy and reference
+    loss = -log sigma(beta * (policy's margin - reference's margin)) + nll * mean_t -log p(y_t)      of the chosen y
+
+Any pair loss may stand in the place of -log sigma. IPO's target is a margin in the unit of the scores, and its scores
+are means over a response's tokens, as TRL has them; all others' are sums. `nll` is 0 in the paper; a positive one keeps
+the chosen response likely while the margin grows, as in arXiv:2404.19733.
+
+kB rows: prompts with the chosen responses first, then with the rejected, then what other methods compare with.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmalign.data.caches.precompute import Keep
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.methods import Step, reference_scores
+from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+modality = "vision_language"
+
+
+needs_reference = True
+
+
+class Config(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+
+
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+    """One contrast: the pairs as they are."""
+    score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss == "ipo")
+    return [Contrast(batch, reference_scores(policy, batch, score))]
+
+
+def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
+    """The pair loss on the policy's and the reference's log-probabilities."""
+    assert contrast.reference is not None, "dpo needs a reference"
+    ours = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
+    return response_step(cfg, ours, contrast.reference, contrast.batch)
+
+
+def keeps(cfg: Any) -> Keep:
+    """What the reference's scores depend on besides pairs and reference."""
+    return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)

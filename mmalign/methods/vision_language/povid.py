@@ -1,0 +1,166 @@
+"""POVID (arXiv:2402.11411): prefer the chosen response to an altered one, and to what a noisy picture makes of it.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                      noise in the picture, t = 500 of 1000
+    n_t = argmax_v p_ref(v | x_t, prompt, y_<t)                        the noisy tokens, on the chosen history
+    score(noisy) = sum_t log p(n_t | x_0, prompt, y_<t)                by policy and reference, to the clean picture
+    loss = gamma * -log sigma(beta * (chosen against rejected))
+           + (1 - gamma) * -log sigma(beta * (chosen against noisy))
+
+Nothing is generated: where noise does not change the most likely token the two scores cancel, so that only what depends
+on seeing counts. This is the paper's second stage, which goes on from the first; the first is `dpo` on the same pairs.
+
+The released code averages two losses, as above; the paper has one sigmoid over a weighted sum (both by footnote 1 of
+arXiv:2407.02477): `combine: paper`, -log sigma(beta * (chosen against the weighted mean of rejected and noisy)). In the
+release each network scores its own noisy tokens, so that its ratio is of two different texts: `tokens: own`. By default
+both score the reference's, which never change. And the release's noisy pixels wrap around: `overflow: wrap`.
+
+With the reference's tokens and `cache_draws: K` a pair has K noises, epoch after epoch in turn: the tokens and the
+reference's scores are worked out once and kept on disk, and a step costs what DPO's does. A policy's tokens cannot be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmalign.data.augment import NUM_STEPS, noised
+from mmalign.data.caches.precompute import Keep
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.losses.pairwise import Pair
+from mmalign.methods import Step
+from mmalign.methods._pair_loss import CacheDraws, bound_loss
+from mmalign.methods.vision_language._images import disturbed
+from mmalign.methods.vision_language._responses import ResponseLossConfig, against, response_step, view_scores
+from mmalign.policy import Policy, Scores
+from mmalign.rng import Draws
+
+modality = "vision_language"
+needs_reference = True
+
+TOKENS = "noisy tokens"  # of what is kept, the one that is no score
+
+
+class Config(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the release's, where it is not broken."""
+
+    name: Literal["povid"] = "povid"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    gamma: float = Field(0.5, ge=0, le=1, description="the rejected response's share beside the noisy tokens'")
+    noise_step: int = Field(500, ge=0, lt=NUM_STEPS, description="of 1000; more is noisier")
+    overflow: Literal["clamp", "wrap"] = Field("clamp", description="of noisy pixels; wrap is the release's")
+    tokens: Literal["reference", "policy", "own"] = Field(
+        "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
+    )
+    combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
+    cache_draws: CacheDraws = 0
+
+    @model_validator(mode="after")
+    def _fixed(self) -> Config:
+        if self.cache_draws and self.tokens != "reference":
+            raise ValueError(
+                f"cache_draws: {self.cache_draws} keeps noisy tokens, and a policy that learns would not say the same "
+                "again; use tokens: reference, or leave cache_draws out"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The pairs, the noisy tokens [B, R] that the policy scores, and the reference's scores."""
+
+    batch: EncodedResponses
+    noisy: Tensor
+    reference: Scores
+
+
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+    """The pairs, with the tokens that are likeliest under a noisy picture."""
+    if batch.kept is not None:
+        kept = dict(batch.kept)
+        return [Contrast(batch, _fitted(kept.pop(TOKENS), batch), kept)]
+    family, mean = policy.family, cfg.loss == "ipo"
+
+    def with_noise(picture: Image.Image, row: int, place: int) -> Image.Image:
+        eps = draws.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
+        return noised(picture, eps, cfg.noise_step, overflow=cfg.overflow)
+
+    tokens, features = disturbed(family, batch, with_noise)
+    argmax = partial(family.argmax, tokens=tokens, features=features)
+    theirs = argmax(policy.unwrapped) if cfg.tokens == "policy" else policy.on_reference(argmax)
+    assert theirs is not None, "povid needs a reference"
+    ours = argmax(policy.unwrapped) if cfg.tokens == "own" else theirs
+    scores = policy.on_reference(partial(noisy_scores, family, batch=batch, noisy=theirs, mean=mean))
+    assert scores is not None, "povid needs a reference"
+    return [Contrast(batch, ours, scores)]
+
+
+def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
+    """Chosen against rejected, and chosen against noisy."""
+    batch, theirs, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    ours = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss == "ipo")
+    if cfg.combine == "paper":
+        mixed = (Pair(s["chosen"], cfg.gamma * s["rejected"] + (1 - cfg.gamma) * s["noisy"]) for s in (ours, theirs))
+        terms = {"mixed loss": link(*mixed)}
+    else:
+        text, noisy = (against(link, ours, theirs, view) for view in ("rejected", "noisy"))
+        terms = {"text loss": cfg.gamma * text, "noisy loss": (1 - cfg.gamma) * noisy}
+    step = response_step(cfg, ours, theirs, batch, terms)
+    return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})
+
+
+def keeps(cfg: Any) -> Keep | None:
+    """What the reference says and scores depends on besides pairs, noise and reference; None where all noise is new."""
+    settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
+    return Keep(cfg.cache_draws, settings, scores=True) if cfg.cache_draws else None
+
+
+def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+    """The noisy tokens [B, R], and the reference's scores."""
+    (contrast,) = contrasts(policy, batch, cfg, draws)
+    return {TOKENS: contrast.noisy, **contrast.reference}
+
+
+def needs_pictures(cfg: Any) -> bool:
+    """The pictures, to put noise in them."""
+    return True
+
+
+def needs_tower(cfg: Any) -> bool:
+    """Noisy pictures are looked at where their tokens are drawn: in the training, unless they are kept."""
+    return not cfg.cache_draws
+
+
+def noisy_scores(
+    family: VisionLanguage, net: nn.Module, batch: EncodedResponses, noisy: Tensor, *, mean: bool = False
+) -> Scores:
+    """The log-probabilities [B] of the chosen and rejected responses, and of `noisy` [B, R] on the chosen history.
+
+    One run of the network: the noisy tokens are scored from the states that the chosen ones are scored from.
+    """
+    said, mask, half = batch.tokens.responses, batch.tokens.response_mask, len(batch.rows)
+    padded = F.pad(noisy, (0, said.shape[1] - noisy.shape[1]))  # the rejected responses may be longer
+    targets = torch.stack([said, torch.cat([padded, said[half:]])], -1)
+    responses, others = family.token_logps(net, batch.tokens, batch.features, targets).unbind(-1)
+    drawn = view_scores(others[:half], mask[:half], ("noisy",), mean=mean)
+    return {**view_scores(responses, mask, mean=mean), "noisy": drawn["noisy"]}
+
+
+def _fitted(noisy: Tensor, batch: EncodedResponses) -> Tensor:
+    """Kept tokens [B, any] as long as the batch's chosen responses: in another batch they were padded otherwise."""
+    longest = batch.tokens[: len(batch.rows)].responses.shape[1]
+    return F.pad(noisy, (0, max(0, longest - noisy.shape[1])))[:, :longest]
+
+
+def _share_changed(batch: EncodedResponses, noisy: Tensor) -> Tensor:
+    """In which share [B] of the chosen response's places the noisy token is another."""
+    chosen = batch.tokens[: len(batch.rows)]
+    other = (noisy != chosen.responses) & chosen.response_mask
+    return other.sum(1) / chosen.counts

@@ -1,0 +1,73 @@
+"""Re-Align's rDPO (arXiv:2502.13146): prefer the chosen response to the rejected one, and its image to a similar one.
+
+    score(y | v) = sum_t log p(y_t | v, prompt, y_<t)                               for policy and reference
+    loss = -log sigma(beta * (chosen | v  against  rejected | v))                    DPO
+           + image_weight * -log sigma(beta * (chosen | v  against  chosen | v_l))   visual DPO
+
+v_l is the retrieved image that the rejected response was written from. All scores are of the words as they are written:
+the released trainer scores in the place of the rejected response, and of the chosen one under v_l, whichever token the
+network itself finds likeliest beside the written one, which the paper does not say and nothing here does.
+
+3B rows: chosen, rejected, chosen with the retrieved image. See `dpo` for the pair losses that may stand in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mmalign.data.caches.precompute import Keep
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.language.tokens import Tokens
+from mmalign.methods import Step, reference_scores
+from mmalign.methods._pair_loss import bound_loss
+from mmalign.methods.vision_language._responses import (
+    PAIR,
+    Contrast,
+    ResponseLossConfig,
+    against,
+    response_scores,
+    response_step,
+)
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+modality = "vision_language"
+needs_reference = True
+needs_others = True
+
+VIEWS = (*PAIR, "retrieved")
+
+
+class Config(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["realign"] = "realign"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
+
+
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+    """The pairs, and the chosen responses once more to the retrieved images."""
+    assert batch.others is not None, "realign needs other images"
+    whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.others]))
+    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
+    return [Contrast(whole, reference_scores(policy, batch, score))]
+
+
+def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
+    """L_DPO + w_v * L_vDPO."""
+    batch, theirs, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    assert theirs is not None, "realign needs a reference"
+    ours = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
+    text, image = (against(link, ours, theirs, view) for view in ("rejected", "retrieved"))
+    return response_step(cfg, ours, theirs, batch, {"text loss": text, "image loss": cfg.image_weight * image})
+
+
+def keeps(cfg: Any) -> Keep:
+    """What the reference's scores depend on besides pairs and reference."""
+    return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)

@@ -1,0 +1,48 @@
+"""Supervised fine-tuning on the chosen responses: the baseline that a preference method has to beat.
+
+loss = mean_t -log p(y_t | image, prompt, y_<t)      over the chosen response's tokens; no reference, no rejected one
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.language import scores
+from mmalign.methods import Step
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+modality = "vision_language"
+needs_reference = False
+
+
+class Config(BaseModel):
+    """It has no hyper-parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Literal["response_sft"] = "response_sft"
+
+
+def contrasts(
+    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws
+) -> list[EncodedResponses]:
+    """The batch that every other method would see."""
+    return [batch]
+
+
+def loss(policy: Policy[VisionLanguage], contrast: EncodedResponses, cfg: Any) -> Step:
+    """The chosen responses' negative log-likelihood a token [B]."""
+    chosen = contrast.tokens[: len(contrast.rows)]
+    logps, mask = policy.family.token_logps(policy.model, chosen, contrast.features), chosen.response_mask
+    losses = -scores.mean(logps, mask)
+    metrics = {
+        "loss": losses.detach(),
+        "chosen log-probability": scores.total(logps, mask).detach(),
+        "chosen tokens": chosen.counts.float(),
+    }
+    return Step(losses, contrast.weights, metrics)

@@ -1,0 +1,1 @@
+"""Parts that differ between text-to-image, vision-language and the step judge."""

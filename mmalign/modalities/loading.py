@@ -1,0 +1,113 @@
+"""Load models, trained policies and reward models from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mmalign.attention import choice
+from mmalign.config import Drawing, ImageModel, JudgeConfig, JudgeModel, Model, Recipe
+from mmalign.families import loading as loading_module
+from mmalign.families import step_judge
+from mmalign.families.base import Family
+from mmalign.families.compile import compile_blocks
+from mmalign.families.types import Loading, Sampling
+from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.resources import resolve_model
+from mmalign.rewards import Judge, load_judge
+
+F = TypeVar("F", bound=Family)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def method_judge(recipe: Recipe) -> JudgeConfig | None:
+    """The judge that the method's settings name, if they do."""
+    found = getattr(recipe.method, "judge", None)
+    return found if isinstance(found, JudgeConfig) else None
+
+
+def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+    """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
+
+    Args:
+        recipe: says which one, its precision, and who computes its attention.
+        device: where it goes.
+        say: hears what computes attention, and whether responses share their prompts, and why.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its attention not be computed as wanted.
+    """
+    model, options = recipe.model, recipe.train
+    choice.check(options.attention, device, DTYPES[options.precision])
+    family = _load(model, options.precision, device, pack=options.pack != "off")
+    say(str(family.use_attention(options.attention)))
+    if not isinstance(model, ImageModel | JudgeModel):
+        say(family.packing)
+    return family
+
+
+def load_to_train(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+    """As `load_model`, and compiled if the recipe says so: before the reference's scores are worked out by it.
+
+    Raises:
+        ValueError: as `load_model`, or the network's blocks are not known.
+    """
+    family = load_model(recipe, device, say)
+    if recipe.train.compile:
+        compile_blocks(family.blocks(family.network))
+    return family
+
+
+def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> Any:
+    _without_loading_bars()
+    half = None if precision == "float32" else DTYPES[precision]
+    loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
+    if not isinstance(model, ImageModel | JudgeModel):
+        return loading_module.load_vision_language(resolve_model(model.path), replace(loading, pack=pack))
+    vae = model.vae and resolve_model(model.vae)
+    painting = replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype])
+    if isinstance(model, JudgeModel):
+        frozen = loading_module.load_family(resolve_model(model.denoiser), replace(painting, network_half=True))
+        return step_judge.load(model.path, frozen, loading)
+    return loading_module.load_family(resolve_model(model.path), painting)
+
+
+def _without_loading_bars() -> None:
+    """A bar for every component of a pipeline says nothing that a person can act on."""
+    from diffusers.utils.logging import disable_progress_bar as diffusers_off
+    from transformers.utils.logging import disable_progress_bar as transformers_off
+
+    diffusers_off()
+    transformers_off()
+
+
+def load_aligned(family: F, folder: Path) -> Policy[F]:
+    """A trained model beside its base, as policy and reference.
+
+    Args:
+        family: the base model; its network gets the adapters if `folder` holds LoRA weights.
+        folder: what `Family.save` wrote.
+
+    Raises:
+        ValueError: nothing has been trained there yet, or its files are damaged.
+    """
+    base = family.network
+    net = family.load_trained(folder)
+    return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
+
+
+def sampling(drawing: Drawing) -> Sampling:
+    """The recipe's section as the families take it."""
+    return Sampling(**drawing.model_dump())
+
+
+def judge(config: JudgeConfig, device: torch.device) -> Judge:
+    """The recipe's judge in memory."""
+    _without_loading_bars()
+    return load_judge(config.name, config.path, device, **config.options)

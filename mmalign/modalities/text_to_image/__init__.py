@@ -1,0 +1,1 @@
+"""Text-to-image: data, evaluation and preparation."""

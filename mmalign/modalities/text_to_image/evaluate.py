@@ -1,0 +1,168 @@
+"""Evaluation of text-to-image models: generate images with both, measure them, write numbers and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from mmalign import atomic_io
+from mmalign.config import EvaluateImages, Recipe
+from mmalign.data.caches import fingerprint
+from mmalign.data.caches.images import ImageCache
+from mmalign.evaluation.benchmarks import diversity, preference, scenes
+from mmalign.evaluation.generate_images import cache_settings, generate_images
+from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
+from mmalign.families.types import Sampling
+from mmalign.gallery.page import GalleryEntry
+from mmalign.gallery.pictures import picture_entry
+from mmalign.modalities import loading
+from mmalign.modalities.prompts import prompts_of
+from mmalign.policy import Policy
+from mmalign.rewards import Judge
+
+Say = Callable[[str], None]
+
+
+Sample = dict[str, Any]  # prompt, seed, and the measurements of the images before and after
+
+
+def compare_images(
+    recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, identity: Mapping[str, Any], say: Say
+) -> tuple[dict[str, Any], Table]:
+    """Generate images with base and trained model from the same noise, and measure them.
+
+    `folder` receives the images and the gallery's samples.json, with the identity of this evaluation.
+    """
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateImages)
+    prompts, seeds = _prompts_and_seeds(section)
+    num_truncated = policy.family.count_cut(prompts)
+    if num_truncated:
+        say(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
+    caches = _caches(recipe, section, policy, identity)
+    images = generate_both(policy, prompts, seeds, loading.sampling(section.drawing), caches)
+    samples: list[Sample] = [
+        {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    for side, side_images in zip(SIDES, images, strict=True):
+        _measure(section, judge, side_images, prompts, [sample[side] for sample in samples])
+        (folder / side).mkdir()
+        for index, image in enumerate(side_images):
+            image.save(folder / side / f"{index:05d}.png")
+    result, table = _compare(section.benchmark, samples)
+    score_name = "share of the prompt's parts that are right"
+    if section.benchmark == "preference" and section.judge is not None:
+        score_name = f"score of {section.judge.path}"
+    content = {"of": identity, "score": score_name, "table": table, "samples": samples}
+    (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
+
+
+def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[str], list[int]]:
+    """Return the prompt and the seed of every image; all images of a prompt are adjacent."""
+    distinct = prompts_of("evaluate.prompts", section.prompts, section.split, section.seed)
+    prompts = [prompt for prompt in distinct for _ in range(section.per_prompt)]
+    return prompts, [section.seed * 1_000_003 + index for index in range(len(prompts))]
+
+
+def _measure(
+    section: EvaluateImages,
+    judge: Judge | None,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    records: Sequence[dict[str, Any]],
+) -> None:
+    """Add the measurements of one model's images to their records: rewards, distances, and checks of scenes."""
+    if judge is not None:
+        for record, reward in zip(records, judge(images, prompts).tolist(), strict=True):
+            record.update(judged=reward, score=reward, note="")
+    if section.per_prompt > 1:
+        for record, distance in zip(records, diversity.pixel_distances(images, prompts), strict=True):
+            record["apart"] = distance
+    if section.benchmark == "scenes":
+        for record, truth in zip(records, scenes.check_scenes(images, prompts), strict=True):
+            record.update(score=sum(truth.values()) / len(truth), note=scenes.describe(truth), parts=truth)
+
+
+def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any], Table]:
+    """Return the benchmark's own result and table, with those of everything else measured on the same images."""
+    metrics = {before.benchmark: (before, after) for before, after in zip(*measure_samples(samples), strict=True)}
+    compare_own = scenes.compare_scenes if benchmark == "scenes" else preference.compare_scores
+    result, table = compare_own(*metrics.pop(benchmark))
+    if metrics and benchmark != "scenes":  # the table of scenes has these columns already
+        table.append(("", "images", "before", "after", "change [95 % interval]"))
+    for name, sides in metrics.items():
+        comparison = compare(*sides)
+        result[name] = comparison.as_dict()
+        table += [(label, str(len(samples)), *cells) for label, *cells in comparison.table()[1:]]
+    return result, table
+
+
+def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of an evaluation's samples, before and after.
+
+    Of the bundled world the accuracy; of a reward model the win rate over the base model and the mean score; of
+    several images of a prompt their diversity.
+    """
+    prompts = tuple(sample["prompt"] for sample in samples)
+    keys = tuple((sample["prompt"], sample["seed"]) for sample in samples)
+
+    def values(side: str, name: str) -> list[Any]:
+        return [sample[side][name] for sample in samples]
+
+    metrics: dict[str, list[Metrics]] = {side: [] for side in SIDES}
+    for side in SIDES:
+        if "parts" in samples[0][side]:
+            metrics[side].append(scenes.measure_scenes(values(side, "parts"), keys, prompts))
+        if "judged" in samples[0][side]:
+            rewards = values(side, "judged"), values("before", "judged")
+            metrics[side].append(preference.measure_scores(*rewards, keys, prompts))
+        if "apart" in samples[0][side]:
+            metrics[side].append(diversity.measure_distances(values(side, "apart"), keys, prompts))
+    return metrics["before"], metrics["after"]
+
+
+def gallery_entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[GalleryEntry]:
+    """Return the gallery's entries of an evaluation's samples, given with their indices."""
+    entries = []
+    for index, sample in samples:
+        images = [Image.open(folder / side / f"{index:05d}.png").convert("RGB") for side in SIDES]
+        before, after = (sample[side] for side in SIDES)
+        scores, notes = (before["score"], after["score"]), (before["note"], after["note"])
+        entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes))
+    return entries
+
+
+def generate_both(
+    policy: Policy,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    caches: tuple[ImageCache, ImageCache],
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Generate images of the reference and of the policy, pairwise from the same starting noise."""
+
+    def run(net: nn.Module, cache: ImageCache) -> list[Image.Image]:
+        return generate_images(policy.family, net.eval(), prompts, seeds, sampling, cache)
+
+    before = policy.on_reference(partial(run, cache=caches[0]))
+    assert before is not None
+    return before, run(policy.unwrapped, caches[1])
+
+
+def _caches(
+    recipe: Recipe, section: EvaluateImages, policy: Policy, identity: Mapping[str, Any]
+) -> tuple[ImageCache, ImageCache]:
+    """Return the image caches of the base and of the trained model."""
+    folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
+    atomic_io.make_folder("evaluate.cache", folder)
+    models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)
+    settings = cache_settings(recipe, section.drawing)
+    before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)
+    return before, after

@@ -1,0 +1,78 @@
+"""`prepare` for text-to-image models: images that the model draws itself become pairs, judged by another.
+
+Every image is kept as soon as it is drawn, in a folder beside the file that is to come: the same command goes on from
+there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mmalign import atomic_io
+from mmalign.config import PrepareImages, Recipe
+from mmalign.data.caches import fingerprint
+from mmalign.data.caches.images import ImageCache
+from mmalign.evaluation.generate_images import cache_settings, generate_images
+from mmalign.modalities import loading
+from mmalign.modalities.prompts import couples_of, prompts_of
+from mmalign.synthesis.write_image_pairs import best_of_each, write_contrasts, write_pairs
+
+Say = Callable[[str], None]
+
+
+def prepare_images(recipe: Recipe, say: Say = print) -> Path:
+    """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
+
+    A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
+    function of the difference of its scores) reaches `prepare.sure`; with `prepare.contrast`, the best images of two
+    prompts, kept where by either prompt its own image is that surely preferred. The file has the layout of Pick-a-Pic
+    v2.
+
+    Raises:
+        ValueError: a file is there already, or no pair can be kept; what was drawn stays then, and is not drawn again.
+    """
+    section = recipe.prepare
+    assert isinstance(section, PrepareImages)
+    path = Path(recipe.data.path)
+    if path.is_dir():
+        raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
+    if path.exists():
+        raise ValueError(
+            f"data.path: {path} is there already; move it away, or name another with --set data.path=...: "
+            "prepare replaces nothing"
+        )
+    atomic_io.make_folder("data.path", path.parent)
+    device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
+    family = loading.load_model(recipe, device, say)
+    judge = loading.judge(section.judge, device)
+    asked_for = _asked_for(section)
+    prompts = [p for p in asked_for for _ in range(section.images)]
+    seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
+    folder = path.with_name(f"{path.name}.unfinished")
+    settings = {**cache_settings(recipe, section.drawing), "model": fingerprint.fingerprint(family.network)}
+    cache = ImageCache(folder, settings)
+    images = generate_images(family, family.network, prompts, seeds, loading.sampling(section.drawing), cache)
+    scores = judge(images, prompts).tolist()
+    if section.contrast:
+        best = best_of_each(scores, section.images)
+        shown, own = [images[i] for i in best], [scores[i] for i in best]
+        crossed = judge(shown, [asked_for[i ^ 1] for i in range(len(asked_for))]).tolist()  # by the couple's other one
+        kept, asked = write_contrasts(path, asked_for, shown, own, crossed, sure=section.sure)
+    else:
+        kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
+    shutil.rmtree(folder)
+    what = "couples of prompts" if section.contrast else "prompts"
+    say(f"{path}: {kept} pairs of {asked} {what}, from {len(images)} images in {time.time() - started:.0f} s")
+    return path
+
+
+def _asked_for(section: PrepareImages) -> list[str]:
+    """The prompts that images are drawn for; those of a couple one after the other."""
+    if section.contrast:
+        return [p for couple in couples_of("prepare.prompts", section.prompts, section.seed) for p in couple]
+    return prompts_of("prepare.prompts", section.prompts, "train", section.seed)

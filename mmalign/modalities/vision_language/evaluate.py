@@ -1,0 +1,336 @@
+"""Evaluation of vision-language models: ask both the same questions, score the answers, write numbers and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmalign import atomic_io
+from mmalign.config import EvaluateResponses, Files, Recipe
+from mmalign.data.caches import fingerprint
+from mmalign.data.caches.answers import AnswerCache
+from mmalign.data.formats.files import records
+from mmalign.data.pairs import listed
+from mmalign.evaluation.annotations import Question, image_id, read_objects, read_questions, read_responses
+from mmalign.evaluation.benchmarks import amber, chair, crowds, object_halbench, pope
+from mmalign.evaluation.benchmarks.base import (
+    AnswersByPart,
+    Benchmark,
+    amber_benchmark,
+    caption_benchmark,
+    open_folder,
+    yes_no_benchmark,
+)
+from mmalign.evaluation.generate_answers import Answers, generate_answers
+from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table, compare
+from mmalign.families.base import VisionLanguage
+from mmalign.families.types import Decoding
+from mmalign.gallery.answers import RatedAnswer, answer_entry
+from mmalign.gallery.page import GalleryEntry
+from mmalign.language.objects import Vocabulary
+from mmalign.language.vocabularies import load_vocabulary
+from mmalign.policy import Policy
+
+Say = Callable[[str], None]
+_CAPTION_SCORES = {"chair": chair.score, "object_halbench": object_halbench.score}
+_PARSERS: dict[str, pope.Parse] = {"published": pope.parse_published, "strict": pope.parse_strict}
+
+
+def open_benchmark(section: EvaluateResponses) -> Benchmark:
+    """Open a recipe's benchmark, and check that all its files are there and match.
+
+    Raises:
+        ValueError: a file or an image is missing, or a file is bad.
+    """
+    try:
+        if section.benchmark == "crowds":
+            return crowds.benchmark(section.pictures, section.split, section.seed)
+        assert section.images is not None, "the section requires it"
+        if section.benchmark == "pope":
+            by_split = _pope_questions(section)
+            images = open_folder(section.images, [question for asked in by_split.values() for question in asked])
+            return yes_no_benchmark(by_split, images, _PARSERS[section.parse])
+        if section.benchmark == "amber":
+            assert isinstance(section.annotations, str)
+            questions = read_questions(Path(section.annotations) / "query" / "query_all.json", section.prompt)
+            images = open_folder(section.images, questions)
+            return amber_benchmark(questions, amber.read_amber(section.annotations), images)
+        questions = read_questions(_question_file(section), section.prompt)
+        words = load_vocabulary("vocabulary", section.vocabulary)
+        objects = _objects(section, words, [question.image for question in questions])
+        images = open_folder(section.images, questions)
+        return caption_benchmark(questions, objects, words, images, _CAPTION_SCORES[section.benchmark])
+    except ValueError as error:
+        raise ValueError(f"evaluate: {error}") from error
+
+
+def compare_answers(
+    recipe: Recipe,
+    policy: Policy[VisionLanguage],
+    benchmark: Benchmark,
+    folder: Path,
+    identity: Mapping[str, Any],
+    say: Say,
+) -> tuple[dict[str, Any], Table]:
+    """Ask base and trained model the benchmark's questions, and score their answers.
+
+    `folder` receives the answers and the gallery's samples.json, with the identity of this evaluation.
+    """
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateResponses)
+    answers = _ask(recipe, section, policy, benchmark, identity)
+    left_out = list(answers.left_out.values())
+    if left_out:
+        say(f"{len(left_out)} images are left out, for both models: {listed(left_out)}")
+    benchmark = benchmark.without(answers.left_out)
+    if not benchmark.questions:
+        raise ValueError(f"evaluate: no question could be asked ({listed(left_out)})")
+
+    by_side: dict[str, AnswersByPart] = {
+        side: {
+            part: [texts[item.question.image, item.question.text] for item in items]
+            for part, items in benchmark.parts.items()
+        }
+        for side, texts in zip(SIDES, (answers.before, answers.after), strict=True)
+    }
+    num_empty = {side: sum(not text for texts in parts.values() for text in texts) for side, parts in by_side.items()}
+    for side, number in num_empty.items():
+        if number:
+            say(f"{number:,} answers {side} alignment are empty; see whether the model knows the prompt's layout")
+
+    comparisons = _compare(*map(benchmark.score, by_side.values()))
+    for side, parts in by_side.items():
+        _write_answers(folder / side, benchmark, parts)
+    content = {
+        "of": identity,
+        "score": benchmark.score_name,
+        "table": _headline_table(comparisons),
+        "samples": _samples(benchmark, by_side),
+    }
+    (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    result = {
+        "benchmark": section.benchmark,
+        "model": recipe.model.path,
+        "method": recipe.method.name,
+        "questions": len(benchmark.questions),
+        "left out": list(map(str, left_out)),
+        "empty answers": num_empty,
+    }
+    measures, table = _report(comparisons)
+    return {**result, "measures": measures}, table
+
+
+def _ask(
+    recipe: Recipe,
+    section: EvaluateResponses,
+    policy: Policy[VisionLanguage],
+    benchmark: Benchmark,
+    identity: Mapping[str, Any],
+) -> Answers:
+    """Return both models' answers to all questions, from their caches or generated."""
+    folder = Path(recipe.output) / "answers" if section.cache == "auto" else Path(section.cache)
+    atomic_io.make_folder("evaluate.cache", folder)
+    settings = {
+        "decoding": section.decoding.model_dump(exclude={"batch_size"}),
+        "precision": recipe.train.precision,
+        "seed": section.seed,
+        "images": section.images or section.benchmark,
+    }
+    models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)
+    before, after = (AnswerCache(folder, {**settings, "model": model}) for model in models)
+    return generate_answers(
+        policy,
+        [(question.image, question.text) for question in benchmark.questions],
+        benchmark.images,
+        Decoding(**section.decoding.model_dump()),
+        seed=section.seed,
+        caches=(before, after),
+    )
+
+
+def score_files(section: EvaluateResponses) -> tuple[dict[str, Any], Table]:
+    """Score answers in files, of both models or of one; no model is loaded and no image read.
+
+    Raises:
+        ValueError: a file is missing or bad, or does not answer the questions.
+    """
+    files = section.answers
+    assert files is not None
+    score = {"pope": _score_pope, "amber": _score_amber}.get(section.benchmark, _score_captions)
+    try:
+        after = score(section, files.after)
+        measures, table = _report(after if files.before is None else _compare(score(section, files.before), after))
+    except ValueError as error:
+        raise ValueError(f"evaluate: {error}") from error
+    return {"benchmark": section.benchmark, "answers": files.model_dump(), "measures": measures}, table
+
+
+def gallery_entries(section: EvaluateResponses, samples: Sequence[Mapping[str, Any]]) -> list[GalleryEntry]:
+    """Return the gallery's entries of an evaluation's samples.
+
+    Raises:
+        ValueError: an image is not there any more.
+    """
+    images = open_benchmark(section).images
+
+    def answer(record: Mapping[str, Any]) -> RatedAnswer:
+        return RatedAnswer(**{**record, "invented": tuple(tuple(span) for span in record["invented"])})
+
+    return [
+        answer_entry(
+            images(sample["image"]),
+            sample["image"],
+            sample["question"],
+            sample["truth"],
+            answer(sample["before"]),
+            answer(sample["after"]),
+        )
+        for sample in samples
+    ]
+
+
+def measure_written(section: EvaluateResponses, folder: Path) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of the answers that `compare_answers` wrote to a folder, before and after."""
+    benchmark = open_benchmark(section)
+    written = {
+        (side, part): {record["question_id"]: record["text"] for _, record in records(folder / side / f"{part}.jsonl")}
+        for side in SIDES
+        for part, items in benchmark.parts.items()
+        if items
+    }
+    benchmark = benchmark.without(
+        {
+            item.question.image
+            for part, items in benchmark.parts.items()
+            for item in items
+            if item.question.id not in written[SIDES[0], part]
+        }
+    )
+    before, after = (
+        benchmark.score(
+            {part: [written[side, part][item.question.id] for item in items] for part, items in benchmark.parts.items()}
+        )
+        for side in SIDES
+    )
+    return before, after
+
+
+# ---------------------------------------------------------------------------------------------------------- input files
+
+
+def _pope_questions(section: EvaluateResponses) -> dict[str, list[Question]]:
+    """Return the questions of each split: read from files, or built from annotations."""
+    if isinstance(section.questions, str):
+        return {Path(section.questions).stem: pope.read_questions(section.questions)}
+    if section.questions is not None:
+        return {split: pope.read_questions(file) for split, file in section.questions.items()}
+    assert isinstance(section.annotations, str)
+    objects = read_objects(section.annotations)
+    return {split: pope.build(objects, split, seed=section.seed) for split in pope.SPLITS}
+
+
+def _question_file(section: EvaluateResponses) -> str:
+    """Return the file of questions, or else of annotations, whose records name their images too."""
+    file = section.questions or section.annotations
+    if not isinstance(file, str):
+        raise ValueError(
+            "questions: MSCOCO's annotations do not say which images to ask about; add a file of questions"
+        )
+    return file
+
+
+def _objects(section: EvaluateResponses, words: Vocabulary, images: Sequence[str]) -> chair.Truth:
+    """Return the objects of these images."""
+    annotations = section.annotations
+    if isinstance(annotations, str):
+        return chair.read_truth(annotations, words)
+    assert annotations is not None
+    return chair.read_coco(annotations.instances, annotations.captions, words, {image_id(image) for image in images})
+
+
+def _score_pope(section: EvaluateResponses, files: Files) -> list[Metrics]:
+    questions = _pope_questions(section)
+    by_split = {next(iter(questions)): files} if isinstance(files, str) else files
+    if set(by_split) != set(questions):
+        raise ValueError(
+            f"answers: came for {', '.join(by_split)}; expected a file for each split: {', '.join(questions)}"
+        )
+    answers = {split: pope.read_answers(by_split[split], asked) for split, asked in questions.items()}
+    return [pope.score(questions, answers, _PARSERS[section.parse])]
+
+
+def _score_amber(section: EvaluateResponses, files: Files) -> list[Metrics]:
+    assert isinstance(section.annotations, str)
+    paths = [files] if isinstance(files, str) else list(files.values())
+    responses: dict[int, str] = {}
+    for path in paths:
+        file_responses = amber.read_responses(path)
+        if responses.keys() & file_responses:
+            raise ValueError(f"answers: {', '.join(paths)} answer some questions twice; expected one answer to each")
+        responses |= file_responses
+    return amber.score(responses, amber.read_amber(section.annotations))
+
+
+def _score_captions(section: EvaluateResponses, files: Files) -> list[Metrics]:
+    if not isinstance(files, str):
+        raise ValueError(f"answers: came for {', '.join(files)}; expected one file, since there are no splits")
+    assert section.questions is None or isinstance(section.questions, str)
+    responses, words = read_responses(files, section.questions), load_vocabulary("vocabulary", section.vocabulary)
+    objects = _objects(section, words, [response.image for response in responses])
+    return [_CAPTION_SCORES[section.benchmark](responses, objects, words)]
+
+
+# --------------------------------------------------------------------------------------------------------- output files
+
+
+def _compare(before: Sequence[Metrics], after: Sequence[Metrics]) -> list[MetricsComparison]:
+    return [compare(*pair) for pair in zip(before, after, strict=True)]
+
+
+def _report(results: Sequence[Metrics | MetricsComparison]) -> tuple[dict[str, Any], Table]:
+    """Return the numbers of all metrics for result.json, by benchmark, and one table of them."""
+    numbers = [result.as_dict() for result in results]
+    return {str(entry["benchmark"]): entry for entry in numbers}, [row for result in results for row in result.table()]
+
+
+def _headline_table(comparisons: Sequence[MetricsComparison]) -> Table:
+    rows = [row for comparison in comparisons for row in comparison.table(short=True)[1:]]
+    return [("", "before", "after", "change [95 % interval]"), *rows]
+
+
+def _write_answers(folder: Path, benchmark: Benchmark, answers: AnswersByPart) -> None:
+    """Write a file of answers for each part, in the format that `evaluate.answers` reads."""
+    folder.mkdir()
+    for part, items in benchmark.parts.items():
+        lines = [
+            {
+                "question_id": item.question.id,
+                "image": item.question.image,
+                "question": item.question.text,
+                "text": text,
+            }
+            for item, text in zip(items, answers[part], strict=True)
+        ]
+        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _samples(benchmark: Benchmark, by_side: Mapping[str, AnswersByPart]) -> list[dict[str, Any]]:
+    """Return every question with its ground truth, and both answers with their ratings."""
+    return [
+        {
+            "part": part,
+            "image": item.question.image,
+            "question": item.question.text,
+            "truth": item.truth,
+            **{
+                side: {"text": answers[part][index], **asdict(item.rate(answers[part][index]))}
+                for side, answers in by_side.items()
+            },
+        }
+        for part, items in benchmark.parts.items()
+        for index, item in enumerate(items)
+    ]

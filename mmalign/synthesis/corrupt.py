@@ -1,0 +1,142 @@
+"""True answers made untrue by rule, as POVID has a language model do it (arXiv:2402.11411): a few words are changed.
+
+Objects become others that often come with those of the answer, or get one beside them; colours, counts and relations
+become others; a yes becomes a no. Everything else stays, so that the two answers differ in little but the truth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from mmalign.language.objects import Vocabulary, singular
+from mmalign.rng import Draws
+from mmalign.synthesis.segments import COLOURS, NUMBERS, RELATIONS, Segment, segments
+
+Companions = Mapping[str, Sequence[str]]  # from an object to those that come with it, the most frequent first
+
+NEAREST = 5  # companions of each object that may take its place: the likeliest mistakes
+_PLURALS = {"person": "people", "child": "children", "man": "men", "woman": "women", "foot": "feet", "mouse": "mice"}
+_PLURALS |= {"knife": "knives", "tooth": "teeth", "goose": "geese", "sheep": "sheep", "leaf": "leaves"}
+_PLURALS |= {"scissors": "scissors", "skis": "skis", "shelf": "shelves", "loaf": "loaves"}
+
+
+def companions(answers: Iterable[str], vocabulary: Vocabulary) -> dict[str, list[str]]:
+    """Which objects are named in one answer with which, most often first; equally often, by name."""
+    together: dict[str, Counter[str]] = defaultdict(Counter)
+    for answer in answers:
+        named = sorted({mention.object for mention in vocabulary.mentions(answer)})
+        for one, other in permutations(named, 2):
+            together[one][other] += 1
+    return {one: sorted(others, key=lambda o: (-others[o], o)) for one, others in together.items()}
+
+
+@dataclass(frozen=True)
+class Corruptor:
+    """Changes a share of what an answer says of a picture, and at least one thing.
+
+    Attributes:
+        vocabulary: which objects there are.
+        companions: which of them come together; an object without any takes what it is given from the vocabulary.
+        share: how likely each object, colour, count, relation or verdict is changed.
+        beside: how likely an object that is changed gets a companion beside it, instead of giving way to one.
+    """
+
+    vocabulary: Vocabulary
+    companions: Companions
+    share: float
+    beside: float = 0.5
+
+    def __call__(self, answer: str, row: int, draws: Draws) -> str | None:
+        """The answer made untrue, the same for the same row and draws; None if it says nothing that a rule knows."""
+        found = segments(answer, self.vocabulary)
+        if not found:
+            return None
+        drawn = draws.uniform([row], (len(found), 3), "corrupt")[0]  # whether, how, and into what
+        least = float(drawn[:, 0].min())
+        pieces, at, named = list[str](), 0, {segment.word for segment in found if segment.kind == "object"}
+        for segment, (whether, how, which) in zip(found, drawn.tolist(), strict=True):
+            if whether >= self.share and whether > least:
+                continue
+            before = "".join(pieces) + answer[at : segment.start]
+            changed = self._change(answer, segment, named, how, which)
+            pieces, at = [_with_article(before, changed), changed], segment.end
+        return "".join([*pieces, answer[at:]])
+
+    def _change(self, answer: str, segment: Segment, named: set[str], how: float, which: float) -> str:
+        """What a segment becomes, by two draws from 0 to 1. An object that comes in is added to `named`."""
+        said = answer[segment.start : segment.end]
+        if segment.kind == "object":
+            return self._other_object(said, segment.word, named, how, which)
+        if segment.kind == "verdict":
+            new = "no" if segment.word == "yes" else "yes"
+        elif segment.kind == "relation":
+            new = _pick(RELATIONS[segment.word], which)
+        elif segment.kind == "number":
+            new = _other_number(segment.word, which)
+        else:
+            alike = {segment.word, "gray", "grey"} if segment.word in ("gray", "grey") else {segment.word}
+            new = _pick([colour for colour in COLOURS if colour not in alike], which)
+        return _cased(new, said)
+
+    def _other_object(self, said: str, word: str, named: set[str], how: float, which: float) -> str:
+        """A companion in the object's place, or beside it."""
+        near = [one for one in self.companions.get(word, ()) if one not in named][:NEAREST]
+        strangers = [one for one in self.vocabulary.objects if one not in named]
+        others = near or strangers or [one for one in self.vocabulary.objects if one != word]
+        if not others:
+            return said
+        new = _pick(others, which)
+        named.add(new)
+        if how < self.beside:
+            return f"{said} and {_article(new)} {new}"
+        last = said.split()[-1]
+        return _cased(plural(new) if singular(last.lower()) != last.lower() else new, said)
+
+
+def _pick(some: Sequence[str], which: float) -> str:
+    return some[int(which * len(some))]
+
+
+def _other_number(word: str, which: float) -> str:
+    """A count that is off by one or two, in words where it was in words."""
+    count = NUMBERS.index(word) + 2 if word in NUMBERS else int(word)
+    new = int(_pick([str(n) for n in (count - 2, count - 1, count + 1, count + 2) if n >= 2], which))
+    return NUMBERS[new - 2] if word in NUMBERS and new - 2 < len(NUMBERS) else str(new)
+
+
+def _cased(new: str, old: str) -> str:
+    """Begins with a capital where the old one did."""
+    return new[0].upper() + new[1:] if old[0].isupper() else new
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0].lower() in "aeiou" else "a"
+
+
+_BEFORE = re.compile(r"\b(an?)(\s+)\Z", re.IGNORECASE)
+
+
+def _with_article(before: str, after: str) -> str:
+    """The text before a word, its last article made to fit the word: "a" or "an"."""
+    match = _BEFORE.search(before)
+    if match is None:
+        return before
+    return before[: match.start()] + _cased(_article(after), match[1]) + match[2]
+
+
+def plural(noun: str) -> str:
+    """An English noun in lower case, made plural; of several words, the last one."""
+    *rest, last = noun.split(" ")
+    if last in _PLURALS:
+        many = _PLURALS[last]
+    elif last.endswith(("s", "x", "ch", "sh")):
+        many = f"{last}es"
+    elif last.endswith("y") and last[-2:-1] not in "aeiou":
+        many = f"{last[:-1]}ies"
+    else:
+        many = f"{last}s"
+    return " ".join([*rest, many])

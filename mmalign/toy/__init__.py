@@ -1,0 +1,1 @@
+"""The bundled worlds, scenes and crowds, with exact truth."""

@@ -1,0 +1,204 @@
+"""Checkpoints: written whole or not at all, found again, and refused where they do not belong.
+
+A checkpoint is a folder `checkpoint-00000100` with `model.safetensors` (the trainable weights), `state.pt` (optimizer,
+average, progress, generator) and `checkpoint.json` (step, score, the identity of what it belongs to, and whether it is
+`resting`: whether training can go on from it exactly). One whose name begins with a dot is half written or half
+deleted; the next write sweeps it away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmalign.atomic_io import CheckpointError
+
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    step: int
+
+
+def write(
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    identity: Mapping[str, str],
+    *,
+    keep: int,
+    score: float | None = None,
+    resting: bool = True,
+) -> Path:
+    """Write a checkpoint, then delete all but it, the last `keep` resting ones, and the one with the lowest score.
+
+    Args:
+        folder: the run's folder.
+        step: updates done.
+        weights: the trainable weights by name.
+        state: everything else, of types that `torch.load(weights_only=True)` reads.
+        identity: what the checkpoint belongs to; `read` compares it.
+        keep: how many of the latest to keep.
+        score: lower is better, such as a held-out loss; None if there is none.
+        resting: whether training can go on from it.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written. Nothing that was there is lost.
+    """
+    final = folder / f"{_PREFIX}{step:08d}"
+    part = final.with_name(f".{final.name}.part")
+    score = score if score is not None and math.isfinite(score) else None
+    try:
+        _sweep(folder)
+        part.mkdir(parents=True)
+        save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
+        torch.save(dict(state), part / "state.pt")
+        about = {"step": step, "score": score, "resting": resting, "identity": dict(identity)}
+        (part / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        for path in part.iterdir():
+            _flush(path)
+        _replace(part, final)
+    # safetensors and torch report a full disk as errors of their own.
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: could not be written ({_short(error)}); {_free(folder)} MB are free, {_intact(folder)}: "
+            "make room and run the same command again"
+        ) from error
+    _prune(folder, keep)
+    _sweep(folder)
+    return final
+
+
+def _flush(path: Path) -> None:
+    """Have a file on the disk: some file systems say that they are full only then."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _replace(part: Path, final: Path) -> None:
+    """Put `part` where `final` is, which stays if that fails."""
+    aside = _hidden(final)
+    if final.exists():
+        os.replace(final, aside)
+    try:
+        os.replace(part, final)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, final)
+        raise
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free // 10**6
+
+
+def _intact(folder: Path) -> str:
+    last = latest(folder)
+    return f"{last.name} is intact" if last else "there is no earlier checkpoint"
+
+
+def _prune(folder: Path, keep: int) -> None:
+    kept = [*_all(folder)[-1:], *[path for path in _all(folder) if _resting(path)][-keep:], best(folder)]
+    for path in _all(folder):
+        if path not in kept:
+            os.replace(path, _hidden(path))  # first: what is half deleted must not pass for a checkpoint
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(folder: Path, *, resting: bool = False) -> Path | None:
+    """The newest complete checkpoint, or the newest resting one, if there is one."""
+    there = [path for path in _all(folder) if not resting or _resting(path)]
+    return there[-1] if there else None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest score, if any has one; of equal ones the first."""
+    scored = [(score, path) for path in _all(folder) if (score := _score(path)) is not None]
+    return min(scored)[1] if scored else None
+
+
+def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: it belongs to another model, method or data, or cannot be read.
+    """
+    try:
+        about = _about(path)
+        step, was = int(about["step"]), dict(about["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    differs = [key for key in identity if was.get(key) != identity[key]]
+    if differs:
+        theirs = ", ".join(f"{key} {was.get(key)}" for key in differs)
+        ours = ", ".join(f"{key} {identity[key]}" for key in differs)
+        raise ValueError(
+            f"{path}: belongs to another run ({theirs}; this one has {ours}); use another output folder, or delete it"
+        )
+    try:
+        weights = load_file(path / "model.safetensors")
+        state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    # Of a damaged file torch alone reports four kinds of error, and safetensors one of its own.
+    except Exception as error:
+        raise ValueError(_unreadable(path, error)) from error
+    return Checkpoint(weights, state, step)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "checkpoint.json").is_file())
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _resting(path: Path) -> bool:
+    """True where the file is damaged, too: whoever reads that checkpoint will say so."""
+    try:
+        return bool(_about(path).get("resting", True))
+    except (OSError, ValueError):
+        return True
+
+
+def _score(path: Path) -> float | None:
+    """None also where the file is damaged: that must not end a run that only wants to save."""
+    try:
+        score = _about(path)["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(score) if isinstance(score, int | float) else None
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path}: is damaged and cannot be read ({_short(error)}); delete it to go on from the one before"
+
+
+def _short(error: Exception) -> str:
+    """The first line of an error: torch's run to a page."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")

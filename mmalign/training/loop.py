@@ -1,0 +1,252 @@
+"""The loop: one for every method, modality and family.
+
+Every random number follows from its row's position (`Draws`), so going on from a checkpoint is running the same lines
+again. Progress counts what is finished: `step` updates, and in `epoch` `batch` batches. Where contrasts of the last of
+these are `pending`, nothing can go on: another process would make them with the weights of now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.methods import Step, drawn
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+from mmalign.training.optim import Average
+
+Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
+Metrics = dict[str, Tensor]  # scalars, on the model's device
+EMPTY = 100  # batches in a row with nothing to learn from, after which a run stops
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: updates done.
+        epoch: the one under way.
+        batch: batches of it that were begun.
+        pending: contrasts of the last of them that are not used yet; 0 where a run can go on from.
+        seconds: of the updates, data and drawing included, saving and evaluating not: of wall-clock on a GPU; on CPUs,
+            which others may use as well, of CPU time, all threads of this process together.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    pending: int = 0
+    seconds: float = field(default=0.0, compare=False)  # how long it took to get there is no part of where it is
+
+
+@dataclass
+class Learner:
+    """What an update changes, and how."""
+
+    accelerator: Any
+    optimizer: torch.optim.Optimizer
+    lr: float
+    factor: Callable[[int], float]
+    clip: float | None
+    average: Average | None = None
+
+
+def train(
+    method: Any,
+    config: Any,
+    policy: Policy,
+    batches: Batches,
+    learner: Learner,
+    *,
+    steps: int,
+    accumulate: int,
+    seed: int,
+    progress: Progress,
+    after_update: Callable[[Progress, Metrics], None],
+) -> Progress:
+    """Train until `steps` updates are done.
+
+    Args:
+        method: a module of mmalign.methods.
+        config: its Config.
+        policy: `policy.model` is what the learner's accelerator prepared.
+        batches: the data; the same (epoch, first batch) must always give the same batches.
+        learner: optimizer, schedule, clipping, average.
+        steps: updates in all, those that `progress` has already counted in.
+        accumulate: contrasts of an update.
+        seed: of every draw.
+        progress: where to begin, with nothing pending; it is changed in place.
+        after_update: called with the progress and the update's metrics; where nothing is pending, a checkpoint written
+            now resumes exactly.
+
+    Raises:
+        FloatingPointError: a loss is not finite; it names the batch, and nothing has been updated from it.
+        ValueError: an epoch has no batch, or the method made nothing of any, or of many in a row.
+    """
+    assert not progress.pending, "the contrasts that are pending cannot be made again"
+    window = _Window(policy, learner)
+    clock = time.process_time if learner.accelerator.device.type == "cpu" else time.perf_counter
+    since = clock()
+    while progress.step < steps:
+        first = progress.batch
+        for batch in batches(progress.epoch, first):
+            contrasts = make_contrasts(method, policy, batch, config, Draws(seed, progress.epoch))
+            progress.batch, before = progress.batch + 1, progress.step
+            for number, contrast in enumerate(contrasts, start=1):
+                last, progress.pending = window.count + 1 == accumulate, len(contrasts) - number
+                with window.silent(last):
+                    window.add(method.loss(policy, contrast, config), Place(progress.epoch, progress.batch, batch.rows))
+                metrics = window.update(progress.step) if last else None
+                if metrics is not None:
+                    progress.step += 1
+                    progress.seconds += clock() - since
+                    after_update(progress, metrics)
+                    if progress.step == steps:
+                        return progress
+                    since = clock()
+            window.empty = window.empty + 1 if progress.step == before else 0
+            if window.empty >= EMPTY and not window.count:
+                raise ValueError(
+                    f"train: {window.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
+                    f"had nothing to learn from ({EMPTY} are the limit){_why(method)}"
+                )
+        if first == 0 and not window.used and not window.count:
+            raise ValueError(
+                f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
+                f"fewer pairs than one batch needs on every process, or the method makes nothing of them{_why(method)}"
+            )
+        window.used = False
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    return progress
+
+
+def _why(method: Any) -> str:
+    """What a method says of batches that it made nothing of."""
+    return f": {method.made_nothing}" if hasattr(method, "made_nothing") else ""
+
+
+def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, draws: Draws) -> list[Any]:
+    """The method's contrasts, complete, without gradients, in eval mode; the model is back in train mode afterwards."""
+    policy.model.eval()
+    with torch.no_grad():
+        contrasts: list[Any] = method.contrasts(policy, batch, config, drawn(method, config, draws))
+    policy.model.train()
+    return contrasts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contrast came from: a batch of an epoch, counted from 1, and its rows."""
+
+    epoch: int
+    batch: int
+    rows: Sequence[int]
+
+
+class NotFinite(FloatingPointError):
+    """A loss is not finite; `place` is where, None if it was on another process."""
+
+    def __init__(self, place: Place | None, step: int) -> None:
+        self.place = place
+        where = "on another process"
+        if place is not None:
+            rows = ", ".join(str(row) for row in place.rows[:8])
+            where = f"in batch {place.batch} of epoch {place.epoch} (rows {rows})"
+        super().__init__(
+            f"train: the loss is not finite after update {step}, {where}; the last checkpoint is good: lower train.lr, "
+            "or use train.precision: bfloat16 or float32"
+        )
+
+
+class _Window:
+    """The gradients and the metrics of one update.
+
+    Attributes:
+        count: contrasts so far.
+        used: whether there was an update in this epoch.
+        empty: batches since the last one in which there was an update.
+    """
+
+    def __init__(self, policy: Policy, learner: Learner) -> None:
+        self.model, self.learner = policy.model, learner
+        self.parameters: list[nn.Parameter] = policy.trainable()  # a list: a spent iterator would never be clipped
+        self.used, self.empty = False, 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.count, self.sums = 0, dict[str, Tensor]()
+        self.weight: Tensor | int = 0
+        self.places = list[tuple[Place, Tensor]]()
+
+    def silent(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Where gradients stay on their process, but for the last contrast's; the forward pass decides it, too."""
+        if last:
+            return contextlib.nullcontext()
+        silent: contextlib.AbstractContextManager[None] = self.learner.accelerator.no_sync(self.model)
+        return silent
+
+    def add(self, step: Step, place: Place) -> None:
+        """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full.
+
+        Nothing here waits for a GPU; whether all losses were finite is asked once, before anything moves.
+        """
+        self.learner.accelerator.backward((step.losses * step.weights).sum())
+        self.count += 1
+        self.weight = self.weight + step.weights.sum()
+        self.places.append((place, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
+        for name, values in step.metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
+
+    def update(self, step: int) -> Metrics | None:
+        """Divide by the global weight, clip, and move; the update's mean metrics over all processes.
+
+        None, and nothing moves, where no row of any process counts: the optimizer would go on by momentum alone.
+
+        Args:
+            step: updates done before.
+
+        Raises:
+            FloatingPointError: a loss of any process, or the gradient, is not finite.
+        """
+        learner, accelerator = self.learner, self.learner.accelerator
+        names = sorted(self.sums)
+        assert isinstance(self.weight, Tensor), "a window has a contrast"
+        bad = torch.stack([~finite for _, finite in self.places]).any().to(self.weight.dtype)
+        mine = torch.stack([bad, self.weight, *(self.sums[n] for n in names)])
+        packed = accelerator.reduce(mine, reduction="sum")
+        broken, weight = packed[:2].tolist()
+        if broken:
+            raise NotFinite(next((place for place, finite in self.places if not finite), None), step)
+        if not weight:
+            learner.optimizer.zero_grad()
+            self._clear()
+            return None
+        total = packed[1]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # Distribution averages the gradients over processes; the weights are summed over them.
+        torch._foreach_mul_(gradients, accelerator.num_processes / total)
+        limit = learner.clip if learner.clip is not None else float("inf")
+        norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update by itself
+            raise FloatingPointError(
+                f"train: the gradient of update {step + 1} is not finite; no weight was changed: "
+                "the last checkpoint is good, lower train.lr, or use train.precision: bfloat16 or float32"
+            )
+        rate = learner.lr * learner.factor(step)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        if learner.average is not None:
+            learner.average.update(self.parameters, step + 1)
+        self._clear()
+        self.used = True
+        metrics = dict(zip(names, packed[2:] / total, strict=True))
+        return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

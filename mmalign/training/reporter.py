@@ -1,0 +1,149 @@
+"""What a person sees of a run: the progress bar, the trackers, and a verdict in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+# What the bar shows of a method's metrics, where there is such a metric, with its short name.
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "logit": "logit",
+    "chosen error": "chosen",
+    "rejected error": "rejected",
+    "matched error": "matched",
+    "mismatched error": "mismatched",
+    "chosen log-probability": "chosen",
+    "rejected log-probability": "rejected",
+    "gradient norm": "grad",
+}
+
+
+SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
+
+
+class Reporter:
+    """Averages metrics between reports, draws the bar, feeds the trackers, and remembers enough for a verdict.
+
+    Where the output is no terminal, a line is printed at every report instead of a bar.
+    """
+
+    def __init__(self, accelerator: Any, steps: int, every: int, *, first: int = 0) -> None:
+        self.accelerator, self.every, self.steps = accelerator, every, steps
+        self.console = Console(quiet=not accelerator.is_main_process, stderr=True)
+        columns = [
+            TextColumn("train"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        ]
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("train", total=steps, completed=first, note="")
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.history, self.warned = 0, list[dict[str, float]](), False
+
+    def __enter__(self) -> Reporter:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+        """Take in an update's metrics; report when it is time."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # where it is: no wait for a GPU
+        self.count += 1
+        if step % self.every == 0 or step == self.steps:
+            self._report(step)
+        self.bar.update(self.task, completed=step)
+
+    def _report(self, step: int) -> None:
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        self.history.append(means)
+        self.accelerator.log(means, step=step)
+        note = "  ".join(f"{short} {means[name]:.4g}" for name, short in SHOWN.items() if name in means)
+        self.bar.update(self.task, note=note)
+        if not self.console.is_terminal:
+            self.console.print(f"update {step}/{self.steps}  {note}", highlight=False, soft_wrap=True)
+        self._warn(step, means)
+
+    def _warn(self, step: int, means: Mapping[str, float]) -> None:
+        """Say once that the loss does not learn.
+
+        At the first update every logit is 0, so there is nothing to judge; and before half of the run the learning rate
+        may still be warming up.
+        """
+        factor = means.get("gradient factor")
+        if factor is None or self.warned or step == 1:
+            return
+        if factor < SATURATED:
+            what = "is saturated: beta is too large"
+        elif unmoved(factor) and step >= self.steps // 2:
+            what = "has hardly moved: beta or the learning rate is too small"
+        else:
+            return
+        self.warned = True
+        self.say(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {what}")
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar; brackets are no markup."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def verdict(self) -> str:
+        """What the run did, in plain words, from the last tenth of its reports."""
+        tail = self.history[-max(1, len(self.history) // 10) :]
+        if not tail:
+            return "nothing was trained"
+        mean = {name: sum(h[name] for h in tail) / len(tail) for name in tail[-1]}
+        sides = next((s for s in (("chosen", "rejected"), ("matched", "mismatched")) if f"{s[0]} gain" in mean), None)
+        if sides is None:
+            if "chosen error" not in mean:
+                first, last = self.history[0]["loss"], mean["loss"]
+                return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
+            first, last = self.history[0]["chosen error"], mean["chosen error"]
+            return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
+        what = "images" if {f"{sides[0]} error", "clipped"} & mean.keys() else "responses"
+        better, worse = (mean[f"{side} gain"] for side in sides)
+        return preference_verdict(better, worse, mean["gradient factor"], what, sides)
+
+
+def unmoved(factor: float) -> bool:
+    """Whether a mean gradient factor sigma(-z) is that of a policy that still equals its reference, 1/2."""
+    return abs(factor - 0.5) < 0.5 - UNMOVED
+
+
+def preference_verdict(
+    chosen: float, rejected: float, factor: float, what: str = "images", sides: tuple[str, str] = ("chosen", "rejected")
+) -> str:
+    """What a run did, in plain words.
+
+    Args:
+        chosen: how much likelier than the reference the policy finds the chosen side (score units, mean).
+        rejected: likewise, the rejected side.
+        factor: the mean gradient factor sigma(-z).
+        what: the sides are: "images" or "responses".
+        sides: what they are called; images "matched" with their own prompts and "mismatched" with others.
+    """
+    better, worse = sides
+    numbers = f"({better} {chosen:+.2g}, {worse} {rejected:+.2g} against the reference; gradient factor {factor:.2f})"
+    if unmoved(factor):
+        return f"nothing moved {numbers}: train longer, or raise the learning rate"
+    if chosen <= rejected:
+        return f"the preference was not learned {numbers}"
+    if chosen < 0:
+        displaced = f"likelihood displacement; look at the {what} before you use it"
+        return f"both sides got worse, the {worse} one more {numbers}: {displaced}"
+    if rejected > 0:
+        return f"both sides improved, the {better} one more {numbers}"
+    return f"{better} {what} improved and {worse} ones got worse {numbers}"

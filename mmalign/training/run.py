@@ -1,0 +1,130 @@
+"""The state of a training run, its optimizer, and its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.config import Recipe, Train
+from mmalign.policy import Policy
+from mmalign.training import checkpoint, loop
+from mmalign.training.optim import Average, build_optimizer, schedule
+
+Say = Callable[[str], None]
+
+
+HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
+
+
+@dataclass
+class Run:
+    """The pieces of a run, and how far it is."""
+
+    method: Any
+    policy: Policy
+    learner: loop.Learner
+    identity: dict[str, str]
+    progress: loop.Progress
+
+
+def require_all(accelerator: Any) -> None:
+    """Refuse processes that do not know of one another.
+
+    Raises:
+        ValueError: more were started than each knows of.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would work "
+            "alone on one folder; on CPUs set ACCELERATE_USE_CPU=true"
+        )
+
+
+def build_learner(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.Learner]:
+    """The policy as the accelerator has prepared it, and what changes it: optimizer, schedule, clipping, average."""
+    parameters = policy.trainable()
+    optimizer = build_optimizer(
+        parameters,
+        options.optimizer,
+        lr=options.lr,
+        betas=(options.betas[0], options.betas[1]),
+        weight_decay=options.weight_decay,
+    )
+    model, optimizer = accelerator.prepare(policy.model, optimizer)
+    learner = loop.Learner(
+        accelerator,
+        optimizer,
+        options.lr,
+        schedule(options.schedule, warmup=options.warmup, steps=options.steps),
+        options.clip,
+        Average(parameters, options.ema) if options.ema else None,
+    )
+    return Policy(policy.family, model, policy.unwrapped, policy.reference), learner
+
+
+def _resume(recipe: Recipe, run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Load a checkpoint into a run."""
+    path = Path(recipe.output) / f"checkpoint-{saved.step:08d}"
+    average, scaler = run.learner.average, run.learner.accelerator.scaler
+    if average is not None and "average" not in saved.state:
+        raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
+    missing = run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
+    if missing.unexpected_keys:
+        raise ValueError(
+            f"{path}: has weights that the model lacks ({missing.unexpected_keys[0]}, ...); use another output folder"
+        )
+    run.learner.optimizer.load_state_dict(saved.state["optimizer"])
+    if average is not None:
+        average.load(saved.state["average"])
+    if scaler is not None and "scaler" in saved.state:
+        scaler.load_state_dict(saved.state["scaler"])
+    torch.set_rng_state(saved.state["generator"])
+    run.progress = loop.Progress(**saved.state["progress"])
+
+
+def save(recipe: Recipe, run: Run, score: float | None) -> None:
+    """Write a checkpoint with the run's score, lower is better, if it has one.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    learner = run.learner
+    state: dict[str, Any] = {
+        "optimizer": learner.optimizer.state_dict(),
+        "progress": asdict(run.progress),
+        "generator": torch.get_rng_state(),
+    }
+    if learner.average is not None:
+        state["average"] = learner.average.state()
+    if learner.accelerator.scaler is not None:
+        state["scaler"] = learner.accelerator.scaler.state_dict()
+    weights = trainable_weights(run.policy.unwrapped)
+    output = Path(recipe.output)
+    checkpoint.write(
+        output,
+        run.progress.step,
+        weights,
+        state,
+        run.identity,
+        keep=recipe.train.keep,
+        score=score,
+        resting=not run.progress.pending,
+    )
+
+
+def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def last_saved(output: Path) -> str:
+    """What a person can go on from, as the end of a sentence."""
+    path = checkpoint.latest(output, resting=True)
+    return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"

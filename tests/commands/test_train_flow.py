@@ -1,0 +1,86 @@
+"""A whole run on every flow-matching family: resuming, caching, and a trained model that is drawn with."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
+from mmalign.families.loading import load_family
+from mmalign.families.types import Sampling
+from mmalign.modalities import loading
+from tests.helpers import data_files, flow_models, recipes
+from tests.helpers.loading import CPU, load_diffusion
+from tests.helpers.runs import assert_same, train_weights
+
+
+@pytest.mark.parametrize("name", list(flow_models.BUILDERS))
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_going_on_from_a_checkpoint_equals_never_stopping(
+    tune: str, name: str, flow_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Bit for bit; and what is left is the base and its better half, as every command takes them."""
+    base, pairs = flow_folders(name), data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
+    method = {"name": "mapo" if tune == "full" else "diffusion_dpo"}
+    options = {"steps": 2, "batch_size": 2, "save_every": 1, "lr": 1e-2}
+    model = {"tune": tune, "lora": {"rank": 2}}
+    content = recipes.diffusion(base, pairs, tmp_path / "whole", method=method, model=model, train=options)
+    whole, stopped = train_weights(content), tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    shutil.rmtree(stopped / "checkpoint-00000002")  # as if killed after the first update
+    assert_same(whole, train_weights({**content, "output": str(stopped)}))
+    family = load_diffusion(base)
+    policy = loading.load_aligned(family, tmp_path / "whole" / "model")
+    sampling = Sampling(steps=2, guidance=2.0, resolution=32)
+    before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling))
+    after = family.sample(policy.unwrapped, ["thing"], [0], sampling)
+    assert before is not None and before[0].tobytes() != after[0].tobytes()
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen_image"])
+def test_the_numbers_are_the_same_without_a_cache(
+    name: str, flow_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Standardised latents, padded text and its mask: read from a cache or encoded in every batch."""
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
+    options = {"train": {"steps": 2}, "data": {"flip": True}}
+    cached, uncached = (recipes.diffusion(flow_folders(name), pairs, tmp_path / to, **options) for to in ("a", "b"))
+    assert_same(train_weights(cached), train_weights(uncached, "data.cache='off'"))
+
+
+METHODS = {
+    "diffusion_dpo": {},
+    "mapo": {},
+    "sft": {},
+    "inpo": {"steps": 3},
+    "cca": {},
+    "instruct_engine": {},
+    "spo": {"steps": 3, "start": 1, "candidates": 2, "eta": 0.7, "guidance": 2.0, "threshold": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", list(flow_models.BUILDERS))
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_every_family(
+    method: str, name: str, flow_folders: Callable[[str], Path], tiny_step_judge: Path, tmp_path: Path
+) -> None:
+    """One update by the one loop; it begins at the loss of a policy that is its reference, and moves the weights."""
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={})
+    settings: dict[str, Any] = {"name": method, **METHODS[method]}
+    if method == "spo":
+        settings["judge"] = {"name": "step_aware", "path": str(tiny_step_judge)}
+    options = {"steps": 1, "batch_size": 2, "lr": 1e-2, "warmup": 0}
+    content = recipes.diffusion(flow_folders(name), pairs, tmp_path / "out", train=options)
+    recipe = load_recipe({**content, "method": settings})
+    (told,) = train(recipe, say=lambda _: None).history
+    first = {"cca": 2 * math.log(2), "mapo": None, "sft": None}.get(method, math.log(2))
+    assert math.isfinite(told["loss"]) and (first is None or abs(told["loss"] - first) < 1e-3)
+    about = loading.load_aligned(load_family(content["model"]["path"], CPU), tmp_path / "out" / "model")
+    after = dict(about.unwrapped.named_parameters())
+    before = dict(load_family(content["model"]["path"], CPU).network.named_parameters())
+    assert any(not torch.equal(after[key], value) for key, value in before.items())

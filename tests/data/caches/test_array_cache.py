@@ -1,0 +1,187 @@
+"""What is put is found, by any process; what a crash, a full disk or another model left is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.data.caches.array_cache import ArrayCache, fingerprint_tensors
+
+MODEL: dict[str, str | int | float] = {"model": "abc", "resolution": 64}
+
+
+def item(value: float) -> dict[str, Tensor]:
+    return {"mean": torch.full((2, 3), value), "sizes": torch.tensor([1, 2])}
+
+
+def read(cache: ArrayCache, key: str) -> tuple[int, list[float]]:
+    return os.getpid(), cache.get(key)["mean"].flatten().tolist()
+
+
+def test_what_is_put_is_found_also_after_opening_again(tmp_path: Path) -> None:
+    cache = ArrayCache.open(tmp_path / "cache", MODEL)
+    cache.put({"a|b/64": item(1), "__metadata__": item(2)})
+    cache.put({"ä": {"half": torch.ones(1, dtype=torch.bfloat16)}})
+    cache.put({})
+    for found in (cache, ArrayCache.open(tmp_path / "cache", MODEL)):
+        assert len(found) == 3 and set(found) == {"a|b/64", "__metadata__", "ä"}
+        assert found.get("a|b/64").keys() == {"mean", "sizes"}
+        assert torch.equal(found.get("__metadata__")["mean"], torch.full((2, 3), 2.0))
+        assert found.get("ä")["half"].dtype == torch.bfloat16
+        assert found.missing(["x", "ä", "y", "x"]) == ["x", "y"] and "x" not in found
+        with pytest.raises(KeyError):
+            found.get("x")
+
+
+def test_another_process_reads_through_its_own_handle(tmp_path: Path) -> None:
+    cache = ArrayCache.open(tmp_path, MODEL)
+    cache.put({"a": item(3)})
+    assert read(cache, "a") == (os.getpid(), [3.0] * 6)
+    assert pickle.loads(pickle.dumps(cache)).get("a")["sizes"].tolist() == [1, 2]
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        process, values = pool.submit(read, cache, "a").result()
+    assert process != os.getpid() and values == [3.0] * 6
+
+
+def test_two_writers_see_each_other_after_refresh(tmp_path: Path) -> None:
+    first, second = ArrayCache.open(tmp_path, MODEL), ArrayCache.open(tmp_path, MODEL)
+    first.put({"a": item(1)})
+    second.put({"b": item(2)})
+    assert "b" not in first
+    first.refresh()
+    second.refresh()
+    assert len(first) == len(second) == 2 and first.get("b")["mean"][0, 0] == 2
+
+
+def test_what_is_missing_is_dealt_out_evenly_also_to_one_who_looks_later(tmp_path: Path) -> None:
+    keys = [f"{n}" for n in (*range(7), 3, 0)]
+    first, second = ArrayCache.open(tmp_path, MODEL), ArrayCache.open(tmp_path, MODEL)
+    assert first.share(keys, rank=0, world_size=2) == ["0", "2", "4", "6"]
+    first.put({"0": item(0), "2": item(2)})
+    assert first.share(keys, rank=0, world_size=2) == ["4", "6"]
+    second.refresh()
+    assert second.share(keys, rank=1, world_size=2) == ["1", "3", "5"]
+    assert second.share(keys, rank=0, world_size=1) == ["1", "3", "4", "5", "6"]
+
+
+def test_another_model_has_another_folder(tmp_path: Path) -> None:
+    """Each finds its own again, none finds another's, and the file beside the arrays says what they are of."""
+    others: list[dict[str, str | int | float]] = [MODEL, MODEL | {"resolution": 128}, MODEL | {"dtype": "half"}]
+    for number, of in enumerate(others):
+        found = ArrayCache.open(tmp_path, of)
+        assert "a" not in found
+        found.put({"a": item(number)})
+        assert json.loads((found.folder / "fingerprint.json").read_text()) == of
+    for number, of in enumerate(others):
+        assert read(ArrayCache.open(tmp_path, dict(reversed(of.items()))), "a")[1] == [number] * 6
+
+
+def test_a_folder_by_another_s_name_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    one, other = (ArrayCache.open(tmp_path, MODEL | {"resolution": side}).folder for side in (64, 128))
+    shutil.rmtree(other)
+    one.rename(other)
+    with pytest.raises(ValueError, match="is not what its name says: resolution is 64 there and 128 here; delete") as e:
+        ArrayCache.open(tmp_path, MODEL | {"resolution": 128})
+    assert "abc" not in str(e.value)
+
+
+def test_a_file_and_a_strangers_folder_are_refused(tmp_path: Path) -> None:
+    own = ArrayCache.open(tmp_path, MODEL).folder
+    (own / "fingerprint.json").unlink()
+    (own / "photo.jpg").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        ArrayCache.open(tmp_path, MODEL)
+    with pytest.raises(ValueError, match="is a file"):
+        ArrayCache.open(own / "photo.jpg", MODEL)
+    assert [p.name for p in own.iterdir()] == ["photo.jpg"]
+    shutil.rmtree(own)
+    own.write_text("precious")
+    with pytest.raises(ValueError, match="is a file"):
+        ArrayCache.open(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, -1])
+def test_a_shard_cut_short_is_removed_and_the_others_kept(tmp_path: Path, kept: int) -> None:
+    cache = ArrayCache.open(tmp_path, MODEL)
+    cache.put({"a": item(1)})
+    (whole,) = cache.folder.glob("*.safetensors")
+    cut = cache.folder / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:kept])
+    again = ArrayCache.open(tmp_path, MODEL)
+    assert set(again) == {"a"} and not cut.exists() and whole.exists()
+
+
+def test_an_unfinished_file_is_ignored_and_removed_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
+    folder = ArrayCache.open(tmp_path, MODEL).folder
+    fresh, old = folder / "fresh.part", folder / "old.part"
+    for path in (fresh, old):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (0, 0))
+    assert len(ArrayCache.open(tmp_path, MODEL)) == 0
+    assert fresh.exists() and not old.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device that is always full")
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ArrayCache.open(tmp_path, MODEL)
+    cache.put({"a": item(1)})
+    name = uuid.UUID(int=7)
+    (cache.folder / f"{name.hex}.part").symlink_to("/dev/full")  # what the next shard is written to
+    monkeypatch.setattr(uuid, "uuid4", lambda: name)
+    with pytest.raises(
+        OSError, match=r"could not write 0\.0 MB \(No space left on device; [\d,.]+ MB are free\)"
+    ) as error:
+        cache.put({"b": item(2)})
+    assert str(tmp_path) in str(error.value)
+    assert not list(cache.folder.glob("*.part")) and set(cache) == set(ArrayCache.open(tmp_path, MODEL)) == {"a"}
+
+
+def test_a_fingerprint_knows_names_shapes_dtypes_and_every_byte() -> None:
+    base = {"w": torch.zeros(2, 3), "b": torch.tensor(1.0)}
+    prints = [
+        fingerprint_tensors(state)
+        for state in (
+            base,
+            {"v": base["w"], "b": base["b"]},
+            base | {"w": torch.zeros(3, 2)},
+            base | {"w": torch.zeros(2, 3, dtype=torch.int32)},
+            base | {"w": torch.tensor([[0.0, 0, 0], [0, 0, 1e-30]])},
+            base | {"w": torch.zeros(2, 3, dtype=torch.bfloat16)},
+        )
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint_tensors(dict(reversed(base.items()))) == prints[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
+def test_a_fingerprint_knows_where_a_number_stands_and_every_bit_of_it(dtype: torch.dtype) -> None:
+    """Also in the last of several parts that are added up, and where a plain sum would be the same."""
+    numbers = torch.arange(200_003).remainder(251).to(dtype)
+    swapped, moved, signs = numbers.clone(), numbers.clone(), numbers.clone()
+    swapped[[3, 200_001]] = numbers[[200_001, 3]]
+    moved[200_002:].view(torch.uint8)[-1] ^= 1
+    signs[[1, 200_001]] = -signs[[1, 200_001]]
+    near = numbers.clone()
+    near[[12, 20]] = numbers[[20, 12]]  # of one part, and in the same place of an integer
+    parts = (numbers, numbers.roll(1), swapped, moved, signs, near, numbers[:-1])
+    assert len({fingerprint_tensors({"w": x}) for x in parts}) == len(parts)
+
+
+def test_a_fingerprint_is_of_the_numbers_and_not_of_how_they_lie() -> None:
+    square = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    apart = torch.zeros(13, dtype=torch.bfloat16)
+    apart[1:] = square.flatten()
+    for same in (square.t().contiguous().t(), apart[1:].view(3, 4), square.clone()):
+        assert torch.equal(same, square) and fingerprint_tensors({"w": same}) == fingerprint_tensors({"w": square})
+    assert fingerprint_tensors({"w": square.t()}) != fingerprint_tensors({"w": square.t().reshape(3, 4)})
+    assert fingerprint_tensors({"empty": torch.zeros(0)}) != fingerprint_tensors({})

@@ -1,0 +1,258 @@
+"""What a method keeps of pairs, seen on InPO's inversions: the same bits, worked out once, unseen by strangers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.data.caches import precompute
+from mmalign.data.caches.array_cache import ArrayCache
+from mmalign.data.caches.precompute import Keep, Kept
+from mmalign.data.formats.images import open_pairs
+from mmalign.data.loaders.image_pairs import PairLoader, View
+from mmalign.methods import keep_singly
+from mmalign.methods.text_to_image import inpo
+from mmalign.rng import Draws
+from mmalign.training.loop import make_contrasts
+from tests.helpers import data_files, recipes
+from tests.helpers.image_batches import ROWS, pairs
+from tests.helpers.loading import load_diffusion
+from tests.helpers.policies import full
+from tests.helpers.runs import assert_same, train_weights
+
+METHOD = {"name": "inpo", "inverter": "reference", "cache_draws": 2, "steps": 3, "beta": 100.0}
+STEPS = 10  # eight pairs by two: the third epoch begins with the ninth batch
+
+
+def recipe(folder: Path, tmp_path: Path, output: str, /, **sections: Any) -> dict[str, Any]:
+    given = {"method": METHOD, "data": {"flip": True}, "train": {"steps": STEPS, "save_every": 5}, **sections}
+    source = tmp_path / "pairs.parquet"
+    return recipes.diffusion(
+        folder, source if source.exists() else data_files.pick_a_pic(source), tmp_path / output, **given
+    )
+
+
+@pytest.fixture
+def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(row, epoch of the draws) of every pair that is inverted, by the kept or by the usual way."""
+    seen: list[tuple[int, int]] = []
+    keep = inpo.keep
+
+    def noted(policy: Any, batch: Any, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+        seen.extend((row, draws.epoch) for row in batch.rows)
+        return keep(policy, batch, cfg, draws)
+
+    monkeypatch.setattr(inpo, "keep", noted)
+    return seen
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
+    tune: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
+) -> None:
+    """Mirrored pairs, held-out pairs, and an epoch whose draws have been before; then a run of other settings."""
+    common: dict[str, Any] = {"model": {"tune": tune}, "data": {"flip": True, "hold_out": 0.5}}
+    cached = train_weights(recipe(tiny_sd15, tmp_path, "cached", **common))
+    assert len(worked_out) == len(set(worked_out)) and {epoch for _, epoch in worked_out} == {0, 1}
+    once = len(worked_out)
+    worked_out.clear()
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain", **common), "data.cache='off'"))
+    assert len(worked_out) > once
+    worked_out.clear()
+    there = f"data.cache='{tmp_path / 'cached' / 'cache'}'"
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.workers=2"))
+    other = train_weights(
+        recipe(tiny_sd15, tmp_path, "other", **common), there, "method.beta=300.0", "train.batch_size=1"
+    )
+    assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (cached, other)))
+
+
+def test_what_was_written_before_a_stop_is_not_worked_out_again(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worked_out: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(precompute, "SHARD", 3)
+    noted = inpo.keep
+
+    def stopping(*given: Any) -> dict[str, Tensor]:
+        if len(worked_out) == 8:
+            raise KeyboardInterrupt
+        return noted(*given)
+
+    monkeypatch.setattr(inpo, "keep", stopping)
+    content = recipe(tiny_sd15, tmp_path, "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train_weights(content)
+    monkeypatch.setattr(inpo, "keep", noted)
+    weights = train_weights(content)
+    assert len(set(worked_out)) == 16 and len(worked_out) == 16 + 2  # two of a shard that was not full
+    assert_same(weights, train_weights(recipe(tiny_sd15, tmp_path, "whole")))
+
+
+def test_only_pairs_that_the_run_meets_are_worked_out(
+    tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
+) -> None:
+    train_weights(recipe(tiny_sd15, tmp_path, "short", train={"steps": 1, "accumulate": 2, "save_every": 1}))
+    assert len(worked_out) == 4
+
+
+def moved(model: Path, folder: Path) -> Path:
+    """The same encoders with another denoiser."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    with torch.no_grad():
+        pipe.unet.conv_in.bias.add_(0.1)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+OTHERS = {
+    "steps": ["method.steps=4"],
+    "eta": ["method.eta=0.0"],
+    "seed": ["train.seed=1"],
+    "flip": ["data.flip=false"],
+    "resolution": ["data.resolution=24"],
+    "precision": ["train.precision=bfloat16"],
+}
+
+
+@pytest.mark.parametrize("other", [*OTHERS, "weights", "schedule", "prediction", "tokenizer"])
+def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
+    other: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
+) -> None:
+    """In one folder of caches; both are found again, and training is what it is in a folder of its own."""
+    options = {"steps": 1, "save_every": 1}
+    first = recipe(tiny_sd15, tmp_path, "first", train=options, data={"flip": True, "cache": f"{tmp_path}/all"})
+    train_weights(first)
+    overrides = OTHERS.get(other, [f"model.path={tmp_path / 'other'}"])
+    if other not in OTHERS:
+        changed(other, tiny_sd15, tmp_path / "other")
+    worked_out.clear()
+    shared = train_weights({**first, "output": str(tmp_path / "second")}, *overrides)
+    assert len(worked_out) == 2
+    alone = train_weights({**first, "output": str(tmp_path / "third")}, *overrides, f"data.cache={tmp_path}/own")
+    assert_same(shared, alone)
+    worked_out.clear()
+    train_weights({**first, "output": str(tmp_path / "fourth")}, *overrides)
+    train_weights({**first, "output": str(tmp_path / "fifth")})
+    assert worked_out == [] and len(list((tmp_path / "all" / "kept").iterdir())) == 2
+
+
+def changed(what: str, model: Path, folder: Path) -> None:
+    """The same model, but for one thing."""
+    shutil.copytree(model, folder)
+    if what == "weights":
+        moved(model, folder)
+    elif what == "tokenizer":
+        file = folder / "tokenizer" / "tokenizer.json"
+        told = json.loads(file.read_text())
+        words = told["model"]["vocab"]
+        words["a</w>"], words["e</w>"] = words["e</w>"], words["a</w>"]
+        file.write_text(json.dumps(told))
+    else:
+        file = folder / "scheduler" / "scheduler_config.json"
+        new = {"schedule": {"beta_end": 0.02}, "prediction": {"prediction_type": "v_prediction"}}[what]
+        file.write_text(json.dumps(json.loads(file.read_text()) | new))
+
+
+def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path, tmp_path: Path) -> None:
+    data_files.pick_a_pic(tmp_path / "pairs.parquet", bad={3: b"no image"})
+    cached = train_weights(recipe(tiny_sd15, tmp_path, "cached"))
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
+
+
+# ----------------------------------------------------------------------------------------------------------- by itself
+
+
+def loader(tmp_path: Path, **more: Any) -> PairLoader:
+    data_files.pick_a_pic(tmp_path / "pairs.parquet", 7)
+    source = open_pairs("pick_a_pic", str(tmp_path / "pairs.parquet"))
+    return PairLoader(source, batch_size=2, seed=0, view=View(16, flip=True), repeat=2, **more)
+
+
+def test_processes_share_the_work_and_each_finds_all_of_it(tmp_path: Path) -> None:
+    """Two processes that begin at once, with a batch of two pairs each in an epoch: nothing is worked out twice."""
+    store, shares = tmp_path / "kept", list[list[str]]()
+
+    def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
+        return {"of": torch.tensor([[batch.rows[0] % 1000, epoch]])}
+
+    ranks = [Kept(ArrayCache.open(store, {}), Keep(2, {})) for _ in (0, 1)]
+    for rank, own in enumerate(ranks):
+        steps = own.fill(loader(tmp_path, rank=rank, world_size=2), 4, work_out, rank=rank, world_size=2)
+        assert next(steps) == len(list(steps)) > 0
+        shares.append(list(own.cache))
+    assert abs(len(shares[0]) - len(shares[1])) <= 1
+    assert sorted(shares[0] + shares[1]) == sorted(ranks[0].wanted(loader(tmp_path, world_size=2), 4))
+    for rank in (0, 1):
+        found = Kept(ArrayCache.open(store, {}), Keep(2, {}))
+        for epoch in (0, 1, 2, 3):
+            for batch in loader(tmp_path, rank=rank, world_size=2).batches(epoch):
+                arrays = found.find(batch, epoch, torch.device("cpu"))
+                assert arrays is not None
+                assert arrays["of"].tolist() == [[row % 1000, epoch % 2] for row in batch.rows]
+
+
+def test_a_batch_of_which_a_pair_lacks_finds_nothing(tmp_path: Path) -> None:
+    own = Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {}))
+    (batch, *_) = loader(tmp_path).batches(0)
+    own.cache.put({own.key(batch.keys[0], 0): {"x": torch.ones(3)}})
+    assert own.find(batch, 0, torch.device("cpu")) is None
+    batch.weights[1] = 0.0
+    arrays = own.find(batch, 0, torch.device("cpu"))
+    assert arrays is not None and arrays["x"].tolist() == [[1.0] * 3, [0.0] * 3]
+
+
+def test_views_come_again_with_the_draws_and_singles_are_the_batch_s_rows(tmp_path: Path) -> None:
+    repeating = loader(tmp_path)
+    of = {epoch: {b.rows[0]: b.pixels for b in repeating.singles(epoch, range(7))} for epoch in (0, 1, 2)}
+    assert all(torch.equal(of[0][row], of[2][row]) for row in of[0])  # type: ignore[arg-type]
+    assert not all(torch.equal(of[0][row], of[1][row]) for row in of[0])  # type: ignore[arg-type]
+    for batch in repeating.batches(1):
+        assert batch.pixels is not None
+        for i, row in enumerate(batch.rows):
+            single = of[1][row]
+            assert single is not None and torch.equal(single, batch.pixels[i::2])
+
+
+@pytest.fixture
+def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
+    family = load_diffusion(tiny_sd15)
+    policy, cfg = full(family, moved=0.02), inpo.Config(**METHOD)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def made(epoch: int) -> Any:
+        return make_contrasts(inpo, policy, pairs(family), cfg, Draws(5, epoch))[0]
+
+    return made
+
+
+def test_draws_come_again_after_their_number_of_epochs(contrast: Callable[[int], Any]) -> None:
+    first, other, again = (contrast(epoch) for epoch in (0, 1, 2))
+    for name in ("x_t", "t", "target"):
+        assert torch.equal(getattr(first.view, name), getattr(again.view, name))
+    assert torch.equal(first.reference["chosen"], again.reference["chosen"])
+    assert not torch.equal(first.view.t, other.view.t)
+
+
+def test_kept_singly_is_the_batch_s_to_rounding(tiny_sd15: Path) -> None:
+    family = load_diffusion(tiny_sd15)
+    policy, cfg = full(family, moved=0.02), inpo.Config(inverter="reference")
+    with torch.no_grad():
+        singly = keep_singly(inpo.keep, policy, pairs(family), cfg, Draws(5))
+        whole = inpo.keep(policy, pairs(family), cfg, Draws(5))
+    assert singly["x_t"].shape == (len(ROWS), 2, 4, 8, 8)
+    for name, values in whole.items():
+        torch.testing.assert_close(singly[name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_reference_s_inversions_can_be_kept() -> None:
+    with pytest.raises(ValueError, match="cache_draws: 2 keeps what an inverter that learns would not make again"):
+        inpo.Config(cache_draws=2)

@@ -1,0 +1,362 @@
+"""Three layouts of preference pairs, and what is said of files that do not follow them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmalign.data.formats.images import check_source, open_pairs
+from mmalign.data.images import decode
+from mmalign.data.pairs import Pairs, hold_out
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def level(pairs: Pairs, number: int) -> tuple[int, int]:
+    """The red of the chosen and of the rejected image."""
+    pair = pairs[number]
+    red = [int(np.asarray(decode(side))[0, 0, 0]) for side in (pair.chosen, pair.rejected)]
+    return red[0], red[1]
+
+
+def write(path: Path, labels: list[tuple[Any, Any]], **extra: Any) -> Path:
+    """Row i shows levels 10 i and 10 i + 1."""
+    table = {
+        "caption": [f"prompt {i}" for i in range(len(labels))],
+        "jpg_0": [png(10 * i) for i in range(len(labels))],
+        "jpg_1": [png(10 * i + 1) for i in range(len(labels))],
+        "label_0": [a for a, _ in labels],
+        "label_1": [b for _, b in labels],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({k: v for k, v in (table | extra).items() if v is not None}), path)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------- pick_a_pic
+
+
+def test_labels_choose_ties_are_counted_and_nonsense_is_dropped(tmp_path: Path) -> None:
+    labels = [
+        (1.0, 0.0),
+        (0.0, 1.0),
+        (0.5, 0.5),
+        (1.0, 1.0),
+        (2.0, -1.0),
+        (None, 1.0),
+        (1.0, 0.0),
+        (1.0, 0.0),
+        (0.0, 1.0),
+    ]
+    path = write(
+        tmp_path / "pairs.parquet",
+        labels,
+        has_label=[True] * 6 + [False, True, True],
+        are_different=[True] * 7 + [False, True],
+    )
+    pairs = open_pairs("pick_a_pic", str(path))
+    assert [level(pairs, i) for i in range(3)] == [(0, 1), (11, 10), (81, 80)]
+    assert pairs.ties == 1
+    assert [str(d) for d in pairs.dropped] == [
+        "pairs.parquet: row 3: label_0 is 1 and label_1 is 1; expected a sum of 1",
+        "pairs.parquet: row 4: label_0 is 2 and label_1 is -1; expected 0 to 1",
+        "pairs.parquet: row 5: label_0 is nan and label_1 is 1; expected numbers",
+        "pairs.parquet: row 6: has_label is false",
+        "pairs.parquet: row 7: both images are the same",
+    ]
+    assert pairs[2].where == "pairs.parquet: row 8"
+    assert pairs[2].chosen.where == "pairs.parquet: row 8, jpg_1"
+    assert pairs[0].prompt == pairs[0].group == "prompt 0"
+    assert (
+        pairs.summary().startswith("3 pairs in 3 groups from ") and "1 tie left out; 5 rows dropped" in pairs.summary()
+    )
+
+
+def test_images_may_be_structs_of_bytes_and_path(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    raw = {"caption": ["a"], "label_0": [0], "label_1": [1]}
+    structs = {c: [{"bytes": png(n), "path": "x.png"}] for n, c in enumerate(("jpg_0", "jpg_1"))}
+    pq.write_table(pa.table(raw | structs), tmp_path / "plain.parquet")
+    labels = {"label_0": Value("int64"), "label_1": Value("int64")}
+    kinds = {"caption": Value("string"), **labels, "jpg_0": ImageFeature(), "jpg_1": ImageFeature()}
+    Dataset.from_dict(raw | structs, features=Features(kinds)).to_parquet(tmp_path / "feature.parquet")
+    for name in ("plain", "feature"):
+        assert level(open_pairs("pick_a_pic", str(tmp_path / f"{name}.parquet")), 0) == (1, 0)
+
+
+def test_a_folder_a_glob_and_a_split(tmp_path: Path) -> None:
+    for i, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        write(tmp_path / "data" / f"{name}.parquet", [(1.0, 0.0)] * (i + 1))
+    assert len(open_pairs("pick_a_pic", str(tmp_path))) == 6
+    train = open_pairs("pick_a_pic", str(tmp_path), split="train")
+    assert [p.where for p in train] == [
+        "data/train-00000-of-00002.parquet: row 0",
+        "data/train-00001-of-00002.parquet: row 0",
+        "data/train-00001-of-00002.parquet: row 1",
+    ]
+    assert len(open_pairs("pick_a_pic", str(tmp_path / "data" / "test-*.parquet"))) == 3
+    assert len(open_pairs("pick_a_pic", str(tmp_path), limit=2)) == 2
+    with pytest.raises(ValueError, match=r"no file of split 'val' \(found test-00000-of-00001.parquet, "):
+        check_source("pick_a_pic", str(tmp_path), split="val")
+
+
+def test_columns_can_have_other_names_and_groups_other_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [(1.0, 0.0)] * 2, caption=None, text=["a", "b"], kind=["x", "x"])
+    with pytest.raises(ValueError, match=r"has no 'caption' \(found jpg_0, .*, text, kind\); expected caption, jpg_0"):
+        check_source("pick_a_pic", str(path))
+    pairs = open_pairs("pick_a_pic", str(path), columns={"prompt": "text"}, group_by="kind")
+    assert [p.prompt for p in pairs] == ["a", "b"] and pairs.groups() == ["x", "x"] and pairs[1].group == "x"
+    with pytest.raises(ValueError, match=r"data.columns: pick_a_pic has no column 'promt' to rename; it has caption"):
+        check_source("pick_a_pic", str(path), columns={"promt": "text"})
+    with pytest.raises(ValueError, match=r"data.group_by: .* has no 'sort' \(found"):
+        check_source("pick_a_pic", str(path), columns={"prompt": "text"}, group_by="sort")
+
+
+def test_keys_name_content_and_rows_name_pairs(tmp_path: Path) -> None:
+    labels = [(1.0, 0.0), (0.0, 1.0)]
+    plain = open_pairs("pick_a_pic", str(write(tmp_path / "a.parquet", labels)))
+    moved = open_pairs("pick_a_pic", str(write(tmp_path / "other" / "b.parquet", [(0.5, 0.5), *labels][1:])))
+    assert [p.row for p in plain] == [p.row for p in moved] and plain[0].chosen.key == moved[0].chosen.key
+    swapped = open_pairs("pick_a_pic", str(write(tmp_path / "c.parquet", [(0.0, 1.0), (0.0, 1.0)])))
+    assert swapped[0].row != plain[0].row and swapped[1].row == plain[1].row
+    assert swapped[0].chosen.key == plain[0].rejected.key
+    uids = {"image_0_uid": ["u", "v"], "image_1_uid": ["w", "u"]}
+    named = open_pairs("pick_a_pic", str(write(tmp_path / "d.parquet", labels, **uids)))
+    assert [(p.chosen.key, p.rejected.key) for p in named] == [("uid:u", "uid:w"), ("uid:u", "uid:v")]
+    assert all(0 <= p.row < 2**63 for p in (*plain, *named))
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [(1.0, 0.0)])
+    assert level(open_pairs("pick_a_pic", str(path)), 0) == (0, 1)
+    write(path, [(0.0, 1.0)])
+    os.utime(path, ns=(1, 1))
+    assert level(open_pairs("pick_a_pic", str(path)), 0) == (1, 0)
+
+
+def test_pairs_travel_to_a_worker(tmp_path: Path) -> None:
+    pairs = open_pairs("pick_a_pic", str(write(tmp_path / "a.parquet", [(1.0, 0.0), (0.0, 1.0)])))
+    assert level(pickle.loads(pickle.dumps(pairs)), 1) == (11, 10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "has no rows; expected one a pair"),
+        ([(0.5, 0.5)] * 3, "no pair to learn from \\(3 ties, 0 rows dropped\\)"),
+        ([(1.0, 1.0)], "no pair to learn from \\(0 ties, 1 rows dropped: a.parquet: row 0: label_0 is 1"),
+    ],
+)
+def test_nothing_to_learn_from(tmp_path: Path, labels: list[tuple[float, float]], message: str) -> None:
+    floats = {c: pa.array([pair[i] for pair in labels], pa.float64()) for i, c in enumerate(("label_0", "label_1"))}
+    blobs = {c: pa.array([b"x"] * len(labels), pa.binary()) for c in ("jpg_0", "jpg_1")}
+    path = write(tmp_path / "a.parquet", labels, **floats, **blobs)
+    check_source("pick_a_pic", str(path))
+    with pytest.raises(ValueError, match=message):
+        open_pairs("pick_a_pic", str(path))
+
+
+def test_wrong_types_and_files_are_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="jpg_0 is string; expected images as bytes"):
+        check_source("pick_a_pic", str(write(tmp_path / "a.parquet", [(1.0, 0.0)], jpg_0=["a.png"])))
+    with pytest.raises(ValueError, match="label_0 is string; expected a number"):
+        check_source("pick_a_pic", str(write(tmp_path / "b.parquet", [("left", 0.0)])))
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"c.parquet is no readable parquet file"):
+        check_source("pick_a_pic", str(tmp_path / "c.parquet"))
+    with pytest.raises(ValueError, match=r"d.parquet does not exist; expected \*.parquet, a folder of them, or a glob"):
+        check_source("pick_a_pic", str(tmp_path / "d.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no such file"):
+        check_source("pick_a_pic", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="'pickapic' is unknown; did you mean 'pick_a_pic'"):
+        check_source("pickapic", str(tmp_path))
+
+
+def test_a_slip_in_a_local_path_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine/pears does not exist"):
+        check_source("pick_a_pic", "mine/pears")
+    check_source("pick_a_pic", "yuvalkirstain/pickapic_v2")
+
+
+# ------------------------------------------------------------------------------------------------- folder and rankings
+
+
+def lines(path: Path, records: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n", encoding="utf-8")
+    return path
+
+
+def pictures(folder: Path, number: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(number):
+        (folder / f"{i}.png").write_bytes(png(i))
+
+
+def test_a_folder_of_json_lines(tmp_path: Path) -> None:
+    pictures(tmp_path / "set" / "images", 3)
+    good = {"prompt": "ein Bär", "chosen": "images/2.png", "rejected": "images/0.png", "row": 5}
+    lines(tmp_path / "set" / "pairs.jsonl", [good, "", good | {"chosen": "images/9.png"}])
+    pairs = open_pairs("folder", str(tmp_path / "set"))
+    assert len(pairs) == 1 and level(pairs, 0) == (2, 0) and pairs[0].prompt == "ein Bär"
+    assert [str(d) for d in pairs.dropped] == ["pairs.jsonl: line 3: images/9.png does not exist"]
+    assert pairs[0].chosen.where == "pairs.jsonl: line 1, chosen (images/2.png)"
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    (tmp_path / "copy" / "images" / "2.png").write_bytes(png(7))
+    copy = open_pairs("folder", str(tmp_path / "copy" / "pairs.jsonl"))
+    assert copy[0].row == pairs[0].row  # the same draws
+    before = copy[0].chosen.key
+    assert before != pairs[0].chosen.key
+    (tmp_path / "copy" / "images" / "2.png").write_bytes(png(7) + b" ")
+    assert copy[0].chosen.key != before  # other content, other latents
+    (tmp_path / "copy" / "images" / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"line 1, chosen .*: cannot be read"):
+        decode(copy[0].chosen)
+
+
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    pictures(tmp_path, 2)
+    for bad, message in (
+        ('{"prompt": "a", "cho', "line 2 is not JSON"),
+        ([1, 2], r"line 2 is \[1, 2\]; expected a record"),
+        ({"prompt": "a", "chosen": "0.png"}, r"line 2 has no 'rejected' \(found prompt, chosen\)"),
+        (good | {"prompt": None}, "line 2: prompt is null; expected a text"),
+        (good | {"chosen": 3}, "line 2: 3 is no image"),
+    ):
+        path = lines(tmp_path / "pairs.jsonl", [good, bad])
+        check_source("folder", str(path))
+        with pytest.raises(ValueError, match=message):
+            open_pairs("folder", str(path))
+    with pytest.raises(ValueError, match="no pair to learn from"):
+        open_pairs("folder", str(lines(tmp_path / "pairs.jsonl", [""])))
+    with pytest.raises(ValueError, match=r"line 1 has no 'chosen' and no 'rejected' \(found prompt, win, lose\)"):
+        check_source("folder", str(lines(tmp_path / "pairs.jsonl", [{"prompt": "a", "win": "0.png", "lose": "1.png"}])))
+    renamed = open_pairs("folder", str(tmp_path), columns={"chosen": "win", "rejected": "lose"})
+    assert level(renamed, 0) == (0, 1)
+
+
+def test_rankings_make_every_ordered_pair(tmp_path: Path) -> None:
+    """Ranks 2, 1, 3, 1: image 1 and 3 tie; 1 > 0, 1 > 2, 3 > 0, 3 > 2, 0 > 2."""
+    pictures(tmp_path / "test", 4)  # HPDv2 keeps the images of test.json in test/
+    record = {"prompt": "a", "image_path": [f"{i}.png" for i in range(4)], "rank": [2, 1, 3, 1]}
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    pairs = open_pairs("rankings", str(tmp_path / "test.json"))
+    assert {level(pairs, i) for i in range(len(pairs))} == {(1, 0), (1, 2), (3, 0), (3, 2), (0, 2)}
+    assert len(pairs) == 5 and pairs.ties == 1 and set(pairs.groups()) == {"a"} and len({p.row for p in pairs}) == 5
+
+
+def test_rankings_as_preferences(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    two = {"prompt": "a", "image_path": ["0.png", "1.png"]}
+    path = lines(tmp_path / "train.jsonl", [two | {"human_preference": [0, 1]}, two | {"human_preference": [1, 1]}])
+    pairs = open_pairs("rankings", str(path))
+    assert level(pairs, 0) == (1, 0) and len(pairs) == pairs.ties == 1
+    for bad in (two, two | {"rank": [1]}, two | {"rank": 1}):
+        with pytest.raises(ValueError, match="expected a list of images, and one as long of ranks"):
+            open_pairs("rankings", str(lines(tmp_path / "train.jsonl", [bad])))
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"train.json: entry 1 has no 'prompt'"):
+        check_source("rankings", str(tmp_path / "train.json"))
+
+
+# --------------------------------------------------------------------------------------------------------- two prompts
+
+
+def test_a_table_s_second_prompts_are_of_the_rejected_images(tmp_path: Path) -> None:
+    seconds = ["ein Wal", None, ""]
+    path = write(tmp_path / "a.parquet", [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)], rejected_caption=seconds)
+    pairs = open_pairs("pick_a_pic", str(path))
+    assert [p.rejected_prompt for p in pairs] == ["ein Wal", "", ""] and not pairs.dropped
+    assert pairs.prompts() == ["prompt 0", "prompt 1", "prompt 2", "ein Wal"]
+    assert pairs[1:].prompts() == ["prompt 1", "prompt 2"]
+    needed = open_pairs("pick_a_pic", str(path), two_prompts="x needs two")
+    assert [p.prompt for p in needed] == ["prompt 0"]
+    assert [str(d) for d in needed.dropped] == [f"a.parquet: row {i}: has no rejected_caption" for i in (1, 2)]
+    plain = open_pairs("pick_a_pic", str(write(tmp_path / "b.parquet", [(1.0, 0.0), (0.0, 1.0)])))
+    assert plain[1].row == pairs[1].row
+    assert plain[0].row != pairs[0].row  # another pair, with other draws
+
+
+def test_second_prompts_may_be_called_otherwise_and_must_be_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [(1.0, 0.0)], contrast=["a whale"])
+    pairs = open_pairs("pick_a_pic", str(path), columns={"rejected_prompt": "contrast"})
+    assert pairs[0].rejected_prompt == "a whale"
+    numbers = write(tmp_path / "b.parquet", [(1.0, 0.0)], rejected_caption=[3])
+    with pytest.raises(ValueError, match="rejected_caption is int64; expected what the rejected image shows, as text"):
+        check_source("pick_a_pic", str(numbers))
+    pictures(tmp_path / "set", 2)
+    good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    lines(tmp_path / "set" / "pairs.jsonl", [good | {"rejected_prompt": 3}])
+    with pytest.raises(ValueError, match=r"pairs.jsonl: line 1: rejected_prompt is 3; expected a text"):
+        open_pairs("folder", str(tmp_path / "set"))
+
+
+def test_lines_may_have_a_second_prompt(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    lines(tmp_path / "pairs.jsonl", [good | {"rejected_prompt": "b"}, good, good | {"rejected_prompt": None}])
+    pairs = open_pairs("folder", str(tmp_path))
+    assert [p.rejected_prompt for p in pairs] == ["b", "", ""] and pairs.prompts() == ["a", "a", "a", "b"]
+    assert pairs[0].row != pairs[1].row == pairs[2].row
+    needed = open_pairs("folder", str(tmp_path), two_prompts="x needs two")
+    assert len(needed) == 1 and "2 rows dropped (pairs.jsonl: line 2: has no rejected_prompt; " in needed.summary()
+    lines(tmp_path / "pairs.jsonl", [good])
+    with pytest.raises(ValueError, match=r"dropped: pairs.jsonl: line 1: has no rejected_prompt\); .*: x needs two$"):
+        open_pairs("folder", str(tmp_path), two_prompts="x needs two")
+
+
+def test_rankings_have_one_prompt(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    record = {"prompt": "a", "image_path": ["0.png", "1.png"], "rank": [1, 2], "rejected_prompt": "b"}
+    lines(tmp_path / "train.jsonl", [record])
+    assert open_pairs("rankings", str(tmp_path / "train.jsonl"))[0].rejected_prompt == ""
+    with pytest.raises(ValueError, match="line 1: has no second prompt"):
+        open_pairs("rankings", str(tmp_path / "train.jsonl"), two_prompts="x needs two")
+
+
+# ------------------------------------------------------------------------------------------------------------- hold_out
+
+
+def test_a_group_is_never_on_both_sides_and_adding_data_moves_none(tmp_path: Path) -> None:
+    pictures(tmp_path, 2)
+    records = [{"prompt": f"prompt {i // 2}", "chosen": "0.png", "rejected": "1.png"} for i in range(400)]
+    few = open_pairs("folder", str(lines(tmp_path / "few.jsonl", records[:200])))
+    many = open_pairs("folder", str(lines(tmp_path / "many.jsonl", records)))
+    train, held = hold_out(many, 0.2, seed=1)
+    assert len(train) + len(held) == 400 and not set(train.groups()) & set(held.groups())
+    assert 40 <= len(held) <= 120  # 40 of 200 groups on average, deviation 5.7: within five
+    assert set(hold_out(few, 0.2, seed=1)[1].groups()) <= set(held.groups())
+    assert set(hold_out(many, 0.2, seed=2)[1].groups()) != set(held.groups())
+    assert train[0].prompt == train[:1][0].prompt and len(train[5:7]) == 2
+    with pytest.raises(ValueError, match=r"of 1 group in .* leaves none for"):
+        hold_out(many[:2], 0.2, seed=1)
+
+
+def test_selection_keeps_the_order_asked_for(tmp_path: Path) -> None:
+    pairs = open_pairs("pick_a_pic", str(write(tmp_path / "a.parquet", [(1.0, 0.0)] * 5)))
+    some = pairs.select(np.array([4, 0, 2])).select([2, 0])
+    assert [p.prompt for p in some] == ["prompt 2", "prompt 4"] and some.groups() == ["prompt 2", "prompt 4"]
+    assert some[-1].prompt == "prompt 4"
+    with pytest.raises(IndexError):
+        some[2]

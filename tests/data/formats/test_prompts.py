@@ -1,0 +1,75 @@
+"""Prompts as data: files, rows, batches, and the prompts of pairs."""
+
+from pathlib import Path
+
+import pytest
+
+from mmalign.data.formats.images import open_pairs
+from mmalign.data.formats.prompts import open_prompts, prompts_of
+from mmalign.data.loaders.prompts import PromptLoader
+from mmalign.data.pairs import hold_out
+from mmalign.toy.scenes import sample_prompts
+from tests.helpers import data_files
+
+SHIPPED = Path(__file__).parents[3] / "assets" / "prompts" / "scenes.txt"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "prompts.txt"
+
+
+def test_a_file_has_a_prompt_a_line_and_a_repeated_one_is_another_row(tmp_path: Path) -> None:
+    found = open_prompts(str(written(tmp_path, "# said\na hen\n\n  an owl \na hen\n")))
+    assert [p.prompt for p in found] == ["a hen", "an owl", "a hen"]
+    assert len({p.row for p in found}) == 3
+    assert found[1].where.endswith("prompts.txt: line 4")
+    again = open_prompts(str(written(tmp_path, "an owl\na hen\na hen")))  # rows belong to texts, not to lines
+    assert sorted(p.row for p in again) == sorted(p.row for p in found)
+    assert len(open_prompts(str(tmp_path / "prompts.txt"), limit=2)) == 2
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "# nothing but this"])
+def test_an_empty_list_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.path: .*prompts\.txt has none; expected one prompt a line"):
+        open_prompts(str(written(tmp_path, text)))
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.txt does not exist; expected a text file with one prompt a line"):
+        open_prompts(str(tmp_path / "gone.txt"))
+    (tmp_path / "image.txt").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match=r"image\.txt cannot be read .*expected a text file in UTF-8"):
+        open_prompts(str(tmp_path / "image.txt"))
+
+
+def test_pairs_give_their_prompts_once(tmp_path: Path) -> None:
+    pairs = open_pairs("pick_a_pic", str(data_files.pick_a_pic(tmp_path / "pairs.parquet")))
+    assert [p.prompt for p in prompts_of(pairs, limit=3)] == [f"thing number {i}" for i in range(3)]
+    twice = pairs.select([0, 0, 1])
+    assert len(prompts_of(twice)) == 2
+
+
+def test_batches_are_the_same_wherever_one_begins_and_processes_share_them(tmp_path: Path) -> None:
+    prompts = open_prompts(str(written(tmp_path, "\n".join(f"thing {i}" for i in range(11)))))
+    whole = list(PromptLoader(prompts, batch_size=2, seed=3).batches(epoch=1))
+    assert [len(b.rows) for b in whole] == [2] * 5  # the last, half full, is left out
+    later = list(PromptLoader(prompts, batch_size=2, seed=3).batches(epoch=1, start=3))
+    assert [b.rows for b in later] == [b.rows for b in whole[3:]]
+    both = [list(PromptLoader(prompts, batch_size=1, seed=3, rank=r, world_size=2).batches(1)) for r in (0, 1)]
+    assert [[a.rows[0], b.rows[0]] for a, b in zip(*both, strict=True)] == [b.rows for b in whole]
+    kept = list(PromptLoader(prompts, batch_size=4, seed=3, keep_last=True).batches(0))
+    assert [b.weights.tolist() for b in kept[-1:]] == [[1.0, 1.0, 1.0, 0.0]]
+    loader = PromptLoader(prompts, batch_size=2, seed=3)
+    assert loader.places(1, 0)[0].startswith(str(tmp_path)) and len(loader) == 5
+
+
+def test_a_hold_out_keeps_equal_prompts_together(tmp_path: Path) -> None:
+    prompts = open_prompts(str(written(tmp_path, "\n".join(f"thing {i % 10}" for i in range(40)))))
+    train, held = hold_out(prompts, 0.3, seed=0)
+    assert not set(train.prompts()) & set(held.prompts()) and len(train) + len(held) == 40
+
+
+def test_the_shipped_prompts_are_the_bundled_world_s_for_training() -> None:
+    """Made by: sample_prompts("train", 1600, seed=0), as the quickstart's pairs were."""
+    assert [p.prompt for p in open_prompts(str(SHIPPED))] == [str(p) for p in sample_prompts("train", 1600, 0)]

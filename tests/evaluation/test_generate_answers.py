@@ -1,0 +1,177 @@
+"""Answers of both models to the same questions, and their cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmalign.commands import train
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.data.caches.answers import AnswerCache
+from mmalign.data.images import BadImage
+from mmalign.evaluation.generate_answers import generate_answers
+from mmalign.families.base import VisionLanguage
+from mmalign.families.types import Decoding
+from mmalign.families.vlm.model import ImageTextToText
+from mmalign.policy import Policy
+from tests.helpers import recipes
+
+GREEDY = Decoding(max_new_tokens=6, batch_size=2)
+QUESTIONS = [(f"{n}.png", text) for n in range(3) for text in ("What is it?", "Is there a dog in the image?")]
+Spy = list[tuple[bool, int]]
+
+
+def picture(name: str) -> Image.Image:
+    pixels = np.random.default_rng(int(name.split(".")[0])).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def caches(folder: Path) -> tuple[AnswerCache, AnswerCache]:
+    folder.mkdir(exist_ok=True)
+    return AnswerCache(folder, {"model": "base"}), AnswerCache(folder, {"model": "trained"})
+
+
+def ask(policy: Policy[VisionLanguage], folder: Path, questions: Any = QUESTIONS, decoding: Decoding = GREEDY) -> Any:
+    return generate_answers(policy, questions, picture, decoding, seed=0, caches=caches(folder))
+
+
+@pytest.fixture
+def fresh(llava: VisionLanguage) -> Policy[VisionLanguage]:
+    """Adapters that have learned nothing: the policy is its base."""
+    recipe = load_recipe(recipes.vlm(Path("x"), Path("y"), Path("z"), model={"lora": {"rank": 2}}))
+    return train.build_policy(llava, recipe)
+
+
+@pytest.fixture
+def trained(fresh: Policy[VisionLanguage]) -> Policy[VisionLanguage]:
+    """Adapters that say something else."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in fresh.trainable():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return fresh
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """How many prompts each call of a model was given."""
+    calls: Spy = []
+    generate = ImageTextToText.generate
+
+    def counted(self: Any, net: Any, prompts: Any, *arguments: Any, **options: Any) -> list[str]:
+        calls.append((net is self.network, len(prompts)))
+        return generate(self, net, prompts, *arguments, **options)
+
+    monkeypatch.setattr(ImageTextToText, "generate", counted)
+    return calls
+
+
+# ---------------------------------------------------------------------------------------------------------- both models
+
+
+def test_untrained_adapters_answer_like_the_base(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
+    """Greedily and with drawn tokens: the draws are keyed by the question, so that they are the same for both."""
+    for temperature in (0.0, 1.5):
+        said = ask(fresh, tmp_path / str(temperature), decoding=Decoding(6, temperature, batch_size=4))
+        assert set(said.before) == set(QUESTIONS) and said.before == said.after
+        assert any(said.before.values()) and not said.left_out
+
+
+def test_trained_adapters_are_active_for_one_side(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+    said = ask(trained, tmp_path / "both")
+    assert said.before != said.after
+    with torch.no_grad():
+        for parameter in trained.trainable():
+            parameter.zero_()
+    assert ask(trained, tmp_path / "base").after == said.before
+
+
+def test_answers_do_not_depend_on_the_batch(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+    together = ask(trained, tmp_path / "together", decoding=Decoding(6, 1.0, batch_size=6))
+    for question in QUESTIONS:
+        alone = ask(trained, tmp_path / "-".join(question), [question], Decoding(6, 1.0, batch_size=1))
+        assert (alone.before[question], alone.after[question]) == (together.before[question], together.after[question])
+
+
+def test_repeated_questions_are_asked_once(fresh: Policy[VisionLanguage], spied: Spy, tmp_path: Path) -> None:
+    ask(fresh, tmp_path / "kept", [*QUESTIONS, *QUESTIONS[:2]])
+    assert sum(number for _, number in spied) == 2 * len(QUESTIONS)
+    assert {number for _, number in spied} == {GREEDY.batch_size}
+
+
+# -------------------------------------------------------------------------------------------------------------- stopped
+
+
+def test_stopped_run_asks_only_what_is_missing(
+    trained: Policy[VisionLanguage], spied: Spy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second batch, between the two models; then the same command."""
+    whole = ask(trained, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        add = AnswerCache.add
+
+        def killed(book: AnswerCache, answers: Any) -> None:
+            add(book, answers)
+            if len(book.answers) == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(AnswerCache, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(trained, tmp_path / "stopped")
+    spied.clear()
+    again = ask(trained, tmp_path / "stopped")
+    assert (again.before, again.after) == (whole.before, whole.after)
+    assert sum(number for _, number in spied) == 2 * len(QUESTIONS) - 4 - 2
+    spied.clear()
+    ask(trained, tmp_path / "stopped")
+    assert not spied
+
+
+def test_cache_ignores_a_truncated_line(tmp_path: Path) -> None:
+    of = {"model": "base"}
+    book = AnswerCache(tmp_path, of)
+    book.add({("a", "What?"): "A dog.", ("b", "What?"): ""})
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as end:
+        end.write('[["c", "What?", "A c')
+    assert AnswerCache(tmp_path, of).answers == {("a", "What?"): "A dog.", ("b", "What?"): ""}
+    AnswerCache(tmp_path, of).add({("c", "What?"): "A cat."})
+    assert AnswerCache(tmp_path, of).answers["c", "What?"] == "A cat."
+
+
+def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
+    AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 0.0}}).add({("a", "?"): "yes"})
+    assert not AnswerCache(tmp_path, {"model": "trained", "decoding": {"temperature": 0.0}}).answers
+    assert not AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 1.0}}).answers
+    heads = [json.loads(file.read_text().splitlines()[0]) for file in sorted(tmp_path.iterdir())]
+    assert {head["model"] for head in heads} == {"base", "trained"}
+
+
+# -------------------------------------------------------------------------------------------------------- what is unfit
+
+
+def test_unreadable_image_is_left_out_for_both_models(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+    def broken(name: str) -> Image.Image:
+        if name == "1.png":
+            raise BadImage("1.png: has zero bytes")
+        return picture(name)
+
+    said = generate_answers(trained, QUESTIONS, broken, GREEDY, seed=0, caches=caches(tmp_path / "kept"))
+    assert set(said.before) == set(said.after) == {q for q in QUESTIONS if q[0] != "1.png"}
+    assert [str(dropped) for dropped in said.left_out.values()] == ["1.png: has zero bytes"]
+    whole = ask(trained, tmp_path / "whole")
+    assert all(said.after[q] == whole.after[q] for q in said.after)
+
+
+def test_prompt_that_is_too_long_is_left_out(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
+    long = ("2.png", "What? " * 400)
+    said = ask(trained, tmp_path / "kept", [*QUESTIONS, long])
+    assert set(said.left_out) == {"2.png"}
+    assert "tokens, its image's included, and the model reads 256" in str(said.left_out["2.png"])
+    assert {image for image, _ in said.before} == {"0.png", "1.png"}

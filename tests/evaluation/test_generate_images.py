@@ -1,0 +1,65 @@
+"""Image cache: a stopped run resumes, and no image is generated twice."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+from mmalign.data.caches.images import ImageCache
+from mmalign.evaluation.generate_images import generate_images
+from mmalign.families.types import Sampling
+
+PROMPTS, SEEDS = ["a fox", "a fox", "a car", "a bus", "a cat"], [0, 1, 2, 3, 4]
+
+
+class Painter:
+    """A family whose images are noise by prompt and seed; `calls` has the seeds of each batch."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls: list[list[int]] = []
+        self.fail_at = fail_at
+
+    def sample(self, net: Any, prompts: Sequence[str], seeds: Sequence[int], _: Sampling) -> list[Image.Image]:
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls.append(list(seeds))
+        rngs = [np.random.default_rng([seed, len(prompt)]) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for rng in rngs]
+
+
+def generate(painter: Any, cache: ImageCache | None) -> list[bytes]:
+    images = generate_images(painter, nn.Identity(), PROMPTS, SEEDS, Sampling(batch_size=2), cache)
+    return [image.tobytes() for image in images]
+
+
+def test_stopped_run_resumes_with_its_batch(tmp_path: Path) -> None:
+    whole, settings = generate(Painter(), None), {"model": "a"}
+    with pytest.raises(KeyboardInterrupt):
+        generate(Painter(fail_at=1), ImageCache(tmp_path, settings))
+    again = Painter()
+    assert generate(again, ImageCache(tmp_path, settings)) == whole
+    assert again.calls == [[2, 3], [4]]
+    third = Painter()
+    assert generate(third, ImageCache(tmp_path, settings)) == whole and third.calls == []
+
+
+def test_damaged_image_is_generated_again_with_its_batch(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path, {})
+    whole = generate(Painter(), cache)
+    files = sorted(cache.folder.glob("*.png"))
+    assert len(files) == 5
+    files[0].write_bytes(files[0].read_bytes()[:30])
+    again = Painter()
+    assert generate(again, cache) == whole
+    assert len(again.calls) == 1 and not list(cache.folder.glob("*.part"))
+
+
+def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
+    generate(Painter(), ImageCache(tmp_path, {"model": "a"}))
+    other = Painter()
+    generate(other, ImageCache(tmp_path, {"model": "b"}))
+    assert len(other.calls) == 3

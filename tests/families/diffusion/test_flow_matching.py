@@ -1,0 +1,403 @@
+"""Flow-matching families on tiny random models of the real classes, against diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
+from torch import Tensor
+
+from mmalign.diffusion.flow import Flow
+from mmalign.families.base import TextToImage
+from mmalign.families.diffusion import flow_matching
+from mmalign.families.loading import load_family
+from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.policy import adapters_off
+from tests.helpers import flow_models
+from tests.helpers.loading import CPU, load_diffusion
+
+HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
+PROMPTS = ["a red fox in the long grass", "a hen"]
+SEEDS = [3, 4]
+SIDE = 32  # Sana draws multiples of 32 alone
+# How each pipeline is told that it should guide with scale 3, in our unit, against what the family has for no prompt.
+GUIDED: dict[str, dict[str, Any]] = {
+    "sd3": {"guidance_scale": 3.0},
+    "sd3_without_t5": {"guidance_scale": 3.0},
+    "flux": {"guidance_scale": 3.0},
+    "flux_schnell": {},
+    "flux2": {"guidance_scale": 3.0},
+    "z_image": {"guidance_scale": 2.0, "negative_prompt": ["", ""]},
+    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
+    "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
+}
+# How each is told not to, or to tell its network what training tells it.
+PLAIN: dict[str, dict[str, Any]] = {
+    "sd3": {"guidance_scale": 1.0},
+    "sd3_without_t5": {"guidance_scale": 1.0},
+    "flux": {"guidance_scale": 3.5},
+    "flux_schnell": {},
+    "flux2": {"guidance_scale": 4.0},
+    "z_image": {"guidance_scale": 0.0},
+    "qwen_image": {"true_cfg_scale": 1.0},
+    "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
+}
+MASKED = ["z_image", "qwen_image", "sana"]
+
+
+@pytest.fixture(params=list(flow_models.BUILDERS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def path(name: str, flow_folders: Callable[[str], Path]) -> Path:
+    return flow_folders(name)
+
+
+@pytest.fixture
+def family(path: Path) -> TextToImage:
+    return load_diffusion(path)
+
+
+def given(family: TextToImage, prompts: list[str] = PROMPTS) -> tuple[Tensor, Tensor, Conditioning]:
+    """Noisy latents, their times, and the conditioning of two prompts."""
+    moments = family.encode_images(torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    return moments.mean, torch.tensor([0.3, 0.9]), family.condition(family.encode_prompts(prompts), torch.ones(2, 6))
+
+
+def own(name: str, path: Path) -> Any:
+    """The pipeline as its users load it; diffusers wants to hear that a part is to be left out."""
+    left_out = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3_without_t5" else {}
+    return DiffusionPipeline.from_pretrained(path, **left_out)
+
+
+def by_hand(pipeline: Any, steps: int, **how: Any) -> tuple[list[Image.Image], list[Tensor]]:
+    """What the pipeline draws of the text, and its latents after each step, as it holds them."""
+    seen: list[Tensor] = []
+
+    def watch(_: Any, __: int, ___: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(tensors["latents"])
+        return tensors
+
+    images = pipeline(
+        prompt=list(PROMPTS),
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        callback_on_step_end=watch,
+        **copy.deepcopy(how),  # Z-Image's pipeline writes its template into the list of prompts
+    ).images
+    return images, seen
+
+
+def as_seen(latents: Tensor, shape: torch.Size) -> Tensor:
+    """A pipeline's latents as methods see them, by the packing that diffusers' FLUX pipelines have."""
+    if latents.dim() == 4:
+        return latents
+    number, channels, height, width = shape
+    if latents.shape[2] == channels:  # FLUX.2: a token is a pixel
+        return latents.permute(0, 2, 1).reshape(shape)
+    pixels = latents.view(number, height // 2, width // 2, channels, 2, 2)
+    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(shape)
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+# ------------------------------------------------------------------------------------------- against the own pipelines
+
+
+def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: Path, family: TextToImage) -> None:
+    """From x at sigma to x' at sigma' the pipeline goes x' - x = (sigma' - sigma) v; its network is shown both prompts
+    at once, with the embeddings that it made of the text, its ids, its packing, and its own sign.
+
+    It is its second step; of Sana the first, since its solver's next ones are not straight.
+    """
+    pipeline = own(name, path)
+    _, seen = by_hand(pipeline, 3, **PLAIN[name])
+    shape, k = given(family)[0].shape, 0 if name == "sana" else 1
+    start = torch.stack([torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
+    states, sigmas = [start, *(as_seen(x, shape) for x in seen)], pipeline.scheduler.sigmas
+    v = (states[k + 1] - states[k]) / (sigmas[k + 1] - sigmas[k])
+    t = pipeline.scheduler.timesteps[k].repeat(2) / 1000
+    with torch.no_grad():
+        ours = family.predict(family.network, states[k], t, family.encode_prompts(PROMPTS))
+    torch.testing.assert_close(ours, v, rtol=1e-3, atol=1e-4)  # rounding of two latents, over 0.3
+
+
+def test_samples_are_the_pipeline_s_own_of_the_same_text_and_seeds(name: str, path: Path, family: TextToImage) -> None:
+    theirs, _ = by_hand(own(name, path), 3, **GUIDED[name])
+    ours = family.sample(family.network, PROMPTS, SEEDS, Sampling(steps=3, guidance=3.0, resolution=SIDE))
+    assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1  # both round to eight bits
+    assert pixels(ours).std() > 5
+
+
+def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
+    sampling = Sampling(steps=2, guidance=2.0, resolution=SIDE)
+    both = family.sample(family.network, PROMPTS, SEEDS, sampling)
+    alone = family.sample(family.network, PROMPTS[1:], SEEDS[1:], sampling)
+    assert np.abs(pixels(both[1:]) - pixels(alone)).max() <= 1
+    again = family.sample(family.network, PROMPTS[1:] * 2, SEEDS[1:] * 2, sampling)
+    assert again[0].tobytes() == again[1].tobytes()
+    other = family.sample(family.network, PROMPTS[1:], SEEDS[:1], sampling)
+    assert np.abs(pixels(other) - pixels(alone)).max() > 1
+
+
+def standardised(name: str, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the posterior as the denoiser is used to them, from the definitions."""
+    vae = pipeline.vae
+    if name == "qwen_image":
+        raw = vae.encode(images[:, :, None]).latent_dist
+        mean, std = (torch.tensor(x).view(1, 4, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+        return (raw.mean[:, :, 0] - mean) / std, raw.std[:, :, 0] / std
+    if name == "sana":
+        latents = vae.encode(images).latent * 0.41
+        return latents, torch.zeros_like(latents)
+    raw = vae.encode(images).latent_dist
+    if name == "flux2":
+        spread = pipeline._patchify_latents(raw.std) / (vae.bn.running_var + 1e-4).sqrt().view(1, -1, 1, 1)
+        return pipeline._encode_vae_image(images, None), spread
+    return (raw.mean - 0.06) * 1.5, raw.std * 1.5
+
+
+def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToImage) -> None:
+    pipeline = family.pipeline
+    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    moments = family.encode_images(images)
+    with torch.no_grad():
+        mean, std = standardised(name, pipeline, images)
+        torch.testing.assert_close(moments.mean, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.std, std, rtol=1e-4, atol=1e-5)
+        encoded = pipeline.vae.encode(images[:, :, None] if name == "qwen_image" else images)
+        decoded = pipeline.vae.decode(encoded.latent if name == "sana" else encoded.latent_dist.mean).sample
+    decoded = decoded[:, :, 0] if name == "qwen_image" else decoded
+    assert family.decode(moments.mean).shape == images.shape
+    torch.testing.assert_close(family.decode(moments.mean), decoded, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- rows and prompts
+
+
+def test_a_row_is_predicted_alone_as_in_company_and_by_its_prompt(family: TextToImage) -> None:
+    x_t, t, cond = given(family)
+    with torch.no_grad():
+        both = family.predict(family.network, x_t, t, cond)
+        for row in (slice(0, 1), slice(1, 2)):
+            alone = family.predict(family.network, x_t[row], t[row], cond[row])
+            torch.testing.assert_close(both[row], alone, rtol=1e-4, atol=1e-5)
+        swapped = family.predict(family.network, x_t, t, family.encode_prompts(PROMPTS[::-1]))
+        later = family.predict(family.network, x_t, t.flip(0), cond)
+    assert both.shape == x_t.shape
+    assert not torch.allclose(swapped, both, atol=1e-3) and not torch.allclose(later, both, atol=1e-3)
+
+
+def test_prompts_are_encoded_alone_as_in_company_and_fit_beside_no_prompt(family: TextToImage) -> None:
+    both, empty = family.encode_prompts(PROMPTS), family.unconditional()
+    alone = Conditioning.cat([family.encode_prompts([prompt]) for prompt in PROMPTS])
+    assert len(empty) == 1
+    for key, rows in both.tensors.items():
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows, alone.tensors[key], rtol=1e-4, atol=1e-5)
+        assert rows.shape[1:] == empty.tensors[key].shape[1:]
+    mixed = both.where(torch.tensor([True, False]), empty)
+    x_t, t, _ = given(family)
+    with torch.no_grad():
+        dropped = family.predict(family.network, x_t[1:], t[1:], empty)
+        torch.testing.assert_close(family.predict(family.network, x_t, t, mixed)[1:], dropped, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_changes_nothing(family: TextToImage) -> None:
+    """Whatever stands behind a text, and however long the longest one beside it is."""
+    x_t, t, cond = given(family)
+    embeds, mask = cond.tensors["embeds"], cond.tensors["mask"]
+    lengths = mask.sum(1)
+    assert lengths[0] != lengths[1]
+    noisy = Conditioning({"embeds": embeds + 9 * (1 - mask)[:, :, None], "mask": mask})
+    with torch.no_grad():
+        clean, dirty = (family.predict(family.network, x_t, t, c) for c in (cond, noisy))
+    torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)
+
+
+def test_texts_are_padded_and_found_again() -> None:
+    texts = [torch.randn(length, 3) for length in (2, 5, 1)]
+    cond = flow_matching.padded(texts, 6)
+    assert cond.tensors["embeds"].shape == (3, 6, 3) and cond.tensors["mask"].sum(1).tolist() == [2, 5, 1]
+    assert (cond.tensors["embeds"][0, 2:] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(flow_matching.texts(cond), texts, strict=True))
+
+
+def test_latents_are_packed_as_diffusers_packs_them() -> None:
+    latents = torch.randn(2, 4, 6, 8)
+    packed = flow_matching.pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 4, 6, 8))
+    assert torch.equal(flow_matching.unpack(packed, 6, 8), latents)
+
+
+def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> None:
+    assert family.count_cut(["fox", "fox " * 400, "x " * 2000]) == 2
+    long, short = family.encode_prompts(["x " * 2000]), family.encode_prompts(["fox"])
+    assert all(long.tensors[key].shape == x.shape for key, x in short.tensors.items())
+    if name in MASKED:
+        assert long.tensors["mask"].all()
+
+
+def test_without_its_t5_sd3_counts_by_what_its_clips_read(flow_folders: Callable[[str], Path]) -> None:
+    """Sixteen tokens here; the T5 of the other reads 256, and stands in the text's tail, which is zeros without it."""
+    whole, less = (load_diffusion(flow_folders(n)) for n in ("sd3", "sd3_without_t5"))
+    assert [f.count_cut(["fox", "red fox " * 4]) for f in (whole, less)] == [0, 1]
+    tails = [f.encode_prompts(["fox"]).tensors["embeds"][:, -256:] for f in (whole, less)]
+    assert tails[0].abs().sum() > 0 and (tails[1] == 0).all()
+    assert [n for n, _ in less.encoders()] == ["vae", "text_encoder", "text_encoder_2"]
+
+
+# ------------------------------------------------------------------------------------------- adapters, saving, memory
+
+
+def with_adapters(family: TextToImage, by: float = 0.3) -> TextToImage:
+    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight, p in family.network.named_parameters():
+            if "lora_B" in weight:
+                p.add_(by * torch.randn(p.shape, generator=g))
+    return family
+
+
+@pytest.mark.parametrize("loading", [CPU, HALF], ids=["float32", "bfloat16"])
+def test_adapters_off_are_the_base_bit_for_bit(path: Path, loading: Loading) -> None:
+    family = load_family(str(path), loading)
+    x = given(family)
+    with torch.no_grad():
+        before = family.predict(family.network, *x)
+        with_adapters(family)
+        after = family.predict(family.network, *x)
+        with adapters_off(family.network):
+            assert torch.equal(family.predict(family.network, *x), before)
+    assert before.isfinite().all() and not torch.allclose(before, after, atol=1e-2)
+    assert {p.dtype for p in family.network.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_usual_adapters_reach_every_stream(name: str, family: TextToImage) -> None:
+    """Both streams of a double block, and those that have one alone."""
+    with_adapters(family)
+    adapted = {weight.split(".lora_A")[0].rpartition(".")[2] for weight, _ in family.network.named_parameters()}
+    assert {"to_q", "to_k", "to_v"} <= adapted
+    assert ("add_k_proj" in adapted) is (name not in ("z_image", "sana"))
+    assert ("to_qkv_mlp_proj" in adapted) is (name == "flux2")
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_what_is_saved_diffusers_loads_and_draws_alike(
+    tune: str, name: str, path: Path, family: TextToImage, tmp_path: Path
+) -> None:
+    sampling = Sampling(steps=2, guidance=3.0, resolution=SIDE)
+    if tune == "lora":
+        with_adapters(family)
+    else:
+        with torch.no_grad():
+            for p in family.network.parameters():
+                p.mul_(1.1)
+    family.save(tmp_path, family.network)
+    ours = pixels(family.sample(family.network, PROMPTS, SEEDS, sampling))
+    if tune == "lora":
+        pipeline: Any = own(name, path)
+        plain = pixels(by_hand(pipeline, 2, **GUIDED[name])[0])
+        assert np.abs(ours - plain).max() > 2
+        pipeline.load_lora_weights(tmp_path)
+    else:
+        pipeline = own(name, tmp_path)
+    assert np.abs(ours - pixels(by_hand(pipeline, 2, **GUIDED[name])[0])).max() <= 1
+    base = load_diffusion(path)
+    net = base.load_trained(tmp_path)
+    assert (net is base.network) is (tune == "lora")
+    x = given(family)
+    with torch.no_grad():
+        torch.testing.assert_close(base.predict(net, *x), family.predict(family.network, *x))
+
+
+def test_recomputed_activations_give_the_same_gradient(family: TextToImage) -> None:
+    with_adapters(family)
+    x = given(family)
+
+    def gradient() -> Tensor:
+        family.network.zero_grad()
+        family.predict(family.network, *x).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in family.network.parameters() if p.grad is not None])
+
+    kept = gradient()
+    family.checkpoint_activations()
+    assert family.network.is_gradient_checkpointing
+    torch.testing.assert_close(gradient(), kept)
+    assert kept.norm() > 0
+
+
+def test_half_precision(path: Path) -> None:
+    family = load_family(str(path), HALF)
+    net = family.network
+    assert next(net.parameters()).dtype == torch.bfloat16
+    assert next(family.pipeline.vae.parameters()).dtype == torch.float32
+    assert all(x.dtype == torch.float32 for x in family.encode_prompts(["fox"]).tensors.values())
+    x, exact = given(family), load_diffusion(path)
+    with torch.no_grad():
+        ours, theirs = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
+    # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
+    assert (ours - theirs).norm() < 0.3 * theirs.norm()
+    assert len(family.sample(net, PROMPTS, SEEDS, Sampling(steps=2, resolution=SIDE))) == 2
+
+
+# -------------------------------------------------------------------------------------------------- schedule, refusals
+
+
+def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name: str) -> None:
+    schedule, config = family.schedule, family.pipeline.scheduler.config
+    assert isinstance(schedule, Flow) and (schedule.mean, schedule.std, schedule.num_timesteps) == (0.0, 1.0, 1000)
+    if not config.get("use_dynamic_shifting"):
+        assert schedule.shift == (1.0 if name == "flux_schnell" else 3.0)
+        return
+    # 64 x 64 tokens, at these models' own resolution as at FLUX.1's, whose shift there is e^1.15.
+    tokens = (family.resolution // 4) ** 2
+    sizes = config.base_image_seq_len, config.max_image_seq_len
+    mu = calculate_shift(tokens, *sizes, config.base_shift, config.max_shift)
+    if name == "flux2":
+        mu = compute_empirical_mu(tokens, 50)  # the pipeline's own, at its default number of steps
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    theirs = family.pipeline.scheduler.time_shift(mu, 1.0, t)
+    torch.testing.assert_close(schedule.shift * t / (1 + (schedule.shift - 1) * t), theirs)
+    if name == "flux":
+        assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+def test_a_sampler_of_diffusion_is_refused(family: TextToImage, sampler: str) -> None:
+    own = type(family.pipeline.scheduler).__name__
+    with pytest.raises(ValueError, match=f"there is only default, the checkpoint's own {own}"):
+        family.sample(family.network, ["fox"], [0], Sampling(steps=1, sampler=sampler, resolution=SIDE))
+
+
+def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> None:
+    sentence = r"takes images whose side is a multiple of 4 pixels, got 18; set data\.resolution or drawing\.resolution"
+    with pytest.raises(ValueError, match=sentence):
+        family.encode_images(torch.zeros(1, 3, 18, 18))
+    with pytest.raises(ValueError, match=sentence):
+        family.sample(family.network, ["fox"], [0], Sampling(steps=1, resolution=18))
+
+
+def test_a_scheduler_of_diffusion_is_refused(tmp_path: Path) -> None:
+    pipeline = flow_models.BUILDERS["flux"]()
+    pipeline.scheduler = DDIMScheduler()
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a DDIMScheduler that predicts epsilon; expected a FlowMatch"):
+        load_diffusion(tmp_path)

@@ -1,0 +1,399 @@
+"""Answers: the model's own forward pass says what they must be, alone and in any company, with images and without."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from mmalign.families.types import Decoding
+from mmalign.families.vlm.processor import ProcessorReader
+from mmalign.families.vlm.quirks import Facts
+from mmalign.language.chat import Turn
+from mmalign.language.tokens import TokenRow
+from mmalign.policy import AdaptersOff, Policy
+from mmalign.rng import Draws
+from tests.helpers import vlm_models, vlm_reference
+from tests.helpers.loading import load_vlm
+from tests.helpers.vlm_reference import PICTURES
+
+EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
+QUESTION = "<image>What is it?"
+GREEDY, SAMPLED = Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, temperature=0.8)
+DRAWS = Draws(seed=3)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question to a model; the key is of its sampling noise."""
+
+    images: tuple[str, ...] = ("wide",)
+    question: str = QUESTION
+    start: str = ""
+    key: int = 1
+
+
+def prompt(family: Any, asked: Asked) -> TokenRow:
+    views = [(key, family.reader.view(PICTURES[key])) for key in asked.images]
+    row: TokenRow = family.reader.prompt([Turn("user", asked.question)], views, asked.start)
+    return row
+
+
+def answers(
+    family: Any,
+    some: Sequence[Asked],
+    decoding: Decoding = GREEDY,
+    hidden: Sequence[Tensor] | None = None,
+    draws: Draws = DRAWS,
+    net: Any = None,
+) -> list[str]:
+    views = {key: family.reader.view(PICTURES[key]) for asked in some for key in asked.images}
+    rows, keys = [prompt(family, asked) for asked in some], [asked.key for asked in some]
+    found: list[str] = family.generate(
+        net or family.network, rows, family.encode_images(views), decoding, rows=keys, draws=draws, hidden=hidden
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def family_of(vlm_folders: Callable[[str], Path]) -> Callable[[str], Any]:
+    """A model that no test may change, loaded once."""
+    return functools.cache(lambda name: load_vlm(vlm_folders(name)))
+
+
+@pytest.fixture(params=EVERY)
+def family(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> Any:
+    return family_of(request.param)
+
+
+@pytest.fixture
+def llava(family_of: Callable[[str], Any]) -> Any:
+    return family_of("llava")
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_a_prompt_is_the_one_that_responses_are_scored_after(family: Any) -> None:
+    """Token for token, and what was said already is the beginning of the response."""
+    view = ("wide", family.reader.view(PICTURES["wide"]))
+    turns = [Turn("user", QUESTION)]
+    whole, other = family.reader.rows(turns, ["There is a red cube and a dog.", "Yes."], [view])
+    bare = family.reader.prompt(turns, [view])
+    assert bare.ids == whole.ids[: whole.start] == other.ids[: other.start] and bare.start == len(bare.ids)
+    begun = family.reader.prompt(turns, [view], "There is a red")
+    assert begun.ids == whole.ids[: len(begun.ids)] and begun.start == whole.start and begun.images == ("wide",)
+    assert family.reader.prompt(turns, [view], " There is a red\n") == begun
+    assert family.reader.text(begun.response, begun.ids[: begun.start]).strip() == "There is a red"
+
+
+def test_image_places_are_those_of_features(family: Any) -> None:
+    """Tags between tiles and around an image are none."""
+    row = prompt(family, Asked(("wide",)))
+    places = family.reader.image_places(row)
+    (found,) = family.encode_images({"wide": family.reader.view(PICTURES["wide"])}).images.values()
+    assert len(places) == sum(x.shape[-2] for x in found.pooler_output) > 0
+    assert {row.ids[place] for place in places} == {family.network.model.config.image_token_id}
+
+
+def test_an_answer_keeps_the_space_that_a_tokenizer_drops_at_the_beginning_of_a_text() -> None:
+    """As SentencePiece does: "cube" is the token "▁cube", which alone reads without its space."""
+    tok = Tokenizer(models.BPE(unk_token="<unk>"))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words = ["<unk>", "<s>", "▁a", "▁red", "▁cube"]
+    tok.train_from_iterator(["a red cube"] * 8, trainers.BpeTrainer(vocab_size=60, special_tokens=words[:2]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", unk_token="<unk>")
+    ids = fast("a red cube", add_special_tokens=False).input_ids
+    assert fast.convert_ids_to_tokens(ids) == words[2:]
+    reader = ProcessorReader(SimpleNamespace(tokenizer=fast), Facts(), 0, 100)
+    assert reader.text(ids[2:]) == "cube"
+    assert reader.text(ids[2:], after=ids[:2]) == " cube"
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
+    """Token by token from the model's own forward pass over pixels, the whole row anew each time."""
+    row, said = prompt(family, asked), list[int]()
+    for step in range(decoding.max_new_tokens):
+        logits = vlm_reference.own_logits(family, [*row.ids, *said], asked.question, asked.images)[-1]
+        if decoding.temperature:
+            logits = logits / decoding.temperature + DRAWS.gumbel([asked.key], logits.shape, "answer", step)[0]
+        said.append(int(logits.argmax()))
+        if said[-1] in family.reader.ends:
+            break
+    text: str = family.reader.text(said, row.ids)
+    return text
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding: Decoding) -> None:
+    """Features made once, left padding, a cache and company change nothing; nor does what was said already."""
+    some = [Asked(), Asked(("tall",), QUESTION + " Describe it.", "There is a red", key=2)]
+    found = answers(family, some, decoding)
+    assert found == [own_answer(family, asked, decoding) for asked in some]
+    assert all(found) and (found[0] != found[1] or decoding == GREEDY)
+
+
+@pytest.mark.parametrize("name", list(vlm_models.BUILDERS))
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_is_the_same_alone_and_in_any_company(
+    name: str, decoding: Decoding, family_of: Callable[[str], Any]
+) -> None:
+    """Whatever the other prompts' lengths and images, their order and the size of a batch."""
+    family = family_of(name)
+    some = [
+        Asked(key=1),
+        Asked(("tall", "square"), "<image>Hm? <image>", key=2),
+        Asked((), "What is there?", "Two", key=3),
+        Asked(("square",), QUESTION, "There is a green ball and", key=4),
+        Asked(key=5),
+    ]
+    alone = [answers(family, [asked], decoding)[0] for asked in some]
+    assert answers(family, some, decoding) == alone
+    assert answers(family, some[::-1], replace(decoding, batch_size=2)) == alone[::-1]
+    # Prompts alike answer alike when greedy; their keys part them when sampled.
+    assert (alone[0] == alone[4]) == (decoding.temperature == 0)
+
+
+def test_other_draws_give_another_answer_and_equal_ones_the_same(llava: Any) -> None:
+    some = [Asked(key=key) for key in (1, 1, 2)]
+    one, same, other = answers(llava, some, SAMPLED)
+    assert one == same != other
+    for draws in (Draws(seed=4), Draws(seed=3, epoch=1)):
+        assert answers(llava, some[:1], SAMPLED, draws=draws) != [one]
+
+
+def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
+    """The first token of 600 answers, against its probability at that temperature."""
+    decoding = Decoding(max_new_tokens=1, temperature=0.25, batch_size=600)
+    found = answers(llava, [Asked(key=key) for key in range(600)], decoding)
+    row = prompt(llava, Asked())
+    share = (vlm_reference.own_logits(llava, row.ids, QUESTION, ("wide",))[-1] / 0.25).softmax(-1)
+    texts = [llava.reader.text([token], row.ids) for token in range(len(share))]
+    for text in {texts[token] for token in share.topk(3).indices}:
+        p = share[[other == text for other in texts]].sum().item()  # parts of characters read alike
+        # 3 standard deviations of a binomial share; the draws are fixed, so this passes always or never.
+        assert abs(found.count(text) / 600 - p) < 3 * (p * (1 - p) / 600) ** 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------- ends
+
+
+def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
+    some = [Asked(key=1), Asked(("tall",), key=2), Asked(key=3)]
+    plain = answers(llava, some, SAMPLED)
+    late, early = plain[0][4:6], plain[0][2:4]
+    first = min(plain[0].index(text) + 2 for text in (late, early))
+    found = answers(llava, some, replace(SAMPLED, stop=(late, early)))
+    assert found[0] == plain[0][:first]
+    for stopped, whole in zip(found[1:], plain[1:], strict=True):
+        assert whole.startswith(stopped)
+    assert answers(llava, some, replace(SAMPLED, stop=("never said by anyone",))) == plain
+
+
+@contextlib.contextmanager
+def head(family: Any, end: int | None = None) -> Iterator[list[Tensor]]:
+    """The logits [V] of each step, from the head itself, which from the third step on says nothing but `end`."""
+    steps = list[Tensor]()
+
+    def hook(module: Any, given: Any, logits: Tensor) -> Tensor:
+        steps.append(logits[0, -1].clone())
+        if end is not None and len(steps) > 2:
+            logits[..., end] += 1e4
+        return logits
+
+    handle = family.network.model.get_output_embeddings().register_forward_hook(hook)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def test_a_batch_ends_when_all_its_answers_have_ended(llava: Any) -> None:
+    """A stop text costs no token more than it must; text in the prompt stops nothing."""
+    (plain,) = answers(llava, [Asked()])
+    with head(llava) as steps:
+        assert answers(llava, [Asked()], replace(GREEDY, stop=(plain[0],))) == [plain[0]]
+    assert len(steps) == 1
+    with head(llava) as steps:
+        answers(llava, [Asked(start="Two dogs")], replace(GREEDY, stop=("dogs",)))
+    assert len(steps) == GREEDY.max_new_tokens
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_5_vl", "paligemma"])
+def test_the_token_that_ended_responses_in_training_ends_answers(name: str, family_of: Callable[[str], Any]) -> None:
+    """The layout's end of a turn, or the end of the text; neither is part of the answer, nor is what would follow."""
+    family = family_of(name)
+    (row,) = family.reader.rows([Turn("user", "Hm?")], ["Yes."], [])
+    (plain,) = answers(family, [Asked()])
+    with head(family, end=row.ids[-1]) as steps:
+        (ended,) = answers(family, [Asked()])
+    assert plain.startswith(ended) and 0 < len(ended) < len(plain) and len(steps) == 3
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: Callable[[str], Path]) -> None:
+    family: Any = load_vlm(vlm_folders("llava"))
+    end = family.reader.processor.tokenizer.convert_tokens_to_ids("<unk>")
+    family.network.model.generation_config.eos_token_id = [2, end] if several else end
+    with head(family, end) as steps:
+        (ended,) = answers(family, [Asked()])
+    assert ended and len(steps) == 3
+
+
+def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Callable[[str], Path]) -> None:
+    """Such as Qwen2.5-VL's penalty of repetition; and the model is afterwards as it was, whatever its mode."""
+    family: Any = load_vlm(vlm_folders("llava"))
+    plain, model = answers(family, [Asked()]), family.network.model
+    habits = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0, "max_length": 3, "use_cache": False}
+    for name, value in habits.items():
+        setattr(model.generation_config, name, value)
+    family.unfreeze()
+    family.checkpoint_activations()
+    model.train()
+    model.model.vision_tower.eval()
+    own, modes = model.generation_config, [part.training for part in model.modules()]
+    assert answers(family, [Asked()]) == plain
+    assert model.generation_config is own and [part.training for part in model.modules()] == modes
+    assert all(getattr(own, name) == value for name, value in habits.items())
+
+
+# --------------------------------------------------------------------------------------------------------------- hidden
+
+
+def logits_of(family: Any, asked: Asked, hidden: Tensor | None) -> tuple[str, Tensor]:
+    """A greedy answer with the logits [T, V] of its tokens."""
+    with head(family) as steps:
+        (answer,) = answers(family, [asked], GREEDY, None if hidden is None else [hidden])
+    return answer, torch.stack(steps)
+
+
+@pytest.fixture(params=[name for name in EVERY if name != "qwen3_5"])
+def hiding(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> Any:
+    """A model whose decoder attends to all it knows of an image."""
+    return family_of(request.param)
+
+
+def test_an_image_that_is_hidden_changes_nothing(hiding: Any) -> None:
+    """Not a bit of any logit; and one that is seen does."""
+    assert hiding.hides_images == ""
+    one, other = Asked(("wide",)), Asked(("other wide",))
+    places = hiding.reader.image_places(prompt(hiding, one))
+    every = torch.ones(len(places), dtype=torch.bool)
+    (said, blind), (same, alike) = (logits_of(hiding, asked, every) for asked in (one, other))
+    assert torch.equal(blind, alike) and said == same
+    (_, seeing), (_, unlike) = (logits_of(hiding, asked, None) for asked in (one, other))
+    assert (seeing[0] - unlike[0]).abs().max() > 1e-3 and (seeing[0] - blind[0]).abs().max() > 1e-3
+
+
+def test_where_nothing_is_hidden_the_answer_is_the_plain_one(hiding: Any) -> None:
+    places = hiding.reader.image_places(prompt(hiding, Asked()))
+    plain, none = (logits_of(hiding, Asked(), hidden) for hidden in (None, torch.zeros(len(places), dtype=torch.bool)))
+    assert plain[0] == none[0] and torch.equal(plain[1], none[1])
+
+
+def allowed(family: Any, row: TokenRow, hidden: Tensor) -> Tensor:
+    """[1, 1, L, L]: which token may attend to which, written out."""
+    length = len(row.ids)
+    places = torch.arange(length)
+    mask = places[:, None] >= places
+    if family.reader.facts.prefix_attention:
+        mask |= (places < row.start) & (places[:, None] < row.start)
+    mask[:, torch.tensor(family.reader.image_places(row))[hidden]] = False
+    return mask[None, None]
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_next", "idefics3", "internvl", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+)
+def test_hidden_tokens_are_not_attended_to_and_keep_their_places(name: str, family_of: Callable[[str], Any]) -> None:
+    """Against a mask written out over all pairs of tokens, with the positions of the whole prompt."""
+    family = family_of(name)
+    asked = Asked(("tall", "wide"), "<image>Hm? <image>", "There is a")
+    row, model = prompt(family, asked), family.network.model
+    hidden = torch.arange(len(family.reader.image_places(row))) % 2 == 0
+    _, found = logits_of(family, asked, hidden)
+
+    encoded = family.reader.processor(
+        text=[family.reader._render([Turn("user", asked.question)])],
+        images=[[PICTURES[key] for key in asked.images]],
+        return_tensors="pt",
+    )
+    ids = torch.tensor([row.ids])
+    inputs = {k: v for k, v in encoded.items() if "type" not in k and k not in ("labels", "input_ids")}
+    inputs["attention_mask"] = allowed(family, row, hidden)
+    if "image_grid_thw" in inputs:
+        types = (ids == model.config.image_token_id).int()
+        inputs["position_ids"], _ = model.model.get_rope_index(
+            ids, types, image_grid_thw=inputs["image_grid_thw"], attention_mask=torch.ones_like(ids)
+        )
+    with torch.no_grad():
+        expected = model(input_ids=ids, **inputs).logits[0, -1]
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)  # other kernels, other orders of sums
+
+
+def test_hidden_prompts_are_the_same_in_company_of_seeing_ones(hiding: Any) -> None:
+    """Each prompt has its own mask, wherever padding puts its image."""
+    some = [Asked(), Asked((), "What is there on the blue mat near the car?", key=2), Asked(start="There is", key=3)]
+    counts = [len(hiding.reader.image_places(prompt(hiding, asked))) for asked in some]
+    hidden = [torch.arange(count) % 3 > 0 for count in counts]
+    hidden[2] = torch.zeros(counts[2], dtype=torch.bool)
+    alone = [answers(hiding, [asked], SAMPLED, [mask])[0] for asked, mask in zip(some, hidden, strict=True)]
+    assert answers(hiding, some, SAMPLED, hidden) == alone
+
+
+def test_a_decoder_that_cannot_hide_tokens_says_so(family_of: Callable[[str], Any]) -> None:
+    family = family_of("qwen3_5")
+    told = "a qwen3_5 has linear_attention layers, which do not attend to tokens but read them in turn into one state"
+    assert family.hides_images.startswith(told)
+    count = len(family.reader.image_places(prompt(family, Asked())))
+    with pytest.raises(ValueError, match=told):
+        answers(family, [Asked()], hidden=[torch.ones(count, dtype=torch.bool)])
+
+
+# ------------------------------------------------------------------------------------------------ argmax, the reference
+
+
+def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
+    said = ["There is a red cube and a dog.", "Yes."]
+    view = ("wide", family.reader.view(PICTURES["wide"]))
+    rows = family.reader.rows([Turn("user", QUESTION)], said, [view])
+    tokens, features = family.reader.batch(rows), family.encode_images(dict([view]))
+    found = family.argmax(family.network, tokens, features)
+    assert found.shape == tokens.responses.shape and not found.requires_grad
+    for got, row in zip(found, rows, strict=True):
+        count = len(row.response)
+        logits = vlm_reference.own_logits(family, row.ids, QUESTION, ("wide",))[row.start - 1 : -1]
+        assert got[:count].tolist() == logits.argmax(1).tolist()
+        assert got[count:].tolist() == [row.ids[0]] * (len(got) - count)
+
+
+def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Callable[[str], Path]) -> None:
+    family: Any = load_vlm(vlm_folders("llava"))
+    some = [Asked(key=key) for key in range(4)]
+    base = answers(family, some, SAMPLED)
+    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    policy: Policy[Any] = Policy(family, family.network, family.network, AdaptersOff())
+    assert answers(family, some, SAMPLED) == base  # a zero second matrix: nothing has changed yet
+    with torch.no_grad():
+        for weight in policy.trainable():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    assert answers(family, some, SAMPLED) != base
+    assert policy.on_reference(lambda net: answers(family, some, SAMPLED, net=net)) == base
+
+
+def test_a_wrapped_network_answers_as_the_bare_one(llava: Any) -> None:
+    wrapped = torch.nn.Sequential(llava.network)  # as a wrapper for distribution holds it
+    assert answers(llava, [Asked()], net=wrapped) == answers(llava, [Asked()])

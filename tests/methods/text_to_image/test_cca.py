@@ -1,0 +1,160 @@
+"""CCA on denoising: what each image is contrasted with, by hand and by law. The loss itself is in test_losses.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.families.base import TextToImage
+from mmalign.families.types import Conditioning, Moments
+from mmalign.methods.text_to_image import _denoising, cca, diffusion_dpo
+from mmalign.policy import FrozenCopy, Policy
+from tests.helpers.image_batches import ROWS, pairs
+from tests.helpers.loading import diffusion_families
+from tests.helpers.policies import DRAWS, full, gradient, run
+
+family = diffusion_families("tiny_sd2", "tiny_sdxl")
+
+
+def prompted(family: TextToImage, batch: EncodedPairs, prompts: list[str]) -> EncodedPairs:
+    return replace(batch, text=Conditioning.cat([family.encode_prompts([p]) for p in prompts]))
+
+
+def told(view: _denoising.Noised, family: TextToImage, prompts: list[str]) -> list[str]:
+    """Which of the prompts each row of a view is shown."""
+    known = {p: family.encode_prompts([p]).tensors["embeds"][0] for p in prompts}
+    return [next(p for p, x in known.items() if torch.equal(x, row)) for row in view.cond.tensors["embeds"]]
+
+
+def gaps(policy: Policy, family: TextToImage, batch: EncodedPairs, text: Conditioning) -> Tensor:
+    """By definition: -1/2 (the policy's error - the reference's) of the chosen images under `text` [B]."""
+    number, rows = len(batch.rows), batch.rows
+    t = DRAWS.integers(rows, 0, 1000, "time")
+    eps = DRAWS.normal(rows, (4, 8, 8), "noise")
+    x_0 = batch.latents.mean[:number] + 0.1 * DRAWS.normal(rows, (2, 4, 8, 8), "posterior")[:, 0]
+    abar = family.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)  # type: ignore[attr-defined]
+    x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+    velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x_0
+    target = velocity if family.schedule.prediction == "v_prediction" else eps
+    cond = family.condition(text, batch.sizes[:number])
+    assert isinstance(policy.reference, FrozenCopy)
+    with torch.no_grad():
+        ours, theirs = (
+            (family.predict(net, x_t, t, cond) - target).square().mean((1, 2, 3))
+            for net in (policy.model, policy.reference.model)
+        )
+    return -0.5 * (ours - theirs)
+
+
+def test_the_loss_is_worked_out_from_its_definition(family: TextToImage) -> None:
+    """Prompts a, a, b, c: the first pair's neighbour has its own prompt, so that both its terms are positive."""
+    policy = full(family, moved=0.02)
+    batch = prompted(family, pairs(family), ["a fox", "a fox", "a hen", "grass"])
+    cfg = cca.Config(beta=300.0, weight=3.0, caption_dropout=0.0)
+    step = run(cca, policy, batch, cfg)
+    own, other = (gaps(policy, family, batch, text) for text in (batch.text, batch.text[torch.tensor([1, 2, 3, 0])]))
+    sign, weight = torch.tensor([1.0, -1, -1, -1]), torch.tensor([1.0, 3, 3, 3])
+    expected = (-(300 * own).sigmoid().log() - weight * (sign * 300 * other).sigmoid().log()) / 3
+    torch.testing.assert_close(step.losses.detach(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(step.metrics["matched gain"], own, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(step.metrics["mismatched gain"], other, rtol=1e-3, atol=1e-6)
+    assert step.metrics["accuracy"].tolist() == [0.5, *(own > other)[1:].float().tolist()]
+    torch.testing.assert_close(step.metrics["logit"], 300 * (own - other), rtol=1e-3, atol=1e-3)
+
+
+def test_a_policy_that_equals_its_reference_has_2_ln_2_and_a_gradient(family: TextToImage) -> None:
+    policy = full(family)
+    step = run(cca, policy, pairs(family), cca.Config())
+    torch.testing.assert_close(step.losses.detach(), torch.full((4,), 2 * math.log(2)))
+    assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
+    assert (step.metrics["matched gain"] == 0).all() and (step.metrics["mismatched gain"] == 0).all()
+    assert gradient(policy, step).norm() > 1e-3
+
+
+def test_exchanging_the_prompts_of_two_pairs_negates_the_logit(family: TextToImage) -> None:
+    policy, batch = full(family, moved=0.02), pairs(family, ROWS[:2])
+    cfg = cca.Config(caption_dropout=0.0)
+    one = run(cca, policy, batch, cfg).metrics
+    other = run(cca, policy, replace(batch, text=batch.text[torch.tensor([1, 0])]), cfg).metrics
+    assert one["logit"].abs().min() > 1e-2
+    torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(one["matched gain"], other["mismatched gain"], rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_against_the_gradient_tells_the_prompts_apart(family: TextToImage) -> None:
+    policy, batch, cfg = full(family), pairs(family), cca.Config(caption_dropout=0.0)
+    gradient(policy, run(cca, policy, batch, cfg))
+    torch.optim.SGD(policy.trainable(), lr=1e-5).step()
+    after = run(cca, policy, batch, cfg)
+    assert after.losses.mean() < 2 * math.log(2) and after.metrics["logit"].mean() > 0
+
+
+def test_both_halves_are_the_chosen_images_of_diffusion_dpo_under_its_noise(family: TextToImage) -> None:
+    batch = pairs(family)
+    sizes = batch.sizes.clone()
+    sizes[4:, 0] = 99.0  # of the rejected images, which have no part in it
+    other = replace(batch, sizes=sizes, latents=Moments(batch.latents.mean.clone(), batch.latents.std))
+    other.latents.mean[4:] = 0.0
+    policy = full(family)
+    with torch.no_grad():
+        (dpo,) = diffusion_dpo.contrasts(policy, batch, diffusion_dpo.Config(caption_dropout=0.5), DRAWS)
+        (ours,) = cca.contrasts(policy, other, cca.Config(caption_dropout=0.5), DRAWS)
+    for half in (slice(0, 4), slice(4, 8)):
+        for name in ("x_t", "t", "target"):
+            assert torch.equal(getattr(ours.view, name)[half], getattr(dpo.view, name)[:4])
+    for name, given in dpo.view.cond.tensors.items():
+        assert torch.equal(ours.view.cond.tensors[name][:4], given[:4])  # also which captions are dropped
+
+
+def test_dropped_captions_are_dropped_on_both_sides_and_positive(sd: TextToImage) -> None:
+    """At a rate of one both terms are -log sigma(z) of the same z, and at one half some rows are of either kind."""
+    policy, batch = full(sd, moved=0.02), pairs(sd)
+    nothing = Conditioning({name: x.repeat(4, 1, 1) for name, x in batch.unconditional.tensors.items()})
+    step = run(cca, policy, batch, cca.Config(beta=300.0, weight=5.0, caption_dropout=1.0))
+    z = 300 * gaps(policy, sd, batch, nothing)
+    torch.testing.assert_close(step.losses.detach(), -2 * z.sigmoid().log() / 5, rtol=1e-3, atol=1e-4)
+    (half,) = cca.contrasts(policy, batch, cca.Config(caption_dropout=0.5), DRAWS)
+    keep = DRAWS.uniform(ROWS, (), "caption dropout") >= 0.5
+    assert torch.equal(half.alike, ~keep) and 0 < int(keep.sum()) < 4
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([1, 1, 1, 1], [1, 2, 3, 0]),
+        ([1, 0, 1, 1], [2, 1, 3, 0]),
+        ([0.5, 1, 0, 0], [1, 0, 2, 3]),
+        ([0, 0, 1, 0], [0, 1, 2, 3]),  # alone: with itself
+        ([0, 0, 0, 0], [0, 1, 2, 3]),
+        ([1], [0]),
+    ],
+)
+def test_the_other_prompt_is_that_of_the_next_pair_that_counts(weights: list[float], expected: list[int]) -> None:
+    assert cca.neighbours(torch.tensor(weights, dtype=torch.float32)).tolist() == expected
+
+
+def test_padding_lends_no_prompt_and_changes_nothing(sd: TextToImage) -> None:
+    prompts = ["a red fox", "a hen", "two owls", "grass"]
+    policy, cfg = full(sd, moved=0.02), cca.Config(caption_dropout=0.0)
+    batch = prompted(sd, pairs(sd), prompts)
+    padded = replace(batch, weights=torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    (contrast,) = cca.contrasts(policy, padded, cfg, DRAWS)
+    assert told(contrast.view, sd, prompts) == [*prompts, "a hen", "a red fox", "two owls", "grass"]
+    few = prompted(sd, pairs(sd, ROWS[:2]), prompts[:2])
+    alone, together = (run(cca, policy, b, cfg) for b in (few, padded))
+    torch.testing.assert_close(together.losses[:2], alone.losses, rtol=1e-3, atol=5e-3)  # beta magnifies rounding
+    one = replace(batch, weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    (contrast,) = cca.contrasts(policy, one, cfg, DRAWS)
+    assert contrast.alike.tolist() == [True] * 4
+
+
+def test_prompts_that_are_equal_once_cut_are_alike(sd: TextToImage) -> None:
+    """The tiny encoder reads 16 tokens, one a letter: the network is told the same, so nothing is wrong about it."""
+    batch = prompted(sd, pairs(sd, ROWS[:2]), ["a" * 40, "a" * 40 + " hen"])
+    (contrast,) = cca.contrasts(full(sd), batch, cca.Config(caption_dropout=0.0), DRAWS)
+    assert contrast.alike.tolist() == [True, True]

@@ -1,0 +1,387 @@
+"""BDHS as a method: its two losses, what the policy writes itself, and who may learn by it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mmalign
+from mmalign.commands import train
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.data.formats.responses import open_responses
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.data.loaders.response_pairs import ResponseLoader, Wants, encode
+from mmalign.language.objects import coco_vocabulary
+from mmalign.methods.vision_language import bdhs, dpo
+from mmalign.modalities import loading
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+from mmalign.synthesis.bdhs import Completion
+from mmalign.training import checkpoint
+from tests.helpers import Folders, data_files, recipes
+from tests.helpers.loading import load_vlm
+
+DRAWS = Draws(0)
+ONLINE = {"similarity": "trigrams", "max_new_tokens": 5, "tries": 2}
+VOCABULARY = coco_vocabulary()
+
+
+@pytest.fixture
+def policy(vlm_folders: Folders) -> Policy[Any]:
+    return made(vlm_folders)
+
+
+def made(vlm_folders: Folders, seed: int = 0, size: float = 0.3) -> Policy[Any]:
+    """A policy with adapters that have learned something: without, it would equal its reference."""
+    family: Any = load_vlm(vlm_folders("llava"))
+    recipe = load_recipe(recipes.vlm(Path("x"), Path("y"), Path("z")))
+    policy: Policy[Any] = train.build_policy(family, recipe)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.trainable():
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def rows(folder: Path, hallucinated: dict[int, str] | None = None, **fields: str) -> Path:
+    """Eight pairs; some get a hallucinated response, and all of them other fields, {n} being the pair's number."""
+    path = data_files.response_pairs(folder)
+    content = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(content):
+        row |= {name: text.format(n=number) for name, text in fields.items()}
+        row |= {"hallucinated": hallucinated[number]} if number in (hallucinated or {}) else {}
+    path.write_text("\n".join(json.dumps(row) for row in content))
+    return path
+
+
+def batch(family: Any, path: Path, **options: Any) -> EncodedResponses:
+    """All pairs of a file at once."""
+    pairs = open_responses("trl", str(path))
+    options = {"max_length": 256, "batch_size": len(pairs), "seed": 0, "wants": Wants(pictures=True), **options}
+    (read,) = ResponseLoader(pairs, family.reader, **options).batches(0)
+    return encode(family, read, options["max_length"])
+
+
+def stepped(method: Any, policy: Policy[Any], given: EncodedResponses, draws: Draws = DRAWS, **settings: Any) -> Any:
+    """The one contrast of a batch, and what is made of it."""
+    cfg = method.Config(**settings)
+    with torch.no_grad():
+        (contrast,) = method.contrasts(policy, given, cfg, draws)
+    return contrast, method.loss(policy, contrast, cfg)
+
+
+def said(contrast: bdhs.Contrast, family: Any, view: int) -> list[str]:
+    """The responses of a view, as text."""
+    tokens, number = contrast.batch.tokens, len(contrast.batch.rows)
+    some = slice(view * number, (view + 1) * number)
+    return [
+        family.reader.text(ids[mask].tolist()).strip()
+        for ids, mask in zip(tokens.responses[some], tokens.response_mask[some], strict=True)
+    ]
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    """Equal up to the rounding of sums in float32 that other rows of a batch change."""
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- offline
+
+
+def test_without_hallucinated_responses_it_is_dpo(policy: Policy[Any], tmp_path: Path) -> None:
+    given = batch(policy.family, rows(tmp_path))
+    ours, theirs = (stepped(method, policy, given)[1] for method in (bdhs, dpo))
+    assert torch.equal(ours.losses, theirs.losses) and (ours.losses - math.log(2)).abs().min() > 1e-3
+    assert ours.metrics.keys() == theirs.metrics.keys()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge"])
+def test_equation_5(loss: str, policy: Policy[Any], tmp_path: Path) -> None:
+    """gamma DPO(y+, y-) + (1 - gamma) DPO(y+, y~-), each of them DPO's own on pairs of just these two."""
+    further = {n: f"There is a mat {n}." for n in range(8)}
+    own = stepped(dpo, policy, batch(policy.family, rows(tmp_path / "own")), loss=loss)[1].losses
+    hallucinated = rows(tmp_path / "other", rejected="There is a mat {n}.")
+    other = stepped(dpo, policy, batch(policy.family, hallucinated), loss=loss)[1].losses
+    both = batch(policy.family, rows(tmp_path / "both", further))
+    for gamma in (0.0, 0.3, 1.0):
+        step = stepped(bdhs, policy, both, gamma=gamma, loss=loss)[1]
+        close(step.losses, gamma * own + (1 - gamma) * other)
+        assert torch.equal(step.weights, torch.ones(8))
+
+
+def test_a_pair_without_a_hallucinated_response_has_one_loss(policy: Policy[Any], tmp_path: Path) -> None:
+    own = stepped(dpo, policy, batch(policy.family, rows(tmp_path / "own")))[1].losses
+    given = batch(policy.family, rows(tmp_path / "some", {2: "No.", 5: "A car."}))
+    contrast, step = stepped(bdhs, policy, given)
+    numbers = [open_responses("trl", str(tmp_path / "own" / "trl.jsonl"))[n].row for n in (2, 5)]
+    with_both = torch.tensor([row in numbers for row in given.rows])
+    assert with_both.sum() == 2
+    close(step.losses[~with_both], own[~with_both])
+    assert (step.losses[with_both] - own[with_both]).abs().min() > 1e-3
+    assert contrast.shares.tolist() == [0.5 if both else 1.0 for both in with_both]
+    assert step.metrics.keys() == stepped(dpo, policy, given)[1].metrics.keys()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_before_the_first_update_every_loss_is_ln_2(gamma: float, vlm_folders: Folders, tmp_path: Path) -> None:
+    policy = made(vlm_folders, size=0.0)
+    given = batch(policy.family, rows(tmp_path, {n: "A car." for n in range(8)}))
+    for settings in ({}, {"mode": "online", "online": ONLINE}):
+        if gamma < 1 or not settings:
+            _, step = stepped(bdhs, policy, given, gamma=gamma, **settings)
+            close(step.losses, torch.full((8,), math.log(2)))
+
+
+def test_what_differs_only_after_the_last_token_that_is_read_is_not_compared(
+    policy: Policy[Any], tmp_path: Path
+) -> None:
+    long = "There is a dog. " * 9
+    path = rows(tmp_path, {n: f"{long}Yes." for n in range(8)}, chosen=long, rejected="No {n}.")
+    contrast, step = stepped(bdhs, policy, batch(policy.family, path, max_length=60))
+    assert contrast.batch.tokens.ids.shape[1] == 60
+    assert contrast.shares.tolist() == [1.0] * 8
+    close(step.losses, stepped(dpo, policy, batch(policy.family, path, max_length=60))[1].losses)
+
+
+# --------------------------------------------------------------------------------------------------------------- online
+
+
+def test_the_policy_writes_what_it_learns_from(vlm_folders: Folders, tmp_path: Path) -> None:
+    """Anew for every epoch and by what it has learned so far; the same again gives the same."""
+    one, other = made(vlm_folders), made(vlm_folders, seed=1)
+    given = batch(one.family, rows(tmp_path))
+    settings = {"mode": "online", "online": ONLINE}
+    texts = [
+        said(stepped(bdhs, policy, given, draws, **settings)[0], policy.family, 2)
+        for policy, draws in ((one, DRAWS), (one, DRAWS), (one, Draws(0, 1)), (other, DRAWS))
+    ]
+    assert texts[0] == texts[1] and texts[0] != texts[2] and texts[0] != texts[3]
+    chosen = {pair.row: pair.chosen for pair in given.pairs}
+    assert all(text and text != chosen[row] for text, row in zip(texts[0], given.rows, strict=True))
+
+
+def test_its_loss_is_equation_5_of_what_was_written(policy: Policy[Any], tmp_path: Path) -> None:
+    given = batch(policy.family, rows(tmp_path / "own"))
+    own = stepped(dpo, policy, given)[1].losses
+    for gamma in (0.0, 0.25):
+        contrast, step = stepped(bdhs, policy, given, mode="online", gamma=gamma, online=ONLINE)
+        written = dict(zip(given.rows, said(contrast, policy.family, 2 if gamma else 1), strict=True))
+        pairs = open_responses("trl", str(tmp_path / "own" / "trl.jsonl"))
+        again = rows(tmp_path / f"{gamma}", {n: written[pair.row] for n, pair in enumerate(pairs)})
+        offline = stepped(bdhs, policy, batch(policy.family, again), gamma=0.0)[1].losses
+        close(step.losses, gamma * own + (1 - gamma) * offline)
+        assert set(step.metrics["tries"].tolist()) <= {1.0, 2.0}
+
+
+def test_a_pair_for_which_nothing_of_use_is_written_keeps_what_the_data_have(
+    policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model writes nothing for the first pair, the true answer for the second, and something for the others."""
+
+    def scripted(speaker: Any, asked: Any, *rest: Any) -> list[Completion]:
+        texts = ["", asked[1].answer, *["A car."] * (len(asked) - 2)]
+        return [Completion(text, 2, 0.5) for text in texts]
+
+    monkeypatch.setattr(bdhs, "bdhs", scripted)
+    given = batch(policy.family, rows(tmp_path))
+    own = stepped(dpo, policy, given)[1].losses
+    contrast, step = stepped(bdhs, policy, given, mode="online", online=ONLINE)
+    assert contrast.shares.tolist() == [1.0, 1.0, *[0.5] * 6] and step.weights.tolist() == [1.0] * 8
+    close(step.losses[:2], own[:2])
+    contrast, step = stepped(bdhs, policy, given, mode="online", gamma=0.0, online=ONLINE)
+    assert step.weights.tolist() == [0.0, 0.0, *[1.0] * 6]
+    assert said(contrast, policy.family, 1)[2:] == ["A car."] * 6
+
+
+def test_every_batch_has_the_same_numbers_for_processes_to_add_up(policy: Policy[Any], tmp_path: Path) -> None:
+    given = {
+        "none": batch(policy.family, rows(tmp_path / "none")),
+        "some": batch(policy.family, rows(tmp_path / "some", {1: "A car."})),
+    }
+    for settings in ({}, {"mode": "online", "online": ONLINE}, {"mode": "mixed", "mixed": {"max_new_tokens": 4}}):
+        names = [stepped(bdhs, policy, one, **settings)[1].metrics.keys() for one in given.values()]
+        assert names[0] == names[1]
+
+
+def test_padding_is_not_written_for(policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def counted(speaker: Any, rows: Any, *rest: Any) -> list[Completion]:
+        asked.extend(rows)
+        return [Completion("A car.", 1, 0.5) for _ in rows]
+
+    monkeypatch.setattr(bdhs, "bdhs", counted)
+    path = rows(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    given = batch(policy.family, path, keep_last=True)
+    _, step = stepped(bdhs, policy, given, mode="online", online=ONLINE)
+    assert len(asked) == 6 == step.weights.sum()
+
+
+def test_an_answer_that_leaves_no_room_to_go_on_keeps_its_own_pair(policy: Policy[Any], tmp_path: Path) -> None:
+    given = batch(policy.family, rows(tmp_path))
+    online = {**ONLINE, "max_new_tokens": 250}
+    contrast, step = stepped(bdhs, policy, given, mode="online", online=online)
+    assert contrast.shares.tolist() == [1.0] * 8
+    close(step.losses, stepped(dpo, policy, given)[1].losses)
+
+
+# ---------------------------------------------------------------------------------------------------------------- mixed
+
+
+def test_with_no_share_of_its_own_it_is_dpo(policy: Policy[Any], tmp_path: Path) -> None:
+    given = batch(policy.family, rows(tmp_path))
+    _, step = stepped(bdhs, policy, given, mode="mixed", mixed={"share": 0.0})
+    assert torch.equal(step.losses, stepped(dpo, policy, given)[1].losses)
+
+
+def test_an_annotator_orders_what_the_policy_says(
+    policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The opposite annotator exchanges the two; where the answers are of one length the pair stays."""
+    (tmp_path / "judges.py").write_text(
+        "def longer(pair, pictures, first, second):\n"
+        "    assert len(pictures) == len(pair.images) and pictures[0].size[0] >= 16\n"
+        "    return len(first) - len(second)\n"
+        "def shorter(*given):\n"
+        "    return -longer(*given)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given, found = batch(policy.family, rows(tmp_path / "rows")), {}
+    for name in ("longer", "shorter"):
+        mixed = {"share": 1.0, "annotator": f"judges:{name}", "max_new_tokens": 5}
+        contrast, step = stepped(bdhs, policy, given, mode="mixed", mixed=mixed)
+        found[name] = list(zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True))
+        own = step.metrics["own pairs"].bool().tolist()
+    assert sum(own) >= 6
+    for at, (one, other) in enumerate(zip(found["longer"], found["shorter"], strict=True)):
+        if own[at]:
+            assert one == other[::-1] and len(one[0]) >= len(one[1])
+        else:
+            assert one == other == (given.pairs[at].chosen, given.pairs[at].rejected)
+
+
+def test_the_share_is_of_pairs_and_drawn_by_row(policy: Policy[Any], tmp_path: Path) -> None:
+    """Half of 800: four standard deviations are 57."""
+    drawn = (DRAWS.uniform(list(range(800)), (), "own pair") < 0.5).sum()
+    assert 343 <= int(drawn) <= 457
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "better"),
+    [
+        ("A dog.", "A dog and a cat.", 1),
+        ("A dog and a cat.", "A dog.", -1),
+        ("A dog and a cat.", "A cat and a car.", 1),  # one invention against two
+        ("A cat.", "A cat, a cat.", 1),  # each as often as it is named
+        ("A dog.", "A dog on a mat with a car.", 1),
+        ("A dog and a person.", "A dog.", 1),  # no invention, and more of what is there
+        ("A dog.", "Dogs.", 0),
+        ("Yes.", "No.", 0),  # the chosen response says neither
+    ],
+)
+def test_the_bundled_annotator(first: str, second: str, better: int, tmp_path: Path) -> None:
+    pair = open_responses("trl", str(rows(tmp_path, chosen="There is a dog beside a man.")))[0]
+    assert bdhs.fewer_inventions(VOCABULARY, pair, [], first, second) == better
+
+
+def test_the_bundled_annotator_takes_verdicts_for_what_they_are(tmp_path: Path) -> None:
+    pair = open_responses("trl", str(rows(tmp_path, chosen="No, there is none.")))[0]
+    assert bdhs.fewer_inventions(VOCABULARY, pair, [], "No.", "Yes.") == 1
+    assert bdhs.fewer_inventions(VOCABULARY, pair, [], "Yes!", "no") == -1
+
+
+# -------------------------------------------------------------------------------------------------- a run, and refusals
+
+
+@pytest.mark.parametrize("mode", ["online", "mixed"])
+def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders: Folders, tmp_path: Path) -> None:
+    """Bit for bit, although the policy's own words depend on its weights."""
+    own = {"online": ONLINE} if mode == "online" else {"mixed": {"max_new_tokens": 4, "share": 1.0}}
+    content = recipes.vlm(
+        vlm_folders("llava"),
+        rows(tmp_path / "rows"),
+        tmp_path / "whole",
+        method={"name": "bdhs", "mode": mode, **own},
+        train={"steps": 3, "save_every": 1, "keep": 5},
+    )
+
+    def run(content: dict[str, Any]) -> dict[str, Tensor]:
+        train.train(load_recipe(content), say=lambda _: None)
+        last = checkpoint.latest(Path(content["output"]))
+        assert last is not None
+        return load_file(last / "model.safetensors")
+
+    whole = run(content)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
+        shutil.rmtree(tmp_path / "stopped" / late)
+    again = run({**content, "output": str(tmp_path / "stopped")})
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders: Folders, tmp_path: Path) -> None:
+    content = recipes.vlm(
+        vlm_folders("qwen3_5"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", "mode": "online"}
+    )
+    with pytest.raises(ValueError, match=r"^model\.path: BDHS hides an image from "):
+        mmalign.train(load_recipe(content))
+    assert checkpoint.latest(tmp_path / "out") is None
+    offline = load_recipe({**content, "method": {"name": "bdhs"}}, ["train.steps=1"])
+    assert mmalign.train(offline).steps == 1  # what was written elsewhere any model can learn from
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"online": {"tries": 3}}, "mode offline takes no settings of 'online'; leave them out"),
+        ({"mode": "online", "mixed": {"share": 0.1}}, "mode online takes no settings of 'mixed'"),
+        ({"mode": "online", "gamma": 1.0}, "mode online with gamma 1 learns from nothing that is written"),
+        ({"mode": "mixed", "gamma": 0.1}, "mode mixed has one rejected response for each pair and takes no gamma"),
+        ({"online": {"rho": 2.0}}, "method.online.rho: expected less than or equal to 1"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    content = recipes.vlm(Path("x"), Path("y"), Path("z"), method={"name": "bdhs", **settings})
+    with pytest.raises(ValueError) as raised:
+        load_recipe(content)
+    assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"mode": "online", "online": {"similarity": "no/model"}}, "method.online.similarity: no/model"),
+        (
+            {"mode": "mixed", "mixed": {"annotator": "no_such:f"}},
+            "method.mixed.annotator: no_such:f cannot be imported",
+        ),
+        ({"mode": "mixed", "mixed": {"vocabulary": "no.json"}}, "method.mixed.vocabulary: no.json cannot be read"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_model_is_loaded(
+    settings: dict[str, Any], sentence: str, tmp_path: Path, vlm_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    content = recipes.vlm(
+        vlm_folders("llava"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", **settings}
+    )
+    with pytest.raises(ValueError) as raised:
+        mmalign.train(load_recipe(content))
+    assert str(raised.value).startswith(sentence)
+
+
+def test_the_measure_is_named_in_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmalign.synthesis import similarity
+
+    monkeypatch.setattr(similarity, "_missing", lambda package: True)
+    (told,) = bdhs.notes(bdhs.Config(mode="online"))
+    assert "compared by trigrams" in told and "since no sentence-transformers model is installed" in told
+    assert bdhs.notes(bdhs.Config()) == []

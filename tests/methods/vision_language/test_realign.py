@@ -1,0 +1,81 @@
+"""Re-Align: the published value, and that the second term is about images alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from mmalign.families.base import VisionLanguage
+from mmalign.language.tokens import Tokens
+from mmalign.methods.vision_language import dpo, realign
+from tests.helpers.golden import golden
+from tests.helpers.policies import adapted, gradient, run
+from tests.helpers.response_batches import batch, published, swapped
+
+GOLDEN = golden("realign_rdpo")
+PAPER = GOLDEN["expected"]["paper"]
+
+
+def test_the_paper_s_loss_is_the_published_value() -> None:
+    """Of the released loss function, given the log-probabilities of the words as they are written."""
+    step = run(realign, *published(GOLDEN), realign.Config())
+    torch.testing.assert_close(step.losses.detach(), torch.tensor(PAPER["losses"]), rtol=2e-6, atol=2e-6)
+    for ours, theirs in (("chosen", "chosen"), ("rejected", "rejected"), ("retrieved", "chosen_retrieved")):
+        logps, base = (torch.tensor(PAPER[f"{who}_logps"][theirs]) for who in ("policy", "ref"))
+        torch.testing.assert_close(step.metrics[f"{ours} log-probability"], logps, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(step.metrics[f"{ours} gain"], logps - base, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_dpo_and_a_share_of_the_image_term() -> None:
+    """At weight 0 it is DPO's to the last bit; and it is linear in the weight."""
+    losses = {w: run(realign, *published(GOLDEN), realign.Config(image_weight=w)) for w in (0.0, 0.25, 1.0)}
+    plain = run(dpo, *published(GOLDEN), dpo.Config())
+    assert torch.equal(losses[0.0].losses, plain.losses)
+    own, similar = (torch.tensor(PAPER[f"{name}_rewards"]) for name in ("chosen", "image"))
+    image = -torch.sigmoid(own - similar).log()
+    for weight, step in losses.items():
+        torch.testing.assert_close(step.losses, plain.losses + weight * image, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(step.metrics["image loss"], weight * image, rtol=1e-5, atol=1e-6)
+
+
+def test_each_of_the_two_terms_is_ln_2_at_equality(vlm: VisionLanguage) -> None:
+    step = run(realign, adapted(vlm), batch(vlm), realign.Config())
+    for term in ("text loss", "image loss"):
+        assert torch.equal(step.metrics[term], torch.full((3,), math.log(2)))
+
+
+def test_swapping_the_images_negates_the_image_term_s_logit(vlm: VisionLanguage) -> None:
+    """The chosen response to the retrieved image, and the same words to the pair's own."""
+    policy, given, cfg = adapted(vlm, moved=0.1), batch(vlm), realign.Config()
+    assert given.others is not None
+    chosen = given.tokens[:3]
+    other = replace(given, tokens=Tokens.cat([given.others, given.tokens[3:]]), others=chosen)
+    logits = []
+    for some in (given, other):
+        metrics = run(realign, policy, some, cfg).metrics
+        logits.append(metrics["chosen gain"] - metrics["retrieved gain"])
+        torch.testing.assert_close(metrics["image loss"], -torch.sigmoid(0.1 * logits[-1]).log())
+    assert logits[0].abs().min() > 1e-4
+    torch.testing.assert_close(logits[0], -logits[1], rtol=1e-3, atol=1e-4)
+
+
+def test_an_image_retrieved_for_itself_teaches_nothing(llava: VisionLanguage) -> None:
+    """Both sides of the image term are the same numbers: its gradient cancels."""
+    policy, given, cfg = adapted(llava, moved=0.1), batch(llava), realign.Config()
+    same = replace(given, others=given.tokens[:3])
+    plain = gradient(policy, run(dpo, policy, given, dpo.Config()))
+    both = gradient(policy, run(realign, policy, same, cfg))
+    assert (both - plain).norm() < 1e-4 * plain.norm()
+    assert (gradient(policy, run(realign, policy, given, cfg)) - plain).norm() > 1e-2 * plain.norm()
+
+
+def test_swapping_the_responses_negates_the_text_logit(llava: VisionLanguage) -> None:
+    policy, given = adapted(llava, moved=0.1), batch(llava)
+    one, two = (run(realign, policy, some, realign.Config()).metrics["logit"] for some in (given, swapped(given)))
+    torch.testing.assert_close(one, -two, rtol=1e-4, atol=1e-5)
+
+
+def test_the_paper_s_defaults() -> None:
+    assert (realign.Config().beta, realign.Config().image_weight, realign.Config().nll) == (0.1, 1.0, 0.0)

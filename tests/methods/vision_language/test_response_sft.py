@@ -1,0 +1,63 @@
+"""The baseline: the likelihood of the chosen responses, by hand, and nothing of the rejected ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mmalign.families.base import VisionLanguage
+from mmalign.language.tokens import Tokens
+from mmalign.methods.vision_language import response_sft
+from mmalign.policy import Policy
+from tests.helpers.golden import golden
+from tests.helpers.policies import adapted, gradient, run
+from tests.helpers.response_batches import PAIRS, batch, published, swapped
+
+GOLDEN = golden("dpo")
+
+
+def test_the_loss_is_the_published_log_probability_a_token() -> None:
+    """-9.9686 nats of 5 tokens and -5.6906 of 4."""
+    step = run(response_sft, *published(GOLDEN), response_sft.Config())
+    logps = torch.tensor(GOLDEN["expected"]["policy_chosen_logps"])
+    counts = torch.tensor(GOLDEN["expected"]["n_tokens_chosen"])
+    torch.testing.assert_close(step.losses.detach(), -logps / counts, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(step.metrics["chosen log-probability"], logps, rtol=1e-6, atol=1e-6)
+    assert step.metrics["chosen tokens"].tolist() == counts.tolist()
+
+
+def test_it_is_minus_the_mean_of_the_tokens_log_probabilities(vlm: VisionLanguage) -> None:
+    policy, given = adapted(vlm, moved=0.1), batch(vlm)
+    step = run(response_sft, policy, given, response_sft.Config())
+    logps = vlm.token_logps(policy.model, given.tokens, given.features)
+    for row, count in enumerate(given.tokens.counts[:3].tolist()):
+        torch.testing.assert_close(step.losses[row], -logps[row, :count].mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_rejected_responses_and_the_reference_have_no_part_in_it(llava: VisionLanguage) -> None:
+    policy, given = adapted(llava, moved=0.1), batch(llava)
+    bare = Policy(llava, policy.model, policy.unwrapped, None)
+    other = replace(given, tokens=Tokens.cat([given.tokens[:3], swapped(given).tokens[3:]]))
+    one, two = (run(response_sft, bare, some, response_sft.Config()) for some in (given, other))
+    assert torch.equal(one.losses, two.losses)
+    assert not response_sft.needs_reference
+
+
+def test_a_step_against_the_gradient_makes_the_chosen_responses_likelier(vlm: VisionLanguage) -> None:
+    policy, given, cfg = adapted(vlm, moved=0.05), batch(vlm), response_sft.Config()
+    before = run(response_sft, policy, given, cfg)
+    gradient(policy, before)
+    torch.optim.SGD(policy.trainable(), lr=1e-2).step()
+    after = run(response_sft, policy, given, cfg)
+    more = after.metrics["chosen log-probability"] - before.metrics["chosen log-probability"]
+    assert after.losses.mean() < before.losses.mean() and more.mean() > 0
+
+
+def test_a_pair_of_weight_zero_gives_no_gradient(llava: VisionLanguage) -> None:
+    policy, cfg = adapted(llava, moved=0.1), response_sft.Config()
+    padded = replace(batch(llava), weights=torch.tensor([1.0, 0.0, 0.0]))
+    of_three, of_one = (
+        gradient(policy, run(response_sft, policy, some, cfg)) for some in (padded, batch(llava, PAIRS[:1]))
+    )
+    assert of_one.norm() > 0 and (of_three - of_one).norm() < 1e-4 * of_one.norm()

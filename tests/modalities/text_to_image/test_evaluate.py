@@ -1,0 +1,108 @@
+"""Evaluation of text-to-image models: metrics of samples, and the command on a tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mmalign
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.families.diffusion import pipeline
+from mmalign.modalities.text_to_image.evaluate import measure_samples
+from tests.helpers import data_files, recipes
+
+
+def samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two seeds of the first prompt and one of the second."""
+    prompts = [("a red circle", 0), ("a red circle", 1), ("two blue stars", 2)]
+    return [
+        {"prompt": p, "seed": s, "before": b, "after": a} for (p, s), b, a in zip(prompts, before, after, strict=True)
+    ]
+
+
+def test_scene_metrics_count_images_with_every_part_right() -> None:
+    """An attribute's accuracy is over the images whose prompt names it."""
+
+    def record(right: bool, **named: bool) -> dict[str, Any]:
+        return {"parts": {"correct": right, "count": True, **named}}
+
+    (before,), (after,) = measure_samples(
+        samples(
+            [record(True, size=True), record(False, size=False), record(False)],
+            [record(True, size=True), record(True, size=True), record(False)],
+        )
+    )
+    headlines = [{name: metrics.values[name] for name in metrics.headline_names} for metrics in (before, after)]
+    assert headlines[0] == {"prompts drawn right": pytest.approx(1 / 3), "count": 1, "size": 0.5}
+    assert headlines[1] == {"prompts drawn right": pytest.approx(2 / 3), "count": 1, "size": 1}
+    assert before.groups == ("a red circle", "a red circle", "two blue stars") and len(set(before.keys)) == 3
+
+
+def test_reward_metrics_count_wins_over_the_base() -> None:
+    """A win, a tie, a loss: half of the comparisons are won; the mean score falls from 2 to 5/3."""
+
+    def records(*rewards: float) -> list[dict[str, Any]]:
+        return [{"judged": reward} for reward in rewards]
+
+    (before,), (after,) = measure_samples(samples(records(1, 2, 3), records(2, 2, 1)))
+    assert before.values == {"win rate": 0.5, "mean score": 2.0}
+    assert after.values == {"win rate": 0.5, "mean score": pytest.approx(5 / 3)}
+    _, (better,) = measure_samples(samples(records(0, 0, 0), records(1, 1, 0)))
+    assert better.values["win rate"] == pytest.approx(2.5 / 3)
+
+
+def test_metrics_are_those_that_samples_have() -> None:
+    record = {"parts": {"correct": True}, "judged": 2.0, "apart": 0.25}
+    before, after = measure_samples(samples([record] * 3, [{**record, "apart": 0.5}] * 3))
+    assert [metrics.benchmark for metrics in before] == ["scenes", "preference", "diversity"]
+    assert (before[2].values, after[2].values) == ({"diversity": 0.25}, {"diversity": 0.5})
+
+
+def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_path: Path) -> None:
+    """One evaluation holds the exact reader's numbers, the judge's, and the diversity; no two pictures share a seed."""
+    evaluate = {
+        "benchmark": "scenes",
+        "prompts": 3,
+        "per_prompt": 2,
+        "judge": {"path": "models/tiny_clip"},
+        "drawing": {"steps": 1, "guidance": 1.0},
+    }
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate))
+    mmalign.train(recipe)
+    done = mmalign.evaluate(recipe)
+    samples = json.loads((done.folder / "samples.json").read_text())["samples"]
+    assert [sample["prompt"] for sample in samples[::2]] == [sample["prompt"] for sample in samples[1::2]]
+    assert len({sample["seed"] for sample in samples}) == len(samples) == 6
+    assert {row[0] for row in done.table} >= {"all", "win rate, %", "mean score", "diversity, %"}
+    assert {len(row) for row in done.table} == {5}
+    change = done.result["diversity"]["difference"]["diversity"]["estimate"]
+    apart = [sum(sample[side]["apart"] for sample in samples) / 6 for side in ("before", "after")]
+    assert change == pytest.approx(apart[1] - apart[0])
+    assert done.result["preference"]["after"]["measures"]["mean score"]["estimate"] == pytest.approx(
+        sum(sample["after"]["judged"] for sample in samples) / 6
+    )
+
+
+def test_cached_images_are_not_generated_again(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluated twice, and then with other drawing: only the latter draws, and both models."""
+    evaluate = {"benchmark": "scenes", "prompts": 3, "drawing": {"steps": 1, "guidance": 1.0, "batch_size": 2}}
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
+    mmalign.train(load_recipe(content))
+    calls: list[int] = []
+    sample = pipeline.sample
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments))
+        return sample(*arguments)
+
+    monkeypatch.setattr(pipeline, "sample", counted)
+    first = mmalign.evaluate(load_recipe(content))
+    assert len(calls) == 4  # two batches of each model
+    assert mmalign.evaluate(load_recipe(content)).table == first.table and len(calls) == 4
+    mmalign.evaluate(load_recipe(content, ["evaluate.drawing.guidance=2.0"]))
+    assert len(calls) == 8

@@ -1,0 +1,70 @@
+"""Images that a model draws become pairs, and a stop in the middle costs the batch that it came in."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmalign.commands import prepare as run
+from mmalign.commands.load_recipe import Recipe, load_recipe
+from mmalign.families.diffusion import pipeline as latents
+from tests.helpers import recipes
+
+
+@pytest.fixture
+def recipe(tiny_sd15: Path, tmp_path: Path) -> Recipe:
+    """Six images of three prompts, in three batches."""
+    drawing = {"steps": 1, "guidance": 1.0, "batch_size": 2}
+    prepare = {"prompts": 3, "images": 2, "sure": 0.5, "judge": {"path": "models/tiny_clip"}, "drawing": drawing}
+    return load_recipe(recipes.diffusion(tiny_sd15, tmp_path / "drawn.parquet", tmp_path / "out", prepare=prepare))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The seeds of every batch that is drawn; a batch that is asked for where the list holds three raises."""
+    batches: list[list[int]] = []
+    sample = latents.sample
+
+    def counted(pipeline: Any, net: Any, text: Any, seeds: list[int], *rest: Any) -> Any:
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(list(seeds))
+        return sample(pipeline, net, text, seeds, *rest)
+
+    monkeypatch.setattr(latents, "sample", counted)
+    return batches
+
+
+def test_a_stop_costs_the_batch_that_it_came_in(recipe: Recipe, drawn: list[list[int]], tmp_path: Path) -> None:
+    path, unfinished = tmp_path / "drawn.parquet", tmp_path / "drawn.parquet.unfinished"
+    run.prepare(recipe, say=lambda _: None)
+    whole, all_of_them = path.read_bytes(), list(drawn)
+    assert not unfinished.exists() and len(all_of_them) == 3
+    path.unlink()
+    drawn[:] = [[], []]  # so that the second batch of the next call is one too many
+    with pytest.raises(KeyboardInterrupt):
+        run.prepare(recipe, say=lambda _: None)
+    assert not path.exists() and len(list(unfinished.rglob("*.png"))) == 2
+    drawn.clear()
+    run.prepare(recipe, say=lambda _: None)
+    assert path.read_bytes() == whole and drawn == all_of_them[1:] and not unfinished.exists()
+
+
+def test_what_was_drawn_is_not_lost_where_the_judge_is_never_sure(
+    recipe: Recipe, drawn: list[list[int]], tmp_path: Path
+) -> None:
+    """A lower `sure` costs no drawing; other drawing does."""
+
+    def sure(share: float, **drawing: Any) -> Recipe:
+        section: Any = recipe.prepare
+        changed = section.drawing.model_copy(update=drawing)
+        return recipe.model_copy(update={"prepare": section.model_copy(update={"sure": share, "drawing": changed})})
+
+    with pytest.raises(ValueError, match=r"never 100% sure in 3 prompts; lower prepare\.sure"):
+        run.prepare(sure(0.999999), say=lambda _: None)
+    assert len(drawn) == 3
+    run.prepare(sure(0.5), say=lambda _: None)
+    assert len(drawn) == 3
+    (tmp_path / "drawn.parquet").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run.prepare(sure(0.5, guidance=2.0), say=lambda _: None)

@@ -1,0 +1,234 @@
+"""Evaluation and gallery of vision-language recipes, on a tiny model and on files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmalign.commands import evaluate as evaluate_module
+from mmalign.commands import gallery, train
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import Recipe
+from mmalign.families.vlm.model import ImageTextToText
+from mmalign.modalities.vision_language.evaluate import measure_written
+from tests.helpers import data_files, recipes
+from tests.helpers.data_files import write_jsonl
+from tests.helpers.runs import quiet
+
+Content = dict[str, Any]
+DECODING = {"max_new_tokens": 6, "batch_size": 8}
+CROWDS = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
+
+
+@pytest.fixture(scope="module")
+def content(vlm_folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """A recipe whose model has been trained."""
+    here = tmp_path_factory.mktemp("trained")
+    rows = data_files.response_pairs(here / "rows")
+    made = recipes.vlm(vlm_folders("llava"), rows, here / "out", train={"steps": 4, "lr": 0.1})
+    train.train(load_recipe(made), say=quiet)
+    return made
+
+
+@pytest.fixture
+def folder(content: Content) -> Path:
+    return Path(content["output"]) / "evaluation"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Four images, their objects, and questions about them."""
+    here = tmp_path / "images"
+    here.mkdir()
+    objects = [["dog", "ball"], ["cat"], ["dog", "cat", "ball"], []]
+    for number in range(4):
+        (here / f"{number}.png").write_bytes(data_files.png(number))
+    records = [{"image": f"{n}.png", "objects": names} for n, names in enumerate(objects)]
+    write_jsonl(here / "objects.jsonl", *records)
+    (here / "words.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "ball": []}))
+    return here
+
+
+def of(content: Content, evaluate: Content) -> Recipe:
+    return load_recipe({**content, "evaluate": evaluate})
+
+
+def chair(images: Path, **more: Any) -> Content:
+    return {
+        "benchmark": "chair",
+        "annotations": str(images / "objects.jsonl"),
+        "images": str(images),
+        "vocabulary": str(images / "words.json"),
+        "decoding": DECODING,
+        **more,
+    }
+
+
+def lines(file: Path) -> list[Content]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+def test_evaluate_the_bundled_world(content: Content, folder: Path) -> None:
+    said: list[str] = []
+    found = evaluate_module.evaluate(of(content, CROWDS), say=said.append)
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(found.result))
+    assert found.result["questions"] == 3 + 3 * 3 * 4
+    assert set(found.result["measures"]) == {"CHAIR", "POPE"}
+    for compared in found.result["measures"].values():
+        for name, difference in compared["difference"].items():
+            sides = [compared[side]["measures"][name]["estimate"] for side in ("before", "after")]
+            assert difference["estimate"] == pytest.approx(sides[1] - sides[0])
+            assert difference["low"] <= difference["estimate"] <= difference["high"]
+    assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} == set(
+        found.result["measures"]["CHAIR"]["difference"]
+    )
+    assert any(line.startswith("CHAIR_s, %") for line in said) and any("mean: yes rate" in line for line in said)
+    assert {file.stem for file in (folder / "before").iterdir()} == {"descriptions", "random", "popular", "adversarial"}
+
+
+def test_gallery_shows_the_answers_of_the_evaluation(content: Content, folder: Path) -> None:
+    recipe = load_recipe({**content, "evaluate": CROWDS, "gallery": {"images": 5, "title": "tiny"}})
+    page = gallery.gallery(recipe, say=quiet)
+    manifest = json.loads((page.parent / "manifest.json").read_text())
+    samples = json.loads((folder / "samples.json").read_text())["samples"]
+    assert len(manifest["entries"]) == 5 and manifest["title"] == "tiny"
+    shown = {(e["name"], e["question"], e["before"]["text"], e["after"]["text"]) for e in manifest["entries"]}
+    assert shown <= {(s["image"], s["question"], s["before"]["text"], s["after"]["text"]) for s in samples}
+    assert manifest["provenance"]["answers"] == "greedy, at most 6 tokens"
+    assert [row[0] for row in manifest["summary"]][1:3] == ["CHAIR_s, %", "CHAIR_i, %"]
+    with Image.open(page.with_name("gallery.png")) as grid:
+        assert grid.width > 500
+
+
+def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_module.evaluate(of(content, CROWDS), say=quiet)
+    calls: list[int] = []
+    generate = ImageTextToText.generate
+
+    def counted(self: Any, net: Any, prompts: Any, *arguments: Any, **options: Any) -> list[str]:
+        calls.append(len(prompts))
+        return generate(self, net, prompts, *arguments, **options)
+
+    monkeypatch.setattr(ImageTextToText, "generate", counted)
+    assert evaluate_module.evaluate(of(content, CROWDS), say=quiet).result and not calls
+    evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "batch_size": 3}}), say=quiet)
+    assert not calls  # the size of a batch changes no answer
+    evaluate_module.evaluate(of(content, {**CROWDS, "pictures": 4}), say=quiet)
+    assert 0 < sum(calls) <= 2 * 13  # the fourth picture: a description, and four questions of each split
+    calls.clear()
+    evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "max_new_tokens": 5}}), say=quiet)
+    assert sum(calls) > 30
+
+
+# ------------------------------------------------------------------------------------------------------ one's own files
+
+
+def test_chair_on_files(content: Content, folder: Path, images: Path) -> None:
+    """The file of annotations names the images, so that nothing else is needed; recall stands beside CHAIR."""
+    found = evaluate_module.evaluate(of(content, chair(images)), say=quiet).result
+    assert found["questions"] == 4
+    assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} <= set(found["measures"]["CHAIR"]["difference"])
+    assert [(r["image"], r["question"]) for r in lines(folder / "after" / "descriptions.jsonl")] == [
+        (f"{n}.png", "Describe this image.") for n in range(4)
+    ]
+
+
+def test_pope_from_annotations_and_from_files(content: Content, images: Path) -> None:
+    section: Content = {"benchmark": "pope", "images": str(images), "decoding": DECODING}
+    more = [{"image": f"{n}.png", "objects": ["dog", "cat", "ball"]} for n in range(4)]
+    absent = [{"image": "absent", "objects": ["mat", "hat", "car"]}]  # whose objects are asked for elsewhere
+    (images / "absent").write_bytes(data_files.png(9))
+    built = {**section, "annotations": str(write_jsonl(images / "all.jsonl", *more, *absent))}
+    found = evaluate_module.evaluate(of(content, built), say=quiet).result
+    assert found["questions"] == 3 * 5 * 6
+    questions = write_jsonl(
+        images / "q.json",
+        {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
+        {"question_id": 2, "image": "1.png", "text": "Is there a dog?", "label": "no"},
+    )
+    found = evaluate_module.evaluate(of(content, {**section, "questions": {"mine": str(questions)}}), say=quiet).result
+    assert set(found["measures"]["POPE"]["difference"]) >= {"mine: accuracy", "mine: yes rate"}
+
+
+def test_amber_on_its_folder(content: Content, images: Path) -> None:
+    data = images / "data"
+    items = [
+        {"id": 1, "type": "generative", "truth": ["dog"], "hallu": ["cat"]},
+        {"id": 2, "type": "discriminative-hallucination", "truth": "no"},
+    ]
+    for name, value in (("annotations", items), ("relation", {"dog": [], "cat": []})):
+        (data / "query").mkdir(parents=True, exist_ok=True)
+        (data / f"{name}.json").write_text(json.dumps(value))
+    (data / "safe_words.txt").write_text("sign")
+    asked = [{"id": 1, "image": "0.png", "query": "Describe it."}, {"id": 2, "image": "1.png", "query": "Is it a dog?"}]
+    (data / "query" / "query_all.json").write_text(json.dumps(asked))
+    section = {"benchmark": "amber", "annotations": str(data), "images": str(images), "decoding": DECODING}
+    with pytest.raises(ValueError, match="measure more"):  # one description has no interval
+        evaluate_module.evaluate(of(content, section), say=quiet)
+    more = [{**items[0], "id": 3}, {**items[1], "id": 4}]
+    (data / "annotations.json").write_text(json.dumps([*items, *more]))
+    asked += [{**asked[0], "id": 3, "image": "2.png"}, {**asked[1], "id": 4, "image": "3.png"}]
+    (data / "query" / "query_all.json").write_text(json.dumps(asked))
+    found = evaluate_module.evaluate(of(content, section), say=quiet).result
+    assert list(found["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
+
+
+def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
+    """Four updates at a high rate move the log-probabilities of held-out responses, one way or the other."""
+    held = {**content, "data": {**content["data"], "hold_out": 0.5}, "evaluate": {"benchmark": "implicit"}}
+    found = evaluate_module.evaluate(load_recipe(held), say=quiet).result
+    assert 0 < found["pairs"] < 8 and found["draws"] == 1
+    assert found["chosen gain"] != 0 and found["rejected gain"] != 0
+
+
+# --------------------------------------------------------------------------------------------------- answers that exist
+
+
+@pytest.mark.parametrize("benchmark", ["chair", "object_halbench"])
+def test_written_answers_score_the_same_from_files(
+    benchmark: str, content: Content, folder: Path, images: Path, tmp_path: Path
+) -> None:
+    asked = evaluate_module.evaluate(of(content, chair(images, benchmark=benchmark)), say=quiet).result
+    kept = folder.rename(tmp_path / "kept")
+    files = {side: str(kept / side / "descriptions.jsonl") for side in ("before", "after")}
+    section = chair(images, benchmark=benchmark, answers=files)
+    del section["images"]
+    elsewhere = {**content, "output": str(tmp_path / "scored")}  # where nothing was ever trained
+    assert evaluate_module.evaluate(of(elsewhere, section), say=quiet).result["measures"] == asked["measures"]
+
+
+def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tmp_path: Path) -> None:
+    questions = write_jsonl(
+        images / "q.json",
+        {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
+        {"question_id": 2, "image": "1.png", "text": "Is there a dog?", "label": "no"},
+    )
+    answers = write_jsonl(images / "a.jsonl", {"question_id": 1, "text": "Yes"}, {"question_id": 2, "text": "Yes"})
+    section: Content = {"benchmark": "pope", "questions": {"mine": str(questions)}}
+    section["answers"] = {"after": {"mine": str(answers)}}
+    found = evaluate_module.evaluate(of({**content, "output": str(tmp_path / "scored")}, section), say=quiet)
+    measures = found.result["measures"]["POPE"]["measures"]
+    assert measures["mine: accuracy"]["estimate"] == 0.5 and measures["mine: yes rate"]["estimate"] == 1
+    assert found.table[0] == ("POPE", "2 responses [95 % interval]")
+
+
+def test_metrics_of_written_answers(content: Content, folder: Path, images: Path) -> None:
+    """As a comparison of several runs does, also where an image was left out."""
+    (images / "2.png").write_bytes(b"no picture")
+    said: list[str] = []
+    recipe = of(content, chair(images))
+    found = evaluate_module.evaluate(recipe, say=said.append).result
+    assert said[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
+    assert found["questions"] == 3 and found["left out"][0].startswith("2.png: ")
+    (before,), (after,) = measure_written(recipe.evaluate, folder)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(before.as_dict())) == found["measures"]["CHAIR"]["before"]
+    assert json.loads(json.dumps(after.as_dict())) == found["measures"]["CHAIR"]["after"]
+    assert len(after.keys) == 3

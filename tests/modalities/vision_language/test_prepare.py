@@ -1,0 +1,281 @@
+"""True answers become files of pairs that the readers read, and a stop in the middle changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+import mmalign
+from mmalign.commands import prepare
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.data.formats.responses import open_responses
+from mmalign.data.images import decode
+from mmalign.data.pairs import ResponsePair
+from mmalign.families.types import Decoding
+from mmalign.language.objects import coco_vocabulary
+from mmalign.rng import Draws
+from mmalign.synthesis.rejected_responses import Hallucinated, Index, Misled, Own
+from tests.helpers import Folders, data_files
+from tests.helpers.loading import load_vlm
+from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
+
+# ------------------------------------------------------------------------------------------------------ what is written
+
+
+def test_bdhs_writes_what_dpo_reads(content: Any, tmp_path: Path) -> None:
+    rows, said = prepared(content("bdhs"))
+    pairs = open_responses("trl", str(tmp_path / "made.jsonl"))
+    assert len(pairs) == len(rows) == len(ANSWERS)
+    for pair, true in zip(pairs, ANSWERS, strict=True):
+        assert pair.chosen == true != pair.rejected and pair.images[0].read()
+        assert pair.turns[0].text == "<image>What is it?"
+    assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers; taken at try 1: ")
+    assert "similarity by trigrams (embedded" in said[-1]
+    assert not list(tmp_path.glob("made*unfinished"))
+
+
+def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
+    """Rejected is what the model says of picture and question alone, greedily; the true answer is never shown to it."""
+    rows, said = prepared(content("own"))
+    assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers, in ")
+    family = load_vlm(vlm_folders("llava"))
+    for row, pair in zip(rows, open_responses("trl", str(tmp_path / "made.jsonl")), strict=True):
+        view = family.reader.view(decode(pair.images[0]))
+        prompt = family.reader.prompt(pair.turns, [("it", view)])
+        features = family.encode_images({"it": view})
+        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], draws=Draws(1))
+        assert pair.rejected == own.strip() != pair.chosen
+        assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
+
+
+def test_own_answers_are_drawn_by_their_rows(content: Any) -> None:
+    """A higher temperature draws, another seed draws others, and the size of a batch changes nothing."""
+    drawn = {
+        (seed, size): [
+            text(row["rejected"])
+            for row in prepared(
+                content("own", f"{seed}-{size}.jsonl", seed=seed, own={**OWN, "temperature": 1.0, "batch_size": size})
+            )[0]
+        ]
+        for seed, size in ((1, 1), (1, 3), (2, 3))
+    }
+    assert drawn[1, 1] == drawn[1, 3] != drawn[2, 3]
+
+
+def test_every_row_says_where_it_came_from(content: Any, vlm_folders: Folders) -> None:
+    rows, _ = prepared(content("bdhs", seed=5))
+    came = rows[3]["provenance"]
+    assert came["of"] == "answers.jsonl: line 4" and came["kind"] == "bdhs" and came["seed"] == 5
+    assert came["model"] == str(vlm_folders("llava")) and len(came["fingerprint"]) == 16
+    assert came["similarity by"] == "trigrams (embedded: cosine of letter trigrams)"
+    assert 1 <= came["tries"] <= 5 and (came["similarity"] < 0.97 or came["tries"] == 5)
+    assert came["settings"]["rho"] == 0.99 and came["settings"]["max_new_tokens"] == 4
+
+
+def test_the_source_s_rejected_responses_can_be_kept_beside(content: Any, tmp_path: Path) -> None:
+    source = {"path": str(data_files.response_pairs(tmp_path / "pairs")), "format": "trl"}
+    rows, _ = prepared(content("bdhs", source=source, bdhs={**FEW, "keep_rejected": True}))
+    own = open_responses("trl", source["path"])
+    pairs = open_responses("trl", str(tmp_path / "made.jsonl"))
+    assert [pair.rejected for pair in pairs] == [pair.rejected for pair in own]
+    assert [pair.hallucinated for pair in pairs] == [row["hallucinated"] for row in rows]
+    assert all(pair.hallucinated not in ("", pair.chosen) for pair in pairs)
+
+
+def test_povid_changes_few_words_and_needs_no_model(content: Any, tmp_path: Path) -> None:
+    """No weights are read: the model is only looked up."""
+    recipe = content("povid", povid={"share": 0.1})
+    rows, _ = prepared(recipe)
+    vocabulary = coco_vocabulary()
+    for row, true in zip(rows, ANSWERS, strict=True):
+        said = text(row["rejected"])
+        assert said != true and text(row["chosen"]) == true
+        assert len(set(said.split()) & set(true.split())) >= len(set(true.split())) - 4
+    assert text(rows[2]["rejected"]) == "No."
+    invented = [
+        {m.object for m in vocabulary.mentions(text(row["rejected"]))} - {m.object for m in vocabulary.mentions(true)}
+        for row, true in zip(rows, ANSWERS, strict=True)
+    ]
+    assert sum(map(len, invented)) >= 2
+    assert rows[0]["provenance"]["corruptor"] == "rules"
+
+
+def test_realign_writes_a_similar_image_and_what_was_said_of_it(content: Any, tmp_path: Path) -> None:
+    for completion in ("ask", "continue"):
+        name = f"{completion}.jsonl"
+        rows, _ = prepared(content("realign", name, realign={**REALIGN, "completion": completion}))
+        pairs = open_responses("realign", str(tmp_path / name))
+        assert len(rows) == len(pairs) == 6, "one answer names nothing that could be masked"
+        for row, pair in zip(rows, pairs, strict=True):
+            (image,), (other,) = pair.images, pair.other_images
+            assert image.key != other.key and other.read() and "[MASK]" in row["provenance"]["masked"]
+            assert "[MASK]" not in pair.rejected and row["provenance"]["similarity"] < 0.95
+        if completion == "continue":
+            assert pairs[0].rejected.startswith("There is a")
+
+
+def test_the_most_similar_image_comes_first(tmp_path: Path) -> None:
+    """Vectors at angles of 0, 10, 25 and 180 degrees; the copy of an image is no other one."""
+
+    rows = open_responses("answers", str(answers(tmp_path, ["A."] * 5)))
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 25.0, 180.0, 0.0]))
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    vectors = torch.stack([angles.cos(), angles.sin()], 1)[[0, 1, 3, 4]]
+    index = Index(rows, lambda images: vectors[: len(images)], candidates=2)
+    refs = [row.images[0] for row in rows]
+    assert [ref.where for ref in index.similar(refs[0])] == [refs[1].where, refs[3].where]
+    assert [ref.where for ref in index.similar(refs[4])] == [refs[1].where, refs[3].where]
+    assert index.similar(refs[2]) == [] and "is not a readable image" in index.bad[refs[2].key]
+
+
+def test_a_table_keeps_its_images_and_is_read_again(content: Any, tmp_path: Path) -> None:
+    for kind, layout in (("povid", "trl"), ("realign", "realign")):
+        prepare.prepare(load_recipe(content(kind, f"{kind}.parquet")), say=lambda _: None)
+        pairs = open_responses(layout, str(tmp_path / f"{kind}.parquet"))
+        assert all(pair.images[0].read().startswith(b"\x89PNG") for pair in pairs)
+        assert all(pair.other_images[0].read() != pair.images[0].read() for pair in pairs if layout == "realign")
+        came = json.loads(pq.read_table(tmp_path / f"{kind}.parquet")["provenance"][0].as_py())
+        assert came["kind"] == kind
+    again = content("povid", "again.parquet", source={"path": str(tmp_path / "povid.parquet"), "format": "trl"})
+    prepare.prepare(load_recipe(again), say=lambda _: None)
+    assert len(open_responses("trl", str(tmp_path / "again.parquet"))) == 7
+
+
+def test_images_are_named_from_where_the_data_say_that_names_begin(content: Any, source: Path, tmp_path: Path) -> None:
+    recipe = content("povid", "deep/er/made.jsonl")
+    rows, _ = prepared(recipe)
+    assert rows[0]["images"] == ["../../source/0.png"]
+    recipe["data"] = {**recipe["data"], "path": str(tmp_path / "other.jsonl"), "images": str(source.parent)}
+    rows, _ = prepared(recipe)
+    assert rows[0]["images"] == ["0.png"]
+
+
+def test_a_prepared_file_trains(content: Any) -> None:
+    recipe = content("bdhs")
+    prepared(recipe)
+    trained = mmalign.train(load_recipe(recipe, ["train.steps=2", "train.save_every=2"]))
+    assert trained.steps == 2
+
+
+# ---------------------------------------------------------------------------------------------------- a stop, and again
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["bdhs", "realign", "own"])
+def test_going_on_after_a_stop_gives_the_same_file(
+    kind: str, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, stopped after the second of four pieces, with a line cut short in what was written so far."""
+    prepared(content(kind, "whole.jsonl"))
+    recipe, calls = content(kind, "made.jsonl"), list[int]()
+    maker = {"bdhs": Hallucinated, "realign": Misled, "own": Own}[kind]
+    make = maker.__call__
+
+    def stop(self: Any, pairs: Any) -> Any:
+        calls.append(len(pairs))
+        if len(calls) == 3:
+            raise Stopped
+        return make(self, pairs)
+
+    monkeypatch.setattr(maker, "__call__", stop)
+    with pytest.raises(Stopped):
+        prepared(recipe)
+    unfinished = tmp_path / "made.jsonl.unfinished"
+    with unfinished.open("ab") as file:
+        file.write(b'[{"text": "There is')
+    _, said = prepared(recipe)
+    assert calls == [2, 2, 2, 2, 1] and "going on after 4 of 7 rows" in said
+    assert (tmp_path / "made.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not unfinished.exists()
+
+
+KILLER = """
+import os, signal
+calls = []
+def corrupt(pair):
+    calls.append(pair)
+    if len(calls) == 6 and os.environ.get("KILL"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pair.chosen.replace("a ", "no ") + f" {pair.row % 97}"
+"""
+
+
+def test_a_killed_run_is_gone_on_with_by_its_command(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "killer.py").write_text(KILLER)
+    recipes = {}
+    for name in ("whole", "killed"):
+        recipes[name] = tmp_path / f"{name}.yaml"
+        settings = content("povid", f"{name}.jsonl", povid={"corruptor": "killer:corrupt"})
+        recipes[name].write_text(yaml.safe_dump(settings))
+
+    def command(name: str, **more: str) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1]), **more}
+        line = [sys.executable, "-m", "mmalign.cli", "prepare", str(recipes[name])]
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, timeout=120).returncode
+
+    assert command("whole") == 0
+    assert command("killed", KILL="1") == -signal.SIGKILL
+    assert not (tmp_path / "killed.jsonl").exists()
+    assert len((tmp_path / "killed.jsonl.unfinished").read_text().splitlines()) == 1 + 2
+    assert command("killed") == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_unfinished_work_of_other_settings_is_refused(content: Any, tmp_path: Path) -> None:
+    def fail(pair: ResponsePair) -> str:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        prepared(content("povid"), writer=fail)
+    told = refused(content("povid", seed=9), writer=fail)
+    assert told.startswith(
+        f"{tmp_path / 'made.jsonl.unfinished'}: was begun with other settings (seed differ; seed was 1"
+    )
+    assert "corruptor differ" in refused(content("povid"))
+    (tmp_path / "made.jsonl.unfinished").unlink()
+    assert len(prepared(content("povid"))[0]) == 7
+
+
+# ----------------------------------------------------------------------------------------------- functions of one's own
+
+
+def test_functions_of_one_s_own_mask_and_corrupt(content: Any) -> None:
+    rows, _ = prepared(
+        content("povid", "a.jsonl"), writer=lambda pair: pair.chosen.upper() if "dog" in pair.chosen else None
+    )
+    assert [text(row["rejected"]) for row in rows] == [ANSWERS[0].upper(), ANSWERS[4].upper()]
+    assert "test_functions_of_one_s_own" in rows[0]["provenance"]["corruptor"]
+    mask = lambda pair: pair.chosen.replace("dog", "[MASK]")  # noqa: E731
+    rows, said = prepared(content("realign", "b.jsonl"), writer=mask)
+    assert [row["provenance"]["of"] for row in rows] == ["answers.jsonl: line 1", "answers.jsonl: line 5"]
+    assert "5 left out (answers.jsonl: line 2: nothing of the answer is masked; " in said[-1]
+
+
+def test_a_function_that_gives_no_text_is_named(content: Any) -> None:
+    assert "gives a int; expected text, or nothing" in refused(content("povid"), writer=lambda pair: 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("rule", "prepare.povid.corruptor: 'rule' names no function; expected module:function"),
+        ("no_such:f", "prepare.povid.corruptor: no_such:f cannot be imported (No module named 'no_such')"),
+        ("json:no", "prepare.povid.corruptor: json:no cannot be imported (module 'json' has no attribute 'no')"),
+        ("json:__name__", "prepare.povid.corruptor: json:__name__ is no function but str"),
+    ],
+)
+def test_a_function_that_is_not_there_is_asked_for(name: str, sentence: str, content: Any) -> None:
+    assert sentence in refused(content("povid", povid={"corruptor": name}))

@@ -1,0 +1,211 @@
+"""BDHS: Algorithm 1 on a model that says what it is told to, and on tiny models of the real classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmalign.families.types import Decoding
+from mmalign.language.chat import Turn
+from mmalign.language.tokens import TokenRow
+from mmalign.rng import Draws
+from mmalign.synthesis.bdhs import Answered, Completion, Hiding, Speaker, bdhs, too_long
+from mmalign.synthesis.sentence_cuts import STOPS
+from mmalign.synthesis.similarity import Similarity, load_similarity
+from tests.helpers import vlm_models
+from tests.helpers.loading import load_vlm
+from tests.helpers.vlm_reference import PICTURES
+
+ANSWERS = ["There is a dog. It sits on a mat.", "Yes.", "Two cats and a red car stand there."]
+HOW = Hiding(rho=0.5, keep_tokens=None, tries=5, similar=0.97, decoding=Decoding(8, 1.0))
+TRIGRAMS = load_similarity("similarity", "trigrams")
+SEEN = 6  # image tokens of a prompt
+
+
+@dataclass
+class Scripted:
+    """A model that goes on with the same words after whatever was said; it remembers what it was asked."""
+
+    says: str = " thing."
+    hides_images: str = ""
+    name: str = "scripted"
+    max_length: int = 99
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def reader(self) -> Any:
+        return self
+
+    def prompt(self, turns: Sequence[Turn], images: Sequence[Any], start: str = "") -> TokenRow:
+        """Its tokens are the image's and the letters of what was said."""
+        return TokenRow((*[0] * SEEN, *map(ord, start)), SEEN, tuple(key for key, _ in images))
+
+    def image_places(self, row: TokenRow) -> tuple[int, ...]:
+        return tuple(range(SEEN))
+
+    def generate(self, net: Any, prompts: Sequence[TokenRow], features: Any, decoding: Decoding, **keys: Any) -> Any:
+        starts = ["".join(map(chr, row.ids[SEEN:])) for row in prompts]
+        self.calls.append({"starts": starts, "decoding": decoding, **keys})
+        return [self.says for _ in prompts]
+
+
+def rows(answers: Sequence[str] = ANSWERS) -> list[Answered]:
+    return [Answered(at, (Turn("user", "<image>What?"),), text, (("wide", None),)) for at, text in enumerate(answers)]  # type: ignore[arg-type]
+
+
+def run(family: Any, some: list[Answered], how: Hiding = HOW, similar: Similarity = TRIGRAMS) -> list[Completion]:
+    return bdhs(Speaker(family, torch.nn.Identity(), Draws(0)), some, None, how, similar)  # type: ignore[arg-type]
+
+
+def measured(*scores: float) -> Similarity:
+    """A measure that gives these values, one after another."""
+    rest = iter(scores)
+    return Similarity("scripted", lambda texts, others: [next(rest) for _ in texts])
+
+
+# ------------------------------------------------------------------------------------------------------------ algorithm
+
+
+def test_every_sentence_of_every_row_is_asked_for_at_once_after_true_words() -> None:
+    """Four sentences of three answers in one call; each start is what was true, and the beginning of the sentence."""
+    family = Scripted()
+    found = run(family, rows())
+    assert len(family.calls) == 1 and [one.tries for one in found] == [1, 1, 1]
+    starts = family.calls[0]["starts"]
+    assert len(starts) == 4 and ANSWERS[0].startswith(starts[0]) and ANSWERS[2].startswith(starts[3])
+    assert starts[1].startswith("There is a dog. ") and ANSWERS[0].startswith(starts[1])
+    assert starts[2] in ("", "No", "Yes")
+    assert all(one.text.endswith("thing.") for one in found)
+    assert found[0].text.count("thing.") == 2
+    assert family.calls[0]["decoding"] == Decoding(8, 1.0, STOPS)
+    assert len(set(family.calls[0]["rows"])) == 4
+
+
+def test_what_is_too_similar_is_tried_again_and_the_last_try_is_unguided() -> None:
+    """Three rows: taken at once, at the third try, and never, whatever the fifth says."""
+    family = Scripted()
+    scores = [0.5, 0.98, 0.97, 1.0, 1.0, 0.9699, 1.0, 1.0, 1.0]
+    found = run(family, rows(), similar=measured(*scores))
+    assert [one.tries for one in found] == [1, 3, 5] and found[2].similarity == 1.0
+    assert [len(call["starts"]) for call in family.calls] == [4, 2, 2, 1, 1]
+    last = family.calls[-1]
+    assert last["starts"] == [""] and last["decoding"] == Decoding(8, 1.0) and found[2].text == "thing."
+    assert len({call["rows"][-1] for call in family.calls}) == 5  # every try draws anew
+
+
+def test_one_try_is_guided_and_taken_as_it_is() -> None:
+    family = Scripted()
+    found = run(family, rows(ANSWERS[2:]), replace(HOW, tries=1), measured(1.0))
+    assert len(family.calls) == 1 and family.calls[0]["decoding"].stop == STOPS and found[0].tries == 1
+
+
+def test_the_sentences_of_a_row_are_blind_alike_and_every_try_otherwise() -> None:
+    family = Scripted()
+    run(family, rows(ANSWERS[:1]), similar=measured(1, 1, 1, 1, 1))
+    first, *later = family.calls
+    assert torch.equal(first["hidden"][0], first["hidden"][1]) and len(first["hidden"][0]) == SEEN
+    assert any(not torch.equal(first["hidden"][0], call["hidden"][0]) for call in later)
+
+
+@pytest.mark.parametrize(("rho", "share"), [(0.0, 0.0), (0.5, 0.5), (0.99, 0.99), (1.0, 1.0)])
+def test_rho_is_the_share_that_is_hidden(rho: float, share: float) -> None:
+    family = Scripted()
+    run(family, rows(["A."] * 400), replace(HOW, rho=rho))
+    hidden = torch.cat(family.calls[0]["hidden"]).float()
+    # 2,400 draws: four standard deviations.
+    assert abs(hidden.mean() - share) <= 4 * (share * (1 - share) / len(hidden)) ** 0.5
+
+
+def test_a_number_of_tokens_can_be_kept_instead() -> None:
+    """The same draws decide which, so that keeping more only adds to them."""
+    kept = []
+    for number in (0, 1, 4, 99):
+        family = Scripted()
+        run(family, rows(), replace(HOW, keep_tokens=number))
+        kept.append(~torch.stack(family.calls[0]["hidden"]))
+        assert (kept[-1].sum(1) == min(number, SEEN)).all()
+    assert all(bool((fewer <= more).all()) for fewer, more in pairwise(kept))
+
+
+def test_a_row_comes_out_alike_alone_and_in_company() -> None:
+    alone = Scripted()
+    (one,) = run(alone, rows()[2:])
+    assert one == run(Scripted(), rows())[2]
+    company = Scripted()
+    run(company, rows())
+    assert alone.calls[0]["rows"] == company.calls[0]["rows"][3:]
+    assert torch.equal(alone.calls[0]["hidden"][0], company.calls[0]["hidden"][3])
+
+
+@pytest.mark.parametrize("answer", ["Yes", "...", "no", "A"])
+def test_answers_of_a_word_or_of_none(answer: str) -> None:
+    (found,) = run(Scripted(), rows([answer]))
+    assert found.text.endswith("thing.")
+
+
+def test_a_model_that_says_nothing_leaves_what_was_said_before() -> None:
+    (found,) = run(Scripted(says=""), rows(ANSWERS[2:]), replace(HOW, tries=1))
+    assert ANSWERS[2].startswith(found.text)
+
+
+def test_a_model_whose_image_cannot_be_hidden_is_refused() -> None:
+    family = Scripted(hides_images="a qwen3_5 has linear_attention layers")
+    with pytest.raises(ValueError, match=r"model\.path: BDHS hides an image from scripted, .*linear_attention"):
+        run(family, rows())
+    assert not family.calls
+
+
+def test_an_answer_that_leaves_no_room_is_too_long() -> None:
+    speaker = Speaker(Scripted(max_length=SEEN + 12), torch.nn.Identity(), Draws(0))  # type: ignore[arg-type]
+    (row,) = rows(["Yes."])
+    assert too_long(speaker, row, row.answer, 8) == too_long(speaker, row, "", 12) == ""
+    assert too_long(speaker, row, row.answer, 9) == (
+        "prompt and answer have 10 tokens, and the model, which may add 9, reads 18"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- real models
+
+
+def asked(family: Any, key: str = "wide", answers: Sequence[str] = ANSWERS) -> tuple[list[Answered], Any]:
+    view = family.reader.view(PICTURES[key])
+    some = [Answered(n, (Turn("user", "<image>What is it?"),), text, ((key, view),)) for n, text in enumerate(answers)]
+    return some, family.encode_images({key: view})
+
+
+def completed(family: Any, some: Sequence[Answered], features: Any, how: Hiding) -> list[str]:
+    speaker = Speaker(family, family.network, Draws(3))
+    return [one.text for one in bdhs(speaker, some, features, how, TRIGRAMS)]
+
+
+def test_batched_completions_are_the_single_ones(vlm: Any) -> None:
+    some, features = asked(vlm)
+    how = replace(HOW, similar=0.2, decoding=Decoding(6, 1.0, batch_size=3))  # most rows are tried several times
+    together = completed(vlm, some, features, how)
+    assert together == [text for row in some for text in completed(vlm, [row], features, how)]
+    assert together == completed(vlm, some, features, replace(how, decoding=Decoding(6, 1.0, batch_size=16)))
+    assert len(set(together)) == len(together)
+
+
+def test_with_every_token_hidden_the_image_does_not_matter(vlm: Any) -> None:
+    """Greedy, so that only the image could; with none hidden it does, but for a model that says the same of any."""
+    texts = {}
+    for rho in (0.0, 1.0):
+        how = Hiding(rho, None, 1, 0.97, Decoding(8, 0.0))
+        texts[rho] = [completed(vlm, *asked(vlm, key), how) for key in ("wide", "other wide")]
+    assert texts[1.0][0] == texts[1.0][1]
+    assert "paligemma" in vlm.name or texts[0.0] != texts[1.0]
+
+
+def test_a_decoder_that_cannot_hide_a_token_is_refused(vlm_folders: Callable[[str], Path]) -> None:
+    names = [name for name in vlm_models.NEWER if "qwen3_5" in name]
+    assert names, "a model with linear attention"
+    family: Any = load_vlm(vlm_folders(names[0]))
+    with pytest.raises(ValueError, match=r"^model\.path: BDHS hides an image from .*linear_attention"):
+        completed(family, *asked(family), HOW)

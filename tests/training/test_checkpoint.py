@@ -1,0 +1,241 @@
+"""Checkpoints: whole or not at all, the last and the best kept, strangers and damaged ones refused in a sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from mmalign import atomic_io
+from mmalign.training import checkpoint
+
+MINE = {"model": "aaaa", "method": "diffusion_dpo"}
+
+
+def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"layer.weight": torch.full((3, 2), value), "layer.bias": torch.arange(3.0)}
+
+
+def write(folder: Path, step: int, *, value: float = 1.0, keep: int = 2, **options: Any) -> Path:
+    state = {"progress": {"step": step}, "average": [torch.ones(2)], "generator": torch.get_rng_state()}
+    return checkpoint.write(folder, step, weights(value), state, MINE, keep=keep, **options)
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def raiser(error: Exception) -> Callable[..., None]:
+    def raises(*_: Any, **__: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "runs" / "new", 7)
+    assert path == checkpoint.latest(tmp_path / "runs" / "new")
+    saved = checkpoint.read(path, MINE)
+    assert saved.step == 7 and saved.state["progress"] == {"step": 7}
+    for name, tensor in weights().items():
+        assert torch.equal(saved.weights[name], tensor)
+    assert torch.equal(saved.state["generator"], torch.get_rng_state())
+
+
+def test_weights_are_saved_without_their_gradient_and_whatever_their_strides(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 2)
+    named = {"w": net.weight, "t": net.weight.t().contiguous().t()}
+    saved = checkpoint.read(checkpoint.write(tmp_path, 1, named, {}, MINE, keep=1), MINE)
+    assert torch.equal(saved.weights["w"], net.weight) and torch.equal(saved.weights["t"], net.weight)
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "absent") is None
+    assert checkpoint.best(tmp_path) is None
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, score in ((10, 0.5), (20, 0.2), (30, 0.3), (40, 0.4), (50, 0.6)):
+        write(tmp_path, step, keep=2, score=score)
+    assert steps(tmp_path) == [20, 40, 50]
+    assert checkpoint.best(tmp_path) == tmp_path / "checkpoint-00000020"
+    write(tmp_path, 60, keep=1, score=0.1)
+    assert steps(tmp_path) == [60] and leftovers(tmp_path) == []
+
+
+def test_without_scores_only_the_last_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10, 200):
+        write(tmp_path, step, keep=2)
+    assert steps(tmp_path) == [10, 200]
+    assert checkpoint.best(tmp_path) is None
+
+
+def test_one_that_cannot_be_gone_on_from_takes_no_other_s_place(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write(tmp_path, step, keep=1)
+    last = write(tmp_path, 5, keep=1, resting=False)
+    assert steps(tmp_path) == [4, 5] and checkpoint.latest(tmp_path) == last
+    assert checkpoint.latest(tmp_path, resting=True) == tmp_path / "checkpoint-00000004"
+    write(tmp_path, 6, keep=1)
+    assert steps(tmp_path) == [6] == [int(checkpoint.latest(tmp_path, resting=True).name[-1])]  # type: ignore[union-attr]
+
+
+def test_one_that_does_not_say_whether_it_rests_does(tmp_path: Path) -> None:
+    """As those written before there were others."""
+    about = write(tmp_path, 2) / "checkpoint.json"
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "resting"}))
+    assert checkpoint.latest(tmp_path, resting=True) == about.parent
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    for step, score in ((1, float("nan")), (2, 0.5), (3, float("-inf")), (4, 0.4), (5, None)):
+        write(tmp_path, step, keep=5, score=score)
+    assert checkpoint.best(tmp_path) == tmp_path / "checkpoint-00000004"
+
+
+def test_the_same_step_again_replaces_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path, 5, value=1.0)
+    path = write(tmp_path, 5, value=2.0)
+    assert torch.equal(checkpoint.read(path, MINE).weights["layer.weight"], torch.full((3, 2), 2.0))
+    assert steps(tmp_path) == [5] and leftovers(tmp_path) == []
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("mmalign.training.checkpoint.save_file", FULL),
+        (
+            "mmalign.training.checkpoint.save_file",
+            SafetensorError("IoError(Os { code: 28, message: No space left on device })"),
+        ),
+        ("torch.save", FULL),
+        ("torch.save", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")),
+        ("mmalign.training.checkpoint.os.fsync", FULL),
+        ("mmalign.training.checkpoint.os.replace", FULL),
+        ("pathlib.Path.mkdir", PermissionError(errno.EACCES, "Permission denied")),
+    ],
+)
+def test_a_failed_write_is_a_sentence_and_loses_nothing(
+    where: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 10)
+    for step in (10, 20):  # also where it would replace the one that is there
+        with monkeypatch.context() as patch:
+            patch.setattr(where, raiser(error))
+            with pytest.raises(atomic_io.CheckpointError) as raised:
+                write(tmp_path, step, value=9.0)
+        said = str(raised.value)
+        assert f"checkpoint-{step:08d}: could not be written (" in said and "MB are free" in said
+        assert "checkpoint-00000010 is intact: make room and run the same command again" in said
+        assert raised.value.__cause__ is error
+        assert steps(tmp_path) == [10] and leftovers(tmp_path) == []
+        kept = checkpoint.read(tmp_path / "checkpoint-00000010", MINE)
+        assert torch.equal(kept.weights["layer.weight"], torch.ones(3, 2))
+    write(tmp_path, 20)
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_a_replacement_that_fails_halfway_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace = write(tmp_path, 10), os.replace
+
+    def fails_for_the_new(source: Path, target: Path) -> None:
+        if source.name.endswith(".part"):
+            raise FULL
+        replace(source, target)
+
+    monkeypatch.setattr("mmalign.training.checkpoint.os.replace", fails_for_the_new)
+    with pytest.raises(atomic_io.CheckpointError):
+        write(tmp_path, 10, value=9.0)
+    assert torch.equal(checkpoint.read(path, MINE).weights["layer.weight"], torch.ones(3, 2))
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathlib.Path.mkdir", raiser(FULL))
+    with pytest.raises(atomic_io.CheckpointError, match="there is no earlier checkpoint"):
+        write(tmp_path / "not" / "there" / "yet", 10)
+
+
+def test_a_process_killed_while_writing_leaves_the_old_one_as_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill leaves: `KeyboardInterrupt`, unlike an error, cleans nothing up here either."""
+    old = write(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", raiser(KeyboardInterrupt()))  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 20)
+    assert leftovers(tmp_path) == [".checkpoint-00000020.part"]
+    assert checkpoint.latest(tmp_path) == old and steps(tmp_path) == [10]
+    checkpoint.read(old, MINE)
+    write(tmp_path, 30)
+    assert leftovers(tmp_path) == [] and steps(tmp_path) == [10, 30]
+
+
+def test_a_stranger_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    with pytest.raises(ValueError) as raised:
+        checkpoint.read(path, {"model": "bbbb", "method": "diffusion_dpo"})
+    assert str(raised.value) == (
+        f"{path}: belongs to another run (model aaaa; this one has model bbbb); use another output folder, or delete it"
+    )
+    with pytest.raises(ValueError, match=r"\(data None; this one has data x\)"):
+        checkpoint.read(path, {**MINE, "data": "x"})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.97])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "checkpoint.json"])
+def test_a_truncated_file_is_a_sentence(name: str, share: float, tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError) as raised:
+        checkpoint.read(path, MINE)
+    said = str(raised.value)
+    assert said.startswith(f"{path}: is damaged and cannot be read (") and "\n" not in said
+    assert said.endswith("delete it to go on from the one before") and len(said) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "checkpoint.json"])
+def test_a_missing_file_is_a_sentence(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    (path / name).unlink()
+    with pytest.raises(ValueError, match=r"is damaged and cannot be read \(FileNotFoundError"):
+        checkpoint.read(path, MINE)
+    assert (checkpoint.latest(tmp_path) is None) is (name == "checkpoint.json")  # which is written last
+
+
+@pytest.mark.parametrize("content", [[], 3, {}, {"step": None, "identity": {}}, {"step": 1, "identity": 3}])
+def test_a_description_with_other_content_is_a_sentence(content: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    (path / "checkpoint.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is damaged and cannot be read"):
+        checkpoint.read(path, MINE)
+
+
+def test_a_damaged_old_one_does_not_stop_the_next(tmp_path: Path) -> None:
+    (write(tmp_path, 10, score=0.1) / "checkpoint.json").write_text("")
+    write(tmp_path, 20, score=0.3)
+    write(tmp_path, 30, score=0.4)
+    assert steps(tmp_path) == [20, 30]
+    assert checkpoint.best(tmp_path) == tmp_path / "checkpoint-00000020"
+
+
+def test_state_of_foreign_types_is_never_executed(tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    torch.save({"progress": Path("/")}, path / "state.pt")
+    with pytest.raises(ValueError, match="is damaged and cannot be read"):
+        checkpoint.read(path, MINE)

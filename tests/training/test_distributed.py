@@ -1,0 +1,371 @@
+"""Two processes train as one does with the same global batch: the same weights, the same numbers, the same folder."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmalign.commands.cache import cache
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
+from tests.helpers import data_files, recipes
+
+Content = dict[str, Any]
+STEPS = 3
+UNSURE = 0.01  # a threshold at which the tiny judge is sure of some comparisons, and of others not
+
+# Float32: a sum over four pairs rounds otherwise than two sums over two. Gradients differ by about 4e-6 of their norm
+# for that, and so does AdamW's mean of them, which is linear in them; another batch moves it by more than a half.
+GRADIENTS = 5e-5
+# AdamW divides a gradient by its own size: where that is nothing but rounding, the update is the learning rate in any
+# direction. That came to at most 6e-4 of the way that the weights have gone; another batch makes it more than 0.1.
+WEIGHTS = 5e-3
+METRICS = {"rel": 1e-3, "abs": 1e-4}  # a logit is beta = 100 times a difference of errors, each rounded by 1e-7
+
+
+# --------------------------------------------------------------------------------------------------- what is launched
+
+
+def work(jobs: Path) -> None:
+    """What each of two processes does: the trainings of a file, one after the other, with a record of each.
+
+    Some of the file are no trainings, but only fill the caches of one.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    rank, touched, exchanges = int(os.environ["RANK"]), list[str](), list[int]()
+    sys.addaudithook(lambda event, arguments: touched.extend(_written(event, arguments)))
+    prepare = Accelerator.prepare
+
+    def watched(accelerator: Accelerator, model: Any, optimizer: Any) -> Any:
+        model, optimizer = prepare(accelerator, model, optimizer)
+        model.register_comm_hook(exchanges, _counted)
+        return model, optimizer
+
+    Accelerator.prepare = watched
+    for name, does, content in json.loads(jobs.read_text()):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.distributed.init_process_group(  # by a file, where a port might be taken
+            "gloo", init_method=f"file://{jobs}.{name}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+        )
+        touched.clear()
+        exchanges.clear()
+        said: list[str] = []
+        if does == "cache":
+            cache(load_recipe(content), say=said.append)
+            history = []
+        else:
+            history = train(load_recipe(content), say=said.append).history
+        record = {"history": history, "said": said, "touched": touched, "exchanges": len(exchanges)}
+        jobs.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
+
+
+def _written(event: str, arguments: Sequence[Any]) -> list[str]:
+    """The paths that a call writes to, by the name of Python's audit event."""
+    if event == "open":
+        path, _, flags = arguments
+        return [str(path)] if isinstance(path, str | Path) and flags & (os.O_WRONLY | os.O_RDWR) else []
+    return [str(arguments[0])] if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") else []
+
+
+def _counted(exchanges: list[int], bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    if bucket.is_last():
+        exchanges.append(1)
+    return allreduce_hook(None, bucket)  # what happens without a hook: the mean over the processes
+
+
+def launch(jobs: Path) -> None:
+    """Run `work` in two processes on this machine's CPU."""
+    logs = [jobs.with_suffix(f".{rank}.log") for rank in range(2)]
+    shared = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        with log.open("w") as file:
+            command = [sys.executable, __file__, str(jobs)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+class Runs:
+    """Trainings by name: in one process under `one/`, in two under `two/`."""
+
+    def __init__(self, folder: Path, model: Path, judge: Path, decoder: Path) -> None:
+        self.folder, self.model, self.judge, self.decoder = folder, model, judge, decoder
+        often = {"steps": STEPS, "save_every": 1, "keep": 9}
+        full = {"train": {**often, "clip": None, "ema": 0.9, "trackers": ["tensorboard"]}}
+        lora = {"model": {"tune": "lora"}, "data": {"hold_out": 0.2}, "train": {**often, "lr": 0.03}}
+        inpo = {"name": "inpo", "beta": 100.0, "steps": 3}
+        uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}
+        self.recipes: dict[str, tuple[str, Content]] = {
+            "full": ("eight", full),
+            "lora": ("ten", lora),
+            "uneven": ("bad", {"method": {"name": "mapo"}, "train": often}),
+            "few": ("few", {"method": {"name": "sft"}, "train": often}),
+            "inverted": ("eight", {"method": inpo, "train": often}),
+            "kept": ("eight", {"method": {**inpo, "inverter": "reference", "cache_draws": 1}, "train": often}),
+            "pictures": ("eight", uncached),
+            "responses": ("rows", uncached),
+        }
+
+    def make(self) -> None:
+        """Every training that the tests look at; two processes are started once, since that is what takes the time."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        data_files.pick_a_pic(self.folder / "eight.parquet")  # four pairs an update: the third is of another epoch
+        data_files.pick_a_pic(self.folder / "ten.parquet", number=10)
+        data_files.pick_a_pic(self.folder / "bad.parquet", bad={0: b"", 3: b"", 5: b"no image"})
+        data_files.pick_a_pic(self.folder / "few.parquet", number=3)
+        data_files.response_pairs(self.folder / "rows")
+        for name in self.recipes:
+            self.alone(name, batch_size=4)
+        for where, batch_size in (("double", 8), ("half", 2)):
+            self.alone("full", where, batch_size=batch_size)
+        shutil.copytree(self.folder / "one" / "full", self.folder / "two" / "grown")
+        for step in (2, 3):  # as if killed after the first update
+            shutil.rmtree(self.folder / "two" / "grown" / f"checkpoint-{step:08d}")
+        small = {"batch_size": 1, "accumulate": 2, "gradient_checkpointing": True}
+        jobs = [
+            ("full", self.content("two", "full", batch_size=2)),
+            ("again", self.content("two", "full", batch_size=2)),
+            ("stopped", self.content("two", "full", "stopped", batch_size=2, steps=1)),
+            ("resumed", self.content("two", "full", "stopped", batch_size=2)),
+            ("grown", self.content("two", "full", "grown", batch_size=2)),
+            ("lora", self.content("two", "lora", **small)),
+            ("uneven", self.content("two", "uneven", batch_size=2)),
+            *((name, self.content("two", name, batch_size=2)) for name in ("few", "inverted", "kept", "responses")),
+        ]
+        for name in ("pictures", "responses"):
+            given = self.content("two", name, f"{name} cached", batch_size=2)
+            given["data"]["cache"] = "auto"
+            jobs += [(f"{name} filled", given), (f"{name} cached", given)]
+        judge = {"name": "step_aware", "path": str(self.judge)}
+        drawing = {"name": "spo", "judge": judge, "steps": 6, "start": 2, "threshold": UNSURE}
+        jobs.append(("spo", self.content("two", "few", "spo", batch_size=1) | {"method": drawing}))
+        done = [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
+        (self.folder / "jobs.json").write_text(json.dumps(done))
+        launch(self.folder / "jobs.json")
+
+    def content(self, where: str, name: str, output: str = "", **options: Any) -> Content:
+        pairs, sections = self.recipes[name]
+        filled = {**sections, "train": {**sections["train"], **options}}
+        if pairs == "rows":
+            rows = self.folder / pairs / "trl.jsonl"
+            return recipes.vlm(self.decoder, rows, self.folder / where / (output or name), **filled)
+        return recipes.diffusion(
+            self.model, self.folder / f"{pairs}.parquet", self.folder / where / (output or name), **filled
+        )
+
+    def alone(self, name: str, where: str = "one", **options: Any) -> None:
+        """A training in this process."""
+        said: list[str] = []
+        trained = train(load_recipe(self.content(where, name, **options)), say=said.append)
+        record = {"history": trained.history, "said": said}
+        (self.folder / f"{name}-{where}.json").write_text(json.dumps(record))
+
+    def record(self, name: str, who: str | int) -> dict[str, Any]:
+        """What was written down of a training: by one of two processes (0 or 1), or by the only one ("one")."""
+        return json.loads((self.folder / f"{name}-{who}.json").read_text())  # type: ignore[no-any-return]
+
+    def weights(self, run: str, step: int = STEPS) -> dict[str, Tensor]:
+        return load_file(self.folder / run / f"checkpoint-{step:08d}" / "model.safetensors")
+
+    def distance(self, run: str, other: str) -> tuple[float, float]:
+        """How far apart two runs end: their weights, over the way gone since the first update, and their gradients."""
+        start, a, b = (flat(self.weights(*where)) for where in ((run, 1), (run,), (other,)))
+        ours, theirs = self.mean_gradient(run), self.mean_gradient(other)
+        return relative(a - b, a - start), relative(ours - theirs, ours)
+
+    def mean_gradient(self, run: str) -> Tensor:
+        state = torch.load(self.folder / run / f"checkpoint-{STEPS:08d}" / "state.pt", weights_only=True)
+        return flat({str(name): moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()})
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def relative(difference: Tensor, scale: Tensor) -> float:
+    return float(difference.norm() / scale.norm())
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_sd15: Path,
+    tiny_step_judge: Path,
+    vlm_folders: Callable[[str], Path],
+) -> Runs:
+    """Made once, also where several test workers share this file."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    runs = Runs(shared / "distributed", tiny_sd15, tiny_step_judge, vlm_folders("llava"))
+    done = shared / "distributed.done"
+    with FileLock(shared / "distributed.lock"):
+        if not done.exists():
+            runs.make()
+            done.touch()
+    return runs
+
+
+# ----------------------------------------------------------------------------------------------------------- the tests
+
+NAMES = ["full", "lora", "uneven", "few", "inverted", "kept", "responses"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_one_process(name: str, runs: Runs) -> None:
+    """All weights with an average, adapters with accumulated gradients, unequal shares of a batch, padding, inversions
+    of which one process's take longer, those that both have worked out before, and responses that share their prompts.
+    """
+    weights, gradients = runs.distance(f"one/{name}", f"two/{name}")
+    assert weights < WEIGHTS and gradients < GRADIENTS
+
+
+@pytest.mark.parametrize("batch", ["double", "half"])
+def test_another_global_batch_would_be_noticed(batch: str, runs: Runs) -> None:
+    """With "half" of it each process would learn as if it had never heard of the other."""
+    weights, gradients = runs.distance("one/full", f"{batch}/full")
+    assert weights > 20 * WEIGHTS and gradients > 1000 * GRADIENTS
+    one, other = runs.record("full", "one")["history"], runs.record("full", batch)["history"]
+    assert one[0]["gradient norm"] != pytest.approx(other[0]["gradient norm"], **METRICS)
+    assert one[0]["chosen error"] != pytest.approx(other[0]["chosen error"], **METRICS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_and_sentences_are_those_of_one_process(name: str, runs: Runs) -> None:
+    """The means of the whole batch on both processes; one of them speaks, and counts the bad images of both."""
+    alone, first, second = (runs.record(name, who) for who in ("one", 0, 1))
+    said, history = alone["said"], alone["history"]
+    assert first["history"] == second["history"] and len(history) == STEPS
+    for ours, theirs in zip(history, first["history"], strict=True):
+        assert ours == pytest.approx(theirs, **METRICS)
+    assert second["said"] == []
+    counts, numbers = re.compile(r"^\d+ images"), re.compile(r"[-+]?\d+(\.\d+)?(e-\d+)?")
+    assert [counts.findall(line) for line in first["said"]] == [counts.findall(line) for line in said]
+    # The order of the bad images is that in which they were met, and a verdict's last digit may be rounded.
+    assert [sorted(numbers.sub("", line)) for line in first["said"]] == [sorted(numbers.sub("", line)) for line in said]
+
+
+def test_held_out_pairs_give_the_score_of_one_process(runs: Runs) -> None:
+    scores = [
+        json.loads((runs.folder / where / "lora" / f"checkpoint-{step:08d}" / "checkpoint.json").read_text())["score"]
+        for where in ("one", "two")
+        for step in range(1, STEPS + 1)
+    ]
+    assert all(scores) and scores[:STEPS] == pytest.approx(scores[STEPS:], **METRICS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_exchanged_once_an_update(name: str, runs: Runs) -> None:
+    """Also where an update adds up several batches: what is sent in between is sent for nothing."""
+    assert [runs.record(name, rank)["exchanges"] for rank in (0, 1)] == [STEPS, STEPS]
+
+
+def test_one_process_writes_and_the_folder_is_that_of_one(runs: Runs) -> None:
+    """Both fill the caches, each with its share; all else is the first one's."""
+    output = runs.folder / "two" / "full"
+    places = [set[str](), set[str]()]
+    for rank, found in enumerate(places):
+        for path in map(Path, runs.record("full", rank)["touched"]):
+            if output in path.parents and not path.name.startswith("tmp"):  # whether the folder may be written to
+                found.add(path.relative_to(output).parts[0])
+    assert {"cache", ".recipe.yaml.part", ".checkpoint-00000003.part", ".model.part", "logs"} <= places[0]
+    assert places[1] == {"cache"}
+    assert listed(output) == listed(runs.folder / "one" / "full")
+
+
+def listed(output: Path) -> list[str]:
+    """The files of a run but for its caches; a tracker's names begin with the time and end with the process."""
+    files = (p.relative_to(output) for p in output.rglob("*") if p.is_file())
+    return sorted(re.sub(r"\d{9,}[^/]*", "*", file.as_posix()) for file in files if file.parts[0] != "cache")
+
+
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
+    one, two = (
+        [set(load_file(shard)) for shard in (runs.folder / where / "full" / "cache" / kind).rglob("*.safetensors")]
+        for where in ("one", "two")
+    )
+    assert len(one) == 1 and len(two) == 2
+    assert two[0] | two[1] == one[0] and not two[0] & two[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("pictures", {"latents", "text"}), ("responses", {"features", "reference"})]
+)
+def test_caches_that_both_filled_before_give_the_weights_of_one_process_without(
+    name: str, kinds: set[str], runs: Runs
+) -> None:
+    """Both write a share of each cache, and nothing more of it in the training."""
+    filled = max((runs.folder / f"{name} filled-{rank}.json").stat().st_mtime for rank in (0, 1))
+    caches = runs.folder / "two" / f"{name} cached" / "cache"
+    shards = {path.name: list(path.rglob("*.safetensors")) for path in caches.iterdir()}
+    assert {kind: len(files) for kind, files in shards.items()} == dict.fromkeys(kinds, 2)
+    assert all(file.stat().st_mtime <= filled for files in shards.values() for file in files)
+    weights, gradients = runs.distance(f"one/{name}", f"two/{name} cached")
+    assert weights < WEIGHTS and gradients < GRADIENTS
+    assert not (runs.folder / "one" / name / "cache").exists()
+
+
+def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_together(runs: Runs) -> None:
+    """Each has as many contrasts, some without a pair: nobody waits for ever, and both know the same numbers."""
+    first, second = (runs.record("spo", rank) for rank in (0, 1))
+    assert len(first["history"]) == STEPS and first["history"] == second["history"]
+    assert 0 < min(h["sure"] for h in first["history"]) < 1
+
+
+def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
+    said = runs.record("again", 0)["said"]
+    assert said[1] == "going on from checkpoint-00000003" and "all updates were done already" in said[2]
+    assert runs.record("again", 1)["said"] == []
+
+
+def test_going_on_in_two_processes_equals_never_stopping(runs: Runs) -> None:
+    """Bit for bit, in the exported average too."""
+    assert runs.record("resumed", 0)["said"][1] == "going on from checkpoint-00000001"
+    model = "model/unet/diffusion_pytorch_model.safetensors"
+    for file in (f"checkpoint-{STEPS:08d}/model.safetensors", model):
+        whole, stopped = (load_file(runs.folder / "two" / name / file) for name in ("full", "stopped"))
+        assert whole.keys() == stopped.keys() and all(torch.equal(whole[n], stopped[n]) for n in whole)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher on CPUs without ACCELERATE_USE_CPU: each would train alone, and all would write to one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="ACCELERATE_USE_CPU"):
+        runs.alone("few", "unaware", batch_size=2)
+    assert not list((runs.folder / "unaware" / "few").glob("checkpoint-*"))
+
+
+def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
+    assert runs.record("grown", 0)["said"][1] == "going on from checkpoint-00000001"
+    weights, gradients = runs.distance("one/full", "two/grown")
+    assert weights < WEIGHTS and gradients < GRADIENTS
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
