@@ -24,7 +24,7 @@ LAYERS = (
     {"data"},
     {"synthesis"},
     {"methods"},
-    {"training", "evaluation", "gallery"},
+    {"training", "evaluation", "pages"},
     {"modalities"},
     {"benchmark", "commands"},
     {"cli"},
@@ -150,6 +150,11 @@ def loaded_by(statement: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
+
+
+def test_no_module_shadows_a_public_function() -> None:
+    """A submodule becomes an attribute of the package once it is imported, and would replace a function of its name."""
+    assert [name for name in mmalign.__all__ if name in {room(path) for path in FILES}] == []
 
 
 def test_losses_need_torch_alone() -> None:

@@ -26,10 +26,10 @@ from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import EvaluateImages, EvaluateResponses, Recipe
 from mmalign.evaluation.metrics import Metrics, summarize_runs
-from mmalign.gallery.comparison import RatedImage, TableRow, as_markdown, draw_curve, draw_side_by_side, short_names
-from mmalign.gallery.grid import encode_grid
 from mmalign.modalities.text_to_image.evaluate import measure_samples
 from mmalign.modalities.vision_language.evaluate import measure_written
+from mmalign.pages.comparison import RatedImage, TableRow, as_markdown, draw_curve, draw_side_by_side, short_names
+from mmalign.pages.grid import encode_grid
 from mmalign.resources import locate
 from mmalign.training import checkpoint
 from mmalign.training.export import read_trained

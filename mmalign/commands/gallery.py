@@ -9,11 +9,11 @@ from typing import Any
 from mmalign.atomic_io import unwritten
 from mmalign.commands.evaluate import Say, _example, evaluate, is_evaluated
 from mmalign.config import Evaluate, EvaluateImages, EvaluateResponses, Recipe
-from mmalign.gallery import answers, pictures
-from mmalign.gallery.page import write_page
-from mmalign.gallery.ranking import spread
 from mmalign.modalities.text_to_image import evaluate as evaluate_images
 from mmalign.modalities.vision_language import evaluate as evaluate_responses
+from mmalign.pages import answers, pictures
+from mmalign.pages.page import write_page
+from mmalign.pages.ranking import spread
 
 
 def gallery(recipe: Recipe, say: Say = print) -> Path:

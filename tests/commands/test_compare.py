@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from mmalign import cli
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.compare import SHOWN, compare
-from mmalign.gallery.comparison import short_names
-from mmalign.gallery.grid import fit
+from mmalign.pages.comparison import short_names
+from mmalign.pages.grid import fit
 from mmalign.training import checkpoint
 from tests.helpers import data_files, recipes
 from tests.helpers.runs import quiet

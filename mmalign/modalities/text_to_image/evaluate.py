@@ -19,10 +19,10 @@ from mmalign.evaluation.benchmarks import diversity, preference, scenes
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
 from mmalign.families.types import Sampling
-from mmalign.gallery.page import GalleryEntry
-from mmalign.gallery.pictures import picture_entry
 from mmalign.modalities import loading
 from mmalign.modalities.prompts import prompts_of
+from mmalign.pages.page import GalleryEntry
+from mmalign.pages.pictures import picture_entry
 from mmalign.policy import Policy
 from mmalign.rewards import Judge
 

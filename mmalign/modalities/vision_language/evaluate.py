@@ -28,10 +28,10 @@ from mmalign.evaluation.generate_answers import Answers, generate_answers
 from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table, compare
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Decoding
-from mmalign.gallery.answers import RatedAnswer, answer_entry
-from mmalign.gallery.page import GalleryEntry
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
+from mmalign.pages.answers import RatedAnswer, answer_entry
+from mmalign.pages.page import GalleryEntry
 from mmalign.policy import Policy
 
 Say = Callable[[str], None]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.gallery.page import GalleryEntry, write_page
-from mmalign.gallery.pictures import LAYOUT, picture_entry
+from mmalign.pages.page import GalleryEntry, write_page
+from mmalign.pages.pictures import LAYOUT, picture_entry
 from mmalign.toy.scenes import draw, lay_out, parse
 from tests.helpers.page_reader import Page, visible
 

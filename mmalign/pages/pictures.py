@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from mmalign.gallery.grid import INK, MUTED, Cell, Piece, Text, Tile
-from mmalign.gallery.page import GalleryEntry, Layout
-from mmalign.gallery.ranking import Scores, change, format_score, kind
+from mmalign.pages.grid import INK, MUTED, Cell, Piece, Text, Tile
+from mmalign.pages.page import GalleryEntry, Layout
+from mmalign.pages.ranking import Scores, change, format_score, kind
 
 
 def picture_entry(

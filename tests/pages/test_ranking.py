@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmalign.gallery.ranking import Scores, change, choose, kind, ranked, spread
+from mmalign.pages.ranking import Scores, change, choose, kind, ranked, spread
 
 
 def scored(*changes: float) -> list[Scores]:

@@ -19,8 +19,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from mmalign.gallery.grid import INK, SMALL, Piece, Section, Text, Tile, draw_grid, encode_grid
-from mmalign.gallery.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
+from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, draw_grid, encode_grid
+from mmalign.pages.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
 
 
 @dataclass(frozen=True)

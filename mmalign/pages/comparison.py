@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmalign.evaluation.metrics import Metrics, RunStatistics
 from mmalign.evaluation.statistics import Interval
-from mmalign.gallery.grid import INK, Cell, Piece, Section, Text, Tile, draw_grid
+from mmalign.pages.grid import INK, Cell, Piece, Section, Text, Tile, draw_grid
 
 # Okabe and Ito's colours for colour-blind readers; the markers alone distinguish the recipes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")

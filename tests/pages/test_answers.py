@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.gallery.answers import LAYOUT, RatedAnswer, Span, answer_entry, spans
-from mmalign.gallery.grid import INK
-from mmalign.gallery.page import GalleryEntry, write_page
+from mmalign.pages.answers import LAYOUT, RatedAnswer, Span, answer_entry, spans
+from mmalign.pages.grid import INK
+from mmalign.pages.page import GalleryEntry, write_page
 from tests.helpers.page_reader import Page
 
 SUMMARY = [("", "before", "after"), ("CHAIR_s, %", "40.0 [30.1, 49.9]", "20.0 [12.1, 29.9]")]

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mmalign.gallery.grid import INK, MUTED, SMALL, TEXT, Cell, Piece, Text, Tile
-from mmalign.gallery.page import GalleryEntry, Layout
-from mmalign.gallery.ranking import change, format_score, kind
+from mmalign.pages.grid import INK, MUTED, SMALL, TEXT, Cell, Piece, Text, Tile
+from mmalign.pages.page import GalleryEntry, Layout
+from mmalign.pages.ranking import change, format_score, kind
 
 
 @dataclass(frozen=True)
