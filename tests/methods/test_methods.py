@@ -37,15 +37,42 @@ family = diffusion_families(*ALL)
 # ------------------------------------------------------------------------------------------------------- diffusion_dpo
 
 
+def check_start(policy: Policy, name: str, config: dict[str, Any], expected: float) -> None:
+    """Check the loss and the gradient of a policy that equals its reference."""
+    method = methods.find(name)
+    step = run(method, policy, pairs(policy.family), method.Config(**config))
+    torch.testing.assert_close(step.losses.detach(), torch.full((4,), expected), rtol=1e-6, atol=0.0)
+    gains = [values for metric, values in step.metrics.items() if metric.endswith("gain")]
+    assert len(gains) == 2 and all((values == 0).all() for values in gains)
+    for metric in {"accuracy", "gradient factor"} & step.metrics.keys():
+        assert torch.equal(step.metrics[metric], torch.full((4,), 0.5))
+    assert gradient(policy, step).norm() > (1e-3 if config.get("loss") != "ipo" else 0)
+
+
+@pytest.mark.parametrize(("name", "terms"), [("diffusion_dpo", 1), ("inpo", 1), ("cca", 2), ("instruct_engine", 1)])
+def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: TextToImage, name: str, terms: int) -> None:
+    check_start(full(family), name, {}, terms * math.log(2))
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
-def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: TextToImage, tune: str) -> None:
-    policy = POLICIES[tune](family)
-    step = run(diffusion_dpo, policy, pairs(family), diffusion_dpo.Config())
-    assert torch.equal(step.losses.detach(), torch.full((4,), math.log(2)))
-    assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
-    assert torch.equal(step.metrics["gradient factor"], torch.full((4,), 0.5))
-    assert (step.metrics["chosen gain"] == 0).all() and (step.metrics["rejected gain"] == 0).all()
-    assert gradient(policy, step).norm() > 1e-3
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("diffusion_dpo", {"loss": "ipo", "beta": 0.1}, 25.0),
+        ("diffusion_dpo", {"loss": "hinge"}, 1.0),
+        ("diffusion_dpo", {"loss": "robust", "flip_rate": 0.2}, math.log(2)),
+        ("diffusion_dpo", {"label_smoothing": 0.2}, math.log(2)),
+        ("inpo", {"inverter": "reference"}, math.log(2)),
+        ("inpo", {"inverter": "reference", "cache_draws": 1}, math.log(2)),
+        ("instruct_engine", {"loss": "hinge"}, 1.0),
+        ("instruct_engine", {"loss": "ipo", "beta": 0.1}, 25.0),
+    ],
+)
+def test_every_pair_loss_is_reached_with_its_hyper_parameters(
+    sd: TextToImage, tune: str, name: str, config: dict[str, Any], expected: float
+) -> None:
+    """At equality: ipo's is (1 / (2 beta))^2, hinge's 1, the others' ln 2."""
+    check_start(POLICIES[tune](sd), name, config, expected)
 
 
 def by_definition(family: Any, x_0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,29 +141,24 @@ def test_swapping_the_sides_negates_the_logit(family: TextToImage) -> None:
     torch.testing.assert_close(one["chosen error"], other["rejected error"])
 
 
-def test_a_step_against_the_gradient_prefers_the_chosen_side(family: TextToImage) -> None:
-    policy, batch, cfg = full(family), pairs(family), diffusion_dpo.Config(beta=1000.0)
-    step = run(diffusion_dpo, policy, batch, cfg)
-    before = step.losses.mean().item()
-    gradient(policy, step)
-    torch.optim.SGD(policy.trainable(), lr=1e-5).step()
-    after = run(diffusion_dpo, policy, batch, cfg)
-    assert after.losses.mean().item() < before and after.metrics["logit"].mean() > 0
-
-
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("name", "config"),
     [
-        ({"loss": "ipo", "beta": 0.1}, 25.0),
-        ({"loss": "hinge"}, 1.0),
-        ({"loss": "robust", "flip_rate": 0.2}, math.log(2)),
-        ({"loss": "dpo", "label_smoothing": 0.2}, math.log(2)),
+        ("diffusion_dpo", {"beta": 1000.0}),
+        ("inpo", {"beta": 1000.0, "inverter": "reference"}),
+        ("cca", {"caption_dropout": 0.0}),
+        ("instruct_engine", {"beta": 1000.0}),
     ],
 )
-def test_every_pair_loss_is_reached_with_its_hyper_parameters(sd: TextToImage, config: Any, expected: float) -> None:
-    """At equality: ipo's is (1 / (2 beta))^2, hinge's 1, the others' ln 2."""
-    step = run(diffusion_dpo, full(sd), pairs(sd), diffusion_dpo.Config(**config))
-    torch.testing.assert_close(step.losses.detach(), torch.full((4,), expected))
+def test_a_step_against_the_gradient_prefers_the_better_side(
+    family: TextToImage, name: str, config: dict[str, Any]
+) -> None:
+    method, policy, batch = methods.find(name), full(family), pairs(family)
+    before = run(method, policy, batch, method.Config(**config))
+    norm = gradient(policy, before).norm()
+    torch.optim.SGD(policy.trainable(), lr=1e-4 / float(norm)).step()
+    after = run(method, policy, batch, method.Config(**config))
+    assert after.losses.mean() < before.losses.mean() and after.metrics["logit"].mean() > 0
 
 
 def test_smoothing_changes_the_loss_as_its_formula_says(sd: TextToImage) -> None:

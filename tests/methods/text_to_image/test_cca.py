@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from mmalign.methods.text_to_image import _denoising, cca, diffusion_dpo
 from mmalign.policy import FrozenCopy, Policy
 from tests.helpers.image_batches import ROWS, pairs
 from tests.helpers.loading import diffusion_families
-from tests.helpers.policies import DRAWS, full, gradient, run
+from tests.helpers.policies import DRAWS, full, run
 
 family = diffusion_families("tiny_sd2", "tiny_sdxl")
 
@@ -67,15 +66,6 @@ def test_the_loss_is_worked_out_from_its_definition(family: TextToImage) -> None
     torch.testing.assert_close(step.metrics["logit"], 300 * (own - other), rtol=1e-3, atol=1e-3)
 
 
-def test_a_policy_that_equals_its_reference_has_2_ln_2_and_a_gradient(family: TextToImage) -> None:
-    policy = full(family)
-    step = run(cca, policy, pairs(family), cca.Config())
-    torch.testing.assert_close(step.losses.detach(), torch.full((4,), 2 * math.log(2)))
-    assert torch.equal(step.metrics["accuracy"], torch.full((4,), 0.5))
-    assert (step.metrics["matched gain"] == 0).all() and (step.metrics["mismatched gain"] == 0).all()
-    assert gradient(policy, step).norm() > 1e-3
-
-
 def test_exchanging_the_prompts_of_two_pairs_negates_the_logit(family: TextToImage) -> None:
     policy, batch = full(family, moved=0.02), pairs(family, ROWS[:2])
     cfg = cca.Config(caption_dropout=0.0)
@@ -84,14 +74,6 @@ def test_exchanging_the_prompts_of_two_pairs_negates_the_logit(family: TextToIma
     assert one["logit"].abs().min() > 1e-2
     torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(one["matched gain"], other["mismatched gain"], rtol=1e-3, atol=1e-6)
-
-
-def test_a_step_against_the_gradient_tells_the_prompts_apart(family: TextToImage) -> None:
-    policy, batch, cfg = full(family), pairs(family), cca.Config(caption_dropout=0.0)
-    gradient(policy, run(cca, policy, batch, cfg))
-    torch.optim.SGD(policy.trainable(), lr=1e-5).step()
-    after = run(cca, policy, batch, cfg)
-    assert after.losses.mean() < 2 * math.log(2) and after.metrics["logit"].mean() > 0
 
 
 def test_both_halves_are_the_chosen_images_of_diffusion_dpo_under_its_noise(family: TextToImage) -> None:
