@@ -61,12 +61,6 @@ def test_delta_is_what_the_chosen_response_must_gain() -> None:
     assert torch.equal(more.metrics["image loss"], plain.metrics["image loss"])
 
 
-def test_each_of_the_three_terms_is_ln_2_at_equality(vlm: VisionLanguage) -> None:
-    step = run(mdpo, adapted(vlm), batch(vlm), mdpo.Config())
-    for term in TERMS:
-        torch.testing.assert_close(step.metrics[f"{term} loss"], torch.full((3,), math.log(2)))
-
-
 def test_text_and_image_terms_are_dpo_s_and_the_crop_s(llava: VisionLanguage) -> None:
     """The text term is DPO's; the image term is worked out from the scores under the crop."""
     policy, given = adapted(llava, moved=0.1), batch(llava)
@@ -115,8 +109,6 @@ def test_the_anchor_alone_moves_the_chosen_response_up(llava: VisionLanguage) ->
     assert (high - low + factor * own).norm() < 1e-3 * (factor * own).norm()
 
 
-def test_the_paper_s_defaults_and_a_crop_in_the_wrong_order() -> None:
-    cfg = mdpo.Config()
-    assert (cfg.beta, cfg.delta, cfg.keep, cfg.nll) == (0.1, 0.0, [0.01, 0.2], 0.0)
+def test_a_crop_in_the_wrong_order() -> None:
     with pytest.raises(ValueError, match="expected the least share first"):
         mdpo.Config(keep=[0.5, 0.2])

@@ -177,9 +177,6 @@ def test_more_noise_changes_more_tokens_than_none(llava: VisionLanguage) -> None
     assert torch.equal(clean.noisy, llava.argmax(policy.unwrapped, given.tokens[:3], given.features))
 
 
-def test_the_release_s_defaults() -> None:
-    cfg = povid.Config()
-    assert (cfg.beta, cfg.gamma, cfg.noise_step, cfg.overflow) == (0.1, 0.5, 500, "clamp")
-    assert (cfg.tokens, cfg.combine, cfg.nll) == ("reference", "average", 0.0)
+def test_a_noise_step_past_the_last_is_refused() -> None:
     with pytest.raises(ValueError, match="less than 1000"):
         povid.Config(noise_step=1000)

@@ -12,13 +12,26 @@ import torch
 from mmalign import methods
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
-from mmalign.methods.vision_language import dpo, mdpo, povid, realign, rlhfv
+from mmalign.methods.vision_language import dpo, mdpo, povid, realign, response_sft, rlhfv
 from tests.helpers.policies import DRAWS, adapted, gradient, run
-from tests.helpers.response_batches import PAIRS, batch
+from tests.helpers.response_batches import PAIRS, batch, swapped
 
-# The sum of the weights of a method's pair losses: its loss is that many ln 2 where policy and reference are equal.
-TERMS = {"dpo": 1, "mdpo": 3, "povid": 1, "realign": 2, "rlhfv": 1}
-EVERY = pytest.mark.parametrize("method", [dpo, mdpo, povid, realign, rlhfv], ids=lambda m: m.__name__.split(".")[-1])
+# The terms of a method's loss: each is ln 2 where policy and reference are equal.
+TERMS = {
+    "dpo": [""],
+    "mdpo": ["text ", "image ", "anchor "],
+    "povid": [""],
+    "realign": ["text ", "image "],
+    "rlhfv": [""],
+}
+DEFAULTS: dict[Any, dict[str, Any]] = {
+    dpo: {"beta": 0.1, "loss": "dpo", "nll": 0.0},
+    mdpo: {"beta": 0.1, "delta": 0.0, "keep": [0.01, 0.2], "nll": 0.0},
+    povid: {"beta": 0.1, "gamma": 0.5, "noise_step": 500, "overflow": "clamp", "tokens": "reference"}
+    | {"combine": "average", "nll": 0.0},
+    realign: {"beta": 0.1, "image_weight": 1.0, "nll": 0.0},
+    rlhfv: {"beta": 0.5, "gamma": 5.0, "min_block": 3, "nll": 0.0},
+}
 
 
 def name_of(method: Any) -> str:
@@ -26,11 +39,24 @@ def name_of(method: Any) -> str:
     return name
 
 
+EVERY = pytest.mark.parametrize("method", DEFAULTS, ids=name_of)
+EVERY_AND_SFT = pytest.mark.parametrize("method", [*DEFAULTS, response_sft], ids=name_of)
+
+
+@EVERY
+def test_the_defaults_are_the_paper_s_or_the_release_s(method: Any) -> None:
+    cfg = method.Config()
+    assert {name: getattr(cfg, name) for name in DEFAULTS[method]} == DEFAULTS[method]
+
+
 @EVERY
 def test_a_policy_that_equals_its_reference_has_ln_2_a_term_and_a_gradient(vlm: VisionLanguage, method: Any) -> None:
     policy = adapted(vlm)
     step = run(method, policy, batch(vlm), method.Config())
-    torch.testing.assert_close(step.losses.detach(), torch.full((3,), TERMS[name_of(method)] * math.log(2)))
+    terms = TERMS[name_of(method)]
+    torch.testing.assert_close(step.losses.detach(), torch.full((3,), len(terms) * math.log(2)))
+    for term in terms:
+        torch.testing.assert_close(step.metrics[f"{term}loss"], torch.full((3,), math.log(2)))
     gains = [name for name in step.metrics if name.endswith("gain")]
     assert gains and all((step.metrics[name] == 0).all() for name in gains)
     assert (step.metrics["accuracy"] == 0.5).all()
@@ -80,7 +106,16 @@ def test_nll_adds_the_chosen_response_s_mean_and_nothing_else(llava: VisionLangu
     assert own.norm() > 1e-3 and (of_both - of_pair - own).norm() < 1e-3 * own.norm()
 
 
-@EVERY
+@pytest.mark.parametrize("method", [dpo, realign], ids=name_of)
+def test_swapping_the_sides_negates_the_logit(llava: VisionLanguage, method: Any) -> None:
+    policy, given = adapted(llava, moved=0.1), batch(llava)
+    one, other = (run(method, policy, some, method.Config()).metrics for some in (given, swapped(given)))
+    assert one["logit"].abs().min() > 1e-3
+    torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one["chosen gain"], other["rejected gain"], rtol=1e-4, atol=1e-5)
+
+
+@EVERY_AND_SFT
 def test_a_step_against_the_gradient_lowers_the_loss(llava: VisionLanguage, method: Any) -> None:
     policy, given, cfg = adapted(llava, moved=0.05), batch(llava), method.Config()
     before = run(method, policy, given, cfg)
@@ -89,7 +124,7 @@ def test_a_step_against_the_gradient_lowers_the_loss(llava: VisionLanguage, meth
     assert run(method, policy, given, cfg).losses.mean() < before.losses.mean()
 
 
-@EVERY
+@EVERY_AND_SFT
 def test_a_pair_of_weight_zero_gives_no_gradient(llava: VisionLanguage, method: Any) -> None:
     policy, cfg = adapted(llava, moved=0.1), method.Config()
     padded = replace(batch(llava), weights=torch.tensor([1.0, 0.0, 0.0]))
