@@ -18,7 +18,7 @@ from mmalign.resources import roots
 from mmalign.rewards import load_judge
 from mmalign.training import checkpoint
 from tests.helpers import data_files, recipes
-from tests.helpers.runs import assert_same, quiet, train_weights
+from tests.helpers.runs import assert_resumes, assert_same, quiet, train_weights
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
 # The tiny model of a vision-language recipe, by what the recipe's name ends in.
@@ -42,6 +42,10 @@ def pairs(tmp_path: Path) -> Path:
     return data_files.pick_a_pic(tmp_path / "pairs.parquet", rejected={})
 
 
+def saved(output: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
@@ -62,18 +66,8 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
         method={"name": method, **(of_steps if method == "spo" else {})},
         train={"steps": steps, "save_every": 1, **options},
     )
-    whole = train_weights(content)
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole", stopped)
-    saved = sorted(stopped.glob("checkpoint-*"))
-    assert [path.name[-1] for path in saved] == (["2", "4"] if method == "spo" else ["1", "2", "3"])
-    for late in saved[1:]:  # as if killed after the first
-        shutil.rmtree(late)
-    assert_same(whole, train_weights({**content, "output": str(stopped)}))
-    export = (
-        "model/unet/diffusion_pytorch_model.safetensors" if tune == "full" else "model/pytorch_lora_weights.safetensors"
-    )
-    assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
+    assert_resumes(content)
+    assert saved(tmp_path / "whole") == ([2, 4] if method == "spo" else [1, 2, 3])
 
 
 def step_preference(denoiser: Path, judge: Path, pairs: Path, output: Path, **train: Any) -> dict[str, Any]:
@@ -88,16 +82,12 @@ def test_a_judge_is_trained_by_the_same_loop_and_judges(
 ) -> None:
     """It goes on bit for bit, can be trained further, and what a run leaves is the judge of another recipe."""
     content = step_preference(request.getfixturevalue(model), tiny_clip, pairs, tmp_path / "a", steps=2, save_every=1)
-    whole = train_weights(content)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "checkpoint-00000002")
-    assert_same(whole, train_weights({**content, "output": str(tmp_path / "b")}))
+    whole = assert_resumes(content)
     shutil.copytree(request.getfixturevalue(model), tmp_path / "another")
     elsewhere = {**content["model"], "denoiser": str(tmp_path / "another")}
     with pytest.raises(ValueError, match=r"belongs to another run \(denoiser "):
         train_weights({**content, "model": elsewhere})
-    left = load_file(tmp_path / "a" / "model" / "step_aware.safetensors")
-    assert left.keys() == whole.keys() and all(torch.equal(left[name], x) for name, x in whole.items())
+    assert_same(load_file(tmp_path / "a" / "model" / "step_aware.safetensors"), whole)
     further = {
         **content,
         "output": str(tmp_path / "c"),
@@ -142,10 +132,6 @@ def steps_of_spo(tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: 
     method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "judge": judge}
     options = {"save_every": 2, "keep": 1, "ema": 0.9}
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
-
-
-def saved(output: Path) -> list[int]:
-    return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
 
 
 def test_a_run_that_ends_inside_a_batch_is_done(steps_of_spo: dict[str, Any], tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A whole run on every flow-matching family: resuming, caching, and a trained model that is drawn with."""
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mmalign.families.types import Sampling
 from mmalign.modalities import loading
 from tests.helpers import data_files, flow_models, recipes
 from tests.helpers.loading import CPU, load_diffusion
-from tests.helpers.runs import assert_same, train_weights
+from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 
 @pytest.mark.parametrize("name", list(flow_models.BUILDERS))
@@ -30,10 +29,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     options = {"steps": 2, "batch_size": 2, "save_every": 1, "lr": 1e-2}
     model = {"tune": tune, "lora": {"rank": 2}}
     content = recipes.diffusion(base, pairs, tmp_path / "whole", method=method, model=model, train=options)
-    whole, stopped = train_weights(content), tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole", stopped)
-    shutil.rmtree(stopped / "checkpoint-00000002")  # as if killed after the first update
-    assert_same(whole, train_weights({**content, "output": str(stopped)}))
+    assert_resumes(content)
     family = load_diffusion(base)
     policy = loading.load_aligned(family, tmp_path / "whole" / "model")
     sampling = Sampling(steps=2, guidance=2.0, resolution=32)

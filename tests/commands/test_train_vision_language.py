@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from mmalign.policy import AdaptersOff, FrozenCopy
 from mmalign.training import checkpoint
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
 from tests.helpers.loading import load_vlm
-from tests.helpers.runs import assert_same, quiet, train_weights
+from tests.helpers.runs import assert_resumes, assert_same, quiet, train_weights
 
 
 @pytest.fixture
@@ -47,14 +46,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     content = recipes.vlm(
         vlm_folders("llava"), rows, tmp_path / "whole", model={"tune": tune}, method={"name": method}, train=options
     )
-    whole = train_weights(content)
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole", stopped)
-    for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
-        shutil.rmtree(stopped / late)
-    assert_same(whole, train_weights({**content, "output": str(stopped)}))
-    export = "model/model.safetensors" if tune == "full" else "model/adapter_model.safetensors"
-    assert_same(load_file(tmp_path / "whole" / export), load_file(stopped / export))
+    assert_resumes(content)
 
 
 @pytest.mark.parametrize("method", ["mdpo", "povid", "realign", "response_sft"])

@@ -1,7 +1,8 @@
-"""Short trainings on tiny models whose caches are looked at."""
+"""Short trainings on tiny models."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,31 @@ def trained(content: dict[str, Any], *overrides: str) -> tuple[Trained, dict[str
     """A training, and the weights of its last checkpoint."""
     made = load_recipe(content, overrides)
     done, last = train(made, say=quiet), checkpoint.latest(Path(made.output))
-    assert last is not None
+    assert last is not None and last.name == f"checkpoint-{made.train.steps:08d}"
     return done, load_file(last / "model.safetensors")
 
 
 def train_weights(content: dict[str, Any], *overrides: str) -> dict[str, Tensor]:
     return trained(content, *overrides)[1]
+
+
+def assert_resumes(content: dict[str, Any]) -> dict[str, Tensor]:
+    """Check that a run stopped after its first checkpoint ends with the bits of one that never stopped.
+
+    Returns:
+        The weights of the last checkpoint.
+    """
+    weights, whole = train_weights(content), Path(content["output"])
+    stopped = whole.with_name("stopped")
+    shutil.copytree(whole, stopped)
+    for late in sorted(stopped.glob("checkpoint-*"))[1:]:
+        shutil.rmtree(late)
+    assert_same(weights, train_weights({**content, "output": str(stopped)}))
+    exports = list((whole / "model").rglob("*.safetensors"))
+    for path in exports:
+        assert_same(load_file(path), load_file(stopped / path.relative_to(whole)))
+    assert exports
+    return weights
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import mmalign
@@ -28,6 +26,7 @@ from mmalign.synthesis.bdhs import Completion
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.loading import load_vlm
+from tests.helpers.runs import assert_resumes
 
 DRAWS = Draws(0)
 ONLINE = {"similarity": "trigrams", "max_new_tokens": 5, "tries": 2}
@@ -312,19 +311,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders
         method={"name": "bdhs", "mode": mode, **own},
         train={"steps": 3, "save_every": 1, "keep": 5},
     )
-
-    def run(content: dict[str, Any]) -> dict[str, Tensor]:
-        train.train(load_recipe(content), say=lambda _: None)
-        last = checkpoint.latest(Path(content["output"]))
-        assert last is not None
-        return load_file(last / "model.safetensors")
-
-    whole = run(content)
-    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    for late in ("checkpoint-00000002", "checkpoint-00000003"):  # as if killed after the first update
-        shutil.rmtree(tmp_path / "stopped" / late)
-    again = run({**content, "output": str(tmp_path / "stopped")})
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_resumes(content)
 
 
 def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders: Folders, tmp_path: Path) -> None:
