@@ -155,47 +155,30 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def bench(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe, or random weights: sd_middle or llava_middle; on a GPU sd15_lora, sd15_full, sdxl_lora, "
-            "sdxl_full, sd35m_lora, llava15_7b or qwen25vl_7b.",
-        ),
-    ],
-    against: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Another program's step beside ours: diffusers or trl.")
-    ] = None,
+    recipe: RecipeName,
     variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="'KEY=VALUE ...'", help="Measure the recipe so changed as well; may be given repeatedly."),
+        typer.Option(metavar="'KEY=VALUE ...'", help="Also measure a variant with these overrides; repeatable."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 5,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers there.")] = None,
-    scale: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Over pairs (at a time), resolution, prompt, responses or processes."),
-    ] = None,
-    values: Annotated[str, typer.Option(metavar="'N ...'", help="Values of what --scale names.")] = "",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what --scale finds there, as PNG.")] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of each run.")] = 5,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers to this file.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a training step: pairs per second, its parts, memory, and its share of what the device can do."""
-    common: dict[str, Any] = {"variants": variant or (), "peer": against, "repeats": repeats, "json": json}
-    common |= {"overrides": overrides or (), "say": console.print}
-    if scale is None:
-        if plot is not None or values:
-            raise ValueError("bench: --plot and --values need --scale; name what grows, such as --scale resolution")
+    """Measure a training step: pairs per second, its parts, operations, and memory.
 
-        from mmalign.benchmark.bench import bench as run
+    In a checkout, python -m tests.benchmarks.against and python -m tests.benchmarks.scale measure it beside other
+    programs, on models of random weights, and as batches, images or prompts grow.
+    """
+    from mmalign.commands.bench import bench as run
 
-        run(recipe, **common)
-        return
-    from mmalign.benchmark.scale import scale as run_scale
-
-    if not all(value.isdecimal() for value in values.split()):
-        raise ValueError(f"--values: expected numbers with spaces between them, got {values!r}")
-    run_scale(recipe, scale, values=[int(value) for value in values.split()], plot=plot, **common)
+    run(
+        recipe,
+        overrides=overrides or (),
+        variants=variant or (),
+        repeats=repeats,
+        json=json,
+        say=console.print,
+    )
 
 
 @app.command("list")

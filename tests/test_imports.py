@@ -26,7 +26,7 @@ LAYERS = (
     {"methods"},
     {"training", "evaluation", "pages"},
     {"modalities"},
-    {"benchmark", "commands"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 )

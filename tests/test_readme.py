@@ -3,10 +3,11 @@
 The commands of docs/ too. Every case is called after its line, so that a failure says where to look.
 """
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,13 @@ def test_the_readme_is_read_as_it_is_written() -> None:
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands are taken apart and their recipes loaded, and nothing else is done."""
-    from mmalign.benchmark import bench, scale
-    from mmalign.commands import cache, compare, evaluate, gallery, prepare, quickstart, train
+    from mmalign.commands import bench, cache, compare, evaluate, gallery, prepare, quickstart, train
 
     for module in (cache, evaluate, gallery, prepare, quickstart, train):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     monkeypatch.setattr(compare, "compare", load_all)
     monkeypatch.setattr(bench, "bench", load_measured)
-    monkeypatch.setattr(scale, "scale", load_measured)
 
 
 def load_all(recipes: Sequence[str], *, overrides: Sequence[str], **_: Any) -> None:
@@ -153,16 +152,19 @@ def load_all(recipes: Sequence[str], *, overrides: Sequence[str], **_: Any) -> N
     assert [load_recipe(name, overrides) for name in recipes]
 
 
-def load_measured(
-    source: str, by: str = "", *, overrides: Sequence[str], variants: Sequence[str], peer: str | None, **_: Any
-) -> None:
-    """In place of `bench` and `scale`: a recipe or a case, and every variant of it."""
-    from mmalign.benchmark import bench, cases, scale
+def load_measured(source: str, *, overrides: Sequence[str], variants: Sequence[str], **_: Any) -> None:
+    """Load a recipe and its variants, in place of `bench`."""
+    for changes in ("", *variants):
+        load_recipe(source, [*overrides, *changes.split()])
 
-    given = cases.content(source, ROOT) if source in cases.CASES else source
-    asked = bench.Asked(given, overrides, [one.split() for one in variants], peer)
-    assert [asked.recipe(*changes) for changes in ((), *asked.variants)]
-    assert not by or by in scale.AXES
+
+def load_requested(program: Any, options: Any) -> None:
+    """Load the recipes of a measurement, in place of a program of tests.benchmarks."""
+    from tests.benchmarks import against, cases, performance
+
+    if program is not performance:
+        request = against.request_of(options)
+        against.recipes_of(replace(request, source=cases.content_of(request.source, ROOT)))
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -181,10 +183,8 @@ def test_commands(piece: Piece) -> None:
         assert result.exit_code == 0, f"{piece}: {result.output}"
     elif program == "python":
         module, *options = arguments[arguments.index("-m") + 1 :]
-        file = ROOT / f"{module.replace('.', '/')}.py"
-        assert file.is_file(), f"{piece}: there is no {module}"
-        for option in (word for word in options if word.startswith("--")):
-            assert f'"{option}"' in file.read_text(encoding="utf-8"), f"{piece}: {module} has no {option}"
+        program = importlib.import_module(module)
+        load_requested(program, program.parse(options))
     else:
         assert program in OTHERS, f"{piece}: nothing here tests a call of {program}"
 

@@ -1,21 +1,21 @@
-"""The measurements of docs/performance.md. Not a test, but run by hand, on a machine that does nothing else:
+"""The measurements of docs/performance.md. Not a test, but run by hand, on a machine without other work:
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.performance --json performance.json
     python -m tests.benchmarks.performance --from performance.json --markdown docs/performance.md
 
-`mmalign bench` measures (mmalign/benchmark); here is what it is asked for. Most ways to train are overrides of a
-recipe. Some no recipe asks for: what was tried and left out, and what a program without some idea of ours would do.
+Most ways to train are overrides of a recipe. Others change a run: what was tried and left out, and what a program
+without some idea of ours would do.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
+import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,31 +27,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from mmalign.benchmark import against, bench, runs, tables
-from mmalign.benchmark.bench import OURS
-from mmalign.benchmark.cases import Content, draw_image_pairs, write_case
-from mmalign.benchmark.measure import Entrant, measure
-from mmalign.benchmark.meters import machine, peak_rate
-from mmalign.benchmark.runs import Run
-from mmalign.benchmark.tables import Comparison, Report, read_report
+from mmalign.commands import bench
+from mmalign.commands.bench import MMALIGN, Numbers, Report, Run
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.methods.text_to_image import spo
 from mmalign.modalities import loading
-from mmalign.modalities.loading import DTYPES
 from mmalign.policy import FrozenCopy
 from mmalign.resources import resolve_model
+from tests.benchmarks import against, peers
+from tests.benchmarks.against import Entry, Request
+from tests.benchmarks.cases import Content, write_case, write_image_pairs
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 # ------------------------------------------------------------------------------------------------ what no recipe says
 
 
+def unchanged(run: Run) -> Run:
+    """Return the run."""
+    return run
+
+
 def copied(run: Run) -> Run:
-    """With a frozen copy as reference, whatever the recipe says."""
+    """Give the run a frozen copy as reference, whatever the recipe says."""
     another = loading.load_model(run.recipe, run.device)
     return replace(run, policy=replace(run.policy, reference=FrozenCopy(another.network)))
 
 
 def channels_last(run: Run) -> Run:
-    """Convolutions' weights, and so all they make, with the channels innermost."""
+    """Store convolutions' weights, and so their activations, with the channels innermost."""
     nets: list[Any] = [run.policy.unwrapped]
     nets += [run.policy.reference.model] if isinstance(run.policy.reference, FrozenCopy) else []
     for net in nets:
@@ -60,7 +64,7 @@ def channels_last(run: Run) -> Run:
 
 
 def looped(run: Run) -> Run:
-    """AdamW parameter by parameter, instead of by one kernel."""
+    """Run AdamW parameter by parameter, instead of in one kernel."""
     for group in run.learner.optimizer.param_groups:
         group.update(fused=False, foreach=False)
     return run
@@ -77,39 +81,39 @@ class OneAfterTheOther(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        """See the network; it is asked for a tuple of one tensor."""
+        """Call the network, which returns a tuple of one tensor."""
         half = len(x) // 2
 
         def part(rows: slice) -> Any:
             return tree_map(lambda y: y[rows] if isinstance(y, Tensor) and len(y) == 2 * half else y, (x, args, kwargs))
 
-        def first(x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        def run_net(x: Tensor, args: Any, kwargs: Any) -> Tensor:
             return self.net(x, *args, **kwargs)[0]  # type: ignore[no-any-return]
 
-        one = checkpoint(first, *part(slice(half)), use_reentrant=False)
-        return (torch.cat([one, first(*part(slice(half, None)))]),)
+        first = checkpoint(run_net, *part(slice(half)), use_reentrant=False)
+        return (torch.cat([first, run_net(*part(slice(half, None)))]),)
 
 
 def in_sequence(run: Run) -> Run:
-    """Winners and losers one after the other."""
+    """Predict winners and losers one after the other."""
     return replace(run, policy=replace(run.policy, model=OneAfterTheOther(run.policy.model)))
 
 
 def two_forwards(run: Run) -> Run:
-    """SPO with a prediction for the chosen step and one for the rejected, as released, though both begin at one x_t."""
-    found = importlib.util.spec_from_file_location("spo_with_two_forwards", str(spo.__file__))
-    assert found is not None and found.loader is not None
-    method: Any = importlib.util.module_from_spec(found)
+    """Give SPO a prediction each for the chosen and the rejected step, as released, though both begin at one x_t."""
+    spec = importlib.util.spec_from_file_location("spo_with_two_forwards", str(spo.__file__))
+    assert spec is not None and spec.loader is not None
+    method: Any = importlib.util.module_from_spec(spec)
     sys.modules[method.__name__] = method  # its dataclasses look there for what their annotations mean
-    found.loader.exec_module(method)
+    spec.loader.exec_module(method)
 
-    def apart(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
-        of = view.of
-        each = {name: getattr(view, name)[of] for name in ("x_t", "t", "prev", "cond", "unconditional")}
-        twice = replace(view, **each, of=torch.arange(len(of), device=of.device))
+    def step_scores(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
+        rows = view.of
+        repeated = {name: getattr(view, name)[rows] for name in ("x_t", "t", "prev", "cond", "unconditional")}
+        twice = replace(view, **repeated, of=torch.arange(len(rows), device=rows.device))
         return spo.step_scores(family, cfg, twice, net)
 
-    method.step_scores = apart
+    method.step_scores = step_scores
     return replace(run, method=method)
 
 
@@ -118,12 +122,12 @@ def two_forwards(run: Run) -> Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: overrides of a recipe, and what is done to a run. `why`: what follows from it, beforehand."""
+    """A way to train: overrides of a recipe, and a change to a run. `why` is the expectation."""
 
     name: str
     why: str
     overrides: tuple[str, ...] = ()
-    change: Callable[[Run], Run] = copy.copy
+    change: Callable[[Run], Run] = unchanged
 
 
 OFF = "data.cache='off'"
@@ -157,7 +161,7 @@ PYTORCH = Variant("sdpa", "train.attention: PyTorch's own, which may be cuDNN's"
 TWICE = Variant("two forwards", "as released: chosen and rejected steps predicted apart", (), two_forwards)
 
 
-# What of the gain over a program is left without one of our ideas, or comes with a further one.
+# Comparisons of a peer with our runs that lack an idea of ours, or have a further one.
 BESIDE = {
     UNCACHED.name: "likewise, with no caches on our side either",
     KEPT.name: "likewise, with the reference kept on ours",
@@ -167,7 +171,7 @@ BESIDE = {
 
 @dataclass(frozen=True)
 class Study:
-    """A recipe, how it is trained otherwise, and another program."""
+    """A recipe, ways to train it, and another program."""
 
     content: Callable[[Path], Content]
     variants: tuple[Variant, ...]
@@ -176,8 +180,8 @@ class Study:
 
 
 def tiny(folder: Path) -> Content:
-    """The bundled model on pairs of the bundled world."""
-    draw_image_pairs(folder / "pairs.parquet", 64)
+    """Return a recipe of the bundled model on pairs of the bundled world."""
+    write_image_pairs(folder / "pairs.parquet", 64)
     return {
         "method": {"name": "diffusion_dpo"},
         "model": {"path": resolve_model("models/tiny_sd")},
@@ -188,12 +192,12 @@ def tiny(folder: Path) -> Content:
 
 
 def case(name: str, folder: Path) -> Content:
-    """A case of `mmalign bench`: random weights, large enough that arithmetic outweighs Python."""
+    """Return the recipe of a case, large enough that arithmetic outweighs Python."""
     return write_case(name, folder, Accelerator().device)
 
 
 def steps(folder: Path) -> Content:
-    """SPO on the bundled model, which draws what it learns from."""
+    """Return a recipe of SPO on the bundled model, which generates its training data."""
     recipe = load_recipe("configs/text_to_image/spo_tiny_sd.yaml")
     return {**recipe.model_dump(exclude_unset=True), "output": str(folder / "output")}
 
@@ -229,63 +233,99 @@ STUDIES_CUDA = {
 }
 
 
-def build(content: Content, overrides: Sequence[str], variant: Variant, folder: Path, updates: int) -> Run:
-    """A variant of a recipe in memory."""
-    recipe = load_recipe(content, [*overrides, *variant.overrides])
-    return variant.change(runs.build(recipe, folder, Accelerator(), updates=updates))
+def entries_of(study: Study, content: Content, num_processes: int = 1) -> dict[str, Entry]:
+    """Return the runs of a study by name: the recipe, its variants, and the peer."""
+    request = against.with_alike(Request(content, study.overrides, (), study.peer), num_processes)
+    recipe, *peer_recipe = against.recipes_of(request).values()
+    entries = {MMALIGN: Entry(recipe)}
+    for variant in study.variants:
+        changed = load_recipe(content, [*request.overrides, *variant.overrides])
+        entries[variant.name] = Entry(changed, variant.change)
+    if study.peer:
+        entries[study.peer] = Entry(*peer_recipe, peer=peers.load(study.peer))
+    return entries
 
 
 def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[str], None]) -> Report:
     """Measure a study."""
-    accelerator, content, overrides = Accelerator(), study.content(folder / "content"), list(study.overrides)
-    peer = against.find(study.peer) if study.peer else None
-    overrides += peer.alike(load_recipe(content, overrides)) if peer else ()
-    ways = (Variant(OURS, ""), *study.variants)
-    entrants = [Entrant(one.name, partial(build, content, overrides, one)) for one in ways]
-    compared = [Comparison(one.name, OURS, one.why) for one in study.variants]
-    ours = load_recipe(content, overrides)
-    if study.peer and peer:
-        theirs = load_recipe(content, [*overrides, *peer.own])
-        entrants.append(bench.rival(study.peer, ours, theirs, folder / "float32", accelerator, say))
-        compared.append(Comparison(study.peer, OURS, peer.about))
-        here = [one.name for one in study.variants if one.name in BESIDE]
-        compared += [Comparison(study.peer, name, BESIDE[name]) for name in here]
-    rate = peak_rate(accelerator.device, DTYPES[ours.train.precision])
-    rows = measure(entrants, folder / "runs", repeats=repeats, device=accelerator.device, say=say)
-    return Report(machine(accelerator.device), {f"{title}: batches of {ours.train.batch_size}": rows}, compared, rate)
+    accelerator = Accelerator()
+    entries = entries_of(study, study.content(folder / "content"), accelerator.num_processes)
+    further = [(study.peer, name) for name in entries if name in BESIDE] if study.peer else []
+    return against.measure(title, entries, folder, accelerator, further, repeats=repeats, say=say)
 
 
-def joined(reports: Sequence[Report]) -> Report:
-    """All studies as one report."""
-    models = {title: rows for report in reports for title, rows in report.models.items()}
-    compared = dict.fromkeys(one for report in reports for one in report.comparisons)
-    return Report(reports[0].machine, models, list(compared), max(report.peak_rate for report in reports))
+def reasons(studies: Mapping[str, Study]) -> dict[str, str]:
+    """Return the expectation of every comparison."""
+    result = dict[str, str]()
+    for study in studies.values():
+        result |= {f"{variant.name} / {MMALIGN}": variant.why for variant in study.variants}
+        if study.peer:
+            result[f"{study.peer} / {MMALIGN}"] = peers.load(study.peer).about
+            result |= {f"{study.peer} / {name}": why for name, why in BESIDE.items()}
+    return result
+
+
+def as_markdown(reports: Sequence[Report]) -> str:
+    """Return the tables with the expectations."""
+    parts = [", ".join(f"{key}: {value}" for key, value in reports[0].machine.items())]
+    for report in reports:
+        parts += [f"### {report.title}", _table(report.costs)]
+        parts += [_table(report.ratios)] if report.ratios else []
+    compared = {name for report in reports for name in report.ratios}
+    whys = [f"- {name}: {why}." for name, why in reasons({**STUDIES, **STUDIES_CUDA}).items() if name in compared]
+    return "\n\n".join([*parts, "\n".join(["Expected:", "", *whys])])
+
+
+def _table(rows: Mapping[str, Numbers]) -> str:
+    heads = list(dict.fromkeys(head for numbers in rows.values() for head in numbers))
+    lines = [["", *heads], ["---", *["---:"] * len(heads)]]
+    lines += [[name, *(bench.format_number(row.get(head)) for head in heads)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_markdown(reports: Sequence[Report], path: Path) -> None:
+    """Replace the text between the markers of a document by the tables.
+
+    Raises:
+        ValueError: the document lacks the markers.
+    """
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path}: expected a line {BEGIN} and below it a line {END}; add them around the tables")
+    path.write_text(f"{before}{begin}\n{as_markdown(reports)}\n{end}{after}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments of a command."""
+    parser = argparse.ArgumentParser(description="The measurements of docs/performance.md.")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--from", type=Path, nargs="+", dest="sources", help="measure nothing; read these --json")
+    parser.add_argument("--markdown", type=Path, help="write the tables into this document, between its two markers")
+    studies = list(STUDIES_CUDA if torch.cuda.is_available() else STUDIES)
+    parser.add_argument("--only", nargs="+", choices=studies, default=studies, help="not all, but these")
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or take what was measured; show it, and write it where one asks."""
-    parser = argparse.ArgumentParser(description="What a training step costs.")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--from", type=Path, nargs="+", dest="sources", help="measure nothing; take these --json")
-    parser.add_argument("--markdown", type=Path, help="write the tables into this document, between its two markers")
-    usual = STUDIES_CUDA if torch.cuda.is_available() else STUDIES
-    parser.add_argument("--only", nargs="+", choices=usual, default=list(usual), help="not all, but these")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(arguments)
-    if options.sources:
-        report = joined([read_report(source) for source in options.sources])
-    else:
-        say, reports = Console(stderr=True, highlight=False).print, list[Report]()
-        for title in options.only:
-            say(title)
-            with tempfile.TemporaryDirectory() as folder:
-                reports.append(run(title, usual[title], Path(folder), repeats=options.repeats, say=say))
-            report = joined(reports)
-            if options.json:  # what has been measured stays, whatever comes after it
-                tables.write_report(report, options.json)
-    tables.show(report)
+    """Measure, or read measurements; show them, and write them where requested."""
+    options = parse(arguments)
+    reports, say = list[Report](), Console(stderr=True, highlight=False).print
+    for source in options.sources or ():
+        reports += [Report(**content) for content in json.loads(source.read_text()).values()]
+    for title in () if options.sources else options.only:
+        say(title)
+        with tempfile.TemporaryDirectory() as folder:
+            reports.append(
+                run(title, {**STUDIES, **STUDIES_CUDA}[title], Path(folder), repeats=options.repeats, say=say)
+            )
+        if options.json:  # earlier studies stay if a later one fails
+            bench.write_json({report.title: asdict(report) for report in reports}, options.json)
+    for report in reports:
+        bench.show(report)
     if options.markdown:
-        tables.write_markdown(report, options.markdown)
+        write_markdown(reports, options.markdown)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mmalign.attention import decoders, denoisers
-from mmalign.benchmark import random_models as shapes
 from mmalign.families.loading import load_family, load_vision_language
 from mmalign.families.types import Loading
 from mmalign.language.chat import Turn
+from tests.benchmarks import random_models
 from tests.helpers import vlm_reference
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ ADAPTERS: dict[str, Any] = {"rank": 8, "alpha": 8.0, "seed": 0}
 MOVED = 0.02  # of an adapter's weights
 SHARPER = {"to_q.": 3.0, "to_k.": 3.0, "q_proj.": 8.0, "k_proj.": 8.0, "v_proj.": 8.0, "o_proj.": 8.0, "lm_head.": 16.0}
 SIDE = 128  # pixels: 64 queries of heads with 64 numbers, 256 of heads with 32
-TEXT: shapes.Sizes = {
+TEXT: random_models.Sizes = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
@@ -34,7 +34,7 @@ TEXT: shapes.Sizes = {
     "vocab_size": 512,
     "max_position_embeddings": 256,
 }
-TOWER: shapes.Sizes = {
+TOWER: random_models.Sizes = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -65,8 +65,8 @@ def loading(device: torch.device, dtype: torch.dtype) -> Loading:
 
 def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
     """The UNet of `sd_middle` under each executor of the pair: see `apart`."""
-    small = {**shapes.CLIP_SMALL, "num_hidden_layers": 1}
-    shapes.stable_diffusion(folder, CPU, unet=shapes.SMALL_UNET, vae=shapes.VAE_SMALL, text=small)
+    sizes = random_models.resized("sd_middle", text_encoder={"num_hidden_layers": 1})
+    random_models.write("sd_middle", folder, CPU, sizes)
     x_t = torch.randn(4, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(device)
     t = torch.tensor([10, 300, 600, 900], device=device)
 
@@ -84,7 +84,7 @@ def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Seque
 
 def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
     """A LLaVA whose pairs are packed, under each executor of the pair: see `apart`."""
-    shapes.llava(folder, CPU, text=TEXT, tower=TOWER)
+    random_models.write("llava_middle", folder, CPU, {"text": TEXT, "tower": TOWER})
     asked = [Turn("user", "<image>What is it?")]
 
     def under(executor: str) -> tuple[Tensor, list[Tensor]]:

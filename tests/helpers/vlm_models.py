@@ -66,7 +66,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from mmalign.benchmark.random_models import LLAVA_CHAT, QWEN_CHAT, QWEN_MARKS
+from tests.benchmarks.random_models import LLAVA_CHAT, QWEN_CHAT, QWEN_MARKS
 
 WORDS = [
     "USER: What is in this image? Describe it. ASSISTANT: There is a red cube and a green ball on the table.",

@@ -1,10 +1,10 @@
-"""The loss of TRL's own DPOTrainer (`_compute_loss`), on vision-language models.
+"""Loss of TRL's own DPOTrainer (`_compute_loss`) for vision-language models.
 
-Rows are prompts with the chosen responses, then with the rejected, padded, and every image goes through the vision
-tower once for each of its rows, for policy and reference: that is what TRL's collator gives its trainer. The tokens are
-our reader's, so that both compute the same. TRL's collator also prepares every image twice; here that is done once.
+Rows are prompts with the chosen responses, then with the rejected, padded. Every image goes through the vision tower
+once for each of its rows, for policy and reference. That is what TRL's collator gives its trainer. The tokens are our
+reader's, so that both compute the same. TRL's collator also prepares every image twice; here that is done once.
 
-What runs is TRL's code, called with the attributes of a trainer that it reads.
+TRL's code runs with the attributes of a trainer that it reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.benchmark.runs import Run
+from mmalign.commands.bench import Run
 from mmalign.config import Recipe, Train
 from mmalign.families import loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
@@ -34,43 +34,32 @@ TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # whose im
 
 
 def available() -> None:
-    """Look for TRL.
-
-    Raises:
-        ValueError: it is not installed, or too old.
-    """
+    """Import TRL."""
     _trainer()
 
 
-def check(recipe: Recipe, processes: int) -> None:
-    """Refuse what TRL's trainer does otherwise.
-
-    Raises:
-        ValueError: what.
-    """
-    if processes > 1:
-        raise ValueError(
-            f"--against trl: its loss is called here without what distributes it, and there are {processes} processes; "
-            "use one"
-        )
+def check(recipe: Recipe, num_processes: int) -> None:
+    """Refuse what TRL's trainer does differently."""
+    if num_processes > 1:
+        raise ValueError(f"trl: got {num_processes} processes; expected 1, since nothing here distributes its loss")
     method: Any = recipe.method
     if method.name != "dpo" or method.loss != "dpo" or method.label_smoothing or method.nll:
         raise ValueError(
-            "--against trl: compares with DPO's own loss; expected method: {name: dpo} with loss: dpo, "
-            f"label_smoothing: 0 and nll: 0, got name: {method.name} and the settings of the recipe"
+            f"trl: got method.name: {method.name} and its settings; expected method: {{name: dpo}} with loss: dpo, "
+            "label_smoothing: 0 and nll: 0"
         )
     kind = loading.model_type(resolve_model(recipe.model.path), recipe.model.revision)
     if kind not in TYPES:
-        raise ValueError(f"--against trl: cannot give it images of a {kind}; use one of {', '.join(TYPES)}")
+        raise ValueError(f"trl: got model.path of a {kind}; expected one of {', '.join(TYPES)}, for its images")
 
 
 def alike(recipe: Recipe) -> Sequence[str]:
-    """Nothing."""
+    """Return nothing."""
     return ()
 
 
 def prepare(policy: Policy) -> None:
-    """TRL's fused head, on the policy and on a copy that is its reference."""
+    """Add TRL's fused head to the policy, and to a copy that is its reference."""
     from trl.trainer.utils import add_fused_lm_head
 
     _, outputs = _trainer()
@@ -80,12 +69,12 @@ def prepare(policy: Policy) -> None:
 
 
 def optimizer(parameters: Sequence[nn.Parameter], options: Train) -> torch.optim.Optimizer | None:
-    """The recipe's: TRL's default is fused AdamW as well."""
+    """Return None for the recipe's: TRL's default is fused AdamW as well."""
     return None
 
 
 def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> Tensor:
-    """See Peer."""
+    """Return the mean loss of a batch."""
     trainer, _ = _trainer()
     family, policy = run.policy.family, run.policy
     inputs = _inputs(family, batch, run.device)
@@ -98,28 +87,25 @@ def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> T
 
 
 def _inputs(family: Any, batch: Any, device: torch.device) -> dict[str, Tensor]:
-    """What TRL's collator makes of a batch: the images' tensors once a row."""
+    """Return the collator's tensors of a batch, with the images' once for each row."""
     tokens: Tokens = batch.tokens.to(device)
     model, facts = family.network.model, family.reader.facts
-    told = decoder_inputs(model, facts, tokens.ids, tokens.mask, tokens.is_response, [])
+    inputs = decoder_inputs(model, facts, tokens.ids, tokens.mask, tokens.is_response, [])
     views = [batch.views[key].tensors for row in tokens.images for key in row]
     pixels = {name: torch.cat([view[name] for view in views]).to(device) for name in views[0]}
-    return {**told, **pixels, "completion_mask": tokens.is_response.long()}
+    return {**inputs, **pixels, "completion_mask": tokens.is_response.long()}
 
 
 def _holder(run: Run, switch: Callable[[str], None]) -> Any:
-    """The attributes of a trainer that `_compute_loss` reads."""
+    """Return the attributes of a trainer that `_compute_loss` reads."""
     policy, model = run.policy, run.policy.model.model
     method: Any = run.recipe.method
 
     def reference(**inputs: Any) -> Any:
-        def run_it(net: Any) -> Any:
-            return net.model(**inputs)
-
         switch("reference")
-        found = policy.on_reference(run_it)
+        result = policy.on_reference(lambda net: net.model(**inputs))
         switch("policy")
-        return found
+        return result
 
     return SimpleNamespace(
         model=model,
@@ -142,7 +128,7 @@ def _holder(run: Run, switch: Callable[[str], None]) -> Any:
 
 
 def _trainer() -> tuple[Any, tuple[str, ...]]:
-    """TRL's trainer, and the outputs of its fused head that it asks for.
+    """Return TRL's trainer, and the outputs of its fused head that it asks for.
 
     Raises:
         ValueError: TRL is not installed, or too old.
@@ -151,7 +137,5 @@ def _trainer() -> tuple[Any, tuple[str, ...]]:
         from trl import DPOTrainer
         from trl.trainer.utils import add_fused_lm_head  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"--against trl: needs TRL, 1.16 or later, which cannot be imported ({error}); pip install 'trl>=1.16'"
-        ) from None
+        raise ValueError(f"trl: got {error}; expected TRL 1.16 or later; pip install 'trl>=1.16'") from None
     return DPOTrainer, ("log_probs", "entropy", "mean_logits", "is_top1")

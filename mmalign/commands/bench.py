@@ -1,0 +1,474 @@
+"""The cost of a recipe's training step, and of changed recipes beside it: `mmalign bench`.
+
+A run is put together as `mmalign train` does it, and `loop.train` makes every update. A meter on the calls of the loop
+measures the parts:
+
+    data        the next batch: reading (and decoding), and encoding without a cache
+    noise       `method.contrasts` but for the reference: random numbers and noising
+    reference   `policy.on_reference`
+    policy      `method.loss`: the policy's forward pass and the loss
+    backward    `accelerator.backward`
+    optimizer   from there to the end of the update: scaling, clipping, the optimizer, clearing the gradients
+    rest        the loop itself
+
+Caches are filled before the first update. Peak memory is that of tensors. On CUDA it is the maximum that torch's
+allocator gave out. On a CPU it is the sum of all storages alive that the step has touched, with weights and optimizer
+state. That is the same on every machine, but without the kernels' buffers, and without Python and its libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json as json_format
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mmalign import methods
+from mmalign.commands import cache, preflight, train
+from mmalign.commands._bench_meters import PARTS, LiveBytes, Meter, Metered, Operations, machine, now, peak_rate
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import open_accelerator
+from mmalign.config import Recipe
+from mmalign.console import silent
+from mmalign.data.data_module import Feed
+from mmalign.families.step_judge import StepJudge
+from mmalign.modalities import loading
+from mmalign.modalities.data import open_data
+from mmalign.policy import FrozenCopy, Policy
+from mmalign.training import loop
+from mmalign.training import run as training_run
+
+Say = Callable[[str], None]
+Numbers = dict[str, float | list[float] | None]  # quantity -> a number, or one of each repeat
+Build = Callable[[Path, int], "Run"]  # (folder for caches, updates at most) -> a run
+
+MMALIGN = "mmalign"  # the name of the unchanged recipe's run
+DISTINCT_UPDATES = 4  # updates whose pairs are read; after them the pairs come again
+WARM_UP = 2  # updates, after which optimizer state and the kernels' plans exist
+MAX_UPDATES = 10  # of one measurement on a GPU
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe in memory, somewhere in its training.
+
+    `updates` makes some updates and returns their number: the training loop, or another program in its place.
+    """
+
+    recipe: Recipe
+    method: Any
+    policy: Policy
+    feed: Feed
+    learner: loop.Learner
+    updates: Callable[[Run, int, Meter | None], int]
+    progress: loop.Progress = field(default_factory=loop.Progress)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the run."""
+        device: torch.device = self.learner.accelerator.device
+        return device
+
+
+@dataclass
+class Measured:
+    """The raw numbers of a run.
+
+    Attributes:
+        num_pairs: pairs of an update, of all processes.
+        operations: of an update by part, of one process.
+        repeated: operations that backward repeats with checkpointed activations.
+        weight_bytes: of all networks.
+        step_bytes: beside them at most, of one process: activations, gradients, optimizer state, the batch.
+        seconds: of an update in every repeat, without a meter.
+        parts: likewise by part, with a meter.
+    """
+
+    num_pairs: int
+    operations: dict[str, int]
+    repeated: int
+    weight_bytes: int
+    step_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+
+
+@dataclass(frozen=True)
+class Report:
+    """Measurements as JSON keeps them: raw numbers and costs by run, ratios by "run / other run"."""
+
+    title: str
+    machine: dict[str, str | int | float]
+    runs: dict[str, Measured]
+    costs: dict[str, Numbers]
+    ratios: dict[str, Numbers]
+
+
+def bench(
+    source: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    repeats: int = 5,
+    json: Path | None = None,
+    say: Say = print,
+) -> Report:
+    """Measure a recipe's step, print the tables, and write the numbers.
+
+    Args:
+        source: a recipe: a path, a shipped name, or the content.
+        overrides: assignments for all runs.
+        variants: each some assignments with spaces between them, measured beside the recipe.
+        repeats: measurements of each run.
+        json: a file for the numbers.
+        say: takes a line of text.
+
+    Raises:
+        ValueError: a recipe does not fit, or nothing would be measured.
+    """
+    if repeats < 1:
+        raise ValueError(f"--repeats: got {repeats}; expected at least 1")
+    recipes = {MMALIGN: load_recipe(source, overrides)}
+    recipes |= {variant: load_recipe(source, [*overrides, *variant.split()]) for variant in variants}
+    accelerator = open_common_accelerator(recipes)
+    tell = say if accelerator.is_main_process else silent
+    builds = {name: partial(build, recipe, accelerator) for name, recipe in recipes.items()}
+    report = make_report(str(source), recipes[MMALIGN], measure(builds, accelerator, repeats, tell), accelerator)
+    if accelerator.is_main_process:
+        show(report)
+        if json is not None:
+            write_json(asdict(report), json)
+            tell(f"{json}: the numbers")
+    return report
+
+
+def open_common_accelerator(recipes: Mapping[str, Recipe]) -> Any:
+    """Return the accelerator that `mmalign train` would have for the first recipe; all runs share it.
+
+    Raises:
+        ValueError: one recipe scales its gradients and another does not, or there is no GPU for that.
+    """
+    options = next(iter(recipes.values())).train
+    precisions = dict.fromkeys(recipe.train.precision for recipe in recipes.values())
+    if "float16" in precisions and len(precisions) > 1:
+        raise ValueError(
+            f"--variant: got train.precision: {', '.join(precisions)}; expected float16 for all runs or for none, "
+            "since only float16 scales gradients; measure it by itself, with --set"
+        )
+    preflight.check_precision(options)
+    return open_accelerator(options)
+
+
+@contextlib.contextmanager
+def shared_folder(accelerator: Any) -> Iterator[Path]:
+    """Make a temporary folder that all processes share: the main process's."""
+    with tempfile.TemporaryDirectory(prefix="mmalign-bench-") as own_folder:
+        yield Path(broadcast_object_list([own_folder])[0])
+        accelerator.wait_for_everyone()
+
+
+def build(
+    recipe: Recipe, accelerator: Any, folder: Path, updates: int, *, fill: Callable[..., Feed] = cache.open_filled
+) -> Run:
+    """Build a run as `mmalign train` does; nothing is written outside of `folder`.
+
+    Args:
+        recipe: as in its file; only the pairs that some updates need are read.
+        accelerator: of all runs.
+        folder: for the caches.
+        updates: that the run will be asked for, at most.
+        fill: opens the pairs with all caches filled.
+
+    Raises:
+        ValueError: `mmalign train` would refuse the recipe, too, or its pairs fill no batch.
+    """
+    recipe = shorten(recipe, folder, updates, accelerator.num_processes)
+    preflight.check(recipe, training=True)
+    method, reward = methods.find(recipe.method.name), loading.method_judge(recipe)
+    judge = loading.judge(reward, accelerator.device) if reward is not None else None
+    family = loading.load_to_train(recipe, accelerator.device)
+    opened = open_data(recipe.data, recipe.train.seed, method)
+    feed = fill(recipe, family, accelerator=accelerator, say=silent, opened=opened, judge=judge)
+    policy = train.build_policy(family, recipe, kept=cache.replaces_reference(feed))
+    policy, learner = training_run.build_learner(policy, recipe.train, accelerator)
+    cache.put_away(feed, recipe, family)
+    return Run(recipe, method, policy, feed, learner, train_updates)
+
+
+def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> Recipe:
+    """Return the recipe for some updates on as many of its pairs as fill whole updates, or at least a whole batch.
+
+    Caches and all else go to the folder.
+
+    Raises:
+        ValueError: the pairs fill no batch: rows of weight 0 would complete it, and be measured as pairs.
+    """
+    options, data = recipe.train, recipe.data
+    batch = options.batch_size * num_processes
+    limit = DISTINCT_UPDATES * batch * options.accumulate
+    changes: dict[str, Any] = {"hold_out": 0.0, "limit": min(limit, data.limit or limit), "workers": 0}
+    changes |= {"cache": "auto"} if data.cache != "off" else {}
+    data = data.model_copy(update=changes)
+    pairs, _ = open_data(data, options.seed, methods.find(recipe.method.name))
+    if len(pairs) < batch:
+        raise ValueError(
+            f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "
+            "or with a smaller train.batch_size"
+        )
+    whole = batch * options.accumulate if len(pairs) >= batch * options.accumulate else batch
+    return recipe.model_copy(
+        update={
+            "train": options.model_copy(update={"steps": updates, "trackers": []}),
+            "data": data.model_copy(update={"limit": len(pairs) - len(pairs) % whole}),
+            "output": str(folder),
+        }
+    )
+
+
+class _EnoughUpdates(Exception):
+    """All requested updates are done, and no contrast is pending."""
+
+
+def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
+    """Let the training loop make some updates, and those that remain of a method's last batch (SPO's).
+
+    Returns:
+        Their number.
+    """
+    first = run.progress.step
+    method, learner, policy = run.method, run.learner, run.policy
+    batches: loop.Batches = run.feed.batches
+
+    def metered_batches(epoch: int, start: int) -> Iterator[Any]:
+        assert meter is not None
+        meter.switch("data")
+        for batch in run.feed.batches(epoch, start):
+            meter.switch("rest")
+            yield batch
+            meter.switch("data")
+        meter.switch("rest")
+
+    if meter is not None:
+        batches = metered_batches
+        method = Metered(method, meter, {"contrasts": ("noise", "rest"), "loss": ("policy", "rest")})
+        accelerator: Any = Metered(learner.accelerator, meter, {"backward": ("backward", "optimizer")})
+        learner = replace(learner, accelerator=accelerator)
+        # The reference runs inside `contrasts`.
+        policy = Metered(policy, meter, {"on_reference": ("reference", "noise")})  # type: ignore[assignment]
+
+    def after_update(progress: loop.Progress, _: Any) -> None:
+        if meter is not None:
+            meter.switch("rest")
+        if progress.step >= first + updates and not progress.pending:
+            raise _EnoughUpdates
+
+    with contextlib.suppress(_EnoughUpdates):
+        loop.train(
+            method,
+            run.recipe.method,
+            policy,
+            batches,
+            learner,
+            steps=sys.maxsize,
+            accumulate=run.recipe.train.accumulate,
+            seed=run.recipe.train.seed,
+            progress=run.progress,
+            after_update=after_update,
+        )
+    return run.progress.step - first
+
+
+def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int, say: Say) -> dict[str, Measured]:
+    """Build, warm up, count and time every run; `say` takes a line of text.
+
+    On a CPU all runs are in memory and take turns in every repeat, there and back, so that a slower machine slows all
+    of them. On a GPU, where memory is short, each run is alone.
+
+    Raises:
+        ValueError: a run cannot be built.
+    """
+    gc.collect()  # a collection during a measurement would count
+    on_cpu, results = accelerator.device.type == "cpu", dict[str, Measured]()
+    planned = WARM_UP + 3 + 2 * repeats * (1 if on_cpu else MAX_UPDATES)
+    with shared_folder(accelerator) as folder:
+        for names in [list(builds)] if on_cpu else [[name] for name in builds]:
+            runs = dict[str, Run]()
+            for name in names:
+                say(name)
+                before = 0 if on_cpu else torch.cuda.memory_allocated(accelerator.device)
+                runs[name] = builds[name](folder / f"{len(results)}", planned)
+                results[name] = count(runs[name], before)
+            updates = 1 if on_cpu else updates_per_second(runs[names[0]])
+            for number in range(repeats):
+                say(f"repeat {number + 1} of {repeats}")
+                for name in names if number % 2 == 0 else names[::-1]:
+                    time_once(runs[name], results[name], updates)
+            accelerator.free_memory()
+            del runs
+            gc.collect()
+            torch.cuda.empty_cache()
+    return results
+
+
+def count(run: Run, before: int) -> Measured:
+    """Warm a run up, and count operations and bytes; `before` is what CUDA held before the run was built."""
+    run.updates(run, WARM_UP, None)
+    num_bytes = sum(tensor.nbytes for tensor in weights(run) if tensor.device.type == run.device.type)
+    step_bytes = peak_bytes(run, before) - num_bytes
+    operations, repeated = count_operations(run)
+    options = run.recipe.train
+    num_pairs = options.batch_size * options.accumulate * run.learner.accelerator.num_processes
+    return Measured(num_pairs, operations, repeated, num_bytes, step_bytes)
+
+
+def weights(run: Run) -> list[Tensor]:
+    """Return all parameters and buffers that the run holds, each once."""
+    family, reference = run.policy.family, run.policy.reference
+    nets = [run.policy.unwrapped, *([reference.model] if isinstance(reference, FrozenCopy) else [])]
+    nets += [] if isinstance(family, StepJudge) else [net for _, net in family.encoders()]
+    return list({id(x): x for net in nets for x in (*net.parameters(), *net.buffers())}.values())
+
+
+def peak_bytes(run: Run, before: int) -> int:
+    """Return the maximum bytes of tensors in one update.
+
+    On a CPU compiled blocks run eagerly, since their inside cannot be observed.
+    """
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+        run.updates(run, 1, None)
+        return int(torch.cuda.max_memory_allocated(run.device)) - before
+    memory = LiveBytes()
+    with torch.compiler.set_stance("force_eager"), memory:
+        for tensor in (*weights(run), *tree_leaves(list(run.learner.optimizer.state.values()))):
+            if isinstance(tensor, Tensor):
+                memory.count(tensor)
+        run.updates(run, 1, None)
+    return memory.peak
+
+
+def count_operations(run: Run) -> tuple[dict[str, int], int]:
+    """Return the operations of one update by part, and those that backward repeats, which are in no part.
+
+    They are of this process. Compiled blocks run eagerly, since compiled products are no operators.
+    """
+    with torch.compiler.set_stance("force_eager"), Operations() as counter:
+        meter = Meter(counter.get_total_flops)
+        updates = run.updates(run, 1, meter)
+        meter.switch("rest")
+    return {part: int(number) // updates for part, number in meter.totals.items()}, counter.repeated // updates
+
+
+def updates_per_second(run: Run) -> int:
+    """Return how many updates take about a second, at least 1."""
+    started = now(run.device)
+    rate = run.updates(run, 1, None) / (now(run.device) - started)
+    return max(1, min(MAX_UPDATES, round(rate)))
+
+
+def time_once(run: Run, result: Measured, updates: int) -> None:
+    """Add the seconds of an update to the result, as a whole and by part."""
+    started = now(run.device)
+    done = run.updates(run, updates, None)
+    result.seconds.append((now(run.device) - started) / done)
+    meter = Meter(lambda: now(run.device))
+    done = run.updates(run, updates, meter)
+    meter.switch("rest")
+    for part, seconds in meter.totals.items():
+        result.parts[part].append(seconds / done)
+
+
+def make_report(name: str, recipe: Recipe, runs: Mapping[str, Measured], accelerator: Any) -> Report:
+    """Return the costs of all runs, and the ratios of each to the first."""
+    options, device = recipe.train, accelerator.device
+    rate = peak_rate(device, loading.DTYPES[options.precision])
+    batches = f"{options.accumulate} batches of {options.batch_size}" if options.accumulate > 1 else options.batch_size
+    title = f"{name}: {recipe.method.name}, {recipe.model.tune}, {options.precision}, {batches} pairs"
+    if accelerator.num_processes > 1:
+        title += f" on each of {accelerator.num_processes} processes"
+    first, *others = runs
+    return Report(
+        title,
+        {**machine(device), "matrix product GFLOP/s": rate / 1e9},
+        dict(runs),
+        {name: costs(run, rate) for name, run in runs.items()},
+        {f"{name} / {first}": ratios(runs[name], runs[first]) for name in others},
+    )
+
+
+def costs(run: Measured, rate: float) -> Numbers:
+    """Return what a step costs; `rate` is the highest that a process of the device reaches, operations per second."""
+    seconds, operations = statistics.median(run.seconds), sum(run.operations.values())
+    return {
+        "pairs/s": [run.num_pairs / seconds for seconds in run.seconds],
+        **{f"{part} ms": 1000 * statistics.median(values) for part, values in run.parts.items()},
+        "GFLOP": operations / 1e9,
+        "repeated GFLOP": run.repeated / 1e9,
+        "GFLOP/s": operations / seconds / 1e9,
+        "share of peak": operations / seconds / rate,
+        "peak MB": (run.weight_bytes + run.step_bytes) / 1e6,
+    }
+
+
+def ratios(run: Measured, other: Measured) -> Numbers:
+    """Return time and memory of a run as multiples of another's, measured, and as operations predict the time.
+
+    The ratio of operations is no bound: fewer or other kernels may beat it.
+    """
+    times = [a / b for a, b in zip(run.seconds, other.seconds, strict=True)]
+    operations, others = (sum(x.operations.values()) + x.repeated for x in (run, other))
+    return {
+        "time": times,
+        "time by operations": operations / others,
+        "measured / by operations": statistics.median(times) * others / operations,
+        "peak MB more": (run.weight_bytes + run.step_bytes - other.weight_bytes - other.step_bytes) / 1e6,
+        "memory without weights": run.step_bytes / other.step_bytes if other.step_bytes else None,
+    }
+
+
+def show(report: Report) -> None:
+    """Print the tables."""
+    console = Console(highlight=False)
+    console.print(", ".join(f"{key} {value}" for key, value in report.machine.items()), markup=False)
+    console.print(table(report.title, report.costs))
+    if report.ratios:
+        console.print(table("one run to another", report.ratios))
+
+
+def table(title: str, columns: Mapping[str, Numbers]) -> Table:
+    """Return a table with a row for every quantity."""
+    result = Table("", title=title)
+    for name in columns:
+        result.add_column(name, justify="right", overflow="fold")
+    for quantity in dict.fromkeys(key for numbers in columns.values() for key in numbers):
+        result.add_row(quantity, *(format_number(numbers.get(quantity)) for numbers in columns.values()))
+    return result
+
+
+def format_number(value: float | list[float] | None) -> str:
+    """Format a number, or the median of several with the least and the greatest."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return f"{statistics.median(value):.2f} ({min(value):.2f} to {max(value):.2f})"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write numbers as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json_format.dumps(content, indent=1) + "\n")

@@ -1,0 +1,116 @@
+"""Other programs' training steps, one file each, on the model and pairs of our run and from its loader.
+
+A file offers what `Peer` says. Its loss must be that of our method on the same pairs under the same random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.commands._bench_meters import Meter
+from mmalign.commands.bench import Run
+from mmalign.config import Recipe, Train
+from mmalign.policy import Policy
+from mmalign.rng import Draws
+
+NAMES = ("diffusers", "trl")
+
+
+class Peer(Protocol):
+    """The interface of a file in this folder; a module satisfies it."""
+
+    @property
+    def about(self) -> str:
+        """One sentence on how the program makes its step."""
+
+    @property
+    def own(self) -> Sequence[str]:
+        """Assignments for the peer's recipe alone, which make it run as that program does."""
+
+    def available(self) -> None:
+        """Raise ValueError with the command to install a package if it is missing."""
+
+    def check(self, recipe: Recipe, num_processes: int) -> None:
+        """Raise ValueError if the program has no step for the recipe, or not for so many processes."""
+
+    def alike(self, recipe: Recipe) -> Sequence[str]:
+        """Return assignments for both recipes, without which both would compute different things."""
+
+    def prepare(self, policy: Policy) -> None:
+        """Change the networks before the first step."""
+
+    def optimizer(self, parameters: Sequence[nn.Parameter], options: Train) -> torch.optim.Optimizer | None:
+        """Return the program's optimizer, or None for the recipe's."""
+
+    def loss(self, run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> Tensor:
+        """Return the mean loss of a loader's batch; `switch` is told which part of the step begins."""
+
+
+def load(name: str) -> Peer:
+    """Return the module of a program's step, whether or not its packages are installed."""
+    return cast(Peer, importlib.import_module(f"{__name__}.{name}"))
+
+
+def find(name: str) -> Peer:
+    """Return the module of a program's step.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    peer = load(name)
+    peer.available()
+    return peer
+
+
+def use_peer(run: Run, peer: Peer) -> Run:
+    """Return the run with a peer's networks, optimizer and updates."""
+    learner, accelerator = run.learner, run.learner.accelerator
+    peer.prepare(run.policy)
+    optimizer = peer.optimizer(run.policy.trainable(), run.recipe.train)
+    if optimizer is not None:
+        accelerator.free_memory()  # a gradient scaler would act for the former optimizer
+        learner = replace(learner, optimizer=accelerator.prepare_optimizer(optimizer))
+    return replace(run, learner=learner, updates=partial(_make_updates, peer))
+
+
+def _make_updates(peer: Peer, run: Run, updates: int, meter: Meter | None) -> int:
+    """Make updates as other programs do: a batch's loss, its gradient, clipping, the optimizer."""
+    switch = meter.switch if meter is not None else lambda _: None
+    options, learner, batches = run.recipe.train, run.learner, loader_batches(run)
+    accelerator, parameters = learner.accelerator, run.policy.trainable()
+    run.policy.model.train()
+    for _ in range(updates):
+        for number in range(1, options.accumulate + 1):
+            switch("data")
+            batch, draws = next(batches)
+            is_last = number == options.accumulate
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(run.policy.model):
+                loss = peer.loss(run, batch, draws, switch)
+                switch("backward")
+                accelerator.backward(loss / options.accumulate)
+        switch("optimizer")
+        if options.clip is not None:
+            accelerator.clip_grad_norm_(parameters, options.clip)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        run.progress.step += 1
+        switch("rest")
+    return updates
+
+
+def loader_batches(run: Run) -> Iterator[tuple[Any, Draws]]:
+    """Yield the loader's batches without end, with the random numbers of their epoch."""
+    while True:
+        for batch in run.feed.train.batches(run.progress.epoch, run.progress.batch):
+            run.progress.batch += 1
+            yield batch, Draws(run.recipe.train.seed, run.progress.epoch)
+        assert run.progress.batch, "an epoch has a batch"
+        run.progress.epoch, run.progress.batch = run.progress.epoch + 1, 0

@@ -1,0 +1,54 @@
+"""The time that filling caches takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from mmalign import methods
+from mmalign.commands import cache
+from mmalign.commands.bench import build
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.families.diffusion import pipeline
+from tests.benchmarks import filling
+from tests.helpers import recipes
+
+OFF = "data.cache='off'"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 2),  # both images of a pair
+        (["method.cache_draws=2"], 2 + 4 / 8),  # and once every batch of an epoch of eight pairs, of two epochs
+        ([OFF], 0),
+    ],
+)
+def test_filling_is_that_of_one_epoch(
+    overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks with every encoded image and with every batch that the reference scores."""
+    ticks, open_feed = [0], cache.open_feed
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        ticks[0] += 100  # which is not filling: with nothing to fill it takes as long
+        return open_feed(*arguments, **options)
+
+    def ticking(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            ticks[0] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(pipeline, "encode", ticking(pipeline.encode))
+    monkeypatch.setattr(methods, "worked_out", ticking(methods.worked_out))
+    monkeypatch.setattr(cache, "open_feed", slow)
+    monkeypatch.setattr(filling, "now", lambda _: float(ticks[0]))
+    recipe, timed = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path), overrides), filling.TimedFilling()
+    run = build(recipe, Accelerator(), tmp_path / "run", 8, fill=timed)
+    assert timed.seconds == expected
+    before = ticks[0]
+    run.updates(run, 8, None)
+    assert ticks[0] == before + (8 * 2 * 2 if OFF in overrides else 0)  # the caches have all that the updates need
