@@ -10,11 +10,12 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart check test lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   align the bundled model and write a gallery of before and after (minutes, CPU)"
+	@echo "make check        lint, types and the fast tests (minutes)"
 	@echo "make test         lint, types and every test that needs no GPU"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make format       rewrite the code in the project's format"
@@ -22,6 +23,9 @@ help:
 
 quickstart: $(READY)
 	$(BIN)/mmalign quickstart
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
