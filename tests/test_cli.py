@@ -58,9 +58,6 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
-# ----------------------------------------------------------------------------------------------------------------- help
-
-
 def test_every_command_says_what_it_does() -> None:
     listed = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
     assert sorted(listed) == sorted(COMMANDS)
@@ -89,9 +86,6 @@ def test_list_names_what_there_is() -> None:
 def test_a_wrong_call_is_told_how_it_goes(arguments: list[str], sentence: str) -> None:
     code, printed = refused(*arguments)
     assert code == 2 and sentence in printed
-
-
-# ----------------------------------------------------------------------------------------------------- train, and again
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -202,9 +196,6 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
     assert "pairs of 2 couples of prompts, from 8 images" in told
     found = {(row["caption"], row["rejected_caption"]) for row in pq.read_table(drawn).to_pylist()}
     assert found and found <= {("a fox", "a hen"), ("one owl", "two owls")}
-
-
-# ---------------------------------------------------------------------------------------------------------- how it ends
 
 
 def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

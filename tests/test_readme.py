@@ -132,9 +132,6 @@ def test_the_readme_is_read_as_it_is_written() -> None:
     assert {page.name for page in DOCS} <= {command.page.name for command in commands()}
 
 
-# ------------------------------------------------------------------------------------------------------------- commands
-
-
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands are taken apart and their recipes loaded, and nothing else is done."""
@@ -189,9 +186,6 @@ def test_commands(piece: Piece) -> None:
         assert program in OTHERS, f"{piece}: nothing here tests a call of {program}"
 
 
-# --------------------------------------------------------------------------------------------------------------- Python
-
-
 @of_each(blocks("python"))
 def test_python(piece: Piece, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs as it stands, but for settings that make it short, and has what its comments promise."""
@@ -212,9 +206,6 @@ def test_python(piece: Piece, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for attribute in re.findall(r"(?<!\w)\.(\w+)", promise[2] if promise else ""):
             where = f"README.md:{piece.line + number}"
             assert promise and hasattr(names[promise[1]], attribute), f"{where}: there is no .{attribute}"
-
-
-# ---------------------------------------------------------------------------------------------------- files, and places
 
 
 @of_each(links())
@@ -243,9 +234,6 @@ def test_files(piece: Piece) -> None:
         found for folder in OURS if (ROOT / folder).is_dir() for found in (ROOT / folder).rglob(pattern)
     )
     assert found, f"{piece}: there is no such file or folder"
-
-
-# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.attention import EXECUTORS, Forest, Tree, decoders, denoisers, kernels
 from mmalign.families.loading import load_family
 from mmalign.families.types import Loading
-from tests.helpers import STANDING_VLMS, attention_models
+from tests.helpers import STANDING_VLMS, Folders, attention_models
 from tests.helpers.vlm_models import BUILDERS
 
 CUDA = torch.device("cuda")
@@ -94,7 +94,7 @@ def test_a_decoder_packed_by_xformers_is_its_rows_apart(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image"])
-def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: Callable[[str], Path]) -> None:
+def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: Folders) -> None:
     images, found = torch.rand(2, 3, 32, 32) * 2 - 1, []
     for executor in ("xformers", "dense"):
         family = load_family(str(flow_folders(name)), Loading(CUDA))  # anew: a denoiser is given an executor once

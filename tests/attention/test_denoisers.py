@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mmalign.attention import EXECUTORS, denoisers
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading
-from tests.helpers import flow_models
+from tests.helpers import Folders, flow_models
 from tests.helpers.loading import load_diffusion
 
 UNETS = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
@@ -25,7 +24,7 @@ SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
 
 
 @pytest.fixture(params=[*UNETS, *flow_models.BUILDERS])
-def family(request: pytest.FixtureRequest, flow_folders: Callable[[str], Path]) -> TextToImage:
+def family(request: pytest.FixtureRequest, flow_folders: Folders) -> TextToImage:
     name = request.param
     found = load_diffusion(request.getfixturevalue(name) if name in UNETS else flow_folders(name))
     torch.manual_seed(1)
@@ -93,7 +92,7 @@ def test_a_copy_attends_as_its_original(tiny_sd15: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("builder", ["sd3", "flux"])
 def test_a_trained_model_attends_as_its_base(
-    builder: str, flow_folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    builder: str, flow_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = load_diffusion(flow_folders(builder))
     denoisers.use(family.network, "dense")
@@ -120,7 +119,7 @@ def test_adapters_learn_as_before(tiny_sdxl: Path) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_half_precision_is_that_of_autocast(flow_folders: Callable[[str], Path]) -> None:
+def test_half_precision_is_that_of_autocast(flow_folders: Folders) -> None:
     """With float32 weights under autocast, norms leave queries in float32 beside values in bfloat16."""
     family = load_family(str(flow_folders("sd3")), Loading(torch.device("cpu"), half=torch.bfloat16))
     x_t, t, cond = given(family)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from mmalign.families.types import ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import Tokens
+from tests.helpers import Folders
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_models import BUILDERS
 from tests.helpers.vlm_reference import PICTURES
@@ -25,7 +24,7 @@ SAID = [["There is a red cube.", "No, there is no dog.", "Yes."], ["A cat and a 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 @pytest.mark.parametrize("executor", ["sdpa", "dense"])
-def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: Callable[[str], Path]) -> None:
+def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders(name))
     reader, model = family.reader, family.network.model
     views = {key: reader.view(PICTURES[key]) for key in ("wide", "square")}

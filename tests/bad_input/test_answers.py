@@ -1,13 +1,12 @@
 """What the evaluation of vision-language models is told before it costs anything, and what it survives."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import data_files, recipes
+from tests.helpers import Folders, data_files, recipes
 from tests.helpers.commands import Commands, Content, contains
 
 DECODING = {"max_new_tokens": 4}
@@ -15,7 +14,7 @@ QUESTION = {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "labe
 
 
 @pytest.fixture
-def content(vlm_folders: Callable[[str], Path], tmp_path: Path) -> Content:
+def content(vlm_folders: Folders, tmp_path: Path) -> Content:
     rows = data_files.response_pairs(tmp_path / "rows")
     evaluate = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
     return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
@@ -68,9 +67,6 @@ def filled(evaluate: Content, folder: Path) -> Content:
         json.dumps(evaluate).replace("F/", f"{folder}/").replace('"F"', json.dumps(str(folder)))
     )
     return found
-
-
-# --------------------------------------------------------------------------------------------- before a model is loaded
 
 
 @pytest.mark.usefixtures("no_model")
@@ -180,9 +176,6 @@ def test_answers_that_are_all_empty_are_answers(content: Content, files: Path, m
     assert "recall, %" in printed
     told = mmalign.refused("gallery", {**content, "evaluate": filled(section, files)})
     contains(told, "answers that are there already are scored and not shown")
-
-
-# -------------------------------------------------------------------------------------------------- while it is at work
 
 
 def test_an_image_that_cannot_be_read_costs_its_questions_alone(

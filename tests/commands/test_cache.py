@@ -44,9 +44,6 @@ def no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageTextToText, "frozen_copy", lambda _: pytest.fail("the network was copied"))
 
 
-# ------------------------------------------------------------------------------------------------------ the same losses
-
-
 @pytest.mark.parametrize(
     ("method", "tune"), [*((name, "full") for name in KEEPING), ("dpo", "lora"), ("povid", "lora")]
 )
@@ -146,9 +143,6 @@ def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
     assert asked == []
 
 
-# ------------------------------------------------------------------------------------------------ what is not in memory
-
-
 @pytest.mark.parametrize("method", KEEPING)
 def test_no_reference_is_loaded_or_run_in_a_training_from_kept_scores(
     method: str, vlm_folders: Folders, tmp_path: Path, no_copy: None, asked: list[str]
@@ -180,9 +174,6 @@ def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
     monkeypatch.setattr(train, "build_policy", noted)
     trained(content)
     assert [policy.reference for policy in built] == [None] and asked == []
-
-
-# ------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_says_what_it_wrote_and_a_second_time_that_nothing_is_new(
@@ -348,9 +339,6 @@ def test_batches_that_are_of_no_use_are_made_up_for_whoever_met_the_bad_pairs(se
                 updates += 1
                 assert {stores[0].key(f"pair {pair}", epoch) for pair in met} <= there
     assert updates == steps
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_what_cannot_be_kept_is_refused_or_not_kept() -> None:

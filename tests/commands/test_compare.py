@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mmalign.commands.compare import SHOWN, compare
 from mmalign.pages.comparison import short_names
 from mmalign.pages.grid import fit
 from mmalign.training import checkpoint
-from tests.helpers import data_files, recipes
+from tests.helpers import Folders, data_files, recipes
 from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
@@ -34,7 +33,7 @@ def recipe(folder: Path, name: str, content: Content) -> str:
 
 
 @pytest.fixture
-def content(vlm_folders: Callable[[str], Path], tmp_path: Path) -> Content:
+def content(vlm_folders: Folders, tmp_path: Path) -> Content:
     rows = data_files.response_pairs(tmp_path / "rows")
     train = {"steps": 2, "save_every": 2, "lr": 0.1}
     return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "unused", train=train, evaluate=EVALUATE)
@@ -264,9 +263,6 @@ def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path:
     ]
     assert len(compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)) == 3
     assert len(list((tmp_path / "compared" / "cache" / "features").iterdir())) == 2
-
-
-# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.images import open_pairs
 from mmalign.resources import resolve
 from mmalign.toy import scenes
-from tests.helpers import data_files
+from tests.helpers import Folders, data_files
 
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "image_0_uid", "image_1_uid"]  # Pick-a-Pic v2's names
 STEPS = 2
@@ -115,9 +115,6 @@ def assert_page(output: Path) -> None:
     assert not re.search(r"@import|\b(fetch|XMLHttpRequest|WebSocket|importScripts)\b", page)
 
 
-# -------------------------------------------------------------------------------------------------------------- the way
-
-
 def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second command draws no pair and does no update again: it measures, and shows."""
     stopped(tmp_path, monkeypatch, draw=True)
@@ -151,8 +148,6 @@ def test_shipped_pairs_and_the_same_command_again(tmp_path: Path, monkeypatch: p
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
-# ----------------------------------------------------------------------------------------------------------- of answers
-
 ANSWERED = [
     "data.limit=6",
     f"train.steps={STEPS}",
@@ -164,7 +159,7 @@ ANSWERED = [
 
 
 @pytest.fixture
-def tiny_answers(vlm_folders: Callable[[str], Path], tmp_path: Path) -> list[str]:
+def tiny_answers(vlm_folders: Folders, tmp_path: Path) -> list[str]:
     """Settings: a tiny model in the place of the bundled one, and true answers about a few pictures."""
     rows = data_files.response_pairs(tmp_path / "rows")
     source = {"path": str(rows), "format": "trl", "limit": 6}
@@ -194,9 +189,6 @@ def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, m
 def test_an_unknown_modality_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'images' is no modality; expected text_to_image or vision_language"):
         module.quickstart("images", seed=0, draw=False)
-
-
-# ---------------------------------------------------------------------------------------------------- the shipped pairs
 
 
 def test_shipped_pairs_ask_for_no_prompt_that_measures() -> None:

@@ -1,7 +1,6 @@
 """A whole run on tiny models of the real classes: resuming, caching, workers, every shipped recipe."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mmalign.commands.train import train
 from mmalign.resources import roots
 from mmalign.rewards import load_judge
 from mmalign.training import checkpoint
-from tests.helpers import data_files, recipes
+from tests.helpers import Folders, data_files, recipes
 from tests.helpers.runs import assert_resumes, assert_same, quiet, train_weights
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
@@ -257,11 +256,11 @@ def test_every_shipped_recipe_takes_two_steps(
     path: Path,
     tiny_sd15: Path,
     tiny_sdxl: Path,
-    flow_folders: Callable[[str], Path],
+    flow_folders: Folders,
     tiny_clip: Path,
     tiny_transformers_clip: Path,
     tiny_step_judge: Path,
-    vlm_folders: Callable[[str], Path],
+    vlm_folders: Folders,
     pairs: Path,
     tmp_path: Path,
 ) -> None:

@@ -1,7 +1,6 @@
 """A whole run on every flow-matching family: resuming, caching, and a trained model that is drawn with."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mmalign.commands.train import train
 from mmalign.families.loading import load_family
 from mmalign.families.types import Sampling
 from mmalign.modalities import loading
-from tests.helpers import data_files, flow_models, recipes
+from tests.helpers import Folders, data_files, flow_models, recipes
 from tests.helpers.loading import CPU, load_diffusion
 from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
@@ -21,7 +20,7 @@ from tests.helpers.runs import assert_resumes, assert_same, train_weights
 @pytest.mark.parametrize("name", list(flow_models.BUILDERS))
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(
-    tune: str, name: str, flow_folders: Callable[[str], Path], tmp_path: Path
+    tune: str, name: str, flow_folders: Folders, tmp_path: Path
 ) -> None:
     """Bit for bit; and what is left is the base and its better half, as every command takes them."""
     base, pairs = flow_folders(name), data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
@@ -39,9 +38,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
 
 
 @pytest.mark.parametrize("name", ["flux2", "qwen_image"])
-def test_the_numbers_are_the_same_without_a_cache(
-    name: str, flow_folders: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_numbers_are_the_same_without_a_cache(name: str, flow_folders: Folders, tmp_path: Path) -> None:
     """Standardised latents, padded text and its mask: read from a cache or encoded in every batch."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
     options = {"train": {"steps": 2}, "data": {"flip": True}}
@@ -63,7 +60,7 @@ METHODS = {
 @pytest.mark.parametrize("name", list(flow_models.BUILDERS))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_family(
-    method: str, name: str, flow_folders: Callable[[str], Path], tiny_step_judge: Path, tmp_path: Path
+    method: str, name: str, flow_folders: Folders, tiny_step_judge: Path, tmp_path: Path
 ) -> None:
     """One update by the one loop; it begins at the loss of a policy that is its reference, and moves the weights."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={})

@@ -208,9 +208,6 @@ def test_over_long_prompts_are_counted_and_named_at_the_end(vlm_folders: Folders
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
-
-
 def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
     vlm_folders: Folders, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

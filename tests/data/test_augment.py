@@ -30,9 +30,6 @@ def correlation(a: Image.Image, b: Image.Image) -> float:
     return float(np.corrcoef(np.asarray(a).ravel(), np.asarray(b).ravel())[0, 1])
 
 
-# --------------------------------------------------------------------------------------------------------------- noise
-
-
 @pytest.mark.parametrize(("step", "expected"), [(int(k), v) for k, v in GOLDEN["alpha_bar"].items()])
 def test_the_schedule_is_the_published_one(step: int, expected: float) -> None:
     assert signal_share()[step].item() == pytest.approx(expected, rel=1e-6)
@@ -78,9 +75,6 @@ def test_a_noisy_picture_keeps_its_size_and_more_steps_are_noisier(size: tuple[i
     assert all(one.size == size and one.mode == "RGB" for one in found)
     left = [correlation(image, one) for one in found]
     assert left == sorted(left, reverse=True) and left[0] > 0.99
-
-
-# ---------------------------------------------------------------------------------------------------------------- crop
 
 
 def slope(width: int, height: int) -> Image.Image:

@@ -46,9 +46,6 @@ def run(schedule: Schedule, x_0: Tensor, t: Tensor, steps: int = 10, way: Any = 
     )
 
 
-# -------------------------------------------------------------------------------------------------- the level that is t
-
-
 def knowing(schedule: Schedule, x_0: Tensor, eps: Tensor, way: Callable[..., Iterator[Hop]], t: Tensor) -> Any:
     """The perfect network for one image: it finds whatever noise there is in x, by the levels that x really has."""
     hops = list(way(schedule, t))
@@ -155,9 +152,6 @@ def test_a_row_s_inversion_is_its_own_whatever_its_company(schedule: Schedule, t
         assert torch.equal(of(at), whole[at])
 
 
-# ------------------------------------------------------------------------------------------------- diffusers, published
-
-
 @pytest.mark.parametrize("steps", [10, 20])
 def test_diffusers_agrees_where_the_grids_coincide(steps: int) -> None:
     """At t = 900 our grid is its "leading" one without an offset: 0, 100, ..., 900. Its answers are given at the place
@@ -219,9 +213,6 @@ def test_the_release_s_inversion(name: str) -> None:
 def test_the_release_s_grid_needs_whole_timesteps() -> None:
     with pytest.raises(ValueError, match=r"method\.inversion: release is a grid of whole timesteps"):
         run(Flow(), normal(1, 2, 4, 8, 8), torch.tensor([0.3, 0.4]), way=inversion.release)
-
-
-# ----------------------------------------------------------------------------------------------------------------- flow
 
 
 def test_a_flow_s_inversion_is_euler_s_method() -> None:

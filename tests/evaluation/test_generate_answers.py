@@ -72,9 +72,6 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return calls
 
 
-# ---------------------------------------------------------------------------------------------------------- both models
-
-
 def test_untrained_adapters_answer_like_the_base(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
     """Greedily and with drawn tokens: the draws are keyed by the question, so that they are the same for both."""
     for temperature in (0.0, 1.5):
@@ -103,9 +100,6 @@ def test_repeated_questions_are_asked_once(fresh: Policy[VisionLanguage], spied:
     ask(fresh, tmp_path / "kept", [*QUESTIONS, *QUESTIONS[:2]])
     assert sum(number for _, number in spied) == 2 * len(QUESTIONS)
     assert {number for _, number in spied} == {GREEDY.batch_size}
-
-
-# -------------------------------------------------------------------------------------------------------------- stopped
 
 
 def test_stopped_run_asks_only_what_is_missing(
@@ -151,9 +145,6 @@ def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
     assert not AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 1.0}}).answers
     heads = [json.loads(file.read_text().splitlines()[0]) for file in sorted(tmp_path.iterdir())]
     assert {head["model"] for head in heads} == {"base", "trained"}
-
-
-# -------------------------------------------------------------------------------------------------------- what is unfit
 
 
 def test_unreadable_image_is_left_out_for_both_models(trained: Policy[VisionLanguage], tmp_path: Path) -> None:

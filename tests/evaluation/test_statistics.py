@@ -35,9 +35,6 @@ def test_proportion_refuses_counts(successes: int, total: int) -> None:
         proportion(successes, total)
 
 
-# --------------------------------------------------------------------------------------------------- paired differences
-
-
 def test_paired_difference_by_hand() -> None:
     """Differences 1, 0, 0, 1, -1: mean 0.2, s^2 = 2.8 / 4, se = sqrt(0.7 / 5); t_4 = 2.776445."""
     interval = paired_difference([0, 0, 1, 0, 1], [1, 0, 1, 1, 0])
@@ -129,9 +126,6 @@ def test_paired_difference_refuses(before: Any, after: Any, groups: list[str] | 
         paired_difference(before, after, groups)
 
 
-# ------------------------------------------------------------------------------------------ ratios by cluster bootstrap
-
-
 def rate(sums: np.ndarray) -> np.ndarray:
     """Return the ratio [1, ...] of two counts."""
     return np.stack([sums[..., 0] / np.maximum(sums[..., 1], 1e-9)])
@@ -217,9 +211,6 @@ def test_bootstrap_covers() -> None:
 def test_bootstrap_refuses(counts: Any, groups: list[int] | None, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         bootstrap(counts, groups=groups)
-
-
-# -------------------------------------------------------------------------------------------------------- runs and rows
 
 
 def test_equal_runs_are_as_uncertain_as_their_rows() -> None:

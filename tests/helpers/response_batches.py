@@ -56,9 +56,6 @@ def swapped(given: EncodedResponses) -> EncodedResponses:
     return replace(given, tokens=Tokens.cat([given.tokens[half:], given.tokens[:half]]))
 
 
-# ----------------------------------------------------------------------------------------------------- published values
-
-
 class Logits(nn.Module):
     """A network that is its logits [2, 8, V] of every published block of rows, by the block's name."""
 

@@ -34,9 +34,6 @@ ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen
 family = diffusion_families(*ALL)
 
 
-# ------------------------------------------------------------------------------------------------------- diffusion_dpo
-
-
 def check_start(policy: Policy, name: str, config: dict[str, Any], expected: float) -> None:
     """Check the loss and the gradient of a policy that equals its reference."""
     method = methods.find(name)
@@ -168,9 +165,6 @@ def test_smoothing_changes_the_loss_as_its_formula_says(sd: TextToImage) -> None
     torch.testing.assert_close(smooth.losses, plain.losses + 0.1 * plain.metrics["logit"], rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- noising
-
-
 def test_time_and_noise_are_shared_in_a_pair_and_differ_between_pairs(family: TextToImage) -> None:
     """With latents of zeros x_t is the noise alone, so it shows which noise a row has."""
     batch = pairs(family)
@@ -264,9 +258,6 @@ def test_a_row_s_numbers_are_its_own_whatever_its_company(family: TextToImage, n
         at = [i + len(ROWS) * view for view in range(views) for i in at]
         assert torch.equal(mine.view.x_t, theirs.view.x_t[at]) and torch.equal(mine.view.t, theirs.view.t[at])
         assert torch.equal(mine.view.target, theirs.view.target[at])
-
-
-# --------------------------------------------------------------------------------------------------- mapo, sft, weights
 
 
 class Untouchable(nn.Module):

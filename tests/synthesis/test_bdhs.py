@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from mmalign.rng import Draws
 from mmalign.synthesis.bdhs import Answered, Completion, Hiding, Speaker, bdhs, too_long
 from mmalign.synthesis.sentence_cuts import STOPS
 from mmalign.synthesis.similarity import Similarity, load_similarity
-from tests.helpers import vlm_models
+from tests.helpers import Folders, vlm_models
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
@@ -67,9 +66,6 @@ def measured(*scores: float) -> Similarity:
     """A measure that gives these values, one after another."""
     rest = iter(scores)
     return Similarity("scripted", lambda texts, others: [next(rest) for _ in texts])
-
-
-# ------------------------------------------------------------------------------------------------------------ algorithm
 
 
 def test_every_sentence_of_every_row_is_asked_for_at_once_after_true_words() -> None:
@@ -170,9 +166,6 @@ def test_an_answer_that_leaves_no_room_is_too_long() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- real models
-
-
 def asked(family: Any, key: str = "wide", answers: Sequence[str] = ANSWERS) -> tuple[list[Answered], Any]:
     view = family.reader.view(PICTURES[key])
     some = [Answered(n, (Turn("user", "<image>What is it?"),), text, ((key, view),)) for n, text in enumerate(answers)]
@@ -203,7 +196,7 @@ def test_with_every_token_hidden_the_image_does_not_matter(vlm: Any) -> None:
     assert "paligemma" in vlm.name or texts[0.0] != texts[1.0]
 
 
-def test_a_decoder_that_cannot_hide_a_token_is_refused(vlm_folders: Callable[[str], Path]) -> None:
+def test_a_decoder_that_cannot_hide_a_token_is_refused(vlm_folders: Folders) -> None:
     names = [name for name in vlm_models.NEWER if "qwen3_5" in name]
     assert names, "a model with linear attention"
     family: Any = load_vlm(vlm_folders(names[0]))

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from mmalign.commands.cache import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
-from tests.helpers import data_files, recipes
+from tests.helpers import Folders, data_files, recipes
 
 Content = dict[str, Any]
 STEPS = 3
@@ -33,9 +33,6 @@ GRADIENTS = 5e-5
 # direction. That came to at most 6e-4 of the way that the weights have gone; another batch makes it more than 0.1.
 WEIGHTS = 5e-3
 METRICS = {"rel": 1e-3, "abs": 1e-4}  # a logit is beta = 100 times a difference of errors, each rounded by 1e-7
-
-
-# --------------------------------------------------------------------------------------------------- what is launched
 
 
 def work(jobs: Path) -> None:
@@ -105,9 +102,6 @@ def launch(jobs: Path) -> None:
         for process in processes:
             process.kill()
     assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
-
-
-# ------------------------------------------------------------------------------------------------------------ the runs
 
 
 class Runs:
@@ -217,7 +211,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_sd15: Path,
     tiny_step_judge: Path,
-    vlm_folders: Callable[[str], Path],
+    vlm_folders: Folders,
 ) -> Runs:
     """Made once, also where several test workers share this file."""
     base = tmp_path_factory.getbasetemp()
@@ -230,8 +224,6 @@ def runs(
             done.touch()
     return runs
 
-
-# ----------------------------------------------------------------------------------------------------------- the tests
 
 NAMES = ["full", "lora", "uneven", "few", "inverted", "kept", "responses"]
 

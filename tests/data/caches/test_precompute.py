@@ -168,9 +168,6 @@ def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path,
     assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
 
 
-# ----------------------------------------------------------------------------------------------------------- by itself
-
-
 def loader(tmp_path: Path, **more: Any) -> PairLoader:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", 7)
     source = open_pairs("pick_a_pic", str(tmp_path / "pairs.parquet"))

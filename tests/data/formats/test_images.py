@@ -48,9 +48,6 @@ def write(path: Path, labels: list[tuple[Any, Any]], **extra: Any) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------------------------------- pick_a_pic
-
-
 def test_labels_choose_ties_are_counted_and_nonsense_is_dropped(tmp_path: Path) -> None:
     labels = [
         (1.0, 0.0),
@@ -198,9 +195,6 @@ def test_a_slip_in_a_local_path_does_not_ask_the_hub(tmp_path: Path, monkeypatch
     check_source("pick_a_pic", "yuvalkirstain/pickapic_v2")
 
 
-# ------------------------------------------------------------------------------------------------- folder and rankings
-
-
 def lines(path: Path, records: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n", encoding="utf-8")
@@ -280,9 +274,6 @@ def test_rankings_as_preferences(tmp_path: Path) -> None:
         check_source("rankings", str(tmp_path / "train.json"))
 
 
-# --------------------------------------------------------------------------------------------------------- two prompts
-
-
 def test_a_table_s_second_prompts_are_of_the_rejected_images(tmp_path: Path) -> None:
     seconds = ["ein Wal", None, ""]
     path = write(tmp_path / "a.parquet", [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)], rejected_caption=seconds)
@@ -333,9 +324,6 @@ def test_rankings_have_one_prompt(tmp_path: Path) -> None:
     assert open_pairs("rankings", str(tmp_path / "train.jsonl"))[0].rejected_prompt == ""
     with pytest.raises(ValueError, match="line 1: has no second prompt"):
         open_pairs("rankings", str(tmp_path / "train.jsonl"), two_prompts="x needs two")
-
-
-# ------------------------------------------------------------------------------------------------------------- hold_out
 
 
 def test_a_group_is_never_on_both_sides_and_adding_data_moves_none(tmp_path: Path) -> None:

@@ -140,9 +140,6 @@ def test_conversations_are_compared_where_they_first_differ(here: Path) -> None:
     assert len(pair.turns) == 3 and pair.chosen == CHOSEN
 
 
-# -------------------------------------------------------------------------------------------------------------- dropped
-
-
 GOOD: dict[str, Any] = {"images": ["a.png"], "prompt": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}
 
 
@@ -177,9 +174,6 @@ def test_conversations_with_different_questions_are_no_pair(here: Path) -> None:
     row = {"image": "a.png", "conversations": said(CHOSEN, old=True), "rejected_conversations": other}
     with pytest.raises(ValueError, match="the chosen and the rejected conversation have different prompts"):
         open_responses("povid", written(here, row))
-
-
-# -------------------------------------------------------------------------------------------------------------- refused
 
 
 @pytest.mark.parametrize(
@@ -225,9 +219,6 @@ def test_columns_and_the_images_folder(here: Path) -> None:
     assert pair.chosen == CHOSEN and pair.group == "s1"
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
 def table(folder: Path, number: int = 4) -> Path:
     """As TRL's data are on the Hub: images as structs of bytes, messages as lists of structs."""
     rows = [
@@ -266,9 +257,6 @@ def test_a_column_of_bytes_and_json_in_text(here: Path) -> None:
     pairs = open_responses("rlhfv", str(here / "rlhfv.parquet"))
     assert len(pairs) == 1 and "row 1: has no image" in str(pairs.dropped[0])
     assert pairs[0].images[0].read() == data_files.png(0)
-
-
-# ------------------------------------------------------------------------------------------------------------- identity
 
 
 def rows_of(pairs: Pairs[ResponsePair]) -> list[int]:

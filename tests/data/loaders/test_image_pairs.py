@@ -190,9 +190,6 @@ def test_too_many_bad_images_end_the_run(tmp_path: Path, workers: int) -> None:
         list(PairLoader(pairs[:2], batch_size=1, seed=0, view=VIEW, num_workers=workers).batches(0))
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_batches_are_the_decoded_ones(tmp_path: Path, workers: int) -> None:
     pairs = make(tmp_path, 6, bad=(3,))

@@ -155,9 +155,6 @@ def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguag
     assert (logps[0] - logps[1]).abs().max() > 1e-4
 
 
-# ------------------------------------------------------------------------------------------- what some methods ask for
-
-
 @pytest.fixture
 def realign(tmp_path: Path) -> Path:
     return data_files.response_pairs(tmp_path, layout="realign")

@@ -28,9 +28,6 @@ def no_images(name: str) -> Any:
     raise AssertionError(f"{name} was read")
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
-
-
 def test_captions_are_scored_and_rated() -> None:
     benchmark = caption_benchmark(ASKED, TRUTH, WORDS, no_images)
     texts = ["A puppy with a cat.", "A cat."]
@@ -57,9 +54,6 @@ def test_captions_refuse_images_without_annotation_and_repeated_questions() -> N
         caption_benchmark([ASKED[1], Question(3, "42", "Describe it.")], TRUTH, WORDS, no_images)
 
 
-# -------------------------------------------------------------------------------------------------------------- yes, no
-
-
 def test_yes_no_answers_are_scored_and_rated() -> None:
     questions = [Question(1, "a", "Is there a dog?", True), Question(2, "b", "Is there a cat?", False)]
     benchmark = yes_no_benchmark({"random": questions}, no_images)
@@ -69,8 +63,6 @@ def test_yes_no_answers_are_scored_and_rated() -> None:
     assert [item.truth for item in benchmark.parts["random"]] == ["yes", "no"]
     assert benchmark.without({"b"}).questions == questions[:1]
 
-
-# ---------------------------------------------------------------------------------------------------------------- AMBER
 
 ITEMS: dict[int, amber.AnyItem] = {
     1: amber.GenerativeItem(("dog", "tree"), ("cat",)),
@@ -101,9 +93,6 @@ def test_amber_scores_and_rates_both_kinds() -> None:
 def test_amber_refuses_questions_of_another_release() -> None:
     with pytest.raises(ValueError, match=r"id 3 is none of annotations.json"):
         amber_benchmark([Question(3, "1.jpg", "What?")], ANNOTATIONS, no_images)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def test_read_questions_in_common_formats(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mmalign.families.diffusion import flow_matching
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading, Sampling
 from mmalign.policy import adapters_off
-from tests.helpers import flow_models
+from tests.helpers import Folders, flow_models
 from tests.helpers.loading import CPU, load_diffusion
 
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
@@ -60,7 +59,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def path(name: str, flow_folders: Callable[[str], Path]) -> Path:
+def path(name: str, flow_folders: Folders) -> Path:
     return flow_folders(name)
 
 
@@ -114,9 +113,6 @@ def as_seen(latents: Tensor, shape: torch.Size) -> Tensor:
 
 def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(image) for image in images]).astype(int)
-
-
-# ------------------------------------------------------------------------------------------- against the own pipelines
 
 
 def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: Path, family: TextToImage) -> None:
@@ -187,9 +183,6 @@ def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToI
     torch.testing.assert_close(family.decode(moments.mean), decoded, rtol=1e-3, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- rows and prompts
-
-
 def test_a_row_is_predicted_alone_as_in_company_and_by_its_prompt(family: TextToImage) -> None:
     x_t, t, cond = given(family)
     with torch.no_grad():
@@ -254,16 +247,13 @@ def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> Non
         assert long.tensors["mask"].all()
 
 
-def test_without_its_t5_sd3_counts_by_what_its_clips_read(flow_folders: Callable[[str], Path]) -> None:
+def test_without_its_t5_sd3_counts_by_what_its_clips_read(flow_folders: Folders) -> None:
     """Sixteen tokens here; the T5 of the other reads 256, and stands in the text's tail, which is zeros without it."""
     whole, less = (load_diffusion(flow_folders(n)) for n in ("sd3", "sd3_without_t5"))
     assert [f.count_cut(["fox", "red fox " * 4]) for f in (whole, less)] == [0, 1]
     tails = [f.encode_prompts(["fox"]).tensors["embeds"][:, -256:] for f in (whole, less)]
     assert tails[0].abs().sum() > 0 and (tails[1] == 0).all()
     assert [n for n, _ in less.encoders()] == ["vae", "text_encoder", "text_encoder_2"]
-
-
-# ------------------------------------------------------------------------------------------- adapters, saving, memory
 
 
 def with_adapters(family: TextToImage, by: float = 0.3) -> TextToImage:
@@ -356,9 +346,6 @@ def test_half_precision(path: Path) -> None:
     # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
     assert (ours - theirs).norm() < 0.3 * theirs.norm()
     assert len(family.sample(net, PROMPTS, SEEDS, Sampling(steps=2, resolution=SIDE))) == 2
-
-
-# -------------------------------------------------------------------------------------------------- schedule, refusals
 
 
 def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name: str) -> None:

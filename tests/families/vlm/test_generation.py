@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +22,7 @@ from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy
 from mmalign.rng import Draws
-from tests.helpers import vlm_models, vlm_reference
+from tests.helpers import Folders, vlm_models, vlm_reference
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
@@ -66,7 +65,7 @@ def answers(
 
 
 @pytest.fixture(scope="module")
-def family_of(vlm_folders: Callable[[str], Path]) -> Callable[[str], Any]:
+def family_of(vlm_folders: Folders) -> Callable[[str], Any]:
     """A model that no test may change, loaded once."""
     return functools.cache(lambda name: load_vlm(vlm_folders(name)))
 
@@ -79,9 +78,6 @@ def family(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> A
 @pytest.fixture
 def llava(family_of: Callable[[str], Any]) -> Any:
     return family_of("llava")
-
-
-# -------------------------------------------------------------------------------------------------------------- prompts
 
 
 def test_a_prompt_is_the_one_that_responses_are_scored_after(family: Any) -> None:
@@ -118,9 +114,6 @@ def test_an_answer_keeps_the_space_that_a_tokenizer_drops_at_the_beginning_of_a_
     reader = ProcessorReader(SimpleNamespace(tokenizer=fast), Facts(), 0, 100)
     assert reader.text(ids[2:]) == "cube"
     assert reader.text(ids[2:], after=ids[:2]) == " cube"
-
-
-# -------------------------------------------------------------------------------------------------------------- answers
 
 
 def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
@@ -188,9 +181,6 @@ def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
         assert abs(found.count(text) / 600 - p) < 3 * (p * (1 - p) / 600) ** 0.5
 
 
-# ----------------------------------------------------------------------------------------------------------------- ends
-
-
 def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
     some = [Asked(key=1), Asked(("tall",), key=2), Asked(key=3)]
     plain = answers(llava, some, SAMPLED)
@@ -244,7 +234,7 @@ def test_the_token_that_ended_responses_in_training_ends_answers(name: str, fami
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: Callable[[str], Path]) -> None:
+def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("llava"))
     end = family.reader.processor.tokenizer.convert_tokens_to_ids("<unk>")
     family.network.model.generation_config.eos_token_id = [2, end] if several else end
@@ -253,7 +243,7 @@ def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: C
     assert ended and len(steps) == 3
 
 
-def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Callable[[str], Path]) -> None:
+def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Folders) -> None:
     """Such as Qwen2.5-VL's penalty of repetition; and the model is afterwards as it was, whatever its mode."""
     family: Any = load_vlm(vlm_folders("llava"))
     plain, model = answers(family, [Asked()]), family.network.model
@@ -268,9 +258,6 @@ def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Callable[[str],
     assert answers(family, [Asked()]) == plain
     assert model.generation_config is own and [part.training for part in model.modules()] == modes
     assert all(getattr(own, name) == value for name, value in habits.items())
-
-
-# --------------------------------------------------------------------------------------------------------------- hidden
 
 
 def logits_of(family: Any, asked: Asked, hidden: Tensor | None) -> tuple[str, Tensor]:
@@ -363,9 +350,6 @@ def test_a_decoder_that_cannot_hide_tokens_says_so(family_of: Callable[[str], An
         answers(family, [Asked()], hidden=[torch.ones(count, dtype=torch.bool)])
 
 
-# ------------------------------------------------------------------------------------------------ argmax, the reference
-
-
 def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
     said = ["There is a red cube and a dog.", "Yes."]
     view = ("wide", family.reader.view(PICTURES["wide"]))
@@ -380,7 +364,7 @@ def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
         assert got[count:].tolist() == [row.ids[0]] * (len(got) - count)
 
 
-def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Callable[[str], Path]) -> None:
+def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("llava"))
     some = [Asked(key=key) for key in range(4)]
     base = answers(family, some, SAMPLED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mmalign.families.vlm.model import _check_type
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenRow
 from mmalign.policy import AdaptersOff, Policy, adapters_off
-from tests.helpers import vlm_models, vlm_reference
+from tests.helpers import Folders, vlm_models, vlm_reference
 from tests.helpers.loading import CPU, load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
@@ -48,13 +48,8 @@ def logps(family: VisionLanguage, some: Sequence[TokenRow], net: Any = None) -> 
     return family.token_logps(net or family.network, tokens, family.encode_images(views))
 
 
-# --------------------------------------------------------------------------------------------------------------- tokens
-
-
 @pytest.mark.parametrize(("name", "images"), TRIED)
-def test_a_prompt_s_tokens_are_the_processor_s_own(
-    name: str, images: tuple[str, ...], vlm_folders: Callable[[str], Path]
-) -> None:
+def test_a_prompt_s_tokens_are_the_processor_s_own(name: str, images: tuple[str, ...], vlm_folders: Folders) -> None:
     """Also of several images, although each is processed alone."""
     family: Any = load_vlm(vlm_folders(name))
     found = rows(family, images)
@@ -81,7 +76,7 @@ QWEN = (
     ],
 )
 def test_prompt_and_response_read_as_the_model_s_layout_has_them(
-    name: str, text: tuple[str, str], vlm_folders: Callable[[str], Path]
+    name: str, text: tuple[str, str], vlm_folders: Folders
 ) -> None:
     """A response ends with the layout's own end of a turn, or with the end of the text where it has none."""
     family: Any = load_vlm(vlm_folders(name))
@@ -98,7 +93,7 @@ def test_a_token_across_the_border_belongs_to_both_responses(llava: VisionLangua
     assert joined[0].start == joined[1].start == one.start  # what both responses begin with is theirs, not the prompt's
 
 
-def test_a_conversation_of_several_turns_and_images_between_the_words(vlm_folders: Callable[[str], Path]) -> None:
+def test_a_conversation_of_several_turns_and_images_between_the_words(vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("qwen2_5_vl"))
     turns = [Turn("user", "Is <image> red?"), Turn("assistant", "No."), Turn("user", "And <image>")]
     views = [(k, family.reader.view(PICTURES[k])) for k in ("wide", "tall")]
@@ -124,9 +119,6 @@ def test_placeholders_must_match_the_images(vlm: VisionLanguage) -> None:
         vlm.reader.rows([Turn("user", "<image><image>What?")], ANSWERS, [("wide", view)])
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
-
-
 def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
     """From the model's own forward pass over pixels and logits, for one row."""
     row = rows(family, images, [answer])[0]
@@ -137,7 +129,7 @@ def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
 
 @pytest.mark.parametrize(("name", "images"), TRIED)
 def test_scores_are_those_of_the_model_s_own_forward_pass(
-    name: str, images: tuple[str, ...], vlm_folders: Callable[[str], Path]
+    name: str, images: tuple[str, ...], vlm_folders: Folders
 ) -> None:
     """Encoding every image once, alone, and scoring in a padded batch equals pixels in and logits out for one row."""
     family = load_vlm(vlm_folders(name))
@@ -185,9 +177,6 @@ def test_each_image_is_encoded_once(vlm: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(vlm.network.model, "get_image_features", counted)
     logps(vlm, [*rows(vlm), *rows(vlm), *rows(vlm, ("square",))])
     assert len(calls) == 2
-
-
-# ------------------------------------------------------------------------------------------------------------- adapters
 
 
 def adapted(family: Any) -> Policy[Any]:
@@ -289,7 +278,7 @@ def test_a_saved_model_is_one_that_its_library_loads_and_scores_alike(vlm: Any, 
         load_vlm(tmp_path / "model")  # with its processor: a folder to go on from
 
 
-def test_half_precision_weights_have_float32_scores_and_masters(vlm_folders: Callable[[str], Path]) -> None:
+def test_half_precision_weights_have_float32_scores_and_masters(vlm_folders: Folders) -> None:
     half = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family: Any = load_vision_language(str(vlm_folders("llava")), half)
     policy = adapted(family)
@@ -297,9 +286,6 @@ def test_half_precision_weights_have_float32_scores_and_masters(vlm_folders: Cal
     assert found.dtype == torch.float32 and all(p.dtype == torch.float32 for p in policy.trainable())
     full = logps(load_vision_language(family.name, CPU), rows(family))
     torch.testing.assert_close(found, full, rtol=0.05, atol=0.1)  # bfloat16 has three digits
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def broken(folder: Path, to: Path, **config: Any) -> Path:
@@ -310,7 +296,7 @@ def broken(folder: Path, to: Path, **config: Any) -> Path:
 
 
 def test_what_is_no_vision_language_model_is_refused_by_its_config(
-    vlm_folders: Callable[[str], Path], tiny_sd15: Path, tmp_path: Path
+    vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     text = broken(vlm_folders("llava"), tmp_path / "text", model_type="llama")
     with pytest.raises(ValueError, match="is a llama, which has no vision tower; expected a vision-language model"):
@@ -322,7 +308,7 @@ def test_what_is_no_vision_language_model_is_refused_by_its_config(
         model_type(str(text))
 
 
-def test_a_processor_of_another_model_is_refused(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_processor_of_another_model_is_refused(vlm_folders: Folders, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(vlm_folders("qwen2_5_vl"), mixed)
     for file in vlm_folders("llava").iterdir():
@@ -332,7 +318,7 @@ def test_a_processor_of_another_model_is_refused(vlm_folders: Callable[[str], Pa
         load_vlm(mixed)
 
 
-def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Folders, tmp_path: Path) -> None:
     """Patches of 4 pixels in the place of 8: 16 tokens for what the model makes 4 features of."""
     shutil.copytree(vlm_folders("llava"), tmp_path / "m")
     file = tmp_path / "m" / "processor_config.json"
@@ -351,7 +337,7 @@ def test_a_type_whose_prompts_name_images_by_another_token_than_its_features_is_
         _check_type("m", "internvl", model, processor)
 
 
-def test_a_folder_without_its_weights_is_one_sentence(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_folder_without_its_weights_is_one_sentence(vlm_folders: Folders, tmp_path: Path) -> None:
     shutil.copytree(vlm_folders("llava"), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.path: .*could not be loaded as a vision-language model \(llava\)"):

@@ -192,9 +192,6 @@ def test_what_has_nothing_to_share_and_no_padding_stays_as_it_is(llava: Any) -> 
     assert shapes == [(2, length), (1, length), (1, 2 * (length + len(same[0].response)))]
 
 
-# -------------------------------------------------------------------------------------------------- what is not packed
-
-
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -224,9 +221,6 @@ def test_rows_as_long_as_a_window_run_apart_and_others_do_not(llava: Any) -> Non
         for tokens, features in (short, long):
             llava.token_logps(llava.network, tokens, features)
     assert [one["inputs_embeds"].shape[0] for one in seen] == [1, 2]
-
-
-# --------------------------------------------------------------------------------------------------------------- a run
 
 
 def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folders, tmp_path: Path) -> None:

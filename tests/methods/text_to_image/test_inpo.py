@@ -43,9 +43,6 @@ def contrast(policy: Policy, batch: EncodedPairs, cfg: inpo.Config, draws: Draws
     return made
 
 
-# ----------------------------------------------------------------------------------------------------------------- laws
-
-
 def test_with_fresh_noise_in_the_place_of_inversion_it_is_diffusion_dpo(
     family: TextToImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +160,6 @@ def test_an_equal_pair_has_no_margin(sd: TextToImage) -> None:
     same = Moments(batch.latents.mean[:4].repeat(2, 1, 1, 1), batch.latents.std)
     step = run(inpo, policy, replace(batch, latents=same), inpo.Config(eta=0.0))
     torch.testing.assert_close(step.metrics["logit"], torch.zeros(4), rtol=0.0, atol=1e-2)  # beta times rounding
-
-
-# ----------------------------------------------------------------------------------------------------- published values
 
 
 class Fixed(Diffusion):

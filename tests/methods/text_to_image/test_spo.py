@@ -78,9 +78,6 @@ def walked(policy: Policy, batch: EncodedPrompts, cfg: spo.Config) -> list[spo.P
         return list(spo.compared(policy, batch, cfg, DRAWS))
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-
 @pytest.mark.parametrize("inner_steps", [0, 1])
 def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextToImage, inner_steps: int) -> None:
     """Every step that the pairs hold, done again by DDIMScheduler with eta 1, guidance, and the draws by their keys.
@@ -216,9 +213,6 @@ def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: T
     assert sum(float(c.weights.sum()) for c in made(policy, batch, cfg)) == 8
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
-
-
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize("inner_steps", [0, 1])
 def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(
@@ -339,9 +333,6 @@ def test_spo_goes_along_a_flow(sd: TextToImage) -> None:
     values, gradient = learned(policy, made(policy, prompts(sd, judge), cfg), cfg)
     assert torch.equal(values, torch.full((18,), math.log(2))) and gradient.norm() > 0
     torch.testing.assert_close(torch.tensor(times), torch.tensor([5, 4, 3, 2, 1, 0]) * 1000 / 6)
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(

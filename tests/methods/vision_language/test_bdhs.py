@@ -91,9 +91,6 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- offline
-
-
 def test_without_hallucinated_responses_it_is_dpo(policy: Policy[Any], tmp_path: Path) -> None:
     given = batch(policy.family, rows(tmp_path))
     ours, theirs = (stepped(method, policy, given)[1] for method in (bdhs, dpo))
@@ -147,9 +144,6 @@ def test_what_differs_only_after_the_last_token_that_is_read_is_not_compared(
     assert contrast.batch.tokens.ids.shape[1] == 60
     assert contrast.shares.tolist() == [1.0] * 8
     close(step.losses, stepped(dpo, policy, batch(policy.family, path, max_length=60))[1].losses)
-
-
-# --------------------------------------------------------------------------------------------------------------- online
 
 
 def test_the_policy_writes_what_it_learns_from(vlm_folders: Folders, tmp_path: Path) -> None:
@@ -232,9 +226,6 @@ def test_an_answer_that_leaves_no_room_to_go_on_keeps_its_own_pair(policy: Polic
     close(step.losses, stepped(dpo, policy, given)[1].losses)
 
 
-# ---------------------------------------------------------------------------------------------------------------- mixed
-
-
 def test_with_no_share_of_its_own_it_is_dpo(policy: Policy[Any], tmp_path: Path) -> None:
     given = batch(policy.family, rows(tmp_path))
     _, step = stepped(bdhs, policy, given, mode="mixed", mixed={"share": 0.0})
@@ -295,9 +286,6 @@ def test_the_bundled_annotator_takes_verdicts_for_what_they_are(tmp_path: Path) 
     pair = open_responses("trl", str(rows(tmp_path, chosen="No, there is none.")))[0]
     assert bdhs.fewer_inventions(VOCABULARY, pair, [], "No.", "Yes.") == 1
     assert bdhs.fewer_inventions(VOCABULARY, pair, [], "Yes!", "no") == -1
-
-
-# -------------------------------------------------------------------------------------------------- a run, and refusals
 
 
 @pytest.mark.parametrize("mode", ["online", "mixed"])

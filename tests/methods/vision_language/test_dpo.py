@@ -21,8 +21,6 @@ from tests.helpers.response_batches import batch, published
 
 GOLDEN = golden("dpo")
 
-# ----------------------------------------------------------------------------------------------------- published values
-
 
 @pytest.mark.parametrize(
     ("config", "expected"),
@@ -54,9 +52,6 @@ def test_other_pair_losses_give_the_published_means(loss: str, sides: str) -> No
     step = run(dpo, *published(GOLDEN), dpo.Config(loss=loss))
     expected = GOLDEN["expected"]["trl_batch_mean_losses"][sides]["loss"]
     assert step.losses.mean().item() == pytest.approx(expected, rel=2e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------- laws
 
 
 @pytest.mark.parametrize(("loss", "value"), [("ipo", 25.0), ("hinge", 1.0), ("robust", math.log(2))])
@@ -93,9 +88,6 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
     one, other = (run(dpo, policy, some, dpo.Config()) for some in (given, twice))
     torch.testing.assert_close(one.losses, other.losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient(policy, one), gradient(policy, other), rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------- rlhfv
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,6 @@ from tests.helpers.response_batches import PAIRS, batch, published
 GOLDEN = golden("povid")
 EXPECTED = GOLDEN["expected"]
 
-# ----------------------------------------------------------------------------------------------------- published values
-
 
 def close(found: torch.Tensor, expected: Any) -> None:
     """float32 of two libraries."""
@@ -87,9 +85,6 @@ def test_no_row_is_added_for_the_noisy_tokens() -> None:
     policy, given = published(GOLDEN)
     run(povid, policy, given, povid.Config())
     assert policy.family.seen == [4, 4]
-
-
-# ----------------------------------------------------------------------------------------------------------------- laws
 
 
 def test_where_noise_changes_no_token_nothing_is_learned_from_it(vlm: VisionLanguage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.modalities.vision_language.evaluate import measure_written
-from tests.helpers import data_files, recipes
+from tests.helpers import Folders, data_files, recipes
 from tests.helpers.data_files import write_jsonl
 from tests.helpers.runs import quiet
 
@@ -26,7 +25,7 @@ CROWDS = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
 
 
 @pytest.fixture(scope="module")
-def content(vlm_folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Content:
+def content(vlm_folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Content:
     """A recipe whose model has been trained."""
     here = tmp_path_factory.mktemp("trained")
     rows = data_files.response_pairs(here / "rows")
@@ -71,9 +70,6 @@ def chair(images: Path, **more: Any) -> Content:
 
 def lines(file: Path) -> list[Content]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------------------ the world
 
 
 def test_evaluate_the_bundled_world(content: Content, folder: Path) -> None:
@@ -126,9 +122,6 @@ def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: p
     calls.clear()
     evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "max_new_tokens": 5}}), say=quiet)
     assert sum(calls) > 30
-
-
-# ------------------------------------------------------------------------------------------------------ one's own files
 
 
 def test_chair_on_files(content: Content, folder: Path, images: Path) -> None:
@@ -187,9 +180,6 @@ def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
     found = evaluate_module.evaluate(load_recipe(held), say=quiet).result
     assert 0 < found["pairs"] < 8 and found["draws"] == 1
     assert found["chosen gain"] != 0 and found["rejected gain"] != 0
-
-
-# --------------------------------------------------------------------------------------------------- answers that exist
 
 
 @pytest.mark.parametrize("benchmark", ["chair", "object_halbench"])

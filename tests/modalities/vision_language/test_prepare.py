@@ -29,8 +29,6 @@ from tests.helpers import Folders, data_files
 from tests.helpers.loading import load_vlm
 from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
 
-# ------------------------------------------------------------------------------------------------------ what is written
-
 
 def test_bdhs_writes_what_dpo_reads(content: Any, tmp_path: Path) -> None:
     rows, said = prepared(content("bdhs"))
@@ -167,9 +165,6 @@ def test_a_prepared_file_trains(content: Any) -> None:
     assert trained.steps == 2
 
 
-# ---------------------------------------------------------------------------------------------------- a stop, and again
-
-
 class Stopped(Exception):
     pass
 
@@ -247,9 +242,6 @@ def test_unfinished_work_of_other_settings_is_refused(content: Any, tmp_path: Pa
     assert "corruptor differ" in refused(content("povid"))
     (tmp_path / "made.jsonl.unfinished").unlink()
     assert len(prepared(content("povid"))[0]) == 7
-
-
-# ----------------------------------------------------------------------------------------------- functions of one's own
 
 
 def test_functions_of_one_s_own_mask_and_corrupt(content: Any) -> None:
