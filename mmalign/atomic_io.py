@@ -14,7 +14,7 @@ from mmalign import atomic_io
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder that takes the place of `path` once it is whole; an error leaves `path` alone.
 
     Raises:
@@ -29,13 +29,13 @@ def written(path: Path) -> Iterator[Path]:
             path.replace(aside)
         part.replace(path)
     except (OSError, SafetensorError) as error:
-        raise unwritten(path, error) from error
+        raise write_error(path, error) from error
     finally:
         _remove(part)
     _remove(aside)
 
 
-def unwritten(path: Path, error: Exception) -> atomic_io.CheckpointError:
+def write_error(path: Path, error: Exception) -> atomic_io.CheckpointError:
     """What to say when a file or folder could not be written."""
     free = shutil.disk_usage(path.parent).free // 10**6
     return atomic_io.CheckpointError(

@@ -20,19 +20,19 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command of the context (MMALIGN_TRACEBACK=1 shows where an error came from)."""
-        _quiet()
+        _silence_libraries()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # here, since what typer makes of it changes from version to version
-            _complain("stopped; the same command goes on from what was saved last")
+            _print_error("stopped; the same command goes on from what was saved last")
             raise SystemExit(130) from None
         except Exception as error:
             from mmalign.atomic_io import CheckpointError  # which imports torch
 
-            told = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
-            if not told or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
+            is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
+            if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
                 raise
-            _complain(f"error: {_sentence(error)}")
+            _print_error(f"error: {_error_message(error)}")
             raise SystemExit(1) from None
 
 
@@ -200,11 +200,11 @@ def main() -> None:
     app()
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="red", markup=False)
 
 
-def _sentence(error: Exception) -> str:
+def _error_message(error: Exception) -> str:
     """What went wrong, for people; the operating system says what, but not what to do."""
     if not isinstance(error, OSError):
         return str(error)
@@ -212,14 +212,14 @@ def _sentence(error: Exception) -> str:
         return " ".join(str(error).split())
     if error.strerror != os.strerror(error.errno):  # ours, which is a sentence already
         return error.strerror
-    where = f"{error.filename}: " if error.filename else ""
+    prefix = f"{error.filename}: " if error.filename else ""
     return (
-        f"{where}{error.strerror}; make room, or name a path that you may use, and run the same command again: "
+        f"{prefix}{error.strerror}; make room, or name a path that you may use, and run the same command again: "
         "what was finished before is kept"
     )
 
 
-def _quiet() -> None:
+def _silence_libraries() -> None:
     """The libraries' notices and loading bars say nothing that a person can act on here, and bury what is said."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)

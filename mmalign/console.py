@@ -22,7 +22,7 @@ def tracked(items: Sequence[T], description: str) -> Iterable[T]:
     return track(items, description=description, transient=True, console=console, disable=quiet)
 
 
-def bar_of(accelerator: Any) -> Progress:
+def progress_bar(accelerator: Any) -> Progress:
     """A bar of the main process, where there is a terminal."""
     console = Console(stderr=True)
     return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))

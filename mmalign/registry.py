@@ -37,7 +37,7 @@ def find(packages: Sequence[str], name: str, missing: str) -> Any:
     return importlib.import_module(f"{homes[name]}.{name}")
 
 
-def find_callable(key: str, name: str) -> Callable[..., Any]:
+def import_callable(key: str, name: str) -> Callable[..., Any]:
     """The function that a recipe names at `key`.
 
     Args:
@@ -55,19 +55,19 @@ def find_callable(key: str, name: str) -> Callable[..., Any]:
     if here not in sys.path:  # a script that Python was given has it, an installed command has not
         sys.path.append(here)
     try:
-        found = reduce(getattr, function.split("."), importlib.import_module(module))
+        function_found = reduce(getattr, function.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{key}: {name} cannot be imported ({error}); expected module:function, of an installed module or one in "
             "the current folder"
         ) from error
-    if not callable(found):
-        raise ValueError(f"{key}: {name} is no function but {type(found).__name__}")
-    own: Callable[..., Any] = found
+    if not callable(function_found):
+        raise ValueError(f"{key}: {name} is no function but {type(function_found).__name__}")
+    own: Callable[..., Any] = function_found
     return own
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def qualified_name(function: Callable[..., Any]) -> str:
     """What a function is called where it is written down: module:function."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"

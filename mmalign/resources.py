@@ -38,17 +38,17 @@ def resolve(name: str | Path) -> Path:
     for root in roots():
         if os.path.exists(root / path):  # unlike Path.exists, False for a name that is too long
             return root / path
-    near = _near(path.as_posix())
+    near = _similar_names(path.as_posix())
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give a path, or see `mmalign list`"
     places = ["the current folder", *map(str, roots()[1:])]
-    where = "" if path.is_absolute() else f" in {', '.join(places)}"
-    raise ValueError(f"there is no file or folder {str(name)[:200]!r}{where}; {hint}")
+    roots_text = "" if path.is_absolute() else f" in {', '.join(places)}"
+    raise ValueError(f"there is no file or folder {str(name)[:200]!r}{roots_text}; {hint}")
 
 
 def locate(name: str) -> str:
     """Where data lie: the name in the first of `roots` that has it, else as it is: a glob, or a Hub id."""
-    found = (str(root / name) for root in roots() if os.path.exists(root / name))
-    return next(found, name)
+    paths = (str(root / name) for root in roots() if os.path.exists(root / name))
+    return next(paths, name)
 
 
 def is_hub_id(name: str) -> bool:
@@ -70,17 +70,17 @@ def resolve_model(name: str) -> str:
         raise ValueError(f"model: {missing}; on the Hub a model is named 'organisation/name'") from None
 
 
-def _near(name: str) -> list[str]:
+def _similar_names(name: str) -> list[str]:
     """Up to three names of shared files and folders like this one, compared whole or by their last part."""
-    known = sorted({known for root in roots()[1:] for known in _listed(root)})
+    known = sorted({known for root in roots()[1:] for known in _bundled_names(root)})
     whole = get_close_matches(name, known, n=3, cutoff=0.75)
     stems = get_close_matches(Path(name).stem, {Path(path).stem for path in known}, n=3, cutoff=0.75)
     last = [path for stem in stems for path in known if Path(path).stem == stem]
     return list(dict.fromkeys(whole + last))[:3]
 
 
-def _listed(root: Path) -> list[str]:
+def _bundled_names(root: Path) -> list[str]:
     """What a person names: recipes, cards, and the folders directly in `models/` and `assets/`."""
-    found = [path for folder in SHARED for path in (root / folder).rglob("*.yaml")]
-    found += [path for folder in ("models", "assets") for path in (root / folder).glob("[!.]*/")]
-    return [path.relative_to(root).as_posix() for path in found]
+    paths = [path for folder in SHARED for path in (root / folder).rglob("*.yaml")]
+    paths += [path for folder in ("models", "assets") for path in (root / folder).glob("[!.]*/")]
+    return [path.relative_to(root).as_posix() for path in paths]

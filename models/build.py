@@ -81,14 +81,14 @@ def _stroke(brush: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
         )
 
 
-def captioned(number: int, seed: int, half: int | None = None) -> tuple[np.ndarray, list[scenes.Prompt]]:
+def captioned(number: int, seed: int, half: int | None = None) -> tuple[np.ndarray, list[scenes.ScenePrompt]]:
     """Scenes of training prompts, uint8 [N, 64, 64, 3], and what each shows; `half` takes every other prompt only."""
     rng = np.random.default_rng(seed)
     prompts = scenes.sample_prompts("train", number * (1 if half is None else 2), seed)
     if half is not None:
         order = {p: i for i, p in enumerate(scenes.all_prompts())}
         prompts = [p for p in prompts if order[p] % 2 == half][:number]
-    images = np.stack([np.asarray(scenes.draw(scenes.lay_out(p, rng))) for p in prompts])
+    images = np.stack([np.asarray(scenes.render(scenes.place_objects(p, rng))) for p in prompts])
     return images, prompts
 
 

@@ -121,7 +121,7 @@ def build_tokenizer() -> Any:
 
 def pixels(pictured: Sequence[crowds.Crowd]) -> Tensor:
     """The pictures as the tower takes them, float16 [N, 3, SIDE, SIDE]."""
-    drawn = np.stack([np.asarray(crowds.draw(crowd)) for crowd in pictured])
+    drawn = np.stack([np.asarray(crowds.render(crowd)) for crowd in pictured])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD).half()
 
 
@@ -143,10 +143,10 @@ def train_tower(work: Path, tower: nn.Module) -> nn.Module:
     average: Any = fit("tower", work, model, loss, steps=1500, lr=2e-3, save=lambda _: None, ema_decay=0.99)
     held = crowds.sample("validation", 500, 7)
     with torch.no_grad():
-        found = (average["head"](states(average["tower"], pixels(held).float())) > 0).any(1)
+        result = (average["head"](states(average["tower"], pixels(held).float())) > 0).any(1)
     truth = places(held).amax(1) > 0
-    hits = (found & truth).sum()
-    print(f"tower: precision {hits / found.sum():.3f}, recall {hits / truth.sum():.3f} on {len(held)} unseen pictures")
+    hits = (result & truth).sum()
+    print(f"tower: precision {hits / result.sum():.3f}, recall {hits / truth.sum():.3f} on {len(held)} unseen pictures")
     return average["tower"]
 
 
@@ -187,11 +187,11 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((5, step))
         rows = rng.integers(len(pictured), size=48)
-        told = [said(pictured[row], rng) for row in rows]
-        ids, mask, targets = batch(processor, told)
+        output = [said(pictured[row], rng) for row in rows]
+        ids, mask, targets = batch(processor, output)
         # What can be said without a picture, the decoder must know too, as one that has read before it saw. A yes or no
         # without one teaches it nothing but to guess.
-        described = torch.tensor([conversation[0][0] == crowds.QUESTION for conversation in told])
+        described = torch.tensor([conversation[0][0] == crowds.QUESTION for conversation in output])
         blind = torch.from_numpy(rng.random(len(rows)) < BLIND) & described
         mask = mask.masked_fill(blind[:, None] & (ids == image), 0)
         with torch.autocast("cpu", torch.bfloat16):
@@ -249,12 +249,12 @@ def batch(processor: Any, told: Sequence[Sequence[tuple[str, str]]]) -> tuple[Te
             answers.append((first, len(processor.tokenizer(text).input_ids)))
         texts.append(text)
         spans.append(answers)
-    found = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    targets = torch.full_like(found.input_ids, -100)
+    result = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    targets = torch.full_like(result.input_ids, -100)
     for row, answers in enumerate(spans):
         for first, end in answers:
-            targets[row, first:end] = found.input_ids[row, first:end]
-    return found.input_ids, found.attention_mask, targets
+            targets[row, first:end] = result.input_ids[row, first:end]
+    return result.input_ids, result.attention_mask, targets
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -268,7 +268,7 @@ def write_answers(path: Path, number: int) -> None:
     rows = []
     for crowd in crowds.sample("train", number, 1):
         file = io.BytesIO()
-        crowds.draw(crowd).save(file, format="PNG")
+        crowds.render(crowd).save(file, format="PNG")
         image = {"bytes": file.getvalue(), "path": f"{crowd.name}.png"}
         rows.append({"images": [image], "prompt": crowds.QUESTION, "answer": crowds.describe(crowd.kinds)})
     pq.write_table(pa.Table.from_pylist(rows), path)

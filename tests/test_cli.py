@@ -24,7 +24,7 @@ from tests.helpers import data_files, recipes
 from tests.helpers.loading import load_diffusion
 
 COMMANDS = ("bench", "cache", "quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
-EVALUATE = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
+EVALUATE = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
 
 
 def run(*arguments: object) -> str:
@@ -125,15 +125,15 @@ def test_adapters_are_read_back_as_they_were_trained(
     tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
     folder = train.train(load_recipe(content), say=lambda _: None).folder
-    policy = loading.load_aligned(load_diffusion(tiny_sd15), folder)
+    policy = loading.load_trained_policy(load_diffusion(tiny_sd15), folder)
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)
 
     def answer(net: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
             return net.eval()(x, torch.tensor([500]), text)[0]  # type: ignore[no-any-return]
 
-    ours, theirs, base = answer(trained[0]), answer(policy.unwrapped), policy.on_reference(answer)
-    assert torch.equal(ours, theirs) and base is not None and not torch.equal(ours, base)
+    actual, expected, base = answer(trained[0]), answer(policy.unwrapped), policy.on_reference(answer)
+    assert torch.equal(actual, expected) and base is not None and not torch.equal(actual, base)
 
 
 def test_a_finished_run_says_so_and_stays_the_same(recipe: Path, tmp_path: Path) -> None:
@@ -169,8 +169,13 @@ def test_the_gallery_is_of_the_model_as_it_is(recipe: Path, tmp_path: Path) -> N
 
 def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "new" / "drawn.parquet"
-    settings = ["--set", f"data.path={drawn}", "--set", "prepare={prompts: 4, images: 2, sure: 0.5}"]
-    settings += ["--set", "prepare.judge.path=models/tiny_clip", "--set", "prepare.drawing.steps=1"]
+    settings = [
+        "--set",
+        f"data.path={drawn}",
+        "--set",
+        "prepare={prompts: 4, images_per_prompt: 2, min_confidence: 0.5}",
+    ]
+    settings += ["--set", "prepare.reward.path=models/tiny_clip", "--set", "prepare.sampling.steps=1"]
     assert f"{drawn}: 4 pairs of 4 prompts" in run("prepare", recipe, *settings)
     assert "4 pairs in 4 groups" in run("train", recipe, *settings)
     code, printed = refused("prepare", recipe, *settings)
@@ -181,8 +186,11 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
     """Of the bundled world, and of a file with couples of prompts."""
     drawn, couples = tmp_path / "drawn.parquet", tmp_path / "couples.txt"
     couples.write_text("# the judge has never heard of any\na fox\ta hen\n\none owl\ttwo owls\n")
-    settings = ["--set", "prepare={contrast: true, images: 2, sure: 0.5, judge: {path: models/tiny_clip}}"]
-    settings += ["--set", "prepare.drawing.steps=1", "--set", f"data.path={drawn}", "--set", "prepare.prompts=12"]
+    settings = [
+        "--set",
+        "prepare={prompt_pairs: true, images_per_prompt: 2, min_confidence: 0.5, reward: {path: models/tiny_clip}}",
+    ]
+    settings += ["--set", "prepare.sampling.steps=1", "--set", f"data.path={drawn}", "--set", "prepare.prompts=12"]
     printed = run("prepare", recipe, *settings)
     rows = pq.read_table(drawn).to_pylist()
     assert f"{drawn}: {len(rows)} pairs of 12 couples of prompts, from 48 images" in printed
@@ -192,10 +200,10 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
             assert scenes.split_of(scenes.parse(prompt)) == "train"
     assert f"{len(rows)} pairs in " in run("train", recipe, *settings, "--set", "method={name: instruct_engine}")
     drawn.unlink()
-    told = run("prepare", recipe, *settings, "--set", f"prepare.prompts={couples}", "--set", "prepare.seed=3")
-    assert "pairs of 2 couples of prompts, from 8 images" in told
-    found = {(row["caption"], row["rejected_caption"]) for row in pq.read_table(drawn).to_pylist()}
-    assert found and found <= {("a fox", "a hen"), ("one owl", "two owls")}
+    message = run("prepare", recipe, *settings, "--set", f"prepare.prompts={couples}", "--set", "prepare.seed=3")
+    assert "pairs of 2 couples of prompts, from 8 images" in message
+    result = {(row["caption"], row["rejected_caption"]) for row in pq.read_table(drawn).to_pylist()}
+    assert result and result <= {("a fox", "a hen"), ("one owl", "two owls")}
 
 
 def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

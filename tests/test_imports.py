@@ -90,14 +90,14 @@ def imported_names(node: ast.Import | ast.ImportFrom, folder: tuple[str, ...]) -
 
 def upward(path: Path, package: Path = PACKAGE) -> list[str]:
     """The imports of a file that point up, as 'file:line: this imports that'."""
-    found = imports_of(path, package)
-    return [f"{path.name}:{i.line}: {i.source} imports {i.target}" for i in found if i.points_up]
+    result = imports_of(path, package)
+    return [f"{path.name}:{i.line}: {i.source} imports {i.target}" for i in result if i.points_up]
 
 
 def test_every_module_has_its_place() -> None:
     unknown = {room(path) for path in FILES} - set(HEIGHT)
-    where = f"add it to LAYERS in tests/{Path(__file__).name}, as low as its own imports allow"
-    assert not unknown, f"{', '.join(sorted(unknown))} of mmalign/ is in no layer: {where}"
+    location = f"add it to LAYERS in tests/{Path(__file__).name}, as low as its own imports allow"
+    assert not unknown, f"{', '.join(sorted(unknown))} of mmalign/ is in no layer: {location}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -107,9 +107,9 @@ def test_imports_point_down(path: Path) -> None:
 
 def test_no_two_modules_need_each_other() -> None:
     needs: dict[str, set[str]] = {}
-    for found in (i for path in FILES for i in imports_of(path)):
-        if found.source != found.target:
-            needs.setdefault(found.source, set()).add(found.target)
+    for result in (i for path in FILES for i in imports_of(path)):
+        if result.source != result.target:
+            needs.setdefault(result.source, set()).add(result.target)
     try:
         TopologicalSorter(needs).prepare()
     except CycleError as error:

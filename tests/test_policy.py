@@ -117,10 +117,10 @@ def test_without_a_reference_nothing_runs(family: TextToImage) -> None:
 
 def gradients(family: TextToImage, net: nn.Module, given: Any) -> Iterator[Tensor]:
     """Of a loss that asks the reference between the policy's forward and its backward pass."""
-    ours = family.predict(net, *given)
-    theirs = lora_policy(family, net).on_reference(lambda net: family.predict(net, *given))
-    assert theirs is not None
-    (ours - theirs + 1).square().mean().backward()
+    actual = family.predict(net, *given)
+    expected = lora_policy(family, net).on_reference(lambda net: family.predict(net, *given))
+    assert expected is not None
+    (actual - expected + 1).square().mean().backward()
     for parameter in adapters(net).values():
         assert parameter.grad is not None
         yield parameter.grad.clone()

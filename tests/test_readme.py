@@ -30,12 +30,12 @@ OURS = sorted(p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p
 SOURCES = (".py", ".md", ".yaml", ".toml", ".parquet")  # of files that a command writes, none has one of these
 SHORT = [
     "data.limit=4",
-    "data.hold_out=0.0",
+    "data.validation_fraction=0.0",
     "train.steps=1",
     "train.batch_size=2",
-    "train.accumulate=1",
+    "train.gradient_accumulation_steps=1",
     "evaluate.prompts=8",
-    "evaluate.drawing.steps=1",
+    "evaluate.sampling.steps=1",
 ]
 
 
@@ -73,8 +73,8 @@ def spans() -> list[Piece]:
 def links() -> list[Piece]:
     """Where links and pictures lead, but for those to the web."""
     targets = re.finditer(r"\]\(([^)\s]+)[^)]*\)|\b(?:src|href)=\"([^\"]+)\"", PROSE)
-    found = [Piece(line_of(PROSE, m.start()), m[1] or m[2]) for m in targets]
-    return [link for link in found if "://" not in link.text]
+    result = [Piece(line_of(PROSE, m.start()), m[1] or m[2]) for m in targets]
+    return [link for link in result if "://" not in link.text]
 
 
 def lines_of(block: Piece) -> Iterator[Piece]:
@@ -175,8 +175,8 @@ def test_commands(piece: Piece) -> None:
         for target in (a for a in arguments if "=" not in a):
             assert target in targets, f"{piece}: make knows no {target}; it has {', '.join(targets)}"
     elif program == "mmalign" or "mmalign.cli" in arguments:
-        ours = arguments if program == "mmalign" else arguments[arguments.index("mmalign.cli") + 1 :]
-        result = CliRunner().invoke(cli.app, ours)
+        actual = arguments if program == "mmalign" else arguments[arguments.index("mmalign.cli") + 1 :]
+        result = CliRunner().invoke(cli.app, actual)
         assert result.exit_code == 0, f"{piece}: {result.output}"
     elif program == "python":
         module, *options = arguments[arguments.index("-m") + 1 :]
@@ -204,8 +204,8 @@ def test_python(piece: Piece, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for number, text in enumerate(piece.text.splitlines()):
         promise = re.match(r"(\w+) = .*?#(.*)", text)
         for attribute in re.findall(r"(?<!\w)\.(\w+)", promise[2] if promise else ""):
-            where = f"README.md:{piece.line + number}"
-            assert promise and hasattr(names[promise[1]], attribute), f"{where}: there is no .{attribute}"
+            location = f"README.md:{piece.line + number}"
+            assert promise and hasattr(names[promise[1]], attribute), f"{location}: there is no .{attribute}"
 
 
 @of_each(links())
@@ -230,10 +230,10 @@ def names_a_file(text: str) -> bool:
 def test_files(piece: Piece) -> None:
     """A name alone is looked for everywhere; NAME is the reader's to choose, and there must be one like it already."""
     pattern = piece.text.rstrip("/").replace("NAME", "*")
-    found = any(ROOT.glob(pattern)) or any(
-        found for folder in OURS if (ROOT / folder).is_dir() for found in (ROOT / folder).rglob(pattern)
+    result = any(ROOT.glob(pattern)) or any(
+        path for folder in OURS if (ROOT / folder).is_dir() for path in (ROOT / folder).rglob(pattern)
     )
-    assert found, f"{piece}: there is no such file or folder"
+    assert result, f"{piece}: there is no such file or folder"
 
 
 @pytest.mark.parametrize(

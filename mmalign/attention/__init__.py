@@ -1,9 +1,9 @@
 """The one entry to attention: who computes it, and which tokens see which.
 
-`forest.py` says which tokens see which in a row that several responses share (`Forest`, `Tree`); `executors.py`
-computes attention, by xformers, by PyTorch's own function, or by a plain reference; `kernels.py` knows whether xformers
-can run here and, if not, why; `choice.py` decides by the recipe's `train.attention`; `decoders.py` and `denoisers.py`
-put an executor into the models of transformers and diffusers.
+`forest.py` says which tokens see which in a row that several responses share (`PackedPrefixMask`, `PrefixGroup`);
+`executors.py` computes attention, by xformers, by PyTorch's own function, or by a plain reference; `kernels.py` knows
+whether xformers can run here and, if not, why; `choice.py` decides by the recipe's `train.attention`; `decoders.py` and
+`denoisers.py` put an executor into the models of transformers and diffusers.
 
 A row of a prefix of 5 tokens with branches of 3 and 2, and one of 4 with a branch of 6:
 
@@ -25,10 +25,10 @@ unless `decoders.why_not_packed(decoder, forest.longest)` says that this decoder
 For other positions than those, such as in rows and columns, join the ones that the model gives to each row apart.
 tests/attention/test_models.py does all of it with whole models and their images.
 
-`Tree(..., both_ways=True)` lets the prefix's tokens see one another in both directions (PaliGemma).
+`PrefixGroup(..., both_ways=True)` lets the prefix's tokens see one another in both directions (PaliGemma).
 """
 
-from mmalign.attention.executors import EXECUTORS as EXECUTORS
-from mmalign.attention.executors import Executor as Executor
-from mmalign.attention.forest import Forest as Forest
-from mmalign.attention.forest import Tree as Tree
+from mmalign.attention.executors import BACKENDS as BACKENDS
+from mmalign.attention.executors import Backend as Backend
+from mmalign.attention.forest import PackedPrefixMask as PackedPrefixMask
+from mmalign.attention.forest import PrefixGroup as PrefixGroup

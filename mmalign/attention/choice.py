@@ -6,26 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-from mmalign.attention.kernels import why_not, why_not_here
+from mmalign.attention.kernels import platform_unsupported_reason, unsupported_reason
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectedBackend:
     """An executor, and why it is this one.
 
     Attributes:
-        executor: "xformers" or "sdpa".
-        why: what speaks against xformers, where it was not asked to stay away; else empty.
+        backend: "xformers" or "sdpa".
+        reason: what speaks against xformers, where it was not asked to stay away; else empty.
     """
 
-    executor: str
-    why: str = ""
+    backend: str
+    reason: str | None = None
 
     def __str__(self) -> str:
-        return f"attention: {self.executor}" + (f", since xformers cannot serve: {self.why}" if self.why else "")
+        return f"attention: {self.backend}" + (f", since xformers cannot serve: {self.reason}" if self.reason else "")
 
 
-def check(wanted: str, device: torch.device, dtype: torch.dtype) -> None:
+def check(requested: str, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what `choose` would refuse whatever the model.
 
     To be called before diffusers is imported: it imports xformers, which may not find all that it needs by itself.
@@ -33,17 +33,17 @@ def check(wanted: str, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         ValueError: xformers is wanted, and can serve no model here.
     """
-    if wanted != "sdpa" and (why := why_not_here(device, dtype)):
-        _refuse(wanted, why)
+    if requested != "sdpa" and (why := platform_unsupported_reason(device, dtype)):
+        _refuse(requested, why)
 
 
-def choose(
-    wanted: str, device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int], model: str = ""
-) -> Choice:
+def select_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int], model: str | None = None
+) -> SelectedBackend:
     """What computes attention: "sdpa" is itself, "auto" is xformers where it can serve and else sdpa.
 
     Args:
-        wanted: "auto", "xformers" or "sdpa".
+        requested: "auto", "xformers" or "sdpa".
         device: where.
         dtype: of queries, keys and values: what autocast makes of them, if it is on.
         head_sizes: numbers of a head, of all attention of the model.
@@ -52,12 +52,12 @@ def choose(
     Raises:
         ValueError: xformers is wanted, and cannot serve.
     """
-    if wanted == "sdpa":
-        return Choice("sdpa")
-    if why := why_not(device, dtype, head_sizes) or model:
-        _refuse(wanted, why)
-        return Choice("sdpa", why)
-    return Choice("xformers")
+    if requested == "sdpa":
+        return SelectedBackend("sdpa")
+    if why := unsupported_reason(device, dtype, head_sizes) or model:
+        _refuse(requested, why)
+        return SelectedBackend("sdpa", why)
+    return SelectedBackend("xformers")
 
 
 def _refuse(wanted: str, why: str) -> None:

@@ -4,12 +4,13 @@ transformers finds attention by a name in a model's config. We give it a name fo
 computes attention and for the one that makes its mask: without the second, transformers leaves padding unmasked and
 says nothing.
 
-A decoder that was given to `use` computes ordinary rows as ever, and takes a `Forest` beside its tokens:
+A decoder that was given to `use` computes ordinary rows as ever, and takes a `PackedPrefixMask` beside its tokens:
 
     decoder(inputs_embeds=..., position_ids=forest.positions, use_cache=False, **of(forest, decoder))
 
 where every layer's attention is the forest's, or it fails: `of` refuses decoders that know other tokens in other ways
-(`why_not_packed`), and gives a mask of no tokens, which nothing but our function, which does not read it, can use.
+(`packing_unsupported_reason`), and gives a mask of no tokens, which nothing but our function, which does not read it,
+can use.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.attention.executors import EXECUTORS
-from mmalign.attention.forest import Forest
+from mmalign.attention.executors import BACKENDS
+from mmalign.attention.forest import PackedPrefixMask
 
 _PREFIX = "mmalign_"  # of the executors' names in transformers
 _KEYWORD = "mmalign_forest"  # what takes a forest through a model's layers
 
 
-def use(decoder: Any, executor: str) -> None:
+def install(decoder: Any, executor: str) -> None:
     """Have an executor compute the attention of a decoder of transformers, packed rows and others.
 
     With "sdpa" rows that are no forest are computed by transformers' own function: no number changes.
@@ -47,27 +48,27 @@ def use(decoder: Any, executor: str) -> None:
         )
 
 
-def used(decoder: Any) -> str | None:
+def installed(decoder: Any) -> str | None:
     """The executor that `use` gave a decoder; None for transformers' own attention."""
     name = str(decoder.config._attn_implementation)
     return name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else None
 
 
-def of(forest: Forest, decoder: Any) -> dict[str, Any]:
+def attention_kwargs(packed_mask: PackedPrefixMask, decoder: Any) -> dict[str, Any]:
     """What a decoder's forward pass takes for a packed row, beside its tokens and their positions.
 
     Raises:
         ValueError: the decoder cannot take it, or has no executor that does.
     """
-    why = "" if used(decoder) else "it has transformers' own attention, to which a forest means nothing"
-    if why := why or why_not_packed(decoder, forest.longest):
+    why = None if installed(decoder) else "it has transformers' own attention, to which a forest means nothing"
+    if why := why or packing_unsupported_reason(decoder, packed_mask.longest):
         raise ValueError(f"attention: a {type(decoder).__name__} cannot take rows that share a prefix: {why}")
     device = next(decoder.parameters()).device
-    return {_KEYWORD: forest, "attention_mask": torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)}
+    return {_KEYWORD: packed_mask, "attention_mask": torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)}
 
 
-def why_not_packed(decoder: Any, longest: int) -> str:
-    """Why a decoder cannot take rows that share a prefix; empty if it can.
+def packing_unsupported_reason(decoder: Any, longest: int) -> str | None:
+    """Why a decoder cannot take rows that share a prefix; None if it can.
 
     Args:
         decoder: the language model.
@@ -85,14 +86,14 @@ def why_not_packed(decoder: Any, longest: int) -> str:
     window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
     if window is not None and window < longest:
         return f"its tokens see {window} others, and a row has {longest}"
-    return ""
+    return None
 
 
-def why_not_xformers(decoder: Any) -> str:
-    """Why no kernel of xformers computes a decoder's attention, whatever the device; empty if one may."""
+def xformers_unsupported_reason(decoder: Any) -> str | None:
+    """Why no kernel of xformers computes a decoder's attention, whatever the device; None if one may."""
     if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
         return "the model's attention has a soft cap, which its kernels do not know"
-    return ""
+    return None
 
 
 def head_sizes(decoder: nn.Module) -> frozenset[int]:
@@ -105,7 +106,7 @@ def _register(executor: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    run, name = EXECUTORS[executor], _PREFIX + executor
+    run, name = BACKENDS[executor], _PREFIX + executor
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # else compiled anew for every forest
     def attention(

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.attention.executors import EXECUTORS
+from mmalign.attention.executors import BACKENDS
 
 _MARK = "_mmalign_executor"  # a network's attribute: deep copies have it too
 _LINEAR = ("SanaLinearAttnProcessor2_0",)
 
 
-def use(net: nn.Module, executor: str) -> None:
+def install(net: nn.Module, executor: str) -> None:
     """Have an executor compute all softmax attention of a denoiser.
 
     The models that ask diffusers' registry share one place in it: the last executor that any of them was given.
@@ -44,20 +44,22 @@ def use(net: nn.Module, executor: str) -> None:
         sana.SanaAttnProcessor2_0: Single(executor, norm_before_heads=True),
         plain.JointAttnProcessor2_0: Joint(executor),
     }
-    found = list(_attention(net))
-    ours = [(name, module) for name, module in found if type(module.processor).__name__ not in _LINEAR]
+    attention_modules = list(_attention(net))
+    softmax_modules = [
+        (name, module) for name, module in attention_modules if type(module.processor).__name__ not in _LINEAR
+    ]
     unknown = [
         f"{name} ({type(module).__name__} with {type(module.processor).__name__})"
-        for name, module in ours
+        for name, module in softmax_modules
         if type(module.processor) not in kinds and not _asks_registry(module)
     ]
-    if unknown or not ours:
+    if unknown or not softmax_modules:
         more = f"{unknown[0]} and {len(unknown) - 1} more are of kinds that are not known here" if unknown else ""
         raise ValueError(
             f"train.attention: {executor} cannot serve this {type(net).__name__}: {more or 'it has no attention'}; use "
             "sdpa"
         )
-    for _, module in ours:
+    for _, module in softmax_modules:
         if _asks_registry(module):
             _ask_for(module.processor, executor)
         else:
@@ -65,19 +67,19 @@ def use(net: nn.Module, executor: str) -> None:
     setattr(net, _MARK, executor)
 
 
-def used(net: nn.Module) -> str | None:
+def installed(net: nn.Module) -> str | None:
     """The executor that `use` gave a denoiser; None for diffusers' own attention."""
     return getattr(net, _MARK, None)
 
 
 def head_sizes(net: nn.Module) -> frozenset[int]:
     """Numbers of a head, of all softmax attention of a denoiser."""
-    found: set[int] = set()
+    sizes: set[int] = set()
     for _, module in _attention(net):
         inner = getattr(module, "inner_dim", None)
         if inner is not None and type(module.processor).__name__ not in _LINEAR:
-            found.add(int(inner) // int(module.heads))
-    return frozenset(found)
+            sizes.add(int(inner) // int(module.heads))
+    return frozenset(sizes)
 
 
 def _attention(net: nn.Module) -> list[tuple[str, Any]]:
@@ -86,16 +88,16 @@ def _attention(net: nn.Module) -> list[tuple[str, Any]]:
     Raises:
         ValueError: one has no processor, and so no place where another executor fits in.
     """
-    found: list[tuple[str, Any]] = []
+    modules: list[tuple[str, Any]] = []
     for name, module in net.named_modules():
         if getattr(module, "processor", None) is not None:
-            found.append((name, module))
+            modules.append((name, module))
         elif isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("Attention"):
             raise ValueError(
                 f"train.attention: {name} of this {type(net).__name__} is a {type(module).__name__}, which computes "
                 "attention in a way of its own; use sdpa"
             )
-    return found
+    return modules
 
 
 def _asks_registry(module: Any) -> bool:
@@ -123,7 +125,7 @@ def _ask_for(processor: Any, executor: str) -> None:
             raise NotImplementedError("attention: neither dropout nor attention over several devices is known here")
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[:, None, None]
-        return EXECUTORS[executor](query, key, value, attn_mask, causal=is_causal, scale=scale)
+        return BACKENDS[executor](query, key, value, attn_mask, causal=is_causal, scale=scale)
 
     dispatch._AttentionBackendRegistry.register(dispatch.AttentionBackendName.XFORMERS)(attend)
     processor._attention_backend = dispatch.AttentionBackendName.XFORMERS
@@ -137,7 +139,7 @@ class Single:
     """
 
     def __init__(self, executor: str, norm_before_heads: bool = False) -> None:
-        self.executor, self.norm_before_heads = executor, norm_before_heads
+        self.backend, self.norm_before_heads = executor, norm_before_heads
 
     def __call__(
         self,
@@ -162,7 +164,7 @@ class Single:
         mask = attention_mask
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, seen.shape[1], len(x)).view(len(x), attn.heads, -1, seen.shape[1])
-        x = _out(attn, EXECUTORS[self.executor](q, k, v, mask).flatten(2).to(q.dtype))
+        x = _out(attn, BACKENDS[self.backend](q, k, v, mask).flatten(2).to(q.dtype))
         if as_map is not None:
             x = x.transpose(1, 2).reshape(as_map)
         if attn.residual_connection:
@@ -186,7 +188,7 @@ class Joint:
     """
 
     def __init__(self, executor: str) -> None:
-        self.executor = executor
+        self.backend = executor
 
     def __call__(
         self,
@@ -201,12 +203,12 @@ class Joint:
         q, k = _normed(attn.norm_q, q), _normed(attn.norm_k, k)
         text = encoder_hidden_states
         if text is None:
-            return _out(attn, EXECUTORS[self.executor](q, k, v).flatten(2).to(q.dtype))
+            return _out(attn, BACKENDS[self.backend](q, k, v).flatten(2).to(q.dtype))
         projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (_split(attn, to(text)) for to in projections)
         text_q, text_k = _normed(attn.norm_added_q, text_q), _normed(attn.norm_added_k, text_k)
-        both = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        x = EXECUTORS[self.executor](*both).flatten(2).to(q.dtype)
+        joined = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+        x = BACKENDS[self.backend](*joined).flatten(2).to(q.dtype)
         x, text = x[:, : hidden_states.shape[1]], x[:, hidden_states.shape[1] :]
         return _out(attn, x), text if attn.context_pre_only else attn.to_add_out(text)
 

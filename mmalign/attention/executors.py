@@ -4,8 +4,8 @@ B rows, M queries, N keys, H heads of K numbers (keys and values may have fewer 
 queries'). Queries [B, M, H, K], keys and values [B, N, H, K], the result [B, M, H, K]: xformers' layout, and that of
 linear layers before their heads are moved.
 
-A mask is a `Forest` (one row, M = N = L), or a tensor that expands to [B, H, M, N]: bool, true where a query sees a
-key, or else numbers that are added to the logits. `causal` is for M = N, without a mask.
+A mask is a `PackedPrefixMask` (one row, M = N = L), or a tensor that expands to [B, H, M, N]: bool, true where a query
+sees a key, or else numbers that are added to the logits. `causal` is for M = N, without a mask.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.attention.forest import Forest, Group
+from mmalign.attention.forest import BlockGroup, PackedPrefixMask
 
-Mask = Forest | Tensor | None
+Mask = PackedPrefixMask | Tensor | None
 
 
-class Executor(Protocol):
+class Backend(Protocol):
     """Computes attention."""
 
     def __call__(
@@ -50,8 +50,8 @@ def xformers(
         out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale, op=ordered)
         return out
 
-    if isinstance(mask, Forest):
-        return by_groups(lambda group, q, k, v: run(q, k, v, group.bias), q, k, v, mask)
+    if isinstance(mask, PackedPrefixMask):
+        return attend_by_group(lambda group, q, k, v: run(q, k, v, group.bias), q, k, v, mask)
     return run(q, k, v, LowerTriangularMask() if causal else None if mask is None else _added(mask, q, k))
 
 
@@ -60,18 +60,18 @@ def sdpa(
 ) -> Tensor:
     """See Executor: PyTorch's `scaled_dot_product_attention`, which runs anywhere; a forest's blocks one by one."""
     k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
-    if not isinstance(mask, Forest):
+    if not isinstance(mask, PackedPrefixMask):
         return _sdpa(q, k, v, mask, causal, scale)
     _check_row(q, mask)
-    found = []
+    outputs = []
     for block in mask.blocks:
         keys, values = (_parts(x, block.keys) for x in (k, v))
         queries, more = q[:, slice(*block.queries)], block.num_keys - block.num_queries
         causal, seen = block.causal and not more, None
         if block.causal and more:
             seen = torch.ones(block.num_queries, block.num_keys, dtype=torch.bool, device=q.device).tril(more)
-        found.append(_sdpa(queries, keys, values, seen, causal, scale))
-    return torch.cat(found, 1)
+        outputs.append(_sdpa(queries, keys, values, seen, causal, scale))
+    return torch.cat(outputs, 1)
 
 
 def dense(
@@ -84,7 +84,7 @@ def dense(
         q, k, v = (x.to(dtype).to(wide) for x in (q, k, v))
         k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
         logits = torch.einsum("bmhk,bnhk->bhmn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if isinstance(mask, Forest):
+        if isinstance(mask, PackedPrefixMask):
             _check_row(q, mask)
             mask = mask.visible.to(q.device)
         elif causal:
@@ -94,20 +94,24 @@ def dense(
         return torch.einsum("bhmn,bnhk->bmhk", logits.softmax(-1), v).to(dtype)
 
 
-EXECUTORS: dict[str, Executor] = {"xformers": xformers, "sdpa": sdpa, "dense": dense}
+BACKENDS: dict[str, Backend] = {"xformers": xformers, "sdpa": sdpa, "dense": dense}
 
 
-def by_groups(
-    run: Callable[[Group, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, forest: Forest
+def attend_by_group(
+    run: Callable[[BlockGroup, Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed_mask: PackedPrefixMask,
 ) -> Tensor:
     """A forest's attention by calls that run all blocks of a kind: each with its queries and keys side by side."""
-    _check_row(q, forest)
-    groups = forest.groups(q.device)
-    found = [run(group, group.queries(q), group.keys(k), group.keys(v)) for group in groups]
+    _check_row(q, packed_mask)
+    groups = packed_mask.block_groups(q.device)
+    outputs = [run(group, group.queries(q), group.keys(k), group.keys(v)) for group in groups]
     if len(groups) == 1:
-        return found[0]
+        return outputs[0]
     # No token is in two groups: what each leaves at 0, another fills.
-    return torch.stack([group.queries.put(out) for group, out in zip(groups, found, strict=True)]).sum(0)
+    return torch.stack([group.queries.put(out) for group, out in zip(groups, outputs, strict=True)]).sum(0)
 
 
 def _parts(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
@@ -116,10 +120,11 @@ def _parts(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _check_row(q: Tensor, forest: Forest) -> None:
-    if q.shape[:2] != (1, forest.length):
+def _check_row(q: Tensor, packed_mask: PackedPrefixMask) -> None:
+    if q.shape[:2] != (1, packed_mask.length):
         raise ValueError(
-            f"attention: a forest of {forest.length} tokens is one row of as many, got {q.shape[0]} of {q.shape[1]}"
+            f"attention: a forest of {packed_mask.length} tokens is one row of as many, got {q.shape[0]} of "
+            f"{q.shape[1]}"
         )
 
 

@@ -21,13 +21,14 @@ Range = tuple[int, int]  # from the first token to before the second
 
 
 @dataclass(frozen=True)
-class Tree:
+class PrefixGroup:
     """A prefix and the branches after it, in tokens.
 
     Attributes:
         prefix: tokens that all branches share.
         branches: the tokens of each.
-        both_ways: the prefix's tokens see one another in both directions, as PaliGemma's do, and not only backwards.
+        bidirectional_prefix: the prefix's tokens see one another in both directions, as PaliGemma's do, and not only
+            backwards.
 
     Raises:
         ValueError: a part has no token, or there is no branch.
@@ -35,7 +36,7 @@ class Tree:
 
     prefix: int
     branches: tuple[int, ...]
-    both_ways: bool = False
+    bidirectional_prefix: bool = False
 
     def __post_init__(self) -> None:
         if not self.branches or min(self.prefix, *self.branches) < 1:
@@ -76,59 +77,59 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Forest:
+class PackedPrefixMask:
     """A row of trees: the one description of its attention, from which every executor takes what it needs.
 
     Raises:
         ValueError: there is no tree.
     """
 
-    trees: tuple[Tree, ...]
+    prefix_groups: tuple[PrefixGroup, ...]
 
     def __post_init__(self) -> None:
-        if not self.trees:
+        if not self.prefix_groups:
             raise ValueError("attention: a row needs at least one tree, got none")
 
     @property
     def length(self) -> int:
         """L."""
-        return sum(tree.length for tree in self.trees)
+        return sum(group.length for group in self.prefix_groups)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest of the R rows."""
-        return max(tree.prefix + max(tree.branches) for tree in self.trees)
+        return max(group.prefix + max(group.branches) for group in self.prefix_groups)
 
     @cached_property
     def spans(self) -> tuple[tuple[Range, Range], ...]:
         """Where the prefix and the branch of each of the R rows are."""
-        found, start = [], 0
-        for tree in self.trees:
-            prefix = (start, start + tree.prefix)
-            start += tree.prefix
-            for length in tree.branches:
-                found.append((prefix, (start, start + length)))
+        spans, start = [], 0
+        for group in self.prefix_groups:
+            prefix = (start, start + group.prefix)
+            start += group.prefix
+            for length in group.branches:
+                spans.append((prefix, (start, start + length)))
                 start += length
-        return tuple(found)
+        return tuple(spans)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """All tokens in order, as few blocks as there can be."""
-        found, before = [], None
-        both_ways = (tree.both_ways for tree in self.trees for _ in tree.branches)
+        blocks, before = [], None
+        both_ways = (group.bidirectional_prefix for group in self.prefix_groups for _ in group.branches)
         for (prefix, branch), free in zip(self.spans, both_ways, strict=True):
             first, before = prefix != before, prefix
             if not first:
-                found.append(Block(branch, (prefix, branch), causal=True))
+                blocks.append(Block(branch, (prefix, branch), causal=True))
                 continue
             whole = (prefix[0], branch[1])  # the first branch stands where it would stand alone
             if free:
-                found.append(Block(prefix, (prefix,), causal=False))
-            found.append(Block(branch if free else whole, (whole,), causal=True))
-        return tuple(found)
+                blocks.append(Block(prefix, (prefix,), causal=False))
+            blocks.append(Block(branch if free else whole, (whole,), causal=True))
+        return tuple(blocks)
 
     @cached_property
-    def places(self) -> tuple[Tensor, ...]:
+    def row_positions(self) -> tuple[Tensor, ...]:
         """Where in the packed row the tokens of each of the R rows are."""
         return tuple(torch.cat([torch.arange(*prefix), torch.arange(*branch)]) for prefix, branch in self.spans)
 
@@ -140,38 +141,38 @@ class Forest:
         Raises:
             ValueError: another number of rows, or rows of other lengths.
         """
-        lengths = [len(places) for places in self.places]
+        lengths = [len(places) for places in self.row_positions]
         if [row.shape[-1] for row in rows] != lengths:
             raise ValueError(
                 f"attention: expected rows of {lengths} tokens, got {[row.shape[-1] for row in rows]}; a row is a "
                 "prefix with one of its branches"
             )
         packed = rows[0].new_empty(*rows[0].shape[:-1], self.length)
-        for row, places in zip(reversed(rows), reversed(self.places), strict=True):
+        for row, places in zip(reversed(rows), reversed(self.row_positions), strict=True):
             packed[..., places.to(packed.device)] = row
         return packed
 
     def split(self, packed: Tensor, dim: int = -1) -> list[Tensor]:
         """The R rows of a packed tensor, whose tokens are along `dim`."""
-        return [packed.index_select(dim, places.to(packed.device)) for places in self.places]
+        return [packed.index_select(dim, places.to(packed.device)) for places in self.row_positions]
 
     @cached_property
     def positions(self) -> Tensor:
         """`position_ids` [1, L] where positions have one dimension: every branch goes on from its prefix."""
-        return self.join([torch.arange(len(places)) for places in self.places])[None]
+        return self.join([torch.arange(len(places)) for places in self.row_positions])[None]
 
     @cached_property
-    def said(self) -> Tensor:
+    def target_positions(self) -> Tensor:
         """Where the branches' tokens are, [sum of branches], row by row."""
         return torch.cat([torch.arange(*branch) for _, branch in self.spans])
 
     @cached_property
-    def before(self) -> Tensor:
+    def predictor_positions(self) -> Tensor:
         """Where each token of `said` is predicted: at the branch's token before it, or at the prefix's last one."""
         return torch.cat(
             [
                 places[prefix[1] - prefix[0] - 1 : -1]
-                for (prefix, _), places in zip(self.spans, self.places, strict=True)
+                for (prefix, _), places in zip(self.spans, self.row_positions, strict=True)
             ]
         )
 
@@ -187,19 +188,19 @@ class Forest:
             )
         return seen
 
-    def groups(self, device: torch.device) -> list[Group]:
+    def block_groups(self, device: torch.device) -> list[BlockGroup]:
         """The blocks that one call of a kernel can run together, with their tensors on a device."""
-        if device not in self._groups:
+        if device not in self._block_groups:
             kinds = ([block for block in self.blocks if block.causal is causal] for causal in (False, True))
-            self._groups[device] = [Group(blocks, self.length, device) for blocks in kinds if blocks]
-        return self._groups[device]
+            self._block_groups[device] = [BlockGroup(blocks, self.length, device) for blocks in kinds if blocks]
+        return self._block_groups[device]
 
     @cached_property
-    def _groups(self) -> dict[torch.device, list[Group]]:
+    def _block_groups(self) -> dict[torch.device, list[BlockGroup]]:
         return {}
 
 
-class Group:
+class BlockGroup:
     """Blocks of one kind, causal or not: their queries and their keys laid side by side.
 
     Attributes:
@@ -212,8 +213,8 @@ class Group:
         self.causal = blocks[0].causal
         self.num_queries = [block.num_queries for block in blocks]
         self.num_keys = [block.num_keys for block in blocks]
-        self.queries = Pick([block.queries for block in blocks], length, device)
-        self.keys = Pick([keys for block in blocks for keys in block.keys], length, device)
+        self.queries = RangeGather([block.queries for block in blocks], length, device)
+        self.keys = RangeGather([keys for block in blocks for keys in block.keys], length, device)
         self.device = device
 
     @cached_property
@@ -227,7 +228,7 @@ class Group:
         return mask.make_causal() if self.num_queries == self.num_keys else mask.make_causal_from_bottomright()
 
 
-class Pick:
+class RangeGather:
     """Takes ranges of a row's tokens, some of them several times; and takes gradients back without atomic additions.
 
     `index_select` adds the gradients of a token that was taken twice one on top of the other, in no certain order.
@@ -270,7 +271,7 @@ class Pick:
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pick: Pick) -> Tensor:
+    def forward(ctx: Any, x: Tensor, pick: RangeGather) -> Tensor:
         ctx.pick = pick
         return pick.take(x)
 
@@ -281,7 +282,7 @@ class _Take(torch.autograd.Function):
 
 class _Put(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, taken: Tensor, pick: Pick) -> Tensor:
+    def forward(ctx: Any, taken: Tensor, pick: RangeGather) -> Tensor:
         ctx.pick = pick
         return pick.add_up(taken)
 

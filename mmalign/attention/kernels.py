@@ -24,15 +24,15 @@ from typing import Any
 import torch
 
 from mmalign.attention import executors
-from mmalign.attention.forest import Forest, Tree
+from mmalign.attention.forest import PackedPrefixMask, PrefixGroup
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256  # numbers; a multiple of 8 too: see the table of operators in xformers' ops/fmha
 CUDA_12 = "nvidia/cuda_runtime/lib/libcudart.so.12*"
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> str:
-    """Why xformers cannot compute a model's attention; empty if it can, which is tried.
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> str | None:
+    """Why xformers cannot compute a model's attention; None if it can, which is tried.
 
     Args:
         device: where.
@@ -41,20 +41,20 @@ def why_not(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]
     """
     if wrong := sorted(size for size in head_sizes if size % 8 or size > LARGEST_HEAD):
         return f"heads of {wrong[0]} numbers are none of its sizes, which are the multiples of 8 up to {LARGEST_HEAD}"
-    return why_not_here(device, dtype) or _not_working(device, dtype, head_sizes)
+    return platform_unsupported_reason(device, dtype) or _failure_reason(device, dtype, head_sizes)
 
 
-def why_not_here(device: torch.device, dtype: torch.dtype) -> str:
-    """Why xformers can compute no model's attention; empty if it may. It is imported, and the device left alone."""
+def platform_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why xformers can compute no model's attention; None if it may. It is imported, and the device left alone."""
     if device.type != "cuda":
         return f"it has no kernels for a {device.type.upper()}"
     if dtype not in DTYPES:
         return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
-    return _not_usable()
+    return _unusable_reason()
 
 
 @cache
-def _not_usable() -> str:
+def _unusable_reason() -> str | None:
     """Why the package as it is installed cannot be used."""
     if importlib.util.find_spec("xformers") is None:
         return "it is not installed (pip install 'mmalign[cuda]')"
@@ -68,12 +68,12 @@ def _not_usable() -> str:
         fmha = importlib.import_module("xformers.ops.fmha")
         common: Any = importlib.import_module("xformers.ops.fmha.common")
     except Exception as error:  # what is wrong with a compiled package shows in many ways
-        return f"it cannot be imported ({_short(error)})"
+        return f"it cannot be imported ({_first_line(error)})"
     if not getattr(common, "_built_with_cuda", True):
         if not (fmha.flash.FwOp.is_available() and fmha.cutlass.FwOp.is_available()):
             return f"xformers {version} is for another CUDA than {torch.version.cuda}, which PyTorch is for"
         common._built_with_cuda = True
-    return ""
+    return None
 
 
 def _load_cuda_12() -> None:
@@ -89,20 +89,20 @@ def _load_cuda_12() -> None:
 
 
 @cache
-def _not_working(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> str:
+def _failure_reason(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> str | None:
     """What happens when it is tried, forwards and backwards, with every kind of mask that we give it."""
-    forest = Forest((Tree(8, (5, 3), both_ways=True),))
+    packed_mask = PackedPrefixMask((PrefixGroup(8, (5, 3), bidirectional_prefix=True),))
     try:
-        seen = torch.ones(forest.length, dtype=torch.bool, device=device)[None, None, None]
+        seen = torch.ones(packed_mask.length, dtype=torch.bool, device=device)[None, None, None]
         for size in sorted(head_sizes):
-            for mask in (None, forest, seen):
-                x = torch.zeros(1, forest.length, 2, size, device=device, dtype=dtype, requires_grad=True)
+            for mask in (None, packed_mask, seen):
+                x = torch.zeros(1, packed_mask.length, 2, size, device=device, dtype=dtype, requires_grad=True)
                 executors.xformers(x, x, x, mask).sum().backward()
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return f"it was tried and failed ({_short(error)})"
-    return ""
+        return f"it was tried and failed ({_first_line(error)})"
+    return None
 
 
-def _short(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """What an error says first; xformers' own go on for a page, one line for every operator."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').strip()[:200]}"

@@ -44,7 +44,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import open_accelerator
 from mmalign.config import Recipe
 from mmalign.console import silent
-from mmalign.data.data_module import Feed
+from mmalign.data.data_module import DataModule
 from mmalign.families.step_judge import StepJudge
 from mmalign.modalities import loading
 from mmalign.modalities.data import open_data
@@ -72,15 +72,15 @@ class Run:
     recipe: Recipe
     method: Any
     policy: Policy
-    feed: Feed
-    learner: loop.Learner
+    data_module: DataModule
+    train_state: loop.TrainState
     updates: Callable[[Run, int, Meter | None], int]
     progress: loop.Progress = field(default_factory=loop.Progress)
 
     @property
     def device(self) -> torch.device:
         """The device of the run."""
-        device: torch.device = self.learner.accelerator.device
+        device: torch.device = self.train_state.accelerator.device
         return device
 
 
@@ -182,7 +182,12 @@ def shared_folder(accelerator: Any) -> Iterator[Path]:
 
 
 def build(
-    recipe: Recipe, accelerator: Any, folder: Path, updates: int, *, fill: Callable[..., Feed] = cache.open_filled
+    recipe: Recipe,
+    accelerator: Any,
+    folder: Path,
+    updates: int,
+    *,
+    fill: Callable[..., DataModule] = cache.build_filled_data_module,
 ) -> Run:
     """Build a run as `mmalign train` does; nothing is written outside of `folder`.
 
@@ -198,15 +203,15 @@ def build(
     """
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
     preflight.check(recipe, training=True)
-    method, reward = methods.find(recipe.method.name), loading.method_judge(recipe)
-    judge = loading.judge(reward, accelerator.device) if reward is not None else None
-    family = loading.load_to_train(recipe, accelerator.device)
-    opened = open_data(recipe.data, recipe.train.seed, method)
-    feed = fill(recipe, family, accelerator=accelerator, say=silent, opened=opened, judge=judge)
-    policy = train.build_policy(family, recipe, kept=cache.replaces_reference(feed))
-    policy, learner = training_run.build_learner(policy, recipe.train, accelerator)
-    cache.put_away(feed, recipe, family)
-    return Run(recipe, method, policy, feed, learner, train_updates)
+    method, reward = methods.find(recipe.method.name), loading.method_reward(recipe)
+    reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
+    family = loading.load_for_training(recipe, accelerator.device)
+    splits = open_data(recipe.data, recipe.train.seed, method)
+    data_module = fill(recipe, family, accelerator=accelerator, say=silent, splits=splits, reward_model=reward_model)
+    policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
+    policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
+    cache.offload_encoders(data_module, recipe, family)
+    return Run(recipe, method, policy, data_module, train_state, train_updates)
 
 
 def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> Recipe:
@@ -219,8 +224,8 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
     """
     options, data = recipe.train, recipe.data
     batch = options.batch_size * num_processes
-    limit = DISTINCT_UPDATES * batch * options.accumulate
-    changes: dict[str, Any] = {"hold_out": 0.0, "limit": min(limit, data.limit or limit), "workers": 0}
+    limit = DISTINCT_UPDATES * batch * options.gradient_accumulation_steps
+    changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": min(limit, data.limit or limit), "num_workers": 0}
     changes |= {"cache": "auto"} if data.cache != "off" else {}
     data = data.model_copy(update=changes)
     pairs, _ = open_data(data, options.seed, methods.find(recipe.method.name))
@@ -229,7 +234,11 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
             f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "
             "or with a smaller train.batch_size"
         )
-    whole = batch * options.accumulate if len(pairs) >= batch * options.accumulate else batch
+    whole = (
+        batch * options.gradient_accumulation_steps
+        if len(pairs) >= batch * options.gradient_accumulation_steps
+        else batch
+    )
     return recipe.model_copy(
         update={
             "train": options.model_copy(update={"steps": updates, "trackers": []}),
@@ -250,13 +259,13 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
         Their number.
     """
     first = run.progress.step
-    method, learner, policy = run.method, run.learner, run.policy
-    batches: loop.Batches = run.feed.batches
+    method, train_state, policy = run.method, run.train_state, run.policy
+    batches: loop.Batches = run.data_module.batches
 
     def metered_batches(epoch: int, start: int) -> Iterator[Any]:
         assert meter is not None
         meter.switch("data")
-        for batch in run.feed.batches(epoch, start):
+        for batch in run.data_module.batches(epoch, start):
             meter.switch("rest")
             yield batch
             meter.switch("data")
@@ -265,8 +274,8 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
     if meter is not None:
         batches = metered_batches
         method = Metered(method, meter, {"contrasts": ("noise", "rest"), "loss": ("policy", "rest")})
-        accelerator: Any = Metered(learner.accelerator, meter, {"backward": ("backward", "optimizer")})
-        learner = replace(learner, accelerator=accelerator)
+        accelerator: Any = Metered(train_state.accelerator, meter, {"backward": ("backward", "optimizer")})
+        train_state = replace(train_state, accelerator=accelerator)
         # The reference runs inside `contrasts`.
         policy = Metered(policy, meter, {"on_reference": ("reference", "noise")})  # type: ignore[assignment]
 
@@ -282,9 +291,9 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
             run.recipe.method,
             policy,
             batches,
-            learner,
+            train_state,
             steps=sys.maxsize,
-            accumulate=run.recipe.train.accumulate,
+            gradient_accumulation_steps=run.recipe.train.gradient_accumulation_steps,
             seed=run.recipe.train.seed,
             progress=run.progress,
             after_update=after_update,
@@ -331,7 +340,7 @@ def count(run: Run, before: int) -> Measured:
     step_bytes = peak_bytes(run, before) - num_bytes
     operations, repeated = count_operations(run)
     options = run.recipe.train
-    num_pairs = options.batch_size * options.accumulate * run.learner.accelerator.num_processes
+    num_pairs = options.batch_size * options.gradient_accumulation_steps * run.train_state.accelerator.num_processes
     return Measured(num_pairs, operations, repeated, num_bytes, step_bytes)
 
 
@@ -354,7 +363,7 @@ def peak_bytes(run: Run, before: int) -> int:
         return int(torch.cuda.max_memory_allocated(run.device)) - before
     memory = LiveBytes()
     with torch.compiler.set_stance("force_eager"), memory:
-        for tensor in (*weights(run), *tree_leaves(list(run.learner.optimizer.state.values()))):
+        for tensor in (*weights(run), *tree_leaves(list(run.train_state.optimizer.state.values()))):
             if isinstance(tensor, Tensor):
                 memory.count(tensor)
         run.updates(run, 1, None)
@@ -396,7 +405,11 @@ def make_report(name: str, recipe: Recipe, runs: Mapping[str, Measured], acceler
     """Return the costs of all runs, and the ratios of each to the first."""
     options, device = recipe.train, accelerator.device
     rate = peak_rate(device, loading.DTYPES[options.precision])
-    batches = f"{options.accumulate} batches of {options.batch_size}" if options.accumulate > 1 else options.batch_size
+    batches = (
+        f"{options.gradient_accumulation_steps} batches of {options.batch_size}"
+        if options.gradient_accumulation_steps > 1
+        else options.batch_size
+    )
     title = f"{name}: {recipe.method.name}, {recipe.model.tune}, {options.precision}, {batches} pairs"
     if accelerator.num_processes > 1:
         title += f" on each of {accelerator.num_processes} processes"

@@ -21,18 +21,18 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mmalign import atomic_io
-from mmalign.atomic_io import written
+from mmalign.atomic_io import atomic_write
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import EvaluateImages, EvaluateResponses, Recipe
 from mmalign.evaluation.metrics import Metrics, summarize_runs
 from mmalign.modalities.text_to_image.evaluate import measure_samples
 from mmalign.modalities.vision_language.evaluate import measure_written
-from mmalign.pages.comparison import RatedImage, TableRow, as_markdown, draw_curve, draw_side_by_side, short_names
+from mmalign.pages.comparison import RatedImage, TableRow, as_markdown, plot_curve, render_side_by_side, short_names
 from mmalign.pages.grid import encode_grid
 from mmalign.resources import locate
 from mmalign.training import checkpoint
-from mmalign.training.export import read_trained
+from mmalign.training.export import read_run_info
 
 Say = Callable[[str], None]
 SHOWN = 8  # prompts in the picture
@@ -153,7 +153,7 @@ def _stages(
     overrides: Sequence[str],
 ) -> Iterator[Stage]:
     """Yield the stages of a recipe's runs, the shortest first."""
-    batch_size, train = recipe.train.batch_size * recipe.train.accumulate, recipe.train
+    batch_size, train = recipe.train.batch_size * recipe.train.gradient_accumulation_steps, recipe.train
     if pairs and train.schedule != "constant":
         raise ValueError(
             f"compare: {name} has train.schedule {train.schedule}, which follows from train.steps, so that a "
@@ -164,7 +164,7 @@ def _stages(
         if number < batch_size or number % batch_size:
             raise ValueError(
                 f"compare: --pairs {number} is no whole number of updates of {name}, which takes {batch_size} pairs at "
-                "a time; name a multiple of every recipe's train.batch_size times train.accumulate"
+                "a time; name a multiple of every recipe's train.batch_size times train.gradient_accumulation_steps"
             )
         lengths.setdefault(number // batch_size, []).append(number)
     for steps, numbers in sorted(lengths.items()):
@@ -188,7 +188,7 @@ def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, ou
 
 def _num_pairs(recipe: Recipe) -> int:
     """Return the number of pairs that a recipe trains on, with repetition."""
-    return recipe.train.steps * recipe.train.batch_size * recipe.train.accumulate
+    return recipe.train.steps * recipe.train.batch_size * recipe.train.gradient_accumulation_steps
 
 
 def _check_trained_by(recipe: Recipe) -> None:
@@ -213,7 +213,7 @@ def _finish(recipe: Recipe, shorter: Recipe | None, say: Say) -> None:
         prepare.prepare(recipe, say)
     output = Path(recipe.output)
     model = output / "model"
-    if not model.is_dir() or read_trained(model)["step"] != recipe.train.steps:
+    if not model.is_dir() or read_run_info(model)["step"] != recipe.train.steps:
         if shorter is not None and checkpoint.latest(output) is None:
             _copy_checkpoint(Path(shorter.output), output)
         train.train(recipe, say)
@@ -223,10 +223,10 @@ def _finish(recipe: Recipe, shorter: Recipe | None, say: Say) -> None:
 
 def _copy_checkpoint(shorter: Path, output: Path) -> None:
     """Copy a run's last checkpoint to the longer run; without one that starts anew, with the same result."""
-    last = checkpoint.latest(shorter, resting=True)
+    last = checkpoint.latest(shorter, resumable=True)
     if last is not None:
         atomic_io.make_folder("compare", output)
-        with written(output / last.name) as part:
+        with atomic_write(output / last.name) as part:
             shutil.copytree(last, part)
 
 
@@ -251,7 +251,7 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
     for length, (stage, runs) in itertools.product(lengths, zip(plan, metrics, strict=True)):
         if length in stage.lengths:
             first, number = stage.runs[0], len(runs)
-            seconds = sum(read_trained(Path(recipe.output) / "model")["seconds"] for recipe in stage.runs) / number
+            seconds = sum(read_run_info(Path(recipe.output) / "model")["seconds"] for recipe in stage.runs) / number
             by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
             measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
             rows.append(TableRow(stage.name, first.method.name, length, number, _num_pairs(first), seconds, measured))
@@ -264,12 +264,12 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
 def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command: str) -> None:
     """Write the table as Markdown, and beside it the numbers, the curve and some images."""
     atomic_io.make_folder("compare", file.parent)
-    with written(file) as part:
+    with atomic_write(file) as part:
         part.write_text(as_markdown(rows, command), encoding="utf-8")
-    with written(file.with_suffix(".json")) as part:
+    with atomic_write(file.with_suffix(".json")) as part:
         part.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
-    with written(file.with_suffix(".png")) as part:
-        draw_curve(rows, part)
+    with atomic_write(file.with_suffix(".png")) as part:
+        plot_curve(rows, part)
     if isinstance(plan[0].runs[0].evaluate, EvaluateImages):
         _write_pictures(file, {stage.name: stage.runs[0] for stage in plan if None in stage.lengths})
 
@@ -296,9 +296,9 @@ def _write_pictures(file: Path, ends: Mapping[str, Recipe]) -> None:
         "prompts": prompts,
         "notes": {name: [image.note for image in images] for name, images in columns.items()},
     }
-    with written(file.with_name(f"{file.stem}-pictures.png")) as part:
-        part.write_bytes(encode_grid(draw_side_by_side(prompts, columns, title, lines), [title, *lines]))
-    with written(file.with_name(f"{file.stem}-pictures.json")) as part:
+    with atomic_write(file.with_name(f"{file.stem}-pictures.png")) as part:
+        part.write_bytes(encode_grid(render_side_by_side(prompts, columns, title, lines), [title, *lines]))
+    with atomic_write(file.with_name(f"{file.stem}-pictures.json")) as part:
         part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from mmalign import atomic_io, methods
-from mmalign.atomic_io import written
+from mmalign.atomic_io import atomic_write
 from mmalign.commands import preflight
 from mmalign.config import Evaluate, EvaluateImages, EvaluateResponses, EvaluateSteps, ImageModel, JudgeModel, Recipe
-from mmalign.data.data_module import Feed, Opened
+from mmalign.data.data_module import DataModule, Splits
 from mmalign.evaluation.benchmarks import implicit_reward, step_accuracy
 from mmalign.modalities import loading
-from mmalign.modalities.data import open_data, open_feed
+from mmalign.modalities.data import build_data_module, open_data
 from mmalign.modalities.text_to_image import evaluate as evaluate_images
 from mmalign.modalities.vision_language import evaluate as evaluate_responses
 from mmalign.policy import Policy
-from mmalign.training.export import read_trained, require_base
+from mmalign.training.export import check_base_model, read_run_info
 
 Say = Callable[[str], None]
 
@@ -58,13 +58,13 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
     if section is None:
         raise ValueError(f"evaluate: the recipe has no such section; add one, for example {_example(recipe)}")
     of_pairs = section.benchmark in ("implicit", "steps")
-    if of_pairs and not recipe.data.hold_out:
-        needed = "needs pairs kept from training; set data.hold_out, for example to 0.1"
+    if of_pairs and not recipe.data.validation_fraction:
+        needed = "needs pairs kept from training; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
     preflight.check(recipe, data=of_pairs)
     measure = _measure_files(section) or _measure_models(recipe, section, say)
     folder = atomic_io.make_folder("output", Path(recipe.output)) / "evaluation"
-    with written(folder) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         result, table = measure(part)
         (part / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -76,8 +76,8 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
 def _example(recipe: Recipe) -> str:
     if isinstance(recipe.model, JudgeModel):
         return "{benchmark: steps}"
-    pictures = isinstance(recipe.model, ImageModel)
-    return "{benchmark: scenes, prompts: 256}" if pictures else "{benchmark: crowds, pictures: 256}"
+    is_image_model = isinstance(recipe.model, ImageModel)
+    return "{benchmark: scenes, prompts: 256}" if is_image_model else "{benchmark: crowds, num_images: 256}"
 
 
 def _measure_files(section: Evaluate) -> Measure | None:
@@ -91,56 +91,60 @@ def _measure_files(section: Evaluate) -> Measure | None:
 def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
     """How to compare the models, once all that it takes is there: questions and judge before any model is loaded."""
     device, trained = _device(), Path(recipe.output) / "model"
-    about = read_trained(trained)
-    opened = benchmark = judge = None
+    about = read_run_info(trained)
+    splits = benchmark = reward_model = None
     if section.benchmark in ("implicit", "steps"):
-        opened = open_data(recipe.data, recipe.train.seed)
+        splits = open_data(recipe.data, recipe.train.seed)
     elif isinstance(section, EvaluateResponses):
         benchmark = evaluate_responses.open_benchmark(section)
-    elif isinstance(section, EvaluateImages) and section.judge:
-        judge = loading.judge(section.judge, device)
+    elif isinstance(section, EvaluateImages) and section.reward:
+        reward_model = loading.build_reward_model(section.reward, device)
     family = loading.load_model(recipe, device, say)
-    require_base(about, trained, family)
-    policy = loading.load_aligned(family, trained)
-    of = _of(section, about)
-    if opened is not None:
+    check_base_model(about, trained, family)
+    policy = loading.load_trained_policy(family, trained)
+    identity = _identity(section, about)
+    if splits is not None:
         measured = _steps if isinstance(section, EvaluateSteps) else _implicit
-        return lambda _: measured(recipe, section, policy, opened, say)
+        return lambda _: measured(recipe, section, policy, splits, say)
     if benchmark is not None:
-        return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, of, say)
-    return lambda folder: evaluate_images.compare_images(recipe, policy, judge, folder, of, say)
+        return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, identity, say)
+    return lambda folder: evaluate_images.compare_images(recipe, policy, reward_model, folder, identity, say)
 
 
-def _of(section: Evaluate, about: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(section: Evaluate, trained: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation is of: another model or other settings want another one."""
-    return {"trained": dict(about), "evaluate": section.model_dump()}
+    return {"trained": dict(trained), "evaluate": section.model_dump()}
 
 
 def _implicit(
-    recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say
+    recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits, say: Say
 ) -> tuple[dict[str, Any], Table]:
     """How often the trained model finds the chosen side of a held-out pair likelier than the base model does."""
-    feed = _feed(recipe, policy, opened, say)
-    pictures = isinstance(section, EvaluateImages)
-    score = (implicit_reward.image_scores if pictures else implicit_reward.response_scores)(policy.family)
-    draws = section.draws if isinstance(section, EvaluateImages) else 1
-    report = implicit_reward.accuracy(policy, feed.held_out(), score, draws=draws, seed=section.seed)
+    data_module = _data_module(recipe, policy, splits, say)
+    is_image_model = isinstance(section, EvaluateImages)
+    score = (implicit_reward.image_scores if is_image_model else implicit_reward.response_scores)(policy.family)
+    num_noise_samples = section.num_noise_samples if isinstance(section, EvaluateImages) else 1
+    report = implicit_reward.accuracy(
+        policy, data_module.validation_batches(), score, num_noise_samples=num_noise_samples, seed=section.seed
+    )
     return report.as_dict(), report.table()
 
 
-def _steps(recipe: Recipe, section: Evaluate, policy: Policy, opened: Opened, say: Say) -> tuple[dict[str, Any], Table]:
+def _steps(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits, say: Say) -> tuple[dict[str, Any], Table]:
     """How often the trained judge, and the one that it began as, prefer the chosen image of a held-out pair."""
     assert isinstance(section, EvaluateSteps)
-    batches = _feed(recipe, policy, opened, say, methods.find(recipe.method.name)).held_out()
-    found = step_accuracy.accuracy(policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed)
-    return found.as_dict(), found.table()
+    batches = _data_module(recipe, policy, splits, say, methods.find(recipe.method.name)).validation_batches()
+    accuracy = step_accuracy.accuracy(
+        policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed
+    )
+    return accuracy.as_dict(), accuracy.table()
 
 
-def _feed(recipe: Recipe, policy: Policy, opened: Opened, say: Say, method: Any = None) -> Feed:
+def _data_module(recipe: Recipe, policy: Policy, splits: Splits, say: Say, method: Any = None) -> DataModule:
     """The recipe's pairs, encoded, with what a method asks for besides."""
     from accelerate import Accelerator
 
-    return open_feed(
+    return build_data_module(
         policy.family,
         recipe.data,
         output=Path(recipe.output),
@@ -149,7 +153,7 @@ def _feed(recipe: Recipe, policy: Policy, opened: Opened, say: Say, method: Any 
         accelerator=Accelerator(),
         say=say,
         method=method,
-        opened=opened,
+        splits=splits,
     )
 
 
@@ -161,7 +165,7 @@ def is_evaluated(recipe: Recipe) -> bool:
     """
     assert recipe.evaluate is not None
     file = Path(recipe.output) / "evaluation" / "samples.json"
-    wanted = json.loads(json.dumps(_of(recipe.evaluate, read_trained(Path(recipe.output) / "model"))))
+    wanted = json.loads(json.dumps(_identity(recipe.evaluate, read_run_info(Path(recipe.output) / "model"))))
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("of") == wanted
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmalign.atomic_io import unwritten
+from mmalign.atomic_io import write_error
 from mmalign.commands.evaluate import Say, _example, evaluate, is_evaluated
 from mmalign.config import Evaluate, EvaluateImages, EvaluateResponses, Recipe
 from mmalign.modalities.text_to_image import evaluate as evaluate_images
@@ -26,7 +26,7 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
         ValueError: the evaluation has nothing to show, or cannot be made.
     """
     section = recipe.evaluate
-    if section is None or (nothing := _nothing_to_show(section)):
+    if section is None or (nothing := _no_gallery_reason(section)):
         came = nothing if section is not None else "the recipe has no such section"
         raise ValueError(f"evaluate: {came}; a gallery shows a benchmark's samples, for example {_example(recipe)}")
     if not is_evaluated(recipe):
@@ -46,33 +46,33 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
     }
     try:
         if isinstance(section, EvaluateResponses):
-            asked = evaluate_responses.gallery_entries(section, [samples[i] for i in chosen])
-            page = write_page(target, asked, answers.LAYOUT, **about)
+            entries = evaluate_responses.gallery_entries(section, [samples[i] for i in chosen])
+            page = write_page(target, entries, answers.LAYOUT, **about)
         else:
-            drawn = evaluate_images.gallery_entries(folder, [(i, samples[i]) for i in chosen])
-            page = write_page(target, drawn, pictures.LAYOUT, **about)
+            image_entries = evaluate_images.gallery_entries(folder, [(i, samples[i]) for i in chosen])
+            page = write_page(target, image_entries, pictures.LAYOUT, **about)
     except OSError as error:
-        raise unwritten(target, error) from error
+        raise write_error(target, error) from error
     say(f"gallery: {page}")
     return page
 
 
-def _nothing_to_show(section: Evaluate) -> str:
-    """Why an evaluation leaves nothing for a page; empty if it does."""
+def _no_gallery_reason(section: Evaluate) -> str | None:
+    """Why an evaluation leaves nothing for a page; None if it does."""
     if section.benchmark == "steps":
         return "benchmark steps draws no pictures"
     pictures = isinstance(section, EvaluateImages)
     if section.benchmark == "implicit":
         return f"benchmark implicit {'draws no pictures' if pictures else 'asks no question'}"
     scored = isinstance(section, EvaluateResponses) and section.answers is not None
-    return "answers that are there already are scored and not shown" if scored else ""
+    return "answers that are there already are scored and not shown" if scored else None
 
 
 def _provenance(recipe: Recipe, section: Evaluate, number: int) -> dict[str, str]:
     """What made a page's entries."""
     train = recipe.train
-    pairs = train.batch_size * train.accumulate
-    made = {
+    pairs = train.batch_size * train.gradient_accumulation_steps
+    provenance = {
         "model": recipe.model.path,
         "method": ", ".join(f"{k} {v}" for k, v in recipe.method.model_dump().items()),
         "training": f"{recipe.model.tune}, {train.steps} updates of {pairs} pairs, lr {train.lr:g}",
@@ -82,11 +82,15 @@ def _provenance(recipe: Recipe, section: Evaluate, number: int) -> dict[str, str
         decoding = section.decoding
         how = f"sampled at temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
         answers = f"{how}, at most {decoding.max_new_tokens} tokens"
-        return {**made, "answers": answers, "questions": f"{number} of {section.benchmark}, the same to both models"}
+        return {
+            **provenance,
+            "answers": answers,
+            "questions": f"{number} of {section.benchmark}, the same to both models",
+        }
     assert isinstance(section, EvaluateImages)
-    drawing = section.drawing
+    sampling = section.sampling
     return {
-        **made,
-        "sampler": f"{drawing.sampler}, {drawing.steps} steps, guidance {drawing.guidance:g}",
+        **provenance,
+        "sampler": f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
         "samples": f"{number} evaluated; both models start from the same noise",
     }

@@ -20,6 +20,33 @@ from pydantic_core import ErrorDetails
 
 from mmalign.config import SECTIONS, Recipe
 
+RENAMED = {  # options that had another name
+    "train.accumulate": "train.gradient_accumulation_steps",
+    "train.clip": "train.max_grad_norm",
+    "train.keep": "train.keep_checkpoints",
+    "train.pack": "train.pack_responses",
+    "train.warmup": "train.warmup_steps",
+    "data.hold_out": "data.validation_fraction",
+    "data.max_bad": "data.max_bad_images",
+    "data.workers": "data.num_workers",
+    "method.cache_draws": "method.num_cached_draws",
+    "method.judge": "method.reward",
+    "method.keep": "method.crop_area",
+    "method.sure": "method.tie_margin",
+    "method.online.similar": "method.online.max_similarity",
+    "evaluate.draws": "evaluate.num_noise_samples",
+    "evaluate.drawing": "evaluate.sampling",
+    "evaluate.judge": "evaluate.reward",
+    "evaluate.per_prompt": "evaluate.images_per_prompt",
+    "evaluate.pictures": "evaluate.num_images",
+    "prepare.bdhs.similar": "prepare.bdhs.max_similarity",
+    "prepare.contrast": "prepare.prompt_pairs",
+    "prepare.drawing": "prepare.sampling",
+    "prepare.images": "prepare.images_per_prompt",
+    "prepare.judge": "prepare.reward",
+    "prepare.realign.similar": "prepare.realign.max_similarity",
+    "prepare.sure": "prepare.min_confidence",
+}
 ROOT = "a recipe"  # what the top of a recipe is called in a sentence
 SHOWN = 80  # characters of a wrong value that a sentence shows
 
@@ -56,25 +83,26 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ValueError: names every key that is unknown (with the nearest known one) or has a wrong value.
     """
-    where, content = "recipe", source
+    location, content = "recipe", source
     if isinstance(source, str | Path):
-        where, content = str(source), _parse(_read(source), str(source))
+        location, content = str(source), _parse(_read(source), str(source))
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: expected a mapping of sections, {_came(content)}")
+        raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
     tree = _override(dict(content), overrides)
     method = tree.get("method")
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise ValueError(
-            f"{where}: method: expected a mapping with a name, such as {{name: diffusion_dpo}}, {_came(method)}"
+            f"{location}: method: expected a mapping with a name, such as {{name: diffusion_dpo}}, "
+            f"{_describe_value(method)}"
         )
     try:
         schema = _schema(method["name"])
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{location}: {error}") from None
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentences(where, schema, error))) from None
+        raise ValueError("\n".join(_sentences(location, schema, error))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -86,10 +114,10 @@ def dump_recipe(recipe: Recipe) -> str:
 def _schema(method: str) -> type[Recipe]:
     from mmalign import methods
 
-    found = methods.find(method)
-    kinds = SECTIONS[found.modality]
+    module = methods.find(method)
+    kinds = SECTIONS[module.modality]
     fields: dict[str, Any] = {
-        "method": (found.Config, ...),
+        "method": (module.Config, ...),
         "model": (kinds.model, ...),
         "data": (kinds.data, ...),
         "evaluate": (kinds.evaluate | None, None),
@@ -109,15 +137,15 @@ def _read(name: str | Path) -> str:
         raise ValueError(f"{name}: cannot be read ({error.strerror}); expected a recipe, a file in YAML") from None
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str, location: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}: is not a recipe in YAML: {at}{error.problem}") from None
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{location}: is not a recipe in YAML: {position}{error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # control characters; a date in month 13
-        raise ValueError(f"{where}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{location}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -130,8 +158,10 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         for depth, key in enumerate(keys[:-1], start=1):
             section = {} if here.get(key) is None else here[key]
             if not isinstance(section, Mapping):
-                at = ".".join(keys[:depth])
-                raise ValueError(f"--set {path}: {at} is no section but {_shown(section)}; set {at} itself")
+                section_key = ".".join(keys[:depth])
+                raise ValueError(
+                    f"--set {path}: {section_key} is no section but {_shown(section)}; set {section_key} itself"
+                )
             here[key] = dict(section)
             here = here[key]
         value = _parse(text, f"--set {path}")
@@ -141,7 +171,7 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _sentences(where: str, schema: type[BaseModel], error: ValidationError) -> list[str]:
+def _sentences(location: str, schema: type[BaseModel], error: ValidationError) -> list[str]:
     """One sentence for each wrong place; the branches of a union become one."""
     places: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for details in error.errors():
@@ -149,7 +179,7 @@ def _sentences(where: str, schema: type[BaseModel], error: ValidationError) -> l
     for path in list(places):  # a section with a wrong value is no wrong text
         if any(len(other) > len(path) and other[: len(path)] == path for other in places):
             del places[path]
-    return [f"{where}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
+    return [f"{location}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
 
 
 def _place(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, ...]:
@@ -177,25 +207,28 @@ _TYPES = {
 
 def _explain(schema: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
     """A sentence for what is wrong at one place: what came, what was expected, what to do."""
-    error, at, got = errors[0], ".".join(path), _came(errors[0]["input"])
+    error, key, got = errors[0], ".".join(path), _describe_value(errors[0]["input"])
     parent, kind = _section(schema, path[:-1]), error["type"]
     if kind == "extra_forbidden":
+        renamed = RENAMED.get(key)
+        if renamed is not None and renamed.rpartition(".")[2] in parent.model_fields:
+            return f"{key}: is now called {renamed}; rename it"
         return f"{'.'.join(path[:-1]) or ROOT} has no {path[-1]!r}; {_nearest(path[-1], list(parent.model_fields))}"
     if kind == "missing":
         meaning = parent.model_fields[path[-1]].description
         expected = f"; expected {meaning}" if meaning else ""
         return f"{'.'.join(path[:-1]) or ROOT} needs {path[-1]!r}, which is missing{expected}"
     if kind == "invalid_key" or path[-1] == "[key]":
-        return f"{at.removesuffix('.[key]')}: a key must be text, {got}; write it in quotes"
+        return f"{key.removesuffix('.[key]')}: a key must be text, {got}; write it in quotes"
     if kind == "value_error":  # a section's own check, in whose words is what came
-        return f"{at}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
     if kind in _TYPES:
         expected = " or ".join(_TYPES[e["type"]] for e in errors)
         quotes = "; write it in quotes" if expected == "text" and not isinstance(error["input"], dict | list) else ""
-        return f"{at}: expected {expected}, {got}{quotes}"
+        return f"{key}: expected {expected}, {got}{quotes}"
     message = error["msg"].removeprefix("Input should be ").removeprefix("List should have ")
     message = message.split(" after validation")[0]
-    return f"{at}: expected {message[0].lower()}{message[1:]}, {got}{_meant(error)}"
+    return f"{key}: expected {message[0].lower()}{message[1:]}, {got}{_closest_choice(error)}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -203,14 +236,14 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
 
 
-def _meant(error: ErrorDetails) -> str:
+def _closest_choice(error: ErrorDetails) -> str:
     """The choice nearest to a misspelt one."""
     choices = re.findall(r"'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _came(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     return f"got {_shown(value)}"
 
 

@@ -19,20 +19,20 @@ from mmalign.config import (
     Files,
     ImageData,
     ImageModel,
-    JudgeConfig,
     JudgeModel,
     PrepareImages,
     Recipe,
     ResponseData,
+    RewardConfig,
     Train,
 )
 from mmalign.data.formats import images, prompts, responses
 from mmalign.families import compile, step_judge
 from mmalign.families import loading as families
-from mmalign.modalities.loading import DTYPES, method_judge
-from mmalign.modalities.prompts import _located, read_couples, read_prompts
+from mmalign.modalities.loading import DTYPES, method_reward
+from mmalign.modalities.prompts import _located, read_prompt_pairs, read_prompts
 from mmalign.resources import locate, resolve
-from mmalign.rewards import judge_module
+from mmalign.rewards import reward_module
 from mmalign.training.optim import build_optimizer
 
 
@@ -51,9 +51,10 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
     check_precision(recipe.train)
-    if recipe.train.pack != "auto" and isinstance(recipe.model, ImageModel | JudgeModel):
+    if recipe.train.pack_responses != "auto" and isinstance(recipe.model, ImageModel | JudgeModel):
         raise ValueError(
-            f"train.pack: {recipe.train.pack} is about responses that share a prompt, and method.name: "
+            f"train.pack_responses: {recipe.train.pack_responses} is about responses that share a prompt, and "
+            "method.name: "
             f"{recipe.method.name} compares images; leave it out"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,23 +63,23 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         if recipe.train.compile and isinstance(recipe.model, JudgeModel):
             raise ValueError(step_judge.NOT_COMPILED)
         _check_training(recipe.train, device)
-        least = getattr(methods.find(recipe.method.name), "least_pairs", 1)
+        least = getattr(methods.find(recipe.method.name), "min_pairs", 1)
         if recipe.train.batch_size < least:
             raise ValueError(
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
                 f"expected at least {least}, got {recipe.train.batch_size}"
             )
-    _check_of_prompts(recipe)
+    _check_prompts_only(recipe)
     if data:
         check_data(recipe.data)
     if isinstance(recipe.evaluate, EvaluateImages):
-        _check_drawing("evaluate", recipe.evaluate)
+        _check_image_sampling("evaluate", recipe.evaluate)
     if isinstance(recipe.evaluate, EvaluateResponses):
-        _check_asking(recipe.evaluate)
+        _check_question_files(recipe.evaluate)
     if isinstance(recipe.prepare, PrepareImages):
-        _check_drawing("prepare", recipe.prepare)
-    if (named := method_judge(recipe)) is not None:
-        _check_judge("method.judge", named)
+        _check_image_sampling("prepare", recipe.prepare)
+    if (named := method_reward(recipe)) is not None:
+        _check_reward_model("method.reward", named)
     # The last, since it may ask the Hub.
     path = _located("model.path", recipe.model.path)
     if isinstance(recipe.model, ImageModel | JudgeModel):
@@ -131,11 +132,11 @@ def check_data(data: Data) -> None:
         )
 
 
-def _check_of_prompts(recipe: Recipe) -> None:
+def _check_prompts_only(recipe: Recipe) -> None:
     """A method that draws its own images takes nothing of the data but prompts."""
     if getattr(methods.find(recipe.method.name), "learns_from", "pairs") != "prompts":
         return
-    data, unread = recipe.data, ["group_by", "max_bad", "workers", "crop", "flip"]
+    data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "crop", "flip"]
     from_text = isinstance(data, ImageData) and data.format == "prompts"
     unread += ["split", "columns"] if from_text else []
     given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
@@ -153,33 +154,33 @@ def _check_training(train: Train, device: torch.device) -> None:
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in train.trackers:  # accelerate would go on without one that is not installed
         if name not in available:
-            what = "is not installed; install it" if name in LOGGER_TYPE_TO_CLASS else "is unknown; correct it"
+            advice = "is not installed; install it" if name in LOGGER_TYPE_TO_CLASS else "is unknown; correct it"
             installed = ", ".join(available) or "none"
-            raise ValueError(f"train.trackers: {name} {what}, or leave it out (there are: {installed})")
+            raise ValueError(f"train.trackers: {name} {advice}, or leave it out (there are: {installed})")
     if train.compile:
         compile.check(device)
-    some = [nn.Parameter(torch.zeros(1))]  # the optimizer says whether its package is there
-    build_optimizer(some, train.optimizer, lr=train.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    parameters = [nn.Parameter(torch.zeros(1))]  # the optimizer says whether its package is there
+    build_optimizer(parameters, train.optimizer, lr=train.lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
-def _check_drawing(name: str, section: EvaluateImages | PrepareImages) -> None:
+def _check_image_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
     """A section that has pictures drawn and judged: its judge, its prompts, and the size of the pictures."""
-    if section.judge is not None:
-        _check_judge(f"{name}.judge", section.judge)
-    contrast = isinstance(section, PrepareImages) and section.contrast
-    _check_prompts(f"{name}.prompts", section.prompts, read_couples if contrast else read_prompts)
-    side = section.drawing.resolution or 0
+    if section.reward is not None:
+        _check_reward_model(f"{name}.judge", section.reward)
+    contrast = isinstance(section, PrepareImages) and section.prompt_pairs
+    _check_prompts(f"{name}.prompts", section.prompts, read_prompt_pairs if contrast else read_prompts)
+    side = section.sampling.resolution or 0
     if side % 8:
         raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
 
 
-def _check_judge(key: str, config: JudgeConfig) -> None:
-    judge_module(config.name)
+def _check_reward_model(key: str, config: RewardConfig) -> None:
+    reward_module(config.name)
     if "/" in config.path:  # else the name of a model that the judge's library knows
         _located(f"{key}.path", config.path)
 
 
-def _check_asking(section: EvaluateResponses) -> None:
+def _check_question_files(section: EvaluateResponses) -> None:
     """A section that has questions answered: the files that it names."""
     named: dict[str, Files | None] = {"questions": section.questions}
     if isinstance(section.annotations, Coco):
@@ -198,8 +199,8 @@ def _check_asking(section: EvaluateResponses) -> None:
         )
 
 
-def _check_prompts(key: str, which: int | str, read: Callable[[str, str], Any]) -> None:
-    if isinstance(which, str):
-        read(key, which)
-    elif which < 1:
-        raise ValueError(f"{key}: expected at least 1, or a file with one prompt a line, got {which}")
+def _check_prompts(key: str, source: int | str, read: Callable[[str, str], Any]) -> None:
+    if isinstance(source, str):
+        read(key, source)
+    elif source < 1:
+        raise ValueError(f"{key}: expected at least 1, or a file with one prompt a line, got {source}")

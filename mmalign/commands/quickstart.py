@@ -54,7 +54,7 @@ def quickstart(
     trained = train.train(recipe, say)
     details = evaluate.evaluate(recipe, say).result
     page = gallery.gallery(recipe, say=lambda _: None)
-    numbers, sentences = (_drawn if modality == "text_to_image" else _answered)(details)
+    numbers, sentences = (_image_summary if modality == "text_to_image" else _answer_summary)(details)
     result = {
         "seed": seed,
         "seconds": round(time.time() - started),
@@ -70,7 +70,7 @@ def quickstart(
     return result
 
 
-def _drawn(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _image_summary(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What stands first in result.json of images, and what is said of it."""
     overall = details["overall"]
     base, aligned, difference = overall["before"], overall["after"], overall["difference"]
@@ -87,22 +87,22 @@ _FIRST = {
 }
 
 
-def _answered(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _answer_summary(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What stands first in result.json of answers, and what is said of it."""
     numbers, sentences = dict[str, Any](), list[str]()
     for compared in details["measures"].values():
         base, aligned = (compared[side]["measures"] for side in ("before", "after"))
         for name, difference in compared["difference"].items():
             if name in _FIRST:
-                key, what = _FIRST[name]
+                key, label = _FIRST[name]
                 numbers[key] = {"base": base[name], "aligned": aligned[name], "difference": difference}
-                sentences.append(_sentence(what, *numbers[key].values()))
+                sentences.append(_sentence(label, *numbers[key].values()))
     return numbers, sentences
 
 
-def _sentence(what: str, base: dict[str, float], aligned: dict[str, float], difference: dict[str, float]) -> str:
+def _sentence(label: str, base: dict[str, float], aligned: dict[str, float], difference: dict[str, float]) -> str:
     change, low, high = (100 * difference[end] for end in ("estimate", "low", "high"))
     return (
-        f"{what}: {base['estimate']:.1%} before, {aligned['estimate']:.1%} after; "
+        f"{label}: {base['estimate']:.1%} before, {aligned['estimate']:.1%} after; "
         f"{change:+.1f} points, 95 % interval [{low:.1f}, {high:.1f}]"
     )

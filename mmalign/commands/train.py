@@ -14,30 +14,30 @@ import torch
 from torch import Tensor
 
 from mmalign import atomic_io, methods
-from mmalign.atomic_io import written
+from mmalign.atomic_io import atomic_write
 from mmalign.commands import cache, preflight
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import ImageData, JudgeModel, Recipe, Train
 from mmalign.console import silent
 from mmalign.data.caches import fingerprint
-from mmalign.data.data_module import Feed
-from mmalign.data.pairs import listed
+from mmalign.data.data_module import DataModule
+from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading
 from mmalign.modalities.data import open_data
 from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.training import checkpoint, loop
 from mmalign.training.export import export
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
-    HELD_OUT_BATCHES,
-    Run,
+    MAX_VALIDATION_BATCHES,
     Say,
+    TrainingRun,
     _resume,
-    build_learner,
+    build_train_state,
     last_saved,
     require_all,
     save,
@@ -78,38 +78,47 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     preflight.check(recipe, training=True)
     output = atomic_io.make_folder("output", Path(recipe.output))
     method = methods.find(recipe.method.name)
-    opened = open_data(recipe.data, options.seed, method)
+    splits = open_data(recipe.data, options.seed, method)
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
     tell = say if accelerator.is_main_process else silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
         tell(line)
-    named = loading.method_judge(recipe)
-    judge = loading.judge(named, accelerator.device) if named is not None else None
-    family = loading.load_to_train(recipe, accelerator.device, tell)
+    named = loading.method_reward(recipe)
+    reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
+    family = loading.load_for_training(recipe, accelerator.device, tell)
     identity = identify(recipe, family)
     saved, folder = last_checkpoint(recipe, identity, tell), output / "model"
     if saved is not None and saved.step == options.steps:
-        run = begin(recipe, family, identity, saved, accelerator, tell, kept=True)  # no reference: nothing learns
+        run = start_run(
+            recipe, family, identity, saved, accelerator, tell, reference_cached=True
+        )  # no reference: nothing learns
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
         tell(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
         return Trained(folder, run.progress.step, time.time() - started, done, [])
     if accelerator.is_main_process:  # not before it is known that the folder is this run's
-        with written(output / "recipe.yaml") as part:
+        with atomic_write(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
-    feed = cache.open_filled(recipe, family, accelerator=accelerator, say=tell, opened=opened, judge=judge)
-    run = begin(recipe, family, identity, saved, accelerator, tell, kept=cache.replaces_reference(feed))
+    data_module = cache.build_filled_data_module(
+        recipe, family, accelerator=accelerator, say=tell, splits=splits, reward_model=reward_model
+    )
+    run = start_run(
+        recipe, family, identity, saved, accelerator, tell, reference_cached=cache.replaces_reference(data_module)
+    )
     del saved  # the optimizer's state in it is as large as the optimizer's own
-    cache.put_away(feed, recipe, family)
+    cache.offload_encoders(data_module, recipe, family)
     count = sum(p.numel() for p in run.policy.trainable())
-    tell(f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; {feed.about}")
+    tell(
+        f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; "
+        f"{data_module.about}"
+    )
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
-        _train(recipe, run, feed, _Hook(recipe, run, feed, reporter))
+        _train(recipe, run, data_module, _Hook(recipe, run, data_module, reporter))
     export(folder, run)
-    _end(recipe, feed, accelerator, tell)
+    _end(recipe, data_module, accelerator, tell)
     verdict = reporter.verdict()
     tell(f"{recipe.method.name}: {verdict}")
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
@@ -131,21 +140,21 @@ def open_accelerator(options: Train, **logging: Any) -> Any:
     return accelerator
 
 
-def _end(recipe: Recipe, feed: Feed, accelerator: Any, tell: Say) -> None:
+def _end(recipe: Recipe, data_module: DataModule, accelerator: Any, tell: Say) -> None:
     """Close the trackers and the processes' group, and name what no process could use."""
     from accelerate.utils import gather_object
 
-    dropped = list({d.where: d for d in gather_object(feed.dropped())}.values())
+    dropped = list({d.where: d for d in gather_object(data_module.skipped())}.values())
     accelerator.end_training()  # also ends the processes' group: nothing can wait for the others after it
     if dropped:
-        tell(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {listed(dropped)}")
+        tell(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {format_rows(dropped)}")
 
 
 def _named(recipe: Recipe) -> str:
     return "images could not be read" if isinstance(recipe.data, ImageData) else "images or prompts could not be used"
 
 
-def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
+def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: _Hook) -> None:
     """Run the loop; where a loss is not finite, say which pairs it came from."""
     options = recipe.train
     try:
@@ -153,43 +162,43 @@ def _train(recipe: Recipe, run: Run, feed: Feed, hook: _Hook) -> None:
             run.method,
             recipe.method,
             run.policy,
-            feed.batches,
-            run.learner,
+            data_module.batches,
+            run.train_state,
             steps=options.steps,
-            accumulate=options.accumulate,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
             seed=options.seed,
             progress=run.progress,
             after_update=hook,
         )
     except FloatingPointError as error:
-        epoch, batch, pairs = _met(error, run, feed)
-        places = ", ".join(pairs[:8])
+        epoch, batch, pairs = _failed_batch(error, run, data_module)
+        pair_locations = ", ".join(pairs[:8])
         wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
         raise FloatingPointError(
             f"train: the loss is not finite after update {run.progress.step}, in batch {batch} of epoch {epoch} "
-            f"({places}); {last_saved(Path(recipe.output))}: lower train.lr{wider}"
+            f"({pair_locations}); {last_saved(Path(recipe.output))}: lower train.lr{wider}"
         ) from error
 
 
-def _met(error: FloatingPointError, run: Run, feed: Feed) -> tuple[int, int, list[str]]:
+def _failed_batch(error: FloatingPointError, run: TrainingRun, data_module: DataModule) -> tuple[int, int, list[str]]:
     """Where the numbers went wrong: epoch, batch, and the places of its pairs, on whichever process it was."""
-    if not isinstance(error, loop.NotFinite):
+    if not isinstance(error, loop.NonFiniteLossError):
         epoch, batch = run.progress.epoch, run.progress.batch
-        return epoch, batch, feed.places(epoch, batch - 1)
+        return epoch, batch, data_module.batch_locations(epoch, batch - 1)
     from accelerate.utils import gather_object
 
-    place, mine = error.place, list[tuple[int, int, list[str]]]()
-    if place is not None:
-        mine = [(place.epoch, place.batch, feed.places(place.epoch, place.batch - 1))]
-    found: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise it, in the same update
-    return found[0]
+    location, mine = error.location, list[tuple[int, int, list[str]]]()
+    if location is not None:
+        mine = [(location.epoch, location.batch, data_module.batch_locations(location.epoch, location.batch - 1))]
+    gathered: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise it, in the same update
+    return gathered[0]
 
 
 class _Hook:
     """After every update: report, and save when it is time and nothing is pending; the last one always."""
 
-    def __init__(self, recipe: Recipe, run: Run, feed: Feed, reporter: Reporter) -> None:
-        self.recipe, self.run, self.feed, self.reporter, self.due = recipe, run, feed, reporter, False
+    def __init__(self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter) -> None:
+        self.recipe, self.run, self.data_module, self.reporter, self.due = recipe, run, data_module, reporter, False
 
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
         self.reporter.update(progress.step, metrics)
@@ -197,14 +206,16 @@ class _Hook:
         self.due |= last or progress.step % self.recipe.train.save_every == 0
         if self.due and (last or not progress.pending):
             self.due = False
-            score = _mean_loss(self.recipe, self.run, islice(self.feed.held_out(), HELD_OUT_BATCHES))
+            score = _mean_loss(
+                self.recipe, self.run, islice(self.data_module.validation_batches(), MAX_VALIDATION_BATCHES)
+            )
             if score is not None:
-                self.run.learner.accelerator.log({"held-out loss": score}, step=progress.step)
+                self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
                 self.reporter.say(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, score)
-            if self.run.learner.accelerator.is_main_process:
+            if self.run.train_state.accelerator.is_main_process:
                 save(self.recipe, self.run, score)
-            self.run.learner.accelerator.wait_for_everyone()
+            self.run.train_state.accelerator.wait_for_everyone()
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
         """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite.
@@ -213,7 +224,7 @@ class _Hook:
         """
         loss, draws = score, getattr(self.run.method, "learns_from", "pairs") == "prompts"
         if loss is None and not draws:
-            loss = _mean_loss(self.recipe, self.run, islice(self.feed.batches(0), 1))
+            loss = _mean_loss(self.recipe, self.run, islice(self.data_module.batches(0), 1))
         whole = all(torch.isfinite(x).all() for x in trainable_weights(self.run.policy.unwrapped).values())
         if not whole or (loss is not None and not math.isfinite(loss)):
             raise atomic_io.CheckpointError(
@@ -223,35 +234,38 @@ class _Hook:
 
 
 @torch.no_grad()
-def _mean_loss(recipe: Recipe, run: Run, batches: Iterable[Any]) -> float | None:
+def _mean_loss(recipe: Recipe, run: TrainingRun, batches: Iterable[Any]) -> float | None:
     """The method's loss on these batches under fixed draws, or None where they have no pair. Lower is better."""
     total, weight = 0.0, 0.0
     bare = Policy(run.policy.family, run.policy.unwrapped, run.policy.unwrapped, run.policy.reference)
     for batch in batches:
-        for contrast in loop.make_contrasts(run.method, bare, batch, recipe.method, Draws(recipe.train.seed)):
+        for contrast in loop.make_contrasts(run.method, bare, batch, recipe.method, KeyedRNG(recipe.train.seed)):
             step = run.method.loss(bare, contrast, recipe.method)
             total += float((step.losses * step.weights).sum())
             weight += float(step.weights.sum())
     return total / weight if weight else None
 
 
-def begin(
+def start_run(
     recipe: Recipe,
     family: Family,
     identity: dict[str, str],
     saved: checkpoint.Checkpoint | None,
     accelerator: Any,
     say: Say,
-    kept: bool = False,
-) -> Run:
-    """Make policy and optimizer, without a reference if its scores are `kept`, and go on from a checkpoint, if any.
+    reference_cached: bool = False,
+) -> TrainingRun:
+    """Make policy and optimizer, without a reference if its scores are `reference_cached`, and go on from a checkpoint,
+    if any.
 
     Raises:
         ValueError: the model cannot be trained so, or the checkpoint does not fit it.
     """
-    policy, learner = build_learner(build_policy(family, recipe, kept=kept), recipe.train, accelerator)
+    policy, train_state = build_train_state(
+        build_policy(family, recipe, reference_cached=reference_cached), recipe.train, accelerator
+    )
     method = methods.find(recipe.method.name)
-    run = Run(method, policy, learner, identity, loop.Progress())
+    run = TrainingRun(method, policy, train_state, identity, loop.Progress())
     if saved is not None:
         _resume(recipe, run, saved)
         say(f"going on from checkpoint-{saved.step:08d}")
@@ -261,9 +275,9 @@ def begin(
 def identify(recipe: Recipe, family: Family) -> dict[str, str]:
     """What a checkpoint belongs to: it can be gone on from only where all of this is the same."""
     lora = recipe.model.lora
-    targets = " ".join(family.usual_targets if lora.targets is None else lora.targets)
+    targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
-    named = loading.method_judge(recipe)
+    named = loading.method_reward(recipe)
     beside = {"judge": named.path} if named is not None else {}
     beside |= {"denoiser": recipe.model.denoiser} if isinstance(recipe.model, JudgeModel) else {}
     return {
@@ -295,32 +309,33 @@ def last_checkpoint(recipe: Recipe, identity: dict[str, str], say: Say) -> check
             "raise train.steps, or use another output folder"
         )
     if saved.step < steps and saved.state["progress"].get("pending"):
-        resting = checkpoint.latest(output, resting=True)
-        where = f"what comes after {resting.name}" if resting is not None else "it"
-        say(f"{path.name} is where a run ended inside a batch, and no other can go on from: {where} is done again")
-        return checkpoint.read(resting, identity) if resting is not None else None
+        resumable = checkpoint.latest(output, resumable=True)
+        remainder = f"what comes after {resumable.name}" if resumable is not None else "it"
+        say(f"{path.name} is where a run ended inside a batch, and no other can go on from: {remainder} is done again")
+        return checkpoint.read(resumable, identity) if resumable is not None else None
     return saved
 
 
-def build_policy(family: F, recipe: Recipe, *, kept: bool = False) -> Policy[F]:
+def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -> Policy[F]:
     """The policy to train: LoRA with the adapters off as reference, or the whole network with a frozen copy.
 
-    A method that needs no reference gets none, and no copy is made; nor is one of a reference whose scores are `kept`.
+    A method that needs no reference gets none, and no copy is made; nor is one of a reference whose scores are
+    `reference_cached`.
     """
     model, options = recipe.model, recipe.train
     needed = methods.find(recipe.method.name).needs_reference
     reference: Reference = None
     if model.tune == "lora":
         lora = model.lora
-        targets = family.usual_targets if lora.targets is None else lora.targets
+        targets = family.default_lora_targets if lora.targets is None else lora.targets
         family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=options.seed)
         reference = AdaptersOff() if needed else None
     else:
-        if needed and not kept:
+        if needed and not reference_cached:
             reference = FrozenCopy(family.frozen_copy())
         family.unfreeze()
     if options.gradient_checkpointing:
-        family.checkpoint_activations()
+        family.enable_gradient_checkpointing()
     if options.compile and isinstance(reference, FrozenCopy):  # no copy is compiled as its original is
         compile_blocks(family.blocks(reference.model))
     return Policy(family, family.network, family.network, reference)

@@ -11,7 +11,7 @@ from mmalign.config.base import Section
 Files = str | dict[str, str]  # a file, or several by name
 
 
-class JudgeConfig(Section):
+class RewardConfig(Section):
     """A judge: a file in mmalign/rewards, and its weights."""
 
     name: str = "open_clip"
@@ -19,7 +19,7 @@ class JudgeConfig(Section):
     options: dict[str, Any] = Field({}, description="of the judge's own, such as {pretrained: laion2b_s34b_b79k}")
 
 
-class Drawing(Section):
+class SamplingConfig(Section):
     """How images are drawn."""
 
     steps: int = Field(30, ge=1)
@@ -44,18 +44,18 @@ class EvaluateImages(Evaluate):
         256, description="a number of the bundled world's prompts, or a file with one prompt a line"
     )
     split: Literal["validation", "test"] = Field("test", description="of the bundled world's prompts")
-    drawing: Drawing = Drawing()
-    per_prompt: int = Field(
+    sampling: SamplingConfig = SamplingConfig()
+    images_per_prompt: int = Field(
         1, ge=1, description="images of every prompt; with two or more, how different they are is measured"
     )
-    judge: JudgeConfig | None = Field(None, description="whose win rate is measured; scenes does without as well")
-    draws: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
+    reward: RewardConfig | None = Field(None, description="whose win rate is measured; scenes does without as well")
+    num_noise_samples: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
     cache: str = Field("auto", description="where pictures are kept as they come: auto (in the output), or a folder")
 
     @model_validator(mode="after")
     def _judged(self) -> EvaluateImages:
-        if self.benchmark == "preference" and self.judge is None:
-            raise ValueError("benchmark preference needs a judge; add evaluate.judge.path")
+        if self.benchmark == "preference" and self.reward is None:
+            raise ValueError("benchmark preference needs a judge; add evaluate.reward.path")
         if self.benchmark == "scenes" and isinstance(self.prompts, str):
             raise ValueError(f"benchmark scenes makes its own prompts; expected their number, got {self.prompts!r}")
         return self
@@ -68,7 +68,7 @@ class EvaluateSteps(Evaluate):
     times: list[Annotated[int, Field(ge=0)]] = Field([0, 251, 501, 701, 951], min_length=1)
 
 
-class Decoding(Section):
+class DecodingConfig(Section):
     """How a model answers."""
 
     max_new_tokens: int = Field(128, ge=1)
@@ -94,7 +94,7 @@ class EvaluateResponses(Evaluate):
     """How the answers of vision-language models are compared."""
 
     benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"]
-    pictures: int = Field(256, ge=2, description="crowds: held-out pictures of the bundled world")
+    num_images: int = Field(256, ge=2, description="crowds: held-out pictures of the bundled world")
     split: Literal["validation", "test"] = Field("test", description="crowds: of the bundled world")
     questions: Files | None = Field(
         None, description="records with image and question, those of pope by split, such as {random: a.json}"
@@ -109,7 +109,7 @@ class EvaluateResponses(Evaluate):
     )
     parse: Literal["published", "strict"] = Field("published", description="pope: how yes and no are read")
     answers: AnswerFiles | None = None
-    decoding: Decoding = Decoding()
+    decoding: DecodingConfig = DecodingConfig()
     cache: str = Field("auto", description="where answers are kept as they come: auto (in the output), or a folder")
 
     @model_validator(mode="after")
@@ -138,7 +138,7 @@ class EvaluateResponses(Evaluate):
 # What each benchmark of responses takes besides its name and a seed.
 _ASKED = ("annotations", "images", "answers", "decoding", "cache")
 _TAKES: dict[str, tuple[str, ...]] = {
-    "crowds": ("pictures", "split", "decoding", "cache"),
+    "crowds": ("num_images", "split", "decoding", "cache"),
     "pope": (*_ASKED, "questions", "parse"),
     "chair": (*_ASKED, "questions", "prompt", "vocabulary"),
     "object_halbench": (*_ASKED, "questions", "prompt", "vocabulary"),

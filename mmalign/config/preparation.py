@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import Section
-from mmalign.config.evaluation import Decoding, Drawing, JudgeConfig
+from mmalign.config.evaluation import DecodingConfig, RewardConfig, SamplingConfig
 
 
 class Prepare(Section):
@@ -19,23 +19,24 @@ class Prepare(Section):
 class PrepareImages(Prepare):
     """Preference pairs drawn from the model itself and judged: the best against the worst of several images a prompt.
 
-    With `contrast` the best images of two prompts that say one thing differently, for methods that need two prompts.
+    With `prompt_pairs` the best images of two prompts that say one thing differently, for methods that need two
+    prompts.
     """
 
     prompts: int | str = Field(
         450,
         description="a number of the bundled world's training prompts, or a file with one a line",
     )
-    contrast: bool = Field(False, description="couples of prompts; a file has two a line, with a tab between them")
-    images: int = Field(4, ge=2, description="drawn for every prompt")
-    judge: JudgeConfig
-    sure: float = Field(
+    prompt_pairs: bool = Field(False, description="couples of prompts; a file has two a line, with a tab between them")
+    images_per_prompt: int = Field(4, ge=2, description="drawn for every prompt")
+    reward: RewardConfig
+    min_confidence: float = Field(
         0.9, ge=0.5, lt=1, description="keep a pair if the judge prefers the better image at least this surely"
     )
-    drawing: Drawing = Drawing()
+    sampling: SamplingConfig = SamplingConfig()
 
 
-class Source(Section):
+class AnswerSource(Section):
     """The true answers that pairs are made of, which become the chosen responses."""
 
     path: str = Field(description="a file, a folder, or a Hub id with rows of images, prompt and answer")
@@ -48,7 +49,7 @@ class Source(Section):
     limit: int | None = Field(None, ge=1)
 
 
-class Completing(Section):
+class CompletionConfig(Section):
     """How a model completes an answer, and how alike two answers may be."""
 
     similarity: str = Field(
@@ -61,7 +62,7 @@ class Completing(Section):
     batch_size: int = Field(16, ge=1, description="completions written at a time")
 
 
-class Bdhs(Completing):
+class BdhsConfig(CompletionConfig):
     """Completions with most of the image hidden (arXiv:2407.02477, Algorithm 1)."""
 
     rho: float = Field(0.99, ge=0, le=1, description="how likely each of an image's tokens is hidden")
@@ -69,17 +70,19 @@ class Bdhs(Completing):
         None, ge=0, description="in the place of rho: how many of the image's tokens are left, however many there are"
     )
     tries: int = Field(5, ge=1, description="of more than one, the last one writes a whole answer")
-    similar: float = Field(0.97, ge=-1, le=1, description="an answer this similar to the true one is tried again")
+    max_similarity: float = Field(
+        0.97, ge=-1, le=1, description="an answer this similar to the true one is tried again"
+    )
     temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
 
     @model_validator(mode="after")
-    def _one_way_to_hide(self) -> Bdhs:
+    def _one_way_to_hide(self) -> BdhsConfig:
         if self.keep_tokens is not None and self.rho != type(self).model_fields["rho"].default:
             raise ValueError("rho and keep_tokens both say how many of an image's tokens are hidden; leave one out")
         return self
 
 
-class PrepareBdhs(Bdhs):
+class PrepareBdhs(BdhsConfig):
     """BDHS completions as rejected responses."""
 
     keep_rejected: bool = Field(
@@ -87,7 +90,7 @@ class PrepareBdhs(Bdhs):
     )
 
 
-class PrepareRealign(Completing):
+class PrepareRealign(CompletionConfig):
     """Answers whose masked parts are filled in from a similar image (arXiv:2502.13146)."""
 
     retriever: str = Field(description="an open_clip model that compares images: a folder, a Hub id, or its own name")
@@ -98,7 +101,7 @@ class PrepareRealign(Completing):
         "ask", description="ask for the whole text with its masks filled in, or continue before each sentence's first"
     )
     candidates: int = Field(10, ge=1, description="similar images that are tried, the most similar first")
-    similar: float = Field(0.95, ge=-1, le=1, description="with an answer this similar the next image is tried")
+    max_similarity: float = Field(0.95, ge=-1, le=1, description="with an answer this similar the next image is tried")
 
 
 class PreparePovid(Section):
@@ -114,11 +117,11 @@ class PrepareResponses(Prepare):
     """Rejected responses for true answers."""
 
     kind: Literal["bdhs", "realign", "povid", "own"]
-    source: Source
+    source: AnswerSource
     bdhs: PrepareBdhs | None = None
     realign: PrepareRealign | None = None
     povid: PreparePovid | None = None
-    own: Decoding | None = Field(None, description="how the model answers, with all of the image before it")
+    own: DecodingConfig | None = Field(None, description="how the model answers, with all of the image before it")
     save_every: int = Field(32, ge=1, description="rows done together, and written down before the next ones")
 
     @model_validator(mode="after")

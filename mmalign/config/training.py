@@ -75,10 +75,12 @@ class Data(Section):
         description="the column whose values a hold-out keeps together; if not given, the prompt of pairs of images, "
         "and the images of pairs of responses, where these are files",
     )
-    hold_out: float = Field(0.0, ge=0, lt=1, description="share of the groups kept from training, for evaluation")
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the groups kept from training, for evaluation"
+    )
     limit: int | None = Field(None, ge=1)
-    max_bad: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
-    workers: int = Field(0, ge=0)
+    max_bad_images: int | None = Field(None, ge=0, description="stop if more images than this cannot be read")
+    num_workers: int = Field(0, ge=0)
     cache: Annotated[str, _OFF] = Field(
         "auto",
         description="where latents and text, or images' features and what the reference scores of responses, are kept: "
@@ -110,19 +112,19 @@ class Train(Section):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(1, ge=1, description="pairs at a time on each device")
-    accumulate: int = Field(1, ge=1, description="micro-batches of an update")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of an update")
     lr: float = Field(gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(0, ge=0, description="updates")
+    warmup_steps: int = Field(0, ge=0, description="updates")
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     weight_decay: float = Field(0.01, ge=0)
-    clip: float | None = Field(1.0, gt=0, description="the largest norm of the gradient")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="the largest norm of the gradient")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["auto", "xformers", "sdpa"] = Field(
         "auto", description="who computes attention; auto is xformers where it can serve, and else PyTorch (sdpa)"
     )
-    pack: Annotated[Literal["auto", "off"], _OFF] = Field(
+    pack_responses: Annotated[Literal["auto", "off"], _OFF] = Field(
         "auto", description="responses to one prompt and its images share one run of these, where the model can; or not"
     )
     gradient_checkpointing: bool = Field(
@@ -139,5 +141,5 @@ class Train(Section):
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(500, ge=1)
-    keep: int = Field(2, ge=1, description="checkpoints kept besides the best")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept besides the best")
     trackers: list[str] = Field(["tensorboard"], description="names of accelerate's trackers")

@@ -30,7 +30,7 @@ def signal_share() -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
 
-def noised(
+def diffuse_image(
     image: Image.Image, noise: Tensor, step: int, *, overflow: Literal["clamp", "wrap"] = "clamp"
 ) -> Image.Image:
     """A picture at a step of the noise schedule: sqrt(abar) x_0 + sqrt(1 - abar) eps, of values in [0, 1].
@@ -52,20 +52,20 @@ def noised(
     return Image.fromarray(whole.to(torch.uint8).numpy())
 
 
-def cropped(image: Image.Image, u: Tensor, *, keep: tuple[float, float] = (0.01, 0.2)) -> Image.Image:
+def random_crop(image: Image.Image, u: Tensor, *, area_range: tuple[float, float] = (0.01, 0.2)) -> Image.Image:
     """A random part of a picture, enlarged to the picture's size.
 
-    The part's area is uniform in `keep`, the logarithm of its width to height uniform between those of 3/4 and 4/3,
-    its place uniform in the picture (as torchvision's RandomResizedCrop, but that a part which would not fit into a
-    very long picture is made narrower and keeps its area, where torchvision draws again).
+    The part's area is uniform in `area_range`, the logarithm of its width to height uniform between those of 3/4 and
+    4/3, its place uniform in the picture (as torchvision's RandomResizedCrop, but that a part which would not fit into
+    a very long picture is made narrower and keeps its area, where torchvision draws again).
 
     Args:
         image: RGB.
         u: uniform draws [4] in [0, 1): area, ratio, and how far right and down of the room there is.
-        keep: the least and the greatest share of the picture's area.
+        area_range: the least and the greatest share of the picture's area.
     """
     area_u, ratio_u, right, down = u.double().tolist()
-    area = (keep[0] + (keep[1] - keep[0]) * area_u) * image.width * image.height
+    area = (area_range[0] + (area_range[1] - area_range[0]) * area_u) * image.width * image.height
     low, high = (math.log(ratio) for ratio in _RATIOS)
     width = math.sqrt(area * math.exp(low + (high - low) * ratio_u))
     width = min(max(width, area / image.height), image.width)

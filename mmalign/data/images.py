@@ -48,9 +48,9 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
     try:
         data = ref.read()
     except OSError as error:
-        raise BadImage(f"{ref.where}: cannot be read ({error.strerror or error})") from error
+        raise BadImage(f"{ref.location}: cannot be read ({error.strerror or error})") from error
     if not data:
-        raise BadImage(f"{ref.where}: has zero bytes")
+        raise BadImage(f"{ref.location}: has zero bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata; what matters is checked below
@@ -61,13 +61,13 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"{ref.where}: is larger than {max_pixels:,} pixels") from error
+        raise BadImage(f"{ref.location}: is larger than {max_pixels:,} pixels") from error
     except UnidentifiedImageError as error:  # whose own words are about an object in memory
-        raise BadImage(f"{ref.where}: is not a readable image of {len(data):,} bytes (no known format)") from error
+        raise BadImage(f"{ref.location}: is not a readable image of {len(data):,} bytes (no known format)") from error
     except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
-        raise BadImage(f"{ref.where}: is not a readable image of {len(data):,} bytes ({error})") from error
+        raise BadImage(f"{ref.location}: is not a readable image of {len(data):,} bytes ({error})") from error
     limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"
-    raise BadImage(f"{ref.where}: is {width}x{height}; expected {limits}")
+    raise BadImage(f"{ref.location}: is {width}x{height}; expected {limits}")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -81,7 +81,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def flipped(flip: bool, u: Tensor) -> bool:
+def is_flipped(flip: bool, u: Tensor) -> bool:
     """Whether a pair is mirrored: `u` [3] are its uniform draws for top, left and flip."""
     return flip and bool(u[2] < 0.5)
 
@@ -99,20 +99,23 @@ def prepare_pair(
         flip: mirror half of the pairs.
         u: the pair's draws [3] in [0, 1): top, left, flip.
     """
-    at = (float(u[0]), float(u[1])) if crop == "random" else (0.5, 0.5)
-    sides = [prepare(image, resolution, at=at, mirror=flipped(flip, u)) for image in (chosen, rejected)]
+    crop_position = (float(u[0]), float(u[1])) if crop == "random" else (0.5, 0.5)
+    sides = [
+        prepare(image, resolution, crop_position=crop_position, mirror=is_flipped(flip, u))
+        for image in (chosen, rejected)
+    ]
     return PreparedPair(torch.stack([s[0] for s in sides]), torch.stack([s[1] for s in sides]))
 
 
 def prepare(
-    image: Image.Image, resolution: int, *, at: tuple[float, float] = (0.5, 0.5), mirror: bool = False
+    image: Image.Image, resolution: int, *, crop_position: tuple[float, float] = (0.5, 0.5), mirror: bool = False
 ) -> tuple[Tensor, Tensor]:
     """One image: the short side scaled to R, cropped to a square, mirrored if asked.
 
     Args:
         image: RGB.
         resolution: R, pixels.
-        at: how far down and right the crop lies, from 0 to 1 of the room there is.
+        crop_position: how far down and right the crop lies, from 0 to 1 of the room there is.
         mirror: exchange left and right.
 
     Returns:
@@ -121,7 +124,7 @@ def prepare(
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     rooms = (height - resolution, width - resolution)
-    top, left = (int(share * (room + 1 - 1e-6)) for share, room in zip(at, rooms, strict=True))
+    top, left = (int(share * (room + 1 - 1e-6)) for share, room in zip(crop_position, rooms, strict=True))
     if scale == 1:
         square = image.crop((left, top, left + resolution, top + resolution))
     else:
@@ -137,6 +140,6 @@ def prepare(
     return pixels, sizes
 
 
-def view_key(resolution: int, *, mirror: bool) -> str:
+def transform_key(resolution: int, *, mirror: bool) -> str:
     """Names the preparation of an image in a cache's key; random crops have none, since they are not cached."""
     return f"{resolution}-center" + ("-mirrored" if mirror else "")

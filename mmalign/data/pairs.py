@@ -29,12 +29,12 @@ class ImageRef:
 
     Attributes:
         key: names its content; another content has another key.
-        where: where it lies, for people: "pairs.parquet: row 17, jpg_0".
+        location: where it lies, for people: "pairs.parquet: row 17, jpg_0".
         path: of its file; empty for an image in a table.
     """
 
     key: str
-    where: str
+    location: str
     _load: Callable[[], bytes] = field(repr=False, compare=False)
     path: str = field(default="", compare=False)
 
@@ -56,8 +56,8 @@ class ImagePair:
         prompt: what both images should show; in a pair with two prompts, what the chosen one shows.
         chosen: the preferred image.
         rejected: the other one.
-        where: where the pair lies, for people.
-        group: pairs of one group stay together in `hold_out`.
+        location: where the pair lies, for people.
+        group: pairs of one group stay together in `split_by_group`.
         rejected_prompt: what the rejected image shows; empty in a pair with one prompt.
     """
 
@@ -65,7 +65,7 @@ class ImagePair:
     prompt: str
     chosen: ImageRef
     rejected: ImageRef
-    where: str
+    location: str
     group: str
     rejected_prompt: str = ""
 
@@ -82,8 +82,8 @@ class ResponsePair:
         images: in the order of their places in the prompt.
         rejected_images: those that the rejected response is an answer to; most often the same.
         other_images: further ones that came with the pair, such as Re-Align's retrieved image.
-        where: where the pair lies, for people.
-        group: pairs of one group stay together in `hold_out`.
+        location: where the pair lies, for people.
+        group: pairs of one group stay together in `split_by_group`.
         hallucinated: a second rejected response, which a model was led to; empty if the pair came without.
     """
 
@@ -94,7 +94,7 @@ class ResponsePair:
     images: tuple[ImageRef, ...]
     rejected_images: tuple[ImageRef, ...]
     other_images: tuple[ImageRef, ...]
-    where: str
+    location: str
     group: str
     hallucinated: str = ""
 
@@ -103,14 +103,14 @@ P = TypeVar("P", default=ImagePair, covariant=True)
 
 
 @dataclass(frozen=True)
-class Dropped:
+class SkippedRow:
     """Something that was left out, and why."""
 
-    where: str
+    location: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return f"{self.location}: {self.reason}"
 
 
 class Rows(Protocol[P]):
@@ -127,18 +127,18 @@ class Rows(Protocol[P]):
 
 
 class Pairs(Sequence[P], Generic[P]):
-    """Pairs of one source; taking some of them (`select`, a slice, `hold_out`) moves numbers, not images.
+    """Pairs of one source; taking some of them (`select`, a slice, `split_by_group`) moves numbers, not images.
 
     Attributes:
         source: what was opened, for people.
-        dropped: what its index left out.
+        skipped: what its index left out.
         ties: how many pairs were left out because neither image is preferred.
     """
 
     def __init__(
-        self, source: str, rows: Rows[P], numbers: NDArray[np.int64], dropped: Sequence[Dropped] = (), ties: int = 0
+        self, source: str, rows: Rows[P], numbers: NDArray[np.int64], dropped: Sequence[SkippedRow] = (), ties: int = 0
     ) -> None:
-        self.source, self.dropped, self.ties = source, tuple(dropped), ties
+        self.source, self.skipped, self.ties = source, tuple(dropped), ties
         self._rows, self._numbers = rows, numbers
 
     def __len__(self) -> int:
@@ -156,7 +156,7 @@ class Pairs(Sequence[P], Generic[P]):
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
         """The pairs of these numbers, in this order."""
         chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
-        return Pairs(self.source, self._rows, chosen, self.dropped, self.ties)
+        return Pairs(self.source, self._rows, chosen, self.skipped, self.ties)
 
     def groups(self) -> list[str]:
         """The group of every pair."""
@@ -172,12 +172,12 @@ class Pairs(Sequence[P], Generic[P]):
         text = f"{_count(len(self), 'pair')} in {_count(groups, 'group')} from {self.source}"
         if self.ties:
             text += f"; {_count(self.ties, 'tie')} left out"
-        if self.dropped:
-            text += f"; {_count(len(self.dropped), 'row')} dropped ({listed(self.dropped)})"
+        if self.skipped:
+            text += f"; {_count(len(self.skipped), 'row')} dropped ({format_rows(self.skipped)})"
         return text + "."
 
 
-def hold_out(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P]]:
+def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P]]:
     """Split by group: (to train on, held out).
 
     A group's side depends on its name and the seed alone, so adding data moves no pair to the other side; the share
@@ -187,20 +187,21 @@ def hold_out(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pai
         ValueError: one side would be empty.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"data.hold_out: {fraction} is not a share; expected a number between 0 and 1")
+        raise ValueError(f"data.validation_fraction: {fraction} is not a share; expected a number between 0 and 1")
     groups = pairs.groups()
-    held_groups = {g for g in set(groups) if hashed(str(seed), "hold out", g) < fraction * 2**63}
+    held_groups = {g for g in set(groups) if stable_hash(str(seed), "hold out", g) < fraction * 2**63}
     held = np.array([g in held_groups for g in groups], dtype=bool)
     if held.all() or not held.any():
         side = "training" if held.all() else "evaluation"
         raise ValueError(
-            f"data.hold_out: {fraction} of {_count(len(set(groups)), 'group')} in {pairs.source} leaves none for "
+            f"data.validation_fraction: {fraction} of {_count(len(set(groups)), 'group')} in {pairs.source} leaves "
+            "none for "
             f"{side}; use another share, or data.group_by with a column of more values"
         )
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
 
 
-def hashed(*parts: str) -> int:
+def stable_hash(*parts: str) -> int:
     """63 bits that name a sequence of strings."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -209,7 +210,7 @@ def hashed(*parts: str) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
-def listed(dropped: Sequence[Dropped], most: int = 3) -> str:
+def format_rows(dropped: Sequence[SkippedRow], most: int = 3) -> str:
     """The first few, for a message."""
     more = len(dropped) - most
     return "; ".join(str(d) for d in dropped[:most]) + (f"; and {more:,} more" if more > 0 else "")

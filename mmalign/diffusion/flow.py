@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmalign.diffusion.noise import Schedule
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Flow(Schedule):
     num_timesteps: int = 1000
 
     @classmethod
-    def of(cls, scheduler: Any, tokens: int, where: str) -> Flow:
+    def from_scheduler(cls, scheduler: Any, tokens: int, location: str) -> Flow:
         """The process that a diffusers scheduler is for, with the times of training logit-normal(0, 1) and shifted.
 
         The larger an image, the more noise it takes to hide as much of it (arXiv:2403.03206, section 5.3.2). A fixed
@@ -50,7 +50,7 @@ class Flow(Schedule):
         Args:
             scheduler: of a checkpoint.
             tokens: of an image at the model's own resolution.
-            where: the checkpoint, for people.
+            location: the checkpoint, for people.
 
         Raises:
             ValueError: the scheduler is not one of flow matching.
@@ -58,7 +58,7 @@ class Flow(Schedule):
         config = scheduler.config
         if not is_flow(scheduler):
             raise ValueError(
-                f"{where}: the scheduler is a {type(scheduler).__name__} that predicts "
+                f"{location}: the scheduler is a {type(scheduler).__name__} that predicts "
                 f"{config.get('prediction_type', 'nothing known')}; expected a FlowMatchEulerDiscreteScheduler or "
                 "prediction_type: flow_prediction; correct scheduler/scheduler_config.json if the model was trained "
                 "by flow matching"
@@ -78,9 +78,9 @@ class Flow(Schedule):
         t = self._shifted(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
         return float((1 - t).square().mean())
 
-    def draw_time(self, rows: Sequence[int], draws: Draws, index: int = 0) -> Tensor:
+    def draw_time(self, rows: Sequence[int], rng: KeyedRNG, index: int = 0) -> Tensor:
         """One time for every row, logit-normal, then shifted: [B], float32, in (0, 1)."""
-        t = torch.sigmoid(self.mean + self.std * draws.normal(rows, (), "time", index))
+        t = torch.sigmoid(self.mean + self.std * rng.normal(rows, (), "time", index))
         return self._shifted(t)
 
     def _shifted(self, t: Tensor) -> Tensor:

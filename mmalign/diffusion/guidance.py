@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+def apply_guidance(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """`unconditional + scale * (conditional - unconditional)` of two predictions [N, C, H, W], in float32.
 
     A scale of 1 is the conditional prediction itself. Every parameterization of noise and image is linear, so it does

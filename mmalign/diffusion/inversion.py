@@ -58,8 +58,8 @@ def exact(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> Ite
     number = (t * steps / (schedule.num_timesteps if whole else 1)).ceil().clamp(min=1)
     for i in range(int(number.max())):
         rows = (number > i).nonzero().flatten()
-        here, there = (_place(t[rows], (i + j) / number[rows]) for j in (0, 1))
-        signal, noise = schedule.levels(there)
+        here, target = (_place(t[rows], (i + j) / number[rows]) for j in (0, 1))
+        signal, noise = schedule.levels(target)
         spread = None
         if eta and i:
             spread = eta * posterior_std(schedule.levels(here), (signal, noise))
@@ -82,13 +82,13 @@ def release(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> I
             "method.inversion: release is a grid of whole timesteps, which this model does not have; use exact"
         )
     stride = schedule.num_timesteps // steps
-    for at in range(1 - stride, 2 + (steps - 2) * stride, stride):
-        rows = (t > at).nonzero().flatten()
+    for grid_time in range(1 - stride, 2 + (steps - 2) * stride, stride):
+        rows = (t > grid_time).nonzero().flatten()
         if not len(rows):
             return
-        asked = torch.full_like(t[rows], at)
-        here, there = asked.clamp(min=0), asked + stride
-        signal, noise = schedule.levels(there)
+        asked = torch.full_like(t[rows], grid_time)
+        here, target = asked.clamp(min=0), asked + stride
+        signal, noise = schedule.levels(target)
         spread = eta * posterior_std(schedule.levels(here), (signal, noise)) if eta else None
         yield Hop(rows, asked, here, False, signal, noise, spread)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -30,7 +30,7 @@ class Schedule(ABC):
         """T, the length of the discrete schedule that the network was trained on."""
 
     @abstractmethod
-    def draw_time(self, rows: Sequence[int], draws: Draws, index: int = 0) -> Tensor:
+    def draw_time(self, rows: Sequence[int], rng: KeyedRNG, index: int = 0) -> Tensor:
         """A time for every row, as in training: [B]."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Diffusion(Schedule):
     prediction: str
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: str) -> Diffusion:
+    def from_config(cls, config: Mapping[str, Any], location: str) -> Diffusion:
         """The process that a diffusers scheduler's configuration describes.
 
         Raises:
@@ -79,7 +79,7 @@ class Diffusion(Schedule):
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise ValueError(
-                f"{where}: the scheduler's prediction_type is {prediction!r}; expected {' or '.join(PREDICTIONS)}; "
+                f"{location}: the scheduler's prediction_type is {prediction!r}; expected {' or '.join(PREDICTIONS)}; "
                 "correct scheduler/scheduler_config.json if the model was trained for one of them"
             )
         return cls(DDPMScheduler.from_config(dict(config)).alphas_cumprod.float(), prediction)
@@ -89,9 +89,9 @@ class Diffusion(Schedule):
         """T."""
         return len(self.alphas_cumprod)
 
-    def draw_time(self, rows: Sequence[int], draws: Draws, index: int = 0) -> Tensor:
+    def draw_time(self, rows: Sequence[int], rng: KeyedRNG, index: int = 0) -> Tensor:
         """One timestep for every row, uniform on {0, ..., T - 1}: [B], int64."""
-        return draws.integers(rows, 0, self.num_timesteps, "time", index)
+        return rng.integers(rows, 0, self.num_timesteps, "time", index)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), each [B, 1, 1, 1]."""
@@ -120,13 +120,13 @@ class Diffusion(Schedule):
         return signal * x_t - noise * prediction
 
 
-def posterior_std(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
-    """The standard deviation of x `here` given x further on, `there`, and the image; both as (signal, noise).
+def posterior_std(levels: tuple[Tensor, Tensor], next_levels: tuple[Tensor, Tensor]) -> Tensor:
+    """The standard deviation of x `levels` given x further on, `next_levels`, and the image; both as (signal, noise).
 
     For a variance-preserving process it is the square root of `(1 - a) / (1 - a') * (1 - a' / a)` with a = signal ** 2,
     eq. 16 of arXiv:2010.02502 at eta 1.
     """
-    (signal, noise), (further_signal, further_noise) = here, there
+    (signal, noise), (further_signal, further_noise) = levels, next_levels
     added = further_noise.square() - (further_signal / signal * noise).square()
     return noise / further_noise * added.clamp(min=0).sqrt()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule, posterior_std
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def timestep(schedule: Schedule, t: Tensor) -> Tensor:
     return t * schedule.num_timesteps if isinstance(schedule, Flow) else t
 
 
-def any_time(schedule: Schedule, rows: Sequence[int], draws: Draws) -> Tensor:
+def any_time(schedule: Schedule, rows: Sequence[int], rng: KeyedRNG) -> Tensor:
     """A time for every row [B], uniform over all there are: for what is asked at each of them on the way to an image.
 
     DDPM's networks learn at such times; those of flow matching mostly at middling ones, and hardly at nearly clean
     images (`Flow.draw_time`), where a way to an image ends.
     """
-    return draws.uniform(rows, (), "time") if isinstance(schedule, Flow) else schedule.draw_time(rows, draws)
+    return rng.uniform(rows, (), "time") if isinstance(schedule, Flow) else schedule.draw_time(rows, rng)
 
 
 def _ddim(schedule: Diffusion, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmalign.data.formats.files import records, shown
+from mmalign.data.formats.files import records, shorten
 
 Record = Mapping[str, Any]
 K = TypeVar("K")
@@ -58,7 +58,7 @@ def image_id(value: object) -> str:
     return str(int(digits)) if digits.isascii() and digits.isdigit() else text
 
 
-def take(where: str, record: Record, *names: str) -> Any:
+def take(location: str, record: Record, *names: str) -> Any:
     """Return the value under the first of these names that a record has.
 
     Raises:
@@ -67,54 +67,58 @@ def take(where: str, record: Record, *names: str) -> Any:
     for name in names:
         if name in record:
             return record[name]
-    raise ValueError(f"{where} has {shown(list(record))}; expected {' or '.join(map(repr, names))}")
+    raise ValueError(f"{location} has {shorten(list(record))}; expected {' or '.join(map(repr, names))}")
 
 
-def take_text(where: str, record: Record, *names: str) -> str:
+def take_text(location: str, record: Record, *names: str) -> str:
     """Return the string under the first of these names, which may be empty.
 
     Raises:
         ValueError: the record has none of the names, or the value is no string.
     """
-    value = take(where, record, *names)
+    value = take(location, record, *names)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {' or '.join(names)} is {shown(value)}; expected a string (empty where no answer)")
+        raise ValueError(
+            f"{location}: {' or '.join(names)} is {shorten(value)}; expected a string (empty where no answer)"
+        )
     return value
 
 
-def take_number(where: str, record: Record, *names: str) -> int:
+def take_number(location: str, record: Record, *names: str) -> int:
     """Return the whole number under the first of these names.
 
     Raises:
         ValueError: the record has none of the names, or the value is no whole number.
     """
-    value = take(where, record, *names)
+    value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where}: {names[0]} is {shown(value)}; expected a whole number")
+        raise ValueError(f"{location}: {names[0]} is {shorten(value)}; expected a whole number")
     return value
 
 
-def take_image_id(where: str, record: Record, *names: str) -> str:
+def take_image_id(location: str, record: Record, *names: str) -> str:
     """Return the image id under the first of these names.
 
     Raises:
         ValueError: the record has none of the names, or the value is neither a number nor a string.
     """
-    value = take(where, record, *names)
+    value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise ValueError(f"{where}: {' or '.join(names)} is {shown(value)}; expected a number or a file name")
+        raise ValueError(f"{location}: {' or '.join(names)} is {shorten(value)}; expected a number or a file name")
     return image_id(value)
 
 
-def take_names(where: str, record: Record, name: str) -> tuple[str, ...]:
+def take_names(location: str, record: Record, name: str) -> tuple[str, ...]:
     """Return the list of strings under a name, which may be empty.
 
     Raises:
         ValueError: the record has no such name, or the value is no list of strings.
     """
-    value = take(where, record, name)
+    value = take(location, record, name)
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-        raise ValueError(f'{where}: {name} is {shown(value)}; expected a list of names, such as ["dog", "hot dog"]')
+        raise ValueError(
+            f'{location}: {name} is {shorten(value)}; expected a list of names, such as ["dog", "hot dog"]'
+        )
     return tuple(value)
 
 
@@ -125,9 +129,9 @@ def index(path: str | Path, key_name: str, entries: Iterable[tuple[str, K, V]], 
         ValueError: the file has no record, or two of one key.
     """
     values: dict[K, V] = {}
-    for where, key, value in entries:
+    for location, key, value in entries:
         if key in values:
-            raise ValueError(f"{where}: duplicate {key_name} {key}; expected one record for each")
+            raise ValueError(f"{location}: duplicate {key_name} {key}; expected one record for each")
         values[key] = value
     if not values:
         raise ValueError(f"{path} is empty; expected {example}")
@@ -163,11 +167,11 @@ def read_objects(path: str | Path) -> dict[str, tuple[str, ...]]:
     """
     entries = (
         (
-            where,
-            str(take(where, record, "image", "image_id")),
-            tuple(dict.fromkeys(take_names(where, record, "objects"))),
+            location,
+            str(take(location, record, "image", "image_id")),
+            tuple(dict.fromkeys(take_names(location, record, "objects"))),
         )
-        for where, record in records(path)
+        for location, record in records(path)
     )
     return index(path, "image", entries, 'records {"image": "1.jpg", "objects": ["dog", "ball"]}')
 
@@ -183,12 +187,12 @@ def read_questions(path: str | Path, prompt: str) -> list[Question]:
         ValueError: the file is bad or empty, or an id is repeated.
     """
 
-    def read_question(number: int, where: str, record: Record) -> tuple[str, int, Question]:
+    def read_question(number: int, location: str, record: Record) -> tuple[str, int, Question]:
         id_names = [name for name in ("question_id", "id") if name in record]
         text_names = [name for name in ("text", "question", "query") if name in record]
-        question_id = take_number(where, record, *id_names) if id_names else number
-        text = take_text(where, record, *text_names[:1]) if text_names else prompt
-        return where, question_id, Question(question_id, take_text(where, record, "image"), text)
+        question_id = take_number(location, record, *id_names) if id_names else number
+        text = take_text(location, record, *text_names[:1]) if text_names else prompt
+        return location, question_id, Question(question_id, take_text(location, record, "image"), text)
 
     entries = (read_question(number, *located) for number, located in enumerate(records(path), start=1))
     example = 'records {"image": "1.jpg", "question": "What is there?"}'
@@ -218,17 +222,17 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
         )
 
     def read_response(
-        where: str, record: Record, there: str, question: Record
+        location: str, record: Record, there: str, question: Record
     ) -> tuple[str, tuple[str, ...], Response]:
         if "question_id" in record and record["question_id"] != question.get("question_id", record["question_id"]):
             raise ValueError(
-                f"{where} answers question_id {shown(record['question_id'])}, but {there} is "
-                f"{shown(question['question_id'])}; expected the answers in the order of the questions"
+                f"{location} answers question_id {shorten(record['question_id'])}, but {there} is "
+                f"{shorten(question['question_id'])}; expected the answers in the order of the questions"
             )
-        text = take_text(where, record, "caption", "text", "answer", "response").strip().removeprefix("Assistant:")
+        text = take_text(location, record, "caption", "text", "answer", "response").strip().removeprefix("Assistant:")
         prompt = next((str(record[name]) for name in ("question", "prompt") if name in record), "")
         response = Response(take_image_id(there, question, "image_id", "image"), text.strip(), prompt)
-        return where, (response.image, prompt), response
+        return location, (response.image, prompt), response
 
     entries = (read_response(*answer, *question) for answer, question in zip(answers, questions, strict=True))
     example = 'records {"image_id": 42, "caption": "A dog runs."}'

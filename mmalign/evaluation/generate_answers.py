@@ -16,14 +16,14 @@ from torch import nn
 from mmalign.console import tracked
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.formats.responses import IMAGE
-from mmalign.data.pairs import Dropped, hashed
+from mmalign.data.pairs import SkippedRow, stable_hash
 from mmalign.evaluation.benchmarks.base import Images
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Decoding, ImageFeatures, ImageView
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow
+from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 QuestionKey = tuple[str, str]  # the name of an image, and a question about it
 
@@ -41,12 +41,12 @@ class Answers:
     Attributes:
         before: the reference's answer to each question.
         after: the policy's.
-        left_out: the images whose questions could not be asked, and the reasons.
+        skipped: the images whose questions could not be asked, and the reasons.
     """
 
     before: AnswersByQuestion
     after: AnswersByQuestion
-    left_out: Mapping[str, Dropped]
+    skipped: Mapping[str, SkippedRow]
 
 
 def generate_answers(
@@ -68,7 +68,7 @@ def generate_answers(
     models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
     keys = list(dict.fromkeys(questions))
     missing = [key for key in keys if any(key not in cache.answers for cache in caches)]
-    starts, left_out = range(0, len(missing), decoding.batch_size), dict[str, Dropped]()
+    starts, left_out = range(0, len(missing), decoding.batch_size), dict[str, SkippedRow]()
     for start in tracked(starts, "answer"):
         prompts, views = _prepare(policy.family, missing[start : start + decoding.batch_size], images, left_out)
         features = policy.family.encode_images(views)
@@ -78,8 +78,8 @@ def generate_answers(
                 answers = run_on_model(partial(_generate, policy.family, new_prompts, features, decoding, seed))
                 assert answers is not None
                 cache.add(answers)
-    asked = [key for key in keys if key[0] not in left_out]
-    before, after = ({key: cache.answers[key] for key in asked} for cache in caches)
+    answerable = [key for key in keys if key[0] not in left_out]
+    before, after = ({key: cache.answers[key] for key in answerable} for cache in caches)
     return Answers(before, after, left_out)
 
 
@@ -90,37 +90,37 @@ def _on_policy(policy: Policy[VisionLanguage], run: Callable[[nn.Module], Answer
 
 def _generate(
     family: VisionLanguage,
-    prompts: Mapping[QuestionKey, TokenRow],
+    prompts: Mapping[QuestionKey, TokenizedResponse],
     features: ImageFeatures,
     decoding: Decoding,
     seed: int,
     net: nn.Module,
 ) -> AnswersByQuestion:
     """Return a network's answers to prompts; random numbers are keyed by the question."""
-    rows = [hashed(*key) for key in prompts]
-    texts = family.generate(net, list(prompts.values()), features, decoding, rows=rows, draws=Draws(seed))
+    rows = [stable_hash(*key) for key in prompts]
+    texts = family.generate(net, list(prompts.values()), features, decoding, rows=rows, rng=KeyedRNG(seed))
     return {key: text.strip() for key, text in zip(prompts, texts, strict=True)}
 
 
 def _prepare(
-    family: VisionLanguage, questions: Sequence[QuestionKey], images: Images, left_out: dict[str, Dropped]
-) -> tuple[dict[QuestionKey, TokenRow], dict[str, ImageView]]:
+    family: VisionLanguage, questions: Sequence[QuestionKey], images: Images, left_out: dict[str, SkippedRow]
+) -> tuple[dict[QuestionKey, TokenizedResponse], dict[str, ImageView]]:
     """Return prompts and preprocessed images of questions; add the images that fail to `left_out`."""
-    prompts, views = dict[QuestionKey, TokenRow](), dict[str, ImageView]()
+    prompts, views = dict[QuestionKey, TokenizedResponse](), dict[str, ImageView]()
     for image, text in questions:
         if image in left_out:
             continue
         try:
             if image not in views:
-                views[image] = family.reader.view(images(image))
-            prompt = family.reader.prompt([Turn("user", f"{IMAGE}{text}")], [(image, views[image])])
-            if len(prompt.ids) >= family.reader.max_length:
+                views[image] = family.processor.preprocess_image(images(image))
+            prompt = family.processor.tokenize_prompt([Turn("user", f"{IMAGE}{text}")], [(image, views[image])])
+            if len(prompt.ids) >= family.processor.max_length:
                 raise ValueError(
                     f"the prompt has {len(prompt.ids):,} tokens, its image's included, and the model reads "
-                    f"{family.reader.max_length:,}"
+                    f"{family.processor.max_length:,}"
                 )
         except ValueError as error:  # BadImage included
-            left_out[image] = Dropped(image, str(error).removeprefix(f"{image}: "))
+            left_out[image] = SkippedRow(image, str(error).removeprefix(f"{image}: "))
             continue
         prompts[image, text] = prompt
     return {key: prompt for key, prompt in prompts.items() if key[0] not in left_out}, views

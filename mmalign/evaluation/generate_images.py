@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import nn
 
-from mmalign.config import Drawing, ImageModel, Recipe
+from mmalign.config import ImageModel, Recipe, SamplingConfig
 from mmalign.console import tracked
 from mmalign.data.caches.images import ImageCache
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Sampling
 
 
-def cache_settings(recipe: Recipe, drawing: Drawing) -> dict[str, object]:
+def cache_settings(recipe: Recipe, sampling: SamplingConfig) -> dict[str, object]:
     """Return the settings that a recipe's images depend on, besides the denoiser's weights."""
     assert isinstance(recipe.model, ImageModel)
     vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
-    return {"drawing": drawing.model_dump(), "precision": recipe.train.precision, **vae}
+    return {"drawing": sampling.model_dump(), "precision": recipe.train.precision, **vae}
 
 
 def generate_images(

@@ -26,9 +26,9 @@ def divide(part: Values, whole: Values) -> Values:
     return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole > 0)
 
 
-def f1(right: Values, said: Values, true: Values) -> Values:
+def f1(right: Values, predicted: Values, actual: Values) -> Values:
     """Return the harmonic mean of precision right / said and recall right / true: 2 right / (said + true)."""
-    return divide(2 * right, said + true)
+    return divide(2 * right, predicted + actual)
 
 
 def ratio(part: str, whole: str) -> Ratio:

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.attention.choice import Choice
+from mmalign.attention.choice import SelectedBackend
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.types import Conditioning, Decoding, ImageFeatures, ImageView, Moments, Sampling
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow, Tokens
-from mmalign.rng import Draws
+from mmalign.language.tokens import TokenizedResponse, Tokens
+from mmalign.rng import KeyedRNG
 
 
 class Family(Protocol):
@@ -30,7 +30,7 @@ class Family(Protocol):
         """The network that preference optimization changes; everything else of the model stays frozen."""
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """The ends of the names of the layers that adapters are put on, if a recipe does not say which."""
 
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -46,7 +46,7 @@ class Family(Protocol):
     def frozen_copy(self) -> nn.Module:
         """A copy of the network that stays as it is now."""
 
-    def checkpoint_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass, instead of keeping them."""
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
@@ -56,7 +56,7 @@ class Family(Protocol):
             ValueError: they are not known.
         """
 
-    def use_attention(self, wanted: str) -> Choice:
+    def use_attention(self, wanted: str) -> SelectedBackend:
         """Have the network's attention computed as wanted, "auto", "xformers" or "sdpa"; what was chosen, and why.
 
         `frozen_copy` and `load_trained` give networks that do as it does.
@@ -96,7 +96,7 @@ class TextToImage(Family, Protocol):
     def unconditional(self) -> Conditioning:
         """One row: what classifier-free guidance and caption dropout put in the prompt's place."""
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are longer than the text encoder reads."""
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
@@ -117,7 +117,7 @@ class TextToImage(Family, Protocol):
         """The frozen networks whose outputs can be cached, by name."""
 
 
-class Reader(Protocol):
+class PromptProcessor(Protocol):
     """The part of a vision-language model that needs no network: text to tokens, pictures to what the tower takes.
 
     It can be sent to other processes.
@@ -127,19 +127,21 @@ class Reader(Protocol):
     def max_length(self) -> int:
         """The most tokens that the model reads, images and response included."""
 
-    def view(self, image: Image.Image) -> ImageView:
+    def preprocess_image(self, image: Image.Image) -> ImageView:
         """An image as the model takes it; it does not depend on the images beside it."""
 
-    def rows(
+    def tokenize_responses(
         self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
-    ) -> list[TokenRow]:
+    ) -> list[TokenizedResponse]:
         """The prompt with each of the responses, whose tokens begin at the same place; images with their keys.
 
         Raises:
             ValueError: the placeholders do not match the images.
         """
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = "") -> TokenRow:
+    def tokenize_prompt(
+        self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
+    ) -> TokenizedResponse:
         """The conversation up to where the model answers; what it has said already, `start`, is the row's response.
 
         Both are tokenised together, as in `rows`, but no token ends the response. White space around `start` is left
@@ -149,13 +151,13 @@ class Reader(Protocol):
             ValueError: the placeholders do not match the images.
         """
 
-    def text(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """Tokens as text, without special tokens; with the space that begins it, if the tokens before it are given."""
 
-    def image_places(self, row: TokenRow) -> tuple[int, ...]:
+    def image_token_positions(self, row: TokenizedResponse) -> tuple[int, ...]:
         """Where a row's tokens stand for features of its images, in order; tags between them are none."""
 
-    def batch(self, rows: Sequence[TokenRow]) -> Tokens:
+    def collate(self, rows: Sequence[TokenizedResponse]) -> Tokens:
         """The rows, padded."""
 
 
@@ -163,7 +165,7 @@ class VisionLanguage(Family, Protocol):
     """A vision-language model: what methods and the loop may ask of it."""
 
     @property
-    def reader(self) -> Reader:
+    def processor(self) -> PromptProcessor:
         """Tokenizer and image processor."""
 
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
@@ -177,8 +179,8 @@ class VisionLanguage(Family, Protocol):
     def half(self) -> torch.dtype | None:
         """The dtype of autocast; None in float32."""
 
-    def pack(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
-        """Features as tensors by name, of every image by its key; `ImageView.made` takes them back, bit for bit."""
+    def features_as_tensors(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
+        """Features as tensors by name, of every image by its key; `ImageView.features` takes them back, bit for bit."""
 
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
         """The parts that make features and never learn, by name: vision tower and projector."""
@@ -205,21 +207,21 @@ class VisionLanguage(Family, Protocol):
         """Whether the responses to a prompt share one run of it, and if not, why: a sentence for people."""
 
     @property
-    def hides_images(self) -> str:
-        """Empty if `generate` can hide an image's tokens, else a sentence that says why it cannot."""
+    def image_masking_unsupported_reason(self) -> str | None:
+        """None if `generate` can hide an image's tokens, else a sentence that says why it cannot."""
 
     def generate(
         self,
         net: nn.Module,
-        prompts: Sequence[TokenRow],
+        prompts: Sequence[TokenizedResponse],
         features: ImageFeatures,
         decoding: Decoding,
         *,
         rows: Sequence[int],
-        draws: Draws,
+        rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
     ) -> list[str]:
-        """What a network, with its adapters as they are, says after each prompt of `Reader.prompt`.
+        """What a network, with its adapters as they are, says after each prompt of `PromptProcessor.tokenize_prompt`.
 
         An answer is the same alone and in any company, but for the rounding of its logits. It begins with the space
         that parts it from what was said before, so that `start.strip() + answer` is the whole.
@@ -230,9 +232,9 @@ class VisionLanguage(Family, Protocol):
             features: of every image of the prompts.
             decoding: how the next token is chosen, and when an answer ends.
             rows: the key of each prompt's sampling noise; equal keys draw alike. Not used when greedy.
-            draws: the seed and the epoch of that noise.
-            hidden: for each prompt which of its `Reader.image_places` nothing attends to, a bool tensor; positions
-                stay as they are. None hides nothing.
+            rng: the seed and the epoch of that noise.
+            hidden: for each prompt which of its `PromptProcessor.image_token_positions` nothing attends to, a bool
+                tensor; positions stay as they are. None hides nothing.
 
         Raises:
             ValueError: images are to be hidden, and `hides_images` says that they cannot be.

@@ -33,16 +33,16 @@ def denoiser_blocks(net: Any) -> list[nn.Module]:
         ValueError: it gives none.
     """
     names = getattr(net, "_repeated_blocks", None) or getattr(net, "_no_split_modules", None) or ()
-    found: list[tuple[str, nn.Module]] = []
+    blocks: list[tuple[str, nn.Module]] = []
     for name, module in net.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        inside = any(name.startswith(f"{outer}.") for outer, _ in blocks)
         if type(module).__name__ in names and not inside:
-            found.append((name, module))
-    if not found:
+            blocks.append((name, module))
+    if not blocks:
         raise ValueError(
             f"train.compile: diffusers does not say which blocks a {type(net).__name__} is made of; leave it out"
         )
-    return [module for _, module in found]
+    return [module for _, module in blocks]
 
 
 def check(device: torch.device) -> None:

@@ -78,12 +78,12 @@ def model_type(path: str, revision: str | None = None) -> str:
 def _index_file(
     path: str, revision: str | None, name: str = "model_index.json", kind: str = "a diffusers pipeline"
 ) -> Path:
-    here = Path(path)
-    if here.exists():
-        if not (here / name).is_file():
-            what = f"has no {name}" if here.is_dir() else "is a file"
-            raise ValueError(f"model.path: {path} {what}; expected the folder of {kind}, or a Hub id")
-        return here / name
+    folder = Path(path)
+    if folder.exists():
+        if not (folder / name).is_file():
+            problem = f"has no {name}" if folder.is_dir() else "is a file"
+            raise ValueError(f"model.path: {path} {problem}; expected the folder of {kind}, or a Hub id")
+        return folder / name
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -57,5 +57,5 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
 def linear_names(net: nn.Module, within: str) -> list[str]:
     """The ends of the names of all linear layers in a part of a network, each once."""
     prefix = f"{within}."
-    found = (name for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and name.startswith(prefix))
-    return sorted({name.rpartition(".")[2] for name in found})
+    names = (name for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and name.startswith(prefix))
+    return sorted({name.rpartition(".")[2] for name in names})

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmalign.attention.choice import Choice
+from mmalign.attention.choice import SelectedBackend
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Loading
@@ -47,7 +47,7 @@ class StepJudge:
         return self.parts.net
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """None: a judge is trained whole."""
         return ()
 
@@ -67,7 +67,7 @@ class StepJudge:
         """See Family."""
         return copy.deepcopy(self.network).requires_grad_(False).eval()
 
-    def checkpoint_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Of the vision tower, in which nearly all of them are."""
         self.parts.net.checkpointing = True
 
@@ -79,7 +79,7 @@ class StepJudge:
         """
         raise ValueError(NOT_COMPILED)
 
-    def use_attention(self, wanted: str) -> Choice:
+    def use_attention(self, wanted: str) -> SelectedBackend:
         """See Family. The frozen model's, which is most of the work; a judge computes its attention by itself."""
         return self.denoiser.use_attention(wanted)
 

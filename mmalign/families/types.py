@@ -64,12 +64,13 @@ class ImageView:
     Attributes:
         ids: the tokens that stand for it in a prompt.
         tensors: what the vision tower takes.
-        made: its features as `VisionLanguage.pack` gives them, where they are known already; `tensors` is empty then.
+        features: its features as `VisionLanguage.features_as_tensors` gives them, where they are known already;
+            `tensors` is empty then.
     """
 
     ids: tuple[int, ...]
     tensors: dict[str, Tensor]
-    made: dict[str, Tensor] | None = None
+    features: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Loading:
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
-        pack: a vision-language model runs a prompt once for all of its responses, where it can.
+        pack_responses: a vision-language model runs a prompt once for all of its responses, where it can.
     """
 
     device: torch.device
@@ -135,4 +136,4 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
-    pack: bool = True
+    pack_responses: bool = True

@@ -50,11 +50,11 @@ class Vocabulary:
 
     def mentions(self, text: str) -> list[Mention]:
         """Every object word of a text, in order and with repetition."""
-        found = self._words(text)
-        words = {word for word, _, _ in found}
+        spans = self._words(text)
+        words = {word for word, _, _ in spans}
         return [
             Mention(self.meanings[word], word, start, end)
-            for word, start, end in found
+            for word, start, end in spans
             if word in self.meanings and self.unless.get(word) not in words
         ]
 
@@ -76,17 +76,17 @@ class Vocabulary:
         """What the phrases of a text are read as, with their place."""
         came = tokens(text)
         longest = max(map(len, self.readings))
-        found, at = [], 0
-        while at < len(came):
-            for length in range(min(longest, len(came) - at), 0, -1):
-                word = self._reading(tuple(token for token, _, _ in came[at : at + length]))
+        words, position = [], 0
+        while position < len(came):
+            for length in range(min(longest, len(came) - position), 0, -1):
+                word = self._reading(tuple(token for token, _, _ in came[position : position + length]))
                 if word is not None:
-                    found.append((word, came[at][1], came[at + length - 1][2]))
-                    at += length
+                    words.append((word, came[position][1], came[position + length - 1][2]))
+                    position += length
                     break
             else:
-                at += 1
-        return found
+                position += 1
+        return words
 
     def _reading(self, phrase: tuple[str, ...]) -> str | None:
         as_it_stands = self.readings.get(phrase)
@@ -203,9 +203,9 @@ def singular(word: str) -> str:
     words, ends = _plurals()
     if word in words:
         return words[word]
-    for end, one in ends.items():
+    for end, suffix in ends.items():
         if word.endswith(end):
-            return word.removesuffix(end) + one
+            return word.removesuffix(end) + suffix
     if not word.endswith("s") or len(word) < 3 or word.endswith(("ss", "us", "sis")):
         return word
     if word.endswith("ies") and len(word) > 4:

@@ -46,8 +46,8 @@ def log_probabilities(
         logits = head(hidden).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        found = logits.gather(1, targets.view(len(targets), -1)) - logits.logsumexp(1, keepdim=True)
-        return found.view(targets.shape)
+        logps = logits.gather(1, targets.view(len(targets), -1)) - logits.logsumexp(1, keepdim=True)
+        return logps.view(targets.shape)
 
     chunks = _chunks(len(targets), vocabulary, chunk or _chunk(hidden))
     if torch.is_grad_enabled():

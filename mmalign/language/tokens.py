@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenRow:
+class TokenizedResponse:
     """One prompt with one response.
 
     Attributes:
@@ -54,14 +54,14 @@ def expand(ids: Sequence[int], placeholder: int, images: Sequence[Sequence[int]]
     Raises:
         ValueError: there are more or fewer placeholders than images.
     """
-    found = sum(token == placeholder for token in ids)
-    if found != len(images):
-        raise ValueError(f"{found} image placeholders in the text for {len(images)} images")
+    num_placeholders = sum(token == placeholder for token in ids)
+    if num_placeholders != len(images):
+        raise ValueError(f"{num_placeholders} image placeholders in the text for {len(images)} images")
     rest = iter(images)
     return [token for one in ids for token in (next(rest) if one == placeholder else (one,))]
 
 
-def cut_tail(row: TokenRow, max_length: int) -> TokenRow:
+def cut_tail(row: TokenizedResponse, max_length: int) -> TokenizedResponse:
     """The row with at most that many tokens: the response loses its tail.
 
     Raises:
@@ -69,7 +69,7 @@ def cut_tail(row: TokenRow, max_length: int) -> TokenRow:
     """
     if row.start >= max_length:
         raise ValueError(f"the prompt has {row.start:,} tokens, its images' included, of {max_length:,} in all")
-    return TokenRow(row.ids[:max_length], row.start, row.images)
+    return TokenizedResponse(row.ids[:max_length], row.start, row.images)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Tokens:
         return len(self.ids)
 
     @classmethod
-    def of(cls, rows: Sequence[TokenRow], pad: int) -> Tokens:
+    def from_rows(cls, rows: Sequence[TokenizedResponse], pad: int) -> Tokens:
         """The rows in one batch; `pad` is any token."""
         longest = max(len(row.ids) for row in rows)
         return cls(
@@ -113,32 +113,32 @@ class Tokens:
         return whole._knowing(tuple(row for x in parts for row in x.rows))
 
     def __getitem__(self, rows: slice) -> Tokens:
-        some = Tokens(self.ids[rows], self.starts[rows], self.lengths[rows], self.images[rows])
-        return some._knowing(self.rows[rows])
+        tokens = Tokens(self.ids[rows], self.starts[rows], self.lengths[rows], self.images[rows])
+        return tokens._knowing(self.rows[rows])
 
     def to(self, device: torch.device) -> Tokens:
         """The same on another device."""
         moved = Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
         return moved._knowing(self.rows)
 
-    def _knowing(self, rows: tuple[TokenRow, ...]) -> Tokens:
+    def _knowing(self, rows: tuple[TokenizedResponse, ...]) -> Tokens:
         """With its rows, which are known before: to ask a GPU for them would wait for it."""
         self.__dict__["rows"] = rows
         return self
 
     @cached_property
-    def rows(self) -> tuple[TokenRow, ...]:
+    def rows(self) -> tuple[TokenizedResponse, ...]:
         """The rows one by one, without their padding."""
         parts = zip(self.ids.tolist(), self.starts.tolist(), self.lengths.tolist(), self.images, strict=True)
-        return tuple(TokenRow(tuple(ids[:length]), start, images) for ids, start, length, images in parts)
+        return tuple(TokenizedResponse(tuple(ids[:length]), start, images) for ids, start, length, images in parts)
 
     @cached_property
     def by_prompt(self) -> tuple[tuple[int, ...], ...]:
         """The numbers of the rows, those together that have all in common before their responses, images included."""
-        found = dict[tuple[object, ...], list[int]]()
+        groups = dict[tuple[object, ...], list[int]]()
         for number, row in enumerate(self.rows):
-            found.setdefault((row.images, row.ids[: row.start]), []).append(number)
-        return tuple(map(tuple, found.values()))
+            groups.setdefault((row.images, row.ids[: row.start]), []).append(number)
+        return tuple(map(tuple, groups.values()))
 
     @cached_property
     def mask(self) -> Tensor:
@@ -148,21 +148,23 @@ class Tokens:
     @cached_property
     def is_response(self) -> Tensor:
         """Which tokens are a response's, [N, L]."""
-        at = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (at >= self.starts[:, None]) & self.mask
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (positions >= self.starts[:, None]) & self.mask
 
     @cached_property
-    def counts(self) -> Tensor:
+    def num_tokens(self) -> Tensor:
         """The tokens of each response, [N]."""
         return self.lengths - self.starts
 
     @cached_property
     def response_mask(self) -> Tensor:
         """Which of a response's places are filled, [N, R]."""
-        return torch.arange(max(len(row.response) for row in self.rows), device=self.ids.device) < self.counts[:, None]
+        return (
+            torch.arange(max(len(row.response) for row in self.rows), device=self.ids.device) < self.num_tokens[:, None]
+        )
 
     @cached_property
     def responses(self) -> Tensor:
         """The responses' tokens [N, R], the row's first token where a response has ended."""
-        at = self.starts[:, None] + torch.arange(self.response_mask.shape[1], device=self.ids.device)
-        return self.ids.gather(1, at.where(self.response_mask, 0))
+        positions = self.starts[:, None] + torch.arange(self.response_mask.shape[1], device=self.ids.device)
+        return self.ids.gather(1, positions.where(self.response_mask, 0))

@@ -147,7 +147,7 @@ def mapo(
     return chosen_error + beta * F.softplus(-z)
 
 
-def cca(policy: Pair, reference: Pair, alike: Tensor, *, beta: float, weight: float) -> Tensor:
+def cca(policy: Pair, reference: Pair, same_condition: Tensor, *, beta: float, weight: float) -> Tensor:
     """Condition contrastive alignment, arXiv:2410.09347: the same thing under its own condition, and under another's.
 
     `(softplus(-z_own) + weight * softplus(z_other)) / max(weight, 1)` with `z = beta * (policy - reference)` of each
@@ -158,7 +158,7 @@ def cca(policy: Pair, reference: Pair, alike: Tensor, *, beta: float, weight: fl
     Args:
         policy: `chosen` is the score under the own condition, `rejected` that under the other one.
         reference: likewise.
-        alike: whether the two conditions are the same [B], bool; so they are where both are dropped.
+        same_condition: whether the two conditions are the same [B], bool; so they are where both are dropped.
         beta: one over the unit of the scores (0.02 for log-probabilities of an image's tokens in the release).
         weight: of unlearning the other condition, the paper's lambda (50 to 1000 for a thousand classes).
 
@@ -166,7 +166,7 @@ def cca(policy: Pair, reference: Pair, alike: Tensor, *, beta: float, weight: fl
         The loss [B]; `(1 + weight) / max(weight, 1) * ln 2` where policy and reference agree, 2 ln 2 at weight 1.
     """
     own, other = (beta * (ours - theirs) for ours, theirs in zip(policy, reference, strict=True))
-    second = torch.where(alike, F.softplus(-other), weight * F.softplus(other))
+    second = torch.where(same_condition, F.softplus(-other), weight * F.softplus(other))
     return (F.softplus(-own) + second) / max(weight, 1.0)
 
 

@@ -13,7 +13,7 @@ from mmalign.losses.pairwise import Pair, PairLoss, pair_loss
 from mmalign.methods import Step
 from mmalign.policy import Scores
 
-CacheDraws = Annotated[
+NumCachedDraws = Annotated[
     int,
     Field(
         ge=0,
@@ -41,20 +41,28 @@ def bound_loss(cfg: PairLossConfig) -> PairLoss:
 
 
 def preference_step(
-    link: PairLoss, beta: float, ours: Scores, theirs: Scores, weights: Tensor, more: Mapping[str, Tensor]
+    link: PairLoss,
+    beta: float,
+    policy_scores: Scores,
+    reference_scores: Scores,
+    weights: Tensor,
+    more: Mapping[str, Tensor],
 ) -> Step:
     """A pair loss with the numbers that a person watches, and what a method adds to them.
 
     "chosen gain" and "rejected gain" are how much likelier than the reference the policy finds each side, in score
     units: a run in which both fall unlearns, whatever the loss says.
     """
-    policy, reference = Pair(ours["chosen"], ours["rejected"]), Pair(theirs["chosen"], theirs["rejected"])
+    policy, reference = (
+        Pair(policy_scores["chosen"], policy_scores["rejected"]),
+        Pair(reference_scores["chosen"], reference_scores["rejected"]),
+    )
     losses = link(policy, reference)
     with torch.no_grad():
         z = beta * (policy.margin - reference.margin)
         metrics = {
             "loss": losses.detach(),
-            **watched(z),
+            **preference_metrics(z),
             **more,
             "chosen gain": (policy.chosen - reference.chosen).detach(),
             "rejected gain": (policy.rejected - reference.rejected).detach(),
@@ -62,7 +70,7 @@ def preference_step(
     return Step(losses, weights, metrics)
 
 
-def watched(z: Tensor) -> dict[str, Tensor]:
+def preference_metrics(z: Tensor) -> dict[str, Tensor]:
     """What a comparison's logits [B] say: which are right (a tie is half right), how large, and what pull is left."""
     return {
         "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from mmalign.attention import choice
-from mmalign.config import Drawing, ImageModel, JudgeConfig, JudgeModel, Model, Recipe
+from mmalign.config import ImageModel, JudgeModel, Model, Recipe, RewardConfig, SamplingConfig
 from mmalign.families import loading as loading_module
 from mmalign.families import step_judge
 from mmalign.families.base import Family
@@ -18,7 +18,7 @@ from mmalign.families.compile import compile_blocks
 from mmalign.families.types import Loading, Sampling
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.resources import resolve_model
-from mmalign.rewards import Judge, load_judge
+from mmalign.rewards import RewardModel, load_reward_model
 
 F = TypeVar("F", bound=Family)
 
@@ -26,10 +26,10 @@ F = TypeVar("F", bound=Family)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def method_judge(recipe: Recipe) -> JudgeConfig | None:
+def method_reward(recipe: Recipe) -> RewardConfig | None:
     """The judge that the method's settings name, if they do."""
-    found = getattr(recipe.method, "judge", None)
-    return found if isinstance(found, JudgeConfig) else None
+    reward = getattr(recipe.method, "reward", None)
+    return reward if isinstance(reward, RewardConfig) else None
 
 
 def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
@@ -45,14 +45,14 @@ def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] 
     """
     model, options = recipe.model, recipe.train
     choice.check(options.attention, device, DTYPES[options.precision])
-    family = _load(model, options.precision, device, pack=options.pack != "off")
+    family = _load(model, options.precision, device, pack=options.pack_responses != "off")
     say(str(family.use_attention(options.attention)))
     if not isinstance(model, ImageModel | JudgeModel):
         say(family.packing)
     return family
 
 
-def load_to_train(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+def load_for_training(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
     """As `load_model`, and compiled if the recipe says so: before the reference's scores are worked out by it.
 
     Raises:
@@ -69,7 +69,7 @@ def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> 
     half = None if precision == "float32" else DTYPES[precision]
     loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
     if not isinstance(model, ImageModel | JudgeModel):
-        return loading_module.load_vision_language(resolve_model(model.path), replace(loading, pack=pack))
+        return loading_module.load_vision_language(resolve_model(model.path), replace(loading, pack_responses=pack))
     vae = model.vae and resolve_model(model.vae)
     painting = replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype])
     if isinstance(model, JudgeModel):
@@ -87,7 +87,7 @@ def _without_loading_bars() -> None:
     transformers_off()
 
 
-def load_aligned(family: F, folder: Path) -> Policy[F]:
+def load_trained_policy(family: F, folder: Path) -> Policy[F]:
     """A trained model beside its base, as policy and reference.
 
     Args:
@@ -102,12 +102,12 @@ def load_aligned(family: F, folder: Path) -> Policy[F]:
     return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
 
 
-def sampling(drawing: Drawing) -> Sampling:
+def sampling_options(sampling: SamplingConfig) -> Sampling:
     """The recipe's section as the families take it."""
-    return Sampling(**drawing.model_dump())
+    return Sampling(**sampling.model_dump())
 
 
-def judge(config: JudgeConfig, device: torch.device) -> Judge:
+def build_reward_model(config: RewardConfig, device: torch.device) -> RewardModel:
     """The recipe's judge in memory."""
     _without_loading_bars()
-    return load_judge(config.name, config.path, device, **config.options)
+    return load_reward_model(config.name, config.path, device, **config.options)

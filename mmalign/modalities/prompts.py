@@ -20,7 +20,7 @@ def read_prompts(key: str, name: str) -> list[str]:
     return [prompt for _, prompt in prompts.read_prompts(key, Path(_located(key, name, resolve)))]
 
 
-def read_couples(key: str, name: str) -> list[tuple[str, str]]:
+def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
     """The couples of prompts of a file, one a line, with a tab between them.
 
     Raises:
@@ -43,7 +43,7 @@ def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_mo
         raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
 
 
-def prompts_of(key: str, which: int | str, split: Any, seed: int) -> list[str]:
+def unique_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
     """Return prompts: a number of the bundled world's, or those of the file that the recipe names at `key`."""
     if isinstance(which, str):
         return prompts_module.read_prompts(key, which)
@@ -52,10 +52,10 @@ def prompts_of(key: str, which: int | str, split: Any, seed: int) -> list[str]:
     return [str(prompt) for prompt in sample_prompts(split, which, seed)]
 
 
-def couples_of(key: str, which: int | str, seed: int) -> list[tuple[str, str]]:
+def load_prompt_pairs(key: str, source: int | str, seed: int) -> list[tuple[str, str]]:
     """Return pairs of contrasting prompts: a number of the bundled world's, or those of the file named at `key`."""
-    if isinstance(which, str):
-        return prompts_module.read_couples(key, which)
-    from mmalign.toy.scenes import sample_contrasts
+    if isinstance(source, str):
+        return prompts_module.read_prompt_pairs(key, source)
+    from mmalign.toy.scenes import sample_prompt_pairs
 
-    return [(str(first), str(second)) for first, second in sample_contrasts(which, seed)]
+    return [(str(first), str(second)) for first, second in sample_prompt_pairs(source, seed)]

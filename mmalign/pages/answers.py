@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from mmalign.pages.grid import INK, MUTED, SMALL, TEXT, Cell, Piece, Text, Tile
-from mmalign.pages.page import GalleryEntry, Layout
+from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.pages.ranking import change, format_score, kind
 
 
@@ -78,7 +78,7 @@ def _tile(entry: GalleryEntry) -> Tile:
     return Tile([Cell([truth], entry.images["image"]), Cell(texts, width=430)])
 
 
-LAYOUT = Layout(
+LAYOUT = PageLayout(
     template="answers.html.jinja",
     lead="The same images and questions, answered before and after. Underlined: named, but not in the image.",
     noun="question",

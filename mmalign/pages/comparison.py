@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmalign.evaluation.metrics import Metrics, RunStatistics
 from mmalign.evaluation.statistics import Interval
-from mmalign.pages.grid import INK, Cell, Piece, Section, Text, Tile, draw_grid
+from mmalign.pages.grid import INK, Cell, Piece, Section, Text, Tile, render_grid
 
 # Okabe and Ito's colours for colour-blind readers; the markers alone distinguish the recipes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
@@ -45,7 +45,7 @@ class TableRow:
     Attributes:
         name: the recipe's name.
         method: its method; empty for the base model.
-        at: the number of pairs at which all recipes are compared; None at the end of each recipe's own training.
+        num_pairs: the number of pairs at which all recipes are compared; None at the end of each recipe's own training.
         runs: the number of runs.
         pairs: the number of pairs that each run was trained on, with repetition.
         seconds: the time of training until then, the mean over the runs (`loop.Progress`).
@@ -54,7 +54,7 @@ class TableRow:
 
     name: str
     method: str
-    at: int | None
+    num_pairs: int | None
     runs: int
     pairs: int
     seconds: float
@@ -76,7 +76,7 @@ class TableRow:
         return {
             "name": self.name,
             "method": self.method,
-            "at": self.at,
+            "at": self.num_pairs,
             "runs": self.runs,
             "pairs": self.pairs,
             "seconds": self.seconds,
@@ -97,12 +97,12 @@ class TableRow:
 def as_markdown(rows: Sequence[TableRow], command: str) -> str:
     """Return the tables: at the end of each recipe, then at each number of pairs; and the command that made them."""
     base, *others = rows
-    lengths = dict.fromkeys(row.at for row in others)
+    lengths = dict.fromkeys(row.num_pairs for row in others)
     lines = []
     for length in lengths:
         if length is not None or len(lengths) > 1:
             lines += ["At the end of each recipe:" if length is None else f"After {length:,} pairs each:", ""]
-        lines += _tables(base, [row for row in others if row.at == length])
+        lines += _tables(base, [row for row in others if row.num_pairs == length])
     asked = " and ".join(f"{len(metrics.keys):,} of {metrics.benchmark}" for metrics, _ in base.measured)
     return "\n".join(
         [
@@ -151,7 +151,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: "_".join(part[: len(part) - same]) for name, part in zip(names, parts, strict=True)}
 
 
-def draw_curve(rows: Sequence[TableRow], file: Path) -> None:
+def plot_curve(rows: Sequence[TableRow], file: Path) -> None:
     """Draw the first metric's change from the base model over the seconds of training, a line for each recipe; PNG."""
     from matplotlib.figure import Figure
 
@@ -195,7 +195,7 @@ class RatedImage:
     is_good: bool
 
 
-def draw_side_by_side(
+def render_side_by_side(
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[RatedImage]],
     title: str,
@@ -215,4 +215,4 @@ def draw_side_by_side(
             ink = INK["gained" if image.is_good else "lost"]
             cells.append(Cell([Text([Piece(image.note, ink)], 15, num_lines=2)], image.image, side, frame=ink))
         tiles.append(Tile(cells))
-    return draw_grid(title, lines, [Section(tiles)], columns=1)
+    return render_grid(title, lines, [Section(tiles)], columns=1)

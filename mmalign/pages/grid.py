@@ -73,7 +73,7 @@ class Section(NamedTuple):
     heading: Text | None = None
 
 
-def draw_grid(
+def render_grid(
     title: str, lines: Sequence[str], sections: Sequence[Section], *, columns: int, unit: int = 1
 ) -> Image.Image:
     """Draw a title, lines of text, and sections of tiles, at most `columns` in a row; `unit` scales all sizes."""

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, draw_grid, encode_grid
+from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, encode_grid, render_grid
 from mmalign.pages.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
 
 
@@ -45,7 +45,7 @@ class GalleryEntry:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PageLayout:
     """Presentation of a kind of entry.
 
     Attributes:
@@ -68,7 +68,7 @@ class Layout:
 def write_page(
     folder: Path,
     entries: Sequence[GalleryEntry],
-    layout: Layout,
+    layout: PageLayout,
     *,
     title: str,
     summary: Sequence[Sequence[str]],
@@ -123,13 +123,13 @@ def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) ->
     if not entries:
         raise ValueError("gallery: no entries; expected at least one that was measured before and after")
     for index, entry in enumerate(entries):
-        where = f"gallery: entry {index} ({entry.title[:60]!r}, {entry.label})"
+        place = f"gallery: entry {index} ({entry.title[:60]!r}, {entry.label})"
         sizes = [image.size for image in entry.images.values()]
         if len(set(sizes)) > 1:
-            raise ValueError(f"{where}: {sizes[0]} before but {sizes[1]} after; expected pictures of one size")
+            raise ValueError(f"{place}: {sizes[0]} before but {sizes[1]} after; expected pictures of one size")
         if not all(map(math.isfinite, entry.scores)):
             raise ValueError(
-                f"{where}: scores {entry.scores[0]} and {entry.scores[1]}; expected finite numbers, "
+                f"{place}: scores {entry.scores[0]} and {entry.scores[1]}; expected finite numbers, "
                 "so leave out what could not be judged"
             )
     if len({len(row) for row in summary}) > 1:
@@ -138,7 +138,7 @@ def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) ->
 
 def _draw_picture(
     entries: Sequence[GalleryEntry],
-    layout: Layout,
+    layout: PageLayout,
     counts: Mapping[Kind, int],
     title: str,
     score_name: str,
@@ -157,7 +157,7 @@ def _draw_picture(
         heading = Text([Piece(f"{headings[name]}  ·  {shown}", INK[name])], 26)
         sections.append(Section([layout.tile(entries[index]) for index in indices], heading))
     unit = 1 if _is_small(entries) else 2  # everything scales with the pictures
-    picture = draw_grid(title, lines, sections, columns=layout.columns, unit=unit)
+    picture = render_grid(title, lines, sections, columns=layout.columns, unit=unit)
     return picture, [title, *lines], chosen
 
 
@@ -179,7 +179,7 @@ def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, Any]:
 def _page(
     entries: Sequence[GalleryEntry],
     counts: Mapping[Kind, int],
-    layout: Layout,
+    layout: PageLayout,
     title: str,
     summary: Sequence[Sequence[str]],
     score_name: str,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from mmalign.pages.grid import INK, MUTED, Cell, Piece, Text, Tile
-from mmalign.pages.page import GalleryEntry, Layout
+from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.pages.ranking import Scores, change, format_score, kind
 
 
@@ -36,7 +36,7 @@ def _tile(entry: GalleryEntry) -> Tile:
     return Tile(cells, heading=[Text([Piece(entry.title)], 21, num_lines=2)])
 
 
-LAYOUT = Layout(
+LAYOUT = PageLayout(
     template="pictures.html.jinja",
     lead="The same prompts, seeds and starting noise, before and after.",
     noun="prompt",

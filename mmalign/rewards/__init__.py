@@ -1,7 +1,7 @@
 """Judges: what says which of two images follows its prompt better. One file per judge; the file's name is its name.
 
 A judge's file has a `Config` (a frozen pydantic model: the options a recipe may give) and
-`load(path, device, cfg) -> Judge`. N is the number of images; higher is better.
+`load(path, device, cfg) -> RewardModel`. N is the number of images; higher is better.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from mmalign import registry
 
 
-class Judge(Protocol):
+class RewardModel(Protocol):
     """Scores images, each against the prompt of the same row. Only a judge that knows noisy images reads `t`.
 
     Without `t` images are taken for clean.
@@ -28,7 +28,7 @@ class Judge(Protocol):
         ...
 
 
-class JudgeModule(Protocol):
+class RewardModule(Protocol):
     """What a file of this folder offers."""
 
     @property
@@ -36,7 +36,7 @@ class JudgeModule(Protocol):
         """The options, frozen and without extra keys."""
         ...
 
-    def load(self, path: str, device: torch.device, cfg: BaseModel) -> Judge:
+    def load(self, path: str, device: torch.device, cfg: BaseModel) -> RewardModel:
         """The judge, on the device."""
         ...
 
@@ -46,22 +46,22 @@ def names() -> list[str]:
     return registry.names(__name__)
 
 
-def judge_module(name: str) -> JudgeModule:
+def reward_module(name: str) -> RewardModule:
     """The module of a judge; importing it loads no heavy library.
 
     Raises:
         ValueError: no file has this name.
     """
-    return cast(JudgeModule, registry.find([__name__], name, "judge: there is no"))
+    return cast(RewardModule, registry.find([__name__], name, "judge: there is no"))
 
 
-def load_judge(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> Judge:
+def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
     """The judge of a name, with the weights at `path`, guarded by `checked`. `options` are the fields of its `Config`.
 
     Raises:
         ValueError: an unknown judge or option, or weights that are missing or do not fit.
     """
-    module = judge_module(name)
+    module = reward_module(name)
     try:
         cfg = module.Config(**options)
     except ValidationError as error:
@@ -71,10 +71,10 @@ def load_judge(name: str, path: str, device: torch.device | str = "cpu", **optio
         raise ValueError(
             f"judge {name}: {key}: {first['msg'].lower()}, got {first['input']!r}; options: {known}"
         ) from None
-    return checked(name, module.load(path, torch.device(device), cfg))
+    return checked_reward_model(name, module.load(path, torch.device(device), cfg))
 
 
-def checked(name: str, judge: Judge) -> Judge:
+def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:
     """The same judge, which refuses to go on with scores that no pair may be made of.
 
     Raises:
@@ -86,7 +86,7 @@ def checked(name: str, judge: Judge) -> Judge:
             raise ValueError(
                 f"judge {name}: {len(images)} images and {len(prompts)} prompts; give one prompt for each image"
             )
-        scores = judge(images, prompts, t)
+        scores = reward_model(images, prompts, t)
         if scores.shape != (len(images),) or scores.dtype != torch.float32:
             raise ValueError(
                 f"judge {name}: scores of shape {list(scores.shape)} and {scores.dtype} for {len(images)} images;"

@@ -55,10 +55,10 @@ class TextFeatures:
             if prompt not in self._known:
                 vector = self.model.encode_text(self.tokenize([prompt]).to(self.device), normalize=True)[0].float()
                 self._known[prompt] = vector
-        found = torch.stack([self._known[prompt] for prompt in prompts])
+        features = torch.stack([self._known[prompt] for prompt in prompts])
         for oldest in list(self._known)[: max(0, len(self._known) - KNOWN)]:
             del self._known[oldest]
-        return found
+        return features
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class OpenClip:
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors [N, E] of images, all at once; a cosine of two says how alike they are."""
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
-        found: Tensor = self.model.encode_image(pixels, normalize=True)
-        return found.float()
+        features: Tensor = self.model.encode_image(pixels, normalize=True)
+        return features.float()
 
     @torch.no_grad()
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
@@ -130,5 +130,5 @@ def _open_clip_name(path: str, pretrained: str | None) -> str:
     bare = path.removeprefix("hf-hub:").removeprefix("local-dir:")
     if pretrained is not None:
         return bare  # a folder or Hub id is refused under this name, and it should be: it brings its own weights
-    found = resolve_model(bare)
-    return f"local-dir:{found}" if Path(found).exists() else f"hf-hub:{found}"
+    resolved = resolve_model(bare)
+    return f"local-dir:{resolved}" if Path(resolved).exists() else f"hf-hub:{resolved}"

@@ -115,18 +115,18 @@ class TimeConditioned(nn.Module):
     def encode_image(self, pixels: Tensor, t: Tensor) -> Tensor:
         """Unit vectors [N, E]."""
         tower = self.clip.visual
-        told = F.silu(self.time(sinusoid(t, FREQUENCIES)))  # [N, D]
+        steering = F.silu(self.time(sinusoid(t, FREQUENCIES)))  # [N, D]
         h = tower._embeds(pixels)
         for block, steer in zip(tower.transformer.resblocks, self.blocks, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(_steered, block, h, steer(told), use_reentrant=False)
+                h = torch.utils.checkpoint.checkpoint(_steered, block, h, steer(steering), use_reentrant=False)
             else:
-                h = _steered(block, h, steer(told))
+                h = _steered(block, h, steer(steering))
         pooled, _ = tower._pool(h)
-        shift, scale = self.final(told).chunk(2, -1)
+        shift, scale = self.final(steering).chunk(2, -1)
         pooled = pooled * (1 + scale) + shift
-        found: Tensor = F.normalize(pooled if tower.proj is None else pooled @ tower.proj, dim=-1)
-        return found
+        features: Tensor = F.normalize(pooled if tower.proj is None else pooled @ tower.proj, dim=-1)
+        return features
 
 
 def _steered(block: Any, h: Tensor, steering: Tensor) -> Tensor:
@@ -180,8 +180,8 @@ class StepAware:
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
             pixels = torch.stack([self.preprocess(image) for image in images[rows]]).to(self.device)
-            found = self.net.encode_image(pixels, times[rows].to(self.device))
-            parts.append((scale * (found * self.text(prompts[rows])).sum(-1)).float())
+            features = self.net.encode_image(pixels, times[rows].to(self.device))
+            parts.append((scale * (features * self.text(prompts[rows])).sum(-1)).float())
         return torch.cat(parts)
 
 
@@ -204,10 +204,10 @@ def begin(path: str) -> Parts:
     Raises:
         ValueError: it is none of these, or the model's vision tower cannot be told the timestep.
     """
-    found = resolve_model(path)
-    if (Path(found) / WEIGHTS).is_file():
+    resolved = resolve_model(path)
+    if (Path(resolved) / WEIGHTS).is_file():
         return read(path)
-    about = _config_file(found)
+    about = _config_file(resolved)
     if about is None:
         clip, preprocess, tokenize, config = _of_transformers(path)
     else:
@@ -270,15 +270,15 @@ def _of_transformers(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], A
         raise ValueError(f"{error}; a model of open_clip would have {CONFIG}, a step-aware judge {WEIGHTS}") from error
 
 
-def _config_file(found: str) -> Path | None:
+def _config_file(resolved: str) -> Path | None:
     """open_clip's configuration of a model, in a folder or from the Hub; None if there is none."""
-    if Path(found).is_dir():
-        return Path(found) / CONFIG if (Path(found) / CONFIG).is_file() else None
+    if Path(resolved).is_dir():
+        return Path(resolved) / CONFIG if (Path(resolved) / CONFIG).is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(found, CONFIG))
+        return Path(hf_hub_download(resolved, CONFIG))
     except EntryNotFoundError:
         return None
 

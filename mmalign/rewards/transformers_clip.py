@@ -76,17 +76,17 @@ def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, di
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from transformers import CLIPConfig, CLIPModel
 
-    found = resolve_model(path)
+    resolved = resolve_model(path)
     try:
-        config = CLIPConfig.from_pretrained(found)
-        theirs, missing = CLIPModel.from_pretrained(found, dtype=torch.float32, output_loading_info=True)
-        folder = _small_files(found)
+        config = CLIPConfig.from_pretrained(resolved)
+        clip_model, missing = CLIPModel.from_pretrained(resolved, dtype=torch.float32, output_loading_info=True)
+        folder = _small_files(resolved)
         tokenize = _tokenizer(folder, config)
         about = {"model_cfg": _network(config, tokenize), "preprocess_cfg": _preprocessing(folder)}
         if missing["missing_keys"] or missing["mismatched_keys"]:
             raise ValueError(f"weights are missing, such as {sorted(map(str, missing['missing_keys']))[:1]}")
         model = open_clip.CLIP(**copy.deepcopy(about["model_cfg"]))
-        model.load_state_dict(renamed(theirs.state_dict()))
+        model.load_state_dict(renamed(clip_model.state_dict()))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
             f"judge transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder"
@@ -97,25 +97,25 @@ def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, di
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a CLIPModel under open_clip's names: projections turned, and queries, keys and values in one."""
-    found: dict[str, Tensor] = {}
+    weights_renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        ours = name
+        new_name = name
         for pattern, by in NAMES:
-            ours = re.sub(pattern, by, ours)
-        found[ours] = weight.T.contiguous() if name.endswith("_projection.weight") else weight
-    for name in [name for name in found if ".attn.q_proj." in name]:
-        parts = [found.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    return found
+            new_name = re.sub(pattern, by, new_name)
+        weights_renamed[new_name] = weight.T.contiguous() if name.endswith("_projection.weight") else weight
+    for name in [name for name in weights_renamed if ".attn.q_proj." in name]:
+        parts = [weights_renamed.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        weights_renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return weights_renamed
 
 
-def _small_files(found: str) -> Path:
+def _small_files(resolved: str) -> Path:
     """The folder of a model, or on the Hub that of its configurations and of its tokenizer."""
-    if Path(found).is_dir():
-        return Path(found)
+    if Path(resolved).is_dir():
+        return Path(resolved)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(found, allow_patterns=["*.json", "*.txt"]))
+    return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.txt"]))
 
 
 def _tokenizer(folder: Path, config: Any) -> Any:
@@ -159,8 +159,8 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
     """open_clip's configuration of what the folder's image processor does; without one, of what CLIP's does."""
     from transformers import CLIPImageProcessor
 
-    there = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    own = CLIPImageProcessor.from_pretrained(folder) if there else CLIPImageProcessor()
+    has_file = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    own = CLIPImageProcessor.from_pretrained(folder) if has_file else CLIPImageProcessor()
     side, crop = own.size.get("shortest_edge"), own.crop_size["height"]
     if side != crop or not own.do_center_crop or own.resample not in INTERPOLATION:
         raise ValueError(

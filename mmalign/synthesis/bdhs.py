@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.data.pairs import hashed
+from mmalign.data.pairs import stable_hash
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Decoding, ImageFeatures, ImageView
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow
-from mmalign.rng import Draws
+from mmalign.language.tokens import TokenizedResponse
+from mmalign.rng import KeyedRNG
 from mmalign.synthesis.sentence_cuts import STOPS, WHOLE, Opening, Part, joined, openings
 from mmalign.synthesis.similarity import Similarity
 
 
 @dataclass(frozen=True)
-class Answered:
+class GroundTruthAnswer:
     """A prompt with its true answer.
 
     Attributes:
@@ -56,65 +56,66 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Hiding:
+class ImageMaskingConfig:
     """The settings of BDHS.
 
     Attributes:
         rho: how likely each of an image's tokens is hidden.
         keep_tokens: instead, how many of a prompt's image tokens are left; None goes by `rho`.
         tries: the most there are; of several, the last one writes a whole answer of its own.
-        similar: a text this similar to the true answer is tried again.
+        max_similarity: a text this similar to the true answer is tried again.
         decoding: how a sentence, and at last an answer, is written.
     """
 
     rho: float
     keep_tokens: int | None
     tries: int
-    similar: float
+    max_similarity: float
     decoding: Decoding
 
 
-def hiding(section: Any) -> Hiding:
-    """The settings of a recipe's section (`mmalign.config.Bdhs`)."""
+def masking_config(section: Any) -> ImageMaskingConfig:
+    """The settings of a recipe's section (`mmalign.config.BdhsConfig`)."""
     decoding = Decoding(section.max_new_tokens, section.temperature, batch_size=section.batch_size)
-    return Hiding(section.rho, section.keep_tokens, section.tries, section.similar, decoding)
+    return ImageMaskingConfig(section.rho, section.keep_tokens, section.tries, section.max_similarity, decoding)
 
 
-def require_hiding(family: VisionLanguage) -> None:
+def require_image_masking(family: VisionLanguage) -> None:
     """Refuse a model whose image tokens cannot be hidden.
 
     Raises:
         ValueError: why they cannot.
     """
-    if family.hides_images:
+    if family.image_masking_unsupported_reason:
         raise ValueError(
-            f"model.path: BDHS hides an image from {family.name}, which cannot be done ({family.hides_images}); use "
+            f"model.path: BDHS hides an image from {family.name}, which cannot be done "
+            f"({family.image_masking_unsupported_reason}); use "
             "another model, or another way to untrue answers: `prepare` with kind: povid changes words by rule"
         )
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ResponseSampler:
     """A model that completes answers.
 
     Attributes:
         family: the model.
         net: its bare network: the policy's, or the reference's.
-        draws: the seed and the epoch of all that is drawn.
+        rng: the seed and the epoch of all that is drawn.
     """
 
     family: VisionLanguage
     net: nn.Module
-    draws: Draws
+    rng: KeyedRNG
 
     @torch.no_grad()
-    def says(
+    def sample(
         self,
-        rows: Sequence[Answered],
+        rows: Sequence[GroundTruthAnswer],
         parts: Sequence[Sequence[Part]],
         features: ImageFeatures,
         decoding: Decoding,
-        tried: int,
+        attempt: int,
         hidden: Sequence[Tensor] | None = None,
     ) -> list[str]:
         """Each row's answer with what the model says after its openings; all of them are asked for in one call.
@@ -127,23 +128,27 @@ class Speaker:
             tried: which attempt this is; each draws anew.
             hidden: for each row which of its image tokens are hidden; None hides none.
         """
-        read, prompts, keys, masks = self.family.reader, list[TokenRow](), list[int](), list[Tensor]()
+        read, prompts, keys, masks = self.family.processor, list[TokenizedResponse](), list[int](), list[Tensor]()
         for number, row in enumerate(rows):
             for place, part in enumerate(parts[number]):
                 if isinstance(part, Opening):
-                    prompts.append(read.prompt(row.turns, row.images, part.start))
-                    keys.append(hashed(str(row.row), str(tried), str(place)))
+                    prompts.append(read.tokenize_prompt(row.turns, row.images, part.start))
+                    keys.append(stable_hash(str(row.row), str(attempt), str(place)))
                     masks += [hidden[number]] if hidden is not None else []
         if not prompts:
             return [joined(some, []) for some in parts]
         masked = masks if hidden is not None else None
-        said = self.family.generate(self.net, prompts, features, decoding, rows=keys, draws=self.draws, hidden=masked)
-        rest = iter(said)
+        answers = self.family.generate(self.net, prompts, features, decoding, rows=keys, rng=self.rng, hidden=masked)
+        rest = iter(answers)
         return [joined(some, [next(rest) for part in some if isinstance(part, Opening)]) for some in parts]
 
 
 def bdhs(
-    speaker: Speaker, rows: Sequence[Answered], features: ImageFeatures, how: Hiding, similarity: Similarity
+    sampler: ResponseSampler,
+    rows: Sequence[GroundTruthAnswer],
+    features: ImageFeatures,
+    masking: ImageMaskingConfig,
+    similarity: Similarity,
 ) -> list[Completion]:
     """Bias-driven hallucination sampling (arXiv:2407.02477, Algorithm 1), of many rows at once.
 
@@ -152,10 +157,10 @@ def bdhs(
     answer; the last of several is a whole answer without any guidance, and taken whatever it says.
 
     Args:
-        speaker: the model that is to hallucinate.
+        sampler: the model that is to hallucinate.
         rows: the true answers.
         features: of their images.
-        how: the settings.
+        masking: the settings.
         similarity: the measure that `how.similar` is a value of.
 
     Returns:
@@ -164,42 +169,42 @@ def bdhs(
     Raises:
         ValueError: the model's image tokens cannot be hidden.
     """
-    require_hiding(speaker.family)
+    require_image_masking(sampler.family)
     done: dict[int, Completion] = {}
-    for tried in range(1, how.tries + 1):
+    for attempt in range(1, masking.tries + 1):
         left = [number for number in range(len(rows)) if number not in done]
-        asked, guided = [rows[number] for number in left], tried < how.tries or how.tries == 1
-        parts = [openings(row.answer, row.row, speaker.draws, tried) if guided else WHOLE for row in asked]
-        decoding = replace(how.decoding, stop=STOPS if guided else ())
-        hidden = [_hidden(speaker, row, how, tried) for row in asked]
-        texts = speaker.says(asked, parts, features, decoding, tried, hidden)
-        scores = similarity(texts, [row.answer for row in asked])
+        open_rows, guided = [rows[number] for number in left], attempt < masking.tries or masking.tries == 1
+        parts = [openings(row.answer, row.row, sampler.rng, attempt) if guided else WHOLE for row in open_rows]
+        decoding = replace(masking.decoding, stop=STOPS if guided else ())
+        hidden = [_hidden(sampler, row, masking, attempt) for row in open_rows]
+        texts = sampler.sample(open_rows, parts, features, decoding, attempt, hidden)
+        scores = similarity(texts, [row.answer for row in open_rows])
         for number, text, score in zip(left, texts, scores, strict=True):
-            if score < how.similar or tried == how.tries:
-                done[number] = Completion(text, tried, score)
+            if score < masking.max_similarity or attempt == masking.tries:
+                done[number] = Completion(text, attempt, score)
     return [done[number] for number in range(len(rows))]
 
 
-def _hidden(speaker: Speaker, row: Answered, how: Hiding, tried: int) -> Tensor:
+def _hidden(sampler: ResponseSampler, row: GroundTruthAnswer, masking: ImageMaskingConfig, attempt: int) -> Tensor:
     """Which of a prompt's image tokens are hidden in a try, for all its sentences alike."""
-    read = speaker.family.reader
-    number = len(read.image_places(read.prompt(row.turns, row.images)))
-    rho = speaker.draws.uniform([row.row], (number,), "hidden", tried)[0]
-    if how.keep_tokens is None:
-        return rho < how.rho
-    seen = rho.topk(min(how.keep_tokens, number)).indices
+    read = sampler.family.processor
+    number = len(read.image_token_positions(read.tokenize_prompt(row.turns, row.images)))
+    rho = sampler.rng.uniform([row.row], (number,), "hidden", attempt)[0]
+    if masking.keep_tokens is None:
+        return rho < masking.rho
+    seen = rho.topk(min(masking.keep_tokens, number)).indices
     return torch.ones(number, dtype=torch.bool).index_fill(0, seen, False)
 
 
-def too_long(speaker: Speaker, row: Answered, start: str, new: int) -> str:
-    """Why a model cannot say that many tokens more after a row's prompt and a beginning; empty if it can.
+def too_long_reason(sampler: ResponseSampler, row: GroundTruthAnswer, start: str, new: int) -> str | None:
+    """Why a model cannot say that many tokens more after a row's prompt and a beginning; None if it can.
 
     Raises:
         ValueError: the prompt's placeholders do not match its images.
     """
-    read = speaker.family.reader
-    length = len(read.prompt(row.turns, row.images, start).ids)
+    read = sampler.family.processor
+    length = len(read.tokenize_prompt(row.turns, row.images, start).ids)
     if length + new <= read.max_length:
-        return ""
-    what = "prompt and answer have" if start else "the prompt has"
-    return f"{what} {length:,} tokens, and the model, which may add {new:,}, reads {read.max_length:,}"
+        return None
+    subject = "prompt and answer have" if start else "the prompt has"
+    return f"{subject} {length:,} tokens, and the model, which may add {new:,}, reads {read.max_length:,}"

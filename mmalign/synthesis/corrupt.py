@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from mmalign.language.objects import Vocabulary, singular
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.synthesis.segments import COLOURS, NUMBERS, RELATIONS, Segment, segments
 
 Companions = Mapping[str, Sequence[str]]  # from an object to those that come with it, the most frequent first
@@ -29,9 +29,9 @@ def companions(answers: Iterable[str], vocabulary: Vocabulary) -> dict[str, list
     together: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
         named = sorted({mention.object for mention in vocabulary.mentions(answer)})
-        for one, other in permutations(named, 2):
-            together[one][other] += 1
-    return {one: sorted(others, key=lambda o: (-others[o], o)) for one, others in together.items()}
+        for word, other in permutations(named, 2):
+            together[word][other] += 1
+    return {word: sorted(others, key=lambda o: (-others[o], o)) for word, others in together.items()}
 
 
 @dataclass(frozen=True)
@@ -50,61 +50,65 @@ class Corruptor:
     share: float
     beside: float = 0.5
 
-    def __call__(self, answer: str, row: int, draws: Draws) -> str | None:
+    def __call__(self, answer: str, row: int, rng: KeyedRNG) -> str | None:
         """The answer made untrue, the same for the same row and draws; None if it says nothing that a rule knows."""
-        found = segments(answer, self.vocabulary)
-        if not found:
+        found_segments = segments(answer, self.vocabulary)
+        if not found_segments:
             return None
-        drawn = draws.uniform([row], (len(found), 3), "corrupt")[0]  # whether, how, and into what
-        least = float(drawn[:, 0].min())
-        pieces, at, named = list[str](), 0, {segment.word for segment in found if segment.kind == "object"}
-        for segment, (whether, how, which) in zip(found, drawn.tolist(), strict=True):
+        uniforms = rng.uniform([row], (len(found_segments), 3), "corrupt")[0]  # whether, how, and into what
+        least = float(uniforms[:, 0].min())
+        pieces, position, named = (
+            list[str](),
+            0,
+            {segment.word for segment in found_segments if segment.kind == "object"},
+        )
+        for segment, (whether, how, choice) in zip(found_segments, uniforms.tolist(), strict=True):
             if whether >= self.share and whether > least:
                 continue
-            before = "".join(pieces) + answer[at : segment.start]
-            changed = self._change(answer, segment, named, how, which)
-            pieces, at = [_with_article(before, changed), changed], segment.end
-        return "".join([*pieces, answer[at:]])
+            before = "".join(pieces) + answer[position : segment.start]
+            changed = self._change(answer, segment, named, how, choice)
+            pieces, position = [_with_article(before, changed), changed], segment.end
+        return "".join([*pieces, answer[position:]])
 
-    def _change(self, answer: str, segment: Segment, named: set[str], how: float, which: float) -> str:
+    def _change(self, answer: str, segment: Segment, named: set[str], how: float, choice: float) -> str:
         """What a segment becomes, by two draws from 0 to 1. An object that comes in is added to `named`."""
-        said = answer[segment.start : segment.end]
+        text = answer[segment.start : segment.end]
         if segment.kind == "object":
-            return self._other_object(said, segment.word, named, how, which)
+            return self._other_object(text, segment.word, named, how, choice)
         if segment.kind == "verdict":
             new = "no" if segment.word == "yes" else "yes"
         elif segment.kind == "relation":
-            new = _pick(RELATIONS[segment.word], which)
+            new = _pick(RELATIONS[segment.word], choice)
         elif segment.kind == "number":
-            new = _other_number(segment.word, which)
+            new = _other_number(segment.word, choice)
         else:
             alike = {segment.word, "gray", "grey"} if segment.word in ("gray", "grey") else {segment.word}
-            new = _pick([colour for colour in COLOURS if colour not in alike], which)
-        return _cased(new, said)
+            new = _pick([colour for colour in COLOURS if colour not in alike], choice)
+        return _cased(new, text)
 
-    def _other_object(self, said: str, word: str, named: set[str], how: float, which: float) -> str:
+    def _other_object(self, text: str, word: str, named: set[str], how: float, choice: float) -> str:
         """A companion in the object's place, or beside it."""
         near = [one for one in self.companions.get(word, ()) if one not in named][:NEAREST]
         strangers = [one for one in self.vocabulary.objects if one not in named]
         others = near or strangers or [one for one in self.vocabulary.objects if one != word]
         if not others:
-            return said
-        new = _pick(others, which)
+            return text
+        new = _pick(others, choice)
         named.add(new)
         if how < self.beside:
-            return f"{said} and {_article(new)} {new}"
-        last = said.split()[-1]
-        return _cased(plural(new) if singular(last.lower()) != last.lower() else new, said)
+            return f"{text} and {_article(new)} {new}"
+        last = text.split()[-1]
+        return _cased(plural(new) if singular(last.lower()) != last.lower() else new, text)
 
 
-def _pick(some: Sequence[str], which: float) -> str:
-    return some[int(which * len(some))]
+def _pick(words: Sequence[str], choice: float) -> str:
+    return words[int(choice * len(words))]
 
 
-def _other_number(word: str, which: float) -> str:
+def _other_number(word: str, choice: float) -> str:
     """A count that is off by one or two, in words where it was in words."""
     count = NUMBERS.index(word) + 2 if word in NUMBERS else int(word)
-    new = int(_pick([str(n) for n in (count - 2, count - 1, count + 1, count + 2) if n >= 2], which))
+    new = int(_pick([str(n) for n in (count - 2, count - 1, count + 1, count + 2) if n >= 2], choice))
     return NUMBERS[new - 2] if word in NUMBERS and new - 2 < len(NUMBERS) else str(new)
 
 

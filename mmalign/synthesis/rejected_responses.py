@@ -18,8 +18,8 @@ from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.types import Decoding, ImageFeatures, ImageView
 from mmalign.language.chat import Turn
-from mmalign.registry import name_of
-from mmalign.synthesis.bdhs import Answered, Hiding, Speaker, bdhs, too_long
+from mmalign.registry import qualified_name
+from mmalign.synthesis.bdhs import GroundTruthAnswer, ImageMaskingConfig, ResponseSampler, bdhs, too_long_reason
 from mmalign.synthesis.sentence_cuts import MASK, STOPS, WHOLE, masked_openings
 from mmalign.synthesis.similarity import Similarity
 
@@ -37,76 +37,81 @@ FILL_IN = (
 
 
 @dataclass(frozen=True)
-class Made:
+class RejectedResponse:
     """A rejected response.
 
     Attributes:
         text: what it says.
-        notes: how it came about.
+        metadata: how it came about.
         retrieved: another image that it was said of.
     """
 
     text: str
-    notes: Mapping[str, float | str]
+    metadata: Mapping[str, float | str]
     retrieved: ImageRef | None = None
 
 
-Maker = Callable[[Sequence[ResponsePair]], list[Made | str]]  # a pair's rejected response, or why there is none
+ResponseGenerator = Callable[
+    [Sequence[ResponsePair]], list[RejectedResponse | str]
+]  # a pair's rejected response, or why there is none
 
 
-class Own:
+class SelfGenerated:
     """What the model itself answers, as in SPIN (arXiv:2401.01335).
 
     Args:
-        speaker: the model.
+        sampler: the model.
         decoding: how it answers.
     """
 
-    def __init__(self, speaker: Speaker, decoding: Decoding) -> None:
-        self.speaker, self.decoding = speaker, decoding
+    def __init__(self, sampler: ResponseSampler, decoding: Decoding) -> None:
+        self.sampler, self.decoding = sampler, decoding
 
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[Made | str]:
+    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
         """See Maker."""
-        found, rows = _askable(self.speaker, pairs, self.decoding)
-        features = _encoded(self.speaker, rows.values())
-        texts = self.speaker.says(list(rows.values()), [WHOLE] * len(rows), features, self.decoding, tried=1)
-        found |= {number: _made(text, row.answer, {}) for (number, row), text in zip(rows.items(), texts, strict=True)}
-        return [found[number] for number in range(len(pairs))]
+        results, rows = _askable(self.sampler, pairs, self.decoding)
+        features = _encoded(self.sampler, rows.values())
+        texts = self.sampler.sample(list(rows.values()), [WHOLE] * len(rows), features, self.decoding, attempt=1)
+        results |= {
+            number: _checked_response(text, row.answer, {})
+            for (number, row), text in zip(rows.items(), texts, strict=True)
+        }
+        return [results[number] for number in range(len(pairs))]
 
 
-class Hallucinated:
+class BDHS:
     """Completions with most of the image hidden.
 
     Args:
-        speaker: the model.
-        how: the settings.
+        sampler: the model.
+        masking: the settings.
         similarity: the measure of what is told apart.
     """
 
-    def __init__(self, speaker: Speaker, how: Hiding, similarity: Similarity) -> None:
-        self.speaker, self.how, self.similarity = speaker, how, similarity
+    def __init__(self, sampler: ResponseSampler, masking: ImageMaskingConfig, similarity: Similarity) -> None:
+        self.sampler, self.masking, self.similarity = sampler, masking, similarity
 
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[Made | str]:
+    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
         """See Maker."""
-        found, rows = _askable(self.speaker, pairs, self.how.decoding, completing=True)
-        features = _encoded(self.speaker, rows.values())
-        said = bdhs(self.speaker, list(rows.values()), features, self.how, self.similarity)
-        for (number, row), one in zip(rows.items(), said, strict=True):
-            notes = {"tries": one.tries, "similarity": round(one.similarity, 4)}
-            found[number] = _made(one.text, row.answer, notes)
-        return [found[number] for number in range(len(pairs))]
+        results, rows = _askable(self.sampler, pairs, self.masking.decoding, completing=True)
+        features = _encoded(self.sampler, rows.values())
+        completions = bdhs(self.sampler, list(rows.values()), features, self.masking, self.similarity)
+        for (number, row), completion in zip(rows.items(), completions, strict=True):
+            notes = {"tries": completion.tries, "similarity": round(completion.similarity, 4)}
+            results[number] = _checked_response(completion.text, row.answer, notes)
+        return [results[number] for number in range(len(pairs))]
 
 
-class Misled:
+class ReAlign:
     """Answers whose masked parts are filled in from similar images, one after another until one differs enough.
 
     Args:
-        speaker: the model.
+        sampler: the model.
         index: the similar images.
         mask: hides parts of an answer.
         decoding: how the model fills them in.
         similarity: the measure of what differs.
-        similar: a text this similar to the true answer is not taken.
+        max_similarity: a text this similar to the true answer is not taken.
         asking: ask the model for the whole text with the masks filled in (`FILL_IN`), as the paper does; otherwise let
             it go on from before the first mask of each sentence, after the true words, which needs no model that
             follows instructions.
@@ -114,36 +119,36 @@ class Misled:
 
     def __init__(
         self,
-        speaker: Speaker,
-        index: Index,
+        sampler: ResponseSampler,
+        index: ImageIndex,
         mask: Writer,
         decoding: Decoding,
         similarity: Similarity,
         *,
-        similar: float,
+        max_similarity: float,
         asking: bool,
     ) -> None:
-        self.speaker, self.index, self.mask, self.decoding = speaker, index, mask, decoding
-        self.similarity, self.similar, self.asking = similarity, similar, asking
+        self.sampler, self.index, self.mask, self.decoding = sampler, index, mask, decoding
+        self.similarity, self.max_similarity, self.asking = similarity, max_similarity, asking
 
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[Made | str]:
+    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
         """See Maker."""
-        found: dict[int, Made | str] = {}
+        results: dict[int, RejectedResponse | str] = {}
         masked: dict[int, str] = {}
         for number, pair in enumerate(pairs):
             text = _text_of(self.mask, pair)
             try:
                 self._require(pair, text)
             except ValueError as error:
-                found[number] = _why(pair, error)
+                results[number] = _error_text(pair, error)
             else:
                 masked[number] = text
         why = dict[int, str]()
-        for tried in range(1, self.index.candidates + 1):
-            left = [number for number in masked if number not in found]
-            found |= self._try(pairs, masked, left, tried, why)
-        none = f"of no similar image something is said that is less similar than {self.similar:g}"
-        return [found.get(number, why.get(number, none)) for number in range(len(pairs))]
+        for attempt in range(1, self.index.candidates + 1):
+            left = [number for number in masked if number not in results]
+            results |= self._try(pairs, masked, left, attempt, why)
+        none = f"of no similar image something is said that is less similar than {self.max_similarity:g}"
+        return [results.get(number, why.get(number, none)) for number in range(len(pairs))]
 
     def _require(self, pair: ResponsePair, masked: str) -> None:
         """Refuse a pair that cannot be used, or whose answer is not masked as it should be."""
@@ -160,43 +165,43 @@ class Misled:
         pairs: Sequence[ResponsePair],
         masked: Mapping[int, str],
         left: Iterable[int],
-        tried: int,
+        attempt: int,
         why: dict[int, str],
-    ) -> dict[int, Made | str]:
+    ) -> dict[int, RejectedResponse | str]:
         """What is taken of what the model says of the images of this rank; `why` gets to know which cannot be shown."""
-        rows: dict[int, tuple[Answered, ImageRef]] = {}
+        rows: dict[int, tuple[GroundTruthAnswer, ImageRef]] = {}
         for number in left:
             others = self.index.similar(pairs[number].images[0])
-            if len(others) < tried:
+            if len(others) < attempt:
                 continue
             pair = pairs[number]
             if self.asking:
                 pair = replace(pair, turns=(Turn("user", f"{IMAGE}\n{FILL_IN}{masked[number]}"),))
             try:
                 start = "" if self.asking else pair.chosen
-                row = _answered(self.speaker, pair, others[tried - 1 : tried], start, self.decoding)
+                row = _ground_truth_answer(self.sampler, pair, others[attempt - 1 : attempt], start, self.decoding)
             except ValueError as error:  # of this image and prompt; the next one may do
-                why[number] = _why(pair, error)
+                why[number] = _error_text(pair, error)
                 continue
-            rows[number] = row, others[tried - 1]
+            rows[number] = row, others[attempt - 1]
         if not rows:
             return {}
-        asked = [row for row, _ in rows.values()]
-        features = _encoded(self.speaker, asked)
+        rows_asked = [row for row, _ in rows.values()]
+        features = _encoded(self.sampler, rows_asked)
         parts = [WHOLE if self.asking else masked_openings(rows[n][0].answer, masked[n]) for n in rows]
         decoding = replace(self.decoding, stop=() if self.asking else STOPS)
-        texts = self.speaker.says(asked, parts, features, decoding, tried)
-        scores = self.similarity(texts, [row.answer for row in asked])
-        found = dict[int, Made | str]()
+        texts = self.sampler.sample(rows_asked, parts, features, decoding, attempt)
+        scores = self.similarity(texts, [row.answer for row in rows_asked])
+        results = dict[int, RejectedResponse | str]()
         for (number, (row, ref)), text, score in zip(rows.items(), texts, scores, strict=True):
-            notes: dict[str, float | str] = {"tries": tried, "similarity": round(score, 4), "masked": masked[number]}
-            made = _made(text, row.answer, notes)
-            if isinstance(made, Made) and score < self.similar and MASK not in text:
-                found[number] = replace(made, retrieved=ref)
-        return found
+            notes: dict[str, float | str] = {"tries": attempt, "similarity": round(score, 4), "masked": masked[number]}
+            result = _checked_response(text, row.answer, notes)
+            if isinstance(result, RejectedResponse) and score < self.max_similarity and MASK not in text:
+                results[number] = replace(result, retrieved=ref)
+        return results
 
 
-class Corrupted:
+class RuleCorrupted:
     """Answers of which a function of one's own, or of the rules, changes some words.
 
     Args:
@@ -206,12 +211,12 @@ class Corrupted:
     def __init__(self, write: Writer) -> None:
         self.write = write
 
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[Made | str]:
+    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
         """See Maker."""
-        return [_made(_text_of(self.write, pair), pair.chosen.strip(), {}) for pair in pairs]
+        return [_checked_response(_text_of(self.write, pair), pair.chosen.strip(), {}) for pair in pairs]
 
 
-class Index:
+class ImageIndex:
     """For every image of some pairs those most like it.
 
     Attributes:
@@ -234,16 +239,16 @@ class Index:
     ) -> None:
         self.candidates, self.bad = candidates, dict[str, str]()
         refs = list({ref.key: ref for pair in pairs for ref in pair.images}.values())
-        vectors, self._refs, some = list[Tensor](), list[ImageRef](), list[Image.Image]()
+        vectors, self._refs, batch = list[Tensor](), list[ImageRef](), list[Image.Image]()
         for number, ref in enumerate(refs, start=1):
             try:
-                some.append(decode(ref))
+                batch.append(decode(ref))
                 self._refs.append(ref)
             except BadImage as error:
                 self.bad[ref.key] = str(error)
-            if some and (len(some) == batch_size or number == len(refs)):
-                vectors.append(embed(some).cpu())
-                some = []
+            if batch and (len(batch) == batch_size or number == len(refs)):
+                vectors.append(embed(batch).cpu())
+                batch = []
         self._places = {ref.key: place for place, ref in enumerate(self._refs)}
         self._nearest = nearest(torch.cat(vectors), candidates) if vectors else []
 
@@ -254,33 +259,33 @@ class Index:
 
 
 def _askable(
-    speaker: Speaker, pairs: Sequence[ResponsePair], decoding: Decoding, *, completing: bool = False
-) -> tuple[dict[int, Made | str], dict[int, Answered]]:
+    sampler: ResponseSampler, pairs: Sequence[ResponsePair], decoding: Decoding, *, completing: bool = False
+) -> tuple[dict[int, RejectedResponse | str], dict[int, GroundTruthAnswer]]:
     """By a pair's number: why it cannot be asked, or its prompt, its images and its answer.
 
     Args:
-        speaker: the model.
+        sampler: the model.
         pairs: of true answers.
         decoding: how much the model will say.
         completing: it will go on from the true answer, not answer anew.
     """
-    bad, rows = dict[int, Made | str](), dict[int, Answered]()
+    bad, rows = dict[int, RejectedResponse | str](), dict[int, GroundTruthAnswer]()
     for number, pair in enumerate(pairs):
         try:
-            rows[number] = _answered(speaker, pair, pair.images, pair.chosen if completing else "", decoding)
+            rows[number] = _ground_truth_answer(sampler, pair, pair.images, pair.chosen if completing else "", decoding)
         except ValueError as error:
-            bad[number] = _why(pair, error)
+            bad[number] = _error_text(pair, error)
     return bad, rows
 
 
-def _encoded(speaker: Speaker, rows: Iterable[Answered]) -> ImageFeatures:
+def _encoded(sampler: ResponseSampler, rows: Iterable[GroundTruthAnswer]) -> ImageFeatures:
     """The rows' images, each encoded once."""
-    return speaker.family.encode_images({key: view for row in rows for key, view in row.images})
+    return sampler.family.encode_images({key: view for row in rows for key, view in row.images})
 
 
-def _answered(
-    speaker: Speaker, pair: ResponsePair, images: Sequence[ImageRef], start: str, decoding: Decoding
-) -> Answered:
+def _ground_truth_answer(
+    sampler: ResponseSampler, pair: ResponsePair, images: Sequence[ImageRef], start: str, decoding: Decoding
+) -> GroundTruthAnswer:
     """A pair's prompt and true answer with these images, which the model can take, and say enough after `start`.
 
     Raises:
@@ -288,25 +293,25 @@ def _answered(
     """
     views = list[tuple[str, ImageView]]()
     for ref in images:
-        views.append((ref.key, speaker.family.reader.view(decode(ref))))
-    row = Answered(pair.row, pair.turns, pair.chosen.strip(), tuple(views))
-    why = too_long(speaker, row, start, decoding.max_new_tokens)
+        views.append((ref.key, sampler.family.processor.preprocess_image(decode(ref))))
+    row = GroundTruthAnswer(pair.row, pair.turns, pair.chosen.strip(), tuple(views))
+    why = too_long_reason(sampler, row, start, decoding.max_new_tokens)
     if why:
         raise ValueError(why)
     return row
 
 
-def _why(pair: ResponsePair, error: ValueError) -> str:
+def _error_text(pair: ResponsePair, error: ValueError) -> str:
     """What an error says; whoever reads it knows which pair it is about."""
-    return str(error).removeprefix(f"{pair.where}, ")
+    return str(error).removeprefix(f"{pair.location}, ")
 
 
-def _made(text: str, answer: str, notes: Mapping[str, float | str]) -> Made | str:
+def _checked_response(text: str, answer: str, notes: Mapping[str, float | str]) -> RejectedResponse | str:
     """A rejected response, or why it is none."""
     text = text.strip()
     if not text:
         return "nothing came out"
-    return _SAME if text == answer else Made(text, notes)
+    return _SAME if text == answer else RejectedResponse(text, notes)
 
 
 def _text_of(write: Writer, pair: ResponsePair) -> str:
@@ -319,7 +324,7 @@ def _text_of(write: Writer, pair: ResponsePair) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise ValueError(f"prepare: {name_of(write)} gives a {type(text).__name__}; expected text, or nothing")
+        raise ValueError(f"prepare: {qualified_name(write)} gives a {type(text).__name__}; expected text, or nothing")
     return text
 
 
@@ -336,12 +341,12 @@ def nearest(vectors: Tensor, number: int) -> list[list[int]]:
         vectors: [N, E], of length 1.
         number: how many, where there are so many.
     """
-    found: list[list[int]] = []
+    neighbours: list[list[int]] = []
     for first in range(0, len(vectors), ROWS):
-        some = vectors[first : first + ROWS]
-        cosines = some @ vectors.T
+        block = vectors[first : first + ROWS]
+        cosines = block @ vectors.T
         best = cosines.masked_fill(cosines >= COPY, -torch.inf).topk(min(number, len(vectors)))
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             ranked = sorted(zip(values, places, strict=True), key=lambda one: (-one[0], one[1]))
-            found.append([place for value, place in ranked if value > -torch.inf])
-    return found
+            neighbours.append([place for value, place in ranked if value > -torch.inf])
+    return neighbours

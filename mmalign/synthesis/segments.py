@@ -105,17 +105,17 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
             yield Segment(kind, " ".join(match[0].lower().split()), match.start(), match.end())
 
 
-def masked(text: str, found: Sequence[Segment]) -> str:
+def masked(text: str, segments: Sequence[Segment]) -> str:
     """The text with `MASK` in the place of segments; of those that only white space parts, one for all."""
-    if not found:
+    if not segments:
         return text
-    pieces, at = list[str](), 0
-    for before, segment in pairwise([None, *found]):
+    pieces, position = list[str](), 0
+    for before, segment in pairwise([None, *segments]):
         assert segment is not None
         if before is None or text[before.end : segment.start].strip():
-            pieces += [text[at : segment.start], MASK]
-        at = segment.end
-    return "".join([*pieces, text[at:]])
+            pieces += [text[position : segment.start], MASK]
+        position = segment.end
+    return "".join([*pieces, text[position:]])
 
 
 def masker(vocabulary: Vocabulary) -> Callable[[str], str]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 # Where a sentence that a model goes on with ends: at the first full stop (Algorithm 1 of arXiv:2407.02477), and with
 # its line, since an item of a list need not have one.
@@ -48,13 +48,13 @@ class Opening(NamedTuple):
         """All that has been said when the model goes on."""
         return self.history + self.head
 
-    def closed(self, said: str) -> str:
+    def closed(self, text: str) -> str:
         """The sentence as the model ended it, with the true one's white space after it.
 
         Args:
-            said: what follows `start`, with the space that parts the two; after an empty head the history brings it.
+            text: what follows `start`, with the space that parts the two; after an empty head the history brings it.
         """
-        return (self.head + said if self.head else said.lstrip()).rstrip() + self.tail
+        return (self.head + text if self.head else text.lstrip()).rstrip() + self.tail
 
 
 Part = str | Opening  # of an answer: a sentence that stays, or one that a model is to go on with
@@ -67,14 +67,14 @@ def sentences(text: str) -> list[str]:
     A sentence ends with a full stop, a question or an exclamation mark before white space, or with its line. What has
     no letter is no sentence and belongs to the next one, so that "1. A dog." is one; a few abbreviations end none.
     """
-    found = [""]
+    parts = [""]
     for piece in _PIECE.findall(text):
-        if _LETTER.search(found[-1]) and not _ABBREVIATED.search(found[-1]):
-            found.append("")
-        found[-1] += piece
-    if len(found) > 1 and not _LETTER.search(found[-1]):  # marks and spaces at the very end
-        found[-2:] = ["".join(found[-2:])]
-    return [one for one in found if one]
+        if _LETTER.search(parts[-1]) and not _ABBREVIATED.search(parts[-1]):
+            parts.append("")
+        parts[-1] += piece
+    if len(parts) > 1 and not _LETTER.search(parts[-1]):  # marks and spaces at the very end
+        parts[-2:] = ["".join(parts[-2:])]
+    return [one for one in parts if one]
 
 
 def opposite(sentence: str) -> str | None:
@@ -92,7 +92,7 @@ def contradicts(answer: str, other: str) -> bool:
     return len(words) == 2
 
 
-def openings(answer: str, row: int, draws: Draws, tried: int = 0) -> list[Part]:
+def openings(answer: str, row: int, rng: KeyedRNG, attempt: int = 0) -> list[Part]:
     """Every sentence of an answer, cut after a random number of its words.
 
     Before that, yes and no at the beginning of a sentence are exchanged half of the time; the exchanged word is then
@@ -102,16 +102,16 @@ def openings(answer: str, row: int, draws: Draws, tried: int = 0) -> list[Part]:
     Args:
         answer: the true one.
         row: its key.
-        draws: the seed and the epoch.
+        rng: the seed and the epoch.
         tried: which attempt this is; each is cut anew.
     """
-    whole, found, history = sentences(answer), list[Part](), ""
-    drawn = draws.uniform([row], (max(len(whole), 1), 2), "openings", tried)[0].tolist()
-    for sentence, (swap, place) in zip(whole, drawn, strict=False):
+    whole, pieces, history = sentences(answer), list[Part](), ""
+    uniforms = rng.uniform([row], (max(len(whole), 1), 2), "openings", attempt)[0].tolist()
+    for sentence, (swap, place) in zip(whole, uniforms, strict=False):
         other = opposite(sentence) if swap >= 0.5 else None
-        found.append(_cut(history, other or sentence, place, at_least=1 if other else 0))
+        pieces.append(_cut(history, other or sentence, place, at_least=1 if other else 0))
         history += sentence
-    return found
+    return pieces
 
 
 def _cut(history: str, sentence: str, place: float, at_least: int) -> Opening:
@@ -132,19 +132,19 @@ def masked_openings(answer: str, masked: str) -> list[Part]:
     Raises:
         ValueError: the two have different numbers of sentences, so that more than words was replaced.
     """
-    whole, covered, found, history = sentences(answer), sentences(masked), list[Part](), ""
+    whole, covered, pieces, history = sentences(answer), sentences(masked), list[Part](), ""
     if len(whole) != len(covered):
         raise ValueError(f"the masked answer has {len(covered)} sentences, and the answer has {len(whole)}")
     for sentence, other in zip(whole, covered, strict=True):
         head = other.partition(MASK)[0].rstrip()
-        found.append(Opening(history, head, _trailing(sentence)) if MASK in other else sentence)
+        pieces.append(Opening(history, head, _trailing(sentence)) if MASK in other else sentence)
         history += sentence
-    return found
+    return pieces
 
 
-def joined(parts: Sequence[Part], said: Sequence[str]) -> str:
+def joined(parts: Sequence[Part], texts: Sequence[str]) -> str:
     """An answer of its parts, with what a model said after the `start` of every opening, in order."""
-    rest = iter(said)
+    rest = iter(texts)
     return "".join(part if isinstance(part, str) else part.closed(next(rest)) for part in parts).strip()
 
 

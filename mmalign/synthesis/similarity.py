@@ -66,9 +66,9 @@ def load_similarity(key: str, name: str) -> Similarity:
     return _sentence_transformer(key, name)
 
 
-def is_fallback(name: str, found: Similarity) -> bool:
+def is_fallback(name: str, similarity: Similarity) -> bool:
     """Whether the embedded measure stands in for a model that a recipe left open, which people should be told."""
-    return name == "auto" and found.compare is _trigrams
+    return name == "auto" and similarity.compare is _trigrams
 
 
 @cache
@@ -90,8 +90,8 @@ def _sentence_transformer(key: str, name: str) -> Similarity:
 
     def compare(texts: Sequence[str], others: Sequence[str]) -> list[float]:
         options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
-        ours, theirs = (model.encode(list(some), **options).float() for some in (texts, others))
-        similar: list[float] = (ours * theirs).sum(-1).tolist()
+        embeddings, other_embeddings = (model.encode(list(some), **options).float() for some in (texts, others))
+        similar: list[float] = (embeddings * other_embeddings).sum(-1).tolist()
         return similar
 
     return Similarity(f"{name} (cosine of sentence embeddings)", compare)
@@ -114,19 +114,19 @@ def _trigrams(texts: Sequence[str], others: Sequence[str]) -> list[float]:
     return [trigram_cosine(one, other) for one, other in zip(texts, others, strict=True)]
 
 
-def trigram_cosine(one: str, other: str) -> float:
+def trigram_cosine(text: str, other: str) -> float:
     """The cosine of two texts' counts of letter trigrams: 1 for texts of the same trigrams, 0 where none is shared.
 
     Case and the amount of white space do not count; the beginning and the end of a text do.
     """
-    ours, theirs = _counts(one), _counts(other)
-    if ours == theirs:
+    text_counts, other_counts = _counts(text), _counts(other)
+    if text_counts == other_counts:
         return 1.0
-    shared = sum(count * theirs[gram] for gram, count in ours.items())
-    squares = [sum(count * count for count in counts.values()) for counts in (ours, theirs)]
+    shared = sum(count * other_counts[gram] for gram, count in text_counts.items())
+    squares = [sum(count * count for count in counts.values()) for counts in (text_counts, other_counts)]
     return shared / math.sqrt(squares[0] * squares[1])
 
 
 def _counts(text: str) -> Counter[str]:
     padded = f"  {' '.join(text.lower().split())}  "  # a text of one letter has trigrams too, and an empty one
-    return Counter(padded[at : at + 3] for at in range(len(padded) - 2))
+    return Counter(padded[index : index + 3] for index in range(len(padded) - 2))

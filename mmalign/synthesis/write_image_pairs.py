@@ -22,7 +22,7 @@ def write_pairs(
     scores: Sequence[float],
     *,
     group: int,
-    sure: float,
+    min_confidence: float,
 ) -> tuple[int, int]:
     """Write a parquet file of pairs; left and right are in the order drawn, so position says nothing.
 
@@ -32,7 +32,7 @@ def write_pairs(
         images: [N].
         scores: the judge's [N]; higher is better, in units whose difference is a log-odds.
         group: images of one prompt.
-        sure: the least preference probability `1 / (1 + exp(worst - best))` of a pair that is kept.
+        min_confidence: the least preference probability `1 / (1 + exp(worst - best))` of a pair that is kept.
 
     Returns:
         How many pairs were kept, and of how many prompts.
@@ -40,17 +40,17 @@ def write_pairs(
     Raises:
         ValueError: no pair is kept.
     """
-    rows, asked = [], len(prompts) // group
+    rows, num_prompts = [], len(prompts) // group
     for start in range(0, len(prompts), group):
         numbers = range(start, start + group)
         best, worst = max(numbers, key=lambda i: scores[i]), min(numbers, key=lambda i: scores[i])
-        if scores[best] - scores[worst] < _log_odds(sure):
+        if scores[best] - scores[worst] < _log_odds(min_confidence):
             continue
         left, right = sorted((best, worst))
         labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
         rows.append({"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)})
-    _write(path, rows, f"the judge is never {sure:.0%} sure in {asked} prompts")
-    return len(rows), asked
+    _write(path, rows, f"the judge is never {min_confidence:.0%} sure in {num_prompts} prompts")
+    return len(rows), num_prompts
 
 
 def best_of_each(scores: Sequence[float], group: int) -> list[int]:
@@ -59,14 +59,14 @@ def best_of_each(scores: Sequence[float], group: int) -> list[int]:
     return [max(range(start, start + group), key=lambda i: scores[i]) for start in starts]
 
 
-def write_contrasts(
+def write_prompt_pairs(
     path: Path,
     prompts: Sequence[str],
     images: Sequence[Image.Image],
     own: Sequence[float],
     crossed: Sequence[float],
     *,
-    sure: float,
+    min_confidence: float,
 ) -> tuple[int, int]:
     """Write a parquet file of pairs with two prompts: `caption` is the chosen image's, `rejected_caption` the other's.
 
@@ -76,7 +76,7 @@ def write_contrasts(
         images: the best of each prompt [2N].
         own: the judge's scores of the images by their own prompts [2N], in units whose difference is a log-odds.
         crossed: their scores by the couple's other prompt [2N].
-        sure: the least probability, by either prompt, that its own image is preferred to the other prompt's.
+        min_confidence: the least probability, by either prompt, that its own image is preferred to the other prompt's.
 
     Returns:
         How many couples were kept, and of how many.
@@ -84,13 +84,15 @@ def write_contrasts(
     Raises:
         ValueError: none is kept.
     """
-    rows, asked = [], len(prompts) // 2
+    rows, num_couples = [], len(prompts) // 2
     for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
-        if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(sure):
+        if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(min_confidence):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
-    _write(path, rows, f"the judge is never {sure:.0%} sure of both images in {asked} couples of prompts")
-    return len(rows), asked
+    _write(
+        path, rows, f"the judge is never {min_confidence:.0%} sure of both images in {num_couples} couples of prompts"
+    )
+    return len(rows), num_couples
 
 
 def _log_odds(probability: float) -> float:
@@ -116,7 +118,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]], none: str) -> None:
     import pyarrow.parquet as pq
 
     if not rows:
-        raise ValueError(f"prepare: {none}; lower prepare.sure, or draw more images a prompt")
+        raise ValueError(f"prepare: {none}; lower prepare.min_confidence, or draw more images a prompt")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")

@@ -21,7 +21,7 @@ GROUP = 64  # rows of a parquet file that are in memory at once
 
 
 @dataclass(frozen=True)
-class MadePair:
+class SynthesizedPair:
     """A pair that was made.
 
     Attributes:
@@ -39,7 +39,7 @@ class MadePair:
     provenance: Mapping[str, Any]
 
 
-def write_pairs(path: Path, pairs: Iterable[MadePair], *, suffix: str, images: Path) -> None:
+def write_pairs(path: Path, pairs: Iterable[SynthesizedPair], *, suffix: str, images: Path) -> None:
     """Write a file.
 
     Args:
@@ -60,17 +60,19 @@ def _name(ref: ImageRef, folder: Path) -> str:
     return Path(os.path.relpath(ref.path, folder)).as_posix()
 
 
-def _record(made: MadePair, shown: Callable[[ImageRef], Any]) -> dict[str, Any]:
+def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], Any]) -> dict[str, Any]:
     """A row; `shown` is what stands for an image."""
-    pair = made.source
+    pair = synthesized.source
     prompt = [{"role": turn.role, "content": turn.text} for turn in pair.turns]
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen.strip(), made.rejected))
-    provenance = {"of": pair.where, **made.provenance}
-    if made.retrieved is not None:
-        image, retrieved = shown(pair.images[0]), shown(made.retrieved)
-        said = {"chosen": prompt + chosen, "rejected": prompt + rejected}
-        return {"image": image, "retrieved_image": retrieved, **said, "provenance": provenance}
-    more = {"hallucinated": made.hallucinated} if made.hallucinated else {}
+    chosen, rejected = (
+        [{"role": "assistant", "content": text}] for text in (pair.chosen.strip(), synthesized.rejected)
+    )
+    provenance = {"of": pair.location, **synthesized.provenance}
+    if synthesized.retrieved is not None:
+        image, retrieved = shown(pair.images[0]), shown(synthesized.retrieved)
+        conversations = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+        return {"image": image, "retrieved_image": retrieved, **conversations, "provenance": provenance}
+    more = {"hallucinated": synthesized.hallucinated} if synthesized.hallucinated else {}
     images = [shown(ref) for ref in pair.images]
     return {
         "images": images,
@@ -82,21 +84,21 @@ def _record(made: MadePair, shown: Callable[[ImageRef], Any]) -> dict[str, Any]:
     }
 
 
-def _write_parquet(path: Path, pairs: Iterable[MadePair]) -> None:
+def _write_parquet(path: Path, pairs: Iterable[SynthesizedPair]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     writer = None
     rest = iter(pairs)
-    while some := [_packed(pair) for pair in islice(rest, GROUP)]:
-        table = pa.Table.from_pylist(some, schema=writer and writer.schema)
+    while rows := [_packed(pair) for pair in islice(rest, GROUP)]:
+        table = pa.Table.from_pylist(rows, schema=writer and writer.schema)
         writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
         writer.write_table(table)
     assert writer is not None, "there are pairs"
     writer.close()
 
 
-def _packed(pair: MadePair) -> dict[str, Any]:
+def _packed(pair: SynthesizedPair) -> dict[str, Any]:
     """A row with the images in it; where it came from is text, since what is known differs from row to row."""
     record = _record(pair, lambda ref: {"bytes": ref.read(), "path": Path(ref.path).name or None})
     return {**record, "provenance": json.dumps(record["provenance"], ensure_ascii=False)}

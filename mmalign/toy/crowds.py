@@ -83,7 +83,7 @@ def sample(split: Split, number: int, seed: int, *, together: float = APART) -> 
         seed: another seed gives other crowds.
         together: how likely a kind's partner is there too.
     """
-    return [_crowd(f"{split}-{seed}-{at}", together) for at in range(number)]
+    return [_crowd(f"{split}-{seed}-{index}", together) for index in range(number)]
 
 
 def _crowd(name: str, together: float) -> Crowd:
@@ -116,7 +116,7 @@ def _place(kinds: Sequence[str], rng: np.random.Generator) -> list[Thing]:
     ]
 
 
-def draw(crowd: Crowd, scale: int = 4) -> Image.Image:
+def render(crowd: Crowd, scale: int = 4) -> Image.Image:
     """The 64 x 64 RGB picture, painted `scale` times larger and reduced."""
     canvas = Image.new("RGB", (CANVAS * scale, CANVAS * scale), BACKGROUND)
     brush = ImageDraw.Draw(canvas)

@@ -1,9 +1,9 @@
 """The bundled world: captioned scenes of coloured shapes, drawn, and read back exactly.
 
 A *prompt* says what must be in the picture (a small GenEval): one object, a count, two objects, or two objects in a
-relation. `lay_out` places objects that satisfy it, `draw` paints them, `read` finds the objects of any picture (also
-of one that a model painted), and `check` says which parts of the prompt the picture fulfils. `read` is the measure of
-the bundled comparisons, so no training uses it.
+relation. `place_objects` places objects that satisfy it, `draw` paints them, `read` finds the objects of any picture
+(also of one that a model painted), and `check` says which parts of the prompt the picture fulfils. `read` is the
+measure of the bundled comparisons, so no training uses it.
 
 Coordinates are pixels of a 64 x 64 canvas, y downwards; a radius is half the larger side of the bounding box.
 """
@@ -77,7 +77,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ScenePrompt:
     """What a picture must show: one group, or two with an optional relation of the first to the second."""
 
     groups: tuple[Group, ...]
@@ -101,31 +101,31 @@ class Prompt:
 
 
 @cache
-def all_prompts() -> tuple[Prompt, ...]:
+def all_prompts() -> tuple[ScenePrompt, ...]:
     """Every prompt of the world, in a fixed order."""
     kinds = list(itertools.product(COLOURS, SHAPES))
-    prompts = [Prompt((Group(1, c, s, size),)) for c, s in kinds for size in (None, *SIZES)]
-    prompts += [Prompt((Group(n, c, s),)) for c, s in kinds for n in NUMBERS.values()]
+    prompts = [ScenePrompt((Group(1, c, s, size),)) for c, s in kinds for size in (None, *SIZES)]
+    prompts += [ScenePrompt((Group(n, c, s),)) for c, s in kinds for n in NUMBERS.values()]
     for relation in (None, *RELATIONS):
         for a, b in itertools.permutations(kinds, 2):
-            prompts.append(Prompt((Group(1, *a), Group(1, *b)), relation))
+            prompts.append(ScenePrompt((Group(1, *a), Group(1, *b)), relation))
     return tuple(prompts)
 
 
-def split_of(prompt: Prompt) -> Split:
+def split_of(prompt: ScenePrompt) -> Split:
     """The part a prompt belongs to, from a hash of its text: 70 % train, 10 % validation, 20 % test."""
     bucket = int.from_bytes(hashlib.sha256(str(prompt).encode()).digest()[:4], "big") % 10
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 
-def sample_prompts(split: Split, number: int, seed: int) -> list[Prompt]:
+def sample_prompts(split: Split, number: int, seed: int) -> list[ScenePrompt]:
     """`number` prompts of a split, as many of each category, in a shuffled order that depends on `seed` alone.
 
     A prompt comes again only after every other one of its category has come.
     """
     rng = np.random.default_rng(seed)
     pools = {c: [p for p in all_prompts() if p.category == c and split_of(p) == split] for c in CATEGORIES}
-    chosen: list[Prompt] = []
+    chosen: list[ScenePrompt] = []
     for i, category in enumerate(CATEGORIES):
         wanted = number // len(CATEGORIES) + (i < number % len(CATEGORIES))
         pool = pools[category]
@@ -136,7 +136,7 @@ def sample_prompts(split: Split, number: int, seed: int) -> list[Prompt]:
     return [chosen[j] for j in rng.permutation(len(chosen))]
 
 
-def sample_contrasts(number: int, seed: int) -> list[tuple[Prompt, Prompt]]:
+def sample_prompt_pairs(number: int, seed: int) -> list[tuple[ScenePrompt, ScenePrompt]]:
     """`number` training prompts, each with another one that says one thing differently; `seed` decides all."""
     rng = np.random.default_rng([seed, number])
     known = {prompt for prompt in all_prompts() if split_of(prompt) == "train"}
@@ -149,17 +149,17 @@ def sample_contrasts(number: int, seed: int) -> list[tuple[Prompt, Prompt]]:
     return couples
 
 
-def parse(caption: str) -> Prompt:
+def parse(caption: str) -> ScenePrompt:
     """The prompt that a caption of this world spells.
 
     Raises:
         ValueError: the caption is not of this world.
     """
     for relation in (*RELATIONS, "and"):
-        first, found, second = caption.partition(f" {relation} ")
-        if found:
-            return Prompt((_parse_group(first), _parse_group(second)), None if relation == "and" else relation)
-    return Prompt((_parse_group(caption),))
+        first, parts, second = caption.partition(f" {relation} ")
+        if parts:
+            return ScenePrompt((_parse_group(first), _parse_group(second)), None if relation == "and" else relation)
+    return ScenePrompt((_parse_group(caption),))
 
 
 def _parse_group(text: str) -> Group:
@@ -173,7 +173,7 @@ def _parse_group(text: str) -> Group:
     return Group(NUMBERS.get(number, 1), colour, shape, size)
 
 
-def corrupt(prompt: Prompt, rng: np.random.Generator) -> Prompt:
+def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
     """The prompt with one thing wrong: a colour, a shape, a number, a size, or the relation."""
     ways = ["colour", "shape"]
     ways += ["number"] if prompt.category == "count" else []
@@ -181,9 +181,9 @@ def corrupt(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     ways += ["relation"] if prompt.relation else []
     way = ways[rng.integers(len(ways))]
     if way == "relation":
-        return Prompt(prompt.groups[::-1], prompt.relation)
-    which = int(rng.integers(len(prompt.groups)))
-    old = prompt.groups[which]
+        return ScenePrompt(prompt.groups[::-1], prompt.relation)
+    index = int(rng.integers(len(prompt.groups)))
+    old = prompt.groups[index]
     options: dict[str, list[str] | list[int]] = {
         "colour": list(COLOURS),
         "shape": list(SHAPES),
@@ -194,14 +194,14 @@ def corrupt(prompt: Prompt, rng: np.random.Generator) -> Prompt:
     fields = {"number": old.number, "colour": old.colour, "shape": old.shape, "size": old.size}
     fields[way] = others[rng.integers(len(others))]
     groups = list(prompt.groups)
-    groups[which] = Group(**fields)  # type: ignore[arg-type]
-    return Prompt(tuple(groups), prompt.relation)
+    groups[index] = Group(**fields)  # type: ignore[arg-type]
+    return ScenePrompt(tuple(groups), prompt.relation)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
-def lay_out(prompt: Prompt, rng: np.random.Generator) -> list[Object]:
+def place_objects(prompt: ScenePrompt, rng: np.random.Generator) -> list[Object]:
     """Objects that fulfil the prompt and nothing else, at random places, well apart."""
     wanted = [group for group in prompt.groups for _ in range(group.number)]
     largest = {1: 13.0, 2: 11.0, 3: 9.5, 4: 8.5}[len(wanted)]
@@ -269,7 +269,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
     return [((x - cx) / sx, (y - cy) / sy) for x, y in points]
 
 
-def draw(objects: list[Object], scale: int = 4) -> Image.Image:
+def render(objects: list[Object], scale: int = 4) -> Image.Image:
     """A 64 x 64 RGB picture, painted `scale` times larger and reduced."""
     canvas = Image.new("RGB", (CANVAS * scale, CANVAS * scale), BACKGROUND)
     brush = ImageDraw.Draw(canvas)
@@ -335,7 +335,7 @@ def _measure(mask: NDArray[np.bool_], colour: str) -> Object:
     return Object(shape, colour, float(left + right) / 2, float(top + bottom) / 2, float(max(width, height)) / 2)
 
 
-def check(prompt: Prompt, objects: list[Object]) -> Truth:
+def check(prompt: ScenePrompt, objects: list[Object]) -> Truth:
     """Which parts of the prompt the objects fulfil, and under "correct" whether they fulfil all of it.
 
     "count": as many objects as named. "colour", "shape": the objects' colours, and their shapes, are those named, in

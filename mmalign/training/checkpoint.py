@@ -42,11 +42,12 @@ def write(
     state: Mapping[str, Any],
     identity: Mapping[str, str],
     *,
-    keep: int,
+    keep_checkpoints: int,
     score: float | None = None,
-    resting: bool = True,
+    resumable: bool = True,
 ) -> Path:
-    """Write a checkpoint, then delete all but it, the last `keep` resting ones, and the one with the lowest score.
+    """Write a checkpoint, then delete all but it, the last `keep_checkpoints` resting ones, and the one with the lowest
+    score.
 
     Args:
         folder: the run's folder.
@@ -54,9 +55,9 @@ def write(
         weights: the trainable weights by name.
         state: everything else, of types that `torch.load(weights_only=True)` reads.
         identity: what the checkpoint belongs to; `read` compares it.
-        keep: how many of the latest to keep.
+        keep_checkpoints: how many of the latest to keep.
         score: lower is better, such as a held-out loss; None if there is none.
-        resting: whether training can go on from it.
+        resumable: whether training can go on from it.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written. Nothing that was there is lost.
@@ -69,7 +70,7 @@ def write(
         part.mkdir(parents=True)
         save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
         torch.save(dict(state), part / "state.pt")
-        about = {"step": step, "score": score, "resting": resting, "identity": dict(identity)}
+        about = {"step": step, "score": score, "resting": resumable, "identity": dict(identity)}
         (part / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         for path in part.iterdir():
             _flush(path)
@@ -78,10 +79,10 @@ def write(
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: could not be written ({_short(error)}); {_free(folder)} MB are free, {_intact(folder)}: "
+            f"{final}: could not be written ({_first_line(error)}); {_free(folder)} MB are free, {_intact(folder)}: "
             "make room and run the same command again"
         ) from error
-    _prune(folder, keep)
+    _prune(folder, keep_checkpoints)
     _sweep(folder)
     return final
 
@@ -106,8 +107,8 @@ def _replace(part: Path, final: Path) -> None:
 
 
 def _free(folder: Path) -> int:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free // 10**6
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free // 10**6
 
 
 def _intact(folder: Path) -> str:
@@ -115,10 +116,14 @@ def _intact(folder: Path) -> str:
     return f"{last.name} is intact" if last else "there is no earlier checkpoint"
 
 
-def _prune(folder: Path, keep: int) -> None:
-    kept = [*_all(folder)[-1:], *[path for path in _all(folder) if _resting(path)][-keep:], best(folder)]
+def _prune(folder: Path, keep_checkpoints: int) -> None:
+    retained = [
+        *_all(folder)[-1:],
+        *[path for path in _all(folder) if _is_resumable(path)][-keep_checkpoints:],
+        best(folder),
+    ]
     for path in _all(folder):
-        if path not in kept:
+        if path not in retained:
             os.replace(path, _hidden(path))  # first: what is half deleted must not pass for a checkpoint
 
 
@@ -131,10 +136,10 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def latest(folder: Path, *, resting: bool = False) -> Path | None:
+def latest(folder: Path, *, resumable: bool = False) -> Path | None:
     """The newest complete checkpoint, or the newest resting one, if there is one."""
-    there = [path for path in _all(folder) if not resting or _resting(path)]
-    return there[-1] if there else None
+    checkpoints = [path for path in _all(folder) if not resumable or _is_resumable(path)]
+    return checkpoints[-1] if checkpoints else None
 
 
 def best(folder: Path) -> Path | None:
@@ -156,10 +161,11 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
         raise ValueError(_unreadable(path, error)) from error
     differs = [key for key in identity if was.get(key) != identity[key]]
     if differs:
-        theirs = ", ".join(f"{key} {was.get(key)}" for key in differs)
-        ours = ", ".join(f"{key} {identity[key]}" for key in differs)
+        saved_identity = ", ".join(f"{key} {was.get(key)}" for key in differs)
+        current_identity = ", ".join(f"{key} {identity[key]}" for key in differs)
         raise ValueError(
-            f"{path}: belongs to another run ({theirs}; this one has {ours}); use another output folder, or delete it"
+            f"{path}: belongs to another run ({saved_identity}; this one has {current_identity}); use another output "
+            "folder, or delete it"
         )
     try:
         weights = load_file(path / "model.safetensors")
@@ -178,7 +184,7 @@ def _about(path: Path) -> dict[str, Any]:
     return json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def _resting(path: Path) -> bool:
+def _is_resumable(path: Path) -> bool:
     """True where the file is damaged, too: whoever reads that checkpoint will say so."""
     try:
         return bool(_about(path).get("resting", True))
@@ -196,9 +202,9 @@ def _score(path: Path) -> float | None:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path}: is damaged and cannot be read ({_short(error)}); delete it to go on from the one before"
+    return f"{path}: is damaged and cannot be read ({_first_line(error)}); delete it to go on from the one before"
 
 
-def _short(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """The first line of an error: torch's run to a page."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")

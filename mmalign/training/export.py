@@ -7,44 +7,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmalign.atomic_io import written
+from mmalign.atomic_io import atomic_write
 from mmalign.data.caches import fingerprint
 from mmalign.families.base import Family
-from mmalign.training.run import Run
+from mmalign.training.run import TrainingRun
 
 
-def export(folder: Path, run: Run) -> None:
+def export(folder: Path, run: TrainingRun) -> None:
     """Write the trained model (its average, if there is one) the way its library loads it, and what it was made of."""
-    if run.learner.accelerator.is_main_process:
-        parameters, average = run.policy.trainable(), run.learner.average
-        if average is not None:
-            average.swap(parameters)
-        with written(folder) as part:
+    if run.train_state.accelerator.is_main_process:
+        parameters, ema = run.policy.trainable(), run.train_state.ema
+        if ema is not None:
+            ema.swap(parameters)
+        with atomic_write(folder) as part:
             run.policy.family.save(part, run.policy.unwrapped)
             about = {"step": run.progress.step, "seconds": run.progress.seconds, "identity": run.identity}
-            (part / TRAINED).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        if average is not None:
-            average.swap(parameters)
-    run.learner.accelerator.wait_for_everyone()
+            (part / RUN_INFO).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if ema is not None:
+            ema.swap(parameters)
+    run.train_state.accelerator.wait_for_everyone()
 
 
-TRAINED = "trained.json"  # in a trained model's folder
+RUN_INFO = "trained.json"  # in a trained model's folder
 
 
-def read_trained(folder: Path) -> dict[str, Any]:
+def read_run_info(folder: Path) -> dict[str, Any]:
     """The updates (`step`), their `seconds` (see `loop.Progress`) and the `identity` of the model that a run has left.
 
     Raises:
         ValueError: it has left none.
     """
     try:
-        about: dict[str, Any] = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads((folder / RUN_INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
     return about
 
 
-def require_base(about: Mapping[str, Any], folder: Path, family: Family) -> None:
+def check_base_model(about: Mapping[str, Any], folder: Path, family: Family) -> None:
     """Refuse to compare a trained model with another base than its own.
 
     Raises:

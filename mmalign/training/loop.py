@@ -1,8 +1,8 @@
 """The loop: one for every method, modality and family.
 
-Every random number follows from its row's position (`Draws`), so going on from a checkpoint is running the same lines
-again. Progress counts what is finished: `step` updates, and in `epoch` `batch` batches. Where contrasts of the last of
-these are `pending`, nothing can go on: another process would make them with the weights of now.
+Every random number follows from its row's position (`KeyedRNG`), so going on from a checkpoint is running the same
+lines again. Progress counts what is finished: `step` updates, and in `epoch` `batch` batches. Where contrasts of the
+last of these are `pending`, nothing can go on: another process would make them with the weights of now.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.methods import Step, drawn
+from mmalign.methods import Step, epoch_rng
 from mmalign.policy import Policy
-from mmalign.rng import Draws
-from mmalign.training.optim import Average
+from mmalign.rng import KeyedRNG
+from mmalign.training.optim import EMA
 
 Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
 Metrics = dict[str, Tensor]  # scalars, on the model's device
-EMPTY = 100  # batches in a row with nothing to learn from, after which a run stops
+MAX_EMPTY_BATCHES = 100  # batches in a row with nothing to learn from, after which a run stops
 
 
 @dataclass
@@ -47,15 +47,15 @@ class Progress:
 
 
 @dataclass
-class Learner:
+class TrainState:
     """What an update changes, and how."""
 
     accelerator: Any
     optimizer: torch.optim.Optimizer
     lr: float
-    factor: Callable[[int], float]
-    clip: float | None
-    average: Average | None = None
+    lr_factor: Callable[[int], float]
+    max_grad_norm: float | None
+    ema: EMA | None = None
 
 
 def train(
@@ -63,10 +63,10 @@ def train(
     config: Any,
     policy: Policy,
     batches: Batches,
-    learner: Learner,
+    train_state: TrainState,
     *,
     steps: int,
-    accumulate: int,
+    gradient_accumulation_steps: int,
     seed: int,
     progress: Progress,
     after_update: Callable[[Progress, Metrics], None],
@@ -78,9 +78,9 @@ def train(
         config: its Config.
         policy: `policy.model` is what the learner's accelerator prepared.
         batches: the data; the same (epoch, first batch) must always give the same batches.
-        learner: optimizer, schedule, clipping, average.
+        train_state: optimizer, schedule, clipping, average.
         steps: updates in all, those that `progress` has already counted in.
-        accumulate: contrasts of an update.
+        gradient_accumulation_steps: contrasts of an update.
         seed: of every draw.
         progress: where to begin, with nothing pending; it is changed in place.
         after_update: called with the progress and the update's metrics; where nothing is pending, a checkpoint written
@@ -91,18 +91,20 @@ def train(
         ValueError: an epoch has no batch, or the method made nothing of any, or of many in a row.
     """
     assert not progress.pending, "the contrasts that are pending cannot be made again"
-    window = _Window(policy, learner)
-    clock = time.process_time if learner.accelerator.device.type == "cpu" else time.perf_counter
+    window = _GradientAccumulator(policy, train_state)
+    clock = time.process_time if train_state.accelerator.device.type == "cpu" else time.perf_counter
     since = clock()
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
-            contrasts = make_contrasts(method, policy, batch, config, Draws(seed, progress.epoch))
+            contrasts = make_contrasts(method, policy, batch, config, KeyedRNG(seed, progress.epoch))
             progress.batch, before = progress.batch + 1, progress.step
             for number, contrast in enumerate(contrasts, start=1):
-                last, progress.pending = window.count + 1 == accumulate, len(contrasts) - number
-                with window.silent(last):
-                    window.add(method.loss(policy, contrast, config), Place(progress.epoch, progress.batch, batch.rows))
+                last, progress.pending = window.count + 1 == gradient_accumulation_steps, len(contrasts) - number
+                with window.sync_context(last):
+                    window.add(
+                        method.loss(policy, contrast, config), BatchLocation(progress.epoch, progress.batch, batch.rows)
+                    )
                 metrics = window.update(progress.step) if last else None
                 if metrics is not None:
                     progress.step += 1
@@ -112,37 +114,38 @@ def train(
                         return progress
                     since = clock()
             window.empty = window.empty + 1 if progress.step == before else 0
-            if window.empty >= EMPTY and not window.count:
+            if window.empty >= MAX_EMPTY_BATCHES and not window.count:
                 raise ValueError(
                     f"train: {window.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
-                    f"had nothing to learn from ({EMPTY} are the limit){_why(method)}"
+                    f"had nothing to learn from ({MAX_EMPTY_BATCHES} are the limit){_empty_hint(method)}"
                 )
         if first == 0 and not window.used and not window.count:
             raise ValueError(
                 f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
-                f"fewer pairs than one batch needs on every process, or the method makes nothing of them{_why(method)}"
+                f"fewer pairs than one batch needs on every process, or the method makes nothing of "
+                f"them{_empty_hint(method)}"
             )
         window.used = False
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
 
 
-def _why(method: Any) -> str:
+def _empty_hint(method: Any) -> str:
     """What a method says of batches that it made nothing of."""
-    return f": {method.made_nothing}" if hasattr(method, "made_nothing") else ""
+    return f": {method.hint_if_empty}" if hasattr(method, "hint_if_empty") else ""
 
 
-def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, draws: Draws) -> list[Any]:
+def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, rng: KeyedRNG) -> list[Any]:
     """The method's contrasts, complete, without gradients, in eval mode; the model is back in train mode afterwards."""
     policy.model.eval()
     with torch.no_grad():
-        contrasts: list[Any] = method.contrasts(policy, batch, config, drawn(method, config, draws))
+        contrasts: list[Any] = method.contrasts(policy, batch, config, epoch_rng(method, config, rng))
     policy.model.train()
     return contrasts
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchLocation:
     """Where a contrast came from: a batch of an epoch, counted from 1, and its rows."""
 
     epoch: int
@@ -150,22 +153,23 @@ class Place:
     rows: Sequence[int]
 
 
-class NotFinite(FloatingPointError):
-    """A loss is not finite; `place` is where, None if it was on another process."""
+class NonFiniteLossError(FloatingPointError):
+    """A loss is not finite; `location` is where, None if it was on another process."""
 
-    def __init__(self, place: Place | None, step: int) -> None:
-        self.place = place
-        where = "on another process"
-        if place is not None:
-            rows = ", ".join(str(row) for row in place.rows[:8])
-            where = f"in batch {place.batch} of epoch {place.epoch} (rows {rows})"
+    def __init__(self, location: BatchLocation | None, step: int) -> None:
+        self.location = location
+        origin = "on another process"
+        if location is not None:
+            rows = ", ".join(str(row) for row in location.rows[:8])
+            origin = f"in batch {location.batch} of epoch {location.epoch} (rows {rows})"
         super().__init__(
-            f"train: the loss is not finite after update {step}, {where}; the last checkpoint is good: lower train.lr, "
+            f"train: the loss is not finite after update {step}, {origin}; the last checkpoint is good: lower "
+            "train.lr, "
             "or use train.precision: bfloat16 or float32"
         )
 
 
-class _Window:
+class _GradientAccumulator:
     """The gradients and the metrics of one update.
 
     Attributes:
@@ -174,8 +178,8 @@ class _Window:
         empty: batches since the last one in which there was an update.
     """
 
-    def __init__(self, policy: Policy, learner: Learner) -> None:
-        self.model, self.learner = policy.model, learner
+    def __init__(self, policy: Policy, train_state: TrainState) -> None:
+        self.model, self.train_state = policy.model, train_state
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: a spent iterator would never be clipped
         self.used, self.empty = False, 0
         self._clear()
@@ -183,24 +187,24 @@ class _Window:
     def _clear(self) -> None:
         self.count, self.sums = 0, dict[str, Tensor]()
         self.weight: Tensor | int = 0
-        self.places = list[tuple[Place, Tensor]]()
+        self.locations = list[tuple[BatchLocation, Tensor]]()
 
-    def silent(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Where gradients stay on their process, but for the last contrast's; the forward pass decides it, too."""
-        if last:
+        if is_last:
             return contextlib.nullcontext()
-        silent: contextlib.AbstractContextManager[None] = self.learner.accelerator.no_sync(self.model)
+        silent: contextlib.AbstractContextManager[None] = self.train_state.accelerator.no_sync(self.model)
         return silent
 
-    def add(self, step: Step, place: Place) -> None:
+    def add(self, step: Step, location: BatchLocation) -> None:
         """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full.
 
         Nothing here waits for a GPU; whether all losses were finite is asked once, before anything moves.
         """
-        self.learner.accelerator.backward((step.losses * step.weights).sum())
+        self.train_state.accelerator.backward((step.losses * step.weights).sum())
         self.count += 1
         self.weight = self.weight + step.weights.sum()
-        self.places.append((place, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
+        self.locations.append((location, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
 
@@ -215,37 +219,37 @@ class _Window:
         Raises:
             FloatingPointError: a loss of any process, or the gradient, is not finite.
         """
-        learner, accelerator = self.learner, self.learner.accelerator
+        train_state, accelerator = self.train_state, self.train_state.accelerator
         names = sorted(self.sums)
         assert isinstance(self.weight, Tensor), "a window has a contrast"
-        bad = torch.stack([~finite for _, finite in self.places]).any().to(self.weight.dtype)
+        bad = torch.stack([~finite for _, finite in self.locations]).any().to(self.weight.dtype)
         mine = torch.stack([bad, self.weight, *(self.sums[n] for n in names)])
         packed = accelerator.reduce(mine, reduction="sum")
         broken, weight = packed[:2].tolist()
         if broken:
-            raise NotFinite(next((place for place, finite in self.places if not finite), None), step)
+            raise NonFiniteLossError(next((location for location, finite in self.locations if not finite), None), step)
         if not weight:
-            learner.optimizer.zero_grad()
+            train_state.optimizer.zero_grad()
             self._clear()
             return None
         total = packed[1]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Distribution averages the gradients over processes; the weights are summed over them.
         torch._foreach_mul_(gradients, accelerator.num_processes / total)
-        limit = learner.clip if learner.clip is not None else float("inf")
+        limit = train_state.max_grad_norm if train_state.max_grad_norm is not None else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
         if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update by itself
             raise FloatingPointError(
                 f"train: the gradient of update {step + 1} is not finite; no weight was changed: "
                 "the last checkpoint is good, lower train.lr, or use train.precision: bfloat16 or float32"
             )
-        rate = learner.lr * learner.factor(step)
-        for group in learner.optimizer.param_groups:
+        rate = train_state.lr * train_state.lr_factor(step)
+        for group in train_state.optimizer.param_groups:
             group["lr"] = rate
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        if learner.average is not None:
-            learner.average.update(self.parameters, step + 1)
+        train_state.optimizer.step()
+        train_state.optimizer.zero_grad()
+        if train_state.ema is not None:
+            train_state.ema.update(self.parameters, step + 1)
         self._clear()
         self.used = True
         metrics = dict(zip(names, packed[2:] / total, strict=True))

@@ -38,16 +38,16 @@ def build_optimizer(
     return optimizer
 
 
-def schedule(name: str, *, warmup: int, steps: int) -> Callable[[int], float]:
+def schedule(name: str, *, warmup_steps: int, steps: int) -> Callable[[int], float]:
     """The factor on the learning rate for the update after `step` updates: a linear warm-up, then `name`.
 
     "constant" stays at 1; "linear" and "cosine" fall to 0 at `steps`.
     """
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
         if name == "linear":
             return 1 - progress
         return 0.5 * (1 + math.cos(math.pi * progress)) if name == "cosine" else 1.0
@@ -55,7 +55,7 @@ def schedule(name: str, *, warmup: int, steps: int) -> Callable[[int], float]:
     return factor
 
 
-class Average:
+class EMA:
     """An exponential moving average of parameters, in float32.
 
     The first updates weigh more, so that the initial parameters are forgotten: the decay of update n is the given one
@@ -75,10 +75,10 @@ class Average:
     @torch.no_grad()
     def swap(self, parameters: Sequence[nn.Parameter]) -> None:
         """Exchange the average with the parameters; a second call changes them back."""
-        for mine, theirs in zip(self.shadow, parameters, strict=True):
-            kept = theirs.detach().clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
+        for average, parameter in zip(self.shadow, parameters, strict=True):
+            saved = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(saved)
 
     def state(self) -> list[Tensor]:
         """What a checkpoint keeps."""

@@ -88,13 +88,13 @@ class Reporter:
         if factor is None or self.warned or step == 1:
             return
         if factor < SATURATED:
-            what = "is saturated: beta is too large"
+            problem = "is saturated: beta is too large"
         elif unmoved(factor) and step >= self.steps // 2:
-            what = "has hardly moved: beta or the learning rate is too small"
+            problem = "has hardly moved: beta or the learning rate is too small"
         else:
             return
         self.warned = True
-        self.say(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {what}")
+        self.say(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {problem}")
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar; brackets are no markup."""
@@ -113,9 +113,9 @@ class Reporter:
                 return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
             first, last = self.history[0]["chosen error"], mean["chosen error"]
             return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
-        what = "images" if {f"{sides[0]} error", "clipped"} & mean.keys() else "responses"
+        noun = "images" if {f"{sides[0]} error", "clipped"} & mean.keys() else "responses"
         better, worse = (mean[f"{side} gain"] for side in sides)
-        return preference_verdict(better, worse, mean["gradient factor"], what, sides)
+        return preference_verdict(better, worse, mean["gradient factor"], noun, sides)
 
 
 def unmoved(factor: float) -> bool:
@@ -124,7 +124,7 @@ def unmoved(factor: float) -> bool:
 
 
 def preference_verdict(
-    chosen: float, rejected: float, factor: float, what: str = "images", sides: tuple[str, str] = ("chosen", "rejected")
+    chosen: float, rejected: float, factor: float, noun: str = "images", sides: tuple[str, str] = ("chosen", "rejected")
 ) -> str:
     """What a run did, in plain words.
 
@@ -132,7 +132,7 @@ def preference_verdict(
         chosen: how much likelier than the reference the policy finds the chosen side (score units, mean).
         rejected: likewise, the rejected side.
         factor: the mean gradient factor sigma(-z).
-        what: the sides are: "images" or "responses".
+        noun: the sides are: "images" or "responses".
         sides: what they are called; images "matched" with their own prompts and "mismatched" with others.
     """
     better, worse = sides
@@ -142,8 +142,8 @@ def preference_verdict(
     if chosen <= rejected:
         return f"the preference was not learned {numbers}"
     if chosen < 0:
-        displaced = f"likelihood displacement; look at the {what} before you use it"
+        displaced = f"likelihood displacement; look at the {noun} before you use it"
         return f"both sides got worse, the {worse} one more {numbers}: {displaced}"
     if rejected > 0:
         return f"both sides improved, the {better} one more {numbers}"
-    return f"{better} {what} improved and {worse} ones got worse {numbers}"
+    return f"{better} {noun} improved and {worse} ones got worse {numbers}"

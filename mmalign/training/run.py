@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from mmalign.config import Recipe, Train
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
-from mmalign.training.optim import Average, build_optimizer, schedule
+from mmalign.training.optim import EMA, build_optimizer, schedule
 
 Say = Callable[[str], None]
 
 
-HELD_OUT_BATCHES = 16  # of the held-out pairs that score a checkpoint
+MAX_VALIDATION_BATCHES = 16  # of the held-out pairs that score a checkpoint
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """The pieces of a run, and how far it is."""
 
     method: Any
     policy: Policy
-    learner: loop.Learner
+    train_state: loop.TrainState
     identity: dict[str, str]
     progress: loop.Progress
 
@@ -47,7 +47,7 @@ def require_all(accelerator: Any) -> None:
         )
 
 
-def build_learner(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.Learner]:
+def build_train_state(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.TrainState]:
     """The policy as the accelerator has prepared it, and what changes it: optimizer, schedule, clipping, average."""
     parameters = policy.trainable()
     optimizer = build_optimizer(
@@ -58,53 +58,53 @@ def build_learner(policy: Policy, options: Train, accelerator: Any) -> tuple[Pol
         weight_decay=options.weight_decay,
     )
     model, optimizer = accelerator.prepare(policy.model, optimizer)
-    learner = loop.Learner(
+    train_state = loop.TrainState(
         accelerator,
         optimizer,
         options.lr,
-        schedule(options.schedule, warmup=options.warmup, steps=options.steps),
-        options.clip,
-        Average(parameters, options.ema) if options.ema else None,
+        schedule(options.schedule, warmup_steps=options.warmup_steps, steps=options.steps),
+        options.max_grad_norm,
+        EMA(parameters, options.ema) if options.ema else None,
     )
-    return Policy(policy.family, model, policy.unwrapped, policy.reference), learner
+    return Policy(policy.family, model, policy.unwrapped, policy.reference), train_state
 
 
-def _resume(recipe: Recipe, run: Run, saved: checkpoint.Checkpoint) -> None:
+def _resume(recipe: Recipe, run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
     """Load a checkpoint into a run."""
     path = Path(recipe.output) / f"checkpoint-{saved.step:08d}"
-    average, scaler = run.learner.average, run.learner.accelerator.scaler
-    if average is not None and "average" not in saved.state:
+    ema, scaler = run.train_state.ema, run.train_state.accelerator.scaler
+    if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
     missing = run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
     if missing.unexpected_keys:
         raise ValueError(
             f"{path}: has weights that the model lacks ({missing.unexpected_keys[0]}, ...); use another output folder"
         )
-    run.learner.optimizer.load_state_dict(saved.state["optimizer"])
-    if average is not None:
-        average.load(saved.state["average"])
+    run.train_state.optimizer.load_state_dict(saved.state["optimizer"])
+    if ema is not None:
+        ema.load(saved.state["average"])
     if scaler is not None and "scaler" in saved.state:
         scaler.load_state_dict(saved.state["scaler"])
     torch.set_rng_state(saved.state["generator"])
     run.progress = loop.Progress(**saved.state["progress"])
 
 
-def save(recipe: Recipe, run: Run, score: float | None) -> None:
+def save(recipe: Recipe, run: TrainingRun, score: float | None) -> None:
     """Write a checkpoint with the run's score, lower is better, if it has one.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    learner = run.learner
+    train_state = run.train_state
     state: dict[str, Any] = {
-        "optimizer": learner.optimizer.state_dict(),
+        "optimizer": train_state.optimizer.state_dict(),
         "progress": asdict(run.progress),
         "generator": torch.get_rng_state(),
     }
-    if learner.average is not None:
-        state["average"] = learner.average.state()
-    if learner.accelerator.scaler is not None:
-        state["scaler"] = learner.accelerator.scaler.state_dict()
+    if train_state.ema is not None:
+        state["average"] = train_state.ema.state()
+    if train_state.accelerator.scaler is not None:
+        state["scaler"] = train_state.accelerator.scaler.state_dict()
     weights = trainable_weights(run.policy.unwrapped)
     output = Path(recipe.output)
     checkpoint.write(
@@ -113,9 +113,9 @@ def save(recipe: Recipe, run: Run, score: float | None) -> None:
         weights,
         state,
         run.identity,
-        keep=recipe.train.keep,
+        keep_checkpoints=recipe.train.keep_checkpoints,
         score=score,
-        resting=not run.progress.pending,
+        resumable=not run.progress.pending,
     )
 
 
@@ -126,5 +126,5 @@ def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
 
 def last_saved(output: Path) -> str:
     """What a person can go on from, as the end of a sentence."""
-    path = checkpoint.latest(output, resting=True)
+    path = checkpoint.latest(output, resumable=True)
     return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.attention import Forest, Tree, decoders
+from mmalign.attention import PackedPrefixMask, PrefixGroup, decoders
 from tests.helpers.vlm_models import BUILDERS, NEWER
 
-FOREST = Forest((Tree(5, (4, 3)), Tree(4, (2, 5, 1))))
-LENGTHS = [length for tree in FOREST.trees for length in tree.branches]
+FOREST = PackedPrefixMask((PrefixGroup(5, (4, 3)), PrefixGroup(4, (2, 5, 1))))
+LENGTHS = [length for tree in FOREST.prefix_groups for length in tree.branches]
 PLAIN = sorted({**BUILDERS, "gemma4": NEWER["gemma4"], "llava_onevision": NEWER["llava_onevision"]})
 
 
@@ -33,8 +33,8 @@ def embeddings(decoder: Any, number: int) -> Tensor:
 
 
 def states(decoder: Any, embeds: Tensor, **more: Any) -> Tensor:
-    found: Tensor = decoder(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state
-    return found
+    result: Tensor = decoder(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state
+    return result
 
 
 def inputs(decoder: Any, embeds: Tensor) -> dict[str, Any]:
@@ -56,21 +56,23 @@ def said(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("executor", ["sdpa", "dense"])
 def test_a_packed_row_is_its_rows_apart(name: str, executor: str) -> None:
     decoder, both_ways = decoder_of(name), name == "paligemma"
-    forest = Forest(tuple(Tree(tree.prefix, tree.branches, both_ways) for tree in FOREST.trees))
-    packed = embeddings(decoder, forest.length).requires_grad_()
+    packed_mask = PackedPrefixMask(
+        tuple(PrefixGroup(group.prefix, group.branches, both_ways) for group in FOREST.prefix_groups)
+    )
+    packed = embeddings(decoder, packed_mask.length).requires_grad_()
     apart = []
-    for row, places in zip(forest.split(packed, dim=1), forest.places, strict=True):
-        seen = forest.visible[places][:, places][None, None]
+    for row, places in zip(packed_mask.split(packed, dim=1), packed_mask.row_positions, strict=True):
+        seen = packed_mask.visible[places][:, places][None, None]
         apart.append(states(decoder, row, **inputs(decoder, row), **({"attention_mask": seen} if both_ways else {})))
     weights = [torch.randn_like(row) for row in apart]
     (expected,) = torch.autograd.grad(said(apart, weights), packed)
-    decoders.use(decoder, executor)
-    given = {**decoders.of(forest, decoder), **inputs(decoder, packed)}
-    ours = forest.split(states(decoder, packed, position_ids=forest.positions, **given), dim=1)
+    decoders.install(decoder, executor)
+    given = {**decoders.attention_kwargs(packed_mask, decoder), **inputs(decoder, packed)}
+    ours = packed_mask.split(states(decoder, packed, position_ids=packed_mask.positions, **given), dim=1)
     for one, other in zip(ours, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)  # float32, in another order
-    (found,) = torch.autograd.grad(said(ours, weights), packed)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (result,) = torch.autograd.grad(said(ours, weights), packed)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -80,12 +82,12 @@ def test_other_rows_have_the_numbers_that_they_had(name: str) -> None:
     more = inputs(decoder, embeds)
     seen = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     stock = [states(decoder, embeds, **more), states(decoder, embeds, attention_mask=seen, **more)]
-    assert decoders.used(decoder) is None
-    decoders.use(decoder, "sdpa")
-    assert decoders.used(decoder) == "sdpa"
+    assert decoders.installed(decoder) is None
+    decoders.install(decoder, "sdpa")
+    assert decoders.installed(decoder) == "sdpa"
     for before, mask in zip(stock, [None, seen], strict=True):
         assert states(decoder, embeds, attention_mask=mask, **more).equal(before)
-    decoders.use(decoder, "dense")
+    decoders.install(decoder, "dense")
     for before, mask in zip(stock, [None, seen], strict=True):
         after = states(decoder, embeds, attention_mask=mask, **more)
         torch.testing.assert_close(after[seen.bool()], before[seen.bool()], rtol=1e-5, atol=2e-6)
@@ -100,9 +102,9 @@ def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
     alone = states(decoder, embeds)[:, -1]
     padded, mask = F.pad(embeds, (0, 0, 3, 0), value=1.0), F.pad(torch.ones(1, 6, dtype=torch.long), (3, 0))
     for executor in ("sdpa", "dense"):
-        decoders.use(decoder, executor)
-        ours = states(decoder, padded, attention_mask=mask)[:, -1]
-        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=2e-6)
+        decoders.install(decoder, executor)
+        actual = states(decoder, padded, attention_mask=mask)[:, -1]
+        torch.testing.assert_close(actual, alone, rtol=1e-5, atol=2e-6)
     AttentionInterface.register("attention_alone", sdpa_attention_forward)
     decoder.set_attn_implementation("attention_alone")
     assert (states(decoder, padded, attention_mask=mask)[:, -1] - alone).abs().max() > 0.01
@@ -111,8 +113,8 @@ def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
 def test_transformers_own_attention_takes_a_branch_for_another_document() -> None:
     decoder = decoder_of("llava")
     packed = embeddings(decoder, FOREST.length)
-    second = states(decoder, packed[:, FOREST.places[1]])[:, -1]
-    place = int(FOREST.places[1][-1])
+    second = states(decoder, packed[:, FOREST.row_positions[1]])[:, -1]
+    place = int(FOREST.row_positions[1][-1])
     stock = states(decoder, packed, position_ids=FOREST.positions)[:, place]
     assert (stock - second).abs().max() > 0.1
     masked = states(decoder, packed, position_ids=FOREST.positions, attention_mask=FOREST.visible[None, None])
@@ -132,43 +134,43 @@ def test_decoders_that_cannot_be_packed_say_why(name: str, changed: dict[str, An
     decoder = decoder_of(name)
     for key, value in changed.items():
         setattr(decoder.config, key, value)
-    decoders.use(decoder, "sdpa")
+    decoders.install(decoder, "sdpa")
     with pytest.raises(ValueError, match=f"cannot take rows that share a prefix: {why}"):
-        decoders.of(FOREST, decoder)
+        decoders.attention_kwargs(FOREST, decoder)
 
 
 def test_a_window_that_hides_nothing_does_not_matter() -> None:
     decoder = decoder_of("gemma4")
     decoder.config.use_bidirectional_attention = None
     decoder.config.sliding_window = FOREST.longest
-    assert decoders.why_not_packed(decoder, FOREST.longest) == ""
+    assert decoders.packing_unsupported_reason(decoder, FOREST.longest) is None
 
 
 def test_a_layer_with_a_window_refuses_rows_that_are_longer() -> None:
     decoder = decoder_of("gemma4")  # with windows of 32 tokens in every other layer
-    forest = Forest((Tree(30, (2, 3)),))
-    decoders.use(decoder, "sdpa")
-    packed = embeddings(decoder, forest.length)
+    packed_mask = PackedPrefixMask((PrefixGroup(30, (2, 3)),))
+    decoders.install(decoder, "sdpa")
+    packed = embeddings(decoder, packed_mask.length)
     no_mask = torch.ones(1, 1, 0, 0, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match=r"a window of 32 tokens .* share a prefix, of up to 33"):
-        states(decoder, packed, attention_mask=no_mask, mmalign_forest=forest, **inputs(decoder, packed))
+        states(decoder, packed, attention_mask=no_mask, mmalign_forest=packed_mask, **inputs(decoder, packed))
 
 
 def test_gradients_go_through_layers_that_are_computed_again() -> None:
     decoder = decoder_of("llava").train()
-    decoders.use(decoder, "sdpa")
-    packed, found = embeddings(decoder, FOREST.length).requires_grad_(), []
+    decoders.install(decoder, "sdpa")
+    packed, results = embeddings(decoder, FOREST.length).requires_grad_(), []
     for again in (False, True):
         if again:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
-        out = states(decoder, packed, position_ids=FOREST.positions, **decoders.of(FOREST, decoder))
-        found += torch.autograd.grad(out.square().sum(), packed)
-    assert found[0].equal(found[1])
+        out = states(decoder, packed, position_ids=FOREST.positions, **decoders.attention_kwargs(FOREST, decoder))
+        results += torch.autograd.grad(out.square().sum(), packed)
+    assert results[0].equal(results[1])
 
 
 def test_a_saved_model_does_not_know_of_it(tmp_path: Path) -> None:
     decoder = decoder_of("llava")
-    decoders.use(decoder, "sdpa")
+    decoders.install(decoder, "sdpa")
     decoder.save_pretrained(tmp_path)
     assert "mmalign" not in (tmp_path / "config.json").read_text()
 
@@ -177,13 +179,13 @@ def test_a_layer_that_does_not_take_the_forest_fails() -> None:
     decoder = decoder_of("llava")
     packed = embeddings(decoder, FOREST.length)
     with pytest.raises(ValueError, match="transformers' own attention"):
-        decoders.of(FOREST, decoder)
-    decoders.use(decoder, "sdpa")
-    given = decoders.of(FOREST, decoder)
+        decoders.attention_kwargs(FOREST, decoder)
+    decoders.install(decoder, "sdpa")
+    given = decoders.attention_kwargs(FOREST, decoder)
     decoder.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="must match"):
         states(decoder, packed, position_ids=FOREST.positions, **given)
-    decoders.use(decoder, "sdpa")
+    decoders.install(decoder, "sdpa")
     del given["mmalign_forest"]
     with pytest.raises(RuntimeError, match="must match"):
         states(decoder, packed, position_ids=FOREST.positions, **given)

@@ -11,7 +11,7 @@ import torch
 from diffusers.models import attention_processor
 from torch import Tensor, nn
 
-from mmalign.attention import EXECUTORS, denoisers
+from mmalign.attention import BACKENDS, denoisers
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading
@@ -26,18 +26,18 @@ SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
 @pytest.fixture(params=[*UNETS, *flow_models.BUILDERS])
 def family(request: pytest.FixtureRequest, flow_folders: Folders) -> TextToImage:
     name = request.param
-    found = load_diffusion(request.getfixturevalue(name) if name in UNETS else flow_folders(name))
+    result = load_diffusion(request.getfixturevalue(name) if name in UNETS else flow_folders(name))
     torch.manual_seed(1)
-    for weight in found.network.parameters():  # none begins at zero, where its layer would not matter
+    for weight in result.network.parameters():  # none begins at zero, where its layer would not matter
         weight.data.add_(0.05 * torch.randn_like(weight))
-    return found
+    return result
 
 
 class Counting:
     """An executor that counts how often it is asked."""
 
     def __init__(self, name: str) -> None:
-        self.run, self.calls = EXECUTORS[name], 0
+        self.run, self.calls = BACKENDS[name], 0
 
     def __call__(self, *args: Any, **more: Any) -> Tensor:
         self.calls += 1
@@ -64,28 +64,28 @@ def answer(family: TextToImage, net: nn.Module) -> tuple[Tensor, Tensor]:
 def test_every_family_is_what_it_was(family: TextToImage, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, grad = answer(family, family.network)
     counting = Counting(name)
-    monkeypatch.setitem(EXECUTORS, name, counting)
-    denoisers.use(family.network, name)
-    ours, our_grad = answer(family, family.network)
+    monkeypatch.setitem(BACKENDS, name, counting)
+    denoisers.install(family.network, name)
+    actual, our_grad = answer(family, family.network)
     assert counting.calls == len(softmax_attention(family.network))
-    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
+    torch.testing.assert_close(actual, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
     assert (our_grad - grad).norm() < 1e-5 * grad.norm()
 
 
 def softmax_attention(net: nn.Module) -> list[nn.Module]:
     """The modules that attend, but for Sana's linear attention."""
     linear = "SanaLinearAttnProcessor2_0"
-    found = [m for m in net.modules() if type(m).__name__.endswith("Attention")]
-    return [m for m in found if type(getattr(m, "processor", None)).__name__ != linear]
+    result = [m for m in net.modules() if type(m).__name__.endswith("Attention")]
+    return [m for m in result if type(getattr(m, "processor", None)).__name__ != linear]
 
 
 def test_a_copy_attends_as_its_original(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = load_diffusion(tiny_sd15)
-    assert denoisers.used(family.network) is None
-    denoisers.use(family.network, "dense")
-    monkeypatch.setitem(EXECUTORS, "dense", counting := Counting("dense"))
+    assert denoisers.installed(family.network) is None
+    denoisers.install(family.network, "dense")
+    monkeypatch.setitem(BACKENDS, "dense", counting := Counting("dense"))
     twin = family.frozen_copy()
-    assert denoisers.used(twin) == "dense"
+    assert denoisers.installed(twin) == "dense"
     family.predict(twin, *given(family))
     assert counting.calls == len(softmax_attention(twin))
 
@@ -95,28 +95,28 @@ def test_a_trained_model_attends_as_its_base(
     builder: str, flow_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = load_diffusion(flow_folders(builder))
-    denoisers.use(family.network, "dense")
+    denoisers.install(family.network, "dense")
     family.save(tmp_path / "model", family.network)
-    monkeypatch.setitem(EXECUTORS, "dense", counting := Counting("dense"))
+    monkeypatch.setitem(BACKENDS, "dense", counting := Counting("dense"))
     net = family.load_trained(tmp_path / "model")
     assert net is not family.network
     family.predict(net, *given(family))
     assert counting.calls == len(softmax_attention(net))
-    assert denoisers.used(net) == "dense"
+    assert denoisers.installed(net) == "dense"
 
 
 def test_adapters_learn_as_before(tiny_sdxl: Path) -> None:
-    found = []
+    results = []
     for executor in (None, "dense"):
         family = load_diffusion(tiny_sdxl)
-        family.add_lora(rank=2, alpha=2.0, targets=family.usual_targets, seed=0)
+        family.add_lora(rank=2, alpha=2.0, targets=family.default_lora_targets, seed=0)
         if executor is not None:
-            denoisers.use(family.network, executor)
+            denoisers.install(family.network, executor)
         weights = [p for p in family.network.parameters() if p.requires_grad]
         out = family.predict(family.network, *given(family))
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), weights)]))
-    assert found[0].abs().max() > 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+        results.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), weights)]))
+    assert results[0].abs().max() > 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
 def test_half_precision_is_that_of_autocast(flow_folders: Folders) -> None:
@@ -125,9 +125,9 @@ def test_half_precision_is_that_of_autocast(flow_folders: Folders) -> None:
     x_t, t, cond = given(family)
     with torch.no_grad():
         stock = family.predict(family.network, x_t, t, cond)
-        denoisers.use(family.network, "dense")
-        ours = family.predict(family.network, x_t, t, cond)
-    torch.testing.assert_close(ours.float(), stock.float(), rtol=0.05, atol=0.05)  # of bfloat16's 8 bits
+        denoisers.install(family.network, "dense")
+        actual = family.predict(family.network, x_t, t, cond)
+    torch.testing.assert_close(actual.float(), stock.float(), rtol=0.05, atol=0.05)  # of bfloat16's 8 bits
 
 
 def test_heads_are_measured(family: TextToImage) -> None:
@@ -148,12 +148,12 @@ def test_attention_that_is_not_known_is_an_error_that_names_it(tiny_sd15: Path) 
     place = "mid_block.attentions.0.transformer_blocks.0.attn1"
     net.get_submodule(place).set_processor(attention_processor.AttnProcessor())
     with pytest.raises(ValueError, match=rf"{place} \(Attention with AttnProcessor\) and 0 more are of kinds"):
-        denoisers.use(net, "dense")
+        denoisers.install(net, "dense")
     with pytest.raises(ValueError, match=r"odd \(Odd with object\) and 0 more"):
-        denoisers.use(nn.ModuleDict({"odd": Odd()}), "dense")
+        denoisers.install(nn.ModuleDict({"odd": Odd()}), "dense")
     with pytest.raises(
         ValueError, match="own of this ModuleDict is a MultiheadAttention, which computes attention in a way of its own"
     ):
-        denoisers.use(nn.ModuleDict({"own": nn.MultiheadAttention(8, 2)}), "dense")
+        denoisers.install(nn.ModuleDict({"own": nn.MultiheadAttention(8, 2)}), "dense")
     with pytest.raises(ValueError, match="this Linear: it has no attention; use sdpa"):
-        denoisers.use(nn.Linear(2, 2), "dense")
+        denoisers.install(nn.Linear(2, 2), "dense")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.attention import EXECUTORS, Executor, Forest, Tree
-from mmalign.attention.executors import by_groups
-from mmalign.attention.forest import Group, Pick
+from mmalign.attention import BACKENDS, Backend, PackedPrefixMask, PrefixGroup
+from mmalign.attention.executors import attend_by_group
+from mmalign.attention.forest import BlockGroup, RangeGather
 
-SMALL = Forest((Tree(2, (1, 2)), Tree(1, (1,))))
+SMALL = PackedPrefixMask((PrefixGroup(2, (1, 2)), PrefixGroup(1, (1,))))
 # Rows of the hand-written masks: a letter for each token that is seen.
 LETTERS = "PQaxyRb"  # the first tree's prefix PQ, its branches a and xy; the second's R and b
 CAUSAL = ["P", "PQ", "PQa", "PQx", "PQxy", "R", "Rb"]
@@ -23,30 +23,30 @@ def by_hand(rows: list[str]) -> Tensor:
     return torch.tensor([[letter in row for letter in LETTERS] for row in rows])
 
 
-def random_forest(seed: int) -> Forest:
+def random_forest(seed: int) -> PackedPrefixMask:
     """One to four trees of up to 20 tokens a part, with and without prefixes that see both ways."""
     draw = random.Random(seed)
 
-    def tree() -> Tree:
+    def tree() -> PrefixGroup:
         branches = tuple(draw.randint(1, 20) for _ in range(draw.randint(1, 4)))
-        return Tree(draw.randint(1, 20), branches, both_ways=draw.random() < 0.4)
+        return PrefixGroup(draw.randint(1, 20), branches, bidirectional_prefix=draw.random() < 0.4)
 
-    return Forest(tuple(tree() for _ in range(draw.randint(1, 4))))
+    return PackedPrefixMask(tuple(tree() for _ in range(draw.randint(1, 4))))
 
 
-def by_definition(forest: Forest) -> Tensor:
+def by_definition(packed_mask: PackedPrefixMask) -> Tensor:
     """The mask token by token: of the same tree, in the prefix or in the same branch, and not later."""
     tokens = [
         (number, branch, place)
-        for number, tree in enumerate(forest.trees)
-        for branch, length in [(-1, tree.prefix), *enumerate(tree.branches)]
+        for number, group in enumerate(packed_mask.prefix_groups)
+        for branch, length in [(-1, group.prefix), *enumerate(group.branches)]
         for place in range(length)
     ]
 
     def sees(query: tuple[int, int, int], key: tuple[int, int, int]) -> bool:
         if query[0] != key[0] or key[1] not in (-1, query[1]):
             return False
-        free = forest.trees[query[0]].both_ways and query[1] == -1
+        free = packed_mask.prefix_groups[query[0]].bidirectional_prefix and query[1] == -1
         return key[1] != query[1] or free or key[2] <= query[2]
 
     return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
@@ -57,20 +57,20 @@ def test_a_small_row_by_hand() -> None:
     assert SMALL.longest == 4
     assert SMALL.visible.equal(by_hand(CAUSAL))
     assert SMALL.positions.tolist() == [[0, 1, 2, 2, 3, 0, 1]]
-    assert SMALL.said.tolist() == [2, 3, 4, 6]
-    assert SMALL.before.tolist() == [1, 1, 3, 5]  # a and x are said after Q, y after x, b after R
+    assert SMALL.target_positions.tolist() == [2, 3, 4, 6]
+    assert SMALL.predictor_positions.tolist() == [1, 1, 3, 5]  # a and x are said after Q, y after x, b after R
 
 
 def test_a_prefix_that_sees_both_ways_by_hand() -> None:
-    forest = Forest((Tree(2, (1, 2), both_ways=True), Tree(1, (1,))))
-    assert forest.visible.equal(by_hand(["PQ", "PQ", *CAUSAL[2:]]))
+    packed_mask = PackedPrefixMask((PrefixGroup(2, (1, 2), bidirectional_prefix=True), PrefixGroup(1, (1,))))
+    assert packed_mask.visible.equal(by_hand(["PQ", "PQ", *CAUSAL[2:]]))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_mask_is_its_definition(seed: int) -> None:
-    forest = random_forest(seed)
-    assert forest.visible.equal(by_definition(forest))
-    assert sum(block.num_queries for block in forest.blocks) == forest.length
+    packed_mask = random_forest(seed)
+    assert packed_mask.visible.equal(by_definition(packed_mask))
+    assert sum(block.num_queries for block in packed_mask.blocks) == packed_mask.length
 
 
 def test_rows_are_joined_and_split_again() -> None:
@@ -84,7 +84,13 @@ def test_rows_are_joined_and_split_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: Tree(0, (1,)), lambda: Tree(1, ()), lambda: Tree(1, (2, 0)), lambda: Forest(())]
+    "wrong",
+    [
+        lambda: PrefixGroup(0, (1,)),
+        lambda: PrefixGroup(1, ()),
+        lambda: PrefixGroup(1, (2, 0)),
+        lambda: PackedPrefixMask(()),
+    ],
 )
 def test_what_is_no_row_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="at least one"):
@@ -97,27 +103,31 @@ def test_rows_of_another_forest_are_refused() -> None:
     q = torch.zeros(2, 7, 1, 8)
     for name in ("sdpa", "dense"):
         with pytest.raises(ValueError, match="a forest of 7 tokens is one row of as many, got 2 of 7"):
-            EXECUTORS[name](q, q, q, SMALL)
+            BACKENDS[name](q, q, q, SMALL)
 
 
 def run(
-    executor: Executor, forest: Forest, heads: int = 4, key_heads: int = 2, dtype: torch.dtype = torch.float64
+    executor: Backend,
+    packed_mask: PackedPrefixMask,
+    heads: int = 4,
+    key_heads: int = 2,
+    dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     """The result and the gradients to queries, keys and values, at random values."""
     draw = torch.Generator().manual_seed(1)
     q, k, v, weight = (
-        torch.randn(1, forest.length, number, 8, generator=draw, dtype=dtype)
+        torch.randn(1, packed_mask.length, number, 8, generator=draw, dtype=dtype)
         for number in (heads, key_heads, key_heads, heads)
     )
     given = [x.requires_grad_() for x in (q, k, v)]
-    out = executor(*given, forest)
+    out = executor(*given, packed_mask)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), given)]
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, causal: bool = False, scale: Any = None) -> Tensor:
     """What xformers is given, blocks side by side over keys laid out anew, computed by the reference."""
 
-    def one(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def one(group: BlockGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
         row = column = 0
         for queries, keys in zip(group.num_queries, group.num_keys, strict=True):
@@ -125,45 +135,45 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, causal: bool =
             block = full.tril(keys - queries) if group.causal else full
             seen[row : row + queries, column : column + keys] = block
             row, column = row + queries, column + keys
-        return EXECUTORS["dense"](q, k, v, seen, scale=scale)
+        return BACKENDS["dense"](q, k, v, seen, scale=scale)
 
-    return by_groups(one, q, k, v, mask)
+    return attend_by_group(one, q, k, v, mask)
 
 
 # float64: executors add the same numbers in another order.
-@pytest.mark.parametrize("executor", [EXECUTORS["sdpa"], grouped], ids=["sdpa", "grouped"])
+@pytest.mark.parametrize("executor", [BACKENDS["sdpa"], grouped], ids=["sdpa", "grouped"])
 @pytest.mark.parametrize("seed", range(12))
-def test_executors_agree_with_the_reference(executor: Executor, seed: int) -> None:
-    forest = random_forest(seed)
-    for ours, plain in zip(run(executor, forest), run(EXECUTORS["dense"], forest), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
+def test_executors_agree_with_the_reference(executor: Backend, seed: int) -> None:
+    packed_mask = random_forest(seed)
+    for actual, plain in zip(run(executor, packed_mask), run(BACKENDS["dense"], packed_mask), strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "dense"])
 def test_a_packed_row_is_its_rows_apart(name: str) -> None:
-    forest = random_forest(5)
-    q, k, v = (torch.randn(1, forest.length, 2, 8, dtype=torch.float64) for _ in range(3))
-    packed = forest.split(EXECUTORS[name](q, k, v, forest), dim=1)
-    apart = zip(*(forest.split(x, dim=1) for x in (q, k, v)), strict=True)
-    trees = [tree for tree in forest.trees for _ in tree.branches]
-    for ours, row, tree in zip(packed, apart, trees, strict=True):
+    packed_mask = random_forest(5)
+    q, k, v = (torch.randn(1, packed_mask.length, 2, 8, dtype=torch.float64) for _ in range(3))
+    packed = packed_mask.split(BACKENDS[name](q, k, v, packed_mask), dim=1)
+    apart = zip(*(packed_mask.split(x, dim=1) for x in (q, k, v)), strict=True)
+    trees = [group for group in packed_mask.prefix_groups for _ in group.branches]
+    for actual, row, group in zip(packed, apart, trees, strict=True):
         seen = torch.ones(row[0].shape[1], row[0].shape[1], dtype=torch.bool).tril()
-        if tree.both_ways:
-            seen[: tree.prefix, : tree.prefix] = True
-        torch.testing.assert_close(ours, EXECUTORS["dense"](*row, seen), rtol=1e-11, atol=1e-12)
+        if group.bidirectional_prefix:
+            seen[: group.prefix, : group.prefix] = True
+        torch.testing.assert_close(actual, BACKENDS["dense"](*row, seen), rtol=1e-11, atol=1e-12)
 
 
 def test_another_mask_than_the_forest_is_noticed() -> None:
-    forest = Forest((Tree(3, (2, 2)),))
+    packed_mask = PackedPrefixMask((PrefixGroup(3, (2, 2)),))
     wrong = torch.ones(7, 7, dtype=torch.bool).tril()  # the second branch sees the first
     q = torch.randn(1, 7, 2, 8, dtype=torch.float64)
-    ours, other = EXECUTORS["sdpa"](q, q, q, forest), EXECUTORS["dense"](q, q, q, wrong)
-    torch.testing.assert_close(ours[:, :5], other[:, :5])
-    assert (ours[:, 5:] - other[:, 5:]).abs().max() > 0.01
+    actual, other = BACKENDS["sdpa"](q, q, q, packed_mask), BACKENDS["dense"](q, q, q, wrong)
+    torch.testing.assert_close(actual[:, :5], other[:, :5])
+    assert (actual[:, 5:] - other[:, 5:]).abs().max() > 0.01
 
 
 def test_gradients_go_back_through_a_pick_in_their_own_order() -> None:
-    pick = Pick([(0, 3), (1, 2), (0, 2), (4, 5)], 5, torch.device("cpu"))  # tokens 0 1 2 1 0 1 4
+    pick = RangeGather([(0, 3), (1, 2), (0, 2), (4, 5)], 5, torch.device("cpu"))  # tokens 0 1 2 1 0 1 4
     x = torch.arange(5.0)[None, :, None].requires_grad_()
     assert pick(x).flatten().tolist() == [0, 1, 2, 1, 0, 1, 4]
     (back,) = torch.autograd.grad(pick(x), x, torch.tensor([1.0, 2, 4, 8, 16, 32, 64])[None, :, None])
@@ -172,12 +182,12 @@ def test_gradients_go_back_through_a_pick_in_their_own_order() -> None:
 
 @pytest.mark.parametrize("take", [True, False])
 def test_a_pick_has_right_gradients(take: bool) -> None:
-    pick = Pick([(1, 3), (0, 2)], 4, torch.device("cpu"))
+    pick = RangeGather([(1, 3), (0, 2)], 4, torch.device("cpu"))
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(pick if take else pick.put, (x,))
 
 
 def test_a_row_in_order_is_not_copied() -> None:
     x = torch.randn(1, 5, 2)
-    pick = Pick([(0, 3), (3, 5)], 5, torch.device("cpu"))
+    pick = RangeGather([(0, 3), (3, 5)], 5, torch.device("cpu"))
     assert pick(x) is x

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmalign.attention import choice, decoders, kernels
-from mmalign.attention.choice import Choice, check, choose
+from mmalign.attention.choice import SelectedBackend, check, select_backend
 from tests.helpers.vlm_models import BUILDERS
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -39,13 +39,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
             (tmp_path / "xformers" / name).write_text(content)
 
     own = {name: sys.modules.pop(name) for name in loaded()}
-    kernels._not_usable.cache_clear()
+    kernels._unusable_reason.cache_clear()
     monkeypatch.syspath_prepend(tmp_path)
     yield write
     for name in loaded():
         del sys.modules[name]
     sys.modules.update(own)
-    kernels._not_usable.cache_clear()
+    kernels._unusable_reason.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     ],
 )
 def test_what_no_kernel_is_for_is_named(device: torch.device, dtype: torch.dtype, heads: set[int], why: str) -> None:
-    assert kernels.why_not(device, dtype, frozenset(heads)).startswith(why)
-    assert choose("auto", device, dtype, frozenset(heads)).executor == "sdpa"
+    assert kernels.unsupported_reason(device, dtype, frozenset(heads)).startswith(why)
+    assert select_backend("auto", device, dtype, frozenset(heads)).backend == "sdpa"
     with pytest.raises(ValueError, match=f"^train.attention: xformers cannot serve: {why}.*; use auto or sdpa$"):
-        choose("xformers", device, dtype, frozenset(heads))
+        select_backend("xformers", device, dtype, frozenset(heads))
 
 
 def test_a_package_that_is_whole_is_used(package: Callable[[dict[str, str]], None]) -> None:
     package(WHOLE)
-    assert kernels.why_not_here(CUDA, torch.bfloat16) == ""
+    assert kernels.platform_unsupported_reason(CUDA, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(
@@ -91,23 +91,25 @@ def test_a_broken_package_is_named(
     package: Callable[[dict[str, str]], None], changed: dict[str, str], why: str
 ) -> None:
     package({**WHOLE, **changed})
-    assert kernels.why_not_here(CUDA, torch.bfloat16).startswith(why)
+    assert kernels.platform_unsupported_reason(CUDA, torch.bfloat16).startswith(why)
     with pytest.raises(ValueError, match="cannot serve"):
         check("xformers", CUDA, torch.bfloat16)
     check("auto", CUDA, torch.bfloat16)
-    assert "cannot serve" in str(choose("auto", CUDA, torch.bfloat16, HEADS))
+    assert "cannot serve" in str(select_backend("auto", CUDA, torch.bfloat16, HEADS))
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels._not_usable.cache_clear()
+    kernels._unusable_reason.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert kernels.why_not_here(CUDA, torch.float16) == "it is not installed (pip install 'mmalign[cuda]')"
-    kernels._not_usable.cache_clear()
+    assert (
+        kernels.platform_unsupported_reason(CUDA, torch.float16) == "it is not installed (pip install 'mmalign[cuda]')"
+    )
+    kernels._unusable_reason.cache_clear()
 
 
 def test_a_flag_that_another_cuda_has_left_wrong_is_mended(package: Callable[[dict[str, str]], None]) -> None:
     package({**WHOLE, "ops/fmha/common.py": "_built_with_cuda = False"})
-    assert kernels.why_not_here(CUDA, torch.bfloat16) == ""
+    assert kernels.platform_unsupported_reason(CUDA, torch.bfloat16) is None
     assert sys.modules["xformers.ops.fmha.common"].__dict__["_built_with_cuda"] is True
 
 
@@ -126,7 +128,7 @@ def test_the_runtime_of_cuda_12_is_loaded_beside_a_newer_one(
     loaded: list[tuple[str, int]] = []
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: loaded.append((name, mode)))
-    assert kernels.why_not_here(CUDA, torch.bfloat16) == ""
+    assert kernels.platform_unsupported_reason(CUDA, torch.bfloat16) is None
     assert loaded == ([(str(file), ctypes.RTLD_GLOBAL)] if loads else [])
 
 
@@ -134,10 +136,13 @@ def test_an_operator_that_fails_is_named(
     package: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(WHOLE)
-    kernels._not_working.cache_clear()
+    kernels._failure_reason.cache_clear()
     monkeypatch.setattr(torch, "ones", lambda *shape, **more: broken())
-    assert kernels.why_not(CUDA, torch.bfloat16, HEADS) == "it was tried and failed (RuntimeError: no kernel image)"
-    kernels._not_working.cache_clear()
+    assert (
+        kernels.unsupported_reason(CUDA, torch.bfloat16, HEADS)
+        == "it was tried and failed (RuntimeError: no kernel image)"
+    )
+    kernels._failure_reason.cache_clear()
 
 
 def broken() -> None:
@@ -145,20 +150,25 @@ def broken() -> None:
 
 
 def test_what_is_chosen_is_said() -> None:
-    assert str(choose("sdpa", CUDA, torch.float64, frozenset({7}))) == "attention: sdpa"
-    assert str(Choice("xformers")) == "attention: xformers"
-    on_cpu = choose("auto", CPU, torch.float32, HEADS)
+    assert str(select_backend("sdpa", CUDA, torch.float64, frozenset({7}))) == "attention: sdpa"
+    assert str(SelectedBackend("xformers")) == "attention: xformers"
+    on_cpu = select_backend("auto", CPU, torch.float32, HEADS)
     assert str(on_cpu) == "attention: sdpa, since xformers cannot serve: it has no kernels for a CPU"
 
 
 def test_a_model_that_no_kernel_serves_gets_sdpa_and_is_refused_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attention would fail in the first update, on a device where everything else is well."""
-    monkeypatch.setattr(choice, "why_not", lambda *_: "")
+    monkeypatch.setattr(choice, "unsupported_reason", lambda *_: None)
     decoder = BUILDERS["llava"]()[0].get_decoder()
-    assert decoders.why_not_xformers(decoder) == ""
-    assert choose("auto", CUDA, torch.bfloat16, HEADS, decoders.why_not_xformers(decoder)).executor == "xformers"
+    assert decoders.xformers_unsupported_reason(decoder) is None
+    assert (
+        select_backend("auto", CUDA, torch.bfloat16, HEADS, decoders.xformers_unsupported_reason(decoder)).backend
+        == "xformers"
+    )
     decoder.config.attn_logit_softcapping = 50.0
-    why = decoders.why_not_xformers(decoder)
-    assert choose("auto", CUDA, torch.bfloat16, HEADS, why) == Choice("sdpa", why) and "soft cap" in why
+    why = decoders.xformers_unsupported_reason(decoder)
+    assert (
+        select_backend("auto", CUDA, torch.bfloat16, HEADS, why) == SelectedBackend("sdpa", why) and "soft cap" in why
+    )
     with pytest.raises(ValueError, match="cannot serve: the model's attention has a soft cap"):
-        choose("xformers", CUDA, torch.bfloat16, HEADS, why)
+        select_backend("xformers", CUDA, torch.bfloat16, HEADS, why)

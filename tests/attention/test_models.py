@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.attention import Forest, Tree, decoders
+from mmalign.attention import PackedPrefixMask, PrefixGroup, decoders
 from mmalign.families.types import ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.language.chat import Turn
@@ -26,32 +26,37 @@ SAID = [["There is a red cube.", "No, there is no dog.", "Yes."], ["A cat and a 
 @pytest.mark.parametrize("executor", ["sdpa", "dense"])
 def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders(name))
-    reader, model = family.reader, family.network.model
-    views = {key: reader.view(PICTURES[key]) for key in ("wide", "square")}
+    reader, model = family.processor, family.network.model
+    views = {key: reader.preprocess_image(PICTURES[key]) for key in ("wide", "square")}
     features = family.encode_images(views)
-    samples = [reader.rows(ASKED, said, [(key, views[key])]) for key, said in zip(views, SAID, strict=True)]
-    rows = [reader.batch([row]) for sample in samples for row in sample]
+    samples = [
+        reader.tokenize_responses(ASKED, responses, [(key, views[key])])
+        for key, responses in zip(views, SAID, strict=True)
+    ]
+    rows = [reader.collate([row]) for sample in samples for row in sample]
     apart = [states(model, family._inputs(row, features)[1]) for row in rows]
-    both_ways = reader.facts.prefix_attention
-    forest = Forest(tuple(Tree(rows[0].start, tuple(len(row.response) for row in rows), both_ways) for rows in samples))
+    both_ways = reader.quirks.prefix_attention
+    packed_mask = PackedPrefixMask(
+        tuple(PrefixGroup(rows[0].start, tuple(len(row.response) for row in rows), both_ways) for rows in samples)
+    )
 
-    decoders.use(model.get_decoder(), executor)
-    ids, is_response = (forest.join([getattr(row, key) for row in rows]) for key in ("ids", "is_response"))
+    decoders.install(model.get_decoder(), executor)
+    ids, is_response = (packed_mask.join([getattr(row, key) for row in rows]) for key in ("ids", "is_response"))
     images = [features.images[key] for key in views]
-    inputs = decoder_inputs(model, reader.facts, ids, torch.ones_like(ids), is_response, images)
-    inputs |= {"position_ids": forest.join([positions(family, row, features) for row in rows])}
-    inputs |= decoders.of(forest, model.get_decoder())
-    ours = states(model, inputs)
-    for one, other in zip(forest.split(ours, dim=1), apart, strict=True):
+    inputs = decoder_inputs(model, reader.quirks, ids, torch.ones_like(ids), is_response, images)
+    inputs |= {"position_ids": packed_mask.join([positions(family, row, features) for row in rows])}
+    inputs |= decoders.attention_kwargs(packed_mask, model.get_decoder())
+    actual = states(model, inputs)
+    for one, other in zip(packed_mask.split(actual, dim=1), apart, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # float32, in another order
     said = torch.cat([row.responses[0] for row in rows])
-    assert ids[0, forest.said].equal(said)
+    assert ids[0, packed_mask.target_positions].equal(said)
 
 
 def states(model: Any, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    return found
+        result: Tensor = model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    return result
 
 
 def positions(family: Any, row: Tokens, features: ImageFeatures) -> Tensor:

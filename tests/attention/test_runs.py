@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmalign.attention.choice import Choice
+from mmalign.attention.choice import SelectedBackend
 from mmalign.commands.evaluate import evaluate
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
@@ -47,12 +47,12 @@ def run(content: dict[str, Any], *overrides: str) -> tuple[list[str], dict[str, 
 
 
 def test_who_computes_is_said_once_and_changes_no_number_here(content: dict[str, Any], tmp_path: Path) -> None:
-    found = {}
+    result = {}
     for wanted in ("auto", "sdpa"):
-        lines, found[wanted] = run(content, f"train.attention={wanted}", f"output={tmp_path / wanted}")
+        lines, result[wanted] = run(content, f"train.attention={wanted}", f"output={tmp_path / wanted}")
         why = ", since xformers cannot serve: it has no kernels for a CPU" if wanted == "auto" else ""
         assert [line for line in lines if line.startswith("attention")] == [f"attention: sdpa{why}"]
-    assert all(found["auto"][name].equal(weight) for name, weight in found["sdpa"].items())
+    assert all(result["auto"][name].equal(weight) for name, weight in result["sdpa"].items())
 
 
 def test_a_run_by_the_reference_learns_the_same(
@@ -61,11 +61,11 @@ def test_a_run_by_the_reference_learns_the_same(
     """What xformers' place in a run is, taken by the plain reference: policy, reference and their gradients."""
     _, stock = run(content)
     for family in ("diffusion.pipeline", "vlm.model"):
-        monkeypatch.setattr(f"mmalign.families.{family}.choose", lambda *_: Choice("dense"))
-    lines, ours = run(content, f"output={tmp_path / 'reference'}")
+        monkeypatch.setattr(f"mmalign.families.{family}.choose", lambda *_: SelectedBackend("dense"))
+    lines, policy_scores = run(content, f"output={tmp_path / 'reference'}")
     assert "attention: dense" in lines
     for name, weight in stock.items():  # AdamW divides by gradients, of which some are nothing but rounding
-        assert (ours[name] - weight).abs().mean() < 0.05 * STEPS * 1e-3, name
+        assert (policy_scores[name] - weight).abs().mean() < 0.05 * STEPS * 1e-3, name
 
 
 def test_what_cannot_serve_is_refused_before_a_model_is_loaded(
@@ -76,7 +76,11 @@ def test_what_cannot_serve_is_refused_before_a_model_is_loaded(
     says = r"train.attention: xformers cannot serve: it has no kernels for a CPU; use auto or sdpa"
     for command in (train, evaluate):
         with pytest.raises(ValueError, match=says):
-            command(load_recipe({**recipe.model_dump(), "evaluate": {"benchmark": "implicit"}}, ["data.hold_out=0.5"]))
+            command(
+                load_recipe(
+                    {**recipe.model_dump(), "evaluate": {"benchmark": "implicit"}}, ["data.validation_fraction=0.5"]
+                )
+            )
 
 
 def test_a_value_that_is_none_is_corrected(content: dict[str, Any]) -> None:
@@ -92,11 +96,11 @@ def test_a_judge_s_frozen_model_computes_as_it_is_told(
     from mmalign.attention import denoisers
     from mmalign.families import step_judge
 
-    monkeypatch.setattr("mmalign.families.diffusion.pipeline.choose", lambda *_: Choice("dense"))
+    monkeypatch.setattr("mmalign.families.diffusion.pipeline.select_backend", lambda *_: SelectedBackend("dense"))
     frozen = load_diffusion(tiny_sd15)
     judge = step_judge.load(str(tiny_clip), frozen, Loading(torch.device("cpu")))
-    assert judge.use_attention("auto").executor == "dense"
-    assert denoisers.used(frozen.network) == "dense"
+    assert judge.use_attention("auto").backend == "dense"
+    assert denoisers.installed(frozen.network) == "dense"
 
 
 def test_a_trained_decoder_computes_as_its_base(
@@ -104,13 +108,13 @@ def test_a_trained_decoder_computes_as_its_base(
 ) -> None:
     from mmalign.attention import decoders
 
-    monkeypatch.setattr("mmalign.families.vlm.model.choose", lambda *_: Choice("dense"))
+    monkeypatch.setattr("mmalign.families.vlm.model.select_backend", lambda *_: SelectedBackend("dense"))
     family: Any = load_vlm(vlm_folders("llava"))
     tower = family.network.model.model.vision_tower
-    assert decoders.used(family.network.model.get_decoder()) == "sdpa"  # which knows of shared prompts
+    assert decoders.installed(family.network.model.get_decoder()) == "sdpa"  # which knows of shared prompts
     family.use_attention("auto")
     family.save(tmp_path, family.network)
     for net in (family.network, family.frozen_copy(), family.load_trained(tmp_path)):
-        assert decoders.used(net.model.get_decoder()) == "dense"
+        assert decoders.installed(net.model.get_decoder()) == "dense"
         assert net.model.model.vision_tower.config._attn_implementation == "sdpa"
     assert tower.config._attn_implementation == "sdpa"

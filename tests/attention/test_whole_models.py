@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.attention import EXECUTORS
+from mmalign.attention import BACKENDS
 from mmalign.attention.executors import Mask
 from tests.helpers import attention_models
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float | None = None, **more: Any) -> Tensor:
     """Wrong: logits of 1.1 times their size."""
     right = q.shape[-1] ** -0.5 if scale is None else scale
-    return EXECUTORS["sdpa"](q, k, v, mask, scale=1.1 * right, **more)
+    return BACKENDS["sdpa"](q, k, v, mask, scale=1.1 * right, **more)
 
 
 @pytest.mark.parametrize("dtype", list(attention_models.APART))
@@ -27,7 +27,7 @@ def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float |
 def test_a_model_says_and_learns_the_same_by_every_executor(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(EXECUTORS, "hotter", hotter)
+    monkeypatch.setitem(BACKENDS, "hotter", hotter)
     right, wrong = attention_models.compare(name, CPU, dtype, tmp_path, ("sdpa", "dense", "hotter"))
     values, gradient = attention_models.APART[dtype]
     assert attention_models.near(right, (values, gradient)), right

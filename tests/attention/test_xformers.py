@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.attention import EXECUTORS, Forest, Tree, kernels
+from mmalign.attention import BACKENDS, PackedPrefixMask, PrefixGroup, kernels
 
 pytest.importorskip("xformers", reason="xformers is not installed: pip install 'mmalign[cuda]'")
-if why := kernels._not_usable():
+if why := kernels._unusable_reason():
     pytest.skip(f"xformers cannot be used: {why}", allow_module_level=True)
 
-CAUSAL = Forest((Tree(9, (4, 3, 6)), Tree(5, (2,))))
-MIXED = Forest((Tree(9, (4, 3)), Tree(5, (2, 8), both_ways=True)))
-ALONE = Forest((Tree(9, (4,)), Tree(5, (2,))))  # nothing is shared, and nothing laid out anew
+CAUSAL = PackedPrefixMask((PrefixGroup(9, (4, 3, 6)), PrefixGroup(5, (2,))))
+MIXED = PackedPrefixMask((PrefixGroup(9, (4, 3)), PrefixGroup(5, (2, 8), bidirectional_prefix=True)))
+ALONE = PackedPrefixMask((PrefixGroup(9, (4,)), PrefixGroup(5, (2,))))  # nothing is shared, and nothing laid out anew
 
 
 def own_reference(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None, scale: Any = None, op: Any = None) -> Tensor:
@@ -27,18 +27,20 @@ def own_reference(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None, scale:
     return out
 
 
-@pytest.mark.parametrize("forest", [CAUSAL, MIXED, ALONE])
-def test_xformers_reads_its_masks_as_we_mean_them(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed_mask", [CAUSAL, MIXED, ALONE])
+def test_xformers_reads_its_masks_as_we_mean_them(
+    packed_mask: PackedPrefixMask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("xformers.ops.memory_efficient_attention", own_reference)
-    found = []
+    result = []
     for name in ("xformers", "dense"):
         draw = torch.Generator().manual_seed(0)
-        q, k, v, weight = (torch.randn(1, forest.length, heads, 8, generator=draw) for heads in (4, 2, 2, 4))
+        q, k, v, weight = (torch.randn(1, packed_mask.length, heads, 8, generator=draw) for heads in (4, 2, 2, 4))
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = EXECUTORS[name](*inputs, forest, scale=0.4)
-        found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)])
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)  # float32
+        out = BACKENDS[name](*inputs, packed_mask, scale=0.4)
+        result.append([out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)])
+    for actual, plain in zip(*result, strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-6)  # float32
 
 
 def test_xformers_reads_other_masks_as_we_mean_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,9 +48,9 @@ def test_xformers_reads_other_masks_as_we_mean_them(monkeypatch: pytest.MonkeyPa
     q, k, v = (torch.randn(2, length, 4, 8) for length in (5, 7, 7))
     seen = torch.rand(2, 1, 1, 7) < 0.7
     for mask in (None, seen, torch.randn(2, 4, 5, 7)):
-        torch.testing.assert_close(EXECUTORS["xformers"](q, k, v, mask), EXECUTORS["dense"](q, k, v, mask))
-    ours, plain = (EXECUTORS[name](q, k[:, :5], v[:, :5], causal=True) for name in ("xformers", "dense"))
-    torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(BACKENDS["xformers"](q, k, v, mask), BACKENDS["dense"](q, k, v, mask))
+    actual, plain = (BACKENDS[name](q, k[:, :5], v[:, :5], causal=True) for name in ("xformers", "dense"))
+    torch.testing.assert_close(actual, plain)
 
 
 class Taken:
@@ -83,10 +85,10 @@ def test_every_mask_has_a_kernel_with_gradients(
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: ordered)
     text = torch.ones(1, 1, 1, 77, dtype=torch.bool)  # 77 is no multiple of 8
     for mask in (CAUSAL, MIXED, ALONE, text, None):
-        length = mask.length if isinstance(mask, Forest) else 16
+        length = mask.length if isinstance(mask, PackedPrefixMask) else 16
         q = torch.zeros(1, length, 4, size, dtype=dtype)
         k = torch.zeros(1, 77 if mask is text else length, 2, size, dtype=dtype)
-        EXECUTORS["xformers"](q, k, k, mask)
+        BACKENDS["xformers"](q, k, k, mask)
         assert all("cutlass" in names for names in taken.calls), (mask, taken.calls)
         if mask is not text and dtype != torch.float32 and not ordered:
             assert all("flash" in names for names in taken.calls), (mask, taken.calls)

@@ -46,25 +46,25 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Path:
     """A folder of broken things."""
-    here = tmp_path_factory.mktemp("world")
-    table = pq.read_table(data_files.pick_a_pic(here / "good.parquet"))
-    pq.write_table(table.slice(0, 0), here / "empty.parquet")
-    pq.write_table(table.drop_columns(["jpg_1"]), here / "lacking.parquet")
+    folder = tmp_path_factory.mktemp("world")
+    table = pq.read_table(data_files.pick_a_pic(folder / "good.parquet"))
+    pq.write_table(table.slice(0, 0), folder / "empty.parquet")
+    pq.write_table(table.drop_columns(["jpg_1"]), folder / "lacking.parquet")
     ties = [{**row, "label_0": 0.5, "label_1": 0.5} for row in table.to_pylist()]
-    pq.write_table(pa.Table.from_pylist(ties), here / "ties.parquet")
-    (here / "cut.parquet").write_bytes((here / "good.parquet").read_bytes()[:3000])
-    (here / "zero.parquet").touch()
-    (here / "lines.jsonl").write_text('{"prompt": "a fox", "chosen": "a.png"}\n')
-    (here / "comments.txt").write_text("# no prompt\n\n")
-    (here / "everyday.txt").write_text("a fox\n")
-    (here / "latin.txt").write_bytes("ein Fuchs mit Hüten".encode("latin-1"))
+    pq.write_table(pa.Table.from_pylist(ties), folder / "ties.parquet")
+    (folder / "cut.parquet").write_bytes((folder / "good.parquet").read_bytes()[:3000])
+    (folder / "zero.parquet").touch()
+    (folder / "lines.jsonl").write_text('{"prompt": "a fox", "chosen": "a.png"}\n')
+    (folder / "comments.txt").write_text("# no prompt\n\n")
+    (folder / "everyday.txt").write_text("a fox\n")
+    (folder / "latin.txt").write_bytes("ein Fuchs mit Hüten".encode("latin-1"))
     for name in ("no_index", "bad_index", "list_index", "cascade", "no_tokenizer", "no_unet"):
-        shutil.copytree(tiny_sd15, here / name)
-    (here / "no_index" / "model_index.json").unlink()
-    (here / "bad_index" / "model_index.json").write_text("{")
-    (here / "list_index" / "model_index.json").write_text("[]")
-    (here / "cascade" / "model_index.json").write_text('{"_class_name": "StableCascadeCombinedPipeline"}')
-    shutil.rmtree(here / "no_unet" / "unet")
-    for path in (here / "no_tokenizer" / "tokenizer").iterdir():
+        shutil.copytree(tiny_sd15, folder / name)
+    (folder / "no_index" / "model_index.json").unlink()
+    (folder / "bad_index" / "model_index.json").write_text("{")
+    (folder / "list_index" / "model_index.json").write_text("[]")
+    (folder / "cascade" / "model_index.json").write_text('{"_class_name": "StableCascadeCombinedPipeline"}')
+    shutil.rmtree(folder / "no_unet" / "unet")
+    for path in (folder / "no_tokenizer" / "tokenizer").iterdir():
         path.unlink()
-    return here
+    return folder

@@ -16,7 +16,7 @@ QUESTION = {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "labe
 @pytest.fixture
 def content(vlm_folders: Folders, tmp_path: Path) -> Content:
     rows = data_files.response_pairs(tmp_path / "rows")
-    evaluate = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
+    evaluate = {"benchmark": "crowds", "num_images": 3, "decoding": DECODING}
     return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
 
 
@@ -29,29 +29,29 @@ def trained(content: Content, mmalign: Commands) -> Content:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """Images with questions, annotations and answers, and broken ones of each."""
-    here = tmp_path / "files"
-    here.mkdir()
+    folder = tmp_path / "files"
+    folder.mkdir()
     for number in range(3):
-        (here / f"{number}.png").write_bytes(data_files.png(number))
+        (folder / f"{number}.png").write_bytes(data_files.png(number))
     asked = [{**QUESTION, "question_id": n + 1, "image": f"{n}.png"} for n in range(3)]
-    said = [{"question_id": n + 1, "image": f"{n}.png", "text": "Yes"} for n in range(3)]
+    responses = [{"question_id": n + 1, "image": f"{n}.png", "text": "Yes"} for n in range(3)]
     lines = {
         "questions": asked,
-        "answers": said,
+        "answers": responses,
         "renamed": [{"question_id": 1, "picture": "0.png", "text": "What?"}],
         "maybe": [{**QUESTION, "label": "maybe"}],
         "absent": [{**QUESTION, "image": "gone.png"}],
-        "fewer": said[:2],
-        "silent": [{**one, "text": ""} for one in said],
+        "fewer": responses[:2],
+        "silent": [{**one, "text": ""} for one in responses],
         "objects": [{"image": f"{n}.png", "objects": ["dog"]} for n in range(3)],
         "unknown": [{"image": "0.png", "objects": ["unicorn"]}],
         "elsewhere": [{"image": "9.png", "objects": ["dog"]}],
     }
     for name, records in lines.items():
-        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (here / "empty.jsonl").touch()
-    (here / "cut.jsonl").write_text('{"question_id": 1, "ima')
-    return here
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "empty.jsonl").touch()
+    (folder / "cut.jsonl").write_text('{"question_id": 1, "ima')
+    return folder
 
 
 def pope(**more: Any) -> Content:
@@ -63,17 +63,17 @@ def chair(**more: Any) -> Content:
 
 
 def filled(evaluate: Content, folder: Path) -> Content:
-    found: Content = json.loads(
+    results: Content = json.loads(
         json.dumps(evaluate).replace("F/", f"{folder}/").replace('"F"', json.dumps(str(folder)))
     )
-    return found
+    return results
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("command", ["evaluate", "gallery"])
 def test_evaluation_before_training(command: str, content: Content, mmalign: Commands) -> None:
-    told = mmalign.refused(command, content)
-    contains(told, "there is no trained model; run `mmalign train` with this recipe first")
+    message = mmalign.refused(command, content)
+    contains(message, "there is no trained model; run `mmalign train` with this recipe first")
     assert not Path(content["output"]).exists()
 
 
@@ -104,7 +104,7 @@ def test_evaluation_before_training(command: str, content: Content, mmalign: Com
             "evaluate: questions: MSCOCO's annotations do not say which images to ask about; add a file of questions",
         ),
         ({"benchmark": "amber", "annotations": "F", "images": "F"}, "evaluate: there is no file or folder"),
-        ({"benchmark": "implicit"}, "evaluate: implicit needs pairs kept from training; set data.hold_out"),
+        ({"benchmark": "implicit"}, "evaluate: implicit needs pairs kept from training; set data.validation_fraction"),
     ],
 )
 def test_bad_files_are_told_before_the_model_is_loaded(
@@ -116,8 +116,8 @@ def test_bad_files_are_told_before_the_model_is_loaded(
     request: pytest.FixtureRequest,
 ) -> None:
     request.getfixturevalue("no_model")  # from here on
-    told = mmalign.refused("evaluate", {**trained, "evaluate": filled(evaluate, files)})
-    contains(told, sentence.replace("F/", f"{files}/").replace("images: F ", f"images: {files} "))
+    message = mmalign.refused("evaluate", {**trained, "evaluate": filled(evaluate, files)})
+    contains(message, sentence.replace("F/", f"{files}/").replace("images: F ", f"images: {files} "))
     assert not (Path(trained["output"]) / "evaluation").exists()
 
 
@@ -133,7 +133,7 @@ def test_bad_files_are_told_before_the_model_is_loaded(
         ({"benchmark": "pope", "questions": "q", "images": "F", "vocabulary": "a"}, "takes no 'vocabulary' but"),
         (chair(questions={"random": "q"}), "evaluate: benchmark chair has no splits; expected one file of questions"),
         ({"benchmark": "amber", "annotations": {"instances": ["a"]}, "images": "F"}, "reads its annotations from its"),
-        ({"benchmark": "crowds", "pictures": 1}, "evaluate.pictures: expected greater than or equal to 2, got 1"),
+        ({"benchmark": "crowds", "num_images": 1}, "evaluate.num_images: expected greater than or equal to 2, got 1"),
         ({"benchmark": "scenes"}, "evaluate.benchmark: expected 'crowds', 'pope'"),
     ],
 )
@@ -164,8 +164,8 @@ def test_sections_that_do_not_fit(evaluate: Content, sentence: str, content: Con
 def test_bad_files_of_answers(
     evaluate: Content, sentence: str, content: Content, files: Path, mmalign: Commands
 ) -> None:
-    told = mmalign.refused("evaluate", {**content, "evaluate": filled(evaluate, files)})
-    contains(told, sentence.replace("F/", f"{files}/"))
+    message = mmalign.refused("evaluate", {**content, "evaluate": filled(evaluate, files)})
+    contains(message, sentence.replace("F/", f"{files}/"))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -174,8 +174,8 @@ def test_answers_that_are_all_empty_are_answers(content: Content, files: Path, m
     section = chair(answers={"after": "F/silent.jsonl", "before": "F/answers.jsonl"})
     printed = mmalign("evaluate", {**content, "evaluate": filled(section, files)})
     assert "recall, %" in printed
-    told = mmalign.refused("gallery", {**content, "evaluate": filled(section, files)})
-    contains(told, "answers that are there already are scored and not shown")
+    message = mmalign.refused("gallery", {**content, "evaluate": filled(section, files)})
+    contains(message, "answers that are there already are scored and not shown")
 
 
 def test_an_image_that_cannot_be_read_costs_its_questions_alone(
@@ -193,6 +193,6 @@ def test_an_image_that_cannot_be_read_costs_its_questions_alone(
 def test_images_of_which_none_can_be_read(trained: Content, files: Path, mmalign: Commands) -> None:
     for number in range(3):
         (files / f"{number}.png").write_bytes(b"")
-    told = mmalign.refused("evaluate", {**trained, "evaluate": filled(chair(decoding=DECODING), files)})
-    contains(told, "evaluate: no question could be asked (", "0.png: has zero bytes")
+    message = mmalign.refused("evaluate", {**trained, "evaluate": filled(chair(decoding=DECODING), files)})
+    contains(message, "evaluate: no question could be asked (", "0.png: has zero bytes")
     assert not (Path(trained["output"]) / "evaluation").exists()

@@ -18,8 +18,12 @@ from tests.helpers.commands import EVALUATE, JUDGED, UNET, Commands, Content, co
         ("evaluate", None, "evaluate: the recipe has no such section; add one, for example"),
         ("gallery", None, "evaluate: the recipe has no such section"),
         ("gallery", {"benchmark": "implicit"}, "evaluate: benchmark implicit draws no pictures"),
-        ("evaluate", {"benchmark": "implicit"}, "evaluate: implicit needs pairs kept from training; set data.hold_out"),
-        ("evaluate", {"benchmark": "preference"}, "benchmark preference needs a judge; add evaluate.judge.path"),
+        (
+            "evaluate",
+            {"benchmark": "implicit"},
+            "evaluate: implicit needs pairs kept from training; set data.validation_fraction",
+        ),
+        ("evaluate", {"benchmark": "preference"}, "benchmark preference needs a judge; add evaluate.reward.path"),
         ("evaluate", {**JUDGED, "prompts": "W/none.txt"}, "evaluate.prompts: there is no file or folder 'W/none.txt'"),
         (
             "evaluate",
@@ -28,10 +32,10 @@ from tests.helpers.commands import EVALUATE, JUDGED, UNET, Commands, Content, co
         ),
         ("evaluate", {**JUDGED, "prompts": "W/latin.txt"}, "evaluate.prompts: W/latin.txt cannot be read"),
         ("evaluate", {**JUDGED, "prompts": "W"}, "evaluate.prompts: W cannot be read ("),
-        ("evaluate", {**JUDGED, "judge": {"path": "models/tiny_klip"}}, "evaluate.judge.path: there is no file"),
+        ("evaluate", {**JUDGED, "reward": {"path": "models/tiny_klip"}}, "evaluate.reward.path: there is no file"),
         (
             "evaluate",
-            {**JUDGED, "judge": {"path": "W/x", "name": "open_klip"}},
+            {**JUDGED, "reward": {"path": "W/x", "name": "open_klip"}},
             "there is no 'open_klip'; did you mean 'open_clip'?",
         ),
         ("prepare", EVALUATE, "prepare: the recipe has no such section; add one: configs"),
@@ -41,8 +45,8 @@ def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
     command: str, evaluate: Content | None, sentence: str, mmalign: Commands, content: Content, world: Path
 ) -> None:
     filled = json.loads(json.dumps(evaluate).replace("W", str(world)))
-    told = mmalign.refused(command, {**content, "evaluate": filled})
-    contains(told, sentence.replace("W", str(world)))
+    message = mmalign.refused(command, {**content, "evaluate": filled})
+    contains(message, sentence.replace("W", str(world)))
     assert not Path(content["output"]).exists()
 
 
@@ -50,10 +54,10 @@ def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("prepare.judge.path=models/tiny_klip", "prepare.judge.path: there is no file or folder 'models/tiny_klip'"),
+        ("prepare.reward.path=models/tiny_klip", "prepare.reward.path: there is no file or folder 'models/tiny_klip'"),
         ("prepare.prompts=W/comments.txt", "prepare.prompts: W/comments.txt has none"),
         (
-            "prepare={contrast: true, prompts: W/everyday.txt, judge: {path: models/tiny_clip}}",
+            "prepare={prompt_pairs: true, prompts: W/everyday.txt, reward: {path: models/tiny_clip}}",
             "prepare.prompts: W/everyday.txt has the line 'a fox'; expected two prompts with a tab between them",
         ),
         ("data.path=W", "data.path: W is a folder; expected the name of the parquet file that prepare writes"),
@@ -63,9 +67,9 @@ def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
 def test_what_prepare_needs_is_told_before_any_model_is_loaded(
     setting: str, sentence: str, mmalign: Commands, content: Content, world: Path
 ) -> None:
-    section = {"judge": {"path": "models/tiny_clip"}, "prompts": 2}
-    told = mmalign.refused("prepare", {**content, "prepare": section}, setting.replace("W", str(world)))
-    contains(told, sentence.replace("W", str(world)))
+    section = {"reward": {"path": "models/tiny_clip"}, "prompts": 2}
+    message = mmalign.refused("prepare", {**content, "prepare": section}, setting.replace("W", str(world)))
+    contains(message, sentence.replace("W", str(world)))
 
 
 def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
@@ -80,17 +84,17 @@ def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
 
     shutil.copytree(resolve("models/tiny_clip"), judge)
     damage(judge, "open_clip_model.safetensors", keep=1000)
-    told = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "judge": {"path": str(judge)}}})
-    contains(told, "judge", str(judge))
+    message = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "reward": {"path": str(judge)}}})
+    contains(message, "judge", str(judge))
     options = {"path": "models/tiny_clip", "options": {"batchsize": 2}}
-    told = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "judge": options}})
-    contains(told, "judge open_clip: batchsize: ", "options: pretrained, batch_size")
+    message = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "reward": options}})
+    contains(message, "judge open_clip: batchsize: ", "options: pretrained, batch_size")
 
 
 def test_a_damaged_trained_model(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
     damage(tmp_path / "out" / "model", UNET, keep=1000)
-    told = mmalign.refused("evaluate", content)
-    contains(told, f"{tmp_path / 'out' / 'model'} could not be loaded", "`mmalign train` writes it anew")
+    message = mmalign.refused("evaluate", content)
+    contains(message, f"{tmp_path / 'out' / 'model'} could not be loaded", "`mmalign train` writes it anew")
     mmalign("train", content)
     assert "prompts fulfilled" in mmalign("evaluate", content)

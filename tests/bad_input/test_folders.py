@@ -24,29 +24,29 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(
     out, other = tmp_path / "out", diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     recipe, before = (out / "recipe.yaml").read_text(), weights(out)
     mmalign.capfd.readouterr()
-    told = mmalign.refused("train", content, "train.steps=4", *(s.replace("OTHER", str(other)) for s in settings))
-    contains(told, f"{out / 'checkpoint-00000002'}: belongs to another run ({differs}", "use another output folder")
+    message = mmalign.refused("train", content, "train.steps=4", *(s.replace("OTHER", str(other)) for s in settings))
+    contains(message, f"{out / 'checkpoint-00000002'}: belongs to another run ({differs}", "use another output folder")
     assert (out / "recipe.yaml").read_text() == recipe and weights(out) == before
 
 
 def test_adapters_of_another_rank_are_refused(mmalign: Commands, content: Content) -> None:
     mmalign("train", content, "model.tune=lora")
-    told = mmalign.refused("train", content, "model.tune=lora", "model.lora.rank=4", "train.steps=4")
-    contains(told, "belongs to another run (tune lora of rank 16", "this one has tune lora of rank 4")
+    message = mmalign.refused("train", content, "model.tune=lora", "model.lora.rank=4", "train.steps=4")
+    contains(message, "belongs to another run (tune lora of rank 16", "this one has tune lora of rank 4")
 
 
 def test_a_checkpoint_that_goes_further_or_has_no_average(mmalign: Commands, content: Content) -> None:
     mmalign("train", content)
-    told = mmalign.refused("train", content, "train.steps=1")
-    contains(told, "train.steps: ", "has done 2 updates already, more than the 1 asked for; raise train.steps")
-    told = mmalign.refused("train", content, "train.steps=4", "train.ema=0.9")
-    contains(told, "train.ema: ", "has no average of the weights")
+    message = mmalign.refused("train", content, "train.steps=1")
+    contains(message, "train.steps: ", "has done 2 updates already, more than the 1 asked for; raise train.steps")
+    message = mmalign.refused("train", content, "train.steps=4", "train.ema=0.9")
+    contains(message, "train.ema: ", "has no average of the weights")
 
 
 def test_a_trained_model_is_not_compared_with_another_base(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
     other = diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     mmalign.capfd.readouterr()
-    told = mmalign.refused("evaluate", content, f"model.path={other}")
-    contains(told, f"{tmp_path / 'out' / 'model'}: was trained from another model than {other} (fingerprint ")
+    message = mmalign.refused("evaluate", content, f"model.path={other}")
+    contains(message, f"{tmp_path / 'out' / 'model'}: was trained from another model than {other} (fingerprint ")
     assert not (tmp_path / "out" / "evaluation").exists()

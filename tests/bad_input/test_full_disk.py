@@ -26,8 +26,10 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(mmalign: Commands, con
     mmalign("train", content)
     before = weights(out)
     with full_disk(100_000):
-        told = mmalign.refused("train", content, "train.steps=4")
-    contains(told, f"{out / 'checkpoint-00000004'}: could not be written (", "checkpoint-00000002 is intact: make room")
+        message = mmalign.refused("train", content, "train.steps=4")
+    contains(
+        message, f"{out / 'checkpoint-00000004'}: could not be written (", "checkpoint-00000002 is intact: make room"
+    )
     assert weights(out) == before and not list(out.glob("*.part"))
     assert "going on from checkpoint-00000002" in mmalign("train", content, "train.steps=4")
     assert weights(out / "model") == weights(tmp_path / "whole" / "model")
@@ -38,9 +40,9 @@ def test_a_full_disk_at_the_export_keeps_the_model_before(mmalign: Commands, con
     model = tmp_path / "out" / "model"
     before = weights(model)
     with full_disk(100_000):  # all updates are done: what fails is the export
-        told = mmalign.refused("train", content)
+        message = mmalign.refused("train", content)
     contains(
-        told, f"{model}: could not be written (", "what was there before is kept: make room and run the same command"
+        message, f"{model}: could not be written (", "what was there before is kept: make room and run the same command"
     )
     assert weights(model) == before and not list(model.parent.glob(".model.*"))
 
@@ -48,9 +50,12 @@ def test_a_full_disk_at_the_export_keeps_the_model_before(mmalign: Commands, con
 def test_a_full_disk_at_the_cache_keeps_what_was_encoded(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content, "data.limit=2", "data.cache='off'", f"output={tmp_path / 'first'}")  # maps the table
     with full_disk(10_000):
-        told = mmalign.refused("train", content)
+        message = mmalign.refused("train", content)
     contains(
-        told, f"data.cache: {tmp_path / 'out' / 'cache' / 'latents'}/", ": could not write", "make room and run again"
+        message,
+        f"data.cache: {tmp_path / 'out' / 'cache' / 'latents'}/",
+        ": could not write",
+        "make room and run again",
     )
     assert not list((tmp_path / "out" / "cache").rglob("*.part"))
     mmalign("train", content)
@@ -59,8 +64,8 @@ def test_a_full_disk_at_the_cache_keeps_what_was_encoded(mmalign: Commands, cont
 def test_a_full_disk_where_tables_are_mapped(mmalign: Commands, content: Content, pairs: Path) -> None:
     data_files.pick_a_pic(pairs, number=11)  # a table that no test has mapped
     with full_disk(5_000):
-        told = mmalign.refused("train", content, f"data.path={pairs}")
-    contains(told, f"data.path: {pairs} could not be copied to ", "set HF_DATASETS_CACHE to another folder")
+        message = mmalign.refused("train", content, f"data.path={pairs}")
+    contains(message, f"data.path: {pairs} could not be copied to ", "set HF_DATASETS_CACHE to another folder")
 
 
 def test_a_full_disk_at_evaluation_and_gallery_keeps_those_before(
@@ -72,9 +77,9 @@ def test_a_full_disk_at_evaluation_and_gallery_keeps_those_before(
     page = Path(mmalign("gallery", content).removeprefix("gallery: ").strip())
     samples, shown = (out / "evaluation" / "samples.json").read_bytes(), page.read_bytes()
     with full_disk(4_000):
-        told = mmalign.refused("evaluate", content)
-        contains(told, f"{out / 'evaluation'}: could not be written (", "what was there before is kept: make room")
-        told = mmalign.refused("gallery", content, "gallery.title=Another")
-        contains(told, f"{out / 'gallery'}: could not be written (", "make room")
+        message = mmalign.refused("evaluate", content)
+        contains(message, f"{out / 'evaluation'}: could not be written (", "what was there before is kept: make room")
+        message = mmalign.refused("gallery", content, "gallery.title=Another")
+        contains(message, f"{out / 'gallery'}: could not be written (", "make room")
     assert (out / "evaluation" / "samples.json").read_bytes() == samples and page.read_bytes() == shown
     assert not [p for p in out.rglob("*") if p.name.endswith(".part")]

@@ -48,7 +48,7 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
     assert len(BAD[3]) < 100_000
     with pytest.raises(Image.DecompressionBombError, match="400000000 pixels"):
         Image.open(io.BytesIO(BAD[3]))
-    printed = mmalign("train", content, f"data.cache='{cache}'", "data.max_bad=4", "train.steps=4")
+    printed = mmalign("train", content, f"data.cache='{cache}'", "data.max_bad_images=4", "train.steps=4")
     contains(printed, "4 images could not be read; their pairs were left out: pairs.parquet: row ", "and 1 more")
     assert decoded and max(decoded) <= 400
     shutil.rmtree(content["output"])
@@ -56,9 +56,11 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
         ["is not a readable image", "has zero bytes", "is 1x1; expected", "is larger than 80,000,000 pixels"]
     ):
         alone = data_files.pick_a_pic(pairs.with_name(f"{row}.parquet"), bad={row: BAD[row]})
-        data = f"data={{path: {alone}, cache: '{cache}', max_bad: 0}}"
-        told = mmalign.refused("train", content, data, "train.batch_size=8")
-        contains(told, f"more than data.max_bad = 0 images are bad ({row}.parquet: row {row}, jpg_0: ", reason)
+        data = f"data={{path: {alone}, cache: '{cache}', max_bad_images: 0}}"
+        message = mmalign.refused("train", content, data, "train.batch_size=8")
+        contains(
+            message, f"more than data.max_bad_images = 0 images are bad ({row}.parquet: row {row}, jpg_0: ", reason
+        )
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
@@ -66,25 +68,25 @@ def test_the_run_ends_if_too_many_images_are_bad_or_no_pair_is_left(
     cache: str, mmalign: Commands, content: Content, pairs: Path, tmp_path: Path
 ) -> None:
     data_files.pick_a_pic(pairs, bad=BAD)
-    told = mmalign.refused("train", content, f"data.cache='{cache}'", "data.max_bad=3", "train.steps=4")
-    contains(told, "more than data.max_bad = 3 images are bad (", "and 1 more", "raise data.max_bad")
+    message = mmalign.refused("train", content, f"data.cache='{cache}'", "data.max_bad_images=3", "train.steps=4")
+    contains(message, "more than data.max_bad_images = 3 images are bad (", "and 1 more", "raise data.max_bad_images")
     data_files.pick_a_pic(pairs, bad=dict.fromkeys(range(8), b"<html>not found</html>"))
-    told = mmalign.refused("train", content, f"data.cache='{cache}'", f"output={tmp_path / 'none'}")
-    contains(told, "none of 8 pairs has two readable images (pairs.parquet: row ", "and 5 more); repair the images")
-    assert "0x" not in told  # no object's address
+    message = mmalign.refused("train", content, f"data.cache='{cache}'", f"output={tmp_path / 'none'}")
+    contains(message, "none of 8 pairs has two readable images (pairs.parquet: row ", "and 5 more); repair the images")
+    assert "0x" not in message  # no object's address
     assert not list((tmp_path / "none").glob("checkpoint-*")) and not (tmp_path / "none" / "model").exists()
 
 
 def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, content: Content, pairs: Path) -> None:
     """Else the first checkpoint would find out, and its updates be lost."""
     from mmalign.data.formats.images import open_pairs
-    from mmalign.data.pairs import hold_out
+    from mmalign.data.pairs import split_by_group
 
     data_files.pick_a_pic(pairs, number=12)
-    _, held = hold_out(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)
-    data_files.pick_a_pic(pairs, number=12, bad={int(pair.where.split("row ")[1]): b"" for pair in held})
-    told = mmalign.refused("train", content, "data.hold_out=0.4", "data.cache='off'")
-    contains(told, f"none of {len(held)} pairs has two readable images")
+    _, validation = split_by_group(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)
+    data_files.pick_a_pic(pairs, number=12, bad={int(pair.location.split("row ")[1]): b"" for pair in validation})
+    message = mmalign.refused("train", content, "data.validation_fraction=0.4", "data.cache='off'")
+    contains(message, f"none of {len(validation)} pairs has two readable images")
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
@@ -122,9 +124,11 @@ def test_rows_without_the_second_prompt_that_a_method_needs_are_dropped_and_name
     mmalign: Commands, content: Content, pairs: Path
 ) -> None:
     method = "method={name: instruct_engine}"
-    told = mmalign.refused("train", content, method)
-    contains(told, "8 rows dropped: pairs.parquet: row 0: has no rejected_caption; ", "and 5 more")
-    contains(told, "instruct_engine compares two images under two prompts; cca, diffusion_dpo, inpo, mapo, sft, spo ")
+    message = mmalign.refused("train", content, method)
+    contains(message, "8 rows dropped: pairs.parquet: row 0: has no rejected_caption; ", "and 5 more")
+    contains(
+        message, "instruct_engine compares two images under two prompts; cca, diffusion_dpo, inpo, mapo, sft, spo "
+    )
     data_files.pick_a_pic(pairs, rejected={1: None, 4: ""})
     printed = mmalign("train", content, method)
     contains(
@@ -136,7 +140,7 @@ def test_rows_without_the_second_prompt_that_a_method_needs_are_dropped_and_name
 def test_pairs_that_are_compared_with_one_another_come_at_least_two_at_a_time(
     mmalign: Commands, content: Content
 ) -> None:
-    told = mmalign.refused("train", content, "method={name: cca}", "train.batch_size=1")
-    assert told == (
+    message = mmalign.refused("train", content, "method={name: cca}", "train.batch_size=1")
+    assert message == (
         "train.batch_size: method.name: cca compares the pairs of a batch with one another; expected at least 2, got 1"
     )

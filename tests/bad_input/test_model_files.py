@@ -27,8 +27,8 @@ def test_damaged_weights(how: dict[str, Any], mmalign: Commands, content: Conten
     model = tmp_path / "model"
     shutil.copytree(content["model"]["path"], model)
     damage(model, **how)
-    told = mmalign.refused("train", content, f"model.path={model}")
-    contains(told, f"model.path: {model} could not be loaded as a StableDiffusionPipeline (", "copy it anew")
+    message = mmalign.refused("train", content, f"model.path={model}")
+    contains(message, f"model.path: {model} could not be loaded as a StableDiffusionPipeline (", "copy it anew")
 
 
 def test_weights_that_are_gone(mmalign: Commands, content: Content, tmp_path: Path) -> None:
@@ -40,12 +40,12 @@ def test_weights_that_are_gone(mmalign: Commands, content: Content, tmp_path: Pa
 
 def test_another_autoencoder_that_is_none(mmalign: Commands, content: Content) -> None:
     whole = content["model"]["path"]
-    told = mmalign.refused("train", content, f"model.vae={whole}")
-    contains(told, f"model.vae: {whole} could not be loaded as an AutoencoderKL")
-    told = mmalign.refused("train", content, "model.vae=someone/vae")
-    contains(told, "model.vae: someone/vae could not", "see to the name and the network")
+    message = mmalign.refused("train", content, f"model.vae={whole}")
+    contains(message, f"model.vae: {whole} could not be loaded as an AutoencoderKL")
+    message = mmalign.refused("train", content, "model.vae=someone/vae")
+    contains(message, "model.vae: someone/vae could not", "see to the name and the network")
 
 
 def test_adapters_for_layers_that_are_not_there(mmalign: Commands, content: Content) -> None:
-    told = mmalign.refused("train", content, "model.tune=lora", "model.lora.targets=[to_x]")
-    contains(told, "model.lora.targets: no layer of UNet2DConditionModel ends in to_x")
+    message = mmalign.refused("train", content, "model.tune=lora", "model.lora.targets=[to_x]")
+    contains(message, "model.lora.targets: no layer of UNet2DConditionModel ends in to_x")

@@ -23,11 +23,11 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_check
 ) -> None:
     """The same command with a lower learning rate goes on."""
     mmalign("train", content, "train.save_every=1")
-    told = mmalign.refused("train", content, "train.steps=6", "train.save_every=100", "train.lr=1e30")
+    message = mmalign.refused("train", content, "train.steps=6", "train.save_every=100", "train.lr=1e30")
     contains(
-        told, "train: the loss is not finite after update 3, in batch 4 of epoch 0 (pairs.parquet: row ", ", pairs"
+        message, "train: the loss is not finite after update 3, in batch 4 of epoch 0 (pairs.parquet: row ", ", pairs"
     )
-    contains(told, "the same command goes on from checkpoint-00000002: lower train.lr")
+    contains(message, "the same command goes on from checkpoint-00000002: lower train.lr")
     last = checkpoint.latest(tmp_path / "out")
     assert last is not None and last.name == "checkpoint-00000002" and finite(last)
     assert "going on from checkpoint-00000002" in mmalign("train", content, "train.steps=6", "train.lr=1e-4")
@@ -39,8 +39,12 @@ def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, theirs])
     run: Any = SimpleNamespace(progress=loop.Progress(5, 2, 3))
     feed: Any = SimpleNamespace(places=lambda epoch, batch: [f"this one's of {epoch}, {batch}"])
-    assert train._met(loop.NotFinite(None, 5), run, feed) == theirs
-    assert train._met(loop.NotFinite(loop.Place(1, 4, ()), 5), run, feed) == (1, 4, ["this one's of 1, 3"])
+    assert train._failed_batch(loop.NonFiniteLossError(None, 5), run, feed) == theirs
+    assert train._failed_batch(loop.NonFiniteLossError(loop.BatchLocation(1, 4, ()), 5), run, feed) == (
+        1,
+        4,
+        ["this one's of 1, 3"],
+    )
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e38"])
@@ -52,8 +56,8 @@ def test_what_nobody_could_go_on_from_is_not_saved(
     out = tmp_path / "out"
     mmalign("train", content, f"model.tune={tune}")
     before = weights(out)
-    told = mmalign.refused("train", content, f"model.tune={tune}", "train.steps=3", f"train.lr={lr}")
-    contains(told, "train: after update 3 the ", "not finite, so that update was not saved", "lower train.lr")
+    message = mmalign.refused("train", content, f"model.tune={tune}", "train.steps=3", f"train.lr={lr}")
+    contains(message, "train: after update 3 the ", "not finite, so that update was not saved", "lower train.lr")
     assert weights(out) == before
     assert "going on from checkpoint-00000002" in mmalign("train", content, f"model.tune={tune}", "train.steps=3")
     assert all(finite(path) for path in out.glob("checkpoint-*"))
@@ -65,7 +69,7 @@ def test_a_poisoned_model(mmalign: Commands, content: Content, tmp_path: Path) -
     tensors = load_file(model / UNET)
     tensors["conv_in.weight"] = torch.full_like(tensors["conv_in.weight"], float("nan"))
     save_file(tensors, model / UNET, {"format": "pt"})
-    told = mmalign.refused("train", content, f"model.path={model}")
-    contains(told, "the loss is not finite after update 0, in batch 1 of epoch 0 (pairs.parquet: row ")
-    contains(told, "nothing has been saved yet")
+    message = mmalign.refused("train", content, f"model.path={model}")
+    contains(message, "the loss is not finite after update 0, in batch 1 of epoch 0 (pairs.parquet: row ")
+    contains(message, "nothing has been saved yet")
     assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / "model").exists()

@@ -38,8 +38,8 @@ from tests.helpers.commands import Commands, Content, contains
         ("data={format: folder, path: W}", "lines.jsonl: line 1 has no 'rejected' (found prompt, chosen)"),
         ("data.path=W/empty.parquet", "data.path: W/empty.parquet has no rows; expected one a pair"),
         ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
-        ("data.hold_out=0.0001", "data.hold_out: 0.0001 of 8 groups in "),
-        ("data.hold_out=0.9999", "leaves none for training; use another share"),
+        ("data.validation_fraction=0.0001", "data.validation_fraction: 0.0001 of 8 groups in "),
+        ("data.validation_fraction=0.9999", "leaves none for training; use another share"),
         ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; expected a folder"),
         ("data={crop: random, cache: W, path: W/good.parquet}", "data.cache: W cannot be used with data.crop: random"),
         # Models.
@@ -63,7 +63,7 @@ from tests.helpers.commands import Commands, Content, contains
         # Everything else.
         ("train.trackers=[tensorbord]", "train.trackers: tensorbord is unknown; correct it, or leave it out"),
         ("evaluate.prompts=0", "evaluate.prompts: expected at least 1, or a file with one prompt a line, got 0"),
-        ("evaluate.drawing.resolution=20", "evaluate.drawing.resolution: expected a multiple of 8 pixels, got 20"),
+        ("evaluate.sampling.resolution=20", "evaluate.sampling.resolution: expected a multiple of 8 pixels, got 20"),
         ("output=W/good.parquet", "output: W/good.parquet is a file; expected a folder"),
         (
             "output=W/good.parquet/run",
@@ -74,8 +74,8 @@ from tests.helpers.commands import Commands, Content, contains
 def test_a_mistake_is_told_before_any_model_is_loaded(
     setting: str, sentence: str, mmalign: Commands, content: Content, world: Path
 ) -> None:
-    told = mmalign.refused("train", content, setting.replace("W", str(world)))
-    contains(told, sentence.replace("W", str(world)))
+    message = mmalign.refused("train", content, setting.replace("W", str(world)))
+    contains(message, sentence.replace("W", str(world)))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -110,8 +110,8 @@ def test_a_recipe_that_is_not_there(name: str, sentence: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_output(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    told = mmalign.refused("train", content, f"output={tmp_path / 'locked' / 'out'}")
-    contains(told, "output: ", "cannot be written to (Permission denied); name a folder")
+    message = mmalign.refused("train", content, f"output={tmp_path / 'locked' / 'out'}")
+    contains(message, "output: ", "cannot be written to (Permission denied); name a folder")
 
 
 def test_numbers_in_every_spelling(mmalign: Commands, content: Content, tmp_path: Path) -> None:

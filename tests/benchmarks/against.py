@@ -53,7 +53,7 @@ class Entry:
 
 
 @dataclass
-class Facts:
+class ModelQuirks:
     """What is known of a run beside its measurements."""
 
     filling: TimedFilling = field(default_factory=TimedFilling)
@@ -120,7 +120,7 @@ def measure(
         ValueError: a peer computes something else than the first entry.
     """
     (first, entry), *_ = entries.items()
-    facts, first_gradients = {run: Facts() for run in entries}, list[First]()
+    facts, first_gradients = {run: ModelQuirks() for run in entries}, list[First]()
     in_float32 = entry.recipe.train.precision == "float32"
     for run, other in entries.items():
         if other.peer is not None and not in_float32:
@@ -155,17 +155,17 @@ def measure(
 
 
 def _further_ratios(
-    run: bench.Measured, other: bench.Measured, facts: Facts, other_facts: Facts, *, is_first: bool
+    run: bench.Measured, other: bench.Measured, quirks: ModelQuirks, other_facts: ModelQuirks, *, is_first: bool
 ) -> bench.Numbers:
     """Return the ratios that follow from facts; equality is known beside the first run alone."""
-    apart = facts.apart if is_first else None
+    apart = quirks.apart if is_first else None
     epochs = [
-        (a / run.num_pairs + facts.filling.seconds) / (b / other.num_pairs + other_facts.filling.seconds)
+        (a / run.num_pairs + quirks.filling.seconds) / (b / other.num_pairs + other_facts.filling.seconds)
         for a, b in zip(run.seconds, other.seconds, strict=True)
     ]
     return {
         "time of one epoch": statistics.median(epochs),
-        "expected MB more": (facts.state_bytes - other_facts.state_bytes) / 1e6,
+        "expected MB more": (quirks.state_bytes - other_facts.state_bytes) / 1e6,
         "loss apart": apart and apart[0],
         "gradient apart": apart and apart[1],
     }

@@ -124,9 +124,9 @@ def write_image_pairs(path: Path, resolution: int, number: int = 64) -> None:
     rng = np.random.default_rng(0)
     prompts = scenes.sample_prompts("train", number, seed=0)
     shown = [p for prompt in prompts for p in (prompt, scenes.corrupt(prompt, rng))]
-    images = [scenes.draw(scenes.lay_out(p, rng)).resize((resolution, resolution)) for p in shown]
+    images = [scenes.render(scenes.place_objects(p, rng)).resize((resolution, resolution)) for p in shown]
     captions = [str(prompt) for prompt in prompts for _ in range(2)]
-    write_pairs(path, captions, images, [1.0, 0.0] * number, group=2, sure=0.5)
+    write_pairs(path, captions, images, [1.0, 0.0] * number, group=2, min_confidence=0.5)
 
 
 def write_response_pairs(
@@ -147,7 +147,7 @@ def write_response_pairs(
     lines = []
     for start, scene in enumerate(scenes.sample_prompts("train", -(-number // each), seed=0)):
         name, question = f"{path.stem}-{start}.png", _words(letters, prompt)
-        scenes.draw(scenes.lay_out(scene, rng)).resize((side, side)).save(path.with_name(name))
+        scenes.render(scenes.place_objects(scene, rng)).resize((side, side)).save(path.with_name(name))
         for _ in range(each):
             chosen, rejected = (_words(letters, length) for length in responses)
             lines.append({"prompt": f"<image>{question}", "images": [name], "chosen": chosen, "rejected": rejected})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.commands.bench import Run, build
 from mmalign.config import ImageModel, Recipe
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.training import loop
 from tests.benchmarks.peers import Peer, loader_batches, use_peer
 
@@ -60,8 +60,8 @@ def first_gradient(run: Run, peer: Peer | None = None) -> First:
         loss = peer.loss(replace(run, policy=policy), *next(loader_batches(run)), lambda _: None)
         run.progress.batch = 0
     else:
-        batch = next(run.feed.batches(0))
-        contrasts = loop.make_contrasts(run.method, policy, batch, run.recipe.method, Draws(seed, 0))
+        batch = next(run.data_module.batches(0))
+        contrasts = loop.make_contrasts(run.method, policy, batch, run.recipe.method, KeyedRNG(seed, 0))
         steps = [run.method.loss(policy, contrast, run.recipe.method) for contrast in contrasts]
         if not steps:
             raise ValueError("data: the method makes nothing of the first batch, so that nothing can be measured")
@@ -113,7 +113,7 @@ def apart_in_float32(recipe: Recipe, peer_recipe: Recipe, peer: Peer, folder: Pa
 def in_float32(recipe: Recipe) -> Recipe:
     """Return the recipe in float32 with small batches."""
     train, model = recipe.train, recipe.model
-    exact = {"precision": "float32", "accumulate": 1, "batch_size": min(NUM_PAIRS, train.batch_size)}
+    exact = {"precision": "float32", "gradient_accumulation_steps": 1, "batch_size": min(NUM_PAIRS, train.batch_size)}
     if isinstance(model, ImageModel):
         model = model.model_copy(update={"vae_dtype": "float32"})
     return recipe.model_copy(update={"train": train.model_copy(update=exact), "model": model})

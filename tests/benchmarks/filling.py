@@ -7,7 +7,7 @@ from typing import Any
 from mmalign.commands import cache
 from mmalign.commands._bench_meters import now
 from mmalign.config import Recipe
-from mmalign.data.data_module import Feed, Opened
+from mmalign.data.data_module import DataModule, Splits
 from mmalign.families.step_judge import StepJudge
 
 
@@ -20,11 +20,11 @@ class TimedFilling:
 
     seconds = 0.0
 
-    def __call__(self, recipe: Recipe, family: Any, *, opened: Opened, accelerator: Any, **options: Any) -> Feed:
+    def __call__(self, recipe: Recipe, family: Any, *, splits: Splits, accelerator: Any, **options: Any) -> DataModule:
         """Return the pairs with all caches filled; see `caching.open_filled`."""
-        train, device, num_pairs = recipe.train, accelerator.device, len(opened[0])
+        train, device, num_pairs = recipe.train, accelerator.device, len(splits[0])
 
-        def fill(data: dict[str, Any], steps: int) -> tuple[Feed, float]:
+        def fill(data: dict[str, Any], steps: int) -> tuple[DataModule, float]:
             for _, net in (family.denoiser if isinstance(family, StepJudge) else family).encoders():
                 net.to(device)  # full caches send them away
             changes: dict[str, Any] = {"train": train.model_copy(update={"steps": steps})}
@@ -32,17 +32,21 @@ class TimedFilling:
             changed = recipe.model_copy(update=changes)
             accelerator.wait_for_everyone()
             started = now(device)
-            feed = cache.open_filled(changed, family, opened=opened, accelerator=accelerator, **options)
-            return feed, now(device) - started
+            data_module = cache.build_filled_data_module(
+                changed, family, splits=splits, accelerator=accelerator, **options
+            )
+            return data_module, now(device) - started
 
         uncached, _ = fill({"cache": "off"}, 1)
         if recipe.data.cache == "off":
             return uncached
         next(iter(uncached.batches(0)), None)
-        epoch = -(-num_pairs // (train.batch_size * train.accumulate * accelerator.num_processes))
+        epoch = -(-num_pairs // (train.batch_size * train.gradient_accumulation_steps * accelerator.num_processes))
         _, filling = fill({}, epoch)
-        feed, opening = fill({}, epoch)
+        data_module, opening = fill({}, epoch)
         self.seconds = max(0.0, filling - opening) / num_pairs
-        if feed.kept is not None and feed.kept.keep.draws > 1:  # later epochs have random numbers of their own
-            feed, _ = fill({}, train.steps)
-        return feed
+        if (
+            data_module.precompute_cache is not None and data_module.precompute_cache.spec.num_draws > 1
+        ):  # later epochs have random numbers of their own
+            data_module, _ = fill({}, train.steps)
+        return data_module

@@ -65,7 +65,7 @@ def channels_last(run: Run) -> Run:
 
 def looped(run: Run) -> Run:
     """Run AdamW parameter by parameter, instead of in one kernel."""
-    for group in run.learner.optimizer.param_groups:
+    for group in run.train_state.optimizer.param_groups:
         group.update(fused=False, foreach=False)
     return run
 
@@ -133,7 +133,7 @@ class Variant:
 OFF = "data.cache='off'"
 UNCACHED = Variant("no caches", "frozen encoders, and a reference whose scores can be kept, run in every step", (OFF,))
 KEPT = Variant(
-    "reference kept", "what the reference scores is read: two draws of a pair in turn", ("method.cache_draws=2",)
+    "reference kept", "what the reference scores is read: two draws of a pair in turn", ("method.num_cached_draws=2",)
 )
 COPIED = Variant("frozen copy", "the same operations; one network more in memory", (), copied)
 MAPO = Variant("mapo", "no reference: one forward pass less, one network less", ("method.name=mapo",))
@@ -145,8 +145,9 @@ AGAIN = Variant(
 COMPILED = Variant("compiled", "train.compile: the same operations, some of them together", ("train.compile=true",))
 HALVES = Variant(
     "half batches",
-    "train.accumulate: the same operations, half at a time; the first batch, which is compared, is another",
-    ("train.batch_size=2", "train.accumulate=2"),
+    "train.gradient_accumulation_steps: the same operations, half at a time; the first batch, which is compared, is "
+    "another",
+    ("train.batch_size=2", "train.gradient_accumulation_steps=2"),
 )
 LAST = Variant("channels last", "left out: the same operations", (), channels_last)
 SEQUENCE = Variant(
@@ -154,9 +155,11 @@ SEQUENCE = Variant(
 )
 LOOPED = Variant("AdamW looped", "the same operations, a parameter at a time", (), looped)
 APART = Variant(
-    "rows apart", "train.pack: off, caches on; each response runs with its own prompt", ("train.pack='off'",)
+    "rows apart",
+    "train.pack_responses: off, caches on; each response runs with its own prompt",
+    ("train.pack_responses='off'",),
 )
-BARE = Variant("rows apart, no caches", "both", ("train.pack='off'", OFF))
+BARE = Variant("rows apart, no caches", "both", ("train.pack_responses='off'", OFF))
 PYTORCH = Variant("sdpa", "train.attention: PyTorch's own, which may be cuDNN's", ("train.attention=sdpa",))
 TWICE = Variant("two forwards", "as released: chosen and rejected steps predicted apart", (), two_forwards)
 

@@ -25,7 +25,7 @@ from tests.benchmarks.peers import diffusers, trl, use_peer
 from tests.helpers import recipes
 from tests.helpers.runs import quiet
 
-OFF, KEPT = "data.cache='off'", "method.cache_draws=2"
+OFF, KEPT = "data.cache='off'", "method.num_cached_draws=2"
 RELEASED = {"name": "diffusion_dpo", "beta": 5000.0}
 
 
@@ -89,7 +89,10 @@ def test_comparison_is_float32_whatever_is_measured(
     With float16 the accelerator puts autocast around the network; on a CPU it does so for bfloat16 alone.
     """
     request = diffusers_request(
-        tiny_sd15, tmp_path, method=RELEASED, train={"precision": "bfloat16", "accumulate": 2, "batch_size": 4}
+        tiny_sd15,
+        tmp_path,
+        method=RELEASED,
+        train={"precision": "bfloat16", "gradient_accumulation_steps": 2, "batch_size": 4},
     )
     built, autocast, build = list[Recipe](), list[bool](), bench.build
 
@@ -105,7 +108,9 @@ def test_comparison_is_float32_whatever_is_measured(
     apart = apart_in_float32(recipe, other, diffusers, tmp_path, Accelerator(mixed_precision=mixed_precision))
     assert apart is not None and apart[1] < LIMIT / 10
     assert autocast and not any(autocast)
-    exact = [(r.train.precision, r.model.vae_dtype, r.train.accumulate, r.train.batch_size) for r in built]  # type: ignore[union-attr]
+    exact = [
+        (r.train.precision, r.model.vae_dtype, r.train.gradient_accumulation_steps, r.train.batch_size) for r in built
+    ]  # type: ignore[union-attr]
     assert exact == [("float32", "float32", 1, 2)] * 2 and recipe.train.precision == "bfloat16"
 
 
@@ -169,7 +174,7 @@ def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None
     for peer in (diffusers, trl):
         recipe = load_recipe(request.source, peer.own[:3])
         assert (recipe.data.cache, recipe.train.attention, recipe.train.compile) == ("off", "sdpa", False)
-    assert trl.own[3:] == ("train.pack='off'",)  # the decoder keeps the attention of transformers
+    assert trl.own[3:] == ("train.pack_responses='off'",)  # the decoder keeps the attention of transformers
     ours = against.recipes_of(request)[MMALIGN]
     assert (ours.data.cache, ours.train.attention, ours.train.compile) == ("auto", "xformers", True)
 
@@ -192,7 +197,7 @@ def test_peer_reduces_gradients_once_an_update(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three micro-batches the first two, forward and backward, are inside `no_sync`."""
-    request = diffusers_request(tiny_sd15, tmp_path, train={"accumulate": 3, "batch_size": 1})
+    request = diffusers_request(tiny_sd15, tmp_path, train={"gradient_accumulation_steps": 3, "batch_size": 1})
     accelerator, inside, calls = Accelerator(), [False], list[tuple[str, bool]]()
     run = peer_run(request, tmp_path / "run", accelerator)
 

@@ -21,7 +21,7 @@ OFF = "data.cache='off'"
     ("overrides", "expected"),
     [
         ([], 2),  # both images of a pair
-        (["method.cache_draws=2"], 2 + 4 / 8),  # and once every batch of an epoch of eight pairs, of two epochs
+        (["method.num_cached_draws=2"], 2 + 4 / 8),  # and once every batch of an epoch of eight pairs, of two epochs
         ([OFF], 0),
     ],
 )
@@ -29,7 +29,7 @@ def test_filling_is_that_of_one_epoch(
     overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that ticks with every encoded image and with every batch that the reference scores."""
-    ticks, open_feed = [0], cache.open_feed
+    ticks, open_feed = [0], cache.build_data_module
 
     def slow(*arguments: Any, **options: Any) -> Any:
         ticks[0] += 100  # which is not filling: with nothing to fill it takes as long
@@ -43,8 +43,8 @@ def test_filling_is_that_of_one_epoch(
         return call
 
     monkeypatch.setattr(pipeline, "encode", ticking(pipeline.encode))
-    monkeypatch.setattr(methods, "worked_out", ticking(methods.worked_out))
-    monkeypatch.setattr(cache, "open_feed", slow)
+    monkeypatch.setattr(methods, "compute_precomputed", ticking(methods.compute_precomputed))
+    monkeypatch.setattr(cache, "build_data_module", slow)
     monkeypatch.setattr(filling, "now", lambda _: float(ticks[0]))
     recipe, timed = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path), overrides), filling.TimedFilling()
     run = build(recipe, Accelerator(), tmp_path / "run", 8, fill=timed)

@@ -122,13 +122,13 @@ def test_every_study_has_recipes(title: str, tmp_path: Path, monkeypatch: pytest
 
 def test_spo_with_two_forwards_has_twice_the_rows(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """Its loss and gradient are the same."""
-    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
+    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "reward": {"path": str(tiny_clip)}}
     content, firsts, operations = recipes.diffusion_in(tiny_sd15, tmp_path, method=method), [], []
     for variant in (PLAIN, TWICE):
         run = build(content, variant, tmp_path / variant.name, 2)
         firsts.append(first_gradient(run))
         operations.append(bench.count_operations(run)[0]["policy"])
-        run.learner.accelerator.free_memory()
+        run.train_state.accelerator.free_memory()
     apart = firsts[1].apart(firsts[0])
     assert apart is not None and apart[0] < 1e-6 and apart[1] < 1e-4
     assert operations[1] == 2 * operations[0] > 0
@@ -140,9 +140,9 @@ def test_shared_prompts_save_their_operations(vlm_folders: Callable[[str], Path]
     operations = {}
     for variant in (PLAIN, APART):
         run = build(content, variant, tmp_path / variant.name, 2)
-        rows = next(run.feed.batches(0)).tokens.rows
+        rows = next(run.data_module.batches(0)).tokens.rows
         operations[variant.name] = bench.count_operations(run)[0]["policy"]
-        run.learner.accelerator.free_memory()
+        run.train_state.accelerator.free_memory()
     prompts = {(row.ids[: row.start], row.images): row.start for row in rows}
     responses = sum(len(row.response) for row in rows)
     tokens = sum(prompts.values()) + responses, sum(row.start for row in rows) + responses
@@ -157,8 +157,8 @@ def test_changed_runs_are_as_their_names_say(tiny_sd15: Path, tmp_path: Path) ->
     assert kernels and all(p.is_contiguous(memory_format=performance.torch.channels_last) for p in kernels)
     for variant, fused in ((PLAIN, True), (LOOPED, False)):
         run = build(content, variant, tmp_path / variant.name, 1)
-        assert all(group["fused"] is fused for group in run.learner.optimizer.param_groups)
-    run.learner.accelerator.free_memory()
+        assert all(group["fused"] is fused for group in run.train_state.optimizer.param_groups)
+    run.train_state.accelerator.free_memory()
 
 
 def test_tables_reach_the_document(

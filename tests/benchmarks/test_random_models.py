@@ -139,7 +139,7 @@ def test_written_vision_language_model_learns(name: str, case: str, tmp_path: Pa
     cases.write_response_pairs(tmp_path / "pairs.jsonl", side=56, prompt=10, responses=(6, 9), number=2)
     family = load_vision_language(str(tmp_path / "model"), Loading(CPU))
     pairs, _ = open_data(load_recipe(cases.content(case, tmp_path)).data, 0)
-    assert len(family.reader.view(decode(pairs[0].images[0])).ids) == 4
+    assert len(family.processor.preprocess_image(decode(pairs[0].images[0])).ids) == 4
     report = train_case(case, tmp_path)
     assert report["logit"] == 0 and report["gradient norm"] > 0
 
@@ -153,8 +153,8 @@ def test_image_of_llava_middle_has_576_tokens(tmp_path: Path) -> None:
     family = load_vision_language(recipe.model.path, Loading(CPU))
     pairs, _ = open_data(recipe.data, 0)
     pair = pairs[0]
-    view = family.reader.view(decode(pair.images[0]))
-    rows = family.reader.rows(pair.turns, [pair.chosen, pair.rejected], [("image", view)])
+    view = family.processor.preprocess_image(decode(pair.images[0]))
+    rows = family.processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected], [("image", view)])
     assert len(view.ids) == 576
     for row, response in zip(rows, (pair.chosen, pair.rejected), strict=True):
         assert len(response) == 100 and len(row.response) == 1 + 100 + 1  # the space before, a byte each, the end

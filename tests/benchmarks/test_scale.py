@@ -37,7 +37,7 @@ def test_operations_grow_with_the_area(tiny_sd15: Path, tmp_path: Path) -> None:
     assert 4 < large / small < 16
 
 
-def written(axis: str, value: int, model: Path, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def atomic_write(axis: str, value: int, model: Path, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the pairs that an axis writes, and its other overrides."""
     recipe = load_recipe(recipes.vlm(model, data_files.response_pairs(folder / "rows"), folder / "run"))
     path, *others = scale.AXES[axis].overrides(recipe, value, folder / "pairs")
@@ -46,13 +46,13 @@ def written(axis: str, value: int, model: Path, folder: Path) -> tuple[list[dict
 
 
 def test_prompts_are_as_long_as_requested(vlm_folders: Any, tmp_path: Path) -> None:
-    lines, _ = written("prompt", 60, vlm_folders("llava"), tmp_path)
+    lines, _ = atomic_write("prompt", 60, vlm_folders("llava"), tmp_path)
     assert {len(line["prompt"].removeprefix("<image>")) for line in lines} == {60}
     assert all((tmp_path / "pairs" / line["images"][0]).is_file() for line in lines)
 
 
 def test_responses_share_prompt_and_picture(vlm_folders: Any, tmp_path: Path) -> None:
-    lines, others = written("responses", 4, vlm_folders("llava"), tmp_path)
+    lines, others = atomic_write("responses", 4, vlm_folders("llava"), tmp_path)
     assert len(lines) == 64 and "train.batch_size=4" in others
     for first in range(0, 64, 4):
         group = lines[first : first + 4]

@@ -57,7 +57,7 @@ def test_bench_counts_repeated_operations_apart(report: Report) -> None:
 
 def test_parts_add_up_to_the_update(tiny_sd15: Path, tmp_path: Path) -> None:
     """Operations of the parts are those of an update without a meter, and no reading of a clock is lost."""
-    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train={"accumulate": 2}))
+    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train={"gradient_accumulation_steps": 2}))
     run = build(recipe, Accelerator(), tmp_path / "run", 4)
     run.updates(run, 1, None)
     operations, repeated = command.count_operations(run)
@@ -144,7 +144,7 @@ def test_bench_of_two_processes_counts_all_pairs(
 
 def test_spo_is_measured_in_whole_batches(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """SPO makes two updates of a batch here, and only the process that generated it can continue with it."""
-    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "judge": {"path": str(tiny_clip)}}
+    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "reward": {"path": str(tiny_clip)}}
     content = recipes.diffusion_in(tiny_sd15, tmp_path, method=method)
     run = build(load_recipe(content), Accelerator(), tmp_path / "run", 8)
     assert [run.updates(run, updates, None) for updates in (1, 2, 3)] == [2, 2, 4]
@@ -154,8 +154,8 @@ def test_spo_is_measured_in_whole_batches(tiny_sd15: Path, tiny_clip: Path, tmp_
 
 
 def test_bench_starts_no_workers(tiny_sd15: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, data={"workers": 2}))
-    assert command.shorten(recipe, tmp_path, 1, 1).data.workers == 0
+    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, data={"num_workers": 2}))
+    assert command.shorten(recipe, tmp_path, 1, 1).data.num_workers == 0
 
 
 @pytest.mark.slow

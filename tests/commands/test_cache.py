@@ -18,8 +18,8 @@ from mmalign.commands import train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.caches import precompute
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.precompute import Keep, Kept
-from mmalign.data.loaders.sampler import Epochs
+from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
+from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
 from tests.helpers import Folders, data_files
@@ -32,8 +32,8 @@ KEEPING: dict[str, dict[str, Any]] = {
     "dpo": {},
     "rlhfv": {},
     "realign": {},
-    "mdpo": {"cache_draws": 2},
-    "povid": {"cache_draws": 2},
+    "mdpo": {"num_cached_draws": 2},
+    "povid": {"num_cached_draws": 2},
     "bdhs": {},
 }
 
@@ -51,18 +51,18 @@ def test_training_from_kept_scores_is_training_without_bit_for_bit(
     method: str, tune: str, vlm_folders: Folders, tmp_path: Path
 ) -> None:
     """An epoch, and of methods with two draws of a pair two; held-out pairs are scored, and activations accumulated."""
-    draws = KEEPING[method].get("cache_draws", 1)
+    draws = KEEPING[method].get("num_cached_draws", 1)
     sections: dict[str, Any] = {
         "method": {"name": method, **KEEPING[method]},
         "model": {"tune": tune},
-        "data": {"format": "realign", "hold_out": 0.3},
-        "train": {"steps": 2 * draws, "accumulate": 1, "save_every": 2},
+        "data": {"format": "realign", "validation_fraction": 0.3},
+        "train": {"steps": 2 * draws, "gradient_accumulation_steps": 1, "save_every": 2},
     }
     model = vlm_folders("llava")
     cached, weights = trained(responses(model, tmp_path, "cached", **sections))
-    plain, theirs = trained(responses(model, tmp_path, "plain", **sections), "data.cache='off'")
+    plain, reference_scores = trained(responses(model, tmp_path, "plain", **sections), "data.cache='off'")
     assert numbers(cached) == numbers(plain)
-    assert_same(weights, theirs)
+    assert_same(weights, reference_scores)
     assert list((tmp_path / "cached" / "cache" / "reference").rglob("*.safetensors"))
     assert not (tmp_path / "plain" / "cache").exists()
 
@@ -109,7 +109,7 @@ def test_a_bank_of_draws_changes_nothing_until_they_come_again(
     }
     data_files.pick_a_pic(tmp_path / "pairs.parquet", rejected={} if method == "instruct_engine" else None)
     plain = pictures(tiny_sd15, tmp_path, "plain", **sections, method={"name": method, "beta": 100.0})
-    banked = {"name": method, "beta": 100.0, "cache_draws": 2}
+    banked = {"name": method, "beta": 100.0, "num_cached_draws": 2}
     cached = pictures(tiny_sd15, tmp_path, "cached", **sections, method=banked)
     ours, theirs = trained(cached), trained(plain)
     assert numbers(ours[0]) == numbers(theirs[0])
@@ -126,9 +126,9 @@ def test_a_pair_that_cannot_be_read_keeps_its_place(vlm_folders: Folders, tmp_pa
     for name in ("0.png", "2.png"):
         (tmp_path / "rows" / name).write_bytes(b"no picture")
     cached, weights = trained(content)
-    plain, theirs = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
+    plain, reference_scores = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
     assert numbers(cached) == numbers(plain)
-    assert_same(weights, theirs)
+    assert_same(weights, reference_scores)
 
 
 def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
@@ -160,7 +160,7 @@ def test_no_reference_is_loaded_or_run_in_a_training_from_kept_scores(
 def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
 ) -> None:
-    method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": 1}
+    method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": 1}
     content = pictures(tiny_sd15, tmp_path, "out", method=method, train={"steps": 2 * EPOCH})
     caching.cache(load_recipe(content), say=quiet)
     asked.clear()
@@ -233,15 +233,15 @@ def test_a_stop_loses_what_was_not_written_yet(
     rest: list[int] = []
 
     def noted(policy: Any, batch: Any, *more: Any) -> Any:
-        rest.extend(batch.rows if batch.kept is None else [])
+        rest.extend(batch.rows if batch.precomputed is None else [])
         return make(policy, batch, *more)
 
     monkeypatch.setattr(dpo, "contrasts", noted)
     cached, weights = trained(content)
     assert len(rest) == 4 and not set(rest) & set(scored)
-    plain, theirs = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
+    plain, reference_scores = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
     assert numbers(cached) == numbers(plain)
-    assert_same(weights, theirs)
+    assert_same(weights, reference_scores)
 
 
 def test_going_on_with_more_updates_scores_the_new_pairs_as_one_run_would(vlm_folders: Folders, tmp_path: Path) -> None:
@@ -256,17 +256,17 @@ def test_going_on_with_more_updates_scores_the_new_pairs_as_one_run_would(vlm_fo
 class Numbers:
     """A loader whose pairs are numbers; those that are `bad` have weight 0 where they are read."""
 
-    def __init__(self, epochs: Epochs, bad: Sequence[int] = ()) -> None:
-        self.epochs, self.bad = epochs, bad
+    def __init__(self, sampler: EpochSampler, bad: Sequence[int] = ()) -> None:
+        self.sampler, self.bad = sampler, bad
 
     def __len__(self) -> int:
-        return len(self.epochs)
+        return len(self.sampler)
 
     def key(self, number: int) -> str:
         return f"pair {number}"
 
     def pick(self, epoch: int, some: list[int]) -> Any:
-        plan = self.epochs.plan(epoch)
+        plan = self.sampler.plan(epoch)
         for number in some:
             rows = [pair for pair, _ in plan[number]]
             weights = torch.tensor([weight * (pair not in self.bad) for pair, weight in plan[number]])
@@ -277,47 +277,55 @@ def test_processes_score_their_own_batches_and_share_the_held_out_ones(tmp_path:
     """Two processes that begin at once: no pair is scored twice, and each in the batch that its process will meet."""
 
     seen: list[tuple[int, int, tuple[int, ...]]] = []
-    stores = [Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {}, scores=True)) for _ in range(2)]
+    stores = [
+        PrecomputeCache(ArrayCache.open(tmp_path / "kept", {}), PrecomputeSpec(1, {}, scores=True)) for _ in range(2)
+    ]
     for rank, store in enumerate(stores):
 
         def work_out(batch: Any, epoch: int, rank: int = rank) -> dict[str, Tensor]:
             seen.append((rank, epoch, tuple(batch.rows)))
             return {"of": torch.tensor(batch.rows)}
 
-        loader: Any = Numbers(Epochs(9, 2, 0, rank, 2))
+        loader: Any = Numbers(EpochSampler(9, 2, 0, rank, 2))
         steps = store.fill(loader, 6, work_out, rank=rank, world_size=2)
         assert next(steps) == len(list(steps))
     first = [rows for _, epoch, rows in seen if epoch == 0]
-    assert sorted(row for rows in first for row in rows) == sorted(Epochs(9, 2, 0, 0, 2).order(0)[:8])
+    assert sorted(row for rows in first for row in rows) == sorted(EpochSampler(9, 2, 0, 0, 2).order(0)[:8])
     for rank in (0, 1):
-        plan = [tuple(pair for pair, _ in batch) for batch in Epochs(9, 2, 0, rank, 2).plan(0)]
+        plan = [tuple(pair for pair, _ in batch) for batch in EpochSampler(9, 2, 0, rank, 2).plan(0)]
         assert [rows for who, epoch, rows in seen if (who, epoch) == (rank, 0)] == plan
-    assert len(seen) == 5 and len(Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {})).cache) == 9
+    assert (
+        len(seen) == 5
+        and len(PrecomputeCache(ArrayCache.open(tmp_path / "kept", {}), PrecomputeSpec(1, {})).cache) == 9
+    )
     # Held-out batches are met by both, and each scores every second one, also if it looks when others are done.
     for folder, late in (("together", False), ("one after the other", True)):
-        ours: list[int] = []
-        held = [Kept(ArrayCache.open(tmp_path / folder, {}), Keep(1, {}, scores=True)) for _ in range(2)]
+        actual: list[int] = []
+        held = [
+            PrecomputeCache(ArrayCache.open(tmp_path / folder, {}), PrecomputeSpec(1, {}, scores=True))
+            for _ in range(2)
+        ]
         for rank, store in enumerate(held):
             if late:
                 store.cache.refresh()
             steps = store.fill(
-                Numbers(Epochs(9, 2, 0)),  # type: ignore[arg-type]
+                Numbers(EpochSampler(9, 2, 0)),  # type: ignore[arg-type]
                 4,
-                lambda batch, _, ours=ours: ours.extend(batch.rows) or {"of": torch.tensor(batch.rows)},
+                lambda batch, _, ours=actual: ours.extend(batch.rows) or {"of": torch.tensor(batch.rows)},
                 rank=rank,
                 world_size=2,
                 shared=False,
             )
             assert sum(1 for _ in steps) == 1 + 2
-        assert len(ours) == len(set(ours)) == 8
+        assert len(actual) == len(set(actual)) == 8
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_batches_that_are_of_no_use_are_made_up_for_whoever_met_the_bad_pairs(seed: int, tmp_path: Path) -> None:
     """Two of five pairs are bad, and two processes go on until they have made four updates together."""
     steps, bad = 4, (2, 3)
-    loaders: list[Any] = [Numbers(Epochs(5, 1, seed, rank, 2), bad) for rank in (0, 1)]
-    stores = [Kept(ArrayCache.open(tmp_path, {}), Keep(1, {}, scores=True)) for _ in loaders]
+    loaders: list[Any] = [Numbers(EpochSampler(5, 1, seed, rank, 2), bad) for rank in (0, 1)]
+    stores = [PrecomputeCache(ArrayCache.open(tmp_path, {}), PrecomputeSpec(1, {}, scores=True)) for _ in loaders]
 
     def fill(batches: int) -> None:
         for rank, (store, loader) in enumerate(zip(stores, loaders, strict=True)):
@@ -328,13 +336,15 @@ def test_batches_that_are_of_no_use_are_made_up_for_whoever_met_the_bad_pairs(se
 
     planned = steps
     fill(planned)
-    while planned < (more := steps + min(s.useless(x, planned) for s, x in zip(stores, loaders, strict=True))):
+    while planned < (
+        more := steps + min(s.count_empty_batches(x, planned) for s, x in zip(stores, loaders, strict=True))
+    ):
         planned = more
         fill(planned)
     there, updates = set(stores[0].cache), 0
     for epoch in range(steps * 2):
-        for at in range(len(loaders[0])):
-            met = {loader.epochs.plan(epoch)[at][0][0] for loader in loaders} - {*bad}
+        for index in range(len(loaders[0])):
+            met = {loader.sampler.plan(epoch)[index][0][0] for loader in loaders} - {*bad}
             if updates < steps and met:
                 updates += 1
                 assert {stores[0].key(f"pair {pair}", epoch) for pair in met} <= there
@@ -343,10 +353,15 @@ def test_batches_that_are_of_no_use_are_made_up_for_whoever_met_the_bad_pairs(se
 
 def test_what_cannot_be_kept_is_refused_or_not_kept() -> None:
     for tokens in ("own", "policy"):
-        with pytest.raises(ValueError, match="cache_draws: 2 keeps noisy tokens, and a policy that learns would not"):
-            povid.Config(cache_draws=2, tokens=tokens)  # type: ignore[arg-type]
-    assert povid.keeps(povid.Config()) is None and mdpo.keeps(mdpo.Config()) is None
-    assert bdhs.keeps(bdhs.Config(mode="online")) is None and bdhs.keeps(bdhs.Config(mode="mixed")) is None
+        with pytest.raises(
+            ValueError, match="num_cached_draws: 2 keeps noisy tokens, and a policy that learns would not"
+        ):
+            povid.Config(num_cached_draws=2, tokens=tokens)  # type: ignore[arg-type]
+    assert povid.precompute_spec(povid.Config()) is None and mdpo.precompute_spec(mdpo.Config()) is None
+    assert (
+        bdhs.precompute_spec(bdhs.Config(mode="online")) is None
+        and bdhs.precompute_spec(bdhs.Config(mode="mixed")) is None
+    )
 
 
 def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path) -> None:
@@ -362,22 +377,22 @@ def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_
     batch: Any = SimpleNamespace(keys=["a", "b"], weights=torch.tensor([1.0, 0.0]))
     cache = ArrayCache.open(tmp_path / "kept", {})
     with pytest.raises(ValueError, match="lacks what the reference scores in a batch of epoch 3, and nothing else in"):
-        Kept(cache, Keep(1, {}, scores=True), needed=True).find(batch, 3, CPU)
-    assert Kept(cache, Keep(1, {}, scores=True)).find(batch, 3, CPU) is None
+        PrecomputeCache(cache, PrecomputeSpec(1, {}, scores=True), required=True).lookup(batch, 3, CPU)
+    assert PrecomputeCache(cache, PrecomputeSpec(1, {}, scores=True)).lookup(batch, 3, CPU) is None
     cache.put({"a/0": {"x": torch.tensor([1, 2])}, "c/0": {"x": torch.tensor([1, 2, 3])}})
-    found = Kept(cache, Keep(1, {}), needed=True).find(batch, 3, CPU)
-    assert found is not None and found["x"].tolist() == [[1, 2], [0, 0]]
+    results = PrecomputeCache(cache, PrecomputeSpec(1, {}), required=True).lookup(batch, 3, CPU)
+    assert results is not None and results["x"].tolist() == [[1, 2], [0, 0]]
     both: Any = SimpleNamespace(keys=["a", "c"], weights=torch.ones(2))
-    assert Kept(cache, Keep(1, {})).find(both, 0, CPU)["x"].tolist() == [[1, 2, 0], [1, 2, 3]]  # type: ignore[index]
+    assert PrecomputeCache(cache, PrecomputeSpec(1, {})).lookup(both, 0, CPU)["x"].tolist() == [[1, 2, 0], [1, 2, 3]]  # type: ignore[index]
     nobody: Any = SimpleNamespace(keys=["b"], weights=torch.zeros(1))
-    assert Kept(cache, Keep(1, {}), needed=True).find(nobody, 0, CPU) is not None
+    assert PrecomputeCache(cache, PrecomputeSpec(1, {}), required=True).lookup(nobody, 0, CPU) is not None
 
 
 def test_the_fingerprint_is_written_beside_the_scores(vlm_folders: Folders, tmp_path: Path) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
     caching.cache(load_recipe(content), say=quiet)
     (path,) = (tmp_path / "out" / "cache" / "reference").glob("*/fingerprint.json")
-    told = json.loads(path.read_text())
-    assert told["method"] == "dpo" and told["executor"] == "cpu float32, mmalign_sdpa, sdpa"
-    assert told["precision"] == "float32" and told["pack"] == "auto"
-    assert told["pairs"] == 8 and told["batch_size"] == 2 and told["processes"] == 1 and told["seed"] == 0
+    output = json.loads(path.read_text())
+    assert output["method"] == "dpo" and output["executor"] == "cpu float32, mmalign_sdpa, sdpa"
+    assert output["precision"] == "float32" and output["pack"] == "auto"
+    assert output["pairs"] == 8 and output["batch_size"] == 2 and output["processes"] == 1 and output["seed"] == 0

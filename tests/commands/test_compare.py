@@ -23,7 +23,7 @@ from tests.helpers import Folders, data_files, recipes
 from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
-EVALUATE = {"benchmark": "crowds", "pictures": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
+EVALUATE = {"benchmark": "crowds", "num_images": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
 
 
 def recipe(folder: Path, name: str, content: Content) -> str:
@@ -67,7 +67,10 @@ def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path:
     base, dpo, hinge = compare(sources, seeds=2, output=out, table=table, say=quiet)
     assert [row.name for row in (base, dpo, hinge)] == ["base", "dpo", "hinge"]
     assert calls == [
-        f"{what} {name} seed-{seed}" for name in ("dpo", "hinge") for seed in (0, 1) for what in ("train", "evaluate")
+        f"{subject} {name} seed-{seed}"
+        for name in ("dpo", "hinge")
+        for seed in (0, 1)
+        for subject in ("train", "evaluate")
     ]
     assert (base.runs, dpo.runs, dpo.pairs) == (1, 2, 4)  # 2 updates of 2 pairs
     written = json.loads(table.with_suffix(".json").read_text())
@@ -84,10 +87,10 @@ def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path:
         }.items():
             each = [r["measures"][counts]["after"]["measures"][name]["estimate"] for r in results]
             before = results[0]["measures"][counts]["before"]["measures"][name]["estimate"]
-            found = row["measures"][label]
-            assert found["runs"] == pytest.approx(each) and found["estimate"] == pytest.approx(sum(each) / 2)
-            assert found["change"]["estimate"] == pytest.approx(sum(each) / 2 - before)
-            assert found["low"] <= found["estimate"] <= found["high"]
+            result = row["measures"][label]
+            assert result["runs"] == pytest.approx(each) and result["estimate"] == pytest.approx(sum(each) / 2)
+            assert result["change"]["estimate"] == pytest.approx(sum(each) / 2 - before)
+            assert result["low"] <= result["estimate"] <= result["high"]
 
 
 def test_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
@@ -145,14 +148,14 @@ def test_runs_are_evaluated_at_equal_numbers_of_pairs(sources: list[str], tmp_pa
     """After 2, 4 (the recipes' end) and 6 pairs; each length goes on from the one before."""
     out, long = tmp_path / "compared", tmp_path / "long"
     rows = compare(sources, seeds=1, output=out, pairs=[6, 2, 4], say=quiet)
-    assert [(row.name, row.at, row.pairs) for row in rows[1:]] == [
-        (name, at, pairs) for at, pairs in ((None, 4), (2, 2), (4, 4), (6, 6)) for name in ("dpo", "hinge")
+    assert [(row.name, row.num_pairs, row.pairs) for row in rows[1:]] == [
+        (name, index, pairs) for index, pairs in ((None, 4), (2, 2), (4, 4), (6, 6)) for name in ("dpo", "hinge")
     ]
     lengths = ["seed-0-2-pairs", "seed-0", "seed-0-6-pairs"]
     assert calls == [
-        f"{what} {name} {run}" for name in ("dpo", "hinge") for run in lengths for what in ("train", "evaluate")
+        f"{subject} {name} {run}" for name in ("dpo", "hinge") for run in lengths for subject in ("train", "evaluate")
     ]
-    end, at_end = (next(r for r in rows if (r.name, r.at) == ("dpo", at)) for at in (None, 4))
+    end, at_end = (next(r for r in rows if (r.name, r.num_pairs) == ("dpo", at)) for at in (None, 4))
     assert end.measured is not at_end.measured and {**end.as_dict(), "at": 4} == at_end.as_dict()
     assert 0 < rows[3].seconds < end.seconds < rows[7].seconds  # those of the shorter run are in the longer one
     compare(sources[:1], seeds=1, output=long, overrides=["train.steps=3"], say=quiet)
@@ -188,10 +191,10 @@ def test_refuses_a_number_of_pairs_that_no_run_ends_at(
 def test_pictures_are_those_of_the_evaluation(tiny_sd15: Path, tmp_path: Path) -> None:
     """The curve's points are the rows' numbers, and the pictures are those of the evaluation."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
-    evaluate = {"benchmark": "scenes", "prompts": 10, "drawing": {"steps": 1}}
-    made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
+    evaluate = {"benchmark": "scenes", "prompts": 10, "sampling": {"steps": 1}}
+    result = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out, table = tmp_path / "compared", tmp_path / "assets" / "images.md"
-    compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, pairs=[4], table=table, say=quiet)
+    compare([recipe(tmp_path, "dpo", result)], seeds=1, output=out, pairs=[4], table=table, say=quiet)
     for folder, name in ((out, "comparison"), (table.parent, "images")):
         suffixes = {".md", ".json", ".png", "-pictures.png", "-pictures.json"}
         assert {path.name for path in folder.glob(f"{name}*")} == {f"{name}{suffix}" for suffix in suffixes}
@@ -230,7 +233,7 @@ def test_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
 
 def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
-    evaluate = {"benchmark": "scenes", "prompts": 4, "drawing": {"steps": 1}}
+    evaluate = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
     made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out = tmp_path / "compared"
     base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, say=quiet)
@@ -241,13 +244,13 @@ def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Pa
 
 def test_runs_share_a_folder_of_different_caches(tiny_sd15: Path, tmp_path: Path) -> None:
     """Seeds that keep draws of their own, and recipes of other sizes."""
-    method = {"name": "inpo", "inverter": "reference", "cache_draws": 1, "steps": 2}
-    evaluate = {"benchmark": "scenes", "prompts": 2, "drawing": {"steps": 1}}
+    method = {"name": "inpo", "inverter": "reference", "num_cached_draws": 1, "steps": 2}
+    evaluate = {"benchmark": "scenes", "prompts": 2, "sampling": {"steps": 1}}
     pairs, common = data_files.pick_a_pic(tmp_path / "pairs.parquet"), {"train": {"steps": 1}, "evaluate": evaluate}
-    made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", method=method, **common)
+    result = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", method=method, **common)
     sizes = {"small": {}, "large": {"resolution": 24}, "half": {}}
-    contents = {name: {**made, "data": {**made["data"], **size}} for name, size in sizes.items()}
-    contents["half"]["train"] = {**made["train"], "precision": "bfloat16"}
+    contents = {name: {**result, "data": {**result["data"], **size}} for name, size in sizes.items()}
+    contents["half"]["train"] = {**result["train"], "precision": "bfloat16"}
     sources = [recipe(tmp_path, name, content) for name, content in contents.items()]
     rows = compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
     assert [row.runs for row in rows] == [1, 2, 2, 2]
@@ -270,7 +273,7 @@ def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path:
     [
         ({"evaluate": None}, "says of no benchmark that asks or draws"),
         ({"evaluate": {"benchmark": "implicit"}}, "says of no benchmark that asks or draws"),
-        ({"evaluate": {**EVALUATE, "pictures": 4}}, "evaluate differs between dpo and other"),
+        ({"evaluate": {**EVALUATE, "num_images": 4}}, "evaluate differs between dpo and other"),
         ({"model": {"path": "models/tiny_sd"}}, "model.path differs between dpo and other"),
     ],
 )

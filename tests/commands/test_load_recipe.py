@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mmalign import methods
-from mmalign.commands.load_recipe import dump_recipe, load_recipe
+from mmalign.commands.load_recipe import RENAMED, dump_recipe, load_recipe
 from mmalign.config import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -43,6 +43,23 @@ def test_a_shipped_recipe_loads_and_survives_its_own_dump(path: Path) -> None:
     recipe = load_recipe(path)
     assert load_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert path.stem.startswith(f"{recipe.method.name}_") or path.stem in ("quickstart", "emoji")
+
+
+METHOD_WITH = {  # a method whose recipes have the option, where not all have it
+    "method.reward": "spo",
+    "method.crop_area": "mdpo",
+    "method.tie_margin": "step_preference",
+    "method.online.max_similarity": "bdhs",
+    "evaluate.num_images": "dpo",
+    "prepare.bdhs.max_similarity": "dpo",
+    "prepare.realign.max_similarity": "dpo",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_renamed_option_is_answered_with_its_new_name(old: str, new: str) -> None:
+    recipe = {**copy.deepcopy(LEAST), "method": {"name": METHOD_WITH.get(new, "diffusion_dpo")}}
+    assert f"{old}: is now called {new}; rename it" in slip(f"{old}=1", of=recipe)
 
 
 def test_there_are_shipped_recipes() -> None:
@@ -86,10 +103,12 @@ def test_numbers_in_every_spelling(written: str, number: float, tmp_path: Path) 
 
 def test_an_override_changes_what_it_names_and_nothing_else() -> None:
     before = copy.deepcopy(LEAST)
-    recipe = load_recipe(LEAST, ["train.lr=2e-5", "model.lora.rank=4", "train.betas=[0.9, 0.99]", "train.clip=null"])
+    recipe = load_recipe(
+        LEAST, ["train.lr=2e-5", "model.lora.rank=4", "train.betas=[0.9, 0.99]", "train.max_grad_norm=null"]
+    )
     assert before == LEAST
     assert (recipe.train.lr, recipe.train.steps, recipe.train.betas) == (2e-5, 10, [0.9, 0.99])
-    assert recipe.model.lora.rank == 4 and recipe.train.clip is None
+    assert recipe.model.lora.rank == 4 and recipe.train.max_grad_norm is None
     recipe = load("method={name: mapo}")
     assert recipe.method.name == "mapo" and recipe.method.beta == 0.1
     assert load("train.steps=3", "train.steps=4").train.steps == 4  # the last one counts
@@ -106,17 +125,17 @@ def test_another_method_takes_no_hyper_parameter_of_the_one_before() -> None:
 
 def test_a_section_that_is_absent_or_null() -> None:
     assert load("evaluate=null").evaluate is None and load().evaluate is None
-    made = load("evaluate=null", "evaluate.benchmark=implicit").evaluate
-    assert made is not None and made.benchmark == "implicit"
+    result = load("evaluate=null", "evaluate.benchmark=implicit").evaluate
+    assert result is not None and result.benchmark == "implicit"
 
 
 def test_prompts_are_a_number_or_a_file() -> None:
     assert load("evaluate={benchmark: scenes, prompts: 7}").evaluate.prompts == 7  # type: ignore[union-attr]
-    named = load("evaluate={prompts: a.txt, judge: {path: x}}").evaluate
+    named = load("evaluate={prompts: a.txt, reward: {path: x}}").evaluate
     assert named is not None and named.prompts == "a.txt"
-    said = slip("evaluate={benchmark: scenes, prompts: 1.5}")
-    assert said == "recipe: evaluate.prompts: expected a whole number or text, got 1.5"
-    assert slip("prepare={judge: {path: x}, prompts: true}").count("\n") == 0
+    text = slip("evaluate={benchmark: scenes, prompts: 1.5}")
+    assert text == "recipe: evaluate.prompts: expected a whole number or text, got 1.5"
+    assert slip("prepare={reward: {path: x}, prompts: true}").count("\n") == 0
 
 
 @pytest.mark.parametrize(
@@ -126,7 +145,7 @@ def test_prompts_are_a_number_or_a_file() -> None:
         ("train.lrr=1", "recipe: train has no 'lrr'; did you mean 'lr'?"),
         ("model.lora.rnk=1", "recipe: model.lora has no 'rnk'; did you mean 'rank'?"),
         ("method.betta=1", "recipe: method has no 'betta'; did you mean 'beta'?"),
-        ("evaluate={judge: {path: a, nmae: b}}", "recipe: evaluate.judge has no 'nmae'; did you mean 'name'?"),
+        ("evaluate={reward: {path: a, nmae: b}}", "recipe: evaluate.reward has no 'nmae'; did you mean 'name'?"),
         ("gallery.zzz=1", "recipe: gallery has no 'zzz'; it has images, title"),
     ],
 )
@@ -163,7 +182,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
             "recipe: train.schedule: expected 'constant', 'linear' or 'cosine', got the text 'cosin'; "
             "did you mean 'cosine'?",
         ),
-        ("evaluate={}", "recipe: evaluate: benchmark preference needs a judge; add evaluate.judge.path"),
+        ("evaluate={}", "recipe: evaluate: benchmark preference needs a judge; add evaluate.reward.path"),
         (
             "evaluate={benchmark: scenes, prompts: a}",
             "recipe: evaluate: benchmark scenes makes its own prompts; expected their number, got 'a'",
@@ -180,8 +199,8 @@ def test_a_long_value_is_shown_in_short() -> None:
 
 
 def test_every_slip_is_named_at_once() -> None:
-    said = slip("train.lr=fast", "trian.lr=1", "data.flip=1").splitlines()
-    assert len(said) == 3 and all(line.startswith("recipe: ") for line in said)
+    responses = slip("train.lr=fast", "trian.lr=1", "data.flip=1").splitlines()
+    assert len(responses) == 3 and all(line.startswith("recipe: ") for line in responses)
 
 
 def test_what_is_missing_is_named_with_its_meaning() -> None:
@@ -194,9 +213,9 @@ def test_what_is_missing_is_named_with_its_meaning() -> None:
 
 
 def test_an_unknown_method_is_answered_with_the_list() -> None:
-    said = slip("method.name=diffusion_dop")
-    assert "there is no method 'diffusion_dop'; did you mean 'diffusion_dpo'?" in said
-    assert f"(there are {', '.join(methods.names())})" in said
+    text = slip("method.name=diffusion_dop")
+    assert "there is no method 'diffusion_dop'; did you mean 'diffusion_dpo'?" in text
+    assert f"(there are {', '.join(methods.names())})" in text
     for wrong in ("__init__", "../losses", "os"):
         assert "there is no method" in slip(f"method={{name: {wrong}}}")
     for wrong in ("mapo", "null", "{}", "{name: 3}", "[]"):
@@ -274,7 +293,7 @@ def test_yaml_s_merge_keys_still_work(tmp_path: Path) -> None:
 
 def test_a_bare_off_is_a_word_and_no_truth_value() -> None:
     """YAML reads it as false, and people write it as the documents do."""
-    found = load_recipe(LEAST, ["data.cache=off", "train.pack=off"])
-    assert (found.data.cache, found.train.pack) == ("off", "off")
-    assert load_recipe(yaml.safe_load(dump_recipe(found))) == found
-    assert slip("train.pack=on") == "recipe: train.pack: expected 'auto' or 'off', got true"
+    recipe = load_recipe(LEAST, ["data.cache=off", "train.pack_responses=off"])
+    assert (recipe.data.cache, recipe.train.pack_responses) == ("off", "off")
+    assert load_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert slip("train.pack_responses=on") == "recipe: train.pack_responses: expected 'auto' or 'off', got true"

@@ -28,10 +28,10 @@ SHORT = [
     "train.save_every=1",
     "train.log_every=1",
     "evaluate.prompts=12",
-    "evaluate.drawing.steps=2",
+    "evaluate.sampling.steps=2",
 ]
 # As sure as a coin at least, which the better of two images always is: every prompt gives a pair.
-DRAWN = ["prepare.prompts=6", "prepare.images=2", "prepare.sure=0.5", "prepare.drawing.steps=3"]
+DRAWN = ["prepare.prompts=6", "prepare.images_per_prompt=2", "prepare.min_confidence=0.5", "prepare.sampling.steps=3"]
 
 
 class Stopped(Exception):
@@ -52,11 +52,11 @@ def run(
     def shortened(source: str, overrides: Sequence[str] = ()) -> Any:
         return load_recipe(source, [*overrides, *short])
 
-    said: list[str] = []
+    responses: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_recipe", shortened)
-        module.quickstart(modality, seed=seed, draw=draw, output=output, say=said.append)
-    return said
+        module.quickstart(modality, seed=seed, draw=draw, output=output, say=responses.append)
+    return responses
 
 
 def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, *, draw: bool) -> None:
@@ -127,22 +127,22 @@ def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, m
             assert Image.open(io.BytesIO(row[picture])).size == (64, 64)
     drawn, trained = (tmp_path / "pairs.parquet").read_bytes(), weights(tmp_path)
     assert len(trained) == STEPS and not (tmp_path / "result.json").exists()
-    said = run(tmp_path, monkeypatch, draw=True)
-    assert any(f"going on from checkpoint-{STEPS:08d}" in line for line in said)
-    assert any("all updates were done already" in line for line in said)
-    assert any(line.startswith("prompts drawn right: ") for line in said)
+    responses = run(tmp_path, monkeypatch, draw=True)
+    assert any(f"going on from checkpoint-{STEPS:08d}" in line for line in responses)
+    assert any("all updates were done already" in line for line in responses)
+    assert any(line.startswith("prompts drawn right: ") for line in responses)
     assert (tmp_path / "pairs.parquet").read_bytes() == drawn and weights(tmp_path) == trained
     assert_complete(tmp_path, seed=0)
 
 
 def test_shipped_pairs_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "a folder, [new]: yes"  # no name that YAML or a console reads as more than a name
-    said = run(output, monkeypatch, draw=False, seed=7)
-    assert not any("going on" in line for line in said) and not (output / "pairs.parquet").exists()
+    responses = run(output, monkeypatch, draw=False, seed=7)
+    assert not any("going on" in line for line in responses) and not (output / "pairs.parquet").exists()
     assert_complete(output, seed=7)
     first, trained = json.loads((output / "result.json").read_text()), weights(output)
-    said = run(output, monkeypatch, draw=False, seed=7)
-    assert any("all updates were done already" in line for line in said)
+    responses = run(output, monkeypatch, draw=False, seed=7)
+    assert any("all updates were done already" in line for line in responses)
     again = json.loads((output / "result.json").read_text())
     assert weights(output) == trained
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
@@ -153,7 +153,7 @@ ANSWERED = [
     f"train.steps={STEPS}",
     "train.batch_size=3",
     "train.save_every=1",
-    "evaluate.pictures=4",
+    "evaluate.num_images=4",
     "evaluate.decoding={max_new_tokens: 4, batch_size: 16}",
 ]
 
@@ -169,10 +169,10 @@ def tiny_answers(vlm_folders: Folders, tmp_path: Path) -> list[str]:
 def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs, alignment, measurement and page; the second command makes no pair and asks nothing again."""
     output = tmp_path / "out"
-    said = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
+    responses = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
     assert pq.read_table(output / "pairs.parquet").num_rows > 0
-    assert any(line.startswith("descriptions that invent an object: ") for line in said)
-    assert any(line.startswith("yes/no questions answered right: ") for line in said)
+    assert any(line.startswith("descriptions that invent an object: ") for line in responses)
+    assert any(line.startswith("yes/no questions answered right: ") for line in responses)
     result = json.loads((output / "result.json").read_text())
     assert result["updates"] == STEPS
     for name in ("CHAIR_i", "CHAIR_s", "recall", "POPE accuracy"):

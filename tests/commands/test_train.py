@@ -14,7 +14,7 @@ from mmalign import atomic_io
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.resources import roots
-from mmalign.rewards import load_judge
+from mmalign.rewards import load_reward_model
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.runs import assert_resumes, assert_same, quiet, train_weights
@@ -54,9 +54,20 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
 
     A batch of spo is two updates here, and is gone on from where it ends.
     """
-    of_steps = {"steps": 6, "start": 2, "threshold": 0.0, "judge": {"name": "step_aware", "path": str(tiny_step_judge)}}
+    of_steps = {
+        "steps": 6,
+        "start": 2,
+        "threshold": 0.0,
+        "reward": {"name": "step_aware", "path": str(tiny_step_judge)},
+    }
     steps = 4 if method == "spo" else 3
-    options = {"accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5}
+    options = {
+        "gradient_accumulation_steps": 2,
+        "ema": 0.9,
+        "schedule": "cosine",
+        "warmup_steps": 1,
+        "keep_checkpoints": 5,
+    }
     content = recipes.diffusion(
         tiny_sd15,
         pairs,
@@ -93,8 +104,8 @@ def test_a_judge_is_trained_by_the_same_loop_and_judges(
         "model": {**content["model"], "path": str(tmp_path / "a/model")},
     }
     train_weights(further)
-    judge = load_judge("step_aware", str(tmp_path / "c" / "model"))
-    scores = judge([Image.new("RGB", (16, 16))] * 2, ["a", "a"], torch.tensor([1, 901]))
+    reward_model = load_reward_model("step_aware", str(tmp_path / "c" / "model"))
+    scores = reward_model([Image.new("RGB", (16, 16))] * 2, ["a", "a"], torch.tensor([1, 901]))
     assert scores[0] != scores[1]
 
 
@@ -112,11 +123,11 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
     tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an epoch, or before its end after many batches without a pair; nothing is saved."""
-    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "judge": {"path": str(tiny_clip)}}
+    method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "reward": {"path": str(tiny_clip)}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method)
     with pytest.raises(ValueError, match=r"epoch 0 has nothing to learn from.*: the judge was sure of no pair; lower"):
         train(load_recipe(content), say=quiet)
-    monkeypatch.setattr("mmalign.training.loop.EMPTY", 3)
+    monkeypatch.setattr("mmalign.training.loop.MAX_EMPTY_BATCHES", 3)
     with pytest.raises(
         ValueError, match=r"3 batches in a row, .* had nothing to learn from .*: the judge was sure of no"
     ):
@@ -128,8 +139,8 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
 def steps_of_spo(tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: Path) -> dict[str, Any]:
     """A recipe of SPO whose batches are four updates each."""
     judge = {"name": "step_aware", "path": str(tiny_step_judge)}
-    method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "judge": judge}
-    options = {"save_every": 2, "keep": 1, "ema": 0.9}
+    method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "reward": judge}
+    options = {"save_every": 2, "keep_checkpoints": 1, "ema": 0.9}
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
 
 
@@ -138,10 +149,10 @@ def test_a_run_that_ends_inside_a_batch_is_done(steps_of_spo: dict[str, Any], tm
     train_weights(steps_of_spo, "train.steps=6")
     assert saved(tmp_path / "out") == [4, 6]
     model = tmp_path / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    before, said = load_file(model), list[str]()
-    again = train(load_recipe(steps_of_spo, ["train.steps=6"]), say=said.append)
+    before, responses = load_file(model), list[str]()
+    again = train(load_recipe(steps_of_spo, ["train.steps=6"]), say=responses.append)
     assert again.verdict == "all updates were done already: nothing was trained" and again.history == []
-    assert said[1] == "going on from checkpoint-00000006"
+    assert responses[1] == "going on from checkpoint-00000006"
     assert_same(before, load_file(model))
 
 
@@ -151,10 +162,12 @@ def test_a_run_that_ended_inside_a_batch_made_longer_equals_never_ending(
 ) -> None:
     """Bit for bit: what it had made of its last batch is thrown away."""
     train_weights(steps_of_spo, f"train.steps={first}")
-    longer, said = load_recipe(steps_of_spo, [f"train.steps={then}"]), list[str]()
-    train(longer, say=said.append)
+    longer, responses = load_recipe(steps_of_spo, [f"train.steps={then}"]), list[str]()
+    train(longer, say=responses.append)
     again = {3: "it is done again", 6: "what comes after checkpoint-00000004 is done again", 8: ""}[first]
-    assert again in said[1] and (said[2] if first == 6 else said[1]) != "going on from checkpoint-00000006"
+    assert (
+        again in responses[1] and (responses[2] if first == 6 else responses[1]) != "going on from checkpoint-00000006"
+    )
     whole = train_weights({**steps_of_spo, "output": str(tmp_path / "whole")}, f"train.steps={then}")
     assert_same(whole, load_file(tmp_path / "out" / f"checkpoint-{then:08d}" / "model.safetensors"))
 
@@ -172,31 +185,31 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
     """Eight updates are two batches, each of which is saved after."""
     from mmalign.methods.text_to_image import spo
 
-    made, contrasts = list[int](), spo.contrasts
+    result, contrasts = list[int](), spo.contrasts
 
     def counted(*args: Any) -> Any:
-        made.append(1)
+        result.append(1)
         return contrasts(*args)
 
     monkeypatch.setattr(spo, "contrasts", counted)
     train_weights(steps_of_spo, "train.steps=8")
-    assert len(made) == 2
+    assert len(result) == 2
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("method.judge.path=models/no_judge", "method.judge.path: there is no file or folder 'models/no_judge'"),
-        ("method.judge.name=stepaware", "judge: there is no 'stepaware'"),
+        ("method.reward.path=models/no_judge", "method.reward.path: there is no file or folder 'models/no_judge'"),
+        ("method.reward.name=stepaware", "judge: there is no 'stepaware'"),
         ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
         (
             "data.flip=true",
             "data.flip: means nothing here: method.name: spo draws its own images, and takes prompts al",
         ),
-        ("data.workers=2", r"data.workers: .* from the pairs of data.path; leave workers out"),
+        ("data.num_workers=2", r"data.num_workers: .* from the pairs of data.path; leave workers out"),
         ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),
         ("data={format: prompts, path: a.txt, columns: {a: b}}", "data.columns: means nothing here"),
-        ("data={format: prompts, path: a.txt, crop: random, max_bad: 1}", "; leave max_bad and crop out"),
+        ("data={format: prompts, path: a.txt, crop: random, max_bad_images: 1}", "; leave max_bad_images and crop out"),
         ("data.group_by=caption", "data.group_by: means nothing here"),
     ],
 )
@@ -204,7 +217,7 @@ def test_what_spo_needs_is_looked_for_before_a_model_is_loaded(
     override: str, sentence: str, tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path
 ) -> None:
     content = recipes.diffusion(
-        tiny_sd15, pairs, tmp_path / "out", method={"name": "spo", "judge": {"path": str(tiny_clip)}}
+        tiny_sd15, pairs, tmp_path / "out", method={"name": "spo", "reward": {"path": str(tiny_clip)}}
     )
     with pytest.raises(ValueError, match=sentence):
         train(load_recipe(content, [override]), say=quiet)
@@ -226,7 +239,7 @@ def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
     """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
     flipped = {"method": {"name": method}, "data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
     cached = train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
-    workers = train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.workers=2")
+    workers = train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "workers", **flipped), "data.num_workers=2")
     assert_same(cached, workers)
     assert_same(
         cached, train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "uncached", **flipped), "data.cache='off'")
@@ -276,23 +289,23 @@ def test_every_shipped_recipe_takes_two_steps(
         sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
         method = load_recipe(path).method
         if method.name == "spo":  # any pair will do: the tiny judge is hardly sure of one
-            judges = [f"method.judge.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
+            judges = [f"method.reward.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
         elif method.name == "step_preference":
             judges = ["model.denoiser=" + str(model)]
             model = tiny_transformers_clip if "PickScore" in load_recipe(path).model.path else tiny_clip
-            judges += [f"method.judge.path={model}"] if method.judge is not None else []
+            judges += [f"method.reward.path={model}"] if method.reward is not None else []
     overrides = [
         f"model.path={model}",
         *sizes,
         *judges,
-        "data.workers=0",
-        "data.hold_out=0.0",
+        "data.num_workers=0",
+        "data.validation_fraction=0.0",
         "data.split=null",
         "data.group_by=null",
         "train.steps=2",
         "train.batch_size=2",
-        "train.accumulate=1",
-        "train.warmup=1",
+        "train.gradient_accumulation_steps=1",
+        "train.warmup_steps=1",
         "train.trackers=[]",
         f"output={tmp_path / 'out'}",
     ]
@@ -315,8 +328,8 @@ def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Pa
         tiny_sd15,
         pairs,
         tmp_path / "out",
-        data={"hold_out": 0.4},
-        train={"steps": 6, "save_every": 1, "keep": 1, "lr": 0.05},
+        data={"validation_fraction": 0.4},
+        train={"steps": 6, "save_every": 1, "keep_checkpoints": 1, "lr": 0.05},
     )
     train_weights(content)
     left = sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*"))

@@ -30,7 +30,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     content = recipes.diffusion(base, pairs, tmp_path / "whole", method=method, model=model, train=options)
     assert_resumes(content)
     family = load_diffusion(base)
-    policy = loading.load_aligned(family, tmp_path / "whole" / "model")
+    policy = loading.load_trained_policy(family, tmp_path / "whole" / "model")
     sampling = Sampling(steps=2, guidance=2.0, resolution=32)
     before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling))
     after = family.sample(policy.unwrapped, ["thing"], [0], sampling)
@@ -67,13 +67,13 @@ def test_every_method_trains_every_family(
     settings: dict[str, Any] = {"name": method, **METHODS[method]}
     if method == "spo":
         settings["judge"] = {"name": "step_aware", "path": str(tiny_step_judge)}
-    options = {"steps": 1, "batch_size": 2, "lr": 1e-2, "warmup": 0}
+    options = {"steps": 1, "batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
     content = recipes.diffusion(flow_folders(name), pairs, tmp_path / "out", train=options)
     recipe = load_recipe({**content, "method": settings})
-    (told,) = train(recipe, say=lambda _: None).history
+    (output,) = train(recipe, say=lambda _: None).history
     first = {"cca": 2 * math.log(2), "mapo": None, "sft": None}.get(method, math.log(2))
-    assert math.isfinite(told["loss"]) and (first is None or abs(told["loss"] - first) < 1e-3)
-    about = loading.load_aligned(load_family(content["model"]["path"], CPU), tmp_path / "out" / "model")
+    assert math.isfinite(output["loss"]) and (first is None or abs(output["loss"] - first) < 1e-3)
+    about = loading.load_trained_policy(load_family(content["model"]["path"], CPU), tmp_path / "out" / "model")
     after = dict(about.unwrapped.named_parameters())
     before = dict(load_family(content["model"]["path"], CPU).network.named_parameters())
     assert any(not torch.equal(after[key], value) for key, value in before.items())

@@ -42,7 +42,15 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     method: str, tune: str, vlm_folders: Folders, rows: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, with an average of the weights, accumulation, and a stop in the middle of an epoch."""
-    options = {"steps": 3, "save_every": 1, "accumulate": 2, "ema": 0.9, "schedule": "cosine", "warmup": 1, "keep": 5}
+    options = {
+        "steps": 3,
+        "save_every": 1,
+        "gradient_accumulation_steps": 2,
+        "ema": 0.9,
+        "schedule": "cosine",
+        "warmup_steps": 1,
+        "keep_checkpoints": 5,
+    }
     content = recipes.vlm(
         vlm_folders("llava"), rows, tmp_path / "whole", model={"tune": tune}, method={"name": method}, train=options
     )
@@ -60,7 +68,7 @@ def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
     )
     whole = train_weights(content)
     stopped = {**content, "output": str(tmp_path / "stopped")}
-    train_weights(stopped, "train.steps=2", "data.workers=2")
+    train_weights(stopped, "train.steps=2", "data.num_workers=2")
     assert_same(whole, train_weights(stopped))
 
 
@@ -122,7 +130,7 @@ def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
 def test_workers_and_recomputed_activations_change_no_number(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "here", train={"steps": 2})
     here = train_weights(content)
-    assert_same(here, train_weights({**content, "output": str(tmp_path / "workers")}, "data.workers=2"))
+    assert_same(here, train_weights({**content, "output": str(tmp_path / "workers")}, "data.num_workers=2"))
     again = train_weights({**content, "output": str(tmp_path / "again")}, "train.gradient_checkpointing=true")
     for name, weight in here.items():
         torch.testing.assert_close(again[name], weight, rtol=1e-3, atol=1e-5)
@@ -138,9 +146,9 @@ def test_the_trained_model_is_one_that_peft_loads_over_its_base(
     base = AutoModelForImageTextToText.from_pretrained(vlm_folders("qwen2_5_vl"))
     net = PeftModel.from_pretrained(base, tmp_path / "out" / "model")
     loaded = {name: p for name, p in net.named_parameters() if "lora_B" in name}
-    ours = {name: p for name, p in weights.items() if "lora_B" in name}
-    assert len(loaded) == len(ours) == 14
-    assert sorted(float(p.sum()) for p in loaded.values()) == sorted(float(p.sum()) for p in ours.values())
+    policy_scores = {name: p for name, p in weights.items() if "lora_B" in name}
+    assert len(loaded) == len(policy_scores) == 14
+    assert sorted(float(p.sum()) for p in loaded.values()) == sorted(float(p.sum()) for p in policy_scores.values())
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -163,12 +171,12 @@ def test_a_trained_model_is_found_again_beside_its_base(vlm_folders: Folders, ro
         output = tmp_path / tune
         train_weights(recipes.vlm(vlm_folders("llava"), rows, output, model={"tune": tune}, train={"steps": 2}))
         family: Any = load_vlm(vlm_folders("llava"))
-        policy = loading.load_aligned(family, output / "model")
+        policy = loading.load_trained_policy(family, output / "model")
         assert isinstance(policy.reference, AdaptersOff if tune == "lora" else FrozenCopy)
 
 
 def test_held_out_pairs_score_the_checkpoints(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", data={"hold_out": 0.4})
+    content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", data={"validation_fraction": 0.4})
     train_weights(content)
     assert checkpoint.best(tmp_path / "out") is not None
 
@@ -197,14 +205,14 @@ def test_two_processes_learn_what_one_does(vlm_folders: Folders, rows: Path, tmp
 def test_over_long_prompts_are_counted_and_named_at_the_end(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     text = rows.read_text().splitlines()
     rows.write_text("\n".join([text[0].replace("Describe it.", "Describe it. " * 60), *text[1:]]))
-    said: list[str] = []
+    responses: list[str] = []
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", data={"max_length": 80})
-    train(load_recipe(content), say=said.append)
+    train(load_recipe(content), say=responses.append)
     assert any(
         line.startswith(
             "1 images or prompts could not be used; their pairs were left out: trl.jsonl: line 1: the prompt"
         )
-        for line in said
+        for line in responses
     )
 
 
@@ -213,9 +221,9 @@ def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
-    told = refused(content)
-    assert told.startswith(f"data.path: {rows} has no other images, and method.name: realign compares what is said")
-    assert "use data.format: realign" in told
+    message = refused(content)
+    assert message.startswith(f"data.path: {rows} has no other images, and method.name: realign compares what is said")
+    assert "use data.format: realign" in message
 
 
 def refused(content: dict[str, Any], *overrides: str, command: Any = None) -> str:
@@ -247,14 +255,16 @@ def test_a_model_of_the_other_modality_is_refused_before_it_is_loaded(
 def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     """A judge compares pictures, and what is made of pictures is made by drawing."""
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out")
-    judged = refused(content, "evaluate={benchmark: crowds, judge: {path: models/tiny_clip}}")
+    judged = refused(content, "evaluate={benchmark: crowds, reward: {path: models/tiny_clip}}")
     assert judged.startswith("recipe: evaluate has no 'judge'; it has benchmark")
-    drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images: 4}")
+    drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images_per_prompt: 4}")
     assert drawn.startswith("recipe: prepare has no 'images'; it has")
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"steps": 2})
     train_weights(content)
-    told = refused(content, "model.lora.targets=[q_proj]", "train.steps=4")
-    assert "belongs to another run (tune lora of rank 2, alpha 2, on down_proj gate_proj k_proj o_proj q_proj" in told
+    message = refused(content, "model.lora.targets=[q_proj]", "train.steps=4")
+    assert (
+        "belongs to another run (tune lora of rank 2, alpha 2, on down_proj gate_proj k_proj o_proj q_proj" in message
+    )

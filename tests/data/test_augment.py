@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmalign.data.augment import cropped, noised, signal_share
+from mmalign.data.augment import diffuse_image, random_crop, signal_share
 from tests.helpers.golden import golden
 
 GOLDEN = golden("povid")["noise_schedule"]
@@ -39,18 +39,18 @@ def test_a_noisy_pixel_by_hand() -> None:
     """At step 500 a grey of 100 / 255 under noise of 0.4: 255 * (0.8630 * 0.3922 + 0.5052 * 0.4) = 137.83."""
     levels = GOLDEN["sqrt_alpha_bar_500"], GOLDEN["sqrt_one_minus_alpha_bar_500"]
     assert 255 * (levels[0] * 100 / 255 + levels[1] * 0.4) == pytest.approx(137.83, abs=0.01)
-    image = noised(flat(100), torch.full((8, 8, 3), 0.4), 500)
+    image = diffuse_image(flat(100), torch.full((8, 8, 3), 0.4), 500)
     assert np.unique(np.asarray(image)).tolist() == [138]
 
 
-@pytest.mark.parametrize(("at", "wrapped"), list(enumerate(GOLDEN["uint8_wrap"]["torch_byte_x86"])))
-def test_overflow_wraps_as_published_or_is_clamped(at: int, wrapped: int) -> None:
+@pytest.mark.parametrize(("index", "wrapped"), list(enumerate(GOLDEN["uint8_wrap"]["torch_byte_x86"])))
+def test_overflow_wraps_as_published_or_is_clamped(index: int, wrapped: int) -> None:
     """The noise that takes black to the published value before it becomes a byte."""
-    value = GOLDEN["uint8_wrap"]["in_float_times_255"][at]
+    value = GOLDEN["uint8_wrap"]["in_float_times_255"][index]
     noise = torch.full((8, 8, 3), value / 255 / GOLDEN["sqrt_one_minus_alpha_bar_500"])
     noise *= 1 + 1e-5  # no hair short of a whole number
-    assert np.unique(np.asarray(noised(flat(0), noise, 500, overflow="wrap"))).tolist() == [wrapped]
-    assert np.unique(np.asarray(noised(flat(0), noise, 500))).tolist() == [0 if value < 0 else 255]
+    assert np.unique(np.asarray(diffuse_image(flat(0), noise, 500, overflow="wrap"))).tolist() == [wrapped]
+    assert np.unique(np.asarray(diffuse_image(flat(0), noise, 500))).tolist() == [0 if value < 0 else 255]
 
 
 def test_clamping_leaves_the_picture_and_wrapping_does_not() -> None:
@@ -60,7 +60,7 @@ def test_clamping_leaves_the_picture_and_wrapping_does_not() -> None:
     """
     image = natural()
     noise = torch.randn(64, 64, 3, generator=torch.Generator().manual_seed(0))
-    clamped, wrapped = (noised(image, noise, 500, overflow=way) for way in ("clamp", "wrap"))  # type: ignore[arg-type]
+    clamped, wrapped = (diffuse_image(image, noise, 500, overflow=way) for way in ("clamp", "wrap"))  # type: ignore[arg-type]
     ends = np.isin(np.asarray(clamped), (0, 255)).mean()
     assert 0.25 < ends < 0.55
     small = [one.resize((16, 16), Image.Resampling.BOX) for one in (image, clamped, wrapped)]
@@ -71,9 +71,9 @@ def test_clamping_leaves_the_picture_and_wrapping_does_not() -> None:
 def test_a_noisy_picture_keeps_its_size_and_more_steps_are_noisier(size: tuple[int, int]) -> None:
     image = natural().resize(size)
     noise = torch.randn(size[1], size[0], 3, generator=torch.Generator().manual_seed(1))
-    found = [noised(image, noise, step) for step in (0, 250, 500, 999)]
-    assert all(one.size == size and one.mode == "RGB" for one in found)
-    left = [correlation(image, one) for one in found]
+    result = [diffuse_image(image, noise, step) for step in (0, 250, 500, 999)]
+    assert all(one.size == size and one.mode == "RGB" for one in result)
+    left = [correlation(image, one) for one in result]
     assert left == sorted(left, reverse=True) and left[0] > 0.99
 
 
@@ -86,7 +86,7 @@ def slope(width: int, height: int) -> Image.Image:
 
 def seen(image: Image.Image, u: list[float], keep: tuple[float, float]) -> tuple[float, float, float, float]:
     """Width, height, and centre of what a crop shows, as shares of the picture, read off the slope."""
-    pixels = np.asarray(cropped(image, torch.tensor(u), keep=keep)).astype(float) / 200
+    pixels = np.asarray(random_crop(image, torch.tensor(u), area_range=keep)).astype(float) / 200
     red, green = pixels[..., 0].mean(0), pixels[..., 1].mean(1)
     spans = ((one[-1] - one[0]) * len(one) / (len(one) - 1) for one in (red, green))
     return (*spans, red.mean(), green.mean())  # type: ignore[return-value]
@@ -119,7 +119,7 @@ def test_a_crop_lies_where_it_was_drawn(right: float, down: float) -> None:
 def test_a_crop_of_any_picture_keeps_its_size_and_its_area(size: tuple[int, int]) -> None:
     """Also where a part of the ratio drawn would not fit: then it is as high, or as wide, as the picture."""
     for share in (0.01, 0.2, 1.0):
-        image = cropped(slope(*size), torch.tensor([0.0, 1.0, 0.9, 0.9]), keep=(share, share))
+        image = random_crop(slope(*size), torch.tensor([0.0, 1.0, 0.9, 0.9]), area_range=(share, share))
         assert image.size == size
     width, height, *_ = seen(slope(640, 48), [0.0, 1.0, 0.5, 0.5], (0.2, 0.2))
     assert height == pytest.approx(1.0, abs=0.03) and width == pytest.approx(0.2, abs=0.02)
@@ -127,5 +127,5 @@ def test_a_crop_of_any_picture_keeps_its_size_and_its_area(size: tuple[int, int]
 
 def test_a_crop_of_everything_is_the_picture_itself() -> None:
     image = natural()
-    found = cropped(image, torch.rand(4, generator=torch.Generator().manual_seed(0)), keep=(1.0, 1.0))
+    found = random_crop(image, torch.rand(4, generator=torch.Generator().manual_seed(0)), area_range=(1.0, 1.0))
     assert np.array_equal(np.asarray(found), np.asarray(image))

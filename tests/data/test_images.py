@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmalign.data.images import BadImage, decode, flipped, prepare, prepare_pair, view_key
+from mmalign.data.images import BadImage, decode, is_flipped, prepare, prepare_pair, transform_key
 from mmalign.data.pairs import ImageRef
 
 
@@ -133,8 +133,8 @@ def test_a_scaled_crop_lies_where_its_sizes_say() -> None:
 
 def test_a_mirrored_crop_is_the_mirror_of_the_crop_and_says_where_it_lies() -> None:
     image = noise(20, 16)
-    plain, at = prepare(image, 16, at=(0.0, 0.0))
-    mirrored, mirrored_at = prepare(image, 16, at=(0.0, 0.0), mirror=True)
+    plain, at = prepare(image, 16, crop_position=(0.0, 0.0))
+    mirrored, mirrored_at = prepare(image, 16, crop_position=(0.0, 0.0), mirror=True)
     assert torch.equal(mirrored, plain.flip(-1))
     assert at.tolist()[2:4] == [0, 0] and mirrored_at.tolist()[2:4] == [0, 4]
 
@@ -148,8 +148,8 @@ def test_both_images_share_the_relative_crop_and_the_flip() -> None:
     same = noise(40, 32)
     pair = prepare_pair(same, same, 32, crop="random", flip=True, u=torch.tensor([0.1, 0.9, 0.4]))
     assert torch.equal(pair.pixels[0], pair.pixels[1])
-    assert torch.equal(pair.pixels[0], prepare(same, 32, at=(0.1, 0.9), mirror=True)[0])
-    assert not flipped(True, torch.tensor([0.0, 0.0, 0.5])) and not flipped(False, u) and flipped(True, u)
+    assert torch.equal(pair.pixels[0], prepare(same, 32, crop_position=(0.1, 0.9), mirror=True)[0])
+    assert not is_flipped(True, torch.tensor([0.0, 0.0, 0.5])) and not is_flipped(False, u) and is_flipped(True, u)
 
 
 def test_a_long_strip_is_not_blown_up() -> None:
@@ -159,5 +159,5 @@ def test_a_long_strip_is_not_blown_up() -> None:
 
 
 def test_views_have_different_keys() -> None:
-    keys = {view_key(64, mirror=False), view_key(64, mirror=True), view_key(128, mirror=False)}
+    keys = {transform_key(64, mirror=False), transform_key(64, mirror=True), transform_key(128, mirror=False)}
     assert len(keys) == 3

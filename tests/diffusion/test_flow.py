@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import mean_square
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 T = torch.tensor([0.001, 0.3, 0.7, 0.999])
 X_0, EPS, ANSWER = torch.randn(3, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -43,7 +43,7 @@ def test_errors_are_related_by_their_exact_weights() -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_times_are_logit_normal_and_shifted(shift: float) -> None:
     """Half of all times are below the shifted middle, and 68.3 % within one standard deviation of it in logits."""
-    t = Flow(shift=shift).draw_time(range(20_000), Draws(0))
+    t = Flow(shift=shift).draw_time(range(20_000), KeyedRNG(0))
     middle = shift / (1 + shift)
     assert abs(float((t < middle).float().mean()) - 0.5) < 0.015
     logits = torch.logit(t / (shift - (shift - 1) * t))

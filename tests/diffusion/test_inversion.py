@@ -17,8 +17,8 @@ from mmalign.diffusion.noise import Diffusion, Schedule
 from tests.helpers.golden import golden
 
 SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-EPSILON = Diffusion.of({**SD15, "prediction_type": "epsilon"}, "test")
-VELOCITY = Diffusion.of({**SD15, "prediction_type": "v_prediction"}, "test")
+EPSILON = Diffusion.from_config({**SD15, "prediction_type": "epsilon"}, "test")
+VELOCITY = Diffusion.from_config({**SD15, "prediction_type": "v_prediction"}, "test")
 GOLDEN = golden("inpo")
 TIMES = torch.tensor([0, 1, 2, 99, 100, 101, 550, 999])
 SIGMAS = torch.tensor([1e-4, 0.05, 0.09, 0.101, 0.52, 0.77, 0.91, 0.9999])
@@ -54,18 +54,18 @@ def knowing(schedule: Schedule, x_0: Tensor, eps: Tensor, way: Callable[..., Ite
 
     def predict(x: Tensor, _: Tensor, rows: Tensor) -> Tensor:
         hop, asked = hops[i := next(number)], hops[i].at
-        found = eps[rows] if i == 0 else (x - levels[i - 1][0][rows] * x_0[rows]) / levels[i - 1][1][rows]
+        result = eps[rows] if i == 0 else (x - levels[i - 1][0][rows] * x_0[rows]) / levels[i - 1][1][rows]
         signal, noise = (torch.ones(len(x_0), 1, 1, 1) for _ in range(2))
         spread = hop.spread if hop.spread is not None else torch.zeros(())
         signal[rows], noise[rows] = hop.signal, (hop.direction**2 + spread**2).sqrt()
         levels[i] = signal, noise
         # As the schedule turns it back into (found, x_0) at the time that it was asked at.
         if isinstance(schedule, Diffusion) and schedule.prediction == "epsilon":
-            return found
+            return result
         if isinstance(schedule, Flow):
-            return found - x_0[rows]
+            return result - x_0[rows]
         a, n = schedule.levels(asked)
-        return (found - n * x) / a
+        return (result - n * x) / a
 
     return predict, iter(hops)
 
@@ -164,8 +164,8 @@ def test_diffusers_agrees_where_the_grids_coincide(steps: int) -> None:
         scheduler.set_timesteps(steps - 1 if there == stride else steps)
         asked = torch.full((2,), max(there - stride, 1))
         x = scheduler.step(toy(x, asked, shift), there, x).prev_sample
-    ours = run(EPSILON, x_0, torch.tensor([900, 900]), steps)
-    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+    actual = run(EPSILON, x_0, torch.tensor([900, 900]), steps)
+    torch.testing.assert_close(actual, x, rtol=1e-5, atol=1e-5)
     assert (x - x_0).abs().mean() > 0.1
 
 
@@ -179,8 +179,8 @@ def test_diffusers_agrees_on_velocity() -> None:
     x = x_0
     for there in scheduler.timesteps.tolist()[:7]:
         x = scheduler.step(toy(x, torch.full((2,), there - 100), shift), there, x).prev_sample
-    ours = run(VELOCITY, x_0, torch.tensor([550, 601]), way=inversion.release)
-    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+    actual = run(VELOCITY, x_0, torch.tensor([550, 601]), way=inversion.release)
+    torch.testing.assert_close(actual, x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GOLDEN["cases"])
@@ -218,10 +218,10 @@ def test_the_release_s_grid_needs_whole_timesteps() -> None:
 def test_a_flow_s_inversion_is_euler_s_method() -> None:
     """x + (s' - s) v by hand, row by row, from 0 to each row's own sigma."""
     x_0, shift, flow = normal(1, 8, 4, 8, 8), torch.linspace(-0.2, 0.2, 8), Flow()
-    ours = run(flow, x_0, SIGMAS)
+    actual = run(flow, x_0, SIGMAS)
     for row, sigma in enumerate(SIGMAS.tolist()):
         x, number = x_0[row : row + 1], max(1, int(-(-sigma * 10 // 1)))
         for i in range(number):
             here, there = sigma * i / number, sigma * (i + 1) / number
             x = x + (there - here) * toy(x, torch.tensor([here]), shift[row : row + 1])
-        torch.testing.assert_close(ours[row], x[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual[row], x[0], rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ SD15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.0
 def test_published_noising() -> None:
     """x_t and the v target as diffusers 0.20 computes them in float32."""
     given = golden("diffusion_dpo")["noising"]
-    process = Diffusion.of({**SD15, "prediction_type": "v_prediction"}, "test")
+    process = Diffusion.from_config({**SD15, "prediction_type": "v_prediction"}, "test")
     x_0, eps, t = torch.tensor(given["latents"]), torch.tensor(given["noise"]), torch.tensor(given["timesteps"])
     torch.testing.assert_close(process.alphas_cumprod[t], torch.tensor(given["alphas_cumprod_at_t"]))
     torch.testing.assert_close(process.add_noise(x_0, eps, t), torch.tensor(given["x_t_fp32"]), rtol=2e-5, atol=2e-6)
@@ -22,7 +22,7 @@ def test_published_noising() -> None:
 
 def test_diffusers_agrees() -> None:
     scheduler = DDPMScheduler(**SD15, prediction_type="v_prediction")
-    process = Diffusion.of(scheduler.config, "test")
+    process = Diffusion.from_config(scheduler.config, "test")
     x_0, eps = torch.randn(2, 4, 3, 8, 8).unbind()
     t = torch.tensor([0, 1, 500, 999])
     torch.testing.assert_close(process.add_noise(x_0, eps, t), scheduler.add_noise(x_0, eps, t))
@@ -31,7 +31,7 @@ def test_diffusers_agrees() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_right_answer_is_turned_back_into_noise_and_image(prediction: str) -> None:
-    process = Diffusion.of({**SD15, "prediction_type": prediction}, "test")
+    process = Diffusion.from_config({**SD15, "prediction_type": prediction}, "test")
     x_0, eps = torch.randn(2, 5, 2, 4, 4).unbind()
     t = torch.tensor([0, 10, 400, 900, 999])
     x_t = process.add_noise(x_0, eps, t)
@@ -42,7 +42,7 @@ def test_the_right_answer_is_turned_back_into_noise_and_image(prediction: str) -
 
 def test_velocity_errors_are_epsilon_errors_over_abar() -> None:
     """|v error|^2 = |eps error|^2 / abar_t, whatever the network says."""
-    v = Diffusion.of({**SD15, "prediction_type": "v_prediction"}, "test")
+    v = Diffusion.from_config({**SD15, "prediction_type": "v_prediction"}, "test")
     x_0, eps, answer = torch.randn(3, 4, 2, 4, 4).unbind()
     t = torch.tensor([5, 300, 700, 990])
     x_t = v.add_noise(x_0, eps, t)
@@ -52,7 +52,7 @@ def test_velocity_errors_are_epsilon_errors_over_abar() -> None:
 
 def test_an_unknown_prediction_type_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"here/.*'sample'; expected epsilon or v_prediction"):
-        Diffusion.of({**SD15, "prediction_type": "sample"}, "here/scheduler")
+        Diffusion.from_config({**SD15, "prediction_type": "sample"}, "here/scheduler")
 
 
 def test_errors_are_reduced_in_float32_where_bfloat16_would_destroy_the_logit() -> None:
@@ -69,7 +69,7 @@ def test_errors_are_reduced_in_float32_where_bfloat16_would_destroy_the_logit() 
         wrong = (errors.double() - exact).view(16, 4)  # policy and reference, chosen and rejected
         return float((-0.5 * 5000 * ((wrong[:, 0] - wrong[:, 1]) - (wrong[:, 2] - wrong[:, 3]))).std())
 
-    ours = logit_noise(mean_square(rounded, target))
+    actual = logit_noise(mean_square(rounded, target))
     careless = logit_noise((rounded - target.bfloat16()).square().mean(1))
-    assert ours < 0.1
+    assert actual < 0.1
     assert careless > 0.5

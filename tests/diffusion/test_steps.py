@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule
 from mmalign.diffusion.steps import Gaussian, any_time, grid, step, timestep
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 
 GOLDEN = golden("spo")
@@ -24,7 +24,7 @@ CONFIG = {
 
 
 def diffusion(prediction: str = "epsilon") -> Diffusion:
-    return Diffusion.of({**CONFIG, "prediction_type": prediction}, "test")
+    return Diffusion.from_config({**CONFIG, "prediction_type": prediction}, "test")
 
 
 def test_the_grid_and_its_noise_are_the_release_s() -> None:
@@ -48,8 +48,8 @@ def test_log_probabilities_are_the_release_s(name: str) -> None:
         law = step(diffusion(), given[f"noise_pred_{who}"], given["latents"], given["timesteps"], prev, 1.0)
         for side, letter in (("win", "w"), ("lose", "l")):
             expected = torch.tensor(case["expected"][f"logp_{who}_{letter}"])
-            found = law.log_prob(given[f"next_latents_{side}"])
-            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+            result = law.log_prob(given[f"next_latents_{side}"])
+            torch.testing.assert_close(result, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_the_image_that_the_judge_is_shown_is_the_release_s() -> None:
@@ -65,17 +65,19 @@ def test_diffusers_ddim_walks_the_same_way_with_the_same_noise(prediction: str, 
     """20 steps with an arbitrary network. The last goes to abar_0 there too: set_alpha_to_one is false."""
     scheduler = DDIMScheduler(**CONFIG, prediction_type=prediction)
     scheduler.set_timesteps(20)
-    schedule, draws = diffusion(prediction), Draws(0)
+    schedule, rng = diffusion(prediction), KeyedRNG(0)
     times = grid(schedule, 20)
     assert times[:-1].tolist() == scheduler.timesteps.tolist()
-    ours = theirs = draws.normal([1, 2], (4, 3, 3), "start")
+    actual = expected = rng.normal([1, 2], (4, 3, 3), "start")
     for i in range(20):
-        noise = draws.normal([1, 2], (4, 3, 3), "step", i)
+        noise = rng.normal([1, 2], (4, 3, 3), "step", i)
         t, prev = times[i].expand(2), times[i + 1].expand(2)
-        ours = step(schedule, torch.tanh(ours), ours, t, prev, eta).sample(noise)
-        theirs = scheduler.step(torch.tanh(theirs), int(times[i]), theirs, eta=eta, variance_noise=noise).prev_sample
+        actual = step(schedule, torch.tanh(actual), actual, t, prev, eta).sample(noise)
+        expected = scheduler.step(
+            torch.tanh(expected), int(times[i]), expected, eta=eta, variance_noise=noise
+        ).prev_sample
     # Twenty divisions by small sqrt(abar) in another order; the latents are of size 10.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_log_probability_is_torch_s_averaged_and_reaches_its_largest_at_the_mean() -> None:
@@ -146,12 +148,12 @@ def test_times_for_a_judge_are_in_steps_of_a_thousand() -> None:
 @pytest.mark.parametrize("schedule", [diffusion(), Flow(), Flow(shift=3.0)], ids=["ddpm", "flow", "shifted"])
 def test_any_time_is_as_likely_as_any_other(schedule: Schedule) -> None:
     """4000 draws: the largest distance from the uniform law is above 0.031 in one of a thousand cases (Kolmogorov)."""
-    drawn = timestep(schedule, any_time(schedule, range(4000), Draws(seed=1))).double().sort().values / 1000
+    drawn = timestep(schedule, any_time(schedule, range(4000), KeyedRNG(seed=1))).double().sort().values / 1000
     steps = torch.arange(1, 4001) / 4000
     assert (drawn - steps).abs().max() < 0.031
     assert drawn.min() >= 0 and drawn.max() < 1
-    alone = any_time(schedule, [17], Draws(seed=1))
-    assert torch.equal(alone[0], any_time(schedule, range(20), Draws(seed=1))[17])
+    alone = any_time(schedule, [17], KeyedRNG(seed=1))
+    assert torch.equal(alone[0], any_time(schedule, range(20), KeyedRNG(seed=1))[17])
 
 
 def test_what_has_no_step_is_refused() -> None:
@@ -170,7 +172,7 @@ def test_what_is_not_given_is_the_published_noise() -> None:
     x, answer = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
     for schedule, t, prev, eta in (
         (Flow(), torch.tensor([0.6]), torch.tensor([0.5]), 0.7),
-        (Diffusion.of(CONFIG, "test"), torch.tensor([501]), torch.tensor([451]), 1.0),
+        (Diffusion.from_config(CONFIG, "test"), torch.tensor([501]), torch.tensor([451]), 1.0),
     ):
         given, silent = (step(schedule, answer, x, t, prev, e) for e in (eta, None))
         assert torch.equal(given.std, silent.std) and torch.equal(given.mean, silent.mean)

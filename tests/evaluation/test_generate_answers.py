@@ -75,18 +75,18 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
 def test_untrained_adapters_answer_like_the_base(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
     """Greedily and with drawn tokens: the draws are keyed by the question, so that they are the same for both."""
     for temperature in (0.0, 1.5):
-        said = ask(fresh, tmp_path / str(temperature), decoding=Decoding(6, temperature, batch_size=4))
-        assert set(said.before) == set(QUESTIONS) and said.before == said.after
-        assert any(said.before.values()) and not said.left_out
+        responses = ask(fresh, tmp_path / str(temperature), decoding=Decoding(6, temperature, batch_size=4))
+        assert set(responses.before) == set(QUESTIONS) and responses.before == responses.after
+        assert any(responses.before.values()) and not responses.skipped
 
 
 def test_trained_adapters_are_active_for_one_side(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
-    said = ask(trained, tmp_path / "both")
-    assert said.before != said.after
+    responses = ask(trained, tmp_path / "both")
+    assert responses.before != responses.after
     with torch.no_grad():
         for parameter in trained.trainable():
             parameter.zero_()
-    assert ask(trained, tmp_path / "base").after == said.before
+    assert ask(trained, tmp_path / "base").after == responses.before
 
 
 def test_answers_do_not_depend_on_the_batch(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
@@ -153,16 +153,16 @@ def test_unreadable_image_is_left_out_for_both_models(trained: Policy[VisionLang
             raise BadImage("1.png: has zero bytes")
         return picture(name)
 
-    said = generate_answers(trained, QUESTIONS, broken, GREEDY, seed=0, caches=caches(tmp_path / "kept"))
-    assert set(said.before) == set(said.after) == {q for q in QUESTIONS if q[0] != "1.png"}
-    assert [str(dropped) for dropped in said.left_out.values()] == ["1.png: has zero bytes"]
+    responses = generate_answers(trained, QUESTIONS, broken, GREEDY, seed=0, caches=caches(tmp_path / "kept"))
+    assert set(responses.before) == set(responses.after) == {q for q in QUESTIONS if q[0] != "1.png"}
+    assert [str(dropped) for dropped in responses.skipped.values()] == ["1.png: has zero bytes"]
     whole = ask(trained, tmp_path / "whole")
-    assert all(said.after[q] == whole.after[q] for q in said.after)
+    assert all(responses.after[q] == whole.after[q] for q in responses.after)
 
 
 def test_prompt_that_is_too_long_is_left_out(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     long = ("2.png", "What? " * 400)
-    said = ask(trained, tmp_path / "kept", [*QUESTIONS, long])
-    assert set(said.left_out) == {"2.png"}
-    assert "tokens, its image's included, and the model reads 256" in str(said.left_out["2.png"])
-    assert {image for image, _ in said.before} == {"0.png", "1.png"}
+    responses = ask(trained, tmp_path / "kept", [*QUESTIONS, long])
+    assert set(responses.skipped) == {"2.png"}
+    assert "tokens, its image's included, and the model reads 256" in str(responses.skipped["2.png"])
+    assert {image for image, _ in responses.before} == {"0.png", "1.png"}

@@ -44,7 +44,7 @@ def test_a_denoiser_learns_the_same(tune: str, tiny_sd15: Path, tmp_path: Path) 
     for on in (False, True):
         how = {"steps": 3, "compile": on, "gradient_checkpointing": tune == "full"}
         # The reference's scores are kept, or worked out beside the policy's.
-        method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": int(tune == "lora")}
+        method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": int(tune == "lora")}
         given = recipes.diffusion(tiny_sd15, pairs, tmp_path / f"{on}", train=how, model={"tune": tune}, method=method)
         losses[on], compilations = learned(given)
         assert bool(compilations.get("unique_graphs")) == on

@@ -74,7 +74,7 @@ def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Seque
         family = load_family(str(folder), loading(device, dtype))
         assert denoisers.head_sizes(family.network) == {32, 64}
         weights = adapted(family)
-        denoisers.use(family.network, executor)
+        denoisers.install(family.network, executor)
         text = family.encode_prompts(["a red fox in the long grass", "a hen", "", "two boats"]).to(device)
         cond = family.condition(text, torch.full((4, 6), float(SIDE), device=device))
         return family.predict(family.network, x_t, t, cond), weights
@@ -92,11 +92,11 @@ def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequen
         inner = family.network.model.get_decoder()
         assert decoders.head_sizes(inner) == {64}
         weights, rows = adapted(family), []
-        decoders.use(inner, executor)
-        views = {key: family.reader.view(vlm_reference.PICTURES[key]) for key in ("wide", "square")}
-        for (key, view), said in zip(views.items(), SAID, strict=True):
-            rows += family.reader.rows(asked, said, [(key, view)])
-        tokens, features = family.reader.batch(rows).to(device), family.encode_images(views)
+        decoders.install(inner, executor)
+        views = {key: family.processor.preprocess_image(vlm_reference.PICTURES[key]) for key in ("wide", "square")}
+        for (key, view), responses in zip(views.items(), SAID, strict=True):
+            rows += family.processor.tokenize_responses(asked, responses, [(key, view)])
+        tokens, features = family.processor.collate(rows).to(device), family.encode_images(views)
         assert "mmalign_forest" in family._inputs(tokens, features)[1]  # they are one row
         return family.token_logps(family.network, tokens, features), weights
 
@@ -111,7 +111,7 @@ def adapted(family: Any) -> list[Tensor]:
     with torch.no_grad():
         for name, p in family.network.named_parameters():
             p.mul_(next((factor for part, factor in SHARPER.items() if part in name), 1.0))
-    family.add_lora(**ADAPTERS, targets=family.usual_targets)
+    family.add_lora(**ADAPTERS, targets=family.default_lora_targets)
     draw = torch.Generator().manual_seed(2)
     weights = [p for p in family.network.parameters() if p.requires_grad]
     assert weights and all(p.dtype == torch.float32 for p in weights)
@@ -126,15 +126,15 @@ def apart(under: Callable[[str], tuple[Tensor, list[Tensor]]], pair: Sequence[st
 
     The gradient is that of a sum of the answer with random weights: no error is hidden by a symmetry.
     """
-    found: list[tuple[Tensor, Tensor]] = []
+    result: list[tuple[Tensor, Tensor]] = []
     for executor in pair:
         out, weights = under(executor)
         asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device)
         grads = torch.autograd.grad((out.float() * asked).sum(), weights)
         assert all(bool(grad.abs().max() > 0) for grad in grads)
-        found.append((out.detach(), torch.cat([grad.flatten() for grad in grads])))
-    first = found[0]
-    return [(relative(out, first[0]), relative(grad, first[1])) for out, grad in found[1:]]
+        result.append((out.detach(), torch.cat([grad.flatten() for grad in grads])))
+    first = result[0]
+    return [(relative(out, first[0]), relative(grad, first[1])) for out, grad in result[1:]]
 
 
 def near(found: tuple[float, float], tolerance: tuple[float, float]) -> bool:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from mmalign import cli
 
 Content = dict[str, Any]
-EVALUATE = {"benchmark": "scenes", "prompts": 40, "drawing": {"steps": 1}}
-JUDGED = {"benchmark": "preference", "prompts": 2, "judge": {"path": "models/tiny_clip"}, "drawing": {"steps": 1}}
+EVALUATE = {"benchmark": "scenes", "prompts": 40, "sampling": {"steps": 1}}
+JUDGED = {"benchmark": "preference", "prompts": 2, "reward": {"path": "models/tiny_clip"}, "sampling": {"steps": 1}}
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mmalign.methods import Step
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.training import loop
-from mmalign.training.loop import Learner, Progress
-from mmalign.training.optim import Average
+from mmalign.training.loop import Progress, TrainState
+from mmalign.training.optim import EMA
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Regression:
     spoil: Callable[[Batch, Tensor], Tensor] = lambda batch, losses: losses
     seen: list[Any] = field(default_factory=list)
 
-    def contrasts(self, policy: Policy, batch: Batch, cfg: Any, draws: Draws) -> list[Batch]:
+    def contrasts(self, policy: Policy, batch: Batch, cfg: Any, rng: KeyedRNG) -> list[Batch]:
         weight = next(policy.model.parameters()).detach().clone()
-        self.seen.append(("contrasts", batch.rows, draws, policy.model.training, torch.is_grad_enabled(), weight))
-        found = []
+        self.seen.append(("contrasts", batch.rows, rng, policy.model.training, torch.is_grad_enabled(), weight))
+        result = []
         for index in range(self.contrasts_of_a_batch):
-            x = batch.x + self.noise * draws.normal(batch.rows, (3,), "noise", index)
-            found.append(replace(batch, x=x))
-        return found
+            x = batch.x + self.noise * rng.normal(batch.rows, (3,), "noise", index)
+            result.append(replace(batch, x=x))
+        return result
 
     def loss(self, policy: Policy, contrast: Batch, cfg: Any) -> Step:
         self.seen.append(("loss", contrast.rows, None, policy.model.training, torch.is_grad_enabled(), None))
@@ -82,24 +82,24 @@ class Run:
 
     net: nn.Linear
     policy: Policy
-    learner: Learner
+    train_state: TrainState
     progress: Progress = field(default_factory=Progress)
     said: list[tuple[Progress, dict[str, float], bool]] = field(default_factory=list)
     snapshots: list[dict[str, Any]] = field(default_factory=list)
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        average = self.learner.average.state() if self.learner.average is not None else None
-        parts = self.net.state_dict(), self.learner.optimizer.state_dict(), self.progress, average
+        average = self.train_state.ema.state() if self.train_state.ema is not None else None
+        parts = self.net.state_dict(), self.train_state.optimizer.state_dict(), self.progress, average
         return copy.deepcopy(dict(zip(("net", "optimizer", "progress", "average"), parts, strict=True)))
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         snapshot = copy.deepcopy(snapshot)
         self.net.load_state_dict(snapshot["net"])
-        self.learner.optimizer.load_state_dict(snapshot["optimizer"])
+        self.train_state.optimizer.load_state_dict(snapshot["optimizer"])
         self.progress = snapshot["progress"]
-        if self.learner.average is not None:
-            self.learner.average.load(snapshot["average"])
+        if self.train_state.ema is not None:
+            self.train_state.ema.load(snapshot["average"])
 
     def __call__(self, method: Any, batches: loop.Batches, *, steps: int, accumulate: int = 1) -> Progress:
         def after(progress: Progress, metrics: loop.Metrics) -> None:
@@ -109,8 +109,8 @@ class Run:
                 self.snapshots.append(self.snapshot())
 
         return loop.train(
-            method, None, self.policy, batches, self.learner,
-            steps=steps, accumulate=accumulate, seed=3, progress=self.progress, after_update=after,
+            method, None, self.policy, batches, self.train_state,
+            steps=steps, gradient_accumulation_steps=accumulate, seed=3, progress=self.progress, after_update=after,
         )  # fmt: skip
 
 
@@ -126,9 +126,9 @@ def begin(
     accelerator = Accelerator(cpu=True)
     net = network()
     model, wrapped = accelerator.prepare(net, optimizer(net.parameters(), lr=lr))
-    average = Average(list(net.parameters()), ema) if ema else None
+    average = EMA(list(net.parameters()), ema) if ema else None
     policy = Policy(None, model, net, None)  # type: ignore[arg-type]
-    return Run(net, policy, Learner(accelerator, wrapped, lr, factor, clip, average))
+    return Run(net, policy, TrainState(accelerator, wrapped, lr, factor, clip, average))
 
 
 def flat(net: nn.Module) -> Tensor:

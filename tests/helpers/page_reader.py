@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
     def values(self, tag: str, name: str) -> list[str]:
         """Return an attribute of every tag of a kind that has it."""
-        return [str(values[name]) for found, values in self.tags if found == tag and name in values]
+        return [str(values[name]) for text, values in self.tags if text == tag and name in values]
 
 
 def visible(markup: str) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mmalign.methods import Step
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
-DRAWS = Draws(seed=5, epoch=2)
+DRAWS = KeyedRNG(seed=5, epoch=2)
 
 
 def frozen(net: nn.Module) -> nn.Module:
@@ -29,7 +29,7 @@ def full(family: Any, moved: float = 0.0) -> Policy[Any]:
 
 def adapted(family: Any, moved: float = 0.0) -> Policy[Any]:
     """LoRA against the model without it; `moved` scales random changes of the adapters."""
-    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
     policy = Policy(family, family.network, family.network, AdaptersOff())
     return _moved(policy, moved)
 
@@ -45,10 +45,10 @@ def _moved(policy: Policy[Any], scale: float) -> Policy[Any]:
     return policy
 
 
-def run(method: Any, policy: Policy[Any], batch: Any, cfg: Any, draws: Draws = DRAWS) -> Step:
+def run(method: Any, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG = DRAWS) -> Step:
     """Return the loss of the one contrast that a method makes of a batch."""
     with torch.no_grad():
-        (contrast,) = method.contrasts(policy, batch, cfg, draws)
+        (contrast,) = method.contrasts(policy, batch, cfg, rng)
     step: Step = method.loss(policy, contrast, cfg)
     return step
 

@@ -38,9 +38,9 @@ def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
 
 def prepared(content: dict[str, Any], **callables: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows that were written, and what was said."""
-    said: list[str] = []
-    path = prepare.prepare(load_recipe(content), say=said.append, **callables)
-    return [json.loads(line) for line in path.read_text().splitlines()], said
+    responses: list[str] = []
+    path = prepare.prepare(load_recipe(content), say=responses.append, **callables)
+    return [json.loads(line) for line in path.read_text().splitlines()], responses
 
 
 def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.types import ImageFeatures, ImageView
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow, Tokens
+from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy import FrozenCopy, Policy
 
 PAIRS = [
@@ -30,23 +30,23 @@ def picture(number: int, side: int = 20) -> Image.Image:
 
 def batch(family: Any, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> EncodedResponses:
     """A picture for every second pair, and another one for all of them; rows are named by the pair's number."""
-    reader, views, pictures = family.reader, {}, {}
+    reader, views, pictures = family.processor, {}, {}
     sides, others, rows = [], [], []
     for question, *answers in pairs:
         number = [pair[0] for pair in PAIRS].index(question)
         key, turns = f"image {number // 2}", [Turn("user", f"<image>{question}")]
         pictures |= {key: picture(number // 2), "another": picture(7)}
-        views |= {key: reader.view(pictures[key]), "another": reader.view(pictures["another"])}
-        sides.append(reader.rows(turns, answers, [(key, views[key])]))
-        others.append(reader.rows(turns, answers, [("another", views["another"])])[0])
+        views |= {key: reader.preprocess_image(pictures[key]), "another": reader.preprocess_image(pictures["another"])}
+        sides.append(reader.tokenize_responses(turns, answers, [(key, views[key])]))
+        others.append(reader.tokenize_responses(turns, answers, [("another", views["another"])])[0])
         rows.append(number)
     return EncodedResponses(
         rows,
-        reader.batch([*(s[0] for s in sides), *(s[1] for s in sides)]),
+        reader.collate([*(s[0] for s in sides), *(s[1] for s in sides)]),
         family.encode_images(views),
         torch.ones(len(sides)),
-        pictures=pictures,
-        others=reader.batch(others),
+        decoded_images=pictures,
+        other_images=reader.collate(others),
     )
 
 
@@ -72,7 +72,7 @@ class Table:
     seen: list[int] = field(default_factory=list)
 
     @property
-    def reader(self) -> Any:
+    def processor(self) -> Any:
         return self
 
     def view(self, image: Image.Image) -> ImageView:
@@ -84,8 +84,8 @@ class Table:
     def token_logps(self, net: Any, tokens: Tokens, features: Any, targets: Tensor | None = None) -> Tensor:
         self.seen.append(len(tokens))
         wanted = tokens.responses[..., None] if targets is None else targets
-        found = self._logits(net, tokens).log_softmax(-1).gather(2, wanted) * tokens.response_mask[..., None]
-        return found[..., 0] if targets is None else found
+        result = self._logits(net, tokens).log_softmax(-1).gather(2, wanted) * tokens.response_mask[..., None]
+        return result[..., 0] if targets is None else result
 
     def argmax(self, net: Any, tokens: Tokens, features: Any) -> Tensor:
         return self._logits(net, tokens).argmax(-1).where(tokens.response_mask, tokens.ids[:, :1])
@@ -101,21 +101,21 @@ class Table:
 def published(of: dict[str, Any]) -> tuple[Policy[Any], EncodedResponses]:
     """The published rows: -100 before the response is the prompt, after it padding."""
 
-    def rows(side: str, block: str) -> list[TokenRow]:
-        found = []
+    def rows(side: str, block: str) -> list[TokenizedResponse]:
+        result = []
         for labels in of["inputs"][f"labels_{side}"]:
             start = next(i for i, label in enumerate(labels) if label != -100)
             response = [label for label in labels if label != -100]
-            found.append(TokenRow((*[0] * start, *response), start, (block,)))
-        return found
+            result.append(TokenizedResponse((*[0] * start, *response), start, (block,)))
+        return result
 
     given = EncodedResponses(
         [0, 1],
-        Tokens.of([*rows("chosen", "chosen"), *rows("rejected", "rejected")], 0),
+        Tokens.from_rows([*rows("chosen", "chosen"), *rows("rejected", "rejected")], 0),
         ImageFeatures({}),
         torch.ones(2),
-        pictures={"chosen": picture(0)},
-        others=Tokens.of(rows("chosen", "chosen_retrieved"), 0),
+        decoded_images={"chosen": picture(0)},
+        other_images=Tokens.from_rows(rows("chosen", "chosen_retrieved"), 0),
     )
     net = Logits(of, "policy")
     return Policy(Table(), net, net, FrozenCopy(Logits(of, "ref"))), given  # type: ignore[arg-type]

@@ -24,9 +24,9 @@ def quiet(_: str) -> None:
 
 def trained(content: dict[str, Any], *overrides: str) -> tuple[Trained, dict[str, Tensor]]:
     """A training, and the weights of its last checkpoint."""
-    made = load_recipe(content, overrides)
-    done, last = train(made, say=quiet), checkpoint.latest(Path(made.output))
-    assert last is not None and last.name == f"checkpoint-{made.train.steps:08d}"
+    result = load_recipe(content, overrides)
+    done, last = train(result, say=quiet), checkpoint.latest(Path(result.output))
+    assert last is not None and last.name == f"checkpoint-{result.train.steps:08d}"
     return done, load_file(last / "model.safetensors")
 
 

@@ -29,7 +29,7 @@ def own_logits(family: Any, ids: Sequence[int], question: str, images: Sequence[
 
     The row is a conversation of one question with images, and what was said to it.
     """
-    reader, model = family.reader, family.network.model
+    reader, model = family.processor, family.network.model
     prompt = reader._render([Turn("user", question)])
     encoded = reader.processor(text=[prompt], images=[[PICTURES[key] for key in images]], return_tensors="pt")
     more = len(ids) - encoded["input_ids"].shape[1]

@@ -70,14 +70,14 @@ def test_the_two_variants(text: str, published: list[str], refined: list[str]) -
 
 def test_any_vocabulary() -> None:
     shapes = vocabulary({"red circle": ["red disc"], "blue circle": [], "circle": ["disc"]})
-    found = shapes.mentions("Three red circles, a blue circle, a red disc and a disc; a red square")
-    assert [mention.object for mention in found] == ["red circle", "blue circle", "red circle", "circle"]
+    result = shapes.mentions("Three red circles, a blue circle, a red disc and a disc; a red square")
+    assert [mention.object for mention in result] == ["red circle", "blue circle", "red circle", "circle"]
     assert shapes.object_of("Red  discs") == "red circle"
 
 
 def test_a_word_as_it_stands_comes_before_its_singular() -> None:
-    found = vocabulary({"spectacles": ["glasses"], "glass": []}).mentions("glasses and a glass")
-    assert [mention.object for mention in found] == ["spectacles", "glass"]
+    result = vocabulary({"spectacles": ["glasses"], "glass": []}).mentions("glasses and a glass")
+    assert [mention.object for mention in result] == ["spectacles", "glass"]
 
 
 def test_a_phrase_that_is_listed_in_the_plural() -> None:

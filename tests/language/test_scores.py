@@ -27,11 +27,11 @@ def plain(hidden: Tensor, head: nn.Linear, targets: Tensor, softcap: float | Non
 def test_chunks_change_neither_values_nor_gradients(chunk: int, softcap: float | None) -> None:
     """To the last bits: the head multiplies other numbers of rows at a time."""
     hidden, head, targets = given()
-    found = log_probabilities(hidden, head, targets, vocabulary=V, softcap=softcap, chunk=chunk)
+    result = log_probabilities(hidden, head, targets, vocabulary=V, softcap=softcap, chunk=chunk)
     expected = plain(hidden, head, targets, softcap)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     up = torch.randn(M)
-    ours = torch.autograd.grad(found, [hidden, head.weight], up)
+    ours = torch.autograd.grad(result, [hidden, head.weight], up)
     theirs = torch.autograd.grad(expected, [hidden, head.weight], up)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -47,9 +47,9 @@ def test_the_most_likely_tokens_are_those_of_the_whole(chunk: int) -> None:
 def test_several_targets_of_a_row_are_scored_from_the_same_logits(chunk: int) -> None:
     hidden, head, targets = given()
     several = torch.stack([targets, (targets + 1) % V], -1)
-    found = log_probabilities(hidden, head, several, vocabulary=V, chunk=chunk)
-    for at in (0, 1):
-        torch.testing.assert_close(found[:, at], plain(hidden, head, several[:, at]), rtol=1e-5, atol=1e-6)
+    result = log_probabilities(hidden, head, several, vocabulary=V, chunk=chunk)
+    for index in (0, 1):
+        torch.testing.assert_close(result[:, index], plain(hidden, head, several[:, index]), rtol=1e-5, atol=1e-6)
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once() -> None:
@@ -78,9 +78,9 @@ def test_no_more_logits_than_a_chunk_exist_at_once() -> None:
 def test_half_precision_logits_are_raised_before_the_softmax() -> None:
     """Of a vocabulary of equal logits every token has 1 / V; bfloat16 would say 2.391 for ln 11 = 2.398."""
     head = nn.Linear(D, V, bias=False).to(torch.bfloat16)
-    found = log_probabilities(torch.zeros(1, D).to(torch.bfloat16), head, torch.tensor([3]), vocabulary=V)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(-math.log(11), abs=1e-6)
+    result = log_probabilities(torch.zeros(1, D).to(torch.bfloat16), head, torch.tensor([3]), vocabulary=V)
+    assert result.dtype == torch.float32
+    assert result.item() == pytest.approx(-math.log(11), abs=1e-6)
 
 
 LOGPS = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -6.0, 100.0]])

@@ -38,5 +38,5 @@ def test_a_file_that_is_no_vocabulary(content: str | None, sentence: str, tmp_pa
         (tmp_path / "own.json").write_text(content)
     with pytest.raises(ValueError) as raised:
         load_vocabulary("prepare.povid.vocabulary", str(tmp_path / "own.json"))
-    told = str(raised.value)
-    assert told.startswith(f"prepare.povid.vocabulary: {tmp_path / 'own.json'}") and sentence in told
+    message = str(raised.value)
+    assert message.startswith(f"prepare.povid.vocabulary: {tmp_path / 'own.json'}") and sentence in message

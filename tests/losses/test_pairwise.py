@@ -124,14 +124,14 @@ def test_cca_gives_the_release_s_numbers(case: dict) -> None:
     values = pairwise.cca(ours, theirs, label == shuffled, beta=settings["beta"], weight=settings["lambda_"])
     values.mean().backward()
     close = {"rtol": 1e-12, "atol": 1e-12}
-    for found, name in (
+    for result, name in (
         (values.mean(), "loss"),
         (own - own_ref, "img_logp_gap"),
         (other - other_ref, "negative_img_logp_gap"),
         (logits[0].grad, "grad_logits"),
         (logits[1].grad, "grad_shuffled_logits"),
     ):
-        torch.testing.assert_close(found, torch.tensor(expected[name], dtype=torch.float64), **close)
+        torch.testing.assert_close(result, torch.tensor(expected[name], dtype=torch.float64), **close)
 
 
 def test_cca_by_hand() -> None:
@@ -161,7 +161,7 @@ def test_cca_starts_at_a_known_loss_and_pulls_its_sides_apart(weight: float, sta
 def test_cca_at_weight_1_pulls_at_first_as_dpo_does() -> None:
     """Where policy and reference agree both have gradients of -beta/2 and beta/2, so a beta carries over."""
     zeros, gradients = pair([0.0], [0.0]), []
-    for loss in (partial(pairwise.cca, alike=torch.tensor([False]), weight=1.0), pairwise.dpo):
+    for loss in (partial(pairwise.cca, same_condition=torch.tensor([False]), weight=1.0), pairwise.dpo):
         sides = Pair(torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True))
         loss(sides, zeros, beta=7.0).sum().backward()
         gradients.append([side.grad.item() for side in sides])

@@ -23,7 +23,7 @@ from mmalign.methods import Step
 from mmalign.methods._typed import METHODS
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo, mapo, sft
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers.image_batches import ROWS, pairs, swapped
 from tests.helpers.loading import diffusion_families, load_diffusion
 from tests.helpers.policies import DRAWS, POLICIES, full, gradient, run
@@ -60,7 +60,7 @@ def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: Text
         ("diffusion_dpo", {"loss": "robust", "flip_rate": 0.2}, math.log(2)),
         ("diffusion_dpo", {"label_smoothing": 0.2}, math.log(2)),
         ("inpo", {"inverter": "reference"}, math.log(2)),
-        ("inpo", {"inverter": "reference", "cache_draws": 1}, math.log(2)),
+        ("inpo", {"inverter": "reference", "num_cached_draws": 1}, math.log(2)),
         ("instruct_engine", {"loss": "hinge"}, 1.0),
         ("instruct_engine", {"loss": "ipo", "beta": 0.1}, 25.0),
     ],
@@ -169,21 +169,21 @@ def test_time_and_noise_are_shared_in_a_pair_and_differ_between_pairs(family: Te
     """With latents of zeros x_t is the noise alone, so it shows which noise a row has."""
     batch = pairs(family)
     zeros = torch.zeros_like(batch.latents.mean)
-    view = _denoising.noised(family, replace(batch, latents=Moments(zeros, zeros)), 0.0, DRAWS)
+    view = _denoising.noise_pairs(family, replace(batch, latents=Moments(zeros, zeros)), 0.0, DRAWS)
     assert torch.equal(view.t[:4], view.t[4:]) and len(set(view.t[:4].tolist())) == 4
     assert torch.equal(view.x_t[:4], view.x_t[4:]) and torch.equal(view.target[:4], view.target[4:])
     noise = view.x_t[:4] / view.x_t[:4].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     assert (torch.einsum("ichw,jchw->ij", noise, noise) - torch.eye(4)).abs().max() < 0.35
-    for other in (Draws(6, 2), Draws(5, 3)):
-        assert not torch.equal(_denoising.noised(family, batch, 0.0, other).t, view.t)
-    again = _denoising.noised(family, batch, 0.0, DRAWS, index=1)
+    for other in (KeyedRNG(6, 2), KeyedRNG(5, 3)):
+        assert not torch.equal(_denoising.noise_pairs(family, batch, 0.0, other).t, view.t)
+    again = _denoising.noise_pairs(family, batch, 0.0, DRAWS, index=1)
     assert not torch.equal(again.t, view.t)
 
 
 def test_the_two_images_of_a_pair_are_sampled_apart_from_their_own_posteriors(sd: TextToImage) -> None:
     batch = pairs(sd, std=0.0)
     spread = replace(batch, latents=Moments(batch.latents.mean, torch.ones_like(batch.latents.std)))
-    sharp, soft = (_denoising.noised(sd, b, 0.0, DRAWS) for b in (batch, spread))
+    sharp, soft = (_denoising.noise_pairs(sd, b, 0.0, DRAWS) for b in (batch, spread))
     signal, _ = sd.schedule.levels(sharp.t)
     drawn = (soft.x_t - sharp.x_t) / signal
     seen = drawn[(signal > 0.1).flatten()]  # elsewhere the division loses the digits
@@ -208,7 +208,7 @@ def many(family: TextToImage, number: int) -> EncodedPairs:
 def test_caption_dropout_decides_once_for_a_pair_and_puts_the_family_s_unconditional_there(family: TextToImage) -> None:
     """Of 2,000 pairs a share of 0.2 is dropped, within four standard deviations; sizes are never dropped."""
     number, batch = 2000, many(family, 2000)
-    view = _denoising.noised(family, batch, 0.2, DRAWS)
+    view = _denoising.noise_pairs(family, batch, 0.2, DRAWS)
     empty = family.unconditional()
     for name, given in batch.text.tensors.items():
         rows = view.cond.tensors[name]
@@ -224,7 +224,7 @@ def test_caption_dropout_decides_once_for_a_pair_and_puts_the_family_s_unconditi
 @pytest.mark.parametrize(("rate", "dropped"), [(0.0, False), (1.0, True)])
 def test_caption_dropout_at_its_ends(sd: TextToImage, rate: float, dropped: bool) -> None:
     batch = many(sd, 50)
-    embeds = _denoising.noised(sd, batch, rate, DRAWS).cond.tensors["embeds"]
+    embeds = _denoising.noise_pairs(sd, batch, rate, DRAWS).cond.tensors["embeds"]
     expected = batch.unconditional if dropped else batch.text
     assert torch.equal(embeds, expected.tensors["embeds"][:1].expand(100, -1, -1))
 
@@ -234,7 +234,7 @@ def test_sdxl_is_shown_each_side_s_own_sizes(tiny_sdxl: Path) -> None:
     batch = pairs(family)
     sizes = batch.sizes.clone()
     sizes[4:, 0] = 99.0
-    view = _denoising.noised(family, replace(batch, sizes=sizes), 0.2, DRAWS)
+    view = _denoising.noise_pairs(family, replace(batch, sizes=sizes), 0.2, DRAWS)
     assert torch.equal(view.cond.tensors["time_ids"], sizes)
 
 

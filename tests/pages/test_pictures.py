@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmalign.pages.page import GalleryEntry, write_page
 from mmalign.pages.pictures import LAYOUT, picture_entry
-from mmalign.toy.scenes import draw, lay_out, parse
+from mmalign.toy.scenes import parse, place_objects, render
 from tests.helpers.page_reader import Page, visible
 
 SUMMARY = [("prompts fulfilled", "before, %", "after, %"), ("all", "27.3 [22.1, 33.1]", "33.2 [27.7, 39.2]")]
@@ -21,7 +21,7 @@ SUMMARY = [("prompts fulfilled", "before, %", "after, %"), ("all", "27.3 [22.1, 
 
 def entry(prompt: str, before: float, after: float, seed: int = 0, notes: tuple[str, str] = ("", "")) -> GalleryEntry:
     rng = np.random.default_rng(seed)
-    images = [draw(lay_out(parse(caption), rng)) for caption in ("a red circle", "two blue stars")]
+    images = [render(place_objects(parse(caption), rng)) for caption in ("a red circle", "two blue stars")]
     return picture_entry(prompt, seed, images, (before, after), notes)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmalign.rewards import Judge, checked, judge_module, load_judge, names
+from mmalign.rewards import RewardModel, checked_reward_model, load_reward_model, names, reward_module
 from mmalign.rewards.open_clip import _open_clip_name
 
 CONTEXT = 12
@@ -65,7 +65,7 @@ def images() -> list[Image.Image]:
 
 
 def test_scores_are_the_diagonal_of_open_clips_own_logits(folder: Path, images: list[Image.Image]) -> None:
-    scores = load_judge("open_clip", str(folder), "cpu")(images, PROMPTS)
+    scores = load_reward_model("open_clip", str(folder), "cpu")(images, PROMPTS)
 
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     ids = open_clip.get_tokenizer(f"local-dir:{folder}")(PROMPTS)
@@ -80,22 +80,24 @@ def test_scores_are_the_diagonal_of_open_clips_own_logits(folder: Path, images: 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_the_batch_size_does_not_change_a_score(folder: Path, images: list[Image.Image], batch_size: int) -> None:
-    one_by_one = load_judge("open_clip", str(folder), batch_size=batch_size)
-    whole = load_judge("open_clip", str(folder))
+    one_by_one = load_reward_model("open_clip", str(folder), batch_size=batch_size)
+    whole = load_reward_model("open_clip", str(folder))
     torch.testing.assert_close(one_by_one(images, PROMPTS), whole(images, PROMPTS), rtol=1e-5, atol=1e-5)
     backwards = whole(images[::-1], PROMPTS[::-1]).flip(0)
     torch.testing.assert_close(backwards, whole(images, PROMPTS), rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_caption_is_cut_as_clip_cuts_it(folder: Path, images: list[Image.Image]) -> None:
-    judge = load_judge("open_clip", str(folder))
+    reward_model = load_reward_model("open_clip", str(folder))
     kept = "a b c d e f g h i j"  # ten tokens, which with the start and end tokens fill the context of 12
-    torch.testing.assert_close(judge(images[:1], [kept + " z" * 10_000]), judge(images[:1], [kept]))
-    assert judge(images[:1], [kept + " z"]) != judge(images[:1], [kept[:-1] + "z"])  # the tenth token still counts
+    torch.testing.assert_close(reward_model(images[:1], [kept + " z" * 10_000]), reward_model(images[:1], [kept]))
+    assert reward_model(images[:1], [kept + " z"]) != reward_model(
+        images[:1], [kept[:-1] + "z"]
+    )  # the tenth token still counts
 
 
 def test_no_images_give_no_scores(folder: Path) -> None:
-    assert load_judge("open_clip", str(folder))([], []).shape == (0,)
+    assert load_reward_model("open_clip", str(folder))([], []).shape == (0,)
 
 
 def test_a_folder_without_weights_is_refused_not_filled_with_random_ones(folder: Path, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_a_folder_without_weights_is_refused_not_filled_with_random_ones(folder:
     with pytest.raises(
         ValueError, match=r"judge open_clip: cannot load .*expected a folder with open_clip_config\.json"
     ):
-        load_judge("open_clip", str(tmp_path))
+        load_reward_model("open_clip", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_a_folder_without_weights_is_refused_not_filled_with_random_ones(folder:
 )
 def test_what_is_no_model_ends_in_one_sentence(path: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        load_judge("open_clip", path, **options)
+        load_reward_model("open_clip", path, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
@@ -139,8 +141,8 @@ def test_a_built_in_name_takes_weights_from_pretrained(tmp_path: Path) -> None:
     (tmp_path / "tiny-arch.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
     save_file(open_clip.create_model("tiny-arch").state_dict(), tmp_path / "weights.safetensors")
-    judge = load_judge("open_clip", "tiny-arch", pretrained=str(tmp_path / "weights.safetensors"))
-    assert judge([Image.new("RGB", (8, 8))], ["a cat"]).isfinite().all()
+    reward_model = load_reward_model("open_clip", "tiny-arch", pretrained=str(tmp_path / "weights.safetensors"))
+    assert reward_model([Image.new("RGB", (8, 8))], ["a cat"]).isfinite().all()
 
 
 def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Path) -> None:
@@ -148,27 +150,27 @@ def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Pat
     with pytest.raises(
         ValueError, match=r"there is no 'open-clip'; did you mean 'open_clip'\? \(there are .*open_clip.*\)"
     ):
-        judge_module("open-clip")
+        reward_module("open-clip")
     with pytest.raises(ValueError, match=r"judge open_clip: batchsize: .*got 3; options: pretrained, batch_size"):
-        load_judge("open_clip", str(folder), batchsize=3)
+        load_reward_model("open_clip", str(folder), batchsize=3)
     with pytest.raises(ValueError, match=r"judge open_clip: batch_size: .*greater than 0"):
-        load_judge("open_clip", str(folder), batch_size=0)
+        load_reward_model("open_clip", str(folder), batch_size=0)
 
 
 BLANK = [Image.new("RGB", (4, 4))] * 3
 
 
-def judging(scores: Tensor) -> Judge:
+def judging(scores: Tensor) -> RewardModel:
     def judge(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         return scores if t is None else scores + t
 
-    return checked("stub", judge)
+    return checked_reward_model("stub", judge)
 
 
 def test_the_guard_lets_good_scores_and_timesteps_through() -> None:
-    judge = judging(torch.tensor([1.0, -2.0, 0.0]))
-    assert judge(BLANK, "abc").tolist() == [1, -2, 0]
-    assert judge(BLANK, "abc", torch.tensor([1.0, 2.0, 3.0])).tolist() == [2, 0, 3]
+    reward_model = judging(torch.tensor([1.0, -2.0, 0.0]))
+    assert reward_model(BLANK, "abc").tolist() == [1, -2, 0]
+    assert reward_model(BLANK, "abc", torch.tensor([1.0, 2.0, 3.0])).tolist() == [2, 0, 3]
 
 
 @pytest.mark.parametrize(

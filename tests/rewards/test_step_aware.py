@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmalign.rewards import load_judge, step_aware
+from mmalign.rewards import load_reward_model, step_aware
 from mmalign.rewards.step_aware import begin, save, sinusoid
 from tests.helpers.golden import golden
 
@@ -49,30 +49,30 @@ def test_it_begins_as_the_judge_that_it_was_made_from_at_every_time(
     tiny_clip: Path, begun: Path, images: list[Image.Image]
 ) -> None:
     """Bit for bit: x * (1 + 0) + 0, and a gate of 1."""
-    clean = load_judge("open_clip", str(tiny_clip))(images, PROMPTS)
-    judge = load_judge("step_aware", str(begun))
+    clean = load_reward_model("open_clip", str(tiny_clip))(images, PROMPTS)
+    reward_model = load_reward_model("step_aware", str(begun))
     assert clean.std() > 0.01
     for t in (None, torch.zeros(4), TIMES, torch.full((4,), 999.5)):
-        assert torch.equal(judge(images, PROMPTS, t), clean)
+        assert torch.equal(reward_model(images, PROMPTS, t), clean)
 
 
 def test_the_time_embedding_is_the_release_s() -> None:
     case = GOLDEN["spm_time_embedding"]
-    found = sinusoid(torch.tensor(case["t"]), case["dim"])
-    torch.testing.assert_close(found, torch.tensor(case["embedding_fp32"]), rtol=1e-5, atol=1e-4)
+    result = sinusoid(torch.tensor(case["t"]), case["dim"])
+    torch.testing.assert_close(result, torch.tensor(case["embedding_fp32"]), rtol=1e-5, atol=1e-4)
 
 
 def test_a_judge_that_has_learned_tells_times_apart_and_is_the_same_in_any_company(
     learned: Path, images: list[Image.Image]
 ) -> None:
-    judge = load_judge("step_aware", str(learned))
-    together = judge(images, PROMPTS, TIMES)
-    assert (judge(images, PROMPTS, TIMES + 200) - together).abs().min() > 1e-3
-    alone = torch.cat([judge([i], [p], t[None]) for i, p, t in zip(images, PROMPTS, TIMES, strict=True)])
+    reward_model = load_reward_model("step_aware", str(learned))
+    together = reward_model(images, PROMPTS, TIMES)
+    assert (reward_model(images, PROMPTS, TIMES + 200) - together).abs().min() > 1e-3
+    alone = torch.cat([reward_model([i], [p], t[None]) for i, p, t in zip(images, PROMPTS, TIMES, strict=True)])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
-    small = load_judge("step_aware", str(learned), batch_size=3)(images, PROMPTS, TIMES)
+    small = load_reward_model("step_aware", str(learned), batch_size=3)(images, PROMPTS, TIMES)
     torch.testing.assert_close(small, together, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(judge(images, PROMPTS), judge(images, PROMPTS, torch.zeros(4)))
+    torch.testing.assert_close(reward_model(images, PROMPTS), reward_model(images, PROMPTS, torch.zeros(4)))
 
 
 def test_the_network_scores_as_the_judge_does_and_every_weight_learns(learned: Path, images: list[Image.Image]) -> None:
@@ -81,7 +81,7 @@ def test_the_network_scores_as_the_judge_does_and_every_weight_learns(learned: P
     prompts = PROMPTS[:2]
     pixels = torch.stack([parts.preprocess(i) for i in images])
     scores = parts.net(pixels, parts.tokenize(prompts), TIMES)
-    expected = load_judge("step_aware", str(learned))(images, prompts * 2, TIMES)
+    expected = load_reward_model("step_aware", str(learned))(images, prompts * 2, TIMES)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     scores.square().sum().backward()
     names = [name for name, p in parts.net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -134,19 +134,19 @@ def test_a_judge_can_be_trained_further_and_two_beginnings_are_one(tiny_clip: Pa
 def test_half_the_precision_on_disk_is_read_as_float32(begun: Path, images: list[Image.Image]) -> None:
     file = begun / step_aware.WEIGHTS
     save_file({name: x.half() for name, x in load_file(file).items()}, file)
-    assert load_judge("step_aware", str(begun))(images, PROMPTS, TIMES).isfinite().all()
+    assert load_reward_model("step_aware", str(begun))(images, PROMPTS, TIMES).isfinite().all()
 
 
 def test_what_is_no_step_aware_judge_ends_in_one_sentence(tiny_clip: Path, begun: Path) -> None:
     with pytest.raises(ValueError, match=r"has no step_aware\.safetensors; expected the folder of a step-aware judge"):
-        load_judge("step_aware", str(tiny_clip))
+        load_reward_model("step_aware", str(tiny_clip))
     with pytest.raises(ValueError, match="judge open_clip: cannot load"):  # its weights would not fit
-        load_judge("open_clip", str(begun))
+        load_reward_model("open_clip", str(begun))
     (begun / step_aware.WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(
         ValueError, match=r"judge step_aware: cannot load .* it may be incomplete: copy it anew"
     ) as error:
-        load_judge("step_aware", str(begun))
+        load_reward_model("step_aware", str(begun))
     assert "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from mmalign.rewards import load_judge, step_aware
+from mmalign.rewards import load_reward_model, step_aware
 from mmalign.rewards.transformers_clip import load_parts
 from tests.helpers import clip_models, diffusion_models
 
@@ -39,9 +39,9 @@ def test_it_scores_as_the_library_s_own_model_does(activation: str, tmp_path: Pa
         image = model.eval().encode_image(inputs["pixel_values"], normalize=True)
         text = model.encode_text(tokenize(PROMPTS), normalize=True)
         torch.testing.assert_close(model.logit_scale.exp() * (image * text).sum(-1), expected, rtol=1e-5, atol=1e-5)
-    found = load_judge("transformers_clip", str(folder))(images, PROMPTS)
+    result = load_reward_model("transformers_clip", str(folder))(images, PROMPTS)
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.std()))
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.02 * float(expected.std()))
     pixels = torch.stack([preprocess(image) for image in images])
     # Images that need no resizing are the same pixels; of the others a pixel may round by 2 of 255, over a std of 0.26.
     torch.testing.assert_close(pixels[0], inputs["pixel_values"][0])
@@ -49,9 +49,9 @@ def test_it_scores_as_the_library_s_own_model_does(activation: str, tmp_path: Pa
 
 
 def test_a_score_does_not_depend_on_its_company(tiny_transformers_clip: Path, images: list[Image.Image]) -> None:
-    judge = load_judge("transformers_clip", str(tiny_transformers_clip), batch_size=2)
-    together = judge(images, PROMPTS)
-    alone = torch.cat([judge([image], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
+    reward_model = load_reward_model("transformers_clip", str(tiny_transformers_clip), batch_size=2)
+    together = reward_model(images, PROMPTS)
+    alone = torch.cat([reward_model([image], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
 
 
@@ -60,8 +60,8 @@ def test_a_step_aware_judge_begins_as_it(
 ) -> None:
     """At every time, also once it is saved: with the tokenizer and the preprocessing that it came with."""
     step_aware.save(step_aware.begin(str(tiny_transformers_clip)), tmp_path / "begun")
-    clean = load_judge("transformers_clip", str(tiny_transformers_clip))(images, PROMPTS)
-    assert torch.equal(load_judge("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
+    clean = load_reward_model("transformers_clip", str(tiny_transformers_clip))(images, PROMPTS)
+    assert torch.equal(load_reward_model("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
 
 
 def test_without_its_own_it_has_clip_s_tokenizer_and_preprocessing(tmp_path: Path, images: list[Image.Image]) -> None:
@@ -76,8 +76,8 @@ def test_without_its_own_it_has_clip_s_tokenizer_and_preprocessing(tmp_path: Pat
     assert preprocess(images[1]).shape == (3, 224, 224)
     assert about["preprocess_cfg"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
     step_aware.save(step_aware.begin(str(tmp_path / "a")), tmp_path / "begun")
-    clean = load_judge("transformers_clip", str(tmp_path / "a"))(images, PROMPTS)
-    assert torch.equal(load_judge("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
+    clean = load_reward_model("transformers_clip", str(tmp_path / "a"))(images, PROMPTS)
+    assert torch.equal(load_reward_model("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
 
 
 def test_a_preprocessor_s_own_file_is_read_as_older_versions_wrote_it(
@@ -127,5 +127,5 @@ def test_what_is_no_such_model_is_refused_in_a_sentence(
     }
     for folder, sentence in cases.items():
         with pytest.raises(ValueError) as raised:
-            load_judge("transformers_clip", str(folder))
+            load_reward_model("transformers_clip", str(folder))
         assert sentence in str(raised.value) and "expected a folder with a CLIPModel" in str(raised.value)

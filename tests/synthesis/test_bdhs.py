@@ -12,9 +12,16 @@ import torch
 
 from mmalign.families.types import Decoding
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow
-from mmalign.rng import Draws
-from mmalign.synthesis.bdhs import Answered, Completion, Hiding, Speaker, bdhs, too_long
+from mmalign.language.tokens import TokenizedResponse
+from mmalign.rng import KeyedRNG
+from mmalign.synthesis.bdhs import (
+    Completion,
+    GroundTruthAnswer,
+    ImageMaskingConfig,
+    ResponseSampler,
+    bdhs,
+    too_long_reason,
+)
 from mmalign.synthesis.sentence_cuts import STOPS
 from mmalign.synthesis.similarity import Similarity, load_similarity
 from tests.helpers import Folders, vlm_models
@@ -22,7 +29,7 @@ from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
 ANSWERS = ["There is a dog. It sits on a mat.", "Yes.", "Two cats and a red car stand there."]
-HOW = Hiding(rho=0.5, keep_tokens=None, tries=5, similar=0.97, decoding=Decoding(8, 1.0))
+HOW = ImageMaskingConfig(rho=0.5, keep_tokens=None, tries=5, max_similarity=0.97, decoding=Decoding(8, 1.0))
 TRIGRAMS = load_similarity("similarity", "trigrams")
 SEEN = 6  # image tokens of a prompt
 
@@ -32,34 +39,41 @@ class Scripted:
     """A model that goes on with the same words after whatever was said; it remembers what it was asked."""
 
     says: str = " thing."
-    hides_images: str = ""
+    image_masking_unsupported_reason: str | None = None
     name: str = "scripted"
     max_length: int = 99
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def reader(self) -> Any:
+    def processor(self) -> Any:
         return self
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[Any], start: str = "") -> TokenRow:
+    def prompt(self, turns: Sequence[Turn], images: Sequence[Any], start: str = "") -> TokenizedResponse:
         """Its tokens are the image's and the letters of what was said."""
-        return TokenRow((*[0] * SEEN, *map(ord, start)), SEEN, tuple(key for key, _ in images))
+        return TokenizedResponse((*[0] * SEEN, *map(ord, start)), SEEN, tuple(key for key, _ in images))
 
-    def image_places(self, row: TokenRow) -> tuple[int, ...]:
+    def image_token_positions(self, row: TokenizedResponse) -> tuple[int, ...]:
         return tuple(range(SEEN))
 
-    def generate(self, net: Any, prompts: Sequence[TokenRow], features: Any, decoding: Decoding, **keys: Any) -> Any:
+    def generate(
+        self, net: Any, prompts: Sequence[TokenizedResponse], features: Any, decoding: Decoding, **keys: Any
+    ) -> Any:
         starts = ["".join(map(chr, row.ids[SEEN:])) for row in prompts]
         self.calls.append({"starts": starts, "decoding": decoding, **keys})
         return [self.says for _ in prompts]
 
 
-def rows(answers: Sequence[str] = ANSWERS) -> list[Answered]:
-    return [Answered(at, (Turn("user", "<image>What?"),), text, (("wide", None),)) for at, text in enumerate(answers)]  # type: ignore[arg-type]
+def rows(answers: Sequence[str] = ANSWERS) -> list[GroundTruthAnswer]:
+    return [
+        GroundTruthAnswer(index, (Turn("user", "<image>What?"),), text, (("wide", None),))
+        for index, text in enumerate(answers)
+    ]  # type: ignore[arg-type]
 
 
-def run(family: Any, some: list[Answered], how: Hiding = HOW, similar: Similarity = TRIGRAMS) -> list[Completion]:
-    return bdhs(Speaker(family, torch.nn.Identity(), Draws(0)), some, None, how, similar)  # type: ignore[arg-type]
+def run(
+    family: Any, some: list[GroundTruthAnswer], masking: ImageMaskingConfig = HOW, similar: Similarity = TRIGRAMS
+) -> list[Completion]:
+    return bdhs(ResponseSampler(family, torch.nn.Identity(), KeyedRNG(0)), some, None, masking, similar)  # type: ignore[arg-type]
 
 
 def measured(*scores: float) -> Similarity:
@@ -71,14 +85,14 @@ def measured(*scores: float) -> Similarity:
 def test_every_sentence_of_every_row_is_asked_for_at_once_after_true_words() -> None:
     """Four sentences of three answers in one call; each start is what was true, and the beginning of the sentence."""
     family = Scripted()
-    found = run(family, rows())
-    assert len(family.calls) == 1 and [one.tries for one in found] == [1, 1, 1]
+    result = run(family, rows())
+    assert len(family.calls) == 1 and [one.tries for one in result] == [1, 1, 1]
     starts = family.calls[0]["starts"]
     assert len(starts) == 4 and ANSWERS[0].startswith(starts[0]) and ANSWERS[2].startswith(starts[3])
     assert starts[1].startswith("There is a dog. ") and ANSWERS[0].startswith(starts[1])
     assert starts[2] in ("", "No", "Yes")
-    assert all(one.text.endswith("thing.") for one in found)
-    assert found[0].text.count("thing.") == 2
+    assert all(one.text.endswith("thing.") for one in result)
+    assert result[0].text.count("thing.") == 2
     assert family.calls[0]["decoding"] == Decoding(8, 1.0, STOPS)
     assert len(set(family.calls[0]["rows"])) == 4
 
@@ -87,18 +101,18 @@ def test_what_is_too_similar_is_tried_again_and_the_last_try_is_unguided() -> No
     """Three rows: taken at once, at the third try, and never, whatever the fifth says."""
     family = Scripted()
     scores = [0.5, 0.98, 0.97, 1.0, 1.0, 0.9699, 1.0, 1.0, 1.0]
-    found = run(family, rows(), similar=measured(*scores))
-    assert [one.tries for one in found] == [1, 3, 5] and found[2].similarity == 1.0
+    result = run(family, rows(), similar=measured(*scores))
+    assert [one.tries for one in result] == [1, 3, 5] and result[2].similarity == 1.0
     assert [len(call["starts"]) for call in family.calls] == [4, 2, 2, 1, 1]
     last = family.calls[-1]
-    assert last["starts"] == [""] and last["decoding"] == Decoding(8, 1.0) and found[2].text == "thing."
+    assert last["starts"] == [""] and last["decoding"] == Decoding(8, 1.0) and result[2].text == "thing."
     assert len({call["rows"][-1] for call in family.calls}) == 5  # every try draws anew
 
 
 def test_one_try_is_guided_and_taken_as_it_is() -> None:
     family = Scripted()
-    found = run(family, rows(ANSWERS[2:]), replace(HOW, tries=1), measured(1.0))
-    assert len(family.calls) == 1 and family.calls[0]["decoding"].stop == STOPS and found[0].tries == 1
+    result = run(family, rows(ANSWERS[2:]), replace(HOW, tries=1), measured(1.0))
+    assert len(family.calls) == 1 and family.calls[0]["decoding"].stop == STOPS and result[0].tries == 1
 
 
 def test_the_sentences_of_a_row_are_blind_alike_and_every_try_otherwise() -> None:
@@ -141,48 +155,53 @@ def test_a_row_comes_out_alike_alone_and_in_company() -> None:
 
 @pytest.mark.parametrize("answer", ["Yes", "...", "no", "A"])
 def test_answers_of_a_word_or_of_none(answer: str) -> None:
-    (found,) = run(Scripted(), rows([answer]))
-    assert found.text.endswith("thing.")
+    (result,) = run(Scripted(), rows([answer]))
+    assert result.text.endswith("thing.")
 
 
 def test_a_model_that_says_nothing_leaves_what_was_said_before() -> None:
-    (found,) = run(Scripted(says=""), rows(ANSWERS[2:]), replace(HOW, tries=1))
-    assert ANSWERS[2].startswith(found.text)
+    (result,) = run(Scripted(says=""), rows(ANSWERS[2:]), replace(HOW, tries=1))
+    assert ANSWERS[2].startswith(result.text)
 
 
 def test_a_model_whose_image_cannot_be_hidden_is_refused() -> None:
-    family = Scripted(hides_images="a qwen3_5 has linear_attention layers")
+    family = Scripted(image_masking_unsupported_reason="a qwen3_5 has linear_attention layers")
     with pytest.raises(ValueError, match=r"model\.path: BDHS hides an image from scripted, .*linear_attention"):
         run(family, rows())
     assert not family.calls
 
 
 def test_an_answer_that_leaves_no_room_is_too_long() -> None:
-    speaker = Speaker(Scripted(max_length=SEEN + 12), torch.nn.Identity(), Draws(0))  # type: ignore[arg-type]
+    sampler = ResponseSampler(Scripted(max_length=SEEN + 12), torch.nn.Identity(), KeyedRNG(0))  # type: ignore[arg-type]
     (row,) = rows(["Yes."])
-    assert too_long(speaker, row, row.answer, 8) == too_long(speaker, row, "", 12) == ""
-    assert too_long(speaker, row, row.answer, 9) == (
+    assert too_long_reason(sampler, row, row.answer, 8) == too_long_reason(sampler, row, "", 12) is None
+    assert too_long_reason(sampler, row, row.answer, 9) == (
         "prompt and answer have 10 tokens, and the model, which may add 9, reads 18"
     )
 
 
-def asked(family: Any, key: str = "wide", answers: Sequence[str] = ANSWERS) -> tuple[list[Answered], Any]:
-    view = family.reader.view(PICTURES[key])
-    some = [Answered(n, (Turn("user", "<image>What is it?"),), text, ((key, view),)) for n, text in enumerate(answers)]
+def asked(family: Any, key: str = "wide", answers: Sequence[str] = ANSWERS) -> tuple[list[GroundTruthAnswer], Any]:
+    view = family.processor.preprocess_image(PICTURES[key])
+    some = [
+        GroundTruthAnswer(n, (Turn("user", "<image>What is it?"),), text, ((key, view),))
+        for n, text in enumerate(answers)
+    ]
     return some, family.encode_images({key: view})
 
 
-def completed(family: Any, some: Sequence[Answered], features: Any, how: Hiding) -> list[str]:
-    speaker = Speaker(family, family.network, Draws(3))
-    return [one.text for one in bdhs(speaker, some, features, how, TRIGRAMS)]
+def completed(family: Any, some: Sequence[GroundTruthAnswer], features: Any, masking: ImageMaskingConfig) -> list[str]:
+    sampler = ResponseSampler(family, family.network, KeyedRNG(3))
+    return [one.text for one in bdhs(sampler, some, features, masking, TRIGRAMS)]
 
 
 def test_batched_completions_are_the_single_ones(vlm: Any) -> None:
     some, features = asked(vlm)
-    how = replace(HOW, similar=0.2, decoding=Decoding(6, 1.0, batch_size=3))  # most rows are tried several times
-    together = completed(vlm, some, features, how)
-    assert together == [text for row in some for text in completed(vlm, [row], features, how)]
-    assert together == completed(vlm, some, features, replace(how, decoding=Decoding(6, 1.0, batch_size=16)))
+    masking = replace(
+        HOW, max_similarity=0.2, decoding=Decoding(6, 1.0, batch_size=3)
+    )  # most rows are tried several times
+    together = completed(vlm, some, features, masking)
+    assert together == [text for row in some for text in completed(vlm, [row], features, masking)]
+    assert together == completed(vlm, some, features, replace(masking, decoding=Decoding(6, 1.0, batch_size=16)))
     assert len(set(together)) == len(together)
 
 
@@ -190,8 +209,8 @@ def test_with_every_token_hidden_the_image_does_not_matter(vlm: Any) -> None:
     """Greedy, so that only the image could; with none hidden it does, but for a model that says the same of any."""
     texts = {}
     for rho in (0.0, 1.0):
-        how = Hiding(rho, None, 1, 0.97, Decoding(8, 0.0))
-        texts[rho] = [completed(vlm, *asked(vlm, key), how) for key in ("wide", "other wide")]
+        masking = ImageMaskingConfig(rho, None, 1, 0.97, Decoding(8, 0.0))
+        texts[rho] = [completed(vlm, *asked(vlm, key), masking) for key in ("wide", "other wide")]
     assert texts[1.0][0] == texts[1.0][1]
     assert "paligemma" in vlm.name or texts[0.0] != texts[1.0]
 

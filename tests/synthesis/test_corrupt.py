@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from mmalign.language.objects import coco_vocabulary, singular, vocabulary
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.synthesis.corrupt import Corruptor, companions, plural
 from mmalign.synthesis.segments import COLOURS
 
 COCO = coco_vocabulary()
-DRAWS = Draws(0)
+DRAWS = KeyedRNG(0)
 ROWS = range(200)
 
 
@@ -23,8 +23,8 @@ def corrupted(answer: str, share: float = 0.0, **together: list[str]) -> set[str
 def test_companions_come_by_how_often_they_are_named_together() -> None:
     """dog: person in two answers, then by name car and frisbee in one each."""
     answers = ["A dog and a man.", "A dog, a woman, a frisbee.", "Dogs and a car.", "A cat.", "A dog, a dog."]
-    found = companions(answers, COCO)
-    assert found == {
+    result = companions(answers, COCO)
+    assert result == {
         "dog": ["person", "car", "frisbee"],
         "person": ["dog", "frisbee"],
         "frisbee": ["dog", "person"],
@@ -49,8 +49,8 @@ def test_a_companion_that_is_named_already_does_not_come_in() -> None:
 
 
 def test_an_object_without_companions_takes_any() -> None:
-    found = corrupted("A dog.")
-    assert len(found) > 40 and "A dog." not in found
+    result = corrupted("A dog.")
+    assert len(result) > 40 and "A dog." not in result
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_same_row_is_changed_alike() -> None:
     answer = "Two red dogs sit on a couch next to a black cat."
     assert corruptor(answer, 7, DRAWS) == corruptor(answer, 7, DRAWS)
     assert len({corruptor(answer, row, DRAWS) for row in ROWS}) > 150
-    assert corruptor(answer, 7, Draws(1)) != corruptor(answer, 7, DRAWS)
+    assert corruptor(answer, 7, KeyedRNG(1)) != corruptor(answer, 7, DRAWS)
 
 
 def test_a_world_of_one_object_has_no_other() -> None:

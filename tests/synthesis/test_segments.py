@@ -34,15 +34,15 @@ COCO = coco_vocabulary()
     ],
 )
 def test_segments(text: str, expected: list[str]) -> None:
-    found = segments(text, COCO)
-    assert [f"{one.kind} {one.word}" for one in found] == expected
-    assert all(one.end <= other.start for one, other in pairwise(found))
+    result = segments(text, COCO)
+    assert [f"{one.kind} {one.word}" for one in result] == expected
+    assert all(one.end <= other.start for one, other in pairwise(result))
 
 
 def test_an_object_of_several_words_is_one() -> None:
     own = vocabulary({"red circle": [], "blue star": []})
-    found = segments("There is a red circle. There are two blue stars, and a green one.", own)
-    assert [(one.kind, one.word) for one in found] == [
+    result = segments("There is a red circle. There are two blue stars, and a green one.", own)
+    assert [(one.kind, one.word) for one in result] == [
         ("object", "red circle"),
         ("number", "two"),
         ("object", "blue star"),

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.synthesis.sentence_cuts import (
     MASK,
     WHOLE,
@@ -19,7 +19,7 @@ from mmalign.synthesis.sentence_cuts import (
     sentences,
 )
 
-DRAWS = Draws(0)
+DRAWS = KeyedRNG(0)
 ANSWER = "Yes, there is a dog. It sits on a mat! Is it red?"
 
 
@@ -89,25 +89,25 @@ def test_half_of_the_verdicts_are_exchanged_and_an_exchanged_one_is_kept() -> No
 
 
 def test_every_sentence_begins_after_the_true_ones() -> None:
-    found = [one for one in openings(ANSWER, 3, DRAWS) if isinstance(one, Opening)]
-    assert [one.history for one in found] == ["", "Yes, there is a dog. ", "Yes, there is a dog. It sits on a mat! "]
-    assert [one.tail for one in found] == [" ", " ", ""]
-    for one, true in zip(found[1:], sentences(ANSWER)[1:], strict=True):
+    result = [one for one in openings(ANSWER, 3, DRAWS) if isinstance(one, Opening)]
+    assert [one.history for one in result] == ["", "Yes, there is a dog. ", "Yes, there is a dog. It sits on a mat! "]
+    assert [one.tail for one in result] == [" ", " ", ""]
+    for one, true in zip(result[1:], sentences(ANSWER)[1:], strict=True):
         assert true.startswith(one.head) and one.start == one.history + one.head
 
 
 def test_cuts_depend_on_row_seed_epoch_and_try_alone() -> None:
-    again = [openings(ANSWER, 5, Draws(0), 2) for _ in range(2)]
+    again = [openings(ANSWER, 5, KeyedRNG(0), 2) for _ in range(2)]
     assert again[0] == again[1]
-    longer = openings(f"{ANSWER} And more.", 5, Draws(0), 2)
+    longer = openings(f"{ANSWER} And more.", 5, KeyedRNG(0), 2)
     other = [
-        openings(ANSWER * 4, row, draws, tried)
-        for row, draws, tried in (
-            (5, Draws(0), 2),
-            (6, Draws(0), 2),
-            (5, Draws(1), 2),
-            (5, Draws(0, 1), 2),
-            (5, Draws(0), 3),
+        openings(ANSWER * 4, row, rng, attempt)
+        for row, rng, attempt in (
+            (5, KeyedRNG(0), 2),
+            (6, KeyedRNG(0), 2),
+            (5, KeyedRNG(1), 2),
+            (5, KeyedRNG(0, 1), 2),
+            (5, KeyedRNG(0), 3),
         )
     ]
     assert len(longer) == 4 and all(one != other[0] for one in other[1:])
@@ -121,8 +121,8 @@ def test_what_a_model_says_takes_the_place_of_the_rest() -> None:
         Opening("There is a dog. It sits.\n\n", "Two cats", ""),
         "The end.",
     ]
-    said = [" frisbee.", " It runs. ", ", or three."]
-    assert joined(parts, said) == "There is a frisbee. It runs.\n\nTwo cats, or three.The end."
+    responses = [" frisbee.", " It runs. ", ", or three."]
+    assert joined(parts, responses) == "There is a frisbee. It runs.\n\nTwo cats, or three.The end."
     assert joined(WHOLE, ["  A dog.\n"]) == "A dog."
     assert joined(["Yes."], []) == "Yes."
 

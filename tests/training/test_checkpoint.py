@@ -25,7 +25,7 @@ def weights(value: float = 1.0) -> dict[str, torch.Tensor]:
 
 def write(folder: Path, step: int, *, value: float = 1.0, keep: int = 2, **options: Any) -> Path:
     state = {"progress": {"step": step}, "average": [torch.ones(2)], "generator": torch.get_rng_state()}
-    return checkpoint.write(folder, step, weights(value), state, MINE, keep=keep, **options)
+    return checkpoint.write(folder, step, weights(value), state, MINE, keep_checkpoints=keep, **options)
 
 
 def steps(folder: Path) -> list[int]:
@@ -56,7 +56,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_weights_are_saved_without_their_gradient_and_whatever_their_strides(tmp_path: Path) -> None:
     net = torch.nn.Linear(3, 2)
     named = {"w": net.weight, "t": net.weight.t().contiguous().t()}
-    saved = checkpoint.read(checkpoint.write(tmp_path, 1, named, {}, MINE, keep=1), MINE)
+    saved = checkpoint.read(checkpoint.write(tmp_path, 1, named, {}, MINE, keep_checkpoints=1), MINE)
     assert torch.equal(saved.weights["w"], net.weight) and torch.equal(saved.weights["t"], net.weight)
 
 
@@ -84,18 +84,18 @@ def test_without_scores_only_the_last_are_kept(tmp_path: Path) -> None:
 def test_one_that_cannot_be_gone_on_from_takes_no_other_s_place(tmp_path: Path) -> None:
     for step in (2, 4):
         write(tmp_path, step, keep=1)
-    last = write(tmp_path, 5, keep=1, resting=False)
+    last = write(tmp_path, 5, keep=1, resumable=False)
     assert steps(tmp_path) == [4, 5] and checkpoint.latest(tmp_path) == last
-    assert checkpoint.latest(tmp_path, resting=True) == tmp_path / "checkpoint-00000004"
+    assert checkpoint.latest(tmp_path, resumable=True) == tmp_path / "checkpoint-00000004"
     write(tmp_path, 6, keep=1)
-    assert steps(tmp_path) == [6] == [int(checkpoint.latest(tmp_path, resting=True).name[-1])]  # type: ignore[union-attr]
+    assert steps(tmp_path) == [6] == [int(checkpoint.latest(tmp_path, resumable=True).name[-1])]  # type: ignore[union-attr]
 
 
 def test_one_that_does_not_say_whether_it_rests_does(tmp_path: Path) -> None:
     """As those written before there were others."""
     about = write(tmp_path, 2) / "checkpoint.json"
     about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "resting"}))
-    assert checkpoint.latest(tmp_path, resting=True) == about.parent
+    assert checkpoint.latest(tmp_path, resumable=True) == about.parent
 
 
 def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("where", "error"),
+    ("location", "error"),
     [
         ("mmalign.training.checkpoint.save_file", FULL),
         (
@@ -130,17 +130,17 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     ],
 )
 def test_a_failed_write_is_a_sentence_and_loses_nothing(
-    where: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    location: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 10)
     for step in (10, 20):  # also where it would replace the one that is there
         with monkeypatch.context() as patch:
-            patch.setattr(where, raiser(error))
+            patch.setattr(location, raiser(error))
             with pytest.raises(atomic_io.CheckpointError) as raised:
                 write(tmp_path, step, value=9.0)
-        said = str(raised.value)
-        assert f"checkpoint-{step:08d}: could not be written (" in said and "MB are free" in said
-        assert "checkpoint-00000010 is intact: make room and run the same command again" in said
+        text = str(raised.value)
+        assert f"checkpoint-{step:08d}: could not be written (" in text and "MB are free" in text
+        assert "checkpoint-00000010 is intact: make room and run the same command again" in text
         assert raised.value.__cause__ is error
         assert steps(tmp_path) == [10] and leftovers(tmp_path) == []
         kept = checkpoint.read(tmp_path / "checkpoint-00000010", MINE)
@@ -204,9 +204,9 @@ def test_a_truncated_file_is_a_sentence(name: str, share: float, tmp_path: Path)
     (path / name).write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError) as raised:
         checkpoint.read(path, MINE)
-    said = str(raised.value)
-    assert said.startswith(f"{path}: is damaged and cannot be read (") and "\n" not in said
-    assert said.endswith("delete it to go on from the one before") and len(said) < len(str(path)) + 300
+    text = str(raised.value)
+    assert text.startswith(f"{path}: is damaged and cannot be read (") and "\n" not in text
+    assert text.endswith("delete it to go on from the one before") and len(text) < len(str(path)) + 300
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "checkpoint.json"])

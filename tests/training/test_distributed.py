@@ -60,13 +60,13 @@ def work(jobs: Path) -> None:
         )
         touched.clear()
         exchanges.clear()
-        said: list[str] = []
+        responses: list[str] = []
         if does == "cache":
-            cache(load_recipe(content), say=said.append)
+            cache(load_recipe(content), say=responses.append)
             history = []
         else:
-            history = train(load_recipe(content), say=said.append).history
-        record = {"history": history, "said": said, "touched": touched, "exchanges": len(exchanges)}
+            history = train(load_recipe(content), say=responses.append).history
+        record = {"history": history, "said": responses, "touched": touched, "exchanges": len(exchanges)}
         jobs.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
 
 
@@ -109,9 +109,9 @@ class Runs:
 
     def __init__(self, folder: Path, model: Path, judge: Path, decoder: Path) -> None:
         self.folder, self.model, self.judge, self.decoder = folder, model, judge, decoder
-        often = {"steps": STEPS, "save_every": 1, "keep": 9}
-        full = {"train": {**often, "clip": None, "ema": 0.9, "trackers": ["tensorboard"]}}
-        lora = {"model": {"tune": "lora"}, "data": {"hold_out": 0.2}, "train": {**often, "lr": 0.03}}
+        often = {"steps": STEPS, "save_every": 1, "keep_checkpoints": 9}
+        full = {"train": {**often, "max_grad_norm": None, "ema": 0.9, "trackers": ["tensorboard"]}}
+        lora = {"model": {"tune": "lora"}, "data": {"validation_fraction": 0.2}, "train": {**often, "lr": 0.03}}
         inpo = {"name": "inpo", "beta": 100.0, "steps": 3}
         uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}
         self.recipes: dict[str, tuple[str, Content]] = {
@@ -120,7 +120,7 @@ class Runs:
             "uneven": ("bad", {"method": {"name": "mapo"}, "train": often}),
             "few": ("few", {"method": {"name": "sft"}, "train": often}),
             "inverted": ("eight", {"method": inpo, "train": often}),
-            "kept": ("eight", {"method": {**inpo, "inverter": "reference", "cache_draws": 1}, "train": often}),
+            "kept": ("eight", {"method": {**inpo, "inverter": "reference", "num_cached_draws": 1}, "train": often}),
             "pictures": ("eight", uncached),
             "responses": ("rows", uncached),
         }
@@ -136,12 +136,12 @@ class Runs:
         data_files.response_pairs(self.folder / "rows")
         for name in self.recipes:
             self.alone(name, batch_size=4)
-        for where, batch_size in (("double", 8), ("half", 2)):
-            self.alone("full", where, batch_size=batch_size)
+        for location, batch_size in (("double", 8), ("half", 2)):
+            self.alone("full", location, batch_size=batch_size)
         shutil.copytree(self.folder / "one" / "full", self.folder / "two" / "grown")
         for step in (2, 3):  # as if killed after the first update
             shutil.rmtree(self.folder / "two" / "grown" / f"checkpoint-{step:08d}")
-        small = {"batch_size": 1, "accumulate": 2, "gradient_checkpointing": True}
+        small = {"batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
         jobs = [
             ("full", self.content("two", "full", batch_size=2)),
             ("again", self.content("two", "full", batch_size=2)),
@@ -157,28 +157,28 @@ class Runs:
             given["data"]["cache"] = "auto"
             jobs += [(f"{name} filled", given), (f"{name} cached", given)]
         judge = {"name": "step_aware", "path": str(self.judge)}
-        drawing = {"name": "spo", "judge": judge, "steps": 6, "start": 2, "threshold": UNSURE}
+        drawing = {"name": "spo", "reward": judge, "steps": 6, "start": 2, "threshold": UNSURE}
         jobs.append(("spo", self.content("two", "few", "spo", batch_size=1) | {"method": drawing}))
         done = [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
         (self.folder / "jobs.json").write_text(json.dumps(done))
         launch(self.folder / "jobs.json")
 
-    def content(self, where: str, name: str, output: str = "", **options: Any) -> Content:
+    def content(self, location: str, name: str, output: str = "", **options: Any) -> Content:
         pairs, sections = self.recipes[name]
         filled = {**sections, "train": {**sections["train"], **options}}
         if pairs == "rows":
             rows = self.folder / pairs / "trl.jsonl"
-            return recipes.vlm(self.decoder, rows, self.folder / where / (output or name), **filled)
+            return recipes.vlm(self.decoder, rows, self.folder / location / (output or name), **filled)
         return recipes.diffusion(
-            self.model, self.folder / f"{pairs}.parquet", self.folder / where / (output or name), **filled
+            self.model, self.folder / f"{pairs}.parquet", self.folder / location / (output or name), **filled
         )
 
-    def alone(self, name: str, where: str = "one", **options: Any) -> None:
+    def alone(self, name: str, location: str = "one", **options: Any) -> None:
         """A training in this process."""
-        said: list[str] = []
-        trained = train(load_recipe(self.content(where, name, **options)), say=said.append)
-        record = {"history": trained.history, "said": said}
-        (self.folder / f"{name}-{where}.json").write_text(json.dumps(record))
+        responses: list[str] = []
+        trained = train(load_recipe(self.content(location, name, **options)), say=responses.append)
+        record = {"history": trained.history, "said": responses}
+        (self.folder / f"{name}-{location}.json").write_text(json.dumps(record))
 
     def record(self, name: str, who: str | int) -> dict[str, Any]:
         """What was written down of a training: by one of two processes (0 or 1), or by the only one ("one")."""
@@ -190,8 +190,8 @@ class Runs:
     def distance(self, run: str, other: str) -> tuple[float, float]:
         """How far apart two runs end: their weights, over the way gone since the first update, and their gradients."""
         start, a, b = (flat(self.weights(*where)) for where in ((run, 1), (run,), (other,)))
-        ours, theirs = self.mean_gradient(run), self.mean_gradient(other)
-        return relative(a - b, a - start), relative(ours - theirs, ours)
+        actual, expected = self.mean_gradient(run), self.mean_gradient(other)
+        return relative(a - b, a - start), relative(actual - expected, actual)
 
     def mean_gradient(self, run: str) -> Tensor:
         state = torch.load(self.folder / run / f"checkpoint-{STEPS:08d}" / "state.pt", weights_only=True)
@@ -251,21 +251,25 @@ def test_another_global_batch_would_be_noticed(batch: str, runs: Runs) -> None:
 def test_numbers_and_sentences_are_those_of_one_process(name: str, runs: Runs) -> None:
     """The means of the whole batch on both processes; one of them speaks, and counts the bad images of both."""
     alone, first, second = (runs.record(name, who) for who in ("one", 0, 1))
-    said, history = alone["said"], alone["history"]
+    responses, history = alone["said"], alone["history"]
     assert first["history"] == second["history"] and len(history) == STEPS
-    for ours, theirs in zip(history, first["history"], strict=True):
-        assert ours == pytest.approx(theirs, **METRICS)
+    for actual, expected in zip(history, first["history"], strict=True):
+        assert actual == pytest.approx(expected, **METRICS)
     assert second["said"] == []
     counts, numbers = re.compile(r"^\d+ images"), re.compile(r"[-+]?\d+(\.\d+)?(e-\d+)?")
-    assert [counts.findall(line) for line in first["said"]] == [counts.findall(line) for line in said]
+    assert [counts.findall(line) for line in first["said"]] == [counts.findall(line) for line in responses]
     # The order of the bad images is that in which they were met, and a verdict's last digit may be rounded.
-    assert [sorted(numbers.sub("", line)) for line in first["said"]] == [sorted(numbers.sub("", line)) for line in said]
+    assert [sorted(numbers.sub("", line)) for line in first["said"]] == [
+        sorted(numbers.sub("", line)) for line in responses
+    ]
 
 
 def test_held_out_pairs_give_the_score_of_one_process(runs: Runs) -> None:
     scores = [
-        json.loads((runs.folder / where / "lora" / f"checkpoint-{step:08d}" / "checkpoint.json").read_text())["score"]
-        for where in ("one", "two")
+        json.loads((runs.folder / location / "lora" / f"checkpoint-{step:08d}" / "checkpoint.json").read_text())[
+            "score"
+        ]
+        for location in ("one", "two")
         for step in range(1, STEPS + 1)
     ]
     assert all(scores) and scores[:STEPS] == pytest.approx(scores[STEPS:], **METRICS)
@@ -281,10 +285,10 @@ def test_one_process_writes_and_the_folder_is_that_of_one(runs: Runs) -> None:
     """Both fill the caches, each with its share; all else is the first one's."""
     output = runs.folder / "two" / "full"
     places = [set[str](), set[str]()]
-    for rank, found in enumerate(places):
+    for rank, result in enumerate(places):
         for path in map(Path, runs.record("full", rank)["touched"]):
             if output in path.parents and not path.name.startswith("tmp"):  # whether the folder may be written to
-                found.add(path.relative_to(output).parts[0])
+                result.add(path.relative_to(output).parts[0])
     assert {"cache", ".recipe.yaml.part", ".checkpoint-00000003.part", ".model.part", "logs"} <= places[0]
     assert places[1] == {"cache"}
     assert listed(output) == listed(runs.folder / "one" / "full")
@@ -299,8 +303,8 @@ def listed(output: Path) -> list[str]:
 @pytest.mark.parametrize("kind", ["latents", "text"])
 def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
     one, two = (
-        [set(load_file(shard)) for shard in (runs.folder / where / "full" / "cache" / kind).rglob("*.safetensors")]
-        for where in ("one", "two")
+        [set(load_file(shard)) for shard in (runs.folder / location / "full" / "cache" / kind).rglob("*.safetensors")]
+        for location in ("one", "two")
     )
     assert len(one) == 1 and len(two) == 2
     assert two[0] | two[1] == one[0] and not two[0] & two[1]
@@ -331,8 +335,8 @@ def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_toget
 
 
 def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
-    said = runs.record("again", 0)["said"]
-    assert said[1] == "going on from checkpoint-00000003" and "all updates were done already" in said[2]
+    responses = runs.record("again", 0)["said"]
+    assert responses[1] == "going on from checkpoint-00000003" and "all updates were done already" in responses[2]
     assert runs.record("again", 1)["said"] == []
 
 

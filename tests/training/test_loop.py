@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.training.loop import Progress
 from mmalign.training.optim import schedule
 from tests.helpers.linear_runs import START, WEIGHTS, Batch, Regression, Run, by_hand, data, flat, of
@@ -41,7 +41,7 @@ def test_every_update_begins_with_no_gradient_of_the_last(start: Callable[..., R
 @pytest.mark.parametrize("clip", [0.01, 1.0])
 def test_clipping_clips(start: Callable[..., Run], clip: float) -> None:
     """The step has the length lr * clip along the gradient; the norm that is reported is the one before."""
-    run = start(clip=clip)
+    run = start(max_grad_norm=clip)
     run(Regression(), of(data([2, 2])), steps=1, accumulate=2)
     (whole,) = data([4])
     gradient = by_hand(whole, START)
@@ -51,7 +51,7 @@ def test_clipping_clips(start: Callable[..., Run], clip: float) -> None:
 
 
 def test_a_gradient_below_the_limit_is_left_alone(start: Callable[..., Run]) -> None:
-    free, limited = start(), start(clip=1e6)
+    free, limited = start(), start(max_grad_norm=1e6)
     for run in (free, limited):
         run(Regression(), of(data([4])), steps=3)
     assert torch.equal(flat(free.net), flat(limited.net))
@@ -59,9 +59,9 @@ def test_a_gradient_below_the_limit_is_left_alone(start: Callable[..., Run]) -> 
 
 def test_the_schedule_is_applied_update_by_update(start: Callable[..., Run]) -> None:
     """Warm-up of one and a linear fall over three: factors 1/2, 1, 2/3, 1/3."""
-    run = start(factor=schedule("linear", warmup=1, steps=4))
+    run = start(lr_factor=schedule("linear", warmup_steps=1, steps=4))
     run(Regression(), of(data([4])), steps=4)
-    assert [said["lr"] for _, said, _ in run.said] == pytest.approx([0.05, 0.1, 0.2 / 3, 0.1 / 3])
+    assert [responses["lr"] for _, responses, _ in run.said] == pytest.approx([0.05, 0.1, 0.2 / 3, 0.1 / 3])
     (batch,), at = data([4]), START
     for lr in (0.05, 0.1, 0.2 / 3, 0.1 / 3):
         at = at - lr * by_hand(batch, at)
@@ -75,8 +75,8 @@ def test_the_average_takes_in_every_update(start: Callable[..., Run]) -> None:
         run(Regression(), of(data([4, 2])), steps=step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * flat(run.net)
-    assert run.learner.average is not None
-    torch.testing.assert_close(torch.cat([x.flatten() for x in run.learner.average.state()]), expected)
+    assert run.train_state.ema is not None
+    torch.testing.assert_close(torch.cat([x.flatten() for x in run.train_state.ema.state()]), expected)
 
 
 def spoilt(value: float, row: int) -> Callable[[Batch, Tensor], Tensor]:
@@ -114,9 +114,9 @@ def test_several_contrasts_are_made_before_the_first_update_and_used_one_by_one(
     (batch,) = data([4])
     run(method, of([batch]), steps=3)
     assert [what for what, *_ in method.seen] == ["contrasts", "loss", "loss", "loss"]
-    at, draws = START, Draws(3, 0)
+    at, rng = START, KeyedRNG(3, 0)
     for index in range(3):
-        noise = draws.normal(batch.rows, (3,), "noise", index)
+        noise = rng.normal(batch.rows, (3,), "noise", index)
         at = at - 0.1 * by_hand(replace(batch, x=batch.x + 0.5 * noise), at)
     torch.testing.assert_close(flat(run.net), at)
 

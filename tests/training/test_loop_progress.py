@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.training import loop
 from mmalign.training.loop import Progress
 from mmalign.training.optim import schedule
@@ -25,9 +25,9 @@ def test_going_on_from_any_checkpoint_equals_never_stopping(
     options: dict[str, Any] = {
         "optimizer": torch.optim.AdamW,
         "lr": 0.05,
-        "clip": 1.0,
+        "max_grad_norm": 1.0,
         "ema": 0.9,
-        "factor": schedule("cosine", warmup=3, steps=17),
+        "lr_factor": schedule("cosine", warmup_steps=3, steps=17),
     }
     straight = start(**options)
     straight(Regression(contrasts, noise=0.5), batches, steps=17, accumulate=accumulate)
@@ -39,9 +39,9 @@ def test_going_on_from_any_checkpoint_equals_never_stopping(
         again(Regression(contrasts, noise=0.5), batches, steps=17, accumulate=accumulate)
         assert torch.equal(flat(again.net), flat(straight.net))
         assert again.said == straight.said[done:]
-        assert again.learner.average is not None and straight.learner.average is not None
-        for mine, theirs in zip(again.learner.average.state(), straight.learner.average.state(), strict=True):
-            assert torch.equal(mine, theirs)
+        assert again.train_state.ema is not None and straight.train_state.ema is not None
+        for mine, expected in zip(again.train_state.ema.state(), straight.train_state.ema.state(), strict=True):
+            assert torch.equal(mine, expected)
 
 
 def test_a_checkpoint_is_offered_only_where_nothing_is_pending(start: Callable[..., Run]) -> None:
@@ -75,7 +75,9 @@ def test_epochs_follow_each_other_with_draws_of_their_own(start: Callable[..., R
     assert run(method, give, steps=5) == Progress(step=5, epoch=1, batch=3)
     assert asked == [(0, 1), (1, 0)]
     assert [rows[0] // 2 for what, rows, *_ in method.seen if what == "contrasts"] == [1, 2, 0, 1, 2]
-    assert [draws for what, _, draws, *_ in method.seen if what == "contrasts"] == [Draws(3, 0)] * 2 + [Draws(3, 1)] * 3
+    assert [draws for what, _, draws, *_ in method.seen if what == "contrasts"] == [KeyedRNG(3, 0)] * 2 + [
+        KeyedRNG(3, 1)
+    ] * 3
 
 
 def test_a_window_may_reach_over_the_end_of_an_epoch(start: Callable[..., Run]) -> None:
@@ -121,7 +123,7 @@ def test_many_batches_in_a_row_of_which_nothing_counts_end_the_run(
     start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An epoch may be long. A batch with one update begins the count anew; the method says what may be wrong."""
-    monkeypatch.setattr(loop, "EMPTY", 3)
+    monkeypatch.setattr(loop, "MAX_EMPTY_BATCHES", 3)
     full, empty = [1.0], [0.0]
     run = start()
     with pytest.raises(
@@ -131,7 +133,7 @@ def test_many_batches_in_a_row_of_which_nothing_counts_end_the_run(
         run(Regression(), of(data([1] * 8, weights=[*full, *empty * 2, *full, *empty * 4])), steps=9)
     assert run.progress == Progress(2, 0, 7)
     method = Regression()
-    method.made_nothing = "look at it"  # type: ignore[attr-defined]
+    method.hint_if_empty = "look at it"  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"\(3 are the limit\): look at it"):
         start()(method, of(data([1] * 4, weights=empty * 4)), steps=9)
 
@@ -141,7 +143,7 @@ def test_batches_are_counted_and_not_their_contrasts(
     start: Callable[..., Run], contrasts: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many contrasts a batch has; nor while one that may count is in an update that is not full yet."""
-    monkeypatch.setattr(loop, "EMPTY", 4)
+    monkeypatch.setattr(loop, "MAX_EMPTY_BATCHES", 4)
     run, method = start(), Regression(contrasts_of_a_batch=contrasts)
     run(method, of(data([1] * 12, weights=[0.0, 0.0, 0.0, 1.0] * 3)), steps=2, accumulate=accumulate)
     assert run.progress.step == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmalign.training.optim import Average, build_optimizer, schedule
+from mmalign.training.optim import EMA, build_optimizer, schedule
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -27,27 +27,27 @@ def descend(optimizer: torch.optim.Optimizer, of: list[nn.Parameter], updates: i
 
 def test_a_constant_rate_warms_up_by_hand() -> None:
     """Three updates of warm-up: 1/4, 2/4, 3/4, then 1."""
-    factor = schedule("constant", warmup=3, steps=6)
+    factor = schedule("constant", warmup_steps=3, steps=6)
     assert [factor(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert [schedule("constant", warmup=0, steps=2)(step) for step in range(2)] == [1.0, 1.0]
+    assert [schedule("constant", warmup_steps=0, steps=2)(step) for step in range(2)] == [1.0, 1.0]
 
 
 def test_a_linear_rate_falls_by_hand() -> None:
     """After one update of warm-up, four updates: 1, 3/4, 2/4, 1/4, and 0 beyond the last."""
-    factor = schedule("linear", warmup=1, steps=5)
+    factor = schedule("linear", warmup_steps=1, steps=5)
     assert [factor(step) for step in range(7)] == [0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 def test_a_cosine_rate_falls_by_hand() -> None:
     """Half a cosine over four updates: 1, (1 + sqrt(1/2)) / 2, 1/2, (1 - sqrt(1/2)) / 2, 0."""
-    factor, r = schedule("cosine", warmup=0, steps=4), math.sqrt(0.5)
+    factor, r = schedule("cosine", warmup_steps=0, steps=4), math.sqrt(0.5)
     assert [factor(step) for step in range(5)] == pytest.approx([1.0, (1 + r) / 2, 0.5, (1 - r) / 2, 0.0])
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (200, 200), (500, 10), (3, 20)])
 def test_a_rate_is_never_zero_within_the_run_and_never_above_one(name: str, warmup: int, steps: int) -> None:
-    factor = schedule(name, warmup=warmup, steps=steps)
+    factor = schedule(name, warmup_steps=warmup, steps=steps)
     assert all(0 < factor(step) <= 1 for step in range(steps))
 
 
@@ -113,64 +113,64 @@ def test_eight_bit_adamw_without_its_library(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def averaged(decay: float, values: list[float]) -> tuple[Average, nn.Parameter]:
+def averaged(decay: float, values: list[float]) -> tuple[EMA, nn.Parameter]:
     """An average that began at the first value and took in the others."""
     p = nn.Parameter(torch.tensor([values[0]]))
-    average = Average([p], decay)
+    ema = EMA([p], decay)
     for step, value in enumerate(values[1:], start=1):
         p.data.fill_(value)
-        average.update([p], step)
-    return average, p
+        ema.update([p], step)
+    return ema, p
 
 
 def test_the_average_by_hand() -> None:
     """Decays min(0.5, (1 + n) / (10 + n)): 2/11, 3/12, 4/13."""
-    average, _ = averaged(0.5, [100.0, 1.0, 2.0, 4.0])
+    ema, _ = averaged(0.5, [100.0, 1.0, 2.0, 4.0])
     one = 2 / 11 * 100 + 9 / 11 * 1
     two = 3 / 12 * one + 9 / 12 * 2
     three = 4 / 13 * two + 9 / 13 * 4
-    assert average.state()[0].item() == pytest.approx(three, rel=1e-6)
+    assert ema.state()[0].item() == pytest.approx(three, rel=1e-6)
 
 
 def test_the_average_is_its_closed_form() -> None:
     """The sum over n of (1 - d_n) p_n times the product of all later d; the initial weights are all but forgotten."""
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)).tolist()
-    average, _ = averaged(0.9, [1e3, *values])
+    ema, _ = averaged(0.9, [1e3, *values])
     decays = [min(0.9, (1 + n) / (10 + n)) for n in range(1, 41)]
     weights = [(1 - d) * math.prod(decays[n + 1 :]) for n, d in enumerate(decays)]
     expected = math.prod(decays) * 1e3 + sum(w * v for w, v in zip(weights, values, strict=True))
-    assert average.state()[0].item() == pytest.approx(expected, abs=1e-4)
+    assert ema.state()[0].item() == pytest.approx(expected, abs=1e-4)
     assert math.prod(decays) < 1e-6
     assert sum(weights) == pytest.approx(1, abs=1e-6)
 
 
 def test_the_average_of_a_constant_is_that_constant() -> None:
-    average, p = averaged(0.99, [0.3] * 50)
-    assert torch.equal(average.state()[0], p.detach())
+    ema, p = averaged(0.99, [0.3] * 50)
+    assert torch.equal(ema.state()[0], p.detach())
 
 
 def test_swapping_twice_is_nothing() -> None:
-    average, p = averaged(0.9, [1.0, 2.0, 3.0])
-    mean = average.state()[0].clone()
-    average.swap([p])
-    assert torch.equal(p.detach(), mean) and average.state()[0].item() == 3.0
-    average.swap([p])
-    assert p.item() == 3.0 and torch.equal(average.state()[0], mean)
+    ema, p = averaged(0.9, [1.0, 2.0, 3.0])
+    mean = ema.state()[0].clone()
+    ema.swap([p])
+    assert torch.equal(p.detach(), mean) and ema.state()[0].item() == 3.0
+    ema.swap([p])
+    assert p.item() == 3.0 and torch.equal(ema.state()[0], mean)
     assert p.requires_grad
 
 
 def test_the_average_holds_float32_and_does_not_follow_the_parameters() -> None:
     p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    average = Average([p], 0.9)
+    ema = EMA([p], 0.9)
     p.data.fill_(5.0)
-    assert average.state()[0].dtype == torch.float32 and average.state()[0].tolist() == [1.0, 1.0]
+    assert ema.state()[0].dtype == torch.float32 and ema.state()[0].tolist() == [1.0, 1.0]
 
 
 def test_an_average_goes_on_from_its_state_bit_for_bit() -> None:
     values = torch.randn(10, generator=torch.Generator().manual_seed(1)).tolist()
     straight, _ = averaged(0.9, values)
     half, p = averaged(0.9, values[:5])
-    again = Average([p], 0.9)
+    again = EMA([p], 0.9)
     saved: list[Tensor] = [x.clone() for x in half.state()]
     again.load(saved)
     for step, value in enumerate(values[5:], start=5):

@@ -37,7 +37,7 @@ def pair(
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected", "factor", "said"),
+    ("chosen", "rejected", "factor", "text"),
     [
         (1e-6, -1e-6, 0.4999, "nothing moved (chosen +1e-06, rejected -1e-06"),
         (0.0, 0.0, 0.5, "nothing moved"),
@@ -48,11 +48,11 @@ def pair(
         (0.2, -0.1, 0.3, "chosen images improved and rejected ones got worse"),
     ],
 )
-def test_a_verdict_is_plain_words(chosen: float, rejected: float, factor: float, said: str) -> None:
+def test_a_verdict_is_plain_words(chosen: float, rejected: float, factor: float, text: str) -> None:
     verdict = preference_verdict(chosen, rejected, factor)
-    assert verdict.startswith(said) and f"gradient factor {factor:.2f})" in verdict
-    assert ("likelihood displacement" in verdict) is said.startswith("both sides got worse")
-    assert ("train longer" in verdict) is said.startswith("nothing moved")
+    assert verdict.startswith(text) and f"gradient factor {factor:.2f})" in verdict
+    assert ("likelihood displacement" in verdict) is text.startswith("both sides got worse")
+    assert ("train longer" in verdict) is text.startswith("nothing moved")
 
 
 def test_a_policy_that_learned_the_opposite_has_moved() -> None:
@@ -62,8 +62,8 @@ def test_a_policy_that_learned_the_opposite_has_moved() -> None:
 def test_images_that_are_matched_with_prompts_are_called_so() -> None:
     r = reporter(steps=1)
     r.update(1, metrics(loss=0.5, gradient_factor=0.3, matched_gain=0.2, mismatched_gain=-0.1, matched_error=0.4))
-    said = "matched images improved and mismatched ones got worse (matched +0.2, mismatched -0.1 "
-    assert r.verdict().startswith(said)
+    text = "matched images improved and mismatched ones got worse (matched +0.2, mismatched -0.1 "
+    assert r.verdict().startswith(text)
 
 
 def test_the_verdict_is_of_the_last_tenth_of_the_reports() -> None:
@@ -113,8 +113,8 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     r = reporter(steps=4, first=2)
     with r:
         r.update(3, metrics(loss=0.5))
-    said = capsys.readouterr().err
-    assert "3/4" in said and "loss 0.5" in said and "update 3/4" not in said
+    text = capsys.readouterr().err
+    assert "3/4" in text and "loss 0.5" in text and "update 3/4" not in text
 
 
 def test_other_processes_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,8 +140,8 @@ def warnings(factors: list[float], capsys: pytest.CaptureFixture[str]) -> list[s
 
 
 def test_a_warning_appears_once_and_not_at_the_first_update(capsys: pytest.CaptureFixture[str]) -> None:
-    said = warnings([1e-5, 0.3, 1e-5, 1e-5, 0.5], capsys)
-    assert said == [
+    responses = warnings([1e-5, 0.3, 1e-5, 1e-5, 0.5], capsys)
+    assert responses == [
         "after 1", "after 2",
         "warning: gradient factor 1e-05, mean logit 9: the loss is saturated: beta is too large",
         "after 3", "after 4", "after 5",
@@ -150,9 +150,9 @@ def test_a_warning_appears_once_and_not_at_the_first_update(capsys: pytest.Captu
 
 def test_a_policy_that_has_not_moved_is_warned_of_from_half_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     """Before, the learning rate may be warming up."""
-    said = warnings([0.5] * 10, capsys)
-    assert said.index("after 4") + 1 == next(i for i, line in enumerate(said) if "has hardly moved" in line)
-    assert sum("warning" in line for line in said) == 1
+    responses = warnings([0.5] * 10, capsys)
+    assert responses.index("after 4") + 1 == next(i for i, line in enumerate(responses) if "has hardly moved" in line)
+    assert sum("warning" in line for line in responses) == 1
     assert not any("warning" in line for line in warnings([0.5], capsys))
 
 

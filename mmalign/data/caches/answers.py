@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmalign.data.caches.journal import Journal
+from mmalign.data.caches.journal import AppendLog
 
 
 class AnswerCache:
@@ -21,9 +21,9 @@ class AnswerCache:
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self._journal = Journal(folder / f"{name}.jsonl", settings)
+        self._journal = AppendLog(folder / f"{name}.jsonl", settings)
         self.answers: dict[tuple[str, str], str] = {
-            (image, question): answer for piece in self._journal.pieces for image, question, answer in piece
+            (image, question): answer for piece in self._journal.entries for image, question, answer in piece
         }
 
     def add(self, answers: Mapping[tuple[str, str], str]) -> None:

@@ -190,23 +190,23 @@ def _integers(tensor: Tensor) -> Tensor:
     return (whole.clone() if whole.storage_offset() % 4 else whole).view(torch.int32)
 
 
-def _check_fingerprint(folder: Path, wanted: dict[str, Any]) -> None:
+def _check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
     path = folder / _FINGERPRINT
     if not path.exists():
         if any(folder.iterdir()) and not any(folder.glob(f"{_FINGERPRINT}*")):
             raise ValueError(f"data.cache: {folder} holds other files; expected an empty folder, or a free name")
         part = folder / f"{_FINGERPRINT}.{uuid.uuid4().hex}"
-        part.write_text(json.dumps(wanted, indent=1))
+        part.write_text(json.dumps(expected, indent=1))
         part.replace(path)
         return
     try:
-        found = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"data.cache: {path} is not JSON; delete the folder to make it anew") from error
-    differing = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    differing = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
     if differing:
-        what = "; ".join(f"{k} is {found.get(k)!r} there and {wanted.get(k)!r} here" for k in differing)
-        raise ValueError(f"data.cache: {folder} is not what its name says: {what}; delete the folder")
+        differences = "; ".join(f"{k} is {stored.get(k)!r} there and {expected.get(k)!r} here" for k in differing)
+        raise ValueError(f"data.cache: {folder} is not what its name says: {differences}; delete the folder")
 
 
 def _names(path: Path) -> list[str] | None:
@@ -225,6 +225,6 @@ def _names(path: Path) -> list[str] | None:
     return list(header) if 8 + length + end == size else None
 
 
-def folder_of(data: Data, output: Path) -> Path:
+def cache_folder(data: Data, output: Path) -> Path:
     """Where a recipe's caches are, if it has any; `output` is the recipe's."""
     return output / "cache" if data.cache == "auto" else Path(data.cache)

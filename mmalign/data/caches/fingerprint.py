@@ -25,18 +25,18 @@ _PASSING = {
 }
 
 
-def of_network(net: nn.Module) -> str:
+def fingerprint_network(net: nn.Module) -> str:
     """Of every byte of a network's weights, and of the configuration that says what they compute."""
-    return f"{fingerprint_tensors(net.state_dict())} {of_config(net)}"
+    return f"{fingerprint_tensors(net.state_dict())} {fingerprint_config(net)}"
 
 
-def of_config(net: nn.Module) -> str:
+def fingerprint_config(net: nn.Module) -> str:
     """Of a network's configuration, where transformers or diffusers gave it one, but for where it was loaded from."""
     config: Any = next((part.config for part in net.modules() if hasattr(part, "config")), {})
     return _hashed(_lasting(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
 
 
-def of_files(part: Any, *, template: bool = True) -> str:
+def fingerprint_files(part: Any, *, template: bool = True) -> str:
     """Of a tokenizer or a processor: of all that it would be loaded from again, with its chat template or without."""
     with tempfile.TemporaryDirectory() as folder:
         part.save_pretrained(folder)
@@ -44,15 +44,15 @@ def of_files(part: Any, *, template: bool = True) -> str:
         return _hashed({name: _content(path) for name, path in files.items() if template or TEMPLATE not in name})
 
 
-def of_schedule(schedule: Schedule) -> str:
+def fingerprint_schedule(schedule: Schedule) -> str:
     """Of a noise process: the levels of noise, and what the network predicts."""
     known: Any = schedule  # a dataclass, each of them
     fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
-    told = {name: fingerprint_tensors({name: x}) if isinstance(x, Tensor) else x for name, x in fields.items()}
-    return _hashed({type(schedule).__name__: told})
+    values = {name: fingerprint_tensors({name: x}) if isinstance(x, Tensor) else x for name, x in fields.items()}
+    return _hashed({type(schedule).__name__: values})
 
 
-def of_words(family: Any) -> str:
+def fingerprint_tokenizer(family: Any) -> str:
     """Of what makes tokens of prompts in a diffusers pipeline; of nothing where a family has none.
 
     And of the pipeline's own settings: SDXL's say whether no prompt is zeros or the words "".
@@ -60,22 +60,22 @@ def of_words(family: Any) -> str:
     pipeline = getattr(family, "pipeline", None)
     parts, told = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
     settings = {name: value for name, value in told.items() if name not in parts}
-    files = {name: of_files(part) for name, part in parts.items() if "tokenizer" in name and part is not None}
+    files = {name: fingerprint_files(part) for name, part in parts.items() if "tokenizer" in name and part is not None}
     return _hashed({**files, "settings": _lasting(settings)})
 
 
 def _content(path: Path) -> str:
     if path.name not in _PASSING:
         return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return _hashed({name: value for name, value in told.items() if name not in _PASSING[path.name]})
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return _hashed({name: value for name, value in content.items() if name not in _PASSING[path.name]})
 
 
 def _lasting(value: Any) -> Any:
     """A configuration without its private entries and its library's version."""
     if isinstance(value, Mapping):
-        kept = {str(name): x for name, x in value.items() if not str(name).startswith("_")}
-        return {name: _lasting(x) for name, x in kept.items() if name != "transformers_version"}
+        entries = {str(name): x for name, x in value.items() if not str(name).startswith("_")}
+        return {name: _lasting(x) for name, x in entries.items() if name != "transformers_version"}
     return [_lasting(x) for x in value] if isinstance(value, list | tuple) else value
 
 
@@ -93,6 +93,6 @@ def fingerprint(net: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in net.state_dict().items():
         flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + some)
+        sampled = flat[:: max(1, flat.numel() // 1000)].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sampled)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.data.pairs import hashed
+from mmalign.data.pairs import stable_hash
 
 
 class ImageCache:
@@ -40,4 +40,4 @@ class ImageCache:
         part.replace(path)
 
     def _path(self, prompt: str, seed: int) -> Path:
-        return self.folder / f"{hashed(prompt, str(seed)):016x}.png"
+        return self.folder / f"{stable_hash(prompt, str(seed)):016x}.png"

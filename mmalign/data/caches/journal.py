@@ -15,12 +15,12 @@ from typing import Any
 _END = b"\n"
 
 
-class Journal:
+class AppendLog:
     """The pieces of a job that are done.
 
     Attributes:
         path: the file.
-        pieces: what was appended so far, in order.
+        entries: what was appended so far, in order.
 
     Args:
         path: the file; begun if it is not there.
@@ -31,19 +31,19 @@ class Journal:
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
-        self.path, self.pieces = path, list[Any]()
+        self.path, self.entries = path, list[Any]()
         head = json.loads(json.dumps(job))  # as it is read back
         lines = self._whole_lines()
         if lines:
             self._require(lines[0], head)
-            self.pieces = [json.loads(line) for line in lines[1:]]
+            self.entries = [json.loads(line) for line in lines[1:]]
         else:
             self._write(head)
 
     def append(self, piece: Any) -> None:
         """Add a piece; it is on the disk when this returns."""
         self._write(piece)
-        self.pieces.append(piece)
+        self.entries.append(piece)
 
     def remove(self) -> None:
         """Delete the file, once what it led to is written."""

@@ -25,45 +25,45 @@ import torch
 from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.loaders.image_pairs import PairBatch, PairLoader
-from mmalign.data.loaders.response_pairs import ReadBatch, ResponseLoader
+from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader
+from mmalign.data.loaders.response_pairs import ResponsePairBatch, ResponsePairLoader
 
 SHARD = 128  # pairs of a file
 
 
-Loader = PairLoader | ResponseLoader
+Loader = ImagePairLoader | ResponsePairLoader
 
 
-Batch = PairBatch | ReadBatch
+Batch = ImagePairBatch | ResponsePairBatch
 
 
-Wanted = dict[str, tuple[int, int]]  # key -> the epoch that it is of, the pair's number
+RequiredKeys = dict[str, tuple[int, int]]  # key -> the epoch that it is of, the pair's number
 
 
-WorkOut = Callable[[Any, int], dict[str, Tensor]]  # of a batch of an epoch, by name, each [B, ...]
+ComputeFn = Callable[[Any, int], dict[str, Tensor]]  # of a batch of an epoch, by name, each [B, ...]
 
 
 @dataclass(frozen=True)
-class Kept:
+class PrecomputeCache:
     """A cache of a method's arrays by pair and draw.
 
     Attributes:
         cache: where they are.
-        keep: what they are.
-        needed: nothing else can give them: what is missing is an error.
-        bad: the keys of pairs that were met here and cannot be used.
+        spec: what they are.
+        required: nothing else can give them: what is missing is an error.
+        unusable_keys: the keys of pairs that were met here and cannot be used.
     """
 
     cache: ArrayCache
-    keep: Keep
-    needed: bool = False
-    bad: set[str] = field(default_factory=set)
+    spec: PrecomputeSpec
+    required: bool = False
+    unusable_keys: set[str] = field(default_factory=set)
 
     def key(self, pair: str, epoch: int) -> str:
         """Of a pair's arrays in an epoch."""
-        return f"{pair}/{epoch % self.keep.draws}"
+        return f"{pair}/{epoch % self.spec.num_draws}"
 
-    def find(self, batch: Batch, epoch: int, device: torch.device) -> dict[str, Tensor] | None:
+    def lookup(self, batch: Batch, epoch: int, device: torch.device) -> dict[str, Tensor] | None:
         """The arrays of a batch, each [B, ...], or None where a pair that counts has none. Others get zeros.
 
         Arrays of unequal length are filled up with zeros at their end.
@@ -72,119 +72,121 @@ class Kept:
             ValueError: there is no other way to come by an array that is missing.
         """
         keys = [self.key(pair, epoch) for pair in batch.keys]
-        there = [key in self.cache for key in keys]
-        if any(weight and not found for weight, found in zip(batch.weights, there, strict=True)) or not len(self.cache):
-            if self.needed:
+        is_cached = [key in self.cache for key in keys]
+        if any(weight and not found for weight, found in zip(batch.weights, is_cached, strict=True)) or not len(
+            self.cache
+        ):
+            if self.required:
                 raise ValueError(
                     f"data.cache: {self.cache.folder} lacks what the reference scores in a batch of epoch {epoch}, and "
                     "nothing else in memory can give it; run the same command again, and if that does not help, use "
                     "data.cache: off"
                 )
             return None
-        rows = [self.cache.get(key) if found else None for key, found in zip(keys, there, strict=True)]
+        rows = [self.cache.get(key) if found else None for key, found in zip(keys, is_cached, strict=True)]
         like = next((row for row in rows if row is not None), None) or self.cache.get(next(iter(self.cache)))
         zeros = {name: torch.zeros_like(x) for name, x in like.items()}
         return {name: _stacked([(row or zeros)[name] for row in rows]).to(device) for name in like}
 
     def fill(
-        self, loader: Loader, batches: int, work_out: WorkOut, *, rank: int, world_size: int, shared: bool = True
+        self, loader: Loader, batches: int, compute: ComputeFn, *, rank: int, world_size: int, shared: bool = True
     ) -> Iterator[int]:
         """Work out this process's share of what the cache lacks; yields how many there are first, then 1 for each.
 
         Args:
             loader: of the pairs, and of the batches that the training will meet.
             batches: how many of them, on every process.
-            work_out: gives a batch's arrays.
+            compute: gives a batch's arrays.
             rank: this process among `world_size`.
             world_size: how many processes work.
             shared: the processes share the loader's epochs; otherwise each is to meet all of its batches.
         """
-        if self.keep.scores:
-            return self._fill_batches(loader, batches, work_out, 0 if shared else rank, 1 if shared else world_size)
-        assert isinstance(loader, PairLoader)
-        return self._fill_singles(loader, batches, work_out, rank, world_size)
+        if self.spec.scores:
+            return self._fill_batches(loader, batches, compute, 0 if shared else rank, 1 if shared else world_size)
+        assert isinstance(loader, ImagePairLoader)
+        return self._fill_per_pair(loader, batches, compute, rank, world_size)
 
-    def wanted(self, loader: Loader, batches: int) -> Wanted:
+    def required_keys(self, loader: Loader, batches: int) -> RequiredKeys:
         """What the first `batches` batches of every process will ask for, each once."""
-        found = Wanted()
-        for epoch, numbers in met(loader, batches):
+        required = RequiredKeys()
+        for epoch, numbers in pairs_by_epoch(loader, batches):
             for number in numbers:
-                found.setdefault(self.key(loader.key(number), epoch), (epoch % self.keep.draws, number))
-        return found
+                required.setdefault(self.key(loader.key(number), epoch), (epoch % self.spec.num_draws, number))
+        return required
 
-    def _fill_singles(
-        self, loader: PairLoader, batches: int, work_out: WorkOut, rank: int, world_size: int
+    def _fill_per_pair(
+        self, loader: ImagePairLoader, batches: int, compute: ComputeFn, rank: int, world_size: int
     ) -> Iterator[int]:
-        wanted = self.wanted(loader, batches)
-        mine = self.cache.share(wanted, rank=rank, world_size=world_size)
+        required = self.required_keys(loader, batches)
+        mine = self.cache.share(required, rank=rank, world_size=world_size)
         yield len(mine)
-        shard = _Shard(self.cache)
-        for epoch in sorted({wanted[key][0] for key in mine}):
-            keys = [key for key in mine if wanted[key][0] == epoch]
-            read = loader.singles(epoch, [wanted[key][1] for key in keys])
+        shard = _ShardWriter(self.cache)
+        for epoch in sorted({required[key][0] for key in mine}):
+            keys = [key for key in mine if required[key][0] == epoch]
+            read = loader.single_pairs(epoch, [required[key][1] for key in keys])
             for key, batch in zip(keys, read, strict=True):
                 if batch.weights[0]:  # a bad image has nothing to work out
-                    shard.add(key, work_out(batch, epoch), 0)
+                    shard.add(key, compute(batch, epoch), 0)
                 yield 1
         shard.close()
 
     def _fill_batches(
-        self, loader: Loader, batches: int, work_out: WorkOut, rank: int, world_size: int
+        self, loader: Loader, batches: int, compute: ComputeFn, rank: int, world_size: int
     ) -> Iterator[int]:
         """Every pair in the batch that meets it first; of these, the batches whose number falls to this process.
 
         By their number and not by their place among what is lacking: another process may have stored some already.
         """
-        found = self._lacking(loader, batches).items()
-        dealt = {epoch: [at for at in numbers if at % world_size == rank] for epoch, numbers in found}
+        missing = self._missing_batches(loader, batches).items()
+        dealt = {epoch: [index for index in numbers if index % world_size == rank] for epoch, numbers in missing}
         planned = {epoch: numbers for epoch, numbers in dealt.items() if numbers}
         yield sum(map(len, planned.values()))
-        shard = _Shard(self.cache)
+        shard = _ShardWriter(self.cache)
         for epoch, numbers in planned.items():
-            for batch in loader.pick(epoch, numbers):
+            for batch in loader.select_batches(epoch, numbers):
                 keys = [self.key(pair, epoch) for pair in batch.keys]
                 lacking = [row for row, key in enumerate(keys) if batch.weights[row] and not shard.has(key)]
                 if lacking:  # of a batch that was planned for a bad pair alone, nothing
-                    arrays = work_out(batch, epoch)
+                    arrays = compute(batch, epoch)
                     for row in lacking:
                         shard.add(keys[row], arrays, row)
                 yield 1
-            self.bad.update(self._absent(loader, epoch, numbers, shard))
+            self.unusable_keys.update(self._failed_keys(loader, epoch, numbers, shard))
         shard.close()
 
-    def _lacking(self, loader: Loader, batches: int) -> dict[int, list[int]]:
+    def _missing_batches(self, loader: Loader, batches: int) -> dict[int, list[int]]:
         """For every epoch the numbers of this process's batches that are the first to meet a pair not kept."""
-        seen, found = {*self.cache, *self.bad}, dict[int, list[int]]()
-        for epoch, numbers in met(loader, batches):
+        seen, missing = {*self.cache, *self.unusable_keys}, dict[int, list[int]]()
+        for epoch, numbers in pairs_by_epoch(loader, batches):
             left = min(len(loader), batches - epoch * len(loader))
-            found[epoch] = [
-                at
-                for at, batch in enumerate(loader.epochs.plan(epoch)[:left])
+            missing[epoch] = [
+                index
+                for index, batch in enumerate(loader.sampler.plan(epoch)[:left])
                 if any(weight and self.key(loader.key(number), epoch) not in seen for number, weight in batch)
             ]
             seen.update(self.key(loader.key(number), epoch) for number in numbers)  # by this process or by another
-        return found
+        return missing
 
-    def _absent(self, loader: Loader, epoch: int, numbers: Sequence[int], shard: _Shard) -> Iterator[str]:
+    def _failed_keys(self, loader: Loader, epoch: int, numbers: Sequence[int], shard: _ShardWriter) -> Iterator[str]:
         """The keys of pairs of these batches for which nothing was worked out."""
-        plan = loader.epochs.plan(epoch)
+        plan = loader.sampler.plan(epoch)
         for pair, weight in (one for number in numbers for one in plan[number]):
             key = self.key(loader.key(pair), epoch)
             if weight and not shard.has(key):
                 yield key
 
-    def useless(self, loader: Loader, batches: int) -> int:
+    def count_empty_batches(self, loader: Loader, batches: int) -> int:
         """How many of this process's first `batches` batches have no pair that can be used, all having been filled."""
         found = 0
-        for epoch, _ in met(loader, batches):
+        for epoch, _ in pairs_by_epoch(loader, batches):
             left = min(len(loader), batches - epoch * len(loader))
-            for batch in loader.epochs.plan(epoch)[:left]:
+            for batch in loader.sampler.plan(epoch)[:left]:
                 keys = (self.key(loader.key(number), epoch) for number, weight in batch if weight)
                 found += all(key not in self.cache for key in keys)
         return found
 
 
-class _Shard:
+class _ShardWriter:
     """Arrays on their way to a file of a cache."""
 
     def __init__(self, cache: ArrayCache) -> None:
@@ -208,40 +210,40 @@ class _Shard:
         self.stored = {}
 
 
-def met(loader: Any, batches: int) -> Iterator[tuple[int, list[int]]]:
+def pairs_by_epoch(loader: Any, batches: int) -> Iterator[tuple[int, list[int]]]:
     """Every epoch that the first `batches` batches of every process are of, with the numbers of the pairs in them."""
-    size = loader.epochs.batch_size * loader.epochs.world_size
+    size = loader.sampler.batch_size * loader.sampler.world_size
     for epoch in range(-(-batches // len(loader))):
         left = min(len(loader), batches - epoch * len(loader))
-        yield epoch, loader.epochs.order(epoch)[: left * size]
+        yield epoch, loader.sampler.order(epoch)[: left * size]
 
 
 def _stacked(rows: Iterable[Tensor]) -> Tensor:
     """Arrays in one, [B, ...]."""
-    found = list(rows)
-    if len({x.shape for x in found}) == 1:
-        return torch.stack(found)
-    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+    tensors = list(rows)
+    if len({x.shape for x in tensors}) == 1:
+        return torch.stack(tensors)
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 
-def asked(method: Any, config: Any, **made_by: str | int) -> Keep | None:
+def build_precompute_spec(method: Any, config: Any, **made_by: str | int) -> PrecomputeSpec | None:
     """What a method would like to have kept, with all that it depends on besides the pairs; None if nothing."""
-    keep: Keep | None = method.keeps(config) if hasattr(method, "keeps") else None
+    spec: PrecomputeSpec | None = method.precompute_spec(config) if hasattr(method, "precompute_spec") else None
     name: str = method.__name__.rpartition(".")[2]
-    return keep and replace(keep, settings={**keep.settings, "method": name, **made_by})
+    return spec and replace(spec, settings={**spec.settings, "method": name, **made_by})
 
 
 @dataclass(frozen=True)
-class Keep:
+class PrecomputeSpec:
     """What a method would like to have kept.
 
     Attributes:
-        draws: epochs after which a pair's draws come again; 1 where there are none.
+        num_draws: epochs after which a pair's draws come again; 1 where there are none.
         settings: of the method, that the kept arrays depend on.
         scores: they are all that is needed of the reference, worked out in the training's own batches.
     """
 
-    draws: int
+    num_draws: int
     settings: Mapping[str, str | int | float]
     scores: bool = False
 

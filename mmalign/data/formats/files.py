@@ -16,10 +16,10 @@ from mmalign.resources import is_hub_id, resolve
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
 
-Starts = list[tuple[int, str]]  # the first row of every file, and its name
+RowStarts = list[tuple[int, str]]  # the first row of every file, and its name
 
 
-def on_hub(path: str) -> bool:
+def is_hub_path(path: str) -> bool:
     """Whether a path means a dataset on the Hub."""
     # Where the folder "owner" is here, a file was meant, and a slip in its name must not send us to the Hub.
     return is_hub_id(path) and not Path(path).parent.exists()
@@ -36,32 +36,36 @@ def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Pa
     Raises:
         ValueError: there are none.
     """
-    here, tables = Path(path), set(suffixes) & set(TABLES)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        found = [*here.rglob("*")] if tables else [*here.iterdir()]
-        found = sorted(f for f in found if f.suffix in suffixes and f.is_file())
+    folder, tables = Path(path), set(suffixes) & set(TABLES)
+    if folder.is_file():
+        return [folder]
+    if folder.is_dir():
+        files = [*folder.rglob("*")] if tables else [*folder.iterdir()]
+        files = sorted(f for f in files if f.suffix in suffixes and f.is_file())
     else:
-        found = sorted(Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file())
-    if not found:
+        files = sorted(Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file())
+    if not files:
         expected = " or ".join(f"*{s}" for s in suffixes)
-        came = "has no such file" if here.is_dir() else "matches no file" if glob.has_magic(path) else "does not exist"
+        came = (
+            "has no such file" if folder.is_dir() else "matches no file" if glob.has_magic(path) else "does not exist"
+        )
         hub = ", or a Hub id (owner/name)" if tables else ""
         raise ValueError(f"data.path: {path} {came}; expected {expected}, a folder of them, or a glob{hub}")
     if split is None:
-        return found
-    of_split = [f for f in found if re.match(rf"{re.escape(split)}([-_.]|$)", f.name) or f.parent.name == split]
+        return files
+    of_split = [f for f in files if re.match(rf"{re.escape(split)}([-_.]|$)", f.name) or f.parent.name == split]
     if not of_split:
-        some = ", ".join(f.name for f in found[:5])
-        raise ValueError(f"data.split: {path} has no file of split {split!r} (found {some}); name one that is there")
+        examples = ", ".join(f.name for f in files[:5])
+        raise ValueError(
+            f"data.split: {path} has no file of split {split!r} (found {examples}); name one that is there"
+        )
     return of_split
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def place(starts: Sequence[tuple[int, str]], number: int) -> str:
+def locate_row(starts: Sequence[tuple[int, str]], number: int) -> str:
     """The file of a table's row and, counted from 0, its row there."""
     first, name = starts[bisect.bisect_right(starts, number, key=lambda s: s[0]) - 1]
     return f"{name}: row {number - first}"
@@ -84,7 +88,7 @@ def read_schema(file: Path) -> Any:
         ) from error
 
 
-def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None] | None) -> tuple[Any, Starts]:
+def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None] | None) -> tuple[Any, RowStarts]:
     """Parquet files as one mapped table, images undecoded; None takes all columns.
 
     Raises:
@@ -94,7 +98,7 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
     from datasets import config, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    starts, row = Starts(), 0
+    starts, row = RowStarts(), 0
     for file in files:
         read_schema(file)
         if rows := pq.read_metadata(file).num_rows:
@@ -117,7 +121,7 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
     return _undecoded(table), starts
 
 
-def load_hub(path: str, split: str | None) -> tuple[Any, Starts]:
+def load_hub(path: str, split: str | None) -> tuple[Any, RowStarts]:
     """A dataset of the Hub as a mapped table, images undecoded.
 
     Raises:
@@ -166,10 +170,10 @@ def records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with file.open("rb") as stream:
             is_list = stream.read(256).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         located = _lines(file) if file.suffix == ".jsonl" and not is_list else _entries(file, is_list)
-        for where, record in located:
+        for location, record in located:
             if not isinstance(record, dict):
-                raise ValueError(f"{where} is {shown(record)}; expected a record {{...}}")
-            yield where, record
+                raise ValueError(f"{location} is {shorten(record)}; expected a record {{...}}")
+            yield location, record
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); expected JSON, or JSON lines, in UTF-8") from error
 
@@ -188,7 +192,9 @@ def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, Any]]:
         return
     entries = [content] if isinstance(content, dict) else content  # JSON lines with a single line
     if not isinstance(entries, list):
-        raise ValueError(f"{file.name} is {shown(content)}; expected a list of records [{{...}}], or one record a line")
+        raise ValueError(
+            f"{file.name} is {shorten(content)}; expected a list of records [{{...}}], or one record a line"
+        )
     yield from ((f"{file.name}: entry {number}", record) for number, record in enumerate(entries, start=1))
 
 
@@ -196,11 +202,11 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:  # bytes, since a truncated file may end inside a character
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                where = f"{file.name}: line {number}"
+                location = f"{file.name}: line {number}"
                 try:
-                    yield where, json.loads(line)
+                    yield location, json.loads(line)
                 except ValueError as error:
-                    raise ValueError(f"{where} is not JSON ({error}); expected one record {{...}} a line") from error
+                    raise ValueError(f"{location} is not JSON ({error}); expected one record {{...}} a line") from error
 
 
 def document(path: str | Path) -> dict[str, Any]:
@@ -215,23 +221,23 @@ def document(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not JSON ({error}); expected one dictionary {{...}}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is {shown(content)}; expected one dictionary {{...}}")
+        raise ValueError(f"{file.name} is {shorten(content)}; expected one dictionary {{...}}")
     return content
 
 
-def find_image(file: Path, name: Any, where: str, folder: Path | None = None) -> str:
+def find_image(file: Path, name: Any, location: str, folder: Path | None = None) -> str:
     """The path of an image that a record of a file names, in `folder` or beside the file; empty if it does not exist.
 
     Raises:
         ValueError: the record names none.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{where}: {shown(name)} is no image; expected a path relative to {folder or file.name}")
+        raise ValueError(f"{location}: {shorten(name)} is no image; expected a path relative to {folder or file.name}")
     candidates = [folder / name] if folder is not None else [file.parent / name, file.parent / file.stem / name]
     return next((str(c) for c in candidates if c.is_file()), "")
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value in short."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

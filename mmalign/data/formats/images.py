@@ -26,15 +26,15 @@ from mmalign.data.formats.files import (
     TABLES,
     find_files,
     find_image,
+    is_hub_path,
     load_hub,
     load_tables,
-    on_hub,
     read_schema,
     records,
-    shown,
+    shorten,
 )
 from mmalign.data.formats.rows import FilePair, FileRows, TableRows
-from mmalign.data.pairs import Dropped, Pairs, listed
+from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "pick_a_pic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
@@ -59,7 +59,7 @@ def open_pairs(
     columns: Columns | None = None,
     group_by: str | None = None,
     limit: int | None = None,
-    two_prompts: str | None = None,
+    prompt_pairs: str | None = None,
 ) -> Pairs:
     """Index a source; its images stay where they are.
 
@@ -76,18 +76,18 @@ def open_pairs(
     Raises:
         ValueError: a file or column is missing, a row is not of the format, or no pair is left.
     """
-    names, needed = _column_names(format, columns or {}), two_prompts is not None
+    names, needed = _column_names(format, columns or {}), prompt_pairs is not None
     if format == "pick_a_pic":
         pairs = _open_tables(path, split, names, group_by, needed)
     else:
         pairs = _open_files(format, path, split, names, group_by, needed)
     if not len(pairs):
-        why = f": {listed(pairs.dropped)}" if pairs.dropped else ""
+        why = f": {format_rows(pairs.skipped)}" if pairs.skipped else ""
         expected = "in which one image is preferred"
-        if two_prompts is not None:
-            expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {two_prompts}"
+        if prompt_pairs is not None:
+            expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {prompt_pairs}"
         raise ValueError(
-            f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.dropped):,} rows dropped"
+            f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.skipped):,} rows dropped"
             f"{why}); expected rows {expected}"
         )
     return pairs[:limit] if limit is not None else pairs
@@ -103,12 +103,12 @@ def check_source(
     """
     names = _column_names(format, columns or {})
     if format == "pick_a_pic":
-        if not on_hub(path):
+        if not is_hub_path(path):
             _check_schema(find_files(path, split, _SUFFIXES[format])[0], names, group_by)
         return
     for file in find_files(path, split, _SUFFIXES[format]):
-        for where, record in records(file):
-            _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
+        for location, record in records(file):
+            _check_columns(location, list(record), [names[c] for c in REQUIRED[format]], group_by)
             break
 
 
@@ -119,23 +119,25 @@ def _column_names(format: str, columns: Columns) -> dict[str, str]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(REQUIRED)})")
     names = {c: c for c in REQUIRED[format] + OPTIONAL[format]}
-    for ours, theirs in columns.items():
-        own = ours.replace("prompt", "caption") if format == "pick_a_pic" else ours
+    for name, column in columns.items():
+        own = name.replace("prompt", "caption") if format == "pick_a_pic" else name
         if own not in names:
-            raise ValueError(f"data.columns: {format} has no column {ours!r} to rename; it has {', '.join(names)}")
-        names[own] = theirs
+            raise ValueError(f"data.columns: {format} has no column {name!r} to rename; it has {', '.join(names)}")
+        names[own] = column
     return names
 
 
-def _check_columns(where: str, found: Sequence[str], needed: Sequence[str], group_by: str | None) -> None:
-    lacking = [c for c in needed if c not in found]
+def _check_columns(location: str, columns: Sequence[str], needed: Sequence[str], group_by: str | None) -> None:
+    lacking = [c for c in needed if c not in columns]
     if lacking:
         raise ValueError(
-            f"{where} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(found) or 'nothing'}); "
+            f"{location} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(columns) or 'nothing'}); "
             f"expected {', '.join(needed)}: data.columns names what is called otherwise, such as {{prompt: text}}"
         )
-    if group_by is not None and group_by not in found:
-        raise ValueError(f"data.group_by: {where} has no {group_by!r} (found {', '.join(found)}); name one of those")
+    if group_by is not None and group_by not in columns:
+        raise ValueError(
+            f"data.group_by: {location} has no {group_by!r} (found {', '.join(columns)}); name one of those"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- pick_a_pic
@@ -145,28 +147,30 @@ def _check_schema(file: Path, names: Columns, group_by: str | None) -> None:
     _check_fields(str(file), read_schema(file), names, group_by)
 
 
-def _check_fields(where: str, schema: Any, names: Columns, group_by: str | None) -> None:
+def _check_fields(location: str, schema: Any, names: Columns, group_by: str | None) -> None:
     import pyarrow.types as pt
 
-    _check_columns(where, schema.names, [names[c] for c in REQUIRED["pick_a_pic"]], group_by)
+    _check_columns(location, schema.names, [names[c] for c in REQUIRED["pick_a_pic"]], group_by)
     for column in ("jpg_0", "jpg_1"):
         kind = schema.field(names[column]).type
         is_struct = pt.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if not (pt.is_binary(kind) or pt.is_large_binary(kind) or is_struct):
-            raise ValueError(f"{where}: {names[column]} is {kind}; expected images as bytes, or as bytes and path")
+            raise ValueError(f"{location}: {names[column]} is {kind}; expected images as bytes, or as bytes and path")
     second = names["rejected_caption"]
     if second in schema.names:
         kind = schema.field(second).type
         if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_null(kind)):
-            raise ValueError(f"{where}: {second} is {kind}; expected what the rejected image shows, as text")
+            raise ValueError(f"{location}: {second} is {kind}; expected what the rejected image shows, as text")
     for column in ("label_0", "label_1"):
         kind = schema.field(names[column]).type
         if not (pt.is_floating(kind) or pt.is_integer(kind)):
-            raise ValueError(f"{where}: {names[column]} is {kind}; expected a number: 1 preferred, 0 not, 0.5 a tie")
+            raise ValueError(f"{location}: {names[column]} is {kind}; expected a number: 1 preferred, 0 not, 0.5 a tie")
 
 
-def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: str | None, two_prompts: bool) -> Pairs:
-    if on_hub(path):
+def _open_tables(
+    path: str, split: str | None, names: dict[str, str], group_by: str | None, prompt_pairs: bool
+) -> Pairs:
+    if is_hub_path(path):
         table, starts = load_hub(path, split)
         _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
     else:
@@ -174,15 +178,17 @@ def _open_tables(path: str, split: str | None, names: dict[str, str], group_by: 
         for file in files:
             _check_schema(file, names, group_by)
         table, starts = load_tables(path, files, {*names.values(), group_by})
-    found = table.column_names
-    rows = TableRows(table, {c: n for c, n in names.items() if n in found}, group_by or names["caption"], starts)
-    usable, chosen_is_1, reasons, ties = _judge(table, names, found, two_prompts)
+    columns = table.column_names
+    rows = TableRows(table, {c: n for c, n in names.items() if n in columns}, group_by or names["caption"], starts)
+    usable, chosen_is_1, reasons, ties = _read_labels(table, names, columns, prompt_pairs)
     rows.swap(chosen_is_1)
-    dropped = [Dropped(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
+    dropped = [SkippedRow(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
     return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
 
 
-def _judge(table: Any, names: Columns, found: Sequence[str], two_prompts: bool) -> tuple[Any, Any, dict[int, str], int]:
+def _read_labels(
+    table: Any, names: Columns, columns: Sequence[str], prompt_pairs: bool
+) -> tuple[Any, Any, dict[int, str], int]:
     """From the labels: usable rows [N], whether jpg_1 is chosen [N], why rows were dropped, and the number of ties.
 
     With `two_prompts` a row without a second one is dropped.
@@ -201,7 +207,7 @@ def _judge(table: Any, names: Columns, found: Sequence[str], two_prompts: bool) 
             reasons.setdefault(row, why.format(first[row], second[row]))
 
     for flag, why in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
-        if names[flag] in found:
+        if names[flag] in columns:
             drop([value is False for value in column(flag).to_pylist()], why)
     named = f"{names['label_0']} is {{0:g}} and {names['label_1']} is {{1:g}}"
     drop(~np.isfinite(first + second), f"{named}; expected numbers")
@@ -209,9 +215,9 @@ def _judge(table: Any, names: Columns, found: Sequence[str], two_prompts: bool) 
         drop((np.minimum(first, second) < 0) | (np.maximum(first, second) > 1), f"{named}; expected 0 to 1")
         drop(np.abs(first + second - 1) > 1e-6, f"{named}; expected a sum of 1")
     drop(column("caption").is_null().to_numpy(zero_copy_only=False), "has no caption")
-    if two_prompts:
+    if prompt_pairs:
         other = names["rejected_caption"]
-        prompts = column("rejected_caption").to_pylist() if other in found else [None] * len(first)
+        prompts = column("rejected_caption").to_pylist() if other in columns else [None] * len(first)
         drop([not prompt for prompt in prompts], f"has no {other}")
     sound = np.ones(len(first), dtype=bool)
     sound[list(reasons)] = False
@@ -223,55 +229,56 @@ def _judge(table: Any, names: Columns, found: Sequence[str], two_prompts: bool) 
 
 
 def _open_files(
-    format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None, two_prompts: bool
+    format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None, prompt_pairs: bool
 ) -> Pairs:
-    pairs, dropped, ties = list[FilePair](), list[Dropped](), 0
+    pairs, dropped, ties = list[FilePair](), list[SkippedRow](), 0
     for file in find_files(path, split, _SUFFIXES[format]):
-        for where, record in records(file):
-            _check_columns(where, list(record), [names[c] for c in REQUIRED[format]], group_by)
+        for location, record in records(file):
+            _check_columns(location, list(record), [names[c] for c in REQUIRED[format]], group_by)
             prompt = record[names[REQUIRED[format][0]]]
             if not isinstance(prompt, str):
-                raise ValueError(f"{where}: {names['prompt']} is {shown(prompt)}; expected a text")
-            other = _second_prompt(where, record, names)
-            if two_prompts and not other:
-                dropped.append(Dropped(where, f"has no {names.get('rejected_prompt', 'second prompt')}"))
+                raise ValueError(f"{location}: {names['prompt']} is {shorten(prompt)}; expected a text")
+            other = _rejected_prompt(location, record, names)
+            if prompt_pairs and not other:
+                dropped.append(SkippedRow(location, f"has no {names.get('rejected_prompt', 'second prompt')}"))
                 continue
             group = prompt if group_by is None else str(record[group_by])
             if format == "folder":
                 sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
             else:
-                sides, new_ties = _ordered(where, record, names)
+                sides, new_ties = _ordered(location, record, names)
             ties += new_ties
             for chosen, rejected in sides:
-                paths = [find_image(file, side, where) for side in (chosen, rejected)]
-                absent = [side for side, found in zip((chosen, rejected), paths, strict=True) if not found]
+                paths = [find_image(file, side, location) for side in (chosen, rejected)]
+                absent = [side for side, text in zip((chosen, rejected), paths, strict=True) if not text]
                 if absent:
-                    dropped.append(Dropped(where, f"{' and '.join(absent)} does not exist"))
+                    dropped.append(SkippedRow(location, f"{' and '.join(absent)} does not exist"))
                 else:
-                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], where, group, other))
+                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], location, group, other))
     return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
 
 
-def _second_prompt(where: str, record: Mapping[str, Any], names: Columns) -> str:
+def _rejected_prompt(location: str, record: Mapping[str, Any], names: Columns) -> str:
     """What the rejected image shows; empty where there is one prompt."""
-    found = record.get(names.get("rejected_prompt", "")) or ""
-    if not isinstance(found, str):
-        raise ValueError(f"{where}: {names['rejected_prompt']} is {shown(found)}; expected a text")
-    return found
+    prompt = record.get(names.get("rejected_prompt", "")) or ""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{location}: {names['rejected_prompt']} is {shorten(prompt)}; expected a text")
+    return prompt
 
 
-def _ordered(where: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
+def _ordered(location: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
     """(better, worse) for every two images of different rank, and how many are tied."""
     images, rank, preference = (record.get(names[c]) for c in ("image_path", "rank", "human_preference"))
     values = rank if rank is not None else preference
     if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):
         raise ValueError(
-            f"{where}: {names['image_path']} is {shown(images)}, {names['rank']} is {shown(rank)} and "
-            f"{names['human_preference']} is {shown(preference)}; expected a list of images, and one as long of ranks "
+            f"{location}: {names['image_path']} is {shorten(images)}, {names['rank']} is {shorten(rank)} and "
+            f"{names['human_preference']} is {shorten(preference)}; expected a list of images, and one as long of "
+            "ranks "
             "or preferences"
         )
     if not all(isinstance(v, int | float) for v in values):
-        raise ValueError(f"{where}: the ranks are {values}; expected numbers")
+        raise ValueError(f"{location}: the ranks are {values}; expected numbers")
     worth = [-v if rank is not None else v for v in values]
     ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
     return ordered, len(images) * (len(images) - 1) // 2 - len(ordered)

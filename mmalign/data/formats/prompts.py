@@ -14,31 +14,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.pairs import Pairs, hashed
+from mmalign.data.pairs import Pairs, stable_hash
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptRow:
     """One prompt.
 
     Attributes:
         row: 63 bits that name it in every draw of random numbers.
         prompt: its text.
-        where: where it stands, for people.
+        location: where it stands, for people.
     """
 
     row: int
     prompt: str
-    where: str
+    location: str
 
 
 class _Rows:
     """Prompts by number."""
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, prompts: Sequence[PromptRow]) -> None:
         self._prompts = prompts
 
-    def pair(self, number: int) -> Prompt:
+    def pair(self, number: int) -> PromptRow:
         """The prompt of that number."""
         return self._prompts[number]
 
@@ -61,13 +61,13 @@ def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: {path} cannot be read ({error}); expected a text file in UTF-8") from error
-    prompts = [(at, line) for at, line in enumerate(lines, start=1) if line and not line.startswith("#")]
+    prompts = [(index, line) for index, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{key}: {path} has none; expected one prompt a line")
     return prompts
 
 
-def open_prompts(path: str, limit: int | None = None) -> Pairs[Prompt]:
+def open_prompts(path: str, limit: int | None = None) -> Pairs[PromptRow]:
     """The prompts of a text file.
 
     Raises:
@@ -76,19 +76,19 @@ def open_prompts(path: str, limit: int | None = None) -> Pairs[Prompt]:
     if not Path(path).exists():
         raise ValueError(f"data.path: {path} does not exist; expected a text file with one prompt a line")
     lines = read_prompts("data.path", Path(path))
-    return _numbered(path, [text for _, text in lines], [f"{path}: line {at}" for at, _ in lines], limit)
+    return _numbered(path, [text for _, text in lines], [f"{path}: line {index}" for index, _ in lines], limit)
 
 
-def prompts_of(pairs: Pairs[Any], limit: int | None = None) -> Pairs[Prompt]:
+def unique_prompts(pairs: Pairs[Any], limit: int | None = None) -> Pairs[PromptRow]:
     """The prompts of pairs, each once; their images are not looked at."""
     texts = [text for text in dict.fromkeys(pairs.prompts()) if text.strip()]
     return _numbered(pairs.source, texts, [f"{pairs.source}: {text!r}" for text in texts], limit)
 
 
-def _numbered(source: str, texts: Sequence[str], where: Sequence[str], limit: int | None) -> Pairs[Prompt]:
-    seen, prompts = Counter[str](), list[Prompt]()
-    for text, place in zip(texts[:limit], where[:limit], strict=True):
-        prompts.append(Prompt(hashed("prompt", text, str(seen[text])), text, place))
+def _numbered(source: str, texts: Sequence[str], locations: Sequence[str], limit: int | None) -> Pairs[PromptRow]:
+    seen, prompts = Counter[str](), list[PromptRow]()
+    for text, place in zip(texts[:limit], locations[:limit], strict=True):
+        prompts.append(PromptRow(stable_hash("prompt", text, str(seen[text])), text, place))
         seen[text] += 1
     if not prompts:
         raise ValueError(f"data.path: {source} has no prompt; expected at least one")

@@ -29,35 +29,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.formats.conversations import LAYOUTS, Parsed, Unusable
+from mmalign.data.formats.conversations import ROW_FORMATS, ParsedRow, UnusableRowError
 from mmalign.data.formats.files import (
     JSON,
     TABLES,
     find_files,
     find_image,
+    is_hub_path,
     load_hub,
     load_tables,
-    on_hub,
-    place,
+    locate_row,
     records,
 )
 from mmalign.data.formats.rows import file_ref
-from mmalign.data.pairs import Dropped, ImageRef, Pairs, ResponsePair, hashed, listed
+from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.language.chat import Turn
 
 IMAGE = "<image>"  # an image's place in a text
 SUFFIXES = (*TABLES, *JSON)
 
 Columns = Mapping[str, str]
-Named = tuple[tuple[str, ImageRef], ...]  # images with the names that a row's identity is made of
+NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row's identity is made of
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexedRow:
     """A usable row: its texts, and where its images are."""
 
-    parsed: Parsed
-    where: str
+    parsed: ParsedRow
+    location: str
     group: str
     number: int  # of the row in its table
     paths: dict[str, str]  # from an image's name to its file, of rows that name files
@@ -66,7 +66,7 @@ class Entry:
 class ResponseRows:
     """Pairs of responses; images of a table are read when a pair is."""
 
-    def __init__(self, entries: Sequence[Entry], table: Any = None) -> None:
+    def __init__(self, entries: Sequence[IndexedRow], table: Any = None) -> None:
         self._entries, self._table = entries, table
 
     def pair(self, number: int) -> ResponsePair:
@@ -78,7 +78,7 @@ class ResponseRows:
         others = images[len(parsed.images) + len(parsed.rejected_images or ()) :]
         texts = [f"{turn.role}: {turn.text}" for turn in parsed.turns]
         rejected = parsed.rejected or ""
-        row = hashed(*texts, parsed.chosen, rejected, *(name for side in sides for name, _ in side))
+        row = stable_hash(*texts, parsed.chosen, rejected, *(name for side in sides for name, _ in side))
         refs = [tuple(ref for _, ref in some) for some in (*sides, others)]
         return ResponsePair(
             row,
@@ -88,7 +88,7 @@ class ResponseRows:
             refs[0],
             refs[1],
             refs[2],
-            entry.where,
+            entry.location,
             entry.group,
             parsed.hallucinated,
         )
@@ -101,25 +101,25 @@ class ResponseRows:
         """The prompts of these pairs: what was said last before the responses."""
         return [self._entries[n].parsed.turns[-1].text for n in numbers.tolist()]
 
-    def _images(self, entry: Entry) -> Named:
-        parsed, found = entry.parsed, list[tuple[str, ImageRef]]()
-        for at, image in enumerate(parsed.all_images):
-            where = f"{entry.where}, image {at}"
+    def _images(self, entry: IndexedRow) -> NamedImages:
+        parsed, images = entry.parsed, list[tuple[str, ImageRef]]()
+        for index, image in enumerate(parsed.all_images):
+            location = f"{entry.location}, image {index}"
             if isinstance(image, str):
                 # By its name and not by its key, for the row: a copy of the folder must give the same numbers.
-                found.append((image, file_ref(entry.paths[image], f"{where} ({image})")))
+                images.append((image, file_ref(entry.paths[image], f"{location} ({image})")))
                 continue
             load = partial(_bytes, self._table, entry.number, *image)
             key = f"bytes:{hashlib.blake2b(load(), digest_size=16).hexdigest()}"
-            found.append((key, ImageRef(key, where, load)))
-        return tuple(found)
+            images.append((key, ImageRef(key, location, load)))
+        return tuple(images)
 
 
-def _bytes(table: Any, number: int, column: str, at: int | None) -> bytes:
-    """The bytes of an image in a table: the column's, or of the list in it that of place `at`."""
+def _bytes(table: Any, number: int, column: str, index: int | None) -> bytes:
+    """The bytes of an image in a table: the column's, or of the list in it that of place `index`."""
     value = table[number][column]
-    if at is not None:
-        value = value[at]
+    if index is not None:
+        value = value[index]
     if isinstance(value, dict):
         data, path = value["bytes"], value.get("path")
         return Path(path).read_bytes() if data is None and path else bytes(data or b"")
@@ -150,26 +150,26 @@ def open_responses(
     Raises:
         ValueError: a file or column is missing, a row is not of the format, or no pair is left.
     """
-    layout = find_layout(format, columns or {})
-    entries, dropped, table = list[Entry](), list[Dropped](), None
-    found: Iterator[tuple[str, int, Path | None, dict[str, Any]]]
-    if on_hub(path) or _tables(path, split):
-        table, starts = load_hub(path, split) if on_hub(path) else load_tables(path, _tables(path, split), None)
-        found = ((place(starts, n), n, None, row) for n, row in enumerate(_light(table)))
+    layout = find_row_format(format, columns or {})
+    entries, dropped, table = list[IndexedRow](), list[SkippedRow](), None
+    raw_rows: Iterator[tuple[str, int, Path | None, dict[str, Any]]]
+    if is_hub_path(path) or _tables(path, split):
+        table, starts = load_hub(path, split) if is_hub_path(path) else load_tables(path, _tables(path, split), None)
+        raw_rows = ((locate_row(starts, n), n, None, row) for n, row in enumerate(_light(table)))
     else:
-        found = ((w, -1, f, r) for f in find_files(path, split, SUFFIXES) for w, r in records(f))
-    for where, number, file, record in found:
-        _check_columns(layout, where, list(record), group_by)
+        raw_rows = ((w, -1, f, r) for f in find_files(path, split, SUFFIXES) for w, r in records(f))
+    for location, number, file, record in raw_rows:
+        _check_columns(layout, location, list(record), group_by)
         try:
-            parsed = _placed(layout.parse(where, layout.named(record)))
-            paths = _paths(parsed, file, where, images, path)
-        except Unusable as error:
-            dropped.append(Dropped(where, str(error)))
+            parsed = _with_image_places(layout.parse(location, layout.rename_record(record)))
+            paths = _paths(parsed, file, location, images, path)
+        except UnusableRowError as error:
+            dropped.append(SkippedRow(location, str(error)))
             continue
-        group = str(record[group_by]) if group_by is not None else _images_group(parsed, where)
-        entries.append(Entry(parsed, where, group, number, paths))
+        group = str(record[group_by]) if group_by is not None else _images_group(parsed, location)
+        entries.append(IndexedRow(parsed, location, group, number, paths))
     if not entries:
-        why = f": {listed(dropped)}" if dropped else ""
+        why = f": {format_rows(dropped)}" if dropped else ""
         raise ValueError(
             f"data.path: {path} has no pair to learn from ({len(dropped):,} rows dropped{why}); expected rows with an "
             "image and two different responses"
@@ -186,10 +186,10 @@ def check_responses(
     Raises:
         ValueError: where, what came, what was expected, what to do.
     """
-    layout = find_layout(format, columns)
+    layout = find_row_format(format, columns)
     if images is not None and not images.is_dir():
         raise ValueError(f"data.images: {images} is no folder; expected the one that the images' paths begin in")
-    if on_hub(path):
+    if is_hub_path(path):
         return
     from mmalign.data.formats.files import read_schema
 
@@ -197,34 +197,36 @@ def check_responses(
         if file.suffix in TABLES:
             _check_columns(layout, str(file), read_schema(file).names, group_by)
         else:
-            for where, record in records(file):
-                _check_columns(layout, where, list(record), group_by)
+            for location, record in records(file):
+                _check_columns(layout, location, list(record), group_by)
                 break
         return
 
 
-def find_layout(format: str, columns: Columns) -> Any:
+def find_row_format(format: str, columns: Columns) -> Any:
     """The layout of that name, with its columns renamed.
 
     Raises:
         ValueError: there is none, or it has no such column.
     """
-    if format not in LAYOUTS:
-        near = difflib.get_close_matches(format, LAYOUTS, n=1)
+    if format not in ROW_FORMATS:
+        near = difflib.get_close_matches(format, ROW_FORMATS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(LAYOUTS)})")
-    return LAYOUTS[format].renamed(columns)
+        raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(ROW_FORMATS)})")
+    return ROW_FORMATS[format].with_columns(columns)
 
 
-def _check_columns(layout: Any, where: str, found: Sequence[str], group_by: str | None) -> None:
-    lacking = layout.lacking(found)
+def _check_columns(layout: Any, location: str, columns: Sequence[str], group_by: str | None) -> None:
+    lacking = layout.missing_columns(columns)
     if lacking:
         raise ValueError(
-            f"{where} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(found) or 'nothing'}); "
+            f"{location} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(columns) or 'nothing'}); "
             f"expected the columns of data.format {layout.name}: data.columns names what is called otherwise"
         )
-    if group_by is not None and group_by not in found:
-        raise ValueError(f"data.group_by: {where} has no {group_by!r} (found {', '.join(found)}); name one of those")
+    if group_by is not None and group_by not in columns:
+        raise ValueError(
+            f"data.group_by: {location} has no {group_by!r} (found {', '.join(columns)}); name one of those"
+        )
 
 
 def _tables(path: str, split: str | None) -> list[Path]:
@@ -248,7 +250,7 @@ def _light(table: Any) -> Iterator[dict[str, Any]]:
         row = dict(texts[number]) if texts.column_names else {}
         for name, (lengths, is_list) in counts.items():
             many = lengths[number] or 0
-            row[name] = [(name, at) for at in range(many)] if is_list else ((name, None) if many else None)
+            row[name] = [(name, index) for index in range(many)] if is_list else ((name, None) if many else None)
         yield row
 
 
@@ -262,40 +264,40 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(pt.is_binary(kind) or pt.is_large_binary(kind))
 
 
-def _placed(parsed: Parsed) -> Parsed:
+def _with_image_places(parsed: ParsedRow) -> ParsedRow:
     """The row with a place for every image in its prompt, if it can be learned from.
 
     Raises:
         Unusable: why it cannot.
     """
-    said = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
-    for side, text in said.items():
+    texts = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
+    for side, text in texts.items():
         if text is not None and not text.strip():
-            raise Unusable(f"the {side} response is empty")
+            raise UnusableRowError(f"the {side} response is empty")
         if text is not None and IMAGE in text:
-            raise Unusable(f"the {side} response holds {IMAGE}")
+            raise UnusableRowError(f"the {side} response holds {IMAGE}")
     if not parsed.images:
-        raise Unusable("has no image")
+        raise UnusableRowError("has no image")
     if parsed.rejected_images is not None and len(parsed.rejected_images) != len(parsed.images):
-        raise Unusable(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
+        raise UnusableRowError(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
     same_images = parsed.rejected_images is None or parsed.rejected_images == parsed.images
-    for side, text in list(said.items())[1:]:
+    for side, text in list(texts.items())[1:]:
         if text is not None and parsed.chosen.strip() == text.strip() and same_images:
-            raise Unusable(f"the chosen and the {side} response are the same")
+            raise UnusableRowError(f"the chosen and the {side} response are the same")
     places = sum(turn.text.count(IMAGE) for turn in parsed.turns)
     if places == len(parsed.images):
         return parsed
     if places:
-        raise Unusable(f"{places} image placeholders in the prompt for {len(parsed.images)} images")
+        raise UnusableRowError(f"{places} image placeholders in the prompt for {len(parsed.images)} images")
     first = next((n for n, turn in enumerate(parsed.turns) if turn.role == "user"), None)
     if first is None:
-        raise Unusable("nobody asks: the prompt has no turn of a user")
+        raise UnusableRowError("nobody asks: the prompt has no turn of a user")
     turns = list(parsed.turns)
     turns[first] = Turn("user", IMAGE * len(parsed.images) + turns[first].text)
     return parsed.with_turns(tuple(turns))
 
 
-def _paths(parsed: Parsed, file: Path | None, where: str, images: Path | None, source: str) -> dict[str, str]:
+def _paths(parsed: ParsedRow, file: Path | None, location: str, images: Path | None, source: str) -> dict[str, str]:
     """The files of the images that a row names.
 
     Raises:
@@ -307,14 +309,14 @@ def _paths(parsed: Parsed, file: Path | None, where: str, images: Path | None, s
             continue
         if file is None and images is None and not Path(str(image)).is_absolute():
             images = Path(source).parent if Path(source).is_file() else Path(source)
-        paths[image] = find_image(file or Path(source), image, where, images)
-    absent = [name for name, found in paths.items() if not found]
+        paths[image] = find_image(file or Path(source), image, location, images)
+    absent = [name for name, text in paths.items() if not text]
     if absent:
-        raise Unusable(f"{' and '.join(absent)} does not exist")
+        raise UnusableRowError(f"{' and '.join(absent)} does not exist")
     return paths
 
 
-def _images_group(parsed: Parsed, where: str) -> str:
+def _images_group(parsed: ParsedRow, location: str) -> str:
     """Rows of the same images stay together; images of a table have no names, and each row is alone."""
     names = [image for image in parsed.images if isinstance(image, str)]
-    return " ".join(names) if names else where
+    return " ".join(names) if names else location

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.formats.files import place
-from mmalign.data.pairs import ImagePair, ImageRef, hashed
+from mmalign.data.formats.files import locate_row
+from mmalign.data.pairs import ImagePair, ImageRef, stable_hash
 
 
 class TableRows:
@@ -38,7 +38,7 @@ class TableRows:
 
     def where(self, number: int) -> str:
         """The file and, counted from 0, its row."""
-        return place(self._starts, number)
+        return locate_row(self._starts, number)
 
     def pair(self, number: int) -> ImagePair:
         """The pair in a row."""
@@ -47,7 +47,7 @@ class TableRows:
         chosen, rejected = (self._image(number, side, text) for side in sides)
         prompt = text[self._names["caption"]]
         second = text.get(self._names.get("rejected_caption", "")) or ""
-        row = hashed(prompt, chosen.key, rejected.key, *filter(None, [second]))
+        row = stable_hash(prompt, chosen.key, rejected.key, *filter(None, [second]))
         return ImagePair(row, prompt, chosen, rejected, self.where(number), str(text[self._group]), second)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -84,7 +84,7 @@ class FilePair(NamedTuple):
     rejected: str
     chosen_path: str
     rejected_path: str
-    where: str
+    location: str
     group: str
     rejected_prompt: str = ""
 
@@ -98,11 +98,11 @@ class FileRows:
     def pair(self, number: int) -> ImagePair:
         """The pair of that number; its files are looked at, not read."""
         p = self._pairs[number]
-        chosen = file_ref(p.chosen_path, f"{p.where}, chosen ({p.chosen})")
-        rejected = file_ref(p.rejected_path, f"{p.where}, rejected ({p.rejected})")
+        chosen = file_ref(p.chosen_path, f"{p.location}, chosen ({p.chosen})")
+        rejected = file_ref(p.rejected_path, f"{p.location}, rejected ({p.rejected})")
         # By the names and not by the keys: a copy of the folder has new times, and must give the same numbers.
-        row = hashed(p.prompt, p.chosen, p.rejected, *filter(None, [p.rejected_prompt]))
-        return ImagePair(row, p.prompt, chosen, rejected, p.where, p.group, p.rejected_prompt)
+        row = stable_hash(p.prompt, p.chosen, p.rejected, *filter(None, [p.rejected_prompt]))
+        return ImagePair(row, p.prompt, chosen, rejected, p.location, p.group, p.rejected_prompt)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """The groups of these pairs."""
@@ -114,7 +114,7 @@ class FileRows:
         return [p.prompt for p in pairs] + [p.rejected_prompt for p in pairs if p.rejected_prompt]
 
 
-def file_ref(path: str, where: str) -> ImageRef:
+def file_ref(path: str, location: str) -> ImageRef:
     """An image file, whose key changes when it does."""
     file = Path(path)
     try:
@@ -122,4 +122,4 @@ def file_ref(path: str, where: str) -> ImageRef:
         state = f"{stat.st_size} {stat.st_mtime_ns}"
     except OSError:  # gone since it was indexed: `read` will say so
         state = "gone"
-    return ImageRef(f"file:{hashed(str(file.resolve()), state):016x}", where, file.read_bytes, path)
+    return ImageRef(f"file:{stable_hash(str(file.resolve()), state):016x}", location, file.read_bytes, path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.data.pairs import ResponsePair
 from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
 from mmalign.language.tokens import Tokens
-from mmalign.rewards import Judge
+from mmalign.rewards import RewardModel
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,13 @@ class EncodedResponses:
         features: of every image of the batch, by its key.
         weights: [B]; 0 for a padding row.
         pairs: what the tokens were made of [B]; the images have been read, and cannot be read again.
-        pictures: the decoded images by their keys, for methods that ask for them.
+        decoded_images: the decoded images by their keys, for methods that ask for them.
         views: the images as the model's reader takes them, by their keys, for further rows about them.
-        others: of prompts that hold the pairs' other images, with the chosen responses, [B] rows, for methods that ask
-            for them.
+        other_images: of prompts that hold the pairs' other images, with the chosen responses, [B] rows, for methods
+            that ask for them.
         max_length: tokens of a row, for methods that make further ones.
-        kept: what has been worked out for these pairs beforehand, by name, each [B, ...]; None where nothing has.
+        precomputed: what has been worked out for these pairs beforehand, by name, each [B, ...]; None where nothing
+            has.
     """
 
     rows: list[int]
@@ -38,11 +39,11 @@ class EncodedResponses:
     features: ImageFeatures
     weights: Tensor
     pairs: list[ResponsePair] = field(default_factory=list)
-    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+    decoded_images: Mapping[str, Image.Image] = field(default_factory=dict)
     views: Mapping[str, ImageView] = field(default_factory=dict)
-    others: Tokens | None = None
+    other_images: Tokens | None = None
     max_length: int = sys.maxsize
-    kept: dict[str, Tensor] | None = None
+    precomputed: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class EncodedPairs:
         sizes: of the images [2B, 6]: original height and width, crop top and left, target height and width.
         weights: [B]; 0 for a padding row.
         rejected_text: the conditioning of what the rejected images show [B]; None where the method asks for one prompt.
-        kept: what the method has worked out for these pairs beforehand, by name, each [B, ...]; None where it has not.
+        precomputed: what the method has worked out for these pairs beforehand, by name, each [B, ...]; None where it
+            has not.
         prompts: the texts themselves [B].
-        judge: what scores images, for methods whose settings name one.
+        reward_model: what scores images, for methods whose settings name one.
     """
 
     rows: list[int]
@@ -69,9 +71,9 @@ class EncodedPairs:
     sizes: Tensor
     weights: Tensor
     rejected_text: Conditioning | None = None
-    kept: dict[str, Tensor] | None = None
+    precomputed: dict[str, Tensor] | None = None
     prompts: Sequence[str] = field(default_factory=list)
-    judge: Judge | None = None
+    reward_model: RewardModel | None = None
 
     def singles(self) -> Iterator[EncodedPairs]:
         """Every pair in a batch of its own."""
@@ -86,7 +88,7 @@ class EncodedPairs:
                 sizes=self.sizes[sides],
                 weights=self.weights[i : i + 1],
                 rejected_text=self.rejected_text[i : i + 1] if self.rejected_text is not None else None,
-                kept=None,
+                precomputed=None,
                 prompts=self.prompts[i : i + 1],
             )
 
@@ -103,7 +105,7 @@ class EncodedPrompts:
         sizes: of the images to draw [B, 6], as in EncodedPairs.
         shape: of a latent: C, H, W.
         weights: [B]; 0 for a padding row.
-        judge: what scores the images.
+        reward_model: what scores the images.
     """
 
     rows: list[int]
@@ -113,4 +115,4 @@ class EncodedPrompts:
     sizes: Tensor
     shape: tuple[int, ...]
     weights: Tensor
-    judge: Judge | None
+    reward_model: RewardModel | None

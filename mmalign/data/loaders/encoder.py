@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts
-from mmalign.data.loaders.image_pairs import PairBatch
+from mmalign.data.loaders.image_pairs import ImagePairBatch
 from mmalign.data.loaders.prompts import PromptBatch
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning, Moments
-from mmalign.rewards import Judge
+from mmalign.rewards import RewardModel
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Encoder:
         family: the model.
         unconditional: its conditioning without a prompt.
         text: where prompts' embeddings are kept; None encodes them in every batch.
-        two_prompts: whether the method asks for the rejected images' prompts.
-        judge: what scores images, for methods whose settings name one.
+        prompt_pairs: whether the method asks for the rejected images' prompts.
+        reward_model: what scores images, for methods whose settings name one.
     """
 
     family: TextToImage
     unconditional: Conditioning
     text: ArrayCache | None
-    two_prompts: bool = False
-    judge: Judge | None = None
+    prompt_pairs: bool = False
+    reward_model: RewardModel | None = None
 
-    def encode(self, batch: PairBatch) -> EncodedPairs:
+    def encode(self, batch: ImagePairBatch) -> EncodedPairs:
         """One batch, on the denoiser's device."""
         device = next(self.family.network.parameters()).device
         if batch.arrays is not None:
@@ -55,9 +55,9 @@ class Encoder:
             unconditional=self.unconditional.to(device),
             sizes=batch.sizes.to(device),
             weights=batch.weights.to(device),
-            rejected_text=self._text(batch.rejected_prompts).to(device) if self.two_prompts else None,
+            rejected_text=self._text(batch.rejected_prompts).to(device) if self.prompt_pairs else None,
             prompts=batch.prompts,
-            judge=self.judge,
+            reward_model=self.reward_model,
         )
 
     def encode_prompts(self, batch: PromptBatch, side: int, shape: tuple[int, ...]) -> EncodedPrompts:
@@ -71,7 +71,7 @@ class Encoder:
             sizes=torch.tensor([[side, side, 0, 0, side, side]] * len(batch.rows), device=device),
             shape=shape,
             weights=batch.weights.to(device),
-            judge=self.judge,
+            reward_model=self.reward_model,
         )
 
     def _text(self, prompts: Sequence[str]) -> Conditioning:

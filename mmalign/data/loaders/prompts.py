@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmalign.data.formats.prompts import Prompt
-from mmalign.data.loaders.sampler import Epochs
-from mmalign.data.pairs import Dropped, Pairs
+from mmalign.data.formats.prompts import PromptRow
+from mmalign.data.loaders.sampler import EpochSampler
+from mmalign.data.pairs import Pairs, SkippedRow
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PromptLoader:
     """Batches of prompts, epoch by epoch.
 
     Attributes:
-        dropped: what could not be used: nothing, since there is nothing to read.
+        skipped: what could not be used: nothing, since there is nothing to read.
 
     Args:
         pairs: the prompts to draw images for.
@@ -39,7 +39,7 @@ class PromptLoader:
 
     def __init__(
         self,
-        pairs: Pairs[Prompt],
+        pairs: Pairs[PromptRow],
         *,
         batch_size: int,
         seed: int,
@@ -48,23 +48,23 @@ class PromptLoader:
         keep_last: bool = False,
     ) -> None:
         self.prompts = pairs
-        self.epochs = Epochs(len(pairs), batch_size, seed, rank, world_size, keep_last)
-        self.dropped: list[Dropped] = []
+        self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last)
+        self.skipped: list[SkippedRow] = []
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return len(self.epochs)
+        return len(self.sampler)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PromptBatch]:
         """The batches of an epoch from number `start` on."""
-        for planned in self.epochs.plan(epoch)[start:]:
-            found = [self.prompts[number] for number, _ in planned]
+        for planned in self.sampler.plan(epoch)[start:]:
+            prompts = [self.prompts[number] for number, _ in planned]
             weights = torch.tensor([weight for _, weight in planned])
-            yield PromptBatch([p.row for p in found], [p.prompt for p in found], weights)
+            yield PromptBatch([p.row for p in prompts], [p.prompt for p in prompts], weights)
 
     def check_readable(self) -> None:
         """Nothing can be wrong with a text that has been read."""
 
-    def places(self, epoch: int, number: int) -> list[str]:
+    def batch_locations(self, epoch: int, number: int) -> list[str]:
         """Where the prompts of a batch of an epoch stand, for people."""
-        return [self.prompts[at].where for at, weight in self.epochs.plan(epoch)[number] if weight]
+        return [self.prompts[index].location for index, weight in self.sampler.plan(epoch)[number] if weight]

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmalign.data.formats.files import document, records, shown
+from mmalign.data.formats.files import document, records, shorten
 from mmalign.evaluation.annotations import Record, index, take_names, take_number, take_text
 from mmalign.evaluation.benchmarks.pope import Parse, parse_strict
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns, as_columns_by_kind, divide, f1, ratio
@@ -257,9 +257,11 @@ def score_discriminative(
     rows = [(item.kind, _count(item, parse(responses[number]))) for number, item in items.items()]
     ratios: dict[str, Ratio] = {}
     for dimension, dimension_kinds in _DIMENSIONS.items():
-        there = [kind for kind in dimension_kinds if kind in present]
-        if there:
-            ratios |= {f"{dimension}: {name}": partial(_over_kinds, there, parts) for name, parts in _PARTS.items()}
+        kinds_present = [kind for kind in dimension_kinds if kind in present]
+        if kinds_present:
+            ratios |= {
+                f"{dimension}: {name}": partial(_over_kinds, kinds_present, parts) for name, parts in _PARTS.items()
+            }
     groups, headline = _groups(items, annotations), ("all: accuracy", "all: F1", "all: yes rate")
     return Metrics(
         "AMBER, discriminative", tuple(items), groups, as_columns_by_kind(kinds, rows), ratios, headline=headline
@@ -301,12 +303,15 @@ def read_amber(folder: str | Path) -> Annotations:
         for word, others in document(place / "relation.json").items()
     }
     path = place / "annotations.json"
-    entries = ((where, _id(where, record), _read_item(where, record, associates)) for where, record in records(path))
+    entries = (
+        (location, _id(location, record), _read_item(location, record, associates))
+        for location, record in records(path)
+    )
     items = index(path, "id", entries, "the benchmark's annotations")
     safe_words = resolve(place / "safe_words.txt").read_text(encoding="utf-8").split()
     queries = place / "query" / "query_all.json"
     located = records(queries) if queries.is_file() else ()
-    images = {_id(where, record): take_text(where, record, "image") for where, record in located}
+    images = {_id(location, record): take_text(location, record, "image") for location, record in located}
     return Annotations(items, associates, frozenset(safe_words), images)
 
 
@@ -319,28 +324,31 @@ def read_responses(path: str | Path) -> dict[int, str]:
         ValueError: the file is bad or empty, or an id is repeated.
     """
     entries = (
-        (where, _id(where, record), take_text(where, record, "response", "text", "answer"))
-        for where, record in records(path)
+        (location, _id(location, record), take_text(location, record, "response", "text", "answer"))
+        for location, record in records(path)
     )
     return index(path, "id", entries, 'records {"id": 1, "response": "A lake in a forest."}')
 
 
-def _id(where: str, record: Record) -> int:
-    return take_number(where, record, "id", "question_id")
+def _id(location: str, record: Record) -> int:
+    return take_number(location, record, "id", "question_id")
 
 
-def _read_item(where: str, record: Record, associates: Mapping[str, object]) -> AnyItem:
-    kind = take_text(where, record, "type")
+def _read_item(location: str, record: Record, associates: Mapping[str, object]) -> AnyItem:
+    kind = take_text(location, record, "type")
     if kind == "generative":
-        truth, expected = take_names(where, record, "truth"), take_names(where, record, "hallu")
+        truth, expected = take_names(location, record, "truth"), take_names(location, record, "hallu")
         unknown = [name for name in (*truth, *expected) if name not in associates]
         if unknown:
-            raise ValueError(f"{where}: {unknown[0]!r} is no word of relation.json; expected the files of one release")
+            raise ValueError(
+                f"{location}: {unknown[0]!r} is no word of relation.json; expected the files of one release"
+            )
         return GenerativeItem(truth, expected)
-    answer = take_text(where, record, "truth")
+    answer = take_text(location, record, "truth")
     if kind not in _TYPES or answer not in ("yes", "no"):
         raise ValueError(
-            f"{where}: type is {shown(kind)}, truth {shown(answer)}; expected yes or no, and a type of generative, "
+            f"{location}: type is {shorten(kind)}, truth {shorten(answer)}; expected yes or no, and a type of "
+            "generative, "
             f"{', '.join(_TYPES)}"
         )
     return DiscriminativeItem(_TYPES[kind], answer == "yes")

@@ -28,7 +28,7 @@ YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong one"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AnswerScore:
     """A rating of one answer, for readers.
 
     Attributes:
@@ -48,7 +48,7 @@ class Item:
 
     question: Question
     truth: str
-    rate: Callable[[str], Verdict]
+    rate: Callable[[str], AnswerScore]
 
 
 Parts = Mapping[str, Sequence[Item]]
@@ -75,7 +75,7 @@ class Benchmark:
         """All questions, part by part."""
         return [item.question for items in self.parts.values() for item in items]
 
-    def without(self, images: Collection[str]) -> Benchmark:
+    def without_images(self, images: Collection[str]) -> Benchmark:
         """Return the benchmark without the questions about these images."""
         parts = {
             part: [item for item in items if item.question.image not in images] for part, items in self.parts.items()
@@ -113,7 +113,7 @@ def caption_benchmark(
     def item(question: Question) -> Item:
         truth = objects[image_id(question.image)]
 
-        def rate(answer: str) -> Verdict:
+        def rate(answer: str) -> AnswerScore:
             match = chair.match_objects(answer, truth, vocabulary)
             spans = tuple((mention.start, mention.end) for mention in match.invented)
             return _rate_caption(len(match.found), len(truth), len(match.invented), spans)
@@ -155,7 +155,7 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
         return amber.score(responses, annotations)
 
     def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
-        def rate(answer: str) -> Verdict:
+        def rate(answer: str) -> AnswerScore:
             match = amber.match_objects(answer, item, annotations)
             words = set(match.invented)
             spans = tuple((start, end) for word, start, end in tokens(answer) if {word, singular(word)} & words)
@@ -205,16 +205,16 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
 
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
-    def rate(answer: str) -> Verdict:
+    def rate(answer: str) -> AnswerScore:
         """Rate an answer; a yes about an absent object is an invention as a whole."""
         said = parse(answer)
         invented = ((0, len(answer)),) if said and not question.answer and answer else ()
         note = "neither yes nor no" if said is None else "right" if said is question.answer else "wrong"
-        return Verdict(float(said is question.answer), note, invented)
+        return AnswerScore(float(said is question.answer), note, invented)
 
     return Item(question, "yes" if question.answer else "no", rate)
 
 
-def _rate_caption(num_found: int, num_true: int, num_invented: int, spans: tuple[tuple[int, int], ...]) -> Verdict:
+def _rate_caption(num_found: int, num_true: int, num_invented: int, spans: tuple[tuple[int, int], ...]) -> AnswerScore:
     note = f"{num_found} of {num_true} named, {num_invented or 'none'} invented"
-    return Verdict(num_found - num_invented, note, spans)
+    return AnswerScore(num_found - num_invented, note, spans)

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.data.formats.files import document, shown
+from mmalign.data.formats.files import document, shorten
 from mmalign.evaluation.annotations import (
     Record,
     Response,
@@ -159,24 +159,24 @@ def read_coco(
     for path in instances:
         file = document(path)
         objects = {
-            take(where, category, "id"): vocabulary.object_of(take_text(where, category, "name"))
-            for where, category in _coco_records(path, file, "categories")
+            take(location, category, "id"): vocabulary.object_of(take_text(location, category, "name"))
+            for location, category in _coco_records(path, file, "categories")
         }
-        for where, image in _coco_records(path, file, "images"):
-            truth[take_image_id(where, image, "id")].update()  # an image without any annotation has no object
-        for where, annotation in _coco_records(path, file, "annotations"):
-            category = take(where, annotation, "category_id")
+        for location, image in _coco_records(path, file, "images"):
+            truth[take_image_id(location, image, "id")].update()  # an image without any annotation has no object
+        for location, annotation in _coco_records(path, file, "annotations"):
+            category = take(location, annotation, "category_id")
             if category not in objects:
-                raise ValueError(f"{where}: category_id is {shown(category)}; expected one of `categories`")
-            truth[take_image_id(where, annotation, "image_id")].add(objects[category])
+                raise ValueError(f"{location}: category_id is {shorten(category)}; expected one of `categories`")
+            truth[take_image_id(location, annotation, "image_id")].add(objects[category])
     for path in captions:
         file = document(path)
-        for where, image in _coco_records(path, file, "images"):
-            truth[take_image_id(where, image, "id")].update()
-        for where, annotation in _coco_records(path, file, "annotations"):
-            name = take_image_id(where, annotation, "image_id")
+        for location, image in _coco_records(path, file, "images"):
+            truth[take_image_id(location, image, "id")].update()
+        for location, annotation in _coco_records(path, file, "annotations"):
+            name = take_image_id(location, annotation, "image_id")
             if images is None or name in images:
-                mentions = vocabulary.mentions(take_text(where, annotation, "caption"))
+                mentions = vocabulary.mentions(take_text(location, annotation, "caption"))
                 truth[name].update(mention.object for mention in mentions)
     return {image: frozenset(objects) for image, objects in truth.items() if images is None or image in images}
 
@@ -185,12 +185,14 @@ def _coco_records(path: str | Path, file: Record, part: str) -> list[tuple[str, 
     """Return the records of a part of MSCOCO's annotations, with their locations."""
     entries = file.get(part)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: {part} is {shown(entries)}; expected a list of records, as in MSCOCO's annotations")
+        raise ValueError(
+            f"{path}: {part} is {shorten(entries)}; expected a list of records, as in MSCOCO's annotations"
+        )
     return [(f"{path}: {part} {number}", entry) for number, entry in enumerate(entries, start=1)]
 
 
-def _objects(where: str, names: Iterable[str], vocabulary: Vocabulary) -> frozenset[str]:
+def _objects(location: str, names: Iterable[str], vocabulary: Vocabulary) -> frozenset[str]:
     try:
         return frozenset(map(vocabulary.object_of, names))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{location}: {error}") from None

@@ -45,7 +45,7 @@ def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) ->
     objects = {name: frozenset(present) for name, present in kinds.items()}
 
     def draw(name: str) -> Image:
-        return crowds.draw(by_name[name])
+        return crowds.render(by_name[name])
 
     return combine(
         caption_benchmark(questions, objects, words(), draw),

@@ -22,10 +22,10 @@ from mmalign.losses.pairwise import Pair
 from mmalign.methods.text_to_image import _denoising
 from mmalign.methods.vision_language import _responses
 from mmalign.policy import Policy, Scores
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 # From a batch, the random numbers and the index of a draw to a function that returns a network's scores of both sides.
-Score = Callable[[Any, Draws, int], Callable[[nn.Module], Scores]]
+Score = Callable[[Any, KeyedRNG, int], Callable[[nn.Module], Scores]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImplicitAccuracy:
     number: int
     chosen_gain: float
     rejected_gain: float
-    draws: int
+    num_noise_samples: int
 
     @property
     def accuracy(self) -> Interval:
@@ -48,7 +48,7 @@ class ImplicitAccuracy:
         return {
             "benchmark": "implicit",
             "pairs": self.number,
-            "draws": self.draws,
+            "draws": self.num_noise_samples,
             "accuracy": self.accuracy.as_dict(),
             "chosen gain": self.chosen_gain,
             "rejected gain": self.rejected_gain,
@@ -66,8 +66,8 @@ class ImplicitAccuracy:
 def image_scores(family: TextToImage) -> Score:
     """Return denoising scores, of policy and reference on the same noise, without dropped captions."""
 
-    def score(batch: Any, draws: Draws, index: int) -> Callable[[nn.Module], Scores]:
-        view = _denoising.noised(family, batch, 0.0, draws, index)
+    def score(batch: Any, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
+        view = _denoising.noise_pairs(family, batch, 0.0, rng, index)
         return partial(_denoising.denoising_scores, family, view=view)
 
     return score
@@ -75,18 +75,20 @@ def image_scores(family: TextToImage) -> Score:
 
 def response_scores(family: VisionLanguage) -> Score:
     """Return log-probabilities of whole responses, in nats, without random numbers."""
-    return lambda batch, draws, index: partial(_responses.response_scores, family, batch=batch)
+    return lambda batch, rng, index: partial(_responses.response_scores, family, batch=batch)
 
 
 @torch.no_grad()
-def accuracy(policy: Policy, batches: Iterable[Any], score: Score, *, draws: int, seed: int) -> ImplicitAccuracy:
-    """Score every pair `draws` times by policy and reference.
+def accuracy(
+    policy: Policy, batches: Iterable[Any], score: Score, *, num_noise_samples: int, seed: int
+) -> ImplicitAccuracy:
+    """Score every pair `num_noise_samples` times by policy and reference.
 
     Args:
         policy: the trained model, with its base as reference.
         batches: held-out pairs, encoded; rows of weight 0 are padding.
         score: `image_scores` or `response_scores` of the family.
-        draws: number of draws for each pair; 1 for scores without random numbers.
+        num_noise_samples: number of draws for each pair; 1 for scores without random numbers.
         seed: seed of the draws.
 
     Raises:
@@ -95,8 +97,8 @@ def accuracy(policy: Policy, batches: Iterable[Any], score: Score, *, draws: int
     right, number, gains = 0, 0, torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         margins, moved = [], []
-        for index in range(draws):
-            run = score(batch, Draws(seed), index)
+        for index in range(num_noise_samples):
+            run = score(batch, KeyedRNG(seed), index)
             reference_scores, policy_scores = policy.on_reference(run), run(policy.unwrapped)
             assert reference_scores is not None
             reference, trained = (Pair(s["chosen"], s["rejected"]) for s in (reference_scores, policy_scores))
@@ -107,6 +109,8 @@ def accuracy(policy: Policy, batches: Iterable[Any], score: Score, *, draws: int
         number += int(is_pair.sum())
         gains += torch.stack(moved).mean(0)[:, is_pair].sum(1).double().cpu()
     if not number:
-        raise ValueError("implicit: there is no held-out pair to score; raise data.hold_out, or give more pairs")
+        raise ValueError(
+            "implicit: there is no held-out pair to score; raise data.validation_fraction, or give more pairs"
+        )
     chosen, rejected = (gains / number).tolist()
-    return ImplicitAccuracy(right, number, chosen, rejected, draws)
+    return ImplicitAccuracy(right, number, chosen, rejected, num_noise_samples)

@@ -23,11 +23,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mmalign.data.formats.files import records, shown
+from mmalign.data.formats.files import records, shorten
 from mmalign.evaluation.annotations import Question, index, take, take_number, take_text
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
 from mmalign.evaluation.statistics import Values
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 Split = Literal["random", "popular", "adversarial"]
 Parse = Callable[[str], bool | None]
@@ -96,7 +96,7 @@ def build(
     questions: list[Question] = []
     for image, objects in chosen.items():
         excluded = set(objects)
-        keys = Draws(seed).uniform([_row(image)], (len(candidates),), "pope: absent object")[0].tolist()
+        keys = KeyedRNG(seed).uniform([_row(image)], (len(candidates),), "pope: absent object")[0].tolist()
         at_random = [name for _, name in sorted(zip(keys, candidates, strict=True))]
         for present in objects[:objects_per_image]:
             ranked = {
@@ -194,9 +194,9 @@ def score(
 
 
 def _count(question: Question, answer: str, parse: Parse) -> dict[str, bool]:
-    said, is_true = parse(answer), question.answer is True
+    parsed, is_true = parse(answer), question.answer is True
     unclear = parse_strict(answer) is None
-    values = (True, is_true, said is True, said is True and is_true, said is is_true, unclear)
+    values = (True, is_true, parsed is True, parsed is True and is_true, parsed is is_true, unclear)
     return dict(zip(_COUNTS, values, strict=True))
 
 
@@ -219,12 +219,12 @@ def read_questions(path: str | Path) -> list[Question]:
         ValueError: the file is bad or empty, or an id is repeated.
     """
 
-    def read_question(where: str, record: Mapping[str, Any]) -> tuple[str, int, Question]:
-        number, label = take_number(where, record, "question_id"), take(where, record, "label")
+    def read_question(location: str, record: Mapping[str, Any]) -> tuple[str, int, Question]:
+        number, label = take_number(location, record, "question_id"), take(location, record, "label")
         if label not in ("yes", "no"):
-            raise ValueError(f'{where}: label is {shown(label)}; expected "yes" or "no"')
-        image, text = take_text(where, record, "image"), take_text(where, record, "text", "question")
-        return where, number, Question(number, image, text, label == "yes")
+            raise ValueError(f'{location}: label is {shorten(label)}; expected "yes" or "no"')
+        image, text = take_text(location, record, "image"), take_text(location, record, "text", "question")
+        return location, number, Question(number, image, text, label == "yes")
 
     entries = (read_question(*located) for located in records(path))
     return list(index(path, "question_id", entries, "POPE's questions, one record a line").values())
@@ -247,10 +247,10 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
     if not num_with_id:
         return _answers_in_order(path, rows, questions)
     known = {question.id for question in questions}
-    for where, record in rows:
+    for location, record in rows:
         if record["question_id"] not in known:
             raise ValueError(
-                f"{where}: question_id {shown(record['question_id'])} is none of the {len(known)} questions "
+                f"{location}: question_id {shorten(record['question_id'])} is none of the {len(known)} questions "
                 f"({min(known)} to {max(known)}); expected the answers to this very file of questions"
             )
     entries = ((w, record["question_id"], take_text(w, record, "text", "answer", "response")) for w, record in rows)
@@ -272,14 +272,15 @@ def _answers_in_order(
             f"{path} has {len(rows)} answers to {len(questions)} questions; expected one to each, in order"
         )
     answers = []
-    for (where, record), question in zip(rows, questions, strict=True):
-        text = take_text(where, record, "question", "prompt")
+    for (location, record), question in zip(rows, questions, strict=True):
+        text = take_text(location, record, "question", "prompt")
         if question.text.casefold() not in text.casefold():  # a prompt may continue: "Answer with yes or no."
             raise ValueError(
-                f"{where} answers {shown(text)}, but question {question.id} is {shown(question.text)}; expected the "
+                f"{location} answers {shorten(text)}, but question {question.id} is {shorten(question.text)}; expected "
+                "the "
                 "answers in the order of the questions, or their question_id"
             )
-        answers.append(take_text(where, record, "answer", "text", "response"))
+        answers.append(take_text(location, record, "answer", "text", "response"))
     return answers
 
 
@@ -298,8 +299,8 @@ def _choose(
             f"pope: {len(enough)} of {len(images)} images have {objects_per_image} objects or more, {number} are asked "
             "for; expected at least one, and as many as are asked for"
         )
-    draws = Draws(seed)
-    keys = {image: float(draws.uniform([_row(image)], (1,), "pope: image")[0, 0]) for image in enough}
+    rng = KeyedRNG(seed)
+    keys = {image: float(rng.uniform([_row(image)], (1,), "pope: image")[0, 0]) for image in enough}
     chosen = set(sorted(enough, key=lambda image: (keys[image], image))[:number])
     return {image: objects for image, objects in enough.items() if image in chosen}
 

@@ -18,9 +18,9 @@ from mmalign.diffusion.flow import Flow
 from mmalign.evaluation.metrics import SIDES, Table
 from mmalign.evaluation.statistics import Interval, proportion
 from mmalign.families.step_judge import StepJudge
-from mmalign.methods.text_to_image.step_preference import predicted
+from mmalign.methods.text_to_image.step_preference import predict_images
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def accuracy(
         ids, is_pair = family.tokens(batch.prompts), batch.weights > 0
         for index, time in enumerate(times):
             timesteps = torch.full((len(batch.rows),), time)
-            images, t = predicted(
-                family, batch, guidance, Draws(seed), timesteps / (last + 1) if is_flow else timesteps
+            images, t = predict_images(
+                family, batch, guidance, KeyedRNG(seed), timesteps / (last + 1) if is_flow else timesteps
             )
             pixels = family.pixels(images)
             before = policy.on_reference(lambda net, p=pixels, w=ids, t=t: family.score(net, p, w, t))  # type: ignore[misc]
@@ -86,5 +86,7 @@ def accuracy(
                 right[side][index] += int((chosen > rejected)[is_pair].sum())
         number += int(is_pair.sum())
     if not number:
-        raise ValueError("steps: there is no held-out pair to judge; raise data.hold_out, or give more pairs")
+        raise ValueError(
+            "steps: there is no held-out pair to judge; raise data.validation_fraction, or give more pairs"
+        )
     return StepAccuracy(tuple(times), number, {side: tuple(counts) for side, counts in right.items()})

@@ -33,7 +33,7 @@ def schedule(pipeline: Any, path: str, resolution: int | None = None) -> Flow:
         ValueError: the scheduler is not one of flow matching.
     """
     latent = resolution // pipeline.vae_scale_factor if resolution else pipeline.default_sample_size
-    return Flow.of(pipeline.scheduler, (latent // 2) ** 2, path)
+    return Flow.from_scheduler(pipeline.scheduler, (latent // 2) ** 2, path)
 
 
 def pack(latents: Tensor) -> Tensor:

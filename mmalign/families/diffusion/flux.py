@@ -25,7 +25,7 @@ class Flux(flow_matching.PackedModel):
     """Adapts a FluxPipeline; the protocol TextToImage says what each call does."""
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """The attention's projections of images and of text."""
         return flow_matching.JOINT
 
@@ -39,19 +39,19 @@ class Flux(flow_matching.PackedModel):
         """The empty prompt, encoded; the sampler shows the network none."""
         return self.encode_prompts([""])
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the T5 reads; the CLIP reads less, and gives no more than a summary."""
-        return latents.count_cut(self.pipeline.tokenizer_2, prompts, TOKENS)
+        return latents.count_truncated(self.pipeline.tokenizer_2, prompts, TOKENS)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage; at the guidance of this file's head."""
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
-        told = self.pipeline.transformer.config.guidance_embeds
+        takes_guidance = self.pipeline.transformer.config.guidance_embeds
         with latents.autocast(self.loading):
             tokens = net(
                 flow_matching.pack(x_t),
                 timestep=t,
-                guidance=torch.full((number,), GUIDANCE, device=x_t.device) if told else None,
+                guidance=torch.full((number,), GUIDANCE, device=x_t.device) if takes_guidance else None,
                 encoder_hidden_states=embeds,
                 pooled_projections=cond.tensors["pooled"],
                 txt_ids=embeds.new_zeros(embeds.shape[1], 3),
@@ -62,7 +62,7 @@ class Flux(flow_matching.PackedModel):
             )[0]
         return flow_matching.unpack(tokens, height, width)
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel; the guidance is the number that the network is told."""
         cond = self.encode_prompts(prompts).tensors
         text = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}

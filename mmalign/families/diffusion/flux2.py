@@ -31,7 +31,7 @@ class Flux2(LatentModel):
     """Adapts a Flux2Pipeline; the protocol TextToImage says what each call does."""
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """The attention's projections of images and of text; a single-stream layer has all of its own in one."""
         return (*flow_matching.JOINT, "to_qkv_mlp_proj")
 
@@ -62,7 +62,7 @@ class Flux2(LatentModel):
         """The empty prompt, encoded; the sampler shows the network none."""
         return self.encode_prompts([""])
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """See TextToImage."""
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
@@ -85,7 +85,7 @@ class Flux2(LatentModel):
             )[0]
         return _unpack(tokens, height, width)
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel; the guidance is the number that the network is told."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         return {"prompt_embeds": embeds, "guidance_scale": sampling.guidance}

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.attention import denoisers
-from mmalign.attention.choice import Choice, choose
+from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.compile import denoiser_blocks
@@ -36,8 +36,8 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
 class LatentModel(ABC):
     """What a pipeline with an autoencoder does whatever its denoiser and its text are; see TextToImage for each call.
 
-    A family adds how its text is encoded and given to the network: `encode_prompts`, `unconditional`, `count_cut`,
-    `predict`, and to the pipeline: `shown`.
+    A family adds how its text is encoded and given to the network: `encode_prompts`, `unconditional`,
+    `count_truncated`, `predict`, and to the pipeline: `pipeline_kwargs`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class LatentModel(ABC):
     @property
     def network(self) -> nn.Module:
         """The denoiser."""
-        return getattr(self.pipeline, part_of(self.pipeline))  # type: ignore[no-any-return]
+        return getattr(self.pipeline, denoiser_name(self.pipeline))  # type: ignore[no-any-return]
 
     @property
     def resolution(self) -> int:
@@ -61,14 +61,14 @@ class LatentModel(ABC):
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
     ) -> list[Image.Image]:
         """See TextToImage."""
-        text = self.shown(prompts, sampling)
+        text = self.pipeline_kwargs(prompts, sampling)
         side, shape = self.latent_shape(sampling)
         with autocast(self.loading):
             drawn = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
         return to_pil(self.decode(self.unpack(drawn, *shape[1:])))
 
     @abstractmethod
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """What the pipeline is told of the prompts, by its own names: embeddings, and the scale of guidance."""
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class LatentModel(ABC):
         return decode(self.pipeline.vae, latents)
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """The attention's projections."""
         return ATTENTION
 
@@ -130,7 +130,7 @@ class LatentModel(ABC):
         """See Family."""
         return copy.deepcopy(self.network).requires_grad_(False).eval()
 
-    def checkpoint_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """See Family."""
         net: Any = self.network
         net.enable_gradient_checkpointing()
@@ -139,13 +139,13 @@ class LatentModel(ABC):
         """See Family. Of a UNet its transformer blocks; its convolutions stay as they are."""
         return denoiser_blocks(net)
 
-    def use_attention(self, wanted: str) -> Choice:
+    def use_attention(self, wanted: str) -> SelectedBackend:
         """See Family. The denoiser's; with sdpa it stays as diffusers made it."""
         dtype = self.loading.half or torch.float32
         sizes = denoisers.head_sizes(self.network) if wanted != "sdpa" else frozenset()
-        choice = choose(wanted, self.loading.device, dtype, sizes)
-        if choice.executor != "sdpa":
-            denoisers.use(self.network, choice.executor)
+        choice = select_backend(wanted, self.loading.device, dtype, sizes)
+        if choice.backend != "sdpa":
+            denoisers.install(self.network, choice.backend)
         return choice
 
     def save(self, folder: Path, net: nn.Module) -> None:
@@ -154,10 +154,10 @@ class LatentModel(ABC):
 
     def load_trained(self, folder: Path) -> nn.Module:
         """See Family."""
-        return load_trained(self.network, part_of(self.pipeline), folder)
+        return load_trained(self.network, denoiser_name(self.pipeline), folder)
 
 
-def part_of(pipeline: Any) -> str:
+def denoiser_name(pipeline: Any) -> str:
     """The name that a pipeline, or its class, has for its denoiser: "transformer" or "unet"."""
     cls = pipeline if isinstance(pipeline, type) else type(pipeline)
     return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
@@ -192,7 +192,7 @@ def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
     frozen = loading.half or torch.float32
     dtypes = {
         "default": frozen,
-        part_of(cls): frozen if loading.network_half else torch.float32,
+        denoiser_name(cls): frozen if loading.network_half else torch.float32,
         "vae": loading.vae_dtype,
     }
     with intact("model.path", path, f"a {cls.__name__}"):
@@ -302,7 +302,7 @@ def sample(
         ValueError: the model has no sampler of that name.
     """
     pipeline = copy.copy(pipeline)  # so that the denoiser and the sampler of the family stay what they are
-    setattr(pipeline, part_of(pipeline), net)
+    setattr(pipeline, denoiser_name(pipeline), net)
     pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -353,7 +353,7 @@ def sampler(name: str, own: Any) -> Any:
     return classes[name].from_config(own.config)
 
 
-def count_cut(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> int:
+def count_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> int:
     """How many prompts have more tokens than the text encoder reads: `limit`, or what the tokenizer says."""
     ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     return sum(len(row) > (limit or tokenizer.model_max_length) for row in ids)
@@ -361,7 +361,7 @@ def count_cut(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) 
 
 def save(pipeline: Any, folder: Path, net: Any) -> None:
     """LoRA weights in diffusers' layout where `net` has adapters, else the whole pipeline with `net` in it."""
-    part = part_of(pipeline)
+    part = denoiser_name(pipeline)
     if getattr(net, "peft_config", None):
         from peft.utils import get_peft_model_state_dict
 
@@ -387,8 +387,8 @@ def load_trained(base: Any, part: str, folder: Path) -> nn.Module:
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
             return base  # type: ignore[no-any-return]
         net: nn.Module = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
-    if (executor := denoisers.used(base)) is not None:
-        denoisers.use(net, executor)
+    if (executor := denoisers.installed(base)) is not None:
+        denoisers.install(net, executor)
     return net.requires_grad_(False).eval()
 
 

@@ -24,7 +24,7 @@ class QwenImage(flow_matching.PackedModel):
     """Adapts a QwenImagePipeline; the protocol TextToImage says what each call does."""
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """The attention's projections of images and of text."""
         return flow_matching.JOINT
 
@@ -43,11 +43,11 @@ class QwenImage(flow_matching.PackedModel):
         """A single space, which the model's authors guide against."""
         return self.encode_prompts([" "])
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """See TextToImage."""
         whole = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         limit = TOKENS + self.pipeline.prompt_template_encode_start_idx
-        return latents.count_cut(self.pipeline.tokenizer, whole, limit)
+        return latents.count_truncated(self.pipeline.tokenizer, whole, limit)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
@@ -65,7 +65,7 @@ class QwenImage(flow_matching.PackedModel):
             )[0]
         return flow_matching.unpack(tokens, height, width)
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel; guided predictions get the norm of those with the prompt, as the pipeline has it."""
         cond = self.encode_prompts(prompts).tensors
         text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}

@@ -46,12 +46,12 @@ class Sana(LatentModel):
         )
         return Conditioning({"embeds": embeds.float(), "mask": mask.float()})
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """See TextToImage."""
         tokenizer, instruction = self.pipeline.tokenizer, "\n".join(self._instruction())
         limit = len(tokenizer.encode(instruction)) + TOKENS - 2  # the pipeline's own reckoning
         whole = [instruction + prompt.lower().strip() for prompt in prompts]
-        return latents.count_cut(tokenizer, whole, limit)
+        return latents.count_truncated(tokenizer, whole, limit)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
@@ -60,7 +60,7 @@ class Sana(LatentModel):
         with latents.autocast(self.loading):
             return net(x_t, timestep=1000 * config.timestep_scale * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel."""
         cond = self.encode_prompts(prompts).tensors
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors

@@ -20,7 +20,7 @@ class StableDiffusion3(LatentModel):
     """Adapts a StableDiffusion3Pipeline; the protocol TextToImage says what each call does."""
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """The attention's projections of images and of text."""
         return flow_matching.JOINT
 
@@ -36,11 +36,11 @@ class StableDiffusion3(LatentModel):
         """The empty prompt, encoded."""
         return self.encode_prompts([""])
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many prompts are longer than the encoder that reads most."""
         if self.pipeline.text_encoder_3 is None:
-            return latents.count_cut(self.pipeline.tokenizer, prompts)
-        return latents.count_cut(self.pipeline.tokenizer_3, prompts, TOKENS)
+            return latents.count_truncated(self.pipeline.tokenizer, prompts)
+        return latents.count_truncated(self.pipeline.tokenizer_3, prompts, TOKENS)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
@@ -49,7 +49,7 @@ class StableDiffusion3(LatentModel):
             text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
             return net(x_t, timestep=1000 * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 

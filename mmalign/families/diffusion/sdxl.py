@@ -36,9 +36,9 @@ class StableDiffusionXL(LatentModel):
             return Conditioning({name: torch.zeros_like(x) for name, x in empty.tensors.items()})
         return empty
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """See TextToImage."""
-        return latents.count_cut(self.pipeline.tokenizer, prompts)
+        return latents.count_truncated(self.pipeline.tokenizer, prompts)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
         """The text, and `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
@@ -51,7 +51,7 @@ class StableDiffusionXL(LatentModel):
             embeds = cond.tensors["embeds"]
             return net(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 
@@ -61,4 +61,4 @@ def load(path: str, loading: Loading) -> StableDiffusionXL:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = latents.load_pipeline(StableDiffusionXLPipeline, path, loading)
-    return StableDiffusionXL(path, pipeline, Diffusion.of(pipeline.scheduler.config, path), loading)
+    return StableDiffusionXL(path, pipeline, Diffusion.from_config(pipeline.scheduler.config, path), loading)

@@ -27,16 +27,16 @@ class StableDiffusion(LatentModel):
         """The empty prompt, encoded."""
         return self.encode_prompts([""])
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """See TextToImage."""
-        return latents.count_cut(self.pipeline.tokenizer, prompts)
+        return latents.count_truncated(self.pipeline.tokenizer, prompts)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
         with latents.autocast(self.loading):
             return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
@@ -48,4 +48,4 @@ def load(path: str, loading: Loading) -> StableDiffusion:
     from diffusers import StableDiffusionPipeline
 
     pipeline = latents.load_pipeline(StableDiffusionPipeline, path, loading)
-    return StableDiffusion(path, pipeline, Diffusion.of(pipeline.scheduler.config, path), loading)
+    return StableDiffusion(path, pipeline, Diffusion.from_config(pipeline.scheduler.config, path), loading)

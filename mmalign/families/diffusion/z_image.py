@@ -44,12 +44,12 @@ class ZImage(LatentModel):
         """The empty prompt, encoded."""
         return self.encode_prompts([""])
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
+    def count_truncated(self, prompts: Sequence[str]) -> int:
         """See TextToImage."""
         tokenizer = self.pipeline.tokenizer
         asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
         whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        return latents.count_cut(tokenizer, whole, TOKENS)
+        return latents.count_truncated(tokenizer, whole, TOKENS)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
@@ -58,7 +58,7 @@ class ZImage(LatentModel):
             answers = net(images, 1 - t, flow_matching.texts(cond), return_dict=False)[0]
         return -torch.stack(answers).squeeze(2)
 
-    def shown(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
         """See LatentModel."""
         text: dict[str, Any] = {"prompt_embeds": flow_matching.texts(self.encode_prompts(prompts))}
         text |= {"guidance_scale": sampling.guidance - 1}

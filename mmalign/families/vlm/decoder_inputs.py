@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.families.vlm.quirks import Facts
+from mmalign.families.vlm.quirks import ModelQuirks
 
 
 def decoder_inputs(
-    model: Any, facts: Facts, ids: Tensor, mask: Tensor, is_response: Tensor, features: Sequence[Any]
+    model: Any, quirks: ModelQuirks, ids: Tensor, mask: Tensor, is_response: Tensor, features: Sequence[Any]
 ) -> dict[str, Any]:
     """What the model's forward pass takes, for rows padded on either side.
 
     Args:
         model: a model of transformers with a head.
-        facts: of its type.
+        quirks: of its type.
         ids: [N, L].
         mask: which tokens are no padding, [N, L].
         is_response: which tokens the model has said, or is to say, [N, L].
@@ -37,7 +37,7 @@ def decoder_inputs(
     known = inspect.signature(model.base_model.forward).parameters
     if "mm_token_type_ids" in known:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    if facts.prefix_attention:
+    if quirks.prefix_attention:
         inputs["token_type_ids"] = is_response.long()
     return inputs
 

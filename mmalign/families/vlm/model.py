@@ -20,19 +20,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.attention import decoders
-from mmalign.attention.choice import Choice, choose
+from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.families.loading import first_line, intact
 from mmalign.families.lora import add_lora, linear_names
 from mmalign.families.types import Decoding, ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
-from mmalign.families.vlm.generation import Prompt, generate, why_not_hidden
-from mmalign.families.vlm.image_features import apart, move, packed, unpacked
-from mmalign.families.vlm.packing import forest_of, let_pack, packed_inputs, why_apart
-from mmalign.families.vlm.processor import ProcessorReader
-from mmalign.families.vlm.quirks import SCALED_LOGITS, facts
+from mmalign.families.vlm.generation import GenerationPrompt, generate, masking_unsupported_reason
+from mmalign.families.vlm.image_features import frozen_parts, move_parameters, pack_features, unpack_features
+from mmalign.families.vlm.packing import build_packed_mask, enable_packing, packed_inputs, unpacked_reason
+from mmalign.families.vlm.processor import HFProcessor
+from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
 from mmalign.language.scores import log_probabilities, most_likely
-from mmalign.language.tokens import TokenRow, Tokens
-from mmalign.rng import Draws
+from mmalign.language.tokens import TokenizedResponse, Tokens
+from mmalign.rng import KeyedRNG
 
 ADAPTERS = "adapter_config.json"  # as peft calls the file
 
@@ -47,11 +47,13 @@ class TokenScorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, at: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-        """The log-probabilities of tokens `targets`, [M] or [M, K], after the places `at` [M] of the flattened rows."""
+    def forward(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """The log-probabilities of tokens `targets`, [M] or [M, K], after the places `positions` [M] of the flattened
+        rows.
+        """
         text = self.model.config.get_text_config()
         return log_probabilities(
-            self._hidden(at, inputs),
+            self._hidden(positions, inputs),
             self.model.get_output_embeddings(),
             targets,
             vocabulary=text.vocab_size,
@@ -59,15 +61,17 @@ class TokenScorer(nn.Module):
         )
 
     @torch.no_grad()
-    def argmax(self, at: Tensor, **inputs: Any) -> Tensor:
-        """The most likely tokens [M] after the places `at` [M] of the flattened rows; a soft cap keeps their order."""
+    def argmax(self, positions: Tensor, **inputs: Any) -> Tensor:
+        """The most likely tokens [M] after the places `positions` [M] of the flattened rows; a soft cap keeps their
+        order.
+        """
         head, text = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        return most_likely(self._hidden(at, inputs), head, vocabulary=text.vocab_size)
+        return most_likely(self._hidden(positions, inputs), head, vocabulary=text.vocab_size)
 
-    def _hidden(self, at: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _hidden(self, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states [M, D] at places of the flattened rows."""
         hidden: Tensor = self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        return hidden.flatten(0, 1)[at]
+        return hidden.flatten(0, 1)[positions]
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ImageTextToText:
 
     name: str
     network: TokenScorer
-    reader: ProcessorReader
+    processor: HFProcessor
     loading: Loading
 
     @property
@@ -96,12 +100,12 @@ class ImageTextToText:
         Raises:
             ValueError: the model makes another number of features than the processor makes tokens.
         """
-        if any(view.made is None for view in views.values()):
+        if any(view.features is None for view in views.values()):
             for _, part in self.encoders():
-                move(part, self.device)  # it may have been put away
+                move_parameters(part, self.device)  # it may have been put away
         return ImageFeatures(
             {
-                key: self._encode(view) if view.made is None else unpacked(view.made, self.device)
+                key: self._encode(view) if view.features is None else unpack_features(view.features, self.device)
                 for key, view in views.items()
             }
         )
@@ -116,9 +120,9 @@ class ImageTextToText:
         """See VisionLanguage."""
         return self.loading.half
 
-    def pack(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
+    def features_as_tensors(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
         """See VisionLanguage."""
-        return {key: packed(found) for key, found in features.images.items()}
+        return {key: pack_features(found) for key, found in features.images.items()}
 
     def encoders(self) -> Sequence[tuple[str, nn.Module]]:
         """See VisionLanguage."""
@@ -127,93 +131,97 @@ class ImageTextToText:
     @cached_property
     def _encoders(self) -> Sequence[tuple[str, nn.Module]]:
         learning = (self._model.get_decoder(), self._model.get_output_embeddings())
-        return tuple(apart(self.network, {id(p) for part in learning for p in part.parameters()}))
+        return tuple(frozen_parts(self.network, {id(p) for part in learning for p in part.parameters()}))
 
     def _encode(self, view: ImageView) -> Any:
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
         given = {k: x.to(self.loading.device) for k, x in view.tensors.items() if k in known}
         with _autocast(self.loading):
-            found = model.get_image_features(**given, return_dict=True)
-        pooled = found.pooler_output
+            output = model.get_image_features(**given, return_dict=True)
+        pooled = output.pooler_output
         number = sum(x.shape[-2] for x in pooled)
-        expected = view.ids.count(self.reader.image_token_id)
+        expected = view.ids.count(self.processor.image_token_id)
         if number != expected:
             raise ValueError(
                 f"model.path: the processor of {self.name} makes {expected} tokens of an image of which the model "
                 f"makes {number} features; it belongs to another model: copy the processor's files anew"
             )
-        found.grid = given.get("image_grid_thw")
+        output.grid = given.get("image_grid_thw")
         # Without the towers' own states, which take more memory than what a decoder reads.
-        return unpacked(packed(found), self.loading.device)
+        return unpack_features(pack_features(output), self.loading.device)
 
     def token_logps(
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
     ) -> Tensor:
         """See VisionLanguage. Only the rows of hidden states before a response's tokens reach the head."""
         mask, wanted = tokens.response_mask, tokens.responses if targets is None else targets
-        at, inputs = self._inputs(tokens, features)
+        positions, inputs = self._inputs(tokens, features)
         with _autocast(self.loading):
-            logps = net(at, wanted[mask], **inputs)
+            logps = net(positions, wanted[mask], **inputs)
         filled = mask.view(*mask.shape, *[1] * (wanted.dim() - 2))
         return torch.zeros(wanted.shape, device=logps.device).masked_scatter(filled, logps)
 
     def _inputs(self, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, Any]]:
         """Where each response's tokens are predicted, row by row, and what the model's forward pass takes."""
-        model, facts = self._model, self.reader.facts
-        forest = forest_of(tokens, facts)
+        model, quirks = self._model, self.processor.quirks
+        packed_mask = build_packed_mask(tokens, quirks)
         # Where nothing is shared, and no padding to be saved, rows stay as they are.
-        if forest.length < tokens.ids.numel() and not self._why_apart(forest.longest):
-            return packed_inputs(model, facts, tokens, forest, features)
+        if packed_mask.length < tokens.ids.numel() and not self._unpacked_reason(packed_mask.longest):
+            return packed_inputs(model, quirks, tokens, packed_mask, features)
         images = [features.images[key] for row in tokens.images for key in row]
-        at = tokens.is_response.flatten().nonzero()[:, 0]
-        return at - 1, decoder_inputs(model, facts, tokens.ids, tokens.mask, tokens.is_response, images)
+        positions = tokens.is_response.flatten().nonzero()[:, 0]
+        return positions - 1, decoder_inputs(model, quirks, tokens.ids, tokens.mask, tokens.is_response, images)
 
-    def _why_apart(self, longest: int) -> str:
-        """Why responses in rows of up to that many tokens run apart; empty if they do not."""
-        return why_apart(self._model.get_decoder(), longest) if self.loading.pack else "train.pack is off"
+    def _unpacked_reason(self, longest: int) -> str | None:
+        """Why responses in rows of up to that many tokens run apart; None if they do not."""
+        return (
+            unpacked_reason(self._model.get_decoder(), longest)
+            if self.loading.pack_responses
+            else "train.pack_responses is off"
+        )
 
     @property
     def packing(self) -> str:
         """See VisionLanguage."""
-        why = self._why_apart(self.reader.max_length)
-        if why and self._why_apart(0):
+        why = self._unpacked_reason(self.processor.max_length)
+        if why and self._unpacked_reason(0):
             return f"packing: off, each response runs with its own prompt and images, since {why}"
         unless = f", unless rows are too long: {why}" if why else ""
         return f"packing: the responses to a prompt share one run of it and its images{unless}"
 
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
         """See VisionLanguage."""
-        at, inputs = self._inputs(tokens, features)
+        positions, inputs = self._inputs(tokens, features)
         with _autocast(self.loading):
-            found = _bare(net).argmax(at, **inputs)
-        return tokens.responses.masked_scatter(tokens.response_mask, found)
+            tokens_found = _unwrap(net).argmax(positions, **inputs)
+        return tokens.responses.masked_scatter(tokens.response_mask, tokens_found)
 
     @property
-    def hides_images(self) -> str:
+    def image_masking_unsupported_reason(self) -> str | None:
         """See VisionLanguage."""
-        return why_not_hidden(self._model)
+        return masking_unsupported_reason(self._model)
 
     def generate(
         self,
         net: nn.Module,
-        prompts: Sequence[TokenRow],
+        prompts: Sequence[TokenizedResponse],
         features: ImageFeatures,
         decoding: Decoding,
         *,
         rows: Sequence[int],
-        draws: Draws,
+        rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
     ) -> list[str]:
         """See VisionLanguage."""
-        if hidden is not None and self.hides_images:
-            raise ValueError(f"model.path: {self.name}: {self.hides_images}; use another model")
+        if hidden is not None and self.image_masking_unsupported_reason:
+            raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
         masks = [None] * len(prompts) if hidden is None else hidden
-        asked = [Prompt(*one) for one in zip(prompts, rows, masks, strict=True)]
+        asked = [GenerationPrompt(*one) for one in zip(prompts, rows, masks, strict=True)]
         with _autocast(self.loading):
-            return generate(_bare(net).model, self.reader, asked, features, decoding, draws)
+            return generate(_unwrap(net).model, self.processor, asked, features, decoding, rng)
 
     @property
-    def usual_targets(self) -> Sequence[str]:
+    def default_lora_targets(self) -> Sequence[str]:
         """All linear layers of the decoder."""
         return linear_names(self._model, self._decoder.removeprefix("model."))
 
@@ -234,7 +242,7 @@ class ImageTextToText:
         shared = {id(p): p for p in self.network.parameters() if id(p) not in learns}
         return copy.deepcopy(self.network, shared).requires_grad_(False).eval()
 
-    def checkpoint_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """See Family."""
         self._model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
@@ -243,14 +251,14 @@ class ImageTextToText:
         layers: nn.ModuleList = net.model.get_decoder().layers
         return list(layers)
 
-    def use_attention(self, wanted: str) -> Choice:
+    def use_attention(self, wanted: str) -> SelectedBackend:
         """See Family. The decoder's; the vision tower stays as it is, and with sdpa the decoder too."""
         decoder = self._model.get_decoder()
         dtype = self.loading.half or torch.float32
-        against = decoders.why_not_xformers(decoder)
-        choice = choose(wanted, self.loading.device, dtype, decoders.head_sizes(decoder), against)
-        if choice.executor != "sdpa":
-            decoders.use(decoder, choice.executor)
+        against = decoders.xformers_unsupported_reason(decoder)
+        choice = select_backend(wanted, self.loading.device, dtype, decoders.head_sizes(decoder), against)
+        if choice.backend != "sdpa":
+            decoders.install(decoder, choice.backend)
         return choice
 
     def save(self, folder: Path, net: nn.Module) -> None:
@@ -258,7 +266,7 @@ class ImageTextToText:
         model: Any = net.model
         model.save_pretrained(folder)
         if not getattr(model, "peft_config", None):
-            self.reader.processor.save_pretrained(folder)
+            self.processor.processor.save_pretrained(folder)
 
     def load_trained(self, folder: Path) -> nn.Module:
         """See Family."""
@@ -267,12 +275,12 @@ class ImageTextToText:
                 self._model.load_adapter(str(folder))
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
-        if (executor := decoders.used(self._model.get_decoder())) is not None:
-            decoders.use(model.get_decoder(), executor)
+        if (executor := decoders.installed(self._model.get_decoder())) is not None:
+            decoders.install(model.get_decoder(), executor)
         return TokenScorer(model.to(self.loading.device).requires_grad_(False).eval())
 
 
-def _bare(net: nn.Module) -> TokenScorer:
+def _unwrap(net: nn.Module) -> TokenScorer:
     """The network itself, which may be wrapped for distribution."""
     return next(part for part in net.modules() if isinstance(part, TokenScorer))
 
@@ -300,13 +308,13 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     _check_processor(path, model, processor)
     text = model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", sys.maxsize)  # a model without positions reads on
-    reader = ProcessorReader(processor, facts(model_type), model.config.image_token_id, longest)
+    prompt_processor = HFProcessor(processor, quirks_of(model_type), model.config.image_token_id, longest)
     _without_dropout(model)
-    if loading.pack:
-        let_pack(model.get_decoder())
+    if loading.pack_responses:
+        enable_packing(model.get_decoder())
     network = TokenScorer(model.to(loading.device).requires_grad_(False).eval())
-    family = ImageTextToText(path, network, reader, loading)
-    _try(family)
+    family = ImageTextToText(path, network, prompt_processor, loading)
+    _check_one_image(family)
     return family
 
 
@@ -320,14 +328,14 @@ def _without_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _try(family: ImageTextToText) -> None:
+def _check_one_image(family: ImageTextToText) -> None:
     """Take one picture through processor and tower: a processor of another model can fit in all that can be compared.
 
     Raises:
         ValueError: the picture's tokens do not match its features, or the tower cannot take what the processor makes.
     """
     try:
-        family.encode_images({"a picture": family.reader.view(Image.new("RGB", (96, 64), "gray"))})
+        family.encode_images({"a picture": family.processor.preprocess_image(Image.new("RGB", (96, 64), "gray"))})
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what fails, and how, depends on both

@@ -17,42 +17,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.attention import Forest, Tree, decoders
+from mmalign.attention import PackedPrefixMask, PrefixGroup, decoders
 from mmalign.families.types import ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
-from mmalign.families.vlm.quirks import Facts
+from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.tokens import Tokens
 
 
-def let_pack(decoder: Any) -> None:
+def enable_packing(decoder: Any) -> None:
     """Give a decoder attention that knows of shared prompts, and leave its other numbers alone; or leave it all."""
-    if not decoders.why_not_packed(decoder, longest=0):
-        with contextlib.suppress(ValueError):  # `why_apart` says so then
-            decoders.use(decoder, "sdpa")
+    if not decoders.packing_unsupported_reason(decoder, longest=0):
+        with contextlib.suppress(ValueError):  # `unpacked_reason` says so then
+            decoders.install(decoder, "sdpa")
 
 
-def why_apart(decoder: Any, longest: int) -> str:
-    """Why a decoder runs the responses of rows of up to that many tokens apart; empty if it packs them."""
-    why = decoders.why_not_packed(decoder, longest)
-    return why or ("" if decoders.used(decoder) else "it computes attention in a way of its own")
+def unpacked_reason(decoder: Any, longest: int) -> str | None:
+    """Why a decoder runs the responses of rows of up to that many tokens apart; None if it packs them."""
+    why = decoders.packing_unsupported_reason(decoder, longest)
+    return why or ("" if decoders.installed(decoder) else "it computes attention in a way of its own")
 
 
-def forest_of(tokens: Tokens, facts: Facts) -> Forest:
+def build_packed_mask(tokens: Tokens, quirks: ModelQuirks) -> PackedPrefixMask:
     """The prompts of rows, each with its responses; equal ones are one object, with all that it has worked out."""
-    both_ways, trees = facts.prefix_attention, list[Tree]()
+    both_ways, trees = quirks.prefix_attention, list[PrefixGroup]()
     for numbers in tokens.by_prompt:
         rows = [tokens.rows[number] for number in numbers]
-        trees.append(Tree(rows[0].start, tuple(len(row.response) for row in rows), both_ways))
-    return _forest(tuple(trees))
+        trees.append(PrefixGroup(rows[0].start, tuple(len(row.response) for row in rows), both_ways))
+    return _cached_mask(tuple(trees))
 
 
 @lru_cache(maxsize=16)  # of a batch, for policy and reference, with and without other images
-def _forest(trees: tuple[Tree, ...]) -> Forest:
-    return Forest(trees)
+def _cached_mask(trees: tuple[PrefixGroup, ...]) -> PackedPrefixMask:
+    return PackedPrefixMask(trees)
 
 
 def packed_inputs(
-    model: Any, facts: Facts, tokens: Tokens, forest: Forest, features: ImageFeatures
+    model: Any, quirks: ModelQuirks, tokens: Tokens, packed_mask: PackedPrefixMask, features: ImageFeatures
 ) -> tuple[Tensor, dict[str, Any]]:
     """Where the responses' tokens are predicted [M], in the order of `tokens`, and what a forward pass takes.
 
@@ -61,9 +61,9 @@ def packed_inputs(
 
     Args:
         model: a model of transformers with a head.
-        facts: of its type.
+        quirks: of its type.
         tokens: the rows apart.
-        forest: of these tokens.
+        packed_mask: of these tokens.
         features: of every image of the rows.
     """
     device, width, prompts = tokens.ids.device, tokens.ids.shape[1], tokens.by_prompt
@@ -71,20 +71,20 @@ def packed_inputs(
     longest = [max(rows, key=lambda row: lengths[row]) for rows in prompts]
     images = [features.images[key] for row in longest for key in tokens.images[row]]
 
-    some = torch.tensor(longest, device=device)
-    ids, mask, is_response = (x[some] for x in (tokens.ids, tokens.mask, tokens.is_response))
-    alone = decoder_inputs(model, facts, ids, mask, is_response, images)
-    positions = model._prepare_position_ids_for_generation(ids, alone) + facts.first_position
+    length = torch.tensor(longest, device=device)
+    ids, mask, is_response = (x[length] for x in (tokens.ids, tokens.mask, tokens.is_response))
+    alone = decoder_inputs(model, quirks, ids, mask, is_response, images)
+    positions = model._prepare_position_ids_for_generation(ids, alone) + quirks.first_position
 
     def joined(starts: list[int]) -> Tensor:
         """Where each token of the packed row is in flattened rows [P], given where these rows begin."""
         order = [row for rows in prompts for row in rows]
-        return forest.join([torch.arange(lengths[row]) + start for row, start in zip(order, starts, strict=True)])
+        return packed_mask.join([torch.arange(lengths[row]) + start for row, start in zip(order, starts, strict=True)])
 
     rows = joined([row * width for rows in prompts for row in rows])
     alike = joined([tree * width for tree, rows in enumerate(prompts) for _ in rows]).to(device)
     ids, is_response = (x.flatten()[rows.to(device)][None] for x in (tokens.ids, tokens.is_response))
-    inputs = decoder_inputs(model, facts, ids, torch.ones_like(ids), is_response, images)
+    inputs = decoder_inputs(model, quirks, ids, torch.ones_like(ids), is_response, images)
     inputs["position_ids"] = positions.flatten(-2)[..., None, alike]
-    places = forest.before[rows[forest.said].argsort()]
-    return places.to(device), inputs | decoders.of(forest, model.get_decoder())
+    places = packed_mask.predictor_positions[rows[packed_mask.target_positions].argsort()]
+    return places.to(device), inputs | decoders.attention_kwargs(packed_mask, model.get_decoder())

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from mmalign.families.types import ImageView
-from mmalign.families.vlm.quirks import Facts
+from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow, Tokens, common_prefix, expand
+from mmalign.language.tokens import TokenizedResponse, Tokens, common_prefix, expand
 
 IMAGE = "<image>"  # an image's place in a turn's text
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # the rest is the image's
@@ -20,68 +20,73 @@ _BEFORE = 16  # tokens before an answer that tell whether it begins with a space
 
 
 @dataclass(frozen=True)
-class ProcessorReader:
+class HFProcessor:
     """A processor of transformers as a Reader; the protocol says what each call does."""
 
     processor: Any
-    facts: Facts
+    quirks: ModelQuirks
     image_token_id: int
     max_length: int
 
     @cached_property
     def placeholder(self) -> str:
         """The text that is an image's place."""
-        return str(getattr(self.processor, self.facts.placeholder))
+        return str(getattr(self.processor, self.quirks.placeholder))
 
     @cached_property
     def _placeholder_id(self) -> int:
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
 
-    def view(self, image: Image.Image) -> ImageView:
+    def preprocess_image(self, image: Image.Image) -> ImageView:
         """See Reader. The image's tokens are what the processor puts between those of the text around it."""
         encoded = self.processor(text=[self.placeholder], images=[[image]], return_tensors="pt")
-        around, ids = self._tokenize(self.facts.written(self.processor, self.placeholder)), encoded["input_ids"][0]
+        around, ids = (
+            self._tokenize(self.quirks.format_prompt(self.processor, self.placeholder)),
+            encoded["input_ids"][0],
+        )
         before = around.index(self._placeholder_id)
         after = len(around) - before - 1
         own = ids[before : len(ids) - after].tolist()
         return ImageView(tuple(own), {k: x for k, x in encoded.items() if k not in _TEXT})
 
-    def rows(
+    def tokenize_responses(
         self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
-    ) -> list[TokenRow]:
+    ) -> list[TokenizedResponse]:
         """See Reader."""
         return self._joint(turns, [self._continuation(turns, response) for response in responses], images)
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = "") -> TokenRow:
+    def tokenize_prompt(
+        self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
+    ) -> TokenizedResponse:
         """See Reader."""
-        said = start.strip()
-        (row,) = self._joint(turns, [self._around(turns, said)[0] + said if said else ""], images)
+        beginning = start.strip()
+        (row,) = self._joint(turns, [self._around(turns, beginning)[0] + beginning if beginning else ""], images)
         return row
 
     def _joint(
         self, turns: Sequence[Turn], continuations: Sequence[str], images: Sequence[tuple[str, ImageView]]
-    ) -> list[TokenRow]:
+    ) -> list[TokenizedResponse]:
         """The prompt tokenised together with what follows it; all rows' responses begin at the same place."""
-        prompt = self.facts.written(self.processor, self._render(turns))
+        prompt = self.quirks.format_prompt(self.processor, self._render(turns))
         views = [view.ids for _, view in images]
         texts = [prompt, *(prompt + continuation for continuation in continuations)]
         ids = [expand(self._tokenize(text), self._placeholder_id, views) for text in texts]
         start, keys = common_prefix(ids), tuple(key for key, _ in images)
-        return [TokenRow(tuple(row), start, keys) for row in ids[1:]]
+        return [TokenizedResponse(tuple(row), start, keys) for row in ids[1:]]
 
-    def text(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """See Reader."""
         # Alone, some tokenizers (SentencePiece) would drop the first word's space.
         before = list(after[-_BEFORE:])
         return self._decode([*before, *ids])[len(self._decode(before)) :]
 
-    def image_places(self, row: TokenRow) -> tuple[int, ...]:
+    def image_token_positions(self, row: TokenizedResponse) -> tuple[int, ...]:
         """See Reader."""
         return tuple(place for place, token in enumerate(row.ids) if token == self.image_token_id)
 
-    def batch(self, rows: Sequence[TokenRow]) -> Tokens:
+    def collate(self, rows: Sequence[TokenizedResponse]) -> Tokens:
         """See Reader."""
-        return Tokens.of(rows, self.pad)
+        return Tokens.from_rows(rows, self.pad)
 
     @property
     def pad(self) -> int:
@@ -115,11 +120,11 @@ class ProcessorReader:
         """The conversation up to where the model answers, or with its answer, in the model's own layout."""
         if not self._template:
             return "\n".join(turn.text for turn in turns).replace(IMAGE, self.placeholder)
-        said = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
+        messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
         if response is not None:
-            said.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
         text: str = self.processor.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=response is None, chat_template=self._template
+            messages, tokenize=False, add_generation_prompt=response is None, chat_template=self._template
         )
         return text
 

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def _as_it_is(processor: Any, text: str) -> str:
+def _unchanged(processor: Any, text: str) -> str:
     return text
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelQuirks:
     """What is particular of a type.
 
     Attributes:
         placeholder: the processor's attribute with the text that is an image's place.
-        written: the text that a processor tokenises in the place of a prompt, given the processor and the prompt.
+        format_prompt: the text that a processor tokenises in the place of a prompt, given the processor and the prompt.
         prefix_attention: the prompt's tokens see one another in both directions; the model must be told where it ends.
         first_position: of a row's tokens, where the model is not told their positions.
     """
 
     placeholder: str = "image_token"
-    written: Callable[[Any, str], str] = _as_it_is
+    format_prompt: Callable[[Any, str], str] = _unchanged
     prefix_attention: bool = False
     first_position: int = 0
 
@@ -39,12 +39,12 @@ def _paligemma(processor: Any, text: str) -> str:
     return f"{processor.image_token * images}{processor.tokenizer.bos_token}{rest}\n"
 
 
-FACTS = {"paligemma": Facts(written=_paligemma, prefix_attention=True, first_position=1)}
+QUIRKS = {"paligemma": ModelQuirks(format_prompt=_paligemma, prefix_attention=True, first_position=1)}
 
 # Types whose logits are not the head's alone, in ways not known here.
 SCALED_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def facts(model_type: str) -> Facts:
+def quirks_of(model_type: str) -> ModelQuirks:
     """The facts of a type."""
-    return FACTS.get(model_type, Facts())
+    return QUIRKS.get(model_type, ModelQuirks())

@@ -15,13 +15,13 @@ from mmalign.families.types import Conditioning
 from mmalign.methods import Step
 from mmalign.methods._pair_loss import PairLossConfig, bound_loss, preference_step
 from mmalign.policy import Scores
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 PAIR = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Clean:
+class CleanPairs:
     """Both images of every pair before they are noised: x_0 [2B, C, H, W], the pair's t [2B], the conditioning [2B]."""
 
     x_0: Tensor
@@ -30,7 +30,7 @@ class Clean:
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisedPairs:
     """What the networks are shown: x_t [2B, C, H, W], t [2B], the conditioning [2B], and the right answer."""
 
     x_t: Tensor
@@ -38,11 +38,11 @@ class Noised:
     target: Tensor
     cond: Conditioning
 
-    def __getitem__(self, rows: slice) -> Noised:
-        return Noised(self.x_t[rows], self.t[rows], self.target[rows], self.cond[rows])
+    def __getitem__(self, rows: slice) -> NoisedPairs:
+        return NoisedPairs(self.x_t[rows], self.t[rows], self.target[rows], self.cond[rows])
 
     @classmethod
-    def cat(cls, parts: Sequence[Noised]) -> Noised:
+    def cat(cls, parts: Sequence[NoisedPairs]) -> NoisedPairs:
         """The rows of all parts."""
         x_t, t, target = (torch.cat([getattr(p, name) for p in parts]) for name in ("x_t", "t", "target"))
         return cls(x_t, t, target, Conditioning.cat([p.cond for p in parts]))
@@ -52,66 +52,66 @@ class Noised:
 class Contrast:
     """A noised pair, the reference's scores of it, and the weight of each pair [B]."""
 
-    view: Noised
+    view: NoisedPairs
     reference: Scores | None
     weights: Tensor
 
 
-def noised(
+def noise_pairs(
     family: TextToImage,
     batch: EncodedPairs,
     caption_dropout: float,
-    draws: Draws,
+    rng: KeyedRNG,
     index: int = 0,
     t: Tensor | None = None,
-) -> Noised:
+) -> NoisedPairs:
     """Both images of every pair at one timestep and under one noise, with one decision about the caption.
 
     The timesteps [B] are drawn, if they are not given.
     """
-    images, schedule = clean(family, batch, caption_dropout, draws, index, t), family.schedule
+    images, schedule = sample_clean_pairs(family, batch, caption_dropout, rng, index, t), family.schedule
     x_0, t = images.x_0, images.t
-    eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(2, 1, 1, 1)
-    return Noised(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
+    eps = rng.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(2, 1, 1, 1)
+    return NoisedPairs(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
 
 
-def clean(
+def sample_clean_pairs(
     family: TextToImage,
     batch: EncodedPairs,
     caption_dropout: float,
-    draws: Draws,
+    rng: KeyedRNG,
     index: int = 0,
     t: Tensor | None = None,
-) -> Clean:
+) -> CleanPairs:
     """Both images of every pair, sampled from their posteriors, with the pair's timestep and caption."""
     device = batch.latents.mean.device
-    sampled = draws.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
+    sampled = rng.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
     x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
-    drawn = family.schedule.draw_time(batch.rows, draws, index) if t is None else t
-    cond = conditioned(family, batch, batch.text, caption_dropout, draws, index)
-    return Clean(x_0, drawn.to(device).repeat(2), cond)
+    timesteps = family.schedule.draw_time(batch.rows, rng, index) if t is None else t
+    cond = pair_conditioning(family, batch, batch.text, caption_dropout, rng, index)
+    return CleanPairs(x_0, timesteps.to(device).repeat(2), cond)
 
 
-def conditioned(
-    family: TextToImage, batch: EncodedPairs, text: Conditioning, caption_dropout: float, draws: Draws, index: int = 0
+def pair_conditioning(
+    family: TextToImage, batch: EncodedPairs, text: Conditioning, caption_dropout: float, rng: KeyedRNG, index: int = 0
 ) -> Conditioning:
     """The conditioning [2B] of both images of every pair under `text` [B], dropped or not by one decision of the pair.
 
     Whatever the text, the same pairs are decided alike.
     """
     if caption_dropout > 0:
-        keep = draws.uniform(batch.rows, (), "caption dropout", index).to(batch.weights.device) >= caption_dropout
+        keep = rng.uniform(batch.rows, (), "caption dropout", index).to(batch.weights.device) >= caption_dropout
         text = text.where(keep, batch.unconditional)
     return family.condition(text.repeat(2), batch.sizes)
 
 
-def denoising_scores(family: TextToImage, net: nn.Module, view: Noised, views: Sequence[str] = PAIR) -> Scores:
+def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, views: Sequence[str] = PAIR) -> Scores:
     """`-1/2 mean(error ** 2)` [B] of the chosen and the rejected images, or of other `views`, one after the other."""
     error = mean_square(family.predict(net, view.x_t, view.t, view.cond), view.target)
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
-def denoising_step(cfg: PairLossConfig, ours: Scores, theirs: Scores, weights: Tensor) -> Step:
+def denoising_step(cfg: PairLossConfig, policy_scores: Scores, reference_scores: Scores, weights: Tensor) -> Step:
     """The pair loss, with the errors that the scores are of."""
-    errors = {f"{side} error": -2 * ours[side].detach() for side in PAIR}
-    return preference_step(bound_loss(cfg), cfg.beta, ours, theirs, weights, errors)
+    errors = {f"{side} error": -2 * policy_scores[side].detach() for side in PAIR}
+    return preference_step(bound_loss(cfg), cfg.beta, policy_scores, reference_scores, weights, errors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmalign.diffusion.guidance import guided
+from mmalign.diffusion.guidance import apply_guidance
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 
@@ -32,12 +32,12 @@ def predict_guided(
     """
     if scale == 1:
         return family.predict(net, x_t, t, cond).float()
-    both = Conditioning.cat([unconditional, cond])
-    without, with_prompt = family.predict(net, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-    return guided(without, with_prompt, scale)
+    conditioning = Conditioning.cat([unconditional, cond])
+    without, with_prompt = family.predict(net, x_t.repeat(2, 1, 1, 1), t.repeat(2), conditioning).chunk(2)
+    return apply_guidance(without, with_prompt, scale)
 
 
-def pictures(family: TextToImage, latents: Tensor) -> Tensor:
+def decode_images(family: TextToImage, latents: Tensor) -> Tensor:
     """Images [N, 3, H, W] of latents [N, C, h, w], decoded some at a time.
 
     All at once, large ones take more memory than the training. As many as have a megapixel together, and eight at most:

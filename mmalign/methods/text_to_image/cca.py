@@ -46,14 +46,14 @@ from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import watched
-from mmalign.methods.text_to_image._denoising import Noised, conditioned, denoising_scores, noised
+from mmalign.methods._pair_loss import preference_metrics
+from mmalign.methods.text_to_image._denoising import NoisedPairs, denoising_scores, noise_pairs, pair_conditioning
 from mmalign.policy import Policy, Scores
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 needs_reference = True
-least_pairs = 2
+min_pairs = 2
 
 PROMPTS = ("matched", "mismatched")
 
@@ -73,35 +73,35 @@ class Config(BaseModel):
 class Contrast:
     """The chosen images under two prompts each, the reference's scores, where the prompts are alike, and weights."""
 
-    view: Noised
+    view: NoisedPairs
     reference: Scores | None
-    alike: Tensor
+    same_condition: Tensor
     weights: Tensor
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: every chosen image with its own prompt, and under the same noise with its neighbour's."""
     family, number = policy.family, len(batch.rows)
-    own = noised(family, batch, cfg.caption_dropout, draws)[:number]
+    own = noise_pairs(family, batch, cfg.caption_dropout, rng)[:number]
     text = batch.text[neighbours(batch.weights)]
-    other = replace(own, cond=conditioned(family, batch, text, cfg.caption_dropout, draws)[:number])
-    view = Noised.cat([own, other])
+    other = replace(own, cond=pair_conditioning(family, batch, text, cfg.caption_dropout, rng)[:number])
+    view = NoisedPairs.cat([own, other])
     scores = policy.on_reference(partial(denoising_scores, family, view=view, views=PROMPTS))
-    return [Contrast(view, scores, alike(own.cond, other.cond), batch.weights)]
+    return [Contrast(view, scores, is_same_condition(own.cond, other.cond), batch.weights)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """The image is likely with its own prompt, and unlikely with the other one."""
-    theirs = contrast.reference
-    assert theirs is not None, "cca needs a reference"
-    ours = denoising_scores(policy.family, policy.model, contrast.view, PROMPTS)
-    sides, reference = (Pair(*(scores[name] for name in PROMPTS)) for scores in (ours, theirs))
-    values = pairwise.cca(sides, reference, contrast.alike, beta=cfg.beta, weight=cfg.weight)
+    reference_scores = contrast.reference
+    assert reference_scores is not None, "cca needs a reference"
+    policy_scores = denoising_scores(policy.family, policy.model, contrast.view, PROMPTS)
+    sides, reference = (Pair(*(scores[name] for name in PROMPTS)) for scores in (policy_scores, reference_scores))
+    values = pairwise.cca(sides, reference, contrast.same_condition, beta=cfg.beta, weight=cfg.weight)
     with torch.no_grad():
-        metrics = {"loss": values.detach(), **watched(cfg.beta * (sides.margin - reference.margin))}
+        metrics = {"loss": values.detach(), **preference_metrics(cfg.beta * (sides.margin - reference.margin))}
         for name in PROMPTS:
-            metrics[f"{name} error"] = -2 * ours[name].detach()
-            metrics[f"{name} gain"] = ours[name].detach() - theirs[name]
+            metrics[f"{name} error"] = -2 * policy_scores[name].detach()
+            metrics[f"{name} gain"] = policy_scores[name].detach() - reference_scores[name]
     return Step(values, contrast.weights, metrics)
 
 
@@ -113,7 +113,7 @@ def neighbours(weights: Tensor) -> Tensor:
     return order
 
 
-def alike(first: Conditioning, second: Conditioning) -> Tensor:
+def is_same_condition(first: Conditioning, second: Conditioning) -> Tensor:
     """Where the network is told the same [N]: equal prompts, or such as are equal once cut, or both dropped."""
     same = [(x == second.tensors[name]).flatten(1).all(1) for name, x in first.tensors.items()]
     return torch.stack(same).all(0)

@@ -12,10 +12,10 @@ by 0.1 to 2 for that reason alone.
 In flow matching t is drawn as the family's schedule says, and the target is the velocity, as in Flow-GRPO's DPO. Its
 errors have another unit, and so has beta: Flow-GRPO has 100 at Stable Diffusion 3.5-medium, and advises 2000 for FLUX.
 
-With `cache_draws: K` a pair has K draws of everything random (t, noise, posterior, dropped caption), epoch after epoch
-in turn. What the reference scores under them is worked out once, before the training, and kept: two numbers a draw. A
-step then costs the policy's run alone, and where all of the network learns no second one is in memory. Fewer draws are
-another estimate of the same loss: a run of at most K epochs has the draws that it has without.
+With `num_cached_draws: K` a pair has K draws of everything random (t, noise, posterior, dropped caption), epoch after
+epoch in turn. What the reference scores under them is worked out once, before the training, and kept: two numbers a
+draw. A step then costs the policy's run alone, and where all of the network learns no second one is in memory. Fewer
+draws are another estimate of the same loss: a run of at most K epochs has the draws that it has without.
 
 2B rows: the chosen images first, then the rejected.
 """
@@ -27,14 +27,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Step, reference_scores
-from mmalign.methods._pair_loss import CacheDraws, PairLossConfig
-from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, denoising_step, noised
+from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig
+from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, denoising_step, noise_pairs
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 
@@ -50,12 +50,12 @@ class Config(PairLossConfig):
         5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script has half of it"
     )
     caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
-    cache_draws: CacheDraws = 0
+    num_cached_draws: NumCachedDraws = 0
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: both images of every pair under the same noise."""
-    view = noised(policy.family, batch, cfg.caption_dropout, draws)
+    view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     scores = reference_scores(policy, batch, partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
 
@@ -63,10 +63,14 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws:
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -> Step:
     """The pair loss on the policy's and the reference's denoising scores."""
     assert contrast.reference is not None, "the method needs a reference"
-    ours = denoising_scores(policy.family, policy.model, contrast.view)
-    return denoising_step(cfg, ours, contrast.reference, contrast.weights)
+    policy_scores = denoising_scores(policy.family, policy.model, contrast.view)
+    return denoising_step(cfg, policy_scores, contrast.reference, contrast.weights)
 
 
-def keeps(cfg: Any) -> Keep | None:
+def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
     """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
-    return Keep(cfg.cache_draws, {"caption_dropout": cfg.caption_dropout}, scores=True) if cfg.cache_draws else None
+    return (
+        PrecomputeSpec(cfg.num_cached_draws, {"caption_dropout": cfg.caption_dropout}, scores=True)
+        if cfg.num_cached_draws
+        else None
+    )

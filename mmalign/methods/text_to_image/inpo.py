@@ -14,8 +14,8 @@ noisier than t. It does so for the first pair's t in the whole batch; here every
 
 Cost of a pair, in forwards of the denoiser on one image (a backward is two): 8 as Diffusion-DPO, and 2 for each hop of
 the inversion, 5.5 hops on average at 10 steps: 19 (the release: 20.8). No gradient is kept of the inversion. With
-`inverter: reference` and `cache_draws: K` a pair has K draws of everything random, epoch after epoch in turn; each is
-inverted once, before the training, and kept on disk: a step then costs what Diffusion-DPO's does. Kept is x_t, in
+`inverter: reference` and `num_cached_draws: K` a pair has K draws of everything random, epoch after epoch in turn; each
+is inverted once, before the training, and kept on disk: a step then costs what Diffusion-DPO's does. Kept is x_t, in
 float32, a draw as much as half of the pair's latents: in float16 the numbers would no longer be those without a cache,
 and near t = 0 the implied noise, which divides by a level of 0.03, would be off by up to 2 %. The reference's scores
 are not kept beside it, so that the reference stays in memory: x_t is worked out pair by pair, and scores in batches.
@@ -29,16 +29,16 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
-from mmalign.methods import keep_singly
-from mmalign.methods._pair_loss import CacheDraws, PairLossConfig
+from mmalign.methods import precompute_per_pair
+from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
-from mmalign.methods.text_to_image._denoising import Clean, Contrast, Noised, denoising_scores
+from mmalign.methods.text_to_image._denoising import CleanPairs, Contrast, NoisedPairs, denoising_scores
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 needs_reference = True
@@ -61,27 +61,28 @@ class Config(PairLossConfig):
     )
     steps: int = Field(10, ge=1, le=1000, description="of an inversion through all times; one to t takes its share")
     eta: float = Field(0.1, ge=0, le=1, description="how much of the noise is fresh; 0 inverts without any")
-    cache_draws: CacheDraws = 0
+    num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _fixed(self) -> Config:
-        if self.cache_draws and self.inverter != "reference":
+        if self.num_cached_draws and self.inverter != "reference":
             raise ValueError(
-                f"cache_draws: {self.cache_draws} keeps what an inverter that learns would not make again; use "
+                f"num_cached_draws: {self.num_cached_draws} keeps what an inverter that learns would not make again; "
+                "use "
                 "inverter: reference, or leave it out"
             )
         return self
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: both images of every pair, inverted to the pair's t."""
-    clean = _denoising.clean(policy.family, batch, cfg.caption_dropout, draws)
-    if keeps(cfg):
-        kept = batch.kept or keep_singly(keep, policy, batch, cfg, draws)
-        x_t = kept["x_t"].transpose(0, 1).flatten(0, 1)
+    clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
+    if precompute_spec(cfg):
+        precomputed = batch.precomputed or precompute_per_pair(precompute, policy, batch, cfg, rng)
+        x_t = precomputed["x_t"].transpose(0, 1).flatten(0, 1)
     else:
-        x_t = inverted(policy, batch, clean, cfg, draws)
-    view = seen(policy.family, clean, x_t)
+        x_t = invert_pairs(policy, batch, clean, cfg, rng)
+    view = to_noised(policy.family, clean, x_t)
     scores = policy.on_reference(partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
 
@@ -89,26 +90,28 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws:
 loss = diffusion_dpo.loss
 
 
-def keeps(cfg: Any) -> Keep | None:
+def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
     """What an inversion depends on besides pair, draws and reference; None where nothing is to be kept."""
     settings = {name: getattr(cfg, name) for name in ("caption_dropout", "inversion", "steps", "eta")}
-    return Keep(cfg.cache_draws, settings) if cfg.cache_draws else None
+    return PrecomputeSpec(cfg.num_cached_draws, settings) if cfg.num_cached_draws else None
 
 
-def keep(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
     """x_t of both images [B, 2, C, H, W]: all that costs; the noise that it implies follows from it."""
-    clean = _denoising.clean(policy.family, batch, cfg.caption_dropout, draws)
-    x_t = inverted(policy, batch, clean, cfg, draws)
+    clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
+    x_t = invert_pairs(policy, batch, clean, cfg, rng)
     return {"x_t": x_t.view(2, -1, *x_t.shape[1:]).transpose(0, 1)}
 
 
-def inverted(policy: Policy[TextToImage], batch: EncodedPairs, clean: Clean, cfg: Any, draws: Draws) -> Tensor:
+def invert_pairs(
+    policy: Policy[TextToImage], batch: EncodedPairs, clean: CleanPairs, cfg: Any, rng: KeyedRNG
+) -> Tensor:
     """x_t [2B, C, H, W] of the images, by the bare network of the policy or of the reference."""
     schedule = policy.family.schedule
     way = {"exact": inversion.exact, "release": inversion.release}[cfg.inversion]
 
     def fresh(number: int) -> Tensor:
-        z = draws.normal(batch.rows, (2, *clean.x_0.shape[1:]), "inversion", number)
+        z = rng.normal(batch.rows, (2, *clean.x_0.shape[1:]), "inversion", number)
         return z.transpose(0, 1).flatten(0, 1).to(clean.x_0.device)
 
     def run(net: nn.Module) -> Tensor:
@@ -123,7 +126,7 @@ def inverted(policy: Policy[TextToImage], batch: EncodedPairs, clean: Clean, cfg
     return x_t
 
 
-def seen(family: TextToImage, clean: Clean, x_t: Tensor) -> Noised:
+def to_noised(family: TextToImage, clean: CleanPairs, x_t: Tensor) -> NoisedPairs:
     """What the networks are shown: x_t, and the noise that it implies as the schedule's own target."""
     eps = inversion.implied_noise(family.schedule, x_t, clean.x_0, clean.t)
-    return Noised(x_t, clean.t, family.schedule.target(clean.x_0, eps, clean.t), clean.cond)
+    return NoisedPairs(x_t, clean.t, family.schedule.target(clean.x_0, eps, clean.t), clean.cond)

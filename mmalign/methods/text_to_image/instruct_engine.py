@@ -11,7 +11,7 @@ is Diffusion-DPO's. There is no caption dropout: without their prompts the first
 with itself, and the last two contradict each other.
 
 Data: rows in which the chosen image shows `prompt` and the rejected image `rejected_prompt`. Both are good images of
-their own prompts. 4B rows in one run of the network, twice as many as Diffusion-DPO's; `cache_draws` is its.
+their own prompts. 4B rows in one run of the network, twice as many as Diffusion-DPO's; `num_cached_draws` is its.
 """
 
 from __future__ import annotations
@@ -23,19 +23,25 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Step, reference_scores
-from mmalign.methods._pair_loss import CacheDraws, PairLossConfig, bound_loss, watched
-from mmalign.methods.text_to_image._denoising import Contrast, Noised, conditioned, denoising_scores, noised
+from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig, bound_loss, preference_metrics
+from mmalign.methods.text_to_image._denoising import (
+    Contrast,
+    NoisedPairs,
+    denoising_scores,
+    noise_pairs,
+    pair_conditioning,
+)
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 needs_reference = True
-needs_two_prompts = True
+needs_prompt_pairs = True
 
 GRID = ("x1 y1", "x2 y1", "x1 y2", "x2 y2")
 COMPARED = (("x1 y1", "x1 y2"), ("x2 y2", "x2 y1"), ("x1 y1", "x2 y1"), ("x2 y2", "x1 y2"))  # better, worse
@@ -54,7 +60,7 @@ class Config(PairLossConfig):
         description="of the comparisons: prompts under the first image, and under the second; images under the first "
         "prompt, and under the second",
     )
-    cache_draws: CacheDraws = 0
+    num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _compares(self) -> Config:
@@ -63,37 +69,42 @@ class Config(PairLossConfig):
         return self
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: both images of every pair, under one noise, with either prompt."""
     family = policy.family
     assert batch.rejected_text is not None, "instruct_engine needs two prompts"
-    first = noised(family, batch, 0.0, draws)
-    second = replace(first, cond=conditioned(family, batch, batch.rejected_text, 0.0, draws))
-    view = Noised.cat([first, second])
+    first = noise_pairs(family, batch, 0.0, rng)
+    second = replace(first, cond=pair_conditioning(family, batch, batch.rejected_text, 0.0, rng))
+    view = NoisedPairs.cat([first, second])
     scores = reference_scores(policy, batch, partial(denoising_scores, family, view=view, views=GRID))
     return [Contrast(view, scores, batch.weights)]
 
 
-def keeps(cfg: Any) -> Keep | None:
+def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
     """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
-    return Keep(cfg.cache_draws, {}, scores=True) if cfg.cache_draws else None
+    return PrecomputeSpec(cfg.num_cached_draws, {}, scores=True) if cfg.num_cached_draws else None
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """The weighted comparisons of the grid."""
-    theirs, link = contrast.reference, bound_loss(cfg)
-    assert theirs is not None, "instruct_engine needs a reference"
-    ours = denoising_scores(policy.family, policy.model, contrast.view, GRID)
-    compared = [[Pair(scores[a], scores[b]) for scores in (ours, theirs)] for a, b in COMPARED]
+    reference_scores, link = contrast.reference, bound_loss(cfg)
+    assert reference_scores is not None, "instruct_engine needs a reference"
+    policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
+    compared = [[Pair(scores[a], scores[b]) for scores in (policy_scores, reference_scores)] for a, b in COMPARED]
     weights = torch.tensor(cfg.weights, device=contrast.weights.device)[:, None]
     values = (weights * torch.stack([link(policy, reference) for policy, reference in compared])).sum(0)
     with torch.no_grad():
         share = weights / weights.sum()
         z = torch.stack([cfg.beta * (policy.margin - reference.margin) for policy, reference in compared])
-        metrics = {"loss": values.detach(), **{name: (share * each).sum(0) for name, each in watched(z).items()}}
+        metrics = {
+            "loss": values.detach(),
+            **{name: (share * each).sum(0) for name, each in preference_metrics(z).items()},
+        }
         for side, views in SIDES.items():
-            metrics[f"{side} error"] = -torch.stack([2 * ours[view] for view in views]).mean(0)
-            metrics[f"{side} gain"] = torch.stack([ours[view] - theirs[view] for view in views]).mean(0)
-        right = watched(z)["accuracy"]
+            metrics[f"{side} error"] = -torch.stack([2 * policy_scores[view] for view in views]).mean(0)
+            metrics[f"{side} gain"] = torch.stack(
+                [policy_scores[view] - reference_scores[view] for view in views]
+            ).mean(0)
+        right = preference_metrics(z)["accuracy"]
         metrics |= {"prompt accuracy": right[:2].mean(0), "image accuracy": right[2:].mean(0)}
     return Step(values, contrast.weights, metrics)

@@ -28,9 +28,9 @@ from mmalign.diffusion.noise import Schedule
 from mmalign.families.base import TextToImage
 from mmalign.losses import pairwise
 from mmalign.methods import Step
-from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, noised
+from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, noise_pairs
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 needs_reference = False
@@ -53,9 +53,9 @@ class Config(BaseModel):
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """What Diffusion-DPO shows, without a reference's scores."""
-    return [Contrast(noised(policy.family, batch, cfg.caption_dropout, draws), None, batch.weights)]
+    return [Contrast(noise_pairs(policy.family, batch, cfg.caption_dropout, rng), None, batch.weights)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:

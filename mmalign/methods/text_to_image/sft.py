@@ -13,9 +13,9 @@ from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
 from mmalign.methods import Step
-from mmalign.methods.text_to_image._denoising import Contrast, noised
+from mmalign.methods.text_to_image._denoising import Contrast, noise_pairs
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 needs_reference = False
@@ -30,9 +30,9 @@ class Config(BaseModel):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """The chosen half of what Diffusion-DPO would show, so that a comparison sees the same images and noise."""
-    view = noised(policy.family, batch, cfg.caption_dropout, draws)
+    view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     return [Contrast(view[: len(batch.rows)], None, batch.weights)]
 
 

@@ -14,7 +14,8 @@ the best is paired with the one of the same time that led to the worst; they sha
 The loss is mean, not sum, over elements: `beta` and `clip` belong to that. A pair's reference scores are two numbers,
 computed when it is made; the loss runs the policy once for both sides where they share x_t, so a pair costs two passes
 (guidance doubles them) where the release takes eight with gradients for half of them. The release builds the list of
-what it clips from a spent iterator, so that its gradients were never clipped: `train.clip: null` does as it did.
+what it clips from a spent iterator, so that its gradients were never clipped: `train.max_grad_norm: null` does as it
+did.
 
 B prompts, K candidates, P pairs, M places that steps begin in; C, H, W a latent's channels, height and width.
 """
@@ -31,7 +32,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mmalign.config import JudgeConfig
+from mmalign.config import RewardConfig
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, grid, step, timestep
 from mmalign.families.base import TextToImage
@@ -40,15 +41,15 @@ from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise as losses
 from mmalign.methods import Step
 from mmalign.methods._pair_loss import preference_step
-from mmalign.methods.text_to_image._images import pictures, predict_guided
+from mmalign.methods.text_to_image._images import decode_images, predict_guided
 from mmalign.policy import Policy, Scores
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
 needs_reference = True
 learns_from = "prompts"
-made_nothing = (
-    "the judge was sure of no pair; lower method.threshold, look at the judge (method.judge), or begin later "
+hint_if_empty = (
+    "the judge was sure of no pair; lower method.threshold, look at the judge (method.reward), or begin later "
     "(method.start), where images can be told apart"
 )
 
@@ -59,7 +60,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["spo"] = "spo"
-    judge: JudgeConfig = Field(description="scores the images that are predicted on the way, best a step_aware one")
+    reward: RewardConfig = Field(description="scores the images that are predicted on the way, best a step_aware one")
     beta: float = Field(10.0, gt=0, description="in units of one over a mean log-probability")
     clip: float = Field(0.1, gt=0, lt=1, description="how far a likelihood ratio may go from 1 and still learn")
     steps: int = Field(20, ge=1, description="of the sampler")
@@ -88,13 +89,13 @@ class Preferred(NamedTuple):
 
     Attributes:
         prompt: which of the batch.
-        at: the number of the step.
+        step_index: the number of the step.
         start: where they begin: one place [1, C, H, W], or the chosen step's and the rejected one's [2, C, H, W].
         to: where they lead [2, C, H, W], likewise.
     """
 
     prompt: int
-    at: int
+    step_index: int
     start: Tensor
     to: Tensor
 
@@ -109,7 +110,7 @@ class Transitions:
         prev: the times that the steps go to [M].
         cond: the conditioning [M].
         unconditional: the conditioning without a prompt [M].
-        of: which place each step begins in [2P], the chosen ones first.
+        source: which place each step begins in [2P], the chosen ones first.
         to: where it leads [2P, C, H, W].
     """
 
@@ -118,7 +119,7 @@ class Transitions:
     prev: Tensor
     cond: Conditioning
     unconditional: Conditioning
-    of: Tensor
+    source: Tensor
     to: Tensor
 
 
@@ -129,22 +130,22 @@ class Contrast:
     view: Transitions
     reference: Scores | None
     weights: Tensor
-    sure: float
+    confident_fraction: float
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Draw an image for every prompt, and compare its possible steps; pairs of all steps in an order drawn by key.
 
     Always `steps - start` contrasts of at most B pairs, so that every process has as many: the first ones have no pair,
     but a single one of weight 0, where the judge was not sure often enough.
     """
-    pairs = list(compared(policy, batch, cfg, draws))
-    asked = (cfg.steps - cfg.start) * int((batch.weights > 0).sum())
-    order = draws.uniform(batch.rows, (cfg.steps,), "order")
-    pairs.sort(key=lambda pair: float(order[pair.prompt, pair.at]))
+    pairs = list(preferred_steps(policy, batch, cfg, rng))
+    num_comparisons = (cfg.steps - cfg.start) * int((batch.weights > 0).sum())
+    order = rng.uniform(batch.rows, (cfg.steps,), "order")
+    pairs.sort(key=lambda pair: float(order[pair.prompt, pair.step_index]))
     rest, full = iter(pairs), list[Contrast]()
-    while some := list(islice(rest, len(batch.rows))):
-        full.append(_contrast(policy, batch, cfg, some, 1.0, len(pairs) / asked))
+    while chunk := list(islice(rest, len(batch.rows))):
+        full.append(_contrast(policy, batch, cfg, chunk, 1.0, len(pairs) / num_comparisons))
     nowhere = torch.zeros(1, *batch.shape, device=batch.weights.device)
     nothing = [Preferred(0, cfg.start, nowhere, nowhere.repeat(2, 1, 1, 1))]
     # Empty ones first: a checkpoint is written after an update, where nothing of the batch is left.
@@ -155,41 +156,43 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, d
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """The clipped pair loss on the policy's and the reference's log-probabilities of the steps."""
     assert contrast.reference is not None, "spo needs a reference"
-    ours, theirs = step_scores(policy.family, cfg, contrast.view, policy.model), contrast.reference
+    policy_scores, reference_scores = step_scores(policy.family, cfg, contrast.view, policy.model), contrast.reference
     link = partial(losses.clipped_dpo, beta=cfg.beta, clip=cfg.clip)
     with torch.no_grad():
-        ratios = torch.stack([(ours[side] - theirs[side]).exp() for side in ("chosen", "rejected")])
+        ratios = torch.stack([(policy_scores[side] - reference_scores[side]).exp() for side in ("chosen", "rejected")])
         clipped = ((ratios - 1).abs() > cfg.clip).float().mean(0)
-        more = {"clipped": clipped, "sure": torch.full_like(clipped, contrast.sure)}
-    return preference_step(link, cfg.beta, ours, theirs, contrast.weights, more)
+        more = {"clipped": clipped, "sure": torch.full_like(clipped, contrast.confident_fraction)}
+    return preference_step(link, cfg.beta, policy_scores, reference_scores, contrast.weights, more)
 
 
 def step_scores(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Scores:
     """The mean log-probability [P] of the chosen and the rejected steps, by one guided prediction for each place."""
     prediction = predict_guided(family, net, view.x_t, view.t, view.cond, view.unconditional, cfg.guidance)
     law = step(family.schedule, prediction, view.x_t, view.t, view.prev, cfg.eta)
-    chosen, rejected = Gaussian(law.mean[view.of], law.std[view.of]).log_prob(view.to).chunk(2)
+    chosen, rejected = Gaussian(law.mean[view.source], law.std[view.source]).log_prob(view.to).chunk(2)
     return {"chosen": chosen, "rejected": rejected}
 
 
-def compared(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, draws: Draws) -> Iterator[Preferred]:
+def preferred_steps(
+    policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG
+) -> Iterator[Preferred]:
     """The pairs of steps that the judge is sure of, on the way of one image for every prompt."""
-    walk = _Walk(policy, batch, cfg, draws)
-    x = draws.normal(batch.rows, batch.shape, "start").to(walk.device)
-    for at in range(cfg.start):
-        x = walk.steps(x[None], at, walk.predict(x[None], at))[0]
-    here, everyone = walk.predict(x[None], cfg.start), torch.arange(len(x), device=walk.device)
-    for at in range(cfg.start, cfg.steps, cfg.inner_steps + 1):
-        path, there = walk.branches(x, at, here)
-        best, worst, sure = best_and_worst(walk.judged(path[-1], at + len(path), there), cfg.threshold)
+    walk = _Walk(policy, batch, cfg, rng)
+    x = rng.normal(batch.rows, batch.shape, "start").to(walk.device)
+    for step_index in range(cfg.start):
+        x = walk.steps(x[None], step_index, walk.predict(x[None], step_index))[0]
+    prediction, everyone = walk.predict(x[None], cfg.start), torch.arange(len(x), device=walk.device)
+    for step_index in range(cfg.start, cfg.steps, cfg.inner_steps + 1):
+        path, predictions = walk.branches(x, step_index, prediction)
+        best, worst, sure = best_and_worst(walk.judged(path[-1], step_index + len(path), predictions), cfg.threshold)
         for b in (sure & (batch.weights > 0)).nonzero().flatten().tolist():
             sides = torch.stack([best[b], worst[b]])
             places = [x[b][None], *(place[sides, b] for place in path)]
             for k, (start, to) in enumerate(pairwise(places)):
-                yield Preferred(b, at + k, start, to)
-        survivor = draws.integers(batch.rows, 0, cfg.candidates, "survivor", at).to(walk.device)
+                yield Preferred(b, step_index + k, start, to)
+        survivor = rng.integers(batch.rows, 0, cfg.candidates, "survivor", step_index).to(walk.device)
         x = path[-1][survivor, everyone]
-        here = there[survivor, everyone][None] if there is not None else here
+        prediction = predictions[survivor, everyone][None] if predictions is not None else prediction
 
 
 def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +212,7 @@ def _contrast(
     sizes = [len(pair.start) for pair in pairs]
     first = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)  # each pair's first place among all
     last = first + torch.tensor(sizes) - 1
-    numbers = torch.tensor([pair.at for pair in pairs]).repeat_interleave(torch.tensor(sizes))
+    numbers = torch.tensor([pair.step_index for pair in pairs]).repeat_interleave(torch.tensor(sizes))
     prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(torch.tensor(sizes)).to(device)
     times, text = grid(policy.family.schedule, cfg.steps), batch.text[prompts]
     view = Transitions(
@@ -218,54 +221,58 @@ def _contrast(
         prev=times[numbers + 1].to(device),
         cond=policy.family.condition(text, batch.sizes[prompts]),
         unconditional=policy.family.condition(repeat_rows(batch.unconditional, len(text)), batch.sizes[prompts]),
-        of=torch.cat([first, last]).to(device),
+        source=torch.cat([first, last]).to(device),
         to=torch.stack([pair.to for pair in pairs], 1).flatten(0, 1),
     )
-    theirs = policy.on_reference(partial(step_scores, policy.family, cfg, view))
-    return Contrast(view, theirs, torch.full((len(pairs),), weight, device=device), sure)
+    reference_scores = policy.on_reference(partial(step_scores, policy.family, cfg, view))
+    return Contrast(view, reference_scores, torch.full((len(pairs),), weight, device=device), sure)
 
 
 class _Walk:
     """Steps of the policy from a batch's noise to its images: rows are k for each of the B prompts, [k, B, ...]."""
 
-    def __init__(self, policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, draws: Draws) -> None:
-        self.family, self.net, self.batch, self.cfg, self.draws = policy.family, policy.unwrapped, batch, cfg, draws
+    def __init__(self, policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> None:
+        self.family, self.net, self.batch, self.cfg, self.rng = policy.family, policy.unwrapped, batch, cfg, rng
         self.device = batch.weights.device
         self.times = grid(self.family.schedule, cfg.steps).to(self.device)
         empty = repeat_rows(batch.unconditional, len(batch.rows))
         self.cond = self.family.condition(batch.text, batch.sizes)
         self.unconditional = self.family.condition(empty, batch.sizes)
 
-    def predict(self, x: Tensor, at: int) -> Tensor:
-        """The guided prediction [k, B, C, H, W] before step `at`."""
+    def predict(self, x: Tensor, step_index: int) -> Tensor:
+        """The guided prediction [k, B, C, H, W] before step `step_index`."""
         k, flat = len(x), x.flatten(0, 1)
         cond, unconditional = self.cond.repeat(k), self.unconditional.repeat(k)
-        t = self.times[at].expand(len(flat))
-        found = predict_guided(self.family, self.net, flat, t, cond, unconditional, self.cfg.guidance)
-        return found.view_as(x)
+        t = self.times[step_index].expand(len(flat))
+        prediction = predict_guided(self.family, self.net, flat, t, cond, unconditional, self.cfg.guidance)
+        return prediction.view_as(x)
 
-    def steps(self, x: Tensor, at: int, prediction: Tensor, candidates: int = 1) -> Tensor:
-        """Where step `at` leads, with noise by key: from [k, B, ...] to [k, B, ...], or from one to candidates."""
+    def steps(self, x: Tensor, step_index: int, prediction: Tensor, candidates: int = 1) -> Tensor:
+        """Where step `step_index` leads, with noise by key: from [k, B, ...] to [k, B, ...], or from one to
+        candidates.
+        """
         k = max(len(x), candidates)
-        t, prev = (self.times[i].expand(x.shape[0] * x.shape[1]) for i in (at, at + 1))
+        t, prev = (self.times[i].expand(x.shape[0] * x.shape[1]) for i in (step_index, step_index + 1))
         law = step(self.family.schedule, prediction.flatten(0, 1), x.flatten(0, 1), t, prev, self.cfg.eta)
-        noise = self.draws.normal(self.batch.rows, (k, *self.batch.shape), "step", at).to(self.device).transpose(0, 1)
+        noise = (
+            self.rng.normal(self.batch.rows, (k, *self.batch.shape), "step", step_index).to(self.device).transpose(0, 1)
+        )
         return law.mean.view_as(x) + law.std.view(*x.shape[:2], 1, 1, 1) * noise
 
-    def branches(self, x: Tensor, at: int, prediction: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def branches(self, x: Tensor, step_index: int, prediction: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """All places [K, B, C, H, W] on the candidates' ways, and the predictions at their ends; none for images."""
-        path = [self.steps(x[None], at, prediction, self.cfg.candidates)]
-        for k in range(at + 1, at + 1 + self.cfg.inner_steps):
+        path = [self.steps(x[None], step_index, prediction, self.cfg.candidates)]
+        for k in range(step_index + 1, step_index + 1 + self.cfg.inner_steps):
             path.append(self.steps(path[-1], k, self.predict(path[-1], k)))
-        end = at + len(path)
+        end = step_index + len(path)
         return path, self.predict(path[-1], end) if end < self.cfg.steps else None
 
-    def judged(self, x: Tensor, at: int, prediction: Tensor | None) -> Tensor:
-        """The judge's scores [K, B] of the clean images predicted before step `at`, or of finished ones."""
-        assert self.batch.judge is not None, "spo needs a judge"
+    def judged(self, x: Tensor, step_index: int, prediction: Tensor | None) -> Tensor:
+        """The judge's scores [K, B] of the clean images predicted before step `step_index`, or of finished ones."""
+        assert self.batch.reward_model is not None, "spo needs a judge"
         schedule, flat = self.family.schedule, x.flatten(0, 1)
-        t = self.times[at].expand(len(flat))
+        t = self.times[step_index].expand(len(flat))
         clean = flat if prediction is None else schedule.to_clean(prediction.flatten(0, 1), flat, t)
-        images = to_pil(pictures(self.family, clean))
-        scores = self.batch.judge(images, list(self.batch.prompts) * len(x), timestep(schedule, t))
+        images = to_pil(decode_images(self.family, clean))
+        scores = self.batch.reward_model(images, list(self.batch.prompts) * len(x), timestep(schedule, t))
         return scores.to(self.device).view(len(x), len(self.batch.rows))

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mmalign.config import JudgeConfig
+from mmalign.config import RewardConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.steps import any_time, timestep
 from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
@@ -35,14 +35,14 @@ from mmalign.families.step_judge import StepJudge
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Step
-from mmalign.methods.text_to_image._denoising import noised
-from mmalign.methods.text_to_image._images import pictures, predict_guided
+from mmalign.methods.text_to_image._denoising import noise_pairs
+from mmalign.methods.text_to_image._images import decode_images, predict_guided
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "step_judge"
 needs_reference = False
-needs_decoder = True
+needs_vae_decoder = True
 
 
 class Config(BaseModel):
@@ -52,8 +52,8 @@ class Config(BaseModel):
 
     name: Literal["step_preference"] = "step_preference"
     guidance: float = Field(5.0, ge=1, description="of the predictions, as in the sampling that the judge is for")
-    judge: JudgeConfig | None = Field(None, description="labels the pairs anew, by their clean images")
-    sure: float = Field(0.1, ge=0, lt=1, description="the difference of its probabilities that is no tie")
+    reward: RewardConfig | None = Field(None, description="labels the pairs anew, by their clean images")
+    tie_margin: float = Field(0.1, ge=0, lt=1, description="the difference of its probabilities that is no tie")
 
 
 @dataclass(frozen=True)
@@ -67,35 +67,35 @@ class Contrast:
     weights: Tensor
 
 
-def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: what the frozen model sees in both images of every pair under the same noise."""
     family = policy.family
-    images, t = predicted(family, batch, cfg.guidance, draws)
+    images, t = predict_images(family, batch, cfg.guidance, rng)
     return [
         Contrast(family.pixels(images), t, family.tokens(batch.prompts), _shares(family, batch, cfg), batch.weights)
     ]
 
 
-def predicted(
-    family: StepJudge, batch: EncodedPairs, guidance: float, draws: Draws, t: Tensor | None = None
+def predict_images(
+    family: StepJudge, batch: EncodedPairs, guidance: float, rng: KeyedRNG, t: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Images [2B, 3, H, W] predicted from noisy ones, and their timesteps [2B]; at given times [B], or drawn ones."""
     painter = family.denoiser
-    t = any_time(painter.schedule, batch.rows, draws) if t is None else t
-    view = noised(painter, batch, 0.0, draws, t=t)
+    t = any_time(painter.schedule, batch.rows, rng) if t is None else t
+    view = noise_pairs(painter, batch, 0.0, rng, t=t)
     empty = painter.condition(repeat_rows(batch.unconditional, len(view.t)), batch.sizes)
     answer = predict_guided(painter, painter.network, view.x_t, view.t, view.cond, empty, guidance)
     clean = painter.schedule.to_clean(answer, view.x_t, view.t)
-    return pictures(painter, clean), timestep(painter.schedule, view.t)
+    return decode_images(painter, clean), timestep(painter.schedule, view.t)
 
 
 def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
     """How much the first image of each pair is preferred [B]: 1 or 0, or 1/2 in a tie."""
-    if batch.judge is None:
+    if batch.reward_model is None:
         return torch.ones_like(batch.weights)
-    clean = to_pil(pictures(family.denoiser, batch.latents.mean))
-    chosen, rejected = batch.judge(clean, list(batch.prompts) * 2).to(batch.weights).chunk(2)
-    sure = torch.tanh((chosen - rejected).abs() / 2) > cfg.sure
+    clean = to_pil(decode_images(family.denoiser, batch.latents.mean))
+    chosen, rejected = batch.reward_model(clean, list(batch.prompts) * 2).to(batch.weights).chunk(2)
+    sure = torch.tanh((chosen - rejected).abs() / 2) > cfg.tie_margin
     return torch.where(sure, (chosen > rejected).float(), 0.5)
 
 

@@ -12,10 +12,12 @@ from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures, ImageView
 from mmalign.language.tokens import Tokens
 
-Change = Callable[[Image.Image, int, int], Image.Image]
+ImageChange = Callable[[Image.Image, int, int], Image.Image]
 
 
-def disturbed(family: VisionLanguage, batch: EncodedResponses, change: Change) -> tuple[Tokens, ImageFeatures]:
+def with_changed_images(
+    family: VisionLanguage, batch: EncodedResponses, change: ImageChange
+) -> tuple[Tokens, ImageFeatures]:
     """The chosen rows [B] with disturbed images in their prompts, and the features of these images.
 
     Args:
@@ -27,6 +29,9 @@ def disturbed(family: VisionLanguage, batch: EncodedResponses, change: Change) -
     chosen, views, keys = batch.tokens[: len(batch.rows)], dict[str, ImageView](), list[tuple[str, ...]]()
     for row, images in zip(batch.rows, chosen.images, strict=True):
         named = [(f"{key}, disturbed for {row}, {place}", place, key) for place, key in enumerate(images)]
-        views |= {new: family.reader.view(change(batch.pictures[key], row, place)) for new, place, key in named}
+        views |= {
+            new: family.processor.preprocess_image(change(batch.decoded_images[key], row, place))
+            for new, place, key in named
+        }
         keys.append(tuple(new for new, _, _ in named))
     return replace(chosen, images=tuple(keys)), family.encode_images(views)

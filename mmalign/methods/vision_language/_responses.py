@@ -70,19 +70,21 @@ def view_scores(
     else:
         each = scores.mean(logps, mask) if mean else scores.total(logps, mask)
     pairs = len(logps) // len(views)
-    found = dict(zip(views, each.chunk(len(views)), strict=True))
-    return {**found, TOKEN: scores.mean(logps[:pairs], mask[:pairs])}
+    result = dict(zip(views, each.chunk(len(views)), strict=True))
+    return {**result, TOKEN: scores.mean(logps[:pairs], mask[:pairs])}
 
 
-def against(link: PairLoss, ours: Scores, theirs: Scores, view: str) -> Tensor:
+def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: Scores, view: str) -> Tensor:
     """The pair loss [B] that prefers the chosen responses to another view."""
-    return link(Pair(ours["chosen"], ours[view]), Pair(theirs["chosen"], theirs[view]))
+    return link(
+        Pair(policy_scores["chosen"], policy_scores[view]), Pair(reference_scores["chosen"], reference_scores[view])
+    )
 
 
 def response_step(
     cfg: ResponseLossConfig,
-    ours: Scores,
-    theirs: Scores,
+    policy_scores: Scores,
+    reference_scores: Scores,
     batch: EncodedResponses,
     terms: Mapping[str, Tensor] | None = None,
 ) -> Step:
@@ -90,20 +92,22 @@ def response_step(
 
     Args:
         cfg: which pair loss, and the weight of the chosen responses' likelihood, which is added here.
-        ours: the policy's scores.
-        theirs: the reference's.
+        policy_scores: the policy's scores.
+        reference_scores: the reference's.
         batch: the pairs.
         terms: what the loss is a sum of, each [B], by name; the pair loss on chosen and rejected if not given.
     """
-    pairs, counts = len(batch.rows), batch.tokens.counts.float()
-    views = [view for view in ours if view != TOKEN]
-    more = {f"{view} log-probability": ours[view].detach() for view in views}
+    pairs, counts = len(batch.rows), batch.tokens.num_tokens.float()
+    views = [view for view in policy_scores if view != TOKEN]
+    more = {f"{view} log-probability": policy_scores[view].detach() for view in views}
     more |= {"chosen tokens": counts[:pairs], "rejected tokens": counts[pairs : 2 * pairs]}
-    more |= {f"{view} gain": (ours[view] - theirs[view]).detach() for view in views if view not in PAIR}
-    step = preference_step(bound_loss(cfg), cfg.beta, ours, theirs, batch.weights, more)
+    more |= {
+        f"{view} gain": (policy_scores[view] - reference_scores[view]).detach() for view in views if view not in PAIR
+    }
+    step = preference_step(bound_loss(cfg), cfg.beta, policy_scores, reference_scores, batch.weights, more)
     losses = step.losses if terms is None else torch.stack(list(terms.values())).sum(0)
-    told = {name: term.detach() for name, term in (terms or {}).items()}
+    terms_detached = {name: term.detach() for name, term in (terms or {}).items()}
     if cfg.nll:
-        losses = losses - cfg.nll * ours[TOKEN]
-        told["nll"] = -ours[TOKEN].detach()
-    return replace(step, losses=losses, metrics={**step.metrics, **told, "loss": losses.detach()})
+        losses = losses - cfg.nll * policy_scores[TOKEN]
+        terms_detached["nll"] = -policy_scores[TOKEN].detach()
+    return replace(step, losses=losses, metrics={**step.metrics, **terms_detached, "loss": losses.detach()})

@@ -31,29 +31,37 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.config import Bdhs, Section
-from mmalign.data.caches.precompute import Keep
+from mmalign.config import BdhsConfig, Section
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Decoding
 from mmalign.language.objects import Vocabulary
-from mmalign.language.tokens import TokenRow, cut_tail
+from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
-from mmalign.methods import Step, asked_for, reference_scores
+from mmalign.methods import Step, reference_scores, reference_scores_of
 from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._responses import (
     PAIR,
     TOKEN,
     ResponseLossConfig,
-    against,
+    pair_loss_against,
     response_scores,
     response_step,
 )
 from mmalign.policy import Policy, Scores
-from mmalign.registry import find_callable
-from mmalign.rng import Draws
-from mmalign.synthesis.bdhs import Answered, Completion, Speaker, bdhs, hiding, require_hiding, too_long
+from mmalign.registry import import_callable
+from mmalign.rng import KeyedRNG
+from mmalign.synthesis.bdhs import (
+    Completion,
+    GroundTruthAnswer,
+    ResponseSampler,
+    bdhs,
+    masking_config,
+    require_image_masking,
+    too_long_reason,
+)
 from mmalign.synthesis.sentence_cuts import WHOLE, contradicts
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 
@@ -62,7 +70,7 @@ needs_reference = True
 
 VIEWS = (*PAIR, "hallucinated")
 RULES = "rules"
-NOTHING = Completion("", 0, 0.0)
+NO_COMPLETION = Completion("", 0, 0.0)
 # From a pair, its pictures, and two answers, which is better: above 0 the first, below 0 the second, 0 if neither is.
 Annotator = Callable[[ResponsePair, Sequence[Image.Image], str, str], float]
 
@@ -91,12 +99,12 @@ class Config(ResponseLossConfig):
     gamma: float = Field(
         0.5, ge=0, le=1, description="the rejected response's share, where there is a hallucinated one beside it"
     )
-    online: Bdhs = Bdhs()
+    online: BdhsConfig = BdhsConfig()
     mixed: Mixed = Mixed()
 
     @model_validator(mode="after")
     def _of_its_mode(self) -> Config:
-        for mode, default in (("online", Bdhs()), ("mixed", Mixed())):
+        for mode, default in (("online", BdhsConfig()), ("mixed", Mixed())):
             if mode != self.mode and getattr(self, mode) != default:
                 raise ValueError(f"mode {self.mode} takes no settings of {mode!r}; leave them out")
         if self.mode == "mixed" and self.gamma != type(self).model_fields["gamma"].default:
@@ -113,13 +121,13 @@ class Contrast:
     Attributes:
         batch: [2B] rows, or with hallucinated responses [3B].
         shares: [B], of the rejected response in the loss; None where the batch has no hallucinated ones.
-        told: [B] each, how the responses came about.
+        metrics: [B] each, how the responses came about.
         reference: the reference's scores.
     """
 
     batch: EncodedResponses
     shares: Tensor | None
-    told: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     reference: Scores | None
 
     @property
@@ -135,56 +143,56 @@ def notes(cfg: Config) -> list[str]:
         ValueError: a similarity model, a vocabulary or an annotator is not there.
     """
     if cfg.mode == "online":
-        found = _similarity(cfg.online.similarity)
-        fallback = is_fallback(cfg.online.similarity, found)
+        similarity = _similarity(cfg.online.similarity)
+        fallback = is_fallback(cfg.online.similarity, similarity)
         why = ", since no sentence-transformers model is installed" if fallback else ""
-        return [f"bdhs: completions and answers are compared by {found.name}{why}"]
+        return [f"bdhs: completions and answers are compared by {similarity.name}{why}"]
     if cfg.mode == "mixed":
         _annotator(cfg.mixed.annotator, cfg.mixed.vocabulary)
     return []
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: the pairs with what is hallucinated in the data, or by the policy, or pairs of the policy's own."""
     make = {"offline": _offline, "online": _online, "mixed": _mixed}[cfg.mode]
-    found: Contrast = make(policy, batch, cfg, draws)
-    score = partial(response_scores, policy.family, batch=found.batch, views=found.views, mean=cfg.loss == "ipo")
+    contrast: Contrast = make(policy, batch, cfg, rng)
+    score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.loss == "ipo")
     scores = reference_scores(policy, batch, score)
-    if batch.kept is not None and scores is not None:
-        scores = {view: scores[view] for view in (*found.views, TOKEN)}
-    return [replace(found, reference=scores)]
+    if batch.precomputed is not None and scores is not None:
+        scores = {view: scores[view] for view in (*contrast.views, TOKEN)}
+    return [replace(contrast, reference=scores)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """The pair losses against both other responses, by their shares."""
-    batch, theirs, link, shares = contrast.batch, contrast.reference, bound_loss(cfg), contrast.shares
-    assert theirs is not None, "bdhs needs a reference"
-    ours = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.loss == "ipo")
+    batch, reference_scores, link, shares = contrast.batch, contrast.reference, bound_loss(cfg), contrast.shares
+    assert reference_scores is not None, "bdhs needs a reference"
+    policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.loss == "ipo")
     terms = None
     if shares is not None:
-        rejected, hallucinated = (against(link, ours, theirs, view) for view in VIEWS[1:])
+        rejected, hallucinated = (pair_loss_against(link, policy_scores, reference_scores, view) for view in VIEWS[1:])
         terms = {"rejected loss": shares * rejected, "hallucinated loss": (1 - shares) * hallucinated}
-    step = response_step(cfg, ours, theirs, batch, terms)
+    step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     # Processes add up their numbers by name, and of data in which only some pairs have a hallucinated response, one
     # process may have some in its batch and another none.
     left_out = ("hallucinated", "rejected loss") if cfg.mode == "offline" else ()
-    kept = {name: value for name, value in step.metrics.items() if not name.startswith(left_out)}
-    return replace(step, metrics={**kept, **contrast.told})
+    other_metrics = {name: value for name, value in step.metrics.items() if not name.startswith(left_out)}
+    return replace(step, metrics={**other_metrics, **contrast.metrics})
 
 
-def keeps(cfg: Any) -> Keep | None:
+def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
     """What the reference's scores depend on besides pairs and reference; None where the policy writes responses."""
     settings = {"mean": cfg.loss == "ipo", "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
-    return Keep(1, settings, scores=True) if cfg.mode == "offline" else None
+    return PrecomputeSpec(1, settings, scores=True) if cfg.mode == "offline" else None
 
 
-def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> Scores:
+def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> Scores:
     """The reference's scores; the rejected response's stands in for that of a hallucinated one that there is not."""
-    scores = asked_for(contrasts(policy, batch, cfg, draws))
+    scores = reference_scores_of(contrasts(policy, batch, cfg, rng))
     return {"hallucinated": scores["rejected"], **scores}
 
 
-def needs_pictures(cfg: Any) -> bool:
+def needs_decoded_images(cfg: Any) -> bool:
     """The pictures, for the annotator."""
     return bool(cfg.mode == "mixed")
 
@@ -200,7 +208,7 @@ class _Texts(NamedTuple):
     hallucinated: str = ""
 
 
-def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, draws: Draws) -> Contrast:
+def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
     """The pairs as they are, and where the data have them, the hallucinated responses."""
     texts = []
     for pair in batch.pairs:
@@ -211,17 +219,17 @@ def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Confi
     return _contrast(policy.family, batch, texts, cfg.gamma, {}, three=any(text.hallucinated for text in texts))
 
 
-def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, draws: Draws) -> Contrast:
+def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
     """The pairs, and what the policy now says with the image hidden."""
-    require_hiding(policy.family)
-    how, similarity = hiding(cfg.online), _similarity(cfg.online.similarity)
-    speaker = Speaker(policy.family, policy.unwrapped, draws)
-    asked = _asked(speaker, batch, how.decoding.max_new_tokens, [True] * len(batch.rows), completing=True)
-    found = bdhs(speaker, list(asked.values()), batch.features, how, similarity)
-    said = dict(zip(asked, found, strict=True))
+    require_image_masking(policy.family)
+    masking, similarity = masking_config(cfg.online), _similarity(cfg.online.similarity)
+    sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
+    answerable = _answerable(sampler, batch, masking.decoding.max_new_tokens, [True] * len(batch.rows), completing=True)
+    completions = bdhs(sampler, list(answerable.values()), batch.features, masking, similarity)
+    answers = dict(zip(answerable, completions, strict=True))
     texts, weights, tries = list[_Texts](), batch.weights.clone(), torch.zeros_like(batch.weights)
     for number, pair in enumerate(batch.pairs):
-        completion = said.get(number, NOTHING)
+        completion = answers.get(number, NO_COMPLETION)
         text = "" if completion.text == pair.chosen.strip() else completion.text
         tries[number] = completion.tries
         if cfg.gamma > 0:
@@ -229,44 +237,44 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
         else:
             texts.append(_Texts(pair.chosen, text or pair.rejected))
             weights[number] *= bool(text)
-    told = {"tries": tries}
-    return _contrast(policy.family, replace(batch, weights=weights), texts, cfg.gamma, told, three=cfg.gamma > 0)
+    metrics = {"tries": tries}
+    return _contrast(policy.family, replace(batch, weights=weights), texts, cfg.gamma, metrics, three=cfg.gamma > 0)
 
 
-def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, draws: Draws) -> Contrast:
+def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
     """The pairs, some of them given up for two answers of the policy's that the annotator tells apart."""
     mixed = cfg.mixed
     annotate = _annotator(mixed.annotator, mixed.vocabulary)
-    speaker = Speaker(policy.family, policy.unwrapped, draws)
-    drawn = (draws.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
-    asked = _asked(speaker, batch, mixed.max_new_tokens, drawn, completing=False)
+    sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
+    is_replaced = (rng.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
+    answerable = _answerable(sampler, batch, mixed.max_new_tokens, is_replaced, completing=False)
     decoding = Decoding(mixed.max_new_tokens, mixed.temperature, batch_size=mixed.batch_size)
-    rows, parts = list(asked.values()), [WHOLE] * len(asked)
-    first, second = (speaker.says(rows, parts, batch.features, decoding, tried) for tried in (1, 2))
+    rows, parts = list(answerable.values()), [WHOLE] * len(answerable)
+    first, second = (sampler.sample(rows, parts, batch.features, decoding, attempt) for attempt in (1, 2))
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)
-    for number, one, other in zip(asked, first, second, strict=True):
+    for number, one, other in zip(answerable, first, second, strict=True):
         pair = batch.pairs[number]
-        pictures = [batch.pictures[ref.key] for ref in pair.images]
-        better = annotate(pair, pictures, one, other) if one and other and one != other else 0.0
+        images = [batch.decoded_images[ref.key] for ref in pair.images]
+        better = annotate(pair, images, one, other) if one and other and one != other else 0.0
         if better:
             texts[number] = _Texts(one, other) if better > 0 else _Texts(other, one)
             own[number] = 1.0
     return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own}, three=False)
 
 
-def _asked(
-    speaker: Speaker, batch: EncodedResponses, new: int, wanted: Sequence[bool], *, completing: bool
-) -> dict[int, Answered]:
+def _answerable(
+    sampler: ResponseSampler, batch: EncodedResponses, new: int, wanted: Sequence[bool], *, completing: bool
+) -> dict[int, GroundTruthAnswer]:
     """The pairs of a batch, by their number, that a model is asked to answer anew: those that count and fit."""
-    found = dict[int, Answered]()
+    answers = dict[int, GroundTruthAnswer]()
     for number, pair in enumerate(batch.pairs):
         images = tuple((ref.key, batch.views[ref.key]) for ref in pair.images)
-        row = Answered(batch.rows[number], pair.turns, pair.chosen.strip(), images)
+        row = GroundTruthAnswer(batch.rows[number], pair.turns, pair.chosen.strip(), images)
         start = row.answer if completing else ""
-        if wanted[number] and batch.weights[number] > 0 and not too_long(speaker, row, start, new):
-            found[number] = row
-    return found
+        if wanted[number] and batch.weights[number] > 0 and not too_long_reason(sampler, row, start, new):
+            answers[number] = row
+    return answers
 
 
 def _contrast(
@@ -274,36 +282,40 @@ def _contrast(
     batch: EncodedResponses,
     texts: Sequence[_Texts],
     gamma: float,
-    told: dict[str, Tensor],
+    metrics: dict[str, Tensor],
     *,
     three: bool,
 ) -> Contrast:
     """The batch with these responses, two or three of each pair; where they are its own two, as it is."""
     if not three and list(texts) == [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]:
-        return Contrast(batch, None, told, None)
+        return Contrast(batch, None, metrics, None)
     rows = [_rows(family, batch, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     device, weights = batch.weights.device, batch.weights.clone()
     for number, row in enumerate(rows):  # a difference that begins after the last token that is read is none
         if row[0] == row[1]:
             weights[number] = 0.0
-    kept = rows if three else [row[:2] for row in rows]
-    tokens = family.reader.batch([row for view in zip(*kept, strict=True) for row in view]).to(device)
+    used_rows = rows if three else [row[:2] for row in rows]
+    tokens = family.processor.collate([row for view in zip(*used_rows, strict=True) for row in view]).to(device)
     further = [bool(text.hallucinated) and row[0] != row[2] for text, row in zip(texts, rows, strict=True)]
     shares = torch.tensor([gamma if one else 1.0 for one in further], device=device) if three else None
-    return Contrast(replace(batch, tokens=tokens, weights=weights), shares, told, None)
+    return Contrast(replace(batch, tokens=tokens, weights=weights), shares, metrics, None)
 
 
-def _rows(family: VisionLanguage, batch: EncodedResponses, pair: ResponsePair, texts: _Texts) -> list[TokenRow]:
+def _rows(
+    family: VisionLanguage, batch: EncodedResponses, pair: ResponsePair, texts: _Texts
+) -> list[TokenizedResponse]:
     """The prompt with each of three responses, tokenised together; the rejected one stands in for a missing third."""
 
-    def rows(refs: Sequence[ImageRef]) -> list[TokenRow]:
-        said = [texts.chosen, texts.rejected, texts.hallucinated or texts.rejected]
-        return family.reader.rows(pair.turns, said, [(ref.key, batch.views[ref.key]) for ref in refs])
+    def rows(refs: Sequence[ImageRef]) -> list[TokenizedResponse]:
+        responses = [texts.chosen, texts.rejected, texts.hallucinated or texts.rejected]
+        return family.processor.tokenize_responses(
+            pair.turns, responses, [(ref.key, batch.views[ref.key]) for ref in refs]
+        )
 
-    found = rows(pair.images)
+    tokenized = rows(pair.images)
     if texts.rejected == pair.rejected and pair.rejected_images != pair.images:
-        found[1] = rows(pair.rejected_images)[1]
-    return [cut_tail(row, batch.max_length) for row in found]
+        tokenized[1] = rows(pair.rejected_images)[1]
+    return [cut_tail(row, batch.max_length) for row in tokenized]
 
 
 # --------------------------------------------------------------------------------------------------- what is looked up
@@ -316,7 +328,7 @@ def _similarity(name: str) -> Similarity:
 @cache
 def _annotator(name: str, vocabulary: str) -> Annotator:
     if name != RULES:
-        return find_callable("method.mixed.annotator", name)
+        return import_callable("method.mixed.annotator", name)
     return partial(fewer_inventions, load_vocabulary("method.mixed.vocabulary", vocabulary))
 
 
@@ -334,5 +346,5 @@ def fewer_inventions(
         return -against, len(true & set(mentions))
 
     true = {mention.object for mention in vocabulary.mentions(pair.chosen)}
-    ours, theirs = worth(first), worth(second)
-    return float(ours > theirs) - float(ours < theirs)
+    first_score, second_score = worth(first), worth(second)
+    return float(first_score > second_score) - float(first_score < second_score)

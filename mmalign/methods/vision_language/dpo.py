@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Step, reference_scores
 from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 
@@ -38,7 +38,7 @@ class Config(ResponseLossConfig):
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: the pairs as they are."""
     score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss == "ipo")
     return [Contrast(batch, reference_scores(policy, batch, score))]
@@ -47,10 +47,10 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """The pair loss on the policy's and the reference's log-probabilities."""
     assert contrast.reference is not None, "dpo needs a reference"
-    ours = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
-    return response_step(cfg, ours, contrast.reference, contrast.batch)
+    policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
+    return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
 
 
-def keeps(cfg: Any) -> Keep:
+def precompute_spec(cfg: Any) -> PrecomputeSpec:
     """What the reference's scores depend on besides pairs and reference."""
-    return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)
+    return PrecomputeSpec(1, {"mean": cfg.loss == "ipo"}, scores=True)

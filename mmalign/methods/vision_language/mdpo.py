@@ -22,25 +22,25 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, model_validator
 
-from mmalign.data.augment import cropped
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.augment import random_crop
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Step, reference_scores
-from mmalign.methods._pair_loss import CacheDraws, bound_loss
-from mmalign.methods.vision_language._images import disturbed
+from mmalign.methods._pair_loss import NumCachedDraws, bound_loss
+from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
     ResponseLossConfig,
-    against,
+    pair_loss_against,
     response_scores,
     response_step,
 )
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 needs_reference = True
@@ -54,26 +54,28 @@ class Config(ResponseLossConfig):
     name: Literal["mdpo"] = "mdpo"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
     delta: float = Field(0.0, description="the anchor: by how many beta-fold nats the chosen response must gain")
-    keep: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+    crop_area: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.01, 0.2], min_length=2, max_length=2, description="the least and the greatest share of the area of a crop"
     )
-    cache_draws: CacheDraws = 0
+    num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _in_order(self) -> Config:
-        if self.keep[0] > self.keep[1]:
-            raise ValueError(f"keep is {self.keep}; expected the least share first")
+        if self.crop_area[0] > self.crop_area[1]:
+            raise ValueError(f"keep is {self.crop_area}; expected the least share first")
         return self
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """The pairs, and the chosen responses once more to a crop of their images."""
 
     def crop(picture: Image.Image, row: int, place: int) -> Image.Image:
-        return cropped(picture, draws.uniform([row], (4,), "crop", place)[0], keep=(cfg.keep[0], cfg.keep[1]))
+        return random_crop(
+            picture, rng.uniform([row], (4,), "crop", place)[0], area_range=(cfg.crop_area[0], cfg.crop_area[1])
+        )
 
-    tokens, found = disturbed(policy.family, batch, crop)
-    features = ImageFeatures({**batch.features.images, **found.images})
+    tokens, cropped = with_changed_images(policy.family, batch, crop)
+    features = ImageFeatures({**batch.features.images, **cropped.images})
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, tokens]), features=features)
     score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
     return [Contrast(whole, reference_scores(policy, batch, score))]
@@ -81,26 +83,26 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """The three terms."""
-    batch, theirs, link = contrast.batch, contrast.reference, bound_loss(cfg)
-    assert theirs is not None, "mdpo needs a reference"
-    ours = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
-    text, image = (against(link, ours, theirs, view) for view in ("rejected", "cropped"))
-    anchor = -F.logsigmoid(cfg.beta * (ours["chosen"] - theirs["chosen"]) - cfg.delta)
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    assert reference_scores is not None, "mdpo needs a reference"
+    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
+    text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "cropped"))
+    anchor = -F.logsigmoid(cfg.beta * (policy_scores["chosen"] - reference_scores["chosen"]) - cfg.delta)
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}
-    return response_step(cfg, ours, theirs, batch, terms)
+    return response_step(cfg, policy_scores, reference_scores, batch, terms)
 
 
-def keeps(cfg: Any) -> Keep | None:
+def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
     """What the reference's scores depend on besides pairs, crops and reference; None where every crop is new."""
-    settings = {"mean": cfg.loss == "ipo", "least": cfg.keep[0], "greatest": cfg.keep[1]}
-    return Keep(cfg.cache_draws, settings, scores=True) if cfg.cache_draws else None
+    settings = {"mean": cfg.loss == "ipo", "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
+    return PrecomputeSpec(cfg.num_cached_draws, settings, scores=True) if cfg.num_cached_draws else None
 
 
-def needs_pictures(cfg: Any) -> bool:
+def needs_decoded_images(cfg: Any) -> bool:
     """The pictures, to crop them."""
     return True
 
 
-def needs_tower(cfg: Any) -> bool:
+def needs_vision_tower(cfg: Any) -> bool:
     """The policy looks at crops, which are made in the training."""
     return True

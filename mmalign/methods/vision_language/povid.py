@@ -14,7 +14,7 @@ arXiv:2407.02477): `combine: paper`, -log sigma(beta * (chosen against the weigh
 release each network scores its own noisy tokens, so that its ratio is of two different texts: `tokens: own`. By default
 both score the reference's, which never change. And the release's noisy pixels wrap around: `overflow: wrap`.
 
-With the reference's tokens and `cache_draws: K` a pair has K noises, epoch after epoch in turn: the tokens and the
+With the reference's tokens and `num_cached_draws: K` a pair has K noises, epoch after epoch in turn: the tokens and the
 reference's scores are worked out once and kept on disk, and a step costs what DPO's does. A policy's tokens cannot be.
 """
 
@@ -30,17 +30,17 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmalign.data.augment import NUM_STEPS, noised
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.augment import NUM_STEPS, diffuse_image
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import CacheDraws, bound_loss
-from mmalign.methods.vision_language._images import disturbed
-from mmalign.methods.vision_language._responses import ResponseLossConfig, against, response_step, view_scores
+from mmalign.methods._pair_loss import NumCachedDraws, bound_loss
+from mmalign.methods.vision_language._images import with_changed_images
+from mmalign.methods.vision_language._responses import ResponseLossConfig, pair_loss_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 needs_reference = True
@@ -60,14 +60,15 @@ class Config(ResponseLossConfig):
         "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
     )
     combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
-    cache_draws: CacheDraws = 0
+    num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _fixed(self) -> Config:
-        if self.cache_draws and self.tokens != "reference":
+        if self.num_cached_draws and self.tokens != "reference":
             raise ValueError(
-                f"cache_draws: {self.cache_draws} keeps noisy tokens, and a policy that learns would not say the same "
-                "again; use tokens: reference, or leave cache_draws out"
+                f"num_cached_draws: {self.num_cached_draws} keeps noisy tokens, and a policy that learns would not say "
+                "the same "
+                "again; use tokens: reference, or leave num_cached_draws out"
             )
         return self
 
@@ -81,61 +82,64 @@ class Contrast:
     reference: Scores
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """The pairs, with the tokens that are likeliest under a noisy picture."""
-    if batch.kept is not None:
-        kept = dict(batch.kept)
-        return [Contrast(batch, _fitted(kept.pop(TOKENS), batch), kept)]
+    if batch.precomputed is not None:
+        precomputed = dict(batch.precomputed)
+        return [Contrast(batch, _fitted(precomputed.pop(TOKENS), batch), precomputed)]
     family, mean = policy.family, cfg.loss == "ipo"
 
     def with_noise(picture: Image.Image, row: int, place: int) -> Image.Image:
-        eps = draws.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
-        return noised(picture, eps, cfg.noise_step, overflow=cfg.overflow)
+        eps = rng.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
+        return diffuse_image(picture, eps, cfg.noise_step, overflow=cfg.overflow)
 
-    tokens, features = disturbed(family, batch, with_noise)
+    tokens, features = with_changed_images(family, batch, with_noise)
     argmax = partial(family.argmax, tokens=tokens, features=features)
-    theirs = argmax(policy.unwrapped) if cfg.tokens == "policy" else policy.on_reference(argmax)
-    assert theirs is not None, "povid needs a reference"
-    ours = argmax(policy.unwrapped) if cfg.tokens == "own" else theirs
-    scores = policy.on_reference(partial(noisy_scores, family, batch=batch, noisy=theirs, mean=mean))
+    reference_tokens = argmax(policy.unwrapped) if cfg.tokens == "policy" else policy.on_reference(argmax)
+    assert reference_tokens is not None, "povid needs a reference"
+    noisy_tokens = argmax(policy.unwrapped) if cfg.tokens == "own" else reference_tokens
+    scores = policy.on_reference(partial(noisy_scores, family, batch=batch, noisy=reference_tokens, mean=mean))
     assert scores is not None, "povid needs a reference"
-    return [Contrast(batch, ours, scores)]
+    return [Contrast(batch, noisy_tokens, scores)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Chosen against rejected, and chosen against noisy."""
-    batch, theirs, link = contrast.batch, contrast.reference, bound_loss(cfg)
-    ours = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss == "ipo")
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss == "ipo")
     if cfg.combine == "paper":
-        mixed = (Pair(s["chosen"], cfg.gamma * s["rejected"] + (1 - cfg.gamma) * s["noisy"]) for s in (ours, theirs))
+        mixed = (
+            Pair(s["chosen"], cfg.gamma * s["rejected"] + (1 - cfg.gamma) * s["noisy"])
+            for s in (policy_scores, reference_scores)
+        )
         terms = {"mixed loss": link(*mixed)}
     else:
-        text, noisy = (against(link, ours, theirs, view) for view in ("rejected", "noisy"))
+        text, noisy = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "noisy"))
         terms = {"text loss": cfg.gamma * text, "noisy loss": (1 - cfg.gamma) * noisy}
-    step = response_step(cfg, ours, theirs, batch, terms)
+    step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})
 
 
-def keeps(cfg: Any) -> Keep | None:
+def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
     """What the reference says and scores depends on besides pairs, noise and reference; None where all noise is new."""
     settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
-    return Keep(cfg.cache_draws, settings, scores=True) if cfg.cache_draws else None
+    return PrecomputeSpec(cfg.num_cached_draws, settings, scores=True) if cfg.num_cached_draws else None
 
 
-def keep(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> dict[str, Tensor]:
+def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
     """The noisy tokens [B, R], and the reference's scores."""
-    (contrast,) = contrasts(policy, batch, cfg, draws)
+    (contrast,) = contrasts(policy, batch, cfg, rng)
     return {TOKENS: contrast.noisy, **contrast.reference}
 
 
-def needs_pictures(cfg: Any) -> bool:
+def needs_decoded_images(cfg: Any) -> bool:
     """The pictures, to put noise in them."""
     return True
 
 
-def needs_tower(cfg: Any) -> bool:
+def needs_vision_tower(cfg: Any) -> bool:
     """Noisy pictures are looked at where their tokens are drawn: in the training, unless they are kept."""
-    return not cfg.cache_draws
+    return not cfg.num_cached_draws
 
 
 def noisy_scores(
@@ -145,12 +149,12 @@ def noisy_scores(
 
     One run of the network: the noisy tokens are scored from the states that the chosen ones are scored from.
     """
-    said, mask, half = batch.tokens.responses, batch.tokens.response_mask, len(batch.rows)
-    padded = F.pad(noisy, (0, said.shape[1] - noisy.shape[1]))  # the rejected responses may be longer
-    targets = torch.stack([said, torch.cat([padded, said[half:]])], -1)
+    response_ids, mask, half = batch.tokens.responses, batch.tokens.response_mask, len(batch.rows)
+    padded = F.pad(noisy, (0, response_ids.shape[1] - noisy.shape[1]))  # the rejected responses may be longer
+    targets = torch.stack([response_ids, torch.cat([padded, response_ids[half:]])], -1)
     responses, others = family.token_logps(net, batch.tokens, batch.features, targets).unbind(-1)
-    drawn = view_scores(others[:half], mask[:half], ("noisy",), mean=mean)
-    return {**view_scores(responses, mask, mean=mean), "noisy": drawn["noisy"]}
+    noisy_view = view_scores(others[:half], mask[:half], ("noisy",), mean=mean)
+    return {**view_scores(responses, mask, mean=mean), "noisy": noisy_view["noisy"]}
 
 
 def _fitted(noisy: Tensor, batch: EncodedResponses) -> Tensor:
@@ -163,4 +167,4 @@ def _share_changed(batch: EncodedResponses, noisy: Tensor) -> Tensor:
     """In which share [B] of the chosen response's places the noisy token is another."""
     chosen = batch.tokens[: len(batch.rows)]
     other = (noisy != chosen.responses) & chosen.response_mask
-    return other.sum(1) / chosen.counts
+    return other.sum(1) / chosen.num_tokens

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
@@ -29,16 +29,16 @@ from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
     ResponseLossConfig,
-    against,
+    pair_loss_against,
     response_scores,
     response_step,
 )
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 needs_reference = True
-needs_others = True
+needs_other_images = True
 
 VIEWS = (*PAIR, "retrieved")
 
@@ -51,23 +51,25 @@ class Config(ResponseLossConfig):
     image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """The pairs, and the chosen responses once more to the retrieved images."""
-    assert batch.others is not None, "realign needs other images"
-    whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.others]))
+    assert batch.other_images is not None, "realign needs other images"
+    whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.other_images]))
     score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
     return [Contrast(whole, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """L_DPO + w_v * L_vDPO."""
-    batch, theirs, link = contrast.batch, contrast.reference, bound_loss(cfg)
-    assert theirs is not None, "realign needs a reference"
-    ours = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
-    text, image = (against(link, ours, theirs, view) for view in ("rejected", "retrieved"))
-    return response_step(cfg, ours, theirs, batch, {"text loss": text, "image loss": cfg.image_weight * image})
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    assert reference_scores is not None, "realign needs a reference"
+    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
+    text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "retrieved"))
+    return response_step(
+        cfg, policy_scores, reference_scores, batch, {"text loss": text, "image loss": cfg.image_weight * image}
+    )
 
 
-def keeps(cfg: Any) -> Keep:
+def precompute_spec(cfg: Any) -> PrecomputeSpec:
     """What the reference's scores depend on besides pairs and reference."""
-    return Keep(1, {"mean": cfg.loss == "ipo"}, scores=True)
+    return PrecomputeSpec(1, {"mean": cfg.loss == "ipo"}, scores=True)

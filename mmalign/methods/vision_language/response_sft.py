@@ -14,7 +14,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods import Step
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 needs_reference = False
@@ -29,7 +29,7 @@ class Config(BaseModel):
 
 
 def contrasts(
-    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws
+    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG
 ) -> list[EncodedResponses]:
     """The batch that every other method would see."""
     return [batch]
@@ -43,6 +43,6 @@ def loss(policy: Policy[VisionLanguage], contrast: EncodedResponses, cfg: Any) -
     metrics = {
         "loss": losses.detach(),
         "chosen log-probability": scores.total(logps, mask).detach(),
-        "chosen tokens": chosen.counts.float(),
+        "chosen tokens": chosen.num_tokens.float(),
     }
     return Step(losses, contrast.weights, metrics)

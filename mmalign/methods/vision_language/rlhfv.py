@@ -21,14 +21,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.data.caches.precompute import Keep
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Step, reference_scores
 from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 needs_reference = True
@@ -44,7 +44,7 @@ class Config(ResponseLossConfig):
     insertions: bool = Field(True, description="words that only one side has are changed too; false as in the release")
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, draws: Draws) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """The pairs as they are, with their tokens' weights."""
     weights = token_weights(batch.tokens, cfg.gamma, cfg.min_block, insertions=cfg.insertions)
     score = partial(response_scores, policy.family, batch=batch, weights=weights)
@@ -54,13 +54,15 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """The pair loss on weighted means."""
     assert contrast.reference is not None, "rlhfv needs a reference"
-    ours = response_scores(policy.family, policy.model, contrast.batch, weights=contrast.token_weights)
-    return response_step(cfg, ours, contrast.reference, contrast.batch)
+    policy_scores = response_scores(policy.family, policy.model, contrast.batch, weights=contrast.token_weights)
+    return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
 
 
-def keeps(cfg: Any) -> Keep:
+def precompute_spec(cfg: Any) -> PrecomputeSpec:
     """What the reference's scores depend on besides pairs and reference."""
-    return Keep(1, {"gamma": cfg.gamma, "min_block": cfg.min_block, "insertions": cfg.insertions}, scores=True)
+    return PrecomputeSpec(
+        1, {"gamma": cfg.gamma, "min_block": cfg.min_block, "insertions": cfg.insertions}, scores=True
+    )
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:
@@ -68,23 +70,23 @@ def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: b
     weights = torch.ones(tokens.response_mask.shape)
     pairs, responses = len(tokens) // 2, [row.response for row in tokens.rows]
     for row in range(pairs):
-        ours, theirs = responses[row], responses[row + pairs]
-        places = changed(ours, theirs, min_block, insertions=insertions)
+        chosen_ids, rejected_ids = responses[row], responses[row + pairs]
+        places = changed_positions(chosen_ids, rejected_ids, min_block, insertions=insertions)
         weights[row, places[0]] = weights[row + pairs, places[1]] = gamma
     return weights.to(tokens.ids.device)
 
 
-def changed(
-    ours: Sequence[int], theirs: Sequence[int], min_block: int, *, insertions: bool
+def changed_positions(
+    first: Sequence[int], second: Sequence[int], min_block: int, *, insertions: bool
 ) -> tuple[list[int], list[int]]:
     """The places of the tokens in which two responses differ, of each."""
-    blocks = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
     alike = [block for block in blocks if block.size >= min_block]
-    found: tuple[list[int], list[int]] = ([], [])
+    changed_places: tuple[list[int], list[int]] = ([], [])
     a, b = 0, 0
-    for start_a, start_b, size in [*alike, (len(ours), len(theirs), 0)]:
+    for start_a, start_b, size in [*alike, (len(first), len(second), 0)]:
         if insertions or (start_a > a and start_b > b):
-            found[0].extend(range(a, start_a))
-            found[1].extend(range(b, start_b))
+            changed_places[0].extend(range(a, start_a))
+            changed_places[1].extend(range(b, start_b))
         a, b = start_a + size, start_b + size
-    return found
+    return changed_places

@@ -12,19 +12,19 @@ import torch
 
 from mmalign import methods
 from mmalign.config import ImageData
-from mmalign.console import bar_of
+from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint
-from mmalign.data.caches.array_cache import ArrayCache, folder_of
+from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.fill import fill_latents, fill_text
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.formats.prompts import open_prompts, prompts_of
+from mmalign.data.formats.prompts import open_prompts, unique_prompts
 from mmalign.data.loaders.encoder import Encoder, text_key
-from mmalign.data.loaders.image_pairs import View
-from mmalign.data.loaders.sampler import check_bad
-from mmalign.data.pairs import Dropped, Pairs, listed
+from mmalign.data.loaders.image_pairs import ImageTransform
+from mmalign.data.loaders.sampler import check_max_bad_images
+from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 from mmalign.families.base import TextToImage
 from mmalign.resources import locate
-from mmalign.rewards import Judge
+from mmalign.rewards import RewardModel
 
 
 def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[Any]:
@@ -32,24 +32,24 @@ def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[
     if getattr(method, "learns_from", "pairs") == "prompts":
         if data.format == "prompts":
             return open_prompts(locate(data.path), data.limit)
-        return prompts_of(open_pairs(data.format, locate(data.path), **{**common, "limit": None}), data.limit)
+        return unique_prompts(open_pairs(data.format, locate(data.path), **{**common, "limit": None}), data.limit)
     if data.format == "prompts":
         raise ValueError(
             "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
             "or rankings (spo draws its own images)"
         )
-    return open_pairs(data.format, locate(data.path), two_prompts=_two_prompts(method), **common)
+    return open_pairs(data.format, locate(data.path), prompt_pairs=_prompt_pair_hint(method), **common)
 
 
-def _two_prompts(method: Any) -> str | None:
+def _prompt_pair_hint(method: Any) -> str | None:
     """Who needs pairs with two prompts, and who does not, if it is this method; else None."""
-    if not getattr(method, "needs_two_prompts", False):
+    if not getattr(method, "needs_prompt_pairs", False):
         return None
-    found = {name: methods.find(name) for name in methods.names()}
+    modules = {name: methods.find(name) for name in methods.names()}
     others = [
         name
-        for name, module in found.items()
-        if module.modality == method.modality and not hasattr(module, "needs_two_prompts")
+        for name, module in modules.items()
+        if module.modality == method.modality and not hasattr(module, "needs_prompt_pairs")
     ]
     name = method.__name__.split(".")[-1]
     return f"method.name: {name} compares two images under two prompts; {', '.join(others)} take rows of one prompt"
@@ -62,7 +62,7 @@ def _prompt_encoder(
     output: Path,
     accelerator: Any,
     say: Any,
-    judge: Judge | None,
+    reward_model: RewardModel | None,
 ) -> tuple[Encoder, Callable[[Any], Any]]:
     """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled.
 
@@ -70,10 +70,10 @@ def _prompt_encoder(
     """
     side = data.resolution or family.resolution
     shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
-    encoder = Encoder(family, family.unconditional(), None, judge=judge)
+    encoder = Encoder(family, family.unconditional(), None, reward_model=reward_model)
     if data.cache != "off":
         networks = {name: net for name, net in family.encoders() if name != "vae"}
-        text = ArrayCache.open(folder_of(data, output) / "text", _text_depends(family))
+        text = ArrayCache.open(cache_folder(data, output) / "text", _text_dependencies(family))
         for pairs in sources:
             share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
             for _ in fill_text(family, sorted(set(pairs.prompts())), text, **share):
@@ -83,20 +83,20 @@ def _prompt_encoder(
         for net in networks.values():
             net.to("cpu")
         encoder = replace(encoder, text=text)
-    _say_cut(family, sources, say)
+    _warn_truncated(family, sources, say)
     return encoder, partial(encoder.encode_prompts, side=side, shape=shape)
 
 
-def _text_depends(family: TextToImage) -> dict[str, str | int | float]:
+def _text_dependencies(family: TextToImage) -> dict[str, str | int | float]:
     """What prompts' embeddings depend on besides the words: text encoders and tokenizers."""
-    encoders = {name: fingerprint.of_network(net) for name, net in family.encoders() if name != "vae"}
-    return {**encoders, "tokenizers": fingerprint.of_words(family)}
+    encoders = {name: fingerprint.fingerprint_network(net) for name, net in family.encoders() if name != "vae"}
+    return {**encoders, "tokenizers": fingerprint.fingerprint_tokenizer(family)}
 
 
-def _say_cut(family: TextToImage, sources: Sequence[Pairs[Any]], say: Any) -> None:
+def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]], say: Any) -> None:
     """Say how many prompts are longer than the text encoder reads."""
     prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
-    cut = family.count_cut(prompts)
+    cut = family.count_truncated(prompts)
     if cut:
         say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
 
@@ -109,53 +109,53 @@ def _prepare(
     accelerator: Any,
     say: Any,
     decodes: bool = False,
-) -> tuple[View, ArrayCache | None, Encoder, dict[str, str | int | float]]:
+) -> tuple[ImageTransform, ArrayCache | None, Encoder, dict[str, str | int | float]]:
     """How images become squares, the cache of their latents, what encodes the rest, and what all that depends on.
 
     The caches are filled. The encoders leave the GPU then, but for the autoencoder where the method `decodes`.
     """
-    view = View(data.resolution or family.resolution, data.crop, data.flip)
-    latents, text, bad = None, None, list[Dropped]()
+    transform = ImageTransform(data.resolution or family.resolution, data.crop, data.flip)
+    latents, text, bad = None, None, list[SkippedRow]()
     depends: dict[str, str | int | float] = {}
     unconditional = family.unconditional()
     if data.cache != "off" and data.crop == "center":
-        of_text = _text_depends(family)
-        of_images: dict[str, str | int | float] = {"resolution": view.resolution}
-        of_images["vae"] = fingerprint.of_network(dict(family.encoders())["vae"])
-        depends |= {**of_text, **of_images, "schedule": fingerprint.of_schedule(family.schedule)}
-        latents = ArrayCache.open(folder_of(data, output) / "latents", of_images)
-        text = ArrayCache.open(folder_of(data, output) / "text", of_text)
-        bad = _fill(family, sources, view, latents, text, data, accelerator)
+        of_text = _text_dependencies(family)
+        of_images: dict[str, str | int | float] = {"resolution": transform.resolution}
+        of_images["vae"] = fingerprint.fingerprint_network(dict(family.encoders())["vae"])
+        depends |= {**of_text, **of_images, "schedule": fingerprint.fingerprint_schedule(family.schedule)}
+        latents = ArrayCache.open(cache_folder(data, output) / "latents", of_images)
+        text = ArrayCache.open(cache_folder(data, output) / "text", of_text)
+        bad = _fill(family, sources, transform, latents, text, data, accelerator)
         for name, net in family.encoders():
             if not (decodes and name == "vae"):
                 net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
     if bad:
-        say(f"{len(bad)} images cannot be read, and their pairs are left out: {listed(bad)}")
-    _say_cut(family, sources, say)
-    return view, latents, Encoder(family, unconditional, text), depends
+        say(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
+    _warn_truncated(family, sources, say)
+    return transform, latents, Encoder(family, unconditional, text), depends
 
 
 def _fill(
     family: TextToImage,
     sources: Sequence[Pairs],
-    view: View,
+    transform: ImageTransform,
     latents: ArrayCache,
     text: ArrayCache,
     data: ImageData,
     accelerator: Any,
-) -> list[Dropped]:
+) -> list[SkippedRow]:
     """Encode what the caches lack, each process its share, with a bar; gives the images that cannot be read."""
     from accelerate.utils import gather_object
 
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    bad: list[Dropped] = []
-    with bar_of(accelerator) as bar:
+    bad: list[SkippedRow] = []
+    with progress_bar(accelerator) as bar:
         for pairs in sources:
             task = bar.add_task("encode images", total=None)
-            for found in fill_latents(family, pairs, view, latents, num_workers=data.workers, **share):
-                if isinstance(found, Dropped):
-                    bad.append(found)
-                    check_bad(bad, data.max_bad, pairs.source)
+            for image in fill_latents(family, pairs, transform, latents, num_workers=data.num_workers, **share):
+                if isinstance(image, SkippedRow):
+                    bad.append(image)
+                    check_max_bad_images(bad, data.max_bad_images, pairs.source)
                 bar.advance(task)
             prompts = sorted(set(pairs.prompts()))
             task = bar.add_task("encode prompts", total=len(text.share(map(text_key, prompts), **share)))
@@ -165,5 +165,5 @@ def _fill(
             latents.refresh()
             text.refresh()
     bad = gather_object(bad)  # each process has met those of its share
-    check_bad(bad, data.max_bad, sources[0].source)
+    check_max_bad_images(bad, data.max_bad_images, sources[0].source)
     return bad

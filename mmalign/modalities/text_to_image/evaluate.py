@@ -20,11 +20,11 @@ from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
 from mmalign.families.types import Sampling
 from mmalign.modalities import loading
-from mmalign.modalities.prompts import prompts_of
+from mmalign.modalities.prompts import unique_prompts
 from mmalign.pages.page import GalleryEntry
 from mmalign.pages.pictures import picture_entry
 from mmalign.policy import Policy
-from mmalign.rewards import Judge
+from mmalign.rewards import RewardModel
 
 Say = Callable[[str], None]
 
@@ -33,7 +33,12 @@ Sample = dict[str, Any]  # prompt, seed, and the measurements of the images befo
 
 
 def compare_images(
-    recipe: Recipe, policy: Policy, judge: Judge | None, folder: Path, identity: Mapping[str, Any], say: Say
+    recipe: Recipe,
+    policy: Policy,
+    reward_model: RewardModel | None,
+    folder: Path,
+    identity: Mapping[str, Any],
+    say: Say,
 ) -> tuple[dict[str, Any], Table]:
     """Generate images with base and trained model from the same noise, and measure them.
 
@@ -42,23 +47,23 @@ def compare_images(
     section = recipe.evaluate
     assert isinstance(section, EvaluateImages)
     prompts, seeds = _prompts_and_seeds(section)
-    num_truncated = policy.family.count_cut(prompts)
+    num_truncated = policy.family.count_truncated(prompts)
     if num_truncated:
         say(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
     caches = _caches(recipe, section, policy, identity)
-    images = generate_both(policy, prompts, seeds, loading.sampling(section.drawing), caches)
+    images = generate_both(policy, prompts, seeds, loading.sampling_options(section.sampling), caches)
     samples: list[Sample] = [
         {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     for side, side_images in zip(SIDES, images, strict=True):
-        _measure(section, judge, side_images, prompts, [sample[side] for sample in samples])
+        _measure(section, reward_model, side_images, prompts, [sample[side] for sample in samples])
         (folder / side).mkdir()
         for index, image in enumerate(side_images):
             image.save(folder / side / f"{index:05d}.png")
     result, table = _compare(section.benchmark, samples)
     score_name = "share of the prompt's parts that are right"
-    if section.benchmark == "preference" and section.judge is not None:
-        score_name = f"score of {section.judge.path}"
+    if section.benchmark == "preference" and section.reward is not None:
+        score_name = f"score of {section.reward.path}"
     content = {"of": identity, "score": score_name, "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
@@ -66,23 +71,23 @@ def compare_images(
 
 def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[str], list[int]]:
     """Return the prompt and the seed of every image; all images of a prompt are adjacent."""
-    distinct = prompts_of("evaluate.prompts", section.prompts, section.split, section.seed)
-    prompts = [prompt for prompt in distinct for _ in range(section.per_prompt)]
+    distinct = unique_prompts("evaluate.prompts", section.prompts, section.split, section.seed)
+    prompts = [prompt for prompt in distinct for _ in range(section.images_per_prompt)]
     return prompts, [section.seed * 1_000_003 + index for index in range(len(prompts))]
 
 
 def _measure(
     section: EvaluateImages,
-    judge: Judge | None,
+    reward_model: RewardModel | None,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> None:
     """Add the measurements of one model's images to their records: rewards, distances, and checks of scenes."""
-    if judge is not None:
-        for record, reward in zip(records, judge(images, prompts).tolist(), strict=True):
+    if reward_model is not None:
+        for record, reward in zip(records, reward_model(images, prompts).tolist(), strict=True):
             record.update(judged=reward, score=reward, note="")
-    if section.per_prompt > 1:
+    if section.images_per_prompt > 1:
         for record, distance in zip(records, diversity.pixel_distances(images, prompts), strict=True):
             record["apart"] = distance
     if section.benchmark == "scenes":
@@ -163,6 +168,6 @@ def _caches(
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     atomic_io.make_folder("evaluate.cache", folder)
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)
-    settings = cache_settings(recipe, section.drawing)
+    settings = cache_settings(recipe, section.sampling)
     before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)
     return before, after

@@ -19,8 +19,8 @@ from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.modalities import loading
-from mmalign.modalities.prompts import couples_of, prompts_of
-from mmalign.synthesis.write_image_pairs import best_of_each, write_contrasts, write_pairs
+from mmalign.modalities.prompts import load_prompt_pairs, unique_prompts
+from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 
 Say = Callable[[str], None]
 
@@ -29,9 +29,9 @@ def prepare_images(recipe: Recipe, say: Say = print) -> Path:
     """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
 
     A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
-    function of the difference of its scores) reaches `prepare.sure`; with `prepare.contrast`, the best images of two
-    prompts, kept where by either prompt its own image is that surely preferred. The file has the layout of Pick-a-Pic
-    v2.
+    function of the difference of its scores) reaches `prepare.min_confidence`; with `prepare.prompt_pairs`, the best
+    images of two prompts, kept where by either prompt its own image is that surely preferred. The file has the layout
+    of Pick-a-Pic v2.
 
     Raises:
         ValueError: a file is there already, or no pair can be kept; what was drawn stays then, and is not drawn again.
@@ -49,30 +49,36 @@ def prepare_images(recipe: Recipe, say: Say = print) -> Path:
     atomic_io.make_folder("data.path", path.parent)
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
     family = loading.load_model(recipe, device, say)
-    judge = loading.judge(section.judge, device)
-    asked_for = _asked_for(section)
-    prompts = [p for p in asked_for for _ in range(section.images)]
+    reward_model = loading.build_reward_model(section.reward, device)
+    asked_for = _requested_prompts(section)
+    prompts = [p for p in asked_for for _ in range(section.images_per_prompt)]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     folder = path.with_name(f"{path.name}.unfinished")
-    settings = {**cache_settings(recipe, section.drawing), "model": fingerprint.fingerprint(family.network)}
+    settings = {**cache_settings(recipe, section.sampling), "model": fingerprint.fingerprint(family.network)}
     cache = ImageCache(folder, settings)
-    images = generate_images(family, family.network, prompts, seeds, loading.sampling(section.drawing), cache)
-    scores = judge(images, prompts).tolist()
-    if section.contrast:
-        best = best_of_each(scores, section.images)
+    images = generate_images(family, family.network, prompts, seeds, loading.sampling_options(section.sampling), cache)
+    scores = reward_model(images, prompts).tolist()
+    if section.prompt_pairs:
+        best = best_of_each(scores, section.images_per_prompt)
         shown, own = [images[i] for i in best], [scores[i] for i in best]
-        crossed = judge(shown, [asked_for[i ^ 1] for i in range(len(asked_for))]).tolist()  # by the couple's other one
-        kept, asked = write_contrasts(path, asked_for, shown, own, crossed, sure=section.sure)
+        crossed = reward_model(
+            shown, [asked_for[i ^ 1] for i in range(len(asked_for))]
+        ).tolist()  # by the couple's other one
+        num_kept, num_groups = write_prompt_pairs(
+            path, asked_for, shown, own, crossed, min_confidence=section.min_confidence
+        )
     else:
-        kept, asked = write_pairs(path, prompts, images, scores, group=section.images, sure=section.sure)
+        num_kept, num_groups = write_pairs(
+            path, prompts, images, scores, group=section.images_per_prompt, min_confidence=section.min_confidence
+        )
     shutil.rmtree(folder)
-    what = "couples of prompts" if section.contrast else "prompts"
-    say(f"{path}: {kept} pairs of {asked} {what}, from {len(images)} images in {time.time() - started:.0f} s")
+    noun = "couples of prompts" if section.prompt_pairs else "prompts"
+    say(f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s")
     return path
 
 
-def _asked_for(section: PrepareImages) -> list[str]:
+def _requested_prompts(section: PrepareImages) -> list[str]:
     """The prompts that images are drawn for; those of a couple one after the other."""
-    if section.contrast:
-        return [p for couple in couples_of("prepare.prompts", section.prompts, section.seed) for p in couple]
-    return prompts_of("prepare.prompts", section.prompts, "train", section.seed)
+    if section.prompt_pairs:
+        return [p for couple in load_prompt_pairs("prepare.prompts", section.prompts, section.seed) for p in couple]
+    return unique_prompts("prepare.prompts", section.prompts, "train", section.seed)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmalign.data.loaders.response_pairs import Wants
+from mmalign.data.loaders.response_pairs import RequestedInputs
 
 
-def _wants(method: Any, config: Any) -> Wants:
+def _requested_inputs(method: Any, config: Any) -> RequestedInputs:
     """What a method asks for besides responses: its module says so."""
-    pictures = hasattr(method, "needs_pictures") and method.needs_pictures(config)
-    return Wants(pictures, getattr(method, "needs_others", False))
+    decoded_images = hasattr(method, "needs_decoded_images") and method.needs_decoded_images(config)
+    return RequestedInputs(decoded_images, getattr(method, "needs_other_images", False))

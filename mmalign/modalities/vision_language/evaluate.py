@@ -13,7 +13,7 @@ from mmalign.config import EvaluateResponses, Files, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.formats.files import records
-from mmalign.data.pairs import listed
+from mmalign.data.pairs import format_rows
 from mmalign.evaluation.annotations import Question, image_id, read_objects, read_questions, read_responses
 from mmalign.evaluation.benchmarks import amber, chair, crowds, object_halbench, pope
 from mmalign.evaluation.benchmarks.base import (
@@ -47,7 +47,7 @@ def open_benchmark(section: EvaluateResponses) -> Benchmark:
     """
     try:
         if section.benchmark == "crowds":
-            return crowds.benchmark(section.pictures, section.split, section.seed)
+            return crowds.benchmark(section.num_images, section.split, section.seed)
         assert section.images is not None, "the section requires it"
         if section.benchmark == "pope":
             by_split = _pope_questions(section)
@@ -82,12 +82,12 @@ def compare_answers(
     section = recipe.evaluate
     assert isinstance(section, EvaluateResponses)
     answers = _ask(recipe, section, policy, benchmark, identity)
-    left_out = list(answers.left_out.values())
+    left_out = list(answers.skipped.values())
     if left_out:
-        say(f"{len(left_out)} images are left out, for both models: {listed(left_out)}")
-    benchmark = benchmark.without(answers.left_out)
+        say(f"{len(left_out)} images are left out, for both models: {format_rows(left_out)}")
+    benchmark = benchmark.without_images(answers.skipped)
     if not benchmark.questions:
-        raise ValueError(f"evaluate: no question could be asked ({listed(left_out)})")
+        raise ValueError(f"evaluate: no question could be asked ({format_rows(left_out)})")
 
     by_side: dict[str, AnswersByPart] = {
         side: {
@@ -201,7 +201,7 @@ def measure_written(section: EvaluateResponses, folder: Path) -> tuple[list[Metr
         for part, items in benchmark.parts.items()
         if items
     }
-    benchmark = benchmark.without(
+    benchmark = benchmark.without_images(
         {
             item.question.image
             for part, items in benchmark.parts.items()

@@ -18,37 +18,46 @@ from typing import Any
 import torch
 
 from mmalign import atomic_io
-from mmalign.atomic_io import written
+from mmalign.atomic_io import atomic_write
 from mmalign.config import (
-    Completing,
-    Decoding,
+    AnswerSource,
+    CompletionConfig,
+    DecodingConfig,
     PrepareBdhs,
     PreparePovid,
     PrepareRealign,
     PrepareResponses,
     Recipe,
     ResponseData,
-    Source,
 )
 from mmalign.console import tracked
 from mmalign.data.caches import fingerprint
-from mmalign.data.caches.journal import Journal
+from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
-from mmalign.data.pairs import Dropped, Pairs, ResponsePair, hashed, listed
+from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.families import types
 from mmalign.families.base import VisionLanguage
 from mmalign.language.vocabularies import CROWDS, load_vocabulary
 from mmalign.modalities import loading
-from mmalign.registry import find_callable, name_of
+from mmalign.registry import import_callable, qualified_name
 from mmalign.resources import locate
 from mmalign.rewards import open_clip
-from mmalign.rng import Draws
-from mmalign.synthesis.bdhs import Speaker, hiding, require_hiding
+from mmalign.rng import KeyedRNG
+from mmalign.synthesis.bdhs import ResponseSampler, masking_config, require_image_masking
 from mmalign.synthesis.corrupt import Companions, Corruptor, companions
-from mmalign.synthesis.rejected_responses import Corrupted, Hallucinated, Index, Made, Maker, Misled, Own, Writer
+from mmalign.synthesis.rejected_responses import (
+    BDHS,
+    ImageIndex,
+    ReAlign,
+    RejectedResponse,
+    ResponseGenerator,
+    RuleCorrupted,
+    SelfGenerated,
+    Writer,
+)
 from mmalign.synthesis.segments import masker
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
-from mmalign.synthesis.write_responses import SUFFIXES, MadePair, write_pairs
+from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
 
 Say = Callable[[str], None]
 RULES = "rules"
@@ -59,12 +68,12 @@ class Work:
     """How rejected responses are made, and what they depend on.
 
     Attributes:
-        make: makes them.
-        of: what they depend on besides settings and rows: the model, the measure, functions of one's own.
+        generate: makes them.
+        dependencies: what they depend on besides settings and rows: the model, the measure, functions of one's own.
     """
 
-    make: Maker
-    of: dict[str, str]
+    generate: ResponseGenerator
+    dependencies: dict[str, str]
 
 
 def prepare_responses(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -> Path:
@@ -87,22 +96,24 @@ def prepare_responses(recipe: Recipe, say: Say = print, *, writer: Writer | None
     _check_rows(section, pairs, path)
     atomic_io.make_folder("data.path", path.parent)
     work = _work(recipe, section, pairs, say, writer)
-    journal = Journal(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work))
-    if journal.pieces:
-        say(f"going on after {min(len(journal.pieces) * section.save_every, len(pairs)):,} of {len(pairs):,} rows")
-    for first in tracked(range(len(journal.pieces) * section.save_every, len(pairs), section.save_every), "prepare"):
-        some = pairs[first : first + section.save_every]
-        journal.append([_kept(one) for one in work.make(list(some))])
-    found = [one for piece in journal.pieces for one in piece]
-    dropped = [Dropped(pairs[n].where, one["why"]) for n, one in enumerate(found) if "why" in one]
-    if len(dropped) == len(found):
-        journal.remove()
-        raise ValueError(f"prepare: none of {len(found):,} answers of {pairs.source} gave a pair: {listed(dropped)}")
-    with written(path) as part:
+    log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work))
+    if log.entries:
+        say(f"going on after {min(len(log.entries) * section.save_every, len(pairs)):,} of {len(pairs):,} rows")
+    for first in tracked(range(len(log.entries) * section.save_every, len(pairs), section.save_every), "prepare"):
+        chunk = pairs[first : first + section.save_every]
+        log.append([_log_entry(one) for one in work.generate(list(chunk))])
+    entries = [one for piece in log.entries for one in piece]
+    dropped = [SkippedRow(pairs[n].location, one["why"]) for n, one in enumerate(entries) if "why" in one]
+    if len(dropped) == len(entries):
+        log.remove()
+        raise ValueError(
+            f"prepare: none of {len(entries):,} answers of {pairs.source} gave a pair: {format_rows(dropped)}"
+        )
+    with atomic_write(path) as part:
         images = Path(recipe.data.images or path.parent)
-        write_pairs(part, _made(section, pairs, found, work), suffix=path.suffix, images=images)
-    journal.remove()
-    say(f"{path}: {_summary(pairs, found, dropped, work)}, in {time.time() - started:.0f} s")
+        write_pairs(part, _synthesized_pairs(section, pairs, entries, work), suffix=path.suffix, images=images)
+    log.remove()
+    say(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
     return path
 
 
@@ -140,7 +151,7 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     return path
 
 
-def _open(source: Source) -> Pairs[ResponsePair]:
+def _open(source: AnswerSource) -> Pairs[ResponsePair]:
     try:
         return open_responses(
             source.format,
@@ -171,75 +182,75 @@ def _work(
     recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair], say: Say, writer: Writer | None
 ) -> Work:
     """What makes the rejected responses, with all models in memory that it needs."""
-    draws, settings = Draws(section.seed), _settings(section)
+    rng, settings = KeyedRNG(section.seed), _settings(section)
     if isinstance(settings, PreparePovid):
-        return _povid(settings, pairs, draws, writer)
+        return _povid(settings, pairs, rng, writer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(settings, Decoding):
-        speaker, of = _speaker(recipe, device, draws, say)
+    if isinstance(settings, DecodingConfig):
+        sampler, dependencies = _sampler(recipe, device, rng, say)
         how = types.Decoding(**settings.model_dump())
-        return Work(Own(speaker, how), of)
+        return Work(SelfGenerated(sampler, how), dependencies)
     # Before a model of gigabytes: what may be missing.
     similarity = _similarity(f"prepare.{section.kind}.similarity", settings, say)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
-    speaker, of = _speaker(recipe, device, draws, say)
-    of["similarity by"] = similarity.name
+    sampler, dependencies = _sampler(recipe, device, rng, say)
+    dependencies["similarity by"] = similarity.name
     if not isinstance(settings, PrepareRealign):
-        require_hiding(speaker.family)
-        return Work(Hallucinated(speaker, hiding(settings), similarity), of)
+        require_image_masking(sampler.family)
+        return Work(BDHS(sampler, masking_config(settings), similarity), dependencies)
     assert mask is not None
-    misled = Misled(
-        speaker,
+    misled = ReAlign(
+        sampler,
         _index(settings, pairs, device),
         mask,
         types.Decoding(settings.max_new_tokens, settings.temperature, batch_size=settings.batch_size),
         similarity,
-        similar=settings.similar,
+        max_similarity=settings.max_similarity,
         asking=settings.completion == "ask",
     )
-    return Work(misled, {**of, "masker": _named(settings.masker, writer)})
+    return Work(misled, {**dependencies, "masker": _named(settings.masker, writer)})
 
 
-def _speaker(recipe: Recipe, device: torch.device, draws: Draws, say: Say) -> tuple[Speaker, dict[str, str]]:
+def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG, say: Say) -> tuple[ResponseSampler, dict[str, str]]:
     """The recipe's model, and which one it is."""
     family: VisionLanguage = loading.load_model(recipe, device, say)
-    of = {
+    dependencies = {
         "model": recipe.model.path,
         "fingerprint": fingerprint.fingerprint(family.network),
         "precision": recipe.train.precision,
     }
-    return Speaker(family, family.network, draws), of
+    return ResponseSampler(family, family.network, rng), dependencies
 
 
-def _similarity(key: str, settings: Completing, say: Say) -> Similarity:
-    found = load_similarity(key, settings.similarity)
-    if is_fallback(settings.similarity, found):
-        say(f"similarity: {found.name}, since no sentence-transformers model is installed")
-    return found
+def _similarity(key: str, settings: CompletionConfig, say: Say) -> Similarity:
+    similarity = load_similarity(key, settings.similarity)
+    if is_fallback(settings.similarity, similarity):
+        say(f"similarity: {similarity.name}, since no sentence-transformers model is installed")
+    return similarity
 
 
 def _mask(settings: PrepareRealign, writer: Writer | None) -> Writer:
     if writer is not None:
         return writer
     if settings.masker != RULES:
-        return find_callable("prepare.realign.masker", settings.masker)
+        return import_callable("prepare.realign.masker", settings.masker)
     mask = masker(load_vocabulary("prepare.realign.vocabulary", settings.vocabulary))
     return lambda pair: mask(pair.chosen.strip())
 
 
-def _index(settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.device) -> Index:
+def _index(settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.device) -> ImageIndex:
     try:
         retriever = open_clip.load(settings.retriever, device, open_clip.Config(pretrained=settings.pretrained))
     except ValueError as error:
         raise ValueError(f"prepare.realign.retriever: {str(error).removeprefix('judge open_clip: ')}") from error
-    return Index(tracked(pairs, "compare images"), retriever.embed, settings.candidates)
+    return ImageIndex(tracked(pairs, "compare images"), retriever.embed, settings.candidates)
 
 
-def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], draws: Draws, writer: Writer | None) -> Work:
+def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, writer: Writer | None) -> Work:
     if writer is None and settings.corruptor != RULES:
-        writer = find_callable("prepare.povid.corruptor", settings.corruptor)
+        writer = import_callable("prepare.povid.corruptor", settings.corruptor)
     if writer is not None:
-        return Work(Corrupted(writer), {"corruptor": name_of(writer)})
+        return Work(RuleCorrupted(writer), {"corruptor": qualified_name(writer)})
     vocabulary = load_vocabulary("prepare.povid.vocabulary", settings.vocabulary)
     together: Companions
     if settings.vocabulary == CROWDS:
@@ -249,17 +260,17 @@ def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], draws: Draws, wri
     else:
         together = companions((pair.chosen for pair in pairs), vocabulary)
     corrupt = Corruptor(vocabulary, together, settings.share, settings.beside)
-    return Work(Corrupted(lambda pair: corrupt(pair.chosen.strip(), pair.row, draws)), {"corruptor": RULES})
+    return Work(RuleCorrupted(lambda pair: corrupt(pair.chosen.strip(), pair.row, rng)), {"corruptor": RULES})
 
 
 def _named(name: str, writer: Writer | None) -> str:
-    return name if writer is None else name_of(writer)
+    return name if writer is None else qualified_name(writer)
 
 
 # ------------------------------------------------------------------------------------------------------------ what came
 
 
-def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | PreparePovid | Decoding:
+def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | PreparePovid | DecodingConfig:
     """What is set for this kind, or its defaults."""
     match section.kind:
         case "realign":
@@ -270,51 +281,51 @@ def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | Prepa
         case "povid":
             return section.povid or PreparePovid()
         case "own":
-            return section.own or Decoding()
+            return section.own or DecodingConfig()
 
 
 def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> dict[str, Any]:
     """What a row's result depends on; work that was begun under another one is not gone on with."""
-    rows = hashed(*(str(pair.row) for pair in pairs))
+    rows = stable_hash(*(str(pair.row) for pair in pairs))
     common = {"kind": section.kind, "seed": section.seed, "save_every": section.save_every, "rows": rows}
-    return {**_settings(section).model_dump(), **common, **work.of}
+    return {**_settings(section).model_dump(), **common, **work.dependencies}
 
 
-def _kept(one: Made | str) -> dict[str, Any]:
+def _log_entry(result: RejectedResponse | str) -> dict[str, Any]:
     """A result as the journal keeps it."""
-    if isinstance(one, str):
-        return {"why": one}
-    retrieved = one.retrieved.where if one.retrieved is not None else None
-    return {"text": one.text, "notes": dict(one.notes), "retrieved": retrieved}
+    if isinstance(result, str):
+        return {"why": result}
+    retrieved = result.retrieved.location if result.retrieved is not None else None
+    return {"text": result.text, "notes": dict(result.metadata), "retrieved": retrieved}
 
 
-def _made(
-    section: PrepareResponses, pairs: Pairs[ResponsePair], found: Sequence[dict[str, Any]], work: Work
-) -> Iterator[MadePair]:
+def _synthesized_pairs(
+    section: PrepareResponses, pairs: Pairs[ResponsePair], entries: Sequence[dict[str, Any]], work: Work
+) -> Iterator[SynthesizedPair]:
     """The pairs that are written."""
-    images = {ref.where: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
-    settings = {name: value for name, value in _settings(section).model_dump().items() if name not in work.of}
-    common = {"kind": section.kind, "seed": section.seed, **work.of, "settings": settings}
+    images = {ref.location: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
+    settings = {name: value for name, value in _settings(section).model_dump().items() if name not in work.dependencies}
+    common = {"kind": section.kind, "seed": section.seed, **work.dependencies, "settings": settings}
     beside = section.bdhs is not None and section.bdhs.keep_rejected
-    for number, one in enumerate(found):
-        if "why" not in one:
+    for number, entry in enumerate(entries):
+        if "why" not in entry:
             pair = pairs[number]
-            rejected, hallucinated = (pair.rejected, one["text"]) if beside else (one["text"], "")
-            retrieved = images[one["retrieved"]] if one["retrieved"] else None
-            yield MadePair(pair, rejected, hallucinated, retrieved, {**one["notes"], **common})
+            rejected, hallucinated = (pair.rejected, entry["text"]) if beside else (entry["text"], "")
+            retrieved = images[entry["retrieved"]] if entry["retrieved"] else None
+            yield SynthesizedPair(pair, rejected, hallucinated, retrieved, {**entry["notes"], **common})
 
 
 def _summary(
-    pairs: Pairs[ResponsePair], found: Sequence[dict[str, Any]], dropped: Sequence[Dropped], work: Work
+    pairs: Pairs[ResponsePair], entries: Sequence[dict[str, Any]], dropped: Sequence[SkippedRow], work: Work
 ) -> str:
-    text = f"{len(found) - len(dropped):,} pairs of {len(found):,} answers"
-    if pairs.dropped:
-        text += f"; {len(pairs.dropped):,} rows of the source cannot be used ({listed(pairs.dropped)})"
+    text = f"{len(entries) - len(dropped):,} pairs of {len(entries):,} answers"
+    if pairs.skipped:
+        text += f"; {len(pairs.skipped):,} rows of the source cannot be used ({format_rows(pairs.skipped)})"
     if dropped:
-        text += f"; {len(dropped):,} left out ({listed(dropped)})"
-    tries = Counter(one["notes"]["tries"] for one in found if "tries" in one.get("notes", {}))
+        text += f"; {len(dropped):,} left out ({format_rows(dropped)})"
+    tries = Counter(one["notes"]["tries"] for one in entries if "tries" in one.get("notes", {}))
     if tries:
-        text += "; taken at try " + ", ".join(f"{tried}: {number:,}" for tried, number in sorted(tries.items()))
-    if "similarity by" in work.of:
-        text += f"; similarity by {work.of['similarity by']}"
+        text += "; taken at try " + ", ".join(f"{attempt}: {number:,}" for attempt, number in sorted(tries.items()))
+    if "similarity by" in work.dependencies:
+        text += f"; similarity by {work.dependencies['similarity by']}"
     return text

@@ -19,7 +19,7 @@ from mmalign.commands._bench_meters import Meter
 from mmalign.commands.bench import Run
 from mmalign.config import Recipe, Train
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 NAMES = ("diffusers", "trl")
 
@@ -50,7 +50,7 @@ class Peer(Protocol):
     def optimizer(self, parameters: Sequence[nn.Parameter], options: Train) -> torch.optim.Optimizer | None:
         """Return the program's optimizer, or None for the recipe's."""
 
-    def loss(self, run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> Tensor:
+    def loss(self, run: Run, batch: Any, rng: KeyedRNG, switch: Callable[[str], None]) -> Tensor:
         """Return the mean loss of a loader's batch; `switch` is told which part of the step begins."""
 
 
@@ -72,45 +72,45 @@ def find(name: str) -> Peer:
 
 def use_peer(run: Run, peer: Peer) -> Run:
     """Return the run with a peer's networks, optimizer and updates."""
-    learner, accelerator = run.learner, run.learner.accelerator
+    train_state, accelerator = run.train_state, run.train_state.accelerator
     peer.prepare(run.policy)
     optimizer = peer.optimizer(run.policy.trainable(), run.recipe.train)
     if optimizer is not None:
         accelerator.free_memory()  # a gradient scaler would act for the former optimizer
-        learner = replace(learner, optimizer=accelerator.prepare_optimizer(optimizer))
-    return replace(run, learner=learner, updates=partial(_make_updates, peer))
+        train_state = replace(train_state, optimizer=accelerator.prepare_optimizer(optimizer))
+    return replace(run, train_state=train_state, updates=partial(_make_updates, peer))
 
 
 def _make_updates(peer: Peer, run: Run, updates: int, meter: Meter | None) -> int:
     """Make updates as other programs do: a batch's loss, its gradient, clipping, the optimizer."""
     switch = meter.switch if meter is not None else lambda _: None
-    options, learner, batches = run.recipe.train, run.learner, loader_batches(run)
-    accelerator, parameters = learner.accelerator, run.policy.trainable()
+    options, train_state, batches = run.recipe.train, run.train_state, loader_batches(run)
+    accelerator, parameters = train_state.accelerator, run.policy.trainable()
     run.policy.model.train()
     for _ in range(updates):
-        for number in range(1, options.accumulate + 1):
+        for number in range(1, options.gradient_accumulation_steps + 1):
             switch("data")
-            batch, draws = next(batches)
-            is_last = number == options.accumulate
+            batch, rng = next(batches)
+            is_last = number == options.gradient_accumulation_steps
             with contextlib.nullcontext() if is_last else accelerator.no_sync(run.policy.model):
-                loss = peer.loss(run, batch, draws, switch)
+                loss = peer.loss(run, batch, rng, switch)
                 switch("backward")
-                accelerator.backward(loss / options.accumulate)
+                accelerator.backward(loss / options.gradient_accumulation_steps)
         switch("optimizer")
-        if options.clip is not None:
-            accelerator.clip_grad_norm_(parameters, options.clip)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
+        if options.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
+        train_state.optimizer.step()
+        train_state.optimizer.zero_grad()
         run.progress.step += 1
         switch("rest")
     return updates
 
 
-def loader_batches(run: Run) -> Iterator[tuple[Any, Draws]]:
+def loader_batches(run: Run) -> Iterator[tuple[Any, KeyedRNG]]:
     """Yield the loader's batches without end, with the random numbers of their epoch."""
     while True:
-        for batch in run.feed.train.batches(run.progress.epoch, run.progress.batch):
+        for batch in run.data_module.train_loader.batches(run.progress.epoch, run.progress.batch):
             run.progress.batch += 1
-            yield batch, Draws(run.recipe.train.seed, run.progress.epoch)
+            yield batch, KeyedRNG(run.recipe.train.seed, run.progress.epoch)
         assert run.progress.batch, "an epoch has a batch"
         run.progress.epoch, run.progress.batch = run.progress.epoch + 1, 0

@@ -28,7 +28,7 @@ from mmalign.families import loading
 from mmalign.families.types import Conditioning
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 about = "diffusers' script: autoencoder, text encoder, policy and reference in every step"
 own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false")
@@ -78,17 +78,17 @@ def optimizer(parameters: Sequence[nn.Parameter], options: Train) -> torch.optim
     return torch.optim.AdamW(parameters, lr=options.lr, betas=betas, weight_decay=options.weight_decay)
 
 
-def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> Tensor:
+def loss(run: Run, batch: Any, rng: KeyedRNG, switch: Callable[[str], None]) -> Tensor:
     """Return the mean loss of a batch."""
     family, policy, scheduler = run.policy.family, run.policy, _scheduler(run.policy.family.pipeline)
-    x_0 = _encode(family.pipeline.vae, batch.pixels, draws, batch.rows, run.device)
+    x_0 = _encode(family.pipeline.vae, batch.pixels, rng, batch.rows, run.device)
     with torch.no_grad():
         text = family.encode_prompts(batch.prompts).to(run.device)
     # One noise and one time for both images of a pair
     switch("noise")
     num_pairs = len(batch.rows)
-    eps = draws.normal(batch.rows, tuple(x_0.shape[1:]), "noise").to(run.device).repeat(2, 1, 1, 1)
-    t = draws.integers(batch.rows, 0, scheduler.config.num_train_timesteps, "time").to(run.device).repeat(2)
+    eps = rng.normal(batch.rows, tuple(x_0.shape[1:]), "noise").to(run.device).repeat(2, 1, 1, 1)
+    t = rng.integers(batch.rows, 0, scheduler.config.num_train_timesteps, "time").to(run.device).repeat(2)
     x_t = scheduler.add_noise(x_0, eps, t)
     target = eps if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(x_0, eps, t)
     condition: Conditioning = family.condition(text.repeat(2), batch.sizes.to(run.device))
@@ -111,11 +111,11 @@ def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> T
 
 
 @torch.no_grad()
-def _encode(vae: Any, pixels: Tensor, draws: Draws, rows: Sequence[int], device: torch.device) -> Tensor:
+def _encode(vae: Any, pixels: Tensor, rng: KeyedRNG, rows: Sequence[int], device: torch.device) -> Tensor:
     """Sample the posteriors of images [2B, 3, R, R], and scale the latents."""
     parts = [vae.encode(images.to(device, vae.dtype)).latent_dist for images in pixels.split(ENCODED)]
     mean, std = torch.cat([p.mean for p in parts]).float(), torch.cat([p.std for p in parts]).float()
-    noise = draws.normal(rows, (2, *mean.shape[1:]), "posterior").to(device).transpose(0, 1).flatten(0, 1)
+    noise = rng.normal(rows, (2, *mean.shape[1:]), "posterior").to(device).transpose(0, 1).flatten(0, 1)
     scaled: Tensor = (mean + std * noise) * vae.config.scaling_factor
     return scaled
 

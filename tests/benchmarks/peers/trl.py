@@ -25,10 +25,10 @@ from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.language.tokens import Tokens
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.resources import resolve_model
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 about = "TRL's DPOTrainer._compute_loss: two padded rows a pair, images encoded for each, policy and reference"
-own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false", "train.pack='off'")
+own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false", "train.pack_responses='off'")
 
 TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # whose images' tensors join along one dimension
 
@@ -73,7 +73,7 @@ def optimizer(parameters: Sequence[nn.Parameter], options: Train) -> torch.optim
     return None
 
 
-def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> Tensor:
+def loss(run: Run, batch: Any, rng: KeyedRNG, switch: Callable[[str], None]) -> Tensor:
     """Return the mean loss of a batch."""
     trainer, _ = _trainer()
     family, policy = run.policy.family, run.policy
@@ -89,7 +89,7 @@ def loss(run: Run, batch: Any, draws: Draws, switch: Callable[[str], None]) -> T
 def _inputs(family: Any, batch: Any, device: torch.device) -> dict[str, Tensor]:
     """Return the collator's tensors of a batch, with the images' once for each row."""
     tokens: Tokens = batch.tokens.to(device)
-    model, facts = family.network.model, family.reader.facts
+    model, facts = family.network.model, family.processor.quirks
     inputs = decoder_inputs(model, facts, tokens.ids, tokens.mask, tokens.is_response, [])
     views = [batch.views[key].tensors for row in tokens.images for key in row]
     pixels = {name: torch.cat([view[name] for view in views]).to(device) for name in views[0]}
@@ -110,7 +110,7 @@ def _holder(run: Run, switch: Callable[[str], None]) -> Any:
     return SimpleNamespace(
         model=model,
         ref_model=reference,
-        accelerator=run.learner.accelerator,
+        accelerator=run.train_state.accelerator,
         args=SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": False}),
         beta=method.beta,
         loss_types=["sigmoid"],

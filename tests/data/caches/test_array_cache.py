@@ -33,14 +33,14 @@ def test_what_is_put_is_found_also_after_opening_again(tmp_path: Path) -> None:
     cache.put({"a|b/64": item(1), "__metadata__": item(2)})
     cache.put({"ä": {"half": torch.ones(1, dtype=torch.bfloat16)}})
     cache.put({})
-    for found in (cache, ArrayCache.open(tmp_path / "cache", MODEL)):
-        assert len(found) == 3 and set(found) == {"a|b/64", "__metadata__", "ä"}
-        assert found.get("a|b/64").keys() == {"mean", "sizes"}
-        assert torch.equal(found.get("__metadata__")["mean"], torch.full((2, 3), 2.0))
-        assert found.get("ä")["half"].dtype == torch.bfloat16
-        assert found.missing(["x", "ä", "y", "x"]) == ["x", "y"] and "x" not in found
+    for result in (cache, ArrayCache.open(tmp_path / "cache", MODEL)):
+        assert len(result) == 3 and set(result) == {"a|b/64", "__metadata__", "ä"}
+        assert result.get("a|b/64").keys() == {"mean", "sizes"}
+        assert torch.equal(result.get("__metadata__")["mean"], torch.full((2, 3), 2.0))
+        assert result.get("ä")["half"].dtype == torch.bfloat16
+        assert result.missing(["x", "ä", "y", "x"]) == ["x", "y"] and "x" not in result
         with pytest.raises(KeyError):
-            found.get("x")
+            result.get("x")
 
 
 def test_another_process_reads_through_its_own_handle(tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_another_model_has_another_folder(tmp_path: Path) -> None:
     """Each finds its own again, none finds another's, and the file beside the arrays says what they are of."""
     others: list[dict[str, str | int | float]] = [MODEL, MODEL | {"resolution": 128}, MODEL | {"dtype": "half"}]
     for number, of in enumerate(others):
-        found = ArrayCache.open(tmp_path, of)
-        assert "a" not in found
-        found.put({"a": item(number)})
-        assert json.loads((found.folder / "fingerprint.json").read_text()) == of
+        result = ArrayCache.open(tmp_path, of)
+        assert "a" not in result
+        result.put({"a": item(number)})
+        assert json.loads((result.folder / "fingerprint.json").read_text()) == of
     for number, of in enumerate(others):
         assert read(ArrayCache.open(tmp_path, dict(reversed(of.items()))), "a")[1] == [number] * 6
 

@@ -49,7 +49,7 @@ def test_scores_of_another_executor_are_not_taken(
     content = responses(vlm_folders("llava"), tmp_path, "out")
     cache.cache(load_recipe(content), say=quiet)
     asked.clear()
-    monkeypatch.setattr(cache, "executor", lambda _: "another")
+    monkeypatch.setattr(cache, "backend_name", lambda _: "another")
     cache.cache(load_recipe(content), say=quiet)
     assert asked and len(list((tmp_path / "out" / "cache" / "reference").iterdir())) == 2
 
@@ -68,9 +68,9 @@ def other_tokenizer(folder: Path) -> None:
 def other_pixels(folder: Path) -> None:
     """An image processor that takes another mean off."""
     file = folder / "processor_config.json"
-    told = json.loads(file.read_text())
-    told["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
-    file.write_text(json.dumps(told))
+    output = json.loads(file.read_text())
+    output["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    file.write_text(json.dumps(output))
 
 
 def other_layer(folder: Path) -> None:
@@ -81,9 +81,9 @@ def other_layer(folder: Path) -> None:
 def other_rope(folder: Path) -> None:
     """The same decoder with other positions."""
     file = folder / "config.json"
-    told = json.loads(file.read_text())
-    told["text_config"]["rope_parameters"] = {"rope_theta": 500.0, "rope_type": "default"}
-    file.write_text(json.dumps(told))
+    output = json.loads(file.read_text())
+    output["text_config"]["rope_parameters"] = {"rope_theta": 500.0, "rope_type": "default"}
+    file.write_text(json.dumps(output))
 
 
 def other_weight(folder: Path, part: str = "embed_tokens") -> None:
@@ -146,7 +146,7 @@ def test_scores_of_a_model_that_was_changed_are_not_taken(
 def test_errors_of_another_schedule_are_not_taken(tiny_sd15: Path, tmp_path: Path, asked: list[str]) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_sd15, model)
-    method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": 1}
+    method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": 1}
     content = pictures(model, tmp_path, "out", method=method, train={"steps": 2})
     cache.cache(load_recipe(content), say=quiet)
     asked.clear()
@@ -159,12 +159,12 @@ def test_errors_of_another_empty_prompt_are_not_taken(tiny_sdxl: Path, tmp_path:
     """SDXL's pipeline says whether a prompt that is left out is zeros or the words ""."""
     model = tmp_path / "model"
     shutil.copytree(tiny_sdxl, model)
-    method = {"name": "diffusion_dpo", "beta": 100.0, "cache_draws": 1, "caption_dropout": 0.9}
+    method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": 1, "caption_dropout": 0.9}
     content = pictures(model, tmp_path, "out", method=method, train={"steps": 2})
     cache.cache(load_recipe(content), say=quiet)
     asked.clear()
-    told = json.loads((model / "model_index.json").read_text())
-    edit(model / "model_index.json", force_zeros_for_empty_prompt=not told.get("force_zeros_for_empty_prompt", True))
+    output = json.loads((model / "model_index.json").read_text())
+    edit(model / "model_index.json", force_zeros_for_empty_prompt=not output.get("force_zeros_for_empty_prompt", True))
     trained(content)
     assert len(asked) == 2
 

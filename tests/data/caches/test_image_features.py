@@ -20,7 +20,7 @@ from mmalign.data.loaders import response_pairs
 from mmalign.data.pairs import ImageRef
 from mmalign.families.loading import load_vision_language
 from mmalign.families.types import Loading
-from mmalign.families.vlm.image_features import apart, packed, unpacked
+from mmalign.families.vlm.image_features import frozen_parts, pack_features, unpack_features
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.language.chat import Turn
 from mmalign.methods.vision_language import povid
@@ -35,17 +35,17 @@ def test_the_tower_is_put_away_and_not_missed(
     name: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its weights are where nothing can be computed with them, and the losses are what they were."""
-    content = responses(vlm_folders(name), tmp_path, "there", data={"format": "realign", "hold_out": 0.3})
+    content = responses(vlm_folders(name), tmp_path, "there", data={"format": "realign", "validation_fraction": 0.3})
     there, weights = trained(content)
     gone: list[torch.nn.Module] = []
 
     def lost(module: torch.nn.Module, device: torch.device) -> None:
         gone.append(module.to("meta"))
 
-    monkeypatch.setattr(cache, "move", lost)
-    away, theirs = trained({**content, "output": str(tmp_path / "away")})
+    monkeypatch.setattr(cache, "move_parameters", lost)
+    away, reference_scores = trained({**content, "output": str(tmp_path / "away")})
     assert numbers(there) == numbers(away)
-    assert_same(weights, theirs)
+    assert_same(weights, reference_scores)
     family: Any = load_vision_language(str(vlm_folders(name)), Loading(CPU))
     left = sum(p.numel() for p in family.network.parameters()) - sum(p.numel() for m in gone for p in m.parameters())
     learning = (family._model.get_decoder(), family._model.get_output_embeddings())
@@ -62,15 +62,15 @@ def test_a_pair_that_cannot_be_read_does_not_bring_the_tower_back(
     content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 1, "batch_size": size})
     for name in bad:
         (tmp_path / "rows" / name).write_bytes(b"no picture")
-    monkeypatch.setattr(cache, "move", lambda module, device: module.to("meta"))
-    encode, seen = training.Feed._encoded, list[tuple[int, Any]]()
+    monkeypatch.setattr(cache, "move_parameters", lambda module, device: module.to("meta"))
+    encode, seen = training.DataModule._encoded, list[tuple[int, Any]]()
 
     def noted(self: Any, loader: Any, epoch: int, start: int) -> Any:
         for batch in encode(self, loader, epoch, start):
             seen.append((int(batch.weights.sum()), batch))
             yield batch
 
-    monkeypatch.setattr(training.Feed, "_encoded", noted)
+    monkeypatch.setattr(training.DataModule, "_encoded", noted)
     train(load_recipe(content), say=lambda _: None)
     counted = [number for number, _ in seen]
     assert (0 in counted) if size == 1 else (1 in counted)
@@ -80,33 +80,39 @@ def test_the_tower_stays_for_pictures_that_no_file_has(
     vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Crops, which the policy looks at, and noise while it is drawn anew; kept noise was looked at before."""
-    monkeypatch.setattr(cache, "move", lambda *_: pytest.fail("the tower was put away"))
-    for name, method in enumerate([{"name": "mdpo", "cache_draws": 1}, {"name": "mdpo"}, {"name": "povid"}]):
+    monkeypatch.setattr(cache, "move_parameters", lambda *_: pytest.fail("the tower was put away"))
+    for name, method in enumerate([{"name": "mdpo", "num_cached_draws": 1}, {"name": "mdpo"}, {"name": "povid"}]):
         trained(responses(vlm_folders("llava"), tmp_path, str(name), method=method, train={"steps": 2}))
-    assert not povid.needs_tower(povid.Config(cache_draws=1))
+    assert not povid.needs_vision_tower(povid.Config(num_cached_draws=1))
 
 
 @pytest.mark.parametrize("name", [*vlm_models.BUILDERS, *vlm_models.NEWER])
 def test_kept_features_are_the_features(name: str, vlm_folders: Folders, tmp_path: Path) -> None:
     """Through the disk, for every type: a decoder gives the same bits."""
     family: Any = load_vision_language(str(vlm_folders(name)), Loading(CPU))
-    views = {key: family.reader.view(vlm_reference.PICTURES[key]) for key in ("wide", "tall")}
+    views = {key: family.processor.preprocess_image(vlm_reference.PICTURES[key]) for key in ("wide", "tall")}
     live = family.encode_images(views)
-    store = ArrayCache.open(tmp_path / "features", image_features.depends(family))
+    store = ArrayCache.open(tmp_path / "features", image_features.feature_dependencies(family))
     for key, arrays in family.pack(live).items():
         store.put({key: {image_features.IDS: torch.tensor(views[key].ids), **arrays}})
-    known = {key: image_features.known_view(store, key) for key in views}
+    known = {key: image_features.cached_view(store, key) for key in views}
     assert all(known[key].ids == view.ids and not known[key].tensors for key, view in views.items())  # type: ignore[union-attr]
     turns = [Turn("user", "<image>What is it?")]
-    rows = [row for key, view in views.items() for row in family.reader.rows(turns, ["A dog.", "A"], [(key, view)])]
-    tokens = family.reader.batch(rows)
+    rows = [
+        row
+        for key, view in views.items()
+        for row in family.processor.tokenize_responses(turns, ["A dog.", "A"], [(key, view)])
+    ]
+    tokens = family.processor.collate(rows)
     with torch.no_grad():
-        ours, theirs = (
-            family.token_logps(family.network, tokens, found) for found in (family.encode_images(known), live)
+        actual, expected = (
+            family.token_logps(family.network, tokens, result) for result in (family.encode_images(known), live)
         )
-    assert torch.equal(ours, theirs)
+    assert torch.equal(actual, expected)
     assert not [
-        key for key, one in live.images.items() if packed(unpacked(packed(one), CPU)).keys() != packed(one).keys()
+        key
+        for key, one in live.images.items()
+        if pack_features(unpack_features(pack_features(one), CPU)).keys() != pack_features(one).keys()
     ]
 
 
@@ -121,26 +127,28 @@ def test_an_image_is_encoded_once_and_not_prepared_again(
     trained(content)
     assert len(encoded) == 1 + 4  # the picture that a model is tried with
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("an image was prepared"))
-    trained({**content, "output": str(tmp_path / "again")}, f"data.cache={tmp_path}/out/cache", "data.workers=1")
+    trained({**content, "output": str(tmp_path / "again")}, f"data.cache={tmp_path}/out/cache", "data.num_workers=1")
     assert len(encoded) == 1 + 4 + 1
 
 
 def test_what_goes_to_other_devices_item_by_item_is_whole(vlm_folders: Folders) -> None:
     """As a wrapper for distribution takes an object apart; and nothing else is in memory with it."""
     family: Any = load_vision_language(str(vlm_folders("qwen3_vl")), Loading(CPU))
-    (live,) = family.encode_images({"wide": family.reader.view(vlm_reference.PICTURES["wide"])}).images.values()
+    (live,) = family.encode_images(
+        {"wide": family.processor.preprocess_image(vlm_reference.PICTURES["wide"])}
+    ).images.values()
     assert set(live.keys()) == {"pooler_output", "deepstack_features"}
-    for found in (live, unpacked(packed(live), CPU)):
-        again = type(found)(list(found.items()))
-        for ours, theirs in zip(again.deepstack_features, live.deepstack_features, strict=True):
-            assert all(map(torch.equal, ours, theirs))
+    for result in (live, unpack_features(pack_features(live), CPU)):
+        again = type(result)(list(result.items()))
+        for actual, expected in zip(again.deepstack_features, live.deepstack_features, strict=True):
+            assert all(map(torch.equal, actual, expected))
 
 
 ONLINE = {"name": "bdhs", "mode": "online", "online": {"similarity": "trigrams", "tries": 1, "max_new_tokens": 2}}
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-@pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "cache_draws": 1}, ONLINE])
+@pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "num_cached_draws": 1}, ONLINE])
 def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
     method: dict[str, Any], tune: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +183,7 @@ def test_features_that_would_fill_the_disk_are_not_kept(
 ) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 2})
     monkeypatch.setattr(image_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
-    monkeypatch.setattr(cache, "move", lambda *_: pytest.fail("the tower was put away"))
+    monkeypatch.setattr(cache, "move_parameters", lambda *_: pytest.fail("the tower was put away"))
     said: list[str] = []
     train(load_recipe(content), say=said.append)
     assert any(line.startswith("the images' features would take more than half of the free disk") for line in said)
@@ -186,4 +194,4 @@ def test_parts_that_learn_are_never_put_away() -> None:
     inner = torch.nn.ModuleDict({"tower": torch.nn.Linear(1, 1), "decoder": torch.nn.Linear(1, 1)})
     net = torch.nn.ModuleDict({"model": inner, "head": torch.nn.Linear(1, 1), "empty": torch.nn.Identity()})
     learning = {id(p) for part in (inner["decoder"], net["head"]) for p in part.parameters()}
-    assert [name for name, _ in apart(net, learning)] == ["model.tower"]
+    assert [name for name, _ in frozen_parts(net, learning)] == ["model.tower"]

@@ -7,27 +7,27 @@ from typing import Any
 
 import pytest
 
-from mmalign.data.caches.journal import Journal
+from mmalign.data.caches.journal import AppendLog
 
 JOB = {"seed": 1, "settings": {"rho": 0.99}, "name": "ü"}
 PIECES: list[Any] = [[{"text": "A dög.\n"}], [], ["a\udcff", 0.1, None]]
 
 
-def filled(path: Path) -> Journal:
-    journal = Journal(path, JOB)
+def filled(path: Path) -> AppendLog:
+    log = AppendLog(path, JOB)
     for piece in PIECES:
-        journal.append(piece)
-    return journal
+        log.append(piece)
+    return log
 
 
 def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
-    assert filled(tmp_path / "work").pieces == PIECES
-    again = Journal(tmp_path / "work", JOB)
-    assert again.pieces == PIECES
+    assert filled(tmp_path / "work").entries == PIECES
+    again = AppendLog(tmp_path / "work", JOB)
+    assert again.entries == PIECES
     again.append("more")
-    assert Journal(tmp_path / "work", JOB).pieces == [*PIECES, "more"]
+    assert AppendLog(tmp_path / "work", JOB).entries == [*PIECES, "more"]
     again.remove()
-    assert not (tmp_path / "work").exists() and Journal(tmp_path / "work", JOB).pieces == []
+    assert not (tmp_path / "work").exists() and AppendLog(tmp_path / "work", JOB).entries == []
 
 
 @pytest.mark.parametrize("kept", range(4))
@@ -35,16 +35,16 @@ def test_a_file_cut_anywhere_has_its_whole_lines(kept: int, tmp_path: Path) -> N
     """After each byte: as many pieces as lines that end before it, and going on gives the same file."""
     filled(tmp_path / "whole")
     content = (tmp_path / "whole").read_bytes()
-    ends = [at + 1 for at, byte in enumerate(content) if byte == ord("\n")]
+    ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
     assert len(ends) == 4
     begin, end = (0, *ends)[kept], ends[kept]
     for length in (begin, begin + 1, (begin + end) // 2, end - 1):
         path = tmp_path / f"cut {length}"
         path.write_bytes(content[:length])
-        journal = Journal(path, JOB)
-        assert journal.pieces == PIECES[: max(kept - 1, 0)]
-        for piece in PIECES[len(journal.pieces) :]:
-            journal.append(piece)
+        log = AppendLog(path, JOB)
+        assert log.entries == PIECES[: max(kept - 1, 0)]
+        for piece in PIECES[len(log.entries) :]:
+            log.append(piece)
         assert path.read_bytes() == content
 
 
@@ -52,7 +52,7 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
     filled(tmp_path / "work")
     before = (tmp_path / "work").read_bytes()
     with pytest.raises(ValueError) as raised:
-        Journal(tmp_path / "work", {**JOB, "seed": 2, "model": "x"})
+        AppendLog(tmp_path / "work", {**JOB, "seed": 2, "model": "x"})
     assert str(raised.value) == (
         f'{tmp_path / "work"}: was begun with other settings (model, seed differ; model was null and is "x"); give the '
         "same ones to go on, or move that file away to begin anew"
@@ -64,5 +64,5 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
 def test_what_is_no_journal_is_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "work").write_bytes(content)
     with pytest.raises(ValueError, match="is no record of unfinished work; move it away"):
-        Journal(tmp_path / "work", JOB)
+        AppendLog(tmp_path / "work", JOB)
     assert (tmp_path / "work").read_bytes() == content

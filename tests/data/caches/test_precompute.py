@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mmalign.data.caches import precompute
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.precompute import Keep, Kept
+from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.loaders.image_pairs import PairLoader, View
-from mmalign.methods import keep_singly
+from mmalign.data.loaders.image_pairs import ImagePairLoader, ImageTransform
+from mmalign.methods import precompute_per_pair
 from mmalign.methods.text_to_image import inpo
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.training.loop import make_contrasts
 from tests.helpers import data_files, recipes
 from tests.helpers.image_batches import ROWS, pairs
@@ -27,7 +27,7 @@ from tests.helpers.loading import load_diffusion
 from tests.helpers.policies import full
 from tests.helpers.runs import assert_same, train_weights
 
-METHOD = {"name": "inpo", "inverter": "reference", "cache_draws": 2, "steps": 3, "beta": 100.0}
+METHOD = {"name": "inpo", "inverter": "reference", "num_cached_draws": 2, "steps": 3, "beta": 100.0}
 STEPS = 10  # eight pairs by two: the third epoch begins with the ninth batch
 
 
@@ -43,13 +43,13 @@ def recipe(folder: Path, tmp_path: Path, output: str, /, **sections: Any) -> dic
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(row, epoch of the draws) of every pair that is inverted, by the kept or by the usual way."""
     seen: list[tuple[int, int]] = []
-    keep = inpo.keep
+    keep = inpo.precompute
 
-    def noted(policy: Any, batch: Any, cfg: Any, draws: Draws) -> dict[str, Tensor]:
-        seen.extend((row, draws.epoch) for row in batch.rows)
-        return keep(policy, batch, cfg, draws)
+    def noted(policy: Any, batch: Any, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
+        seen.extend((row, rng.epoch) for row in batch.rows)
+        return keep(policy, batch, cfg, rng)
 
-    monkeypatch.setattr(inpo, "keep", noted)
+    monkeypatch.setattr(inpo, "precompute", noted)
     return seen
 
 
@@ -58,7 +58,7 @@ def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
     tune: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
     """Mirrored pairs, held-out pairs, and an epoch whose draws have been before; then a run of other settings."""
-    common: dict[str, Any] = {"model": {"tune": tune}, "data": {"flip": True, "hold_out": 0.5}}
+    common: dict[str, Any] = {"model": {"tune": tune}, "data": {"flip": True, "validation_fraction": 0.5}}
     cached = train_weights(recipe(tiny_sd15, tmp_path, "cached", **common))
     assert len(worked_out) == len(set(worked_out)) and {epoch for _, epoch in worked_out} == {0, 1}
     once = len(worked_out)
@@ -67,7 +67,7 @@ def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
     assert len(worked_out) > once
     worked_out.clear()
     there = f"data.cache='{tmp_path / 'cached' / 'cache'}'"
-    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.workers=2"))
+    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.num_workers=2"))
     other = train_weights(
         recipe(tiny_sd15, tmp_path, "other", **common), there, "method.beta=300.0", "train.batch_size=1"
     )
@@ -78,18 +78,18 @@ def test_what_was_written_before_a_stop_is_not_worked_out_again(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worked_out: list[tuple[int, int]]
 ) -> None:
     monkeypatch.setattr(precompute, "SHARD", 3)
-    noted = inpo.keep
+    noted = inpo.precompute
 
     def stopping(*given: Any) -> dict[str, Tensor]:
         if len(worked_out) == 8:
             raise KeyboardInterrupt
         return noted(*given)
 
-    monkeypatch.setattr(inpo, "keep", stopping)
+    monkeypatch.setattr(inpo, "precompute", stopping)
     content = recipe(tiny_sd15, tmp_path, "stopped")
     with pytest.raises(KeyboardInterrupt):
         train_weights(content)
-    monkeypatch.setattr(inpo, "keep", noted)
+    monkeypatch.setattr(inpo, "precompute", noted)
     weights = train_weights(content)
     assert len(set(worked_out)) == 16 and len(worked_out) == 16 + 2  # two of a shard that was not full
     assert_same(weights, train_weights(recipe(tiny_sd15, tmp_path, "whole")))
@@ -98,7 +98,9 @@ def test_what_was_written_before_a_stop_is_not_worked_out_again(
 def test_only_pairs_that_the_run_meets_are_worked_out(
     tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
-    train_weights(recipe(tiny_sd15, tmp_path, "short", train={"steps": 1, "accumulate": 2, "save_every": 1}))
+    train_weights(
+        recipe(tiny_sd15, tmp_path, "short", train={"steps": 1, "gradient_accumulation_steps": 2, "save_every": 1})
+    )
     assert len(worked_out) == 4
 
 
@@ -152,10 +154,10 @@ def changed(what: str, model: Path, folder: Path) -> None:
         moved(model, folder)
     elif what == "tokenizer":
         file = folder / "tokenizer" / "tokenizer.json"
-        told = json.loads(file.read_text())
-        words = told["model"]["vocab"]
+        output = json.loads(file.read_text())
+        words = output["model"]["vocab"]
         words["a</w>"], words["e</w>"] = words["e</w>"], words["a</w>"]
-        file.write_text(json.dumps(told))
+        file.write_text(json.dumps(output))
     else:
         file = folder / "scheduler" / "scheduler_config.json"
         new = {"schedule": {"beta_end": 0.02}, "prediction": {"prediction_type": "v_prediction"}}[what]
@@ -168,10 +170,10 @@ def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path,
     assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
 
 
-def loader(tmp_path: Path, **more: Any) -> PairLoader:
+def loader(tmp_path: Path, **more: Any) -> ImagePairLoader:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", 7)
     source = open_pairs("pick_a_pic", str(tmp_path / "pairs.parquet"))
-    return PairLoader(source, batch_size=2, seed=0, view=View(16, flip=True), repeat=2, **more)
+    return ImagePairLoader(source, batch_size=2, seed=0, transform=ImageTransform(16, flip=True), repeat=2, **more)
 
 
 def test_processes_share_the_work_and_each_finds_all_of_it(tmp_path: Path) -> None:
@@ -181,35 +183,35 @@ def test_processes_share_the_work_and_each_finds_all_of_it(tmp_path: Path) -> No
     def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
         return {"of": torch.tensor([[batch.rows[0] % 1000, epoch]])}
 
-    ranks = [Kept(ArrayCache.open(store, {}), Keep(2, {})) for _ in (0, 1)]
+    ranks = [PrecomputeCache(ArrayCache.open(store, {}), PrecomputeSpec(2, {})) for _ in (0, 1)]
     for rank, own in enumerate(ranks):
         steps = own.fill(loader(tmp_path, rank=rank, world_size=2), 4, work_out, rank=rank, world_size=2)
         assert next(steps) == len(list(steps)) > 0
         shares.append(list(own.cache))
     assert abs(len(shares[0]) - len(shares[1])) <= 1
-    assert sorted(shares[0] + shares[1]) == sorted(ranks[0].wanted(loader(tmp_path, world_size=2), 4))
+    assert sorted(shares[0] + shares[1]) == sorted(ranks[0].required_keys(loader(tmp_path, world_size=2), 4))
     for rank in (0, 1):
-        found = Kept(ArrayCache.open(store, {}), Keep(2, {}))
+        result = PrecomputeCache(ArrayCache.open(store, {}), PrecomputeSpec(2, {}))
         for epoch in (0, 1, 2, 3):
             for batch in loader(tmp_path, rank=rank, world_size=2).batches(epoch):
-                arrays = found.find(batch, epoch, torch.device("cpu"))
+                arrays = result.lookup(batch, epoch, torch.device("cpu"))
                 assert arrays is not None
                 assert arrays["of"].tolist() == [[row % 1000, epoch % 2] for row in batch.rows]
 
 
 def test_a_batch_of_which_a_pair_lacks_finds_nothing(tmp_path: Path) -> None:
-    own = Kept(ArrayCache.open(tmp_path / "kept", {}), Keep(1, {}))
+    own = PrecomputeCache(ArrayCache.open(tmp_path / "kept", {}), PrecomputeSpec(1, {}))
     (batch, *_) = loader(tmp_path).batches(0)
     own.cache.put({own.key(batch.keys[0], 0): {"x": torch.ones(3)}})
-    assert own.find(batch, 0, torch.device("cpu")) is None
+    assert own.lookup(batch, 0, torch.device("cpu")) is None
     batch.weights[1] = 0.0
-    arrays = own.find(batch, 0, torch.device("cpu"))
+    arrays = own.lookup(batch, 0, torch.device("cpu"))
     assert arrays is not None and arrays["x"].tolist() == [[1.0] * 3, [0.0] * 3]
 
 
 def test_views_come_again_with_the_draws_and_singles_are_the_batch_s_rows(tmp_path: Path) -> None:
     repeating = loader(tmp_path)
-    of = {epoch: {b.rows[0]: b.pixels for b in repeating.singles(epoch, range(7))} for epoch in (0, 1, 2)}
+    of = {epoch: {b.rows[0]: b.pixels for b in repeating.single_pairs(epoch, range(7))} for epoch in (0, 1, 2)}
     assert all(torch.equal(of[0][row], of[2][row]) for row in of[0])  # type: ignore[arg-type]
     assert not all(torch.equal(of[0][row], of[1][row]) for row in of[0])  # type: ignore[arg-type]
     for batch in repeating.batches(1):
@@ -226,7 +228,7 @@ def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
 
     @torch.no_grad()
     def made(epoch: int) -> Any:
-        return make_contrasts(inpo, policy, pairs(family), cfg, Draws(5, epoch))[0]
+        return make_contrasts(inpo, policy, pairs(family), cfg, KeyedRNG(5, epoch))[0]
 
     return made
 
@@ -243,13 +245,13 @@ def test_kept_singly_is_the_batch_s_to_rounding(tiny_sd15: Path) -> None:
     family = load_diffusion(tiny_sd15)
     policy, cfg = full(family, moved=0.02), inpo.Config(inverter="reference")
     with torch.no_grad():
-        singly = keep_singly(inpo.keep, policy, pairs(family), cfg, Draws(5))
-        whole = inpo.keep(policy, pairs(family), cfg, Draws(5))
+        singly = precompute_per_pair(inpo.precompute, policy, pairs(family), cfg, KeyedRNG(5))
+        whole = inpo.precompute(policy, pairs(family), cfg, KeyedRNG(5))
     assert singly["x_t"].shape == (len(ROWS), 2, 4, 8, 8)
     for name, values in whole.items():
         torch.testing.assert_close(singly[name], values, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_reference_s_inversions_can_be_kept() -> None:
-    with pytest.raises(ValueError, match="cache_draws: 2 keeps what an inverter that learns would not make again"):
-        inpo.Config(cache_draws=2)
+    with pytest.raises(ValueError, match="num_cached_draws: 2 keeps what an inverter that learns would not make again"):
+        inpo.Config(num_cached_draws=2)

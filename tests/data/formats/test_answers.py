@@ -45,8 +45,8 @@ def test_answers_alone(row: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_of_several_answers_the_last_is_meant(tmp_path: Path) -> None:
-    said = [("human", "<image>What?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "On a mat.")]
-    messages = [{"from": role, "value": text} for role, text in said]
+    responses = [("human", "<image>What?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "On a mat.")]
+    messages = [{"from": role, "value": text} for role, text in responses]
     (pair,) = opened(tmp_path, {"image": "a.png", "conversations": messages})
     assert pair.chosen == "On a mat." and [turn.text for turn in pair.turns] == ["<image>What?", "A dog.", "Where?"]
 
@@ -68,8 +68,8 @@ def test_a_second_rejected_response(tmp_path: Path) -> None:
     row = {"image": "a.png", "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
     (plain,), (pair,) = opened(tmp_path, row, "trl"), opened(tmp_path, {**row, "hallucinated": "A car."}, "trl")
     assert plain.hallucinated == "" and pair.hallucinated == "A car." and pair.row == plain.row
-    said = [{"role": "user", "content": "What?"}]
-    chosen, rejected = ([*said, {"role": "assistant", "content": text}] for text in ("A dog.", "A cat."))
+    responses = [{"role": "user", "content": "What?"}]
+    chosen, rejected = ([*responses, {"role": "assistant", "content": text}] for text in ("A dog.", "A cat."))
     messages = {"chosen": chosen, "rejected": rejected, "hallucinated": [{"role": "assistant", "content": "A car."}]}
     (pair,) = opened(tmp_path, {"image": "a.png", **messages}, "trl")
     assert pair.hallucinated == "A car."

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmalign.data.formats.images import check_source, open_pairs
 from mmalign.data.images import decode
-from mmalign.data.pairs import Pairs, hold_out
+from mmalign.data.pairs import Pairs, split_by_group
 
 
 def png(level: int) -> bytes:
@@ -69,15 +69,15 @@ def test_labels_choose_ties_are_counted_and_nonsense_is_dropped(tmp_path: Path) 
     pairs = open_pairs("pick_a_pic", str(path))
     assert [level(pairs, i) for i in range(3)] == [(0, 1), (11, 10), (81, 80)]
     assert pairs.ties == 1
-    assert [str(d) for d in pairs.dropped] == [
+    assert [str(d) for d in pairs.skipped] == [
         "pairs.parquet: row 3: label_0 is 1 and label_1 is 1; expected a sum of 1",
         "pairs.parquet: row 4: label_0 is 2 and label_1 is -1; expected 0 to 1",
         "pairs.parquet: row 5: label_0 is nan and label_1 is 1; expected numbers",
         "pairs.parquet: row 6: has_label is false",
         "pairs.parquet: row 7: both images are the same",
     ]
-    assert pairs[2].where == "pairs.parquet: row 8"
-    assert pairs[2].chosen.where == "pairs.parquet: row 8, jpg_1"
+    assert pairs[2].location == "pairs.parquet: row 8"
+    assert pairs[2].chosen.location == "pairs.parquet: row 8, jpg_1"
     assert pairs[0].prompt == pairs[0].group == "prompt 0"
     assert (
         pairs.summary().startswith("3 pairs in 3 groups from ") and "1 tie left out; 5 rows dropped" in pairs.summary()
@@ -103,7 +103,7 @@ def test_a_folder_a_glob_and_a_split(tmp_path: Path) -> None:
         write(tmp_path / "data" / f"{name}.parquet", [(1.0, 0.0)] * (i + 1))
     assert len(open_pairs("pick_a_pic", str(tmp_path))) == 6
     train = open_pairs("pick_a_pic", str(tmp_path), split="train")
-    assert [p.where for p in train] == [
+    assert [p.location for p in train] == [
         "data/train-00000-of-00002.parquet: row 0",
         "data/train-00001-of-00002.parquet: row 0",
         "data/train-00001-of-00002.parquet: row 1",
@@ -213,8 +213,8 @@ def test_a_folder_of_json_lines(tmp_path: Path) -> None:
     lines(tmp_path / "set" / "pairs.jsonl", [good, "", good | {"chosen": "images/9.png"}])
     pairs = open_pairs("folder", str(tmp_path / "set"))
     assert len(pairs) == 1 and level(pairs, 0) == (2, 0) and pairs[0].prompt == "ein Bär"
-    assert [str(d) for d in pairs.dropped] == ["pairs.jsonl: line 3: images/9.png does not exist"]
-    assert pairs[0].chosen.where == "pairs.jsonl: line 1, chosen (images/2.png)"
+    assert [str(d) for d in pairs.skipped] == ["pairs.jsonl: line 3: images/9.png does not exist"]
+    assert pairs[0].chosen.location == "pairs.jsonl: line 1, chosen (images/2.png)"
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
     (tmp_path / "copy" / "images" / "2.png").write_bytes(png(7))
     copy = open_pairs("folder", str(tmp_path / "copy" / "pairs.jsonl"))
@@ -278,12 +278,12 @@ def test_a_table_s_second_prompts_are_of_the_rejected_images(tmp_path: Path) -> 
     seconds = ["ein Wal", None, ""]
     path = write(tmp_path / "a.parquet", [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)], rejected_caption=seconds)
     pairs = open_pairs("pick_a_pic", str(path))
-    assert [p.rejected_prompt for p in pairs] == ["ein Wal", "", ""] and not pairs.dropped
+    assert [p.rejected_prompt for p in pairs] == ["ein Wal", "", ""] and not pairs.skipped
     assert pairs.prompts() == ["prompt 0", "prompt 1", "prompt 2", "ein Wal"]
     assert pairs[1:].prompts() == ["prompt 1", "prompt 2"]
-    needed = open_pairs("pick_a_pic", str(path), two_prompts="x needs two")
+    needed = open_pairs("pick_a_pic", str(path), prompt_pairs="x needs two")
     assert [p.prompt for p in needed] == ["prompt 0"]
-    assert [str(d) for d in needed.dropped] == [f"a.parquet: row {i}: has no rejected_caption" for i in (1, 2)]
+    assert [str(d) for d in needed.skipped] == [f"a.parquet: row {i}: has no rejected_caption" for i in (1, 2)]
     plain = open_pairs("pick_a_pic", str(write(tmp_path / "b.parquet", [(1.0, 0.0), (0.0, 1.0)])))
     assert plain[1].row == pairs[1].row
     assert plain[0].row != pairs[0].row  # another pair, with other draws
@@ -310,11 +310,11 @@ def test_lines_may_have_a_second_prompt(tmp_path: Path) -> None:
     pairs = open_pairs("folder", str(tmp_path))
     assert [p.rejected_prompt for p in pairs] == ["b", "", ""] and pairs.prompts() == ["a", "a", "a", "b"]
     assert pairs[0].row != pairs[1].row == pairs[2].row
-    needed = open_pairs("folder", str(tmp_path), two_prompts="x needs two")
+    needed = open_pairs("folder", str(tmp_path), prompt_pairs="x needs two")
     assert len(needed) == 1 and "2 rows dropped (pairs.jsonl: line 2: has no rejected_prompt; " in needed.summary()
     lines(tmp_path / "pairs.jsonl", [good])
     with pytest.raises(ValueError, match=r"dropped: pairs.jsonl: line 1: has no rejected_prompt\); .*: x needs two$"):
-        open_pairs("folder", str(tmp_path), two_prompts="x needs two")
+        open_pairs("folder", str(tmp_path), prompt_pairs="x needs two")
 
 
 def test_rankings_have_one_prompt(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_rankings_have_one_prompt(tmp_path: Path) -> None:
     lines(tmp_path / "train.jsonl", [record])
     assert open_pairs("rankings", str(tmp_path / "train.jsonl"))[0].rejected_prompt == ""
     with pytest.raises(ValueError, match="line 1: has no second prompt"):
-        open_pairs("rankings", str(tmp_path / "train.jsonl"), two_prompts="x needs two")
+        open_pairs("rankings", str(tmp_path / "train.jsonl"), prompt_pairs="x needs two")
 
 
 def test_a_group_is_never_on_both_sides_and_adding_data_moves_none(tmp_path: Path) -> None:
@@ -331,14 +331,14 @@ def test_a_group_is_never_on_both_sides_and_adding_data_moves_none(tmp_path: Pat
     records = [{"prompt": f"prompt {i // 2}", "chosen": "0.png", "rejected": "1.png"} for i in range(400)]
     few = open_pairs("folder", str(lines(tmp_path / "few.jsonl", records[:200])))
     many = open_pairs("folder", str(lines(tmp_path / "many.jsonl", records)))
-    train, held = hold_out(many, 0.2, seed=1)
-    assert len(train) + len(held) == 400 and not set(train.groups()) & set(held.groups())
-    assert 40 <= len(held) <= 120  # 40 of 200 groups on average, deviation 5.7: within five
-    assert set(hold_out(few, 0.2, seed=1)[1].groups()) <= set(held.groups())
-    assert set(hold_out(many, 0.2, seed=2)[1].groups()) != set(held.groups())
+    train, validation = split_by_group(many, 0.2, seed=1)
+    assert len(train) + len(validation) == 400 and not set(train.groups()) & set(validation.groups())
+    assert 40 <= len(validation) <= 120  # 40 of 200 groups on average, deviation 5.7: within five
+    assert set(split_by_group(few, 0.2, seed=1)[1].groups()) <= set(validation.groups())
+    assert set(split_by_group(many, 0.2, seed=2)[1].groups()) != set(validation.groups())
     assert train[0].prompt == train[:1][0].prompt and len(train[5:7]) == 2
     with pytest.raises(ValueError, match=r"of 1 group in .* leaves none for"):
-        hold_out(many[:2], 0.2, seed=1)
+        split_by_group(many[:2], 0.2, seed=1)
 
 
 def test_selection_keeps_the_order_asked_for(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.formats.prompts import open_prompts, prompts_of
+from mmalign.data.formats.prompts import open_prompts, unique_prompts
 from mmalign.data.loaders.prompts import PromptLoader
-from mmalign.data.pairs import hold_out
+from mmalign.data.pairs import split_by_group
 from mmalign.toy.scenes import sample_prompts
 from tests.helpers import data_files
 
@@ -20,12 +20,12 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_file_has_a_prompt_a_line_and_a_repeated_one_is_another_row(tmp_path: Path) -> None:
-    found = open_prompts(str(written(tmp_path, "# said\na hen\n\n  an owl \na hen\n")))
-    assert [p.prompt for p in found] == ["a hen", "an owl", "a hen"]
-    assert len({p.row for p in found}) == 3
-    assert found[1].where.endswith("prompts.txt: line 4")
+    pairs = open_prompts(str(written(tmp_path, "# said\na hen\n\n  an owl \na hen\n")))
+    assert [p.prompt for p in pairs] == ["a hen", "an owl", "a hen"]
+    assert len({p.row for p in pairs}) == 3
+    assert pairs[1].location.endswith("prompts.txt: line 4")
     again = open_prompts(str(written(tmp_path, "an owl\na hen\na hen")))  # rows belong to texts, not to lines
-    assert sorted(p.row for p in again) == sorted(p.row for p in found)
+    assert sorted(p.row for p in again) == sorted(p.row for p in pairs)
     assert len(open_prompts(str(tmp_path / "prompts.txt"), limit=2)) == 2
 
 
@@ -45,9 +45,9 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
 
 def test_pairs_give_their_prompts_once(tmp_path: Path) -> None:
     pairs = open_pairs("pick_a_pic", str(data_files.pick_a_pic(tmp_path / "pairs.parquet")))
-    assert [p.prompt for p in prompts_of(pairs, limit=3)] == [f"thing number {i}" for i in range(3)]
+    assert [p.prompt for p in unique_prompts(pairs, limit=3)] == [f"thing number {i}" for i in range(3)]
     twice = pairs.select([0, 0, 1])
-    assert len(prompts_of(twice)) == 2
+    assert len(unique_prompts(twice)) == 2
 
 
 def test_batches_are_the_same_wherever_one_begins_and_processes_share_them(tmp_path: Path) -> None:
@@ -61,13 +61,13 @@ def test_batches_are_the_same_wherever_one_begins_and_processes_share_them(tmp_p
     kept = list(PromptLoader(prompts, batch_size=4, seed=3, keep_last=True).batches(0))
     assert [b.weights.tolist() for b in kept[-1:]] == [[1.0, 1.0, 1.0, 0.0]]
     loader = PromptLoader(prompts, batch_size=2, seed=3)
-    assert loader.places(1, 0)[0].startswith(str(tmp_path)) and len(loader) == 5
+    assert loader.batch_locations(1, 0)[0].startswith(str(tmp_path)) and len(loader) == 5
 
 
 def test_a_hold_out_keeps_equal_prompts_together(tmp_path: Path) -> None:
     prompts = open_prompts(str(written(tmp_path, "\n".join(f"thing {i % 10}" for i in range(40)))))
-    train, held = hold_out(prompts, 0.3, seed=0)
-    assert not set(train.prompts()) & set(held.prompts()) and len(train) + len(held) == 40
+    train, validation = split_by_group(prompts, 0.3, seed=0)
+    assert not set(train.prompts()) & set(validation.prompts()) and len(train) + len(validation) == 40
 
 
 def test_the_shipped_prompts_are_the_bundled_world_s_for_training() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from mmalign.data.formats.responses import check_responses, open_responses
 from mmalign.data.images import decode
-from mmalign.data.pairs import Pairs, ResponsePair, hold_out
+from mmalign.data.pairs import Pairs, ResponsePair, split_by_group
 from mmalign.language.chat import Turn
 from tests.helpers import data_files
 
@@ -99,7 +99,7 @@ def test_every_layout_reads_the_same_pair(format: str, row: dict[str, Any], here
     assert pair.images == pair.rejected_images and decode(pair.images[0]).size == (16, 16)
     assert pair.images[0].read() == (here / "a.png").read_bytes()
     assert [ref.read() for ref in pair.other_images] == ([(here / "b.png").read_bytes()] if format == "realign" else [])
-    assert pair.where == "rows.json: entry 1"
+    assert pair.location == "rows.json: entry 1"
     check_responses(format, str(here / "rows.json"), split=None, columns={}, group_by=None, images=None)
 
 
@@ -163,7 +163,7 @@ def test_a_row_that_cannot_be_learned_from_is_dropped_as_a_pair(
 ) -> None:
     path = written(here, {**GOOD, **change}, GOOD, name="rows.jsonl")
     pairs = open_responses("trl", path)
-    assert len(pairs) == 1 and [str(d) for d in pairs.dropped] == [f"rows.jsonl: line 1: {reason}"]
+    assert len(pairs) == 1 and [str(d) for d in pairs.skipped] == [f"rows.jsonl: line 1: {reason}"]
     assert f"1 row dropped (rows.jsonl: line 1: {reason})" in pairs.summary()
     with pytest.raises(ValueError, match=r"has no pair to learn from \(1 rows dropped: rows\.jsonl: line 1: "):
         open_responses("trl", written(here, {**GOOD, **change}, name="rows.jsonl"))
@@ -237,7 +237,7 @@ def table(folder: Path, number: int = 4) -> Path:
 def test_a_table_s_images_are_read_with_their_pair(here: Path) -> None:
     pairs = open_responses("trl", str(table(here)))
     assert [pair.chosen for pair in pairs] == ["0 cubes.", "1 cubes.", "3 cubes."]
-    assert [str(d) for d in pairs.dropped] == ["train-0.parquet: row 2: the rejected response is empty"]
+    assert [str(d) for d in pairs.skipped] == ["train-0.parquet: row 2: the rejected response is empty"]
     assert pairs[2].images[0].read() == data_files.png(3) and pairs[0].turns[0].text == "<image>?"
 
 
@@ -251,11 +251,11 @@ def test_a_table_may_name_files(here: Path) -> None:
 
 def test_a_column_of_bytes_and_json_in_text(here: Path) -> None:
     """As RLHF-V has it."""
-    told = json.dumps({"question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED})
-    rows = [{"image": {"bytes": data_files.png(0), "path": "x.png"}, "text": told}, {"image": None, "text": told}]
+    message = json.dumps({"question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED})
+    rows = [{"image": {"bytes": data_files.png(0), "path": "x.png"}, "text": message}, {"image": None, "text": message}]
     pq.write_table(pa.Table.from_pylist(rows), here / "rlhfv.parquet")
     pairs = open_responses("rlhfv", str(here / "rlhfv.parquet"))
-    assert len(pairs) == 1 and "row 1: has no image" in str(pairs.dropped[0])
+    assert len(pairs) == 1 and "row 1: has no image" in str(pairs.skipped[0])
     assert pairs[0].images[0].read() == data_files.png(0)
 
 
@@ -283,9 +283,9 @@ def test_a_table_row_s_id_is_its_images_bytes(here: Path) -> None:
 
 def test_rows_of_one_image_stay_on_one_side_of_a_hold_out(here: Path) -> None:
     rows = [{**GOOD, "images": [f"{name}.png"], "prompt": f"{n}?"} for n in range(4) for name in "abc"]
-    train, held = hold_out(open_responses("trl", written(here, *rows)), 0.5, 1)
-    sides = [{pair.images[0].where.split("(")[1] for pair in side} for side in (train, held)]
-    assert len(train) + len(held) == 12 and not sides[0] & sides[1] and all(sides)
+    train, validation = split_by_group(open_responses("trl", written(here, *rows)), 0.5, 1)
+    sides = [{pair.images[0].location.split("(")[1] for pair in side} for side in (train, validation)]
+    assert len(train) + len(validation) == 12 and not sides[0] & sides[1] and all(sides)
 
 
 def test_a_limit_keeps_the_first(here: Path) -> None:

@@ -15,11 +15,11 @@ from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import images_to_encode
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.images import decode
-from mmalign.data.loaders.image_pairs import PairBatch, PairLoader, View
-from mmalign.data.pairs import Dropped, ImageRef, Pairs
+from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader, ImageTransform
+from mmalign.data.pairs import ImageRef, Pairs, SkippedRow
 
-VIEW = View(16, "random", flip=True)
-CENTER = View(16, "center", flip=True)
+VIEW = ImageTransform(16, "random", flip=True)
+CENTER = ImageTransform(16, "center", flip=True)
 
 
 def make(folder: Path, number: int, bad: tuple[int, ...] = ()) -> Pairs:
@@ -37,17 +37,17 @@ def make(folder: Path, number: int, bad: tuple[int, ...] = ()) -> Pairs:
     return open_pairs("folder", str(folder))
 
 
-def fill(folder: Path, pairs: Pairs, view: View, shard: int = 7) -> tuple[ArrayCache, list[Dropped]]:
+def fill(folder: Path, pairs: Pairs, transform: ImageTransform, shard: int = 7) -> tuple[ArrayCache, list[SkippedRow]]:
     """Stores the pixels themselves, as an encoder would store latents."""
     cache = ArrayCache.open(folder, {"model": "none"})
-    found = list(images_to_encode(pairs, view, cache))
-    good = [x for x in found if not isinstance(x, Dropped)]
+    results = list(images_to_encode(pairs, transform, cache))
+    good = [x for x in results if not isinstance(x, SkippedRow)]
     for some in itertools.batched(good, shard) if hasattr(itertools, "batched") else [good]:
         cache.put({x.key: {"mean": x.pixels, "sizes": x.sizes} for x in some})
-    return cache, [x for x in found if isinstance(x, Dropped)]
+    return cache, [x for x in results if isinstance(x, SkippedRow)]
 
 
-def images(batch: PairBatch) -> torch.Tensor:
+def images(batch: ImagePairBatch) -> torch.Tensor:
     """What `fill` has stored, or the decoded images: the same thing."""
     if batch.pixels is not None:
         return batch.pixels
@@ -55,9 +55,9 @@ def images(batch: PairBatch) -> torch.Tensor:
     return batch.arrays["mean"]
 
 
-def equal(a: PairBatch, b: PairBatch) -> bool:
+def equal(a: ImagePairBatch, b: ImagePairBatch) -> bool:
     return (
-        (a.rows, a.prompts, a.dropped) == (b.rows, b.prompts, b.dropped)
+        (a.rows, a.prompts, a.skipped) == (b.rows, b.prompts, b.skipped)
         and torch.equal(images(a), images(b))
         and torch.equal(a.sizes, b.sizes)
         and torch.equal(a.weights, b.weights)
@@ -65,16 +65,16 @@ def equal(a: PairBatch, b: PairBatch) -> bool:
 
 
 def test_an_epoch_shows_every_pair_once_in_an_order_of_its_own(tmp_path: Path) -> None:
-    loader = PairLoader(make(tmp_path, 8), batch_size=2, seed=0, view=VIEW)
+    loader = ImagePairLoader(make(tmp_path, 8), batch_size=2, seed=0, transform=VIEW)
     epochs = [[p for batch in loader.batches(e) for p in batch.prompts] for e in (0, 1, 0)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [f"prompt {i}" for i in range(8)]
     assert epochs[0] == epochs[2] != epochs[1]
-    other = PairLoader(loader.pairs, batch_size=2, seed=1, view=VIEW)
+    other = ImagePairLoader(loader.pairs, batch_size=2, seed=1, transform=VIEW)
     assert [p for batch in other.batches(0) for p in batch.prompts] != epochs[0]
 
 
 def test_a_batch_has_chosen_images_first(tmp_path: Path) -> None:
-    (batch,) = PairLoader(make(tmp_path, 3), batch_size=3, seed=0, view=View(16)).batches(0)
+    (batch,) = ImagePairLoader(make(tmp_path, 3), batch_size=3, seed=0, transform=ImageTransform(16)).batches(0)
     assert batch.pixels is not None and batch.pixels.shape == (6, 3, 16, 16) and batch.arrays is None
     assert batch.sizes.tolist() == [[16, 20, 0, 2, 16, 16]] * 3 + [[24, 16, 4, 0, 16, 16]] * 3
     first = Image.open(tmp_path / f"{batch.prompts[0].split()[1]}-rejected.png").crop((0, 4, 16, 20))
@@ -87,9 +87,9 @@ def test_a_batch_has_chosen_images_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
     pairs = make(tmp_path, 9, bad=(4,))
-    alone = list(PairLoader(pairs, batch_size=2, seed=3, view=VIEW).batches(1))
+    alone = list(ImagePairLoader(pairs, batch_size=2, seed=3, transform=VIEW).batches(1))
     before = torch.get_rng_state()
-    helped = list(PairLoader(pairs, batch_size=2, seed=3, view=VIEW, num_workers=workers).batches(1))
+    helped = list(ImagePairLoader(pairs, batch_size=2, seed=3, transform=VIEW, num_workers=workers).batches(1))
     assert torch.equal(torch.get_rng_state(), before)
     assert len(alone) == 4 and all(map(equal, alone, helped))
 
@@ -98,12 +98,12 @@ def test_going_on_is_the_same_as_not_stopping_and_reads_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = make(tmp_path, 8)
-    loader = PairLoader(pairs, batch_size=2, seed=0, view=VIEW)
+    loader = ImagePairLoader(pairs, batch_size=2, seed=0, transform=VIEW)
     whole = list(loader.batches(5))
     reads: list[str] = []
 
     def counted(ref: ImageRef) -> Image.Image:
-        reads.append(ref.where)
+        reads.append(ref.location)
         return decode(ref)
 
     monkeypatch.setattr("mmalign.data.loaders.image_pairs.decode", counted)
@@ -115,8 +115,11 @@ def test_going_on_is_the_same_as_not_stopping_and_reads_nothing_twice(
 def test_ranks_share_the_batches_of_one_process(tmp_path: Path) -> None:
     """Two ranks of 2 see the halves of what one process of 4 sees, crops and flips included."""
     pairs = make(tmp_path, 9)
-    one = list(PairLoader(pairs, batch_size=4, seed=0, view=VIEW).batches(0))
-    ranks = [list(PairLoader(pairs, batch_size=2, seed=0, view=VIEW, rank=r, world_size=2).batches(0)) for r in (0, 1)]
+    one = list(ImagePairLoader(pairs, batch_size=4, seed=0, transform=VIEW).batches(0))
+    ranks = [
+        list(ImagePairLoader(pairs, batch_size=2, seed=0, transform=VIEW, rank=r, world_size=2).batches(0))
+        for r in (0, 1)
+    ]
     assert len(one) == len(ranks[0]) == len(ranks[1]) == 2
     for whole, first, second in zip(one, *ranks, strict=True):
         assert whole.rows == first.rows + second.rows
@@ -127,7 +130,8 @@ def test_ranks_share_the_batches_of_one_process(tmp_path: Path) -> None:
 def test_too_few_pairs_are_padded_with_weight_0_on_every_rank(tmp_path: Path) -> None:
     pairs = make(tmp_path, 3)
     batches = [
-        list(PairLoader(pairs, batch_size=2, seed=0, view=VIEW, rank=r, world_size=4).batches(0)) for r in range(4)
+        list(ImagePairLoader(pairs, batch_size=2, seed=0, transform=VIEW, rank=r, world_size=4).batches(0))
+        for r in range(4)
     ]
     assert [b[0].weights.tolist() for b in batches] == [[1, 1], [1, 0], [0, 0], [0, 0]]
     assert all(len(b) == 1 and len(b[0].rows) == 2 for b in batches)
@@ -135,7 +139,7 @@ def test_too_few_pairs_are_padded_with_weight_0_on_every_rank(tmp_path: Path) ->
 
 def test_evaluation_keeps_the_last_batch(tmp_path: Path) -> None:
     pairs = make(tmp_path, 5)
-    loader = PairLoader(pairs, batch_size=2, seed=0, view=VIEW, keep_last=True)
+    loader = ImagePairLoader(pairs, batch_size=2, seed=0, transform=VIEW, keep_last=True)
     batches = list(loader.batches(0))
     assert len(loader) == len(batches) == 3 and batches[2].weights.tolist() == [1, 0]
     counted = [p for b in batches for p, w in zip(b.prompts, b.weights.tolist(), strict=True) if w]
@@ -144,9 +148,13 @@ def test_evaluation_keeps_the_last_batch(tmp_path: Path) -> None:
 
 def test_both_sides_share_the_flip_and_half_of_the_pairs_are_flipped(tmp_path: Path) -> None:
     pairs = make(tmp_path, 16)
-    plain = {r: b for b in PairLoader(pairs, batch_size=1, seed=0, view=View(16)).batches(0) for r in b.rows}
+    plain = {
+        r: b
+        for b in ImagePairLoader(pairs, batch_size=1, seed=0, transform=ImageTransform(16)).batches(0)
+        for r in b.rows
+    }
     flipped = 0
-    for batch in PairLoader(pairs, batch_size=1, seed=0, view=CENTER).batches(0):
+    for batch in ImagePairLoader(pairs, batch_size=1, seed=0, transform=CENTER).batches(0):
         as_is = plain[batch.rows[0]].pixels
         assert as_is is not None and batch.pixels is not None
         mirrored = not torch.equal(batch.pixels, as_is)
@@ -158,8 +166,8 @@ def test_both_sides_share_the_flip_and_half_of_the_pairs_are_flipped(tmp_path: P
 def test_a_bad_pair_keeps_its_place_with_weight_0_and_is_named_once(tmp_path: Path) -> None:
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
-    good = list(PairLoader(make(tmp_path / "good", 6), batch_size=3, seed=0, view=VIEW).batches(0))
-    loader = PairLoader(make(tmp_path / "bad", 6, bad=(2,)), batch_size=3, seed=0, view=VIEW)
+    good = list(ImagePairLoader(make(tmp_path / "good", 6), batch_size=3, seed=0, transform=VIEW).batches(0))
+    loader = ImagePairLoader(make(tmp_path / "bad", 6, bad=(2,)), batch_size=3, seed=0, transform=VIEW)
     batches = list(loader.batches(0))
     assert [b.prompts for b in batches] == [b.prompts for b in good]
     weights = {p: w for b in batches for p, w in zip(b.prompts, b.weights.tolist(), strict=True)}
@@ -169,12 +177,12 @@ def test_a_bad_pair_keeps_its_place_with_weight_0_and_is_named_once(tmp_path: Pa
         keep = b.weights.repeat(2) > 0
         assert torch.equal(a.pixels[keep], b.pixels[keep])
     list(loader.batches(1))
-    (dropped,) = loader.dropped
-    assert dropped.where == "pairs.jsonl: line 3, chosen (2-chosen.png)" and "not a readable image" in dropped.reason
+    (dropped,) = loader.skipped
+    assert dropped.location == "pairs.jsonl: line 3, chosen (2-chosen.png)" and "not a readable image" in dropped.reason
 
 
 def test_a_batch_of_bad_pairs_is_empty_but_there(tmp_path: Path) -> None:
-    loader = PairLoader(make(tmp_path, 4, bad=(0, 1, 2)), batch_size=1, seed=0, view=VIEW)
+    loader = ImagePairLoader(make(tmp_path, 4, bad=(0, 1, 2)), batch_size=1, seed=0, transform=VIEW)
     batches = list(loader.batches(0))
     assert sum(b.weights.sum() for b in batches) == 1 and len(batches) == 4
     assert all(b.pixels is not None and b.pixels.shape == (2, 3, 16, 16) for b in batches)
@@ -183,23 +191,29 @@ def test_a_batch_of_bad_pairs_is_empty_but_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_images_end_the_run(tmp_path: Path, workers: int) -> None:
     pairs = make(tmp_path, 4, bad=(0, 1))
-    list(PairLoader(pairs, batch_size=1, seed=0, view=VIEW, max_bad=2, num_workers=workers).batches(0))
-    with pytest.raises(ValueError, match=r"more than data.max_bad = 1 images are bad \(pairs.jsonl: line"):
-        list(PairLoader(pairs, batch_size=1, seed=0, view=VIEW, max_bad=1, num_workers=workers).batches(0))
+    list(ImagePairLoader(pairs, batch_size=1, seed=0, transform=VIEW, max_bad_images=2, num_workers=workers).batches(0))
+    with pytest.raises(ValueError, match=r"more than data.max_bad_images = 1 images are bad \(pairs.jsonl: line"):
+        list(
+            ImagePairLoader(pairs, batch_size=1, seed=0, transform=VIEW, max_bad_images=1, num_workers=workers).batches(
+                0
+            )
+        )
     with pytest.raises(ValueError, match="no pair of the epoch has two readable images"):
-        list(PairLoader(pairs[:2], batch_size=1, seed=0, view=VIEW, num_workers=workers).batches(0))
+        list(ImagePairLoader(pairs[:2], batch_size=1, seed=0, transform=VIEW, num_workers=workers).batches(0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_cached_batches_are_the_decoded_ones(tmp_path: Path, workers: int) -> None:
     pairs = make(tmp_path, 6, bad=(3,))
     cache, bad = fill(tmp_path / "cache", pairs, CENTER)
-    assert len(cache) == 2 * 11 and [d.where for d in bad] == ["pairs.jsonl: line 4, chosen (3-chosen.png)"]
-    decoded = list(PairLoader(pairs, batch_size=2, seed=0, view=CENTER).batches(2))
-    cached = list(PairLoader(pairs, batch_size=2, seed=0, view=CENTER, cache=cache, num_workers=workers).batches(2))
+    assert len(cache) == 2 * 11 and [d.location for d in bad] == ["pairs.jsonl: line 4, chosen (3-chosen.png)"]
+    decoded = list(ImagePairLoader(pairs, batch_size=2, seed=0, transform=CENTER).batches(2))
+    cached = list(
+        ImagePairLoader(pairs, batch_size=2, seed=0, transform=CENTER, cache=cache, num_workers=workers).batches(2)
+    )
     assert len(cached) == 3 and all(map(equal, decoded, cached))
     assert cached[0].pixels is None and cached[0].arrays is not None and cached[0].arrays.keys() == {"mean"}
-    alone = PairLoader(pairs.select([3, 0]), batch_size=1, seed=0, view=CENTER, cache=cache)
+    alone = ImagePairLoader(pairs.select([3, 0]), batch_size=1, seed=0, transform=CENTER, cache=cache)
     assert {tuple(b.weights.tolist()) for b in alone.batches(0)} == {(0.0,), (1.0,)}
 
 
@@ -207,16 +221,18 @@ def test_encoding_goes_on_where_it_stopped_and_is_shared_by_ranks(tmp_path: Path
     pairs = make(tmp_path, 6)
     cache = ArrayCache.open(tmp_path / "cache", {"model": "none"})
     shares = [
-        {x.key for x in images_to_encode(pairs, CENTER, cache, rank=r, world_size=2) if not isinstance(x, Dropped)}
+        {x.key for x in images_to_encode(pairs, CENTER, cache, rank=r, world_size=2) if not isinstance(x, SkippedRow)}
         for r in (0, 1)
     ]
     assert [len(share) for share in shares] == [12, 12] and not shares[0] & shares[1]
-    first = next(x for x in images_to_encode(pairs, CENTER, cache) if not isinstance(x, Dropped))
+    first = next(x for x in images_to_encode(pairs, CENTER, cache) if not isinstance(x, SkippedRow))
     cache.put({first.key: {"mean": first.pixels, "sizes": first.sizes}})
-    rest = [x.key for x in images_to_encode(pairs, CENTER, cache, num_workers=1) if not isinstance(x, Dropped)]
+    rest = [x.key for x in images_to_encode(pairs, CENTER, cache, num_workers=1) if not isinstance(x, SkippedRow)]
     assert len(rest) == len(set(rest)) == 23 and first.key not in rest
     # A rank that looks later, when some are stored, still has its own share and no one else's.
-    later = {x.key for x in images_to_encode(pairs, CENTER, cache, rank=1, world_size=2) if not isinstance(x, Dropped)}
+    later = {
+        x.key for x in images_to_encode(pairs, CENTER, cache, rank=1, world_size=2) if not isinstance(x, SkippedRow)
+    }
     assert later == shares[1] - {first.key}
 
 
@@ -226,7 +242,7 @@ def test_an_image_of_many_pairs_is_encoded_once(tmp_path: Path) -> None:
     (tmp_path / "ranks.jsonl").write_text(json.dumps(record))
     pairs = open_pairs("rankings", str(tmp_path / "ranks.jsonl"))
     cache = ArrayCache.open(tmp_path / "cache", {})
-    assert len(pairs) == 3 and len(list(images_to_encode(pairs, View(16), cache))) == 3
+    assert len(pairs) == 3 and len(list(images_to_encode(pairs, ImageTransform(16), cache))) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -234,14 +250,16 @@ def test_a_cache_that_lacks_a_good_image_is_refused(tmp_path: Path, workers: int
     pairs = make(tmp_path, 4)
     empty = ArrayCache.open(tmp_path / "empty", {})
     with pytest.raises(ValueError, match=r"empty/\w+ has no image of .*; encode the images first"):
-        list(PairLoader(pairs, batch_size=1, seed=0, view=CENTER, cache=empty, num_workers=workers).batches(0))
+        list(
+            ImagePairLoader(pairs, batch_size=1, seed=0, transform=CENTER, cache=empty, num_workers=workers).batches(0)
+        )
     some, _ = fill(tmp_path / "some", pairs[:3], CENTER)
     with pytest.raises(
         ValueError, match=r"^data.cache: .*some/\w+ lacks pairs.jsonl: line 4, chosen .*; encode the images again"
     ):
-        list(PairLoader(pairs, batch_size=1, seed=0, view=CENTER, cache=some, num_workers=workers).batches(0))
+        list(ImagePairLoader(pairs, batch_size=1, seed=0, transform=CENTER, cache=some, num_workers=workers).batches(0))
     with pytest.raises(ValueError, match="random crops change every epoch"):
-        PairLoader(pairs, batch_size=1, seed=0, view=VIEW, cache=some)
+        ImagePairLoader(pairs, batch_size=1, seed=0, transform=VIEW, cache=some)
 
 
 def test_a_long_caption_passes_whole(tmp_path: Path) -> None:
@@ -249,5 +267,5 @@ def test_a_long_caption_passes_whole(tmp_path: Path) -> None:
     prompt = "ä " * 5000
     record = {"prompt": prompt, "chosen": "0-chosen.png", "rejected": "0-rejected.png"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
-    (batch,) = PairLoader(open_pairs("folder", str(tmp_path)), batch_size=1, seed=0, view=VIEW).batches(0)
+    (batch,) = ImagePairLoader(open_pairs("folder", str(tmp_path)), batch_size=1, seed=0, transform=VIEW).batches(0)
     assert batch.prompts == [prompt]

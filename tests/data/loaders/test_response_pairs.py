@@ -11,19 +11,19 @@ import torch
 
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
-from mmalign.data.loaders.response_pairs import ReadBatch, ResponseLoader, Wants, encode
-from mmalign.data.pairs import Dropped
+from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairBatch, ResponsePairLoader, encode
+from mmalign.data.pairs import SkippedRow
 from mmalign.families.base import VisionLanguage
-from mmalign.methods.vision_language._images import disturbed
+from mmalign.methods.vision_language._images import with_changed_images
 from tests.helpers import data_files
 from tests.helpers.loading import load_vlm
 
-ALL = Wants(pictures=True, others=True)
+ALL = RequestedInputs(decoded_images=True, other_images=True)
 
 
-def loader(family: VisionLanguage, rows: Path, **options: Any) -> ResponseLoader:
-    options = {"max_length": family.reader.max_length, "batch_size": 2, "seed": 0, **options}
-    return ResponseLoader(open_responses(rows.stem, str(rows)), family.reader, **options)
+def loader(family: VisionLanguage, rows: Path, **options: Any) -> ResponsePairLoader:
+    options = {"max_length": family.processor.max_length, "batch_size": 2, "seed": 0, **options}
+    return ResponsePairLoader(open_responses(rows.stem, str(rows)), family.processor, **options)
 
 
 def changed(rows: Path, at: int, **fields: Any) -> Path:
@@ -33,7 +33,7 @@ def changed(rows: Path, at: int, **fields: Any) -> Path:
     return rows
 
 
-def assert_same(one: ReadBatch, other: ReadBatch) -> None:
+def assert_same(one: ResponsePairBatch, other: ResponsePairBatch) -> None:
     assert one.rows == other.rows and one.views.keys() == other.views.keys()
     assert torch.equal(one.tokens.ids, other.tokens.ids) and torch.equal(one.weights, other.weights)
     for key, view in one.views.items():
@@ -41,10 +41,13 @@ def assert_same(one: ReadBatch, other: ReadBatch) -> None:
     assert [(p.row, p.turns, p.chosen, p.images) for p in one.pairs] == [
         (p.row, p.turns, p.chosen, p.images) for p in other.pairs
     ]
-    assert one.pictures == other.pictures
-    assert (one.others is None) == (other.others is None)
-    if one.others is not None and other.others is not None:
-        assert torch.equal(one.others.ids, other.others.ids) and one.others.images == other.others.images
+    assert one.decoded_images == other.decoded_images
+    assert (one.other_images is None) == (other.other_images is None)
+    if one.other_images is not None and other.other_images is not None:
+        assert (
+            torch.equal(one.other_images.ids, other.other_images.ids)
+            and one.other_images.images == other.other_images.images
+        )
 
 
 def test_batches_are_the_same_read_here_or_by_workers_and_from_any_start(llava: VisionLanguage, tmp_path: Path) -> None:
@@ -76,19 +79,19 @@ def test_an_image_of_two_pairs_is_in_a_batch_once(llava: VisionLanguage, tmp_pat
 
 def test_the_chosen_side_comes_first_and_responses_read_as_they_were_written(llava: Any, tmp_path: Path) -> None:
     pairs = {pair.row: pair for pair in open_responses("trl", str(data_files.response_pairs(tmp_path)))}
-    decode = llava.reader.processor.tokenizer.decode
+    decode = llava.processor.processor.tokenizer.decode
     for batch in loader(llava, tmp_path / "trl.jsonl").batches(0):
         tokens = batch.tokens
-        said = [decode(r[m]) for r, m in zip(tokens.responses, tokens.response_mask, strict=True)]
+        responses = [decode(r[m]) for r, m in zip(tokens.responses, tokens.response_mask, strict=True)]
         expected = [pairs[row].chosen for row in batch.rows] + [pairs[row].rejected for row in batch.rows]
-        assert said == [f" {text}</s>" for text in expected]
+        assert responses == [f" {text}</s>" for text in expected]
 
 
 def test_an_over_long_response_loses_its_tail_and_nothing_else(llava: Any, tmp_path: Path) -> None:
     long = "There is a red cube. " * 30
     rows = changed(data_files.response_pairs(tmp_path), 3, chosen=long)
     whole, cut = (next(iter(loader(llava, rows, batch_size=8, **o).batches(0))) for o in ({}, {"max_length": 60}))
-    assert cut.tokens.ids.shape == (16, 60) and not cut.dropped and cut.weights.sum() == 8
+    assert cut.tokens.ids.shape == (16, 60) and not cut.skipped and cut.weights.sum() == 8
     assert torch.equal(cut.tokens.starts, whole.tokens.starts)
     assert torch.equal(cut.tokens.ids, whole.tokens.ids[:, :60])
 
@@ -109,29 +112,29 @@ def test_what_does_not_fit_is_left_out_counted_and_named(
     """No other pair moves for it."""
     good = list(loader(llava, data_files.response_pairs(tmp_path), max_length=60).batches(0))
     rows = changed(tmp_path / "trl.jsonl", 3, **fields)
-    found = loader(llava, rows, max_length=60)
-    batches = list(found.batches(0))
+    result = loader(llava, rows, max_length=60)
+    batches = list(result.batches(0))
     assert len(batches) == len(good) and sum(b.weights.sum() for b in batches) == 7
-    (dropped,) = found.dropped
-    assert dropped.where == "trl.jsonl: line 4"
-    with pytest.raises(ValueError, match=rf"max_bad = 0 images are bad \(trl\.jsonl: line 4: {reason}\)"):
-        list(loader(llava, rows, max_length=60, max_bad=0).batches(0))
+    (dropped,) = result.skipped
+    assert dropped.location == "trl.jsonl: line 4"
+    with pytest.raises(ValueError, match=rf"max_bad_images = 0 images are bad \(trl\.jsonl: line 4: {reason}\)"):
+        list(loader(llava, rows, max_length=60, max_bad_images=0).batches(0))
 
 
 def test_an_unreadable_image_drops_its_pairs(llava: VisionLanguage, tmp_path: Path) -> None:
     rows = data_files.response_pairs(tmp_path)
     (tmp_path / "1.png").write_bytes(data_files.png(0)[:50])
-    found = loader(llava, rows)
-    batches = list(found.batches(0))
+    result = loader(llava, rows)
+    batches = list(result.batches(0))
     assert sum(b.weights.sum() for b in batches) == 6
-    assert {d.where for d in found.dropped} == {f"trl.jsonl: line {n}, image 0 (1.png)" for n in (3, 4)}
+    assert {d.location for d in result.skipped} == {f"trl.jsonl: line {n}, image 0 (1.png)" for n in (3, 4)}
     assert all(torch.isfinite(view.tensors["pixel_values"]).all() for b in batches for view in b.views.values())
 
 
 def test_data_of_which_nothing_can_be_used_are_refused(llava: VisionLanguage, tmp_path: Path) -> None:
-    found = loader(llava, data_files.response_pairs(tmp_path), max_length=5)
+    result = loader(llava, data_files.response_pairs(tmp_path), max_length=5)
     with pytest.raises(ValueError, match=r"none of 8 pairs can be used \(trl\.jsonl: line 1: the prompt has"):
-        found.check_readable()
+        result.check_readable()
 
 
 def test_the_last_batch_is_filled_up_for_evaluation(llava: VisionLanguage, tmp_path: Path) -> None:
@@ -144,11 +147,11 @@ def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguag
     """The same words under two images."""
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(data_files.png(ord(name[0])))
-    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
-    row = {"images": ["a.png"], "messages": said, "rejected_images": ["b.png"]}
+    responses = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    row = {"images": ["a.png"], "messages": responses, "rejected_images": ["b.png"]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     pairs = open_responses("swift", str(tmp_path / "rows.json"))
-    (batch,) = ResponseLoader(pairs, llava.reader, max_length=99, batch_size=1, seed=0).batches(0)
+    (batch,) = ResponsePairLoader(pairs, llava.processor, max_length=99, batch_size=1, seed=0).batches(0)
     (one,), (other,) = batch.tokens.images
     assert one != other and torch.equal(batch.tokens.ids[0], batch.tokens.ids[1])
     logps = llava.token_logps(llava.network, batch.tokens, llava.encode_images(batch.views))
@@ -166,29 +169,29 @@ def test_what_no_method_asked_for_is_not_read(llava: VisionLanguage, realign: Pa
     (realign.parent / "bad.png").write_bytes(b"")
     realign.write_text("\n".join(json.dumps({**row, "retrieved_image": "bad.png"}) for row in rows))
     batches = list(loader(llava, realign).batches(0))
-    assert all(b.others is None and not b.pictures and b.weights.all() for b in batches)
+    assert all(b.other_images is None and not b.decoded_images and b.weights.all() for b in batches)
     assert len(batches[0].views) <= 2
 
 
 def test_pairs_pictures_and_other_images_are_the_same_read_here_or_by_workers(
     llava: VisionLanguage, realign: Path
 ) -> None:
-    here = list(loader(llava, realign, wants=ALL).batches(1))
-    for batch, worked in zip(here, loader(llava, realign, wants=ALL, num_workers=2).batches(1), strict=True):
+    here = list(loader(llava, realign, requested=ALL).batches(1))
+    for batch, worked in zip(here, loader(llava, realign, requested=ALL, num_workers=2).batches(1), strict=True):
         assert_same(batch, worked)
-        assert batch.pictures and batch.others is not None
+        assert batch.decoded_images and batch.other_images is not None
 
 
 def test_pictures_are_what_was_decoded_and_pairs_what_was_said(llava: VisionLanguage, realign: Path) -> None:
     pairs = {pair.row: pair for pair in open_responses("realign", str(realign))}
-    for batch in loader(llava, realign, wants=ALL).batches(0):
+    for batch in loader(llava, realign, requested=ALL).batches(0):
         encoded = encode(llava, batch)
         assert [pair.row for pair in encoded.pairs] == encoded.rows
         for pair in encoded.pairs:
             real = pairs[pair.row]
             assert pair == real and pair.turns[0].text.startswith("<image>")
             for ref in (*real.images, *real.other_images):
-                assert encoded.pictures[ref.key] == decode(ref)
+                assert encoded.decoded_images[ref.key] == decode(ref)
                 assert ref.key in encoded.features.images
     with pytest.raises(AssertionError, match="is in its batch"):
         encoded.pairs[0].images[0].read()
@@ -196,16 +199,16 @@ def test_pictures_are_what_was_decoded_and_pairs_what_was_said(llava: VisionLang
 
 def test_others_are_the_chosen_responses_to_the_other_images(llava: Any, realign: Path) -> None:
     pairs = {pair.row: pair for pair in open_responses("realign", str(realign))}
-    for batch in loader(llava, realign, wants=ALL).batches(0):
-        assert batch.others is not None and len(batch.others) == len(batch.rows)
+    for batch in loader(llava, realign, requested=ALL).batches(0):
+        assert batch.other_images is not None and len(batch.other_images) == len(batch.rows)
         chosen = batch.tokens[: len(batch.rows)]
-        assert torch.equal(batch.others.responses, chosen.responses)
-        for row, own, other in zip(batch.rows, chosen.images, batch.others.images, strict=True):
+        assert torch.equal(batch.other_images.responses, chosen.responses)
+        for row, own, other in zip(batch.rows, chosen.images, batch.other_images.images, strict=True):
             assert own == tuple(ref.key for ref in pairs[row].images)
             assert other == tuple(ref.key for ref in pairs[row].other_images) != own
         logps = [
             llava.token_logps(llava.network, tokens, llava.encode_images(batch.views))
-            for tokens in (chosen, batch.others)
+            for tokens in (chosen, batch.other_images)
         ]
         assert (logps[0] - logps[1]).abs().max() > 1e-4
 
@@ -222,12 +225,12 @@ def test_both_images_are_answered_with_as_many_tokens(vlm_folders: Any, tmp_path
     }
     path = tmp_path / "realign.jsonl"
     path.write_text(json.dumps({"image": "small.png", "retrieved_image": "large.png", **turns}))
-    (batch,) = loader(family, path, wants=ALL, batch_size=1, max_length=60).batches(0)
-    assert batch.others is not None
-    chosen, other = batch.tokens[:1], batch.others
+    (batch,) = loader(family, path, requested=ALL, batch_size=1, max_length=60).batches(0)
+    assert batch.other_images is not None
+    chosen, other = batch.tokens[:1], batch.other_images
     assert int(other.starts) > int(chosen.starts) and int(other.lengths) == 60
-    assert torch.equal(other.responses, chosen.responses[:, : int(other.counts)])
-    assert int(chosen.counts) == int(other.counts) < int(batch.tokens[1:].counts)
+    assert torch.equal(other.responses, chosen.responses[:, : int(other.num_tokens)])
+    assert int(chosen.num_tokens) == int(other.num_tokens) < int(batch.tokens[1:].num_tokens)
 
 
 @pytest.mark.parametrize(
@@ -237,28 +240,28 @@ def test_an_other_image_that_is_bad_drops_its_pair(
     content: bytes, reason: str, llava: VisionLanguage, realign: Path
 ) -> None:
     """Counted and named, and no other pair moves for it."""
-    good = [batch.rows for batch in loader(llava, realign, wants=ALL).batches(0)]
+    good = [batch.rows for batch in loader(llava, realign, requested=ALL).batches(0)]
     (realign.parent / "bad.png").write_bytes(content)
-    found = loader(llava, changed(realign, 2, retrieved_image="bad.png"), wants=ALL)
-    batches = list(found.batches(0))
+    result = loader(llava, changed(realign, 2, retrieved_image="bad.png"), requested=ALL)
+    batches = list(result.batches(0))
     assert sum(len(rows) for rows in good) == 8 and sum(b.weights.sum() for b in batches) == 7
-    (dropped,) = found.dropped
-    assert dropped.where == "realign.jsonl: line 3, image 1 (bad.png)" and dropped.reason.startswith(reason)
-    assert all(len(b.others or ()) == len(b.rows) for b in batches)
+    (dropped,) = result.skipped
+    assert dropped.location == "realign.jsonl: line 3, image 1 (bad.png)" and dropped.reason.startswith(reason)
+    assert all(len(b.other_images or ()) == len(b.rows) for b in batches)
 
 
 def test_a_pair_without_another_image_is_dropped_where_one_is_needed(llava: VisionLanguage, realign: Path) -> None:
-    found = loader(llava, changed(realign, 5, retrieved_image=None), wants=ALL)
-    assert sum(b.weights.sum() for b in found.batches(0)) == 7
-    assert found.dropped == [Dropped("realign.jsonl: line 6", "has no other image, which the method compares with")]
+    result = loader(llava, changed(realign, 5, retrieved_image=None), requested=ALL)
+    assert sum(b.weights.sum() for b in result.batches(0)) == 7
+    assert result.skipped == [SkippedRow("realign.jsonl: line 6", "has no other image, which the method compares with")]
 
 
 def test_a_bad_pair_s_place_is_taken_by_another_s_pictures_too(llava: VisionLanguage, realign: Path) -> None:
     """A method that disturbs pictures or reads pairs finds all of the pair that stands in."""
     (realign.parent / "1.png").write_bytes(b"")
-    for read in loader(llava, realign, wants=ALL).batches(0):
+    for read in loader(llava, realign, requested=ALL).batches(0):
         batch = encode(llava, read)
-        tokens, features = disturbed(llava, batch, lambda picture, row, place: picture)
+        tokens, features = with_changed_images(llava, batch, lambda picture, row, place: picture)
         assert tokens.ids.shape[0] == len(batch.rows) == len(batch.pairs)
         for row, pair in zip(tokens.images, batch.pairs, strict=True):
             assert len(row) == len(pair.images) and all(key in features.images for key in row)
@@ -266,14 +269,14 @@ def test_a_bad_pair_s_place_is_taken_by_another_s_pictures_too(llava: VisionLang
 
 def test_disturbed_rows_are_the_chosen_ones_with_other_features(llava: VisionLanguage, realign: Path) -> None:
     """Each picture is given with its pair's row and its place; one left as it is has the features it had."""
-    batch = encode(llava, next(iter(loader(llava, realign, wants=ALL, batch_size=8).batches(0))))
+    batch = encode(llava, next(iter(loader(llava, realign, requested=ALL, batch_size=8).batches(0))))
     given = list[tuple[int, int]]()
 
     def darker(picture: Any, row: int, place: int) -> Any:
         given.append((row, place))
         return picture.point(lambda level: level // 2) if row == batch.rows[0] else picture
 
-    tokens, features = disturbed(llava, batch, darker)
+    tokens, features = with_changed_images(llava, batch, darker)
     assert given == [(row, 0) for row in batch.rows]
     chosen = batch.tokens[:8]
     assert torch.equal(tokens.ids, chosen.ids) and torch.equal(tokens.lengths, chosen.lengths)
@@ -287,9 +290,15 @@ def test_every_image_of_a_prompt_is_disturbed_in_its_own_place(llava: VisionLang
         (tmp_path / name).write_bytes(data_files.png(ord(name[0])))
     row = {"images": ["a.png", "b.png", "a.png"], "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
     (tmp_path / "trl.jsonl").write_text(json.dumps(row))
-    read = next(iter(loader(llava, tmp_path / "trl.jsonl", wants=Wants(pictures=True), batch_size=1).batches(0)))
+    read = next(
+        iter(
+            loader(llava, tmp_path / "trl.jsonl", requested=RequestedInputs(decoded_images=True), batch_size=1).batches(
+                0
+            )
+        )
+    )
     batch = encode(llava, read)
-    tokens, features = disturbed(llava, batch, lambda picture, row, place: picture.rotate(90 * place))
+    tokens, features = with_changed_images(llava, batch, lambda picture, row, place: picture.rotate(90 * place))
     (keys,) = tokens.images
     assert len(set(keys)) == len(features.images) == 3 and len(batch.features.images) == 2
     pooled = [features.images[key].pooler_output[0] for key in keys]

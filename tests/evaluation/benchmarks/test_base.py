@@ -61,7 +61,7 @@ def test_yes_no_answers_are_scored_and_rated() -> None:
     assert metrics.values["random: accuracy"] == 0.5 and metrics.headline_names[0] == "random: accuracy"
     assert benchmark.parts["random"][1].rate("Yes, there is a cat.").invented == ((0, 20),)
     assert [item.truth for item in benchmark.parts["random"]] == ["yes", "no"]
-    assert benchmark.without({"b"}).questions == questions[:1]
+    assert benchmark.without_images({"b"}).questions == questions[:1]
 
 
 ITEMS: dict[int, amber.AnyItem] = {

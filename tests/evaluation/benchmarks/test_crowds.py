@@ -6,7 +6,7 @@ import pytest
 
 from mmalign.evaluation.annotations import Question
 from mmalign.evaluation.benchmarks import crowds
-from mmalign.evaluation.benchmarks.base import CAPTIONS, Benchmark, Verdict
+from mmalign.evaluation.benchmarks.base import CAPTIONS, AnswerScore, Benchmark
 from mmalign.evaluation.benchmarks.pope import SPLITS
 from mmalign.toy import crowds as world
 
@@ -40,7 +40,7 @@ def test_benchmark_agrees_with_the_world(benchmark: Benchmark) -> None:
         answer = world.answer(by_text[item.question.text], crowds_by_name[item.question.image])
         assert answer.lower().startswith(item.truth)
     crowd = world.sample("test", 40, 3)[7]
-    assert benchmark.images(crowd.name).tobytes() == world.draw(crowd).tobytes()
+    assert benchmark.images(crowd.name).tobytes() == world.render(crowd).tobytes()
 
 
 def test_adversarial_split_asks_for_partners(benchmark: Benchmark) -> None:
@@ -99,14 +99,14 @@ def test_verdicts_mark_inventions(benchmark: Benchmark) -> None:
     assert [text[start:end] for start, end in verdict.invented] == [absent, absent]
     assert item.truth == ", ".join(sorted(present))
     no_item = next(item for item in benchmark.parts["random"] if item.truth == "no")
-    assert no_item.rate("Yes.") == Verdict(0.0, "wrong", ((0, 4),))
-    assert no_item.rate("No.") == Verdict(1.0, "right")
+    assert no_item.rate("Yes.") == AnswerScore(0.0, "wrong", ((0, 4),))
+    assert no_item.rate("No.") == AnswerScore(1.0, "right")
     assert no_item.rate("A circle.").note == "neither yes nor no"
 
 
 def test_benchmark_without_an_image(benchmark: Benchmark) -> None:
     image = benchmark.parts[CAPTIONS][0].question.image
-    smaller = benchmark.without({image})
+    smaller = benchmark.without_images({image})
     assert [len(items) for items in smaller.parts.values()] == [39, 156, 156, 156]
     assert image not in {question.image for question in smaller.questions}
     answers = {part: ["No."] * len(items) for part, items in smaller.parts.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.evaluation.benchmarks import implicit_reward
 from mmalign.policy import FrozenCopy, Policy, Scores
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ BATCH = Batch(
 )
 
 
-def score(batch: Batch, draws: Draws, index: int) -> Callable[[nn.Module], Scores]:
+def score(batch: Batch, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
     def run(net: nn.Module) -> Scores:
         gained = float(net is TRAINED)
         return {
@@ -49,7 +49,7 @@ def score(batch: Batch, draws: Draws, index: int) -> Callable[[nn.Module], Score
 
 def test_implicit_accuracy_by_hand() -> None:
     """A pair is right if its margin exceeds the base model's, not if it is above 0."""
-    result = implicit_reward.accuracy(POLICY, [BATCH], score, draws=2, seed=0)
+    result = implicit_reward.accuracy(POLICY, [BATCH], score, num_noise_samples=2, seed=0)
     assert (result.right, result.number) == (1, 3)
     assert result.chosen_gain == pytest.approx(0.25) and result.rejected_gain == pytest.approx(0.0)
     assert result.as_dict()["accuracy"]["estimate"] == pytest.approx(1 / 3)
@@ -57,4 +57,4 @@ def test_implicit_accuracy_by_hand() -> None:
 
 def test_implicit_accuracy_refuses_no_pairs() -> None:
     with pytest.raises(ValueError, match="there is no held-out pair to score"):
-        implicit_reward.accuracy(POLICY, list[Any](), score, draws=1, seed=0)
+        implicit_reward.accuracy(POLICY, list[Any](), score, num_noise_samples=1, seed=0)

@@ -10,7 +10,7 @@ from PIL import Image
 from mmalign.evaluation.benchmarks.scenes import OVERALL, check_scenes, compare_scenes, describe, measure_scenes
 from mmalign.evaluation.metrics import Metrics
 from mmalign.evaluation.statistics import paired_difference, proportion
-from mmalign.toy.scenes import Truth, draw, lay_out, parse
+from mmalign.toy.scenes import Truth, parse, place_objects, render
 
 PROMPTS = [
     "a red circle",
@@ -32,7 +32,7 @@ WRONG = [
 
 def check(captions: list[str], prompts: list[str] = PROMPTS) -> list[Truth]:
     rng = np.random.default_rng(5)
-    return check_scenes([draw(lay_out(parse(caption), rng)) for caption in captions], prompts)
+    return check_scenes([render(place_objects(parse(caption), rng)) for caption in captions], prompts)
 
 
 def measure(truths: list[Truth], prompts: list[str] = PROMPTS) -> Metrics:

@@ -22,7 +22,7 @@ def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
         tmp_path / "out",
         method={"name": "step_preference", "guidance": 1.0},
         train={"steps": 40, "batch_size": 8, "lr": 2e-3, "save_every": 40},
-        data={"hold_out": 0.4},
+        data={"validation_fraction": 0.4},
     )
     model = {"path": str(judge), "denoiser": str(denoiser)}
     return load_recipe({**content, "model": model, "evaluate": {"benchmark": "steps", **evaluate}})
@@ -30,28 +30,28 @@ def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
 
 def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """White halves are told apart in little noise by the trained judge; at T - 1 hardly anything is left to see."""
-    made = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1, 999])
-    train.train(made, quiet)
-    evaluation = evaluate_module.evaluate(made, quiet)
+    result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1, 999])
+    train.train(result, quiet)
+    evaluation = evaluate_module.evaluate(result, quiet)
     assert evaluation.result == json.loads((evaluation.folder / "result.json").read_text())
     before, after = (evaluation.result[side]["1"]["estimate"] for side in ("before", "after"))
     assert after > 0.8 and after > before
     assert evaluation.table[0][1:] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
     with pytest.raises(ValueError, match="benchmark steps draws no pictures"):
-        gallery.gallery(made, quiet)
+        gallery.gallery(result, quiet)
     with pytest.raises(ValueError, match="prepare: a judge draws no pictures"):
-        prepare.prepare(made, quiet)
+        prepare.prepare(result, quiet)
 
 
 def test_step_accuracy_refuses(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    made = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
+    result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
     with pytest.raises(ValueError, match="steps needs pairs kept from training"):
         evaluate_module.evaluate(
-            made.model_copy(update={"data": made.data.model_copy(update={"hold_out": 0.0})}), quiet
+            result.model_copy(update={"data": result.data.model_copy(update={"validation_fraction": 0.0})}), quiet
         )
-    train.train(made.model_copy(update={"train": made.train.model_copy(update={"steps": 1})}), quiet)
+    train.train(result.model_copy(update={"train": result.train.model_copy(update={"steps": 1})}), quiet)
     with pytest.raises(ValueError, match=r"evaluate\.times: expected timesteps from 0 to 999, got \[1000\]"):
-        evaluate_module.evaluate(made, quiet)
+        evaluate_module.evaluate(result, quiet)
 
 
 def test_step_accuracy_by_hand() -> None:

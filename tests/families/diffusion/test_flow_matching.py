@@ -129,8 +129,8 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
     v = (states[k + 1] - states[k]) / (sigmas[k + 1] - sigmas[k])
     t = pipeline.scheduler.timesteps[k].repeat(2) / 1000
     with torch.no_grad():
-        ours = family.predict(family.network, states[k], t, family.encode_prompts(PROMPTS))
-    torch.testing.assert_close(ours, v, rtol=1e-3, atol=1e-4)  # rounding of two latents, over 0.3
+        actual = family.predict(family.network, states[k], t, family.encode_prompts(PROMPTS))
+    torch.testing.assert_close(actual, v, rtol=1e-3, atol=1e-4)  # rounding of two latents, over 0.3
 
 
 def test_samples_are_the_pipeline_s_own_of_the_same_text_and_seeds(name: str, path: Path, family: TextToImage) -> None:
@@ -240,7 +240,7 @@ def test_latents_are_packed_as_diffusers_packs_them() -> None:
 
 
 def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> None:
-    assert family.count_cut(["fox", "fox " * 400, "x " * 2000]) == 2
+    assert family.count_truncated(["fox", "fox " * 400, "x " * 2000]) == 2
     long, short = family.encode_prompts(["x " * 2000]), family.encode_prompts(["fox"])
     assert all(long.tensors[key].shape == x.shape for key, x in short.tensors.items())
     if name in MASKED:
@@ -250,14 +250,14 @@ def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> Non
 def test_without_its_t5_sd3_counts_by_what_its_clips_read(flow_folders: Folders) -> None:
     """Sixteen tokens here; the T5 of the other reads 256, and stands in the text's tail, which is zeros without it."""
     whole, less = (load_diffusion(flow_folders(n)) for n in ("sd3", "sd3_without_t5"))
-    assert [f.count_cut(["fox", "red fox " * 4]) for f in (whole, less)] == [0, 1]
+    assert [f.count_truncated(["fox", "red fox " * 4]) for f in (whole, less)] == [0, 1]
     tails = [f.encode_prompts(["fox"]).tensors["embeds"][:, -256:] for f in (whole, less)]
     assert tails[0].abs().sum() > 0 and (tails[1] == 0).all()
     assert [n for n, _ in less.encoders()] == ["vae", "text_encoder", "text_encoder_2"]
 
 
 def with_adapters(family: TextToImage, by: float = 0.3) -> TextToImage:
-    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight, p in family.network.named_parameters():
@@ -328,7 +328,7 @@ def test_recomputed_activations_give_the_same_gradient(family: TextToImage) -> N
         return torch.cat([p.grad.flatten() for p in family.network.parameters() if p.grad is not None])
 
     kept = gradient()
-    family.checkpoint_activations()
+    family.enable_gradient_checkpointing()
     assert family.network.is_gradient_checkpointing
     torch.testing.assert_close(gradient(), kept)
     assert kept.norm() > 0
@@ -342,9 +342,9 @@ def test_half_precision(path: Path) -> None:
     assert all(x.dtype == torch.float32 for x in family.encode_prompts(["fox"]).tensors.values())
     x, exact = given(family), load_diffusion(path)
     with torch.no_grad():
-        ours, theirs = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
+        actual, expected = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
     # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
-    assert (ours - theirs).norm() < 0.3 * theirs.norm()
+    assert (actual - expected).norm() < 0.3 * expected.norm()
     assert len(family.sample(net, PROMPTS, SEEDS, Sampling(steps=2, resolution=SIDE))) == 2
 
 
@@ -361,8 +361,8 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
     if name == "flux2":
         mu = compute_empirical_mu(tokens, 50)  # the pipeline's own, at its default number of steps
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    theirs = family.pipeline.scheduler.time_shift(mu, 1.0, t)
-    torch.testing.assert_close(schedule.shift * t / (1 + (schedule.shift - 1) * t), theirs)
+    expected = family.pipeline.scheduler.time_shift(mu, 1.0, t)
+    torch.testing.assert_close(schedule.shift * t / (1 + (schedule.shift - 1) * t), expected)
     if name == "flux":
         assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
 

@@ -76,15 +76,15 @@ def test_samples_depend_on_prompt_and_seed_alone(family: TextToImage) -> None:
     different = torch.tensor(list(alone.tobytes())).int() - torch.tensor(list(images[1].tobytes())).int()
     assert different.abs().max() <= 1  # a batch of another size may round a pixel otherwise
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(2))[None]
-    theirs = family.pipeline(
+    expected = family.pipeline(
         "a hen", num_inference_steps=3, guidance_scale=3.0, latents=noise, output_type="np"
     ).images[0]
-    ours = torch.tensor(list(images[1].tobytes())).view(16, 16, 3) / 255
-    torch.testing.assert_close(ours, torch.tensor(theirs), rtol=0, atol=0.01)
+    actual = torch.tensor(list(images[1].tobytes())).view(16, 16, 3) / 255
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=0, atol=0.01)
 
 
 def test_long_prompts_are_counted(family: TextToImage) -> None:
-    assert family.count_cut(["fox", "fox " * 40, "x" * 10_000]) == 2
+    assert family.count_truncated(["fox", "fox " * 40, "x" * 10_000]) == 2
     assert family.encode_prompts(["x" * 10_000]).tensors["embeds"].shape[1] == 16
 
 

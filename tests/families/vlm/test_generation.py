@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmalign.families.types import Decoding
-from mmalign.families.vlm.processor import ProcessorReader
-from mmalign.families.vlm.quirks import Facts
+from mmalign.families.vlm.processor import HFProcessor
+from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow
+from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers import Folders, vlm_models, vlm_reference
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
@@ -29,7 +29,7 @@ from tests.helpers.vlm_reference import PICTURES
 EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
 QUESTION = "<image>What is it?"
 GREEDY, SAMPLED = Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, temperature=0.8)
-DRAWS = Draws(seed=3)
+DRAWS = KeyedRNG(seed=3)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Asked:
     key: int = 1
 
 
-def prompt(family: Any, asked: Asked) -> TokenRow:
-    views = [(key, family.reader.view(PICTURES[key])) for key in asked.images]
-    row: TokenRow = family.reader.prompt([Turn("user", asked.question)], views, asked.start)
+def prompt(family: Any, asked: Asked) -> TokenizedResponse:
+    views = [(key, family.processor.preprocess_image(PICTURES[key])) for key in asked.images]
+    row: TokenizedResponse = family.processor.tokenize_prompt([Turn("user", asked.question)], views, asked.start)
     return row
 
 
@@ -53,15 +53,15 @@ def answers(
     some: Sequence[Asked],
     decoding: Decoding = GREEDY,
     hidden: Sequence[Tensor] | None = None,
-    draws: Draws = DRAWS,
+    rng: KeyedRNG = DRAWS,
     net: Any = None,
 ) -> list[str]:
-    views = {key: family.reader.view(PICTURES[key]) for asked in some for key in asked.images}
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for asked in some for key in asked.images}
     rows, keys = [prompt(family, asked) for asked in some], [asked.key for asked in some]
-    found: list[str] = family.generate(
-        net or family.network, rows, family.encode_images(views), decoding, rows=keys, draws=draws, hidden=hidden
+    results: list[str] = family.generate(
+        net or family.network, rows, family.encode_images(views), decoding, rows=keys, rng=rng, hidden=hidden
     )
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +82,23 @@ def llava(family_of: Callable[[str], Any]) -> Any:
 
 def test_a_prompt_is_the_one_that_responses_are_scored_after(family: Any) -> None:
     """Token for token, and what was said already is the beginning of the response."""
-    view = ("wide", family.reader.view(PICTURES["wide"]))
+    view = ("wide", family.processor.preprocess_image(PICTURES["wide"]))
     turns = [Turn("user", QUESTION)]
-    whole, other = family.reader.rows(turns, ["There is a red cube and a dog.", "Yes."], [view])
-    bare = family.reader.prompt(turns, [view])
+    whole, other = family.processor.tokenize_responses(turns, ["There is a red cube and a dog.", "Yes."], [view])
+    bare = family.processor.tokenize_prompt(turns, [view])
     assert bare.ids == whole.ids[: whole.start] == other.ids[: other.start] and bare.start == len(bare.ids)
-    begun = family.reader.prompt(turns, [view], "There is a red")
+    begun = family.processor.tokenize_prompt(turns, [view], "There is a red")
     assert begun.ids == whole.ids[: len(begun.ids)] and begun.start == whole.start and begun.images == ("wide",)
-    assert family.reader.prompt(turns, [view], " There is a red\n") == begun
-    assert family.reader.text(begun.response, begun.ids[: begun.start]).strip() == "There is a red"
+    assert family.processor.tokenize_prompt(turns, [view], " There is a red\n") == begun
+    assert family.processor.decode(begun.response, begun.ids[: begun.start]).strip() == "There is a red"
 
 
 def test_image_places_are_those_of_features(family: Any) -> None:
     """Tags between tiles and around an image are none."""
     row = prompt(family, Asked(("wide",)))
-    places = family.reader.image_places(row)
-    (found,) = family.encode_images({"wide": family.reader.view(PICTURES["wide"])}).images.values()
-    assert len(places) == sum(x.shape[-2] for x in found.pooler_output) > 0
+    places = family.processor.image_token_positions(row)
+    (result,) = family.encode_images({"wide": family.processor.preprocess_image(PICTURES["wide"])}).images.values()
+    assert len(places) == sum(x.shape[-2] for x in result.pooler_output) > 0
     assert {row.ids[place] for place in places} == {family.network.model.config.image_token_id}
 
 
@@ -111,22 +111,22 @@ def test_an_answer_keeps_the_space_that_a_tokenizer_drops_at_the_beginning_of_a_
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", unk_token="<unk>")
     ids = fast("a red cube", add_special_tokens=False).input_ids
     assert fast.convert_ids_to_tokens(ids) == words[2:]
-    reader = ProcessorReader(SimpleNamespace(tokenizer=fast), Facts(), 0, 100)
-    assert reader.text(ids[2:]) == "cube"
-    assert reader.text(ids[2:], after=ids[:2]) == " cube"
+    processor = HFProcessor(SimpleNamespace(tokenizer=fast), ModelQuirks(), 0, 100)
+    assert processor.decode(ids[2:]) == "cube"
+    assert processor.decode(ids[2:], after=ids[:2]) == " cube"
 
 
 def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
     """Token by token from the model's own forward pass over pixels, the whole row anew each time."""
-    row, said = prompt(family, asked), list[int]()
+    row, responses = prompt(family, asked), list[int]()
     for step in range(decoding.max_new_tokens):
-        logits = vlm_reference.own_logits(family, [*row.ids, *said], asked.question, asked.images)[-1]
+        logits = vlm_reference.own_logits(family, [*row.ids, *responses], asked.question, asked.images)[-1]
         if decoding.temperature:
             logits = logits / decoding.temperature + DRAWS.gumbel([asked.key], logits.shape, "answer", step)[0]
-        said.append(int(logits.argmax()))
-        if said[-1] in family.reader.ends:
+        responses.append(int(logits.argmax()))
+        if responses[-1] in family.processor.ends:
             break
-    text: str = family.reader.text(said, row.ids)
+    text: str = family.processor.decode(responses, row.ids)
     return text
 
 
@@ -134,9 +134,9 @@ def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
 def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding: Decoding) -> None:
     """Features made once, left padding, a cache and company change nothing; nor does what was said already."""
     some = [Asked(), Asked(("tall",), QUESTION + " Describe it.", "There is a red", key=2)]
-    found = answers(family, some, decoding)
-    assert found == [own_answer(family, asked, decoding) for asked in some]
-    assert all(found) and (found[0] != found[1] or decoding == GREEDY)
+    results = answers(family, some, decoding)
+    assert results == [own_answer(family, asked, decoding) for asked in some]
+    assert all(results) and (results[0] != results[1] or decoding == GREEDY)
 
 
 @pytest.mark.parametrize("name", list(vlm_models.BUILDERS))
@@ -164,21 +164,21 @@ def test_other_draws_give_another_answer_and_equal_ones_the_same(llava: Any) -> 
     some = [Asked(key=key) for key in (1, 1, 2)]
     one, same, other = answers(llava, some, SAMPLED)
     assert one == same != other
-    for draws in (Draws(seed=4), Draws(seed=3, epoch=1)):
-        assert answers(llava, some[:1], SAMPLED, draws=draws) != [one]
+    for rng in (KeyedRNG(seed=4), KeyedRNG(seed=3, epoch=1)):
+        assert answers(llava, some[:1], SAMPLED, rng=rng) != [one]
 
 
 def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
     """The first token of 600 answers, against its probability at that temperature."""
     decoding = Decoding(max_new_tokens=1, temperature=0.25, batch_size=600)
-    found = answers(llava, [Asked(key=key) for key in range(600)], decoding)
+    results = answers(llava, [Asked(key=key) for key in range(600)], decoding)
     row = prompt(llava, Asked())
     share = (vlm_reference.own_logits(llava, row.ids, QUESTION, ("wide",))[-1] / 0.25).softmax(-1)
-    texts = [llava.reader.text([token], row.ids) for token in range(len(share))]
+    texts = [llava.processor.decode([token], row.ids) for token in range(len(share))]
     for text in {texts[token] for token in share.topk(3).indices}:
         p = share[[other == text for other in texts]].sum().item()  # parts of characters read alike
         # 3 standard deviations of a binomial share; the draws are fixed, so this passes always or never.
-        assert abs(found.count(text) / 600 - p) < 3 * (p * (1 - p) / 600) ** 0.5
+        assert abs(results.count(text) / 600 - p) < 3 * (p * (1 - p) / 600) ** 0.5
 
 
 def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
@@ -186,9 +186,9 @@ def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
     plain = answers(llava, some, SAMPLED)
     late, early = plain[0][4:6], plain[0][2:4]
     first = min(plain[0].index(text) + 2 for text in (late, early))
-    found = answers(llava, some, replace(SAMPLED, stop=(late, early)))
-    assert found[0] == plain[0][:first]
-    for stopped, whole in zip(found[1:], plain[1:], strict=True):
+    results = answers(llava, some, replace(SAMPLED, stop=(late, early)))
+    assert results[0] == plain[0][:first]
+    for stopped, whole in zip(results[1:], plain[1:], strict=True):
         assert whole.startswith(stopped)
     assert answers(llava, some, replace(SAMPLED, stop=("never said by anyone",))) == plain
 
@@ -226,7 +226,7 @@ def test_a_batch_ends_when_all_its_answers_have_ended(llava: Any) -> None:
 def test_the_token_that_ended_responses_in_training_ends_answers(name: str, family_of: Callable[[str], Any]) -> None:
     """The layout's end of a turn, or the end of the text; neither is part of the answer, nor is what would follow."""
     family = family_of(name)
-    (row,) = family.reader.rows([Turn("user", "Hm?")], ["Yes."], [])
+    (row,) = family.processor.tokenize_responses([Turn("user", "Hm?")], ["Yes."], [])
     (plain,) = answers(family, [Asked()])
     with head(family, end=row.ids[-1]) as steps:
         (ended,) = answers(family, [Asked()])
@@ -236,7 +236,7 @@ def test_the_token_that_ended_responses_in_training_ends_answers(name: str, fami
 @pytest.mark.parametrize("several", [False, True])
 def test_the_checkpoint_s_own_ends_end_answers_too(several: bool, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("llava"))
-    end = family.reader.processor.tokenizer.convert_tokens_to_ids("<unk>")
+    end = family.processor.processor.tokenizer.convert_tokens_to_ids("<unk>")
     family.network.model.generation_config.eos_token_id = [2, end] if several else end
     with head(family, end) as steps:
         (ended,) = answers(family, [Asked()])
@@ -251,7 +251,7 @@ def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Folders) -> Non
     for name, value in habits.items():
         setattr(model.generation_config, name, value)
     family.unfreeze()
-    family.checkpoint_activations()
+    family.enable_gradient_checkpointing()
     model.train()
     model.model.vision_tower.eval()
     own, modes = model.generation_config, [part.training for part in model.modules()]
@@ -275,30 +275,30 @@ def hiding(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> A
 
 def test_an_image_that_is_hidden_changes_nothing(hiding: Any) -> None:
     """Not a bit of any logit; and one that is seen does."""
-    assert hiding.hides_images == ""
+    assert hiding.image_masking_unsupported_reason is None
     one, other = Asked(("wide",)), Asked(("other wide",))
-    places = hiding.reader.image_places(prompt(hiding, one))
+    places = hiding.processor.image_token_positions(prompt(hiding, one))
     every = torch.ones(len(places), dtype=torch.bool)
-    (said, blind), (same, alike) = (logits_of(hiding, asked, every) for asked in (one, other))
-    assert torch.equal(blind, alike) and said == same
+    (text, blind), (same, alike) = (logits_of(hiding, asked, every) for asked in (one, other))
+    assert torch.equal(blind, alike) and text == same
     (_, seeing), (_, unlike) = (logits_of(hiding, asked, None) for asked in (one, other))
     assert (seeing[0] - unlike[0]).abs().max() > 1e-3 and (seeing[0] - blind[0]).abs().max() > 1e-3
 
 
 def test_where_nothing_is_hidden_the_answer_is_the_plain_one(hiding: Any) -> None:
-    places = hiding.reader.image_places(prompt(hiding, Asked()))
+    places = hiding.processor.image_token_positions(prompt(hiding, Asked()))
     plain, none = (logits_of(hiding, Asked(), hidden) for hidden in (None, torch.zeros(len(places), dtype=torch.bool)))
     assert plain[0] == none[0] and torch.equal(plain[1], none[1])
 
 
-def allowed(family: Any, row: TokenRow, hidden: Tensor) -> Tensor:
+def allowed(family: Any, row: TokenizedResponse, hidden: Tensor) -> Tensor:
     """[1, 1, L, L]: which token may attend to which, written out."""
     length = len(row.ids)
     places = torch.arange(length)
     mask = places[:, None] >= places
-    if family.reader.facts.prefix_attention:
+    if family.processor.quirks.prefix_attention:
         mask |= (places < row.start) & (places[:, None] < row.start)
-    mask[:, torch.tensor(family.reader.image_places(row))[hidden]] = False
+    mask[:, torch.tensor(family.processor.image_token_positions(row))[hidden]] = False
     return mask[None, None]
 
 
@@ -310,11 +310,11 @@ def test_hidden_tokens_are_not_attended_to_and_keep_their_places(name: str, fami
     family = family_of(name)
     asked = Asked(("tall", "wide"), "<image>Hm? <image>", "There is a")
     row, model = prompt(family, asked), family.network.model
-    hidden = torch.arange(len(family.reader.image_places(row))) % 2 == 0
-    _, found = logits_of(family, asked, hidden)
+    hidden = torch.arange(len(family.processor.image_token_positions(row))) % 2 == 0
+    _, result = logits_of(family, asked, hidden)
 
-    encoded = family.reader.processor(
-        text=[family.reader._render([Turn("user", asked.question)])],
+    encoded = family.processor.processor(
+        text=[family.processor._render([Turn("user", asked.question)])],
         images=[[PICTURES[key] for key in asked.images]],
         return_tensors="pt",
     )
@@ -328,13 +328,13 @@ def test_hidden_tokens_are_not_attended_to_and_keep_their_places(name: str, fami
         )
     with torch.no_grad():
         expected = model(input_ids=ids, **inputs).logits[0, -1]
-    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)  # other kernels, other orders of sums
+    torch.testing.assert_close(result[0], expected, rtol=1e-4, atol=1e-4)  # other kernels, other orders of sums
 
 
 def test_hidden_prompts_are_the_same_in_company_of_seeing_ones(hiding: Any) -> None:
     """Each prompt has its own mask, wherever padding puts its image."""
     some = [Asked(), Asked((), "What is there on the blue mat near the car?", key=2), Asked(start="There is", key=3)]
-    counts = [len(hiding.reader.image_places(prompt(hiding, asked))) for asked in some]
+    counts = [len(hiding.processor.image_token_positions(prompt(hiding, asked))) for asked in some]
     hidden = [torch.arange(count) % 3 > 0 for count in counts]
     hidden[2] = torch.zeros(counts[2], dtype=torch.bool)
     alone = [answers(hiding, [asked], SAMPLED, [mask])[0] for asked, mask in zip(some, hidden, strict=True)]
@@ -343,21 +343,23 @@ def test_hidden_prompts_are_the_same_in_company_of_seeing_ones(hiding: Any) -> N
 
 def test_a_decoder_that_cannot_hide_tokens_says_so(family_of: Callable[[str], Any]) -> None:
     family = family_of("qwen3_5")
-    told = "a qwen3_5 has linear_attention layers, which do not attend to tokens but read them in turn into one state"
-    assert family.hides_images.startswith(told)
-    count = len(family.reader.image_places(prompt(family, Asked())))
-    with pytest.raises(ValueError, match=told):
+    message = (
+        "a qwen3_5 has linear_attention layers, which do not attend to tokens but read them in turn into one state"
+    )
+    assert family.image_masking_unsupported_reason.startswith(message)
+    count = len(family.processor.image_token_positions(prompt(family, Asked())))
+    with pytest.raises(ValueError, match=message):
         answers(family, [Asked()], hidden=[torch.ones(count, dtype=torch.bool)])
 
 
 def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
-    said = ["There is a red cube and a dog.", "Yes."]
-    view = ("wide", family.reader.view(PICTURES["wide"]))
-    rows = family.reader.rows([Turn("user", QUESTION)], said, [view])
-    tokens, features = family.reader.batch(rows), family.encode_images(dict([view]))
-    found = family.argmax(family.network, tokens, features)
-    assert found.shape == tokens.responses.shape and not found.requires_grad
-    for got, row in zip(found, rows, strict=True):
+    responses = ["There is a red cube and a dog.", "Yes."]
+    view = ("wide", family.processor.preprocess_image(PICTURES["wide"]))
+    rows = family.processor.tokenize_responses([Turn("user", QUESTION)], responses, [view])
+    tokens, features = family.processor.collate(rows), family.encode_images(dict([view]))
+    result = family.argmax(family.network, tokens, features)
+    assert result.shape == tokens.responses.shape and not result.requires_grad
+    for got, row in zip(result, rows, strict=True):
         count = len(row.response)
         logits = vlm_reference.own_logits(family, row.ids, QUESTION, ("wide",))[row.start - 1 : -1]
         assert got[:count].tolist() == logits.argmax(1).tolist()
@@ -368,7 +370,7 @@ def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Folders) 
     family: Any = load_vlm(vlm_folders("llava"))
     some = [Asked(key=key) for key in range(4)]
     base = answers(family, some, SAMPLED)
-    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
     policy: Policy[Any] = Policy(family, family.network, family.network, AdaptersOff())
     assert answers(family, some, SAMPLED) == base  # a zero second matrix: nothing has changed yet
     with torch.no_grad():

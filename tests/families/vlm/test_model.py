@@ -19,7 +19,7 @@ from mmalign.families.loading import load_vision_language, model_type
 from mmalign.families.types import Loading
 from mmalign.families.vlm.model import _check_type
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow
+from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy, adapters_off
 from tests.helpers import Folders, vlm_models, vlm_reference
 from tests.helpers.loading import CPU, load_vlm
@@ -37,14 +37,14 @@ def rows(
     images: Sequence[str] = ("wide",),
     answers: Sequence[str] = ANSWERS,
     question: str = "What is it?",
-) -> list[TokenRow]:
-    views = [(key, family.reader.view(PICTURES[key])) for key in images]
-    return family.reader.rows([Turn("user", "<image>" * len(images) + question)], answers, views)
+) -> list[TokenizedResponse]:
+    views = [(key, family.processor.preprocess_image(PICTURES[key])) for key in images]
+    return family.processor.tokenize_responses([Turn("user", "<image>" * len(images) + question)], answers, views)
 
 
-def logps(family: VisionLanguage, some: Sequence[TokenRow], net: Any = None) -> Tensor:
-    views = {key: family.reader.view(PICTURES[key]) for row in some for key in row.images}
-    tokens = family.reader.batch(some)
+def logps(family: VisionLanguage, some: Sequence[TokenizedResponse], net: Any = None) -> Tensor:
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for row in some for key in row.images}
+    tokens = family.processor.collate(some)
     return family.token_logps(net or family.network, tokens, family.encode_images(views))
 
 
@@ -52,10 +52,10 @@ def logps(family: VisionLanguage, some: Sequence[TokenRow], net: Any = None) -> 
 def test_a_prompt_s_tokens_are_the_processor_s_own(name: str, images: tuple[str, ...], vlm_folders: Folders) -> None:
     """Also of several images, although each is processed alone."""
     family: Any = load_vlm(vlm_folders(name))
-    found = rows(family, images)
-    prompt = family.reader._render([Turn("user", "<image>" * len(images) + "What is it?")])
-    encoded = family.reader.processor(text=[prompt], images=[[PICTURES[k] for k in images]], return_tensors="pt")
-    for row in found:
+    result = rows(family, images)
+    prompt = family.processor._render([Turn("user", "<image>" * len(images) + "What is it?")])
+    encoded = family.processor.processor(text=[prompt], images=[[PICTURES[k] for k in images]], return_tensors="pt")
+    for row in result:
         assert list(row.ids[: row.start]) == encoded["input_ids"][0].tolist()
 
 
@@ -81,7 +81,7 @@ def test_prompt_and_response_read_as_the_model_s_layout_has_them(
     """A response ends with the layout's own end of a turn, or with the end of the text where it has none."""
     family: Any = load_vlm(vlm_folders(name))
     row = rows(family)[1]
-    decode = family.reader.processor.tokenizer.decode
+    decode = family.processor.processor.tokenizer.decode
     assert (decode(row.ids[: row.start]), decode(row.response)) == text
 
 
@@ -96,9 +96,9 @@ def test_a_token_across_the_border_belongs_to_both_responses(llava: VisionLangua
 def test_a_conversation_of_several_turns_and_images_between_the_words(vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("qwen2_5_vl"))
     turns = [Turn("user", "Is <image> red?"), Turn("assistant", "No."), Turn("user", "And <image>")]
-    views = [(k, family.reader.view(PICTURES[k])) for k in ("wide", "tall")]
-    (row,) = family.reader.rows(turns, ["Yes."], views)
-    text = family.reader.processor.tokenizer.decode(row.ids[: row.start])
+    views = [(k, family.processor.preprocess_image(PICTURES[k])) for k in ("wide", "tall")]
+    (row,) = family.processor.tokenize_responses(turns, ["Yes."], views)
+    text = family.processor.processor.tokenizer.decode(row.ids[: row.start])
     mark = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
     assert f"user\nIs{mark}red?<|im_end|>" in text and f"user\nAnd{mark}<|im_end|>" in text
     assert "assistant\nNo.<|im_end|>" in text
@@ -106,17 +106,17 @@ def test_a_conversation_of_several_turns_and_images_between_the_words(vlm_folder
 
 def test_a_reader_can_be_sent_to_another_process(vlm: VisionLanguage) -> None:
     """And says the same there; nothing of the network goes with it."""
-    sent = pickle.dumps(vlm.reader)
-    copied, view = pickle.loads(sent), vlm.reader.view(PICTURES["tall"])
+    sent = pickle.dumps(vlm.processor)
+    copied, view = pickle.loads(sent), vlm.processor.preprocess_image(PICTURES["tall"])
     again = copied.view(PICTURES["tall"])
     assert again.ids == view.ids and torch.equal(again.tensors["pixel_values"], view.tensors["pixel_values"])
     assert b"ForConditionalGeneration" not in sent
 
 
 def test_placeholders_must_match_the_images(vlm: VisionLanguage) -> None:
-    view = vlm.reader.view(PICTURES["wide"])
+    view = vlm.processor.preprocess_image(PICTURES["wide"])
     with pytest.raises(ValueError, match="2 image placeholders in the text for 1 images"):
-        vlm.reader.rows([Turn("user", "<image><image>What?")], ANSWERS, [("wide", view)])
+        vlm.processor.tokenize_responses([Turn("user", "<image><image>What?")], ANSWERS, [("wide", view)])
 
 
 def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
@@ -133,21 +133,21 @@ def test_scores_are_those_of_the_model_s_own_forward_pass(
 ) -> None:
     """Encoding every image once, alone, and scoring in a padded batch equals pixels in and logits out for one row."""
     family = load_vlm(vlm_folders(name))
-    found = logps(family, rows(family, images)).detach()
-    for got, answer in zip(found, ANSWERS, strict=True):
+    result = logps(family, rows(family, images)).detach()
+    for got, answer in zip(result, ANSWERS, strict=True):
         expected = own_logps(family, images, answer)
         torch.testing.assert_close(got[: len(expected)], expected, rtol=1e-4, atol=1e-4)
         assert (got[len(expected) :] == 0).all()
-    assert found.dtype == torch.float32 and found[found != 0].max() < 0
+    assert result.dtype == torch.float32 and result[result != 0].max() < 0
 
 
 def test_a_batch_is_its_rows_alone(vlm: VisionLanguage) -> None:
     """Padding does not leak, and images go to their own rows; only the order of sums in a kernel differs."""
     some = [*rows(vlm, ("wide",)), *rows(vlm, ("tall", "square"), ["No."]), *rows(vlm, ("square",), question="Hm?")]
     together = logps(vlm, some).detach()
-    for at, row in enumerate(some):
+    for index, row in enumerate(some):
         alone = logps(vlm, [row]).detach()[0]
-        torch.testing.assert_close(together[at, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together[index, : len(alone)], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_image_matters(vlm: VisionLanguage) -> None:
@@ -157,7 +157,7 @@ def test_the_image_matters(vlm: VisionLanguage) -> None:
 
 
 def test_an_image_s_features_are_the_same_in_any_company(vlm: VisionLanguage) -> None:
-    views = {key: vlm.reader.view(image) for key, image in PICTURES.items()}
+    views = {key: vlm.processor.preprocess_image(image) for key, image in PICTURES.items()}
     together = vlm.encode_images(views)
     for key, view in views.items():
         alone = vlm.encode_images({key: view})
@@ -180,7 +180,7 @@ def test_each_image_is_encoded_once(vlm: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def adapted(family: Any) -> Policy[Any]:
-    family.add_lora(rank=2, alpha=4.0, targets=family.usual_targets, seed=0)
+    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
     return Policy(family, family.network, family.network, AdaptersOff())
 
 
@@ -212,8 +212,8 @@ def test_adapters_off_is_the_base_model_bit_for_bit(vlm: Any) -> None:
 def test_a_policy_that_trains_outside_its_adapters_is_refused_that_reference(llava: Any) -> None:
     llava.add_lora(rank=2, alpha=2.0, targets=["q_proj"], seed=0)
     llava.network.model.model.multi_modal_projector.requires_grad_(True)
-    told = r"model\.model\.multi_modal_projector.* outside the adapters are trained.*model\.tune: full"
-    with pytest.raises(ValueError, match=told):
+    message = r"model\.model\.multi_modal_projector.* outside the adapters are trained.*model\.tune: full"
+    with pytest.raises(ValueError, match=message):
         Policy(llava, llava.network, llava.network, AdaptersOff())
 
 
@@ -246,12 +246,12 @@ def test_recomputed_activations_give_the_same_gradients(vlm: Any) -> None:
 
     def gradients() -> list[Tensor]:
         logps(vlm, some).sum().backward()
-        found = [p.grad.clone() for p in policy.trainable() if p.grad is not None]
+        results = [p.grad.clone() for p in policy.trainable() if p.grad is not None]
         vlm.network.zero_grad()
-        return found
+        return results
 
     plain = gradients()
-    vlm.checkpoint_activations()
+    vlm.enable_gradient_checkpointing()
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -282,10 +282,10 @@ def test_half_precision_weights_have_float32_scores_and_masters(vlm_folders: Fol
     half = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family: Any = load_vision_language(str(vlm_folders("llava")), half)
     policy = adapted(family)
-    found = logps(family, rows(family))
-    assert found.dtype == torch.float32 and all(p.dtype == torch.float32 for p in policy.trainable())
+    result = logps(family, rows(family))
+    assert result.dtype == torch.float32 and all(p.dtype == torch.float32 for p in policy.trainable())
     full = logps(load_vision_language(family.name, CPU), rows(family))
-    torch.testing.assert_close(found, full, rtol=0.05, atol=0.1)  # bfloat16 has three digits
+    torch.testing.assert_close(result, full, rtol=0.05, atol=0.1)  # bfloat16 has three digits
 
 
 def broken(folder: Path, to: Path, **config: Any) -> Path:
@@ -323,8 +323,8 @@ def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Folders, t
     shutil.copytree(vlm_folders("llava"), tmp_path / "m")
     file = tmp_path / "m" / "processor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size": 4}))
-    told = "belongs to another model|makes 16 tokens of an image of which the model makes 4 features"
-    with pytest.raises(ValueError, match=told):
+    message = "belongs to another model|makes 16 tokens of an image of which the model makes 4 features"
+    with pytest.raises(ValueError, match=message):
         load_vlm(tmp_path / "m")
 
 
@@ -332,8 +332,8 @@ def test_a_type_whose_prompts_name_images_by_another_token_than_its_features_is_
     """As Gemma 3's and Molmo 2's do; the processor is the model's own, so copying it anew would not help."""
     model, processor = vlm_models.BUILDERS["internvl"]()
     processor.image_token = "<img>"
-    told = "m is a internvl, which cannot be aligned here .*place in a prompt is <img>, and its features have other"
-    with pytest.raises(ValueError, match=told):
+    message = "m is a internvl, which cannot be aligned here .*place in a prompt is <img>, and its features have other"
+    with pytest.raises(ValueError, match=message):
         _check_type("m", "internvl", model, processor)
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.attention import Forest
+from mmalign.attention import PackedPrefixMask
 from mmalign.attention.forest import Block
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.families.types import ImageFeatures
-from mmalign.families.vlm.packing import forest_of
+from mmalign.families.vlm.packing import build_packed_mask
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenRow, Tokens
+from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.losses.pairwise import Pair, dpo
 from mmalign.modalities.loading import load_model
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
@@ -39,17 +39,19 @@ ASKED = [
 ]
 
 
-def rows(family: Any, asked: Sequence[tuple[str, str, list[str]]] = ASKED) -> list[TokenRow]:
-    views = {key: family.reader.view(PICTURES[key]) for key, _, _ in asked}
-    read = family.reader.rows
+def rows(family: Any, asked: Sequence[tuple[str, str, list[str]]] = ASKED) -> list[TokenizedResponse]:
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for key, _, _ in asked}
+    read = family.processor.tokenize_responses
     return [
-        row for key, text, said in asked for row in read([Turn("user", f"<image>{text}")], said, [(key, views[key])])
+        row
+        for key, text, responses in asked
+        for row in read([Turn("user", f"<image>{text}")], responses, [(key, views[key])])
     ]
 
 
-def batch(family: Any, some: Sequence[TokenRow]) -> tuple[Tokens, ImageFeatures]:
-    views = {key: family.reader.view(PICTURES[key]) for row in some for key in row.images}
-    return family.reader.batch(some), family.encode_images(views)
+def batch(family: Any, some: Sequence[TokenizedResponse]) -> tuple[Tokens, ImageFeatures]:
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for row in some for key in row.images}
+    return family.processor.collate(some), family.encode_images(views)
 
 
 def mixed(family: Any) -> tuple[Tokens, ImageFeatures]:
@@ -69,8 +71,8 @@ def scored(family: Any, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor
     weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
     family.network.zero_grad()
     (logps * weights).sum().backward()
-    found = {name: p.grad.clone() for name, p in family.network.named_parameters() if p.grad is not None}
-    return logps.detach(), found
+    results = {name: p.grad.clone() for name, p in family.network.named_parameters() if p.grad is not None}
+    return logps.detach(), results
 
 
 @contextmanager
@@ -89,16 +91,16 @@ def test_packed_is_apart(name: str, vlm_folders: Folders) -> None:
     family.unfreeze()
     tokens, features = mixed(family)
     with given(family) as seen:
-        packed, ours = scored(family, tokens, features)
-        expected, theirs = scored(apart(family), tokens, features)
-    forest = forest_of(tokens, family.reader.facts)
-    assert [one["inputs_embeds"].shape[:2] for one in seen] == [(1, forest.length), tokens.ids.shape]
-    assert len(forest.trees) == 3 and len(forest.spans) == 6
+        packed, policy_scores = scored(family, tokens, features)
+        expected, reference_scores = scored(apart(family), tokens, features)
+    packed_mask = build_packed_mask(tokens, family.processor.quirks)
+    assert [one["inputs_embeds"].shape[:2] for one in seen] == [(1, packed_mask.length), tokens.ids.shape]
+    assert len(packed_mask.prefix_groups) == 3 and len(packed_mask.spans) == 6
     torch.testing.assert_close(packed, expected, rtol=0, atol=5e-6)
-    assert ours.keys() == theirs.keys() and len(ours) > 15
-    assert max(float(grad.abs().max()) for grad in theirs.values()) > 1
-    for weight, grad in theirs.items():
-        torch.testing.assert_close(ours[weight], grad, rtol=1e-4, atol=1e-5, msg=weight)
+    assert policy_scores.keys() == reference_scores.keys() and len(policy_scores) > 15
+    assert max(float(grad.abs().max()) for grad in reference_scores.values()) > 1
+    for weight, grad in reference_scores.items():
+        torch.testing.assert_close(policy_scores[weight], grad, rtol=1e-4, atol=1e-5, msg=weight)
 
 
 @pytest.mark.parametrize("name", STANDING_VLMS)
@@ -110,13 +112,13 @@ def test_a_plain_causal_mask_would_not_do(name: str, vlm_folders: Folders, monke
     family: Any = load_vlm(vlm_folders(name))
     tokens, features = batch(family, rows(family))
 
-    def causal(forest: Forest) -> tuple[Block, ...]:
-        whole = (0, forest.length)
+    def causal(packed_mask: PackedPrefixMask) -> tuple[Block, ...]:
+        whole = (0, packed_mask.length)
         return (Block(whole, (whole,), causal=True),)
 
     with torch.no_grad():
         expected = apart(family).token_logps(family.network, tokens, features)
-        monkeypatch.setattr(Forest, "blocks", property(causal))
+        monkeypatch.setattr(PackedPrefixMask, "blocks", property(causal))
         wrong = family.token_logps(family.network, tokens, features)
     off = (wrong - expected).abs().amax(1)
     assert (off[1:] > 1e-2).all()
@@ -134,11 +136,11 @@ def test_every_token_has_the_position_that_it_has_apart(name: str, vlm_folders: 
     packed, theirs = (one["position_ids"] for one in seen)
     if theirs is None:
         theirs = torch.arange(tokens.ids.shape[1])[None]
-    forest = forest_of(tokens, family.reader.facts)
-    for row, ours in enumerate(forest.split(packed)):  # the rows of each prompt are side by side
+    packed_mask = build_packed_mask(tokens, family.processor.quirks)
+    for row, actual in enumerate(packed_mask.split(packed)):  # the rows of each prompt are side by side
         expected = theirs.expand(*theirs.shape[:-2], len(tokens), -1)[..., row, : int(tokens.lengths[row])]
-        ours = ours[..., 0, :]
-        assert torch.equal(ours[-3:] if expected.dim() == 2 else ours, expected)
+        actual = actual[..., 0, :]
+        assert torch.equal(actual[-3:] if expected.dim() == 2 else actual, expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "paligemma"])
@@ -147,8 +149,10 @@ def test_packed_rows_with_other_targets_and_their_likeliest_tokens(name: str, vl
     tokens, features = mixed(family)
     targets = torch.stack([tokens.responses, (tokens.responses + 7) % 300], -1)
     with torch.no_grad():
-        ours, theirs = (one.token_logps(family.network, tokens, features, targets) for one in (family, apart(family)))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
+        actual, expected = (
+            one.token_logps(family.network, tokens, features, targets) for one in (family, apart(family))
+        )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
     likeliest = [one.argmax(family.network, tokens, features) for one in (family, apart(family))]
     assert torch.equal(*likeliest) and likeliest[0].shape == tokens.responses.shape
 
@@ -157,19 +161,19 @@ def test_packed_rows_whose_activations_are_computed_again(vlm: Any) -> None:
     vlm.unfreeze()
     vlm.network.train()
     tokens, features = mixed(vlm)
-    kept, ours = scored(vlm, tokens, features)
-    vlm.checkpoint_activations()
-    again, theirs = scored(vlm, tokens, features)
+    kept, policy_scores = scored(vlm, tokens, features)
+    vlm.enable_gradient_checkpointing()
+    again, reference_scores = scored(vlm, tokens, features)
     assert torch.equal(kept, again)
-    for weight, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[weight], rtol=1e-5, atol=1e-6, msg=weight)
+    for weight, grad in policy_scores.items():
+        torch.testing.assert_close(grad, reference_scores[weight], rtol=1e-5, atol=1e-6, msg=weight)
 
 
 def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(vlm: Any) -> None:
     """They are packed alike: the loss is ln 2, by adapters and by a copy."""
     tokens, features = mixed(vlm)
     copied = Policy(vlm, vlm.network, vlm.network, FrozenCopy(vlm.frozen_copy()))
-    vlm.add_lora(rank=2, alpha=4.0, targets=vlm.usual_targets, seed=0)
+    vlm.add_lora(rank=2, alpha=4.0, targets=vlm.default_lora_targets, seed=0)
     adapted = Policy(vlm, vlm.network, vlm.network, AdaptersOff())
     for policy in (copied, adapted):
 
@@ -177,8 +181,8 @@ def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(vlm:
             total = vlm.token_logps(net, tokens, features).sum(1)
             return {"chosen": total[:3], "rejected": total[3:]}
 
-        ours, theirs = score(policy.model), policy.on_reference(score)
-        losses = dpo(*(Pair(one["chosen"], one["rejected"]) for one in (ours, theirs)), beta=0.1)
+        actual, expected = score(policy.model), policy.on_reference(score)
+        losses = dpo(*(Pair(one["chosen"], one["rejected"]) for one in (actual, expected)), beta=0.1)
         assert torch.equal(losses, torch.full_like(losses, math.log(2)))
 
 
@@ -204,13 +208,13 @@ def test_a_decoder_that_cannot_pack_runs_as_ever_and_is_named(name: str, why: st
     assert family.packing == f"packing: off, each response runs with its own prompt and images, since {why}"
     tokens, features = mixed(family)
     with torch.no_grad(), given(family) as seen:
-        ours, theirs = (one.token_logps(family.network, tokens, features) for one in (family, apart(family)))
-    assert torch.equal(ours, theirs)
+        actual, expected = (one.token_logps(family.network, tokens, features) for one in (family, apart(family)))
+    assert torch.equal(actual, expected)
     assert all(one["inputs_embeds"].shape[:2] == tokens.ids.shape for one in seen)
 
 
 def test_rows_as_long_as_a_window_run_apart_and_others_do_not(llava: Any) -> None:
-    short, long = (batch(llava, rows(llava, [("wide", "What?", ["Yes.", said])])) for said in ("No.", LONG))
+    short, long = (batch(llava, rows(llava, [("wide", "What?", ["Yes.", text])])) for text in ("No.", LONG))
     window = int(short[0].lengths.max())
     llava._model.get_decoder().config.sliding_window = window  # which Llama itself does not look at
     assert llava.packing == (
@@ -225,17 +229,17 @@ def test_rows_as_long_as_a_window_run_apart_and_others_do_not(llava: Any) -> Non
 
 def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folders, tmp_path: Path) -> None:
     pairs = data_files.response_pairs(tmp_path / "rows")
-    told = {
+    output = {
         ("llava", "auto"): "the responses to a prompt share one run of it and its images",
-        ("llava", "off"): "off, each response runs with its own prompt and images, since train.pack is off",
+        ("llava", "off"): "off, each response runs with its own prompt and images, since train.pack_responses is off",
         (
             "qwen3_5",
             "auto",
         ): "off, each response runs with its own prompt and images, since its linear_attention",
     }
-    for (name, pack), expected in told.items():
+    for (name, pack), expected in output.items():
         lines: list[str] = []
-        recipe = load_recipe(recipes.vlm(vlm_folders(name), pairs, tmp_path / "run", train={"pack": pack}))
+        recipe = load_recipe(recipes.vlm(vlm_folders(name), pairs, tmp_path / "run", train={"pack_responses": pack}))
         load_model(recipe, CPU.device, lines.append)
         (line,) = [line for line in lines if line.startswith("packing")]
         assert line.startswith(f"packing: {expected}")
@@ -245,7 +249,7 @@ def test_a_run_learns_what_it_learns_unpacked(vlm_folders: Folders, tmp_path: Pa
     """Within the rounding of float32, which AdamW enlarges: its first steps divide small gradients by themselves."""
     pairs, losses = data_files.response_pairs(tmp_path / "rows"), {}
     for pack in ("auto", "off"):
-        short = {"steps": 3, "save_every": 3, "pack": pack}
+        short = {"steps": 3, "save_every": 3, "pack_responses": pack}
         recipe = load_recipe(recipes.vlm(vlm_folders("llava"), pairs, tmp_path / pack, train=short))
         losses[pack] = [report["loss"] for report in train(recipe, say=lambda _: None).history]
     assert losses["auto"][0] == losses["off"][0] == pytest.approx(math.log(2), abs=1e-7)
@@ -256,6 +260,8 @@ def test_a_run_learns_what_it_learns_unpacked(vlm_folders: Folders, tmp_path: Pa
 def test_images_have_nothing_to_pack(tiny_sd15: Path, tmp_path: Path) -> None:
 
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
-    recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "run", train={"pack": "off"}))
-    with pytest.raises(ValueError, match=r"^train.pack: off is about responses .* compares images; leave it out$"):
+    recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "run", train={"pack_responses": "off"}))
+    with pytest.raises(
+        ValueError, match=r"^train.pack_responses: off is about responses .* compares images; leave it out$"
+    ):
         train(recipe, say=lambda _: None)

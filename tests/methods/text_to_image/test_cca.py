@@ -24,7 +24,7 @@ def prompted(family: TextToImage, batch: EncodedPairs, prompts: list[str]) -> En
     return replace(batch, text=Conditioning.cat([family.encode_prompts([p]) for p in prompts]))
 
 
-def told(view: _denoising.Noised, family: TextToImage, prompts: list[str]) -> list[str]:
+def told(view: _denoising.NoisedPairs, family: TextToImage, prompts: list[str]) -> list[str]:
     """Which of the prompts each row of a view is shown."""
     known = {p: family.encode_prompts([p]).tensors["embeds"][0] for p in prompts}
     return [next(p for p, x in known.items() if torch.equal(x, row)) for row in view.cond.tensors["embeds"]]
@@ -102,7 +102,7 @@ def test_dropped_captions_are_dropped_on_both_sides_and_positive(sd: TextToImage
     torch.testing.assert_close(step.losses.detach(), -2 * z.sigmoid().log() / 5, rtol=1e-3, atol=1e-4)
     (half,) = cca.contrasts(policy, batch, cca.Config(caption_dropout=0.5), DRAWS)
     keep = DRAWS.uniform(ROWS, (), "caption dropout") >= 0.5
-    assert torch.equal(half.alike, ~keep) and 0 < int(keep.sum()) < 4
+    assert torch.equal(half.same_condition, ~keep) and 0 < int(keep.sum()) < 4
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_padding_lends_no_prompt_and_changes_nothing(sd: TextToImage) -> None:
     torch.testing.assert_close(together.losses[:2], alone.losses, rtol=1e-3, atol=5e-3)  # beta magnifies rounding
     one = replace(batch, weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
     (contrast,) = cca.contrasts(policy, one, cfg, DRAWS)
-    assert contrast.alike.tolist() == [True] * 4
+    assert contrast.same_condition.tolist() == [True] * 4
 
 
 def test_prompts_that_are_equal_once_cut_are_alike(sd: TextToImage) -> None:
     """The tiny encoder reads 16 tokens, one a letter: the network is told the same, so nothing is wrong about it."""
     batch = prompted(sd, pairs(sd, ROWS[:2]), ["a" * 40, "a" * 40 + " hen"])
     (contrast,) = cca.contrasts(full(sd), batch, cca.Config(caption_dropout=0.0), DRAWS)
-    assert contrast.alike.tolist() == [True, True]
+    assert contrast.same_condition.tolist() == [True, True]

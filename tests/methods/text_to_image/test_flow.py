@@ -13,9 +13,9 @@ from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, mean_square
 from mmalign.families.types import Conditioning
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo, mapo
-from mmalign.methods.text_to_image._denoising import Contrast, Noised
+from mmalign.methods.text_to_image._denoising import Contrast, NoisedPairs
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 
 GOLDEN = golden("flow_dpo")
@@ -24,9 +24,9 @@ GIVEN = {name: torch.tensor(x) for name, x in GOLDEN["inputs"].items()}
 FAMILY: Any = SimpleNamespace(predict=lambda net, x_t, t, cond: net, schedule=Flow(shift=3.0))
 
 
-def view() -> Noised:
+def view() -> NoisedPairs:
     x_0, eps, t = GIVEN["latents"], GIVEN["noise"], GIVEN["sigma"]
-    return Noised(Flow().add_noise(x_0, eps, t), t, Flow().target(x_0, eps, t), Conditioning({}))
+    return NoisedPairs(Flow().add_noise(x_0, eps, t), t, Flow().target(x_0, eps, t), Conditioning({}))
 
 
 def policy(answers: Tensor) -> Policy:
@@ -44,11 +44,11 @@ def test_published_loss_and_gradient() -> None:
     expected = GOLDEN["cases"]["beta100"]["expected"]
     answers = GIVEN["model_pred"].clone().requires_grad_(True)
     reference: Any = GIVEN["ref_pred"]
-    theirs = _denoising.denoising_scores(FAMILY, reference, view())
-    contrast = Contrast(view(), theirs, torch.ones(3))
+    reference_scores = _denoising.denoising_scores(FAMILY, reference, view())
+    contrast = Contrast(view(), reference_scores, torch.ones(3))
     step = diffusion_dpo.loss(policy(answers), contrast, diffusion_dpo.Config(beta=100.0))
     torch.testing.assert_close(step.metrics["chosen error"], torch.tensor(expected["model_w_err"]))
-    torch.testing.assert_close(-2 * theirs["rejected"], torch.tensor(expected["ref_l_err"]))
+    torch.testing.assert_close(-2 * reference_scores["rejected"], torch.tensor(expected["ref_l_err"]))
     torch.testing.assert_close(step.metrics["logit"], torch.tensor(expected["inside_term"]), rtol=2e-5, atol=2e-5)
     loss = step.losses.mean()
     loss.backward()
@@ -74,7 +74,7 @@ def test_what_a_velocity_s_error_weighs_is_the_mean_over_training_times(shift: f
     """E[(1 - t)^2]; unshifted it is E[t^2] = 1/4 + the variance of a logit-normal(0, 1), 0.0434."""
     flow = Flow(shift=shift)
     assert flow.epsilon_weight == pytest.approx(weight, abs=1e-5)
-    t = flow.draw_time(range(40_000), Draws(0))
+    t = flow.draw_time(range(40_000), KeyedRNG(0))
     assert float((1 - t).square().mean()) == pytest.approx(weight, abs=0.004)  # four standard errors
 
 
@@ -83,13 +83,13 @@ def test_mapo_s_margin_has_the_release_s_slope_on_the_mean_of_times() -> None:
     by (1 - t) d in epsilon; with the own constant, a small d moves z as much as at the release's, on the mean of times.
     """
     flow, d = Flow(shift=3.0), 1e-3
-    t = flow.draw_time(range(40_000), Draws(0)).double()
+    t = flow.draw_time(range(40_000), KeyedRNG(0)).double()
     in_epsilon = -250 * ((1 - t) ** 2 * d)
     in_velocity = -1000 * mapo.own_snr(flow) / 2 * d
     assert in_velocity == pytest.approx(float(in_epsilon.mean()), rel=0.03)
     assert mapo.own_snr(flow) == pytest.approx(0.0567, abs=1e-4)
     beta_schedule = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
-    assert mapo.own_snr(Diffusion.of(beta_schedule, "here")) == 0.5
+    assert mapo.own_snr(Diffusion.from_config(beta_schedule, "here")) == 0.5
 
 
 def test_near_equal_errors_mapo_is_a_dpo_without_reference_of_that_beta() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.methods.text_to_image._images import pictures
+from mmalign.methods.text_to_image._images import decode_images
 
 
 @pytest.mark.parametrize(("side", "sizes"), [(64, [1, 8, 8, 2]), (512, [1] + [4] * 4 + [2]), (1024, [1] * 19)])
@@ -20,5 +20,5 @@ def test_pictures_are_decoded_as_many_at_a_time_as_have_a_megapixel(side: int, s
 
     family: Any = SimpleNamespace(decode=decode)
     numbers = torch.arange(19.0)[:, None, None, None].expand(-1, 4, 2, 2)
-    found = pictures(family, numbers)
-    assert decoded == sizes and torch.equal(found[:, 0, 0, 0], numbers[:, 0, 0, 0])
+    result = decode_images(family, numbers)
+    assert decoded == sizes and torch.equal(result[:, 0, 0, 0], numbers[:, 0, 0, 0])

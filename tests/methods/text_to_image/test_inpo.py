@@ -20,7 +20,7 @@ from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading, Moments
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo, inpo
 from mmalign.policy import FrozenCopy, Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 from tests.helpers.image_batches import ROWS, pairs
 from tests.helpers.loading import load_diffusion
@@ -37,10 +37,10 @@ def family(request: pytest.FixtureRequest) -> TextToImage:
     return replace(loaded, schedule=Flow()) if request.param == "flow" else loaded
 
 
-def contrast(policy: Policy, batch: EncodedPairs, cfg: inpo.Config, draws: Draws = DRAWS) -> _denoising.Contrast:
+def contrast(policy: Policy, batch: EncodedPairs, cfg: inpo.Config, rng: KeyedRNG = DRAWS) -> _denoising.Contrast:
     with torch.no_grad():
-        (made,) = inpo.contrasts(policy, batch, cfg, draws)
-    return made
+        (result,) = inpo.contrasts(policy, batch, cfg, rng)
+    return result
 
 
 def test_with_fresh_noise_in_the_place_of_inversion_it_is_diffusion_dpo(
@@ -68,16 +68,16 @@ def test_with_fresh_noise_in_the_place_of_inversion_it_is_diffusion_dpo(
 def test_a_row_s_numbers_are_its_own_whatever_its_company(family: TextToImage, inverter: Any) -> None:
     """Alone, in another order, with rows that need more hops; to the rounding of batches of another size."""
     policy, cfg = full(family, moved=0.02), inpo.Config(beta=100.0, caption_dropout=0.5, inverter=inverter)
-    whole, made = run(inpo, policy, pairs(family), cfg), contrast(policy, pairs(family), cfg)
-    assert len(set(made.view.t.tolist())) == 4
+    whole, result = run(inpo, policy, pairs(family), cfg), contrast(policy, pairs(family), cfg)
+    assert len(set(result.view.t.tolist())) == 4
     for rows in (list(reversed(ROWS)), ROWS[2:], ROWS[1:2]):
         at = [ROWS.index(row) for row in rows]
         part, mine = run(inpo, policy, pairs(family, rows), cfg), contrast(policy, pairs(family, rows), cfg)
         for metric, values in part.metrics.items():
             torch.testing.assert_close(values, whole.metrics[metric][at], rtol=1e-3, atol=1e-3)
         both = at + [i + 4 for i in at]
-        torch.testing.assert_close(mine.view.x_t, made.view.x_t[both], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(mine.view.target, made.view.target[both], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine.view.x_t, result.view.x_t[both], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.view.target, result.view.target[both], rtol=1e-3, atol=1e-3)
 
 
 def test_the_target_is_each_image_s_own_noise_at_the_pair_s_t(family: TextToImage) -> None:
@@ -85,7 +85,7 @@ def test_the_target_is_each_image_s_own_noise_at_the_pair_s_t(family: TextToImag
     policy, batch = full(family, moved=0.02), pairs(family)
     view, schedule = contrast(policy, batch, inpo.Config()).view, family.schedule
     assert torch.equal(view.t[:4], view.t[4:])
-    clean = _denoising.clean(family, batch, 0.2, DRAWS)
+    clean = _denoising.sample_clean_pairs(family, batch, 0.2, DRAWS)
     # Divided by the signal, of which 0.07 is left at the end.
     torch.testing.assert_close(schedule.to_clean(view.target, view.x_t, view.t), clean.x_0, rtol=1e-3, atol=1e-4)
     eps = schedule.to_eps(view.target, view.x_t, view.t)
@@ -134,8 +134,8 @@ def test_a_pair_costs_two_forwards_a_hop_and_none_for_rows_that_have_arrived(sd:
     assert isinstance(policy.reference, FrozenCopy)
     own, theirs = Counted(policy.unwrapped), Counted(policy.reference.model)
     counted = Policy(sd, own, own, FrozenCopy(theirs))
-    made = contrast(counted, batch, inpo.Config(caption_dropout=0.5))
-    hops = [-(-int(t) // 100) for t in made.view.t]
+    result = contrast(counted, batch, inpo.Config(caption_dropout=0.5))
+    hops = [-(-int(t) // 100) for t in result.view.t]
     assert own.rows == sum(hops) and theirs.rows == 8
     # Both images of a pair are inverted under the caption, dropped or not, that they are scored under.
     assert torch.equal(own.embeds[0], theirs.embeds[0])
@@ -147,10 +147,10 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, inverte
     loading = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family = load_family(str(tiny_sd15), loading)
     policy = adapted(family, moved=0.1)
-    (made,) = inpo.contrasts(policy, pairs(family), inpo.Config(inverter=inverter), DRAWS)
-    tensors = [made.view.x_t, made.view.target, *(made.reference or {}).values()]
+    (result,) = inpo.contrasts(policy, pairs(family), inpo.Config(inverter=inverter), DRAWS)
+    tensors = [result.view.x_t, result.view.target, *(result.reference or {}).values()]
     assert all(x.dtype == torch.float32 for x in tensors)
-    step = inpo.loss(policy, made, inpo.Config())
+    step = inpo.loss(policy, result, inpo.Config())
     assert step.losses.dtype == torch.float32 and step.losses.requires_grad
 
 
@@ -167,7 +167,7 @@ class Fixed(Diffusion):
 
     time = 0
 
-    def draw_time(self, rows: Any, draws: Draws, index: int = 0) -> Tensor:
+    def draw_time(self, rows: Any, rng: KeyedRNG, index: int = 0) -> Tensor:
         return torch.full((len(rows),), self.time)
 
 
@@ -191,15 +191,15 @@ class ToyFamily:
     condition: Callable[[Conditioning, Tensor], Conditioning] = lambda text, sizes: text
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        found: Tensor = net(x_t, t, cond.tensors["c"])
-        return found
+        result: Tensor = net(x_t, t, cond.tensors["c"])
+        return result
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_release_s_loss_and_gradient(name: str) -> None:
     """From the images to the gradient of the policy's parameters, in float32, whose rounding beta magnifies."""
     given, expected = GOLDEN[name]["inputs"], GOLDEN[name]["expected"]
-    schedule = Fixed.of({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "test")
+    schedule = Fixed.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "test")
     object.__setattr__(schedule, "time", given["timesteps"][0])
     x_0 = torch.tensor(given["latents"])
     text = Conditioning({"c": torch.tensor(given["prompt_scalar"][:1])})
@@ -207,10 +207,10 @@ def test_the_release_s_loss_and_gradient(name: str) -> None:
     net, reference = Toy(given["policy_params"]), Toy(given["ref_params"]).requires_grad_(False)
     policy: Policy[Any] = Policy(ToyFamily(schedule), net, net, FrozenCopy(reference))  # type: ignore[arg-type]
     cfg = inpo.Config(beta=given["beta_dpo"], inversion="release", eta=0.0, caption_dropout=0.0)
-    made = contrast(policy, batch, cfg)
-    torch.testing.assert_close(made.view.x_t, torch.tensor(expected["x_t"]), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(made.view.target, torch.tensor(expected["target_noise"]), rtol=5e-6, atol=5e-6)
-    step = inpo.loss(policy, made, cfg)
+    result = contrast(policy, batch, cfg)
+    torch.testing.assert_close(result.view.x_t, torch.tensor(expected["x_t"]), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(result.view.target, torch.tensor(expected["target_noise"]), rtol=5e-6, atol=5e-6)
+    step = inpo.loss(policy, result, cfg)
     assert step.metrics["chosen error"].item() == pytest.approx(expected["model_losses_w"][0], rel=2e-5)
     assert step.metrics["rejected error"].item() == pytest.approx(expected["model_losses_l"][0], rel=2e-5)
     assert step.metrics["logit"].item() == pytest.approx(expected["inside_term"][0], abs=5e-4)

@@ -45,7 +45,7 @@ def gaps(policy: Policy, batch: EncodedPairs) -> dict[tuple[int, int], Tensor]:
     spread = DRAWS.normal(rows, (2, 4, 8, 8), "posterior")
     abar = family.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     assert isinstance(policy.reference, FrozenCopy) and batch.rejected_text is not None
-    found = {}
+    results = {}
     for i, mean in enumerate(batch.latents.mean.chunk(2)):
         x_0 = mean + batch.latents.std[:4] * spread[:, i]
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
@@ -58,8 +58,8 @@ def gaps(policy: Policy, batch: EncodedPairs) -> dict[tuple[int, int], Tensor]:
                     (family.predict(net, x_t, t, cond) - target).square().mean((1, 2, 3))
                     for net in (policy.model, policy.reference.model)
                 )
-            found[i + 1, j + 1] = -0.5 * (ours - theirs)
-    return found
+            results[i + 1, j + 1] = -0.5 * (ours - theirs)
+    return results
 
 
 def test_each_comparison_is_a_diffusion_dpo_worked_out_by_hand(family: TextToImage) -> None:
@@ -147,9 +147,9 @@ def test_all_four_share_time_and_noise(family: TextToImage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "text"),
     [([0, 0, 0, 0], "weights are all 0"), ([1, 1, 1], "at least 4"), ([1, 1, 1, -1], "greater than or equal to 0")],
 )
-def test_weights_that_compare_nothing_are_refused(weights: list[float], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_weights_that_compare_nothing_are_refused(weights: list[float], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
         instruct_engine.Config(weights=[float(w) for w in weights])

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from mmalign.config import JudgeConfig
+from mmalign.config import RewardConfig
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.steps import step
@@ -26,8 +26,8 @@ from mmalign.methods import Step
 from mmalign.methods.text_to_image import spo
 from mmalign.methods.text_to_image._images import predict_guided
 from mmalign.policy import FrozenCopy, Policy
-from mmalign.rewards import Judge, checked
-from mmalign.rng import Draws
+from mmalign.rewards import RewardModel, checked_reward_model
+from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 from tests.helpers.loading import diffusion_families
 from tests.helpers.policies import DRAWS, POLICIES, full
@@ -35,8 +35,8 @@ from tests.helpers.policies import DRAWS, POLICIES, full
 GOLDEN = golden("spo")
 PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls"}
 ROWS = list(PROMPTS)
-JUDGE = JudgeConfig(name="step_aware", path="models/none")
-SHORT: dict[str, Any] = {"judge": JUDGE, "steps": 6, "start": 2, "threshold": 0.0}
+JUDGE = RewardConfig(name="step_aware", path="models/none")
+SHORT: dict[str, Any] = {"reward": JUDGE, "steps": 6, "start": 2, "threshold": 0.0}
 
 
 def bright(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
@@ -47,35 +47,42 @@ def bright(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | No
 family = diffusion_families("tiny_sd15", "tiny_sd2", "tiny_sdxl")
 
 
-def prompts(family: TextToImage, judge: Judge = bright, rows: Sequence[int] = ROWS) -> EncodedPrompts:
+def prompts(family: TextToImage, reward_model: RewardModel = bright, rows: Sequence[int] = ROWS) -> EncodedPrompts:
     text = Conditioning.cat([family.encode_prompts([PROMPTS[row]]) for row in rows])
     sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(rows))
     known = [PROMPTS[row] for row in rows]
     shape = (4, 8, 8)
     return EncodedPrompts(
-        list(rows), known, text, family.unconditional(), sizes, shape, torch.ones(len(rows)), checked("bright", judge)
+        list(rows),
+        known,
+        text,
+        family.unconditional(),
+        sizes,
+        shape,
+        torch.ones(len(rows)),
+        checked_reward_model("bright", reward_model),
     )
 
 
-def made(policy: Policy, batch: EncodedPrompts, cfg: spo.Config, draws: Draws = DRAWS) -> list[spo.Contrast]:
+def made(policy: Policy, batch: EncodedPrompts, cfg: spo.Config, rng: KeyedRNG = DRAWS) -> list[spo.Contrast]:
     with torch.no_grad():
-        return spo.contrasts(policy, batch, cfg, draws)
+        return spo.contrasts(policy, batch, cfg, rng)
 
 
 def learned(policy: Policy, contrasts: Sequence[spo.Contrast], cfg: spo.Config) -> tuple[Tensor, Tensor]:
     """The losses of all pairs that count, and the gradient of their sum, all parameters in one vector."""
     policy.model.zero_grad()
-    found = []
+    results = []
     for contrast in contrasts:
-        made: Step = spo.loss(policy, contrast, cfg)
-        (made.losses * made.weights).sum().backward()
-        found.append(made.losses[made.weights > 0].detach())
-    return torch.cat(found), torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
+        result: Step = spo.loss(policy, contrast, cfg)
+        (result.losses * result.weights).sum().backward()
+        results.append(result.losses[result.weights > 0].detach())
+    return torch.cat(results), torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
 
 
 def walked(policy: Policy, batch: EncodedPrompts, cfg: spo.Config) -> list[spo.Preferred]:
     with torch.no_grad():
-        return list(spo.compared(policy, batch, cfg, DRAWS))
+        return list(spo.preferred_steps(policy, batch, cfg, DRAWS))
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
@@ -100,8 +107,8 @@ def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextTo
         with torch.no_grad():
             e_text, e_empty = (family.predict(policy.model, x[None], t[None], c) for c in (cond, empty))
         guided = e_empty + 3.0 * (e_text - e_empty)
-        found = scheduler.step(guided, int(t), x[None], eta=1.0, variance_noise=noise[None]).prev_sample
-        return found[0]  # type: ignore[no-any-return]
+        result = scheduler.step(guided, int(t), x[None], eta=1.0, variance_noise=noise[None]).prev_sample
+        return result[0]  # type: ignore[no-any-return]
 
     def noise(b: int, at: int, number: int) -> Tensor:
         return DRAWS.normal([ROWS[b]], (number, 4, 8, 8), "step", at)[0]
@@ -109,22 +116,22 @@ def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextTo
     assert len(pairs) == len(ROWS) * (cfg.steps - cfg.start)
     for b, row in enumerate(ROWS):
         x = DRAWS.normal([row], (4, 8, 8), "start")[0]
-        for at in range(cfg.start):
-            x = onwards(x, b, at, noise(b, at, 1)[0])
-        for at in range(cfg.start, cfg.steps, inner_steps + 1):
+        for index in range(cfg.start):
+            x = onwards(x, b, index, noise(b, index, 1)[0])
+        for index in range(cfg.start, cfg.steps, inner_steps + 1):
             ways = [[x] for _ in range(4)]
             for k in range(inner_steps + 1):
-                for way, z in zip(ways, noise(b, at + k, 4), strict=True):
-                    way.append(onwards(way[-1], b, at + k, z))
-            of = [pair for pair in pairs if pair.prompt == b and at <= pair.at <= at + inner_steps]
+                for way, z in zip(ways, noise(b, index + k, 4), strict=True):
+                    way.append(onwards(way[-1], b, index + k, z))
+            of = [pair for pair in pairs if pair.prompt == b and index <= pair.step_index <= index + inner_steps]
             for pair in of:
-                k = pair.at - at
+                k = pair.step_index - index
                 torch.testing.assert_close(pair.start[0], ways[_which(ways, pair.to[0], k)][k], rtol=1e-3, atol=1e-3)
                 assert len(pair.start) == (1 if k == 0 else 2)
                 # One branch all along: the chosen side of every step is the same candidate's.
                 assert _which(ways, pair.to[0], k) == _which(ways, of[0].to[0], 0)
                 assert _which(ways, pair.to[1], k) == _which(ways, of[0].to[1], 0)
-            x = ways[int(DRAWS.integers([row], 0, 4, "survivor", at))][-1]
+            x = ways[int(DRAWS.integers([row], 0, 4, "survivor", index))][-1]
 
 
 def _which(ways: list[list[Tensor]], place: Tensor, k: int) -> int:
@@ -152,7 +159,7 @@ def test_the_judge_sees_what_each_candidate_will_be_at_its_own_time(sd: TextToIm
 def test_the_chosen_step_leads_to_the_image_that_the_judge_likes_best(sd: TextToImage) -> None:
     """At the last step, where the judge sees the candidates themselves."""
     cfg, policy = spo.Config(**SHORT), full(sd)
-    pairs = [pair for pair in walked(policy, prompts(sd), cfg) if pair.at == 5]
+    pairs = [pair for pair in walked(policy, prompts(sd), cfg) if pair.step_index == 5]
     for pair in pairs:
         chosen, rejected = bright(to_pil(sd.decode(pair.to)), ["", ""])
         candidates = step(
@@ -182,7 +189,12 @@ def test_the_company_of_a_prompt_does_not_change_its_way(sd: TextToImage) -> Non
     together = [pair for pair in walked(policy, prompts(sd), cfg) if pair.prompt == 1]
     alone = walked(policy, prompts(sd, rows=ROWS[1:2]), cfg)
     turned = [pair for pair in walked(policy, prompts(sd, rows=ROWS[::-1]), cfg) if pair.prompt == 1]
-    assert [p.at for p in alone] == [p.at for p in together] == [p.at for p in turned] == [2, 3, 4, 5]
+    assert (
+        [p.step_index for p in alone]
+        == [p.step_index for p in together]
+        == [p.step_index for p in turned]
+        == [2, 3, 4, 5]
+    )
     for other in (alone, turned):
         for one, two in zip(together, other, strict=True):
             torch.testing.assert_close(one.start, two.start, rtol=1e-4, atol=1e-4)
@@ -207,7 +219,7 @@ def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: T
 
     contrasts = made(policy, prompts(sd, picky), cfg)
     assert len(contrasts) == 4 and [float(c.weights.sum()) for c in contrasts] == [0, 0, 3, 1]
-    assert all(c.sure == pytest.approx(4 / 12) for c in contrasts[2:])
+    assert all(c.confident_fraction == pytest.approx(4 / 12) for c in contrasts[2:])
     assert {pair.prompt for pair in walked(policy, prompts(sd, picky), cfg)} == {1}
     batch = replace(prompts(sd), weights=torch.tensor([1.0, 0.0, 1.0]))
     assert sum(float(c.weights.sum()) for c in made(policy, batch, cfg)) == 8
@@ -231,10 +243,10 @@ def two_forwards(policy: Policy, contrast: spo.Contrast, cfg: spo.Config) -> Ten
     """The loss as the release computes it: each side by its own run of the network."""
     view, sides = contrast.view, len(contrast.weights)
     scores = []
-    for of, to in zip(view.of.split(sides), view.to.split(sides), strict=True):
+    for of, to in zip(view.source.split(sides), view.to.split(sides), strict=True):
         one = replace(view, x_t=view.x_t[of], t=view.t[of], prev=view.prev[of], cond=view.cond[of])
         one = replace(
-            one, unconditional=view.unconditional[of], of=torch.arange(sides).repeat(2), to=to.repeat(2, 1, 1, 1)
+            one, unconditional=view.unconditional[of], source=torch.arange(sides).repeat(2), to=to.repeat(2, 1, 1, 1)
         )
         scores.append(spo.step_scores(policy.family, cfg, one, policy.model)["chosen"])
     assert contrast.reference is not None
@@ -274,8 +286,8 @@ def test_a_ratio_outside_the_clip_has_no_gradient(sd: TextToImage) -> None:
             p.mul_(1.05)
     _, gradient = learned(policy, contrasts, cfg)
     assert (gradient == 0).all()
-    found = spo.loss(policy, contrasts[0], cfg)
-    assert (found.metrics["clipped"] == 1).all()
+    result = spo.loss(policy, contrasts[0], cfg)
+    assert (result.metrics["clipped"] == 1).all()
     _, gradient = learned(policy, contrasts, spo.Config(**SHORT | {"clip": 0.99}))
     assert (gradient != 0).any()
 
@@ -303,10 +315,10 @@ def test_the_margin_is_linear_in_the_policy_s_mean(sd: TextToImage) -> None:
                 )
                 for net in (policy.model, policy.reference.model)
             ]
-            found = spo.loss(policy, contrast, cfg).metrics
+            results = spo.loss(policy, contrast, cfg).metrics
         chosen, rejected = v.to.chunk(2)
         linear = ((chosen - rejected) * (laws[0].mean - laws[1].mean) / laws[0].std ** 2).mean((1, 2, 3))
-        torch.testing.assert_close(found["logit"], cfg.beta * linear, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(results["logit"], cfg.beta * linear, rtol=2e-3, atol=2e-4)
 
 
 def test_spo_goes_along_a_flow(sd: TextToImage) -> None:
@@ -355,15 +367,15 @@ def test_a_judge_that_is_never_sure_makes_contrasts_of_weight_0(sd: TextToImage)
     cfg = spo.Config(**SHORT)
     contrasts = made(full(sd), prompts(sd, unsure), cfg)
     assert len(contrasts) == 4 and not any(c.weights.any() for c in contrasts)
-    found = spo.loss(full(sd), contrasts[0], cfg)
-    assert found.losses.isfinite().all() and found.losses.requires_grad
+    result = spo.loss(full(sd), contrasts[0], cfg)
+    assert result.losses.isfinite().all() and result.losses.requires_grad
 
 
 def test_segments_must_fit_between_start_and_end() -> None:
-    assert spo.Config(judge=JUDGE, inner_steps=3).steps == 20
+    assert spo.Config(reward=JUDGE, inner_steps=3).steps == 20
     with pytest.raises(
         ValueError, match=r"steps 20 less start 4 leaves 16 steps for segments of 3 \(inner_steps \+ 1\)"
     ):
-        spo.Config(judge=JUDGE, inner_steps=2)
+        spo.Config(reward=JUDGE, inner_steps=2)
     with pytest.raises(ValueError, match="leaves 0 steps"):
-        spo.Config(judge=JUDGE, start=20)
+        spo.Config(reward=JUDGE, start=20)

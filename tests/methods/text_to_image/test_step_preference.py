@@ -18,11 +18,11 @@ from mmalign.families.step_judge import StepJudge
 from mmalign.families.types import Conditioning, Moments
 from mmalign.methods.text_to_image import step_preference
 from mmalign.policy import Policy
-from mmalign.rewards import load_judge
-from mmalign.rng import Draws
+from mmalign.rewards import load_reward_model
+from mmalign.rng import KeyedRNG
 from tests.helpers.loading import CPU, load_diffusion
 
-DRAWS = Draws(seed=5, epoch=2)
+DRAWS = KeyedRNG(seed=5, epoch=2)
 ROWS = [11, 2**62 + 3, 7]
 PROMPTS = ["a red fox", "a hen", "two owls"]
 
@@ -86,7 +86,7 @@ def test_a_flow_s_judge_learns_at_all_times_alike(tiny_sd3: Path, tiny_clip: Pat
     """Uniform, and not where the denoiser learned, which is shifted towards noise and hardly near the image."""
     flow = step_judge.load(str(tiny_clip), load_diffusion(tiny_sd3), CPU)
     batch = pairs(flow)
-    images, t = step_preference.predicted(flow, batch, 1.0, DRAWS)
+    images, t = step_preference.predict_images(flow, batch, 1.0, DRAWS)
     assert torch.equal(t, 1000 * DRAWS.uniform(ROWS, (), "time").repeat(2))
     assert not torch.equal(t[:3], 1000 * flow.denoiser.schedule.draw_time(ROWS, DRAWS))
     assert images.shape == (6, 3, 16, 16)
@@ -97,10 +97,10 @@ def test_the_loss_is_the_judge_s_own_preference_at_the_beginning(sd: StepJudge, 
     policy, batch = learning(sd), pairs(sd)
     with torch.no_grad():
         (contrast,) = step_preference.contrasts(policy, batch, step_preference.Config(), DRAWS)
-        images, _ = step_preference.predicted(sd, batch, 5.0, DRAWS)
+        images, _ = step_preference.predict_images(sd, batch, 5.0, DRAWS)
     from mmalign.families.diffusion.pipeline import to_pil
 
-    scores = load_judge("open_clip", str(tiny_clip))(to_pil(images), PROMPTS * 2).view(2, 3)
+    scores = load_reward_model("open_clip", str(tiny_clip))(to_pil(images), PROMPTS * 2).view(2, 3)
     step = step_preference.loss(policy, contrast, step_preference.Config())
     torch.testing.assert_close(step.losses, -scores.log_softmax(0)[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(step.metrics["accuracy"], (scores[0] > scores[1]).float())
@@ -118,9 +118,9 @@ def test_a_judge_of_clean_images_labels_the_pairs_anew(sd: StepJudge) -> None:
         seen.append(len(images))
         return torch.tensor([2.0, 0.0, 1.0, 0.0, 3.0, 1.19])  # tanh(0.095) = 0.0947
 
-    policy, batch = learning(sd), replace(pairs(sd), judge=judge)
+    policy, batch = learning(sd), replace(pairs(sd), reward_model=judge)
     with torch.no_grad():
-        (contrast,) = step_preference.contrasts(policy, batch, step_preference.Config(sure=0.1), DRAWS)
+        (contrast,) = step_preference.contrasts(policy, batch, step_preference.Config(tie_margin=0.1), DRAWS)
     assert seen == [6] and contrast.share.tolist() == [1.0, 0.0, 0.5]
     step = step_preference.loss(policy, contrast, step_preference.Config())
     margin = step.metrics["margin"]
@@ -140,4 +140,4 @@ def test_what_is_saved_is_a_judge(sd: StepJudge, tmp_path: Path) -> None:
     pixels, ids = torch.randn(2, 3, 16, 16), sd.tokens(["a", "b"])
     t = torch.tensor([3, 700])
     assert torch.equal(sd.score(again, pixels, ids, t), sd.score(sd.network, pixels, ids, t))
-    assert load_judge("step_aware", str(tmp_path / "judge"))([Image.new("RGB", (8, 8))], ["a"], t[:1]).isfinite()
+    assert load_reward_model("step_aware", str(tmp_path / "judge"))([Image.new("RGB", (8, 8))], ["a"], t[:1]).isfinite()

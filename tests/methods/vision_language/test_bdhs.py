@@ -16,19 +16,19 @@ from mmalign.commands import train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.batches import EncodedResponses
-from mmalign.data.loaders.response_pairs import ResponseLoader, Wants, encode
+from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairLoader, encode
 from mmalign.language.objects import coco_vocabulary
 from mmalign.methods.vision_language import bdhs, dpo
 from mmalign.modalities import loading
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import Completion
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.loading import load_vlm
 from tests.helpers.runs import assert_resumes
 
-DRAWS = Draws(0)
+DRAWS = KeyedRNG(0)
 ONLINE = {"similarity": "trigrams", "max_new_tokens": 5, "tries": 2}
 VOCABULARY = coco_vocabulary()
 
@@ -63,16 +63,22 @@ def rows(folder: Path, hallucinated: dict[int, str] | None = None, **fields: str
 def batch(family: Any, path: Path, **options: Any) -> EncodedResponses:
     """All pairs of a file at once."""
     pairs = open_responses("trl", str(path))
-    options = {"max_length": 256, "batch_size": len(pairs), "seed": 0, "wants": Wants(pictures=True), **options}
-    (read,) = ResponseLoader(pairs, family.reader, **options).batches(0)
+    options = {
+        "max_length": 256,
+        "batch_size": len(pairs),
+        "seed": 0,
+        "wants": RequestedInputs(decoded_images=True),
+        **options,
+    }
+    (read,) = ResponsePairLoader(pairs, family.processor, **options).batches(0)
     return encode(family, read, options["max_length"])
 
 
-def stepped(method: Any, policy: Policy[Any], given: EncodedResponses, draws: Draws = DRAWS, **settings: Any) -> Any:
+def stepped(method: Any, policy: Policy[Any], given: EncodedResponses, rng: KeyedRNG = DRAWS, **settings: Any) -> Any:
     """The one contrast of a batch, and what is made of it."""
     cfg = method.Config(**settings)
     with torch.no_grad():
-        (contrast,) = method.contrasts(policy, given, cfg, draws)
+        (contrast,) = method.contrasts(policy, given, cfg, rng)
     return contrast, method.loss(policy, contrast, cfg)
 
 
@@ -81,7 +87,7 @@ def said(contrast: bdhs.Contrast, family: Any, view: int) -> list[str]:
     tokens, number = contrast.batch.tokens, len(contrast.batch.rows)
     some = slice(view * number, (view + 1) * number)
     return [
-        family.reader.text(ids[mask].tolist()).strip()
+        family.processor.decode(ids[mask].tolist()).strip()
         for ids, mask in zip(tokens.responses[some], tokens.response_mask[some], strict=True)
     ]
 
@@ -152,8 +158,8 @@ def test_the_policy_writes_what_it_learns_from(vlm_folders: Folders, tmp_path: P
     given = batch(one.family, rows(tmp_path))
     settings = {"mode": "online", "online": ONLINE}
     texts = [
-        said(stepped(bdhs, policy, given, draws, **settings)[0], policy.family, 2)
-        for policy, draws in ((one, DRAWS), (one, DRAWS), (one, Draws(0, 1)), (other, DRAWS))
+        said(stepped(bdhs, policy, given, rng, **settings)[0], policy.family, 2)
+        for policy, rng in ((one, DRAWS), (one, DRAWS), (one, KeyedRNG(0, 1)), (other, DRAWS))
     ]
     assert texts[0] == texts[1] and texts[0] != texts[2] and texts[0] != texts[3]
     chosen = {pair.row: pair.chosen for pair in given.pairs}
@@ -244,18 +250,18 @@ def test_an_annotator_orders_what_the_policy_says(
         "    return -longer(*given)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    given, found = batch(policy.family, rows(tmp_path / "rows")), {}
+    given, result = batch(policy.family, rows(tmp_path / "rows")), {}
     for name in ("longer", "shorter"):
         mixed = {"share": 1.0, "annotator": f"judges:{name}", "max_new_tokens": 5}
         contrast, step = stepped(bdhs, policy, given, mode="mixed", mixed=mixed)
-        found[name] = list(zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True))
+        result[name] = list(zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True))
         own = step.metrics["own pairs"].bool().tolist()
     assert sum(own) >= 6
-    for at, (one, other) in enumerate(zip(found["longer"], found["shorter"], strict=True)):
-        if own[at]:
+    for index, (one, other) in enumerate(zip(result["longer"], result["shorter"], strict=True)):
+        if own[index]:
             assert one == other[::-1] and len(one[0]) >= len(one[1])
         else:
-            assert one == other == (given.pairs[at].chosen, given.pairs[at].rejected)
+            assert one == other == (given.pairs[index].chosen, given.pairs[index].rejected)
 
 
 def test_the_share_is_of_pairs_and_drawn_by_row(policy: Policy[Any], tmp_path: Path) -> None:
@@ -297,7 +303,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders
         rows(tmp_path / "rows"),
         tmp_path / "whole",
         method={"name": "bdhs", "mode": mode, **own},
-        train={"steps": 3, "save_every": 1, "keep": 5},
+        train={"steps": 3, "save_every": 1, "keep_checkpoints": 5},
     )
     assert_resumes(content)
 
@@ -357,6 +363,6 @@ def test_the_measure_is_named_in_the_output(monkeypatch: pytest.MonkeyPatch) -> 
     from mmalign.synthesis import similarity
 
     monkeypatch.setattr(similarity, "_missing", lambda package: True)
-    (told,) = bdhs.notes(bdhs.Config(mode="online"))
-    assert "compared by trigrams" in told and "since no sentence-transformers model is installed" in told
+    (message,) = bdhs.notes(bdhs.Config(mode="online"))
+    assert "compared by trigrams" in message and "since no sentence-transformers model is installed" in message
     assert bdhs.notes(bdhs.Config()) == []

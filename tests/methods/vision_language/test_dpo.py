@@ -12,7 +12,7 @@ import torch
 
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
-from mmalign.language.tokens import TokenRow, Tokens
+from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.methods.vision_language import dpo, rlhfv
 from mmalign.policy import FrozenCopy, Policy
 from tests.helpers.golden import golden
@@ -77,7 +77,7 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
     To rounding: sides with an image each do not share a row.
     """
     policy, given = adapted(vlm, moved=0.1), batch(vlm)
-    again = {f"{key}, again": copy.deepcopy(found) for key, found in given.features.images.items()}
+    again = {f"{key}, again": copy.deepcopy(result) for key, result in given.features.images.items()}
     t, half = given.tokens, len(given.rows)
     keys = tuple(tuple(f"{k}, again" for k in row) if n >= half else row for n, row in enumerate(t.images))
     twice = replace(
@@ -104,13 +104,13 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
 def test_changed_tokens_by_hand(
     ours: list[int], theirs: list[int], insertions: bool, expected: tuple[list[int], list[int]]
 ) -> None:
-    assert rlhfv.changed(ours, theirs, 3, insertions=insertions) == expected
+    assert rlhfv.changed_positions(ours, theirs, 3, insertions=insertions) == expected
 
 
 def test_weights_are_gamma_at_the_changed_tokens_and_padding_is_no_token() -> None:
-    rows = [TokenRow((5, 1, 2, 3, 9, 4, 6, 7), 1), TokenRow((5, 1, 2, 3, 4, 6, 7), 1)]
-    found = rlhfv.token_weights(Tokens.of(rows, 0), 5.0, 3, insertions=True)
-    assert found.tolist() == [[1, 1, 1, 5, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
+    rows = [TokenizedResponse((5, 1, 2, 3, 9, 4, 6, 7), 1), TokenizedResponse((5, 1, 2, 3, 4, 6, 7), 1)]
+    result = rlhfv.token_weights(Tokens.from_rows(rows, 0), 5.0, 3, insertions=True)
+    assert result.tolist() == [[1, 1, 1, 5, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
 
 
 def test_gamma_1_is_dpo_on_means(llava: VisionLanguage) -> None:

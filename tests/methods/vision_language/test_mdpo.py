@@ -12,11 +12,11 @@ from torch import Tensor
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
-from mmalign.language.tokens import TokenRow, Tokens
+from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.methods.vision_language import dpo, mdpo
 from mmalign.methods.vision_language._responses import Contrast
 from mmalign.policy import Policy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 from tests.helpers.policies import DRAWS, adapted, gradient, run
 from tests.helpers.response_batches import PAIRS, batch
@@ -37,7 +37,9 @@ def published(cfg: mdpo.Config) -> Any:
     views = ("chosen", "rejected", "chosen_cropped")
     ours = torch.tensor([x for view in views for x in GOLDEN["inputs"]["policy_logps"][view]])
     theirs = (torch.tensor(GOLDEN["inputs"]["ref_logps"][view]) for view in views)
-    given = EncodedResponses([0, 1], Tokens.of([TokenRow((1, 2), 1)] * 6, 0), ImageFeatures({}), torch.ones(2))
+    given = EncodedResponses(
+        [0, 1], Tokens.from_rows([TokenizedResponse((1, 2), 1)] * 6, 0), ImageFeatures({}), torch.ones(2)
+    )
     policy: Any = Policy(Given(), ours, ours, None)  # type: ignore[arg-type]
     return mdpo.loss(policy, Contrast(given, dict(zip(mdpo.VIEWS, theirs, strict=True))), cfg)
 
@@ -76,7 +78,7 @@ def test_text_and_image_terms_are_dpo_s_and_the_crop_s(llava: VisionLanguage) ->
 def test_a_crop_that_keeps_all_is_the_picture(llava: VisionLanguage) -> None:
     """Whatever ratio was drawn, all of the area has but one; the image term is then of two equal sides."""
     policy, given = adapted(llava, moved=0.1), batch(llava)
-    metrics = run(mdpo, policy, given, mdpo.Config(keep=[1.0, 1.0])).metrics
+    metrics = run(mdpo, policy, given, mdpo.Config(crop_area=[1.0, 1.0])).metrics
     for of in ("gain", "log-probability"):
         assert torch.equal(metrics[f"cropped {of}"], metrics[f"chosen {of}"])
     assert torch.equal(metrics["image loss"], torch.full((3,), math.log(2)))
@@ -86,8 +88,8 @@ def test_the_crop_is_a_row_s_own_and_encoded_once_for_both_networks(llava: Any, 
     policy, given, seen = adapted(llava), batch(llava), list[Any]()
     encode = type(llava).encode_images
     monkeypatch.setattr(type(llava), "encode_images", lambda self, v: seen.append(dict(v)) or encode(self, v))
-    for draws in (DRAWS, DRAWS, Draws(DRAWS.seed, epoch=1)):
-        run(mdpo, policy, given, mdpo.Config(), draws)
+    for rng in (DRAWS, DRAWS, KeyedRNG(DRAWS.seed, epoch=1)):
+        run(mdpo, policy, given, mdpo.Config(), rng)
     alone = batch(llava, PAIRS[1:2])
     run(mdpo, policy, alone, mdpo.Config())
     once, again, later, _, single = ([v.tensors["pixel_values"] for v in views.values()] for views in seen)
@@ -111,4 +113,4 @@ def test_the_anchor_alone_moves_the_chosen_response_up(llava: VisionLanguage) ->
 
 def test_a_crop_in_the_wrong_order() -> None:
     with pytest.raises(ValueError, match="expected the least share first"):
-        mdpo.Config(keep=[0.5, 0.2])
+        mdpo.Config(crop_area=[0.5, 0.2])

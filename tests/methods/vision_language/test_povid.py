@@ -12,7 +12,7 @@ import torch
 from mmalign.families.base import VisionLanguage
 from mmalign.methods.vision_language import dpo, povid
 from mmalign.policy import FrozenCopy
-from mmalign.rng import Draws
+from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 from tests.helpers.policies import DRAWS, adapted, gradient, run
 from tests.helpers.response_batches import PAIRS, batch, published
@@ -49,12 +49,12 @@ def test_the_policy_s_tokens_scored_by_both_give_the_consistent_loss() -> None:
 
 def by_hand(who: str, tokens: str) -> torch.Tensor:
     """log p of the tokens that a network finds likeliest under noise, by the definition and row by row."""
-    found = []
+    results = []
     for row, labels in enumerate(GOLDEN["inputs"]["labels_chosen"]):
         clean = torch.tensor(GOLDEN["inputs"][f"{who}_chosen_logits"][row]).log_softmax(-1)
         noisy = GOLDEN["expected"][f"noisy_argmax_{tokens}"][row]
-        found.append(sum(clean[t, noisy[t]] for t in range(7) if labels[t + 1] != -100))
-    return torch.stack(found)
+        results.append(sum(clean[t, noisy[t]] for t in range(7) if labels[t + 1] != -100))
+    return torch.stack(results)
 
 
 def test_by_default_both_score_the_reference_s_tokens() -> None:
@@ -116,7 +116,7 @@ def test_only_the_places_that_noise_changes_count(llava: VisionLanguage) -> None
     step = povid.loss(policy, contrast, cfg)
     expected = -torch.sigmoid(0.1 * (margin(policy.model) - policy.on_reference(margin))).log()
     torch.testing.assert_close(step.losses, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(step.metrics["noisy share"], other.sum(1) / chosen.counts)
+    torch.testing.assert_close(step.metrics["noisy share"], other.sum(1) / chosen.num_tokens)
 
 
 def test_several_targets_are_scored_by_one_run(vlm: VisionLanguage) -> None:
@@ -124,14 +124,14 @@ def test_several_targets_are_scored_by_one_run(vlm: VisionLanguage) -> None:
     given = batch(vlm)
     chosen, plain = given.tokens[:3], vlm.token_logps(vlm.network, given.tokens[:3], given.features)
     other = torch.full_like(chosen.responses, 5)
-    found = vlm.token_logps(vlm.network, chosen, given.features, torch.stack([chosen.responses, other], -1))
-    torch.testing.assert_close(found[..., 0], plain, rtol=1e-5, atol=1e-6)
+    result = vlm.token_logps(vlm.network, chosen, given.features, torch.stack([chosen.responses, other], -1))
+    torch.testing.assert_close(result[..., 0], plain, rtol=1e-5, atol=1e-6)
     ids = chosen.ids.clone()
     at = torch.arange(3)
     ids[at, chosen.starts] = 5
     first = vlm.token_logps(vlm.network, replace(chosen, ids=ids), given.features)[:, 0]
-    torch.testing.assert_close(found[:, 0, 1], first, rtol=1e-5, atol=1e-5)
-    assert (found[~chosen.response_mask] == 0).all()
+    torch.testing.assert_close(result[:, 0, 1], first, rtol=1e-5, atol=1e-5)
+    assert (result[~chosen.response_mask] == 0).all()
 
 
 @pytest.mark.parametrize("tokens", ["reference", "policy", "own"])
@@ -145,8 +145,8 @@ def test_whose_tokens_they_are(llava: VisionLanguage, tokens: str) -> None:
     assert not torch.equal(reference.noisy, own.noisy)
     assert torch.equal(contrast.noisy, (reference if tokens == "reference" else own).noisy)
     scored = own.noisy if tokens == "policy" else reference.noisy
-    theirs = policy.on_reference(lambda net: povid.noisy_scores(llava, net, given, scored))
-    assert theirs is not None and torch.equal(contrast.reference["noisy"], theirs["noisy"])
+    reference_scores = policy.on_reference(lambda net: povid.noisy_scores(llava, net, given, scored))
+    assert reference_scores is not None and torch.equal(contrast.reference["noisy"], reference_scores["noisy"])
 
 
 def test_noise_is_a_row_s_own_and_another_in_every_epoch(llava: VisionLanguage, monkeypatch: Any) -> None:
@@ -154,8 +154,8 @@ def test_noise_is_a_row_s_own_and_another_in_every_epoch(llava: VisionLanguage, 
     policy, given, seen = adapted(llava), batch(llava), list[dict[str, Any]]()
     encode = type(llava).encode_images
     monkeypatch.setattr(type(llava), "encode_images", lambda self, v: seen.append(dict(v)) or encode(self, v))
-    for draws in (DRAWS, DRAWS, Draws(DRAWS.seed, epoch=1), Draws(DRAWS.seed + 1)):
-        povid.contrasts(policy, given, povid.Config(tokens="own"), draws)
+    for rng in (DRAWS, DRAWS, KeyedRNG(DRAWS.seed, epoch=1), KeyedRNG(DRAWS.seed + 1)):
+        povid.contrasts(policy, given, povid.Config(tokens="own"), rng)
     povid.contrasts(policy, batch(llava, PAIRS[1:2]), povid.Config(), DRAWS)
     assert len(seen) == 6  # one more for the second batch itself
     once, again, later, other, _, alone = ([v.tensors["pixel_values"] for v in views.values()] for views in seen)

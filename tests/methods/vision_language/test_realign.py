@@ -42,9 +42,9 @@ def test_the_loss_is_dpo_and_a_share_of_the_image_term() -> None:
 def test_swapping_the_images_negates_the_image_term_s_logit(vlm: VisionLanguage) -> None:
     """The chosen response to the retrieved image, and the same words to the pair's own."""
     policy, given, cfg = adapted(vlm, moved=0.1), batch(vlm), realign.Config()
-    assert given.others is not None
+    assert given.other_images is not None
     chosen = given.tokens[:3]
-    other = replace(given, tokens=Tokens.cat([given.others, given.tokens[3:]]), others=chosen)
+    other = replace(given, tokens=Tokens.cat([given.other_images, given.tokens[3:]]), other_images=chosen)
     logits = []
     for some in (given, other):
         metrics = run(realign, policy, some, cfg).metrics
@@ -57,7 +57,7 @@ def test_swapping_the_images_negates_the_image_term_s_logit(vlm: VisionLanguage)
 def test_an_image_retrieved_for_itself_teaches_nothing(llava: VisionLanguage) -> None:
     """Both sides of the image term are the same numbers: its gradient cancels."""
     policy, given, cfg = adapted(llava, moved=0.1), batch(llava), realign.Config()
-    same = replace(given, others=given.tokens[:3])
+    same = replace(given, other_images=given.tokens[:3])
     plain = gradient(policy, run(dpo, policy, given, dpo.Config()))
     both = gradient(policy, run(realign, policy, same, cfg))
     assert (both - plain).norm() < 1e-4 * plain.norm()

@@ -68,11 +68,11 @@ def test_a_row_s_numbers_are_its_own_whatever_its_company(vlm: VisionLanguage, m
     """Alone or beside longer ones: padding does not leak, and noise and crop are the row's. Rounding alone differs."""
     policy = adapted(vlm, moved=0.1)
     whole = run(method, policy, batch(vlm), method.Config())
-    for at, pair in enumerate(PAIRS):
+    for index, pair in enumerate(PAIRS):
         alone = run(method, policy, batch(vlm, [pair]), method.Config())
         assert alone.metrics.keys() == whole.metrics.keys()
         for name, values in alone.metrics.items():
-            torch.testing.assert_close(values[0], whole.metrics[name][at], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(values[0], whole.metrics[name][index], rtol=1e-4, atol=1e-4)
 
 
 @EVERY
@@ -136,7 +136,7 @@ def test_a_pair_of_weight_zero_gives_no_gradient(llava: VisionLanguage, method: 
 def test_contrasts_keep_no_graph(llava: VisionLanguage, method: Any) -> None:
     """Even where the caller forgets to say so: the reference's scores, and what noise makes of the policy."""
     (contrast,) = method.contrasts(adapted(llava), batch(llava), method.Config(), DRAWS)
-    assert not any(found.requires_grad for found in contrast.reference.values())
+    assert not any(result.requires_grad for result in contrast.reference.values())
     assert all(found.dtype == torch.float32 for found in contrast.reference.values())
 
 
@@ -152,5 +152,5 @@ def test_the_network_runs_once_for_the_loss(llava: Any, method: Any) -> None:
 
 def test_every_method_of_responses_is_held_to_these_laws() -> None:
     """But for the baseline that compares nothing, and for those that write the responses themselves."""
-    found = [n for n in methods.names() if methods.find(n).modality == "vision_language"]
-    assert set(found) - {"response_sft", "bdhs"} == set(TERMS)
+    results = [n for n in methods.names() if methods.find(n).modality == "vision_language"]
+    assert set(results) - {"response_sft", "bdhs"} == set(TERMS)

@@ -31,7 +31,7 @@ def test_it_is_minus_the_mean_of_the_tokens_log_probabilities(vlm: VisionLanguag
     policy, given = adapted(vlm, moved=0.1), batch(vlm)
     step = run(response_sft, policy, given, response_sft.Config())
     logps = vlm.token_logps(policy.model, given.tokens, given.features)
-    for row, count in enumerate(given.tokens.counts[:3].tolist()):
+    for row, count in enumerate(given.tokens.num_tokens[:3].tolist()):
         torch.testing.assert_close(step.losses[row], -logps[row, :count].mean(), rtol=1e-5, atol=1e-5)
 
 

@@ -64,9 +64,9 @@ def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_p
     evaluate = {
         "benchmark": "scenes",
         "prompts": 3,
-        "per_prompt": 2,
-        "judge": {"path": "models/tiny_clip"},
-        "drawing": {"steps": 1, "guidance": 1.0},
+        "images_per_prompt": 2,
+        "reward": {"path": "models/tiny_clip"},
+        "sampling": {"steps": 1, "guidance": 1.0},
     }
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate))
@@ -89,7 +89,7 @@ def test_cached_images_are_not_generated_again(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Evaluated twice, and then with other drawing: only the latter draws, and both models."""
-    evaluate = {"benchmark": "scenes", "prompts": 3, "drawing": {"steps": 1, "guidance": 1.0, "batch_size": 2}}
+    evaluate = {"benchmark": "scenes", "prompts": 3, "sampling": {"steps": 1, "guidance": 1.0, "batch_size": 2}}
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
     mmalign.train(load_recipe(content))
@@ -104,5 +104,5 @@ def test_cached_images_are_not_generated_again(
     first = mmalign.evaluate(load_recipe(content))
     assert len(calls) == 4  # two batches of each model
     assert mmalign.evaluate(load_recipe(content)).table == first.table and len(calls) == 4
-    mmalign.evaluate(load_recipe(content, ["evaluate.drawing.guidance=2.0"]))
+    mmalign.evaluate(load_recipe(content, ["evaluate.sampling.guidance=2.0"]))
     assert len(calls) == 8

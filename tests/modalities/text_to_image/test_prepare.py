@@ -15,7 +15,13 @@ from tests.helpers import recipes
 def recipe(tiny_sd15: Path, tmp_path: Path) -> Recipe:
     """Six images of three prompts, in three batches."""
     drawing = {"steps": 1, "guidance": 1.0, "batch_size": 2}
-    prepare = {"prompts": 3, "images": 2, "sure": 0.5, "judge": {"path": "models/tiny_clip"}, "drawing": drawing}
+    prepare = {
+        "prompts": 3,
+        "images_per_prompt": 2,
+        "min_confidence": 0.5,
+        "reward": {"path": "models/tiny_clip"},
+        "sampling": drawing,
+    }
     return load_recipe(recipes.diffusion(tiny_sd15, tmp_path / "drawn.parquet", tmp_path / "out", prepare=prepare))
 
 
@@ -57,8 +63,10 @@ def test_what_was_drawn_is_not_lost_where_the_judge_is_never_sure(
 
     def sure(share: float, **drawing: Any) -> Recipe:
         section: Any = recipe.prepare
-        changed = section.drawing.model_copy(update=drawing)
-        return recipe.model_copy(update={"prepare": section.model_copy(update={"sure": share, "drawing": changed})})
+        changed = section.sampling.model_copy(update=drawing)
+        return recipe.model_copy(
+            update={"prepare": section.model_copy(update={"min_confidence": share, "sampling": changed})}
+        )
 
     with pytest.raises(ValueError, match=r"never 100% sure in 3 prompts; lower prepare\.sure"):
         run.prepare(sure(0.999999), say=lambda _: None)

@@ -21,17 +21,17 @@ from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
 DECODING = {"max_new_tokens": 6, "batch_size": 8}
-CROWDS = {"benchmark": "crowds", "pictures": 3, "decoding": DECODING}
+CROWDS = {"benchmark": "crowds", "num_images": 3, "decoding": DECODING}
 
 
 @pytest.fixture(scope="module")
 def content(vlm_folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Content:
     """A recipe whose model has been trained."""
-    here = tmp_path_factory.mktemp("trained")
-    rows = data_files.response_pairs(here / "rows")
-    made = recipes.vlm(vlm_folders("llava"), rows, here / "out", train={"steps": 4, "lr": 0.1})
-    train.train(load_recipe(made), say=quiet)
-    return made
+    folder = tmp_path_factory.mktemp("trained")
+    rows = data_files.response_pairs(folder / "rows")
+    result = recipes.vlm(vlm_folders("llava"), rows, folder / "out", train={"steps": 4, "lr": 0.1})
+    train.train(load_recipe(result), say=quiet)
+    return result
 
 
 @pytest.fixture
@@ -42,15 +42,15 @@ def folder(content: Content) -> Path:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Four images, their objects, and questions about them."""
-    here = tmp_path / "images"
-    here.mkdir()
+    folder = tmp_path / "images"
+    folder.mkdir()
     objects = [["dog", "ball"], ["cat"], ["dog", "cat", "ball"], []]
     for number in range(4):
-        (here / f"{number}.png").write_bytes(data_files.png(number))
+        (folder / f"{number}.png").write_bytes(data_files.png(number))
     records = [{"image": f"{n}.png", "objects": names} for n, names in enumerate(objects)]
-    write_jsonl(here / "objects.jsonl", *records)
-    (here / "words.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "ball": []}))
-    return here
+    write_jsonl(folder / "objects.jsonl", *records)
+    (folder / "words.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "ball": []}))
+    return folder
 
 
 def of(content: Content, evaluate: Content) -> Recipe:
@@ -73,20 +73,22 @@ def lines(file: Path) -> list[Content]:
 
 
 def test_evaluate_the_bundled_world(content: Content, folder: Path) -> None:
-    said: list[str] = []
-    found = evaluate_module.evaluate(of(content, CROWDS), say=said.append)
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(found.result))
-    assert found.result["questions"] == 3 + 3 * 3 * 4
-    assert set(found.result["measures"]) == {"CHAIR", "POPE"}
-    for compared in found.result["measures"].values():
+    responses: list[str] = []
+    result = evaluate_module.evaluate(of(content, CROWDS), say=responses.append)
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.result))
+    assert result.result["questions"] == 3 + 3 * 3 * 4
+    assert set(result.result["measures"]) == {"CHAIR", "POPE"}
+    for compared in result.result["measures"].values():
         for name, difference in compared["difference"].items():
             sides = [compared[side]["measures"][name]["estimate"] for side in ("before", "after")]
             assert difference["estimate"] == pytest.approx(sides[1] - sides[0])
             assert difference["low"] <= difference["estimate"] <= difference["high"]
     assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} == set(
-        found.result["measures"]["CHAIR"]["difference"]
+        result.result["measures"]["CHAIR"]["difference"]
     )
-    assert any(line.startswith("CHAIR_s, %") for line in said) and any("mean: yes rate" in line for line in said)
+    assert any(line.startswith("CHAIR_s, %") for line in responses) and any(
+        "mean: yes rate" in line for line in responses
+    )
     assert {file.stem for file in (folder / "before").iterdir()} == {"descriptions", "random", "popular", "adversarial"}
 
 
@@ -117,7 +119,7 @@ def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: p
     assert evaluate_module.evaluate(of(content, CROWDS), say=quiet).result and not calls
     evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "batch_size": 3}}), say=quiet)
     assert not calls  # the size of a batch changes no answer
-    evaluate_module.evaluate(of(content, {**CROWDS, "pictures": 4}), say=quiet)
+    evaluate_module.evaluate(of(content, {**CROWDS, "num_images": 4}), say=quiet)
     assert 0 < sum(calls) <= 2 * 13  # the fourth picture: a description, and four questions of each split
     calls.clear()
     evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "max_new_tokens": 5}}), say=quiet)
@@ -126,9 +128,9 @@ def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: p
 
 def test_chair_on_files(content: Content, folder: Path, images: Path) -> None:
     """The file of annotations names the images, so that nothing else is needed; recall stands beside CHAIR."""
-    found = evaluate_module.evaluate(of(content, chair(images)), say=quiet).result
-    assert found["questions"] == 4
-    assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} <= set(found["measures"]["CHAIR"]["difference"])
+    results = evaluate_module.evaluate(of(content, chair(images)), say=quiet).result
+    assert results["questions"] == 4
+    assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} <= set(results["measures"]["CHAIR"]["difference"])
     assert [(r["image"], r["question"]) for r in lines(folder / "after" / "descriptions.jsonl")] == [
         (f"{n}.png", "Describe this image.") for n in range(4)
     ]
@@ -140,15 +142,17 @@ def test_pope_from_annotations_and_from_files(content: Content, images: Path) ->
     absent = [{"image": "absent", "objects": ["mat", "hat", "car"]}]  # whose objects are asked for elsewhere
     (images / "absent").write_bytes(data_files.png(9))
     built = {**section, "annotations": str(write_jsonl(images / "all.jsonl", *more, *absent))}
-    found = evaluate_module.evaluate(of(content, built), say=quiet).result
-    assert found["questions"] == 3 * 5 * 6
+    results = evaluate_module.evaluate(of(content, built), say=quiet).result
+    assert results["questions"] == 3 * 5 * 6
     questions = write_jsonl(
         images / "q.json",
         {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
         {"question_id": 2, "image": "1.png", "text": "Is there a dog?", "label": "no"},
     )
-    found = evaluate_module.evaluate(of(content, {**section, "questions": {"mine": str(questions)}}), say=quiet).result
-    assert set(found["measures"]["POPE"]["difference"]) >= {"mine: accuracy", "mine: yes rate"}
+    results = evaluate_module.evaluate(
+        of(content, {**section, "questions": {"mine": str(questions)}}), say=quiet
+    ).result
+    assert set(results["measures"]["POPE"]["difference"]) >= {"mine: accuracy", "mine: yes rate"}
 
 
 def test_amber_on_its_folder(content: Content, images: Path) -> None:
@@ -170,16 +174,16 @@ def test_amber_on_its_folder(content: Content, images: Path) -> None:
     (data / "annotations.json").write_text(json.dumps([*items, *more]))
     asked += [{**asked[0], "id": 3, "image": "2.png"}, {**asked[1], "id": 4, "image": "3.png"}]
     (data / "query" / "query_all.json").write_text(json.dumps(asked))
-    found = evaluate_module.evaluate(of(content, section), say=quiet).result
-    assert list(found["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
+    results = evaluate_module.evaluate(of(content, section), say=quiet).result
+    assert list(results["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
 
 
 def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
     """Four updates at a high rate move the log-probabilities of held-out responses, one way or the other."""
-    held = {**content, "data": {**content["data"], "hold_out": 0.5}, "evaluate": {"benchmark": "implicit"}}
-    found = evaluate_module.evaluate(load_recipe(held), say=quiet).result
-    assert 0 < found["pairs"] < 8 and found["draws"] == 1
-    assert found["chosen gain"] != 0 and found["rejected gain"] != 0
+    held = {**content, "data": {**content["data"], "validation_fraction": 0.5}, "evaluate": {"benchmark": "implicit"}}
+    results = evaluate_module.evaluate(load_recipe(held), say=quiet).result
+    assert 0 < results["pairs"] < 8 and results["draws"] == 1
+    assert results["chosen gain"] != 0 and results["rejected gain"] != 0
 
 
 @pytest.mark.parametrize("benchmark", ["chair", "object_halbench"])
@@ -204,21 +208,21 @@ def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tm
     answers = write_jsonl(images / "a.jsonl", {"question_id": 1, "text": "Yes"}, {"question_id": 2, "text": "Yes"})
     section: Content = {"benchmark": "pope", "questions": {"mine": str(questions)}}
     section["answers"] = {"after": {"mine": str(answers)}}
-    found = evaluate_module.evaluate(of({**content, "output": str(tmp_path / "scored")}, section), say=quiet)
-    measures = found.result["measures"]["POPE"]["measures"]
+    result = evaluate_module.evaluate(of({**content, "output": str(tmp_path / "scored")}, section), say=quiet)
+    measures = result.result["measures"]["POPE"]["measures"]
     assert measures["mine: accuracy"]["estimate"] == 0.5 and measures["mine: yes rate"]["estimate"] == 1
-    assert found.table[0] == ("POPE", "2 responses [95 % interval]")
+    assert result.table[0] == ("POPE", "2 responses [95 % interval]")
 
 
 def test_metrics_of_written_answers(content: Content, folder: Path, images: Path) -> None:
     """As a comparison of several runs does, also where an image was left out."""
     (images / "2.png").write_bytes(b"no picture")
-    said: list[str] = []
+    responses: list[str] = []
     recipe = of(content, chair(images))
-    found = evaluate_module.evaluate(recipe, say=said.append).result
-    assert said[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
-    assert found["questions"] == 3 and found["left out"][0].startswith("2.png: ")
+    results = evaluate_module.evaluate(recipe, say=responses.append).result
+    assert responses[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
+    assert results["questions"] == 3 and results["left out"][0].startswith("2.png: ")
     (before,), (after,) = measure_written(recipe.evaluate, folder)  # type: ignore[arg-type]
-    assert json.loads(json.dumps(before.as_dict())) == found["measures"]["CHAIR"]["before"]
-    assert json.loads(json.dumps(after.as_dict())) == found["measures"]["CHAIR"]["after"]
+    assert json.loads(json.dumps(before.as_dict())) == results["measures"]["CHAIR"]["before"]
+    assert json.loads(json.dumps(after.as_dict())) == results["measures"]["CHAIR"]["after"]
     assert len(after.keys) == 3

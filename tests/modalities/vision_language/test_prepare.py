@@ -23,35 +23,35 @@ from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
 from mmalign.families.types import Decoding
 from mmalign.language.objects import coco_vocabulary
-from mmalign.rng import Draws
-from mmalign.synthesis.rejected_responses import Hallucinated, Index, Misled, Own
+from mmalign.rng import KeyedRNG
+from mmalign.synthesis.rejected_responses import BDHS, ImageIndex, ReAlign, SelfGenerated
 from tests.helpers import Folders, data_files
 from tests.helpers.loading import load_vlm
 from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
 
 
 def test_bdhs_writes_what_dpo_reads(content: Any, tmp_path: Path) -> None:
-    rows, said = prepared(content("bdhs"))
+    rows, responses = prepared(content("bdhs"))
     pairs = open_responses("trl", str(tmp_path / "made.jsonl"))
     assert len(pairs) == len(rows) == len(ANSWERS)
     for pair, true in zip(pairs, ANSWERS, strict=True):
         assert pair.chosen == true != pair.rejected and pair.images[0].read()
         assert pair.turns[0].text == "<image>What is it?"
-    assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers; taken at try 1: ")
-    assert "similarity by trigrams (embedded" in said[-1]
+    assert responses[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers; taken at try 1: ")
+    assert "similarity by trigrams (embedded" in responses[-1]
     assert not list(tmp_path.glob("made*unfinished"))
 
 
 def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
     """Rejected is what the model says of picture and question alone, greedily; the true answer is never shown to it."""
-    rows, said = prepared(content("own"))
-    assert said[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers, in ")
+    rows, responses = prepared(content("own"))
+    assert responses[-1].startswith(f"{tmp_path / 'made.jsonl'}: 7 pairs of 7 answers, in ")
     family = load_vlm(vlm_folders("llava"))
     for row, pair in zip(rows, open_responses("trl", str(tmp_path / "made.jsonl")), strict=True):
-        view = family.reader.view(decode(pair.images[0]))
-        prompt = family.reader.prompt(pair.turns, [("it", view)])
+        view = family.processor.preprocess_image(decode(pair.images[0]))
+        prompt = family.processor.tokenize_prompt(pair.turns, [("it", view)])
         features = family.encode_images({"it": view})
-        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], draws=Draws(1))
+        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], draws=KeyedRNG(1))
         assert pair.rejected == own.strip() != pair.chosen
         assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
 
@@ -129,10 +129,10 @@ def test_the_most_similar_image_comes_first(tmp_path: Path) -> None:
     angles = torch.deg2rad(torch.tensor([0.0, 10.0, 25.0, 180.0, 0.0]))
     (tmp_path / "2.png").write_bytes(b"no picture")
     vectors = torch.stack([angles.cos(), angles.sin()], 1)[[0, 1, 3, 4]]
-    index = Index(rows, lambda images: vectors[: len(images)], candidates=2)
+    index = ImageIndex(rows, lambda images: vectors[: len(images)], candidates=2)
     refs = [row.images[0] for row in rows]
-    assert [ref.where for ref in index.similar(refs[0])] == [refs[1].where, refs[3].where]
-    assert [ref.where for ref in index.similar(refs[4])] == [refs[1].where, refs[3].where]
+    assert [ref.location for ref in index.similar(refs[0])] == [refs[1].location, refs[3].location]
+    assert [ref.location for ref in index.similar(refs[4])] == [refs[1].location, refs[3].location]
     assert index.similar(refs[2]) == [] and "is not a readable image" in index.bad[refs[2].key]
 
 
@@ -176,7 +176,7 @@ def test_going_on_after_a_stop_gives_the_same_file(
     """Bit for bit, stopped after the second of four pieces, with a line cut short in what was written so far."""
     prepared(content(kind, "whole.jsonl"))
     recipe, calls = content(kind, "made.jsonl"), list[int]()
-    maker = {"bdhs": Hallucinated, "realign": Misled, "own": Own}[kind]
+    maker = {"bdhs": BDHS, "realign": ReAlign, "own": SelfGenerated}[kind]
     make = maker.__call__
 
     def stop(self: Any, pairs: Any) -> Any:
@@ -191,8 +191,8 @@ def test_going_on_after_a_stop_gives_the_same_file(
     unfinished = tmp_path / "made.jsonl.unfinished"
     with unfinished.open("ab") as file:
         file.write(b'[{"text": "There is')
-    _, said = prepared(recipe)
-    assert calls == [2, 2, 2, 2, 1] and "going on after 4 of 7 rows" in said
+    _, responses = prepared(recipe)
+    assert calls == [2, 2, 2, 2, 1] and "going on after 4 of 7 rows" in responses
     assert (tmp_path / "made.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not unfinished.exists()
 
@@ -235,8 +235,8 @@ def test_unfinished_work_of_other_settings_is_refused(content: Any, tmp_path: Pa
 
     with pytest.raises(Stopped):
         prepared(content("povid"), writer=fail)
-    told = refused(content("povid", seed=9), writer=fail)
-    assert told.startswith(
+    message = refused(content("povid", seed=9), writer=fail)
+    assert message.startswith(
         f"{tmp_path / 'made.jsonl.unfinished'}: was begun with other settings (seed differ; seed was 1"
     )
     assert "corruptor differ" in refused(content("povid"))
@@ -251,9 +251,9 @@ def test_functions_of_one_s_own_mask_and_corrupt(content: Any) -> None:
     assert [text(row["rejected"]) for row in rows] == [ANSWERS[0].upper(), ANSWERS[4].upper()]
     assert "test_functions_of_one_s_own" in rows[0]["provenance"]["corruptor"]
     mask = lambda pair: pair.chosen.replace("dog", "[MASK]")  # noqa: E731
-    rows, said = prepared(content("realign", "b.jsonl"), writer=mask)
+    rows, responses = prepared(content("realign", "b.jsonl"), writer=mask)
     assert [row["provenance"]["of"] for row in rows] == ["answers.jsonl: line 1", "answers.jsonl: line 5"]
-    assert "5 left out (answers.jsonl: line 2: nothing of the answer is masked; " in said[-1]
+    assert "5 left out (answers.jsonl: line 2: nothing of the answer is masked; " in responses[-1]
 
 
 def test_a_function_that_gives_no_text_is_named(content: Any) -> None:

@@ -16,26 +16,26 @@ from tests.helpers.preparation import REALIGN, answers, prepared, refused
 def test_what_gives_no_pair_is_left_out_counted_and_named(content: Any, tmp_path: Path) -> None:
     source = answers(tmp_path / "odd", ["A dog.", "Nice.", "A cat."])
     (source.parent / "2.png").write_bytes(b"no picture")
-    rows, said = prepared(content("povid", "a.jsonl", source={"path": str(source)}))
+    rows, responses = prepared(content("povid", "a.jsonl", source={"path": str(source)}))
     assert len(rows) == 2
-    assert "2 pairs of 3 answers; 1 left out (answers.jsonl: line 2: nothing came out)" in said[-1]
-    rows, said = prepared(content("bdhs", "b.jsonl", source={"path": str(source)}))
-    assert "1 left out (answers.jsonl: line 3: image 0 (2.png): is not a readable" in said[-1]
+    assert "2 pairs of 3 answers; 1 left out (answers.jsonl: line 2: nothing came out)" in responses[-1]
+    rows, responses = prepared(content("bdhs", "b.jsonl", source={"path": str(source)}))
+    assert "1 left out (answers.jsonl: line 3: image 0 (2.png): is not a readable" in responses[-1]
 
 
 def test_rows_that_cannot_be_used_are_named_too(content: Any, tmp_path: Path) -> None:
     source = answers(tmp_path / "odd", ["A dog.", " ", "A cat.", "A bus."])
     (source.parent / "3.png").unlink()
-    rows, said = prepared(content("povid", source={"path": str(source)}))
+    rows, responses = prepared(content("povid", source={"path": str(source)}))
     assert len(rows) == 2
-    assert "2 rows of the source cannot be used (answers.jsonl: line 2: the chosen response is empty; " in said[-1]
-    assert "answers.jsonl: line 4: 3.png does not exist" in said[-1]
+    assert "2 rows of the source cannot be used (answers.jsonl: line 2: the chosen response is empty; " in responses[-1]
+    assert "answers.jsonl: line 4: 3.png does not exist" in responses[-1]
 
 
 def test_nothing_at_all_is_an_error_that_leaves_nothing(content: Any, tmp_path: Path) -> None:
     source = answers(tmp_path / "odd", ["Nice.", "Good."])
-    told = refused(content("povid", source={"path": str(source)}))
-    assert told.startswith(
+    message = refused(content("povid", source={"path": str(source)}))
+    assert message.startswith(
         f"prepare: none of 2 answers of {source} gave a pair: answers.jsonl: line 1: nothing came out"
     )
     assert not list(tmp_path.glob("made*"))
@@ -43,8 +43,8 @@ def test_nothing_at_all_is_an_error_that_leaves_nothing(content: Any, tmp_path: 
 
 def test_an_answer_that_is_too_long_is_left_out(content: Any, tmp_path: Path) -> None:
     source = answers(tmp_path / "odd", ["A dog.", "A dog and a cat. " * 60])
-    rows, said = prepared(content("bdhs", source={"path": str(source)}))
-    assert len(rows) == 1 and "line 2: prompt and answer have " in said[-1] and "reads 256" in said[-1]
+    rows, responses = prepared(content("bdhs", source={"path": str(source)}))
+    assert len(rows) == 1 and "line 2: prompt and answer have " in responses[-1] and "reads 256" in responses[-1]
 
 
 def test_one_process_writes_a_file(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_said_before_anything_is_made(
         ("own", {"bdhs": {}}, "prepare: kind own takes no section 'bdhs'; leave it out"),
         ("own", {"own": {"max_new_tokens": 0}}, "prepare.own.max_new_tokens"),
         ("bdhs", {"bdhs": {"rho": 0.5, "keep_tokens": 3}}, "rho and keep_tokens both say how many"),
-        ("bdhs", {"judge": {"path": "models/tiny_clip"}}, "prepare has no 'judge'"),
+        ("bdhs", {"reward": {"path": "models/tiny_clip"}}, "prepare has no 'judge'"),
         ("bdhs", {"kind": "bhds"}, "prepare.kind: expected 'bdhs', 'realign', 'povid' or 'own', got the text 'bhds'"),
     ],
 )
@@ -110,10 +110,10 @@ def test_a_recipe_whose_settings_do_not_fit_is_refused(
 
 def test_images_in_a_table_cannot_be_named_in_json(content: Any, tmp_path: Path) -> None:
     prepare.prepare(load_recipe(content("povid", "a.parquet")), say=lambda _: None)
-    told = refused(content("povid", "b.jsonl", source={"path": str(tmp_path / "a.parquet"), "format": "trl"}))
-    assert "would name images, and those of" in told and "*.parquet" in told
+    message = refused(content("povid", "b.jsonl", source={"path": str(tmp_path / "a.parquet"), "format": "trl"}))
+    assert "would name images, and those of" in message and "*.parquet" in message
 
 
 def test_a_model_that_cannot_be_blinded_is_refused(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
-    told = refused(content("bdhs"), f"model.path={vlm_folders('qwen3_5')}")
-    assert told.startswith("model.path: BDHS hides an image from ") and not list(tmp_path.glob("made*"))
+    message = refused(content("bdhs"), f"model.path={vlm_folders('qwen3_5')}")
+    assert message.startswith("model.path: BDHS hides an image from ") and not list(tmp_path.glob("made*"))
