@@ -187,7 +187,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
             "evaluate={benchmark: scenes, prompts: a}",
             "recipe: evaluate: benchmark scenes makes its own prompts; expected their number, got 'a'",
         ),
-        ("prepare={}", "recipe: prepare needs 'judge', which is missing"),
+        ("prepare={}", "recipe: prepare needs 'reward', which is missing"),
     ],
 )
 def test_a_wrong_value_says_where_what_came_and_what_was_expected(override: str, sentence: str) -> None:
