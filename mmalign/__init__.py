@@ -6,6 +6,9 @@
     page = mmalign.gallery(recipe)
 
 Importing the package loads nothing heavy; `mmalign.losses` needs torch alone.
+
+These functions log to the logger `mmalign`, and the main process prints its lines to standard output. To send the lines
+elsewhere, give that logger a handler before the first call: your own, or `logging.NullHandler()`.
 """
 
 from __future__ import annotations
@@ -34,26 +37,34 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def train(recipe: Recipe) -> Trained:
     """Train by a recipe, or resume from its last checkpoint."""
     from mmalign.commands import train as command
+    from mmalign.console import configure_logging
 
+    configure_logging()
     return command.train(recipe)
 
 
 def evaluate(recipe: Recipe) -> Evaluation:
     """Compare the base model with the trained one."""
     from mmalign.commands import evaluate as command
+    from mmalign.console import configure_logging
 
+    configure_logging()
     return command.evaluate(recipe)
 
 
 def gallery(recipe: Recipe) -> Path:
     """Write the before-and-after page of an evaluation and return its path."""
     from mmalign.commands import gallery as command
+    from mmalign.console import configure_logging
 
+    configure_logging()
     return command.gallery(recipe)
 
 
 def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     """Make the pairs that a recipe learns from and return their file."""
     from mmalign.commands import prepare as command
+    from mmalign.console import configure_logging
 
+    configure_logging()
     return command.prepare(recipe, writer=writer)

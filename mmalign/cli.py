@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from mmalign import methods
+from mmalign.console import configure_logging
 
 
 class _Commands(TyperGroup):
@@ -21,6 +22,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command of the context (MMALIGN_TRACEBACK=1 shows where an error came from)."""
         _silence_libraries()
+        configure_logging()
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # here, since what typer makes of it changes from version to version
@@ -76,7 +78,7 @@ def quickstart(
 
     from mmalign.commands.quickstart import quickstart as run
 
-    run(modality, seed=seed, draw=draw, output=output, say=console.print)
+    run(modality, seed=seed, draw=draw, output=output)
 
 
 @app.command()
@@ -84,7 +86,7 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Train by a recipe; the same command again goes on where it stopped."""
     from mmalign.commands.train import train as run
 
-    run(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides))
 
 
 @app.command()
@@ -96,7 +98,7 @@ def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     from mmalign.commands.cache import cache as run
 
-    run(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides))
 
 
 @app.command()
@@ -104,7 +106,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
     from mmalign.commands.evaluate import evaluate as run
 
-    run(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides))
 
 
 @app.command()
@@ -112,7 +114,7 @@ def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Make the before-and-after page, of what was evaluated."""
     from mmalign.commands.gallery import gallery as run
 
-    run(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides))
 
 
 @app.command()
@@ -141,7 +143,6 @@ def compare(
         pairs=pairs or (),
         overrides=overrides or (),
         table=table,
-        say=console.print,
     )
 
 
@@ -150,7 +151,7 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Make the pairs that a recipe learns from, and write them to data.path."""
     from mmalign.commands.prepare import prepare as run
 
-    run(_load(recipe, overrides), say=console.print)
+    run(_load(recipe, overrides))
 
 
 @app.command()
@@ -177,7 +178,6 @@ def bench(
         variants=variant or (),
         repeats=repeats,
         json=json,
-        say=console.print,
     )
 
 

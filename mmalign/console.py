@@ -1,8 +1,12 @@
-"""Log lines and progress bars on the terminal."""
+"""Console output: plain log lines and progress bars."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -11,18 +15,74 @@ from rich.progress import Progress, track
 T = TypeVar("T")
 
 
-def silent(_: str) -> None:
-    """Take a line of text, and say nothing: for the processes beside the main one."""
+def on_main_process(_: logging.LogRecord) -> bool:
+    """Return whether this is the main process, by accelerate's state or else by the launcher's RANK: a log filter."""
+    if "accelerate.state" in sys.modules:  # imported by nobody: importing it here would load torch
+        from accelerate.state import PartialState, is_initialized
+
+        if is_initialized():
+            return bool(PartialState().is_main_process)
+    return os.environ.get("RANK", "0") == "0"
+
+
+class LineHandler(logging.Handler):
+    """A log handler that prints plain lines, on the main process alone.
+
+    Lines go to standard output, or to `console` where one is set. Errors of writing reach the caller, as print's do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console: Console | None = None
+        self.addFilter(on_main_process)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; brackets and colons are no markup."""
+        line = self.format(record)
+        if self.console is None:
+            print(line, flush=True)
+        else:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+_ROOT = logging.getLogger("mmalign")
+_HANDLER = LineHandler()
+
+
+def configure_logging() -> None:
+    """Print what mmalign logs as plain lines, unless the logger `mmalign` already has a handler."""
+    if _ROOT.handlers:
+        return
+    _ROOT.addHandler(_HANDLER)
+    _ROOT.propagate = False  # a library that calls logging.info() gives the root logger a handler: each line twice
+    if _ROOT.level == logging.NOTSET:
+        _ROOT.setLevel(logging.INFO)
+
+
+def print_through(console: Console | None) -> None:
+    """Print log lines on a progress bar's console while the bar is shown; None ends it."""
+    _HANDLER.console = console
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Silence mmalign's loggers, for calls whose lines would repeat what the caller logs."""
+    level = _ROOT.level
+    _ROOT.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        _ROOT.setLevel(level)
 
 
 def tracked(items: Sequence[T], description: str) -> Iterable[T]:
-    """The items, one after another, with a bar where there is a terminal and more than one of them."""
+    """Yield the items, with a progress bar if there is a terminal and more than one item."""
     console = Console(stderr=True)
     quiet = len(items) < 2 or not console.is_terminal
     return track(items, description=description, transient=True, console=console, disable=quiet)
 
 
 def progress_bar(accelerator: Any) -> Progress:
-    """A bar of the main process, where there is a terminal."""
+    """Return a progress bar that only the main process shows, and only on a terminal."""
     console = Console(stderr=True)
     return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))

@@ -149,6 +149,15 @@ def start() -> Iterator[Callable[..., Run]]:
 
 
 @pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """Record the lines that mmalign logs during a test."""
+    from tests.helpers.logged import recorded_lines
+
+    with recorded_lines() as lines:
+        yield lines
+
+
+@pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the reference's type at every pass through it."""
     from mmalign.policy import Policy

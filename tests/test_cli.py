@@ -124,7 +124,7 @@ def test_adapters_are_read_back_as_they_were_trained(
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     tuned = {"tune": "lora", "lora": {"rank": 4, "alpha": 32.0}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", model=tuned, train={"steps": 2, "lr": 1e-2})
-    folder = train.train(load_recipe(content), say=lambda _: None).folder
+    folder = train.train(load_recipe(content)).folder
     policy = loading.load_trained_policy(load_diffusion(tiny_sd15), folder)
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json as json_format
+import logging
 import statistics
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from mmalign.commands._bench_meters import PARTS, LiveBytes, Meter, Metered, Ope
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import open_accelerator
 from mmalign.config import Recipe
-from mmalign.console import silent
+from mmalign.console import muted
 from mmalign.data.data_module import DataModule
 from mmalign.families.step_judge import StepJudge
 from mmalign.modalities import loading
@@ -52,7 +53,8 @@ from mmalign.policy import FrozenCopy, Policy
 from mmalign.training import loop
 from mmalign.training import run as training_run
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Numbers = dict[str, float | list[float] | None]  # quantity -> a number, or one of each repeat
 Build = Callable[[Path, int], "Run"]  # (folder for caches, updates at most) -> a run
 
@@ -125,7 +127,6 @@ def bench(
     variants: Sequence[str] = (),
     repeats: int = 5,
     json: Path | None = None,
-    say: Say = print,
 ) -> Report:
     """Measure a recipe's step, print the tables, and write the numbers.
 
@@ -135,7 +136,6 @@ def bench(
         variants: each some assignments with spaces between them, measured beside the recipe.
         repeats: measurements of each run.
         json: a file for the numbers.
-        say: takes a line of text.
 
     Raises:
         ValueError: a recipe does not fit, or nothing would be measured.
@@ -145,14 +145,13 @@ def bench(
     recipes = {MMALIGN: load_recipe(source, overrides)}
     recipes |= {variant: load_recipe(source, [*overrides, *variant.split()]) for variant in variants}
     accelerator = open_common_accelerator(recipes)
-    tell = say if accelerator.is_main_process else silent
     builds = {name: partial(build, recipe, accelerator) for name, recipe in recipes.items()}
-    report = make_report(str(source), recipes[MMALIGN], measure(builds, accelerator, repeats, tell), accelerator)
+    report = make_report(str(source), recipes[MMALIGN], measure(builds, accelerator, repeats), accelerator)
     if accelerator.is_main_process:
         show(report)
         if json is not None:
             write_json(asdict(report), json)
-            tell(f"{json}: the numbers")
+            logger.info(f"{json}: the numbers")
     return report
 
 
@@ -205,9 +204,10 @@ def build(
     preflight.check(recipe, training=True)
     method, reward = methods.find(recipe.method.name), loading.method_reward(recipe)
     reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
-    family = loading.load_for_training(recipe, accelerator.device)
-    splits = open_data(recipe.data, recipe.train.seed, method)
-    data_module = fill(recipe, family, accelerator=accelerator, say=silent, splits=splits, reward_model=reward_model)
+    with muted():
+        family = loading.load_for_training(recipe, accelerator.device)
+        splits = open_data(recipe.data, recipe.train.seed, method)
+        data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
     policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
     policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
     cache.offload_encoders(data_module, recipe, family)
@@ -301,8 +301,8 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
     return run.progress.step - first
 
 
-def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int, say: Say) -> dict[str, Measured]:
-    """Build, warm up, count and time every run; `say` takes a line of text.
+def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict[str, Measured]:
+    """Build, warm up, count and time every run.
 
     On a CPU all runs are in memory and take turns in every repeat, there and back, so that a slower machine slows all
     of them. On a GPU, where memory is short, each run is alone.
@@ -317,13 +317,13 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int, say: Sa
         for names in [list(builds)] if on_cpu else [[name] for name in builds]:
             runs = dict[str, Run]()
             for name in names:
-                say(name)
+                logger.info(name)
                 before = 0 if on_cpu else torch.cuda.memory_allocated(accelerator.device)
                 runs[name] = builds[name](folder / f"{len(results)}", planned)
                 results[name] = count(runs[name], before)
             updates = 1 if on_cpu else updates_per_second(runs[names[0]])
             for number in range(repeats):
-                say(f"repeat {number + 1} of {repeats}")
+                logger.info(f"repeat {number + 1} of {repeats}")
                 for name in names if number % 2 == 0 else names[::-1]:
                     time_once(runs[name], results[name], updates)
             accelerator.free_memory()

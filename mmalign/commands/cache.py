@@ -7,6 +7,7 @@ is stopped goes on, and `mmalign train` does the same before its first update.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import Tensor
 from mmalign import atomic_io, methods
 from mmalign.commands import preflight
 from mmalign.config import ImageData, Recipe, ResponseData
-from mmalign.console import progress_bar, silent
+from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint, image_features
 from mmalign.data.caches.array_cache import cache_folder
 from mmalign.data.caches.precompute import build_precompute_spec, pairs_by_epoch
@@ -34,11 +35,13 @@ from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
 from mmalign.training.loop import MAX_EMPTY_BATCHES
-from mmalign.training.run import MAX_VALIDATION_BATCHES, Say, require_all
+from mmalign.training.run import MAX_VALIDATION_BATCHES, require_all
+
+logger = logging.getLogger(__name__)
 
 
-def cache(recipe: Recipe, say: Say = print) -> Path:
-    """Fill the caches that the recipe's training reads from, and say what was written.
+def cache(recipe: Recipe) -> Path:
+    """Fill the caches that the recipe's training reads from, and log what was written.
 
     Returns:
         The folder.
@@ -62,18 +65,17 @@ def cache(recipe: Recipe, say: Say = print) -> Path:
     atomic_io.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
     require_all(accelerator)
-    tell = say if accelerator.is_main_process else silent
-    family = loading.load_for_training(recipe, accelerator.device, tell)
-    data_module = build_filled_data_module(recipe, family, accelerator=accelerator, say=tell, splits=splits)
+    family = loading.load_for_training(recipe, accelerator.device)
+    data_module = build_filled_data_module(recipe, family, accelerator=accelerator, splits=splits)
     folder = cache_folder(recipe.data, Path(recipe.output))
     if accelerator.is_main_process:
-        say(f"cache: {folder}: {_summary(folder, {cache.folder for cache in data_module.caches}, begun)}")
+        logger.info(f"cache: {folder}: {_summary(folder, {cache.folder for cache in data_module.caches}, begun)}")
     accelerator.end_training()
     return folder
 
 
 def build_filled_data_module(
-    recipe: Recipe, family: Any, *, accelerator: Any, say: Say, splits: Splits, reward_model: RewardModel | None = None
+    recipe: Recipe, family: Any, *, accelerator: Any, splits: Splits, reward_model: RewardModel | None = None
 ) -> DataModule:
     """The recipe's pairs in batches, with everything stored that is kept of those that its training meets.
 
@@ -81,7 +83,6 @@ def build_filled_data_module(
         recipe: what to train on.
         family: the model as it was loaded: its network is the reference.
         accelerator: says which process this is.
-        say: takes a line of text.
         splits: what `open_data` has given.
         reward_model: what scores images, for methods whose settings name one.
 
@@ -101,7 +102,6 @@ def build_filled_data_module(
         batch_size=options.batch_size,
         seed=options.seed,
         accelerator=accelerator,
-        say=say,
         method=method,
         config=recipe.method,
         splits=splits,
@@ -110,7 +110,7 @@ def build_filled_data_module(
     )
     batches = options.steps * options.gradient_accumulation_steps
     if data_module.features is not None and not _fill_features(data_module, recipe, family, batches, accelerator):
-        say(
+        logger.warning(
             f"the images' features would take more than half of the free disk of {data_module.features.folder} and are "
             "not "
             "kept; name another data.cache to keep them"

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ from mmalign.resources import locate
 from mmalign.training import checkpoint
 from mmalign.training.export import read_run_info
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 SHOWN = 8  # prompts in the picture
 
 
@@ -60,7 +62,6 @@ def compare(
     pairs: Sequence[int] = (),
     overrides: Sequence[str] = (),
     table: Path | None = None,
-    say: Say = print,
 ) -> list[TableRow]:
     """Train every recipe with seeds 0, 1, ..., evaluate each run, and write the results.
 
@@ -75,7 +76,6 @@ def compare(
         pairs: numbers of pairs after which every run is evaluated too, also beyond its recipe's end.
         overrides: settings of all recipes.
         table: target of a second copy of the table, as Markdown, with the files that go with it.
-        say: takes lines of text.
 
     Returns:
         The rows: the base model's, one for each recipe at its end, and one for each recipe at each number of pairs.
@@ -96,8 +96,10 @@ def compare(
         shorter: Recipe | None = None
         for stage in (stage for stage in plan if stage.name == name):
             run_recipe = stage.runs[seed]
-            say(f"{name}, seed {seed}, {_num_pairs(run_recipe):,} pairs: run {number} of {len(recipes) * seeds}")
-            _finish(run_recipe, shorter, say)
+            logger.info(
+                f"{name}, seed {seed}, {_num_pairs(run_recipe):,} pairs: run {number} of {len(recipes) * seeds}"
+            )
+            _finish(run_recipe, shorter)
             shorter = run_recipe
     rows = _rows(plan, [None, *sorted(set(pairs))])
     options = [word for number in pairs for word in ("--pairs", str(number))]
@@ -105,7 +107,7 @@ def compare(
     command = shlex.join(["mmalign", "compare", *sources, "--seeds", str(seeds), *options])
     for file in [output / "comparison.md", *([table] if table else [])]:
         _write(file, rows, plan, command)
-        say(f"table: {file}")
+        logger.info(f"table: {file}")
     return rows
 
 
@@ -207,18 +209,18 @@ def _check_trained_by(recipe: Recipe) -> None:
             )
 
 
-def _finish(recipe: Recipe, shorter: Recipe | None, say: Say) -> None:
+def _finish(recipe: Recipe, shorter: Recipe | None) -> None:
     """Prepare, train and evaluate, if not done; `shorter` is the same run at its previous length."""
     if recipe.prepare is not None and not Path(locate(recipe.data.path)).exists():
-        prepare.prepare(recipe, say)
+        prepare.prepare(recipe)
     output = Path(recipe.output)
     model = output / "model"
     if not model.is_dir() or read_run_info(model)["step"] != recipe.train.steps:
         if shorter is not None and checkpoint.latest(output) is None:
             _copy_checkpoint(Path(shorter.output), output)
-        train.train(recipe, say)
+        train.train(recipe)
     if not evaluate.is_evaluated(recipe):
-        evaluate.evaluate(recipe, say)
+        evaluate.evaluate(recipe)
 
 
 def _copy_checkpoint(shorter: Path, output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from mmalign.modalities.vision_language import evaluate as evaluate_responses
 from mmalign.policy import Policy
 from mmalign.training.export import check_base_model, read_run_info
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 Table = list[tuple[str, ...]]
@@ -47,7 +48,7 @@ class Evaluation:
     table: Table
 
 
-def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
+def evaluate(recipe: Recipe) -> Evaluation:
     """Compare the base model with the trained one by the recipe's benchmark, and write `evaluation/` in its output.
 
     Raises:
@@ -62,14 +63,14 @@ def evaluate(recipe: Recipe, say: Say = print) -> Evaluation:
         needed = "needs pairs kept from training; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
     preflight.check(recipe, data=of_pairs)
-    measure = _measure_files(section) or _measure_models(recipe, section, say)
+    measure = _measure_files(section) or _measure_models(recipe, section)
     folder = atomic_io.make_folder("output", Path(recipe.output)) / "evaluation"
     with atomic_write(folder) as part:
         part.mkdir()
         result, table = measure(part)
         (part / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     for row in table:
-        say("  ".join(cell.ljust(22) for cell in row).rstrip())
+        logger.info("  ".join(cell.ljust(22) for cell in row).rstrip())
     return Evaluation(folder, result, table)
 
 
@@ -88,7 +89,7 @@ def _measure_files(section: Evaluate) -> Measure | None:
     return lambda _: scored
 
 
-def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
+def _measure_models(recipe: Recipe, section: Evaluate) -> Measure:
     """How to compare the models, once all that it takes is there: questions and judge before any model is loaded."""
     device, trained = _device(), Path(recipe.output) / "model"
     about = read_run_info(trained)
@@ -99,16 +100,16 @@ def _measure_models(recipe: Recipe, section: Evaluate, say: Say) -> Measure:
         benchmark = evaluate_responses.open_benchmark(section)
     elif isinstance(section, EvaluateImages) and section.reward:
         reward_model = loading.build_reward_model(section.reward, device)
-    family = loading.load_model(recipe, device, say)
+    family = loading.load_model(recipe, device)
     check_base_model(about, trained, family)
     policy = loading.load_trained_policy(family, trained)
     identity = _identity(section, about)
     if splits is not None:
         measured = _steps if isinstance(section, EvaluateSteps) else _implicit
-        return lambda _: measured(recipe, section, policy, splits, say)
+        return lambda _: measured(recipe, section, policy, splits)
     if benchmark is not None:
-        return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, identity, say)
-    return lambda folder: evaluate_images.compare_images(recipe, policy, reward_model, folder, identity, say)
+        return lambda folder: evaluate_responses.compare_answers(recipe, policy, benchmark, folder, identity)
+    return lambda folder: evaluate_images.compare_images(recipe, policy, reward_model, folder, identity)
 
 
 def _identity(section: Evaluate, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,11 +117,9 @@ def _identity(section: Evaluate, trained: Mapping[str, Any]) -> dict[str, Any]:
     return {"trained": dict(trained), "evaluate": section.model_dump()}
 
 
-def _implicit(
-    recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits, say: Say
-) -> tuple[dict[str, Any], Table]:
+def _implicit(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) -> tuple[dict[str, Any], Table]:
     """How often the trained model finds the chosen side of a held-out pair likelier than the base model does."""
-    data_module = _data_module(recipe, policy, splits, say)
+    data_module = _data_module(recipe, policy, splits)
     is_image_model = isinstance(section, EvaluateImages)
     score = (implicit_reward.image_scores if is_image_model else implicit_reward.response_scores)(policy.family)
     num_noise_samples = section.num_noise_samples if isinstance(section, EvaluateImages) else 1
@@ -130,17 +129,17 @@ def _implicit(
     return report.as_dict(), report.table()
 
 
-def _steps(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits, say: Say) -> tuple[dict[str, Any], Table]:
+def _steps(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) -> tuple[dict[str, Any], Table]:
     """How often the trained judge, and the one that it began as, prefer the chosen image of a held-out pair."""
     assert isinstance(section, EvaluateSteps)
-    batches = _data_module(recipe, policy, splits, say, methods.find(recipe.method.name)).validation_batches()
+    batches = _data_module(recipe, policy, splits, methods.find(recipe.method.name)).validation_batches()
     accuracy = step_accuracy.accuracy(
         policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed
     )
     return accuracy.as_dict(), accuracy.table()
 
 
-def _data_module(recipe: Recipe, policy: Policy, splits: Splits, say: Say, method: Any = None) -> DataModule:
+def _data_module(recipe: Recipe, policy: Policy, splits: Splits, method: Any = None) -> DataModule:
     """The recipe's pairs, encoded, with what a method asks for besides."""
     from accelerate import Accelerator
 
@@ -151,7 +150,6 @@ def _data_module(recipe: Recipe, policy: Policy, splits: Splits, say: Say, metho
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         accelerator=Accelerator(),
-        say=say,
         method=method,
         splits=splits,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from mmalign.atomic_io import write_error
-from mmalign.commands.evaluate import Say, _example, evaluate, is_evaluated
+from mmalign.commands.evaluate import _example, evaluate, is_evaluated
 from mmalign.config import Evaluate, EvaluateImages, EvaluateResponses, Recipe
 from mmalign.modalities.text_to_image import evaluate as evaluate_images
 from mmalign.modalities.vision_language import evaluate as evaluate_responses
@@ -15,8 +16,10 @@ from mmalign.pages import answers, pictures
 from mmalign.pages.page import write_page
 from mmalign.pages.ranking import spread
 
+logger = logging.getLogger(__name__)
 
-def gallery(recipe: Recipe, say: Say = print) -> Path:
+
+def gallery(recipe: Recipe) -> Path:
     """Write the before-and-after page of the evaluation, made first if there is none, to `gallery/`.
 
     Where there are more samples than `gallery.images`, half of the page is the best gains and half the worst
@@ -30,7 +33,7 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
         came = nothing if section is not None else "the recipe has no such section"
         raise ValueError(f"evaluate: {came}; a gallery shows a benchmark's samples, for example {_example(recipe)}")
     if not is_evaluated(recipe):
-        evaluate(recipe, say)
+        evaluate(recipe)
     folder = Path(recipe.output) / "evaluation"
     content = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     samples = content["samples"]
@@ -53,7 +56,7 @@ def gallery(recipe: Recipe, say: Say = print) -> Path:
             page = write_page(target, image_entries, pictures.LAYOUT, **about)
     except OSError as error:
         raise write_error(target, error) from error
-    say(f"gallery: {page}")
+    logger.info(f"gallery: {page}")
     return page
 
 

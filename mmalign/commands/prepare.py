@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmalign.commands import preflight
-from mmalign.commands.evaluate import Say
 from mmalign.config import ImageModel, JudgeModel, PrepareImages, PrepareResponses, Recipe
 from mmalign.synthesis.rejected_responses import Writer
 
 
-def prepare(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -> Path:
+def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     """Make the pairs that the recipe learns from, and write them to `data.path`.
 
     Args:
         recipe: with a section `prepare`: a text-to-image model draws images and a judge compares them; for a
             vision-language model true answers are made untrue (see `prepare_responses`).
-        say: takes lines of text.
         writer: of responses, see there.
 
     Raises:
@@ -38,6 +36,6 @@ def prepare(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -
         raise ValueError("prepare: text-to-image models draw and judge images; they take no function for responses")
     preflight.check(recipe, data=False)
     if isinstance(recipe.prepare, PrepareResponses):
-        return prepare_responses(recipe, say, writer=writer)
+        return prepare_responses(recipe, writer=writer)
     assert isinstance(recipe.prepare, PrepareImages)
-    return prepare_images(recipe, say)
+    return prepare_images(recipe)

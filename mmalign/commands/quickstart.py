@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mmalign.commands import evaluate, gallery, prepare, train
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.console import muted
+
+logger = logging.getLogger(__name__)
 
 MODALITIES = ("text_to_image", "vision_language")
 RECIPE = "configs/{}/quickstart.yaml"
@@ -22,7 +25,6 @@ def quickstart(
     seed: int,
     draw: bool,
     output: Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Align a bundled model, and show by how much its images follow their prompts better, or its answers invent less.
 
@@ -31,7 +33,6 @@ def quickstart(
         seed: of the training.
         draw: make the pairs anew, instead of taking those in assets/.
         output: where everything is written, if not where the recipe says; `result.json` there has the numbers.
-        say: takes a line of text.
 
     Returns:
         What `result.json` holds: what base and aligned model reach on held-out prompts or pictures, and the paired
@@ -50,10 +51,11 @@ def quickstart(
         pairs = folder / f"pairs{Path(recipe.data.path).suffix}"
         recipe = load_recipe(source, [*settings, f"data.path={json.dumps(str(pairs))}"])
         if not pairs.is_file():
-            prepare.prepare(recipe, say)
-    trained = train.train(recipe, say)
-    details = evaluate.evaluate(recipe, say).result
-    page = gallery.gallery(recipe, say=lambda _: None)
+            prepare.prepare(recipe)
+    trained = train.train(recipe)
+    details = evaluate.evaluate(recipe).result
+    with muted():  # the last line names the page
+        page = gallery.gallery(recipe)
     numbers, sentences = (_image_summary if modality == "text_to_image" else _answer_summary)(details)
     result = {
         "seed": seed,
@@ -65,8 +67,8 @@ def quickstart(
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     shutil.copyfile(page.with_name("gallery.png"), folder / "gallery.png")
     for sentence in sentences:
-        say(sentence)
-    say(f"gallery: {page}   numbers: {folder / 'result.json'}   ({time.time() - started:.0f} s)")
+        logger.info(sentence)
+    logger.info(f"gallery: {page}   numbers: {folder / 'result.json'}   ({time.time() - started:.0f} s)")
     return result
 
 

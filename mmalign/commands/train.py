@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,6 @@ from mmalign.atomic_io import atomic_write
 from mmalign.commands import cache, preflight
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import ImageData, JudgeModel, Recipe, Train
-from mmalign.console import silent
 from mmalign.data.caches import fingerprint
 from mmalign.data.data_module import DataModule
 from mmalign.data.pairs import format_rows
@@ -34,7 +34,6 @@ from mmalign.training.export import export
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
     MAX_VALIDATION_BATCHES,
-    Say,
     TrainingRun,
     _resume,
     build_train_state,
@@ -43,6 +42,8 @@ from mmalign.training.run import (
     save,
     trainable_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Trained:
     history: list[dict[str, float]]
 
 
-def train(recipe: Recipe, say: Say = print) -> Trained:
+def train(recipe: Recipe) -> Trained:
     """Train by a recipe; the same call again goes on from the last checkpoint, with the same numbers as without a stop.
 
     Writes checkpoints, the tracker's logs, `recipe.yaml` and at the end `model/` to the recipe's output.
@@ -81,36 +82,35 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     splits = open_data(recipe.data, options.seed, method)
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
-    tell = say if accelerator.is_main_process else silent
     for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
-        tell(line)
+        logger.info(line)
     named = loading.method_reward(recipe)
     reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
-    family = loading.load_for_training(recipe, accelerator.device, tell)
+    family = loading.load_for_training(recipe, accelerator.device)
     identity = identify(recipe, family)
-    saved, folder = last_checkpoint(recipe, identity, tell), output / "model"
+    saved, folder = last_checkpoint(recipe, identity), output / "model"
     if saved is not None and saved.step == options.steps:
         run = start_run(
-            recipe, family, identity, saved, accelerator, tell, reference_cached=True
+            recipe, family, identity, saved, accelerator, reference_cached=True
         )  # no reference: nothing learns
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
-        tell(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
+        logger.info(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
         return Trained(folder, run.progress.step, time.time() - started, done, [])
     if accelerator.is_main_process:  # not before it is known that the folder is this run's
         with atomic_write(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
     data_module = cache.build_filled_data_module(
-        recipe, family, accelerator=accelerator, say=tell, splits=splits, reward_model=reward_model
+        recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model
     )
     run = start_run(
-        recipe, family, identity, saved, accelerator, tell, reference_cached=cache.replaces_reference(data_module)
+        recipe, family, identity, saved, accelerator, reference_cached=cache.replaces_reference(data_module)
     )
     del saved  # the optimizer's state in it is as large as the optimizer's own
     cache.offload_encoders(data_module, recipe, family)
     count = sum(p.numel() for p in run.policy.trainable())
-    tell(
+    logger.info(
         f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; "
         f"{data_module.about}"
     )
@@ -118,14 +118,14 @@ def train(recipe: Recipe, say: Say = print) -> Trained:
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, data_module, _Hook(recipe, run, data_module, reporter))
     export(folder, run)
-    _end(recipe, data_module, accelerator, tell)
+    _end(recipe, data_module, accelerator)
     verdict = reporter.verdict()
-    tell(f"{recipe.method.name}: {verdict}")
+    logger.info(f"{recipe.method.name}: {verdict}")
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
 
 
-def open_accelerator(options: Train, **logging: Any) -> Any:
-    """What knows of devices and of the other processes; `logging` is as accelerate takes it.
+def open_accelerator(options: Train, **tracking: Any) -> Any:
+    """What knows of devices and of the other processes; `tracking` is as accelerate takes it.
 
     Raises:
         ValueError: the processes do not know of one another.
@@ -134,20 +134,20 @@ def open_accelerator(options: Train, **logging: Any) -> Any:
     from accelerate.utils import set_seed
 
     precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
-    accelerator = Accelerator(mixed_precision=precision, **logging)
+    accelerator = Accelerator(mixed_precision=precision, **tracking)
     require_all(accelerator)
     set_seed(options.seed)
     return accelerator
 
 
-def _end(recipe: Recipe, data_module: DataModule, accelerator: Any, tell: Say) -> None:
+def _end(recipe: Recipe, data_module: DataModule, accelerator: Any) -> None:
     """Close the trackers and the processes' group, and name what no process could use."""
     from accelerate.utils import gather_object
 
     dropped = list({d.where: d for d in gather_object(data_module.skipped())}.values())
     accelerator.end_training()  # also ends the processes' group: nothing can wait for the others after it
     if dropped:
-        tell(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {format_rows(dropped)}")
+        logger.warning(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {format_rows(dropped)}")
 
 
 def _named(recipe: Recipe) -> str:
@@ -211,7 +211,7 @@ class _Hook:
             )
             if score is not None:
                 self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
-                self.reporter.say(f"update {progress.step}  held-out loss {score:.4g}")
+                logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, score)
             if self.run.train_state.accelerator.is_main_process:
                 save(self.recipe, self.run, score)
@@ -252,7 +252,6 @@ def start_run(
     identity: dict[str, str],
     saved: checkpoint.Checkpoint | None,
     accelerator: Any,
-    say: Say,
     reference_cached: bool = False,
 ) -> TrainingRun:
     """Make policy and optimizer, without a reference if its scores are `reference_cached`, and go on from a checkpoint,
@@ -268,7 +267,7 @@ def start_run(
     run = TrainingRun(method, policy, train_state, identity, loop.Progress())
     if saved is not None:
         _resume(recipe, run, saved)
-        say(f"going on from checkpoint-{saved.step:08d}")
+        logger.info(f"going on from checkpoint-{saved.step:08d}")
     return run
 
 
@@ -290,7 +289,7 @@ def identify(recipe: Recipe, family: Family) -> dict[str, str]:
     }
 
 
-def last_checkpoint(recipe: Recipe, identity: dict[str, str], say: Say) -> checkpoint.Checkpoint | None:
+def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Checkpoint | None:
     """The checkpoint of the run's folder to go on from: the latest, if there is one.
 
     One that was written inside a batch is where a run has ended, and is taken only where nothing is left to do.
@@ -311,7 +310,9 @@ def last_checkpoint(recipe: Recipe, identity: dict[str, str], say: Say) -> check
     if saved.step < steps and saved.state["progress"].get("pending"):
         resumable = checkpoint.latest(output, resumable=True)
         remainder = f"what comes after {resumable.name}" if resumable is not None else "it"
-        say(f"{path.name} is where a run ended inside a batch, and no other can go on from: {remainder} is done again")
+        logger.warning(
+            f"{path.name} is where a run ended inside a batch, and no other can go on from: {remainder} is done again"
+        )
         return checkpoint.read(resumable, identity) if resumable is not None else None
     return saved
 

@@ -69,7 +69,6 @@ def build_data_module(
     batch_size: int,
     seed: int,
     accelerator: Any,
-    say: Any,
     method: Any = None,
     config: Any = None,
     splits: Splits | None = None,
@@ -85,7 +84,6 @@ def build_data_module(
         batch_size: pairs of a batch on each process.
         seed: of order, crops, flips and the hold-out.
         accelerator: says which process this is.
-        say: takes a line of text.
         method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
         config: the method's settings, where there is one.
         splits: what `open_data` has given, for those who must know that it is sound before they have a family.
@@ -139,10 +137,10 @@ def build_data_module(
         if getattr(method, "learns_from", "pairs") == "prompts":
             about = f"{len(train):,} prompts from {train.source}."
             make = partial(PromptLoader, batch_size=batch_size, seed=seed)
-            encoder, encode = _prompt_encoder(painter, sources, data, output, accelerator, say, reward_model)
+            encoder, encode = _prompt_encoder(painter, sources, data, output, accelerator, reward_model)
         else:
             decodes = getattr(method, "needs_vae_decoder", False)
-            transform, latents, encoder, depends = _prepare(painter, sources, data, output, accelerator, say, decodes)
+            transform, latents, encoder, depends = _prepare(painter, sources, data, output, accelerator, decodes)
             make = partial(
                 ImagePairLoader, transform=transform, cache=latents, repeat=spec.num_draws if spec else None, **common
             )

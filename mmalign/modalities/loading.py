@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.resources import resolve_model
 from mmalign.rewards import RewardModel, load_reward_model
 
+logger = logging.getLogger(__name__)
+
 F = TypeVar("F", bound=Family)
 
 
@@ -32,13 +34,14 @@ def method_reward(recipe: Recipe) -> RewardConfig | None:
     return reward if isinstance(reward, RewardConfig) else None
 
 
-def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+def load_model(recipe: Recipe, device: torch.device) -> Any:
     """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
+
+    Logs the attention backend, and whether responses share their prompts, and why.
 
     Args:
         recipe: says which one, its precision, and who computes its attention.
         device: where it goes.
-        say: hears what computes attention, and whether responses share their prompts, and why.
 
     Raises:
         ValueError: the model cannot be loaded, or its attention not be computed as wanted.
@@ -46,19 +49,19 @@ def load_model(recipe: Recipe, device: torch.device, say: Callable[[str], None] 
     model, options = recipe.model, recipe.train
     choice.check(options.attention, device, DTYPES[options.precision])
     family = _load(model, options.precision, device, pack=options.pack_responses != "off")
-    say(str(family.use_attention(options.attention)))
+    logger.info(str(family.use_attention(options.attention)))
     if not isinstance(model, ImageModel | JudgeModel):
-        say(family.packing)
+        logger.info(family.packing)
     return family
 
 
-def load_for_training(recipe: Recipe, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+def load_for_training(recipe: Recipe, device: torch.device) -> Any:
     """As `load_model`, and compiled if the recipe says so: before the reference's scores are worked out by it.
 
     Raises:
         ValueError: as `load_model`, or the network's blocks are not known.
     """
-    family = load_model(recipe, device, say)
+    family = load_model(recipe, device)
     if recipe.train.compile:
         compile_blocks(family.blocks(family.network))
     return family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from mmalign.console import print_through
+
+logger = logging.getLogger(__name__)
 
 # What the bar shows of a method's metrics, where there is such a metric, with its short name.
 SHOWN = {
@@ -31,7 +36,8 @@ SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z)
 class Reporter:
     """Averages metrics between reports, draws the bar, feeds the trackers, and remembers enough for a verdict.
 
-    Where the output is no terminal, a line is printed at every report instead of a bar.
+    Where the output is no terminal, a line is printed at every report instead of a bar. Lines that are logged while the
+    bar is shown appear above it.
     """
 
     def __init__(self, accelerator: Any, steps: int, every: int, *, first: int = 0) -> None:
@@ -51,11 +57,13 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         self.bar.start()
+        print_through(self.console)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        print_through(None)
         self.bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
@@ -79,7 +87,7 @@ class Reporter:
         self._warn(step, means)
 
     def _warn(self, step: int, means: Mapping[str, float]) -> None:
-        """Say once that the loss does not learn.
+        """Warn once that the loss does not learn.
 
         At the first update every logit is 0, so there is nothing to judge; and before half of the run the learning rate
         may still be warming up.
@@ -94,11 +102,7 @@ class Reporter:
         else:
             return
         self.warned = True
-        self.say(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {problem}")
-
-    def say(self, text: str) -> None:
-        """Print a line without breaking the bar; brackets are no markup."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        logger.warning(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {problem}")
 
     def verdict(self) -> str:
         """What the run did, in plain words, from the last tenth of its reports."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from mmalign.config import Recipe, Train
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
-
-Say = Callable[[str], None]
-
 
 MAX_VALIDATION_BATCHES = 16  # of the held-out pairs that score a checkpoint
 

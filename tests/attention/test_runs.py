@@ -18,6 +18,7 @@ from mmalign.modalities import loading
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.loading import load_diffusion, load_vlm
+from tests.helpers.logged import recorded_lines
 
 STEPS = 2
 
@@ -39,8 +40,8 @@ def content(
 def run(content: dict[str, Any], *overrides: str) -> tuple[list[str], dict[str, torch.Tensor]]:
     """What a run said, and the weights that it left."""
     recipe = load_recipe(content, overrides)
-    lines: list[str] = []
-    train(recipe, say=lines.append)
+    with recorded_lines() as lines:
+        train(recipe)
     last = checkpoint.latest(Path(recipe.output))
     assert last is not None
     return lines, load_file(last / "model.safetensors")

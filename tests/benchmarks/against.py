@@ -11,25 +11,24 @@ optimizer state. A peer with another gradient is never timed.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mmalign.commands import bench
 from mmalign.commands.bench import MMALIGN, Report, Run
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
-from mmalign.console import silent
+from mmalign.console import configure_logging
 from tests.benchmarks import cases, peers
 from tests.benchmarks.equality import Apart, First, apart_in_float32, first_gradient, require_same
 from tests.benchmarks.filling import TimedFilling
 from tests.benchmarks.peers import Peer, use_peer
 
-Say = Callable[[str], None]
+logger = logging.getLogger("mmalign.benchmarks")
 Source = str | Path | Mapping[str, Any]
 
 
@@ -82,7 +81,7 @@ def recipes_of(request: Request) -> dict[str, Recipe]:
     return {name: load_recipe(request.source, [*request.overrides, *change]) for name, change in changes.items()}
 
 
-def against(request: Request, *, repeats: int = 5, say: Say = print) -> Report:
+def against(request: Request, *, repeats: int = 5) -> Report:
     """Measure a recipe or a case, its variants and a peer.
 
     Raises:
@@ -90,12 +89,11 @@ def against(request: Request, *, repeats: int = 5, say: Say = print) -> Report:
     """
     peer = {request.peer: peers.find(request.peer)} if request.peer else {}
     accelerator = open_accelerator(request)
-    tell = say if accelerator.is_main_process else silent
     with bench.shared_folder(accelerator) as folder:
         opened = replace(request, source=cases.open_source(request.source, folder, accelerator))
         recipes = recipes_of(with_alike(opened, accelerator.num_processes))
         entries = {name: Entry(recipe, peer=peer.get(name)) for name, recipe in recipes.items()}
-        return measure(str(request.source), entries, folder, accelerator, repeats=repeats, say=tell)
+        return measure(str(request.source), entries, folder, accelerator, repeats=repeats)
 
 
 def open_accelerator(request: Request) -> Any:
@@ -112,7 +110,6 @@ def measure(
     comparisons: Sequence[tuple[str, str]] = (),
     *,
     repeats: int,
-    say: Say,
 ) -> Report:
     """Measure entries and compare each with the first, and others as `comparisons` says.
 
@@ -124,7 +121,7 @@ def measure(
     in_float32 = entry.recipe.train.precision == "float32"
     for run, other in entries.items():
         if other.peer is not None and not in_float32:
-            say(f"{run}: compared in float32")
+            logger.info(f"{run}: compared in float32")
             require_same(run, apart_in_float32(entry.recipe, other.recipe, other.peer, folder / "float32", accelerator))
 
     def build(run_name: str, folder: Path, updates: int) -> Run:
@@ -143,7 +140,7 @@ def measure(
     def builder(run_name: str) -> bench.Build:
         return lambda folder, updates: build(run_name, folder, updates)
 
-    runs = bench.measure({run: builder(run) for run in entries}, accelerator, repeats, say)
+    runs = bench.measure({run: builder(run) for run in entries}, accelerator, repeats)
     report = bench.make_report(name, entry.recipe, runs, accelerator)
     for run in entries:
         report.costs[run]["filling ms/pair"] = 1000 * facts[run].filling.seconds
@@ -199,8 +196,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, show the tables, and write the numbers."""
+    configure_logging()
     options = parse(arguments)
-    report = against(request_of(options), repeats=options.repeats, say=Console(stderr=True, highlight=False).print)
+    report = against(request_of(options), repeats=options.repeats)
     bench.show(report)
     if options.json:
         bench.write_json(asdict(report), options.json)

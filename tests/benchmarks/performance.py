@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from mmalign.commands import bench
 from mmalign.commands.bench import MMALIGN, Numbers, Report, Run
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.console import configure_logging
 from mmalign.methods.text_to_image import spo
 from mmalign.modalities import loading
 from mmalign.policy import FrozenCopy
@@ -249,12 +249,12 @@ def entries_of(study: Study, content: Content, num_processes: int = 1) -> dict[s
     return entries
 
 
-def run(title: str, study: Study, folder: Path, *, repeats: int, say: Callable[[str], None]) -> Report:
+def run(title: str, study: Study, folder: Path, *, repeats: int) -> Report:
     """Measure a study."""
     accelerator = Accelerator()
     entries = entries_of(study, study.content(folder / "content"), accelerator.num_processes)
     further = [(study.peer, name) for name in entries if name in BESIDE] if study.peer else []
-    return against.measure(title, entries, folder, accelerator, further, repeats=repeats, say=say)
+    return against.measure(title, entries, folder, accelerator, further, repeats=repeats)
 
 
 def reasons(studies: Mapping[str, Study]) -> dict[str, str]:
@@ -313,16 +313,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or read measurements; show them, and write them where requested."""
+    configure_logging()
     options = parse(arguments)
-    reports, say = list[Report](), Console(stderr=True, highlight=False).print
+    reports = list[Report]()
     for source in options.sources or ():
         reports += [Report(**content) for content in json.loads(source.read_text()).values()]
     for title in () if options.sources else options.only:
-        say(title)
+        against.logger.info(title)
         with tempfile.TemporaryDirectory() as folder:
-            reports.append(
-                run(title, {**STUDIES, **STUDIES_CUDA}[title], Path(folder), repeats=options.repeats, say=say)
-            )
+            reports.append(run(title, {**STUDIES, **STUDIES_CUDA}[title], Path(folder), repeats=options.repeats))
         if options.json:  # earlier studies stay if a later one fails
             bench.write_json({report.title: asdict(report) for report in reports}, options.json)
     for report in reports:

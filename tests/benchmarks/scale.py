@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -27,9 +28,11 @@ from mmalign.commands import bench
 from mmalign.commands.bench import Report
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import ImageData, Recipe, ResponseData
-from mmalign.console import silent
+from mmalign.console import configure_logging
 from tests.benchmarks import against, cases
 from tests.benchmarks.against import Request
+
+logger = logging.getLogger("mmalign.benchmarks")
 
 SIDE = 336  # pixels of written pictures
 
@@ -88,9 +91,7 @@ AXES = {
 }
 
 
-def scale(
-    axis: str, request: Request, values: Sequence[int] = (), *, repeats: int = 5, say: against.Say = print
-) -> dict[int, Report]:
+def scale(axis: str, request: Request, values: Sequence[int] = (), *, repeats: int = 5) -> dict[int, Report]:
     """Return a report for each value, the usual ones if there are none.
 
     Raises:
@@ -98,14 +99,14 @@ def scale(
     """
     reports = {}
     for value in values or AXES[axis].values:
-        say(f"{AXES[axis].label}: {value}")
+        logger.info(f"{AXES[axis].label}: {value}")
         if axis == "processes":
             reports[value] = _on_processes(value, request, repeats)
             continue
         with tempfile.TemporaryDirectory(prefix="mmalign-scale-") as folder:
             recipe = load_recipe(cases.content_of(request.source, Path(folder)), request.overrides)
             overrides = [*request.overrides, *AXES[axis].overrides(recipe, value, Path(folder) / "pairs")]
-            reports[value] = against.against(replace(request, overrides=overrides), repeats=repeats, say=say)
+            reports[value] = against.against(replace(request, overrides=overrides), repeats=repeats)
     return reports
 
 
@@ -119,7 +120,7 @@ def _on_processes(number: int, request: Request, repeats: int) -> Report:
 def _measure_silently(request: Request, repeats: int) -> Report:
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # of this process alone, which was started for it
-    return against.against(request, repeats=repeats, say=silent)
+    return against.against(request, repeats=repeats)
 
 
 def costs_of_a_pair(reports: Mapping[int, Report], by_processes: bool = False) -> dict[str, dict[str, list[float]]]:
@@ -163,9 +164,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, show the costs, and write numbers and a plot."""
+    configure_logging()
     options = parse(arguments)
     request, console = against.request_of(options), Console(highlight=False)
-    reports = scale(options.axis, request, options.values, repeats=options.repeats, say=console.print)
+    reports = scale(options.axis, request, options.values, repeats=options.repeats)
     costs = costs_of_a_pair(reports, options.axis == "processes")
     for cost, lines in costs.items():
         columns = {name: dict(zip(map(str, reports), numbers, strict=True)) for name, numbers in lines.items()}

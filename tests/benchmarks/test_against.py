@@ -23,7 +23,6 @@ from tests.benchmarks.against import Request
 from tests.benchmarks.equality import LIMIT, apart_in_float32, first_gradient, require_same
 from tests.benchmarks.peers import diffusers, trl, use_peer
 from tests.helpers import recipes
-from tests.helpers.runs import quiet
 
 OFF, KEPT = "data.cache='off'", "method.num_cached_draws=2"
 RELEASED = {"name": "diffusion_dpo", "beta": 5000.0}
@@ -45,7 +44,7 @@ def peer_run(request: Request, folder: Path, accelerator: Any, peer: Any = diffu
 @pytest.fixture(scope="module")
 def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     content = recipes.diffusion_in(tiny_sd15, tmp_path_factory.mktemp("against"), model={"tune": "lora"})
-    return against.against(Request(content, (), [OFF, KEPT], "diffusers"), repeats=1, say=quiet)
+    return against.against(Request(content, (), [OFF, KEPT], "diffusers"), repeats=1)
 
 
 def test_diffusers_step_computes_the_same(report: Report) -> None:
@@ -72,12 +71,11 @@ def test_filling_is_in_the_time_of_one_epoch(report: Report) -> None:
     assert report.ratios[f"{KEPT} / {MMALIGN}"]["time of one epoch"] == pytest.approx(kept / plain)
 
 
-def test_half_precision_is_compared_in_float32(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_half_precision_is_compared_in_float32(tiny_sd15: Path, tmp_path: Path, log_lines: list[str]) -> None:
     """In bfloat16 rounding could refuse the right step."""
     request = diffusers_request(tiny_sd15, tmp_path, method=RELEASED, train={"precision": "bfloat16"})
-    lines: list[str] = []
-    report = against.against(request, repeats=1, say=lines.append)
-    assert list(report.runs) == [MMALIGN, "diffusers"] and lines[0].startswith("diffusers:")
+    report = against.against(request, repeats=1)
+    assert list(report.runs) == [MMALIGN, "diffusers"] and log_lines[0].startswith("diffusers:")
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
@@ -151,7 +149,7 @@ def test_wrong_step_is_never_timed(
     monkeypatch.setattr(bench, "time_once", lambda *_: pytest.fail("it was timed"))
     request = diffusers_request(tiny_sd15, tmp_path, method=RELEASED, train={"precision": precision})
     with pytest.raises(ValueError, match="diffusers does not compute"):
-        against.against(request, repeats=1, say=quiet)
+        against.against(request, repeats=1)
 
 
 # --------------------------------------------------------------------------------------------- as other programs do it

@@ -5,7 +5,6 @@ import torch
 
 from mmalign.commands.bench import MMALIGN
 from tests.benchmarks.against import Request, against
-from tests.helpers.runs import quiet
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +14,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("case", ["sd15_lora", "sd15_full"])
 def test_stable_diffusion_against_diffusers(case: str) -> None:
-    report = against(Request(case, ["train.batch_size=4"], (), "diffusers"), repeats=1, say=quiet)
+    report = against(Request(case, ["train.batch_size=4"], (), "diffusers"), repeats=1)
     assert list(report.runs) == [MMALIGN, "diffusers"]
     ratio = report.ratios[f"diffusers / {MMALIGN}"]
     assert ratio["gradient apart"] is not None

@@ -35,7 +35,6 @@ from tests.benchmarks.performance import (
     Variant,
 )
 from tests.helpers import data_files, recipes
-from tests.helpers.runs import quiet
 
 PLAIN = Variant(MMALIGN, "")
 LORA_VARIANTS, FULL_VARIANTS = (COPIED, UNCACHED, KEPT, SEQUENCE, LAST), (MAPO, LOOPED, AGAIN)
@@ -49,9 +48,7 @@ def measured(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         "lora": Study(lambda _: content, LORA_VARIANTS, (), "diffusers"),
         "full": Study(lambda _: content, FULL_VARIANTS, (FULL,)),
     }
-    reports = {
-        tune: performance.run(tune, study, folder / tune, repeats=1, say=quiet) for tune, study in studies.items()
-    }
+    reports = {tune: performance.run(tune, study, folder / tune, repeats=1) for tune, study in studies.items()}
     return reports.__getitem__
 
 

@@ -15,7 +15,6 @@ from mmalign.families.types import Loading
 from mmalign.modalities.data import open_data
 from tests.benchmarks import cases, random_models
 from tests.benchmarks.random_models import MODELS, Sizes, resized
-from tests.helpers.runs import quiet
 
 CPU = torch.device("cpu")
 
@@ -116,7 +115,7 @@ def train_case(name: str, folder: Path, **data: Any) -> dict[str, float]:
     content["model"]["lora"] = {"rank": 2}
     content["data"] |= data
     content["train"] |= {"precision": "float32", "batch_size": 2, "save_every": 1, "log_every": 1, "trackers": []}
-    (report,) = train(load_recipe(content), say=quiet).history
+    (report,) = train(load_recipe(content)).history
     return report
 
 

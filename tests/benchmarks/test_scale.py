@@ -13,7 +13,6 @@ from mmalign.commands.load_recipe import load_recipe
 from tests.benchmarks import scale
 from tests.benchmarks.against import Request
 from tests.helpers import data_files, recipes
-from tests.helpers.runs import quiet
 
 
 def test_operations_of_a_pair_do_not_depend_on_the_batch(tiny_sd15: Path, tmp_path: Path) -> None:
@@ -32,7 +31,7 @@ def test_operations_of_a_pair_do_not_depend_on_the_batch(tiny_sd15: Path, tmp_pa
 def test_operations_grow_with_the_area(tiny_sd15: Path, tmp_path: Path) -> None:
     """Convolutions by four, attention among pixels by sixteen: more than text and time, which stay, take off."""
     request = Request(recipes.diffusion_in(tiny_sd15, tmp_path))
-    reports = scale.scale("resolution", request, [16, 32], repeats=1, say=quiet)
+    reports = scale.scale("resolution", request, [16, 32], repeats=1)
     small, large = (sum(report.runs[MMALIGN].operations.values()) for report in reports.values())
     assert 4 < large / small < 16
 
@@ -70,7 +69,7 @@ def test_denoiser_has_no_longer_prompts(tiny_sd15: Path, tmp_path: Path) -> None
 def test_processes_share_the_work(tiny_sd15: Path, tmp_path: Path) -> None:
     """Two processes have twice the pairs of an update, and each its own half of the operations."""
     request = Request(recipes.diffusion_in(tiny_sd15, tmp_path))
-    reports = scale.scale("processes", request, [1, 2], repeats=1, say=quiet)
+    reports = scale.scale("processes", request, [1, 2], repeats=1)
     one, two = (report.runs[MMALIGN] for report in reports.values())
     assert (one.num_pairs, two.num_pairs) == (2, 4) and one.operations == two.operations
     _, megabytes = scale.costs_of_a_pair(reports, by_processes=True).values()

@@ -13,7 +13,6 @@ from tests.benchmarks import against, cases
 from tests.benchmarks.against import Request
 from tests.benchmarks.peers import trl
 from tests.helpers import recipes
-from tests.helpers.runs import quiet
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 
@@ -29,7 +28,7 @@ def content(model: Path, folder: Path, tune: str = "lora", **method: Any) -> dic
 def test_trl_computes_the_same(name: str, tune: str, vlm_folders: Any, tmp_path: Path) -> None:
     """Two rows a pair against one image's features: float32 rounds differently, by some 1e-6."""
     request = Request(content(vlm_folders(name), tmp_path, tune), peer="trl")
-    report = against.against(request, repeats=1, say=quiet)
+    report = against.against(request, repeats=1)
     ratio = report.ratios[f"trl / {MMALIGN}"]
     assert isinstance(ratio["loss apart"], float) and ratio["loss apart"] < 1e-5
     assert isinstance(ratio["gradient apart"], float) and ratio["gradient apart"] < 1e-4

@@ -17,7 +17,6 @@ from mmalign.commands._bench_meters import Meter, Operations
 from mmalign.commands.bench import MMALIGN, Measured, Report, bench, build, costs, ratios
 from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import recipes
-from tests.helpers.runs import quiet
 
 OFF, CHECKPOINTED, NO_REFERENCE = "data.cache='off'", "train.gradient_checkpointing=true", "method.name=mapo"
 
@@ -26,7 +25,7 @@ OFF, CHECKPOINTED, NO_REFERENCE = "data.cache='off'", "train.gradient_checkpoint
 def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     content = recipes.diffusion_in(tiny_sd15, tmp_path_factory.mktemp("bench"), model={"tune": "lora"})
     content["method"] = {"name": "diffusion_dpo"}
-    return bench(content, variants=[OFF, CHECKPOINTED, NO_REFERENCE], repeats=1, say=quiet)
+    return bench(content, variants=[OFF, CHECKPOINTED, NO_REFERENCE], repeats=1)
 
 
 def test_bench_measures_every_part_of_every_run(report: Report) -> None:
@@ -137,7 +136,7 @@ def test_bench_of_two_processes_counts_all_pairs(
 ) -> None:
     monkeypatch.setattr(command, "open_accelerator", lambda _: Double())
     # With a cache, the other process' share of it would be missing.
-    report = bench(recipes.diffusion_in(tiny_sd15, tmp_path), overrides=[OFF], repeats=1, say=quiet)
+    report = bench(recipes.diffusion_in(tiny_sd15, tmp_path), overrides=[OFF], repeats=1)
     assert report.title.endswith("2 pairs on each of 2 processes")
     assert report.runs[MMALIGN].num_pairs == 4
 
@@ -149,7 +148,7 @@ def test_spo_is_measured_in_whole_batches(tiny_sd15: Path, tiny_clip: Path, tmp_
     run = build(load_recipe(content), Accelerator(), tmp_path / "run", 8)
     assert [run.updates(run, updates, None) for updates in (1, 2, 3)] == [2, 2, 4]
     assert run.progress.pending == 0 and run.progress.step == 8 and run.progress.batch + 2 * run.progress.epoch == 4
-    measured = bench(content, repeats=1, say=quiet).runs[MMALIGN]
+    measured = bench(content, repeats=1).runs[MMALIGN]
     assert measured.operations["noise"] > measured.operations["policy"] > 0  # it generates its images
 
 

@@ -23,7 +23,7 @@ from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
 from tests.helpers import Folders, data_files
-from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, quiet, responses, trained
+from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, responses, trained
 
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
 ) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": EPOCH})
     (tmp_path / "rows" / "0.png").write_bytes(b"no picture")
-    caching.cache(load_recipe(content), say=quiet)
+    caching.cache(load_recipe(content))
     assert 0 < len(asked) <= EPOCH
     asked.clear()
     trained(content)
@@ -149,7 +149,7 @@ def test_no_reference_is_loaded_or_run_in_a_training_from_kept_scores(
 ) -> None:
     sections: dict[str, Any] = {"method": {"name": method, **KEEPING[method]}}
     content = responses(vlm_folders("llava"), tmp_path, "out", **sections, train={"steps": 2 * EPOCH})
-    caching.cache(load_recipe(content), say=quiet)
+    caching.cache(load_recipe(content))
     assert asked
     asked.clear()
     trained(content)
@@ -162,7 +162,7 @@ def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
 ) -> None:
     method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": 1}
     content = pictures(tiny_sd15, tmp_path, "out", method=method, train={"steps": 2 * EPOCH})
-    caching.cache(load_recipe(content), say=quiet)
+    caching.cache(load_recipe(content))
     asked.clear()
     built: list[Any] = []
     build = train.build_policy
@@ -177,29 +177,30 @@ def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
 
 
 def test_the_command_says_what_it_wrote_and_a_second_time_that_nothing_is_new(
-    vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path
+    vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path, log_lines: list[str]
 ) -> None:
     for content in (responses(vlm_folders("llava"), tmp_path, "words"), pictures(tiny_sd15, tmp_path, "images")):
-        said: list[list[str]] = [[], []]
-        for lines in said:
-            caching.cache(load_recipe(content), say=lines.append)
+        caching.cache(load_recipe(content))
+        first = log_lines[-1]
+        caching.cache(load_recipe(content))
+        second = log_lines[-1]
         folder = f"{content['output']}/cache"
         kinds = ("features", "reference") if "words" in folder else ("latents", "text")
-        assert said[0][-1].startswith(f"cache: {folder}: {kinds[0]} ") and f", {kinds[1]} " in said[0][-1]
-        whole = said[0][-1].partition("; ")[2].partition(" in all")[0]
-        assert said[0][-1].endswith(f"{whole} in all, {whole} of it new")
-        assert said[1][-1].endswith(f"{whole} in all, 0.0 kB of it new")
+        assert first.startswith(f"cache: {folder}: {kinds[0]} ") and f", {kinds[1]} " in first
+        whole = first.partition("; ")[2].partition(" in all")[0]
+        assert first.endswith(f"{whole} in all, {whole} of it new")
+        assert second.endswith(f"{whole} in all, 0.0 kB of it new")
         useless = [f"{kind}/{path.name}" for kind in kinds for path in Path(folder, kind).iterdir()]
         if "images" in folder:  # latents are float32 in either precision
             useless = useless[1:]
-        caching.cache(load_recipe(content, ["train.precision=bfloat16"]), say=said[1].append)
-        assert said[1][-1].endswith(f" of other settings in {', '.join(useless)}")
+        caching.cache(load_recipe(content, ["train.precision=bfloat16"]))
+        assert log_lines[-1].endswith(f" of other settings in {', '.join(useless)}")
 
 
 def test_random_crops_are_refused_before_a_model_is_loaded(tiny_sd15: Path, tmp_path: Path) -> None:
     content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"}, model={"path": "nobody/nothing"})
     with pytest.raises(ValueError, match=r"data\.crop: random is never the same twice"):
-        caching.cache(load_recipe(content), say=quiet)
+        caching.cache(load_recipe(content))
     assert not (tmp_path / "out").exists()
 
 
@@ -210,7 +211,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=1, device=CPU))
     with pytest.raises(ValueError, match="2 processes were started, and each knows of 1: all would work alone"):
-        caching.cache(load_recipe(responses(vlm_folders("llava"), tmp_path, "out")), say=quiet)
+        caching.cache(load_recipe(responses(vlm_folders("llava"), tmp_path, "out")))
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -229,7 +230,7 @@ def test_a_stop_loses_what_was_not_written_yet(
 
     monkeypatch.setattr(dpo, "contrasts", stopping)
     with pytest.raises(KeyboardInterrupt):
-        caching.cache(load_recipe(content), say=quiet)
+        caching.cache(load_recipe(content))
     rest: list[int] = []
 
     def noted(policy: Any, batch: Any, *more: Any) -> Any:
@@ -367,10 +368,10 @@ def test_what_cannot_be_kept_is_refused_or_not_kept() -> None:
 def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
     with pytest.raises(ValueError, match=r"data\.cache: off keeps nothing; leave it out, or name a folder"):
-        caching.cache(load_recipe(content, ["data.cache='off'"]), say=quiet)
+        caching.cache(load_recipe(content, ["data.cache='off'"]))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"data\.cache: .*file is a file; expected a folder"):
-        caching.cache(load_recipe(content, [f"data.cache={tmp_path}/file"]), say=quiet)
+        caching.cache(load_recipe(content, [f"data.cache={tmp_path}/file"]))
 
 
 def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_path: Path) -> None:
@@ -390,7 +391,7 @@ def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_
 
 def test_the_fingerprint_is_written_beside_the_scores(vlm_folders: Folders, tmp_path: Path) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
-    caching.cache(load_recipe(content), say=quiet)
+    caching.cache(load_recipe(content))
     (path,) = (tmp_path / "out" / "cache" / "reference").glob("*/fingerprint.json")
     output = json.loads(path.read_text())
     assert output["method"] == "dpo" and output["executor"] == "cpu float32, mmalign_sdpa, sdpa"

@@ -20,7 +20,6 @@ from mmalign.pages.comparison import short_names
 from mmalign.pages.grid import fit
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
-from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
 EVALUATE = {"benchmark": "crowds", "num_images": 3, "decoding": {"max_new_tokens": 4, "batch_size": 16}}
@@ -54,9 +53,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in ((prepare, "prepare"), (train, "train"), (evaluate, "evaluate")):
         work = getattr(module, name)
 
-        def counted(recipe: Any, say: Any, name: str = name, work: Any = work) -> Any:
+        def counted(recipe: Any, name: str = name, work: Any = work) -> Any:
             done.append(f"{name} {Path(recipe.output).parent.name} {Path(recipe.output).name}")
-            return work(recipe, say)
+            return work(recipe)
 
         monkeypatch.setattr(module, name, counted)
     return done
@@ -64,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     out, table = tmp_path / "compared", tmp_path / "assets" / "table.md"
-    base, dpo, hinge = compare(sources, seeds=2, output=out, table=table, say=quiet)
+    base, dpo, hinge = compare(sources, seeds=2, output=out, table=table)
     assert [row.name for row in (base, dpo, hinge)] == ["base", "dpo", "hinge"]
     assert calls == [
         f"{subject} {name} seed-{seed}"
@@ -94,7 +93,7 @@ def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path:
 
 
 def test_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
-    compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)
+    compare(sources, seeds=1, output=tmp_path / "compared")
     text = (tmp_path / "compared" / "comparison.md").read_text()
     header, rule, *rows = (line.split(" | ") for line in text.splitlines()[:5])
     assert [cell.strip("| ") for cell in header][:8] == [
@@ -121,33 +120,33 @@ def test_stopped_comparison_resumes(sources: list[str], tmp_path: Path, calls: l
     out = tmp_path / "compared"
     measure = evaluate.evaluate
 
-    def killed(recipe: Any, say: Any) -> Any:
+    def killed(recipe: Any) -> Any:
         if recipe.train.seed == 1:
             raise KeyboardInterrupt
-        return measure(recipe, say)
+        return measure(recipe)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
-            compare(sources[:1], seeds=2, output=out, say=quiet)
+            compare(sources[:1], seeds=2, output=out)
     calls.clear()
-    compare(sources[:1], seeds=2, output=out, say=quiet)
+    compare(sources[:1], seeds=2, output=out)
     assert calls == ["evaluate dpo seed-1"]
     first = (out / "comparison.md").read_text()
     calls.clear()
-    compare(sources[:1], seeds=2, output=out, say=quiet)
+    compare(sources[:1], seeds=2, output=out)
     assert not calls and (out / "comparison.md").read_text() == first
-    compare(sources, seeds=2, output=out, say=quiet)
+    compare(sources, seeds=2, output=out)
     assert {call.split()[1] for call in calls} == {"hinge"}
     calls.clear()
-    compare(sources[:1], seeds=3, output=out, say=quiet)
+    compare(sources[:1], seeds=3, output=out)
     assert {call.split()[2] for call in calls} == {"seed-2"}
 
 
 def test_runs_are_evaluated_at_equal_numbers_of_pairs(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     """After 2, 4 (the recipes' end) and 6 pairs; each length goes on from the one before."""
     out, long = tmp_path / "compared", tmp_path / "long"
-    rows = compare(sources, seeds=1, output=out, pairs=[6, 2, 4], say=quiet)
+    rows = compare(sources, seeds=1, output=out, pairs=[6, 2, 4])
     assert [(row.name, row.num_pairs, row.pairs) for row in rows[1:]] == [
         (name, index, pairs) for index, pairs in ((None, 4), (2, 2), (4, 4), (6, 6)) for name in ("dpo", "hinge")
     ]
@@ -158,14 +157,14 @@ def test_runs_are_evaluated_at_equal_numbers_of_pairs(sources: list[str], tmp_pa
     end, at_end = (next(r for r in rows if (r.name, r.num_pairs) == ("dpo", at)) for at in (None, 4))
     assert end.measured is not at_end.measured and {**end.as_dict(), "at": 4} == at_end.as_dict()
     assert 0 < rows[3].seconds < end.seconds < rows[7].seconds  # those of the shorter run are in the longer one
-    compare(sources[:1], seeds=1, output=long, overrides=["train.steps=3"], say=quiet)
+    compare(sources[:1], seeds=1, output=long, overrides=["train.steps=3"])
     assert weights(long / "dpo" / "seed-0") == weights(out / "dpo" / "seed-0-6-pairs")
     text = (out / "comparison.md").read_text()
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith("Change")]
     assert headings == ["At the end of each recipe:", *(f"After {n} pairs each:" for n in (2, 4, 6))]
     assert " --seeds 1 --pairs 6 --pairs 2 --pairs 4`" in text
     calls.clear()
-    compare(sources, seeds=1, output=out, pairs=[6, 2, 4], say=quiet)
+    compare(sources, seeds=1, output=out, pairs=[6, 2, 4])
     assert not calls
 
 
@@ -184,7 +183,7 @@ def test_refuses_a_number_of_pairs_that_no_run_ends_at(
     pairs: int, override: str, sentence: str, sources: list[str], tmp_path: Path, calls: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        compare(sources, seeds=1, output=tmp_path / "c", pairs=[pairs], overrides=[override], say=quiet)
+        compare(sources, seeds=1, output=tmp_path / "c", pairs=[pairs], overrides=[override])
     assert not calls
 
 
@@ -194,7 +193,7 @@ def test_pictures_are_those_of_the_evaluation(tiny_sd15: Path, tmp_path: Path) -
     evaluate = {"benchmark": "scenes", "prompts": 10, "sampling": {"steps": 1}}
     result = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out, table = tmp_path / "compared", tmp_path / "assets" / "images.md"
-    compare([recipe(tmp_path, "dpo", result)], seeds=1, output=out, pairs=[4], table=table, say=quiet)
+    compare([recipe(tmp_path, "dpo", result)], seeds=1, output=out, pairs=[4], table=table)
     for folder, name in ((out, "comparison"), (table.parent, "images")):
         suffixes = {".md", ".json", ".png", "-pictures.png", "-pictures.json"}
         assert {path.name for path in folder.glob(f"{name}*")} == {f"{name}{suffix}" for suffix in suffixes}
@@ -227,7 +226,7 @@ def test_short_names_drop_common_words(names: list[str], short: list[str]) -> No
 
 def test_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
     """One file of answers for the base model and one for each of four runs."""
-    compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
+    compare(sources, seeds=2, output=tmp_path / "compared")
     assert len(list((tmp_path / "compared" / "answers").iterdir())) == 5
 
 
@@ -236,7 +235,7 @@ def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Pa
     evaluate = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
     made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out = tmp_path / "compared"
-    base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out, say=quiet)
+    base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out)
     result = json.loads((out / "dpo" / "seed-0" / "evaluation" / "result.json").read_text())["overall"]
     for row, side in ((base, "before"), (dpo, "after")):
         assert row.as_dict()["measures"]["prompts drawn right"]["estimate"] == result[side]["estimate"]
@@ -252,7 +251,7 @@ def test_runs_share_a_folder_of_different_caches(tiny_sd15: Path, tmp_path: Path
     contents = {name: {**result, "data": {**result["data"], **size}} for name, size in sizes.items()}
     contents["half"]["train"] = {**result["train"], "precision": "bfloat16"}
     sources = [recipe(tmp_path, name, content) for name, content in contents.items()]
-    rows = compare(sources, seeds=2, output=tmp_path / "compared", say=quiet)
+    rows = compare(sources, seeds=2, output=tmp_path / "compared")
     assert [row.runs for row in rows] == [1, 2, 2, 2]
     number = {kind: len(list((tmp_path / "compared" / "cache" / kind).iterdir())) for kind in ("kept", "latents")}
     assert number == {"kept": 6, "latents": 2}
@@ -264,7 +263,7 @@ def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path:
     sources = [
         recipe(tmp_path, tune, {**half, "model": {**content["model"], "tune": tune}}) for tune in ("lora", "full")
     ]
-    assert len(compare(sources, seeds=1, output=tmp_path / "compared", say=quiet)) == 3
+    assert len(compare(sources, seeds=1, output=tmp_path / "compared")) == 3
     assert len(list((tmp_path / "compared" / "cache" / "features").iterdir())) == 2
 
 
@@ -282,22 +281,22 @@ def test_refuses_recipes_of_different_benchmarks(
 ) -> None:
     other = recipe(tmp_path, "other", {**content, **changed})
     with pytest.raises(ValueError, match=sentence):
-        compare([sources[0], other], seeds=1, output=tmp_path / "compared", say=quiet)
+        compare([sources[0], other], seeds=1, output=tmp_path / "compared")
     assert not calls
 
 
 def test_refuses_two_recipes_of_one_name(content: Content, sources: list[str], tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     with pytest.raises(ValueError, match="two recipes are called dpo; rename one"):
-        compare([sources[0], recipe(tmp_path / "more", "dpo", content)], seeds=1, output=tmp_path / "c", say=quiet)
+        compare([sources[0], recipe(tmp_path / "more", "dpo", content)], seeds=1, output=tmp_path / "c")
 
 
 def test_runs_of_another_recipe_are_not_taken_for_this_ones(sources: list[str], tmp_path: Path) -> None:
-    compare(sources[:1], seeds=1, output=tmp_path / "compared", say=quiet)
+    compare(sources[:1], seeds=1, output=tmp_path / "compared")
     with pytest.raises(
         ValueError, match=r"seed-0 was trained with train.lr 0.1, and now it is 0.2; name another --output"
     ):
-        compare(sources[:1], seeds=1, output=tmp_path / "compared", overrides=["train.lr=0.2"], say=quiet)
+        compare(sources[:1], seeds=1, output=tmp_path / "compared", overrides=["train.lr=0.2"])
 
 
 def test_compare_command(sources: list[str], tmp_path: Path) -> None:

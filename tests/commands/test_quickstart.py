@@ -18,6 +18,7 @@ from mmalign.data.formats.images import open_pairs
 from mmalign.resources import resolve
 from mmalign.toy import scenes
 from tests.helpers import Folders, data_files
+from tests.helpers.logged import recorded_lines
 
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "image_0_uid", "image_1_uid"]  # Pick-a-Pic v2's names
 STEPS = 2
@@ -52,11 +53,10 @@ def run(
     def shortened(source: str, overrides: Sequence[str] = ()) -> Any:
         return load_recipe(source, [*overrides, *short])
 
-    responses: list[str] = []
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, recorded_lines() as lines:
         patch.setattr(module, "load_recipe", shortened)
-        module.quickstart(modality, seed=seed, draw=draw, output=output, say=responses.append)
-    return responses
+        module.quickstart(modality, seed=seed, draw=draw, output=output)
+    return lines
 
 
 def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, *, draw: bool) -> None:
@@ -127,22 +127,22 @@ def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, m
             assert Image.open(io.BytesIO(row[picture])).size == (64, 64)
     drawn, trained = (tmp_path / "pairs.parquet").read_bytes(), weights(tmp_path)
     assert len(trained) == STEPS and not (tmp_path / "result.json").exists()
-    responses = run(tmp_path, monkeypatch, draw=True)
-    assert any(f"going on from checkpoint-{STEPS:08d}" in line for line in responses)
-    assert any("all updates were done already" in line for line in responses)
-    assert any(line.startswith("prompts drawn right: ") for line in responses)
+    lines = run(tmp_path, monkeypatch, draw=True)
+    assert any(f"going on from checkpoint-{STEPS:08d}" in line for line in lines)
+    assert any("all updates were done already" in line for line in lines)
+    assert any(line.startswith("prompts drawn right: ") for line in lines)
     assert (tmp_path / "pairs.parquet").read_bytes() == drawn and weights(tmp_path) == trained
     assert_complete(tmp_path, seed=0)
 
 
 def test_shipped_pairs_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "a folder, [new]: yes"  # no name that YAML or a console reads as more than a name
-    responses = run(output, monkeypatch, draw=False, seed=7)
-    assert not any("going on" in line for line in responses) and not (output / "pairs.parquet").exists()
+    lines = run(output, monkeypatch, draw=False, seed=7)
+    assert not any("going on" in line for line in lines) and not (output / "pairs.parquet").exists()
     assert_complete(output, seed=7)
     first, trained = json.loads((output / "result.json").read_text()), weights(output)
-    responses = run(output, monkeypatch, draw=False, seed=7)
-    assert any("all updates were done already" in line for line in responses)
+    lines = run(output, monkeypatch, draw=False, seed=7)
+    assert any("all updates were done already" in line for line in lines)
     again = json.loads((output / "result.json").read_text())
     assert weights(output) == trained
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
@@ -169,10 +169,10 @@ def tiny_answers(vlm_folders: Folders, tmp_path: Path) -> list[str]:
 def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs, alignment, measurement and page; the second command makes no pair and asks nothing again."""
     output = tmp_path / "out"
-    responses = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
+    lines = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
     assert pq.read_table(output / "pairs.parquet").num_rows > 0
-    assert any(line.startswith("descriptions that invent an object: ") for line in responses)
-    assert any(line.startswith("yes/no questions answered right: ") for line in responses)
+    assert any(line.startswith("descriptions that invent an object: ") for line in lines)
+    assert any(line.startswith("yes/no questions answered right: ") for line in lines)
     result = json.loads((output / "result.json").read_text())
     assert result["updates"] == STEPS
     for name in ("CHAIR_i", "CHAIR_s", "recall", "POPE accuracy"):

@@ -17,7 +17,7 @@ from mmalign.resources import roots
 from mmalign.rewards import load_reward_model
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, recipes
-from tests.helpers.runs import assert_resumes, assert_same, quiet, train_weights
+from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
 # The tiny model of a vision-language recipe, by what the recipe's name ends in.
@@ -113,7 +113,7 @@ def test_a_judge_learns_to_tell_the_pairs_apart(tiny_sd15: Path, tiny_clip: Path
     """White upper halves are preferred, and survive noise; the random judge begins near ln 2."""
     options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
     content = step_preference(tiny_sd15, tiny_clip, pairs, tmp_path / "out", **options)
-    trained = train(load_recipe(content, ["method.guidance=1.0"]), say=quiet)
+    trained = train(load_recipe(content, ["method.guidance=1.0"]))
     late = trained.history[-10:]
     assert sum(h["loss"] for h in late) / 10 < 0.5
     assert sum(h["accuracy"] for h in late) / 10 > 0.75
@@ -126,12 +126,12 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "reward": {"path": str(tiny_clip)}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method)
     with pytest.raises(ValueError, match=r"epoch 0 has nothing to learn from.*: the judge was sure of no pair; lower"):
-        train(load_recipe(content), say=quiet)
+        train(load_recipe(content))
     monkeypatch.setattr("mmalign.training.loop.MAX_EMPTY_BATCHES", 3)
     with pytest.raises(
         ValueError, match=r"3 batches in a row, .* had nothing to learn from .*: the judge was sure of no"
     ):
-        train(load_recipe(content), say=quiet)
+        train(load_recipe(content))
     assert checkpoint.latest(tmp_path / "out") is None
 
 
@@ -144,30 +144,31 @@ def steps_of_spo(tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: 
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
 
 
-def test_a_run_that_ends_inside_a_batch_is_done(steps_of_spo: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_ends_inside_a_batch_is_done(
+    steps_of_spo: dict[str, Any], tmp_path: Path, log_lines: list[str]
+) -> None:
     """Its last checkpoint is written, and the same command again trains nothing; the one to go on from is kept."""
     train_weights(steps_of_spo, "train.steps=6")
     assert saved(tmp_path / "out") == [4, 6]
     model = tmp_path / "out" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    before, responses = load_file(model), list[str]()
-    again = train(load_recipe(steps_of_spo, ["train.steps=6"]), say=responses.append)
+    before = load_file(model)
+    log_lines.clear()
+    again = train(load_recipe(steps_of_spo, ["train.steps=6"]))
     assert again.verdict == "all updates were done already: nothing was trained" and again.history == []
-    assert responses[1] == "going on from checkpoint-00000006"
+    assert log_lines[1] == "going on from checkpoint-00000006"
     assert_same(before, load_file(model))
 
 
 @pytest.mark.parametrize(("first", "then"), [(3, 4), (3, 6), (6, 7), (6, 9), (8, 9)])
 def test_a_run_that_ended_inside_a_batch_made_longer_equals_never_ending(
-    first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path
+    first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path, log_lines: list[str]
 ) -> None:
     """Bit for bit: what it had made of its last batch is thrown away."""
     train_weights(steps_of_spo, f"train.steps={first}")
-    longer, responses = load_recipe(steps_of_spo, [f"train.steps={then}"]), list[str]()
-    train(longer, say=responses.append)
+    log_lines.clear()
+    train(load_recipe(steps_of_spo, [f"train.steps={then}"]))
     again = {3: "it is done again", 6: "what comes after checkpoint-00000004 is done again", 8: ""}[first]
-    assert (
-        again in responses[1] and (responses[2] if first == 6 else responses[1]) != "going on from checkpoint-00000006"
-    )
+    assert again in log_lines[1] and log_lines[2 if first == 6 else 1] != "going on from checkpoint-00000006"
     whole = train_weights({**steps_of_spo, "output": str(tmp_path / "whole")}, f"train.steps={then}")
     assert_same(whole, load_file(tmp_path / "out" / f"checkpoint-{then:08d}" / "model.safetensors"))
 
@@ -220,7 +221,7 @@ def test_what_spo_needs_is_looked_for_before_a_model_is_loaded(
         tiny_sd15, pairs, tmp_path / "out", method={"name": "spo", "reward": {"path": str(tiny_clip)}}
     )
     with pytest.raises(ValueError, match=sentence):
-        train(load_recipe(content, [override]), say=quiet)
+        train(load_recipe(content, [override]))
 
 
 def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"data\.format: prompts has no images, and the method compares those of pairs"
     ):
-        train(load_recipe(content), say=quiet)
+        train(load_recipe(content))
 
 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "instruct_engine"])
@@ -344,7 +345,7 @@ def test_the_first_update_starts_at_ln_2_and_training_learns_the_pairs(
     method = {"name": "diffusion_dpo", "beta": 100.0, "caption_dropout": 0.0}
     options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
-    trained = train(load_recipe(content), say=quiet)
+    trained = train(load_recipe(content))
     assert trained.history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     late = trained.history[-10:]
     assert sum(h["loss"] for h in late) / 10 < 0.6

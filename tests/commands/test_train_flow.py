@@ -70,7 +70,7 @@ def test_every_method_trains_every_family(
     options = {"steps": 1, "batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
     content = recipes.diffusion(flow_folders(name), pairs, tmp_path / "out", train=options)
     recipe = load_recipe({**content, "method": settings})
-    (output,) = train(recipe, say=lambda _: None).history
+    (output,) = train(recipe).history
     first = {"cca": 2 * math.log(2), "mapo": None, "sft": None}.get(method, math.log(2))
     assert math.isfinite(output["loss"]) and (first is None or abs(output["loss"] - first) < 1e-3)
     about = loading.load_trained_policy(load_family(content["model"]["path"], CPU), tmp_path / "out" / "model")

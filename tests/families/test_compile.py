@@ -31,7 +31,7 @@ def fresh() -> Iterator[None]:
 def learned(recipe: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
     """The losses of a training, and how often PyTorch compiled something for it."""
     before = dict(torch._dynamo.utils.counters["stats"])
-    history = train(load_recipe(recipe), say=lambda _: None).history
+    history = train(load_recipe(recipe)).history
     after = torch._dynamo.utils.counters["stats"]
     return [report["loss"] for report in history], {name: after[name] - before.get(name, 0) for name in after}
 

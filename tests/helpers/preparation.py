@@ -9,6 +9,7 @@ import pytest
 from mmalign.commands import prepare
 from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import data_files
+from tests.helpers.logged import recorded_lines
 
 ANSWERS = [
     "There is a dog. It sits on a red mat.",
@@ -37,15 +38,15 @@ def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
 
 
 def prepared(content: dict[str, Any], **callables: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that were written, and what was said."""
-    responses: list[str] = []
-    path = prepare.prepare(load_recipe(content), say=responses.append, **callables)
-    return [json.loads(line) for line in path.read_text().splitlines()], responses
+    """Return the rows that `prepare` writes and the lines that it logs."""
+    with recorded_lines() as lines:
+        path = prepare.prepare(load_recipe(content), **callables)
+    return [json.loads(line) for line in path.read_text().splitlines()], lines
 
 
 def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:
     with pytest.raises(ValueError) as raised:
-        prepare.prepare(load_recipe(content, overrides), say=lambda _: None, **callables)
+        prepare.prepare(load_recipe(content, overrides), **callables)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

@@ -18,14 +18,10 @@ from tests.helpers import data_files, recipes
 EPOCH = 4  # batches of two: eight pairs
 
 
-def quiet(_: str) -> None:
-    pass
-
-
 def trained(content: dict[str, Any], *overrides: str) -> tuple[Trained, dict[str, Tensor]]:
     """A training, and the weights of its last checkpoint."""
     result = load_recipe(content, overrides)
-    done, last = train(result, say=quiet), checkpoint.latest(Path(result.output))
+    done, last = train(result), checkpoint.latest(Path(result.output))
     assert last is not None and last.name == f"checkpoint-{result.train.steps:08d}"
     return done, load_file(last / "model.safetensors")
 

@@ -21,6 +21,7 @@ from mmalign.commands.cache import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from tests.helpers import Folders, data_files, recipes
+from tests.helpers.logged import recorded_lines
 
 Content = dict[str, Any]
 STEPS = 3
@@ -60,13 +61,13 @@ def work(jobs: Path) -> None:
         )
         touched.clear()
         exchanges.clear()
-        responses: list[str] = []
-        if does == "cache":
-            cache(load_recipe(content), say=responses.append)
-            history = []
-        else:
-            history = train(load_recipe(content), say=responses.append).history
-        record = {"history": history, "said": responses, "touched": touched, "exchanges": len(exchanges)}
+        with recorded_lines() as lines:
+            if does == "cache":
+                cache(load_recipe(content))
+                history = []
+            else:
+                history = train(load_recipe(content)).history
+        record = {"history": history, "lines": lines, "touched": touched, "exchanges": len(exchanges)}
         jobs.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
 
 
@@ -175,9 +176,9 @@ class Runs:
 
     def alone(self, name: str, location: str = "one", **options: Any) -> None:
         """A training in this process."""
-        responses: list[str] = []
-        trained = train(load_recipe(self.content(location, name, **options)), say=responses.append)
-        record = {"history": trained.history, "said": responses}
+        with recorded_lines() as lines:
+            trained = train(load_recipe(self.content(location, name, **options)))
+        record = {"history": trained.history, "lines": lines}
         (self.folder / f"{name}-{location}.json").write_text(json.dumps(record))
 
     def record(self, name: str, who: str | int) -> dict[str, Any]:
@@ -251,16 +252,16 @@ def test_another_global_batch_would_be_noticed(batch: str, runs: Runs) -> None:
 def test_numbers_and_sentences_are_those_of_one_process(name: str, runs: Runs) -> None:
     """The means of the whole batch on both processes; one of them speaks, and counts the bad images of both."""
     alone, first, second = (runs.record(name, who) for who in ("one", 0, 1))
-    responses, history = alone["said"], alone["history"]
+    lines, history = alone["lines"], alone["history"]
     assert first["history"] == second["history"] and len(history) == STEPS
     for actual, expected in zip(history, first["history"], strict=True):
         assert actual == pytest.approx(expected, **METRICS)
-    assert second["said"] == []
+    assert second["lines"] == []
     counts, numbers = re.compile(r"^\d+ images"), re.compile(r"[-+]?\d+(\.\d+)?(e-\d+)?")
-    assert [counts.findall(line) for line in first["said"]] == [counts.findall(line) for line in responses]
+    assert [counts.findall(line) for line in first["lines"]] == [counts.findall(line) for line in lines]
     # The order of the bad images is that in which they were met, and a verdict's last digit may be rounded.
-    assert [sorted(numbers.sub("", line)) for line in first["said"]] == [
-        sorted(numbers.sub("", line)) for line in responses
+    assert [sorted(numbers.sub("", line)) for line in first["lines"]] == [
+        sorted(numbers.sub("", line)) for line in lines
     ]
 
 
@@ -335,14 +336,14 @@ def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_toget
 
 
 def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
-    responses = runs.record("again", 0)["said"]
-    assert responses[1] == "going on from checkpoint-00000003" and "all updates were done already" in responses[2]
-    assert runs.record("again", 1)["said"] == []
+    lines = runs.record("again", 0)["lines"]
+    assert lines[1] == "going on from checkpoint-00000003" and "all updates were done already" in lines[2]
+    assert runs.record("again", 1)["lines"] == []
 
 
 def test_going_on_in_two_processes_equals_never_stopping(runs: Runs) -> None:
     """Bit for bit, in the exported average too."""
-    assert runs.record("resumed", 0)["said"][1] == "going on from checkpoint-00000001"
+    assert runs.record("resumed", 0)["lines"][1] == "going on from checkpoint-00000001"
     model = "model/unet/diffusion_pytorch_model.safetensors"
     for file in (f"checkpoint-{STEPS:08d}/model.safetensors", model):
         whole, stopped = (load_file(runs.folder / "two" / name / file) for name in ("full", "stopped"))
@@ -358,7 +359,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(runs: Runs, monkey
 
 
 def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
-    assert runs.record("grown", 0)["said"][1] == "going on from checkpoint-00000001"
+    assert runs.record("grown", 0)["lines"][1] == "going on from checkpoint-00000001"
     weights, gradients = runs.distance("one/full", "two/grown")
     assert weights < WEIGHTS and gradients < GRADIENTS
 

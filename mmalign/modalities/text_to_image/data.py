@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,8 @@ from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 from mmalign.families.base import TextToImage
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
+
+logger = logging.getLogger(__name__)
 
 
 def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[Any]:
@@ -61,7 +64,6 @@ def _prompt_encoder(
     data: ImageData,
     output: Path,
     accelerator: Any,
-    say: Any,
     reward_model: RewardModel | None,
 ) -> tuple[Encoder, Callable[[Any], Any]]:
     """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled.
@@ -83,7 +85,7 @@ def _prompt_encoder(
         for net in networks.values():
             net.to("cpu")
         encoder = replace(encoder, text=text)
-    _warn_truncated(family, sources, say)
+    _warn_truncated(family, sources)
     return encoder, partial(encoder.encode_prompts, side=side, shape=shape)
 
 
@@ -93,12 +95,12 @@ def _text_dependencies(family: TextToImage) -> dict[str, str | int | float]:
     return {**encoders, "tokenizers": fingerprint.fingerprint_tokenizer(family)}
 
 
-def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]], say: Any) -> None:
-    """Say how many prompts are longer than the text encoder reads."""
+def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
+    """Warn how many prompts are longer than the text encoder reads."""
     prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
     cut = family.count_truncated(prompts)
     if cut:
-        say(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
+        logger.warning(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
 
 
 def _prepare(
@@ -107,7 +109,6 @@ def _prepare(
     data: ImageData,
     output: Path,
     accelerator: Any,
-    say: Any,
     decodes: bool = False,
 ) -> tuple[ImageTransform, ArrayCache | None, Encoder, dict[str, str | int | float]]:
     """How images become squares, the cache of their latents, what encodes the rest, and what all that depends on.
@@ -130,8 +131,8 @@ def _prepare(
             if not (decodes and name == "vae"):
                 net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
     if bad:
-        say(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
-    _warn_truncated(family, sources, say)
+        logger.warning(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
+    _warn_truncated(family, sources)
     return transform, latents, Encoder(family, unconditional, text), depends
 
 

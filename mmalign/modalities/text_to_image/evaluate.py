@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mmalign.pages.pictures import picture_entry
 from mmalign.policy import Policy
 from mmalign.rewards import RewardModel
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 Sample = dict[str, Any]  # prompt, seed, and the measurements of the images before and after
@@ -38,7 +39,6 @@ def compare_images(
     reward_model: RewardModel | None,
     folder: Path,
     identity: Mapping[str, Any],
-    say: Say,
 ) -> tuple[dict[str, Any], Table]:
     """Generate images with base and trained model from the same noise, and measure them.
 
@@ -49,7 +49,7 @@ def compare_images(
     prompts, seeds = _prompts_and_seeds(section)
     num_truncated = policy.family.count_truncated(prompts)
     if num_truncated:
-        say(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
+        logger.warning(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
     caches = _caches(recipe, section, policy, identity)
     images = generate_both(policy, prompts, seeds, loading.sampling_options(section.sampling), caches)
     samples: list[Sample] = [

@@ -6,9 +6,9 @@ there.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ from mmalign.modalities import loading
 from mmalign.modalities.prompts import load_prompt_pairs, unique_prompts
 from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def prepare_images(recipe: Recipe, say: Say = print) -> Path:
+def prepare_images(recipe: Recipe) -> Path:
     """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
 
     A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
@@ -48,7 +48,7 @@ def prepare_images(recipe: Recipe, say: Say = print) -> Path:
         )
     atomic_io.make_folder("data.path", path.parent)
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
-    family = loading.load_model(recipe, device, say)
+    family = loading.load_model(recipe, device)
     reward_model = loading.build_reward_model(section.reward, device)
     asked_for = _requested_prompts(section)
     prompts = [p for p in asked_for for _ in range(section.images_per_prompt)]
@@ -73,7 +73,9 @@ def prepare_images(recipe: Recipe, say: Say = print) -> Path:
         )
     shutil.rmtree(folder)
     noun = "couples of prompts" if section.prompt_pairs else "prompts"
-    say(f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s")
+    logger.info(
+        f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"
+    )
     return path
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from mmalign.pages.answers import RatedAnswer, answer_entry
 from mmalign.pages.page import GalleryEntry
 from mmalign.policy import Policy
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 _CAPTION_SCORES = {"chair": chair.score, "object_halbench": object_halbench.score}
 _PARSERS: dict[str, pope.Parse] = {"published": pope.parse_published, "strict": pope.parse_strict}
 
@@ -73,7 +75,6 @@ def compare_answers(
     benchmark: Benchmark,
     folder: Path,
     identity: Mapping[str, Any],
-    say: Say,
 ) -> tuple[dict[str, Any], Table]:
     """Ask base and trained model the benchmark's questions, and score their answers.
 
@@ -84,7 +85,7 @@ def compare_answers(
     answers = _ask(recipe, section, policy, benchmark, identity)
     left_out = list(answers.skipped.values())
     if left_out:
-        say(f"{len(left_out)} images are left out, for both models: {format_rows(left_out)}")
+        logger.warning(f"{len(left_out)} images are left out, for both models: {format_rows(left_out)}")
     benchmark = benchmark.without_images(answers.skipped)
     if not benchmark.questions:
         raise ValueError(f"evaluate: no question could be asked ({format_rows(left_out)})")
@@ -99,7 +100,9 @@ def compare_answers(
     num_empty = {side: sum(not text for texts in parts.values() for text in texts) for side, parts in by_side.items()}
     for side, number in num_empty.items():
         if number:
-            say(f"{number:,} answers {side} alignment are empty; see whether the model knows the prompt's layout")
+            logger.warning(
+                f"{number:,} answers {side} alignment are empty; see whether the model knows the prompt's layout"
+            )
 
     comparisons = _compare(*map(benchmark.score, by_side.values()))
     for side, parts in by_side.items():

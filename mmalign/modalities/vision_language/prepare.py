@@ -6,11 +6,12 @@ goes on from there, and gives the same file as a run that never stopped.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ from mmalign.synthesis.segments import masker
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 RULES = "rules"
 
 
@@ -76,12 +78,11 @@ class Work:
     dependencies: dict[str, str]
 
 
-def prepare_responses(recipe: Recipe, say: Say = print, *, writer: Writer | None = None) -> Path:
+def prepare_responses(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     """Make rejected responses for the answers of `prepare.source`, and write the pairs to `data.path`.
 
     Args:
         recipe: with a section `prepare`.
-        say: takes lines of text.
         writer: a function of one's own in the place of the recipe's `masker` or `corruptor`: from a pair, whose chosen
             response is the true answer, to the masked or the untrue answer, or None if there is none.
 
@@ -95,11 +96,12 @@ def prepare_responses(recipe: Recipe, say: Say = print, *, writer: Writer | None
     pairs = _open(section.source)
     _check_rows(section, pairs, path)
     atomic_io.make_folder("data.path", path.parent)
-    work = _work(recipe, section, pairs, say, writer)
+    work = _work(recipe, section, pairs, writer)
     log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work))
-    if log.entries:
-        say(f"going on after {min(len(log.entries) * section.save_every, len(pairs)):,} of {len(pairs):,} rows")
-    for first in tracked(range(len(log.entries) * section.save_every, len(pairs), section.save_every), "prepare"):
+    num_done = len(log.entries) * section.save_every
+    if num_done:
+        logger.info(f"going on after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
+    for first in tracked(range(num_done, len(pairs), section.save_every), "prepare"):
         chunk = pairs[first : first + section.save_every]
         log.append([_log_entry(one) for one in work.generate(list(chunk))])
     entries = [one for piece in log.entries for one in piece]
@@ -113,7 +115,7 @@ def prepare_responses(recipe: Recipe, say: Say = print, *, writer: Writer | None
         images = Path(recipe.data.images or path.parent)
         write_pairs(part, _synthesized_pairs(section, pairs, entries, work), suffix=path.suffix, images=images)
     log.remove()
-    say(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
+    logger.info(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
     return path
 
 
@@ -178,22 +180,20 @@ def _check_rows(section: PrepareResponses, pairs: Pairs[ResponsePair], path: Pat
 # ----------------------------------------------------------------------------------------------------------------- work
 
 
-def _work(
-    recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair], say: Say, writer: Writer | None
-) -> Work:
+def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair], writer: Writer | None) -> Work:
     """What makes the rejected responses, with all models in memory that it needs."""
     rng, settings = KeyedRNG(section.seed), _settings(section)
     if isinstance(settings, PreparePovid):
         return _povid(settings, pairs, rng, writer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(settings, DecodingConfig):
-        sampler, dependencies = _sampler(recipe, device, rng, say)
+        sampler, dependencies = _sampler(recipe, device, rng)
         how = types.Decoding(**settings.model_dump())
         return Work(SelfGenerated(sampler, how), dependencies)
     # Before a model of gigabytes: what may be missing.
-    similarity = _similarity(f"prepare.{section.kind}.similarity", settings, say)
+    similarity = _similarity(f"prepare.{section.kind}.similarity", settings)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
-    sampler, dependencies = _sampler(recipe, device, rng, say)
+    sampler, dependencies = _sampler(recipe, device, rng)
     dependencies["similarity by"] = similarity.name
     if not isinstance(settings, PrepareRealign):
         require_image_masking(sampler.family)
@@ -211,9 +211,9 @@ def _work(
     return Work(misled, {**dependencies, "masker": _named(settings.masker, writer)})
 
 
-def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG, say: Say) -> tuple[ResponseSampler, dict[str, str]]:
+def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[ResponseSampler, dict[str, str]]:
     """The recipe's model, and which one it is."""
-    family: VisionLanguage = loading.load_model(recipe, device, say)
+    family: VisionLanguage = loading.load_model(recipe, device)
     dependencies = {
         "model": recipe.model.path,
         "fingerprint": fingerprint.fingerprint(family.network),
@@ -222,10 +222,10 @@ def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG, say: Say) -> t
     return ResponseSampler(family, family.network, rng), dependencies
 
 
-def _similarity(key: str, settings: CompletionConfig, say: Say) -> Similarity:
+def _similarity(key: str, settings: CompletionConfig) -> Similarity:
     similarity = load_similarity(key, settings.similarity)
     if is_fallback(settings.similarity, similarity):
-        say(f"similarity: {similarity.name}, since no sentence-transformers model is installed")
+        logger.warning(f"similarity: {similarity.name}, since no sentence-transformers model is installed")
     return similarity
 
 

@@ -14,7 +14,7 @@ from mmalign.commands import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.modalities import loading
 from tests.helpers import Folders, data_files
-from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, quiet, responses, trained
+from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, responses, trained
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,13 @@ def test_scores_of_other_settings_are_not_taken(
 ) -> None:
     """They are made anew, in a folder of their own; other settings, such as beta, share them."""
     content = responses(vlm_folders("llava"), tmp_path, "out", data={"format": "realign", "cache": f"{tmp_path}/all"})
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     asked.clear()
-    cache.cache(load_recipe(content, ["method.beta=0.3", "train.lr=1.0", "model.lora.rank=1"]), say=quiet)
+    cache.cache(load_recipe(content, ["method.beta=0.3", "train.lr=1.0", "model.lora.rank=1"]))
     assert asked == []
     monkeypatch.setattr(loading, "compile_blocks", lambda blocks: None)  # that it is asked for is enough
     monkeypatch.setattr("mmalign.families.compile.check", lambda device: None)
-    cache.cache(load_recipe(content, [override]), say=quiet)
+    cache.cache(load_recipe(content, [override]))
     assert asked and len(list((tmp_path / "all" / "reference").iterdir())) == 2
 
 
@@ -47,10 +47,10 @@ def test_scores_of_another_executor_are_not_taken(
     vlm_folders: Folders, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     asked.clear()
     monkeypatch.setattr(cache, "backend_name", lambda _: "another")
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     assert asked and len(list((tmp_path / "out" / "cache" / "reference").iterdir())) == 2
 
 
@@ -131,7 +131,7 @@ def test_scores_of_a_model_that_was_changed_are_not_taken(
     model = tmp_path / "model"
     shutil.copytree(vlm_folders("llava"), model)
     content = responses(model, tmp_path, "out", train={"steps": 2})
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     asked.clear()
     change(model)
     ours, weights = trained(content)
@@ -148,7 +148,7 @@ def test_errors_of_another_schedule_are_not_taken(tiny_sd15: Path, tmp_path: Pat
     shutil.copytree(tiny_sd15, model)
     method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": 1}
     content = pictures(model, tmp_path, "out", method=method, train={"steps": 2})
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     asked.clear()
     edit(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     trained(content)
@@ -161,7 +161,7 @@ def test_errors_of_another_empty_prompt_are_not_taken(tiny_sdxl: Path, tmp_path:
     shutil.copytree(tiny_sdxl, model)
     method = {"name": "diffusion_dpo", "beta": 100.0, "num_cached_draws": 1, "caption_dropout": 0.9}
     content = pictures(model, tmp_path, "out", method=method, train={"steps": 2})
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     asked.clear()
     output = json.loads((model / "model_index.json").read_text())
     edit(model / "model_index.json", force_zeros_for_empty_prompt=not output.get("force_zeros_for_empty_prompt", True))
@@ -171,8 +171,8 @@ def test_errors_of_another_empty_prompt_are_not_taken(tiny_sdxl: Path, tmp_path:
 
 def test_an_image_that_was_changed_is_scored_again(vlm_folders: Folders, tmp_path: Path, asked: list[str]) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     asked.clear()
     (tmp_path / "rows" / "1.png").write_bytes(data_files.png(77, 16))
-    cache.cache(load_recipe(content), say=quiet)
+    cache.cache(load_recipe(content))
     assert 0 < len(asked) <= EPOCH

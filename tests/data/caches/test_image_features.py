@@ -71,7 +71,7 @@ def test_a_pair_that_cannot_be_read_does_not_bring_the_tower_back(
             yield batch
 
     monkeypatch.setattr(training.DataModule, "_encoded", noted)
-    train(load_recipe(content), say=lambda _: None)
+    train(load_recipe(content))
     counted = [number for number, _ in seen]
     assert (0 in counted) if size == 1 else (1 in counted)
 
@@ -155,7 +155,7 @@ def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
     """But for the first, by which it is known that there are some: the reference may still have to look."""
     sections: dict[str, Any] = {"method": method, "model": {"tune": tune}, "train": {"steps": EPOCH}}
     content = responses(vlm_folders("llava"), tmp_path, "out", **sections)
-    cache.cache(load_recipe(content), say=lambda _: None)
+    cache.cache(load_recipe(content))
     decoded, decode = list[str](), response_pairs.decode
     monkeypatch.setattr(response_pairs, "decode", lambda ref: decoded.append(ref.where) or decode(ref))
     ours, weights = trained(content)
@@ -179,14 +179,13 @@ def test_the_first_image_that_can_be_read_tells_whether_there_is_room(
 
 
 def test_features_that_would_fill_the_disk_are_not_kept(
-    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out", train={"steps": 2})
     monkeypatch.setattr(image_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
     monkeypatch.setattr(cache, "move_parameters", lambda *_: pytest.fail("the tower was put away"))
-    said: list[str] = []
-    train(load_recipe(content), say=said.append)
-    assert any(line.startswith("the images' features would take more than half of the free disk") for line in said)
+    train(load_recipe(content))
+    assert any(line.startswith("the images' features would take more than half of the free disk") for line in log_lines)
     assert not list((tmp_path / "out" / "cache" / "features").rglob("*.safetensors"))
 
 

@@ -11,7 +11,6 @@ from mmalign.commands import gallery, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.evaluation.benchmarks.step_accuracy import StepAccuracy
 from tests.helpers import data_files, recipes
-from tests.helpers.runs import quiet
 
 
 def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
@@ -31,27 +30,27 @@ def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
 def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """White halves are told apart in little noise by the trained judge; at T - 1 hardly anything is left to see."""
     result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1, 999])
-    train.train(result, quiet)
-    evaluation = evaluate_module.evaluate(result, quiet)
+    train.train(result)
+    evaluation = evaluate_module.evaluate(result)
     assert evaluation.result == json.loads((evaluation.folder / "result.json").read_text())
     before, after = (evaluation.result[side]["1"]["estimate"] for side in ("before", "after"))
     assert after > 0.8 and after > before
     assert evaluation.table[0][1:] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
     with pytest.raises(ValueError, match="benchmark steps draws no pictures"):
-        gallery.gallery(result, quiet)
+        gallery.gallery(result)
     with pytest.raises(ValueError, match="prepare: a judge draws no pictures"):
-        prepare.prepare(result, quiet)
+        prepare.prepare(result)
 
 
 def test_step_accuracy_refuses(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
     with pytest.raises(ValueError, match="steps needs pairs kept from training"):
         evaluate_module.evaluate(
-            result.model_copy(update={"data": result.data.model_copy(update={"validation_fraction": 0.0})}), quiet
+            result.model_copy(update={"data": result.data.model_copy(update={"validation_fraction": 0.0})})
         )
-    train.train(result.model_copy(update={"train": result.train.model_copy(update={"steps": 1})}), quiet)
+    train.train(result.model_copy(update={"train": result.train.model_copy(update={"steps": 1})}))
     with pytest.raises(ValueError, match=r"evaluate\.times: expected timesteps from 0 to 999, got \[1000\]"):
-        evaluate_module.evaluate(result, quiet)
+        evaluate_module.evaluate(result)
 
 
 def test_step_accuracy_by_hand() -> None:

@@ -26,6 +26,7 @@ from mmalign.modalities.loading import load_model
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
 from tests.helpers.loading import CPU, load_vlm
+from tests.helpers.logged import recorded_lines
 from tests.helpers.vlm_models import BUILDERS
 from tests.helpers.vlm_reference import PICTURES
 
@@ -238,9 +239,9 @@ def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folde
         ): "off, each response runs with its own prompt and images, since its linear_attention",
     }
     for (name, pack), expected in output.items():
-        lines: list[str] = []
         recipe = load_recipe(recipes.vlm(vlm_folders(name), pairs, tmp_path / "run", train={"pack_responses": pack}))
-        load_model(recipe, CPU.device, lines.append)
+        with recorded_lines() as lines:
+            load_model(recipe, CPU.device)
         (line,) = [line for line in lines if line.startswith("packing")]
         assert line.startswith(f"packing: {expected}")
 
@@ -251,7 +252,7 @@ def test_a_run_learns_what_it_learns_unpacked(vlm_folders: Folders, tmp_path: Pa
     for pack in ("auto", "off"):
         short = {"steps": 3, "save_every": 3, "pack_responses": pack}
         recipe = load_recipe(recipes.vlm(vlm_folders("llava"), pairs, tmp_path / pack, train=short))
-        losses[pack] = [report["loss"] for report in train(recipe, say=lambda _: None).history]
+        losses[pack] = [report["loss"] for report in train(recipe).history]
     assert losses["auto"][0] == losses["off"][0] == pytest.approx(math.log(2), abs=1e-7)
     assert losses["auto"] == pytest.approx(losses["off"], abs=1e-4)
     assert losses["auto"][-1] != losses["auto"][0]
@@ -264,4 +265,4 @@ def test_images_have_nothing_to_pack(tiny_sd15: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^train.pack_responses: off is about responses .* compares images; leave it out$"
     ):
-        train(recipe, say=lambda _: None)
+        train(recipe)

@@ -43,16 +43,16 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 def test_a_stop_costs_the_batch_that_it_came_in(recipe: Recipe, drawn: list[list[int]], tmp_path: Path) -> None:
     path, unfinished = tmp_path / "drawn.parquet", tmp_path / "drawn.parquet.unfinished"
-    run.prepare(recipe, say=lambda _: None)
+    run.prepare(recipe)
     whole, all_of_them = path.read_bytes(), list(drawn)
     assert not unfinished.exists() and len(all_of_them) == 3
     path.unlink()
     drawn[:] = [[], []]  # so that the second batch of the next call is one too many
     with pytest.raises(KeyboardInterrupt):
-        run.prepare(recipe, say=lambda _: None)
+        run.prepare(recipe)
     assert not path.exists() and len(list(unfinished.rglob("*.png"))) == 2
     drawn.clear()
-    run.prepare(recipe, say=lambda _: None)
+    run.prepare(recipe)
     assert path.read_bytes() == whole and drawn == all_of_them[1:] and not unfinished.exists()
 
 
@@ -69,10 +69,10 @@ def test_what_was_drawn_is_not_lost_where_the_judge_is_never_sure(
         )
 
     with pytest.raises(ValueError, match=r"never 100% sure in 3 prompts; lower prepare\.sure"):
-        run.prepare(sure(0.999999), say=lambda _: None)
+        run.prepare(sure(0.999999))
     assert len(drawn) == 3
-    run.prepare(sure(0.5), say=lambda _: None)
+    run.prepare(sure(0.5))
     assert len(drawn) == 3
     (tmp_path / "drawn.parquet").unlink()
     with pytest.raises(KeyboardInterrupt):
-        run.prepare(sure(0.5, guidance=2.0), say=lambda _: None)
+        run.prepare(sure(0.5, guidance=2.0))

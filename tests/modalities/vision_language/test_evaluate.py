@@ -17,7 +17,6 @@ from mmalign.families.vlm.model import ImageTextToText
 from mmalign.modalities.vision_language.evaluate import measure_written
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.data_files import write_jsonl
-from tests.helpers.runs import quiet
 
 Content = dict[str, Any]
 DECODING = {"max_new_tokens": 6, "batch_size": 8}
@@ -30,7 +29,7 @@ def content(vlm_folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> C
     folder = tmp_path_factory.mktemp("trained")
     rows = data_files.response_pairs(folder / "rows")
     result = recipes.vlm(vlm_folders("llava"), rows, folder / "out", train={"steps": 4, "lr": 0.1})
-    train.train(load_recipe(result), say=quiet)
+    train.train(load_recipe(result))
     return result
 
 
@@ -72,9 +71,8 @@ def lines(file: Path) -> list[Content]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_evaluate_the_bundled_world(content: Content, folder: Path) -> None:
-    responses: list[str] = []
-    result = evaluate_module.evaluate(of(content, CROWDS), say=responses.append)
+def test_evaluate_the_bundled_world(content: Content, folder: Path, log_lines: list[str]) -> None:
+    result = evaluate_module.evaluate(of(content, CROWDS))
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.result))
     assert result.result["questions"] == 3 + 3 * 3 * 4
     assert set(result.result["measures"]) == {"CHAIR", "POPE"}
@@ -86,15 +84,14 @@ def test_evaluate_the_bundled_world(content: Content, folder: Path) -> None:
     assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} == set(
         result.result["measures"]["CHAIR"]["difference"]
     )
-    assert any(line.startswith("CHAIR_s, %") for line in responses) and any(
-        "mean: yes rate" in line for line in responses
-    )
+    assert any(line.startswith("CHAIR_s, %") for line in log_lines)
+    assert any("mean: yes rate" in line for line in log_lines)
     assert {file.stem for file in (folder / "before").iterdir()} == {"descriptions", "random", "popular", "adversarial"}
 
 
 def test_gallery_shows_the_answers_of_the_evaluation(content: Content, folder: Path) -> None:
     recipe = load_recipe({**content, "evaluate": CROWDS, "gallery": {"images": 5, "title": "tiny"}})
-    page = gallery.gallery(recipe, say=quiet)
+    page = gallery.gallery(recipe)
     manifest = json.loads((page.parent / "manifest.json").read_text())
     samples = json.loads((folder / "samples.json").read_text())["samples"]
     assert len(manifest["entries"]) == 5 and manifest["title"] == "tiny"
@@ -107,7 +104,7 @@ def test_gallery_shows_the_answers_of_the_evaluation(content: Content, folder: P
 
 
 def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate_module.evaluate(of(content, CROWDS), say=quiet)
+    evaluate_module.evaluate(of(content, CROWDS))
     calls: list[int] = []
     generate = ImageTextToText.generate
 
@@ -116,19 +113,19 @@ def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: p
         return generate(self, net, prompts, *arguments, **options)
 
     monkeypatch.setattr(ImageTextToText, "generate", counted)
-    assert evaluate_module.evaluate(of(content, CROWDS), say=quiet).result and not calls
-    evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "batch_size": 3}}), say=quiet)
+    assert evaluate_module.evaluate(of(content, CROWDS)).result and not calls
+    evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "batch_size": 3}}))
     assert not calls  # the size of a batch changes no answer
-    evaluate_module.evaluate(of(content, {**CROWDS, "num_images": 4}), say=quiet)
+    evaluate_module.evaluate(of(content, {**CROWDS, "num_images": 4}))
     assert 0 < sum(calls) <= 2 * 13  # the fourth picture: a description, and four questions of each split
     calls.clear()
-    evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "max_new_tokens": 5}}), say=quiet)
+    evaluate_module.evaluate(of(content, {**CROWDS, "decoding": {**DECODING, "max_new_tokens": 5}}))
     assert sum(calls) > 30
 
 
 def test_chair_on_files(content: Content, folder: Path, images: Path) -> None:
     """The file of annotations names the images, so that nothing else is needed; recall stands beside CHAIR."""
-    results = evaluate_module.evaluate(of(content, chair(images)), say=quiet).result
+    results = evaluate_module.evaluate(of(content, chair(images))).result
     assert results["questions"] == 4
     assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} <= set(results["measures"]["CHAIR"]["difference"])
     assert [(r["image"], r["question"]) for r in lines(folder / "after" / "descriptions.jsonl")] == [
@@ -142,16 +139,14 @@ def test_pope_from_annotations_and_from_files(content: Content, images: Path) ->
     absent = [{"image": "absent", "objects": ["mat", "hat", "car"]}]  # whose objects are asked for elsewhere
     (images / "absent").write_bytes(data_files.png(9))
     built = {**section, "annotations": str(write_jsonl(images / "all.jsonl", *more, *absent))}
-    results = evaluate_module.evaluate(of(content, built), say=quiet).result
+    results = evaluate_module.evaluate(of(content, built)).result
     assert results["questions"] == 3 * 5 * 6
     questions = write_jsonl(
         images / "q.json",
         {"question_id": 1, "image": "0.png", "text": "Is there a dog?", "label": "yes"},
         {"question_id": 2, "image": "1.png", "text": "Is there a dog?", "label": "no"},
     )
-    results = evaluate_module.evaluate(
-        of(content, {**section, "questions": {"mine": str(questions)}}), say=quiet
-    ).result
+    results = evaluate_module.evaluate(of(content, {**section, "questions": {"mine": str(questions)}})).result
     assert set(results["measures"]["POPE"]["difference"]) >= {"mine: accuracy", "mine: yes rate"}
 
 
@@ -169,19 +164,19 @@ def test_amber_on_its_folder(content: Content, images: Path) -> None:
     (data / "query" / "query_all.json").write_text(json.dumps(asked))
     section = {"benchmark": "amber", "annotations": str(data), "images": str(images), "decoding": DECODING}
     with pytest.raises(ValueError, match="measure more"):  # one description has no interval
-        evaluate_module.evaluate(of(content, section), say=quiet)
+        evaluate_module.evaluate(of(content, section))
     more = [{**items[0], "id": 3}, {**items[1], "id": 4}]
     (data / "annotations.json").write_text(json.dumps([*items, *more]))
     asked += [{**asked[0], "id": 3, "image": "2.png"}, {**asked[1], "id": 4, "image": "3.png"}]
     (data / "query" / "query_all.json").write_text(json.dumps(asked))
-    results = evaluate_module.evaluate(of(content, section), say=quiet).result
+    results = evaluate_module.evaluate(of(content, section)).result
     assert list(results["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
 
 
 def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
     """Four updates at a high rate move the log-probabilities of held-out responses, one way or the other."""
     held = {**content, "data": {**content["data"], "validation_fraction": 0.5}, "evaluate": {"benchmark": "implicit"}}
-    results = evaluate_module.evaluate(load_recipe(held), say=quiet).result
+    results = evaluate_module.evaluate(load_recipe(held)).result
     assert 0 < results["pairs"] < 8 and results["draws"] == 1
     assert results["chosen gain"] != 0 and results["rejected gain"] != 0
 
@@ -190,13 +185,13 @@ def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
 def test_written_answers_score_the_same_from_files(
     benchmark: str, content: Content, folder: Path, images: Path, tmp_path: Path
 ) -> None:
-    asked = evaluate_module.evaluate(of(content, chair(images, benchmark=benchmark)), say=quiet).result
+    asked = evaluate_module.evaluate(of(content, chair(images, benchmark=benchmark))).result
     kept = folder.rename(tmp_path / "kept")
     files = {side: str(kept / side / "descriptions.jsonl") for side in ("before", "after")}
     section = chair(images, benchmark=benchmark, answers=files)
     del section["images"]
     elsewhere = {**content, "output": str(tmp_path / "scored")}  # where nothing was ever trained
-    assert evaluate_module.evaluate(of(elsewhere, section), say=quiet).result["measures"] == asked["measures"]
+    assert evaluate_module.evaluate(of(elsewhere, section)).result["measures"] == asked["measures"]
 
 
 def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tmp_path: Path) -> None:
@@ -208,19 +203,18 @@ def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tm
     answers = write_jsonl(images / "a.jsonl", {"question_id": 1, "text": "Yes"}, {"question_id": 2, "text": "Yes"})
     section: Content = {"benchmark": "pope", "questions": {"mine": str(questions)}}
     section["answers"] = {"after": {"mine": str(answers)}}
-    result = evaluate_module.evaluate(of({**content, "output": str(tmp_path / "scored")}, section), say=quiet)
+    result = evaluate_module.evaluate(of({**content, "output": str(tmp_path / "scored")}, section))
     measures = result.result["measures"]["POPE"]["measures"]
     assert measures["mine: accuracy"]["estimate"] == 0.5 and measures["mine: yes rate"]["estimate"] == 1
     assert result.table[0] == ("POPE", "2 responses [95 % interval]")
 
 
-def test_metrics_of_written_answers(content: Content, folder: Path, images: Path) -> None:
+def test_metrics_of_written_answers(content: Content, folder: Path, images: Path, log_lines: list[str]) -> None:
     """As a comparison of several runs does, also where an image was left out."""
     (images / "2.png").write_bytes(b"no picture")
-    responses: list[str] = []
     recipe = of(content, chair(images))
-    results = evaluate_module.evaluate(recipe, say=responses.append).result
-    assert responses[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
+    results = evaluate_module.evaluate(recipe).result
+    assert log_lines[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
     assert results["questions"] == 3 and results["left out"][0].startswith("2.png: ")
     (before,), (after,) = measure_written(recipe.evaluate, folder)  # type: ignore[arg-type]
     assert json.loads(json.dumps(before.as_dict())) == results["measures"]["CHAIR"]["before"]

@@ -138,14 +138,14 @@ def test_the_most_similar_image_comes_first(tmp_path: Path) -> None:
 
 def test_a_table_keeps_its_images_and_is_read_again(content: Any, tmp_path: Path) -> None:
     for kind, layout in (("povid", "trl"), ("realign", "realign")):
-        prepare.prepare(load_recipe(content(kind, f"{kind}.parquet")), say=lambda _: None)
+        prepare.prepare(load_recipe(content(kind, f"{kind}.parquet")))
         pairs = open_responses(layout, str(tmp_path / f"{kind}.parquet"))
         assert all(pair.images[0].read().startswith(b"\x89PNG") for pair in pairs)
         assert all(pair.other_images[0].read() != pair.images[0].read() for pair in pairs if layout == "realign")
         came = json.loads(pq.read_table(tmp_path / f"{kind}.parquet")["provenance"][0].as_py())
         assert came["kind"] == kind
     again = content("povid", "again.parquet", source={"path": str(tmp_path / "povid.parquet"), "format": "trl"})
-    prepare.prepare(load_recipe(again), say=lambda _: None)
+    prepare.prepare(load_recipe(again))
     assert len(open_responses("trl", str(tmp_path / "again.parquet"))) == 7
 
 

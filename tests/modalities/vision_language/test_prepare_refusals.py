@@ -109,7 +109,7 @@ def test_a_recipe_whose_settings_do_not_fit_is_refused(
 
 
 def test_images_in_a_table_cannot_be_named_in_json(content: Any, tmp_path: Path) -> None:
-    prepare.prepare(load_recipe(content("povid", "a.parquet")), say=lambda _: None)
+    prepare.prepare(load_recipe(content("povid", "a.parquet")))
     message = refused(content("povid", "b.jsonl", source={"path": str(tmp_path / "a.parquet"), "format": "trl"}))
     assert "would name images, and those of" in message and "*.parquet" in message
 
