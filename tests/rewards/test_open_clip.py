@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,57 +10,23 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.rewards import RewardModel, checked_reward_model, load_reward_model, names, reward_module
 from mmalign.rewards.open_clip import _open_clip_name
+from tests.helpers import clip_models
 
-CONTEXT = 12
-PROMPTS = ["a red circle", "two blue stars", "a red circle", "Green!", ""]
-
-
-def tokenizer_into(folder: Path) -> int:
-    """A CLIP tokenizer of single letters, saved; the end token has the highest id, as open_clip needs it."""
-    from transformers import CLIPTokenizer
-
-    letters = string.ascii_lowercase + string.digits + string.punctuation
-    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=CONTEXT)
-    tokenizer.save_pretrained(folder)
-    return len(tokens)
+PROMPTS = ["a red circle", "two blue stars", "a red circle", "Green", ""]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
-        "text_cfg": {
-            "context_length": CONTEXT,
-            "vocab_size": tokenizer_into(path),
-            "width": 32,
-            "heads": 2,
-            "layers": 2,
-            "hf_tokenizer_name": "tiny",
-        },
-    }
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**json.loads(json.dumps(config)))
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path / "open_clip_model.safetensors")
+    """Write a model whose weights are in half precision."""
+    path = clip_models.clip(tmp_path_factory.mktemp("clip"))
+    weights = load_file(path / "open_clip_model.safetensors")
+    save_file({name: x.half() for name, x in weights.items()}, path / "open_clip_model.safetensors")
     return path
-
-
-@pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
-    """Pictures of noise, of several sizes and modes."""
-    torch.manual_seed(1)
-    sizes = [(16, 16), (40, 24), (16, 16), (7, 33), (64, 64)]
-    noise = [Image.fromarray(torch.randint(256, (h, w, 3), dtype=torch.uint8).numpy()) for w, h in sizes]
-    return [*noise[:3], noise[3].convert("L"), noise[4].convert("RGBA")]
 
 
 def test_scores_are_the_diagonal_of_open_clips_own_logits(folder: Path, images: list[Image.Image]) -> None:
@@ -89,11 +54,10 @@ def test_the_batch_size_does_not_change_a_score(folder: Path, images: list[Image
 
 def test_a_long_caption_is_cut_as_clip_cuts_it(folder: Path, images: list[Image.Image]) -> None:
     reward_model = load_reward_model("open_clip", str(folder))
-    kept = "a b c d e f g h i j"  # ten tokens, which with the start and end tokens fill the context of 12
+    kept = "a b c d e f g h i j k l m n"  # with the start and end tokens they fill the context of 16
     torch.testing.assert_close(reward_model(images[:1], [kept + " z" * 10_000]), reward_model(images[:1], [kept]))
-    assert reward_model(images[:1], [kept + " z"]) != reward_model(
-        images[:1], [kept[:-1] + "z"]
-    )  # the tenth token still counts
+    scores = [reward_model(images[:1], [prompt]) for prompt in (kept + " z", kept[:-1] + "z")]
+    assert scores[0] != scores[1]  # the last token still counts
 
 
 def test_no_images_give_no_scores(folder: Path) -> None:

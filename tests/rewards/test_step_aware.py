@@ -15,15 +15,8 @@ from mmalign.rewards.step_aware import begin, save, sinusoid
 from tests.helpers.golden import golden
 
 GOLDEN = golden("spo")
-PROMPTS = ["a red circle", "two blue stars", "a red circle", ""]
-TIMES = torch.tensor([0, 301, 301, 951])
-
-
-@pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
-    torch.manual_seed(1)
-    sizes = [(16, 16), (40, 24), (16, 16), (64, 64)]
-    return [Image.fromarray(torch.randint(256, (h, w, 3), dtype=torch.uint8).numpy()) for w, h in sizes]
+PROMPTS = ["a red circle", "two blue stars", "a red circle", "", "green"]
+TIMES = torch.tensor([0, 301, 301, 951, 1])
 
 
 @pytest.fixture
@@ -52,7 +45,7 @@ def test_it_begins_as_the_judge_that_it_was_made_from_at_every_time(
     clean = load_reward_model("open_clip", str(tiny_clip))(images, PROMPTS)
     reward_model = load_reward_model("step_aware", str(begun))
     assert clean.std() > 0.01
-    for t in (None, torch.zeros(4), TIMES, torch.full((4,), 999.5)):
+    for t in (None, torch.zeros(5), TIMES, torch.full((5,), 999.5)):
         assert torch.equal(reward_model(images, PROMPTS, t), clean)
 
 
@@ -72,16 +65,16 @@ def test_a_judge_that_has_learned_tells_times_apart_and_is_the_same_in_any_compa
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     small = load_reward_model("step_aware", str(learned), batch_size=3)(images, PROMPTS, TIMES)
     torch.testing.assert_close(small, together, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(reward_model(images, PROMPTS), reward_model(images, PROMPTS, torch.zeros(4)))
+    torch.testing.assert_close(reward_model(images, PROMPTS), reward_model(images, PROMPTS, torch.zeros(5)))
 
 
 def test_the_network_scores_as_the_judge_does_and_every_weight_learns(learned: Path, images: list[Image.Image]) -> None:
     """Of pairs: the tokens are given once for both images. Activations that are computed again change nothing."""
     parts = step_aware.read(str(learned))
-    prompts = PROMPTS[:2]
+    prompts, images, times = PROMPTS[:2], images[:4], TIMES[:4]
     pixels = torch.stack([parts.preprocess(i) for i in images])
-    scores = parts.net(pixels, parts.tokenize(prompts), TIMES)
-    expected = load_reward_model("step_aware", str(learned))(images, prompts * 2, TIMES)
+    scores = parts.net(pixels, parts.tokenize(prompts), times)
+    expected = load_reward_model("step_aware", str(learned))(images, prompts * 2, times)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     scores.square().sum().backward()
     names = [name for name, p in parts.net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -90,7 +83,7 @@ def test_the_network_scores_as_the_judge_does_and_every_weight_learns(learned: P
     before = {name: p.grad.clone() for name, p in parts.net.named_parameters() if p.grad is not None}
     parts.net.zero_grad()
     parts.net.checkpointing = True
-    parts.net(pixels, parts.tokenize(prompts), TIMES).square().sum().backward()
+    parts.net(pixels, parts.tokenize(prompts), times).square().sum().backward()
     for name, p in parts.net.named_parameters():
         if name in before:
             torch.testing.assert_close(p.grad, before[name])
