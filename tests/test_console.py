@@ -1,7 +1,5 @@
 """Log lines: where they are printed, by which process, and what leaves them alone."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Imports point down, and `import mmalign.losses.pairwise` needs torch alone."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

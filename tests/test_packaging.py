@@ -1,7 +1,5 @@
 """What travels in the wheel, that it is found there, and that the files a clone is set up with agree."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

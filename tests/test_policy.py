@@ -1,7 +1,5 @@
 """The reference: adapters off is the model as it was, bit for bit, and nothing is left switched."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path

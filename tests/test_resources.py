@@ -1,7 +1,5 @@
 """Names of bundled files mean the same in a checkout and in an installed wheel, and never leak to the Hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

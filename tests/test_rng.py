@@ -1,7 +1,5 @@
 """Draws depend on position alone: not on the batch, its order, or what was drawn before."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

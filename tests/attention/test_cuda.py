@@ -1,7 +1,5 @@
 """xformers on a GPU: what the plain reference computes, forwards and backwards. `pytest -m gpu tests/attention`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """transformers' decoders with our executors: rows apart as ever, rows that share a prefix as rows apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Denoisers of every family with our executors: what diffusers' own attention gives, values and gradients."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows that share a prefix: worked out by hand, and for random lengths against the mask's definition."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether xformers can serve, and the sentence that says why not; a small package stands in for every broken one."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable, Iterator

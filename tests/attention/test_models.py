@@ -1,7 +1,5 @@
 """Whole vision-language models: a row that responses share gives the states that its rows have apart."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`train.attention` in whole runs on tiny models: what is said, what is refused, and numbers that stay."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What tests on a GPU hold xformers to, on a CPU: the plain reference passes it, and wrong attention does not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """xformers' own idea of the masks that it is given, and of the kernels that take them; without a GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

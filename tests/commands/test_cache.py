@@ -1,7 +1,5 @@
 """Training from full caches: the same losses, one network in memory, and nothing from another's cache."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Comparison of recipes: one table of several recipes and seeds, resumed where it was stopped."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recipes: every shipped one loads, numbers are numbers, and each slip is answered with one sentence."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

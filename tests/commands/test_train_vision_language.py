@@ -1,7 +1,5 @@
 """A whole run on tiny vision-language models, by the loop, checkpoint, recipe and report of diffusion models."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """POVID's noise against its published schedule, and mDPO's crop against its own definition."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Decoding of good, odd and bad images, and the geometry of crops."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

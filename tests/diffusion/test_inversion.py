@@ -1,7 +1,5 @@
 """Inversion: it ends at t, agrees with diffusers and with the published values, and is Euler's step for a flow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Answers of both models to the same questions, and their cache."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

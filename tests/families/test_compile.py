@@ -1,7 +1,5 @@
 """What `train.compile` compiles computes what it computes otherwise; how fast is in docs/performance.md."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Iterator

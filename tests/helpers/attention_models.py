@@ -5,8 +5,6 @@ and a decoder with heads of 64 whose responses share their prompt; frozen weight
 adapters in float32, moved off zero so that both of their factors have gradients. Anywhere, in any precision.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

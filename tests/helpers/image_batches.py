@@ -1,7 +1,5 @@
 """Batches of image pairs with random latents, for tests of methods."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The loop on a linear network whose updates can be worked out by hand."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace

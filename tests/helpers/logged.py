@@ -1,7 +1,5 @@
 """Recorded log lines."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator

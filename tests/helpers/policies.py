@@ -1,7 +1,5 @@
 """Policies on tiny families, and one step of a method."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

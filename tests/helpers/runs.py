@@ -1,7 +1,5 @@
 """Short trainings on tiny models."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The laws of the three methods, on tiny networks of the real classes and random latents."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The open_clip judge on a tiny random model, against open_clip called by hand; and the guards around any judge."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The judge of noisy images on a tiny random open_clip model: what it begins as, its equations, its files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The judge of transformers' CLIPs on a tiny random one, against the library's own model and processor."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """BDHS: Algorithm 1 on a model that says what it is told to, and on tiny models of the real classes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """True answers made untrue: what comes in is not in the answer, and nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 
 from mmalign.language.objects import coco_vocabulary, singular, vocabulary

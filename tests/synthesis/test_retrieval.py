@@ -1,7 +1,5 @@
 """The most similar images, by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

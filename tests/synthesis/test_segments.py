@@ -1,7 +1,5 @@
 """What an answer says of a picture, found by rule."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

@@ -1,7 +1,5 @@
 """Answers cut open: sentences, pivots, verdicts, masks; all of it by hand."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """How alike texts are: the embedded measure by hand, and what is said where a model is missing."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

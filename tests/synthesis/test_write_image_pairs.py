@@ -1,7 +1,5 @@
 """Which drawn images become pairs, and what is written of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow.parquet as pq

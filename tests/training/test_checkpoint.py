@@ -1,7 +1,5 @@
 """Checkpoints: whole or not at all, the last and the best kept, strangers and damaged ones refused in a sentence."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

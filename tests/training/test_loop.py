@@ -1,7 +1,5 @@
 """The loop's updates, on a linear network: each is worked out by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Where the loop is: epochs and their ends, going on, and data of which nothing counts; on a linear network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

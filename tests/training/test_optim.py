@@ -1,7 +1,5 @@
 """Optimizers by name, the learning rate by hand, and the average of the weights."""
 
-from __future__ import annotations
-
 import builtins
 import math
 from typing import Any

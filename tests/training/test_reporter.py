@@ -1,7 +1,5 @@
 """What a person sees of a run: lines where there is no terminal, one warning, and a verdict that is true."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is put is found, by any process; what a crash, a full disk or another model left is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Whose a cache is: what was made of another model, by other settings or of other data is never taken."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Hashes that tell parts of models apart by what they do, and not by where they came from or who asked last."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

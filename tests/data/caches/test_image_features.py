@@ -1,7 +1,5 @@
 """Features of images that are kept: the same bits through the disk, and a vision tower that is away."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

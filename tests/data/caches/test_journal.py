@@ -1,7 +1,5 @@
 """Work that was stopped: what was written whole is kept, what was cut short is not, and a stranger's is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

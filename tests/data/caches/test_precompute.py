@@ -1,7 +1,5 @@
 """What a method keeps of pairs, seen on InPO's inversions: the same bits, worked out once, unseen by strangers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Rows of true answers alone, and second rejected responses beside the first."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

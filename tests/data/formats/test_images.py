@@ -1,7 +1,5 @@
 """Three layouts of preference pairs, and what is said of files that do not follow them."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

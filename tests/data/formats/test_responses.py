@@ -1,7 +1,5 @@
 """Every layout reads the same pair; what cannot be learned from is dropped by name, what is not a layout is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

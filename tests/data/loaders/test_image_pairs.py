@@ -1,7 +1,5 @@
 """The same batches for any number of workers, from any batch on, decoded or cached, whatever is broken."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches of responses: the same whatever reads them; what is bad keeps its place, weighs nothing, and is named."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Flow-matching families on tiny random models of the real classes, against diffusers' own pipelines."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

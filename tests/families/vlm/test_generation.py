@@ -1,7 +1,5 @@
 """Answers: the model's own forward pass says what they must be, alone and in any company, with images and without."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Vision-language models of every standing type: tokens as the processor's, scores as the model's own."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil

@@ -1,7 +1,5 @@
 """Responses that share a run of their prompt are scored as in rows apart: values, and the gradients of all weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

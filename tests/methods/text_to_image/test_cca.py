@@ -1,7 +1,5 @@
 """CCA on denoising: what each image is contrasted with, by hand and by law. The loss itself is in test_losses.py."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

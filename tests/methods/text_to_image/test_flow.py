@@ -1,7 +1,5 @@
 """Diffusion-DPO and MaPO on velocities: published values, and the constant that MaPO has for them."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

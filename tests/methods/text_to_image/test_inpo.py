@@ -1,7 +1,5 @@
 """InPO on tiny networks of the real classes, as diffusion and as a flow, and on the published values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

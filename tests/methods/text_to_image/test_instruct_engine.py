@@ -1,7 +1,5 @@
 """InstructEngine's grid: each comparison by hand, and what it becomes where images or prompts are the same."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

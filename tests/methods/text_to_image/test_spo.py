@@ -1,7 +1,5 @@
 """SPO on tiny networks of the real classes: its sampler against diffusers, its pairs, and the laws of its loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The training of the step-aware judge, on tiny models of the real classes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

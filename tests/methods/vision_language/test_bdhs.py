@@ -1,7 +1,5 @@
 """BDHS as a method: its two losses, what the policy writes itself, and who may learn by it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

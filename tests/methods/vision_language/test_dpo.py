@@ -1,7 +1,5 @@
 """DPO and RLHF-V on responses: published values, the laws of a pair loss, and what the reference must be."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """mDPO: published values of its three terms, its crop, and what the anchor does."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """POVID: published values, whose noisy tokens are scored, and that only what noise changes counts."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

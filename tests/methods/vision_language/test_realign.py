@@ -1,7 +1,5 @@
 """Re-Align: the published value, and that the second term is about images alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """What holds for every method that compares responses, on tiny models of the real classes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

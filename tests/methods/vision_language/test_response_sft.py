@@ -1,7 +1,5 @@
 """The baseline: the likelihood of the chosen responses, by hand, and nothing of the rejected ones."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Evaluation and gallery of vision-language recipes, on a tiny model and on files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """True answers become files of pairs that the readers read, and a stop in the middle changes nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

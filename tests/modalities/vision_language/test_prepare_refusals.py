@@ -1,7 +1,5 @@
 """What `prepare` of responses cannot use is left out or refused, in a sentence, before anything is made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
