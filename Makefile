@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+READY_DOCS := .venv/.installed-docs
 
 # What is bundled is all that is needed: no GPU, no model hub, one thread for each of the two test workers.
 export CUDA_VISIBLE_DEVICES :=
@@ -10,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart check test lint format clean
+.PHONY: help quickstart check test lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make test         lint, types and every test that needs no GPU"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make format       rewrite the code in the project's format"
+	@echo "make docs         build the documentation in site/; a broken link fails"
 	@echo "make clean        remove .venv and the tools' caches; runs/ stays"
 
 quickstart: $(READY)
@@ -39,8 +41,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
+docs: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist site
 	find mmalign tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is newer than what it was made from, so a changed dependency installs again and nothing else does.
@@ -51,3 +57,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[dev]'
 	@touch $(READY)
+
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --progress-bar off --quiet -c constraints.txt -e '.[docs]'
+	@touch $(READY_DOCS)

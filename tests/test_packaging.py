@@ -61,7 +61,7 @@ def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
 def test_bundled_files_are_found_without_a_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
-    code = "from mmalign import share; print(share.resolve_model('models/tiny_clip'))"
+    code = "from mmalign import resources; print(resources.resolve_model('models/tiny_clip'))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "elsewhere", env=environment
@@ -89,7 +89,8 @@ def pins() -> dict[str, str]:
 def test_every_dependency_is_pinned_inside_its_range() -> None:
     extras = project()["optional-dependencies"]
     assert isinstance(extras, dict)
-    requirements = [Requirement(line) for line in (*project()["dependencies"], *extras["dev"])]  # type: ignore[misc]
+    lines = (*project()["dependencies"], *extras["dev"], *extras["docs"])  # type: ignore[misc]
+    requirements = [Requirement(line) for line in lines]
     for requirement in requirements:
         pinned = pins().get(canonicalize_name(requirement.name))
         assert pinned, f"{requirement.name} is in pyproject.toml and not in constraints.txt: add NAME==VERSION"
@@ -100,7 +101,7 @@ def test_the_constraints_fit_any_platform() -> None:
     assert [name for name in pins() if name.startswith(("nvidia-", "cuda-")) or name == "triton"] == []
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "clean"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "docs", "clean"])
 def test_make_knows_its_targets(target: str) -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
@@ -110,6 +111,7 @@ def test_make_knows_its_targets(target: str) -> None:
         "quickstart": "mmalign quickstart",
         "test": "pytest -n 2",
         "lint": "mypy mmalign",
+        "docs": "mkdocs build --strict",
         "clean": "rm -rf .venv",
     }
     assert wanted[target] in done.stdout
