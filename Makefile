@@ -27,7 +27,7 @@ quickstart: $(READY)
 	$(BIN)/mmalign quickstart
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu" --ignore=tests/benchmarks
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from tests.helpers import STANDING_VLMS, Folders
+from tests.helpers import STANDING_VLMS, Folders, first_fast
 
 if TYPE_CHECKING:
     from mmalign.families.base import TextToImage, VisionLanguage
@@ -121,7 +121,7 @@ def sd(tiny_sd15: Path) -> TextToImage:
     return load_diffusion(tiny_sd15)
 
 
-@pytest.fixture(params=STANDING_VLMS)
+@pytest.fixture(params=first_fast(STANDING_VLMS))
 def vlm(request: pytest.FixtureRequest, vlm_folders: Folders) -> VisionLanguage:
     """Load each of the standing vision-language models anew."""
     from tests.helpers.loading import load_vlm

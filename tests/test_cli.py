@@ -20,7 +20,7 @@ from mmalign import cli
 from mmalign.commands import train
 from mmalign.methods import names
 from mmalign.toy import scenes
-from tests.helpers import data_files, recipes
+from tests.helpers import data_files, first_fast, recipes
 from tests.helpers.loading import load_diffusion
 
 COMMANDS = ("bench", "cache", "quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
@@ -88,7 +88,7 @@ def test_a_wrong_call_is_told_how_it_goes(arguments: list[str], sentence: str) -
     assert code == 2 and sentence in printed
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_train_evaluate_gallery(tune: str, recipe: Path, tmp_path: Path) -> None:
     settings = ("--set", f"model.tune={tune}", "--set", "model.lora={rank: 4, alpha: 32.0}", "--set", "train.lr=1e-2")
     out = tmp_path / "out"
@@ -154,6 +154,7 @@ def test_a_finished_run_writes_a_lost_model_again(recipe: Path, tmp_path: Path) 
     assert weights(tmp_path / "out" / "model") == before
 
 
+@pytest.mark.slow
 def test_the_gallery_is_of_the_model_as_it_is(recipe: Path, tmp_path: Path) -> None:
     """Evaluates by itself, once, and again when the model has been trained on or other things are asked for."""
     samples = tmp_path / "out" / "evaluation" / "samples.json"
@@ -182,6 +183,7 @@ def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> 
     assert code == 1 and "is there already" in printed  # hours of drawing are not written over
 
 
+@pytest.mark.slow
 def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tmp_path: Path) -> None:
     """Of the bundled world, and of a file with couples of prompts."""
     drawn, couples = tmp_path / "drawn.parquet", tmp_path / "couples.txt"
@@ -239,6 +241,7 @@ def test_a_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, ValueError) and not isinstance(result.exception, typer.Exit)
 
 
+@pytest.mark.slow
 def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_path: Path) -> None:
     """From nothing imported: no notices on the way to success, none before a mistake's sentence."""
     # A caption that the text encoder cuts, which diffusers and transformers would each remark on at length.

@@ -101,7 +101,7 @@ def test_the_constraints_fit_any_platform() -> None:
     assert [name for name in pins() if name.startswith(("nvidia-", "cuda-")) or name == "triton"] == []
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "docs", "clean"])
+@pytest.mark.parametrize("target", ["quickstart", "check", "test", "lint", "docs", "clean"])
 def test_make_knows_its_targets(target: str) -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
@@ -109,6 +109,7 @@ def test_make_knows_its_targets(target: str) -> None:
     assert done.returncode == 0, done.stderr
     wanted = {
         "quickstart": "mmalign quickstart",
+        "check": 'pytest -n 2 -m "not slow and not gpu"',
         "test": "pytest -n 2",
         "lint": "mypy mmalign",
         "docs": "mkdocs build --strict",

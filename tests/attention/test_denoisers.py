@@ -13,7 +13,7 @@ from mmalign.attention import BACKENDS, denoisers
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading
-from tests.helpers import Folders, flow_models
+from tests.helpers import Folders, first_fast, flow_models
 from tests.helpers.loading import load_diffusion
 
 UNETS = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
@@ -21,7 +21,7 @@ SIDE = 32  # Sana takes multiples of 32 alone
 SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
 
 
-@pytest.fixture(params=[*UNETS, *flow_models.BUILDERS])
+@pytest.fixture(params=first_fast([*UNETS, *flow_models.BUILDERS]))
 def family(request: pytest.FixtureRequest, flow_folders: Folders) -> TextToImage:
     name = request.param
     result = load_diffusion(request.getfixturevalue(name) if name in UNETS else flow_folders(name))

@@ -11,7 +11,7 @@ from mmalign.families.types import ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import Tokens
-from tests.helpers import Folders
+from tests.helpers import Folders, first_fast
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_models import BUILDERS
 from tests.helpers.vlm_reference import PICTURES
@@ -20,7 +20,7 @@ ASKED = [Turn("user", "<image>\nWhat is in this image?")]
 SAID = [["There is a red cube.", "No, there is no dog.", "Yes."], ["A cat and a car.", "A green ball on the table."]]
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("name", first_fast(sorted(BUILDERS)))
 @pytest.mark.parametrize("executor", ["sdpa", "dense"])
 def test_a_packed_row_is_its_rows_apart(name: str, executor: str, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders(name))

@@ -14,14 +14,14 @@ from mmalign.commands.train import train
 from mmalign.families.types import Loading
 from mmalign.modalities import loading
 from mmalign.training import checkpoint
-from tests.helpers import Folders, data_files, recipes
+from tests.helpers import Folders, data_files, first_fast, recipes
 from tests.helpers.loading import load_diffusion, load_vlm
 from tests.helpers.logged import recorded_lines
 
 STEPS = 2
 
 
-@pytest.fixture(params=["tiny_sd15", "sd3", "llava"])
+@pytest.fixture(params=first_fast(["tiny_sd15", "sd3", "llava"]))
 def content(
     request: pytest.FixtureRequest, flow_folders: Folders, vlm_folders: Folders, tmp_path: Path
 ) -> dict[str, Any]:

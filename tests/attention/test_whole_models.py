@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmalign.attention import BACKENDS
 from mmalign.attention.executors import Mask
-from tests.helpers import attention_models
+from tests.helpers import attention_models, first_fast
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float |
     return BACKENDS["sdpa"](q, k, v, mask, scale=1.1 * right, **more)
 
 
-@pytest.mark.parametrize("dtype", list(attention_models.APART))
+@pytest.mark.parametrize("dtype", first_fast(attention_models.APART))
 @pytest.mark.parametrize("name", attention_models.MODELS)
 def test_a_model_says_and_learns_the_same_by_every_executor(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

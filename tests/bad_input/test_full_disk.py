@@ -5,6 +5,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import data_files
 from tests.helpers.commands import Commands, Content, contains, weights
 
@@ -20,6 +22,7 @@ def full_disk(largest: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content, f"output={tmp_path / 'whole'}", "train.steps=4")
     out = tmp_path / "out"
@@ -68,6 +71,7 @@ def test_a_full_disk_where_tables_are_mapped(mmalign: Commands, content: Content
     contains(message, f"data.path: {pairs} could not be copied to ", "set HF_DATASETS_CACHE to another folder")
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_evaluation_and_gallery_keeps_those_before(
     mmalign: Commands, content: Content, tmp_path: Path
 ) -> None:

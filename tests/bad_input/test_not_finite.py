@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmalign.commands import train
 from mmalign.training import checkpoint, loop
+from tests.helpers import first_fast
 from tests.helpers.commands import UNET, Commands, Content, contains, weights
 
 
@@ -48,7 +49,7 @@ def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("lr", ["1e30", "1e38"])
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", first_fast(["full", "lora"]))
 def test_what_nobody_could_go_on_from_is_not_saved(
     lr: str, tune: str, mmalign: Commands, content: Content, tmp_path: Path
 ) -> None:

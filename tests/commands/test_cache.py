@@ -20,7 +20,7 @@ from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
-from tests.helpers import Folders, data_files
+from tests.helpers import Folders, data_files, first_fast
 from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, responses, trained
 
 CPU = torch.device("cpu")
@@ -82,6 +82,7 @@ def test_at_the_first_update_the_loss_is_exactly_ln_2(
     assert all(value == ln2 or value == ln2 / 2 for value in terms)
 
 
+@pytest.mark.slow
 def test_later_epochs_are_the_same_to_rounding(vlm_folders: Folders, tmp_path: Path) -> None:
     """A pair's score is that of the batch that met it first: the reference itself rounds otherwise in another one."""
     sections: dict[str, Any] = {"train": {"steps": 3 * EPOCH, "save_every": 3 * EPOCH, "lr": 1e-3}}
@@ -94,7 +95,8 @@ def test_later_epochs_are_the_same_to_rounding(vlm_folders: Folders, tmp_path: P
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 @pytest.mark.parametrize("method", ["diffusion_dpo", "instruct_engine"])
 def test_a_bank_of_draws_changes_nothing_until_they_come_again(
     method: str, tune: str, tiny_sd15: Path, tmp_path: Path
@@ -129,6 +131,7 @@ def test_a_pair_that_cannot_be_read_keeps_its_place(vlm_folders: Folders, tmp_pa
     assert_same(weights, reference_scores)
 
 
+@pytest.mark.slow
 def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
     vlm_folders: Folders, tmp_path: Path, asked: list[str]
 ) -> None:
@@ -141,6 +144,7 @@ def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
     assert asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", KEEPING)
 def test_no_reference_is_loaded_or_run_in_a_training_from_kept_scores(
     method: str, vlm_folders: Folders, tmp_path: Path, no_copy: None, asked: list[str]
@@ -155,6 +159,7 @@ def test_no_reference_is_loaded_or_run_in_a_training_from_kept_scores(
     assert asked == []
 
 
+@pytest.mark.slow
 def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
 ) -> None:
@@ -213,6 +218,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stop_loses_what_was_not_written_yet(
     vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +249,7 @@ def test_a_stop_loses_what_was_not_written_yet(
     assert_same(weights, reference_scores)
 
 
+@pytest.mark.slow
 def test_going_on_with_more_updates_scores_the_new_pairs_as_one_run_would(vlm_folders: Folders, tmp_path: Path) -> None:
     """By the model as it was loaded, not by the weights that it has learned since."""
     content = responses(vlm_folders("llava"), tmp_path, "parts", model={"tune": "full"})

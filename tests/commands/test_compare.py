@@ -90,6 +90,7 @@ def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path:
             assert result["low"] <= result["estimate"] <= result["high"]
 
 
+@pytest.mark.slow
 def test_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
     compare(sources, seeds=1, output=tmp_path / "compared")
     text = (tmp_path / "compared" / "comparison.md").read_text()
@@ -113,6 +114,7 @@ def test_table_is_markdown(sources: list[str], tmp_path: Path) -> None:
         assert bool(bold) == (float(low) > 0 or float(high) < 0) or 0 in (float(low), float(high))
 
 
+@pytest.mark.slow
 def test_stopped_comparison_resumes(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     """Stopped in the second run's evaluation; the same command; and then one more recipe, and one more seed."""
     out = tmp_path / "compared"
@@ -141,6 +143,7 @@ def test_stopped_comparison_resumes(sources: list[str], tmp_path: Path, calls: l
     assert {call.split()[2] for call in calls} == {"seed-2"}
 
 
+@pytest.mark.slow
 def test_runs_are_evaluated_at_equal_numbers_of_pairs(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     """After 2, 4 (the recipes' end) and 6 pairs; each length goes on from the one before."""
     out, long = tmp_path / "compared", tmp_path / "long"
@@ -185,6 +188,7 @@ def test_refuses_a_number_of_pairs_that_no_run_ends_at(
     assert not calls
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_evaluation(tiny_sd15: Path, tmp_path: Path) -> None:
     """The curve's points are the rows' numbers, and the pictures are those of the evaluation."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
@@ -222,12 +226,14 @@ def test_short_names_drop_common_words(names: list[str], short: list[str]) -> No
     assert short_names(names) == dict(zip(names, short, strict=True))
 
 
+@pytest.mark.slow
 def test_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
     """One file of answers for the base model and one for each of four runs."""
     compare(sources, seeds=2, output=tmp_path / "compared")
     assert len(list((tmp_path / "compared" / "answers").iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     evaluate = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
@@ -239,6 +245,7 @@ def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Pa
         assert row.as_dict()["measures"]["prompts drawn right"]["estimate"] == result[side]["estimate"]
 
 
+@pytest.mark.slow
 def test_runs_share_a_folder_of_different_caches(tiny_sd15: Path, tmp_path: Path) -> None:
     """Seeds that keep draws of their own, and recipes of other sizes."""
     method = {"name": "inpo", "inverter": "reference", "num_cached_draws": 1, "steps": 2}
@@ -255,6 +262,7 @@ def test_runs_share_a_folder_of_different_caches(tiny_sd15: Path, tmp_path: Path
     assert number == {"kept": 6, "latents": 2}
 
 
+@pytest.mark.slow
 def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path: Path) -> None:
     """In bfloat16 the tower of one is in half precision, and that of the other is not."""
     half = {**content, "train": {**content["train"], "precision": "bfloat16"}}
@@ -289,6 +297,7 @@ def test_refuses_two_recipes_of_one_name(content: Content, sources: list[str], t
         compare([sources[0], recipe(tmp_path / "more", "dpo", content)], seeds=1, output=tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_runs_of_another_recipe_are_not_taken_for_this_ones(sources: list[str], tmp_path: Path) -> None:
     compare(sources[:1], seeds=1, output=tmp_path / "compared")
     with pytest.raises(
@@ -297,6 +306,7 @@ def test_runs_of_another_recipe_are_not_taken_for_this_ones(sources: list[str], 
         compare(sources[:1], seeds=1, output=tmp_path / "compared", overrides=["train.lr=0.2"])
 
 
+@pytest.mark.slow
 def test_compare_command(sources: list[str], tmp_path: Path) -> None:
     arguments = ["compare", *sources, "--seeds", "1", "--output", str(tmp_path / "c"), "--set", "train.steps=1"]
     result = CliRunner().invoke(cli.app, arguments)

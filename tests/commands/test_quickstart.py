@@ -115,6 +115,7 @@ def assert_page(output: Path) -> None:
     assert not re.search(r"@import|\b(fetch|XMLHttpRequest|WebSocket|importScripts)\b", page)
 
 
+@pytest.mark.slow
 def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second command draws no pair and does no update again: it measures, and shows."""
     stopped(tmp_path, monkeypatch, draw=True)
@@ -135,6 +136,7 @@ def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, m
     assert_complete(tmp_path, seed=0)
 
 
+@pytest.mark.slow
 def test_shipped_pairs_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "a folder, [new]: yes"  # no name that YAML or a console reads as more than a name
     lines = run(output, monkeypatch, draw=False, seed=7)
@@ -166,6 +168,7 @@ def tiny_answers(vlm_folders: Folders, tmp_path: Path) -> list[str]:
     return [*ANSWERED, f"model.path={vlm_folders('llava')}", f"prepare.source={json.dumps(source)}"]
 
 
+@pytest.mark.slow
 def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs, alignment, measurement and page; the second command makes no pair and asks nothing again."""
     output = tmp_path / "out"

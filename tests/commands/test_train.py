@@ -16,7 +16,7 @@ from mmalign.commands.train import train
 from mmalign.resources import roots
 from mmalign.rewards import load_reward_model
 from mmalign.training import checkpoint
-from tests.helpers import Folders, data_files, recipes
+from tests.helpers import Folders, data_files, first_fast, recipes
 from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 RECIPES = sorted((roots()[1] / "configs").rglob("*.yaml"))
@@ -45,8 +45,10 @@ def saved(output: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("method", ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"])
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize(
+    "method", first_fast(["diffusion_dpo", "cca", "inpo", "instruct_engine", "mapo", "sft", "spo"])
+)
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     method: str, tune: str, tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -86,7 +88,7 @@ def step_preference(denoiser: Path, judge: Path, pairs: Path, output: Path, **tr
     return {**content, "model": {"path": str(judge), "denoiser": str(denoiser)}}
 
 
-@pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl"])
+@pytest.mark.parametrize("model", first_fast(["tiny_sd15", "tiny_sdxl"]))
 def test_a_judge_is_trained_by_the_same_loop_and_judges(
     model: str, tiny_clip: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -109,6 +111,7 @@ def test_a_judge_is_trained_by_the_same_loop_and_judges(
     assert scores[0] != scores[1]
 
 
+@pytest.mark.slow
 def test_a_judge_learns_to_tell_the_pairs_apart(tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path) -> None:
     """White upper halves are preferred, and survive noise; the random judge begins near ln 2."""
     options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
@@ -144,6 +147,7 @@ def steps_of_spo(tiny_sd15: Path, tiny_step_judge: Path, pairs: Path, tmp_path: 
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_inside_a_batch_is_done(
     steps_of_spo: dict[str, Any], tmp_path: Path, log_lines: list[str]
 ) -> None:
@@ -159,7 +163,7 @@ def test_a_run_that_ends_inside_a_batch_is_done(
     assert_same(before, load_file(model))
 
 
-@pytest.mark.parametrize(("first", "then"), [(3, 4), (3, 6), (6, 7), (6, 9), (8, 9)])
+@pytest.mark.parametrize(("first", "then"), first_fast([(3, 4), (3, 6), (6, 7), (6, 9), (8, 9)]))
 def test_a_run_that_ended_inside_a_batch_made_longer_equals_never_ending(
     first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path, log_lines: list[str]
 ) -> None:
@@ -182,6 +186,7 @@ def test_weights_that_an_update_inside_a_batch_breaks_are_not_left(
     assert saved(tmp_path / "out") == [] and not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.slow
 def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight updates are two batches, each of which is saved after."""
     from mmalign.methods.text_to_image import spo
@@ -233,7 +238,7 @@ def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
         train(load_recipe(content))
 
 
-@pytest.mark.parametrize("method", ["diffusion_dpo", "instruct_engine"])
+@pytest.mark.parametrize("method", first_fast(["diffusion_dpo", "instruct_engine"]))
 def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
     method: str, tiny_sdxl: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -247,6 +252,7 @@ def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
     )
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -265,7 +271,7 @@ def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pai
             assert len(loaded) == len(weights)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", first_fast(RECIPES), ids=lambda p: p.stem)
 def test_every_shipped_recipe_takes_two_steps(
     path: Path,
     tiny_sd15: Path,
@@ -323,6 +329,7 @@ def test_every_shipped_recipe_takes_two_steps(
     assert all(torch.isfinite(torch.tensor(list(h.values()))).all() for h in trained.history)
 
 
+@pytest.mark.slow
 def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=12)
     content = recipes.diffusion(
@@ -339,6 +346,7 @@ def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Pa
     assert left[-1] == "checkpoint-00000006" and len(left) <= 2
 
 
+@pytest.mark.slow
 def test_the_first_update_starts_at_ln_2_and_training_learns_the_pairs(
     tiny_sd15: Path, pairs: Path, tmp_path: Path
 ) -> None:

@@ -12,13 +12,13 @@ from mmalign.commands.train import train
 from mmalign.families.loading import load_family
 from mmalign.families.types import Sampling
 from mmalign.modalities import loading
-from tests.helpers import Folders, data_files, flow_models, recipes
+from tests.helpers import Folders, data_files, first_fast, flow_models, recipes
 from tests.helpers.loading import CPU, load_diffusion
 from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 
-@pytest.mark.parametrize("name", list(flow_models.BUILDERS))
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("name", first_fast(flow_models.BUILDERS))
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     tune: str, name: str, flow_folders: Folders, tmp_path: Path
 ) -> None:
@@ -37,7 +37,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert before is not None and before[0].tobytes() != after[0].tobytes()
 
 
-@pytest.mark.parametrize("name", ["flux2", "qwen_image"])
+@pytest.mark.parametrize("name", first_fast(["flux2", "qwen_image"], 0))
 def test_the_numbers_are_the_same_without_a_cache(name: str, flow_folders: Folders, tmp_path: Path) -> None:
     """Standardised latents, padded text and its mask: read from a cache or encoded in every batch."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
@@ -57,7 +57,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", list(flow_models.BUILDERS))
+@pytest.mark.parametrize("name", first_fast(flow_models.BUILDERS))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_every_family(
     method: str, name: str, flow_folders: Folders, tiny_step_judge: Path, tmp_path: Path

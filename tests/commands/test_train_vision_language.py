@@ -18,7 +18,7 @@ from mmalign.commands.train import train
 from mmalign.modalities import loading
 from mmalign.policy import AdaptersOff, FrozenCopy
 from mmalign.training import checkpoint
-from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers import STANDING_VLMS, Folders, data_files, first_fast, recipes
 from tests.helpers.loading import load_vlm
 from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
@@ -34,8 +34,8 @@ def retrieved(tmp_path: Path) -> Path:
     return data_files.response_pairs(tmp_path / "rows", layout="realign")
 
 
-@pytest.mark.parametrize("method", ["dpo", "rlhfv"])
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("method", first_fast(["dpo", "rlhfv"]))
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     method: str, tune: str, vlm_folders: Folders, rows: Path, tmp_path: Path
 ) -> None:
@@ -55,7 +55,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert_resumes(content)
 
 
-@pytest.mark.parametrize("method", ["mdpo", "povid", "realign", "response_sft"])
+@pytest.mark.parametrize("method", first_fast(["mdpo", "povid", "realign", "response_sft"]))
 def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
     method: str, vlm_folders: Folders, retrieved: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +70,7 @@ def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
     assert_same(whole, train_weights(stopped))
 
 
-@pytest.mark.parametrize(("method", "start"), [("mdpo", 3), ("povid", 1), ("realign", 2)])
+@pytest.mark.parametrize(("method", "start"), first_fast([("mdpo", 3), ("povid", 1), ("realign", 2)]))
 def test_methods_of_several_terms_learn_their_pairs(
     method: str, start: int, vlm_folders: Folders, retrieved: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +102,7 @@ def test_the_baseline_needs_no_reference_and_says_what_it_did(vlm_folders: Folde
     assert trained.verdict.startswith(f"loss {trained.history[0]['loss']:.4g} at the start")
 
 
+@pytest.mark.slow
 def test_nll_keeps_the_chosen_responses_likely(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     """The same pairs and updates, with and without: with it the chosen responses end likelier."""
     options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
@@ -113,7 +114,7 @@ def test_nll_keeps_the_chosen_responses_likely(vlm_folders: Folders, rows: Path,
     assert ends[1] > ends[0] + 1
 
 
-@pytest.mark.parametrize("name", STANDING_VLMS)
+@pytest.mark.parametrize("name", first_fast(STANDING_VLMS))
 def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
     name: str, vlm_folders: Folders, rows: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
     assert "responses" in trained.verdict or "sides" in trained.verdict
 
 
+@pytest.mark.slow
 def test_workers_and_recomputed_activations_change_no_number(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "here", train={"steps": 2})
     here = train_weights(content)
@@ -134,6 +136,7 @@ def test_workers_and_recomputed_activations_change_no_number(vlm_folders: Folder
         torch.testing.assert_close(again[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_trained_model_is_one_that_peft_loads_over_its_base(
     vlm_folders: Folders, rows: Path, tmp_path: Path
 ) -> None:
@@ -149,7 +152,7 @@ def test_the_trained_model_is_one_that_peft_loads_over_its_base(
     assert sorted(float(p.sum()) for p in loaded.values()) == sorted(float(p.sum()) for p in policy_scores.values())
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("llava"))
     before = {name: p.detach().clone() for name, p in family.network.named_parameters()}
@@ -164,6 +167,7 @@ def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_fo
         assert all(torch.equal(theirs[name], p) for name, p in before.items())
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_found_again_beside_its_base(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     for tune in ("lora", "full"):
         output = tmp_path / tune

@@ -13,7 +13,7 @@ from torch import nn
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.families import compile, step_judge
-from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers import STANDING_VLMS, Folders, data_files, first_fast, recipes
 from tests.helpers.loading import CPU, load_diffusion, load_vlm
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -35,7 +35,7 @@ def learned(recipe: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", first_fast(["full", "lora"], 0))
 def test_a_denoiser_learns_the_same(tune: str, tiny_sd15: Path, tmp_path: Path) -> None:
     """With a frozen copy and with adapters off; activations are computed again, too."""
     pairs, losses = data_files.pick_a_pic(tmp_path / "pairs.parquet"), {}
@@ -52,6 +52,7 @@ def test_a_denoiser_learns_the_same(tune: str, tiny_sd15: Path, tmp_path: Path) 
     assert losses[True][2] != losses[True][0]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_decoder_learns_the_same_and_is_not_compiled_for_every_length(vlm_folders: Folders, tmp_path: Path) -> None:
     pairs, losses = data_files.response_pairs(tmp_path / "rows", number=12), {}

@@ -10,6 +10,7 @@ import torch
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family, load_vision_language
 from mmalign.families.types import Loading
+from tests.helpers import first_fast
 
 CPU = Loading(torch.device("cpu"))
 
@@ -22,10 +23,10 @@ def load_vlm(folder: Path | str) -> Any:
     return load_vision_language(str(folder), CPU)
 
 
-def diffusion_families(*names: str) -> Callable[..., TextToImage]:
+def diffusion_families(*names: str, fast: int = 1) -> Callable[..., TextToImage]:
     """Return a fixture that loads each of these tiny models anew, named by their fixtures."""
 
-    @pytest.fixture(params=names)
+    @pytest.fixture(params=first_fast(names, fast))
     def family(request: pytest.FixtureRequest) -> TextToImage:
         return load_diffusion(request.getfixturevalue(request.param))
 

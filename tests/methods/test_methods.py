@@ -26,10 +26,10 @@ from tests.helpers.image_batches import ROWS, pairs, swapped
 from tests.helpers.loading import diffusion_families, load_diffusion
 from tests.helpers.policies import DRAWS, POLICIES, full, gradient, run
 
-ALL = ["tiny_sd15", "tiny_sd2", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen_image"]
+ALL = ["tiny_sd15", "tiny_sd3", "tiny_sd2", "tiny_sdxl", "tiny_flux", "tiny_qwen_image"]
 
 
-family = diffusion_families(*ALL)
+family = diffusion_families(*ALL, fast=2)
 
 
 def check_start(policy: Policy, name: str, config: dict[str, Any], expected: float) -> None:

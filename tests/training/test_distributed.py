@@ -23,6 +23,8 @@ from mmalign.commands.train import train
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.logged import recorded_lines
 
+pytestmark = pytest.mark.slow
+
 Content = dict[str, Any]
 STEPS = 3
 UNSURE = 0.01  # a threshold at which the tiny judge is sure of some comparisons, and of others not

@@ -11,20 +11,22 @@ import pytest
 from mmalign.commands import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.modalities import loading
-from tests.helpers import Folders, data_files
+from tests.helpers import Folders, data_files, first_fast
 from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, responses, trained
 
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "train.seed=1",
-        "train.batch_size=1",
-        "train.precision=bfloat16",
-        "train.compile=true",
-        "method.loss=ipo",
-        "data.limit=6",
-    ],
+    first_fast(
+        [
+            "train.seed=1",
+            "train.batch_size=1",
+            "train.precision=bfloat16",
+            "train.compile=true",
+            "method.loss=ipo",
+            "data.limit=6",
+        ]
+    ),
 )
 def test_scores_of_other_settings_are_not_taken(
     override: str, vlm_folders: Folders, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
@@ -111,16 +113,18 @@ def edit(file: Path, **changed: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "kinds"),
-    [
-        (other_template, ["reference"]),
-        (other_tokenizer, ["features", "reference"]),
-        (other_pixels, ["features", "reference"]),
-        (other_layer, ["features", "reference"]),
-        (other_rope, ["features", "reference"]),
-        (other_weight, ["reference"]),
-        (other_projector, ["features", "reference"]),
-        (other_tower, ["features", "reference"]),
-    ],
+    first_fast(
+        [
+            (other_template, ["reference"]),
+            (other_tokenizer, ["features", "reference"]),
+            (other_pixels, ["features", "reference"]),
+            (other_layer, ["features", "reference"]),
+            (other_rope, ["features", "reference"]),
+            (other_weight, ["reference"]),
+            (other_projector, ["features", "reference"]),
+            (other_tower, ["features", "reference"]),
+        ]
+    ),
 )
 def test_scores_of_a_model_that_was_changed_are_not_taken(
     change: Callable[[Path], None], kinds: list[str], vlm_folders: Folders, tmp_path: Path, asked: list[str]
@@ -141,6 +145,7 @@ def test_scores_of_a_model_that_was_changed_are_not_taken(
     assert [kind for kind, number in folders.items() if number == 2] == kinds
 
 
+@pytest.mark.slow
 def test_errors_of_another_schedule_are_not_taken(tiny_sd15: Path, tmp_path: Path, asked: list[str]) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_sd15, model)
@@ -153,6 +158,7 @@ def test_errors_of_another_schedule_are_not_taken(tiny_sd15: Path, tmp_path: Pat
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_errors_of_another_empty_prompt_are_not_taken(tiny_sdxl: Path, tmp_path: Path, asked: list[str]) -> None:
     """SDXL's pipeline says whether a prompt that is left out is zeros or the words ""."""
     model = tmp_path / "model"

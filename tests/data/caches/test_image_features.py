@@ -22,13 +22,13 @@ from mmalign.families.vlm.image_features import frozen_parts, pack_features, unp
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.language.chat import Turn
 from mmalign.methods.vision_language import povid
-from tests.helpers import STANDING_VLMS, Folders, data_files, vlm_models, vlm_reference
+from tests.helpers import STANDING_VLMS, Folders, data_files, first_fast, vlm_models, vlm_reference
 from tests.helpers.runs import EPOCH, assert_same, numbers, responses, trained
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", STANDING_VLMS)
+@pytest.mark.parametrize("name", first_fast(STANDING_VLMS))
 def test_the_tower_is_put_away_and_not_missed(
     name: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_tower_stays_for_pictures_that_no_file_has(
     assert not povid.needs_vision_tower(povid.Config(num_cached_draws=1))
 
 
-@pytest.mark.parametrize("name", [*vlm_models.BUILDERS, *vlm_models.NEWER])
+@pytest.mark.parametrize("name", first_fast([*vlm_models.BUILDERS, *vlm_models.NEWER], 2))
 def test_kept_features_are_the_features(name: str, vlm_folders: Folders, tmp_path: Path) -> None:
     """Through the disk, for every type: a decoder gives the same bits."""
     family: Any = load_vision_language(str(vlm_folders(name)), Loading(CPU))
@@ -145,7 +145,7 @@ def test_what_goes_to_other_devices_item_by_item_is_whole(vlm_folders: Folders) 
 ONLINE = {"name": "bdhs", "mode": "online", "online": {"similarity": "trigrams", "tries": 1, "max_new_tokens": 2}}
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 @pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "num_cached_draws": 1}, ONLINE])
 def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
     method: dict[str, Any], tune: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

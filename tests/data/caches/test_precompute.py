@@ -19,7 +19,7 @@ from mmalign.methods import precompute_per_pair
 from mmalign.methods.text_to_image import inpo
 from mmalign.rng import KeyedRNG
 from mmalign.training.loop import make_contrasts
-from tests.helpers import data_files, recipes
+from tests.helpers import data_files, first_fast, recipes
 from tests.helpers.image_batches import ROWS, pairs
 from tests.helpers.loading import load_diffusion
 from tests.helpers.policies import full
@@ -51,7 +51,7 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
     tune: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
@@ -72,6 +72,7 @@ def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
     assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (cached, other)))
 
 
+@pytest.mark.slow
 def test_what_was_written_before_a_stop_is_not_worked_out_again(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worked_out: list[tuple[int, int]]
 ) -> None:
@@ -123,7 +124,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("other", [*OTHERS, "weights", "schedule", "prediction", "tokenizer"])
+@pytest.mark.parametrize("other", first_fast([*OTHERS, "weights", "schedule", "prediction", "tokenizer"]))
 def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
     other: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
@@ -162,6 +163,7 @@ def changed(what: str, model: Path, folder: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_text()) | new))
 
 
+@pytest.mark.slow
 def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path, tmp_path: Path) -> None:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", bad={3: b"no image"})
     cached = train_weights(recipe(tiny_sd15, tmp_path, "cached"))

@@ -27,6 +27,7 @@ def recipe(denoiser: Path, judge: Path, tmp_path: Path, **evaluate: Any) -> Any:
     return load_recipe({**content, "model": model, "evaluate": {"benchmark": "steps", **evaluate}})
 
 
+@pytest.mark.slow
 def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """White halves are told apart in little noise by the trained judge; at T - 1 hardly anything is left to see."""
     result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1, 999])

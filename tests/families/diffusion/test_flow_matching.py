@@ -19,7 +19,7 @@ from mmalign.families.diffusion import flow_matching
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading, Sampling
 from mmalign.policy import adapters_off
-from tests.helpers import Folders, flow_models
+from tests.helpers import Folders, first_fast, flow_models
 from tests.helpers.loading import CPU, load_diffusion
 
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
@@ -51,7 +51,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 MASKED = ["z_image", "qwen_image", "sana"]
 
 
-@pytest.fixture(params=list(flow_models.BUILDERS))
+@pytest.fixture(params=first_fast(flow_models.BUILDERS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -8,12 +8,13 @@ import torch
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family, pipeline_class
 from mmalign.families.types import Loading, Sampling
+from tests.helpers import first_fast
 from tests.helpers.loading import load_diffusion
 
 SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16], [32, 16, 8, 0, 16, 16]])
 
 
-@pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl"])
+@pytest.fixture(params=first_fast(["tiny_sd15", "tiny_sd2", "tiny_sdxl"], 2))
 def path(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 

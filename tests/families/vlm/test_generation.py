@@ -20,7 +20,7 @@ from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy
 from mmalign.rng import KeyedRNG
-from tests.helpers import Folders, vlm_models, vlm_reference
+from tests.helpers import Folders, first_fast, vlm_models, vlm_reference
 from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
@@ -68,7 +68,7 @@ def family_of(vlm_folders: Folders) -> Callable[[str], Any]:
     return functools.cache(lambda name: load_vlm(vlm_folders(name)))
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture(params=first_fast(EVERY, 2))
 def family(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> Any:
     return family_of(request.param)
 
@@ -137,7 +137,7 @@ def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding
     assert all(results) and (results[0] != results[1] or decoding == GREEDY)
 
 
-@pytest.mark.parametrize("name", list(vlm_models.BUILDERS))
+@pytest.mark.parametrize("name", first_fast(vlm_models.BUILDERS, 2))
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_is_the_same_alone_and_in_any_company(
     name: str, decoding: Decoding, family_of: Callable[[str], Any]
@@ -265,7 +265,7 @@ def logits_of(family: Any, asked: Asked, hidden: Tensor | None) -> tuple[str, Te
     return answer, torch.stack(steps)
 
 
-@pytest.fixture(params=[name for name in EVERY if name != "qwen3_5"])
+@pytest.fixture(params=first_fast([name for name in EVERY if name != "qwen3_5"], 2))
 def hiding(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> Any:
     """A model whose decoder attends to all it knows of an image."""
     return family_of(request.param)

@@ -19,7 +19,7 @@ from mmalign.families.vlm.model import _check_type
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy, adapters_off
-from tests.helpers import Folders, vlm_models, vlm_reference
+from tests.helpers import Folders, first_fast, vlm_models, vlm_reference
 from tests.helpers.loading import CPU, load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
@@ -46,7 +46,7 @@ def logps(family: VisionLanguage, some: Sequence[TokenizedResponse], net: Any = 
     return family.token_logps(net or family.network, tokens, family.encode_images(views))
 
 
-@pytest.mark.parametrize(("name", "images"), TRIED)
+@pytest.mark.parametrize(("name", "images"), first_fast(TRIED, 4))
 def test_a_prompt_s_tokens_are_the_processor_s_own(name: str, images: tuple[str, ...], vlm_folders: Folders) -> None:
     """Also of several images, although each is processed alone."""
     family: Any = load_vlm(vlm_folders(name))
@@ -125,7 +125,7 @@ def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
     return logits.log_softmax(-1)[at - 1, torch.tensor(row.response)]
 
 
-@pytest.mark.parametrize(("name", "images"), TRIED)
+@pytest.mark.parametrize(("name", "images"), first_fast(TRIED, 4))
 def test_scores_are_those_of_the_model_s_own_forward_pass(
     name: str, images: tuple[str, ...], vlm_folders: Folders
 ) -> None:

@@ -22,7 +22,7 @@ from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.losses.pairwise import Pair, dpo
 from mmalign.modalities.loading import load_model
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers import STANDING_VLMS, Folders, data_files, first_fast, recipes
 from tests.helpers.loading import CPU, load_vlm
 from tests.helpers.logged import recorded_lines
 from tests.helpers.vlm_models import BUILDERS
@@ -83,7 +83,7 @@ def given(family: Any) -> Iterator[list[dict[str, Any]]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", first_fast(PACKED, 2))
 def test_packed_is_apart(name: str, vlm_folders: Folders) -> None:
     """float32, in another order of sums: 5e-6 of log-probabilities of about 6, 1e-5 of gradients of up to about 10."""
     family: Any = load_vlm(vlm_folders(name))
@@ -102,7 +102,7 @@ def test_packed_is_apart(name: str, vlm_folders: Folders) -> None:
         torch.testing.assert_close(policy_scores[weight], grad, rtol=1e-4, atol=1e-5, msg=weight)
 
 
-@pytest.mark.parametrize("name", STANDING_VLMS)
+@pytest.mark.parametrize("name", first_fast(STANDING_VLMS))
 def test_a_plain_causal_mask_would_not_do(name: str, vlm_folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same row, with each token seeing all before it: the first response is right, if its prompt is, and no other.
 
@@ -124,7 +124,7 @@ def test_a_plain_causal_mask_would_not_do(name: str, vlm_folders: Folders, monke
     assert (off[0] < 1e-5) == (name != "paligemma")
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", first_fast(PACKED, 2))
 def test_every_token_has_the_position_that_it_has_apart(name: str, vlm_folders: Folders) -> None:
     """In rows and columns too, and from 1 on where a model counts so, which its scores would not show."""
     family: Any = load_vlm(vlm_folders(name))

@@ -19,6 +19,7 @@ from mmalign.families.types import Conditioning, Loading, Moments
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo, inpo
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
+from tests.helpers import first_fast
 from tests.helpers.golden import golden
 from tests.helpers.image_batches import ROWS, pairs
 from tests.helpers.loading import load_diffusion
@@ -27,7 +28,7 @@ from tests.helpers.policies import DRAWS, adapted, full, gradient, run
 GOLDEN = golden("inpo")["cases"]
 
 
-@pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl", "flow"])
+@pytest.fixture(params=first_fast(["tiny_sd15", "flow", "tiny_sd2", "tiny_sdxl"], 2))
 def family(request: pytest.FixtureRequest) -> TextToImage:
     """Epsilon, velocity, a text that is pooled too; and the first one asked as if it had learned a flow."""
     name = "tiny_sd15" if request.param == "flow" else request.param

@@ -18,6 +18,7 @@ from mmalign.methods.text_to_image import step_preference
 from mmalign.policy import Policy
 from mmalign.rewards import load_reward_model
 from mmalign.rng import KeyedRNG
+from tests.helpers import first_fast
 from tests.helpers.loading import CPU, load_diffusion
 
 DRAWS = KeyedRNG(seed=5, epoch=2)
@@ -25,7 +26,7 @@ ROWS = [11, 2**62 + 3, 7]
 PROMPTS = ["a red fox", "a hen", "two owls"]
 
 
-@pytest.fixture(params=["tiny_sd15", "tiny_sd2", "tiny_sdxl"])
+@pytest.fixture(params=first_fast(["tiny_sd15", "tiny_sd2", "tiny_sdxl"]))
 def family(request: pytest.FixtureRequest, tiny_clip: Path) -> StepJudge:
     denoiser = load_diffusion(request.getfixturevalue(request.param))
     return step_judge.load(str(tiny_clip), denoiser, CPU)
