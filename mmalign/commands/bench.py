@@ -1,19 +1,9 @@
 """The cost of a recipe's training step, and of changed recipes beside it: `mmalign bench`.
 
-A run is put together as `mmalign train` does it, and `loop.train` makes every update. A meter on the calls of the loop
-measures the parts:
-
-    data        the next batch: reading (and decoding), and encoding without a cache
-    noise       `method.contrasts` but for the reference: random numbers and noising
-    reference   `policy.on_reference`
-    policy      `method.loss`: the policy's forward pass and the loss
-    backward    `accelerator.backward`
-    optimizer   from there to the end of the update: scaling, clipping, the optimizer, clearing the gradients
-    rest        the loop itself
-
-Caches are filled before the first update. Peak memory is that of tensors. On CUDA it is the maximum that torch's
-allocator gave out. On a CPU it is the sum of all storages alive that the step has touched, with weights and optimizer
-state. That is the same on every machine, but without the kernels' buffers, and without Python and its libraries.
+Pairs per second come from updates without a meter. Peak memory is that of tensors. On CUDA it is the maximum that
+torch's allocator gave out. On a CPU it is the sum of all storages alive that the step has touched, with weights and
+optimizer state. That is the same on every machine, but without the kernels' buffers, and without Python and its
+libraries.
 """
 
 from __future__ import annotations
@@ -23,10 +13,9 @@ import gc
 import json as json_format
 import logging
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,55 +24,23 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from mmalign import methods
-from mmalign.commands import cache, preflight, train
-from mmalign.commands._bench_meters import PARTS, LiveBytes, Meter, Metered, Operations, machine, now, peak_rate
+from mmalign.commands import preflight
+from mmalign.commands._bench_meters import PARTS, Meter, machine, now, peak_rate
+from mmalign.commands._bench_run import Run, build, count_operations, peak_bytes, weights
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import open_accelerator
 from mmalign.config import Recipe
-from mmalign.console import muted
-from mmalign.data.data_module import DataModule
-from mmalign.families.step_judge import StepJudge
 from mmalign.modalities import loading
-from mmalign.modalities.data import open_data
-from mmalign.policy import FrozenCopy, Policy
-from mmalign.training import loop
-from mmalign.training import run as training_run
 
 logger = logging.getLogger(__name__)
 
 Numbers = dict[str, float | list[float] | None]  # quantity -> a number, or one of each repeat
-Build = Callable[[Path, int], "Run"]  # (folder for caches, updates at most) -> a run
+Build = Callable[[Path, int], Run]  # (folder for caches, updates at most) -> a run
 
 MMALIGN = "mmalign"  # the name of the unchanged recipe's run
-DISTINCT_UPDATES = 4  # updates whose pairs are read; after them the pairs come again
 WARM_UP = 2  # updates, after which optimizer state and the kernels' plans exist
 MAX_UPDATES = 10  # of one measurement on a GPU
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe in memory, somewhere in its training.
-
-    `updates` makes some updates and returns their number: the training loop, or another program in its place.
-    """
-
-    recipe: Recipe
-    method: Any
-    policy: Policy
-    data_module: DataModule
-    train_state: loop.TrainState
-    updates: Callable[[Run, int, Meter | None], int]
-    progress: loop.Progress = field(default_factory=loop.Progress)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the run."""
-        device: torch.device = self.train_state.accelerator.device
-        return device
 
 
 @dataclass
@@ -180,127 +137,6 @@ def shared_folder(accelerator: Any) -> Iterator[Path]:
         accelerator.wait_for_everyone()
 
 
-def build(
-    recipe: Recipe,
-    accelerator: Any,
-    folder: Path,
-    updates: int,
-    *,
-    fill: Callable[..., DataModule] = cache.build_filled_data_module,
-) -> Run:
-    """Build a run as `mmalign train` does; nothing is written outside of `folder`.
-
-    Args:
-        recipe: as in its file; only the pairs that some updates need are read.
-        accelerator: of all runs.
-        folder: for the caches.
-        updates: that the run will be asked for, at most.
-        fill: opens the pairs with all caches filled.
-
-    Raises:
-        ValueError: `mmalign train` would refuse the recipe, too, or its pairs fill no batch.
-    """
-    recipe = shorten(recipe, folder, updates, accelerator.num_processes)
-    preflight.check(recipe, training=True)
-    method, reward = methods.find(recipe.method.name), loading.method_reward(recipe)
-    reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
-    with muted():
-        family = loading.load_for_training(recipe, accelerator.device)
-        splits = open_data(recipe.data, recipe.train.seed, method)
-        data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
-    policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
-    policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
-    cache.offload_encoders(data_module, recipe, family)
-    return Run(recipe, method, policy, data_module, train_state, train_updates)
-
-
-def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> Recipe:
-    """Return the recipe for some updates on as many of its pairs as fill whole updates, or at least a whole batch.
-
-    Caches and all else go to the folder.
-
-    Raises:
-        ValueError: the pairs fill no batch: rows of weight 0 would complete it, and be measured as pairs.
-    """
-    options, data = recipe.train, recipe.data
-    batch = options.batch_size * num_processes
-    limit = DISTINCT_UPDATES * batch * options.gradient_accumulation_steps
-    changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": min(limit, data.limit or limit), "num_workers": 0}
-    changes |= {"cache": "auto"} if data.cache != "off" else {}
-    data = data.model_copy(update=changes)
-    pairs, _ = open_data(data, options.seed, methods.find(recipe.method.name))
-    if len(pairs) < batch:
-        raise ValueError(
-            f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "
-            "or with a smaller train.batch_size"
-        )
-    whole = (
-        batch * options.gradient_accumulation_steps
-        if len(pairs) >= batch * options.gradient_accumulation_steps
-        else batch
-    )
-    return recipe.model_copy(
-        update={
-            "train": options.model_copy(update={"steps": updates, "trackers": []}),
-            "data": data.model_copy(update={"limit": len(pairs) - len(pairs) % whole}),
-            "output": str(folder),
-        }
-    )
-
-
-class _EnoughUpdates(Exception):
-    """All requested updates are done, and no contrast is pending."""
-
-
-def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
-    """Let the training loop make some updates, and those that remain of a method's last batch (SPO's).
-
-    Returns:
-        Their number.
-    """
-    first = run.progress.step
-    method, train_state, policy = run.method, run.train_state, run.policy
-    batches: loop.Batches = run.data_module.batches
-
-    def metered_batches(epoch: int, start: int) -> Iterator[Any]:
-        assert meter is not None
-        meter.switch("data")
-        for batch in run.data_module.batches(epoch, start):
-            meter.switch("rest")
-            yield batch
-            meter.switch("data")
-        meter.switch("rest")
-
-    if meter is not None:
-        batches = metered_batches
-        method = Metered(method, meter, {"contrasts": ("noise", "rest"), "loss": ("policy", "rest")})
-        accelerator: Any = Metered(train_state.accelerator, meter, {"backward": ("backward", "optimizer")})
-        train_state = replace(train_state, accelerator=accelerator)
-        # The reference runs inside `contrasts`.
-        policy = Metered(policy, meter, {"on_reference": ("reference", "noise")})  # type: ignore[assignment]
-
-    def after_update(progress: loop.Progress, _: Any) -> None:
-        if meter is not None:
-            meter.switch("rest")
-        if progress.step >= first + updates and not progress.pending:
-            raise _EnoughUpdates
-
-    with contextlib.suppress(_EnoughUpdates):
-        loop.train(
-            method,
-            run.recipe.method,
-            policy,
-            batches,
-            train_state,
-            steps=sys.maxsize,
-            gradient_accumulation_steps=run.recipe.train.gradient_accumulation_steps,
-            seed=run.recipe.train.seed,
-            progress=run.progress,
-            after_update=after_update,
-        )
-    return run.progress.step - first
-
-
 def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict[str, Measured]:
     """Build, warm up, count and time every run.
 
@@ -311,14 +147,15 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
         ValueError: a run cannot be built.
     """
     gc.collect()  # a collection during a measurement would count
-    on_cpu, results = accelerator.device.type == "cpu", dict[str, Measured]()
+    device: torch.device = accelerator.device
+    on_cpu, results = device.type == "cpu", dict[str, Measured]()
     planned = WARM_UP + 3 + 2 * repeats * (1 if on_cpu else MAX_UPDATES)
     with shared_folder(accelerator) as folder:
         for names in [list(builds)] if on_cpu else [[name] for name in builds]:
             runs = dict[str, Run]()
             for name in names:
                 logger.info(name)
-                before = 0 if on_cpu else torch.cuda.memory_allocated(accelerator.device)
+                before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
                 runs[name] = builds[name](folder / f"{len(results)}", planned)
                 results[name] = count(runs[name], before)
             updates = 1 if on_cpu else updates_per_second(runs[names[0]])
@@ -342,44 +179,6 @@ def count(run: Run, before: int) -> Measured:
     options = run.recipe.train
     num_pairs = options.batch_size * options.gradient_accumulation_steps * run.train_state.accelerator.num_processes
     return Measured(num_pairs, operations, repeated, num_bytes, step_bytes)
-
-
-def weights(run: Run) -> list[Tensor]:
-    """Return all parameters and buffers that the run holds, each once."""
-    family, reference = run.policy.family, run.policy.reference
-    nets = [run.policy.unwrapped, *([reference.model] if isinstance(reference, FrozenCopy) else [])]
-    nets += [] if isinstance(family, StepJudge) else [net for _, net in family.encoders()]
-    return list({id(x): x for net in nets for x in (*net.parameters(), *net.buffers())}.values())
-
-
-def peak_bytes(run: Run, before: int) -> int:
-    """Return the maximum bytes of tensors in one update.
-
-    On a CPU compiled blocks run eagerly, since their inside cannot be observed.
-    """
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-        run.updates(run, 1, None)
-        return int(torch.cuda.max_memory_allocated(run.device)) - before
-    memory = LiveBytes()
-    with torch.compiler.set_stance("force_eager"), memory:
-        for tensor in (*weights(run), *tree_leaves(list(run.train_state.optimizer.state.values()))):
-            if isinstance(tensor, Tensor):
-                memory.count(tensor)
-        run.updates(run, 1, None)
-    return memory.peak
-
-
-def count_operations(run: Run) -> tuple[dict[str, int], int]:
-    """Return the operations of one update by part, and those that backward repeats, which are in no part.
-
-    They are of this process. Compiled blocks run eagerly, since compiled products are no operators.
-    """
-    with torch.compiler.set_stance("force_eager"), Operations() as counter:
-        meter = Meter(counter.get_total_flops)
-        updates = run.updates(run, 1, meter)
-        meter.switch("rest")
-    return {part: int(number) // updates for part, number in meter.totals.items()}, counter.repeated // updates
 
 
 def updates_per_second(run: Run) -> int:

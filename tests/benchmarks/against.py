@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmalign.commands import bench
-from mmalign.commands.bench import MMALIGN, Report, Run
+from mmalign.commands import _bench_run, bench
+from mmalign.commands._bench_run import Run
+from mmalign.commands.bench import MMALIGN, Report
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.console import configure_logging
@@ -126,13 +127,13 @@ def measure(
 
     def build(run_name: str, folder: Path, updates: int) -> Run:
         given, known = entries[run_name], facts[run_name]
-        run = given.change(bench.build(given.recipe, accelerator, folder, updates, fill=known.filling))
+        run = given.change(_bench_run.build(given.recipe, accelerator, folder, updates, fill=known.filling))
         run = run if given.peer is None else use_peer(run, given.peer)
         gradient = first_gradient(run, given.peer)
         first_gradients.extend([] if first_gradients else [gradient])
         known.apart = gradient.apart(first_gradients[0])
         moving = 3 * sum(p.nbytes for p in run.policy.trainable())  # gradient and two moments
-        known.state_bytes = moving + sum(x.nbytes for x in bench.weights(run) if x.device.type == run.device.type)
+        known.state_bytes = moving + sum(x.nbytes for x in _bench_run.weights(run) if x.device.type == run.device.type)
         if given.peer is not None and in_float32:
             require_same(run_name, known.apart)
         return run

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.commands.bench import Run, build
+from mmalign.commands._bench_run import Run, build
 from mmalign.config import ImageModel, Recipe
 from mmalign.rng import KeyedRNG
 from mmalign.training import loop

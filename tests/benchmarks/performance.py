@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from mmalign.commands import bench
-from mmalign.commands.bench import MMALIGN, Numbers, Report, Run
+from mmalign.commands._bench_run import Run
+from mmalign.commands.bench import MMALIGN, Numbers, Report
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.console import configure_logging
 from mmalign.methods.text_to_image import spo
@@ -220,19 +221,15 @@ STUDIES = {
     "llava_middle, full": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED, LOOPED), (FULL,), peer="trl"),
     "SPO on tiny_sd": Study(steps, (TWICE,), ("train.batch_size=2",)),
 }
-UNET, DIT, DECODER = (
-    (PYTORCH, UNCACHED, COMPILED, LAST),
-    (PYTORCH, UNCACHED, COMPILED),
-    (PYTORCH, UNCACHED, APART, COMPILED),
-)
+DIT = (PYTORCH, UNCACHED, COMPILED)
 STUDIES_CUDA = {
-    "sd15_lora": Study(partial(case, "sd15_lora"), UNET, peer="diffusers"),
-    "sd15_full": Study(partial(case, "sd15_full"), UNET, peer="diffusers"),
-    "sdxl_lora": Study(partial(case, "sdxl_lora"), UNET, peer="diffusers"),
-    "sdxl_full": Study(partial(case, "sdxl_full"), UNET, peer="diffusers"),
+    **{
+        name: Study(partial(case, name), (*DIT, LAST), peer="diffusers")
+        for name in ("sd15_lora", "sd15_full", "sdxl_lora", "sdxl_full")
+    },
     "sd35m_lora": Study(partial(case, "sd35m_lora"), DIT),
-    "llava15_7b": Study(partial(case, "llava15_7b"), DECODER, peer="trl"),
-    "qwen25vl_7b": Study(partial(case, "qwen25vl_7b"), DECODER, peer="trl"),
+    "llava15_7b": Study(partial(case, "llava15_7b"), (*DIT, APART), peer="trl"),
+    "qwen25vl_7b": Study(partial(case, "qwen25vl_7b"), (*DIT, APART), peer="trl"),
 }
 
 

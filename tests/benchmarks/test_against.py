@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mmalign.commands import bench
-from mmalign.commands.bench import MMALIGN, Report, Run
+from mmalign.commands import _bench_run, bench
+from mmalign.commands._bench_run import Run
+from mmalign.commands.bench import MMALIGN, Report
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import ImageModel, Recipe
 from mmalign.policy import FrozenCopy
@@ -35,7 +36,7 @@ def diffusers_request(model: Path, folder: Path, **sections: Any) -> Request:
 
 def peer_run(request: Request, folder: Path, accelerator: Any, peer: Any = diffusers) -> Run:
     recipe = against.recipes_of(request)["diffusers"]
-    return use_peer(bench.build(recipe, accelerator, folder, 1), peer)
+    return use_peer(_bench_run.build(recipe, accelerator, folder, 1), peer)
 
 
 # ----------------------------------------------------------------------------------------------- the same step is timed
@@ -92,7 +93,7 @@ def test_comparison_is_float32_whatever_is_measured(
         method=RELEASED,
         train={"precision": "bfloat16", "gradient_accumulation_steps": 2, "batch_size": 4},
     )
-    built, autocast, build = list[Recipe](), list[bool](), bench.build
+    built, autocast, build = list[Recipe](), list[bool](), _bench_run.build
 
     def noted(recipe: Recipe, *arguments: Any) -> Run:
         built.append(recipe)
@@ -134,7 +135,7 @@ def swapped(run: Run, batch: Any, *arguments: Any) -> Tensor:
 def test_wrong_step_is_detected(loss: Any, tiny_sd15: Path, tmp_path: Path) -> None:
     request, accelerator = diffusers_request(tiny_sd15, tmp_path, method=RELEASED), Accelerator()
     wrong: Any = SimpleNamespace(prepare=diffusers.prepare, optimizer=diffusers.optimizer, loss=loss)
-    ours = bench.build(against.recipes_of(request)[MMALIGN], accelerator, tmp_path / "ours", 1)
+    ours = _bench_run.build(against.recipes_of(request)[MMALIGN], accelerator, tmp_path / "ours", 1)
     run = peer_run(request, tmp_path / "wrong", accelerator, wrong)
     apart = first_gradient(run, wrong).apart(first_gradient(ours))
     with pytest.raises(ValueError, match="wrong does not compute"):

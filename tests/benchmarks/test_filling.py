@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from mmalign import methods
 from mmalign.commands import cache
-from mmalign.commands.bench import build
+from mmalign.commands._bench_run import build
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.families.diffusion import pipeline
 from tests.benchmarks import filling

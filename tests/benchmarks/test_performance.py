@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from mmalign.commands import bench
-from mmalign.commands.bench import MMALIGN, Report, Run
+from mmalign.commands._bench_run import Run, count_operations
+from mmalign.commands._bench_run import build as build_run
+from mmalign.commands.bench import MMALIGN, Report
 from mmalign.commands.load_recipe import load_recipe
 from tests.benchmarks import cases, performance
 from tests.benchmarks.equality import first_gradient
@@ -54,7 +56,7 @@ def measured(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 def build(content: Any, variant: Variant, folder: Path, updates: int) -> Run:
     recipe = load_recipe(content, variant.overrides)
-    return variant.change(bench.build(recipe, Accelerator(), folder, updates))
+    return variant.change(build_run(recipe, Accelerator(), folder, updates))
 
 
 def test_every_variant_is_measured(measured: Callable[[str], Report]) -> None:
@@ -124,7 +126,7 @@ def test_spo_with_two_forwards_has_twice_the_rows(tiny_sd15: Path, tiny_clip: Pa
     for variant in (PLAIN, TWICE):
         run = build(content, variant, tmp_path / variant.name, 2)
         firsts.append(first_gradient(run))
-        operations.append(bench.count_operations(run)[0]["policy"])
+        operations.append(count_operations(run)[0]["policy"])
         run.train_state.accelerator.free_memory()
     apart = firsts[1].apart(firsts[0])
     assert apart is not None and apart[0] < 1e-6 and apart[1] < 1e-4
@@ -138,7 +140,7 @@ def test_shared_prompts_save_their_operations(vlm_folders: Callable[[str], Path]
     for variant in (PLAIN, APART):
         run = build(content, variant, tmp_path / variant.name, 2)
         rows = next(run.data_module.batches(0)).tokens.rows
-        operations[variant.name] = bench.count_operations(run)[0]["policy"]
+        operations[variant.name] = count_operations(run)[0]["policy"]
         run.train_state.accelerator.free_memory()
     prompts = {(row.ids[: row.start], row.images): row.start for row in rows}
     responses = sum(len(row.response) for row in rows)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
@@ -65,42 +66,26 @@ def test_stable_diffusion_35_medium_has_its_size() -> None:
 CLIP: Sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP |= {"projection_dim": 16, "vocab_size": 49408}
 SMALL_VAE: Sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-UNET: Sizes = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
-TEXT: Sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT |= {"vocab_size": 512, "max_position_embeddings": 256}
-ROPE: Sizes = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
-TOWER: Sizes = {"hidden_size": 16, "intermediate_size": 24}
-TINY: dict[str, Sizes] = {
-    "sd_middle": {"unet": {**UNET, "block_out_channels": (8, 16), "cross_attention_dim": 16}},
-    "sdxl": {
-        "unet": {
-            **UNET,
-            "block_out_channels": (8, 8, 16),
-            "transformer_layers_per_block": (1, 1, 2),
-            "cross_attention_dim": 32,
-            "addition_time_embed_dim": 4,
-            "projection_class_embeddings_input_dim": 16 + 6 * 4,
-        }
-    },
-    "sd35_medium": {
-        "transformer": {
-            "sample_size": 8,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 16,
-            "pooled_projection_dim": 32,
-            "pos_embed_max_size": 16,
-            "dual_attention_layers": (0,),
-        }
-    },
-    "llava_middle": {"text": TEXT, "tower": {**TOWER, "image_size": 28, "projection_dim": 16}},
-    "qwen25_vl_7b": {
-        "text": {**TEXT, "num_key_value_heads": 1, "rope_parameters": ROPE},
-        "tower": {**TOWER, "depth": 2, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [1]},
-    },
-}
+TINY: dict[str, Sizes] = yaml.safe_load("""
+sd_middle:
+  unet: &unet {sample_size: 8, layers_per_block: 1, norm_num_groups: 4, attention_head_dim: 2,
+    block_out_channels: [8, 16], cross_attention_dim: 16}
+sdxl:
+  unet: {<<: *unet, block_out_channels: [8, 8, 16], transformer_layers_per_block: [1, 1, 2], cross_attention_dim: 32,
+    addition_time_embed_dim: 4, projection_class_embeddings_input_dim: 40}  # 16 + 6 * 4
+sd35_medium:
+  transformer: {sample_size: 8, num_layers: 2, num_attention_heads: 2, attention_head_dim: 8, joint_attention_dim: 32,
+    caption_projection_dim: 16, pooled_projection_dim: 32, pos_embed_max_size: 16, dual_attention_layers: [0]}
+llava_middle:
+  text: &text {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 2, num_attention_heads: 2,
+    vocab_size: 512, max_position_embeddings: 256}
+  tower: {hidden_size: 16, intermediate_size: 24, image_size: 28, projection_dim: 16}
+qwen25_vl_7b:
+  text: {<<: *text, num_key_value_heads: 1,
+    rope_parameters: {rope_type: default, mrope_section: [2, 1, 1], rope_theta: 1.0e+6}}
+  tower: {hidden_size: 16, intermediate_size: 24, depth: 2, num_heads: 2, out_hidden_size: 16,
+    fullatt_block_indexes: [1]}
+""")
 
 
 def tiny_sizes(name: str) -> Sizes:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from mmalign.cli import app
 from mmalign.commands import bench as command
 from mmalign.commands._bench_meters import Meter, Operations
-from mmalign.commands.bench import MMALIGN, Measured, Report, bench, build, costs, ratios
+from mmalign.commands._bench_run import build, count_operations, peak_bytes, shorten
+from mmalign.commands.bench import MMALIGN, Measured, Report, bench, costs, ratios
 from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import recipes
 
@@ -59,7 +60,7 @@ def test_parts_add_up_to_the_update(tiny_sd15: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train={"gradient_accumulation_steps": 2}))
     run = build(recipe, Accelerator(), tmp_path / "run", 4)
     run.updates(run, 1, None)
-    operations, repeated = command.count_operations(run)
+    operations, repeated = count_operations(run)
     with Operations() as counter:
         run.updates(run, 1, None)
     assert sum(operations.values()) == counter.get_total_flops() > 0 and repeated == 0
@@ -154,7 +155,7 @@ def test_spo_is_measured_in_whole_batches(tiny_sd15: Path, tiny_clip: Path, tmp_
 
 def test_bench_starts_no_workers(tiny_sd15: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, data={"num_workers": 2}))
-    assert command.shorten(recipe, tmp_path, 1, 1).data.num_workers == 0
+    assert shorten(recipe, tmp_path, 1, 1).data.num_workers == 0
 
 
 @pytest.mark.slow
@@ -167,7 +168,7 @@ def test_compiled_run_has_the_same_counts(tiny_sd15: Path, tmp_path: Path) -> No
         recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, **sections))
         run = build(recipe, Accelerator(), tmp_path / f"{compiled}", 4)
         run.updates(run, 1, None)
-        counts[compiled] = command.count_operations(run), command.peak_bytes(run, 0)
+        counts[compiled] = count_operations(run), peak_bytes(run, 0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled
     assert counts[True] == counts[False]
     torch._dynamo.reset()

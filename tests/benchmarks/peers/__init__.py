@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.commands._bench_meters import Meter
-from mmalign.commands.bench import Run
+from mmalign.commands._bench_run import Run
 from mmalign.config import Recipe, Train
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG

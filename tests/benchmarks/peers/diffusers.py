@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmalign.commands.bench import Run
+from mmalign.commands._bench_run import Run
 from mmalign.config import Recipe, Train
 from mmalign.families import loading
 from mmalign.families.types import Conditioning

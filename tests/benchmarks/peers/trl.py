@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.commands.bench import Run
+from mmalign.commands._bench_run import Run
 from mmalign.config import Recipe, Train
 from mmalign.families import loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
