@@ -144,7 +144,7 @@ def _end(recipe: Recipe, data_module: DataModule, accelerator: Any) -> None:
     """Close the trackers and the processes' group, and name what no process could use."""
     from accelerate.utils import gather_object
 
-    dropped = list({d.where: d for d in gather_object(data_module.skipped())}.values())
+    dropped = list({d.location: d for d in gather_object(data_module.skipped())}.values())
     accelerator.end_training()  # also ends the processes' group: nothing can wait for the others after it
     if dropped:
         logger.warning(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {format_rows(dropped)}")
