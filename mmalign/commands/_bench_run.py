@@ -92,7 +92,7 @@ def build(
     reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
     with muted():
         family = loading.load_for_training(recipe, accelerator.device)
-        splits = open_data(recipe.data, recipe.train.seed, method)
+        splits = open_data(recipe.data, recipe.train.seed, recipe.method)
         data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
     policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
     policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
@@ -114,7 +114,7 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
     changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": min(limit, data.limit or limit), "num_workers": 0}
     changes |= {"cache": "auto"} if data.cache != "off" else {}
     data = data.model_copy(update=changes)
-    pairs, _ = open_data(data, options.seed, methods.find(recipe.method.name))
+    pairs, _ = open_data(data, options.seed, recipe.method)
     if len(pairs) < batch:
         raise ValueError(
             f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "

@@ -23,7 +23,7 @@ from mmalign.config import ImageData, Recipe, ResponseData
 from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint, image_features
 from mmalign.data.caches.array_cache import cache_folder
-from mmalign.data.caches.precompute import build_precompute_spec, pairs_by_epoch
+from mmalign.data.caches.precompute import pairs_by_epoch
 from mmalign.data.data_module import DataModule, Splits
 from mmalign.data.loaders.prompts import PromptLoader
 from mmalign.data.loaders.response_pairs import ResponsePairLoader, image_refs
@@ -61,7 +61,7 @@ def cache(recipe: Recipe) -> Path:
         )
     begun = time.time()
     preflight.check(recipe, training=True)
-    splits = open_data(recipe.data, recipe.train.seed, methods.find(recipe.method.name))
+    splits = open_data(recipe.data, recipe.train.seed, recipe.method)
     atomic_io.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
     require_all(accelerator)
@@ -89,12 +89,14 @@ def build_filled_data_module(
     Raises:
         ValueError: as `build_data_module`.
     """
-    options, method = recipe.train, methods.find(recipe.method.name)
+    options = recipe.train
     run = {"precision": options.precision, "executor": backend_name(family.network), "pack": options.pack_responses}
     run |= {"compile": "on"} if options.compile else {}  # it rounds otherwise
-    spec = build_precompute_spec(method, recipe.method, **run)
+    spec = methods.requirements_of(recipe.method).precompute
     if spec is not None and recipe.data.cache != "off":
-        spec = replace(spec, settings={**spec.settings, "model": fingerprint.fingerprint_network(family.network)})
+        run |= {"model": fingerprint.fingerprint_network(family.network)}
+    if spec is not None:
+        spec = replace(spec, settings={**spec.settings, "method": recipe.method.name, **run})
     data_module = build_data_module(
         family,
         recipe.data,
@@ -102,8 +104,7 @@ def build_filled_data_module(
         batch_size=options.batch_size,
         seed=options.seed,
         accelerator=accelerator,
-        method=method,
-        config=recipe.method,
+        method=recipe.method,
         splits=splits,
         spec=spec,
         reward_model=reward_model,
@@ -126,7 +127,7 @@ def build_filled_data_module(
 
 def _stop_decoding_images(data_module: DataModule, recipe: Recipe) -> bool:
     """Have no picture decoded any more that was there for the reference alone; whether there were such pictures."""
-    if _needs_vision_tower(recipe):
+    if methods.requirements_of(recipe.method).vision_tower:
         return False
     loaders = [
         one
@@ -138,12 +139,6 @@ def _stop_decoding_images(data_module: DataModule, recipe: Recipe) -> bool:
     return bool(loaders)
 
 
-def _needs_vision_tower(recipe: Recipe) -> bool:
-    """Whether the training looks at pictures that no file has."""
-    method = methods.find(recipe.method.name)
-    return hasattr(method, "needs_vision_tower") and bool(method.needs_vision_tower(recipe.method))
-
-
 def replaces_reference(data_module: DataModule) -> bool:
     """Whether all that the method needs of a reference is kept."""
     return data_module.precompute_cache is not None and data_module.precompute_cache.spec.scores
@@ -151,7 +146,7 @@ def replaces_reference(data_module: DataModule) -> bool:
 
 def offload_encoders(data_module: DataModule, recipe: Recipe, family: Any) -> None:
     """Move the vision tower off the GPU, if the training does not need it: its features are kept."""
-    if data_module.features is not None and not _needs_vision_tower(recipe):
+    if data_module.features is not None and not methods.requirements_of(recipe.method).vision_tower:
         for _, net in family.encoders():
             move_parameters(net, torch.device("cpu"))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmalign import atomic_io, methods
+from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
 from mmalign.commands import preflight
 from mmalign.config import Evaluate, EvaluateImages, EvaluateResponses, EvaluateSteps, ImageModel, JudgeModel, Recipe
@@ -132,7 +132,7 @@ def _implicit(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits)
 def _steps(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) -> tuple[dict[str, Any], Table]:
     """How often the trained judge, and the one that it began as, prefer the chosen image of a held-out pair."""
     assert isinstance(section, EvaluateSteps)
-    batches = _data_module(recipe, policy, splits, methods.find(recipe.method.name)).validation_batches()
+    batches = _data_module(recipe, policy, splits, recipe.method).validation_batches()
     accuracy = step_accuracy.accuracy(
         policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed
     )

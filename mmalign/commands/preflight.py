@@ -63,7 +63,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         if recipe.train.compile and isinstance(recipe.model, JudgeModel):
             raise ValueError(step_judge.NOT_COMPILED)
         _check_training(recipe.train, device)
-        least = getattr(methods.find(recipe.method.name), "min_pairs", 1)
+        least = methods.requirements_of(recipe.method).min_pairs
         if recipe.train.batch_size < least:
             raise ValueError(
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
@@ -133,8 +133,8 @@ def check_data(data: Data) -> None:
 
 
 def _check_prompts_only(recipe: Recipe) -> None:
-    """A method that draws its own images takes nothing of the data but prompts."""
-    if getattr(methods.find(recipe.method.name), "learns_from", "pairs") != "prompts":
+    """Refuse settings of `data` that a method with images of its own does not read."""
+    if not methods.requirements_of(recipe.method).prompts_only:
         return
     data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "crop", "flip"]
     from_text = isinstance(data, ImageData) and data.format == "prompts"

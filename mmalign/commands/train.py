@@ -78,11 +78,10 @@ def train(recipe: Recipe) -> Trained:
     started, options = time.time(), recipe.train
     preflight.check(recipe, training=True)
     output = atomic_io.make_folder("output", Path(recipe.output))
-    method = methods.find(recipe.method.name)
-    splits = open_data(recipe.data, options.seed, method)
+    splits = open_data(recipe.data, options.seed, recipe.method)
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
-    for line in method.notes(recipe.method) if hasattr(method, "notes") else ():
+    for line in methods.requirements_of(recipe.method).check():
         logger.info(line)
     named = loading.method_reward(recipe)
     reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
@@ -222,7 +221,7 @@ class _Hook:
 
         Its loss is looked at, too, but for a method that would have to draw a batch of images for it.
         """
-        loss, draws = score, getattr(self.run.method, "learns_from", "pairs") == "prompts"
+        loss, draws = score, methods.requirements_of(self.recipe.method).prompts_only
         if loss is None and not draws:
             loss = _mean_loss(self.recipe, self.run, islice(self.data_module.batches(0), 1))
         whole = all(torch.isfinite(x).all() for x in trainable_weights(self.run.policy.unwrapped).values())
@@ -324,7 +323,7 @@ def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -
     `reference_cached`.
     """
     model, options = recipe.model, recipe.train
-    needed = methods.find(recipe.method.name).needs_reference
+    needed = methods.requirements_of(recipe.method).reference
     reference: Reference = None
     if model.tune == "lora":
         lora = model.lora

@@ -1,46 +1,28 @@
 """Methods, one file per paper: the file's name is the method's name in a recipe.
 
 A method answers two questions: what is compared (`contrasts`, without gradients), and how much it hurts to prefer the
-wrong one (`loss`). `contrasts` is complete before the first update, and holds the reference's scores, so that a method
-that samples is not changed by its own updates halfway.
+wrong one (`loss`). `contrasts` is complete before the first update and holds the reference's scores. So a method that
+samples is not changed by its own updates halfway. `requirements` states what the method needs of a run.
 
-A method that draws its own images has `learns_from = "prompts"`, and is given prompts alone; one that looks at images
-of latents has `needs_vae_decoder = True`. A `judge` in a method's settings (a RewardConfig) comes with every batch.
-What is to be said when a method could make nothing of its batches is `hint_if_empty`.
-
-A method of responses may ask for more than tokens and features: `needs_decoded_images(config)` for the decoded images,
-`needs_other_images = True` for the chosen responses to the pairs' other images. One of images may ask for a
-prompt of the rejected image's own, `needs_prompt_pairs = True`, or for so many pairs in a batch, `min_pairs = 2`. A
-method whose settings name what may not be there, such as a similarity model, looks for it in `notes(config)`, before
-anything is loaded; the lines that it gives are told at the beginning of a run.
-
-What follows from a pair, its draws and the reference alone need not be worked out twice. A method whose `keeps(config)`
-gives a `PrecomputeSpec` says so: then a pair's draws come again after `PrecomputeSpec.num_draws` epochs, and before the
-training every pair that it will meet is worked out once and kept on disk. `contrasts` finds it in `batch.precomputed`,
-which is None without a cache. It is the reference's scores in the one contrast of a batch, or what `keep(policy, batch,
-config, draws)` gives by name, each [B, ...], where a method has such a function.
-
-There are two kinds. What a method goes on to compute with is worked out pair by pair, and where nothing is kept by
-`precompute_per_pair`: the same bits in any batch. The reference's scores (`PrecomputeSpec.scores`) are worked out in
-the batches in which the training first meets the pairs: networks round by the batch, and a policy that has not moved is
-to score exactly what its reference does. `reference_scores` finds them, or asks the reference. All of it must be there,
-for where the whole network learns no reference is loaded beside it then. A method that needs the vision tower in the
-training, for pictures that no file has, says so in `needs_vision_tower(config)`; any other is given no more pictures
-once all is kept.
+Results that follow from a pair, its random draws and the reference alone can be precomputed once (`PrecomputeSpec`). A
+pair's draws then repeat after `num_draws` epochs, and `contrasts` finds the tensors in `batch.precomputed`, which is
+None without a cache. There are two kinds. Tensors to compute with are made pair by pair (`precompute_per_pair`), with
+the same bits in any batch. Reference scores (`PrecomputeSpec.scores`) are made in the batches in which training first
+meets the pairs: networks round by the batch, and a policy that has not moved must score exactly what its reference
+does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmalign import registry
-from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.data.caches.precompute import Compute, PrecomputeSpec
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -60,20 +42,65 @@ class Step:
     metrics: dict[str, Tensor]
 
 
-def epoch_rng(method: Any, cfg: Any, rng: KeyedRNG) -> KeyedRNG:
-    """The draws of an epoch, for a method that keeps what it makes of a few out of these few."""
-    spec: PrecomputeSpec | None = method.precompute_spec(cfg) if hasattr(method, "precompute_spec") else None
+@dataclass(frozen=True)
+class Requirements:
+    """What a method needs of a run.
+
+    Attributes:
+        reference: a reference network, or its cached scores.
+        prompts_only: prompts without images: the method generates its own.
+        prompt_pairs: pairs with a prompt for each image.
+        decoded_images: the decoded images of response pairs.
+        other_images: the chosen responses once more, with the pairs' other images.
+        vae_decoder: the decoder of the autoencoder, on the device.
+        vision_tower: the vision tower during training, for images that are in no file.
+        min_pairs: the smallest batch, in pairs.
+        precompute: tensors to compute once per pair and draw; None for nothing.
+        hint_if_empty: advice for a run in which the method could make nothing of its batches.
+        check: looks for packages and files that the hyper-parameters name, before anything is loaded; raises ValueError
+            where one is missing, and returns lines for the log.
+    """
+
+    reference: bool = True
+    prompts_only: bool = False
+    prompt_pairs: bool = False
+    decoded_images: bool = False
+    other_images: bool = False
+    vae_decoder: bool = False
+    vision_tower: bool = False
+    min_pairs: int = 1
+    precompute: PrecomputeSpec | None = None
+    hint_if_empty: str = ""
+    check: Callable[[], Sequence[str]] = tuple
+
+
+def requirements_of(config: Any) -> Requirements:
+    """Return the requirements of the method that a recipe's `method` section configures."""
+    requirements: Requirements = find(config.name).requirements(config)
+    return requirements
+
+
+def epoch_rng(method: Method[Any], cfg: Any, rng: KeyedRNG) -> KeyedRNG:
+    """Return the epoch's RNG, cycling through the precomputed draws if the method has any."""
+    spec = method.requirements(cfg).precompute
     return rng if spec is None else replace(rng, epoch=rng.epoch % spec.num_draws)
 
 
-def compute_precomputed(method: Any, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
-    """What a method keeps of a batch, by name, each [B, ...]."""
-    own: Callable[..., dict[str, Tensor]] = getattr(method, "precompute", None) or partial(_scores_of, method)
-    return own(policy, batch, cfg, epoch_rng(method, cfg, rng))
-
-
-def _scores_of(method: Any, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
+def compute_precomputed(
+    method: Method[Any], policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG
+) -> dict[str, Tensor]:
+    """Return the tensors that a method precomputes for a batch, by name, each [B, ...]."""
+    spec, rng = method.requirements(cfg).precompute, epoch_rng(method, cfg, rng)
+    if spec is not None and spec.compute is not None:
+        return spec.compute(policy, batch, cfg, rng)
     return reference_scores_of(method.contrasts(policy, batch, cfg, rng))
+
+
+def cached_scores(
+    num_draws: int, settings: Mapping[str, str | int | float], compute: Compute | None = None
+) -> PrecomputeSpec | None:
+    """Return the spec of cached reference scores; None for 0 draws, which are new in every epoch."""
+    return PrecomputeSpec(num_draws, settings, scores=True, compute=compute) if num_draws else None
 
 
 def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
@@ -112,11 +139,10 @@ class Method(Protocol[C]):
 
     @property
     def modality(self) -> str:
-        """What it aligns, a key of `sections.SECTIONS`; the recipe's model and data are of that kind."""
+        """What it aligns, a key of `config.SECTIONS`; the recipe's model and data are of that kind."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the policy must come with a reference."""
+    def requirements(self, cfg: Any) -> Requirements:
+        """State what the method needs, given its hyper-parameters."""
 
     def contrasts(self, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG) -> list[C]:
         """Everything that needs no gradient, the reference's scores included."""

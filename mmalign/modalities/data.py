@@ -17,13 +17,13 @@ from mmalign.data.data_module import DataModule, Loader, Splits
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.image_pairs import ImagePairLoader
 from mmalign.data.loaders.prompts import PromptLoader
-from mmalign.data.loaders.response_pairs import ResponsePairLoader
+from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairLoader
 from mmalign.data.loaders.response_pairs import encode as encode_responses
 from mmalign.data.pairs import Pairs, split_by_group
 from mmalign.families.base import TextToImage
 from mmalign.families.step_judge import StepJudge
+from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities.text_to_image.data import _open_images, _prepare, _prompt_encoder
-from mmalign.modalities.vision_language.data import _requested_inputs
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
@@ -34,7 +34,7 @@ def open_data(data: Data, seed: int, method: Any = None) -> Splits:
     Args:
         data: the recipe's section.
         seed: of the hold-out.
-        method: the module of mmalign.methods that the pairs are for; None if it is enough that there are some.
+        method: the configuration of the method that the pairs are for; None if any pairs will do.
 
     Raises:
         ValueError: files or columns are missing, no pair is left, or none has what the method compares with.
@@ -46,18 +46,19 @@ def open_data(data: Data, seed: int, method: Any = None) -> Splits:
         "limit": data.limit,
     }
     pairs: Pairs[Any]
+    needs = Requirements() if method is None else requirements_of(method)
     if isinstance(data, ResponseData):
         images = Path(data.images) if data.images is not None else None
         pairs = open_responses(data.format, locate(data.path), images=images, **common)
-        if getattr(method, "needs_other_images", False) and not any(pair.other_images for pair in pairs):
+        if needs.other_images and not any(pair.other_images for pair in pairs):
             raise ValueError(
-                f"data.path: {pairs.source} has no other images, and method.name: {method.__name__.split('.')[-1]} "
-                "compares what is said of an image with the same words about another; use data.format: realign, whose "
-                "rows have a retrieved_image"
+                f"data.path: {pairs.source} has no other images, and method.name: {method.name} compares what "
+                "is said of an image with the same words about another; use data.format: realign, whose rows "
+                "have a retrieved_image"
             )
     else:
         assert isinstance(data, ImageData)
-        pairs = _open_images(data, common, method)
+        pairs = _open_images(data, common, needs)
     return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
 
 
@@ -70,7 +71,6 @@ def build_data_module(
     seed: int,
     accelerator: Any,
     method: Any = None,
-    config: Any = None,
     splits: Splits | None = None,
     spec: PrecomputeSpec | None = None,
     reward_model: RewardModel | None = None,
@@ -84,16 +84,16 @@ def build_data_module(
         batch_size: pairs of a batch on each process.
         seed: of order, crops, flips and the hold-out.
         accelerator: says which process this is.
-        method: the module of mmalign.methods that the batches are for; None if it asks for nothing but pairs.
-        config: the method's settings, where there is one.
+        method: the configuration of the method that the batches are for; None if it needs nothing but pairs.
         splits: what `open_data` has given, for those who must know that it is sound before they have a family.
-        spec: what the method would like to have kept, by `precompute.asked`; the command `cache` fills it.
+        spec: the tensors that are precomputed for the method; the command `cache` fills their cache.
         reward_model: what scores images, for methods whose settings name one.
 
     Raises:
         ValueError: files, columns or caches do not fit, or more than `data.max_bad_images` images are bad, or all
             pairs.
     """
+    needs = Requirements() if method is None else requirements_of(method)
     train, validation = splits or open_data(data, seed, method)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     common: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
@@ -120,7 +120,7 @@ def build_data_module(
                     "max_length": longest,
                 }
                 precompute_cache = PrecomputeCache(ArrayCache.open(folder / spec.folder, settings), spec)
-        requested = _requested_inputs(method, config)
+        requested = RequestedInputs(needs.decoded_images, needs.other_images)
         make = partial(
             ResponsePairLoader,
             processor=family.processor,
@@ -134,13 +134,14 @@ def build_data_module(
         assert isinstance(data, ImageData)
         sources = [train] if validation is None else [train, validation]
         painter: TextToImage = family.denoiser if isinstance(family, StepJudge) else family
-        if getattr(method, "learns_from", "pairs") == "prompts":
+        if needs.prompts_only:
             about = f"{len(train):,} prompts from {train.source}."
             make = partial(PromptLoader, batch_size=batch_size, seed=seed)
             encoder, encode = _prompt_encoder(painter, sources, data, output, accelerator, reward_model)
         else:
-            decodes = getattr(method, "needs_vae_decoder", False)
-            transform, latents, encoder, depends = _prepare(painter, sources, data, output, accelerator, decodes)
+            transform, latents, encoder, depends = _prepare(
+                painter, sources, data, output, accelerator, needs.vae_decoder
+            )
             make = partial(
                 ImagePairLoader, transform=transform, cache=latents, repeat=spec.num_draws if spec else None, **common
             )
@@ -149,9 +150,7 @@ def build_data_module(
                 settings = {**depends, **spec.settings, "flip": data.flip, **(together if spec.scores else {})}
                 spec_folder = cache_folder(data, output) / spec.folder
                 precompute_cache = PrecomputeCache(ArrayCache.open(spec_folder, {**settings, "seed": seed}), spec)
-            encode = replace(
-                encoder, reward_model=reward_model, prompt_pairs=getattr(method, "needs_prompt_pairs", False)
-            ).encode
+            encode = replace(encoder, reward_model=reward_model, prompt_pairs=needs.prompt_pairs).encode
         caches += [encoder.text] if encoder.text is not None else []
     caches += [precompute_cache.cache] if precompute_cache is not None else []
     loader = make(pairs=train, **share)

@@ -117,22 +117,23 @@ def train(
             if window.empty >= MAX_EMPTY_BATCHES and not window.count:
                 raise ValueError(
                     f"train: {window.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
-                    f"had nothing to learn from ({MAX_EMPTY_BATCHES} are the limit){_empty_hint(method)}"
+                    f"had nothing to learn from ({MAX_EMPTY_BATCHES} are the limit){_empty_hint(method, config)}"
                 )
         if first == 0 and not window.used and not window.count:
             raise ValueError(
                 f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
                 f"fewer pairs than one batch needs on every process, or the method makes nothing of "
-                f"them{_empty_hint(method)}"
+                f"them{_empty_hint(method, config)}"
             )
         window.used = False
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
 
 
-def _empty_hint(method: Any) -> str:
-    """What a method says of batches that it made nothing of."""
-    return f": {method.hint_if_empty}" if hasattr(method, "hint_if_empty") else ""
+def _empty_hint(method: Any, config: Any) -> str:
+    """Return the method's advice for batches that it made nothing of, as the end of a sentence."""
+    hint = method.requirements(config).hint_if_empty
+    return f": {hint}" if hint else ""
 
 
 def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, rng: KeyedRNG) -> list[Any]:

@@ -19,6 +19,7 @@ from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.families.vlm.model import ImageTextToText
+from mmalign.methods import requirements_of
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
 from tests.helpers import Folders, data_files, first_fast
 from tests.helpers.runs import EPOCH, assert_same, numbers, pictures, responses, trained
@@ -363,11 +364,8 @@ def test_what_cannot_be_kept_is_refused_or_not_kept() -> None:
             ValueError, match="num_cached_draws: 2 keeps noisy tokens, and a policy that learns would not"
         ):
             povid.Config(num_cached_draws=2, tokens=tokens)  # type: ignore[arg-type]
-    assert povid.precompute_spec(povid.Config()) is None and mdpo.precompute_spec(mdpo.Config()) is None
-    assert (
-        bdhs.precompute_spec(bdhs.Config(mode="online")) is None
-        and bdhs.precompute_spec(bdhs.Config(mode="mixed")) is None
-    )
+    configs: list[Any] = [povid.Config(), mdpo.Config(), bdhs.Config(mode="online"), bdhs.Config(mode="mixed")]
+    assert [requirements_of(config).precompute for config in configs] == [None] * 4
 
 
 def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from mmalign.training import loop
@@ -33,6 +33,10 @@ class Regression:
     noise: float = 0.0
     spoil: Callable[[Batch, Tensor], Tensor] = lambda batch, losses: losses
     seen: list[Any] = field(default_factory=list)
+    needs: Requirements = field(default_factory=Requirements)
+
+    def requirements(self, cfg: Any) -> Requirements:
+        return self.needs
 
     def contrasts(self, policy: Policy, batch: Batch, cfg: Any, rng: KeyedRNG) -> list[Batch]:
         weight = next(policy.model.parameters()).detach().clone()

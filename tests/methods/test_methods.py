@@ -266,7 +266,7 @@ class Untouchable(nn.Module):
 @pytest.mark.parametrize("name", ["mapo", "sft"])
 def test_methods_without_a_reference_never_touch_one(sd: TextToImage, name: str) -> None:
     method, net = methods.find(name), sd.network.requires_grad_(True)
-    assert method.needs_reference is False and methods.find("diffusion_dpo").needs_reference is True
+    assert not method.requirements(method.Config()).reference
     step = run(method, Policy(sd, net, net, FrozenCopy(Untouchable())), pairs(sd), method.Config())
     assert torch.isfinite(step.losses).all()
 
@@ -319,7 +319,12 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
     loading = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family, method = load_family(str(tiny_sd15), loading), methods.find(name)
     add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
-    policy = Policy(family, family.network, family.network, AdaptersOff() if method.needs_reference else None)
+    policy = Policy(
+        family,
+        family.network,
+        family.network,
+        AdaptersOff() if method.requirements(method.Config()).reference else None,
+    )
     (contrast,) = method.contrasts(policy, pairs(family), method.Config(), DRAWS)
     tensors = [contrast.view.x_t, contrast.view.target, *(contrast.reference or {}).values()]
     assert not any(x.requires_grad for x in tensors) and all(x.dtype == torch.float32 for x in tensors)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmalign.methods import Requirements
 from mmalign.rng import KeyedRNG
 from mmalign.training import loop
 from mmalign.training.loop import Progress
@@ -131,7 +132,7 @@ def test_many_batches_in_a_row_of_which_nothing_counts_end_the_run(
         run(Regression(), of(data([1] * 8, weights=[*full, *empty * 2, *full, *empty * 4])), steps=9)
     assert run.progress == Progress(2, 0, 7)
     method = Regression()
-    method.hint_if_empty = "look at it"  # type: ignore[attr-defined]
+    method.needs = Requirements(hint_if_empty="look at it")
     with pytest.raises(ValueError, match=r"\(3 are the limit\): look at it"):
         start()(method, of(data([1] * 4, weights=empty * 4)), steps=9)
 

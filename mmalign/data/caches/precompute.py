@@ -18,7 +18,7 @@ A stop costs at most what was not written yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from mmalign.data.loaders.response_pairs import ResponsePairBatch, ResponsePairL
 SHARD = 128  # pairs of a file
 
 
+Compute = Callable[..., dict[str, Tensor]]
 Loader = ImagePairLoader | ResponsePairLoader
 
 
@@ -41,6 +42,29 @@ RequiredKeys = dict[str, tuple[int, int]]  # key -> the epoch that it is of, the
 
 
 ComputeFn = Callable[[Any, int], dict[str, Tensor]]  # of a batch of an epoch, by name, each [B, ...]
+
+
+@dataclass(frozen=True)
+class PrecomputeSpec:
+    """Tensors of a method that are computed once per pair and draw.
+
+    Attributes:
+        num_draws: epochs after which a pair's draws repeat; 1 if there are none.
+        settings: hyper-parameters that the tensors depend on.
+        scores: the tensors are all that is needed of the reference, computed in the training's own batches.
+        compute: makes the tensors of a batch from (policy, batch, config, rng), by name, each [B, ...]; None takes the
+            reference scores of the method's one contrast.
+    """
+
+    num_draws: int
+    settings: Mapping[str, str | int | float]
+    scores: bool = False
+    compute: Compute | None = None
+
+    @property
+    def folder(self) -> str:
+        """The folder of the cache, among a recipe's caches."""
+        return "reference" if self.scores else "kept"
 
 
 @dataclass(frozen=True)
@@ -224,30 +248,3 @@ def _stacked(rows: Iterable[Tensor]) -> Tensor:
     if len({x.shape for x in tensors}) == 1:
         return torch.stack(tensors)
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
-
-def build_precompute_spec(method: Any, config: Any, **made_by: str | int) -> PrecomputeSpec | None:
-    """What a method would like to have kept, with all that it depends on besides the pairs; None if nothing."""
-    spec: PrecomputeSpec | None = method.precompute_spec(config) if hasattr(method, "precompute_spec") else None
-    name: str = method.__name__.rpartition(".")[2]
-    return spec and replace(spec, settings={**spec.settings, "method": name, **made_by})
-
-
-@dataclass(frozen=True)
-class PrecomputeSpec:
-    """What a method would like to have kept.
-
-    Attributes:
-        num_draws: epochs after which a pair's draws come again; 1 where there are none.
-        settings: of the method, that the kept arrays depend on.
-        scores: they are all that is needed of the reference, worked out in the training's own batches.
-    """
-
-    num_draws: int
-    settings: Mapping[str, str | int | float]
-    scores: bool = False
-
-    @property
-    def folder(self) -> str:
-        """Where it is kept, among a recipe's caches."""
-        return "reference" if self.scores else "kept"

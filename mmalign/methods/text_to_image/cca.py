@@ -45,15 +45,13 @@ from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.methods._pair_loss import preference_metrics
 from mmalign.methods.text_to_image._denoising import NoisedPairs, denoising_scores, noise_pairs, pair_conditioning
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-needs_reference = True
-min_pairs = 2
 
 PROMPTS = ("matched", "mismatched")
 
@@ -77,6 +75,11 @@ class Contrast:
     reference: Scores | None
     same_condition: Tensor
     weights: Tensor
+
+
+def requirements(_: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(min_pairs=2)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:

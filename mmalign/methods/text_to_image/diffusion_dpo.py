@@ -27,19 +27,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
-from mmalign.methods import Step, reference_scores
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig
 from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, denoising_step, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-
-
-needs_reference = True
 
 
 class Config(PairLossConfig):
@@ -51,6 +47,12 @@ class Config(PairLossConfig):
     )
     caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
     num_cached_draws: NumCachedDraws = 0
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    settings = {"caption_dropout": cfg.caption_dropout}
+    return Requirements(precompute=cached_scores(cfg.num_cached_draws, settings))
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -65,12 +67,3 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -
     assert contrast.reference is not None, "the method needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view)
     return denoising_step(cfg, policy_scores, contrast.reference, contrast.weights)
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
-    """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
-    return (
-        PrecomputeSpec(cfg.num_cached_draws, {"caption_dropout": cfg.caption_dropout}, scores=True)
-        if cfg.num_cached_draws
-        else None
-    )

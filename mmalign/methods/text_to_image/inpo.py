@@ -33,7 +33,7 @@ from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
-from mmalign.methods import precompute_per_pair
+from mmalign.methods import Requirements, precompute_per_pair
 from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import CleanPairs, Contrast, NoisedPairs, denoising_scores
@@ -41,7 +41,6 @@ from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-needs_reference = True
 
 
 class Config(PairLossConfig):
@@ -74,10 +73,17 @@ class Config(PairLossConfig):
         return self
 
 
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    settings = cfg.model_dump(include={"caption_dropout", "inversion", "steps", "eta"})
+    cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
+    return Requirements(precompute=cached)
+
+
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: both images of every pair, inverted to the pair's t."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
-    if precompute_spec(cfg):
+    if cfg.num_cached_draws:
         precomputed = batch.precomputed or precompute_per_pair(precompute, policy, batch, cfg, rng)
         x_t = precomputed["x_t"].transpose(0, 1).flatten(0, 1)
     else:
@@ -88,12 +94,6 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
 
 
 loss = diffusion_dpo.loss
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
-    """What an inversion depends on besides pair, draws and reference; None where nothing is to be kept."""
-    settings = {name: getattr(cfg, name) for name in ("caption_dropout", "inversion", "steps", "eta")}
-    return PrecomputeSpec(cfg.num_cached_draws, settings) if cfg.num_cached_draws else None
 
 
 def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:

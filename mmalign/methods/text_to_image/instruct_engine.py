@@ -23,11 +23,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.losses.pairwise import Pair
-from mmalign.methods import Step, reference_scores
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig, bound_loss, preference_metrics
 from mmalign.methods.text_to_image._denoising import (
     Contrast,
@@ -40,8 +39,6 @@ from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-needs_reference = True
-needs_prompt_pairs = True
 
 GRID = ("x1 y1", "x2 y1", "x1 y2", "x2 y2")
 COMPARED = (("x1 y1", "x1 y2"), ("x2 y2", "x2 y1"), ("x1 y1", "x2 y1"), ("x2 y2", "x1 y2"))  # better, worse
@@ -69,6 +66,11 @@ class Config(PairLossConfig):
         return self
 
 
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(prompt_pairs=True, precompute=cached_scores(cfg.num_cached_draws, {}))
+
+
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """One contrast: both images of every pair, under one noise, with either prompt."""
     family = policy.family
@@ -78,11 +80,6 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
     view = NoisedPairs.cat([first, second])
     scores = reference_scores(policy, batch, partial(denoising_scores, family, view=view, views=GRID))
     return [Contrast(view, scores, batch.weights)]
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
-    """What the reference's scores depend on besides pairs, draws and reference; None where every draw is new."""
-    return PrecomputeSpec(cfg.num_cached_draws, {}, scores=True) if cfg.num_cached_draws else None
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:

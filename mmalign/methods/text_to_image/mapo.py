@@ -27,13 +27,12 @@ from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.base import TextToImage
 from mmalign.losses import pairwise
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-needs_reference = False
 SNR = 0.5  # the release's
 
 
@@ -51,6 +50,11 @@ class Config(BaseModel):
         "release's 0.5, or what equals it in flow matching",
     )
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
+
+
+def requirements(_: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(reference=False)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:

@@ -12,13 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._denoising import Contrast, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-needs_reference = False
 
 
 class Config(BaseModel):
@@ -28,6 +27,11 @@ class Config(BaseModel):
 
     name: Literal["sft"] = "sft"
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
+
+
+def requirements(_: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(reference=False)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:

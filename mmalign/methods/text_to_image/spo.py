@@ -39,18 +39,17 @@ from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
 from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise as losses
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.methods._pair_loss import preference_step
 from mmalign.methods.text_to_image._images import decode_images, predict_guided
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
 modality = "text_to_image"
-needs_reference = True
-learns_from = "prompts"
-hint_if_empty = (
-    "the judge was sure of no pair; lower method.threshold, look at the judge (method.reward), or begin later "
-    "(method.start), where images can be told apart"
+
+NO_SURE_PAIR = (
+    "the reward model was sure of no pair; lower method.threshold, look at the reward model (method.reward), or begin "
+    "later (method.start), where images can be told apart"
 )
 
 
@@ -131,6 +130,11 @@ class Contrast:
     reference: Scores | None
     weights: Tensor
     confident_fraction: float
+
+
+def requirements(_: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(prompts_only=True, hint_if_empty=NO_SURE_PAIR)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -34,15 +34,13 @@ from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
 from mmalign.families.step_judge import StepJudge
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._denoising import noise_pairs
 from mmalign.methods.text_to_image._images import decode_images, predict_guided
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "step_judge"
-needs_reference = False
-needs_vae_decoder = True
 
 
 class Config(BaseModel):
@@ -65,6 +63,11 @@ class Contrast:
     ids: Tensor
     share: Tensor
     weights: Tensor
+
+
+def requirements(_: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(reference=False, vae_decoder=True)
 
 
 def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -32,7 +32,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmalign.config import BdhsConfig, Section
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
@@ -40,7 +39,7 @@ from mmalign.families.types import Decoding
 from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
-from mmalign.methods import Step, reference_scores, reference_scores_of
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores, reference_scores_of
 from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._responses import (
     PAIR,
@@ -66,7 +65,6 @@ from mmalign.synthesis.sentence_cuts import WHOLE, contradicts
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 
 modality = "vision_language"
-needs_reference = True
 
 VIEWS = (*PAIR, "hallucinated")
 RULES = "rules"
@@ -136,7 +134,7 @@ class Contrast:
         return PAIR if self.shares is None else VIEWS
 
 
-def notes(cfg: Config) -> list[str]:
+def check(cfg: Config) -> list[str]:
     """What people should know before a run; what is missing is said here, before a model is loaded.
 
     Raises:
@@ -150,6 +148,16 @@ def notes(cfg: Config) -> list[str]:
     if cfg.mode == "mixed":
         _annotator(cfg.mixed.annotator, cfg.mixed.vocabulary)
     return []
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    settings = {"mean": cfg.loss == "ipo", "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
+    return Requirements(
+        decoded_images=cfg.mode == "mixed",  # for the annotator
+        precompute=cached_scores(1 if cfg.mode == "offline" else 0, settings, compute=precompute),
+        check=partial(check, cfg),
+    )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -180,21 +188,10 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return replace(step, metrics={**other_metrics, **contrast.metrics})
 
 
-def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
-    """What the reference's scores depend on besides pairs and reference; None where the policy writes responses."""
-    settings = {"mean": cfg.loss == "ipo", "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
-    return PrecomputeSpec(1, settings, scores=True) if cfg.mode == "offline" else None
-
-
 def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> Scores:
     """The reference's scores; the rejected response's stands in for that of a hallucinated one that there is not."""
     scores = reference_scores_of(contrasts(policy, batch, cfg, rng))
     return {"hallucinated": scores["rejected"], **scores}
-
-
-def needs_decoded_images(cfg: Any) -> bool:
-    """The pictures, for the annotator."""
-    return bool(cfg.mode == "mixed")
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared

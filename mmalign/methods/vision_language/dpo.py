@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
-from mmalign.methods import Step, reference_scores
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -28,14 +27,16 @@ from mmalign.rng import KeyedRNG
 modality = "vision_language"
 
 
-needs_reference = True
-
-
 class Config(ResponseLossConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(precompute=cached_scores(1, {"mean": cfg.loss == "ipo"}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -49,8 +50,3 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     assert contrast.reference is not None, "dpo needs a reference"
     policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec:
-    """What the reference's scores depend on besides pairs and reference."""
-    return PrecomputeSpec(1, {"mean": cfg.loss == "ipo"}, scores=True)

@@ -23,12 +23,11 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from mmalign.data.augment import random_crop
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Step, reference_scores
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods._pair_loss import NumCachedDraws, bound_loss
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
@@ -43,7 +42,6 @@ from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
-needs_reference = True
 
 VIEWS = (*PAIR, "cropped")
 
@@ -64,6 +62,16 @@ class Config(ResponseLossConfig):
         if self.crop_area[0] > self.crop_area[1]:
             raise ValueError(f"keep is {self.crop_area}; expected the least share first")
         return self
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    settings = {"mean": cfg.loss == "ipo", "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
+    return Requirements(
+        decoded_images=True,
+        vision_tower=True,  # the policy looks at crops, which are made in the training
+        precompute=cached_scores(cfg.num_cached_draws, settings),
+    )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -90,19 +98,3 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     anchor = -F.logsigmoid(cfg.beta * (policy_scores["chosen"] - reference_scores["chosen"]) - cfg.delta)
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}
     return response_step(cfg, policy_scores, reference_scores, batch, terms)
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
-    """What the reference's scores depend on besides pairs, crops and reference; None where every crop is new."""
-    settings = {"mean": cfg.loss == "ipo", "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
-    return PrecomputeSpec(cfg.num_cached_draws, settings, scores=True) if cfg.num_cached_draws else None
-
-
-def needs_decoded_images(cfg: Any) -> bool:
-    """The pictures, to crop them."""
-    return True
-
-
-def needs_vision_tower(cfg: Any) -> bool:
-    """The policy looks at crops, which are made in the training."""
-    return True

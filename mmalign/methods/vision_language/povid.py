@@ -31,11 +31,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmalign.data.augment import NUM_STEPS, diffuse_image
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step, cached_scores
 from mmalign.methods._pair_loss import NumCachedDraws, bound_loss
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import ResponseLossConfig, pair_loss_against, response_step, view_scores
@@ -43,7 +42,6 @@ from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
-needs_reference = True
 
 TOKENS = "noisy tokens"  # of what is kept, the one that is no score
 
@@ -80,6 +78,16 @@ class Contrast:
     batch: EncodedResponses
     noisy: Tensor
     reference: Scores
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
+    return Requirements(
+        decoded_images=True,
+        vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached
+        precompute=cached_scores(cfg.num_cached_draws, settings, compute=precompute),
+    )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -120,26 +128,10 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})
 
 
-def precompute_spec(cfg: Any) -> PrecomputeSpec | None:
-    """What the reference says and scores depends on besides pairs, noise and reference; None where all noise is new."""
-    settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
-    return PrecomputeSpec(cfg.num_cached_draws, settings, scores=True) if cfg.num_cached_draws else None
-
-
 def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
     """The noisy tokens [B, R], and the reference's scores."""
     (contrast,) = contrasts(policy, batch, cfg, rng)
     return {TOKENS: contrast.noisy, **contrast.reference}
-
-
-def needs_decoded_images(cfg: Any) -> bool:
-    """The pictures, to put noise in them."""
-    return True
-
-
-def needs_vision_tower(cfg: Any) -> bool:
-    """Noisy pictures are looked at where their tokens are drawn: in the training, unless they are kept."""
-    return not cfg.num_cached_draws
 
 
 def noisy_scores(

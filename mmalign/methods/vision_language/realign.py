@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Step, reference_scores
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._responses import (
     PAIR,
@@ -37,8 +36,6 @@ from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
-needs_reference = True
-needs_other_images = True
 
 VIEWS = (*PAIR, "retrieved")
 
@@ -49,6 +46,11 @@ class Config(ResponseLossConfig):
     name: Literal["realign"] = "realign"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
     image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(other_images=True, precompute=cached_scores(1, {"mean": cfg.loss == "ipo"}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -68,8 +70,3 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return response_step(
         cfg, policy_scores, reference_scores, batch, {"text loss": text, "image loss": cfg.image_weight * image}
     )
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec:
-    """What the reference's scores depend on besides pairs and reference."""
-    return PrecomputeSpec(1, {"mean": cfg.loss == "ipo"}, scores=True)

@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
-needs_reference = False
 
 
 class Config(BaseModel):
@@ -26,6 +25,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["response_sft"] = "response_sft"
+
+
+def requirements(_: Config) -> Requirements:
+    """State what the method needs."""
+    return Requirements(reference=False)
 
 
 def contrasts(

@@ -21,17 +21,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Step, reference_scores
+from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
-needs_reference = True
 
 
 class Config(ResponseLossConfig):
@@ -42,6 +40,12 @@ class Config(ResponseLossConfig):
     gamma: float = Field(5.0, gt=0, description="the weight of a changed token; 1 is DPO on means")
     min_block: int = Field(3, ge=1, description="tokens; what is alike for less than that counts as changed")
     insertions: bool = Field(True, description="words that only one side has are changed too; false as in the release")
+
+
+def requirements(cfg: Config) -> Requirements:
+    """State what the method needs."""
+    settings = cfg.model_dump(include={"gamma", "min_block", "insertions"})
+    return Requirements(precompute=cached_scores(1, settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
@@ -56,13 +60,6 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     assert contrast.reference is not None, "rlhfv needs a reference"
     policy_scores = response_scores(policy.family, policy.model, contrast.batch, weights=contrast.token_weights)
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
-
-
-def precompute_spec(cfg: Any) -> PrecomputeSpec:
-    """What the reference's scores depend on besides pairs and reference."""
-    return PrecomputeSpec(
-        1, {"gamma": cfg.gamma, "min_block": cfg.min_block, "insertions": cfg.insertions}, scores=True
-    )
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:

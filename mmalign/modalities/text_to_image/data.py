@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from mmalign import methods
 from mmalign.config import ImageData
 from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint
@@ -24,15 +23,18 @@ from mmalign.data.loaders.image_pairs import ImageTransform
 from mmalign.data.loaders.sampler import check_max_bad_images
 from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 from mmalign.families.base import TextToImage
+from mmalign.methods import Requirements
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
 logger = logging.getLogger(__name__)
 
+PROMPT_PAIRS = "the method compares two images under two prompts; most others take rows of one prompt"
 
-def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[Any]:
-    """Pairs of images, or prompts for a method that draws its own: a file of them, or those of pairs."""
-    if getattr(method, "learns_from", "pairs") == "prompts":
+
+def _open_images(data: ImageData, common: dict[str, Any], needs: Requirements) -> Pairs[Any]:
+    """Open pairs of images, or for a method that generates its own, prompts: a file of them, or those of pairs."""
+    if needs.prompts_only:
         if data.format == "prompts":
             return open_prompts(locate(data.path), data.limit)
         return unique_prompts(open_pairs(data.format, locate(data.path), **{**common, "limit": None}), data.limit)
@@ -41,21 +43,9 @@ def _open_images(data: ImageData, common: dict[str, Any], method: Any) -> Pairs[
             "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
             "or rankings (spo draws its own images)"
         )
-    return open_pairs(data.format, locate(data.path), prompt_pairs=_prompt_pair_hint(method), **common)
-
-
-def _prompt_pair_hint(method: Any) -> str | None:
-    """Who needs pairs with two prompts, and who does not, if it is this method; else None."""
-    if not getattr(method, "needs_prompt_pairs", False):
-        return None
-    modules = {name: methods.find(name) for name in methods.names()}
-    others = [
-        name
-        for name, module in modules.items()
-        if module.modality == method.modality and not hasattr(module, "needs_prompt_pairs")
-    ]
-    name = method.__name__.split(".")[-1]
-    return f"method.name: {name} compares two images under two prompts; {', '.join(others)} take rows of one prompt"
+    return open_pairs(
+        data.format, locate(data.path), prompt_pairs=PROMPT_PAIRS if needs.prompt_pairs else None, **common
+    )
 
 
 def _prompt_encoder(

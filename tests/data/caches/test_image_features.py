@@ -81,7 +81,7 @@ def test_the_tower_stays_for_pictures_that_no_file_has(
     monkeypatch.setattr(cache, "move_parameters", lambda *_: pytest.fail("the tower was put away"))
     for name, method in enumerate([{"name": "mdpo", "num_cached_draws": 1}, {"name": "mdpo"}, {"name": "povid"}]):
         trained(responses(vlm_folders("llava"), tmp_path, str(name), method=method, train={"steps": 2}))
-    assert not povid.needs_vision_tower(povid.Config(num_cached_draws=1))
+    assert not povid.requirements(povid.Config(num_cached_draws=1)).vision_tower
 
 
 @pytest.mark.parametrize("name", first_fast([*vlm_models.BUILDERS, *vlm_models.NEWER], 2))

@@ -361,6 +361,6 @@ def test_the_measure_is_named_in_the_output(monkeypatch: pytest.MonkeyPatch) -> 
     from mmalign.synthesis import similarity
 
     monkeypatch.setattr(similarity, "_missing", lambda package: True)
-    (message,) = bdhs.notes(bdhs.Config(mode="online"))
+    (message,) = bdhs.check(bdhs.Config(mode="online"))
     assert "compared by trigrams" in message and "since no sentence-transformers model is installed" in message
-    assert bdhs.notes(bdhs.Config()) == []
+    assert bdhs.check(bdhs.Config()) == []

@@ -39,4 +39,4 @@ def test_the_rejected_responses_and_the_reference_have_no_part_in_it(llava: Visi
     other = replace(given, tokens=Tokens.cat([given.tokens[:3], swapped(given).tokens[3:]]))
     one, two = (run(response_sft, bare, some, response_sft.Config()) for some in (given, other))
     assert torch.equal(one.losses, two.losses)
-    assert not response_sft.needs_reference
+    assert not response_sft.requirements(response_sft.Config()).reference
