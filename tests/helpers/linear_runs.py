@@ -120,8 +120,8 @@ def begin(
     *,
     optimizer: Any = torch.optim.SGD,
     lr: float = 0.1,
-    clip: float | None = None,
-    factor: Callable[[int], float] = lambda _: 1.0,
+    max_grad_norm: float | None = None,
+    lr_factor: Callable[[int], float] = lambda _: 1.0,
     ema: float | None = None,
 ) -> Run:
     """A run from `START`."""
@@ -130,7 +130,7 @@ def begin(
     model, wrapped = accelerator.prepare(net, optimizer(net.parameters(), lr=lr))
     average = EMA(list(net.parameters()), ema) if ema else None
     policy = Policy(None, model, net, None)  # type: ignore[arg-type]
-    return Run(net, policy, TrainState(accelerator, wrapped, lr, factor, clip, average))
+    return Run(net, policy, TrainState(accelerator, wrapped, lr, lr_factor, max_grad_norm, average))
 
 
 def flat(net: nn.Module) -> Tensor:

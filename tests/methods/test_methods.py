@@ -342,7 +342,7 @@ def test_the_list_of_methods_is_the_folder() -> None:
     assert of_judges == ["step_preference"]
     assert of_responses == ["bdhs", "dpo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
     # Those that the type checker holds to one protocol, of both modalities.
-    assert [name.rpartition(".")[2] for name in sorted(m.__name__ for m in METHODS)] == methods.names()  # type: ignore[attr-defined]
+    assert sorted(m.__name__.rpartition(".")[2] for m in METHODS) == methods.names()  # type: ignore[attr-defined]
     assert sorted([*of_images, *of_judges, *of_responses]) == methods.names()
     for name in methods.names():
         assert methods.find(name).Config.model_fields["name"].default == name

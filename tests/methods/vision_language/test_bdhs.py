@@ -65,7 +65,7 @@ def batch(family: Any, path: Path, **options: Any) -> EncodedResponses:
         "max_length": 256,
         "batch_size": len(pairs),
         "seed": 0,
-        "wants": RequestedInputs(decoded_images=True),
+        "requested": RequestedInputs(decoded_images=True),
         **options,
     }
     (read,) = ResponsePairLoader(pairs, family.processor, **options).batches(0)

@@ -24,7 +24,7 @@ TERMS = {
 }
 DEFAULTS: dict[Any, dict[str, Any]] = {
     dpo: {"beta": 0.1, "loss": "dpo", "nll": 0.0},
-    mdpo: {"beta": 0.1, "delta": 0.0, "keep": [0.01, 0.2], "nll": 0.0},
+    mdpo: {"beta": 0.1, "delta": 0.0, "crop_area": [0.01, 0.2], "nll": 0.0},
     povid: {"beta": 0.1, "gamma": 0.5, "noise_step": 500, "overflow": "clamp", "tokens": "reference"}
     | {"combine": "average", "nll": 0.0},
     realign: {"beta": 0.1, "image_weight": 1.0, "nll": 0.0},
