@@ -96,7 +96,7 @@ class OneAfterTheOther(nn.Module):
 
 
 def in_sequence(run: Run) -> Run:
-    """Predict winners and losers one after the other."""
+    """Predict chosen and rejected rows one after the other."""
     return replace(run, policy=replace(run.policy, model=OneAfterTheOther(run.policy.model)))
 
 
@@ -109,9 +109,9 @@ def two_forwards(run: Run) -> Run:
     spec.loader.exec_module(method)
 
     def step_scores(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
-        rows = view.of
+        rows = view.source
         repeated = {name: getattr(view, name)[rows] for name in ("x_t", "t", "prev", "cond", "unconditional")}
-        twice = replace(view, **repeated, of=torch.arange(len(rows), device=rows.device))
+        twice = replace(view, **repeated, source=torch.arange(len(rows), device=rows.device))
         return spo.step_scores(family, cfg, twice, net)
 
     method.step_scores = step_scores
@@ -132,44 +132,50 @@ class Variant:
 
 
 OFF = "data.cache='off'"
-UNCACHED = Variant("no caches", "frozen encoders, and a reference whose scores can be kept, run in every step", (OFF,))
-KEPT = Variant(
-    "reference kept", "what the reference scores is read: two draws of a pair in turn", ("method.num_cached_draws=2",)
+UNCACHED = Variant(
+    "no caches", "frozen encoders run in every step, and so does a reference whose scores could be cached", (OFF,)
 )
-COPIED = Variant("frozen copy", "the same operations; one network more in memory", (), copied)
-MAPO = Variant("mapo", "no reference: one forward pass less, one network less", ("method.name=mapo",))
-AGAIN = Variant(
-    "activations again",
-    "train.gradient_checkpointing: the policy's forward pass twice",
-    ("train.gradient_checkpointing=true",),
+CACHED = Variant(
+    "cached reference scores",
+    "two draws per pair, whose reference scores are read from disk",
+    ("method.num_cached_draws=2",),
 )
-COMPILED = Variant("compiled", "train.compile: the same operations, some of them together", ("train.compile=true",))
+COPIED = Variant("frozen copy", "the same operations; one more network in memory", (), copied)
+MAPO = Variant("mapo", "no reference: one forward pass and one network less", ("method.name=mapo",))
+CHECKPOINTED = Variant(
+    "gradient checkpointing", "the policy's forward pass runs twice", ("train.gradient_checkpointing=true",)
+)
+COMPILED = Variant("compiled", "train.compile: the same operations, some of them fused", ("train.compile=true",))
 HALVES = Variant(
-    "half batches",
-    "train.gradient_accumulation_steps: the same operations, half at a time; the first batch, which is compared, is "
-    "another",
+    "gradient accumulation",
+    "the same operations, half at a time; the compared first batch is another one",
     ("train.batch_size=2", "train.gradient_accumulation_steps=2"),
 )
-LAST = Variant("channels last", "left out: the same operations", (), channels_last)
+LAST = Variant("channels last", "left out of mmalign: the same operations", (), channels_last)
 SEQUENCE = Variant(
-    "in sequence", "left out: winners after losers, half of the policy's forward pass twice", (), in_sequence
+    "chosen, then rejected",
+    "left out of mmalign: half of the policy's forward pass runs twice",
+    (),
+    in_sequence,
 )
-LOOPED = Variant("AdamW looped", "the same operations, a parameter at a time", (), looped)
-APART = Variant(
-    "rows apart",
-    "train.pack_responses: off, caches on; each response runs with its own prompt",
+LOOPED = Variant("AdamW, not fused", "the same operations, one parameter at a time", (), looped)
+UNPACKED = Variant(
+    "unpacked",
+    "caches on, train.pack_responses: off; each response runs with its own copy of the prompt",
     ("train.pack_responses='off'",),
 )
-BARE = Variant("rows apart, no caches", "both", ("train.pack_responses='off'", OFF))
+BARE = Variant("unpacked, no caches", "both", ("train.pack_responses='off'", OFF))
 PYTORCH = Variant("sdpa", "train.attention: PyTorch's own, which may be cuDNN's", ("train.attention=sdpa",))
-TWICE = Variant("two forwards", "as released: chosen and rejected steps predicted apart", (), two_forwards)
+TWICE = Variant(
+    "two forward passes", "as released: chosen and rejected steps are predicted separately", (), two_forwards
+)
 
 
 # Comparisons of a peer with our runs that lack an idea of ours, or have a further one.
 BESIDE = {
-    UNCACHED.name: "likewise, with no caches on our side either",
-    KEPT.name: "likewise, with the reference kept on ours",
-    AGAIN.name: "likewise, with activations again on ours",
+    UNCACHED.name: "no caches on mmalign's side either",
+    CACHED.name: "cached reference scores on mmalign's side",
+    CHECKPOINTED.name: "gradient checkpointing on mmalign's side",
 }
 
 
@@ -209,16 +215,21 @@ def steps(folder: Path) -> Content:
 FULL = "model.tune=full"
 IMAGES, RESPONSES = partial(case, "sd_middle"), partial(case, "llava_middle")
 STUDIES = {
-    "tiny_sd, LoRA": Study(tiny, (UNCACHED, KEPT)),
-    "tiny_sd, full": Study(tiny, (UNCACHED, KEPT, MAPO), (FULL,)),
+    "tiny_sd, LoRA": Study(tiny, (UNCACHED, CACHED)),
+    "tiny_sd, full": Study(tiny, (UNCACHED, CACHED, MAPO), (FULL,)),
     "sd_middle, LoRA": Study(
-        IMAGES, (UNCACHED, KEPT, COPIED, HALVES, AGAIN, SEQUENCE, COMPILED, LAST), peer="diffusers"
+        IMAGES, (UNCACHED, CACHED, COPIED, HALVES, CHECKPOINTED, SEQUENCE, COMPILED, LAST), peer="diffusers"
     ),
     "sd_middle, full": Study(
-        IMAGES, (UNCACHED, KEPT, MAPO, HALVES, AGAIN, SEQUENCE, COMPILED, LAST, LOOPED), (FULL,), peer="diffusers"
+        IMAGES,
+        (UNCACHED, CACHED, MAPO, HALVES, CHECKPOINTED, SEQUENCE, COMPILED, LAST, LOOPED),
+        (FULL,),
+        peer="diffusers",
     ),
-    "llava_middle, LoRA": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED), peer="trl"),
-    "llava_middle, full": Study(RESPONSES, (UNCACHED, APART, BARE, AGAIN, COMPILED, LOOPED), (FULL,), peer="trl"),
+    "llava_middle, LoRA": Study(RESPONSES, (UNCACHED, UNPACKED, BARE, CHECKPOINTED, COMPILED), peer="trl"),
+    "llava_middle, full": Study(
+        RESPONSES, (UNCACHED, UNPACKED, BARE, CHECKPOINTED, COMPILED, LOOPED), (FULL,), peer="trl"
+    ),
     "SPO on tiny_sd": Study(steps, (TWICE,), ("train.batch_size=2",)),
 }
 DIT = (PYTORCH, UNCACHED, COMPILED)
@@ -228,8 +239,8 @@ STUDIES_CUDA = {
         for name in ("sd15_lora", "sd15_full", "sdxl_lora", "sdxl_full")
     },
     "sd35m_lora": Study(partial(case, "sd35m_lora"), DIT),
-    "llava15_7b": Study(partial(case, "llava15_7b"), (*DIT, APART), peer="trl"),
-    "qwen25vl_7b": Study(partial(case, "qwen25vl_7b"), (*DIT, APART), peer="trl"),
+    "llava15_7b": Study(partial(case, "llava15_7b"), (*DIT, UNPACKED), peer="trl"),
+    "qwen25vl_7b": Study(partial(case, "qwen25vl_7b"), (*DIT, UNPACKED), peer="trl"),
 }
 
 

@@ -18,13 +18,12 @@ from mmalign.commands.load_recipe import load_recipe
 from tests.benchmarks import cases, performance
 from tests.benchmarks.equality import first_gradient
 from tests.benchmarks.performance import (
-    AGAIN,
-    APART,
     BEGIN,
+    CACHED,
+    CHECKPOINTED,
     COPIED,
     END,
     FULL,
-    KEPT,
     LAST,
     LOOPED,
     MAPO,
@@ -33,13 +32,14 @@ from tests.benchmarks.performance import (
     STUDIES_CUDA,
     TWICE,
     UNCACHED,
+    UNPACKED,
     Study,
     Variant,
 )
 from tests.helpers import data_files, recipes
 
 PLAIN = Variant(MMALIGN, "")
-LORA_VARIANTS, FULL_VARIANTS = (COPIED, UNCACHED, KEPT, SEQUENCE, LAST), (MAPO, LOOPED, AGAIN)
+LORA_VARIANTS, FULL_VARIANTS = (COPIED, UNCACHED, CACHED, SEQUENCE, LAST), (MAPO, LOOPED, CHECKPOINTED)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_every_variant_is_measured(measured: Callable[[str], Report]) -> None:
     for name, run in (*lora.items(), *full.items()):
         assert len(run.seconds) == 1 and run.seconds[0] > 0
         assert all(run.parts[part][0] > 0 for part in ("data", "noise", "policy", "backward", "optimizer"))
-        assert bool(run.operations["reference"]) == (name not in (MAPO.name, KEPT.name))
+        assert bool(run.operations["reference"]) == (name not in (MAPO.name, CACHED.name))
 
 
 def test_operations_follow_from_the_variant(measured: Callable[[str], Report]) -> None:
@@ -73,7 +73,7 @@ def test_operations_follow_from_the_variant(measured: Callable[[str], Report]) -
     lora, full = measured("lora").runs, measured("full").runs
     plain = lora[MMALIGN].operations
     assert plain == lora[COPIED.name].operations == lora[LAST.name].operations
-    assert lora[KEPT.name].operations == {**plain, "reference": 0}
+    assert lora[CACHED.name].operations == {**plain, "reference": 0}
     assert full[MAPO.name].operations == {**full[MMALIGN].operations, "reference": 0}
     assert full[MMALIGN].operations["reference"] == full[MMALIGN].operations["policy"] > 0
     assert 0 < plain["reference"] < plain["policy"]
@@ -88,7 +88,7 @@ def test_variants_compute_the_same(measured: Callable[[str], Report]) -> None:
     lora, full = measured("lora").ratios, measured("full").ratios
     for ratio in (lora[f"{COPIED.name} / {MMALIGN}"], lora[f"{UNCACHED.name} / {MMALIGN}"]):
         assert ratio["loss apart"] == ratio["gradient apart"] == 0
-    for ratio in (full[f"{LOOPED.name} / {MMALIGN}"], full[f"{AGAIN.name} / {MMALIGN}"]):
+    for ratio in (full[f"{LOOPED.name} / {MMALIGN}"], full[f"{CHECKPOINTED.name} / {MMALIGN}"]):
         assert ratio["loss apart"] == ratio["gradient apart"] == 0
     for name in (SEQUENCE.name, LAST.name, "diffusers"):  # sums in another order
         apart = lora[f"{name} / {MMALIGN}"]["gradient apart"]
@@ -137,7 +137,7 @@ def test_shared_prompts_save_their_operations(vlm_folders: Callable[[str], Path]
     """A decoder's operations are nearly proportional to its tokens: attention, a small part of them here, is not."""
     content = recipes.vlm(vlm_folders("llava"), data_files.response_pairs(tmp_path / "rows"), tmp_path / "run")
     operations = {}
-    for variant in (PLAIN, APART):
+    for variant in (PLAIN, UNPACKED):
         run = build(content, variant, tmp_path / variant.name, 2)
         rows = next(run.data_module.batches(0)).tokens.rows
         operations[variant.name] = count_operations(run)[0]["policy"]
@@ -145,7 +145,7 @@ def test_shared_prompts_save_their_operations(vlm_folders: Callable[[str], Path]
     prompts = {(row.ids[: row.start], row.images): row.start for row in rows}
     responses = sum(len(row.response) for row in rows)
     tokens = sum(prompts.values()) + responses, sum(row.start for row in rows) + responses
-    assert operations[APART.name] / operations[MMALIGN] == pytest.approx(tokens[1] / tokens[0], rel=0.05)
+    assert operations[UNPACKED.name] / operations[MMALIGN] == pytest.approx(tokens[1] / tokens[0], rel=0.05)
     assert tokens[1] > 1.3 * tokens[0]
 
 

@@ -30,7 +30,7 @@ from mmalign.policy import Policy
 from mmalign.resources import resolve_model
 from mmalign.rng import KeyedRNG
 
-about = "diffusers' script: autoencoder, text encoder, policy and reference in every step"
+about = "the script of diffusers: autoencoder, text encoder, policy and reference run in every step"
 own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false")
 
 HALF_VAE = "StableDiffusionPipeline"

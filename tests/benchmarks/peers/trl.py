@@ -27,7 +27,7 @@ from mmalign.policy import FrozenCopy, Policy
 from mmalign.resources import resolve_model
 from mmalign.rng import KeyedRNG
 
-about = "TRL's DPOTrainer._compute_loss: two padded rows a pair, images encoded for each, policy and reference"
+about = "DPOTrainer._compute_loss of TRL: two padded rows per pair, an image encoded for each, policy and reference"
 own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false", "train.pack_responses='off'")
 
 TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # whose images' tensors join along one dimension
