@@ -110,8 +110,9 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
     """
     options, data = recipe.train, recipe.data
     batch = options.batch_size * num_processes
-    limit = DISTINCT_UPDATES * batch * options.gradient_accumulation_steps
-    changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": min(limit, data.limit or limit), "num_workers": 0}
+    update = batch * options.gradient_accumulation_steps
+    limit = min(DISTINCT_UPDATES * update, data.limit or sys.maxsize)
+    changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": limit, "num_workers": 0}
     changes |= {"cache": "auto"} if data.cache != "off" else {}
     data = data.model_copy(update=changes)
     pairs, _ = open_data(data, options.seed, recipe.method)
@@ -120,11 +121,7 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
             f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "
             "or with a smaller train.batch_size"
         )
-    whole = (
-        batch * options.gradient_accumulation_steps
-        if len(pairs) >= batch * options.gradient_accumulation_steps
-        else batch
-    )
+    whole = update if len(pairs) >= update else batch
     return recipe.model_copy(
         update={
             "train": options.model_copy(update={"steps": updates, "trackers": []}),

@@ -135,9 +135,9 @@ def swapped(run: Run, batch: Any, *arguments: Any) -> Tensor:
 def test_wrong_step_is_detected(loss: Any, tiny_sd15: Path, tmp_path: Path) -> None:
     request, accelerator = diffusers_request(tiny_sd15, tmp_path, method=RELEASED), Accelerator()
     wrong: Any = SimpleNamespace(prepare=diffusers.prepare, optimizer=diffusers.optimizer, loss=loss)
-    ours = _bench_run.build(against.recipes_of(request)[MMALIGN], accelerator, tmp_path / "ours", 1)
+    right_run = _bench_run.build(against.recipes_of(request)[MMALIGN], accelerator, tmp_path / "right", 1)
     run = peer_run(request, tmp_path / "wrong", accelerator, wrong)
-    apart = first_gradient(run, wrong).apart(first_gradient(ours))
+    apart = first_gradient(run, wrong).apart(first_gradient(right_run))
     with pytest.raises(ValueError, match="wrong does not compute"):
         require_same("wrong", apart)
 
@@ -174,8 +174,8 @@ def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None
         recipe = load_recipe(request.source, peer.own[:3])
         assert (recipe.data.cache, recipe.train.attention, recipe.train.compile) == ("off", "sdpa", False)
     assert trl.own[3:] == ("train.pack_responses='off'",)  # the decoder keeps the attention of transformers
-    ours = against.recipes_of(request)[MMALIGN]
-    assert (ours.data.cache, ours.train.attention, ours.train.compile) == ("auto", "xformers", True)
+    recipe = against.recipes_of(request)[MMALIGN]
+    assert (recipe.data.cache, recipe.train.attention, recipe.train.compile) == ("auto", "xformers", True)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
