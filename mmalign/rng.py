@@ -1,4 +1,4 @@
-"""Random numbers from position: keyed by (seed, epoch, row, purpose, index), and drawn on the CPU.
+"""Random numbers from position: keyed by (seed, epoch, row, stream, index), and drawn on the CPU.
 
 The composition of a batch, its order, the number of processes and of loader workers do not matter, and going on after a
 stop needs no state. A row id is a hash of the row's content (63 bits).

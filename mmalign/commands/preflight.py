@@ -166,12 +166,12 @@ def _check_training(train: Train, device: torch.device) -> None:
 def _check_image_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
     """A section that has pictures drawn and judged: its judge, its prompts, and the size of the pictures."""
     if section.reward is not None:
-        _check_reward_model(f"{name}.judge", section.reward)
+        _check_reward_model(f"{name}.reward", section.reward)
     contrast = isinstance(section, PrepareImages) and section.prompt_pairs
     _check_prompts(f"{name}.prompts", section.prompts, read_prompt_pairs if contrast else read_prompts)
     side = section.sampling.resolution or 0
     if side % 8:
-        raise ValueError(f"{name}.drawing.resolution: expected a multiple of 8 pixels, got {side}")
+        raise ValueError(f"{name}.sampling.resolution: expected a multiple of 8 pixels, got {side}")
 
 
 def _check_reward_model(key: str, config: RewardConfig) -> None:

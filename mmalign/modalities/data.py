@@ -58,7 +58,7 @@ def open_data(data: Data, seed: int, method: Any = None) -> Splits:
             )
     else:
         assert isinstance(data, ImageData)
-        pairs = _open_images(data, common, needs)
+        pairs = _open_images(data, common, method.name if method is not None else "", needs)
     return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
 
 

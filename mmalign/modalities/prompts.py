@@ -43,7 +43,7 @@ def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_mo
         raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
 
 
-def unique_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
+def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
     """Return prompts: a number of the bundled world's, or those of the file that the recipe names at `key`."""
     if isinstance(which, str):
         return prompts_module.read_prompts(key, which)

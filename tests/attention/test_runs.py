@@ -60,7 +60,7 @@ def test_a_run_by_the_reference_learns_the_same(
     """What xformers' place in a run is, taken by the plain reference: policy, reference and their gradients."""
     _, stock = run(content)
     for family in ("diffusion.pipeline", "vlm.model"):
-        monkeypatch.setattr(f"mmalign.families.{family}.choose", lambda *_: SelectedBackend("dense"))
+        monkeypatch.setattr(f"mmalign.families.{family}.select_backend", lambda *_: SelectedBackend("dense"))
     lines, policy_scores = run(content, f"output={tmp_path / 'reference'}")
     assert "attention: dense" in lines
     for name, weight in stock.items():  # AdamW divides by gradients, of which some are nothing but rounding

@@ -272,7 +272,7 @@ class Numbers:
     def key(self, number: int) -> str:
         return f"pair {number}"
 
-    def pick(self, epoch: int, some: list[int]) -> Any:
+    def select_batches(self, epoch: int, some: list[int]) -> Any:
         plan = self.sampler.plan(epoch)
         for number in some:
             rows = [pair for pair, _ in plan[number]]

@@ -128,7 +128,9 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
     """After an epoch, or before its end after many batches without a pair; nothing is saved."""
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "reward": {"path": str(tiny_clip)}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method)
-    with pytest.raises(ValueError, match=r"epoch 0 has nothing to learn from.*: the judge was sure of no pair; lower"):
+    with pytest.raises(
+        ValueError, match=r"epoch 0 has nothing to learn.*: the reward model was sure of no pair; lower"
+    ):
         train(load_recipe(content))
     monkeypatch.setattr("mmalign.training.loop.MAX_EMPTY_BATCHES", 3)
     with pytest.raises(
@@ -212,7 +214,7 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
             "data.flip=true",
             "data.flip: means nothing here: method.name: spo draws its own images, and takes prompts al",
         ),
-        ("data.num_workers=2", r"data.num_workers: .* from the pairs of data.path; leave workers out"),
+        ("data.num_workers=2", r"data.num_workers: .* from the pairs of data.path; leave num_workers out"),
         ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),
         ("data={format: prompts, path: a.txt, columns: {a: b}}", "data.columns: means nothing here"),
         ("data={format: prompts, path: a.txt, crop: random, max_bad_images: 1}", "; leave max_bad_images and crop out"),

@@ -66,7 +66,7 @@ def test_every_method_trains_every_family(
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={})
     settings: dict[str, Any] = {"name": method, **METHODS[method]}
     if method == "spo":
-        settings["judge"] = {"name": "step_aware", "path": str(tiny_step_judge)}
+        settings["reward"] = {"name": "step_aware", "path": str(tiny_step_judge)}
     options = {"steps": 1, "batch_size": 2, "lr": 1e-2, "warmup_steps": 0}
     content = recipes.diffusion(flow_folders(name), pairs, tmp_path / "out", train=options)
     recipe = load_recipe({**content, "method": settings})

@@ -259,7 +259,7 @@ def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_
     """A judge compares pictures, and what is made of pictures is made by drawing."""
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out")
     judged = refused(content, "evaluate={benchmark: crowds, reward: {path: models/tiny_clip}}")
-    assert judged.startswith("recipe: evaluate has no 'judge'; it has benchmark")
+    assert judged.startswith("recipe: evaluate has no 'reward'; it has benchmark")
     drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images_per_prompt: 4}")
     assert drawn.startswith("recipe: prepare has no 'images'; it has")
 

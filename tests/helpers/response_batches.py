@@ -75,7 +75,7 @@ class Table:
     def processor(self) -> Any:
         return self
 
-    def view(self, image: Image.Image) -> ImageView:
+    def preprocess_image(self, image: Image.Image) -> ImageView:
         return ImageView((), {})
 
     def encode_images(self, views: Any) -> ImageFeatures:

@@ -46,7 +46,7 @@ class Scripted:
     def processor(self) -> Any:
         return self
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[Any], start: str = "") -> TokenizedResponse:
+    def tokenize_prompt(self, turns: Sequence[Turn], images: Sequence[Any], start: str = "") -> TokenizedResponse:
         """Its tokens are the image's and the letters of what was said."""
         return TokenizedResponse((*[0] * SEEN, *map(ord, start)), SEEN, tuple(key for key, _ in images))
 

@@ -22,7 +22,7 @@ def test_the_best_and_the_worst_are_a_pair_where_the_judge_is_sure(tmp_path: Pat
     assert write_pairs(tmp_path / "p.parquet", prompts, images(6), scores, group=3, min_confidence=0.8) == (1, 2)
     (row,) = pq.read_table(tmp_path / "p.parquet").to_pylist()
     assert (row["caption"], row["label_0"], row["label_1"], row["score_0"], row["score_1"]) == ("a", 0.0, 1.0, 0.0, 2.0)
-    with pytest.raises(ValueError, match=r"never 95% sure in 2 prompts; lower prepare\.sure, or draw more images"):
+    with pytest.raises(ValueError, match=r"never 95% sure in 2 prompts; lower prepare\.min_confidence, or"):
         write_pairs(tmp_path / "q.parquet", prompts, images(6), scores, group=3, min_confidence=0.95)
     assert not (tmp_path / "q.parquet").exists()
 

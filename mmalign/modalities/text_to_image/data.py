@@ -29,10 +29,8 @@ from mmalign.rewards import RewardModel
 
 logger = logging.getLogger(__name__)
 
-PROMPT_PAIRS = "the method compares two images under two prompts; most others take rows of one prompt"
 
-
-def _open_images(data: ImageData, common: dict[str, Any], needs: Requirements) -> Pairs[Any]:
+def _open_images(data: ImageData, common: dict[str, Any], method: str, needs: Requirements) -> Pairs[Any]:
     """Open pairs of images, or for a method that generates its own, prompts: a file of them, or those of pairs."""
     if needs.prompts_only:
         if data.format == "prompts":
@@ -43,9 +41,8 @@ def _open_images(data: ImageData, common: dict[str, Any], needs: Requirements) -
             "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
             "or rankings (spo draws its own images)"
         )
-    return open_pairs(
-        data.format, locate(data.path), prompt_pairs=PROMPT_PAIRS if needs.prompt_pairs else None, **common
-    )
+    why = f"method.name: {method} compares two images under two prompts; most methods take rows of one prompt"
+    return open_pairs(data.format, locate(data.path), prompt_pairs=why if needs.prompt_pairs else None, **common)
 
 
 def _prompt_encoder(

@@ -21,7 +21,7 @@ from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
 from mmalign.families.types import Sampling
 from mmalign.modalities import loading
-from mmalign.modalities.prompts import unique_prompts
+from mmalign.modalities.prompts import load_prompts
 from mmalign.pages.page import GalleryEntry
 from mmalign.pages.pictures import picture_entry
 from mmalign.policy import Policy
@@ -71,7 +71,7 @@ def compare_images(
 
 def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[str], list[int]]:
     """Return the prompt and the seed of every image; all images of a prompt are adjacent."""
-    distinct = unique_prompts("evaluate.prompts", section.prompts, section.split, section.seed)
+    distinct = load_prompts("evaluate.prompts", section.prompts, section.split, section.seed)
     prompts = [prompt for prompt in distinct for _ in range(section.images_per_prompt)]
     return prompts, [section.seed * 1_000_003 + index for index in range(len(prompts))]
 

@@ -19,7 +19,7 @@ from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.modalities import loading
-from mmalign.modalities.prompts import load_prompt_pairs, unique_prompts
+from mmalign.modalities.prompts import load_prompt_pairs, load_prompts
 from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 
 logger = logging.getLogger(__name__)
@@ -83,4 +83,4 @@ def _requested_prompts(section: PrepareImages) -> list[str]:
     """The prompts that images are drawn for; those of a couple one after the other."""
     if section.prompt_pairs:
         return [p for couple in load_prompt_pairs("prepare.prompts", section.prompts, section.seed) for p in couple]
-    return unique_prompts("prepare.prompts", section.prompts, "train", section.seed)
+    return load_prompts("prepare.prompts", section.prompts, "train", section.seed)

@@ -91,7 +91,7 @@ def test_kept_features_are_the_features(name: str, vlm_folders: Folders, tmp_pat
     views = {key: family.processor.preprocess_image(vlm_reference.PICTURES[key]) for key in ("wide", "tall")}
     live = family.encode_images(views)
     store = ArrayCache.open(tmp_path / "features", image_features.feature_dependencies(family))
-    for key, arrays in family.pack(live).items():
+    for key, arrays in family.features_as_tensors(live).items():
         store.put({key: {image_features.IDS: torch.tensor(views[key].ids), **arrays}})
     known = {key: image_features.cached_view(store, key) for key in views}
     assert all(known[key].ids == view.ids and not known[key].tensors for key, view in views.items())  # type: ignore[union-attr]
@@ -155,7 +155,7 @@ def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
     content = responses(vlm_folders("llava"), tmp_path, "out", **sections)
     cache.cache(load_recipe(content))
     decoded, decode = list[str](), response_pairs.decode
-    monkeypatch.setattr(response_pairs, "decode", lambda ref: decoded.append(ref.where) or decode(ref))
+    monkeypatch.setattr(response_pairs, "decode", lambda ref: decoded.append(ref.location) or decode(ref))
     ours, weights = trained(content)
     assert len(set(decoded)) == (1 if method["name"] == "povid" else 0)
     theirs, plain = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")

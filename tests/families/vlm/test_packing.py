@@ -61,7 +61,7 @@ def mixed(family: Any) -> tuple[Tokens, ImageFeatures]:
 
 def apart(family: Any) -> Any:
     """The same network, each response with its own prompt."""
-    return replace(family, loading=replace(family.loading, pack=False))
+    return replace(family, loading=replace(family.loading, pack_responses=False))
 
 
 def scored(family: Any, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, Tensor]]:

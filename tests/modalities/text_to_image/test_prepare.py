@@ -68,7 +68,7 @@ def test_what_was_drawn_is_not_lost_where_the_judge_is_never_sure(
             update={"prepare": section.model_copy(update={"min_confidence": share, "sampling": changed})}
         )
 
-    with pytest.raises(ValueError, match=r"never 100% sure in 3 prompts; lower prepare\.sure"):
+    with pytest.raises(ValueError, match=r"never 100% sure in 3 prompts; lower prepare\.min_confidence"):
         run.prepare(sure(0.999999))
     assert len(drawn) == 3
     run.prepare(sure(0.5))

@@ -49,7 +49,7 @@ def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folde
         view = family.processor.preprocess_image(decode(pair.images[0]))
         prompt = family.processor.tokenize_prompt(pair.turns, [("it", view)])
         features = family.encode_images({"it": view})
-        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], draws=KeyedRNG(1))
+        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], rng=KeyedRNG(1))
         assert pair.rejected == own.strip() != pair.chosen
         assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
 

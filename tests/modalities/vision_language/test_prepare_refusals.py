@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_said_before_anything_is_made(
         ("own", {"bdhs": {}}, "prepare: kind own takes no section 'bdhs'; leave it out"),
         ("own", {"own": {"max_new_tokens": 0}}, "prepare.own.max_new_tokens"),
         ("bdhs", {"bdhs": {"rho": 0.5, "keep_tokens": 3}}, "rho and keep_tokens both say how many"),
-        ("bdhs", {"reward": {"path": "models/tiny_clip"}}, "prepare has no 'judge'"),
+        ("bdhs", {"reward": {"path": "models/tiny_clip"}}, "prepare has no 'reward'"),
         ("bdhs", {"kind": "bhds"}, "prepare.kind: expected 'bdhs', 'realign', 'povid' or 'own', got the text 'bhds'"),
     ],
 )
