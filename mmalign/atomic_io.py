@@ -15,7 +15,7 @@ from mmalign import atomic_io
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that takes the place of `path` once it is whole; an error leaves `path` alone.
+    """Give a path to write to, and move it to `path` once it is whole; an error leaves `path` alone.
 
     Raises:
         CheckpointError: the disk is full or cannot be written to.
@@ -36,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_error(path: Path, error: Exception) -> atomic_io.CheckpointError:
-    """What to say when a file or folder could not be written."""
+    """Return the error for a file or folder that could not be written."""
     free = shutil.disk_usage(path.parent).free // 10**6
     return atomic_io.CheckpointError(
         f"{path}: could not be written ({error}); {free:,} MB are free, what was there before is kept: make room and "

@@ -68,7 +68,7 @@ def attention_kwargs(packed_mask: PackedPrefixMask, decoder: Any) -> dict[str, A
 
 
 def packing_unsupported_reason(decoder: Any, longest: int) -> str | None:
-    """Why a decoder cannot take rows that share a prefix; None if it can.
+    """Return the reason why a decoder cannot take rows that share a prefix; None if it can.
 
     Args:
         decoder: the language model.
@@ -90,7 +90,7 @@ def packing_unsupported_reason(decoder: Any, longest: int) -> str | None:
 
 
 def xformers_unsupported_reason(decoder: Any) -> str | None:
-    """Why no kernel of xformers computes a decoder's attention, whatever the device; None if one may."""
+    """Return the reason why no kernel of xformers computes a decoder's attention on any device; None if one may."""
     if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
         return "the model's attention has a soft cap, which its kernels do not know"
     return None

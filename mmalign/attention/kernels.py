@@ -32,7 +32,7 @@ CUDA_12 = "nvidia/cuda_runtime/lib/libcudart.so.12*"
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> str | None:
-    """Why xformers cannot compute a model's attention; None if it can, which is tried.
+    """Return the reason why xformers cannot compute a model's attention; None if a trial shows that it can.
 
     Args:
         device: where.
@@ -45,7 +45,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_sizes: fro
 
 
 def platform_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why xformers can compute no model's attention; None if it may. It is imported, and the device left alone."""
+    """Return the reason why xformers serves no model; None if it may. Imports it, and leaves the device alone."""
     if device.type != "cuda":
         return f"it has no kernels for a {device.type.upper()}"
     if dtype not in DTYPES:

@@ -1,4 +1,5 @@
-"""What a training would otherwise work out again and again, worked out once and stored: `mmalign cache RECIPE`.
+"""The command `cache`: precompute latents, text embeddings, image features and reference scores.
+
 
 Latents and text, or images' features; then what the method keeps: the reference's scores among it. All of it is for the
 pairs that the recipe's training meets, shared by the processes of a launch, and what is stored is never made again: who
@@ -140,7 +141,7 @@ def _stop_decoding_images(data_module: DataModule, recipe: Recipe) -> bool:
 
 
 def replaces_reference(data_module: DataModule) -> bool:
-    """Whether all that the method needs of a reference is kept."""
+    """Return whether the cache holds all that the method needs of a reference."""
     return data_module.precompute_cache is not None and data_module.precompute_cache.spec.scores
 
 
