@@ -1,6 +1,5 @@
 """The command `cache`: precompute latents, text embeddings, image features and reference scores.
 
-
 Latents and text, or images' features; then what the method keeps: the reference's scores among it. All of it is for the
 pairs that the recipe's training meets, shared by the processes of a launch, and what is stored is never made again: who
 is stopped goes on, and `mmalign train` does the same before its first update.
