@@ -1,1 +1,1 @@
-"""The training loop and its parts: checkpoints, optimizers, reports, export."""
+"""Training loop, checkpoints, optimizers, reports and export."""

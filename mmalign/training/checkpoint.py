@@ -1,9 +1,12 @@
-"""Checkpoints: written whole or not at all, found again, and refused where they do not belong.
+"""Atomic checkpoints of a training run, with a limit on their number and a check of their identity.
 
-A checkpoint is a folder `checkpoint-00000100` with `model.safetensors` (the trainable weights), `state.pt` (optimizer,
-average, progress, generator) and `checkpoint.json` (step, score, the identity of what it belongs to, and whether it is
-`resting`: whether training can go on from it exactly). One whose name begins with a dot is half written or half
-deleted; the next write sweeps it away.
+A checkpoint is a folder `checkpoint-00000100` with three files:
+
+    model.safetensors   the trainable weights
+    state.pt            optimizer, average, progress and generator
+    checkpoint.json     step, score, the run's identity, and `resting`: true if training can resume from it exactly
+
+A folder whose name begins with a dot is half written or half deleted; the next write deletes it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _PREFIX = "checkpoint-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds."""
+    """Content of a checkpoint."""
 
     weights: dict[str, Tensor]
     state: dict[str, Any]
@@ -46,21 +49,22 @@ def write(
     score: float | None = None,
     resumable: bool = True,
 ) -> Path:
-    """Write a checkpoint, then delete all but it, the last `keep_checkpoints` resting ones, and the one with the lowest
-    score.
+    """Write a checkpoint and delete old ones.
+
+    Three kinds remain: the newest, the last `keep_checkpoints` resumable ones, and the one with the lowest score.
 
     Args:
         folder: the run's folder.
         step: updates done.
         weights: the trainable weights by name.
         state: everything else, of types that `torch.load(weights_only=True)` reads.
-        identity: what the checkpoint belongs to; `read` compares it.
-        keep_checkpoints: how many of the latest to keep.
-        score: lower is better, such as a held-out loss; None if there is none.
-        resumable: whether training can go on from it.
+        identity: the model, method and data of the run; `read` compares it.
+        keep_checkpoints: number of resumable checkpoints that remain.
+        score: a number such as the validation loss, lower is better; None without one.
+        resumable: false if training cannot resume from it exactly.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written. Nothing that was there is lost.
+        CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints stay intact.
     """
     final = folder / f"{_PREFIX}{step:08d}"
     part = final.with_name(f".{final.name}.part")
@@ -75,7 +79,7 @@ def write(
         for path in part.iterdir():
             _flush(path)
         _replace(part, final)
-    # safetensors and torch report a full disk as errors of their own.
+    # safetensors and torch raise their own errors for a full disk.
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
@@ -88,13 +92,13 @@ def write(
 
 
 def _flush(path: Path) -> None:
-    """Have a file on the disk: some file systems say that they are full only then."""
+    """Flush a file to disk: some file systems report only then that they are full."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def _replace(part: Path, final: Path) -> None:
-    """Put `part` where `final` is, which stays if that fails."""
+    """Replace `final` with `part`, or restore `final` if that fails."""
     aside = _hidden(final)
     if final.exists():
         os.replace(final, aside)
@@ -124,7 +128,7 @@ def _prune(folder: Path, keep_checkpoints: int) -> None:
     ]
     for path in _all(folder):
         if path not in retained:
-            os.replace(path, _hidden(path))  # first: what is half deleted must not pass for a checkpoint
+            os.replace(path, _hidden(path))  # renamed first: a half-deleted folder must not pass for a checkpoint
 
 
 def _hidden(path: Path) -> Path:
@@ -137,13 +141,13 @@ def _sweep(folder: Path) -> None:
 
 
 def latest(folder: Path, *, resumable: bool = False) -> Path | None:
-    """The newest complete checkpoint, or the newest resting one, if there is one."""
+    """Return the newest complete checkpoint, or the newest resumable one; None without one."""
     checkpoints = [path for path in _all(folder) if not resumable or _is_resumable(path)]
     return checkpoints[-1] if checkpoints else None
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the lowest score, if any has one; of equal ones the first."""
+    """Return the checkpoint with the lowest score, the first of equal ones; None if none has a score."""
     scored = [(score, path) for path in _all(folder) if (score := _score(path)) is not None]
     return min(scored)[1] if scored else None
 
@@ -152,7 +156,7 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        ValueError: it belongs to another model, method or data, or cannot be read.
+        ValueError: the checkpoint belongs to another model, method or data, or cannot be read.
     """
     try:
         about = _about(path)
@@ -170,7 +174,7 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
     try:
         weights = load_file(path / "model.safetensors")
         state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    # Of a damaged file torch alone reports four kinds of error, and safetensors one of its own.
+    # For a damaged file torch alone raises four kinds of error, and safetensors another.
     except Exception as error:
         raise ValueError(_unreadable(path, error)) from error
     return Checkpoint(weights, state, step)
@@ -185,7 +189,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _is_resumable(path: Path) -> bool:
-    """True where the file is damaged, too: whoever reads that checkpoint will say so."""
+    """Return whether training can resume from a checkpoint; True for a damaged file, which `read` refuses."""
     try:
         return bool(_about(path).get("resting", True))
     except (OSError, ValueError):
@@ -193,7 +197,7 @@ def _is_resumable(path: Path) -> bool:
 
 
 def _score(path: Path) -> float | None:
-    """None also where the file is damaged: that must not end a run that only wants to save."""
+    """Return a checkpoint's score; None also for a damaged file, which must not stop a run from saving."""
     try:
         score = _about(path)["score"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -206,5 +210,5 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error: torch's run to a page."""
+    """Return the type and first line of an error, since torch's messages fill a page; at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")

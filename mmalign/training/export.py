@@ -1,4 +1,4 @@
-"""The trained model that a run leaves, and the base model that it was trained from."""
+"""Export of trained models, and the check that a trained model belongs to a base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mmalign.training.run import TrainingRun
 
 
 def export(folder: Path, run: TrainingRun) -> None:
-    """Write the trained model (its average, if there is one) the way its library loads it, and what it was made of."""
+    """Write the trained model in its library's format, with its steps, seconds and identity.
+
+    The weights are their moving average, if the run has one.
+    """
     if run.train_state.accelerator.is_main_process:
         parameters, ema = run.policy.trainable(), run.train_state.ema
         if ema is not None:
@@ -32,10 +35,10 @@ RUN_INFO = "trained.json"  # in a trained model's folder
 
 
 def read_run_info(folder: Path) -> dict[str, Any]:
-    """The updates (`step`), their `seconds` (see `loop.Progress`) and the `identity` of the model that a run has left.
+    """Return the `step` of a trained model, the `seconds` of its updates (see `loop.Progress`) and its `identity`.
 
     Raises:
-        ValueError: it has left none.
+        ValueError: the folder has no trained model.
     """
     try:
         about: dict[str, Any] = json.loads((folder / RUN_INFO).read_text(encoding="utf-8"))
@@ -45,10 +48,10 @@ def read_run_info(folder: Path) -> dict[str, Any]:
 
 
 def check_base_model(about: Mapping[str, Any], folder: Path, family: Family) -> None:
-    """Refuse to compare a trained model with another base than its own.
+    """Refuse to compare a trained model with a base model other than its own.
 
     Raises:
-        ValueError: the family's weights are not those that the training began with.
+        ValueError: the family's weights differ from the initial weights of the training.
     """
     was, now = about["identity"]["model"], fingerprint.fingerprint(family.network)
     if was != now:

@@ -1,8 +1,7 @@
-"""The loop: one for every method, modality and family.
+"""Training loop of all methods, modalities and families.
 
-Every random number follows from its row's position (`KeyedRNG`), so going on from a checkpoint is running the same
-lines again. Progress counts what is finished: `step` updates, and in `epoch` `batch` batches. Where contrasts of the
-last of these are `pending`, nothing can go on: another process would make them with the weights of now.
+Every random number follows from its row's position (`KeyedRNG`), so a resumed run repeats an uninterrupted one. A run
+cannot resume while contrasts of the last batch are `pending`: the new process would compute them with later weights.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ from mmalign.training.optim import EMA
 
 Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
 Metrics = dict[str, Tensor]  # scalars, on the model's device
-MAX_EMPTY_BATCHES = 100  # batches in a row with nothing to learn from, after which a run stops
+MAX_EMPTY_BATCHES = 100  # batches in a row without an update, after which a run stops
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """Position of a run.
 
     Attributes:
         step: updates done.
-        epoch: the one under way.
-        batch: batches of it that were begun.
-        pending: contrasts of the last of them that are not used yet; 0 where a run can go on from.
-        seconds: of the updates, data and drawing included, saving and evaluating not: of wall-clock on a GPU; on CPUs,
-            which others may use as well, of CPU time, all threads of this process together.
+        epoch: the current epoch.
+        batch: batches of this epoch that were begun.
+        pending: contrasts of the last batch that are not used yet; 0 where a run can resume.
+        seconds: time of the updates, including data and sampling, without saving and evaluation. On a GPU this is
+            wall-clock time; on CPUs, which other processes may share, it is CPU time of all threads of this process.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     pending: int = 0
-    seconds: float = field(default=0.0, compare=False)  # how long it took to get there is no part of where it is
+    seconds: float = field(default=0.0, compare=False)  # not part of the position
 
 
 @dataclass
 class TrainState:
-    """What an update changes, and how."""
+    """Accelerator, optimizer, learning rate, clipping and moving average of a run."""
 
     accelerator: Any
     optimizer: torch.optim.Optimizer
@@ -76,19 +75,19 @@ def train(
     Args:
         method: a module of mmalign.methods.
         config: its Config.
-        policy: `policy.model` is what the learner's accelerator prepared.
+        policy: the policy, with the `model` that the accelerator prepared.
         batches: the data; the same (epoch, first batch) must always give the same batches.
-        train_state: optimizer, schedule, clipping, average.
-        steps: updates in all, those that `progress` has already counted in.
-        gradient_accumulation_steps: contrasts of an update.
-        seed: of every draw.
-        progress: where to begin, with nothing pending; it is changed in place.
-        after_update: called with the progress and the update's metrics; where nothing is pending, a checkpoint written
-            now resumes exactly.
+        train_state: optimizer, schedule, clipping and moving average.
+        steps: updates in total, including those that `progress` counts.
+        gradient_accumulation_steps: contrasts per update.
+        seed: seed of all random numbers.
+        progress: position to start from, with nothing pending; changed in place.
+        after_update: callback with the progress and the update's metrics; a checkpoint that it writes resumes exactly
+            if nothing is pending.
 
     Raises:
-        FloatingPointError: a loss is not finite; it names the batch, and nothing has been updated from it.
-        ValueError: an epoch has no batch, or the method made nothing of any, or of many in a row.
+        FloatingPointError: a loss is not finite; the error names the batch, and no weight has changed.
+        ValueError: an epoch, or `MAX_EMPTY_BATCHES` batches in a row, had nothing to learn from.
     """
     assert not progress.pending, "the contrasts that are pending cannot be made again"
     window = _GradientAccumulator(policy, train_state)
@@ -131,13 +130,13 @@ def train(
 
 
 def _empty_hint(method: Any, config: Any) -> str:
-    """Return the method's advice for batches that it made nothing of, as the end of a sentence."""
+    """Return the method's hint for batches without contrasts, as the end of a sentence."""
     hint = method.requirements(config).hint_if_empty
     return f": {hint}" if hint else ""
 
 
 def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, rng: KeyedRNG) -> list[Any]:
-    """The method's contrasts, complete, without gradients, in eval mode; the model is back in train mode afterwards."""
+    """Return all contrasts of a batch, made without gradients in eval mode; leave the model in train mode."""
     policy.model.eval()
     with torch.no_grad():
         contrasts: list[Any] = method.contrasts(policy, batch, config, epoch_rng(method, config, rng))
@@ -147,7 +146,7 @@ def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, rng: Ke
 
 @dataclass(frozen=True)
 class BatchLocation:
-    """Where a contrast came from: a batch of an epoch, counted from 1, and its rows."""
+    """Origin of a contrast: a batch of an epoch, numbered from 1, and its rows."""
 
     epoch: int
     batch: int
@@ -155,7 +154,7 @@ class BatchLocation:
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss is not finite; `location` is where, None if it was on another process."""
+    """Error for a loss that is not finite; `location` is None if the loss is another process's."""
 
     def __init__(self, location: BatchLocation | None, step: int) -> None:
         self.location = location
@@ -171,17 +170,17 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class _GradientAccumulator:
-    """The gradients and the metrics of one update.
+    """Gradients and metrics of one update.
 
     Attributes:
         count: contrasts so far.
-        used: whether there was an update in this epoch.
-        empty: batches since the last one in which there was an update.
+        used: true after an update in this epoch.
+        empty: batches since the last batch with an update.
     """
 
     def __init__(self, policy: Policy, train_state: TrainState) -> None:
         self.model, self.train_state = policy.model, train_state
-        self.parameters: list[nn.Parameter] = policy.trainable()  # a list: a spent iterator would never be clipped
+        self.parameters: list[nn.Parameter] = policy.trainable()  # a list: an exhausted iterator would never be clipped
         self.used, self.empty = False, 0
         self._clear()
 
@@ -191,16 +190,16 @@ class _GradientAccumulator:
         self.locations = list[tuple[BatchLocation, Tensor]]()
 
     def sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Where gradients stay on their process, but for the last contrast's; the forward pass decides it, too."""
+        """Skip the gradient all-reduce except for the last contrast (DDP `no_sync`); must also wrap the forward."""
         if is_last:
             return contextlib.nullcontext()
         silent: contextlib.AbstractContextManager[None] = self.train_state.accelerator.no_sync(self.model)
         return silent
 
     def add(self, step: Step, location: BatchLocation) -> None:
-        """Add a contrast's gradient, not yet divided: the sum of the weights is known when the window is full.
+        """Add a contrast's gradient and metrics; `update` divides them by the sum of all weights.
 
-        Nothing here waits for a GPU; whether all losses were finite is asked once, before anything moves.
+        Nothing here waits for a GPU: `update` checks once that all losses were finite.
         """
         self.train_state.accelerator.backward((step.losses * step.weights).sum())
         self.count += 1
@@ -210,9 +209,9 @@ class _GradientAccumulator:
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
 
     def update(self, step: int) -> Metrics | None:
-        """Divide by the global weight, clip, and move; the update's mean metrics over all processes.
+        """Divide by the global weight, clip and step; return the update's mean metrics over all processes.
 
-        None, and nothing moves, where no row of any process counts: the optimizer would go on by momentum alone.
+        If no row of any process has weight, return None without a step, which would follow momentum alone.
 
         Args:
             step: updates done before.
@@ -221,6 +220,7 @@ class _GradientAccumulator:
             FloatingPointError: a loss of any process, or the gradient, is not finite.
         """
         train_state, accelerator = self.train_state, self.train_state.accelerator
+        # Flag for non-finite losses, weight and sums of metrics, reduced in one call
         names = sorted(self.sums)
         assert isinstance(self.weight, Tensor), "a window has a contrast"
         bad = torch.stack([~finite for _, finite in self.locations]).any().to(self.weight.dtype)
@@ -233,17 +233,20 @@ class _GradientAccumulator:
             train_state.optimizer.zero_grad()
             self._clear()
             return None
+
+        # Weighted mean of the gradients: accelerate averages them over processes, the weights are summed.
         total = packed[1]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # Distribution averages the gradients over processes; the weights are summed over them.
         torch._foreach_mul_(gradients, accelerator.num_processes / total)
         limit = train_state.max_grad_norm if train_state.max_grad_norm is not None else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
-        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update by itself
+        if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update
             raise FloatingPointError(
                 f"train: the gradient of update {step + 1} is not finite; no weight was changed: "
                 "the last checkpoint is good, lower train.lr, or use train.precision: bfloat16 or float32"
             )
+
+        # Optimizer and moving average
         rate = train_state.lr * train_state.lr_factor(step)
         for group in train_state.optimizer.param_groups:
             group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Optimizers by name, the learning rate by step, and an average of the weights."""
+"""Optimizers, learning rate schedules, and a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def build_optimizer(
     parameters: Sequence[nn.Parameter], name: str, *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name`: "adamw" (fused), "adamw_8bit" (bitsandbytes) or "adafactor".
+    """Return the optimizer called `name`: "adamw" (fused), "adamw_8bit" (bitsandbytes) or "adafactor".
 
-    Adafactor runs at a fixed rate without scaling by the parameters' size, as in the releases, and knows no betas.
+    Adafactor has a fixed rate, no scaling by the parameters' size, as in the releases, and no betas.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -39,7 +39,7 @@ def build_optimizer(
 
 
 def schedule(name: str, *, warmup_steps: int, steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate for the update after `step` updates: a linear warm-up, then `name`.
+    """Return the learning rate factor as a function of the updates done: a linear warm-up, then `name`.
 
     "constant" stays at 1; "linear" and "cosine" fall to 0 at `steps`.
     """
@@ -56,10 +56,10 @@ def schedule(name: str, *, warmup_steps: int, steps: int) -> Callable[[int], flo
 
 
 class EMA:
-    """An exponential moving average of parameters, in float32.
+    """Exponential moving average of parameters, in float32.
 
-    The first updates weigh more, so that the initial parameters are forgotten: the decay of update n is the given one
-    or (1 + n) / (10 + n), whichever is less.
+    The decay of update n is the smaller of `decay` and (1 + n) / (10 + n). The first updates thus weigh more, and the
+    average forgets the initial parameters.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -68,23 +68,23 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], step: int) -> None:
-        """Take in the parameters after update number `step` (the first is 1)."""
+        """Add the parameters after update number `step` (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.shadow, [p.detach().float() for p in parameters], 1 - decay)
 
     @torch.no_grad()
     def swap(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Exchange the average with the parameters; a second call changes them back."""
+        """Swap the average and the parameters; a second call swaps them back."""
         for average, parameter in zip(self.shadow, parameters, strict=True):
             saved = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(saved)
 
     def state(self) -> list[Tensor]:
-        """What a checkpoint keeps."""
+        """Return the average, for a checkpoint."""
         return self.shadow
 
     def load(self, shadow: Sequence[Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Load the average of a checkpoint."""
         for mine, saved in zip(self.shadow, shadow, strict=True):
             mine.copy_(saved)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress bar, the trackers, and a verdict in plain words."""
+"""Progress bar, trackers and final verdict of a training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmalign.console import print_through
 
 logger = logging.getLogger(__name__)
 
-# What the bar shows of a method's metrics, where there is such a metric, with its short name.
+# Metrics that the bar shows if the method has them, and their short names.
 SHOWN = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -34,10 +34,9 @@ SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z)
 
 
 class Reporter:
-    """Averages metrics between reports, draws the bar, feeds the trackers, and remembers enough for a verdict.
+    """Reports of mean metrics to the progress bar and the trackers, with a history for the verdict.
 
-    Where the output is no terminal, a line is printed at every report instead of a bar. Lines that are logged while the
-    bar is shown appear above it.
+    If the output is not a terminal, each report is a line instead of a bar. Log lines appear above the bar.
     """
 
     def __init__(self, accelerator: Any, steps: int, every: int, *, first: int = 0) -> None:
@@ -67,9 +66,9 @@ class Reporter:
         self.bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
-        """Take in an update's metrics; report when it is time."""
+        """Add an update's metrics; report after every `every` updates and after the last."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # where it is: no wait for a GPU
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # on its device: no wait for a GPU
         self.count += 1
         if step % self.every == 0 or step == self.steps:
             self._report(step)
@@ -87,10 +86,10 @@ class Reporter:
         self._warn(step, means)
 
     def _warn(self, step: int, means: Mapping[str, float]) -> None:
-        """Warn once that the loss does not learn.
+        """Warn once if a pair loss is saturated or has hardly moved.
 
-        At the first update every logit is 0, so there is nothing to judge; and before half of the run the learning rate
-        may still be warming up.
+        The first update says nothing, since every logit is 0. In the first half of the run the learning rate may still
+        be warming up, so a loss that has hardly moved is no reason to warn.
         """
         factor = means.get("gradient factor")
         if factor is None or self.warned or step == 1:
@@ -105,7 +104,7 @@ class Reporter:
         logger.warning(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {problem}")
 
     def verdict(self) -> str:
-        """What the run did, in plain words, from the last tenth of its reports."""
+        """Return a sentence on the run's outcome, from the last tenth of its reports."""
         tail = self.history[-max(1, len(self.history) // 10) :]
         if not tail:
             return "nothing was trained"
@@ -123,21 +122,21 @@ class Reporter:
 
 
 def unmoved(factor: float) -> bool:
-    """Whether a mean gradient factor sigma(-z) is that of a policy that still equals its reference, 1/2."""
+    """Return whether a mean gradient factor sigma(-z) is near 1/2, its value for a policy equal to its reference."""
     return abs(factor - 0.5) < 0.5 - UNMOVED
 
 
 def preference_verdict(
     chosen: float, rejected: float, factor: float, noun: str = "images", sides: tuple[str, str] = ("chosen", "rejected")
 ) -> str:
-    """What a run did, in plain words.
+    """Return a sentence on a preference run's outcome.
 
     Args:
-        chosen: how much likelier than the reference the policy finds the chosen side (score units, mean).
-        rejected: likewise, the rejected side.
+        chosen: mean gain of the policy over the reference on the chosen side, in score units.
+        rejected: likewise for the rejected side.
         factor: the mean gradient factor sigma(-z).
-        noun: the sides are: "images" or "responses".
-        sides: what they are called; images "matched" with their own prompts and "mismatched" with others.
+        noun: "images" or "responses".
+        sides: names of the two sides; images are "matched" with their own prompts and "mismatched" with others.
     """
     better, worse = sides
     numbers = f"({better} {chosen:+.2g}, {worse} {rejected:+.2g} against the reference; gradient factor {factor:.2f})"

@@ -1,4 +1,4 @@
-"""The state of a training run, its optimizer, and its checkpoints."""
+"""State of a training run, with its optimizer and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
 
-MAX_VALIDATION_BATCHES = 16  # of the held-out pairs that score a checkpoint
+MAX_VALIDATION_BATCHES = 16  # of the validation split, to score a checkpoint
 
 
 @dataclass
 class TrainingRun:
-    """The pieces of a run, and how far it is."""
+    """Method, policy, optimizer, identity and progress of a run."""
 
     method: Any
     policy: Policy
@@ -33,7 +33,7 @@ def require_all(accelerator: Any) -> None:
     """Refuse processes that do not know of one another.
 
     Raises:
-        ValueError: more were started than each knows of.
+        ValueError: the number of launched processes differs from the number that the accelerator knows.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -44,7 +44,7 @@ def require_all(accelerator: Any) -> None:
 
 
 def build_train_state(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.TrainState]:
-    """The policy as the accelerator has prepared it, and what changes it: optimizer, schedule, clipping, average."""
+    """Return the policy prepared by the accelerator, with its optimizer, schedule, clipping and moving average."""
     parameters = policy.trainable()
     optimizer = build_optimizer(
         parameters,
@@ -66,7 +66,11 @@ def build_train_state(policy: Policy, options: Train, accelerator: Any) -> tuple
 
 
 def _resume(recipe: Recipe, run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
-    """Load a checkpoint into a run."""
+    """Load a checkpoint into a run.
+
+    Raises:
+        ValueError: the checkpoint lacks the moving average, or has weights that the model lacks.
+    """
     path = Path(recipe.output) / f"checkpoint-{saved.step:08d}"
     ema, scaler = run.train_state.ema, run.train_state.accelerator.scaler
     if ema is not None and "average" not in saved.state:
@@ -86,10 +90,10 @@ def _resume(recipe: Recipe, run: TrainingRun, saved: checkpoint.Checkpoint) -> N
 
 
 def save(recipe: Recipe, run: TrainingRun, score: float | None) -> None:
-    """Write a checkpoint with the run's score, lower is better, if it has one.
+    """Write a checkpoint with the run's score (lower is better), if it has one.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the checkpoint could not be written.
     """
     train_state = run.train_state
     state: dict[str, Any] = {
@@ -116,11 +120,11 @@ def save(recipe: Recipe, run: TrainingRun, score: float | None) -> None:
 
 
 def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name."""
+    """Return the trainable weights by name."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
 def last_saved(output: Path) -> str:
-    """What a person can go on from, as the end of a sentence."""
+    """Return the checkpoint to resume from, as the end of a sentence."""
     path = checkpoint.latest(output, resumable=True)
     return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"
