@@ -16,7 +16,7 @@ class AnswerCache:
     Args:
         folder: folder of the files.
         settings: everything that an answer depends on besides its question: the model's weights, the decoding, the
-            place of the images; JSON. Other settings have another file.
+            place of the images; JSON. Each group of settings has a file of its own.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:

@@ -1,8 +1,9 @@
-"""Arrays on disk by key: dicts of tensors that are costly to make, in safetensors shards that are mapped, not loaded.
+"""Content-keyed cache of tensors on disk, in memory-mapped safetensors shards.
 
-The cache stores and finds; it never encodes. What is made in another way lies in another folder, whose name says so.
-Several processes may write to one folder: each `put` is a file of its own, complete under its name or absent. A process
-sees what it has put and what lay there at `open` or `refresh`.
+The cache stores and finds tensors; it never encodes. Each fingerprint has a folder of its own.
+
+Several processes may write to one folder. Each `put` writes one file, which is complete or absent. A process sees its
+own shards and those that were there at its last `open` or `refresh`.
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from mmalign.config import Data
 _FINGERPRINT = "fingerprint.json"
 
 
-_STALE = 3600.0  # seconds after which an unfinished file has no writer any more
+_STALE = 3600.0  # seconds after which an unfinished file counts as left by a crash
 
 
-_CHUNK = 2**16  # numbers that are added up together for a fingerprint
+_CHUNK = 2**16  # integers in one sum of a weight fingerprint
 
 
 Fingerprint = Mapping[str, str | int | float]
 
 
 class ArrayCache:
-    """A folder of arrays made by one model in one way. Get one with `open`."""
+    """Folder of tensors with one fingerprint, found by key; made with `open`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._shards: list[Path] = []
-        self._fields: list[tuple[str, ...]] = []  # of every shard
+        self._fields: list[tuple[str, ...]] = []  # field names of each shard
         self._index: dict[str, int] = {}  # key -> shard
         self._handles: dict[int, Any] = {}
         self._process = os.getpid()
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: Fingerprint) -> ArrayCache:
-        """Open the cache of this fingerprint within a folder, or make it; each fingerprint has one of its own.
+        """Open the cache with this fingerprint, creating it if necessary.
 
         Args:
-            folder: where caches of one kind are.
-            fingerprint: what the arrays depend on besides their keys: model, resolution, dtype ...
+            folder: the folder that holds the caches of one kind.
+            fingerprint: everything that the tensors depend on besides their keys: model, resolution, dtype ...
 
         Raises:
-            ValueError: the folder is a file, or the cache's own holds something else.
+            ValueError: the folder is a file, or the cache's subfolder holds other content.
         """
         wanted = json.loads(json.dumps(dict(fingerprint)))
         name = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -69,7 +70,7 @@ class ArrayCache:
         return cache
 
     def refresh(self) -> None:
-        """Find what other processes have put since; remove what a crash left unfinished."""
+        """Index the shards that other processes have added; delete incomplete ones and stale partial files."""
         for unfinished in self.folder.glob("*.part"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - unfinished.stat().st_mtime > _STALE:
@@ -85,10 +86,10 @@ class ArrayCache:
                 self._add(path, names)
 
     def put(self, items: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Store one shard: some hundred items make a good one. Every item has the same fields.
+        """Write one shard, ideally of some hundred items. All items must have the same fields.
 
         Raises:
-            OSError: the disk is full or not writable; nothing of the shard is left, everything before it is.
+            OSError: the disk is full or not writable; the partial shard is deleted and earlier shards stay.
         """
         from safetensors.torch import save
 
@@ -97,6 +98,7 @@ class ArrayCache:
         assert not any("|" in field for item in items.values() for field in item), "| ends the key in a tensor's name"
         tensors = {f"{key}|{f}": x.detach().cpu().contiguous() for key, item in items.items() for f, x in item.items()}
         assert len({frozenset(item) for item in items.values()}) == 1, "items of one shard have the same fields"
+        # Write beside the final name, then rename: readers see a whole shard or none
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         part = path.with_suffix(".part")
         try:
@@ -116,13 +118,13 @@ class ArrayCache:
         self._add(path, list(tensors))
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The arrays stored under a key.
+        """Return the tensors stored under a key, by field.
 
         Raises:
-            KeyError: there are none.
+            KeyError: the key is not in the cache.
         """
         shard = self._index[key]
-        if self._process != os.getpid():  # a forked worker opens its own
+        if self._process != os.getpid():  # a forked worker opens its own handles
             self._handles, self._process = {}, os.getpid()
         if shard not in self._handles:
             from safetensors import safe_open
@@ -131,14 +133,14 @@ class ArrayCache:
         return {field: self._handles[shard].get_tensor(f"{key}|{field}") for field in self._fields[shard]}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that are not stored, in order, each once."""
+        """Return the keys that are not in the cache, in order, each once."""
         return [key for key in dict.fromkeys(keys) if key not in self._index]
 
     def share(self, keys: Iterable[str], *, rank: int, world_size: int) -> list[str]:
-        """Those of the keys that are not stored and that process `rank` of `world_size` is to make, in order.
+        """Return the missing keys that process `rank` of `world_size` has to fill, in order.
 
-        The keys are dealt out in turn, by their place among all of them and not among what is missing: another process
-        may have stored some of its own already, and so see a shorter list. Every process is to ask for the same keys.
+        Keys go to the processes in turn, by their position among all keys. Positions among the missing keys would not
+        do: another process may have stored some already and see a shorter list. All processes must pass the same keys.
         """
         return self.missing(list(dict.fromkeys(keys))[rank::world_size])
 
@@ -162,11 +164,11 @@ class ArrayCache:
 
 
 def fingerprint_tensors(state: Mapping[str, Tensor]) -> str:
-    """Thirty-two hex digits of names, shapes, dtypes and every byte: the identity of a model's weights.
+    """Return 32 hex digits that identify a model's weights: names, shapes, dtypes and every byte.
 
-    The bytes are taken as integers, multiplied by odd random ones of 64 bits, and added up, some at a time, wherever
-    the tensors are: the same on every device. A change of one integer always shows, one of several but for one case in
-    2 ** 31 at worst (which multiples of 2 ** 64 a random sum hits), and a model of many gigabytes takes seconds.
+    The bytes are read as integers, multiplied by odd random 64-bit factors and summed in chunks, on the tensors' own
+    device. The result is the same on every device. A change of one integer always shows. A change of several escapes
+    at most once in 2 ** 31 cases, if their random sum is a multiple of 2 ** 64. Many gigabytes take seconds.
     """
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator, dtype=torch.int64) | 1
@@ -183,7 +185,7 @@ def fingerprint_tensors(state: Mapping[str, Tensor]) -> str:
 
 
 def _integers(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, four by four where they come out even, each as an integer."""
+    """Return a tensor's bytes as int32, or as uint8 if their number is not a multiple of four."""
     whole = tensor.contiguous().reshape(-1).view(torch.uint8)
     if len(whole) % 4:
         return whole
@@ -210,7 +212,7 @@ def _check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def _names(path: Path) -> list[str] | None:
-    """The tensors of a shard by its header, or None if the file has been cut short."""
+    """Return the tensor names in a shard's header; None if the file is truncated."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -226,5 +228,5 @@ def _names(path: Path) -> list[str] | None:
 
 
 def cache_folder(data: Data, output: Path) -> Path:
-    """Where a recipe's caches are, if it has any; `output` is the recipe's."""
+    """Return the folder of a recipe's caches; `output` is the recipe's output folder."""
     return output / "cache" if data.cache == "auto" else Path(data.cache)

@@ -1,4 +1,4 @@
-"""Fill the caches of latents and text embeddings."""
+"""Precomputation of the caches of latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmalign.data.loaders.image_pairs import ImageTransform, _skipped_row, image
 from mmalign.data.pairs import Pairs, SkippedRow
 from mmalign.families.base import TextToImage
 
-SHARD = 512  # items of a file of a cache
+SHARD = 512  # items per cache file
 
 
 def fill_latents(
@@ -28,7 +28,7 @@ def fill_latents(
     rank: int,
     world_size: int,
 ) -> Iterator[int | SkippedRow]:
-    """Encode every image that the cache lacks; yields 1 for each, or the image that could not be read."""
+    """Encode every image that the cache lacks; yield 1 for each, or a SkippedRow for an unreadable one."""
     stored: dict[str, dict[str, Tensor]] = {}
     images = images_to_encode(pairs, transform, cache, num_workers=num_workers, rank=rank, world_size=world_size)
     for image in images:
@@ -47,7 +47,7 @@ def fill_latents(
 def fill_text(
     family: TextToImage, prompts: Sequence[str], cache: ArrayCache, *, rank: int, world_size: int
 ) -> Iterator[int]:
-    """Encode every prompt that the cache lacks; yields how many were stored."""
+    """Encode every prompt that the cache lacks; yield the number of prompts in each shard stored."""
     prompts_by_key = {text_key(prompt): prompt for prompt in prompts}
     missing = cache.share(prompts_by_key, rank=rank, world_size=world_size)
     for start in range(0, len(missing), SHARD):
@@ -61,7 +61,7 @@ def fill_text(
 
 @dataclass(frozen=True)
 class ImageToEncode:
-    """A prepared image whose arrays are not cached yet: its key, pixels [3, R, R] in [-1, 1], and sizes [6]."""
+    """Prepared image that is not cached yet: its key, pixels [3, R, R] in [-1, 1], and sizes [6]."""
 
     key: str
     pixels: Tensor
@@ -77,17 +77,18 @@ def images_to_encode(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[ImageToEncode | SkippedRow]:
-    """Every image (with `flip`, also mirrored) whose arrays the cache lacks, each once; a bad one comes as Dropped.
+    """Yield every image that the cache lacks, each once; an unreadable image comes as a SkippedRow.
 
-    Store what is made of it under `key`, together with its sizes under "sizes". A bad image is not stored.
+    With `transform.flip` each image also comes mirrored. The caller stores the encoded image under `key`, with its
+    sizes under "sizes". Bad images are not stored.
 
     Args:
-        pairs: whose images.
-        transform: how they become squares; `crop` must be "center".
-        cache: what is asked for keys; it may grow meanwhile.
-        num_workers: processes that decode; 0 decodes in this one.
-        rank: this process among `world_size`, which share the images.
-        world_size: how many processes share them.
+        pairs: the pairs with the images.
+        transform: the crop to a square; its `crop` must be "center".
+        cache: the cache to fill; it may grow during the iteration.
+        num_workers: number of processes that decode; 0 decodes in this one.
+        rank: index of this process.
+        world_size: number of processes that share the images.
     """
     assert transform.crop == "center", "random crops are not cached"
     uncached = _uncached_images(pairs, transform, cache, rank, world_size)
@@ -109,14 +110,14 @@ def _mirrors(transform: ImageTransform) -> tuple[bool, ...]:
 def _uncached_images(
     pairs: Pairs, transform: ImageTransform, cache: ArrayCache, rank: int, world_size: int
 ) -> list[tuple[int, int]]:
-    """Pair and side of every image that lacks a view, each image once, of this process's share of all images."""
+    """Return (pair, side) of each image in this process's share that lacks a view in the cache, each once."""
     seen, uncached = set[str](), list[tuple[int, int]]()
     for number in range(len(pairs)):
         pair = pairs[number]
         for side, ref in enumerate((pair.chosen, pair.rejected)):
             if ref.key in seen:
                 continue
-            # Images are dealt out as `ArrayCache.share` deals out keys; who decodes one makes both of its views.
+            # Share images as `ArrayCache.share` shares keys. The process that decodes an image makes both its views.
             mine = len(seen) % world_size == rank
             seen.add(ref.key)
             views = (image_key(ref, transform.resolution, mirror=m) for m in _mirrors(transform))
@@ -126,7 +127,7 @@ def _uncached_images(
 
 
 class _UncachedImages(Dataset[list[ImageToEncode | SkippedRow]]):
-    """The views of an image (pair, side) that the cache lacks."""
+    """Dataset that maps an image (pair, side) to its views that the cache lacks."""
 
     def __init__(self, pairs: Pairs, transform: ImageTransform, cache: ArrayCache) -> None:
         self.pairs, self.transform, self.cache = pairs, transform, cache

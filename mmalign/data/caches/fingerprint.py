@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mmalign.data.caches.array_cache import fingerprint_tensors
 from mmalign.diffusion.noise import Schedule
 
-TEMPLATE = "chat_template"  # how the files begin that lay a conversation out
+TEMPLATE = "chat_template"  # common part of the names of chat template files
 
 
-# What a file says of how a part was loaded, or was called last, and not of what it does.
+# Entries that record how a part was loaded or last called. They do not affect its results.
 _PASSING = {
     "tokenizer.json": ("truncation", "padding"),
     "tokenizer_config.json": ("is_local", "local_files_only"),
@@ -26,18 +26,18 @@ _PASSING = {
 
 
 def fingerprint_network(net: nn.Module) -> str:
-    """Of every byte of a network's weights, and of the configuration that says what they compute."""
+    """Return a fingerprint of a network's configuration and of every byte of its weights."""
     return f"{fingerprint_tensors(net.state_dict())} {fingerprint_config(net)}"
 
 
 def fingerprint_config(net: nn.Module) -> str:
-    """Of a network's configuration, where transformers or diffusers gave it one, but for where it was loaded from."""
+    """Return a fingerprint of a network's transformers or diffusers configuration, without its load path."""
     config: Any = next((part.config for part in net.modules() if hasattr(part, "config")), {})
     return _hashed(_lasting(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
 
 
 def fingerprint_files(part: Any, *, template: bool = True) -> str:
-    """Of a tokenizer or a processor: of all that it would be loaded from again, with its chat template or without."""
+    """Return a fingerprint of all files that a tokenizer or processor saves; `template` includes its chat template."""
     with tempfile.TemporaryDirectory() as folder:
         part.save_pretrained(folder)
         files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
@@ -45,17 +45,17 @@ def fingerprint_files(part: Any, *, template: bool = True) -> str:
 
 
 def fingerprint_schedule(schedule: Schedule) -> str:
-    """Of a noise process: the levels of noise, and what the network predicts."""
-    known: Any = schedule  # a dataclass, each of them
+    """Return a fingerprint of a noise schedule: its noise levels and the network's prediction type."""
+    known: Any = schedule  # every schedule is a dataclass
     fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
     values = {name: fingerprint_tensors({name: x}) if isinstance(x, Tensor) else x for name, x in fields.items()}
     return _hashed({type(schedule).__name__: values})
 
 
 def fingerprint_tokenizer(family: Any) -> str:
-    """Of what makes tokens of prompts in a diffusers pipeline; of nothing where a family has none.
+    """Return a fingerprint of a diffusers pipeline's tokenizers and settings; of nothing for a family without pipeline.
 
-    And of the pipeline's own settings: SDXL's say whether no prompt is zeros or the words "".
+    Settings matter: SDXL's say whether the empty prompt is encoded as zeros or as the text "".
     """
     pipeline = getattr(family, "pipeline", None)
     parts, told = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
@@ -72,7 +72,7 @@ def _content(path: Path) -> str:
 
 
 def _lasting(value: Any) -> Any:
-    """A configuration without its private entries and its library's version."""
+    """Return a configuration without its private entries and the library version."""
     if isinstance(value, Mapping):
         entries = {str(name): x for name, x in value.items() if not str(name).startswith("_")}
         return {name: _lasting(x) for name, x in entries.items() if name != "transformers_version"}
@@ -85,10 +85,10 @@ def _hashed(about: Mapping[str, Any]) -> str:
 
 
 def fingerprint(net: nn.Module) -> str:
-    """Sixteen hex digits that tell networks apart: names, shapes, and a thousand values of every tensor.
+    """Return 16 hex digits of a network: names, shapes, and about a thousand values of every tensor.
 
-    It is seen at once whether a run goes on from the model that it began with. What is kept on disk, and taken for what
-    would be computed, must not miss a single number: `families.identity`.
+    It is fast, and checks that a run resumes from the model that it started with. Cache keys must reflect every
+    value: they use `fingerprint_network`.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in net.state_dict().items():

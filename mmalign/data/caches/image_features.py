@@ -1,6 +1,6 @@
-"""Features of images on disk: what a frozen vision tower makes of an image is made once, by content, for all runs.
+"""Cache of image features from frozen vision towers, keyed by image content and shared by all runs.
 
-One image at a time, as in a batch, so that nothing changes by a bit: kept features are those that would be made.
+Images are encoded one at a time, as in a training batch. Cached features therefore equal computed ones bit for bit.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView
 from mmalign.families.vlm.image_features import backend_name
 
-IDS = "ids"  # the field with the tokens that stand for the image
-SHARD = 2**26  # bytes of a file, about
-SHARE = 0.5  # of the free disk that features may take
+IDS = "ids"  # field with the image's placeholder tokens
+SHARD = 2**26  # approximate bytes per file
+SHARE = 0.5  # share of the free disk that features may take
 
 
 def feature_dependencies(family: VisionLanguage) -> dict[str, str | int | float]:
-    """What features, and the tokens that stand for them, depend on besides the image: all that makes them, and how."""
+    """Return everything that image features and placeholder tokens depend on besides the image."""
     parts, reader = list(family.encoders()), _processor(family)
     return {
         **{name: fingerprint.fingerprint_network(net) for name, net in parts},
@@ -39,17 +39,17 @@ def feature_dependencies(family: VisionLanguage) -> dict[str, str | int | float]
 
 
 def tokenizer_dependencies(family: VisionLanguage) -> dict[str, str | int | float]:
-    """What the tokens of words depend on."""
+    """Return everything that text tokens depend on."""
     return {"words": fingerprint.fingerprint_files(_processor(family))}
 
 
 def _processor(family: Any) -> Any:
-    """Of transformers; readers have it beside what methods ask of them."""
+    """Return the transformers processor inside a family's prompt processor."""
     return family.processor.processor
 
 
 def cached_view(cache: ArrayCache | None, key: str) -> ImageView | None:
-    """An image as a model takes it, with its features; None if they are not kept."""
+    """Return an image's view with its cached features; None if they are not in the cache."""
     if cache is None or key not in cache:
         return None
     arrays = cache.get(key)
@@ -65,10 +65,10 @@ def fill(
     rank: int,
     world_size: int,
 ) -> Iterator[int]:
-    """Make and store the features of the images that the cache lacks, this process's share of them.
+    """Encode and store this process's share of the images that the cache lacks.
 
-    Yields how many images that are, then 1 for each; after the first 0, if they would take more than half of the free
-    disk, and nothing is stored then. An image that cannot be read is left out: a loader tells of it.
+    Yield the number of images, then 1 for each. If the features would take more than half of the free disk, yield 0
+    after the first image and store nothing. Unreadable images are left out; the loaders report them.
     """
     images_by_key = {ref.key: ref for ref in images}
     mine = [images_by_key[key] for key in cache.share(images_by_key, rank=rank, world_size=world_size)]
@@ -80,15 +80,18 @@ def fill(
         num_workers=num_workers,
         generator=Generator().manual_seed(0),
     )
-    room: float | None = SHARE * shutil.disk_usage(cache.folder).free  # until the first image has told its size
+    room: float | None = SHARE * shutil.disk_usage(cache.folder).free  # bytes; None once the first image fits
     for key, view in loader:
         if view is not None:
+            # Encode one image
             (arrays,) = family.features_as_tensors(family.encode_images({key: view})).values()
             arrays = {IDS: torch.tensor(view.ids), **arrays}
+            # Extrapolate the first image's size to all images of all processes
             if room is not None and _size([arrays]) * len(mine) * world_size > room:
                 yield 0
                 return
             room = None
+            # Start a new shard when this one is full or the fields change
             if stored and (_size(stored.values()) >= SHARD or next(iter(stored.values())).keys() != arrays.keys()):
                 cache.put(stored)
                 stored = {}
@@ -98,7 +101,7 @@ def fill(
 
 
 class _Views(Dataset[tuple[str, ImageView | None]]):
-    """Images by number, with their keys, as a model takes them; None for a bad one."""
+    """Dataset of (key, view) of images; the view of an unreadable image is None."""
 
     def __init__(self, images: list[ImageRef], processor: PromptProcessor) -> None:
         self.images, self.processor = images, processor
@@ -115,5 +118,5 @@ class _Views(Dataset[tuple[str, ImageView | None]]):
 
 
 def _size(items: Iterable[dict[str, Tensor]]) -> int:
-    """In bytes."""
+    """Return the total size in bytes."""
     return sum(x.nbytes for arrays in items for x in arrays.values())

@@ -14,10 +14,10 @@ from mmalign.data.pairs import stable_hash
 
 
 class ImageCache:
-    """Images of one model, generated with the same settings, each in a file.
+    """PNG files of the images that one model generated with the same settings.
 
     Args:
-        folder: folder of the caches of all models.
+        folder: the folder of all models' caches.
         settings: everything that an image depends on besides prompt and seed: the model's weights, the sampler; JSON.
     """
 
@@ -33,7 +33,7 @@ class ImageCache:
         return None
 
     def put(self, prompt: str, seed: int, image: Image.Image) -> None:
-        """Write an image, all of it or nothing."""
+        """Write an image atomically."""
         path = self._path(prompt, seed)
         part = path.with_suffix(".part")
         image.save(part, format="PNG")

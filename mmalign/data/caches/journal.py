@@ -1,7 +1,7 @@
-"""What a long job has done so far, in a file that only grows: a job that is stopped goes on after its last whole piece.
+"""Append-only log of a long job's finished pieces, from which an interrupted job resumes.
 
-The first line says what the job is, and each further line is one piece of its work, in JSON. A line that a stop has cut
-short counts as not written.
+The first line describes the job. Each further line is one piece of its work, in JSON. An incomplete last line is
+discarded.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ _END = b"\n"
 
 
 class AppendLog:
-    """The pieces of a job that are done.
+    """Log file of a job's finished pieces.
 
     Attributes:
         path: the file.
-        entries: what was appended so far, in order.
+        entries: the pieces appended so far, in order.
 
     Args:
-        path: the file; begun if it is not there.
-        job: what the work depends on; JSON.
+        path: the file; created if it does not exist.
+        job: everything that the work depends on; JSON.
 
     Raises:
-        ValueError: the file is of another job; it names what differs.
+        ValueError: the file belongs to another job; the message names the differences.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
         self.path, self.entries = path, list[Any]()
-        head = json.loads(json.dumps(job))  # as it is read back
+        head = json.loads(json.dumps(job))  # as it reads back from JSON
         lines = self._whole_lines()
         if lines:
             self._require(lines[0], head)
@@ -41,16 +41,16 @@ class AppendLog:
             self._write(head)
 
     def append(self, piece: Any) -> None:
-        """Add a piece; it is on the disk when this returns."""
+        """Append a piece and flush it to disk."""
         self._write(piece)
         self.entries.append(piece)
 
     def remove(self) -> None:
-        """Delete the file, once what it led to is written."""
+        """Delete the file; call it once the job's result is written."""
         self.path.unlink(missing_ok=True)
 
     def _whole_lines(self) -> list[bytes]:
-        """The file's lines, and the file without what follows the last one."""
+        """Return the file's complete lines; truncate the file after the last one."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:

@@ -1,18 +1,23 @@
-"""What a method works out for every pair beforehand, on disk: filled before the training, found in every batch.
+"""Precomputed per-pair tensors (reference scores, inverted latents), cached on disk before training.
 
-mmalign.methods says what a method must offer for it. Two kinds are filled in two ways.
+A method declares them with a PrecomputeSpec. There are two kinds, filled in two ways.
 
-What a method computes with is worked out pair by pair: the numbers depend on nobody's batch size.
+Tensors that a method computes with (such as INPO's) are filled pair by pair, independently of the batch size.
 
-The reference's scores are worked out in the batches in which the training first meets the pairs. A network rounds by
-the batch that it is given, and a policy that has not moved has a loss of exactly ln 2 only if its reference was given
-the same one. So in the first epoch (with K draws, in the first K) training from kept scores is training without, bit
-for bit; after it a pair comes in other company, where the reference itself would round otherwise, in float32 by some
-1e-6 of a score. Worked out alone they would be off by as much from the first update on; worked out in every epoch's
-own batches they would cost what running the reference costs. The batches depend on seed, size, number of pairs and
-processes, so these belong to what a cache of scores is of.
+Reference scores are computed in the batch that first contains a pair (the first-batch rule):
 
-A stop costs at most what was not written yet.
+* A network's rounding depends on its batch. The loss of an untrained policy is exactly ln 2 only if its reference was
+  scored in the same batch.
+* So training with cached scores equals training without them, bit for bit, in the first epoch (with K draws, in the
+  first K epochs).
+* Later epochs batch a pair with others. There the reference itself would round differently, in float32 by some 1e-6
+  of a score.
+* Scoring pairs alone would cause that error from the first update. Scoring every epoch's batches would cost as much
+  as running the reference.
+* The batches depend on the seed, the batch size, and the numbers of pairs and processes. These are therefore part of
+  the cache's fingerprint.
+
+An interruption loses at most the shard that was not yet written.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader
 from mmalign.data.loaders.response_pairs import ResponsePairBatch, ResponsePairLoader
 
-SHARD = 128  # pairs of a file
+SHARD = 128  # pairs per file
 
 
 Compute = Callable[..., dict[str, Tensor]]
@@ -38,22 +43,22 @@ Loader = ImagePairLoader | ResponsePairLoader
 Batch = ImagePairBatch | ResponsePairBatch
 
 
-RequiredKeys = dict[str, tuple[int, int]]  # key -> the epoch that it is of, the pair's number
+RequiredKeys = dict[str, tuple[int, int]]  # key -> (epoch, pair's number)
 
 
-ComputeFn = Callable[[Any, int], dict[str, Tensor]]  # of a batch of an epoch, by name, each [B, ...]
+ComputeFn = Callable[[Any, int], dict[str, Tensor]]  # (batch, epoch) -> tensors by name, each [B, ...]
 
 
 @dataclass(frozen=True)
 class PrecomputeSpec:
-    """Tensors of a method that are computed once per pair and draw.
+    """Declaration of a method's tensors that are computed once per pair and draw.
 
     Attributes:
         num_draws: epochs after which a pair's draws repeat; 1 if there are none.
         settings: hyper-parameters that the tensors depend on.
-        scores: the tensors are all that is needed of the reference, computed in the training's own batches.
-        compute: makes the tensors of a batch from (policy, batch, config, rng), by name, each [B, ...]; None takes the
-            reference scores of the method's one contrast.
+        scores: the tensors replace the reference and are computed in the training batches.
+        compute: maps (policy, batch, config, rng) to a batch's tensors by name, each [B, ...]; None uses the reference
+            scores of the method's one contrast.
     """
 
     num_draws: int
@@ -63,19 +68,19 @@ class PrecomputeSpec:
 
     @property
     def folder(self) -> str:
-        """The folder of the cache, among a recipe's caches."""
+        """Name of the cache's folder among a recipe's caches."""
         return "reference" if self.scores else "kept"
 
 
 @dataclass(frozen=True)
 class PrecomputeCache:
-    """A cache of a method's arrays by pair and draw.
+    """Cache of a method's precomputed tensors by pair and draw.
 
     Attributes:
-        cache: where they are.
-        spec: what they are.
-        required: nothing else can give them: what is missing is an error.
-        unusable_keys: the keys of pairs that were met here and cannot be used.
+        cache: the cache on disk.
+        spec: the declaration of the tensors.
+        required: a missing tensor is an error, because no loaded model can compute it.
+        unusable_keys: the keys of unusable pairs that this process has met.
     """
 
     cache: ArrayCache
@@ -84,16 +89,16 @@ class PrecomputeCache:
     unusable_keys: set[str] = field(default_factory=set)
 
     def key(self, pair: str, epoch: int) -> str:
-        """Of a pair's arrays in an epoch."""
+        """Return the key of a pair's tensors in an epoch."""
         return f"{pair}/{epoch % self.spec.num_draws}"
 
     def lookup(self, batch: Batch, epoch: int, device: torch.device) -> dict[str, Tensor] | None:
-        """The arrays of a batch, each [B, ...], or None where a pair that counts has none. Others get zeros.
+        """Return the cached tensors of a batch by name, each [B, ...]; None if a pair with nonzero weight has none.
 
-        Arrays of unequal length are filled up with zeros at their end.
+        Uncached pairs of weight 0 get zeros. Tensors of unequal length are zero-padded at the end.
 
         Raises:
-            ValueError: there is no other way to come by an array that is missing.
+            ValueError: a tensor is missing and `required` is set.
         """
         keys = [self.key(pair, epoch) for pair in batch.keys]
         is_cached = [key in self.cache for key in keys]
@@ -107,6 +112,7 @@ class PrecomputeCache:
                     "data.cache: off"
                 )
             return None
+        # Zeros for uncached padding, shaped like any cached row
         rows = [self.cache.get(key) if found else None for key, found in zip(keys, is_cached, strict=True)]
         like = next((row for row in rows if row is not None), None) or self.cache.get(next(iter(self.cache)))
         zeros = {name: torch.zeros_like(x) for name, x in like.items()}
@@ -115,15 +121,17 @@ class PrecomputeCache:
     def fill(
         self, loader: Loader, batches: int, compute: ComputeFn, *, rank: int, world_size: int, shared: bool = True
     ) -> Iterator[int]:
-        """Work out this process's share of what the cache lacks; yields how many there are first, then 1 for each.
+        """Fill this process's share of the missing tensors; yield their number first, then 1 for each.
+
+        Reference scores are counted by batch, other tensors by pair.
 
         Args:
-            loader: of the pairs, and of the batches that the training will meet.
-            batches: how many of them, on every process.
-            compute: gives a batch's arrays.
-            rank: this process among `world_size`.
-            world_size: how many processes work.
-            shared: the processes share the loader's epochs; otherwise each is to meet all of its batches.
+            loader: the loader of the training batches.
+            batches: number of training batches on every process.
+            compute: computes a batch's tensors.
+            rank: index of this process.
+            world_size: number of processes.
+            shared: the processes share the loader's epochs; if False, every process meets all of its batches.
         """
         if self.spec.scores:
             return self._fill_batches(loader, batches, compute, 0 if shared else rank, 1 if shared else world_size)
@@ -131,7 +139,7 @@ class PrecomputeCache:
         return self._fill_per_pair(loader, batches, compute, rank, world_size)
 
     def required_keys(self, loader: Loader, batches: int) -> RequiredKeys:
-        """What the first `batches` batches of every process will ask for, each once."""
+        """Return the keys that the first `batches` batches of every process need, each once."""
         required = RequiredKeys()
         for epoch, numbers in pairs_by_epoch(loader, batches):
             for number in numbers:
@@ -149,7 +157,7 @@ class PrecomputeCache:
             keys = [key for key in mine if required[key][0] == epoch]
             read = loader.single_pairs(epoch, [required[key][1] for key in keys])
             for key, batch in zip(keys, read, strict=True):
-                if batch.weights[0]:  # a bad image has nothing to work out
+                if batch.weights[0]:  # a pair with a bad image has no tensors
                     shard.add(key, compute(batch, epoch), 0)
                 yield 1
         shard.close()
@@ -157,9 +165,10 @@ class PrecomputeCache:
     def _fill_batches(
         self, loader: Loader, batches: int, compute: ComputeFn, rank: int, world_size: int
     ) -> Iterator[int]:
-        """Every pair in the batch that meets it first; of these, the batches whose number falls to this process.
+        """Fill reference scores, computing every pair in the batch that meets it first.
 
-        By their number and not by their place among what is lacking: another process may have stored some already.
+        A batch goes to the process with rank `number % world_size`. Positions among the missing batches would not do:
+        another process may have stored some already.
         """
         missing = self._missing_batches(loader, batches).items()
         dealt = {epoch: [index for index in numbers if index % world_size == rank] for epoch, numbers in missing}
@@ -170,7 +179,7 @@ class PrecomputeCache:
             for batch in loader.select_batches(epoch, numbers):
                 keys = [self.key(pair, epoch) for pair in batch.keys]
                 lacking = [row for row, key in enumerate(keys) if batch.weights[row] and not shard.has(key)]
-                if lacking:  # of a batch that was planned for a bad pair alone, nothing
+                if lacking:  # empty if the only missing pair of the batch is bad
                     arrays = compute(batch, epoch)
                     for row in lacking:
                         shard.add(keys[row], arrays, row)
@@ -179,7 +188,7 @@ class PrecomputeCache:
         shard.close()
 
     def _missing_batches(self, loader: Loader, batches: int) -> dict[int, list[int]]:
-        """For every epoch the numbers of this process's batches that are the first to meet a pair not kept."""
+        """Return, by epoch, the numbers of this process's batches that first meet an uncached pair."""
         seen, missing = {*self.cache, *self.unusable_keys}, dict[int, list[int]]()
         for epoch, numbers in pairs_by_epoch(loader, batches):
             left = min(len(loader), batches - epoch * len(loader))
@@ -188,11 +197,11 @@ class PrecomputeCache:
                 for index, batch in enumerate(loader.sampler.plan(epoch)[:left])
                 if any(weight and self.key(loader.key(number), epoch) not in seen for number, weight in batch)
             ]
-            seen.update(self.key(loader.key(number), epoch) for number in numbers)  # by this process or by another
+            seen.update(self.key(loader.key(number), epoch) for number in numbers)  # by any process
         return missing
 
     def _failed_keys(self, loader: Loader, epoch: int, numbers: Sequence[int], shard: _ShardWriter) -> Iterator[str]:
-        """The keys of pairs of these batches for which nothing was worked out."""
+        """Yield the keys of pairs in these batches that have no tensors after filling."""
         plan = loader.sampler.plan(epoch)
         for pair, weight in (one for number in numbers for one in plan[number]):
             key = self.key(loader.key(pair), epoch)
@@ -200,7 +209,7 @@ class PrecomputeCache:
                 yield key
 
     def count_empty_batches(self, loader: Loader, batches: int) -> int:
-        """How many of this process's first `batches` batches have no pair that can be used, all having been filled."""
+        """Count this process's batches, among the first `batches`, without a usable pair; call it after filling."""
         found = 0
         for epoch, _ in pairs_by_epoch(loader, batches):
             left = min(len(loader), batches - epoch * len(loader))
@@ -211,17 +220,17 @@ class PrecomputeCache:
 
 
 class _ShardWriter:
-    """Arrays on their way to a file of a cache."""
+    """Buffer that collects rows of tensors and writes them to a cache in shards."""
 
     def __init__(self, cache: ArrayCache) -> None:
         self.cache, self.stored = cache, dict[str, dict[str, Tensor]]()
 
     def has(self, key: str) -> bool:
-        """Whether there is something of this key, written or not."""
+        """Check whether a key is cached or buffered."""
         return key in self.cache or key in self.stored
 
     def add(self, key: str, arrays: dict[str, Tensor], row: int) -> None:
-        """Take one row of some arrays, if there is none of its key yet."""
+        """Buffer one row of some tensors unless its key is already there; write a full shard."""
         if self.has(key):
             return
         self.stored[key] = {name: x[row].cpu().clone() for name, x in arrays.items()}
@@ -229,13 +238,13 @@ class _ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Write what there is."""
+        """Write the buffered rows."""
         self.cache.put(self.stored)
         self.stored = {}
 
 
 def pairs_by_epoch(loader: Any, batches: int) -> Iterator[tuple[int, list[int]]]:
-    """Every epoch that the first `batches` batches of every process are of, with the numbers of the pairs in them."""
+    """Yield (epoch, pair numbers) of the first `batches` batches of every process."""
     size = loader.sampler.batch_size * loader.sampler.world_size
     for epoch in range(-(-batches // len(loader))):
         left = min(len(loader), batches - epoch * len(loader))
@@ -243,7 +252,7 @@ def pairs_by_epoch(loader: Any, batches: int) -> Iterator[tuple[int, list[int]]]
 
 
 def _stacked(rows: Iterable[Tensor]) -> Tensor:
-    """Arrays in one, [B, ...]."""
+    """Return the tensors stacked to [B, ...], zero-padded at the end if their lengths differ."""
     tensors = list(rows)
     if len({x.shape for x in tensors}) == 1:
         return torch.stack(tensors)
