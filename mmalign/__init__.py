@@ -1,4 +1,4 @@
-"""mmalign aligns text-to-image and vision-language models with human preferences.
+"""Preference alignment of text-to-image and vision-language models.
 
     recipe = mmalign.load_recipe("configs/text_to_image/quickstart.yaml", ["train.seed=1"])
     mmalign.train(recipe)
@@ -28,7 +28,7 @@ __all__ = ["evaluate", "gallery", "load_recipe", "prepare", "train"]
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Load and check a recipe, given by a path, the name of a shipped one, or a mapping."""
+    """Load and check a recipe from a path, the name of a shipped recipe, or a mapping."""
     from mmalign.commands import load_recipe as command
 
     return command.load_recipe(source, overrides)
@@ -53,7 +53,7 @@ def evaluate(recipe: Recipe) -> Evaluation:
 
 
 def gallery(recipe: Recipe) -> Path:
-    """Write the before-and-after page of an evaluation and return its path."""
+    """Write a page of base and trained outputs side by side, and return its path."""
     from mmalign.commands import gallery as command
     from mmalign.console import configure_logging
 
@@ -62,7 +62,7 @@ def gallery(recipe: Recipe) -> Path:
 
 
 def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
-    """Make the pairs that a recipe learns from and return their file."""
+    """Write the preference pairs of a recipe and return their file."""
     from mmalign.commands import prepare as command
     from mmalign.console import configure_logging
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe: what may stand in its YAML file, with types, limits and defaults."""
+"""Sections of a recipe, with the types, limits and defaults of their YAML keys."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ __all__ = [
 
 
 class Recipe(Section):
-    """A complete recipe. `method` is the Config of the file in mmalign/methods that `method.name` names."""
+    """Complete recipe. `method` is the Config of the file in mmalign/methods that `method.name` names."""
 
     method: Any
     model: Model
@@ -83,7 +83,7 @@ class Recipe(Section):
 
 
 class Sections(NamedTuple):
-    """The sections of a recipe that depend on what its method compares."""
+    """Classes of the sections that depend on the method's modality."""
 
     model: type[Model]
     data: type[Data]

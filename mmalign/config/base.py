@@ -1,4 +1,4 @@
-"""What every section of a recipe is."""
+"""Base class of a recipe's sections."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, without unknown keys, without silent conversions."""
+    """Immutable part of a recipe, without unknown keys or silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""How models are compared, and how they draw and answer."""
+"""Settings of evaluation, image sampling and text decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Files = str | dict[str, str]  # a file, or several by name
 
 
 class RewardConfig(Section):
-    """A judge: a file in mmalign/rewards, and its weights."""
+    """Reward model: a file in mmalign/rewards, and its weights."""
 
     name: str = "open_clip"
     path: str
@@ -20,7 +20,7 @@ class RewardConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How images are drawn."""
+    """Settings of image sampling."""
 
     steps: int = Field(30, ge=1)
     guidance: float = Field(7.5, ge=1)
@@ -30,14 +30,14 @@ class SamplingConfig(Section):
 
 
 class Evaluate(Section):
-    """How base and aligned model are compared."""
+    """Settings of the comparison of base and aligned model."""
 
     benchmark: str
     seed: int = Field(0, ge=0)
 
 
 class EvaluateImages(Evaluate):
-    """How the images of text-to-image models are compared."""
+    """Settings of the comparison of text-to-image models."""
 
     benchmark: Literal["scenes", "preference", "implicit"] = "preference"
     prompts: int | str = Field(
@@ -62,14 +62,14 @@ class EvaluateImages(Evaluate):
 
 
 class EvaluateSteps(Evaluate):
-    """How often a judge of noisy images prefers the chosen image of a held-out pair, at several times."""
+    """Settings of a step judge's accuracy on the validation split, at several times."""
 
     benchmark: Literal["steps"] = "steps"
     times: list[Annotated[int, Field(ge=0)]] = Field([0, 251, 501, 701, 951], min_length=1)
 
 
 class DecodingConfig(Section):
-    """How a model answers."""
+    """Settings of text decoding."""
 
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
@@ -84,14 +84,14 @@ class Coco(Section):
 
 
 class AnswerFiles(Section):
-    """Answers that are there already: they are scored, and no model is asked."""
+    """Files of existing answers, which are scored without a model."""
 
     before: Files | None = Field(None, description="of the base model; without them the others are scored alone")
     after: Files = Field(description="of the aligned model; of pope, a file for each split")
 
 
 class EvaluateResponses(Evaluate):
-    """How the answers of vision-language models are compared."""
+    """Settings of the comparison of vision-language models."""
 
     benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"]
     num_images: int = Field(256, ge=2, description="crowds: held-out pictures of the bundled world")
@@ -135,7 +135,7 @@ class EvaluateResponses(Evaluate):
         return self
 
 
-# What each benchmark of responses takes besides its name and a seed.
+# Settings of each benchmark of responses besides its name and a seed.
 _ASKED = ("annotations", "images", "answers", "decoding", "cache")
 _TAKES: dict[str, tuple[str, ...]] = {
     "crowds": ("num_images", "split", "decoding", "cache"),
@@ -148,7 +148,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
 
 
 class Gallery(Section):
-    """The pictures that are shown."""
+    """Settings of the gallery page."""
 
     images: int = Field(96, ge=1, description="pairs of pictures on the page")
     title: str = "Before and after"

@@ -1,4 +1,4 @@
-"""How pairs are made that there are none of yet."""
+"""Settings for generating preference pairs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from mmalign.config.evaluation import DecodingConfig, RewardConfig, SamplingConf
 
 
 class Prepare(Section):
-    """How pairs are made that there are none of yet."""
+    """Settings for generating preference pairs."""
 
     seed: int = Field(1, ge=0)
 
 
 class PrepareImages(Prepare):
-    """Preference pairs drawn from the model itself and judged: the best against the worst of several images a prompt.
+    """Settings for pairs of the model's own images: the best and the worst of several per prompt, by a reward model.
 
-    With `prompt_pairs` the best images of two prompts that say one thing differently, for methods that need two
-    prompts.
+    With `prompt_pairs` a pair is the best images of two contrasting prompts, for methods that need two prompts.
     """
 
     prompts: int | str = Field(
@@ -37,7 +36,7 @@ class PrepareImages(Prepare):
 
 
 class AnswerSource(Section):
-    """The true answers that pairs are made of, which become the chosen responses."""
+    """Source of the true answers, which become the chosen responses."""
 
     path: str = Field(description="a file, a folder, or a Hub id with rows of images, prompt and answer")
     format: Literal["answers", "trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = Field(
@@ -50,7 +49,7 @@ class AnswerSource(Section):
 
 
 class CompletionConfig(Section):
-    """How a model completes an answer, and how alike two answers may be."""
+    """Settings for completions of an answer, and for the similarity of two answers."""
 
     similarity: str = Field(
         "auto",
@@ -63,7 +62,7 @@ class CompletionConfig(Section):
 
 
 class BdhsConfig(CompletionConfig):
-    """Completions with most of the image hidden (arXiv:2407.02477, Algorithm 1)."""
+    """Settings for completions with most of the image hidden (arXiv:2407.02477, Algorithm 1)."""
 
     rho: float = Field(0.99, ge=0, le=1, description="how likely each of an image's tokens is hidden")
     keep_tokens: int | None = Field(
@@ -83,7 +82,7 @@ class BdhsConfig(CompletionConfig):
 
 
 class PrepareBdhs(BdhsConfig):
-    """BDHS completions as rejected responses."""
+    """Settings for BDHS completions as rejected responses."""
 
     keep_rejected: bool = Field(
         False, description="keep the source's own rejected responses, and write the completions beside them"
@@ -91,7 +90,7 @@ class PrepareBdhs(BdhsConfig):
 
 
 class PrepareRealign(CompletionConfig):
-    """Answers whose masked parts are filled in from a similar image (arXiv:2502.13146)."""
+    """Settings for answers with masked parts filled in from a similar image (arXiv:2502.13146)."""
 
     retriever: str = Field(description="an open_clip model that compares images: a folder, a Hub id, or its own name")
     pretrained: str | None = Field(None, description="the weights of a retriever that open_clip knows by name")
@@ -105,7 +104,7 @@ class PrepareRealign(CompletionConfig):
 
 
 class PreparePovid(Section):
-    """Answers of which some words are changed (arXiv:2402.11411)."""
+    """Settings for answers with some words changed (arXiv:2402.11411)."""
 
     corruptor: str = Field("rules", description="rules, or module:function, from a pair to its untrue answer")
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
@@ -114,7 +113,7 @@ class PreparePovid(Section):
 
 
 class PrepareResponses(Prepare):
-    """Rejected responses for true answers."""
+    """Settings for rejected responses to true answers."""
 
     kind: Literal["bdhs", "realign", "povid", "own"]
     source: AnswerSource

@@ -1,4 +1,4 @@
-"""What is trained, on what, and how."""
+"""Settings of the model, the data and the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OFF = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class Lora(Section):
-    """Low-rank adapters."""
+    """Settings of low-rank adapters."""
 
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, gt=0, description="the adapter's scale is alpha / rank; the rank if not given")
@@ -25,7 +25,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    """The model to align."""
+    """Settings of the model to align."""
 
     path: str = Field(description="a model of diffusers or transformers: a folder or a Hub id")
     revision: str | None = None
@@ -34,7 +34,7 @@ class Model(Section):
 
 
 class ImageModel(Model):
-    """A text-to-image model."""
+    """Settings of a text-to-image model."""
 
     path: str = Field(description="a diffusers pipeline: a folder or a Hub id")
     vae: str | None = Field(None, description="another autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
@@ -42,7 +42,7 @@ class ImageModel(Model):
 
 
 class JudgeModel(Model):
-    """A judge that learns to know noisy images, and the model that shows it some."""
+    """Settings of a step judge, a reward model of noisy images, and of the frozen model that generates them."""
 
     path: str = Field(description="a CLIP, as which it begins, or a step-aware judge: a folder or a Hub id")
     denoiser: str = Field(description="a diffusers pipeline, which stays frozen: a folder or a Hub id")
@@ -65,7 +65,7 @@ class JudgeModel(Model):
 
 
 class Data(Section):
-    """The preference pairs, whatever is compared."""
+    """Settings of the preference pairs of any modality."""
 
     path: str = Field(description="a file, a folder, or a Hub id")
     split: str | None = None
@@ -89,7 +89,7 @@ class Data(Section):
 
 
 class ImageData(Data):
-    """Pairs of images, or for a method that draws its own prompts alone: a text file with one a line."""
+    """Settings of image pairs, or of a text file with one prompt a line for methods that generate their images."""
 
     format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = "pick_a_pic"
     resolution: int | None = Field(None, ge=8, description="pixels; the model's own if not given")
@@ -98,7 +98,7 @@ class ImageData(Data):
 
 
 class ResponseData(Data):
-    """Pairs of responses of a vision-language model."""
+    """Settings of pairs of a vision-language model's responses."""
 
     format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = "trl"
     images: str | None = Field(None, description="the folder that images' paths begin in; beside the file if not given")
@@ -108,7 +108,7 @@ class ResponseData(Data):
 
 
 class Train(Section):
-    """The optimization."""
+    """Settings of the optimization."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(1, ge=1, description="pairs at a time on each device")
