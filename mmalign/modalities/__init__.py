@@ -1,1 +1,1 @@
-"""Parts that differ between text-to-image, vision-language and the step judge."""
+"""Data, evaluation and preparation of each modality: text-to-image, vision-language and the step judge."""

@@ -1,4 +1,4 @@
-"""Open a recipe's training data and put it into batches."""
+"""Pairs, caches and loaders of a recipe's data."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from mmalign.rewards import RewardModel
 
 
 def open_data(data: Data, seed: int, method: Any = None) -> Splits:
-    """The recipe's pairs: (to train on, held out or None). No image is decoded.
+    """Return the recipe's pairs, (training split, validation split or None), without decoding an image.
 
     Args:
         data: the recipe's section.
-        seed: of the hold-out.
-        method: the configuration of the method that the pairs are for; None if any pairs will do.
+        seed: seed of the validation split.
+        method: configuration of the method that reads the pairs; None accepts any pairs.
 
     Raises:
-        ValueError: files or columns are missing, no pair is left, or none has what the method compares with.
+        ValueError: files or columns are missing, no pair remains, or none has the other images that the method needs.
     """
     common: dict[str, Any] = {
         "split": data.split,
@@ -75,23 +75,23 @@ def build_data_module(
     spec: PrecomputeSpec | None = None,
     reward_model: RewardModel | None = None,
 ) -> DataModule:
-    """Open the recipe's pairs, and where the data are pictures to learn from, fill the caches of the frozen encoders.
+    """Open the recipe's pairs, and for image data fill the caches of latents and text.
 
     Args:
         family: a TextToImage for ImageData, or a StepJudge with one; a VisionLanguage for ResponseData.
         data: the recipe's section.
-        output: the run's folder, where `data.cache: auto` keeps the caches.
+        output: the run's folder, which holds the caches under `data.cache: auto`.
         batch_size: pairs of a batch on each process.
-        seed: of order, crops, flips and the hold-out.
-        accelerator: says which process this is.
-        method: the configuration of the method that the batches are for; None if it needs nothing but pairs.
-        splits: what `open_data` has given, for those who must know that it is sound before they have a family.
+        seed: seed of order, crops, flips and the validation split.
+        accelerator: the accelerator, for this process's index.
+        method: configuration of the method that reads the batches; None if it needs only pairs.
+        splits: the result of `open_data`, if the caller has checked the data before loading the family.
         spec: the tensors that are precomputed for the method; the command `cache` fills their cache.
-        reward_model: what scores images, for methods whose settings name one.
+        reward_model: the model that scores images, for methods whose settings name one.
 
     Raises:
-        ValueError: files, columns or caches do not fit, or more than `data.max_bad_images` images are bad, or all
-            pairs.
+        ValueError: files, columns or caches do not fit, more than `data.max_bad_images` images are bad, or all pairs
+            are bad.
     """
     needs = Requirements() if method is None else requirements_of(method)
     train, validation = splits or open_data(data, seed, method)
@@ -104,6 +104,8 @@ def build_data_module(
     precompute_cache = features = None
     caches = list[ArrayCache]()
     together = {"seed": seed, "batch_size": batch_size, "processes": share["world_size"], "pairs": len(train)}
+
+    # Loader and caches of response pairs
     if isinstance(data, ResponseData):
         longest = min(family.processor.max_length, data.max_length or family.processor.max_length)
         if data.cache != "off":
@@ -131,6 +133,7 @@ def build_data_module(
         )
         encode = partial(encode_responses, family, max_length=longest)
     else:
+        # Loader and caches of image pairs or prompts
         assert isinstance(data, ImageData)
         sources = [train] if validation is None else [train, validation]
         painter: TextToImage = family.denoiser if isinstance(family, StepJudge) else family
@@ -154,7 +157,7 @@ def build_data_module(
         caches += [encoder.text] if encoder.text is not None else []
     caches += [precompute_cache.cache] if precompute_cache is not None else []
     loader = make(pairs=train, **share)
-    # Every process scores all held-out pairs, so that all know the same number.
+    # Every process scores the whole validation split, so that all have the same number.
     scored = make(pairs=validation, keep_last=True) if validation is not None else None
     for checked in (loader, scored):
         if checked is not None:

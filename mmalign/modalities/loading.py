@@ -1,4 +1,4 @@
-"""Load models, trained policies and reward models from a recipe."""
+"""Loading of a recipe's models, trained policies and reward models."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def method_reward(recipe: Recipe) -> RewardConfig | None:
-    """The judge that the method's settings name, if they do."""
+    """Return the reward model that the method's settings name, or None."""
     reward = getattr(recipe.method, "reward", None)
     return reward if isinstance(reward, RewardConfig) else None
 
 
 def load_model(recipe: Recipe, device: torch.device) -> Any:
-    """The recipe's model in memory, frozen: a TextToImage, a StepJudge or a VisionLanguage, as its section says.
+    """Load the recipe's model, frozen: a TextToImage, a StepJudge or a VisionLanguage, depending on its section.
 
-    Logs the attention backend, and whether responses share their prompts, and why.
+    The log names the attention backend, and for a vision-language model the packing of responses.
 
     Args:
-        recipe: says which one, its precision, and who computes its attention.
-        device: where it goes.
+        recipe: the recipe, with the model, its precision and its attention backend.
+        device: target device.
 
     Raises:
-        ValueError: the model cannot be loaded, or its attention not be computed as wanted.
+        ValueError: the model cannot be loaded, or the attention backend is unavailable.
     """
     model, options = recipe.model, recipe.train
     choice.check(options.attention, device, DTYPES[options.precision])
@@ -56,10 +56,10 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
 
 
 def load_for_training(recipe: Recipe, device: torch.device) -> Any:
-    """As `load_model`, and compiled if the recipe says so: before the reference's scores are worked out by it.
+    """Load the recipe's model, compiled if the recipe asks for it, so that reference scores come from compiled blocks.
 
     Raises:
-        ValueError: as `load_model`, or the network's blocks are not known.
+        ValueError: `load_model` refuses the recipe, or the network's blocks are unknown.
     """
     family = load_model(recipe, device)
     if recipe.train.compile:
@@ -82,7 +82,7 @@ def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> 
 
 
 def _without_loading_bars() -> None:
-    """A bar for every component of a pipeline says nothing that a person can act on."""
+    """Disable the libraries' loading bars, one for every component of a pipeline."""
     from diffusers.utils.logging import disable_progress_bar as diffusers_off
     from transformers.utils.logging import disable_progress_bar as transformers_off
 
@@ -91,14 +91,14 @@ def _without_loading_bars() -> None:
 
 
 def load_trained_policy(family: F, folder: Path) -> Policy[F]:
-    """A trained model beside its base, as policy and reference.
+    """Load a trained model as the policy, with its base model as the reference.
 
     Args:
         family: the base model; its network gets the adapters if `folder` holds LoRA weights.
-        folder: what `Family.save` wrote.
+        folder: the folder that `Family.save` wrote.
 
     Raises:
-        ValueError: nothing has been trained there yet, or its files are damaged.
+        ValueError: the folder has no trained model, or its files are damaged.
     """
     base = family.network
     net = family.load_trained(folder)
@@ -106,11 +106,11 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
 
 
 def sampling_options(sampling: SamplingConfig) -> Sampling:
-    """The recipe's section as the families take it."""
+    """Return the recipe's section as the families' options."""
     return Sampling(**sampling.model_dump())
 
 
 def build_reward_model(config: RewardConfig, device: torch.device) -> RewardModel:
-    """The recipe's judge in memory."""
+    """Load the recipe's reward model."""
     _without_loading_bars()
     return load_reward_model(config.name, config.path, device, **config.options)

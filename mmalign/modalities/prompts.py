@@ -1,4 +1,4 @@
-"""Prompts for generation: from files, and from the bundled world."""
+"""Prompts for generation, from files or from the bundled world."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from mmalign.resources import resolve, resolve_model
 
 
 def read_prompts(key: str, name: str) -> list[str]:
-    """The prompts of a file, one a line; empty lines and those that begin with # are none.
+    """Read the prompts of a file, one a line, without empty lines and lines that begin with #.
+
+    Args:
+        key: the recipe's key of the file, for error messages.
+        name: the file.
 
     Raises:
-        ValueError: there is no such file, it is no text, or it has no prompt; `key` says where its name came from.
+        ValueError: the file is missing, is not text, or has no prompt.
     """
     return [prompt for _, prompt in prompts.read_prompts(key, Path(_located(key, name, resolve)))]
 
 
 def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
-    """The couples of prompts of a file, one a line, with a tab between them.
+    """Read the prompt pairs of a file, one pair a line, separated by a tab.
+
+    Args:
+        key: the recipe's key of the file, for error messages.
+        name: the file.
 
     Raises:
-        ValueError: as `read_prompts`, or a line holds other than two prompts; `key` says where its name came from.
+        ValueError: the file is missing, is not text, or has no prompt, or a line does not hold two prompts.
     """
     couples = []
     for line in read_prompts(key, name):
@@ -36,7 +44,7 @@ def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
 
 
 def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:
-    """What a name of the recipe means; where there is nothing, the sentence begins with the name's key."""
+    """Return the location of a name of the recipe; an error begins with the name's key."""
     try:
         return str(find(name))
     except ValueError as error:
@@ -44,7 +52,7 @@ def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_mo
 
 
 def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
-    """Return prompts: a number of the bundled world's, or those of the file that the recipe names at `key`."""
+    """Return a number of the bundled world's prompts, or those of the file that the recipe names at `key`."""
     if isinstance(which, str):
         return prompts_module.read_prompts(key, which)
     from mmalign.toy.scenes import sample_prompts
@@ -53,7 +61,7 @@ def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]
 
 
 def load_prompt_pairs(key: str, source: int | str, seed: int) -> list[tuple[str, str]]:
-    """Return pairs of contrasting prompts: a number of the bundled world's, or those of the file named at `key`."""
+    """Return contrasting prompt pairs: a number of the bundled world's, or those of the file named at `key`."""
     if isinstance(source, str):
         return prompts_module.read_prompt_pairs(key, source)
     from mmalign.toy.scenes import sample_prompt_pairs

@@ -1,1 +1,1 @@
-"""Text-to-image: data, evaluation and preparation."""
+"""Data, evaluation and preparation of text-to-image models."""

@@ -1,4 +1,4 @@
-"""Image pairs and prompts of a recipe, encoded and cached."""
+"""Encoding and caching of a recipe's image pairs and prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def _open_images(data: ImageData, common: dict[str, Any], method: str, needs: Requirements) -> Pairs[Any]:
-    """Open pairs of images, or for a method that generates its own, prompts: a file of them, or those of pairs."""
+    """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
     if needs.prompts_only:
         if data.format == "prompts":
             return open_prompts(locate(data.path), data.limit)
@@ -53,10 +53,7 @@ def _prompt_encoder(
     accelerator: Any,
     reward_model: RewardModel | None,
 ) -> tuple[Encoder, Callable[[Any], Any]]:
-    """What encodes batches of prompts, for images of the recipe's size; the cache of their text is filled.
-
-    Gives the encoder, and its call for a batch.
-    """
+    """Fill the text cache; return the encoder of prompts, and its call for a batch at the recipe's image size."""
     side = data.resolution or family.resolution
     shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
     encoder = Encoder(family, family.unconditional(), None, reward_model=reward_model)
@@ -77,7 +74,7 @@ def _prompt_encoder(
 
 
 def _text_dependencies(family: TextToImage) -> dict[str, str | int | float]:
-    """What prompts' embeddings depend on besides the words: text encoders and tokenizers."""
+    """Return the dependencies of text embeddings besides the prompts: text encoders and tokenizers."""
     encoders = {name: fingerprint.fingerprint_network(net) for name, net in family.encoders() if name != "vae"}
     return {**encoders, "tokenizers": fingerprint.fingerprint_tokenizer(family)}
 
@@ -98,9 +95,13 @@ def _prepare(
     accelerator: Any,
     decodes: bool = False,
 ) -> tuple[ImageTransform, ArrayCache | None, Encoder, dict[str, str | int | float]]:
-    """How images become squares, the cache of their latents, what encodes the rest, and what all that depends on.
+    """Fill the caches of latents and text.
 
-    The caches are filled. The encoders leave the GPU then, but for the autoencoder where the method `decodes`.
+    The encoders then move to the CPU, except the autoencoder of a method that `decodes`.
+
+    Returns:
+        The image transform, the cache of latents, the encoder of batches, and the caches' dependencies. Without a cache
+        or with random crops, the cache is None and the dependencies are empty.
     """
     transform = ImageTransform(data.resolution or family.resolution, data.crop, data.flip)
     latents, text, bad = None, None, list[SkippedRow]()
@@ -116,7 +117,7 @@ def _prepare(
         bad = _fill(family, sources, transform, latents, text, data, accelerator)
         for name, net in family.encoders():
             if not (decodes and name == "vae"):
-                net.to("cpu")  # they have done their work, and on a GPU would take gigabytes from the training
+                net.to("cpu")  # no longer needed; on a GPU they would take gigabytes from the training
     if bad:
         logger.warning(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
     _warn_truncated(family, sources)
@@ -132,7 +133,7 @@ def _fill(
     data: ImageData,
     accelerator: Any,
 ) -> list[SkippedRow]:
-    """Encode what the caches lack, each process its share, with a bar; gives the images that cannot be read."""
+    """Encode this process's share of what the caches lack, with a bar; return all processes' unreadable images."""
     from accelerate.utils import gather_object
 
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -152,6 +153,6 @@ def _fill(
             accelerator.wait_for_everyone()
             latents.refresh()
             text.refresh()
-    bad = gather_object(bad)  # each process has met those of its share
+    bad = gather_object(bad)  # each process knows those of its own share
     check_max_bad_images(bad, data.max_bad_images, sources[0].source)
     return bad

@@ -1,4 +1,4 @@
-"""Evaluation of text-to-image models: generate images with both, measure them, write numbers and files."""
+"""Evaluation of a base and a trained text-to-image model on images of the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -42,7 +42,15 @@ def compare_images(
 ) -> tuple[dict[str, Any], Table]:
     """Generate images with base and trained model from the same noise, and measure them.
 
-    `folder` receives the images and the gallery's samples.json, with the identity of this evaluation.
+    Args:
+        recipe: the recipe, with a section `evaluate`.
+        policy: the trained model, with the base model as reference.
+        reward_model: the model that scores the images, if the section names one.
+        folder: folder for the images and the gallery's `samples.json`.
+        identity: identity of this evaluation, stored in `samples.json`.
+
+    Returns:
+        The content of `result.json`, and a table of it.
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateImages)
@@ -50,11 +58,15 @@ def compare_images(
     num_truncated = policy.family.count_truncated(prompts)
     if num_truncated:
         logger.warning(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
+
+    # Images of both models
     caches = _caches(recipe, section, policy, identity)
     images = generate_both(policy, prompts, seeds, loading.sampling_options(section.sampling), caches)
     samples: list[Sample] = [
         {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
     ]
+
+    # Measurements and files
     for side, side_images in zip(SIDES, images, strict=True):
         _measure(section, reward_model, side_images, prompts, [sample[side] for sample in samples])
         (folder / side).mkdir()
@@ -96,7 +108,7 @@ def _measure(
 
 
 def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any], Table]:
-    """Return the benchmark's own result and table, with those of everything else measured on the same images."""
+    """Return the result and table of the benchmark and of all other metrics of the same images."""
     metrics = {before.benchmark: (before, after) for before, after in zip(*measure_samples(samples), strict=True)}
     compare_own = scenes.compare_scenes if benchmark == "scenes" else preference.compare_scores
     result, table = compare_own(*metrics.pop(benchmark))
@@ -110,10 +122,10 @@ def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any],
 
 
 def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics], list[Metrics]]:
-    """Return the metrics of an evaluation's samples, before and after.
+    """Return the metrics of an evaluation's samples, before and after alignment.
 
-    Of the bundled world the accuracy; of a reward model the win rate over the base model and the mean score; of
-    several images of a prompt their diversity.
+    The bundled world gives the accuracy. A reward model gives the win rate over the base model and the mean score.
+    Several images of a prompt give their diversity.
     """
     prompts = tuple(sample["prompt"] for sample in samples)
     keys = tuple((sample["prompt"], sample["seed"]) for sample in samples)
@@ -134,7 +146,7 @@ def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics]
 
 
 def gallery_entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[GalleryEntry]:
-    """Return the gallery's entries of an evaluation's samples, given with their indices."""
+    """Return the gallery's entries of an evaluation's samples, given as (index, sample)."""
     entries = []
     for index, sample in samples:
         images = [Image.open(folder / side / f"{index:05d}.png").convert("RGB") for side in SIDES]
@@ -151,7 +163,7 @@ def generate_both(
     sampling: Sampling,
     caches: tuple[ImageCache, ImageCache],
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Generate images of the reference and of the policy, pairwise from the same starting noise."""
+    """Generate images of the reference and of the policy, each pair from the same starting noise."""
 
     def run(net: nn.Module, cache: ImageCache) -> list[Image.Image]:
         return generate_images(policy.family, net.eval(), prompts, seeds, sampling, cache)
@@ -164,7 +176,7 @@ def generate_both(
 def _caches(
     recipe: Recipe, section: EvaluateImages, policy: Policy, identity: Mapping[str, Any]
 ) -> tuple[ImageCache, ImageCache]:
-    """Return the image caches of the base and of the trained model."""
+    """Return the image caches of the base and the trained model."""
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     atomic_io.make_folder("evaluate.cache", folder)
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)

@@ -1,7 +1,6 @@
-"""`prepare` for text-to-image models: images that the model draws itself become pairs, judged by another.
+"""Preparation of image pairs from the model's own images and a reward model.
 
-Every image is kept as soon as it is drawn, in a folder beside the file that is to come: the same command goes on from
-there.
+Every image is saved at once in an unfinished folder beside the final file. The same command resumes from it.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_images(recipe: Recipe) -> Path:
-    """Draw images from the recipe's model, let the judge compare them, and write the pairs to `data.path`.
+    """Generate images, score them with the reward model, and write the pairs to `data.path`.
 
-    A pair is the best and the worst image of one prompt, kept where the judge's preference probability (the logistic
-    function of the difference of its scores) reaches `prepare.min_confidence`; with `prepare.prompt_pairs`, the best
-    images of two prompts, kept where by either prompt its own image is that surely preferred. The file has the layout
-    of Pick-a-Pic v2.
+    A pair is the best and the worst image of one prompt. It is written if the preference probability (the logistic
+    function of the difference of rewards) reaches `prepare.min_confidence`. With `prepare.prompt_pairs` a pair is the
+    best images of two prompts; under each prompt its own image must reach that probability. The file has the layout of
+    Pick-a-Pic v2.
 
     Raises:
-        ValueError: a file is there already, or no pair can be kept; what was drawn stays then, and is not drawn again.
+        ValueError: the file exists, or no pair is sure enough; the next run then reuses the images.
     """
     section = recipe.prepare
     assert isinstance(section, PrepareImages)
@@ -47,6 +46,8 @@ def prepare_images(recipe: Recipe) -> Path:
             "prepare replaces nothing"
         )
     atomic_io.make_folder("data.path", path.parent)
+
+    # Images and rewards
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
     family = loading.load_model(recipe, device)
     reward_model = loading.build_reward_model(section.reward, device)
@@ -58,12 +59,14 @@ def prepare_images(recipe: Recipe) -> Path:
     cache = ImageCache(folder, settings)
     images = generate_images(family, family.network, prompts, seeds, loading.sampling_options(section.sampling), cache)
     scores = reward_model(images, prompts).tolist()
+
+    # Pairs that the reward model is sure of
     if section.prompt_pairs:
         best = best_of_each(scores, section.images_per_prompt)
         shown, own = [images[i] for i in best], [scores[i] for i in best]
         crossed = reward_model(
             shown, [asked_for[i ^ 1] for i in range(len(asked_for))]
-        ).tolist()  # by the couple's other one
+        ).tolist()  # under the pair's other prompt
         num_kept, num_groups = write_prompt_pairs(
             path, asked_for, shown, own, crossed, min_confidence=section.min_confidence
         )
@@ -80,7 +83,7 @@ def prepare_images(recipe: Recipe) -> Path:
 
 
 def _requested_prompts(section: PrepareImages) -> list[str]:
-    """The prompts that images are drawn for; those of a couple one after the other."""
+    """Return the prompts to generate images for; the two prompts of a pair are adjacent."""
     if section.prompt_pairs:
         return [p for couple in load_prompt_pairs("prepare.prompts", section.prompts, section.seed) for p in couple]
     return load_prompts("prepare.prompts", section.prompts, "train", section.seed)

@@ -1,1 +1,1 @@
-"""Vision-language: data, evaluation and preparation."""
+"""Evaluation and preparation of vision-language models."""

@@ -1,4 +1,4 @@
-"""Evaluation of vision-language models: ask both the same questions, score the answers, write numbers and files."""
+"""Evaluation of a base and a trained vision-language model on the same questions."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _PARSERS: dict[str, pope.Parse] = {"published": pope.parse_published, "strict": 
 
 
 def open_benchmark(section: EvaluateResponses) -> Benchmark:
-    """Open a recipe's benchmark, and check that all its files are there and match.
+    """Open a recipe's benchmark, and check that all its files exist and match.
 
     Raises:
-        ValueError: a file or an image is missing, or a file is bad.
+        ValueError: a file or an image is missing, or a file is invalid.
     """
     try:
         if section.benchmark == "crowds":
@@ -76,12 +76,24 @@ def compare_answers(
     folder: Path,
     identity: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Table]:
-    """Ask base and trained model the benchmark's questions, and score their answers.
+    """Score base and trained model on the benchmark's questions.
 
-    `folder` receives the answers and the gallery's samples.json, with the identity of this evaluation.
+    Args:
+        recipe: the recipe, with a section `evaluate`.
+        policy: the trained model, with the base model as reference.
+        benchmark: the questions, their images and the score.
+        folder: folder for the answers and the gallery's `samples.json`.
+        identity: identity of this evaluation, stored in `samples.json`.
+
+    Returns:
+        The content of `result.json`, and a table of it.
+
+    Raises:
+        ValueError: no question can be asked.
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateResponses)
+    # Answers of both models, without the images that cannot be read
     answers = _ask(recipe, section, policy, benchmark, identity)
     left_out = list(answers.skipped.values())
     if left_out:
@@ -104,6 +116,7 @@ def compare_answers(
                 f"{number:,} answers {side} alignment are empty; see whether the model knows the prompt's layout"
             )
 
+    # Metrics and files
     comparisons = _compare(*map(benchmark.score, by_side.values()))
     for side, parts in by_side.items():
         _write_answers(folder / side, benchmark, parts)
@@ -133,7 +146,7 @@ def _ask(
     benchmark: Benchmark,
     identity: Mapping[str, Any],
 ) -> Answers:
-    """Return both models' answers to all questions, from their caches or generated."""
+    """Return both models' answers to all questions, cached or generated."""
     folder = Path(recipe.output) / "answers" if section.cache == "auto" else Path(section.cache)
     atomic_io.make_folder("evaluate.cache", folder)
     settings = {
@@ -155,10 +168,10 @@ def _ask(
 
 
 def score_files(section: EvaluateResponses) -> tuple[dict[str, Any], Table]:
-    """Score answers in files, of both models or of one; no model is loaded and no image read.
+    """Score files of answers, of both models or of one, without loading a model or an image.
 
     Raises:
-        ValueError: a file is missing or bad, or does not answer the questions.
+        ValueError: a file is missing or invalid, or does not answer the questions.
     """
     files = section.answers
     assert files is not None
@@ -175,7 +188,7 @@ def gallery_entries(section: EvaluateResponses, samples: Sequence[Mapping[str, A
     """Return the gallery's entries of an evaluation's samples.
 
     Raises:
-        ValueError: an image is not there any more.
+        ValueError: a file of the benchmark or an image is missing.
     """
     images = open_benchmark(section).images
 
@@ -196,7 +209,7 @@ def gallery_entries(section: EvaluateResponses, samples: Sequence[Mapping[str, A
 
 
 def measure_written(section: EvaluateResponses, folder: Path) -> tuple[list[Metrics], list[Metrics]]:
-    """Return the metrics of the answers that `compare_answers` wrote to a folder, before and after."""
+    """Return the metrics, before and after alignment, of the answers that `compare_answers` wrote to a folder."""
     benchmark = open_benchmark(section)
     written = {
         (side, part): {record["question_id"]: record["text"] for _, record in records(folder / side / f"{part}.jsonl")}
@@ -225,7 +238,7 @@ def measure_written(section: EvaluateResponses, folder: Path) -> tuple[list[Metr
 
 
 def _pope_questions(section: EvaluateResponses) -> dict[str, list[Question]]:
-    """Return the questions of each split: read from files, or built from annotations."""
+    """Return the questions of each split, read from files or built from annotations."""
     if isinstance(section.questions, str):
         return {Path(section.questions).stem: pope.read_questions(section.questions)}
     if section.questions is not None:
@@ -236,7 +249,7 @@ def _pope_questions(section: EvaluateResponses) -> dict[str, list[Question]]:
 
 
 def _question_file(section: EvaluateResponses) -> str:
-    """Return the file of questions, or else of annotations, whose records name their images too."""
+    """Return the file of questions, or else the annotations, whose records also name images."""
     file = section.questions or section.annotations
     if not isinstance(file, str):
         raise ValueError(
@@ -294,7 +307,7 @@ def _compare(before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metric
 
 
 def _report(results: Sequence[Metrics | MetricsComparison]) -> tuple[dict[str, Any], Table]:
-    """Return the numbers of all metrics for result.json, by benchmark, and one table of them."""
+    """Return the numbers of all metrics for result.json, by benchmark, and one table with all of them."""
     numbers = [result.as_dict() for result in results]
     return {str(entry["benchmark"]): entry for entry in numbers}, [row for result in results for row in result.table()]
 

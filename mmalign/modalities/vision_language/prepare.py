@@ -1,7 +1,7 @@
-"""`prepare` for vision-language models: true answers become pairs, whose rejected responses are made here.
+"""Preparation of response pairs: true answers as chosen responses, and generated rejected ones.
 
-A piece of the work is written down as soon as it is done, in a file beside the one that is to come; the same command
-goes on from there, and gives the same file as a run that never stopped.
+Results are appended to an unfinished file beside the final one, `prepare.save_every` rows at a time. The same command
+resumes from it, and writes the same file as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ RULES = "rules"
 
 @dataclass(frozen=True)
 class Work:
-    """How rejected responses are made, and what they depend on.
+    """Generator of rejected responses, with its dependencies.
 
     Attributes:
-        generate: makes them.
-        dependencies: what they depend on besides settings and rows: the model, the measure, functions of one's own.
+        generate: the generator.
+        dependencies: the model, the similarity measure and user functions: all inputs besides settings and rows.
     """
 
     generate: ResponseGenerator
@@ -79,23 +79,26 @@ class Work:
 
 
 def prepare_responses(recipe: Recipe, *, writer: Writer | None = None) -> Path:
-    """Make rejected responses for the answers of `prepare.source`, and write the pairs to `data.path`.
+    """Generate rejected responses to the answers of `prepare.source`, and write the pairs to `data.path`.
 
     Args:
-        recipe: with a section `prepare`.
-        writer: a function of one's own in the place of the recipe's `masker` or `corruptor`: from a pair, whose chosen
-            response is the true answer, to the masked or the untrue answer, or None if there is none.
+        recipe: the recipe, with a section `prepare`.
+        writer: a user function that replaces the recipe's `masker` or `corruptor`. It maps a pair, whose chosen
+            response is the true answer, to the masked or the untrue answer, or to None if there is none.
 
     Raises:
-        ValueError: something in the recipe or the source does not fit, a file is there already, unfinished work is of
-            other settings, or no pair could be made.
+        ValueError: the recipe or the source is invalid, the file exists, unfinished work has other settings, or no
+            answer gave a pair.
     """
     section, started = recipe.prepare, time.time()
     assert isinstance(section, PrepareResponses) and isinstance(recipe.data, ResponseData)
+    # Checks before any model is loaded
     path = _check(recipe, section, writer)
     pairs = _open(section.source)
     _check_rows(section, pairs, path)
     atomic_io.make_folder("data.path", path.parent)
+
+    # Rejected responses, in chunks of `save_every` rows
     work = _work(recipe, section, pairs, writer)
     log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work))
     num_done = len(log.entries) * section.save_every
@@ -104,6 +107,8 @@ def prepare_responses(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     for first in tracked(range(num_done, len(pairs), section.save_every), "prepare"):
         chunk = pairs[first : first + section.save_every]
         log.append([_log_entry(one) for one in work.generate(list(chunk))])
+
+    # The file of pairs
     entries = [one for piece in log.entries for one in piece]
     dropped = [SkippedRow(pairs[n].location, one["why"]) for n, one in enumerate(entries) if "why" in one]
     if len(dropped) == len(entries):
@@ -123,7 +128,7 @@ def prepare_responses(recipe: Recipe, *, writer: Writer | None = None) -> Path:
 
 
 def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> Path:
-    """Where the pairs will be written, when nothing in the recipe speaks against it."""
+    """Return the path of the new file, after checking the recipe."""
     data, path = recipe.data, Path(recipe.data.path)
     assert isinstance(data, ResponseData)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -163,7 +168,7 @@ def _open(source: AnswerSource) -> Pairs[ResponsePair]:
             columns=source.columns,
             limit=source.limit,
         )
-    except ValueError as error:  # the readers speak of the section `data`, whose keys these are
+    except ValueError as error:  # the readers' messages name keys of the section `data`
         raise ValueError(
             re.sub(r"\bdata\.(path|format|split|columns|images)\b", r"prepare.source.\1", str(error))
         ) from error
@@ -181,7 +186,7 @@ def _check_rows(section: PrepareResponses, pairs: Pairs[ResponsePair], path: Pat
 
 
 def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair], writer: Writer | None) -> Work:
-    """What makes the rejected responses, with all models in memory that it needs."""
+    """Return the generator of rejected responses, with all its models in memory."""
     rng, settings = KeyedRNG(section.seed), _settings(section)
     if isinstance(settings, PreparePovid):
         return _povid(settings, pairs, rng, writer)
@@ -190,7 +195,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
         sampler, dependencies = _sampler(recipe, device, rng)
         how = types.Decoding(**settings.model_dump())
         return Work(SelfGenerated(sampler, how), dependencies)
-    # Before a model of gigabytes: what may be missing.
+    # What may be missing is loaded before the model's gigabytes.
     similarity = _similarity(f"prepare.{section.kind}.similarity", settings)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
     sampler, dependencies = _sampler(recipe, device, rng)
@@ -212,7 +217,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
 
 
 def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[ResponseSampler, dict[str, str]]:
-    """The recipe's model, and which one it is."""
+    """Return a sampler of the recipe's model, and the model's path, fingerprint and precision."""
     family: VisionLanguage = loading.load_model(recipe, device)
     dependencies = {
         "model": recipe.model.path,
@@ -271,7 +276,7 @@ def _named(name: str, writer: Writer | None) -> str:
 
 
 def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | PreparePovid | DecodingConfig:
-    """What is set for this kind, or its defaults."""
+    """Return the settings of the section's kind, or their defaults."""
     match section.kind:
         case "realign":
             assert section.realign is not None, "the section has been checked"
@@ -285,14 +290,14 @@ def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | Prepa
 
 
 def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> dict[str, Any]:
-    """What a row's result depends on; work that was begun under another one is not gone on with."""
+    """Return all that a row's result depends on; work of another job is not resumed."""
     rows = stable_hash(*(str(pair.row) for pair in pairs))
     common = {"kind": section.kind, "seed": section.seed, "save_every": section.save_every, "rows": rows}
     return {**_settings(section).model_dump(), **common, **work.dependencies}
 
 
 def _log_entry(result: RejectedResponse | str) -> dict[str, Any]:
-    """A result as the journal keeps it."""
+    """Return a result as an entry of the log."""
     if isinstance(result, str):
         return {"why": result}
     retrieved = result.retrieved.location if result.retrieved is not None else None
@@ -302,7 +307,7 @@ def _log_entry(result: RejectedResponse | str) -> dict[str, Any]:
 def _synthesized_pairs(
     section: PrepareResponses, pairs: Pairs[ResponsePair], entries: Sequence[dict[str, Any]], work: Work
 ) -> Iterator[SynthesizedPair]:
-    """The pairs that are written."""
+    """Yield the pairs to write."""
     images = {ref.location: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
     settings = {name: value for name, value in _settings(section).model_dump().items() if name not in work.dependencies}
     common = {"kind": section.kind, "seed": section.seed, **work.dependencies, "settings": settings}
