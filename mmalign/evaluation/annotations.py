@@ -1,7 +1,7 @@
-"""Questions about images, annotations and answers in files of JSON or JSON lines, one record for each.
+"""Readers of questions, object annotations and answers from JSON and JSONL files, one record for each.
 
 Image ids come as numbers (42), digits ("42") or the file names of MSCOCO ("COCO_val2014_000000000042.jpg"). All three
-are "42" here; any other name stays as it is.
+become "42"; any other name is unchanged.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Question:
     """A question about an image.
 
     Attributes:
-        id: its number, unique within a file.
+        id: a number, unique within a file.
         image: the image's name.
         text: the question.
-        answer: whether "yes" is right; None for a question that asks for a description.
+        answer: True if "yes" is right, False if "no" is; None for a question that asks for a description.
     """
 
     id: int
@@ -51,7 +51,7 @@ class Response:
 
 
 def image_id(value: object) -> str:
-    """Return the id of an image, the same for 42, "42" and "COCO_val2014_000000000042.jpg"."""
+    """Return the id of an image: "42" for 42, "42" and "COCO_val2014_000000000042.jpg"."""
     text = str(value)
     coco = _COCO_NAME.fullmatch(text)
     digits = coco.group(1) if coco else text
@@ -62,7 +62,7 @@ def take(location: str, record: Record, *names: str) -> Any:
     """Return the value under the first of these names that a record has.
 
     Raises:
-        ValueError: it has none of them.
+        ValueError: the record has none of the names.
     """
     for name in names:
         if name in record:
@@ -74,7 +74,7 @@ def take_text(location: str, record: Record, *names: str) -> str:
     """Return the string under the first of these names, which may be empty.
 
     Raises:
-        ValueError: the record has none of the names, or the value is no string.
+        ValueError: the record has none of the names, or the value is not a string.
     """
     value = take(location, record, *names)
     if not isinstance(value, str):
@@ -88,7 +88,7 @@ def take_number(location: str, record: Record, *names: str) -> int:
     """Return the whole number under the first of these names.
 
     Raises:
-        ValueError: the record has none of the names, or the value is no whole number.
+        ValueError: the record has none of the names, or the value is not a whole number.
     """
     value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -100,7 +100,7 @@ def take_image_id(location: str, record: Record, *names: str) -> str:
     """Return the image id under the first of these names.
 
     Raises:
-        ValueError: the record has none of the names, or the value is neither a number nor a string.
+        ValueError: the record has none of the names, or the value is neither a whole number nor a nonempty string.
     """
     value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
@@ -109,10 +109,10 @@ def take_image_id(location: str, record: Record, *names: str) -> str:
 
 
 def take_names(location: str, record: Record, name: str) -> tuple[str, ...]:
-    """Return the list of strings under a name, which may be empty.
+    """Return the strings under a name; the list may be empty, its strings may not.
 
     Raises:
-        ValueError: the record has no such name, or the value is no list of strings.
+        ValueError: the record has no such name, or the value is not a list of nonempty strings.
     """
     value = take(location, record, name)
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
@@ -126,7 +126,7 @@ def index(path: str | Path, key_name: str, entries: Iterable[tuple[str, K, V]], 
     """Collect the values of a file by key, from (location, key, value).
 
     Raises:
-        ValueError: the file has no record, or two of one key.
+        ValueError: the file has no record, or two with the same key.
     """
     values: dict[K, V] = {}
     for location, key, value in entries:
@@ -142,7 +142,7 @@ def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, ob
     """Check that every image has an annotation.
 
     Raises:
-        ValueError: an image has none.
+        ValueError: an image has no annotation.
     """
     unknown = sorted({image for image in images if image not in annotated})
     if unknown:
@@ -160,10 +160,10 @@ def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, ob
 def read_objects(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read the objects of each image, in the order of the file, from records {"image", "objects"}.
 
-    The images keep the names of the file. An object that an image has twice is kept once.
+    Image names are those of the file. An object listed twice for an image is returned once.
 
     Raises:
-        ValueError: the file is bad or empty, or has an image twice.
+        ValueError: the file is invalid or empty, or repeats an image.
     """
     entries = (
         (
@@ -181,10 +181,10 @@ def read_questions(path: str | Path, prompt: str) -> list[Question]:
 
     Args:
         path: a file of questions, or of annotations, whose other keys are ignored.
-        prompt: the question of records without one.
+        prompt: the question for records without one.
 
     Raises:
-        ValueError: the file is bad or empty, or an id is repeated.
+        ValueError: the file is invalid or empty, or an id is repeated.
     """
 
     def read_question(number: int, location: str, record: Record) -> tuple[str, int, Question]:
@@ -206,12 +206,12 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
     `prompt` distinguishes several responses to an image.
 
     Args:
-        path: the answers. A leading "Assistant:" is no part of an answer.
-        images: the file of questions, for answers that do not name their image: as many records in the same order,
-            each with `image_id` or `image`.
+        path: the answers; a leading "Assistant:" is removed.
+        images: the file of questions, for answers that do not name their image. It has as many records in the same
+            order, each with `image_id` or `image`.
 
     Raises:
-        ValueError: a file is bad or empty, the two do not match, or an image and question are repeated.
+        ValueError: a file is invalid or empty, the two do not match, or an image and question are repeated.
     """
     answers = list(records(path))
     questions = answers if images is None else list(records(images))

@@ -1,7 +1,7 @@
-"""Answers of a model and its base to the same questions, cached as they come.
+"""Generation of a model's and its base model's answers to the same questions, with a cache.
 
-The cache has a file for each model, with a line for each answer. A stopped run resumes where it was, and no question is
-asked twice, whichever benchmark or run needs the answer.
+Each model has a cache file with one line for each answer, written batch by batch. A stopped run therefore resumes after
+its last batch. All benchmarks and runs share the answers, so no question is asked twice.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Answers:
 
     Attributes:
         before: the reference's answer to each question.
-        after: the policy's.
-        skipped: the images whose questions could not be asked, and the reasons.
+        after: the policy's answer to each question.
+        skipped: the images whose questions are left out, and the reasons.
     """
 
     before: AnswersByQuestion
@@ -60,9 +60,9 @@ def generate_answers(
 ) -> Answers:
     """Ask the reference and the policy the same questions, with the same random numbers if they sample.
 
-    Questions are batched in their order and without repetition. A batch takes as long as its longest answer, so
-    questions of one kind should be adjacent. Every image of a batch is encoded once for both models. An unreadable
-    image, or a prompt that is too long, takes its questions with it, for both models. Random numbers are keyed by the
+    Questions are batched in their order, without repetition. A batch takes as long as its longest answer, so questions
+    of one kind should be adjacent. Every image of a batch is encoded once for both models. If an image is unreadable or
+    a prompt too long, all questions about that image are left out for both models. Random numbers are keyed by the
     question.
     """
     models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
@@ -72,6 +72,7 @@ def generate_answers(
     for start in tracked(starts, "answer"):
         prompts, views = _prepare(policy.family, missing[start : start + decoding.batch_size], images, left_out)
         features = policy.family.encode_images(views)
+        # Only the answers that a model's cache lacks
         for cache, run_on_model in zip(caches, models, strict=True):
             new_prompts = {key: prompt for key, prompt in prompts.items() if key not in cache.answers}
             if new_prompts:
@@ -96,7 +97,7 @@ def _generate(
     seed: int,
     net: nn.Module,
 ) -> AnswersByQuestion:
-    """Return a network's answers to prompts; random numbers are keyed by the question."""
+    """Return a network's answers to prompts, by question."""
     rows = [stable_hash(*key) for key in prompts]
     texts = family.generate(net, list(prompts.values()), features, decoding, rows=rows, rng=KeyedRNG(seed))
     return {key: text.strip() for key, text in zip(prompts, texts, strict=True)}
@@ -105,7 +106,7 @@ def _generate(
 def _prepare(
     family: VisionLanguage, questions: Sequence[QuestionKey], images: Images, left_out: dict[str, SkippedRow]
 ) -> tuple[dict[QuestionKey, TokenizedResponse], dict[str, ImageView]]:
-    """Return prompts and preprocessed images of questions; add the images that fail to `left_out`."""
+    """Return the prompts and preprocessed images of questions; add the images that fail to `left_out`."""
     prompts, views = dict[QuestionKey, TokenizedResponse](), dict[str, ImageView]()
     for image, text in questions:
         if image in left_out:
@@ -119,7 +120,7 @@ def _prepare(
                     f"the prompt has {len(prompt.ids):,} tokens, its image's included, and the model reads "
                     f"{family.processor.max_length:,}"
                 )
-        except ValueError as error:  # BadImage included
+        except ValueError as error:  # BadImage is a ValueError
             left_out[image] = SkippedRow(image, str(error).removeprefix(f"{image}: "))
             continue
         prompts[image, text] = prompt

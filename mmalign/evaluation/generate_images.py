@@ -1,6 +1,6 @@
-"""Images generated from prompts, cached as they come.
+"""Generation of images from prompts and seeds, with a cache.
 
-A stopped run resumes where it was, and no image is generated twice, whichever run needs it.
+Every batch is written to the cache, so a stopped run resumes after its last batch. Runs share the images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmalign.families.types import Sampling
 
 
 def cache_settings(recipe: Recipe, sampling: SamplingConfig) -> dict[str, object]:
-    """Return the settings that a recipe's images depend on, besides the denoiser's weights."""
+    """Return the settings that a recipe's images depend on, apart from the denoiser's weights."""
     assert isinstance(recipe.model, ImageModel)
     vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
     return {"drawing": sampling.model_dump(), "precision": recipe.train.precision, **vae}
@@ -34,7 +34,7 @@ def generate_images(
 ) -> list[Image.Image]:
     """Generate an image for every prompt and seed, with a progress bar.
 
-    If the cache lacks any image of a batch, the whole batch is generated: a batch of another size rounds otherwise.
+    If the cache lacks any image of a batch, the whole batch is generated: rounding depends on the batch size.
     """
     images: list[Image.Image] = []
     for start in tracked(range(0, len(prompts), sampling.batch_size), "draw"):

@@ -1,7 +1,7 @@
-"""Metrics of a model's responses, their comparison between two models, and their statistics over training runs.
+"""Metrics of a model's responses, comparisons of two models, and statistics over training runs.
 
-N responses (answers or images), K columns of counts. A metric is a ratio of the columns' sums over all responses
-(invented mentions of all mentions, an F1), or the mean of a column (the length in words).
+Shapes: N responses (answers or images), K columns of counts, M metrics, R training runs. A metric is a ratio of the
+columns' sums over all responses (invented mentions of all mentions, an F1), or the mean of a column (length in words).
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ def divide(part: Values, whole: Values) -> Values:
 
 
 def f1(right: Values, predicted: Values, actual: Values) -> Values:
-    """Return the harmonic mean of precision right / said and recall right / true: 2 right / (said + true)."""
+    """Return 2 right / (predicted + actual), the harmonic mean of precision and recall.
+
+    Precision is right / predicted, and recall is right / actual.
+    """
     return divide(2 * right, predicted + actual)
 
 
 def ratio(part: str, whole: str) -> Ratio:
-    """Return the ratio of two columns, by name."""
+    """Return a function that divides the sums of two columns, given by name."""
     return partial(_divide_columns, part, whole)
 
 
@@ -41,12 +44,17 @@ def _divide_columns(part: str, whole: str, sums: Sums) -> Values:
 
 
 def as_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, Values]:
-    """Return the values [N] of each count, from a record of counts for each response."""
+    """Return the values [N] of each count, from one record of counts for each response."""
     return {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]} if rows else {}
 
 
 def as_columns_by_kind(kinds: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Values]:
-    """Return the values [N] of each count and kind ("random: right"), from a kind and its counts for each response."""
+    """Return the values [N] of each count by kind of response, named such as "random: right".
+
+    Args:
+        kinds: all kinds.
+        rows: [N] the kind and the counts of each response; its values for other kinds are 0.
+    """
     return as_columns(
         [
             {f"{kind}: {name}": value * (kind == row_kind) for kind in kinds for name, value in counts.items()}
@@ -60,16 +68,16 @@ class Metrics:
     """Metrics of N responses, and the counts behind them.
 
     Attributes:
-        benchmark: its name, for tables and result.json.
+        benchmark: the benchmark's name, for tables and result.json.
         keys: [N] the questions, all different. Two models are compared on the same keys.
         groups: [N] a key that dependent responses share: the image, or the prompt.
-        columns: from the name of a count to its values [N].
-        ratios: from the name of a metric in [0, 1] to a function of the columns' sums.
+        columns: the values [N] of each count, by name.
+        ratios: functions of the columns' sums, by the name of the metric in [0, 1].
         means: the columns whose mean is a metric.
         headline: the metrics of a short table; all of them by default.
 
     Raises:
-        ValueError: there is no response, or there are two with the same key.
+        ValueError: there is no response, or two have the same key.
     """
 
     benchmark: str
@@ -102,7 +110,7 @@ class Metrics:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """Every metric with its interval: of ratios by bootstrap over the groups, of means by Student's t over them.
+        """Every metric with its interval over groups: bootstrap for ratios, Student's t for means.
 
         Raises:
             ValueError: there are fewer than two groups.
@@ -133,7 +141,7 @@ class Metrics:
         return f"{self.benchmark} {metric}" if colon and scope in ("mean", "all") else name
 
     def matrix_of(self, keys: Sequence[Hashable]) -> Values:
-        """Return the columns [N, K] in the order of these keys, a permutation of this object's keys."""
+        """Return the columns [N, K] in the order of `keys`, a permutation of this object's keys."""
         indices = {key: index for index, key in enumerate(self.keys)}
         return self.matrix[[indices[key] for key in keys]]
 
@@ -143,13 +151,13 @@ class Metrics:
         return [(self.benchmark, f"{len(self.keys)} responses [95 % interval]"), *rows]
 
     def format_row(self, name: str, *intervals: Interval) -> tuple[str, ...]:
-        """Return a table's row: a metric and its values, the third of them a change; ratios in percent."""
+        """Return a table row: a metric and its values, the third one a signed change; ratios in percent."""
         if name not in self.ratios:
             return (name, *map(str, intervals))
         return (f"{name}, %", *(interval.points(signed=index == 2) for index, interval in enumerate(intervals)))
 
     def as_dict(self) -> dict[str, object]:
-        """Return the numbers for result.json: metrics (ratios in [0, 1]), and the counts behind them."""
+        """Return the numbers for result.json: metrics (ratios in [0, 1]) and sums of the counts."""
         return {
             "benchmark": self.benchmark,
             "responses": len(self.keys),
@@ -168,7 +176,7 @@ class MetricsComparison:
     differences: Mapping[str, Interval]
 
     def table(self, *, short: bool = False) -> Table:
-        """Return a table of before, after and change; of the headline metrics alone if `short`."""
+        """Return a table of values before and after and their change; `short` selects the headline metrics."""
         rows = []
         for name in self.before.headline_names if short else self.differences:
             values = [metrics.intervals[name] for metrics in (self.before, self.after)]
@@ -177,7 +185,7 @@ class MetricsComparison:
         return [(self.before.benchmark, "before", "after", "change [95 % interval]"), *rows]
 
     def as_dict(self) -> dict[str, object]:
-        """Return the numbers for result.json; differences of ratios in [-1, 1]."""
+        """Return the numbers for result.json; differences of ratios are in [-1, 1]."""
         return {
             "benchmark": self.before.benchmark,
             "before": self.before.as_dict(),
@@ -194,6 +202,7 @@ def compare(before: Metrics, after: Metrics) -> MetricsComparison:
     """
     _check_comparable(before, after)
     columns = list(before.columns)
+    # Ratios: bootstrap over the columns of both models side by side
     first, second = before.matrix, after.matrix_of(before.keys)
     ratios = cluster_bootstrap(
         [np.concatenate([first, second], axis=-1)],
@@ -201,6 +210,7 @@ def compare(before: Metrics, after: Metrics) -> MetricsComparison:
         before.groups,
         bounds=[(-1.0, 1.0)] * len(before.ratios),
     )
+    # Means: paired differences
     indices = {name: columns.index(name) for name in before.means}
     means = {
         name: paired_difference(first[:, index], second[:, index], before.groups) for name, index in indices.items()
@@ -213,9 +223,9 @@ class RunStatistics:
     """Statistics of training runs that answered the same questions as a base model.
 
     Attributes:
-        values: every metric of each run.
-        means: their means over runs, with intervals over questions and runs (`cluster_bootstrap`).
-        changes: the paired differences from the base model, in the same form.
+        values: the values [R] of every metric.
+        means: the mean of every metric over runs, with an interval over questions and runs (`cluster_bootstrap`).
+        changes: the mean paired difference of every metric from the base model, with such an interval.
     """
 
     values: Mapping[str, tuple[float, ...]]
@@ -224,7 +234,7 @@ class RunStatistics:
 
 
 def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
-    """Return the statistics of R runs of one training, which differ in their seed, beside their base model.
+    """Return the statistics of R training runs that differ in their seed, relative to their base model.
 
     Raises:
         ValueError: there is no run, the benchmarks or the questions differ, or there are fewer than two groups.
@@ -233,6 +243,7 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
         raise ValueError(f"{base.benchmark}: there is no run to measure; expected at least one")
     for run in runs:
         _check_comparable(base, run)
+    # Counts of the runs [R, N, K + 1], and those of base and run side by side [R, N, 2 K + 2]
     base_counts = _append_ones(base.matrix)
     run_counts = np.stack([_append_ones(run.matrix_of(base.keys)) for run in runs])
     paired_counts = np.concatenate([np.broadcast_to(base_counts, run_counts.shape), run_counts], axis=-1)
@@ -243,10 +254,12 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
         means = [divide(sums[..., index], sums[..., -1]) for index in averaged]
         return np.concatenate([base.measure(sums[..., :-1]), *([mean] for mean in means)])
 
+    # Bounds of the metrics and of their changes
     greatest = [float(run_counts[..., index].max()) for index in averaged]
     spans = [max(1.0, float(np.ptp(paired_counts[..., [i, i + base_counts.shape[1]]]))) for i in averaged]
     bounds = [(0.0, 1.0)] * num_ratios + [(0.0, value) for value in greatest]
     change_bounds = [(-1.0, 1.0)] * num_ratios + [(-span, span) for span in spans]
+    # Intervals of the means and changes, and every run's own values
     means = cluster_bootstrap(run_counts, measures, base.groups, bounds=bounds)
     changes = cluster_bootstrap(paired_counts, paired(measures), base.groups, bounds=change_bounds)
     values = np.stack([measures(run.sum(0)) for run in run_counts], axis=-1)
@@ -259,12 +272,16 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
 
 
 def _append_ones(matrix: Values) -> Values:
-    """Return the columns and a column of ones, whose sum is the number of rows."""
+    """Append a column of ones, whose sum is the number of rows."""
     return np.concatenate([matrix, np.ones((len(matrix), 1))], axis=1)
 
 
 def _check_comparable(before: Metrics, after: Metrics) -> None:
-    """Check that two models answered the same questions of the same benchmark."""
+    """Check that two models answered the same questions of the same benchmark.
+
+    Raises:
+        ValueError: the benchmarks, their ratios or the questions differ.
+    """
     if (before.benchmark, list(before.ratios)) != (after.benchmark, list(after.ratios)):
         raise ValueError(
             f"compare: {before.benchmark} ({', '.join(before.ratios)}) before, {after.benchmark} "
@@ -284,5 +301,5 @@ def _check_comparable(before: Metrics, after: Metrics) -> None:
 
 
 def _format_key(key: Hashable) -> str:
-    """Return a key for an error message: "popular, 12"."""
+    """Format a key for an error message: "popular, 12"."""
     return ", ".join(str(part) for part in key if part != "") if isinstance(key, tuple) else str(key)

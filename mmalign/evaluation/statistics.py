@@ -1,7 +1,8 @@
 """Confidence intervals (95 %) of proportions, paired differences, and measures computed from sums.
 
-N rows (responses, or pairs of images of one prompt and seed), G groups of rows, R training runs, K counts, M measures.
-Rows of a group depend on each other: all seeds of a prompt, all questions about an image. A group is one observation.
+Shapes: N rows (responses, or image pairs of one prompt and seed), G groups of rows, R training runs, K counts, M
+measures. Rows of a group depend on each other: all seeds of a prompt, all questions about an image. A group is one
+observation.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Interval:
 def proportion(successes: int, total: int) -> Interval:
     """Return the ratio of successes with Wilson's score interval (Wilson 1927).
 
-    It stays in [0, 1] and never has width 0. Trials count as independent, so several seeds of a prompt make it too
-    narrow.
+    The interval stays in [0, 1] and never has width 0. Trials are taken as independent, so with several seeds of a
+    prompt it is too narrow.
 
     Raises:
         ValueError: there is no trial, or the successes are not in [0, total].
@@ -61,7 +62,7 @@ def proportion(successes: int, total: int) -> Interval:
 def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hashable] | None = None) -> Interval:
     r"""Return the mean of `after - before` over pairs, with a cluster-robust interval.
 
-    With d_i the N differences, m their mean, and G groups g (each pair its own group by default),
+    With the N differences d_i, their mean m, and G groups g (each pair its own group by default),
 
         se^2 = G / (G - 1) * sum_g (sum_{i in g} (d_i - m))^2 / N^2,      m +- t_{G-1} * se.
 
@@ -69,8 +70,8 @@ def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hash
     Miller, "A Practitioner's Guide to Cluster-Robust Inference" (2015), sections II and VI. Miller, "Adding Error Bars
     to Evals" (2024), uses it for evaluations of models. Without groups it is Student's paired interval.
 
-    If all pairs differ by the same amount, se is 0 and the interval follows the rule of three (`_rule_of_three`). A
-    pair can differ by at most S = max(1, range of the scores), and no interval reaches beyond [-S, S].
+    If all pairs differ by the same amount, se is 0, and the interval follows the rule of three (`_rule_of_three`).
+    Pairs differ by at most S = max(1, range of the scores), so intervals are cut to [-S, S].
 
     Args:
         before: [N] scores, or outcomes 0 and 1.
@@ -88,10 +89,11 @@ def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hash
     difference = second - first
     labels, num_groups = _number_groups("paired_difference", groups, difference.size)
     mean, span = float(difference.mean()), max(1.0, float(np.ptp([first, second])))
-    if np.ptp(difference) <= 1e-12 * span:
+    if np.ptp(difference) <= 1e-12 * span:  # equal up to rounding
         interval = _rule_of_three(mean, (-span, span), num_groups)
         low, high = interval.low, interval.high
     else:
+        # Cluster-robust standard error
         group_sums = np.bincount(labels, weights=difference - mean)
         error = float(np.sqrt(num_groups / (num_groups - 1) * (group_sums**2).sum())) / difference.size
         reach = float(stats.t.ppf((1 + LEVEL) / 2, num_groups - 1)) * error
@@ -109,24 +111,23 @@ def cluster_bootstrap(
 ) -> list[Interval]:
     r"""Return the mean of each measure over R training runs, with an interval over rows and runs.
 
-    Groups are drawn with replacement, the same for all runs, and the measures computed from the sums of every sample
-    (`scipy.stats.bootstrap`; Efron 1979; Efron and Tibshirani 1993, chapter 13). The seed is fixed, so the ends do not
-    move from call to call. The interval of a single run is that of the percentiles. With m_r the measure of run r and m
-    the mean over R > 1 runs,
+    Groups are drawn with replacement, the same ones for all runs. The measures are computed from the sums of every
+    sample (`scipy.stats.bootstrap`; Efron 1979; Efron and Tibshirani 1993, chapter 13). The seed is fixed, so repeated
+    calls agree. A single run has the percentile interval. With the measure m_r of run r and the mean m over R > 1 runs,
 
         v_rows = variance of m over the samples,      v_runs = sum_r (m_r - m)^2 / (R (R - 1)),
         m +- t_df * sqrt(v_rows + v_runs),   df = (v_rows + v_runs)^2 / (v_rows^2 / (G - 1) + v_runs^2 / (R - 1)).
 
-    The two variances estimate the effect of other rows and of other seeds. The interaction of runs and rows is in both,
-    which makes the interval a little too wide. df is Satterthwaite's (1946): if three seeds differ much, t is that of
-    two degrees of freedom, 4.3. A measure that is the same in every sample and run follows the rule of three
-    (`_rule_of_three`).
+    The two variances estimate the effect of other rows and of other seeds. Both include the interaction of runs and
+    rows, so the interval is a little too wide. df is Satterthwaite's (1946): if three seeds differ much, t has about
+    two degrees of freedom and is 4.3. If a measure is equal in all samples and runs, its interval follows the rule of
+    three (`_rule_of_three`).
 
     Args:
         counts: [R, N, K] the counts of each row of each run.
         measures: a function from sums [..., K] to measures [M, ...].
         groups: [N] a key that dependent rows share, such as the image; each row its own group by default.
-        bounds: [M] the least and the greatest value that each measure can have.
+        bounds: [M] the smallest and largest value that each measure can have.
         resamples: number of samples.
 
     Raises:
@@ -135,6 +136,7 @@ def cluster_bootstrap(
     runs = np.asarray(counts, dtype=np.float64)
     if runs.ndim != 3 or not np.isfinite(runs).all():
         raise ValueError(f"bootstrap: counts of shape {list(runs.shape)}; expected finite numbers [runs, rows, counts]")
+    # Sums of the counts of each group [G, R K]
     num_runs, num_rows, num_counts = runs.shape
     labels, num_groups = _number_groups("bootstrap", groups, num_rows)
     rows = runs.transpose(1, 0, 2).reshape(num_rows, num_runs * num_counts)
@@ -144,10 +146,12 @@ def cluster_bootstrap(
     def measure_runs(sums: Values) -> Values:
         return np.stack([measures(run_sums) for run_sums in np.split(sums, num_runs, axis=-1)])
 
+    # Variances over samples and over runs
     samples = _resample(group_sums, lambda sums: measure_runs(sums).mean(0), resamples)
     estimates = measure_runs(group_sums.sum(0)).mean(0).tolist()
     row_variances = samples.var(-1, ddof=1)
     run_variances = measure_runs(rows.sum(0)).var(0, ddof=1) / num_runs if num_runs > 1 else np.zeros(len(samples))
+    # An interval for each measure
     intervals = []
     for estimate, sample, v_rows, v_runs, ends in zip(
         estimates, samples, row_variances, run_variances, bounds, strict=True
@@ -166,7 +170,10 @@ def cluster_bootstrap(
 
 
 def paired(measures: Measures) -> Measures:
-    """Return the measures' differences, from sums of counts before and after alignment side by side [..., 2 K]."""
+    """Return a function that computes the measures' differences (after - before).
+
+    Its argument has the sums of counts before and after alignment side by side, [..., 2 K].
+    """
 
     def difference(sums: Values) -> Values:
         before, after = np.split(sums, 2, axis=-1)
@@ -189,7 +196,7 @@ def _resample(group_sums: Values, measures: Measures, resamples: int) -> Values:
         (np.arange(num_groups),),
         statistic,
         n_resamples=resamples,
-        batch=max(1, (1 << 22) // num_groups),  # a few dozen megabytes
+        batch=max(1, (1 << 22) // num_groups),  # 2^22 indices take a few dozen megabytes
         vectorized=True,
         axis=-1,
         method="percentile",
@@ -202,8 +209,8 @@ def _resample(group_sums: Values, measures: Measures, resamples: int) -> Values:
 def _rule_of_three(estimate: float, bounds: tuple[float, float], num_groups: int) -> Interval:
     """Return the interval of a measure with the same value in every group.
 
-    20 pairs of which none changed do not prove that none ever would. At most a share q = 1 - (1 - level)^(1/G) of all
-    groups (about 3 / G at 95 %) can have another value, within the bounds: (1 - q) * estimate + q * bound.
+    If none of 20 pairs changed, others still might. At most a share q = 1 - (1 - level)^(1/G) of all groups (about
+    3 / G at 95 %) can have another value, within the bounds. The ends are (1 - q) * estimate + q * bound.
     """
     share = 1 - (1 - LEVEL) ** (1 / num_groups)
     low, high = ((1 - share) * estimate + share * bound for bound in bounds)
@@ -211,10 +218,10 @@ def _rule_of_three(estimate: float, bounds: tuple[float, float], num_groups: int
 
 
 def _number_groups(name: str, groups: Sequence[Hashable] | None, num_rows: int) -> tuple[NDArray[np.intp], int]:
-    """Return the group of each row [N], numbered in the order of appearance, and the number of groups.
+    """Return the group number of each row [N], in order of appearance, and the number of groups.
 
     Raises:
-        ValueError: there are fewer than two groups, or not one for each row.
+        ValueError: there are fewer than two groups, or `groups` has not one key for each row.
     """
     keys = range(num_rows) if groups is None else groups
     if len(keys) != num_rows:

@@ -1,1 +1,1 @@
-"""Benchmarks, one file each."""
+"""Benchmarks of generated images and answers, one file each."""

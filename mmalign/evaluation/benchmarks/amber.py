@@ -11,14 +11,14 @@ Discriminative, where **"no" is the positive class**, since a hallucinating mode
 
 As in the release (inference.py of https://github.com/junyangwang0410/AMBER), a mention is a noun among the words of
 relation.json. It is true if it is one of the image's objects or associated with one in relation.json. It then covers
-the first such object alone, so of two objects of one name only one can be covered. The nine words of safe_words.txt
-count as mentions but never as invented.
+the first such object alone, so only one of two objects with the same name can be covered. The nine words of
+safe_words.txt are mentions but never invented.
 
-Differences: denominators do not begin at 0.001, and F1 is not computed from rounded numbers (together about 0.1 points
-at most). Two tools of the release are arguments here, because they need models that this package does not carry.
-`nouns` finds the nouns of a text (the release: NLTK's tagger and lemmatizer), by default `nouns_by_rule`. `similar`
-compares two words (the release: similarity above 0.8 in spaCy's en_core_web_lg). By default only equal words are
-similar, so CHAIR and Hal come out higher than published ones.
+Differences from the release: denominators do not begin at 0.001, and F1 is not computed from rounded numbers. Together
+they change a metric by about 0.1 points at most. Two tools of the release are arguments here, because they need models
+that this package does not include. `nouns` returns the nouns of a text, by default `nouns_by_rule`; the release uses
+NLTK's tagger and lemmatizer. `similar` compares two words; the release asks for a similarity above 0.8 in spaCy's
+en_core_web_lg. By default only equal words are similar, so CHAIR and Hal are higher than published ones.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class GenerativeItem:
 
 @dataclass(frozen=True)
 class DiscriminativeItem:
-    """A yes/no question: existence, state, number, action or relation, and whether "yes" is right."""
+    """A yes/no question's kind (existence, state, number, action or relation), and True if "yes" is right."""
 
     kind: str
     answer: bool
@@ -98,9 +98,9 @@ class Annotations:
 
     Attributes:
         items: the annotation of each id.
-        associates: the vocabulary: from a word to others that may stand for it.
+        associates: the vocabulary: for each word, other words for the same object.
         safe_words: mentions that are never invented.
-        images: from an id to its image, which its questions share; by default each id is its own group.
+        images: the image of each id; an id without one is its own group.
     """
 
     items: Mapping[int, AnyItem]
@@ -110,7 +110,7 @@ class Annotations:
 
 
 class ObjectMatch(NamedTuple):
-    """The words of the vocabulary in a description, the invented ones, and the numbers of listed objects mentioned."""
+    """Vocabulary words in a description, the invented ones, and numbers of covered and expected objects."""
 
     mentions: tuple[str, ...]
     invented: tuple[str, ...]
@@ -118,7 +118,7 @@ class ObjectMatch(NamedTuple):
     num_expected: int
 
 
-# Words of the vocabulary that are nouns in a description only after one of the following; "hot" never is.
+# Vocabulary words that are nouns in a description only after one of _BEFORE_NOUNS; "hot" never is.
 _SELDOM_NOUNS = {
     *("can", "leave", "watch", "watches", "drink", "drinks", "support", "supports", "sound", "sounds"),
     *("sailing", "drawing", "painting"),
@@ -132,8 +132,8 @@ _BEFORE_NOUNS = {
 def nouns_by_rule(text: str) -> list[str]:
     """Return the words of a text, in lower case, without those that are seldom nouns in a description.
 
-    "A man can watch" has neither a can nor a watch, "the watch" is one: such a word counts after an article, a number
-    or a possessive alone. Every other word that names an object is taken for that object.
+    "A man can watch" has neither a can nor a watch, but "the watch" is one. Such a word is a noun only after an
+    article, a number or a possessive. Every other word that names an object is taken for that object.
     """
     words = [token for token, _, _ in tokens(text)]
     return [
@@ -150,7 +150,7 @@ def match_objects(
     nouns: Nouns = nouns_by_rule,
     similar: Similar | None = None,
 ) -> ObjectMatch:
-    """Match the words of a description with the objects of its image (see the head of this file)."""
+    """Match the words of a description with the objects of its image."""
     vocabulary = {word.lower() for key, others in annotations.associates.items() for word in (key, *others)}
     true, expected = _associated_words(item.truth, annotations), _associated_words(item.expected, annotations)
     mentions, invented, covered, hits = [], [], set[int](), set[int]()
@@ -161,6 +161,7 @@ def match_objects(
         mentions.append(word)
         if word in annotations.safe_words:
             continue
+        # Equal words first, then similar ones
         place = _first(word, true, str.__eq__)
         if not place:
             hits |= _first(word, expected, str.__eq__)
@@ -182,13 +183,13 @@ def score_generative(
     """Return CHAIR, Cover, Hal, Cog and the mean length in words (at white space) of descriptions.
 
     Args:
-        responses: from an id to the response; ids of yes/no questions are left out.
+        responses: the response to each id; ids of yes/no questions are left out.
         annotations: the benchmark's annotations.
-        nouns: returns the nouns of a text, in order and with repetition.
-        similar: compares a word of the text with one of the annotations; by default only equal words are similar.
+        nouns: a function that returns the nouns of a text, in order and with repetition.
+        similar: a comparison of a word of the text with an annotated one; by default only equal words are similar.
 
     Raises:
-        ValueError: an id is unknown, or none is a description's.
+        ValueError: an id is unknown, or none belongs to a description.
     """
     _check_ids(responses, annotations)
     items = {number: item for number in responses if isinstance(item := annotations.items[number], GenerativeItem)}
@@ -219,7 +220,7 @@ def score_generative(
 
 
 def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:
-    """Return the metrics of descriptions, of answers, or of both, whichever there are; descriptions first.
+    """Return the metrics of the descriptions and of the answers in `responses`, descriptions first.
 
     Raises:
         ValueError: an id is unknown.
@@ -231,7 +232,7 @@ def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metric
 
 
 def parse_published(answer: str) -> bool | None:
-    """Parse yes or no like the release: exactly "Yes" or "No"; everything else is neither, and wrong."""
+    """Parse exactly "Yes" or "No", as the release does; return None for anything else, which is wrong."""
     return {"Yes": True, "No": False}.get(answer)
 
 
@@ -240,15 +241,15 @@ def score_discriminative(
 ) -> Metrics:
     """Return accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, by dimension and by kind.
 
-    All existence questions are of absent objects, so their precision is 1 as soon as one is right.
+    All existence questions ask for absent objects, so their precision is 1 as soon as one answer is right.
 
     Args:
-        responses: from an id to the answer; ids of descriptions are left out.
+        responses: the answer to each id; ids of descriptions are left out.
         annotations: the benchmark's annotations.
         parse: `pope.parse_strict`, or `parse_published`; an answer that is neither yes nor no is wrong.
 
     Raises:
-        ValueError: an id is unknown, or none is a question's.
+        ValueError: an id is unknown, or none belongs to a yes/no question.
     """
     _check_ids(responses, annotations)
     items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
@@ -281,7 +282,7 @@ def _count(item: DiscriminativeItem, said: bool | None) -> dict[str, bool]:
 
 
 def _over_kinds(kinds: Sequence[str], parts: Sequence[str], sums: Sums) -> Values:
-    """Return a ratio (two parts) or an F1 (three), of sums over some kinds of question."""
+    """Return a ratio (two parts) or an F1 (three parts) of sums over some kinds of question."""
     totals = [np.sum([sums[f"{kind}: {part}"] for kind in kinds], axis=0) for part in parts]
     return f1(*totals) if len(totals) == 3 else divide(*totals)
 
@@ -292,10 +293,10 @@ def _over_kinds(kinds: Sequence[str], parts: Sequence[str], sums: Sums) -> Value
 def read_amber(folder: str | Path) -> Annotations:
     """Read the benchmark's folder `data`: annotations.json, relation.json, safe_words.txt.
 
-    Its query/query_all.json, if there is one, tells which questions share an image.
+    The image of each question comes from query/query_all.json, if there is one.
 
     Raises:
-        ValueError: a file is missing or bad.
+        ValueError: a file is missing or invalid.
     """
     place = resolve(folder)
     associates = {
@@ -318,10 +319,10 @@ def read_amber(folder: str | Path) -> Annotations:
 def read_responses(path: str | Path) -> dict[int, str]:
     """Read responses by id: records {"id", "response"}, descriptions and answers in one file or in several.
 
-    As in other benchmarks' files the id may be called `question_id`, and the response `text` or `answer`.
+    As in other benchmarks' files, the id may be called `question_id`, and the response `text` or `answer`.
 
     Raises:
-        ValueError: the file is bad or empty, or an id is repeated.
+        ValueError: the file is invalid or empty, or an id is repeated.
     """
     entries = (
         (location, _id(location, record), take_text(location, record, "response", "text", "answer"))
@@ -355,13 +356,13 @@ def _read_item(location: str, record: Record, associates: Mapping[str, object]) 
 
 
 def _associated_words(objects: Sequence[str], annotations: Annotations) -> list[tuple[str, int]]:
-    """Return the words for each object with the object's index: all associates first, then the names themselves."""
+    """Return pairs of a word and its object's index: associates of all objects first, then the names themselves."""
     associates = [(word.lower(), i) for i, name in enumerate(objects) for word in annotations.associates[name]]
     return associates + [(name.lower(), i) for i, name in enumerate(objects)]
 
 
 def _first(word: str, associated: Sequence[tuple[str, int]], same: Similar) -> set[int]:
-    """Return the index of the first object that a word stands for; empty if there is none."""
+    """Return the index of the first object that a word names; empty if there is none."""
     return set([i for other, i in associated if same(word, other)][:1])
 
 

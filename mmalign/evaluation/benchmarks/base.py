@@ -1,7 +1,7 @@
 """Benchmarks of vision-language models: questions about images, and scores of the answers.
 
-A benchmark has parts (POPE's splits; captions), and a part has items, each one question about one image. Answers come
-in the order of the items. They are scored in two ways: all together, as in the papers, and one by one, for readers.
+A benchmark has parts (POPE's splits; captions). A part has items, each one question about one image. Answers come in
+the order of the items. They are scored all together, as in the papers, and one by one, for the gallery.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.metrics import Metrics
 from mmalign.language.objects import Vocabulary, singular, tokens
 
-AnswersByPart = Mapping[str, Sequence[str]]  # from the name of a part to the answers to its items, in their order
+AnswersByPart = Mapping[str, Sequence[str]]  # the answers to each part's items, in the order of the items
 Images = Callable[[str], Image.Image]  # an image by its name; raises BadImage if it cannot be read
 CAPTIONS = "descriptions"  # the part of a benchmark that asks for descriptions
 CAPTION_SCORE = "objects of the image that are named, less mentions of invented ones"
@@ -29,10 +29,10 @@ YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong one"
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """A rating of one answer, for readers.
+    """A rating of one answer.
 
     Attributes:
-        score: higher is better; the benchmark's `score_name` explains it.
+        score: a number, higher is better; the benchmark's `score_name` explains it.
         note: the score in words.
         invented: spans of the answer that name objects which are not in the image, [start, end).
     """
@@ -60,7 +60,7 @@ class Benchmark:
 
     Attributes:
         parts: the items of each part.
-        images: an image by its name.
+        images: a function from an image's name to the image.
         score_name: the meaning of an answer's score.
         measure: a function from parts and their answers to metrics.
     """
@@ -94,7 +94,7 @@ def caption_benchmark(
     images: Images,
     score: Callable[[Sequence[Response], chair.Truth, Vocabulary], Metrics] = chair.score,
 ) -> Benchmark:
-    """Return a benchmark of descriptions of images with known objects: CHAIR, or Object HalBench by its `score`.
+    """Return a benchmark of descriptions of images with known objects: CHAIR, or Object HalBench with its `score`.
 
     Raises:
         ValueError: an image has no annotation, or a question is repeated.
@@ -126,7 +126,7 @@ def caption_benchmark(
 def yes_no_benchmark(
     questions: Mapping[str, Sequence[Question]], images: Images, parse: pope.Parse = pope.parse_published
 ) -> Benchmark:
-    """Return a benchmark of yes/no questions on objects in images, by split: POPE."""
+    """Return POPE, a benchmark of yes/no questions on objects in images, by split."""
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
         asked = {part: [item.question for item in items] for part, items in parts.items()}
@@ -175,7 +175,7 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
 
 
 def combine(first: Benchmark, second: Benchmark) -> Benchmark:
-    """Return one benchmark of two on the same images, with different parts."""
+    """Return two benchmarks on the same images, with different parts, as one."""
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
         return [

@@ -4,13 +4,13 @@
     CHAIR_s = descriptions with an invented object / all descriptions
     recall  = objects of the images that their descriptions mention / all objects of the images
 
-Every mention counts, as in the release: an invented dog, named twice, is two invented mentions. Recall counts each
-object of an image once. It accompanies CHAIR always, because a model that says nothing invents nothing. An empty
-description mentions nothing and counts in CHAIR_s. In an image without objects every mention is invented. A metric
-with denominator 0 is 0.
+All mentions are counted, as in the release: an invented dog, named twice, is two invented mentions. Recall counts each
+object of an image once. Report it with CHAIR, because a model that says nothing invents nothing. An empty description
+has no mention, and is one of all descriptions in CHAIR_s. In an image without objects every mention is invented. A
+metric with denominator 0 is 0.
 
 The objects of an image come from annotations. For MSCOCO these are the object masks and the mentions of the five human
-captions (`read_coco`). The vocabulary is MSCOCO's (`coco_vocabulary`, two variants) or one of your own (`vocabulary`).
+captions (`read_coco`). The vocabulary is MSCOCO's (`coco_vocabulary`, two variants) or your own (`vocabulary`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mmalign.evaluation.metrics import Metrics, Ratio, as_columns, ratio
 from mmalign.evaluation.statistics import Values
 from mmalign.language.objects import Mention, Vocabulary
 
-Truth = Mapping[str, Collection[str]]  # from an image's id (`answer_files.image_id`) to its objects
+Truth = Mapping[str, Collection[str]]  # the objects of each image, by its id (`annotations.image_id`)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ObjectMatch:
 
 
 def match_objects(text: str, objects: Collection[str], vocabulary: Vocabulary) -> ObjectMatch:
-    """Match the object words of a description with the objects of its image, by the vocabulary's names."""
+    """Match the object words of a description with its image's objects, which have the vocabulary's names."""
     mentions = tuple(vocabulary.mentions(text))
     invented = tuple(mention for mention in mentions if mention.object not in objects)
     return ObjectMatch(mentions, invented, frozenset(mention.object for mention in mentions) & frozenset(objects))
@@ -58,8 +58,8 @@ def score(responses: Sequence[Response], truth: Truth, vocabulary: Vocabulary) -
     """Return CHAIR_i, CHAIR_s, recall and the mean length in words (at white space) of N descriptions.
 
     Raises:
-        ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
-            annotated object is not the vocabulary's.
+        ValueError: there is no response, two answer the same question on one image, an image has no annotation, or an
+            annotated object is not in the vocabulary.
     """
     return description_metrics(
         "CHAIR",
@@ -77,7 +77,7 @@ def description_metrics(
     rates: Mapping[str, Ratio],
     headline: tuple[str, ...] = (),
 ) -> Metrics:
-    """Return rates of invention, with recall and length, of N descriptions from the columns of `count_mentions`."""
+    """Return `rates`, recall and length of N descriptions, from the columns of `count_mentions`."""
     keys = tuple((response.image, response.question) for response in responses)
     images = tuple(response.image for response in responses)
     ratios = {**rates, "recall": ratio("found objects", "true objects")}
@@ -90,7 +90,7 @@ def count_mentions(
     """Return the values [N] of each count; `distinct` counts each word of a response once.
 
     Raises:
-        ValueError: an image has no annotation, or an annotated object is not the vocabulary's.
+        ValueError: an image has no annotation, or an annotated object is not in the vocabulary.
     """
     check_annotated("truth", [response.image for response in responses], truth)
     rows = []
@@ -121,10 +121,10 @@ def count_mentions(
 
 
 def read_truth(path: str | Path, vocabulary: Vocabulary) -> dict[str, frozenset[str]]:
-    """Read the objects of each image from records {"image", "objects"}, by the vocabulary's names.
+    """Read the objects of each image from records {"image", "objects"}, and return the vocabulary's names for them.
 
     Raises:
-        ValueError: the file is bad, or an object is no word of the vocabulary.
+        ValueError: the file is invalid, an image is repeated, or an object is not a word of the vocabulary.
     """
     truth: dict[str, frozenset[str]] = {}
     for image, names in read_objects(path).items():
@@ -143,8 +143,8 @@ def read_coco(
 ) -> dict[str, frozenset[str]]:
     """Read the objects of MSCOCO's images: those with a mask, and those that a human caption mentions.
 
-    CHAIR uses both of the 2014 splits: instances_train2014.json and instances_val2014.json, captions_train2014.json
-    and captions_val2014.json.
+    CHAIR uses both 2014 splits: instances_train2014.json and instances_val2014.json, captions_train2014.json and
+    captions_val2014.json.
 
     Args:
         instances: files with `images`, `categories` and `annotations` (`image_id`, `category_id`).
@@ -153,9 +153,10 @@ def read_coco(
         images: ids to read, all by default; matching the words of 600,000 captions takes minutes.
 
     Raises:
-        ValueError: a file is bad, or a category is no word of the vocabulary.
+        ValueError: a file is invalid, or a category is not a word of the vocabulary.
     """
     truth: dict[str, set[str]] = defaultdict(set)
+    # Objects with a mask
     for path in instances:
         file = document(path)
         objects = {
@@ -163,12 +164,13 @@ def read_coco(
             for location, category in _coco_records(path, file, "categories")
         }
         for location, image in _coco_records(path, file, "images"):
-            truth[take_image_id(location, image, "id")].update()  # an image without any annotation has no object
+            truth[take_image_id(location, image, "id")].update()  # an image without annotations has no object
         for location, annotation in _coco_records(path, file, "annotations"):
             category = take(location, annotation, "category_id")
             if category not in objects:
                 raise ValueError(f"{location}: category_id is {shorten(category)}; expected one of `categories`")
             truth[take_image_id(location, annotation, "image_id")].add(objects[category])
+    # Objects mentioned by a caption
     for path in captions:
         file = document(path)
         for location, image in _coco_records(path, file, "images"):

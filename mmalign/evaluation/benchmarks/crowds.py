@@ -1,8 +1,8 @@
-"""Hallucination in the bundled world of crowds, whose pictures are known exactly; no reward model is involved.
+"""Hallucination benchmark on the bundled world of crowds, with exact ground truth and no reward model.
 
-Every held-out picture is described (CHAIR_i, CHAIR_s, recall, length), and two of its objects and two absent ones are
-asked for (POPE). In the adversarial split an absent object is the partner of a present one, its most frequent companion
-in training.
+The model describes every held-out image (CHAIR_i, CHAIR_s, recall, length). It also answers whether two present and two
+absent objects are in the image (POPE). In the adversarial split an absent object is the partner of a present one, its
+most frequent companion in training.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mmalign.language.objects import Vocabulary, vocabulary
 from mmalign.toy import crowds
 from mmalign.toy.scenes import COLOURS, SHAPES
 
-TEMPLATE = "Is there {} in the picture?"  # with its article, the words of `crowds.ask`
-OBJECTS_PER_PICTURE = 2  # present and absent objects that are asked for; no picture has fewer objects
+TEMPLATE = "Is there {} in the picture?"  # with an article it is the question of `crowds.ask`
+OBJECTS_PER_PICTURE = 2  # present objects, and as many absent ones, in the questions; no image has fewer objects
 
 
 def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) -> Benchmark:
-    """Return descriptions and yes/no questions on held-out pictures, in which partners are rarely together."""
+    """Return the benchmark on held-out images, in which partners are rarely together."""
     by_name = {crowd.name: crowd for crowd in crowds.sample(split, pictures, seed)}
     kinds = {name: crowd.kinds for name, crowd in by_name.items()}
     partners = {kind: (partner,) for kind, partner in crowds.PARTNERS.items()}
@@ -55,5 +55,5 @@ def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) ->
 
 @cache
 def words() -> Vocabulary:
-    """Return the vocabulary of every colour with every shape; kinds that the world does not have count as invented."""
+    """Return the vocabulary of every colour with every shape; a kind that the world lacks is always invented."""
     return vocabulary({f"{colour} {shape}": [] for colour, shape in itertools.product(COLOURS, SHAPES)})

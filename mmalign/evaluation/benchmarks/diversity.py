@@ -16,15 +16,15 @@ def pixel_distances(images: Sequence[Image], groups: Sequence[Hashable]) -> list
     """Return the mean distance [N] of every image to the others of its group, in [0, 1]; 0 if all are equal.
 
     The distance of two images is the root of their mean squared difference over pixels and channels: 1 for white and
-    black. It involves no network and no reward model. It does not know the content of an image, so compare models on
-    the same prompts, not prompts with each other.
+    black. It needs no network and no reward model. It ignores the content of an image, so compare models on the same
+    prompts, not prompts with each other.
 
     Args:
         images: N images, of one size within a group.
-        groups: [N] a key that images share which should differ, such as the prompt.
+        groups: [N] a key of images that should differ from each other, such as the prompt.
 
     Raises:
-        ValueError: an image is alone in its group, or has another size than the others.
+        ValueError: a group has a single image, or images of different sizes.
     """
     members = defaultdict[Hashable, list[int]](list)
     for index, group in enumerate(groups):
@@ -44,6 +44,6 @@ def pixel_distances(images: Sequence[Image], groups: Sequence[Hashable]) -> list
 
 
 def measure_distances(distances: ArrayLike, keys: tuple[Hashable, ...], groups: tuple[Hashable, ...]) -> Metrics:
-    """Return the mean of `pixel_distances` [N] as a metric; keys are prompt and seed, groups prompts."""
+    """Return the mean of `pixel_distances` [N] as a metric; keys are prompt and seed, groups are prompts."""
     columns = {"images": np.ones(len(keys)), "apart": np.asarray(distances)}
     return Metrics("diversity", keys, groups, columns, {"diversity": ratio("apart", "images")})

@@ -1,8 +1,8 @@
-"""Implicit reward accuracy: the ratio of held-out pairs that a model prefers more clearly than its base does.
+"""Implicit reward accuracy: the ratio of held-out pairs with a larger score margin than the base model's.
 
 As in arXiv:2311.12908, section 5.3, a pair is right if the model's score prefers the chosen image or response by more
-than the base model's does. The score of an image is the denoising score, averaged over several draws of time and noise;
-that of a response is its log-probability. An exact tie is wrong: a model that never moved scores 0, not one half.
+than the base model's does. An image has the denoising score, averaged over several draws of time and noise. A response
+has its log-probability. An exact tie is wrong: an unchanged model has accuracy 0, not one half.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mmalign.methods.vision_language import _responses
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
-# From a batch, the random numbers and the index of a draw to a function that returns a network's scores of both sides.
+# Takes a batch, random numbers and the index of a draw; returns a function from a network to its scores of both sides.
 Score = Callable[[Any, KeyedRNG, int], Callable[[nn.Module], Scores]]
 
 
 @dataclass(frozen=True)
 class ImplicitAccuracy:
-    """Accuracy over held-out pairs, and the gains of both sides (score units, mean over pairs and draws)."""
+    """Accuracy over held-out pairs, and both sides' gains over the base (score units, mean over pairs and draws)."""
 
     right: int
     number: int
@@ -64,7 +64,7 @@ class ImplicitAccuracy:
 
 
 def image_scores(family: TextToImage) -> Score:
-    """Return denoising scores, of policy and reference on the same noise, without dropped captions."""
+    """Return a function that computes denoising scores; all networks see the same noise, and no caption is dropped."""
 
     def score(batch: Any, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
         view = _denoising.noise_pairs(family, batch, 0.0, rng, index)
@@ -74,7 +74,7 @@ def image_scores(family: TextToImage) -> Score:
 
 
 def response_scores(family: VisionLanguage) -> Score:
-    """Return log-probabilities of whole responses, in nats, without random numbers."""
+    """Return a function that computes log-probabilities of whole responses, in nats, without random numbers."""
     return lambda batch, rng, index: partial(_responses.response_scores, family, batch=batch)
 
 
@@ -82,7 +82,7 @@ def response_scores(family: VisionLanguage) -> Score:
 def accuracy(
     policy: Policy, batches: Iterable[Any], score: Score, *, num_noise_samples: int, seed: int
 ) -> ImplicitAccuracy:
-    """Score every pair `num_noise_samples` times by policy and reference.
+    """Score every pair `num_noise_samples` times with policy and reference.
 
     Args:
         policy: the trained model, with its base as reference.
@@ -101,9 +101,11 @@ def accuracy(
             run = score(batch, KeyedRNG(seed), index)
             reference_scores, policy_scores = policy.on_reference(run), run(policy.unwrapped)
             assert reference_scores is not None
+            # Margins and gains over the reference, each [N]
             reference, trained = (Pair(s["chosen"], s["rejected"]) for s in (reference_scores, policy_scores))
             margins.append(trained.margin - reference.margin)
             moved.append(torch.stack([trained.chosen - reference.chosen, trained.rejected - reference.rejected]))
+        # Means over the draws, without padding
         is_pair = batch.weights > 0
         right += int((torch.stack(margins).mean(0) > 0)[is_pair].sum())
         number += int(is_pair.sum())

@@ -1,15 +1,15 @@
-"""Object HalBench by rules: hallucinated objects in detailed descriptions (RLHF-V, arXiv:2312.00849, section 4.1).
+"""Object HalBench, rule-based: hallucinated objects in detailed descriptions (RLHF-V, arXiv:2312.00849, section 4.1).
 
     response-level = responses with an invented object / responses that mention any object
     mention-level  = mentions of invented objects / all mentions of objects
     recall         = objects of the images that their responses mention / all objects of the images
 
 Unlike CHAIR_s, the response-level rate leaves out a response that names no object. The benchmark's 300 items are MSCOCO
-images with eight prompts for a detailed description; bring them as your own file.
+images with eight prompts for a detailed description; supply them as your own file.
 
-In the published tables a language model lists the objects of a response first, each once. Here the words are found in
-the text itself, as the release does without that model. By default every mention counts; `distinct=True` counts each
-word of a response once, which is nearer to those tables. Compare only models measured by the same rule, and never with
+For the published tables a language model first lists the objects of a response, each once. Here the words are matched
+in the text, as the release does without that model. By default all mentions are counted. `distinct=True` counts each
+word of a response once, which is closer to those tables. Compare only models measured by the same rule, and never with
 published numbers.
 """
 
@@ -29,14 +29,14 @@ def score(
     """Return the two rates, recall and the mean length in words (at white space) of N descriptions.
 
     Args:
-        responses: [N], from `answer_files.read_responses`.
-        truth: from an image's id to its objects, from `chair.read_coco` or `chair.read_truth`.
+        responses: [N] the descriptions, from `annotations.read_responses`.
+        truth: the objects of each image, from `chair.read_coco` or `chair.read_truth`.
         vocabulary: the vocabulary that `truth` was read with; the refined list of MSCOCO's objects by default.
-        distinct: count a word that a response repeats once.
+        distinct: True to count each word of a response once.
 
     Raises:
-        ValueError: there is no response, two are to the same image and question, an image has no annotation, or an
-            annotated object is not the vocabulary's.
+        ValueError: there is no response, two answer the same question on one image, an image has no annotation, or an
+            annotated object is not in the vocabulary.
     """
     return description_metrics(
         "Object HalBench",

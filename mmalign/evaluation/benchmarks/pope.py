@@ -1,14 +1,14 @@
 """POPE: yes/no questions on whether an object is in the image (arXiv:2305.10355).
 
-Half of the questions ask for objects of the image, the other half for absent ones. The choice of the absent ones makes
-three splits: random; popular, the most frequent objects first; and adversarial, the most frequent companions of the
-object of the question before. "Yes" is the positive class:
+Half of the questions ask for objects of the image, the other half for absent ones. The splits differ in the absent
+objects: random; popular, the most frequent objects first; and adversarial, the most frequent companions of the previous
+question's object. "Yes" is the positive class:
 
     accuracy = right answers / questions          precision = right yes / all yes
     recall   = right yes / true yes               F1 = 2 right yes / (all yes + true yes)
 
-Papers give the mean over the splits of F1 or of accuracy, so both are here. The yes rate shows a model that says yes to
-everything. An answer with neither a yes nor a no counts as unclear, whatever the parser makes of it.
+Papers report the mean of F1 or of accuracy over the splits, so both are here. The yes rate exposes a model that says
+yes to everything. An answer that `parse_strict` reads as neither yes nor no is unclear, whatever the parser in use.
 """
 
 from __future__ import annotations
@@ -63,36 +63,38 @@ def build(
 ) -> list[Question]:
     """Build the questions of a split: for each image, a present and an absent object in turn.
 
-    The present objects are an image's first ones. No object is asked for twice of an image. Popularity and
-    co-occurrence are counted over the chosen images, as in the release; ties keep the order of appearance. If no
-    companion of the last object is left, the absent one is random. Random choices are keyed by the image's name, so
+    The present objects are an image's first ones. Questions on an image ask for different objects. Popularity and
+    co-occurrence are counted over the chosen images, as in the release; ties have the order of appearance. If no
+    companion of the present object is left, the absent one is random. Random choices are keyed by the image's name, so
     other images do not change them.
 
     Args:
-        images: from an image to its objects (`answer_files.read_objects`); images with fewer than `objects_per_image`
-            are left out. The paper's are the objects of MSCOCO's masks and captions.
+        images: the objects of each image (`annotations.read_objects`); images with fewer than `objects_per_image` are
+            left out. The paper uses the objects of MSCOCO's masks and captions.
         split: the choice of absent objects.
-        num_images: number of random images (500 in the paper), all by default.
-        objects_per_image: questions of either kind per image (3 in the paper).
+        num_images: the number of random images (500 in the paper), all by default.
+        objects_per_image: the number of present objects asked for per image, and of absent ones (3 in the paper).
         names: candidates for absent objects; the objects of the chosen images by default.
-        companions: for each object its companions, the most frequent first; counted over the chosen images by default.
+        companions: the companions of each object, the most frequent first; counted over the chosen images by default.
         template: the question, with {} for "a dog" or "an apple".
-        seed: seed of the random choices.
+        seed: the seed of the random choices.
 
     Raises:
-        ValueError: the split is unknown, the template has no place for an object, there are too few images, or too few
-            absent objects to ask for.
+        ValueError: the split is unknown, the template has no {}, there are too few images, or too few absent objects
+            to ask for.
     """
     if split not in SPLITS:
         raise ValueError(f"pope: {split!r} is no split; expected one of {', '.join(SPLITS)}")
     if "{}" not in template:
         raise ValueError(f"pope: the template {template!r} has no {{}}; expected one for 'a dog'")
+    # Images, and candidates for absent objects by popularity
     chosen = _choose(images, num_images, objects_per_image, seed)
     popularity = Counter(name for objects in chosen.values() for name in objects)
     if companions is None:
         companions = _companions(chosen)
     candidates = list(dict.fromkeys(names)) if names is not None else list(popularity)
     by_popularity = sorted(candidates, key=lambda name: -popularity[name])
+    # Questions: each present object, then an absent one
     questions: list[Question] = []
     for image, objects in chosen.items():
         excluded = set(objects)
@@ -117,19 +119,20 @@ def build(
 
 
 def parse_published(answer: str) -> bool:
-    """Parse yes or no like the release: no, if the text before the first full stop has the word No, no or not.
+    """Parse yes or no as the release does: "no" if the text before the first full stop has the word No, no or not.
 
-    Everything else is a yes, also "NO", "cannot", "isn't" and an empty answer. Commas are removed.
+    Everything else is a yes, including "NO", "cannot", "isn't" and an empty answer. Commas are removed.
     """
     first = answer.split(".")[0].replace(",", "")
     return not {"No", "not", "no"} & set(first.split(" "))
 
 
 def parse_strict(answer: str) -> bool | None:
-    """Parse yes, no, or None if the first sentence says neither.
+    """Parse yes or no from the first sentence; return None if it says neither.
 
-    A yes or no at its beginning decides ("Yes, there is no doubt"). Else a negation anywhere is a no ("I cannot see
-    one", "there isn't"), and a yes anywhere or "there is" a yes.
+    A yes or no at its beginning decides ("Yes, there is no doubt"). Otherwise a negation anywhere is a no ("I cannot
+    see one", "there isn't"). Without a negation, a yes anywhere is a yes, and so is "there is" or "I see" at the
+    beginning.
     """
     sentence = next((part for part in _SENTENCE_END.split(answer.lower().replace("\u2019", "'")) if part.strip()), "")
     words: list[str] = re.findall(r"[a-z']+", sentence)
@@ -147,16 +150,18 @@ def score(
     answers: Mapping[str, Sequence[str]],
     parse: Parse = parse_published,
 ) -> Metrics:
-    """Return accuracy, precision, recall, F1 and yes rate of every split, and the means over the splits.
+    """Return accuracy, precision, recall, F1, yes rate and unclear rate of every split.
+
+    With several splits, the means of accuracy, F1 and yes rate over the splits follow.
 
     Args:
-        questions: from the name of a split to its questions.
-        answers: from the same names to the answers, in the order of the questions.
-        parse: `parse_published`, as for published numbers, or `parse_strict`: an unclear answer is neither yes nor no,
-            and wrong.
+        questions: the questions of each split.
+        answers: the answers of each split, in the order of its questions.
+        parse: `parse_published`, for comparison with published numbers, or `parse_strict`, with which an unclear answer
+            is neither yes nor no, and wrong.
 
     Raises:
-        ValueError: there is no question, the splits or the numbers differ, or a split has a question twice.
+        ValueError: there is no question, the splits or the numbers differ, or a split repeats a question.
     """
     if list(questions) != list(answers):
         raise ValueError(
@@ -168,12 +173,14 @@ def score(
             raise ValueError(
                 f"pope: {split} has {len(asked)} questions and {len(answers[split])} answers; expected one for each"
             )
+    # Counts of every answer, by split
     rows = [
         (split, question, _count(question, answer, parse))
         for split, asked in questions.items()
         for question, answer in zip(asked, answers[split], strict=True)
     ]
     columns = as_columns_by_kind(list(questions), [(split, counts) for split, _, counts in rows])
+    # Metrics of every split, and their means
     ratios: dict[str, Ratio] = {
         f"{split}: {name}": partial(_of_split, split, measure)
         for split in questions
@@ -213,10 +220,10 @@ def _mean(ratios: Sequence[Ratio], sums: Sums) -> Values:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read the questions of a split as POPE publishes them: `question_id`, `image`, `text`, and `label` yes or no.
+    """Read the questions of a split in POPE's format: `question_id`, `image`, `text`, and `label` yes or no.
 
     Raises:
-        ValueError: the file is bad or empty, or an id is repeated.
+        ValueError: the file is invalid or empty, or an id is repeated.
     """
 
     def read_question(location: str, record: Mapping[str, Any]) -> tuple[str, int, Question]:
@@ -233,11 +240,11 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
     """Read the answers to a split's questions, and return them in the questions' order.
 
-    Two layouts: with `question_id`, in any order, and the answer under `text` or `answer`, as LLaVA writes them; or
-    without, in the order of the questions, with `question` (checked) and `answer`, as POPE does.
+    There are two layouts. LLaVA writes `question_id`, in any order, and the answer under `text` or `answer`. POPE
+    writes `question` (checked) and `answer`, in the order of the questions.
 
     Raises:
-        ValueError: the file is bad, an id is unknown or repeated, a question has no answer, or, without ids, the
+        ValueError: the file is invalid, an id is unknown or repeated, a question has no answer, or, without ids, the
             questions differ.
     """
     rows = list(records(path))
@@ -290,7 +297,7 @@ def _answers_in_order(
 def _choose(
     images: Mapping[str, Sequence[str]], num_images: int | None, objects_per_image: int, seed: int
 ) -> dict[str, tuple[str, ...]]:
-    """Return the chosen images in their order, with their distinct objects."""
+    """Choose random images, and return them in their order with their distinct objects."""
     distinct = {image: tuple(dict.fromkeys(objects)) for image, objects in images.items()}
     enough = {image: objects for image, objects in distinct.items() if len(objects) >= objects_per_image}
     number = len(enough) if num_images is None else num_images
@@ -306,7 +313,7 @@ def _choose(
 
 
 def _companions(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Return for each object the others of its images, the most frequent first."""
+    """Return the companions of each object, the other objects of its images, the most frequent first."""
     companions: dict[str, Counter[str]] = {}
     for objects in images.values():
         for name in objects:
@@ -315,7 +322,7 @@ def _companions(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 
 def _row(image: str) -> int:
-    """Return a number for an image's name, a key of random numbers."""
+    """Return a hash of an image's name, as a key of random numbers."""
     return int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") >> 1
 
 

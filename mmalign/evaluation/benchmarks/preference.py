@@ -1,6 +1,6 @@
-"""Preference of a reward model for the image after alignment over the one before: win rate and mean change of score.
+"""Win rate and mean change of score of images after alignment against those before, by a reward model.
 
-N pairs of images, each of one prompt and seed.
+Shapes: N pairs of images, each of one prompt and seed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ def measure_scores(
 ) -> Metrics:
     """Return the win rate over the base model and the mean score.
 
-    A win is a higher score, and a tie is half a win. Scores that agree to within float32 rounding tie: the scores of
-    equal images differ by as much from batch to batch. All arguments are [N]; keys are prompt and seed, groups prompts.
+    A win is a higher score, and a tie is half a win. Scores that agree to within float32 rounding tie, because the
+    scores of equal images differ by as much from batch to batch. All arguments are [N]. Keys are prompt and seed, and
+    groups are prompts.
     """
     own, base = np.asarray(scores, dtype=np.float64), np.asarray(base_scores, dtype=np.float64)
     wins = np.where(np.isclose(own, base, rtol=1e-6, atol=1e-8), 0.5, 0.5 + 0.5 * np.sign(own - base))
@@ -31,16 +32,18 @@ def measure_scores(
 def compare_scores(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:
     """Return the result of benchmark preference for result.json, and its table.
 
-    With s = +1, 0, -1 for a win, a tie, a loss, the win rate is (1 + mean(s)) / 2, and its interval is that of the
-    paired difference mean(s). An interval of decisive pairs alone (Wilson) would ignore both the ties and the
-    dependence of several seeds of one prompt.
+    With s = +1, 0, -1 for a win, a tie, a loss, the win rate is (1 + mean(s)) / 2. Its interval comes from that of the
+    paired difference mean(s). Wilson's interval over decisive pairs would ignore the ties, and the dependence of
+    several seeds of one prompt.
 
     Raises:
         ValueError: a score is not finite, or there are fewer than two groups.
     """
+    # Win rate from the signs of the changes
     wins, groups = after.columns["wins"], after.groups
     signs = paired_difference(wins == 0, wins == 1, groups)
     win_rate = Interval(*((1 + end) / 2 for end in (signs.estimate, signs.low, signs.high)))
+    # Mean change of score, and numbers of wins, losses and ties
     difference = paired_difference(before.columns["mean score"], after.columns["mean score"], groups)
     counts: dict[str, object] = {"wins": int((wins == 1).sum()), "losses": int((wins == 0).sum())}
     counts["ties"] = int((wins == 0.5).sum())

@@ -1,7 +1,7 @@
-"""Accuracy of images of the bundled world's prompts, by its exact reader; no reward model is involved.
+"""Accuracy of images generated from the bundled world's prompts, by its exact reader, without a reward model.
 
-N images, the i-th of `prompts[i]`. An attribute is measured over the prompts that name it: every prompt names a count,
-a colour and a shape, some a size or a relation.
+Shapes: N images, the i-th of `prompts[i]`. An attribute is measured over the prompts that name it. Every prompt names a
+count, a colour and a shape; some name a size or a relation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OVERALL = "prompts drawn right"
 
 
 def check_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]:
-    """Return for each image which parts of its prompt it fulfils (`mmalign.toy.scenes.check`).
+    """Check each image against the parts of its prompt (`mmalign.toy.scenes.check`).
 
     Raises:
         ValueError: the numbers differ, or a prompt is not of the bundled world.
@@ -32,8 +32,8 @@ def check_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]
 def describe(truth: Truth) -> str:
     """Return "correct", or a list of errors such as "colour, shape wrong".
 
-    A wrong count makes the lists of colours and of shapes differ too, and a wrong colour or shape leaves no pair to be
-    in relation. An error that only follows from another one is not named.
+    An error that follows from another one is not named. A wrong count makes the lists of colours and of shapes differ
+    too. A wrong colour or shape leaves no pair to check a relation of.
     """
     if truth["correct"]:
         return "correct"
@@ -46,13 +46,14 @@ def describe(truth: Truth) -> str:
 
 
 def measure_scenes(truths: Sequence[Truth], keys: tuple[Hashable, ...], prompts: Sequence[str]) -> Metrics:
-    """Return the accuracy of N images: over all, by category of prompt, and by attribute.
+    """Return the accuracy of N images: overall, by category of prompt, and by attribute.
 
     Categories and attributes that no prompt has are left out.
 
     Raises:
         ValueError: there is no image, or a prompt is not of the bundled world.
     """
+    # Counts overall, by attribute and by category
     images, right = np.ones(len(truths)), np.array([float(truth["correct"]) for truth in truths])
     columns = {"images": images, "right": right}
     ratios: dict[str, Ratio] = {OVERALL: ratio("right", "images")}
@@ -63,6 +64,7 @@ def measure_scenes(truths: Sequence[Truth], keys: tuple[Hashable, ...], prompts:
     for name in CATEGORIES:
         columns[f"category {name} named"] = np.array([float(category == name) for category in categories])
         columns[f"category {name} right"] = columns[f"category {name} named"] * right
+    # Ratios of those that a prompt has
     names = (*ATTRIBUTES, *(f"category {name}" for name in CATEGORIES))
     ratios |= {name: ratio(f"{name} right", f"{name} named") for name in names if columns[f"{name} named"].any()}
     headline = tuple(name for name in ratios if not name.startswith("category "))
@@ -72,8 +74,8 @@ def measure_scenes(truths: Sequence[Truth], keys: tuple[Hashable, ...], prompts:
 def compare_scenes(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:
     """Return the result of benchmark scenes for result.json, and its table.
 
-    Intervals of accuracies are Wilson's, which take images as independent. Those of differences are paired and by
-    prompt; a category or attribute with a single prompt has none.
+    Accuracies have Wilson's interval, which takes images as independent. Differences have a paired interval clustered
+    by prompt; a category or attribute with a single prompt has none.
 
     Raises:
         ValueError: there are fewer than two prompts.

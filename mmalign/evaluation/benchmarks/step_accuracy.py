@@ -1,6 +1,6 @@
-"""Accuracy of a reward model of noisy images, by timestep: the criterion for SPO's step judge.
+"""Accuracy of a reward model of noisy images, by timestep; the criterion for SPO's step-aware reward model.
 
-The images of a pair are those of its training (arXiv:2406.04314): predicted by the frozen model, under guidance, from
+The images of a pair are made as in its training (arXiv:2406.04314). The frozen model predicts them under guidance, from
 both images under the same noise at a given timestep. A pair is right if the chosen image has the higher score; an exact
 tie is wrong.
 """
@@ -53,10 +53,10 @@ class StepAccuracy:
 def accuracy(
     policy: Policy[StepJudge], batches: Iterable[EncodedPairs], times: Sequence[int], *, guidance: float, seed: int
 ) -> StepAccuracy:
-    """Score every pair at every timestep.
+    """Score every pair at every timestep with policy and reference.
 
     Args:
-        policy: the trained step judge, with its initial weights as reference.
+        policy: the trained reward model, with its initial weights as reference.
         batches: held-out pairs, encoded; rows of weight 0 are padding.
         times: timesteps of the denoiser's schedule; for flow matching, thousandths of sigma.
         guidance: guidance scale of the predictions.
@@ -75,9 +75,11 @@ def accuracy(
         ids, is_pair = family.tokens(batch.prompts), batch.weights > 0
         for index, time in enumerate(times):
             timesteps = torch.full((len(batch.rows),), time)
+            # Predicted images of both sides, chosen first [2B, 3, H, W]
             images, t = predict_images(
                 family, batch, guidance, KeyedRNG(seed), timesteps / (last + 1) if is_flow else timesteps
             )
+            # Right pairs before and after training
             pixels = family.pixels(images)
             before = policy.on_reference(lambda net, p=pixels, w=ids, t=t: family.score(net, p, w, t))  # type: ignore[misc]
             assert before is not None
