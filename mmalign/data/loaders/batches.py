@@ -1,4 +1,7 @@
-"""Encoded batches as methods take them."""
+"""Encoded batches, the inputs of methods.
+
+B pairs or prompts per batch. Rows of both sides come chosen first, then rejected: [2B].
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,20 @@ from mmalign.rewards import RewardModel
 
 @dataclass(frozen=True)
 class EncodedResponses:
-    """A batch of pairs as a method gets it, on the model's device.
+    """Batch of response pairs on the model's device.
 
     Attributes:
         rows: the id of each pair [B].
-        tokens: of prompts with responses, [2B] rows.
-        features: of every image of the batch, by its key.
+        tokens: the prompts with responses, [2B] rows.
+        features: the features of every image of the batch, by image key.
         weights: [B]; 0 for a padding row.
-        pairs: what the tokens were made of [B]; the images have been read, and cannot be read again.
-        decoded_images: the decoded images by their keys, for methods that ask for them.
-        views: the images as the model's reader takes them, by their keys, for further rows about them.
-        other_images: of prompts that hold the pairs' other images, with the chosen responses, [B] rows, for methods
-            that ask for them.
-        max_length: tokens of a row, for methods that make further ones.
-        precomputed: what has been worked out for these pairs beforehand, by name, each [B, ...]; None where nothing
-            has.
+        pairs: the pairs [B]; their images have been read and cannot be read again.
+        decoded_images: the decoded images by key, for methods that request them.
+        views: the preprocessed images by key, for further rows about them.
+        other_images: the prompts with the pairs' other images and the chosen responses, [B] rows, for methods that
+            request them.
+        max_length: most tokens of a row, for methods that add rows.
+        precomputed: the method's precomputed tensors by name, each [B, ...]; None if there are none.
     """
 
     rows: list[int]
@@ -48,20 +50,20 @@ class EncodedResponses:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """A batch of pairs as a method gets it, on the model's device.
+    """Batch of image pairs on the model's device.
 
     Attributes:
         rows: the id of each pair [B].
-        latents: of the images [2B, C, H, W].
+        latents: the posteriors of the images' latents [2B, C, H, W].
         text: the prompts' conditioning [B].
-        unconditional: one row, for dropped captions.
-        sizes: of the images [2B, 6]: original height and width, crop top and left, target height and width.
+        unconditional: the conditioning of dropped captions, one row.
+        sizes: the images' micro-conditioning [2B, 6]: original height and width, crop top and left, target height and
+            width.
         weights: [B]; 0 for a padding row.
-        rejected_text: the conditioning of what the rejected images show [B]; None where the method asks for one prompt.
-        precomputed: what the method has worked out for these pairs beforehand, by name, each [B, ...]; None where it
-            has not.
-        prompts: the texts themselves [B].
-        reward_model: what scores images, for methods whose settings name one.
+        rejected_text: the conditioning of the rejected images' prompts [B]; None if pairs have one prompt.
+        precomputed: the method's precomputed tensors by name, each [B, ...]; None if there are none.
+        prompts: the prompts [B].
+        reward_model: the reward model that scores images, for methods whose settings name one.
     """
 
     rows: list[int]
@@ -76,7 +78,7 @@ class EncodedPairs:
     reward_model: RewardModel | None = None
 
     def singles(self) -> Iterator[EncodedPairs]:
-        """Every pair in a batch of its own."""
+        """Yield every pair as a batch of its own, without its precomputed tensors."""
         number = len(self.rows)
         for i in range(number):
             sides = slice(i, None, number)
@@ -95,17 +97,17 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """A batch of prompts as a method gets it that draws its own images, on the model's device.
+    """Batch of prompts on the model's device, for methods that generate their own images.
 
     Attributes:
         rows: the id of each prompt [B].
-        prompts: the texts themselves [B].
+        prompts: the prompts [B].
         text: their conditioning [B].
-        unconditional: one row, what guidance goes away from.
-        sizes: of the images to draw [B, 6], as in EncodedPairs.
-        shape: of a latent: C, H, W.
+        unconditional: the negative conditioning of guidance, one row.
+        sizes: the micro-conditioning of the images to generate [B, 6], as in EncodedPairs.
+        shape: the shape of a latent: C, H, W.
         weights: [B]; 0 for a padding row.
-        reward_model: what scores the images.
+        reward_model: the reward model that scores the images.
     """
 
     rows: list[int]

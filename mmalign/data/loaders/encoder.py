@@ -1,7 +1,7 @@
-"""From pairs and prompts to what a denoiser eats: latents and text embeddings, kept, or encoded batch by batch.
+"""Encoder of image pairs and prompts to latents and text embeddings, cached or computed per batch.
 
-With a cache, `fill` runs the frozen encoders over every distinct image and prompt before training, and training reads
-the results; both ways give the same numbers. B pairs; rows of images are chosen first, then rejected.
+With a cache, `mmalign.data.caches.fill` runs the frozen encoders on every distinct image and prompt before training.
+Cached and computed results are equal. B pairs; rows of images are chosen first, then rejected.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mmalign.rewards import RewardModel
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes batches with a family's frozen networks, or finds what they made in caches.
+    """Encoder of batches with a family's frozen networks and caches.
 
     Attributes:
         family: the model.
         unconditional: its conditioning without a prompt.
-        text: where prompts' embeddings are kept; None encodes them in every batch.
-        prompt_pairs: whether the method asks for the rejected images' prompts.
-        reward_model: what scores images, for methods whose settings name one.
+        text: the cache of text embeddings; None encodes prompts in every batch.
+        prompt_pairs: the method uses the rejected images' own prompts.
+        reward_model: the reward model that scores images, for methods whose settings name one.
     """
 
     family: TextToImage
@@ -41,7 +41,7 @@ class Encoder:
     reward_model: RewardModel | None = None
 
     def encode(self, batch: ImagePairBatch) -> EncodedPairs:
-        """One batch, on the denoiser's device."""
+        """Return an encoded batch of pairs on the denoiser's device."""
         device = next(self.family.network.parameters()).device
         if batch.arrays is not None:
             latents = Moments(batch.arrays["mean"].to(device), batch.arrays["std"].to(device))
@@ -61,7 +61,7 @@ class Encoder:
         )
 
     def encode_prompts(self, batch: PromptBatch, side: int, shape: tuple[int, ...]) -> EncodedPrompts:
-        """A batch of prompts for square images of `side` pixels, whose latents have this shape."""
+        """Return an encoded batch of prompts for square images of `side` pixels with latents of this shape."""
         device = next(self.family.network.parameters()).device
         return EncodedPrompts(
             rows=batch.rows,
@@ -82,19 +82,19 @@ class Encoder:
 
 
 def encode_images(family: TextToImage, images: Tensor) -> Moments:
-    """The posterior of images [N, 3, H, W].
+    """Return the latent posterior of images [N, 3, H, W].
 
-    One at a time: a batch of another size rounds otherwise, and an image would have other latents in other company.
+    Images are encoded one at a time. Rounding depends on the batch size, so batching would change an image's latents.
     """
     parts = [family.encode_images(image[None]) for image in images]
     return Moments(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
 
 
 def encode_prompts(family: TextToImage, prompts: Sequence[str]) -> Conditioning:
-    """The conditioning of prompts [N], one at a time, for the same reason."""
+    """Return the conditioning of prompts [N], encoded one at a time, like images."""
     return Conditioning.cat([family.encode_prompts([prompt]) for prompt in prompts])
 
 
 def text_key(prompt: str) -> str:
-    """The key of a prompt in the text cache: its hash, since a prompt may be long."""
+    """Return the key of a prompt in the text cache: a hash, because prompts may be long."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()

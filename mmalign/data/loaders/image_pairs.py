@@ -1,9 +1,9 @@
-"""The order of an epoch, and its batches: the same whatever the number of loader workers, and wherever one begins.
+"""Deterministic, resumable loader of image pairs.
 
-B pairs of a process's batch; a global batch is B pairs for every process; R resolution. Images come first chosen, then
-rejected: [2B].
+Batches do not depend on the number of workers or on the starting batch. B pairs per process and batch; a global batch
+has B pairs for every process; R resolution. Images come chosen first, then rejected: [2B].
 
-A pair with an unreadable image keeps its place with weight 0, so that no other pair moves; it is counted and named.
+A pair with an unreadable image stays in its batch with weight 0, so that no other pair moves. It is counted and named.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mmalign.data.loaders.sampler import EpochSampler, SkippedRows
 from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow, format_rows, stable_hash
 from mmalign.rng import KeyedRNG
 
-SIZES = "sizes"  # the field of a cached image's arrays that holds its micro-conditioning
+SIZES = "sizes"  # cache field with an image's micro-conditioning
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How images become squares.
+    """Settings of the crop to squares.
 
     Attributes:
         resolution: R, pixels.
@@ -41,18 +41,18 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class ImagePairBatch:
-    """B pairs.
+    """Batch of B image pairs, not yet encoded.
 
     Attributes:
         rows: the pairs' ids [B].
         prompts: [B].
-        rejected_prompts: what the rejected images show [B]; empty in a pair with one prompt.
-        keys: what the pairs' prompts and images are [B]: any other has another key.
-        pixels: [2B, 3, R, R] in [-1, 1]; None where arrays come from a cache.
-        arrays: every field of the cached arrays, [2B, ...]; None where images were decoded.
+        rejected_prompts: the rejected images' prompts [B]; empty in a pair with one prompt.
+        keys: the keys of the pairs' content [B], by `pair_key`.
+        pixels: [2B, 3, R, R] in [-1, 1]; None if the images come from a cache.
+        arrays: every field of the cached images, [2B, ...]; None if the images were decoded.
         sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
         weights: [B] float32; 0 for padding and for a pair with a bad image.
-        skipped: the bad images met here.
+        skipped: the bad images of the batch.
     """
 
     rows: list[int]
@@ -67,23 +67,23 @@ class ImagePairBatch:
 
 
 class ImagePairLoader:
-    """Batches of pairs, epoch by epoch.
+    """Loader of image pairs, epoch by epoch.
 
     Attributes:
         skipped: the bad images met so far on this process, each once.
 
     Args:
-        pairs: what to learn from.
-        batch_size: B, pairs of a batch on this process.
-        seed: of the order and of crops and flips.
-        transform: how images become squares.
-        cache: arrays of every good image, with a field "sizes", under the keys of `images_to_encode`; None decodes.
-        num_workers: processes that read; 0 reads in this one.
-        rank: this process among `world_size`.
-        world_size: how many processes share an epoch.
-        max_bad_images: stop if more images than this are bad.
-        keep_last: fill up the last batch with pairs of weight 0 instead of leaving it out, as evaluation wants.
-        repeat_epochs: after so many epochs a pair's crops and flips come again; None has new ones in every epoch.
+        pairs: the pairs to load.
+        batch_size: B, pairs per batch on this process.
+        seed: the seed of the order, crops and flips.
+        transform: the crop to squares.
+        cache: the tensors of every good image, with a field "sizes", by `image_key`; None decodes the images.
+        num_workers: number of processes that read; 0 reads in this one.
+        rank: index of this process.
+        world_size: number of processes that share an epoch.
+        max_bad_images: most bad images that a run may meet; None allows any number.
+        keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
+        repeat: epochs after which a pair's crops and flips repeat; None draws new ones in every epoch.
     """
 
     def __init__(
@@ -113,19 +113,19 @@ class ImagePairLoader:
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The bad images met so far on this process, each once."""
+        """Bad images met so far on this process, each once."""
         return self._skipped.rows
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches per epoch."""
         return len(self.sampler)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[ImagePairBatch]:
-        """The batches of an epoch from number `start` on; those before it are not read.
+        """Yield the batches of an epoch from number `start`, without reading earlier ones.
 
         Raises:
-            ValueError: more than `max_bad_images` images are bad, or all pairs of the epoch are; it names the first
-                few.
+            ValueError: more than `max_bad_images` images are bad, or every pair of the epoch is; the message names the
+                first few.
         """
         if self.cache is not None and not len(self.cache):
             raise ValueError(
@@ -136,7 +136,7 @@ class ImagePairLoader:
         for batch in self._read(epoch, self.sampler.plan(epoch)[start:]):
             good += int(batch.weights.sum())
             yield batch
-        # Of several processes, one may have drawn only bad pairs while the others learn.
+        # With several processes, one may have only bad pairs while the others train.
         if start == 0 and not good and self.skipped and self.sampler.world_size == 1:
             raise ValueError(
                 f"data.path: {self.pairs.source}: no pair of the epoch has two readable images "
@@ -144,18 +144,18 @@ class ImagePairLoader:
             )
 
     def select_batches(self, epoch: int, numbers: Sequence[int]) -> Iterator[ImagePairBatch]:
-        """Some of the batches of an epoch, by number."""
+        """Yield selected batches of an epoch, by number."""
         plan = self.sampler.plan(epoch)
         return self._read(epoch, [plan[number] for number in numbers])
 
     def key(self, number: int) -> str:
-        """The key of a pair, by number; see ImagePairBatch."""
+        """Return the key of a pair's content, by number."""
         if number not in self._keys:
             self._keys[number] = pair_key(self.pairs[number])
         return self._keys[number]
 
     def single_pairs(self, epoch: int, numbers: Sequence[int]) -> Iterator[ImagePairBatch]:
-        """Pairs by number, in this order, each in a batch of its own; cropped and flipped as in that epoch."""
+        """Yield pairs by number, each in a batch of its own, cropped and flipped as in that epoch."""
         return self._read(epoch, [[(number, 1.0)] for number in numbers])
 
     def _read(self, epoch: int, plan: list[list[tuple[int, float]]]) -> Iterator[ImagePairBatch]:
@@ -165,7 +165,7 @@ class ImagePairLoader:
             batch_sampler=plan,
             collate_fn=_Collate(self.transform.resolution, self.cache),
             num_workers=self.num_workers,
-            generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
+            generator=Generator().manual_seed(0),  # otherwise it would advance the global generator
         )
         for batch, lacking in loader:
             if lacking:
@@ -177,15 +177,16 @@ class ImagePairLoader:
             yield batch
 
     def check_readable(self) -> None:
-        """Read pairs until one is good.
+        """Check that at least one pair is readable.
 
         Raises:
-            ValueError: none is, or more than `max_bad_images` images are bad; it names the first few.
+            ValueError: no pair is readable, or more than `max_bad_images` images are bad; the message names the first
+                few.
         """
         examples = _Examples(self.pairs, self.transform, self.cache, KeyedRNG(self.seed))
         for number in range(len(self.pairs)):
             example = examples[number, 1.0]
-            if example.arrays is not None or example.lacking:  # what lacks is told of when it is needed
+            if example.arrays is not None or example.lacking:  # `_read` reports what the cache lacks
                 return
             self._skipped.add(example.skipped)
         raise ValueError(
@@ -194,30 +195,30 @@ class ImagePairLoader:
         )
 
     def batch_locations(self, epoch: int, number: int) -> list[str]:
-        """Where the pairs of a batch of an epoch lie, for people."""
+        """Return the locations of a batch's pairs, for messages."""
         return [self.pairs[pair].location for pair, weight in self.sampler.plan(epoch)[number] if weight]
 
 
 def pair_key(pair: ImagePair) -> str:
-    """The key of what is made of a pair: its draws, its prompt or prompts, and the content of both images."""
+    """Return the cache key of a pair: its row id, its prompt or prompts, and the content of both images."""
     second = [pair.rejected_prompt] if pair.rejected_prompt else []
     return f"{pair.row:x}-{stable_hash(pair.prompt, pair.chosen.key, pair.rejected.key, *second):x}"
 
 
 def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:
-    """The key of an image's arrays in a cache: its content and how it was prepared."""
+    """Return the cache key of an image: its content and its preparation."""
     return f"{ref.key}/{transform_key(resolution, mirror=mirror)}"
 
 
 @dataclass(frozen=True)
 class _Example:
-    """One pair as read: `arrays` [2, ...] of every field (pixels among them), None if an image is bad."""
+    """Pair with its loaded images: every field (pixels too) as [2, ...], or None if an image is bad."""
 
     pair: ImagePair
     weight: float
     arrays: dict[str, Tensor] | None
     skipped: list[SkippedRow]
-    lacking: str = ""  # the good image that is not in the cache: an error, raised by the main process in one line
+    lacking: str = ""  # a good image missing from the cache; the main process raises the error
 
 
 class _Incomplete(Exception):
@@ -225,7 +226,7 @@ class _Incomplete(Exception):
 
 
 class _Examples(Dataset[_Example]):
-    """Pairs by (number, weight), read from their images or from the cache."""
+    """Dataset of pairs by (number, weight), read from image files or from the cache."""
 
     def __init__(self, pairs: Pairs, transform: ImageTransform, cache: ArrayCache | None, rng: KeyedRNG) -> None:
         self.pairs, self.transform, self.cache, self.rng = pairs, transform, cache, rng
@@ -265,7 +266,7 @@ class _Examples(Dataset[_Example]):
             sides = [cache.get(key) for key in keys]
             return {field: torch.stack([side[field] for side in sides]) for field in sides[0]}, []
         dropped = []
-        for ref in absent:  # only a bad image may be absent
+        for ref in absent:  # only bad images may be missing from the cache
             try:
                 decode(ref)
             except BadImage as error:
@@ -276,7 +277,7 @@ class _Examples(Dataset[_Example]):
 
 
 class _Collate:
-    """Examples to a batch; a bad pair gets the arrays of a good one, or zeros, and weight 0."""
+    """Collate function; a bad pair gets the tensors of a good one, or zeros, and weight 0."""
 
     def __init__(self, resolution: int, cache: ArrayCache | None) -> None:
         self.resolution, self.cache = resolution, cache
@@ -285,6 +286,7 @@ class _Collate:
         lacking = next((e.lacking for e in examples if e.lacking), "")
         stand_in = next((e.arrays for e in examples if e.arrays is not None), None) or self._zeros()
         filled = [e.arrays if e.arrays is not None else stand_in for e in examples]
+        # Chosen images first, then rejected ones: [2B, ...]
         arrays = {
             field: torch.cat([torch.stack([a[field][side] for a in filled]) for side in (0, 1)]) for field in stand_in
         }

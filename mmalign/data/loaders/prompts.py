@@ -15,7 +15,7 @@ from mmalign.data.pairs import Pairs, SkippedRow
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B prompts: their ids and texts, and their weights [B] float32, 0 for padding."""
+    """Batch of B prompts: their ids, their texts, and weights [B] float32, 0 for padding."""
 
     rows: list[int]
     prompts: list[str]
@@ -23,18 +23,18 @@ class PromptBatch:
 
 
 class PromptLoader:
-    """Batches of prompts, epoch by epoch.
+    """Loader of prompts, epoch by epoch.
 
     Attributes:
-        skipped: what could not be used: nothing, since there is nothing to read.
+        skipped: the unusable prompts; always empty.
 
     Args:
-        pairs: the prompts to draw images for.
-        batch_size: B, prompts of a batch on this process.
-        seed: of the order.
-        rank: this process among `world_size`.
-        world_size: how many processes share an epoch.
-        keep_last: fill up the last batch with prompts of weight 0 instead of leaving it out.
+        pairs: the prompts to generate images for.
+        batch_size: B, prompts per batch on this process.
+        seed: the seed of the order.
+        rank: index of this process.
+        world_size: number of processes that share an epoch.
+        keep_last: pad the last batch with prompts of weight 0 instead of dropping it.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class PromptLoader:
         self.skipped: list[SkippedRow] = []
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches per epoch."""
         return len(self.sampler)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PromptBatch]:
-        """The batches of an epoch from number `start` on."""
+        """Yield the batches of an epoch from number `start`."""
         for planned in self.sampler.plan(epoch)[start:]:
             prompts = [self.prompts[number] for number, _ in planned]
             weights = torch.tensor([weight for _, weight in planned])
             yield PromptBatch([p.row for p in prompts], [p.prompt for p in prompts], weights)
 
     def check_readable(self) -> None:
-        """Nothing can be wrong with a text that has been read."""
+        """Do nothing: prompts are already in memory."""
 
     def batch_locations(self, epoch: int, number: int) -> list[str]:
-        """Where the prompts of a batch of an epoch stand, for people."""
+        """Return the locations of a batch's prompts, for messages."""
         return [self.prompts[index].location for index, weight in self.sampler.plan(epoch)[number] if weight]

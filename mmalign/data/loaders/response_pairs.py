@@ -1,4 +1,4 @@
-"""From pairs of responses to what a decoder eats: tokens, and the features of images, each encoded once for a batch.
+"""Deterministic, resumable loader of response pairs, and their encoding to tokens and image features.
 
 B pairs; rows are the prompts with the chosen responses first, then with the rejected ones: [2B].
 """
@@ -29,11 +29,11 @@ from mmalign.language.tokens import TokenizedResponse, Tokens, cut_tail
 
 @dataclass(frozen=True)
 class RequestedInputs:
-    """What a method asks for besides responses and features.
+    """Inputs that a method requests besides responses and features.
 
     Attributes:
-        decoded_images: the decoded images, to disturb them.
-        other_images: the chosen responses once more, to the pairs' other images.
+        decoded_images: the decoded images, to corrupt them.
+        other_images: further rows with the chosen responses and the pairs' other images.
     """
 
     decoded_images: bool = False
@@ -45,7 +45,7 @@ NO_EXTRA_INPUTS = RequestedInputs()
 
 @dataclass(frozen=True)
 class ResponsePairExample:
-    """A pair as a Reader has read it: the prompt with either response, and what else a method wants."""
+    """Pair with tokenized responses, preprocessed images and the inputs that a method requests."""
 
     pair: ResponsePair
     chosen: TokenizedResponse
@@ -57,7 +57,7 @@ class ResponsePairExample:
 
 @dataclass(frozen=True)
 class ResponsePairBatch:
-    """B pairs as they come from the loader, on the CPU; see EncodedResponses. `keys` name all that the pairs are."""
+    """Batch of B response pairs on the CPU, not yet encoded; the fields are those of EncodedResponses."""
 
     rows: list[int]
     pairs: list[ResponsePair]
@@ -70,19 +70,19 @@ class ResponsePairBatch:
 
     @property
     def keys(self) -> list[str]:
-        """What the pairs' words and images are [B]: any other has another key."""
+        """Keys of the pairs' content [B], by `response_key`."""
         return [response_key(pair) for pair in self.pairs]
 
 
 def response_key(pair: ResponsePair) -> str:
-    """The key of what is made of a pair: its draws, its words, and the content of its images."""
+    """Return the cache key of a pair: its row id, its texts, and the content of its images."""
     images = ((ref.key for ref in refs) for refs in (pair.images, pair.rejected_images, pair.other_images))
     texts = (pair.chosen, pair.rejected, pair.hallucinated)
     return f"{pair.row:x}-{stable_hash(repr(pair.turns), *texts, *('|'.join(keys) for keys in images)):x}"
 
 
 def image_refs(pair: ResponsePair, requested: RequestedInputs) -> list[ImageRef]:
-    """The images that a method is shown of a pair, each once."""
+    """Return the images of a pair that a method uses, each once."""
     return list(
         dict.fromkeys((*pair.images, *pair.rejected_images, *(pair.other_images if requested.other_images else ())))
     )
@@ -95,12 +95,13 @@ def read_example(
     known: ArrayCache | None,
     pair: ResponsePair,
 ) -> ResponsePairExample | list[SkippedRow]:
-    """A pair's tokens and prepared images, or why there are none: a bad image, or a prompt that is too long.
+    """Return a pair's tokens and preprocessed images, or the reasons to skip it (bad images, a prompt too long).
 
-    An image whose features are `known` is not prepared, and where no method wants to see it not even decoded.
+    An image with features in `known` is not preprocessed; it is decoded only if the method requests decoded images.
     """
     if requested.other_images and not pair.other_images:
         return [SkippedRow(pair.location, "has no other image, which the method compares with")]
+    # Read the images
     decoded, views, skipped = dict[str, Image.Image](), dict[str, ImageView](), list[SkippedRow]()
     for ref in image_refs(pair, requested):
         view = cached_view(known, ref.key)
@@ -115,7 +116,7 @@ def read_example(
         return skipped
 
     def rows(refs: Sequence[ImageRef]) -> list[TokenizedResponse]:
-        """The prompt with these images, and with either response."""
+        """Tokenize the prompt with these images, once with either response."""
         return processor.tokenize_responses(
             pair.turns, [pair.chosen, pair.rejected], [(ref.key, views[ref.key]) for ref in refs]
         )
@@ -138,13 +139,13 @@ def read_example(
 
 
 def _equal_lengths(first: TokenizedResponse, second: TokenizedResponse) -> tuple[TokenizedResponse, TokenizedResponse]:
-    """Both rows with as many tokens of the response as the shorter one: a score must not change by a lost tail."""
+    """Cut both rows to the shorter response, so that scores compare the same tokens."""
     length = min(len(first.response), len(second.response))
     return cut_tail(first, first.start + length), cut_tail(second, second.start + length)
 
 
 def _without_loaders(pair: ResponsePair) -> ResponsePair:
-    """The pair without the means to read its images: those of a table would take the table to another process."""
+    """Return the pair without image loaders; a table-backed loader would copy its table to other processes."""
 
     def named(refs: Sequence[ImageRef]) -> tuple[ImageRef, ...]:
         return tuple(replace(ref, _load=partial(_raise_read_again, ref.location)) for ref in refs)
@@ -158,23 +159,23 @@ def _raise_read_again(location: str) -> NoReturn:
 
 
 class ResponsePairLoader:
-    """Batches of pairs of responses, epoch by epoch.
+    """Loader of response pairs, epoch by epoch.
 
-    A pair that cannot be used keeps its place with weight 0, so that no other pair moves; it is counted and named.
+    An unusable pair stays in its batch with weight 0, so that no other pair moves. It is counted and named.
 
     Args:
-        pairs: what to learn from.
-        processor: makes tokens and prepared images.
-        max_length: tokens of a row; an over-long response loses its tail, a pair with an over-long prompt is left out.
-        batch_size: B, pairs of a batch on this process.
-        seed: of the order.
-        requested: what else the method asks for; a pair without the other images that it asks for is left out.
-        known: images' features that are kept already.
-        num_workers: processes that read; 0 reads in this one.
-        rank: this process among `world_size`.
-        world_size: how many processes share an epoch.
-        max_bad_images: stop if more images and prompts than this are bad.
-        keep_last: fill up the last batch with pairs of weight 0 instead of leaving it out, as evaluation wants.
+        pairs: the pairs to load.
+        processor: the tokenizer and image preprocessor.
+        max_length: most tokens of a row; longer responses are cut, pairs with longer prompts are skipped.
+        batch_size: B, pairs per batch on this process.
+        seed: the seed of the order.
+        requested: further inputs for the method; a pair without the requested other images is skipped.
+        known: the cache of image features.
+        num_workers: number of processes that read; 0 reads in this one.
+        rank: index of this process.
+        world_size: number of processes that share an epoch.
+        max_bad_images: most bad images and prompts that a run may meet; None allows any number.
+        keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
     """
 
     def __init__(
@@ -197,29 +198,29 @@ class ResponsePairLoader:
         self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last)
         self._max_length, self._feature_cache = max_length, known
         self._skipped = SkippedRows(pairs.source, max_bad_images)
-        self._first = 0  # of the pairs, all before it being bad
+        self._first = 0  # number of the first pair that is not known to be bad
         self._keys = dict[int, str]()
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """What could not be used so far on this process, each once."""
+        """Rows skipped so far on this process, each once."""
         return self._skipped.rows
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches per epoch."""
         return len(self.sampler)
 
     def check_readable(self) -> ResponsePair:
-        """Read pairs until one is good, and give it: it stands in where all of a batch are bad.
+        """Return the first usable pair, which replaces the pairs of an entirely bad batch.
 
         Raises:
-            ValueError: none is, or more than `max_bad_images` are bad; it names the first few.
+            ValueError: no pair is usable, or more than `max_bad_images` rows are bad; the message names the first few.
         """
         self._stand_in()
         return self.pairs[self._first]
 
     def _stand_in(self) -> ResponsePairExample:
-        """The first good pair, read now: its features may be known by now."""
+        """Read the first usable pair again: its features may be cached by now."""
         for number in range(self._first, len(self.pairs)):
             example = self._read(self.pairs[number])
             if isinstance(example, ResponsePairExample):
@@ -232,7 +233,7 @@ class ResponsePairLoader:
         )
 
     def stop_decoding_images(self) -> None:
-        """Give no decoded images from now on, whatever was asked for at first."""
+        """Drop decoded images from later batches, even if they were requested."""
         self.requested = replace(self.requested, decoded_images=False)
 
     @property
@@ -240,20 +241,20 @@ class ResponsePairLoader:
         return partial(read_example, self.processor, self._max_length, self.requested, self._feature_cache)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[ResponsePairBatch]:
-        """The batches of an epoch from number `start` on; those before it are not read.
+        """Yield the batches of an epoch from number `start`, without reading earlier ones.
 
         Raises:
-            ValueError: more than `max_bad_images` are bad; it names the first few.
+            ValueError: more than `max_bad_images` rows are bad; the message names the first few.
         """
         return self._batches(self.sampler.plan(epoch)[start:])
 
     def select_batches(self, epoch: int, numbers: Sequence[int]) -> Iterator[ResponsePairBatch]:
-        """Some of the batches of an epoch, by number."""
+        """Yield selected batches of an epoch, by number."""
         plan = self.sampler.plan(epoch)
         return self._batches([plan[number] for number in numbers])
 
     def key(self, number: int) -> str:
-        """The key of a pair, by number; see ResponsePairBatch."""
+        """Return the key of a pair's content, by number."""
         if number not in self._keys:
             self._keys[number] = response_key(self.pairs[number])
         return self._keys[number]
@@ -264,22 +265,22 @@ class ResponsePairLoader:
             batch_sampler=plan,
             collate_fn=partial(_collate, self.processor, self._stand_in()),
             num_workers=self.num_workers,
-            generator=Generator().manual_seed(0),  # otherwise it would draw from, and move, the global one
+            generator=Generator().manual_seed(0),  # otherwise it would advance the global generator
         )
         for batch in loader:
             self._skipped.add(batch.skipped)
             yield batch
 
     def batch_locations(self, epoch: int, number: int) -> list[str]:
-        """Where the pairs of a batch of an epoch lie, for people."""
+        """Return the locations of a batch's pairs, for messages."""
         return [self.pairs[pair].location for pair, weight in self.sampler.plan(epoch)[number] if weight]
 
 
-_NumberedExample = tuple[int, float, ResponsePairExample | list[SkippedRow]]  # row id, weight, what was read
+_NumberedExample = tuple[int, float, ResponsePairExample | list[SkippedRow]]  # row id, weight, example or reasons
 
 
 class _Examples(Dataset[_NumberedExample]):
-    """Pairs by (number, weight), read."""
+    """Dataset of examples by (number, weight)."""
 
     def __init__(self, pairs: Pairs[ResponsePair], read: partial[ResponsePairExample | list[SkippedRow]]) -> None:
         self.pairs, self.read = pairs, read
@@ -293,7 +294,7 @@ class _Examples(Dataset[_NumberedExample]):
 def _collate(
     processor: PromptProcessor, spare: ResponsePairExample, examples: Sequence[_NumberedExample]
 ) -> ResponsePairBatch:
-    """Pairs to a batch; a good one of it stands in for a bad one, with weight 0, and `spare` where none is good."""
+    """Collate examples to a batch; a good one, or `spare`, replaces a bad one, with weight 0."""
     stand_in = next((one for _, _, one in examples if isinstance(one, ResponsePairExample)), spare)
     read = [one if isinstance(one, ResponsePairExample) else stand_in for _, _, one in examples]
     others = [one.other for one in read if one.other is not None]
@@ -310,7 +311,10 @@ def _collate(
 
 
 def encode(family: VisionLanguage, batch: ResponsePairBatch, max_length: int = sys.maxsize) -> EncodedResponses:
-    """A batch on the model's device, every distinct image encoded once; its rows have at most `max_length` tokens."""
+    """Encode a batch on the model's device, each distinct image once.
+
+    Rows that a method adds have at most `max_length` tokens, or the processor's limit if that is lower.
+    """
     device = family.device
     return EncodedResponses(
         rows=batch.rows,

@@ -1,6 +1,7 @@
-"""The order of an epoch and its batches, whatever they hold: the same wherever one begins, with any workers.
+"""Deterministic order of an epoch, its batches, and the record of skipped rows.
 
-B pairs of a process's batch; a global batch is B pairs for every process.
+The order depends on the seed, the epoch and the number of pairs, not on workers or on the starting batch. B pairs per
+process and batch; a global batch has B pairs for every process.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from mmalign.rng import KeyedRNG
 
 @dataclass(frozen=True)
 class EpochSampler:
-    """Which pairs are in which batch.
+    """Assignment of pairs to batches.
 
     Attributes:
-        num_pairs: how many pairs there are.
+        num_pairs: number of pairs.
         batch_size: B.
-        seed: of the order.
-        rank: this process among `world_size`.
-        world_size: how many processes share an epoch.
-        keep_last: fill up the last batch with pairs of weight 0 instead of leaving it out, as evaluation wants.
+        seed: the seed of the order.
+        rank: index of this process.
+        world_size: number of processes that share an epoch.
+        keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
     """
 
     num_pairs: int
@@ -36,32 +37,33 @@ class EpochSampler:
     keep_last: bool = False
 
     def __len__(self) -> int:
-        """Batches of an epoch: the last is left out if it is not full, unless `keep_last` or it is the only one."""
+        """Return the number of batches per epoch; a partial last one counts with `keep_last`, or if it is the only one."""
         full, rest = divmod(self.num_pairs, self.batch_size * self.world_size)
         return full + 1 if rest and (self.keep_last or not full) else full
 
     def order(self, epoch: int) -> list[int]:
-        """The numbers of all pairs, in the order in which all processes together take them."""
+        """Return the numbers of all pairs in the order in which all processes together take them."""
         seed = int(KeyedRNG(self.seed, epoch).integers([0], 0, 2**62, "order"))
         order: list[int] = torch.randperm(self.num_pairs, generator=Generator().manual_seed(seed)).tolist()
         return order
 
     def plan(self, epoch: int) -> list[list[tuple[int, float]]]:
-        """For every batch of this process, the numbers and weights of its pairs."""
+        """Return (number, weight) of each pair, for every batch of this process."""
         order = self.order(epoch)
         size = self.batch_size * self.world_size
         planned = [(number, 1.0) for number in order]
+        # Pad the last batch with pairs from the start, of weight 0
         planned += [(order[i % len(order)], 0.0) for i in range(len(self) * size - len(order))]
         first = [b * size + self.rank * self.batch_size for b in range(len(self))]
         return [planned[index : index + self.batch_size] for index in first]
 
 
 class SkippedRows:
-    """What could not be used so far on this process, each once.
+    """Record of the rows skipped so far on this process, each once.
 
     Args:
-        source: where it lies, for people.
-        max_bad_images: stop if there is more than this; None never stops.
+        source: the data's path, for messages.
+        max_bad_images: most skipped rows allowed; None allows any number.
     """
 
     def __init__(self, source: str, max_bad_images: int | None) -> None:
@@ -70,24 +72,24 @@ class SkippedRows:
 
     @property
     def rows(self) -> list[SkippedRow]:
-        """In the order in which they were met."""
+        """Skipped rows in the order in which they were met."""
         return list(self._rows.values())
 
     def add(self, dropped: Sequence[SkippedRow]) -> None:
-        """Take in more.
+        """Add skipped rows.
 
         Raises:
-            ValueError: there are too many now.
+            ValueError: there are more than `max_bad_images`.
         """
         self._rows.update((d.location, d) for d in dropped)
         check_max_bad_images(self.rows, self.max_bad_images, self.source)
 
 
 def check_max_bad_images(bad: Sequence[SkippedRow], max_bad_images: int | None, source: str) -> None:
-    """Stop a run whose data have more bad images than are allowed.
+    """Check the number of bad images against the limit.
 
     Raises:
-        ValueError: there are more than `max_bad_images`; it names the first few.
+        ValueError: there are more than `max_bad_images`; the message names the first few.
     """
     if max_bad_images is not None and len(bad) > max_bad_images:
         raise ValueError(
