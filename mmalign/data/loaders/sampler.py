@@ -37,7 +37,7 @@ class EpochSampler:
     keep_last: bool = False
 
     def __len__(self) -> int:
-        """Return the number of batches per epoch; a partial last one counts with `keep_last`, or if it is the only one."""
+        """Return the batches per epoch; a partial last batch counts with `keep_last`, or if it is the only one."""
         full, rest = divmod(self.num_pairs, self.batch_size * self.world_size)
         return full + 1 if rest and (self.keep_last or not full) else full
 
