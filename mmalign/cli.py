@@ -1,4 +1,4 @@
-"""The command line: arguments in, sentences out."""
+"""Command line of mmalign."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mmalign.console import configure_logging
 
 
 class _Commands(TyperGroup):
-    """All commands; a mistake ends in its sentence and exit code 1, not in a traceback."""
+    """Group of all commands, in which an expected error prints one message and exits with code 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command of the context (MMALIGN_TRACEBACK=1 shows where an error came from)."""
+        """Run the command of the context; MMALIGN_TRACEBACK=1 shows an error's traceback."""
         _silence_libraries()
         configure_logging()
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # here, since what typer makes of it changes from version to version
+        except KeyboardInterrupt:  # here, since typer's handling changes between versions
             _print_error("stopped; the same command goes on from what was saved last")
             raise SystemExit(130) from None
         except Exception as error:
-            from mmalign.atomic_io import CheckpointError  # which imports torch
+            from mmalign.atomic_io import CheckpointError  # imports torch
 
             is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
             if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
@@ -205,12 +205,12 @@ def _print_error(text: str) -> None:
 
 
 def _error_message(error: Exception) -> str:
-    """What went wrong, for people; the operating system says what, but not what to do."""
+    """Return the message of an error; an error of the operating system also gets a remedy."""
     if not isinstance(error, OSError):
         return str(error)
-    if error.errno is None or error.strerror is None:  # a library's
+    if error.errno is None or error.strerror is None:  # raised by a library
         return " ".join(str(error).split())
-    if error.strerror != os.strerror(error.errno):  # ours, which is a sentence already
+    if error.strerror != os.strerror(error.errno):  # raised by mmalign, with its own message
         return error.strerror
     prefix = f"{error.filename}: " if error.filename else ""
     return (
@@ -220,13 +220,13 @@ def _error_message(error: Exception) -> str:
 
 
 def _silence_libraries() -> None:
-    """The libraries' notices and loading bars say nothing that a person can act on here, and bury what is said."""
+    """Silence the libraries' warnings and progress bars, which would bury the command's messages."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers)\.")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # By name and by environment: the one holds for what is imported already, the other for what is not yet. Diffusers
-    # also logs as errors what it then raises.
+    # The logger's level is for libraries already imported, the environment variable for later imports. Diffusers also
+    # logs the errors that it raises.
     for library, level in (("transformers", "error"), ("diffusers", "critical")):
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", level)
         logging.getLogger(library).setLevel(level.upper())
@@ -238,7 +238,7 @@ if __name__ == "__main__":
 
 
 def list_everything(console: Any) -> None:
-    """Print the methods, families, judges and shipped recipes that there are."""
+    """Print all methods, families, reward models and shipped recipes."""
     from mmalign import rewards
     from mmalign.families import loading
     from mmalign.resources import roots

@@ -1,4 +1,4 @@
-"""Meters for a training step: seconds and operations of its parts, bytes alive, and the rate that a device reaches."""
+"""Meters for the time, operations and memory of a training step, and for the peak rate of a device."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ PARTS = ("data", "noise", "reference", "policy", "backward", "optimizer", "rest"
 
 
 class Meter:
-    """A growing quantity (seconds, operations), charged to one part of the step at a time."""
+    """Meter of a growing quantity (seconds, operations), charged to one part of the step at a time."""
 
     def __init__(self, read: Callable[[], float]) -> None:
         self.read, self.totals = read, dict.fromkeys(PARTS, 0.0)
         self._part, self._since = "rest", read()
 
     def switch(self, part: str) -> None:
-        """Charge the growth since the last switch to the part before, and begin `part`."""
+        """Charge the growth since the last switch to the current part, and begin `part`."""
         value = self.read()
         self.totals[self._part] += value - self._since
         self._part, self._since = part, value
 
 
 class Metered:
-    """An object with a meter on some calls: {name: (part during the call, part afterwards)}."""
+    """Wrapper with a meter on some calls of an object: {name: (part during the call, part afterwards)}."""
 
     def __init__(self, inner: Any, meter: Meter, calls: Mapping[str, tuple[str, str]]) -> None:
         self._inner, self._meter, self._calls = inner, meter, calls
@@ -56,7 +56,7 @@ class Metered:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A counter of the storages alive that operations have touched: `live` now, `peak` at most, in bytes."""
+    """Counter of the bytes of all live storages that operations touched: `live` now, `peak` at most."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -86,10 +86,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Operations(FlopCounterMode):
-    """Torch's counter of operations (matrix products, convolutions, attention), with more kernels of attention.
+    """Counter of operations by torch (matrix products, convolutions, attention), with more attention kernels.
 
-    With checkpointed activations the backward pass repeats some of the forward pass. These operations are counted in
-    `repeated` alone.
+    With gradient checkpointing the backward pass repeats parts of the forward pass. `repeated` alone counts these
+    operations.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Operations(FlopCounterMode):
         self.repeated = 0
 
     def _count_flops(self, packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
-        # Inside backward, gradients are on only while a part of the forward pass runs again.
+        # Inside backward, gradients are on only while a part of the forward pass is repeated.
         if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
             formula: Any = self.flop_registry.get(packet)
             self.repeated += formula(*args, **kwargs, out_val=out) if formula is not None else 0
@@ -109,9 +109,9 @@ class Operations(FlopCounterMode):
 def attention_formulas() -> dict[Any, Callable[..., int]]:
     """Return the formulas of attention kernels that torch's counter lacks, or reads in another layout.
 
-    It lacks the CPU kernel of `scaled_dot_product_attention`, and xformers' operators, which exist once xformers is
-    imported. Rows of `_efficient_attention_*`, which xformers calls in float32, it takes for heads. As in torch's own
-    formulas, masked logits are included, and a multiplication is 2 operations.
+    The counter lacks the CPU kernel of `scaled_dot_product_attention`, and xformers' operators, which exist once
+    xformers is imported. It mistakes rows of `_efficient_attention_*`, which xformers calls in float32, for heads. As
+    in torch's formulas, masked logits are included, and a multiplication is 2 operations.
     """
     aten, xformers = torch.ops.aten, torch.ops.xformers_flash
     formulas: dict[Any, Callable[..., int]] = {
@@ -128,12 +128,12 @@ def attention_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> int:
-    """Return the operations of attention's forward pass: the logits, and the mean of the values."""
+    """Return the operations of attention's forward pass: the logits, and the weighted mean of the values."""
     return 2 * (query.shape[-1] + value.shape[-1]) * _count_logits(query, key, starts_q, starts_k)
 
 
 def backward(query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> int:
-    """Return those of its backward pass: the logits again, gradients of queries and keys, two products of values."""
+    """Return the operations of attention's backward pass: logits, query and key gradients, two products of values."""
     return 2 * (3 * query.shape[-1] + 2 * value.shape[-1]) * _count_logits(query, key, starts_q, starts_k)
 
 
@@ -149,10 +149,10 @@ def _count_logits(query: Tensor, key: Tensor, starts_q: Tensor | None, starts_k:
 
 
 def now(device: torch.device) -> float:
-    """Return the seconds of the device's clock, once it has finished its work.
+    """Return the seconds of the device's clock, after it has finished its work.
 
-    A CPU may have other work, so its seconds are CPU time, as in `loop.Progress`. Processes that were launched together
-    wait for one another, so theirs are wall-clock time.
+    A CPU may have other work, so its seconds are CPU time, as in `loop.Progress`. Processes of one launch wait for one
+    another, so their seconds are wall-clock time.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -176,7 +176,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) ->
 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
-    """Describe what the numbers were measured on, and by which clock."""
+    """Describe the machine, the versions and the clock of the measurements."""
     cpu_time = device.type == "cpu" and "WORLD_SIZE" not in os.environ
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -1,18 +1,18 @@
-"""A recipe's training in memory, some updates at a time, with meters on its parts.
+"""Training run in memory, with meters on the parts of an update.
 
-A run is put together as `mmalign train` does it, and `loop.train` makes every update. A meter on the calls of the loop
-measures the parts:
+A run is built as by `mmalign train`, and `loop.train` makes every update. A meter on the calls of the loop measures
+the parts:
 
     data        the next batch: reading (and decoding), and encoding without a cache
-    noise       `method.contrasts` but for the reference: random numbers and noising
+    noise       `method.contrasts` without the reference: random numbers and noising
     reference   `policy.on_reference`
     policy      `method.loss`: the policy's forward pass and the loss
     backward    `accelerator.backward`
-    optimizer   from there to the end of the update: scaling, clipping, the optimizer, clearing the gradients
+    optimizer   from `backward` to the end of the update: scaling, clipping, the optimizer, clearing the gradients
     rest        the loop itself
 
-Caches are filled before the first update. The process itself reads the pairs, whatever `data.workers` says: in a few
-batches the workers' start would dominate.
+Caches are filled before the first update. The process reads the pairs without workers, whatever `data.num_workers`
+says: in a few batches the workers' start would dominate.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from mmalign.policy import FrozenCopy, Policy
 from mmalign.training import loop
 from mmalign.training import run as training_run
 
-DISTINCT_UPDATES = 4  # updates whose pairs are read; after them the pairs come again
+DISTINCT_UPDATES = 4  # updates with different pairs; later updates repeat the pairs
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe in memory, somewhere in its training.
+    """Recipe in memory, at some point of its training.
 
-    `updates` makes some updates and returns their number: the training loop, or another program in its place.
+    `updates` makes some updates and returns their number. It is the training loop, or another program instead.
     """
 
     recipe: Recipe
@@ -74,17 +74,17 @@ def build(
     *,
     fill: Callable[..., DataModule] = cache.build_filled_data_module,
 ) -> Run:
-    """Build a run as `mmalign train` does; nothing is written outside of `folder`.
+    """Build a run as `mmalign train` does, without writing outside of `folder`.
 
     Args:
-        recipe: as in its file; only the pairs that some updates need are read.
-        accelerator: of all runs.
-        folder: for the caches.
-        updates: that the run will be asked for, at most.
-        fill: opens the pairs with all caches filled.
+        recipe: the recipe of the file; only the pairs that some updates need are read.
+        accelerator: the accelerator of all runs.
+        folder: folder of the caches.
+        updates: the largest number of updates that the run will make.
+        fill: the function that opens the pairs and fills all caches.
 
     Raises:
-        ValueError: `mmalign train` would refuse the recipe, too, or its pairs fill no batch.
+        ValueError: `mmalign train` would refuse the recipe, or its pairs do not fill a batch.
     """
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
     preflight.check(recipe, training=True)
@@ -101,12 +101,12 @@ def build(
 
 
 def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> Recipe:
-    """Return the recipe for some updates on as many of its pairs as fill whole updates, or at least a whole batch.
+    """Return the recipe for some updates, limited to pairs that fill whole updates, or at least whole batches.
 
-    Caches and all else go to the folder.
+    Caches and all other output go to the folder.
 
     Raises:
-        ValueError: the pairs fill no batch: rows of weight 0 would complete it, and be measured as pairs.
+        ValueError: the pairs do not fill a batch; rows of weight 0 would complete it and be measured as pairs.
     """
     options, data = recipe.train, recipe.data
     batch = options.batch_size * num_processes
@@ -132,14 +132,14 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
 
 
 class _EnoughUpdates(Exception):
-    """All requested updates are done, and no contrast is pending."""
+    """Signal that all requested updates are done and no contrast is pending."""
 
 
 def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
-    """Let the training loop make some updates, and those that remain of a method's last batch (SPO's).
+    """Make some updates with the training loop, and the remaining ones of the last batch (for SPO).
 
     Returns:
-        Their number.
+        The number of updates.
     """
     first = run.progress.step
     method, train_state, policy = run.method, run.train_state, run.policy
@@ -185,7 +185,7 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
 
 
 def weights(run: Run) -> list[Tensor]:
-    """Return all parameters and buffers that the run holds, each once."""
+    """Return all parameters and buffers of the run, each once."""
     family, reference = run.policy.family, run.policy.reference
     nets = [run.policy.unwrapped, *([reference.model] if isinstance(reference, FrozenCopy) else [])]
     nets += [] if isinstance(family, StepJudge) else [net for _, net in family.encoders()]
@@ -195,7 +195,7 @@ def weights(run: Run) -> list[Tensor]:
 def peak_bytes(run: Run, before: int) -> int:
     """Return the maximum bytes of tensors in one update.
 
-    On a CPU compiled blocks run eagerly, since their inside cannot be observed.
+    On a CPU compiled blocks run eagerly, since the counter does not see their tensors.
     """
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -211,9 +211,9 @@ def peak_bytes(run: Run, before: int) -> int:
 
 
 def count_operations(run: Run) -> tuple[dict[str, int], int]:
-    """Return the operations of one update by part, and those that backward repeats, which are in no part.
+    """Return this process's operations of one update by part, and those that backward repeats, which no part includes.
 
-    They are of this process. Compiled blocks run eagerly, since compiled products are no operators.
+    Compiled blocks run eagerly, since the counter does not see compiled products.
     """
     with torch.compiler.set_stance("force_eager"), Operations() as counter:
         meter = Meter(counter.get_total_flops)

@@ -1,9 +1,8 @@
-"""The cost of a recipe's training step, and of changed recipes beside it: `mmalign bench`.
+"""The command `bench`: measure the training step of a recipe and of its variants.
 
 Pairs per second come from updates without a meter. Peak memory is that of tensors. On CUDA it is the maximum that
-torch's allocator gave out. On a CPU it is the sum of all storages alive that the step has touched, with weights and
-optimizer state. That is the same on every machine, but without the kernels' buffers, and without Python and its
-libraries.
+torch's allocator gave out. On a CPU it is the sum of all live storages that the step touched, with weights and
+optimizer state. This sum is the same on every machine. It excludes the kernels' buffers, Python and its libraries.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from mmalign.modalities import loading
 
 logger = logging.getLogger(__name__)
 
-Numbers = dict[str, float | list[float] | None]  # quantity -> a number, or one of each repeat
+Numbers = dict[str, float | list[float] | None]  # quantity -> a number, or one for each repeat
 Build = Callable[[Path, int], Run]  # (folder for caches, updates at most) -> a run
 
 MMALIGN = "mmalign"  # the name of the unchanged recipe's run
@@ -45,16 +44,16 @@ MAX_UPDATES = 10  # of one measurement on a GPU
 
 @dataclass
 class Measured:
-    """The raw numbers of a run.
+    """Raw numbers of a run.
 
     Attributes:
-        num_pairs: pairs of an update, of all processes.
-        operations: of an update by part, of one process.
-        repeated: operations that backward repeats with checkpointed activations.
-        weight_bytes: of all networks.
-        step_bytes: beside them at most, of one process: activations, gradients, optimizer state, the batch.
-        seconds: of an update in every repeat, without a meter.
-        parts: likewise by part, with a meter.
+        num_pairs: pairs of an update, over all processes.
+        operations: operations of an update by part, of one process.
+        repeated: operations that backward repeats with gradient checkpointing.
+        weight_bytes: bytes of all networks.
+        step_bytes: peak of all other bytes of one process: activations, gradients, optimizer state, the batch.
+        seconds: seconds of an update in every repeat, without a meter.
+        parts: seconds of an update in every repeat by part, with a meter.
     """
 
     num_pairs: int
@@ -68,7 +67,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Report:
-    """Measurements as JSON keeps them: raw numbers and costs by run, ratios by "run / other run"."""
+    """Content of the JSON file: raw numbers and costs by run, ratios by "run / other run"."""
 
     title: str
     machine: dict[str, str | int | float]
@@ -90,12 +89,12 @@ def bench(
     Args:
         source: a recipe: a path, a shipped name, or the content.
         overrides: assignments for all runs.
-        variants: each some assignments with spaces between them, measured beside the recipe.
-        repeats: measurements of each run.
+        variants: assignments of each variant, separated by spaces.
+        repeats: number of measurements of each run.
         json: a file for the numbers.
 
     Raises:
-        ValueError: a recipe does not fit, or nothing would be measured.
+        ValueError: a recipe is invalid, or `repeats` is less than 1.
     """
     if repeats < 1:
         raise ValueError(f"--repeats: got {repeats}; expected at least 1")
@@ -113,10 +112,10 @@ def bench(
 
 
 def open_common_accelerator(recipes: Mapping[str, Recipe]) -> Any:
-    """Return the accelerator that `mmalign train` would have for the first recipe; all runs share it.
+    """Return the accelerator that `mmalign train` opens for the first recipe; all runs share it.
 
     Raises:
-        ValueError: one recipe scales its gradients and another does not, or there is no GPU for that.
+        ValueError: only some recipes scale gradients (float16), or float16 has no GPU.
     """
     options = next(iter(recipes.values())).train
     precisions = dict.fromkeys(recipe.train.precision for recipe in recipes.values())
@@ -131,7 +130,7 @@ def open_common_accelerator(recipes: Mapping[str, Recipe]) -> Any:
 
 @contextlib.contextmanager
 def shared_folder(accelerator: Any) -> Iterator[Path]:
-    """Make a temporary folder that all processes share: the main process's."""
+    """Yield a temporary folder that all processes share: the main process's."""
     with tempfile.TemporaryDirectory(prefix="mmalign-bench-") as own_folder:
         yield Path(broadcast_object_list([own_folder])[0])
         accelerator.wait_for_everyone()
@@ -140,13 +139,13 @@ def shared_folder(accelerator: Any) -> Iterator[Path]:
 def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict[str, Measured]:
     """Build, warm up, count and time every run.
 
-    On a CPU all runs are in memory and take turns in every repeat, there and back, so that a slower machine slows all
-    of them. On a GPU, where memory is short, each run is alone.
+    On a CPU all runs are in memory and alternate, in reverse order every second repeat, so that a slower machine slows
+    all of them. On a GPU, where memory is short, each run is alone.
 
     Raises:
         ValueError: a run cannot be built.
     """
-    gc.collect()  # a collection during a measurement would count
+    gc.collect()  # a collection during a measurement would add to it
     device: torch.device = accelerator.device
     on_cpu, results = device.type == "cpu", dict[str, Measured]()
     planned = WARM_UP + 3 + 2 * repeats * (1 if on_cpu else MAX_UPDATES)
@@ -171,7 +170,7 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
 
 
 def count(run: Run, before: int) -> Measured:
-    """Warm a run up, and count operations and bytes; `before` is what CUDA held before the run was built."""
+    """Warm a run up, and count its operations and bytes; `before` is CUDA's bytes before the run was built."""
     run.updates(run, WARM_UP, None)
     num_bytes = sum(tensor.nbytes for tensor in weights(run) if tensor.device.type == run.device.type)
     step_bytes = peak_bytes(run, before) - num_bytes
@@ -182,7 +181,7 @@ def count(run: Run, before: int) -> Measured:
 
 
 def updates_per_second(run: Run) -> int:
-    """Return how many updates take about a second, at least 1."""
+    """Return the number of updates that take about a second, from 1 to `MAX_UPDATES`."""
     started = now(run.device)
     rate = run.updates(run, 1, None) / (now(run.device) - started)
     return max(1, min(MAX_UPDATES, round(rate)))
@@ -201,7 +200,7 @@ def time_once(run: Run, result: Measured, updates: int) -> None:
 
 
 def make_report(name: str, recipe: Recipe, runs: Mapping[str, Measured], accelerator: Any) -> Report:
-    """Return the costs of all runs, and the ratios of each to the first."""
+    """Return the report: costs of all runs, and ratios of each to the first."""
     options, device = recipe.train, accelerator.device
     rate = peak_rate(device, loading.DTYPES[options.precision])
     batches = (
@@ -223,7 +222,7 @@ def make_report(name: str, recipe: Recipe, runs: Mapping[str, Measured], acceler
 
 
 def costs(run: Measured, rate: float) -> Numbers:
-    """Return what a step costs; `rate` is the highest that a process of the device reaches, operations per second."""
+    """Return the costs of a step; `rate` is the peak of a process on the device, in operations per second."""
     seconds, operations = statistics.median(run.seconds), sum(run.operations.values())
     return {
         "pairs/s": [run.num_pairs / seconds for seconds in run.seconds],
@@ -237,9 +236,9 @@ def costs(run: Measured, rate: float) -> Numbers:
 
 
 def ratios(run: Measured, other: Measured) -> Numbers:
-    """Return time and memory of a run as multiples of another's, measured, and as operations predict the time.
+    """Return a run's time and memory relative to another run's, and the time ratio that operations predict.
 
-    The ratio of operations is no bound: fewer or other kernels may beat it.
+    The ratio of operations is not a bound: fewer or other kernels may beat it.
     """
     times = [a / b for a, b in zip(run.seconds, other.seconds, strict=True)]
     operations, others = (sum(x.operations.values()) + x.repeated for x in (run, other))
@@ -253,7 +252,7 @@ def ratios(run: Measured, other: Measured) -> Numbers:
 
 
 def show(report: Report) -> None:
-    """Print the tables."""
+    """Print the tables of a report."""
     console = Console(highlight=False)
     console.print(", ".join(f"{key} {value}" for key, value in report.machine.items()), markup=False)
     console.print(table(report.title, report.costs))
@@ -272,7 +271,7 @@ def table(title: str, columns: Mapping[str, Numbers]) -> Table:
 
 
 def format_number(value: float | list[float] | None) -> str:
-    """Format a number, or the median of several with the least and the greatest."""
+    """Format a number, or the median of several with their minimum and maximum."""
     if value is None:
         return ""
     if isinstance(value, list):

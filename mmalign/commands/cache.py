@@ -1,8 +1,8 @@
 """The command `cache`: precompute latents, text embeddings, image features and reference scores.
 
-Latents and text, or images' features; then what the method keeps: the reference's scores among it. All of it is for the
-pairs that the recipe's training meets, shared by the processes of a launch, and what is stored is never made again: who
-is stopped goes on, and `mmalign train` does the same before its first update.
+The caches of latents and text, or of image features, come first, then the tensors that the method precomputes. They
+cover the pairs that the recipe's training reads, and the processes of a launch share the work. Stored entries are
+never computed again, so a stopped command resumes. `mmalign train` fills the same caches before its first update.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 
 def cache(recipe: Recipe) -> Path:
-    """Fill the caches that the recipe's training reads from, and log what was written.
+    """Fill the caches that the recipe's training reads, and log their sizes.
 
     Returns:
-        The folder.
+        The folder of the caches.
 
     Raises:
-        ValueError: something in the recipe or the data does not fit, nothing is to be cached, or processes were
-            started that do not know of one another.
+        ValueError: the recipe or the data is invalid, nothing can be cached, or the launched processes do not know of
+            one another.
     """
     from accelerate import Accelerator
 
@@ -77,21 +77,22 @@ def cache(recipe: Recipe) -> Path:
 def build_filled_data_module(
     recipe: Recipe, family: Any, *, accelerator: Any, splits: Splits, reward_model: RewardModel | None = None
 ) -> DataModule:
-    """The recipe's pairs in batches, with everything stored that is kept of those that its training meets.
+    """Return the recipe's pairs in batches, with all caches filled for the pairs that its training reads.
 
     Args:
-        recipe: what to train on.
-        family: the model as it was loaded: its network is the reference.
-        accelerator: says which process this is.
-        splits: what `open_data` has given.
-        reward_model: what scores images, for methods whose settings name one.
+        recipe: the recipe to train.
+        family: the model as loaded; its network is the reference.
+        accelerator: the accelerator, for this process's index.
+        splits: the result of `open_data`.
+        reward_model: the model that scores images, for methods whose settings name one.
 
     Raises:
-        ValueError: as `build_data_module`.
+        ValueError: `build_data_module` refuses the data or its caches.
     """
+    # Settings that reference scores depend on
     options = recipe.train
     run = {"precision": options.precision, "executor": backend_name(family.network), "pack": options.pack_responses}
-    run |= {"compile": "on"} if options.compile else {}  # it rounds otherwise
+    run |= {"compile": "on"} if options.compile else {}  # compiled blocks round differently
     spec = methods.requirements_of(recipe.method).precompute
     if spec is not None and recipe.data.cache != "off":
         run |= {"model": fingerprint.fingerprint_network(family.network)}
@@ -109,6 +110,8 @@ def build_filled_data_module(
         spec=spec,
         reward_model=reward_model,
     )
+
+    # Image features, then precomputed tensors
     batches = options.steps * options.gradient_accumulation_steps
     if data_module.features is not None and not _fill_features(data_module, recipe, family, batches, accelerator):
         logger.warning(
@@ -126,7 +129,7 @@ def build_filled_data_module(
 
 
 def _stop_decoding_images(data_module: DataModule, recipe: Recipe) -> bool:
-    """Have no picture decoded any more that was there for the reference alone; whether there were such pictures."""
+    """Stop decoding images that only the reference needed; return whether any loader decoded such images."""
     if methods.requirements_of(recipe.method).vision_tower:
         return False
     loaders = [
@@ -140,19 +143,19 @@ def _stop_decoding_images(data_module: DataModule, recipe: Recipe) -> bool:
 
 
 def replaces_reference(data_module: DataModule) -> bool:
-    """Return whether the cache holds all that the method needs of a reference."""
+    """Return whether the cache replaces the reference: it holds all scores that the method needs."""
     return data_module.precompute_cache is not None and data_module.precompute_cache.spec.scores
 
 
 def offload_encoders(data_module: DataModule, recipe: Recipe, family: Any) -> None:
-    """Move the vision tower off the GPU, if the training does not need it: its features are kept."""
+    """Move the vision tower to the CPU if its features are cached and the method does not need it."""
     if data_module.features is not None and not methods.requirements_of(recipe.method).vision_tower:
         for _, net in family.encoders():
             move_parameters(net, torch.device("cpu"))
 
 
 def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> bool:
-    """Make what the cache of features lacks; False if the disk has no room for it."""
+    """Encode the images that the cache of features lacks; return False if the disk has no room for them."""
     assert data_module.features is not None and isinstance(recipe.data, ResponseData)
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     images = (image for loader, number in _loaders(data_module, batches) for image in _images(loader, number))
@@ -171,7 +174,7 @@ def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, batches
 
 
 def _images(loader: ResponsePairLoader, batches: int) -> Iterator[ImageRef]:
-    """The images of the pairs in the first batches, each once, and of the one that stands in for bad ones."""
+    """Yield the images of the pair that replaces bad ones, and of each pair in the first batches once."""
     yield from image_refs(loader.check_readable(), loader.requested)
     numbers = dict.fromkeys(number for _, some in pairs_by_epoch(loader, batches) for number in some)
     for number in numbers:
@@ -179,7 +182,7 @@ def _images(loader: ResponsePairLoader, batches: int) -> Iterator[ImageRef]:
 
 
 def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> None:
-    """Work out what the method keeps, by the network as it was loaded, and store what is not there yet, with a bar."""
+    """Precompute the method's missing tensors with the network as loaded, and store them, with a progress bar."""
     assert data_module.precompute_cache is not None
     method, net = methods.find(recipe.method.name), family.network
     base = Policy(family, net, net, FrozenCopy(net))
@@ -204,7 +207,7 @@ def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, batc
 
     for loader, number in _loaders(data_module, batches):
         fill(loader, number)
-    # A batch of bad pairs makes no update, and the training goes on to a further one.
+    # A batch of bad pairs makes no update, so the training reads a further batch.
     planned = batches
     while data_module.precompute_cache.spec.scores and planned < (
         wanted := batches + _count_empty_batches(data_module, planned, accelerator)
@@ -216,7 +219,7 @@ def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, batc
 
 
 def _count_empty_batches(data_module: DataModule, batches: int, accelerator: Any) -> int:
-    """How many batches no process can use, at most; no more than a training meets before it gives up."""
+    """Return the number of batches that no process can use, at most as many as a training reads before it stops."""
     assert data_module.precompute_cache is not None and not isinstance(data_module.train_loader, PromptLoader)
     num_empty = torch.tensor(
         [data_module.precompute_cache.count_empty_batches(data_module.train_loader, batches)], device=accelerator.device
@@ -225,7 +228,7 @@ def _count_empty_batches(data_module: DataModule, batches: int, accelerator: Any
 
 
 def _loaders(data_module: DataModule, batches: int) -> list[tuple[Any, int]]:
-    """The loaders of a training, and how many of their batches it takes."""
+    """Return the loaders of a training, each with the number of batches to read."""
     held = (
         [(data_module.validation_loader, min(MAX_VALIDATION_BATCHES, len(data_module.validation_loader)))]
         if data_module.validation_loader is not None
@@ -235,7 +238,7 @@ def _loaders(data_module: DataModule, batches: int) -> list[tuple[Any, int]]:
 
 
 def _summary(folder: Path, used: set[Path], begun: float) -> str:
-    """What is in a recipe's caches, by kind, how much of it is new, and what other settings have left beside it."""
+    """Describe a recipe's caches: sizes by kind, the new part, and folders of other settings."""
     files = {path: path.stat() for path in sorted(folder.rglob("*.safetensors"))}
     used_files = {path: file for path, file in files.items() if path.parent in used}
     kinds = dict.fromkeys(path.relative_to(folder).parts[0] for path in used_files)

@@ -1,11 +1,11 @@
-"""Comparison of recipes: each trained with several seeds from the same base, evaluated on the same questions.
+"""The command `compare`: train recipes with several seeds, evaluate them alike, and write one table.
 
-Every run has its own folder, and is trained and evaluated by the recipe, except for seed and output. Finished runs are
-reused: the same command resumes where it was stopped, and one more recipe costs its own runs.
+All recipes start from the same base model and are evaluated on the same questions. Every run has its own folder, and
+follows its recipe except for seed and output. Finished runs are reused: the same command resumes where it was stopped,
+and one more recipe costs only its own runs.
 
-A recipe ends at its `train.steps`, which may be after equal time for each. With `pairs` every run is evaluated after
-so many pairs too, the same for all. A shorter run is the beginning of the longer one, which resumes from its last
-checkpoint.
+A recipe ends at its `train.steps`, which may stand for equal time. With `pairs` every run is also evaluated after these
+numbers of pairs. A shorter run is the beginning of the longer one, which resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SHOWN = 8  # prompts in the picture
 
 
 class Stage(NamedTuple):
-    """A recipe's runs of one length, a recipe for each seed.
+    """Runs of a recipe with one length, one for each seed.
 
     Attributes:
         name: the recipe's name.
-        lengths: the numbers of pairs requested that this is; None among them for the recipe's own end.
-        runs: the recipes, with their own folders.
+        lengths: the requested numbers of pairs that equal this length; None stands for the recipe's own end.
+        runs: the recipes of the runs, with their own folders.
     """
 
     name: str
@@ -66,16 +66,16 @@ def compare(
     """Train every recipe with seeds 0, 1, ..., evaluate each run, and write the results.
 
     `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training.
-    For images `comparison-pictures.png` shows some of the first seed's, with their manifest beside it. Pairs that a
-    recipe prepares itself are prepared first, if missing, and shared by its seeds.
+    For image models `comparison-pictures.png` shows some images of the first seed, with a manifest beside it. If a
+    recipe prepares its own pairs, missing ones are prepared first, and all its seeds share them.
 
     Args:
         sources: recipes, by path or by shipped name; all of one model and one benchmark.
-        seeds: number of runs of each.
-        output: target of everything.
-        pairs: numbers of pairs after which every run is evaluated too, also beyond its recipe's end.
+        seeds: number of runs of each recipe.
+        output: folder of all files.
+        pairs: numbers of pairs after which every run is also evaluated, even beyond its recipe's end.
         overrides: settings of all recipes.
-        table: target of a second copy of the table, as Markdown, with the files that go with it.
+        table: path of a second copy of the table, as Markdown, with its JSON and image files.
 
     Returns:
         The rows: the base model's, one for each recipe at its end, and one for each recipe at each number of pairs.
@@ -83,6 +83,7 @@ def compare(
     Raises:
         ValueError: the recipes cannot be compared, or a folder has a run of another recipe.
     """
+    # All runs, checked before the first one starts
     recipes = _load(sources, overrides)
     plan = [
         stage
@@ -92,6 +93,8 @@ def compare(
     for stage in plan:
         for run_recipe in stage.runs:
             _check_trained_by(run_recipe)
+
+    # Train and evaluate, shorter runs first
     for number, (name, seed) in enumerate(itertools.product(recipes, range(seeds)), start=1):
         shorter: Recipe | None = None
         for stage in (stage for stage in plan if stage.name == name):
@@ -101,6 +104,8 @@ def compare(
             )
             _finish(run_recipe, shorter)
             shorter = run_recipe
+
+    # Table, curve and images
     rows = _rows(plan, [None, *sorted(set(pairs))])
     options = [word for number in pairs for word in ("--pairs", str(number))]
     options += [word for override in overrides for word in ("--set", override)]
@@ -177,7 +182,7 @@ def _stages(
 
 
 def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, output: Path) -> Recipe:
-    """Load the recipe of one run; all runs share the caches of frozen networks and of the base model's output."""
+    """Load the recipe of one run; all runs share the caches of frozen networks and of base model outputs."""
     settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
     recipe = load_recipe(source, settings)
     if getattr(recipe.data, "cache", None) == "auto":
@@ -194,7 +199,7 @@ def _num_pairs(recipe: Recipe) -> int:
 
 
 def _check_trained_by(recipe: Recipe) -> None:
-    """Check that a run in the recipe's folder was trained by this very recipe."""
+    """Check that a run in the recipe's folder was trained by the same recipe."""
     file = Path(recipe.output) / "recipe.yaml"
     if not file.is_file():
         return
@@ -224,7 +229,7 @@ def _finish(recipe: Recipe, shorter: Recipe | None) -> None:
 
 
 def _copy_checkpoint(shorter: Path, output: Path) -> None:
-    """Copy a run's last checkpoint to the longer run; without one that starts anew, with the same result."""
+    """Copy a run's last checkpoint to the longer run, which otherwise starts anew with the same result."""
     last = checkpoint.latest(shorter, resumable=True)
     if last is not None:
         atomic_io.make_folder("compare", output)
@@ -233,7 +238,7 @@ def _copy_checkpoint(shorter: Path, output: Path) -> None:
 
 
 def _metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
-    """Return the metrics of an evaluated run, before and after."""
+    """Return the metrics of an evaluated run, before and after alignment."""
     if isinstance(recipe.evaluate, EvaluateResponses):
         return measure_written(recipe.evaluate, Path(recipe.output) / "evaluation")
     return measure_samples(_samples(recipe))

@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 Table = list[tuple[str, ...]]
 
 
-Measure = Callable[[Path], tuple[dict[str, Any], Table]]  # to the folder that its files go to
+Measure = Callable[[Path], tuple[dict[str, Any], Table]]  # from the folder for its files
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of an evaluation.
 
     Attributes:
-        folder: where `result.json`, `samples.json` and the pictures are.
-        result: the numbers, as in `result.json`.
+        folder: folder of `result.json`, `samples.json` and the images.
+        result: the content of `result.json`.
         table: rows of text, the header first.
     """
 
@@ -49,11 +49,11 @@ class Evaluation:
 
 
 def evaluate(recipe: Recipe) -> Evaluation:
-    """Compare the base model with the trained one by the recipe's benchmark, and write `evaluation/` in its output.
+    """Compare the base model with the trained one on the recipe's benchmark, and write `evaluation/` in its output.
 
     Raises:
-        ValueError: the recipe has no `evaluate` section, a file that it names is missing or bad, or nothing has been
-            trained yet.
+        ValueError: the recipe has no `evaluate` section, a file of it is missing or invalid, or there is no trained
+            model.
     """
     section = recipe.evaluate
     if section is None:
@@ -82,7 +82,7 @@ def _example(recipe: Recipe) -> str:
 
 
 def _measure_files(section: Evaluate) -> Measure | None:
-    """The scores of the answers that a section names; None where it names none."""
+    """Return the measure of the answers that a section names, or None without answers."""
     if not isinstance(section, EvaluateResponses) or section.answers is None:
         return None
     scored = evaluate_responses.score_files(section)
@@ -90,7 +90,7 @@ def _measure_files(section: Evaluate) -> Measure | None:
 
 
 def _measure_models(recipe: Recipe, section: Evaluate) -> Measure:
-    """How to compare the models, once all that it takes is there: questions and judge before any model is loaded."""
+    """Return the measure of the models; questions and reward model are loaded before the models."""
     device, trained = _device(), Path(recipe.output) / "model"
     about = read_run_info(trained)
     splits = benchmark = reward_model = None
@@ -113,12 +113,12 @@ def _measure_models(recipe: Recipe, section: Evaluate) -> Measure:
 
 
 def _identity(section: Evaluate, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation is of: another model or other settings want another one."""
+    """Return the identity of an evaluation: the trained model and the settings."""
     return {"trained": dict(trained), "evaluate": section.model_dump()}
 
 
 def _implicit(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) -> tuple[dict[str, Any], Table]:
-    """How often the trained model finds the chosen side of a held-out pair likelier than the base model does."""
+    """Return the implicit reward accuracy of the trained model on the validation split."""
     data_module = _data_module(recipe, policy, splits)
     is_image_model = isinstance(section, EvaluateImages)
     score = (implicit_reward.image_scores if is_image_model else implicit_reward.response_scores)(policy.family)
@@ -130,7 +130,7 @@ def _implicit(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits)
 
 
 def _steps(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) -> tuple[dict[str, Any], Table]:
-    """How often the trained judge, and the one that it began as, prefer the chosen image of a held-out pair."""
+    """Return the accuracy of the trained step judge and of its initial state on the validation split."""
     assert isinstance(section, EvaluateSteps)
     batches = _data_module(recipe, policy, splits, recipe.method).validation_batches()
     accuracy = step_accuracy.accuracy(
@@ -140,7 +140,7 @@ def _steps(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) ->
 
 
 def _data_module(recipe: Recipe, policy: Policy, splits: Splits, method: Any = None) -> DataModule:
-    """The recipe's pairs, encoded, with what a method asks for besides."""
+    """Return the recipe's pairs, encoded, with the inputs that the method requires."""
     from accelerate import Accelerator
 
     return build_data_module(
@@ -156,10 +156,10 @@ def _data_module(recipe: Recipe, policy: Policy, splits: Splits, method: Any = N
 
 
 def is_evaluated(recipe: Recipe) -> bool:
-    """Whether the recipe's trained model has been evaluated as the recipe says.
+    """Return whether the recipe's trained model has been evaluated with the recipe's settings.
 
     Raises:
-        ValueError: nothing has been trained.
+        ValueError: there is no trained model.
     """
     assert recipe.evaluate is not None
     file = Path(recipe.output) / "evaluation" / "samples.json"

@@ -20,13 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def gallery(recipe: Recipe) -> Path:
-    """Write the before-and-after page of the evaluation, made first if there is none, to `gallery/`.
+    """Write the page of an evaluation, which is run first if it is missing, to `gallery/`.
 
-    Where there are more samples than `gallery.images`, half of the page is the best gains and half the worst
-    regressions.
+    With more samples than `gallery.images`, the page shows the best gains and the worst regressions, half of each.
 
     Raises:
-        ValueError: the evaluation has nothing to show, or cannot be made.
+        ValueError: the benchmark has no samples to show, or the evaluation fails.
     """
     section = recipe.evaluate
     if section is None or (nothing := _no_gallery_reason(section)):
@@ -61,7 +60,7 @@ def gallery(recipe: Recipe) -> Path:
 
 
 def _no_gallery_reason(section: Evaluate) -> str | None:
-    """Why an evaluation leaves nothing for a page; None if it does."""
+    """Return the reason why an evaluation has no samples to show, or None if it has."""
     if section.benchmark == "steps":
         return "benchmark steps draws no pictures"
     pictures = isinstance(section, EvaluateImages)
@@ -72,7 +71,7 @@ def _no_gallery_reason(section: Evaluate) -> str | None:
 
 
 def _provenance(recipe: Recipe, section: Evaluate, number: int) -> dict[str, str]:
-    """What made a page's entries."""
+    """Return the model, training and sampling settings behind a page's entries."""
     train = recipe.train
     pairs = train.batch_size * train.gradient_accumulation_steps
     provenance = {

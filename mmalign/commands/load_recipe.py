@@ -1,7 +1,7 @@
-"""Recipes: what a YAML file says, validated as a whole before anything is loaded.
+"""Loading and validation of a recipe's YAML file, before any model is loaded.
 
-A recipe is a tree of frozen pydantic models (`mmalign.config`). Deep code never sees it: the functions that run a
-recipe take it apart into plain arguments.
+A recipe is a tree of frozen pydantic models (`mmalign.config`). The functions that run a recipe split it into plain
+arguments for the code below them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from mmalign.config import SECTIONS, Recipe
 
-RENAMED = {  # options that had another name
+RENAMED = {  # former names of options
     "train.accumulate": "train.gradient_accumulation_steps",
     "train.clip": "train.max_grad_norm",
     "train.keep": "train.keep_checkpoints",
@@ -47,12 +47,12 @@ RENAMED = {  # options that had another name
     "prepare.realign.similar": "prepare.realign.max_similarity",
     "prepare.sure": "prepare.min_confidence",
 }
-ROOT = "a recipe"  # what the top of a recipe is called in a sentence
-SHOWN = 80  # characters of a wrong value that a sentence shows
+ROOT = "a recipe"  # name of a recipe's top level in messages
+SHOWN = 80  # characters of a wrong value in messages
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with YAML 1.2's numbers (1e-8 is one, in 1.1 a string), and without keys that are given twice."""
+    """YAML loader with YAML 1.2's numbers (1e-8 is a string in 1.1), which refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would take for numbers."""
+    """YAML dumper that quotes the strings that `_Loader` reads as numbers."""
 
 
 _NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
@@ -77,11 +77,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         source: a path, the name of a shipped recipe ("configs/text_to_image/quickstart.yaml"), or the content itself.
-        overrides: assignments such as "train.lr=1e-5", values in YAML, in this order; another "method.name" begins
-            its section anew, with that method's defaults.
+        overrides: assignments such as "train.lr=1e-5" with values in YAML, applied in order; another "method.name"
+            resets its section to that method's defaults.
 
     Raises:
-        ValueError: names every key that is unknown (with the nearest known one) or has a wrong value.
+        ValueError: a key is unknown or has a wrong value; the message names every such key, and the nearest known one.
     """
     location, content = "recipe", source
     if isinstance(source, str | Path):
@@ -106,11 +106,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every default written out."""
+    """Return the recipe as YAML, with every default."""
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
-@cache  # recipes of one method are of one class, so that equal ones compare equal
+@cache  # one class for all recipes of a method, so that equal ones compare equal
 def _schema(method: str) -> type[Recipe]:
     from mmalign import methods
 
@@ -166,24 +166,24 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             here = here[key]
         value = _parse(text, f"--set {path}")
         if keys == ["method", "name"] and value != here.get("name"):
-            here.clear()  # one method's hyper-parameters mean something else, or nothing, in another
+            here.clear()  # hyper-parameters of another method have other meanings
         here[keys[-1]] = value
     return tree
 
 
 def _sentences(location: str, schema: type[BaseModel], error: ValidationError) -> list[str]:
-    """One sentence for each wrong place; the branches of a union become one."""
+    """Return one sentence for each wrong key; the branches of a union share one."""
     places: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for details in error.errors():
         places.setdefault(_place(schema, details["loc"]), []).append(details)
-    for path in list(places):  # a section with a wrong value is no wrong text
+    for path in list(places):  # an error inside a section replaces the error of the whole section
         if any(len(other) > len(path) and other[: len(path)] == path for other in places):
             del places[path]
     return [f"{location}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
 
 
 def _place(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, ...]:
-    """Where a value is, without the branches of unions, which pydantic adds to the place of what fits none of them."""
+    """Return the path of a value, without the branches of unions that pydantic adds to it."""
     path: list[str] = []
     for part in map(str, loc):
         field = _section(schema, path[:-1]).model_fields.get(path[-1]) if path else None
@@ -206,7 +206,7 @@ _TYPES = {
 
 
 def _explain(schema: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
-    """A sentence for what is wrong at one place: what came, what was expected, what to do."""
+    """Return the sentence for one wrong key: the value, the expectation and the remedy."""
     error, key, got = errors[0], ".".join(path), _describe_value(errors[0]["input"])
     parent, kind = _section(schema, path[:-1]), error["type"]
     if kind == "extra_forbidden":
@@ -220,7 +220,7 @@ def _explain(schema: type[BaseModel], path: list[str], errors: Sequence[ErrorDet
         return f"{'.'.join(path[:-1]) or ROOT} needs {path[-1]!r}, which is missing{expected}"
     if kind == "invalid_key" or path[-1] == "[key]":
         return f"{key.removesuffix('.[key]')}: a key must be text, {got}; write it in quotes"
-    if kind == "value_error":  # a section's own check, in whose words is what came
+    if kind == "value_error":  # a section's own check, whose message has the value
         return f"{key}: {error['msg'].removeprefix('Value error, ')}"
     if kind in _TYPES:
         expected = " or ".join(_TYPES[e["type"]] for e in errors)
@@ -237,7 +237,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _closest_choice(error: ErrorDetails) -> str:
-    """The choice nearest to a misspelt one."""
+    """Return a hint of the choice nearest to a misspelt one, or nothing."""
     choices = re.findall(r"'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -248,7 +248,7 @@ def _describe_value(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a person wrote it, in short; text is said to be text, since it may look like a number."""
+    """Return a value as written in YAML, shortened; text is marked, since it may look like a number."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Checks of a recipe before anything is loaded: files, columns, devices, packages."""
+"""Checks of a recipe before any model is loaded: files, columns, devices, packages."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from mmalign.training.optim import build_optimizer
 
 
 def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
-    """Everything that can be known to be wrong without loading a model: files, columns, classes, devices, packages.
+    """Check all that needs no model: files, columns, classes, devices, packages.
 
     Args:
-        recipe: what to check.
-        data: the preference pairs too; drawing pictures needs none.
-        training: what only training needs too: optimizer and trackers.
+        recipe: the recipe to check.
+        data: true to check the preference pairs too; generating images needs none.
+        training: true to check what only training needs: batch size, compilation, optimizer and trackers.
 
     Raises:
-        ValueError: one sentence that says where, what came, what was expected, and what to do.
+        ValueError: a check fails; the message names the key, the value, the expectation and the remedy.
     """
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
@@ -80,7 +80,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
         _check_image_sampling("prepare", recipe.prepare)
     if (named := method_reward(recipe)) is not None:
         _check_reward_model("method.reward", named)
-    # The last, since it may ask the Hub.
+    # Last, since it may query the Hub.
     path = _located("model.path", recipe.model.path)
     if isinstance(recipe.model, ImageModel | JudgeModel):
         if recipe.model.vae is not None:
@@ -93,20 +93,20 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
 
 
 def check_precision(options: Train) -> None:
-    """Refuse float16 where there is no GPU.
+    """Refuse float16 without a GPU.
 
     Raises:
-        ValueError: that is so.
+        ValueError: the precision is float16 and there is no GPU.
     """
     if options.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
 
 
 def check_data(data: Data) -> None:
-    """The pairs' files are there and have their columns.
+    """Check that the pairs' files exist and have their columns, and that the cache setting fits.
 
     Raises:
-        ValueError: where, what came, what was expected, what to do.
+        ValueError: a check fails; the message names the key, the value, the expectation and the remedy.
     """
     if data.cache not in ("off", "auto") and Path(data.cache).exists() and not Path(data.cache).is_dir():
         raise ValueError(f"data.cache: {data.cache} is a file; expected a folder, or a name that is free")
@@ -133,7 +133,7 @@ def check_data(data: Data) -> None:
 
 
 def _check_prompts_only(recipe: Recipe) -> None:
-    """Refuse settings of `data` that a method with images of its own does not read."""
+    """Refuse settings of `data` that a method that generates its images does not read."""
     if not methods.requirements_of(recipe.method).prompts_only:
         return
     data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "crop", "flip"]
@@ -152,19 +152,19 @@ def _check_training(train: Train, device: torch.device) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]
-    for name in train.trackers:  # accelerate would go on without one that is not installed
+    for name in train.trackers:  # accelerate would silently skip one that is not installed
         if name not in available:
             advice = "is not installed; install it" if name in LOGGER_TYPE_TO_CLASS else "is unknown; correct it"
             installed = ", ".join(available) or "none"
             raise ValueError(f"train.trackers: {name} {advice}, or leave it out (there are: {installed})")
     if train.compile:
         compile.check(device)
-    parameters = [nn.Parameter(torch.zeros(1))]  # the optimizer says whether its package is there
+    parameters = [nn.Parameter(torch.zeros(1))]  # the optimizer checks for its package
     build_optimizer(parameters, train.optimizer, lr=train.lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def _check_image_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
-    """A section that has pictures drawn and judged: its judge, its prompts, and the size of the pictures."""
+    """Check a section that generates and scores images: reward model, prompts and image size."""
     if section.reward is not None:
         _check_reward_model(f"{name}.reward", section.reward)
     contrast = isinstance(section, PrepareImages) and section.prompt_pairs
@@ -176,12 +176,12 @@ def _check_image_sampling(name: str, section: EvaluateImages | PrepareImages) ->
 
 def _check_reward_model(key: str, config: RewardConfig) -> None:
     reward_module(config.name)
-    if "/" in config.path:  # else the name of a model that the judge's library knows
+    if "/" in config.path:  # else the name of a model in the reward model's library
         _located(f"{key}.path", config.path)
 
 
 def _check_question_files(section: EvaluateResponses) -> None:
-    """A section that has questions answered: the files that it names."""
+    """Check the files that a section of questions names."""
     named: dict[str, Files | None] = {"questions": section.questions}
     if isinstance(section.annotations, Coco):
         for key in ("instances", "captions"):

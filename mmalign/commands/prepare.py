@@ -10,15 +10,17 @@ from mmalign.synthesis.rejected_responses import Writer
 
 
 def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
-    """Make the pairs that the recipe learns from, and write them to `data.path`.
+    """Generate the pairs that the recipe trains on, and write them to `data.path`.
+
+    A text-to-image model generates images and a reward model ranks them. For a vision-language model, true answers
+    get rejected responses.
 
     Args:
-        recipe: with a section `prepare`: a text-to-image model draws images and a judge compares them; for a
-            vision-language model true answers are made untrue (see `prepare_responses`).
-        writer: of responses, see there.
+        recipe: the recipe, with a section `prepare`.
+        writer: a user function for rejected responses (see `prepare_responses`).
 
     Raises:
-        ValueError: no `prepare` section, a file that is there already, or no pair.
+        ValueError: there is no `prepare` section, the file exists, or no pair was found.
     """
     from mmalign.modalities.text_to_image.prepare import prepare_images
     from mmalign.modalities.vision_language.prepare import prepare_responses

@@ -1,4 +1,4 @@
-"""The whole way in one command: pairs, alignment, measurement, page, on a bundled model and without a network."""
+"""The command `quickstart`: pairs, training, evaluation and gallery of a bundled model, without a network."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ def quickstart(
     draw: bool,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Align a bundled model, and show by how much its images follow their prompts better, or its answers invent less.
+    """Align a bundled model, evaluate it, and write the numbers and a gallery.
+
+    The evaluation measures whether images follow their prompts, or how much answers hallucinate.
 
     Args:
         modality: "text_to_image" (tiny_sd) or "vision_language" (tiny_llava).
-        seed: of the training.
-        draw: make the pairs anew, instead of taking those in assets/.
-        output: where everything is written, if not where the recipe says; `result.json` there has the numbers.
+        seed: seed of the training.
+        draw: true to generate the pairs instead of reading those in assets/.
+        output: folder of all files, instead of the recipe's; `result.json` there has the numbers.
 
     Returns:
-        What `result.json` holds: what base and aligned model reach on held-out prompts or pictures, and the paired
-        differences with their 95 % intervals.
+        The content of `result.json`: the numbers of base and aligned model on held-out prompts or images, and the
+        paired differences with their 95 % intervals.
 
     Raises:
-        ValueError: the modality is none.
+        ValueError: the modality is unknown.
     """
     if modality not in MODALITIES:
         raise ValueError(f"quickstart: {modality!r} is no modality; expected {' or '.join(MODALITIES)}")
@@ -73,14 +75,14 @@ def quickstart(
 
 
 def _image_summary(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What stands first in result.json of images, and what is said of it."""
+    """Return the first entries of result.json for images, and their sentences."""
     overall = details["overall"]
     base, aligned, difference = overall["before"], overall["after"], overall["difference"]
     numbers = {"base accuracy": base["estimate"], "aligned accuracy": aligned["estimate"], "difference": difference}
     return numbers, [_sentence("prompts drawn right", base, aligned, difference)]
 
 
-# What stands first in result.json of answers: by the name of a measure, its name there, and what is said of it.
+# First entries of result.json for answers: measure -> (key, label of its sentence).
 _FIRST = {
     "CHAIR_s": ("CHAIR_s", "descriptions that invent an object"),
     "CHAIR_i": ("CHAIR_i", "objects named that are invented"),
@@ -90,7 +92,7 @@ _FIRST = {
 
 
 def _answer_summary(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What stands first in result.json of answers, and what is said of it."""
+    """Return the first entries of result.json for answers, and their sentences."""
     numbers, sentences = dict[str, Any](), list[str]()
     for compared in details["measures"].values():
         base, aligned = (compared[side]["measures"] for side in ("before", "after"))

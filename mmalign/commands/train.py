@@ -1,4 +1,4 @@
-"""`train` a recipe: its data and its run through the loop, to a model and a verdict."""
+"""The command `train`: build or resume a recipe's run, train it, and export the model."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train` leaves.
+    """Result of `train`.
 
     Attributes:
-        folder: the trained model, as its library loads it: diffusers, or transformers and peft.
-        steps: updates done in all.
-        seconds: of this call.
-        verdict: what the run did, in plain words.
+        folder: folder of the trained model, in the format of diffusers, or of transformers and peft.
+        steps: updates done in total.
+        seconds: duration of this call.
+        verdict: a sentence on the run's outcome.
         history: the mean metrics of every report of this call.
     """
 
@@ -66,15 +66,16 @@ class Trained:
 
 
 def train(recipe: Recipe) -> Trained:
-    """Train by a recipe; the same call again goes on from the last checkpoint, with the same numbers as without a stop.
+    """Train by a recipe, or resume from its last checkpoint with the same numbers as an uninterrupted run.
 
-    Writes checkpoints, the tracker's logs, `recipe.yaml` and at the end `model/` to the recipe's output.
+    The recipe's output receives checkpoints, the tracker's logs, `recipe.yaml` and at the end `model/`.
 
     Raises:
-        ValueError: something in the recipe, the data or a checkpoint does not fit.
-        FloatingPointError: a loss is not finite; the last checkpoint is kept.
-        CheckpointError: a checkpoint could not be written; the ones before it are kept.
+        ValueError: the recipe, the data or a checkpoint does not fit.
+        FloatingPointError: a loss is not finite; the last checkpoint stays.
+        CheckpointError: a checkpoint could not be written; earlier ones stay.
     """
+    # Checks, data and processes, before any model is loaded
     started, options = time.time(), recipe.train
     preflight.check(recipe, training=True)
     output = atomic_io.make_folder("output", Path(recipe.output))
@@ -83,6 +84,8 @@ def train(recipe: Recipe) -> Trained:
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
     for line in methods.requirements_of(recipe.method).check():
         logger.info(line)
+
+    # Models and the last checkpoint
     named = loading.method_reward(recipe)
     reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
     family = loading.load_for_training(recipe, accelerator.device)
@@ -91,15 +94,17 @@ def train(recipe: Recipe) -> Trained:
     if saved is not None and saved.step == options.steps:
         run = start_run(
             recipe, family, identity, saved, accelerator, reference_cached=True
-        )  # no reference: nothing learns
+        )  # no reference: nothing is trained
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
         logger.info(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
         return Trained(folder, run.progress.step, time.time() - started, done, [])
-    if accelerator.is_main_process:  # not before it is known that the folder is this run's
+    if accelerator.is_main_process:  # only now is the folder known to be this run's
         with atomic_write(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
+
+    # Caches, policy and optimizer
     data_module = cache.build_filled_data_module(
         recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model
     )
@@ -113,6 +118,8 @@ def train(recipe: Recipe) -> Trained:
         f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; "
         f"{data_module.about}"
     )
+
+    # Training, export and verdict
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
         _train(recipe, run, data_module, _Hook(recipe, run, data_module, reporter))
@@ -124,10 +131,10 @@ def train(recipe: Recipe) -> Trained:
 
 
 def open_accelerator(options: Train, **tracking: Any) -> Any:
-    """What knows of devices and of the other processes; `tracking` is as accelerate takes it.
+    """Return the accelerator, and seed the libraries' random numbers; `tracking` goes to accelerate.
 
     Raises:
-        ValueError: the processes do not know of one another.
+        ValueError: the launched processes do not know of one another.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -140,11 +147,11 @@ def open_accelerator(options: Train, **tracking: Any) -> Any:
 
 
 def _end(recipe: Recipe, data_module: DataModule, accelerator: Any) -> None:
-    """Close the trackers and the processes' group, and name what no process could use."""
+    """Close the trackers and the process group, and log the rows that no process could use."""
     from accelerate.utils import gather_object
 
     dropped = list({d.location: d for d in gather_object(data_module.skipped())}.values())
-    accelerator.end_training()  # also ends the processes' group: nothing can wait for the others after it
+    accelerator.end_training()  # also ends the process group: no process can wait for others after it
     if dropped:
         logger.warning(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {format_rows(dropped)}")
 
@@ -154,7 +161,7 @@ def _named(recipe: Recipe) -> str:
 
 
 def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: _Hook) -> None:
-    """Run the loop; where a loss is not finite, say which pairs it came from."""
+    """Run the loop; if a loss is not finite, name its pairs in the error."""
     options = recipe.train
     try:
         loop.train(
@@ -180,7 +187,7 @@ def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: _Hoo
 
 
 def _failed_batch(error: FloatingPointError, run: TrainingRun, data_module: DataModule) -> tuple[int, int, list[str]]:
-    """Where the numbers went wrong: epoch, batch, and the places of its pairs, on whichever process it was."""
+    """Return the epoch, the batch and the locations of the pairs that failed, on whichever process."""
     if not isinstance(error, loop.NonFiniteLossError):
         epoch, batch = run.progress.epoch, run.progress.batch
         return epoch, batch, data_module.batch_locations(epoch, batch - 1)
@@ -189,12 +196,12 @@ def _failed_batch(error: FloatingPointError, run: TrainingRun, data_module: Data
     location, mine = error.location, list[tuple[int, int, list[str]]]()
     if location is not None:
         mine = [(location.epoch, location.batch, data_module.batch_locations(location.epoch, location.batch - 1))]
-    gathered: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise it, in the same update
+    gathered: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise the error in the same update
     return gathered[0]
 
 
 class _Hook:
-    """After every update: report, and save when it is time and nothing is pending; the last one always."""
+    """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end."""
 
     def __init__(self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter) -> None:
         self.recipe, self.run, self.data_module, self.reporter, self.due = recipe, run, data_module, reporter, False
@@ -217,9 +224,10 @@ class _Hook:
             self.run.train_state.accelerator.wait_for_everyone()
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
-        """Refuse to save what nobody could go on from: an update can break a model whose last loss was finite.
+        """Refuse to save weights or a loss that are not finite: an update can break a model after a finite loss.
 
-        Its loss is looked at, too, but for a method that would have to draw a batch of images for it.
+        Without a validation loss, the loss of one training batch is checked, except for methods that would have to
+        generate its images.
         """
         loss, draws = score, methods.requirements_of(self.recipe.method).prompts_only
         if loss is None and not draws:
@@ -234,7 +242,7 @@ class _Hook:
 
 @torch.no_grad()
 def _mean_loss(recipe: Recipe, run: TrainingRun, batches: Iterable[Any]) -> float | None:
-    """The method's loss on these batches under fixed draws, or None where they have no pair. Lower is better."""
+    """Return the method's mean loss on batches with fixed random numbers, lower is better; None without a pair."""
     total, weight = 0.0, 0.0
     bare = Policy(run.policy.family, run.policy.unwrapped, run.policy.unwrapped, run.policy.reference)
     for batch in batches:
@@ -253,11 +261,18 @@ def start_run(
     accelerator: Any,
     reference_cached: bool = False,
 ) -> TrainingRun:
-    """Make policy and optimizer, without a reference if its scores are `reference_cached`, and go on from a checkpoint,
-    if any.
+    """Build policy and optimizer, and resume from a checkpoint, if there is one.
+
+    Args:
+        recipe: the recipe to train.
+        family: the model as loaded.
+        identity: identity of the run, from `identify`.
+        saved: the checkpoint to resume from, or None.
+        accelerator: the accelerator of the run.
+        reference_cached: true if cached scores replace the frozen copy of a fully trained network.
 
     Raises:
-        ValueError: the model cannot be trained so, or the checkpoint does not fit it.
+        ValueError: the model cannot be trained as requested, or the checkpoint does not fit it.
     """
     policy, train_state = build_train_state(
         build_policy(family, recipe, reference_cached=reference_cached), recipe.train, accelerator
@@ -271,7 +286,7 @@ def start_run(
 
 
 def identify(recipe: Recipe, family: Family) -> dict[str, str]:
-    """What a checkpoint belongs to: it can be gone on from only where all of this is the same."""
+    """Return the identity of a run; a checkpoint resumes only a run of the same identity."""
     lora = recipe.model.lora
     targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
@@ -289,12 +304,13 @@ def identify(recipe: Recipe, family: Family) -> dict[str, str]:
 
 
 def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Checkpoint | None:
-    """The checkpoint of the run's folder to go on from: the latest, if there is one.
+    """Return the latest checkpoint of the run's folder that can be resumed, or None.
 
-    One that was written inside a batch is where a run has ended, and is taken only where nothing is left to do.
+    A run may end inside a batch. Its last checkpoint is returned only if no update is left; otherwise the latest
+    resumable one is.
 
     Raises:
-        ValueError: it is another run's, is damaged, or has done more updates than the recipe asks for.
+        ValueError: the checkpoint is another run's, is damaged, or has more updates than the recipe asks for.
     """
     output, steps = Path(recipe.output), recipe.train.steps
     path = checkpoint.latest(output)
@@ -317,10 +333,10 @@ def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Chec
 
 
 def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -> Policy[F]:
-    """The policy to train: LoRA with the adapters off as reference, or the whole network with a frozen copy.
+    """Return the policy to train, with its reference.
 
-    A method that needs no reference gets none, and no copy is made; nor is one of a reference whose scores are
-    `reference_cached`.
+    With LoRA the reference is the network with its adapters off; with full fine-tuning it is a frozen copy. There is no
+    reference if the method needs none, and no copy if its scores are `reference_cached`.
     """
     model, options = recipe.model, recipe.train
     needed = methods.requirements_of(recipe.method).reference
@@ -336,6 +352,6 @@ def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -
         family.unfreeze()
     if options.gradient_checkpointing:
         family.enable_gradient_checkpointing()
-    if options.compile and isinstance(reference, FrozenCopy):  # no copy is compiled as its original is
+    if options.compile and isinstance(reference, FrozenCopy):  # a copy is not compiled with its original
         compile_blocks(family.blocks(reference.model))
     return Policy(family, family.network, family.network, reference)
