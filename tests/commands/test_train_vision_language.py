@@ -261,7 +261,7 @@ def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_
     judged = refused(content, "evaluate={benchmark: crowds, reward: {path: models/tiny_clip}}")
     assert judged.startswith("recipe: evaluate has no 'reward'; it has benchmark")
     drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images_per_prompt: 4}")
-    assert drawn.startswith("recipe: prepare has no 'images'; it has")
+    assert drawn.startswith("recipe: prepare has no 'images_per_prompt'; it has")
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
