@@ -1,15 +1,17 @@
 """Methods, one file per paper: the file's name is the method's name in a recipe.
 
-A method answers two questions: what is compared (`contrasts`, without gradients), and how much it hurts to prefer the
-wrong one (`loss`). `contrasts` is complete before the first update and holds the reference's scores. So a method that
-samples is not changed by its own updates halfway. `requirements` states what the method needs of a run.
+A method is two functions. `contrasts` returns the items to compare, without gradients and with the reference's scores.
+`loss` returns the cost of preferring the wrong item. All contrasts of a batch exist before its first update, so a
+method that samples from the policy sees one state of it. `requirements` states what the method needs of a run.
 
-Results that follow from a pair, its random draws and the reference alone can be precomputed once (`PrecomputeSpec`). A
-pair's draws then repeat after `num_draws` epochs, and `contrasts` finds the tensors in `batch.precomputed`, which is
-None without a cache. There are two kinds. Tensors to compute with are made pair by pair (`precompute_per_pair`), with
-the same bits in any batch. Reference scores (`PrecomputeSpec.scores`) are made in the batches in which training first
-meets the pairs: networks round by the batch, and a policy that has not moved must score exactly what its reference
-does.
+Results that depend only on a pair, its random draws and the reference can be precomputed once (`PrecomputeSpec`). A
+pair's draws then repeat after `num_draws` epochs. `contrasts` reads the tensors from `batch.precomputed`, which is None
+without a cache. There are two kinds:
+
+* Tensors that a method computes with are computed pair by pair (`precompute_per_pair`), with the same bits in any
+  batch.
+* Reference scores (`PrecomputeSpec.scores`) are computed in the batches in which training first meets the pairs: an
+  untrained policy must score exactly as its reference, and networks round differently in different batches.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from mmalign.rng import KeyedRNG
 
 @dataclass(frozen=True)
 class Step:
-    """What a method makes of one contrast.
+    """Losses, weights and metrics of one contrast.
 
     Attributes:
-        losses: [B].
-        weights: [B]; 0 for a padding row. The loop divides by the sum of the weights over everything it accumulates.
-        metrics: each [B], averaged for the log with the same weights.
+        losses: one loss per pair [B].
+        weights: weights of the pairs [B]; 0 for padding. The loop divides by their sum over an accumulated update.
+        metrics: values [B] by name, averaged for the log with the same weights.
     """
 
     losses: Tensor
@@ -44,21 +46,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a method needs of a run.
+    """Needs of a method.
 
     Attributes:
         reference: a reference network, or its cached scores.
-        prompts_only: prompts without images: the method generates its own.
+        prompts_only: prompts without images; the method generates its own images.
         prompt_pairs: pairs with a prompt for each image.
         decoded_images: the decoded images of response pairs.
-        other_images: the chosen responses once more, with the pairs' other images.
-        vae_decoder: the decoder of the autoencoder, on the device.
-        vision_tower: the vision tower during training, for images that are in no file.
-        min_pairs: the smallest batch, in pairs.
-        precompute: tensors to compute once per pair and draw; None for nothing.
-        hint_if_empty: advice for a run in which the method could make nothing of its batches.
-        check: looks for packages and files that the hyper-parameters name, before anything is loaded; raises ValueError
-            where one is missing, and returns lines for the log.
+        other_images: the chosen responses again, under the pairs' other images.
+        vae_decoder: the autoencoder's decoder, on the device.
+        vision_tower: the vision tower during training, for images that no file contains.
+        min_pairs: the smallest batch size, in pairs.
+        precompute: tensors to compute once per pair and draw; None for none.
+        hint_if_empty: advice for a run whose batches all gave nothing to learn from.
+        check: a check, before loading, of the packages and files that the hyper-parameters name. It raises ValueError
+            if one is missing and returns lines for the log.
     """
 
     reference: bool = True
@@ -81,7 +83,7 @@ def requirements_of(config: Any) -> Requirements:
 
 
 def epoch_rng(method: Method[Any], cfg: Any, rng: KeyedRNG) -> KeyedRNG:
-    """Return the epoch's RNG, cycling through the precomputed draws if the method has any."""
+    """Return the epoch's RNG, cycling through `num_draws` epochs if the method precomputes."""
     spec = method.requirements(cfg).precompute
     return rng if spec is None else replace(rng, epoch=rng.epoch % spec.num_draws)
 
@@ -99,12 +101,12 @@ def compute_precomputed(
 def cached_scores(
     num_draws: int, settings: Mapping[str, str | int | float], compute: Compute | None = None
 ) -> PrecomputeSpec | None:
-    """Return the spec of cached reference scores; None for 0 draws, which are new in every epoch."""
+    """Return the spec of cached reference scores; None for 0 draws, that is, new draws in every epoch."""
     return PrecomputeSpec(num_draws, settings, scores=True, compute=compute) if num_draws else None
 
 
 def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
-    """The reference's scores in the one contrast that a method has made of a batch."""
+    """Return the reference's scores of a batch's only contrast."""
     (contrast,) = contrasts
     scores: Scores | None = contrast.reference
     assert scores is not None, "what is kept is the reference's, and needs one"
@@ -114,7 +116,10 @@ def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
 def precompute_per_pair(
     compute: Callable[..., dict[str, Tensor]], policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG
 ) -> dict[str, Tensor]:
-    """What a method keeps of a batch [B, ...], worked out pair by pair: in another company it would round otherwise."""
+    """Return a method's precomputed tensors of a batch, each [B, ...], computed pair by pair.
+
+    Networks round differently in different batches; pair by pair the bits depend on the pair alone.
+    """
     tensors = [compute(policy, single, cfg, rng) for single in batch.singles()]
     return {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
 
@@ -122,7 +127,7 @@ def precompute_per_pair(
 def reference_scores(
     policy: Policy[Any], batch: Any, run: Callable[[nn.Module], dict[str, Tensor]]
 ) -> dict[str, Tensor] | None:
-    """What `run` gives for the reference, each [B, ...]: as it is kept with the batch, or else by its network."""
+    """Return the reference's scores, each [B, ...]: the batch's cached ones, else `run` on the reference network."""
     precomputed: dict[str, Tensor] | None = batch.precomputed
     return policy.on_reference(run) if precomputed is None else precomputed
 
@@ -131,24 +136,24 @@ C = TypeVar("C")
 
 
 class Method(Protocol[C]):
-    """What a file in this folder must offer; a module satisfies it."""
+    """Interface of a method's module."""
 
     @property
     def Config(self) -> type:
-        """The hyper-parameters, a pydantic model with the paper's values as defaults."""
+        """Hyper-parameters: a pydantic model with the paper's values as defaults."""
 
     @property
     def modality(self) -> str:
-        """What it aligns, a key of `config.SECTIONS`; the recipe's model and data are of that kind."""
+        """Modality of the recipe's model and data, a key of `config.SECTIONS`."""
 
     def requirements(self, cfg: Any) -> Requirements:
-        """State what the method needs, given its hyper-parameters."""
+        """Return the method's needs under these hyper-parameters."""
 
     def contrasts(self, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG) -> list[C]:
-        """Everything that needs no gradient, the reference's scores included."""
+        """Return the contrasts of a batch: all inputs of `loss` that need no gradient, reference scores included."""
 
     def loss(self, policy: Policy[Any], contrast: C, cfg: Any) -> Step:
-        """Run the policy, once."""
+        """Run the policy once and return the losses of one contrast."""
 
 
 FOLDERS = ("text_to_image", "vision_language")
@@ -163,6 +168,6 @@ def find(name: str) -> Any:
     """Return the module of the method called `name`.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: no method has that name.
     """
     return registry.find([f"{__name__}.{folder}" for folder in FOLDERS], name, "method.name: there is no method")

@@ -1,4 +1,4 @@
-"""What methods with a pair loss share: its hyper-parameters, and the numbers that a person watches."""
+"""Hyper-parameters and logged metrics of methods with a pair loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NumCachedDraws = Annotated[
 
 
 class PairLossConfig(BaseModel):
-    """Which pair loss, and its hyper-parameters; `beta` is in a unit of the method's own scores."""
+    """Choice of the pair loss and its hyper-parameters; the unit of `beta` is one over that of the method's scores."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ class PairLossConfig(BaseModel):
 
 
 def bound_loss(cfg: PairLossConfig) -> PairLoss:
-    """The pair loss with the hyper-parameters that it has."""
+    """Return the configured pair loss with its hyper-parameters bound."""
     extra = {"dpo": {"label_smoothing": cfg.label_smoothing}, "robust": {"flip_rate": cfg.flip_rate}}
     return pair_loss(cfg.loss, beta=cfg.beta, **extra.get(cfg.loss, {}))
 
@@ -48,10 +48,10 @@ def preference_step(
     weights: Tensor,
     more: Mapping[str, Tensor],
 ) -> Step:
-    """A pair loss with the numbers that a person watches, and what a method adds to them.
+    """Return the step of a pair loss, with the common metrics and a method's own metrics `more`.
 
-    "chosen gain" and "rejected gain" are how much likelier than the reference the policy finds each side, in score
-    units: a run in which both fall unlearns, whatever the loss says.
+    "chosen gain" and "rejected gain" are policy score minus reference score, in score units. A run in which both fall
+    is unlearning, even if its loss falls.
     """
     policy, reference = (
         Pair(policy_scores["chosen"], policy_scores["rejected"]),
@@ -71,7 +71,7 @@ def preference_step(
 
 
 def preference_metrics(z: Tensor) -> dict[str, Tensor]:
-    """What a comparison's logits [B] say: which are right (a tie is half right), how large, and what pull is left."""
+    """Return a comparison's metrics from its logits [B]: accuracy (a tie is half right), logit, and gradient factor."""
     return {
         "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
         "logit": z.detach(),

@@ -1,4 +1,4 @@
-"""For the type checker: every method, of either modality, is a Method. A test compares the list with the folder."""
+"""Static check that every method satisfies the Method protocol; a test compares the list with the folders."""
 
 from __future__ import annotations
 

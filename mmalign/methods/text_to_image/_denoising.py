@@ -22,7 +22,7 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class CleanPairs:
-    """Both images of every pair before they are noised: x_0 [2B, C, H, W], the pair's t [2B], the conditioning [2B]."""
+    """Both images of every pair, without noise: x_0 [2B, C, H, W], the pair's t [2B], the conditioning [2B]."""
 
     x_0: Tensor
     t: Tensor
@@ -31,7 +31,7 @@ class CleanPairs:
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """What the networks are shown: x_t [2B, C, H, W], t [2B], the conditioning [2B], and the right answer."""
+    """Inputs of the networks: x_t [2B, C, H, W], t [2B], the conditioning [2B]; and the training target."""
 
     x_t: Tensor
     t: Tensor
@@ -43,14 +43,14 @@ class NoisedPairs:
 
     @classmethod
     def cat(cls, parts: Sequence[NoisedPairs]) -> NoisedPairs:
-        """The rows of all parts."""
+        """Concatenate the rows of all parts."""
         x_t, t, target = (torch.cat([getattr(p, name) for p in parts]) for name in ("x_t", "t", "target"))
         return cls(x_t, t, target, Conditioning.cat([p.cond for p in parts]))
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A noised pair, the reference's scores of it, and the weight of each pair [B]."""
+    """Noised pairs, the reference's scores of them, and the weight of each pair [B]."""
 
     view: NoisedPairs
     reference: Scores | None
@@ -65,9 +65,9 @@ def noise_pairs(
     index: int = 0,
     t: Tensor | None = None,
 ) -> NoisedPairs:
-    """Both images of every pair at one timestep and under one noise, with one decision about the caption.
+    """Add noise to both images of every pair, with one timestep, noise and caption-dropout decision per pair.
 
-    The timesteps [B] are drawn, if they are not given.
+    Without `t` [B] the timesteps are drawn.
     """
     images, schedule = sample_clean_pairs(family, batch, caption_dropout, rng, index, t), family.schedule
     x_0, t = images.x_0, images.t
@@ -83,7 +83,7 @@ def sample_clean_pairs(
     index: int = 0,
     t: Tensor | None = None,
 ) -> CleanPairs:
-    """Both images of every pair, sampled from their posteriors, with the pair's timestep and caption."""
+    """Sample both images of every pair from their posteriors, with the pair's timestep and conditioning."""
     device = batch.latents.mean.device
     sampled = rng.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
     x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
@@ -95,9 +95,9 @@ def sample_clean_pairs(
 def pair_conditioning(
     family: TextToImage, batch: EncodedPairs, text: Conditioning, caption_dropout: float, rng: KeyedRNG, index: int = 0
 ) -> Conditioning:
-    """The conditioning [2B] of both images of every pair under `text` [B], dropped or not by one decision of the pair.
+    """Return the conditioning [2B] of both images of every pair under `text` [B], with caption dropout per pair.
 
-    Whatever the text, the same pairs are decided alike.
+    The dropped pairs do not depend on `text`.
     """
     if caption_dropout > 0:
         keep = rng.uniform(batch.rows, (), "caption dropout", index).to(batch.weights.device) >= caption_dropout
@@ -106,12 +106,12 @@ def pair_conditioning(
 
 
 def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, views: Sequence[str] = PAIR) -> Scores:
-    """`-1/2 mean(error ** 2)` [B] of the chosen and the rejected images, or of other `views`, one after the other."""
+    """Return `-1/2 mean(error ** 2)` [B] of each of `views`, whose rows follow one another."""
     error = mean_square(family.predict(net, view.x_t, view.t, view.cond), view.target)
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
 def denoising_step(cfg: PairLossConfig, policy_scores: Scores, reference_scores: Scores, weights: Tensor) -> Step:
-    """The pair loss, with the errors that the scores are of."""
+    """Return the step of the pair loss, with the denoising errors of both sides as metrics."""
     errors = {f"{side} error": -2 * policy_scores[side].detach() for side in PAIR}
     return preference_step(bound_loss(cfg), cfg.beta, policy_scores, reference_scores, weights, errors)

@@ -1,4 +1,4 @@
-"""What methods share that look at images on the way from noise: guided predictions, and the pictures in latents."""
+"""Guided predictions and memory-bounded image decoding, shared by methods that judge partly denoised images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def predict_guided(
     unconditional: Conditioning,
     scale: float,
 ) -> Tensor:
-    """The guided prediction [N, C, H, W], float32, by one run of the network on 2N rows; on N for a scale of 1.
+    """Return the guided prediction [N, C, H, W], float32, from one run on 2N rows (N rows at a scale of 1).
 
     Args:
         family: the model.
         net: its network.
         x_t: noisy latents [N, C, H, W].
         t: their times [N].
-        cond: the whole conditioning of each [N].
-        unconditional: the whole conditioning without a prompt [N].
-        scale: of the guidance.
+        cond: the full conditioning of each row [N].
+        unconditional: the full conditioning without a prompt [N].
+        scale: the guidance scale.
     """
     if scale == 1:
         return family.predict(net, x_t, t, cond).float()
@@ -38,10 +38,10 @@ def predict_guided(
 
 
 def decode_images(family: TextToImage, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W] of latents [N, C, h, w], decoded some at a time.
+    """Decode latents [N, C, h, w] to images [N, 3, H, W], a few at a time.
 
-    All at once, large ones take more memory than the training. As many as have a megapixel together, and eight at most:
-    on a CPU eight small ones are a quarter faster than one by one, and more are slower again.
+    Decoding all large images at once takes more memory than training. A chunk holds one image, or up to eight within
+    one megapixel. On a CPU eight small images are a quarter faster than single ones; larger chunks are slower again.
     """
     first = family.decode(latents[:1])
     at_once = min(8, max(1, 2**20 // (first.shape[-2] * first.shape[-1])))

@@ -1,4 +1,4 @@
-"""Disturbed images, shared by the methods that change the picture."""
+"""Modified images of chosen responses, shared by methods that crop or add noise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ ImageChange = Callable[[Image.Image, int, int], Image.Image]
 def with_changed_images(
     family: VisionLanguage, batch: EncodedResponses, change: ImageChange
 ) -> tuple[Tokens, ImageFeatures]:
-    """The chosen rows [B] with disturbed images in their prompts, and the features of these images.
+    """Return the chosen rows [B] with modified images in their prompts, and the features of these images.
 
     Args:
-        family: encodes them, by the part of it that is frozen: policy and reference see the same.
-        batch: with `pictures`.
-        change: makes of a picture one of the same size, given its pair's row id and its place among the prompt's
-            images.
+        family: the model. Its frozen vision tower encodes the images, so policy and reference get the same features.
+        batch: the pairs, with `decoded_images`.
+        change: a map from (image, the pair's row id, the image's index in the prompt) to an image of the same size.
     """
     chosen, views, keys = batch.tokens[: len(batch.rows)], dict[str, ImageView](), list[tuple[str, ...]]()
     for row, images in zip(batch.rows, chosen.images, strict=True):

@@ -20,18 +20,18 @@ from mmalign.policy import Scores
 PAIR = ("chosen", "rejected")
 
 
-TOKEN = "chosen token"  # the view whose score is the mean over the chosen response's tokens, whatever the others' is
+TOKEN = "chosen token"  # the view that always scores the mean over the chosen response's tokens
 
 
 class ResponseLossConfig(PairLossConfig):
-    """Which pair loss, and what every method that compares responses may add to it."""
+    """Pair loss of methods that compare responses, with an optional likelihood term."""
 
     nll: float = Field(0.0, ge=0, description="the weight of the chosen response's own -log p, a mean over its tokens")
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two responses to every prompt, how the reference scores them, and the weight of each token if they differ."""
+    """Responses to every prompt, the reference's scores of them, and token weights [kB, R] if these are not uniform."""
 
     batch: EncodedResponses
     reference: Scores | None
@@ -47,15 +47,15 @@ def response_scores(
     mean: bool = False,
     weights: Tensor | None = None,
 ) -> Scores:
-    """The log-probabilities [B] of the chosen responses, the rejected ones and of further views, in nats.
+    """Return the log-probabilities [B] of the chosen responses, the rejected ones and any further views, in nats.
 
     Args:
         family: the model.
-        net: its network, or its reference's.
-        batch: the pairs; its tokens are [kB] rows for k views.
+        net: the network of the policy or of the reference.
+        batch: the pairs, with tokens [kB] for k views.
         views: the names of the k views, "chosen" and "rejected" first.
-        mean: divide by the number of a response's tokens.
-        weights: of the responses' tokens [kB, R]; the score is then their weighted mean.
+        mean: the mean over a response's tokens, not the sum.
+        weights: weights of the response tokens [kB, R]; the score is then the weighted mean.
     """
     logps = family.token_logps(net, batch.tokens, batch.features)
     return view_scores(logps, batch.tokens.response_mask, views, mean=mean, weights=weights)
@@ -64,7 +64,7 @@ def response_scores(
 def view_scores(
     logps: Tensor, mask: Tensor, views: Sequence[str] = PAIR, *, mean: bool = False, weights: Tensor | None = None
 ) -> Scores:
-    """Token log-probabilities [kB, R] of k views as their scores [B], and the first view's mean over tokens."""
+    """Reduce token log-probabilities [kB, R] of k views to scores [B], and add the first view's token mean."""
     if weights is not None:
         each = scores.weighted_mean(logps, mask, weights)
     else:
@@ -75,7 +75,7 @@ def view_scores(
 
 
 def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: Scores, view: str) -> Tensor:
-    """The pair loss [B] that prefers the chosen responses to another view."""
+    """Return the pair loss [B] that prefers the chosen responses to another view."""
     return link(
         Pair(policy_scores["chosen"], policy_scores[view]), Pair(reference_scores["chosen"], reference_scores[view])
     )
@@ -88,15 +88,16 @@ def response_step(
     batch: EncodedResponses,
     terms: Mapping[str, Tensor] | None = None,
 ) -> Step:
-    """The loss, with the log-probabilities that the scores are, and the lengths of the responses.
+    """Return the step of a response loss; its metrics include log-probabilities, gains and response lengths.
 
     Args:
-        cfg: which pair loss, and the weight of the chosen responses' likelihood, which is added here.
+        cfg: the pair loss, and the weight of the chosen responses' likelihood term, which is added here.
         policy_scores: the policy's scores.
-        reference_scores: the reference's.
+        reference_scores: the reference's scores.
         batch: the pairs.
-        terms: what the loss is a sum of, each [B], by name; the pair loss on chosen and rejected if not given.
+        terms: summands of the loss by name, each [B]; if None, the pair loss of chosen and rejected.
     """
+    # Metrics of every view and of the response lengths
     pairs, counts = len(batch.rows), batch.tokens.num_tokens.float()
     views = [view for view in policy_scores if view != TOKEN]
     more = {f"{view} log-probability": policy_scores[view].detach() for view in views}
@@ -105,6 +106,7 @@ def response_step(
         f"{view} gain": (policy_scores[view] - reference_scores[view]).detach() for view in views if view not in PAIR
     }
     step = preference_step(bound_loss(cfg), cfg.beta, policy_scores, reference_scores, batch.weights, more)
+    # Sum of the terms, plus the chosen responses' negative log-likelihood
     losses = step.losses if terms is None else torch.stack(list(terms.values())).sum(0)
     terms_detached = {name: term.detach() for name, term in (terms or {}).items()}
     if cfg.nll:
