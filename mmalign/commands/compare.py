@@ -37,7 +37,7 @@ from mmalign.training.export import read_run_info
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # prompts in the picture
+SHOWN = 8  # prompts in the grid of images
 
 
 class Stage(NamedTuple):
@@ -229,7 +229,7 @@ def _finish(recipe: Recipe, shorter: Recipe | None) -> None:
 
 
 def _copy_checkpoint(shorter: Path, output: Path) -> None:
-    """Copy a run's last checkpoint to the longer run, which otherwise starts anew with the same result."""
+    """Copy a run's last checkpoint to the longer run, which otherwise starts over with the same result."""
     last = checkpoint.latest(shorter, resumable=True)
     if last is not None:
         atomic_io.make_folder("compare", output)

@@ -118,7 +118,10 @@ def _identity(section: Evaluate, trained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _implicit(recipe: Recipe, section: Evaluate, policy: Policy, splits: Splits) -> tuple[dict[str, Any], Table]:
-    """Return the implicit reward accuracy of the trained model on the validation split."""
+    """Return the implicit reward accuracy on the validation split.
+
+    A pair is right if the trained model prefers the chosen side by more than the base model does.
+    """
     data_module = _data_module(recipe, policy, splits)
     is_image_model = isinstance(section, EvaluateImages)
     score = (implicit_reward.image_scores if is_image_model else implicit_reward.response_scores)(policy.family)

@@ -37,8 +37,8 @@ def quickstart(
         output: folder of all files, instead of the recipe's; `result.json` there has the numbers.
 
     Returns:
-        The content of `result.json`: the numbers of base and aligned model on held-out prompts or images, and the
-        paired differences with their 95 % intervals.
+        The content of `result.json`: the numbers of both models on prompts or images outside the training data, and
+        the paired differences with 95 % intervals.
 
     Raises:
         ValueError: the modality is unknown.

@@ -62,7 +62,7 @@ class EvaluateImages(Evaluate):
 
 
 class EvaluateSteps(Evaluate):
-    """Settings of a step judge's accuracy on the validation split, at several times."""
+    """Settings of a step judge's accuracy on the validation split, at several timesteps."""
 
     benchmark: Literal["steps"] = "steps"
     times: list[Annotated[int, Field(ge=0)]] = Field([0, 251, 501, 701, 951], min_length=1)

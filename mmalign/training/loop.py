@@ -96,6 +96,7 @@ def train(
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
+            # Contrasts of the batch, then a backward pass for each and an update for each full window
             contrasts = make_contrasts(method, policy, batch, config, KeyedRNG(seed, progress.epoch))
             progress.batch, before = progress.batch + 1, progress.step
             for number, contrast in enumerate(contrasts, start=1):
@@ -112,6 +113,8 @@ def train(
                     if progress.step == steps:
                         return progress
                     since = clock()
+
+            # Stop if there is nothing to learn from
             window.empty = window.empty + 1 if progress.step == before else 0
             if window.empty >= MAX_EMPTY_BATCHES and not window.count:
                 raise ValueError(

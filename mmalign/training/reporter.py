@@ -88,8 +88,8 @@ class Reporter:
     def _warn(self, step: int, means: Mapping[str, float]) -> None:
         """Warn once if a pair loss is saturated or has hardly moved.
 
-        The first update says nothing, since every logit is 0. In the first half of the run the learning rate may still
-        be warming up, so a loss that has hardly moved is no reason to warn.
+        The first update says nothing, since every logit is 0. A loss that has hardly moved counts only in the second
+        half of the run: before, the learning rate may still be warming up.
         """
         factor = means.get("gradient factor")
         if factor is None or self.warned or step == 1:
