@@ -1,7 +1,7 @@
-"""Judges: what says which of two images follows its prompt better. One file per judge; the file's name is its name.
+"""Reward models that score images against their prompts, one file each, named like the file.
 
-A judge's file has a `Config` (a frozen pydantic model: the options a recipe may give) and
-`load(path, device, cfg) -> RewardModel`. N is the number of images; higher is better.
+A reward model's file has a `Config` (a frozen pydantic model of its options in a recipe) and
+`load(path, device, cfg) -> RewardModel`. N is the number of images; higher scores are better.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from mmalign import registry
 
 
 class RewardModel(Protocol):
-    """Scores images, each against the prompt of the same row. Only a judge that knows noisy images reads `t`.
+    """Scorer of images, each against the prompt of the same row.
 
-    Without `t` images are taken for clean.
+    Only a reward model of noisy images reads the timesteps `t`. Without `t` images are taken as clean.
     """
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        """Scores [N], float32, without a graph; rows do not depend on each other. `t`: timesteps [N]."""
+        """Return scores [N], float32, without gradients; rows are independent. `t` has timesteps [N]."""
         ...
 
 
 class RewardModule(Protocol):
-    """What a file of this folder offers."""
+    """Interface of a reward model's file."""
 
     @property
     def Config(self) -> type[BaseModel]:
-        """The options, frozen and without extra keys."""
+        """The class of the options, frozen and without extra keys."""
         ...
 
     def load(self, path: str, device: torch.device, cfg: BaseModel) -> RewardModel:
-        """The judge, on the device."""
+        """Load the reward model from `path` to the device."""
         ...
 
 
 def names() -> list[str]:
-    """The judges there are: the files of this folder."""
+    """Return the names of all reward models: the files of this folder."""
     return registry.names(__name__)
 
 
 def reward_module(name: str) -> RewardModule:
-    """The module of a judge; importing it loads no heavy library.
+    """Return the module of a reward model; importing it loads no heavy library.
 
     Raises:
         ValueError: no file has this name.
@@ -56,10 +56,16 @@ def reward_module(name: str) -> RewardModule:
 
 
 def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
-    """The judge of a name, with the weights at `path`, guarded by `checked`. `options` are the fields of its `Config`.
+    """Load a reward model by name, and wrap it in `checked_reward_model`.
+
+    Args:
+        name: the name of its file.
+        path: the weights.
+        device: the device of the model.
+        options: fields of its `Config`.
 
     Raises:
-        ValueError: an unknown judge or option, or weights that are missing or do not fit.
+        ValueError: the name or an option is unknown, or the weights are missing or do not fit.
     """
     module = reward_module(name)
     try:
@@ -75,7 +81,7 @@ def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", 
 
 
 def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:
-    """The same judge, which refuses to go on with scores that no pair may be made of.
+    """Return the reward model with a check of its scores at every call.
 
     Raises:
         ValueError: (when called) images and prompts differ in number, or scores are not float32 [N], or not all finite.

@@ -1,7 +1,7 @@
-"""Any open_clip model as a judge: the cosine of image and prompt times the learned scale, as CLIPScore and PickScore.
+"""Reward model from any open_clip model: the cosine of image and prompt times the learned scale (CLIPScore, PickScore).
 
-Prompts that are longer than the text tower's context are cut by the tokenizer, as in CLIP's training. A model's logit
-bias (SigLIP) is left out: it is the same for every pair. N is the number of images, E the width of the embedding.
+The tokenizer cuts prompts longer than the text tower's context, as in CLIP's training. A model's logit bias (SigLIP) is
+left out: it is the same for every pair. N is the number of images, E the width of the embedding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mmalign.resources import resolve_model
 
-KNOWN = 8192  # prompts whose features are kept
+KNOWN = 8192  # prompts in the cache of text features
 
 
 class Config(BaseModel):
-    """Options of the judge."""
+    """Options of the reward model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,12 +35,14 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Unit vectors of prompts, each encoded once, and alone: in a batch its last digits would depend on its company.
+    """Cache of prompts' unit vectors.
+
+    Each prompt is encoded by a call of its own: in a batch, rounding would depend on the other prompts.
 
     Attributes:
         model: an open_clip model.
-        tokenize: from prompts to [N, context].
-        device: of the model.
+        tokenize: a function from prompts to token ids [N, context].
+        device: the model's device.
     """
 
     model: Any  # open_clip has no types: CLIP, CustomTextCLIP or CoCa
@@ -50,12 +52,13 @@ class TextFeatures:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """[N, E], float32."""
+        """Return the unit vectors [N, E], float32."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._known:
                 vector = self.model.encode_text(self.tokenize([prompt]).to(self.device), normalize=True)[0].float()
                 self._known[prompt] = vector
         features = torch.stack([self._known[prompt] for prompt in prompts])
+        # Drop the oldest prompts beyond the cache's size
         for oldest in list(self._known)[: max(0, len(self._known) - KNOWN)]:
             del self._known[oldest]
         return features
@@ -63,7 +66,7 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class OpenClip:
-    """A loaded model, in float32 and eval mode."""
+    """Loaded reward model, in float32 and eval mode."""
 
     model: Any
     preprocess: Callable[[Image.Image], Tensor]  # to [3, H, W]
@@ -72,7 +75,7 @@ class OpenClip:
     batch_size: int
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        """Scores [N], float32, on the device of the model; `t` is not read."""
+        """Return scores [N], float32, on the device of the model; `t` is not read."""
         parts = [torch.empty(0, device=self.device)]
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -81,7 +84,7 @@ class OpenClip:
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors [N, E] of images, all at once; a cosine of two says how alike they are."""
+        """Return unit vectors [N, E] of images, float32, in one forward pass; their cosines are similarities."""
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         features: Tensor = self.model.encode_image(pixels, normalize=True)
         return features.float()
@@ -93,7 +96,7 @@ class OpenClip:
 
 
 def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
-    """The model in a folder (config, weights and tokenizer as open_clip saves them), on the Hub, or of a known name.
+    """Load a model from a folder in open_clip's format (config, weights, tokenizer), the Hub, or a known architecture.
 
     Raises:
         ValueError: there is no such model, or its weights are missing or do not fit its config.
@@ -104,7 +107,7 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
 
 
 def load_parts(path: str, pretrained: str | None = None) -> tuple[Any, Callable[[Image.Image], Tensor], Any]:
-    """A model on the CPU, in float32, with its image preprocessing and its tokenizer.
+    """Load a model on the CPU, in float32, and return it with its image preprocessing and its tokenizer.
 
     Raises:
         ValueError: there is no such model, or its weights are missing or do not fit its config.
@@ -113,7 +116,7 @@ def load_parts(path: str, pretrained: str | None = None) -> tuple[Any, Callable[
 
     try:
         name = _open_clip_name(path, pretrained)
-        # Not `create_model`: that one goes on with random weights where it finds none.
+        # `create_model` would return random weights if it finds none.
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, precision="fp32")
         tokenize = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
@@ -126,9 +129,9 @@ def load_parts(path: str, pretrained: str | None = None) -> tuple[Any, Callable[
 
 
 def _open_clip_name(path: str, pretrained: str | None) -> str:
-    """The name as open_clip wants it: with a schema for folders and Hub ids, bare for its own architectures."""
+    """Return open_clip's name of a model: with a schema for folders and Hub ids, bare for its own architectures."""
     bare = path.removeprefix("hf-hub:").removeprefix("local-dir:")
     if pretrained is not None:
-        return bare  # a folder or Hub id is refused under this name, and it should be: it brings its own weights
+        return bare  # open_clip refuses a folder or Hub id under its bare name, as it should: these have weights
     resolved = resolve_model(bare)
     return f"local-dir:{resolved}" if Path(resolved).exists() else f"hf-hub:{resolved}"

@@ -1,22 +1,22 @@
-"""A judge that knows noisy images: a CLIP whose vision tower is told the timestep (arXiv:2406.04314).
+"""Step-aware reward model for noisy images: a CLIP with a vision tower conditioned on the timestep (arXiv:2406.04314).
 
-SPO compares images that are predicted from x_t, blurred and wrong in ways that depend on t; a judge of clean images
-sees in them what it never learned. Here every block of the vision tower is steered by the timestep, as a DiT's is
-(arXiv:2212.09748):
+SPO compares images that are predicted from x_t. Their blur and errors depend on t, and a reward model of clean images
+has never seen them. Here the timestep modulates every block of the vision tower, as in a DiT (arXiv:2212.09748):
 
     c = SiLU(MLP(sinusoid(t)))
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Linear(c)          one Linear a block
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Linear(c)          one Linear per block
     h = h + gate_1 * attention(norm_1(h) * (1 + scale_1) + shift_1)
     h = h + gate_2 * mlp(norm_2(h) * (1 + scale_2) + shift_2)
     image = projection(norm_post(h[class token]) * (1 + scale) + shift)     shift, scale = Linear(c)
 
-The Linears begin as zeros, but for a bias of 1 of the gates, so that the judge begins as the one that it was made from,
-whatever t is. (The release's own constructor sets every bias to 1; its checkpoints override that.) The text tower is as
-it was. A clean image has t = 0.
+The Linears are initialized to 0, except the gates' biases, which are 1. The initial scores are therefore those of the
+original CLIP at every t. (The release's constructor sets every bias to 1; its checkpoints override that.) The text
+tower is unchanged. A clean image has t = 0.
 
-The folder of such a judge has open_clip's config and tokenizer, and all weights in `step_aware.safetensors`.
+The folder of a step-aware reward model has open_clip's config and tokenizer, and all weights in
+`step_aware.safetensors`.
 
-N is the number of images, L tokens, S the side of an image, E the width of the embedding, D of the vision tower.
+Shapes: N images, L tokens of a prompt, side S of an image, width E of the embedding and D of the vision tower.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from mmalign.rewards import transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
 
 CONFIG, WEIGHTS = "open_clip_config.json", "step_aware.safetensors"
-FREQUENCIES = 256  # of the sinusoid
-STD = 0.02  # of the time MLP's first weights, as released
+FREQUENCIES = 256  # width of the sinusoid
+STD = 0.02  # of the time MLP's initial weights, as in the release
 
 
 class Config(BaseModel):
-    """Options of the judge."""
+    """Options of the reward model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,11 +57,11 @@ class Config(BaseModel):
 
 
 class TimeConditioned(nn.Module):
-    """An open_clip model whose vision tower is told the timestep, and is at first as it was.
+    """open_clip model with a vision tower conditioned on the timestep; its initial scores are the original model's.
 
     Attributes:
-        clip: the model, whose weights learn with the rest.
-        checkpointing: compute a block's activations again in the backward pass, instead of keeping them.
+        clip: the original model; its weights are trained with the rest.
+        checkpointing: True to recompute the blocks' activations in the backward pass (gradient checkpointing).
 
     Raises:
         ValueError: the vision tower is not a plain vision transformer with a class token.
@@ -87,7 +87,7 @@ class TimeConditioned(nn.Module):
 
     @torch.no_grad()
     def _begin(self) -> None:
-        generator = torch.Generator().manual_seed(0)  # two beginnings from one model are the same judge
+        generator = torch.Generator().manual_seed(0)  # the same initial weights every time
         for linear in (self.time[0], self.time[2]):
             assert isinstance(linear, nn.Linear)
             linear.weight.normal_(std=STD, generator=generator)
@@ -102,10 +102,10 @@ class TimeConditioned(nn.Module):
             gate_2.fill_(1)
 
     def forward(self, pixels: Tensor, ids: Tensor, t: Tensor) -> Tensor:
-        """Scores [N], float32, of images [N, 3, S, S] at timesteps [N].
+        """Return scores [N], float32, of images [N, 3, S, S] at timesteps [N].
 
-        There are as many rows of tokens [M, L] as images, or a part as many: then the images are M for each in turn,
-        as those of pairs are.
+        There are M prompts, of tokens [M, L], and N is a multiple of M. Image i belongs to prompt i mod M, as in
+        batches of pairs, which have all chosen images before all rejected ones.
         """
         text = self.clip.encode_text(ids, normalize=True).repeat(len(pixels) // len(ids), 1)
         cosine: Tensor = (self.encode_image(pixels, t).float() * text.float()).sum(-1)
@@ -113,15 +113,17 @@ class TimeConditioned(nn.Module):
         return scale * cosine
 
     def encode_image(self, pixels: Tensor, t: Tensor) -> Tensor:
-        """Unit vectors [N, E]."""
+        """Return unit vectors [N, E] of images [N, 3, S, S] at timesteps [N]."""
         tower = self.clip.visual
         steering = F.silu(self.time(sinusoid(t, FREQUENCIES)))  # [N, D]
+        # Blocks on the tokens [N, tokens, D], modulated by the timestep
         h = tower._embeds(pixels)
         for block, steer in zip(tower.transformer.resblocks, self.blocks, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 h = torch.utils.checkpoint.checkpoint(_steered, block, h, steer(steering), use_reentrant=False)
             else:
                 h = _steered(block, h, steer(steering))
+        # Projection of the class token, modulated too
         pooled, _ = tower._pool(h)
         shift, scale = self.final(steering).chunk(2, -1)
         pooled = pooled * (1 + scale) + shift
@@ -130,7 +132,7 @@ class TimeConditioned(nn.Module):
 
 
 def _steered(block: Any, h: Tensor, steering: Tensor) -> Tensor:
-    """A block of the tower on tokens [N, tokens, D], steered by [N, 6 D]."""
+    """Return a block's output [N, tokens, D] with shifts, scales and gates from `steering` [N, 6 D]."""
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = steering[:, None].chunk(6, -1)
     h = h + gate_1 * block.ls_1(block.attention(block.ln_1(h) * (1 + scale_1) + shift_1))
     h = h + gate_2 * block.ls_2(block.mlp(block.ln_2(h) * (1 + scale_2) + shift_2))
@@ -138,7 +140,7 @@ def _steered(block: Any, h: Tensor, steering: Tensor) -> Tensor:
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of timesteps [N] at `width / 2` frequencies from 1 to 1/10000 (exclusive): [N, width]."""
+    """Return cosines, then sines, of timesteps [N] at `width / 2` frequencies, 1 to 1/10000 (exclusive): [N, width]."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -147,12 +149,12 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """A step-aware judge with what stands before it.
+    """Step-aware network with its preprocessing, tokenizer and config.
 
     Attributes:
-        net: the network, on the CPU when it comes.
-        preprocess: an image to [3, S, S].
-        tokenize: prompts to [N, L]; longer ones are cut.
+        net: the network, on the CPU after loading.
+        preprocess: a function from an image to [3, S, S].
+        tokenize: a function from prompts to token ids [N, L]; longer prompts are cut.
         config: the content of open_clip's config file.
     """
 
@@ -164,7 +166,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepAware:
-    """A loaded judge, in float32 and eval mode."""
+    """Loaded reward model, in float32 and eval mode."""
 
     net: TimeConditioned
     preprocess: Callable[[Image.Image], Tensor]
@@ -174,7 +176,7 @@ class StepAware:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        """Scores [N], float32, on the device of the model; without timesteps [N] the images are taken for clean."""
+        """Return scores [N], float32, on the model's device; without timesteps [N] images are taken as clean."""
         times = torch.zeros(len(images)) if t is None else t
         scale, parts = self.net.clip.logit_scale.exp(), [torch.empty(0, device=self.device)]
         for start in range(0, len(images), self.batch_size):
@@ -186,10 +188,10 @@ class StepAware:
 
 
 def load(path: str, device: torch.device, cfg: Config) -> StepAware:
-    """The judge in a folder that `save` wrote.
+    """Load the reward model from a folder that `save` wrote.
 
     Raises:
-        ValueError: there is none, or its weights are missing or do not fit its config.
+        ValueError: the folder has no such model, or its weights are incomplete or do not fit its config.
     """
     parts = read(path)
     net = parts.net.eval().requires_grad_(False).to(device)
@@ -197,12 +199,12 @@ def load(path: str, device: torch.device, cfg: Config) -> StepAware:
 
 
 def begin(path: str) -> Parts:
-    """What a judge is trained from: a step-aware judge's folder, or a CLIP, whose scores it then has.
+    """Load the initial network of a training: a step-aware reward model, or a CLIP with added timestep conditioning.
 
-    That is a model of open_clip, or of transformers where the folder or Hub id has no configuration of open_clip's.
+    The CLIP is an open_clip model, or one of transformers if the folder or Hub id has no open_clip config.
 
     Raises:
-        ValueError: it is none of these, or the model's vision tower cannot be told the timestep.
+        ValueError: `path` is none of these, or the CLIP's vision tower cannot be conditioned on the timestep.
     """
     resolved = resolve_model(path)
     if (Path(resolved) / WEIGHTS).is_file():
@@ -217,10 +219,10 @@ def begin(path: str) -> Parts:
 
 
 def read(path: str) -> Parts:
-    """The judge in a folder.
+    """Load a step-aware network and its parts from a folder that `save` wrote.
 
     Raises:
-        ValueError: there is none, or its weights are missing or do not fit its config.
+        ValueError: the folder has no such network, or its weights are incomplete or do not fit its config.
     """
     import open_clip
 
@@ -232,7 +234,7 @@ def read(path: str) -> Parts:
         )
     try:
         name = f"local-dir:{folder}"
-        with _quiet():  # it would warn that the model is random, which it is for a moment
+        with _quiet():  # open_clip warns of random weights, which are replaced below
             clip, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
         tokenize = open_clip.get_tokenizer(name)
         net = _conditioned(path, clip)
@@ -271,7 +273,7 @@ def _of_transformers(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], A
 
 
 def _config_file(resolved: str) -> Path | None:
-    """open_clip's configuration of a model, in a folder or from the Hub; None if there is none."""
+    """Return the path of a model's open_clip config, from a folder or the Hub; None if there is none."""
     if Path(resolved).is_dir():
         return Path(resolved) / CONFIG if (Path(resolved) / CONFIG).is_file() else None
     from huggingface_hub import hf_hub_download
@@ -284,9 +286,9 @@ def _config_file(resolved: str) -> Path | None:
 
 
 def save(parts: Parts, folder: Path) -> None:
-    """Write a judge's folder: config, tokenizer and weights."""
+    """Write config, tokenizer and weights to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(parts.config, indent=2), encoding="utf-8")
-    if hasattr(parts.tokenize, "save_pretrained"):  # open_clip brings its own tokenizer itself
+    if hasattr(parts.tokenize, "save_pretrained"):  # open_clip's own tokenizer needs no file
         parts.tokenize.save_pretrained(folder)
     save_file({name: x.detach().contiguous().cpu() for name, x in parts.net.state_dict().items()}, folder / WEIGHTS)

@@ -1,8 +1,8 @@
-"""A CLIP in transformers' format as a judge, such as PickScore (arXiv:2305.01569): the scaled cosine, as open_clip's.
+"""Reward model from a CLIP in transformers' format, such as PickScore (arXiv:2305.01569), with open_clip's scores.
 
-The weights go into open_clip's network of the same shape, which then is a judge like any of open_clip's, and can be
-told the timestep (`step_aware`). A folder without a tokenizer or without a preprocessor has CLIP's own, as PickScore's
-card has it.
+The weights are loaded into an open_clip network of the same shape. It scores as `open_clip` does, and `step_aware` can
+condition it on the timestep. A folder without a tokenizer or a preprocessor uses CLIP's own, as PickScore's model card
+does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mmalign.resources import resolve_model
 from mmalign.rewards.open_clip import OpenClip, TextFeatures
 
 VOCABULARY = 49_408  # tokens of CLIP's own tokenizer
-TOKENIZER = ("tokenizer.json", "vocab.json")  # either file makes one
-INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+TOKENIZER = ("tokenizer.json", "vocab.json")  # either file is enough for a tokenizer
+INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 QUICK = {"gelu": False, "quick_gelu": True}
-NAMES = (  # a pattern of transformers' names, and what it is in open_clip's
+NAMES = (  # a pattern of transformers' weight names, and its replacement in open_clip's
     (r"^(text|vision)_model\.encoder\.layers", r"\1.transformer.resblocks"),
     (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
     (r"^(text|vision)_model\.embeddings\.position_embedding\.weight", r"\1.positional_embedding"),
@@ -47,7 +47,7 @@ NAMES = (  # a pattern of transformers' names, and what it is in open_clip's
 
 
 class Config(BaseModel):
-    """Options of the judge."""
+    """Options of the reward model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,10 +56,10 @@ class Config(BaseModel):
 
 
 def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
-    """The model in a folder as CLIPModel and its processor save it, or on the Hub.
+    """Load a model that CLIPModel and its processor saved, from a folder or the Hub.
 
     Raises:
-        ValueError: there is no such model, its weights are missing, or it is no CLIP.
+        ValueError: there is no such model, its weights are missing, or it is not a CLIP.
     """
     model, preprocess, tokenize, _ = load_parts(path)
     model = model.eval().requires_grad_(False).to(device)
@@ -67,10 +67,13 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
 
 
 def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, dict[str, Any]]:
-    """open_clip's network with these weights, on the CPU in float32; preprocessing, tokenizer, and open_clip's config.
+    """Load the weights into an open_clip network on the CPU, in float32.
+
+    Returns:
+        The network, its image preprocessing, its tokenizer, and the content of an open_clip config file.
 
     Raises:
-        ValueError: there is no such model, its weights are missing, or it is no CLIP.
+        ValueError: there is no such model, its weights are missing, or it is not a CLIP.
     """
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -96,13 +99,17 @@ def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, di
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a CLIPModel under open_clip's names: projections turned, and queries, keys and values in one."""
+    """Convert the weights of a CLIPModel to open_clip's names and layout.
+
+    Projections are transposed, and the weights of queries, keys and values concatenated.
+    """
     weights_renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
         new_name = name
         for pattern, by in NAMES:
             new_name = re.sub(pattern, by, new_name)
         weights_renamed[new_name] = weight.T.contiguous() if name.endswith("_projection.weight") else weight
+    # Queries, keys and values in one matrix
     for name in [name for name in weights_renamed if ".attn.q_proj." in name]:
         parts = [weights_renamed.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
         weights_renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
@@ -110,7 +117,7 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _small_files(resolved: str) -> Path:
-    """The folder of a model, or on the Hub that of its configurations and of its tokenizer."""
+    """Return a model's folder; for a Hub id, download its configs and tokenizer alone."""
     if Path(resolved).is_dir():
         return Path(resolved)
     from huggingface_hub import snapshot_download
@@ -130,12 +137,13 @@ def _tokenizer(folder: Path, config: Any) -> Any:
 
 
 def _network(config: Any, tokenize: Any) -> dict[str, Any]:
-    """open_clip's configuration of a network of the same shape."""
+    """Return open_clip's config of a network of the same shape."""
     vision, text = config.vision_config, config.text_config
     if vision.hidden_act not in QUICK or text.hidden_act != vision.hidden_act:
         raise ValueError(f"its activations are {vision.hidden_act} and {text.hidden_act}; expected gelu or quick_gelu")
-    if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 is what old configurations say, whatever it is
+    if text.eos_token_id not in (2, text.vocab_size - 1):  # old configs have 2, whatever the token is
         raise ValueError(f"the end of a text is token {text.eos_token_id}; expected the last, {text.vocab_size - 1}")
+    # Vision tower, then text tower
     towers: list[dict[str, Any]] = [
         {"width": of.hidden_size, "layers": of.num_hidden_layers, "mlp_ratio": of.intermediate_size / of.hidden_size}
         | {"norm_kwargs": {"eps": of.layer_norm_eps}}
@@ -145,7 +153,7 @@ def _network(config: Any, tokenize: Any) -> dict[str, Any]:
     towers[0] |= {"patch_size": vision.patch_size, "image_size": vision.image_size}
     towers[1] |= {"heads": text.num_attention_heads, "context_length": text.max_position_embeddings}
     towers[1] |= {"vocab_size": text.vocab_size}
-    if hasattr(tokenize, "save_pretrained"):  # open_clip's own has no name
+    if hasattr(tokenize, "save_pretrained"):  # not open_clip's own tokenizer
         towers[1] |= {"hf_tokenizer_name": "its own"}
     return {
         "embed_dim": config.projection_dim,
@@ -156,7 +164,7 @@ def _network(config: Any, tokenize: Any) -> dict[str, Any]:
 
 
 def _preprocessing(folder: Path) -> dict[str, Any]:
-    """open_clip's configuration of what the folder's image processor does; without one, of what CLIP's does."""
+    """Return open_clip's config of the folder's image preprocessing, or of CLIP's own if the folder has none."""
     from transformers import CLIPImageProcessor
 
     has_file = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
