@@ -1,1 +1,1 @@
-"""Galleries of samples before and after alignment, regressions as easy to find as gains."""
+"""HTML and PNG galleries of samples before and after alignment, with gains and regressions shown alike."""

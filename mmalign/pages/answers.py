@@ -1,4 +1,4 @@
-"""Gallery of answers about an image before and after alignment, with the objects that they invent marked."""
+"""Gallery layout for answers about images before and after alignment, with invented objects marked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RatedAnswer:
 
     Attributes:
         text: the answer.
-        score: higher is better.
+        score: a number; higher is better.
         note: the score in words, such as "2 of 3 named, 1 invented".
-        invented: spans of the text that name objects which are not in the image, [start, end), in order and apart.
+        invented: spans [start, end) of the text that name objects absent from the image, in order and without overlap.
     """
 
     text: str
@@ -30,14 +30,14 @@ class RatedAnswer:
 
 
 class Span(NamedTuple):
-    """A part of an answer, and whether it names an object that is not in the image."""
+    """A part of an answer; `invented` is True if it names an object that is not in the image."""
 
     text: str
     invented: bool
 
 
 def spans(answer: RatedAnswer) -> list[Span]:
-    """Return an answer's text, cut where inventions begin and end."""
+    """Split an answer's text where invented spans begin and end."""
     parts, end = list[Span](), 0
     for start, stop in answer.invented:
         parts += [Span(answer.text[end:start], False), Span(answer.text[start:stop], True)]
@@ -48,9 +48,9 @@ def spans(answer: RatedAnswer) -> list[Span]:
 def answer_entry(
     image: Image.Image, name: str, question: str, truth: str, before: RatedAnswer, after: RatedAnswer
 ) -> GalleryEntry:
-    """Return the entry of one question about an image, with the ground-truth answer in words."""
+    """Return the gallery entry of a question about an image; `truth` is the correct answer in words."""
     reduced = image.copy()
-    reduced.thumbnail((2 * SMALL, 2 * SMALL), Image.Resampling.LANCZOS)  # as large as the page shows it
+    reduced.thumbnail((2 * SMALL, 2 * SMALL), Image.Resampling.LANCZOS)  # the page shows it no larger
     details = {
         "name": name,
         "question": question,
@@ -63,7 +63,11 @@ def answer_entry(
 
 
 def _tile(entry: GalleryEntry) -> Tile:
-    """Return a picture over the truth, and beside it the question with both answers, inventions underlined in red."""
+    """Return a tile with the image above the truth, and the question with both answers to the right.
+
+    Invented objects are red and underlined.
+    """
+    # Question with the change of score, then both answers with their ratings
     texts = [
         Text(
             [Piece(f"{entry.title}  ", MUTED), Piece(format_score(change(entry.scores), "+"), INK[kind(entry.scores)])]

@@ -1,4 +1,4 @@
-"""Presentation of a comparison of recipes: its table, its curve over the time of training, and images side by side."""
+"""Tables, a plot over training time, and side-by-side images for a comparison of recipes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmalign.evaluation.metrics import Metrics, RunStatistics
 from mmalign.evaluation.statistics import Interval
 from mmalign.pages.grid import INK, Cell, Piece, Section, Text, Tile, render_grid
 
-# Okabe and Ito's colours for colour-blind readers; the markers alone distinguish the recipes too.
+# Okabe and Ito's colours for colour-blind readers, and markers that distinguish the recipes without colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = "osD^vPX*"
 
 
 class HeadlineMetric(NamedTuple):
-    """A metric of one recipe's runs: its label, the values of the runs, their mean, and the change from the base."""
+    """A metric of one recipe's runs: the values of the runs, their mean, and the change from the base model."""
 
     label: str
     is_ratio: bool
@@ -44,12 +44,12 @@ class TableRow:
 
     Attributes:
         name: the recipe's name.
-        method: its method; empty for the base model.
+        method: the recipe's method; empty for the base model.
         num_pairs: the number of pairs at which all recipes are compared; None at the end of each recipe's own training.
         runs: the number of runs.
         pairs: the number of pairs that each run was trained on, with repetition.
-        seconds: the time of training until then, the mean over the runs (`loop.Progress`).
-        measured: of each benchmark the base model's metrics, and the statistics of the runs.
+        seconds: the training time until then, averaged over the runs (`loop.Progress`).
+        measured: the base model's metrics and the statistics of the runs, for each benchmark.
     """
 
     name: str
@@ -72,7 +72,7 @@ class TableRow:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers for JSON: every headline metric with its runs, and its change from the base model."""
+        """Return the numbers for JSON: every headline metric with its runs and its change from the base model."""
         return {
             "name": self.name,
             "method": self.method,
@@ -95,7 +95,10 @@ class TableRow:
 
 
 def as_markdown(rows: Sequence[TableRow], command: str) -> str:
-    """Return the tables: at the end of each recipe, then at each number of pairs; and the command that made them."""
+    """Return Markdown tables for each length in the order of `rows`, and the command that made them.
+
+    The first row is the base model.
+    """
     base, *others = rows
     lengths = dict.fromkeys(row.num_pairs for row in others)
     lines = []
@@ -116,7 +119,7 @@ def as_markdown(rows: Sequence[TableRow], command: str) -> str:
 
 
 def _tables(base: TableRow, rows: Sequence[TableRow]) -> list[str]:
-    """Return the table of every row's means, and that of the changes, bold where the interval leaves out 0."""
+    """Return a table of every row's means, and one of the changes, bold if the interval excludes 0."""
     headers = [metric.header for metric in base.metrics]
     values, changes = [[base.name, *[""] * 4, *(metric.format(metric.mean) for metric in base.metrics)]], []
     for row in rows:
@@ -143,7 +146,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return names without common last words: "sft" and "mapo" for "sft_tiny_sd" and "mapo_tiny_sd"."""
+    """Return a short form of each name without common last words: "sft" for "sft_tiny_sd" beside "mapo_tiny_sd"."""
     parts = [name.split("_") for name in names]
     same = 0
     while len(parts) > 1 and all(len(p) > same + 1 for p in parts) and len({p[-1 - same] for p in parts}) == 1:
@@ -152,7 +155,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def plot_curve(rows: Sequence[TableRow], file: Path) -> None:
-    """Draw the first metric's change from the base model over the seconds of training, a line for each recipe; PNG."""
+    """Write a PNG plot of the first metric's change from the base model over training seconds, one line per recipe."""
     from matplotlib.figure import Figure
 
     base, *others = rows
@@ -161,6 +164,7 @@ def plot_curve(rows: Sequence[TableRow], file: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="#68625b", linewidth=0.8)
+    # A line for each recipe, from the base model at 0 seconds
     for index, (name, label) in enumerate(short_names(list(dict.fromkeys(row.name for row in others))).items()):
         changes = [(row.seconds, row.metrics[0].change) for row in others if row.name == name]
         points = sorted((s, scale * c.estimate, scale * c.low, scale * c.high) for s, c in changes)
@@ -176,6 +180,7 @@ def plot_curve(rows: Sequence[TableRow], file: Path) -> None:
             capsize=3,
             elinewidth=0.8,
         )
+    # Labels and legend
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(f"change of {first.label}" + (", points" if first.is_ratio else ""))
     axes.spines[["top", "right"]].set_visible(False)
@@ -188,7 +193,7 @@ def plot_curve(rows: Sequence[TableRow], file: Path) -> None:
 
 @dataclass(frozen=True)
 class RatedImage:
-    """An image, a word or two about it, and whether it is good."""
+    """An image, a short note, and a flag for a good one, which sets the colour of its frame."""
 
     image: Image.Image
     note: str
@@ -203,7 +208,7 @@ def render_side_by_side(
     *,
     side: int = 128,
 ) -> Image.Image:
-    """Draw a row for each of N prompts, and a column of N images of `side` pixels for each model."""
+    """Return a grid with a row for each of N prompts, and a column of N images of `side` pixels for each model."""
 
     def text_cell(text: str, size: int, width: int) -> Cell:
         return Cell([Text([Piece(text)], size, num_lines=3)], width=width)

@@ -1,6 +1,6 @@
-"""Grid of pictures and texts as one PNG, for a README.
+"""Grids of images and texts as one PNG, for a README.
 
-A grid has sections of tiles. A tile has texts above a row of cells, and a cell has a picture with texts below it. Sizes
+A grid has sections of tiles. A tile has texts above a row of cells, and a cell has an image with texts below it. Sizes
 are pixels before scaling.
 """
 
@@ -18,10 +18,10 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-SMALL = 192  # pictures up to this side are enlarged by whole factors, pixels kept; larger ones reduced to twice this
+SMALL = 192  # images up to this side are enlarged by whole factors without smoothing; larger ones reduced to twice this
 PAGE, SURFACE, TEXT, MUTED, LINE = "#f8f7f5", "#ffffff", "#1f1c19", "#68625b", "#e6e3de"
 INK = {"gained": "#0b6b5f", "lost": "#a93a22", "unchanged": "#68625b"}
-MARGIN, GUTTER, GAP, FRAME = 48, 28, 12, 2  # around the grid, between tiles, between cells, around a picture
+MARGIN, GUTTER, GAP, FRAME = 48, 28, 12, 2  # around the grid, between tiles, between cells, around an image
 _ASCII = str.maketrans({"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"'})  # noqa: RUF001
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -45,7 +45,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture in a square as wide as the cell, if there is one, and the texts below it."""
+    """An optional image, in a square as wide as the cell, and the texts below it."""
 
     texts: Sequence[Text]
     image: Image.Image | None = None
@@ -55,19 +55,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tile:
-    """Cells side by side, below the texts of them all."""
+    """Cells side by side, below a heading that they share."""
 
     cells: Sequence[Cell]
     heading: Sequence[Text] = ()
 
     @property
     def width(self) -> int:
-        """The width of all cells, with the gaps between them."""
+        """The width of all cells and the gaps between them."""
         return sum(cell.width + GAP for cell in self.cells) - GAP
 
 
 class Section(NamedTuple):
-    """Tiles below a heading, if there is one."""
+    """Tiles below an optional heading."""
 
     tiles: Sequence[Tile]
     heading: Text | None = None
@@ -76,7 +76,10 @@ class Section(NamedTuple):
 def render_grid(
     title: str, lines: Sequence[str], sections: Sequence[Section], *, columns: int, unit: int = 1
 ) -> Image.Image:
-    """Draw a title, lines of text, and sections of tiles, at most `columns` in a row; `unit` scales all sizes."""
+    """Return an image of a title, lines of text and sections of tiles, at most `columns` in a row.
+
+    All sizes are multiplied by `unit`.
+    """
     tiles = [tile for section in sections for tile in section.tiles]
     tile_width = max((tile.width for tile in tiles), default=2 * SMALL)
     columns = min(columns, max(len(section.tiles) for section in sections))
@@ -96,7 +99,7 @@ def render_grid(
                 y += GUTTER - GAP
         return y + MARGIN - GUTTER
 
-    height = draw(_Canvas(1, 1, unit))  # measured on a canvas without room, then drawn
+    height = draw(_Canvas(1, 1, unit))  # drawn on a canvas of one pixel to measure the height
     canvas = _Canvas(room + 2 * MARGIN, height, unit)
     draw(canvas)
     return canvas.image
@@ -111,7 +114,7 @@ class _Canvas:
         self.brush = ImageDraw.Draw(self.image)
 
     def draw_tile(self, tile: Tile, x: int, y: int, pictures_top: int) -> int:
-        """Draw a tile, and return the bottom of it."""
+        """Draw a tile with its images at `pictures_top`, and return its bottom."""
         self.write(tile.heading, x, y, tile.width)
         bottom = y
         for cell in tile.cells:
@@ -147,7 +150,7 @@ class _Canvas:
         return y
 
     def _wrap(self, text: Text, room: int) -> list[list[Piece]]:
-        """Return a text's lines of words and spaces; dots stand for what does not fit."""
+        """Wrap a text into lines of words and spaces; a text that is too long ends in dots."""
         font, width, lines = load_font(text.size * self.unit), room * self.unit, list[list[Piece]]()
 
         def is_too_wide(pieces: Sequence[Piece]) -> bool:
@@ -155,6 +158,7 @@ class _Canvas:
 
         for is_space, group in itertools.groupby(_words(text.pieces), lambda word: word.text == " "):
             word = list(group)
+            # Cut a word that is wider than a line
             while is_too_wide(word):
                 last = word.pop()
                 word += [last._replace(text=last.text[:-1])] if last.text[1:] else []
@@ -169,7 +173,7 @@ class _Canvas:
 
 
 def _words(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Yield words and single spaces; a word can have several pieces, such as "cross" and its stop."""
+    """Yield words and single spaces; adjacent pieces can form one word, such as "cross" and the full stop after it."""
     for piece in pieces:
         for word in re.findall(r"\S+|\s+", plain(piece.text[:2000])):
             yield piece._replace(text=" " if word.isspace() else word)
@@ -180,7 +184,7 @@ def _line_height(text: Text) -> int:
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """Return the picture in the middle of a square: whole pixels if it grows, smoothed if it shrinks."""
+    """Return the image in the middle of a square: enlarged by a whole factor without smoothing, or reduced smoothly."""
     square = Image.new("RGB", (side, side), SURFACE)
     factor = side / max(image.size)
     factor = math.floor(factor) if factor >= 1 else factor
@@ -191,18 +195,21 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def load_font(size: int) -> Font:
-    """Return Pillow's own font."""
+    """Load Pillow's own font."""
     return ImageFont.load_default(size=size)
 
 
 def plain(text: str) -> str:
-    """Return a text in ASCII: Pillow's font has little else. Accents go, other characters become "?"."""
+    """Return a text in ASCII and "·", because Pillow's font has little else.
+
+    Accents are removed, typographic dashes and quotes replaced; other characters become "?".
+    """
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(c if c.isascii() or c == "·" else "?" for c in bare.translate(_ASCII))
 
 
 def encode_grid(canvas: Image.Image, lines: Sequence[str]) -> bytes:
-    """Return a grid as a PNG that carries its title and lines as text, to be checked against a manifest."""
+    """Encode a grid as a PNG with its title and lines as text metadata, to be checked against a manifest."""
     stream, info = io.BytesIO(), PngInfo()
     info.add_itxt("Description", "\n".join(lines))
     canvas.save(stream, "PNG", pnginfo=info)

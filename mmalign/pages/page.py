@@ -1,7 +1,8 @@
-"""A gallery's files: `index.html` (one file that needs no network), `gallery.png`, `manifest.json` and `images/`.
+"""Gallery files: `index.html` (one file that needs no network), `gallery.png`, `manifest.json` and `images/`.
 
-The page and the picture show the same numbers, and the manifest records them: the picture's texts and entries are under
-`picture`, and the PNG carries the texts. Each kind of entry has a `Layout`, in `pictures` and `answers`.
+The page and the PNG show the same numbers, and the manifest records them. The PNG's texts and entries are in the
+manifest under `picture`; the texts are also in the PNG's metadata. Each kind of entry has a `PageLayout`, in `pictures`
+and `answers`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class GalleryEntry:
 
     Attributes:
         title: the prompt or the question.
-        label: distinguishes entries of one title, such as "seed 3".
-        scores: before and after; higher is better.
+        label: a text that distinguishes entries of one title, such as "seed 3".
+        scores: the scores before and after; higher is better.
         notes: the scores in words, before and after; may be empty.
-        images: its pictures, by their names in manifest.json and the template.
-        details: the rest of it, for manifest.json and the template.
+        images: the images, by their names in manifest.json and the template.
+        details: other values for manifest.json and the template.
     """
 
     title: str
@@ -49,12 +50,12 @@ class PageLayout:
     """Presentation of a kind of entry.
 
     Attributes:
-        template: the file beside this one that renders the entries.
-        lead: what the entries have in common, in a sentence.
-        noun: what an entry's title is: "prompt".
-        tile: the entry's tile in `gallery.png`.
-        columns: the largest number of tiles in a row.
-        num_in_grid: the largest number of entries in `gallery.png`: half best gains, half worst regressions.
+        template: the template in this folder that renders the entries.
+        lead: an introduction to the entries, in a sentence or two.
+        noun: a noun for an entry's title, such as "prompt".
+        tile: a function from an entry to its tile in `gallery.png`.
+        columns: the maximum number of tiles in a row.
+        num_in_grid: the maximum number of entries in `gallery.png`: half best gains, half worst regressions.
     """
 
     template: str
@@ -78,34 +79,38 @@ def write_page(
 ) -> Path:
     """Write the page of N entries and return the path of its `index.html`.
 
-    A file appears whole or not at all, the manifest last. Other files in the folder stay as they are.
+    Every file is written atomically, the manifest last. Other files in the folder are left alone.
 
     Args:
-        folder: target, made if it is not there.
+        folder: the target, created if missing.
         entries: [N] in any order; the page and the grid sort them by change.
         layout: presentation of the entries.
         title: the heading of the page and the grid.
         summary: rows of text, the header first, such as `MetricsComparison.table()`; empty for no table.
         score_name: the meaning of the score.
-        provenance: models, recipe, sampler, shown as it is.
-        measured: [M] the scores of all samples, if the entries are a part of them.
+        provenance: models, recipe and sampler, shown unchanged.
+        measured: [M] the scores of all samples, if the entries are only some of them.
 
     Raises:
-        ValueError: no entry, scores that cannot be compared, or an uneven summary.
+        ValueError: there is no entry, an entry's images differ in size, a score is not finite, or summary rows differ
+            in length.
         OSError: a file cannot be written.
     """
     _check(entries, summary)
     counts = tally(measured or [entry.scores for entry in entries])
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    # Images
     records = []
     for index, entry in enumerate(entries):
         names = {key: f"images/{index:04d}-{key.removesuffix('_image')}.png" for key in entry.images}
         for key, image in entry.images.items():
             _write(folder / names[key], _encode(image, "PNG"))
         records.append(_record(entry, names))
+    # Grid and page
     picture, lines, chosen = _draw_picture(entries, layout, counts, title, score_name, summary)
     _write(folder / "gallery.png", encode_grid(picture, lines))
     _write(folder / "index.html", _page(entries, counts, layout, title, summary, score_name, provenance).encode())
+    # Manifest
     manifest = {
         "title": title,
         "score": score_name,
@@ -144,11 +149,13 @@ def _draw_picture(
     score_name: str,
     summary: Sequence[Sequence[str]],
 ) -> tuple[Image.Image, list[str], dict[Kind, list[int]]]:
-    """Return the picture of the best gains and worst regressions, its texts, and the indices of its entries."""
+    """Return the grid of the best gains and worst regressions, its texts, and the indices of its entries."""
+    # Lines below the title
     lines = [layout.lead, f"Score: {score_name}."]
     lines.append(", ".join(f"{number:,} {name}" for name, number in counts.items()) + ".")
     if len(summary) > 1:
         lines.append("  ·  ".join(f"{name}: {cell}" if name else cell for name, cell in zip(*summary[:2], strict=True)))
+    # Sections of the chosen entries
     chosen = choose([entry.scores for entry in entries], layout.num_in_grid)
     headings = {name: heading for name, heading, *_ in SECTIONS}
     sections = []
@@ -156,13 +163,13 @@ def _draw_picture(
         shown = f"{len(indices)} of {counts[name]:,}" if counts[name] else "none"
         heading = Text([Piece(f"{headings[name]}  ·  {shown}", INK[name])], 26)
         sections.append(Section([layout.tile(entries[index]) for index in indices], heading))
-    unit = 1 if _is_small(entries) else 2  # everything scales with the pictures
+    unit = 1 if _is_small(entries) else 2  # all sizes scale with the images
     picture = render_grid(title, lines, sections, columns=layout.columns, unit=unit)
     return picture, [title, *lines], chosen
 
 
 def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return an entry for manifest.json."""
+    """Return an entry's record for manifest.json."""
     (before, after), (before_note, after_note) = entry.scores, entry.notes
     return {
         **entry.details,
@@ -213,7 +220,7 @@ def _page(
 
 
 def _card(entry: GalleryEntry, index: int) -> dict[str, Any]:
-    """Return an entry for a template."""
+    """Return an entry's variables for a template."""
     (before, after), (before_note, after_note) = entry.scores, entry.notes
     first = next(iter(entry.images.values()))
     return {
@@ -231,7 +238,7 @@ def _card(entry: GalleryEntry, index: int) -> dict[str, Any]:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """Return small pictures without loss (WebP is a third smaller than PNG there), and large ones reduced."""
+    """Return an image as a data URI in WebP: small images lossless (a third smaller than PNG), large ones reduced."""
     if max(image.size) <= SMALL:
         content = _encode(image, "WEBP", lossless=True)
     else:
@@ -252,7 +259,7 @@ def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file, all of it or nothing: a reader sees the old content or the new."""
+    """Write a file atomically: a reader sees the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Gallery of images before and after alignment, of the same prompt and noise, side by side."""
+"""Gallery layout for images before and after alignment, of the same prompt and noise, side by side."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def picture_entry(
     scores: Scores,
     notes: tuple[str, str] = ("", ""),
 ) -> GalleryEntry:
-    """Return the entry of one prompt and seed; images, scores and notes are those before and after."""
+    """Return the gallery entry of one prompt and seed, with images, scores and notes before and after alignment."""
     by_name = dict(zip(("before_image", "after_image"), images, strict=True))
     return GalleryEntry(prompt, f"seed {seed}", scores, notes, by_name, {"prompt": prompt, "seed": seed})
 
 
 def _tile(entry: GalleryEntry) -> Tile:
-    """Return a prompt over its two images, with scores, notes and the change below them."""
+    """Return a tile with the prompt above its two images, and scores, change and notes below them."""
     cells = []
     for side, image, score, note in zip(
         ("before", "after"), entry.images.values(), entry.scores, entry.notes, strict=True

@@ -1,4 +1,4 @@
-"""Ranking of a gallery's entries by the change of their scores: gains, regressions, and their order.
+"""Ranking of gallery entries by their change of score, into gains and regressions.
 
 Scores are pairs (before, after); higher is better.
 """
@@ -30,7 +30,7 @@ def kind(scores: Scores) -> Kind:
 
 
 def change(scores: Scores) -> float:
-    """Return the score after less the score before; 0 if it is unchanged, so that rounding errors sort nothing."""
+    """Return the score after minus the score before; 0 if unchanged, so that rounding does not affect the order."""
     return 0.0 if kind(scores) == "unchanged" else scores[1] - scores[0]
 
 
@@ -41,13 +41,16 @@ def tally(measured: Iterable[Scores]) -> dict[Kind, int]:
 
 
 def ranked(measured: Sequence[Scores], wanted: Kind) -> list[int]:
-    """Return the indices of a kind's entries, the largest change first; equal changes keep their order."""
+    """Return the indices of a kind's entries, the largest change first; ties keep their order."""
     indices = (index for index, scores in enumerate(measured) if kind(scores) == wanted)
     return sorted(indices, key=lambda index: -abs(change(measured[index])))
 
 
 def choose(measured: Sequence[Scores], number: int) -> dict[Kind, list[int]]:
-    """Return at most `number` indices: half gains, half losses, each taking the room that the other does not need."""
+    """Return the indices of at most `number` entries by kind: half best gains, half worst regressions.
+
+    If one kind has fewer entries, the other has more. Without gains and regressions, return unchanged entries.
+    """
     gained, lost = ranked(measured, "gained"), ranked(measured, "lost")
     num_lost = min(len(lost), max(number // 2, number - len(gained)))
     chosen: dict[Kind, list[int]] = {"gained": gained[: number - num_lost], "lost": lost[:num_lost]}
@@ -55,7 +58,7 @@ def choose(measured: Sequence[Scores], number: int) -> dict[Kind, list[int]]:
 
 
 def spread(changes: Sequence[float], number: int) -> list[int]:
-    """Return at most `number` indices: half of them of the largest changes, half of the smallest."""
+    """Return at most `number` indices: half for the largest changes, half for the smallest."""
     falling = sorted(range(len(changes)), key=lambda index: -changes[index])
     if len(falling) <= number:
         return falling
@@ -65,5 +68,5 @@ def spread(changes: Sequence[float], number: int) -> list[int]:
 
 
 def format_score(value: float, sign: str = "") -> str:
-    """Format a score, or with `sign` "+" a change, in three digits."""
+    """Format a score with three significant digits; `sign` "+" shows the sign of a change."""
     return f"{value:{sign}.3g}"
