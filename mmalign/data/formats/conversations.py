@@ -1,4 +1,4 @@
-"""The layouts of rows of responses: which columns they have, and how a row reads. One function a layout."""
+"""Row formats of response data: their columns, and one parse function each."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 from mmalign.data.formats.files import shorten
 from mmalign.language.chat import Turn
 
-Image = str | tuple[str, int | None]  # a path, or a table's column and the place in its list
+Image = str | tuple[str, int | None]  # a path, or a table's column and the index in its list
 Record = Mapping[str, Any]
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class UnusableRowError(ValueError):
-    """Why a row cannot be learned from; it is dropped, counted and named."""
+    """Error for a row that cannot be used for training; the row is skipped, counted and named."""
 
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """A row's texts and images. `rejected_images` is None where the rejected response has the same ones.
+    """Texts and images of a row.
 
-    `rejected` is None in a row of an answer alone; `hallucinated` is a second rejected response, if there is one.
+    `rejected_images` is None if the rejected response has the chosen one's images. `rejected` is None in a row with an
+    answer alone. `hallucinated` is a second rejected response, or empty.
     """
 
     turns: tuple[Turn, ...]
@@ -37,17 +38,21 @@ class ParsedRow:
 
     @property
     def all_images(self) -> tuple[Image, ...]:
-        """Those of both sides, and others."""
+        """Images of both sides, then the other images."""
         return self.images + (self.rejected_images or ()) + self.other_images
 
     def with_turns(self, turns: tuple[Turn, ...]) -> ParsedRow:
-        """The row with another prompt."""
+        """Return the row with another prompt."""
         return replace(self, turns=turns)
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Columns by our names: of each tuple in `required` one must be there."""
+    """Row format, with columns by the format's own names.
+
+    Each tuple in `required` lists alternatives; one of them must be present. `names` maps renamed columns to the files'
+    names.
+    """
 
     name: str
     required: tuple[tuple[str, ...], ...]
@@ -56,10 +61,10 @@ class RowFormat:
     names: Mapping[str, str]
 
     def with_columns(self, columns: Mapping[str, str]) -> RowFormat:
-        """The layout of files that call some columns otherwise.
+        """Return the format for files with renamed columns.
 
         Raises:
-            ValueError: the layout has no such column.
+            ValueError: the format has no such column.
         """
         own = [*(c for some in self.required for c in some), *self.optional]
         for column in columns:
@@ -70,18 +75,18 @@ class RowFormat:
         return replace(self, names=columns)
 
     def rename_record(self, record: Record) -> Record:
-        """The record by our names."""
+        """Return the record with the format's own column names."""
         originals = {originals: ours for ours, originals in self.names.items()}
         return {originals.get(name, name): value for name, value in record.items()}
 
     def missing_columns(self, columns: Sequence[str]) -> list[str]:
-        """The columns that should be there and are not, by their names."""
+        """Return the required columns that are missing, by the files' names."""
         sets = [[self.names.get(c, c) for c in some] for some in self.required]
         return [some[0] for some in sets if not set(some) & set(columns)]
 
 
 def _images(value: Any) -> tuple[Image, ...]:
-    """The images of a row: none, one, or a list; structs of a path alone are paths."""
+    """Return the images of a row from nothing, one image or a list; a struct with a path becomes the path."""
     if value is None or value == "":
         return ()
     several = value if isinstance(value, list) else [value]
@@ -89,7 +94,7 @@ def _images(value: Any) -> tuple[Image, ...]:
 
 
 def _text(location: str, name: str, value: Any) -> str:
-    """A text, or the text of one message."""
+    """Return a text, or the text of a list of one message; None becomes empty."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = _turn(location, name, value[0]).text
     if value is None:
@@ -100,7 +105,7 @@ def _text(location: str, name: str, value: Any) -> str:
 
 
 def _turn(location: str, name: str, message: Any) -> Turn:
-    """A message of TRL, of ms-swift (`role`, `content`) or of LLaVA (`from`, `value`)."""
+    """Parse a message of TRL, of ms-swift (`role`, `content`) or of LLaVA (`from`, `value`)."""
     if not isinstance(message, dict):
         raise ValueError(f"{location}: {name} holds {shorten(message)}; expected messages with a role and a content")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
@@ -120,7 +125,10 @@ def _turns(location: str, name: str, value: Any) -> tuple[Turn, ...]:
 
 
 def _split_conversations(location: str, chosen: Any, rejected: Any) -> tuple[tuple[Turn, ...], str, str]:
-    """Two conversations: what both begin with, and the answers in which they first differ; what follows is left out."""
+    """Split two conversations into their shared turns and the answers in which they first differ.
+
+    Later turns are dropped.
+    """
     chosen_turns, rejected_turns = _turns(location, "chosen", chosen), _turns(location, "rejected", rejected)
     shared = 0
     while shared < min(len(chosen_turns), len(rejected_turns)) and chosen_turns[shared] == rejected_turns[shared]:

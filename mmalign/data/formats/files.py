@@ -1,4 +1,4 @@
-"""Files of rows: tables (parquet, the Hub) that are mapped, and JSON that is read; with where every row stands."""
+"""Readers of Parquet, Hub and JSON rows, with the location of every row."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from mmalign.resources import is_hub_id, resolve
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
 
-RowStarts = list[tuple[int, str]]  # the first row of every file, and its name
+RowStarts = list[tuple[int, str]]  # (first row, name) of every file
 
 
 def is_hub_path(path: str) -> bool:
-    """Whether a path means a dataset on the Hub."""
-    # Where the folder "owner" is here, a file was meant, and a slip in its name must not send us to the Hub.
+    """Check whether a path names a dataset on the Hub."""
+    # A local folder "owner" means that a file was meant. A typo in its name must not cause a download.
     return is_hub_id(path) and not Path(path).parent.exists()
 
 
 def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Path]:
-    """The files that a path means, sorted; in a folder tables may lie deeper.
+    """Return the files that a path matches, sorted; tables are also searched for in subfolders.
 
     Args:
         path: a file, a folder or a glob.
-        split: files whose name begins with it or that lie in a folder of that name; None takes all.
-        suffixes: of the files that are meant.
+        split: the start of the files' names, or the name of their folder; None takes all files.
+        suffixes: the suffixes of the files in a folder.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no file matches.
     """
     folder, tables = Path(path), set(suffixes) & set(TABLES)
     if folder.is_file():
@@ -66,16 +66,16 @@ def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Pa
 
 
 def locate_row(starts: Sequence[tuple[int, str]], number: int) -> str:
-    """The file of a table's row and, counted from 0, its row there."""
+    """Return the file of a table's row and the row's index in the file, counted from 0."""
     first, name = starts[bisect.bisect_right(starts, number, key=lambda s: s[0]) - 1]
     return f"{name}: row {number - first}"
 
 
 def read_schema(file: Path) -> Any:
-    """The columns of a parquet file.
+    """Return the schema of a Parquet file.
 
     Raises:
-        ValueError: it is none, or is damaged.
+        ValueError: the file is not a Parquet file, or is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,10 +89,10 @@ def read_schema(file: Path) -> Any:
 
 
 def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None] | None) -> tuple[Any, RowStarts]:
-    """Parquet files as one mapped table, images undecoded; None takes all columns.
+    """Load Parquet files as one memory-mapped table with undecoded images; `columns` None takes all columns.
 
     Raises:
-        ValueError: they have no rows, do not agree, or cannot be copied to the map.
+        ValueError: the files have no rows, have different schemas, or cannot be copied to the datasets cache.
     """
     import pyarrow.parquet as pq
     from datasets import config, load_dataset
@@ -108,11 +108,11 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
         raise ValueError(f"data.path: {path} has no rows; expected one a pair")
     needed = [n for n in pq.read_schema(files[0]).names if columns is None or n in columns]
     try:
-        # One split of ours, whatever the files are called; only what is needed is copied to the memory map.
+        # A single split, whatever the files' names. Only the needed columns are copied to the memory map.
         table = load_dataset("parquet", data_files={"train": [str(f) for f in files]}, split="train", columns=needed)
     except DatasetGenerationError as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        if isinstance(error.__cause__, OSError):  # a page of the parquet is damaged, or the disk is full
+        if isinstance(error.__cause__, OSError):  # a damaged Parquet page, or a full disk
             raise ValueError(
                 f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped ({cause}); "
                 "see whether the file is whole, and make room there or set HF_DATASETS_CACHE to another folder"
@@ -122,10 +122,10 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
 
 
 def load_hub(path: str, split: str | None) -> tuple[Any, RowStarts]:
-    """A dataset of the Hub as a mapped table, images undecoded.
+    """Load a dataset of the Hub as a memory-mapped table with undecoded images.
 
     Raises:
-        ValueError: it is not there, or may not be read.
+        ValueError: the dataset does not exist, or access is denied.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -142,7 +142,7 @@ def load_hub(path: str, split: str | None) -> tuple[Any, RowStarts]:
 
 
 def _undecoded(table: Any) -> Any:
-    """With images as bytes, whatever the file's metadata say of them."""
+    """Return the table with images as bytes, even if its metadata asks for decoding."""
     from datasets import Image, List
 
     for name, feature in table.features.items():
@@ -157,13 +157,13 @@ def _undecoded(table: Any) -> Any:
 
 
 def records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every record of a JSON list, or of JSON lines, with its location (numbered from 1).
+    """Yield (location, record) for every record of a JSON list or of JSON lines, numbered from 1.
 
-    JSON lines are recognized in files of any name. In a dictionary {"imgToEval": {id: record}}, as captioning toolkits
-    write it, the records are the inner ones.
+    JSON lines are recognized in files of any name. Captioning toolkits write a dictionary {"imgToEval": {id: record}};
+    its inner records are yielded.
 
     Raises:
-        ValueError: there is no such file, it is neither JSON nor JSON lines, or a record is no {...}.
+        ValueError: the file cannot be read, is neither JSON nor JSON lines, or has a record that is not {...}.
     """
     file = resolve(path)
     try:
@@ -179,7 +179,7 @@ def records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a file of JSON; of JSON lines if it is not JSON as a whole, and no list."""
+    """Yield the records of a JSON file; read it as JSON lines if it is not valid JSON and not a list."""
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
@@ -210,10 +210,10 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def document(path: str | Path) -> dict[str, Any]:
-    """Read a file that is one JSON dictionary.
+    """Read a file that holds one JSON dictionary.
 
     Raises:
-        ValueError: there is no such file, or it is something else.
+        ValueError: the file cannot be read, or its content is not a JSON dictionary.
     """
     file = resolve(path)
     try:
@@ -226,10 +226,10 @@ def document(path: str | Path) -> dict[str, Any]:
 
 
 def find_image(file: Path, name: Any, location: str, folder: Path | None = None) -> str:
-    """The path of an image that a record of a file names, in `folder` or beside the file; empty if it does not exist.
+    """Return the path of a record's image, in `folder` or else beside the file; empty if it does not exist.
 
     Raises:
-        ValueError: the record names none.
+        ValueError: the name is not a text.
     """
     if not isinstance(name, str):
         raise ValueError(f"{location}: {shorten(name)} is no image; expected a path relative to {folder or file.name}")
@@ -238,6 +238,6 @@ def find_image(file: Path, name: Any, location: str, folder: Path | None = None)
 
 
 def shorten(value: Any) -> str:
-    """A value in short."""
+    """Return a value as JSON of at most 60 characters, for messages."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,16 +1,16 @@
-"""Where pairs come from: three layouts of files, checked before they are used.
+"""Formats of image preference pairs: pick_a_pic, folder and rankings.
 
-pick_a_pic  Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, and where present `image_0_uid, image_1_uid,
-            are_different, has_label`. A parquet file, a folder or a glob of them, or a dataset on the Hub. Images are
+pick_a_pic  Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, optionally `image_0_uid, image_1_uid,
+            are_different, has_label`. A Parquet file, a folder or a glob of them, or a dataset on the Hub. Images are
             bytes, or structs with bytes. The image with the larger label is chosen; equal labels are a tie.
-            `rejected_caption`, where present, is what the rejected image shows, and `caption` then the chosen one's.
-folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file. `rejected_prompt`, where
-            present, is what the rejected image shows.
+            An optional `rejected_caption` is the rejected image's prompt; `caption` is then the chosen one's.
+folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file. An optional `rejected_prompt`
+            is the rejected image's prompt.
 rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
             (larger is better). Every two images of different rank are a pair. Paths are relative to the file, or to the
-            folder beside it that has its name (HPDv2 keeps the images of test.json in test/).
+            folder beside it with the file's name (HPDv2 has the images of test.json in test/).
 
-`columns` maps a name above to the one that a file has.
+`columns` maps a name above to the name in the files.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ def open_pairs(
     limit: int | None = None,
     prompt_pairs: str | None = None,
 ) -> Pairs:
-    """Index a source; its images stay where they are.
+    """Index the pairs of a source without decoding its images.
 
     Args:
         format: "pick_a_pic", "folder" or "rankings".
         path: a file, a folder, a glob, or for pick_a_pic a Hub id.
-        split: files whose name begins with it or that lie in a folder of that name; on the Hub, the split ("train").
-        columns: the format's column names (or "prompt") to those that the files have.
-        group_by: the column whose values a hold-out keeps together; the prompt if not given.
-        limit: keep the first that many pairs.
-        two_prompts: who needs a prompt of the rejected image's own, and who does not, for the sentence where there is
-            none; the rows without are dropped. None needs none.
+        split: the start of the files' names, or the name of their folder; on the Hub, the split ("train").
+        columns: map from the format's column names (or "prompt") to those in the files.
+        group_by: the column whose groups stay on one side of a validation split; the prompt if not given.
+        limit: the number of pairs to take from the start; None takes all.
+        prompt_pairs: text for the error message that says which methods need a prompt for the rejected image; rows
+            without one are skipped. None needs no such prompt.
 
     Raises:
-        ValueError: a file or column is missing, a row is not of the format, or no pair is left.
+        ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
     names, needed = _column_names(format, columns or {}), prompt_pairs is not None
     if format == "pick_a_pic":
@@ -96,10 +96,10 @@ def open_pairs(
 def check_source(
     format: str, path: str, *, split: str | None = None, columns: Columns | None = None, group_by: str | None = None
 ) -> None:
-    """What can be known without reading images: the files are there, and have the columns. The Hub is not asked.
+    """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
 
     Raises:
-        ValueError: where, what came, what was expected, what to do.
+        ValueError: the format is unknown, or a file or column is missing.
     """
     names = _column_names(format, columns or {})
     if format == "pick_a_pic":
@@ -113,7 +113,7 @@ def check_source(
 
 
 def _column_names(format: str, columns: Columns) -> dict[str, str]:
-    """From every column of the format to its name in the files."""
+    """Return the map from every column of the format to its name in the files."""
     if format not in REQUIRED:
         near = difflib.get_close_matches(format, REQUIRED, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -189,9 +189,9 @@ def _open_tables(
 def _read_labels(
     table: Any, names: Columns, columns: Sequence[str], prompt_pairs: bool
 ) -> tuple[Any, Any, dict[int, str], int]:
-    """From the labels: usable rows [N], whether jpg_1 is chosen [N], why rows were dropped, and the number of ties.
+    """Read the labels: usable rows [N], rows with jpg_1 chosen [N], reasons for skipped rows, and the number of ties.
 
-    With `two_prompts` a row without a second one is dropped.
+    With `prompt_pairs`, rows without a prompt for the rejected image are skipped.
     """
 
     def column(name: str) -> Any:
@@ -206,6 +206,7 @@ def _read_labels(
         for row in np.flatnonzero(rows).tolist():
             reasons.setdefault(row, why.format(first[row], second[row]))
 
+    # Skip rows with flags, labels or prompts that are unusable
     for flag, why in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
         if names[flag] in columns:
             drop([value is False for value in column(flag).to_pylist()], why)
@@ -219,6 +220,7 @@ def _read_labels(
         other = names["rejected_caption"]
         prompts = column("rejected_caption").to_pylist() if other in columns else [None] * len(first)
         drop([not prompt for prompt in prompts], f"has no {other}")
+    # Ties are usable labels without a preference
     sound = np.ones(len(first), dtype=bool)
     sound[list(reasons)] = False
     ties = sound & (first == second)
@@ -235,6 +237,7 @@ def _open_files(
     for file in find_files(path, split, _SUFFIXES[format]):
         for location, record in records(file):
             _check_columns(location, list(record), [names[c] for c in REQUIRED[format]], group_by)
+            # Prompts
             prompt = record[names[REQUIRED[format][0]]]
             if not isinstance(prompt, str):
                 raise ValueError(f"{location}: {names['prompt']} is {shorten(prompt)}; expected a text")
@@ -242,6 +245,7 @@ def _open_files(
             if prompt_pairs and not other:
                 dropped.append(SkippedRow(location, f"has no {names.get('rejected_prompt', 'second prompt')}"))
                 continue
+            # Pairs of images that exist
             group = prompt if group_by is None else str(record[group_by])
             if format == "folder":
                 sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
@@ -259,7 +263,7 @@ def _open_files(
 
 
 def _rejected_prompt(location: str, record: Mapping[str, Any], names: Columns) -> str:
-    """What the rejected image shows; empty where there is one prompt."""
+    """Return the rejected image's prompt; empty if the pair has one prompt."""
     prompt = record.get(names.get("rejected_prompt", "")) or ""
     if not isinstance(prompt, str):
         raise ValueError(f"{location}: {names['rejected_prompt']} is {shorten(prompt)}; expected a text")
@@ -267,7 +271,7 @@ def _rejected_prompt(location: str, record: Mapping[str, Any], names: Columns) -
 
 
 def _ordered(location: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
-    """(better, worse) for every two images of different rank, and how many are tied."""
+    """Return (better, worse) for every two images of different rank, and the number of ties."""
     images, rank, preference = (record.get(names[c]) for c in ("image_path", "rank", "human_preference"))
     values = rank if rank is not None else preference
     if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):

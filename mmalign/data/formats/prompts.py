@@ -1,6 +1,6 @@
-"""Prompts alone, for methods that draw their own images: a text file with one a line, or the prompts of pairs.
+"""Prompt data for methods that generate their own images, from a text file or from pairs.
 
-B prompts of a process's batch. A prompt that is there several times is as many rows, each with its own random numbers.
+A prompt that occurs several times in a text file gives as many rows, each with its own random numbers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mmalign.data.pairs import Pairs, stable_hash
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt.
+    """Prompt with its identity.
 
     Attributes:
-        row: 63 bits that name it in every draw of random numbers.
-        prompt: its text.
-        location: where it stands, for people.
+        row: 63-bit id that seeds the prompt's random draws.
+        prompt: the text.
+        location: the prompt's position in its source, for messages.
     """
 
     row: int
@@ -33,29 +33,29 @@ class PromptRow:
 
 
 class _Rows:
-    """Prompts by number."""
+    """Source of prompts by number."""
 
     def __init__(self, prompts: Sequence[PromptRow]) -> None:
         self._prompts = prompts
 
     def pair(self, number: int) -> PromptRow:
-        """The prompt of that number."""
+        """Return the prompt of that number."""
         return self._prompts[number]
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The same prompts stay together."""
+        """Return the prompts' texts, so that equal prompts form a group."""
         return self.prompts(numbers)
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The texts of these."""
+        """Return the texts of these prompts."""
         return [self._prompts[n].prompt for n in numbers.tolist()]
 
 
 def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
-    """The prompts of a text file, one a line, with their lines' numbers; empty lines and those with # are none.
+    """Return (line number, prompt) of a text file with one prompt a line; skip empty lines and those starting with #.
 
     Raises:
-        ValueError: it cannot be read, is no text, or has no prompt; `key` says where its name came from.
+        ValueError: the file cannot be read, is not UTF-8 text, or has no prompt; the message begins with `key`.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -68,10 +68,10 @@ def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
 
 
 def open_prompts(path: str, limit: int | None = None) -> Pairs[PromptRow]:
-    """The prompts of a text file.
+    """Open the prompts of a text file, at most `limit`.
 
     Raises:
-        ValueError: there is no such file, it is no text, or has no prompt.
+        ValueError: the file does not exist, is not UTF-8 text, or has no prompt.
     """
     if not Path(path).exists():
         raise ValueError(f"data.path: {path} does not exist; expected a text file with one prompt a line")
@@ -80,7 +80,7 @@ def open_prompts(path: str, limit: int | None = None) -> Pairs[PromptRow]:
 
 
 def unique_prompts(pairs: Pairs[Any], limit: int | None = None) -> Pairs[PromptRow]:
-    """The prompts of pairs, each once; their images are not looked at."""
+    """Return the prompts of pairs, each once, without reading images."""
     texts = [text for text in dict.fromkeys(pairs.prompts()) if text.strip()]
     return _numbered(pairs.source, texts, [f"{pairs.source}: {text!r}" for text in texts], limit)
 

@@ -1,19 +1,19 @@
-"""Where pairs of responses come from: the layouts that vision-language preference data have, checked before use.
+"""Formats of vision-language response pairs: trl, povid, realign, mdpo, rlhfv, swift and answers.
 
-trl      `images` (a list) or `image`, `prompt`, `chosen`, `rejected`: texts, or lists of messages; without `prompt`,
-         what both lists of messages begin with. `hallucinated` may hold a second rejected response.
+trl      `images` (a list) or `image`, `prompt`, `chosen`, `rejected`: texts, or lists of messages. Without `prompt`,
+         the prompt is the shared start of both lists. `hallucinated` may hold a second rejected response.
 povid    `image`, `conversations` and `rejected_conversations` (messages with `from` and `value`); arXiv:2402.11411.
 realign  `image`, `retrieved_image`, `chosen` and `rejected` (messages); arXiv:2502.13146.
 mdpo     `img_path`, `prompt` ("USER: <image> ... ASSISTANT:" as a whole), `chosen`, `rejected`; arXiv:2406.11839.
 rlhfv    `image`, `question`, `chosen`, `rejected`, or the last three as JSON in `text`; arXiv:2312.00849, 2405.17220.
-swift    `images`, `messages` with the chosen response as the last, `rejected_response`, and where the rejected response
-         belongs to other images, `rejected_images`.
-answers  `images` or `image`, `prompt` and `answer`, or `messages` or `conversations`, whose last answer is meant: true
-         answers alone, which `prepare` makes pairs of.
+swift    `images`, `messages` with the chosen response as the last, `rejected_response`, and `rejected_images` if the
+         rejected response belongs to other images.
+answers  `images` or `image`, `prompt` and `answer`; or `messages` or `conversations`, using the last answer. These are
+         true answers alone; `prepare` makes pairs from them.
 
-All are JSON, JSON lines, parquet files or a dataset on the Hub; images are paths, bytes, or structs with bytes.
-`<image>` in a prompt is an image's place; a prompt without any begins with its images. `columns` maps a name above to
-the one that a file has.
+All are JSON, JSON lines, Parquet files or a dataset on the Hub; images are paths, bytes, or structs with bytes.
+`<image>` in a prompt marks an image's position. In a prompt without it the images come first. `columns` maps a name
+above to the name in the files.
 """
 
 from __future__ import annotations
@@ -45,34 +45,35 @@ from mmalign.data.formats.rows import file_ref
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.language.chat import Turn
 
-IMAGE = "<image>"  # an image's place in a text
+IMAGE = "<image>"  # image placeholder in a text
 SUFFIXES = (*TABLES, *JSON)
 
 Columns = Mapping[str, str]
-NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row's identity is made of
+NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row id is hashed from
 
 
 @dataclass(frozen=True)
 class IndexedRow:
-    """A usable row: its texts, and where its images are."""
+    """Usable row with its texts and the locations of its images."""
 
     parsed: ParsedRow
     location: str
     group: str
-    number: int  # of the row in its table
-    paths: dict[str, str]  # from an image's name to its file, of rows that name files
+    number: int  # the row's index in its table
+    paths: dict[str, str]  # image name -> file, for rows that name files
 
 
 class ResponseRows:
-    """Pairs of responses; images of a table are read when a pair is."""
+    """Source of response pairs; images in a table are read when their pair is built."""
 
     def __init__(self, entries: Sequence[IndexedRow], table: Any = None) -> None:
         self._entries, self._table = entries, table
 
     def pair(self, number: int) -> ResponsePair:
-        """The pair of that number."""
+        """Return the pair of that number."""
         entry = self._entries[number]
         parsed, images = entry.parsed, self._images(entry)
+        # Images come in order: chosen, rejected (if they differ), others
         sides = [images[: len(parsed.images)]]
         sides.append(images[len(parsed.images) :][: len(parsed.rejected_images or ())] or sides[0])
         others = images[len(parsed.images) + len(parsed.rejected_images or ()) :]
@@ -94,11 +95,11 @@ class ResponseRows:
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The groups of these pairs."""
+        """Return the groups of these pairs."""
         return [self._entries[n].group for n in numbers.tolist()]
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The prompts of these pairs: what was said last before the responses."""
+        """Return the prompts of these pairs: the text of the last turn before the responses."""
         return [self._entries[n].parsed.turns[-1].text for n in numbers.tolist()]
 
     def _images(self, entry: IndexedRow) -> NamedImages:
@@ -106,7 +107,7 @@ class ResponseRows:
         for index, image in enumerate(parsed.all_images):
             location = f"{entry.location}, image {index}"
             if isinstance(image, str):
-                # By its name and not by its key, for the row: a copy of the folder must give the same numbers.
+                # Row ids use names instead of keys, so that a copy of the folder gives the same random numbers.
                 images.append((image, file_ref(entry.paths[image], f"{location} ({image})")))
                 continue
             load = partial(_bytes, self._table, entry.number, *image)
@@ -116,7 +117,7 @@ class ResponseRows:
 
 
 def _bytes(table: Any, number: int, column: str, index: int | None) -> bytes:
-    """The bytes of an image in a table: the column's, or of the list in it that of place `index`."""
+    """Return the bytes of a table's image: the cell's, or those at `index` of the cell's list."""
     value = table[number][column]
     if index is not None:
         value = value[index]
@@ -136,19 +137,19 @@ def open_responses(
     group_by: str | None = None,
     limit: int | None = None,
 ) -> Pairs[ResponsePair]:
-    """Index a source: its texts are read and checked, its images stay where they are.
+    """Index the pairs of a source: read and check its texts, without decoding its images.
 
     Args:
-        format: one of those above.
+        format: a format of the module docstring.
         path: a file, a folder, a glob, or a Hub id.
-        images: the folder that images' paths begin in; beside the file, if not given.
-        split: as for `mmalign.data.formats.images.open_pairs`.
-        columns: the format's column names to those that the files have.
-        group_by: the column whose values a hold-out keeps together; the images if not given.
-        limit: keep the first that many pairs.
+        images: the folder that image paths are relative to; the file's folder if not given.
+        split: the start of the files' names, or the name of their folder; on the Hub, the split ("train").
+        columns: map from the format's column names to those in the files.
+        group_by: the column whose groups stay on one side of a validation split; the images if not given.
+        limit: the number of pairs to take from the start; None takes all.
 
     Raises:
-        ValueError: a file or column is missing, a row is not of the format, or no pair is left.
+        ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
     layout = find_row_format(format, columns or {})
     entries, dropped, table = list[IndexedRow](), list[SkippedRow](), None
@@ -181,10 +182,10 @@ def open_responses(
 def check_responses(
     format: str, path: str, *, split: str | None, columns: Columns, group_by: str | None, images: Path | None
 ) -> None:
-    """What can be known at a glance: the files are there, and the first row has the columns. The Hub is not asked.
+    """Check that the files exist and that the first file has the columns; the Hub is not contacted.
 
     Raises:
-        ValueError: where, what came, what was expected, what to do.
+        ValueError: the format is unknown, or a file, folder or column is missing.
     """
     layout = find_row_format(format, columns)
     if images is not None and not images.is_dir():
@@ -204,10 +205,10 @@ def check_responses(
 
 
 def find_row_format(format: str, columns: Columns) -> Any:
-    """The layout of that name, with its columns renamed.
+    """Return the row format of that name, with its columns renamed.
 
     Raises:
-        ValueError: there is none, or it has no such column.
+        ValueError: the format is unknown, or has no such column.
     """
     if format not in ROW_FORMATS:
         near = difflib.get_close_matches(format, ROW_FORMATS, n=1)
@@ -230,17 +231,18 @@ def _check_columns(layout: Any, location: str, columns: Sequence[str], group_by:
 
 
 def _tables(path: str, split: str | None) -> list[Path]:
-    """The parquet files that a path means, none if it means JSON."""
+    """Return the Parquet files that a path matches; none if it matches JSON."""
     return [file for file in find_files(path, split, SUFFIXES) if file.suffix in TABLES]
 
 
 def _light(table: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a table with (column, place) in the place of every image's bytes, which are not read."""
+    """Yield the rows of a table with (column, index) instead of each image's bytes, which are not read."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     heavy = {n: f.type for n, f in ((f.name, f) for f in table.data.schema) if _holds_bytes(f.type)}
     texts = table.select_columns([n for n in table.column_names if n not in heavy])
+    # Count the images of each row from offsets and validity alone
     counts = {}
     for name, kind in heavy.items():
         column = table.data.column(name)
@@ -265,10 +267,10 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _with_image_places(parsed: ParsedRow) -> ParsedRow:
-    """The row with a place for every image in its prompt, if it can be learned from.
+    """Return the row with a placeholder for every image in its prompt.
 
     Raises:
-        Unusable: why it cannot.
+        UnusableRowError: a response is empty, equal to the other or holds a placeholder, or the images do not match.
     """
     texts = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
     for side, text in texts.items():
@@ -280,10 +282,12 @@ def _with_image_places(parsed: ParsedRow) -> ParsedRow:
         raise UnusableRowError("has no image")
     if parsed.rejected_images is not None and len(parsed.rejected_images) != len(parsed.images):
         raise UnusableRowError(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
+    # Responses must differ, unless their images do
     same_images = parsed.rejected_images is None or parsed.rejected_images == parsed.images
     for side, text in list(texts.items())[1:]:
         if text is not None and parsed.chosen.strip() == text.strip() and same_images:
             raise UnusableRowError(f"the chosen and the {side} response are the same")
+    # Without placeholders, the images come first in the first user turn
     places = sum(turn.text.count(IMAGE) for turn in parsed.turns)
     if places == len(parsed.images):
         return parsed
@@ -298,10 +302,10 @@ def _with_image_places(parsed: ParsedRow) -> ParsedRow:
 
 
 def _paths(parsed: ParsedRow, file: Path | None, location: str, images: Path | None, source: str) -> dict[str, str]:
-    """The files of the images that a row names.
+    """Return the files of a row's images by name.
 
     Raises:
-        Unusable: one does not exist.
+        UnusableRowError: a file does not exist.
     """
     paths = dict[str, str]()
     for image in parsed.all_images:
@@ -317,6 +321,6 @@ def _paths(parsed: ParsedRow, file: Path | None, location: str, images: Path | N
 
 
 def _images_group(parsed: ParsedRow, location: str) -> str:
-    """Rows of the same images stay together; images of a table have no names, and each row is alone."""
+    """Return the group of a row: its image names, or its location if the images have no names (tables)."""
     names = [image for image in parsed.images if isinstance(image, str)]
     return " ".join(names) if names else location

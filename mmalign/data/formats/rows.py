@@ -1,4 +1,4 @@
-"""Rows of pairs by number, over a memory-mapped table or a list of image files; a pair is built when asked for."""
+"""Sources of image pairs over a memory-mapped table or image files, built on access."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmalign.data.pairs import ImagePair, ImageRef, stable_hash
 
 
 class TableRows:
-    """Pairs of a `datasets` table whose images are bytes in its columns.
+    """Image pairs of a `datasets` table with images as bytes.
 
     Args:
-        table: a datasets.Dataset with undecoded images; it maps its file, so nothing is in memory.
-        names: the Pick-a-Pic column names that there are, to the table's.
-        group: the table's column that names a pair's group.
-        starts: the first row of every file, and its name.
+        table: a memory-mapped datasets.Dataset with undecoded images.
+        names: map from the Pick-a-Pic column names that are present to the table's.
+        group: the table's column with a pair's group.
+        starts: (first row, name) of every file.
     """
 
     def __init__(self, table: Any, names: Mapping[str, str], group: str, starts: Sequence[tuple[int, str]]) -> None:
@@ -33,15 +33,15 @@ class TableRows:
         self._chosen_is_1: NDArray[np.bool_] = np.zeros(len(table), dtype=bool)
 
     def swap(self, chosen_is_1: NDArray[np.bool_]) -> None:
-        """Say in which rows [N] the second image is the chosen one."""
+        """Set the rows [N] in which the second image is the chosen one."""
         self._chosen_is_1 = chosen_is_1
 
     def where(self, number: int) -> str:
-        """The file and, counted from 0, its row."""
+        """Return the file of a row and the row's index in it, counted from 0."""
         return locate_row(self._starts, number)
 
     def pair(self, number: int) -> ImagePair:
-        """The pair in a row."""
+        """Return the pair in a row."""
         text = self._text[number]
         sides = (1, 0) if self._chosen_is_1[number] else (0, 1)
         chosen, rejected = (self._image(number, side, text) for side in sides)
@@ -51,12 +51,12 @@ class TableRows:
         return ImagePair(row, prompt, chosen, rejected, self.where(number), str(text[self._group]), second)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The groups of these rows."""
+        """Return the groups of these rows."""
         column = self._text.data.column(self._group)
         return [str(value) for value in column.take(numbers).to_pylist()]
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The prompts of these rows, and those of their rejected images."""
+        """Return the prompts of these rows, then those of their rejected images."""
         columns = [self._names[c] for c in ("caption", "rejected_caption") if c in self._names]
         prompts = [self._text.data.column(name).take(numbers).to_pylist() for name in columns]
         return [*prompts[0], *(second for some in prompts[1:] for second in some if second)]
@@ -70,14 +70,14 @@ class TableRows:
 
 
 def cell(table: Any, column: str, number: int) -> bytes:
-    """The bytes of an image in a table: raw, or in a struct of bytes and path; none if there is nothing."""
+    """Return the bytes of an image in a table, raw or from a struct of bytes and path; empty if there is none."""
     value = table[number][column]
     data = value["bytes"] if isinstance(value, dict) else value
     return bytes(data) if data is not None else b""
 
 
 class FilePair(NamedTuple):
-    """A pair of image files: names as their source gives them, paths, and where it stands."""
+    """Pair of image files: names as in the source, paths, and the pair's location."""
 
     prompt: str
     chosen: str
@@ -90,36 +90,36 @@ class FilePair(NamedTuple):
 
 
 class FileRows:
-    """Pairs of image files."""
+    """Source of pairs of image files."""
 
     def __init__(self, pairs: Sequence[FilePair]) -> None:
         self._pairs = pairs
 
     def pair(self, number: int) -> ImagePair:
-        """The pair of that number; its files are looked at, not read."""
+        """Return the pair of that number; get its files' size and time without reading them."""
         p = self._pairs[number]
         chosen = file_ref(p.chosen_path, f"{p.location}, chosen ({p.chosen})")
         rejected = file_ref(p.rejected_path, f"{p.location}, rejected ({p.rejected})")
-        # By the names and not by the keys: a copy of the folder has new times, and must give the same numbers.
+        # Row ids use names instead of keys: a copied folder has new file times but must give the same random numbers.
         row = stable_hash(p.prompt, p.chosen, p.rejected, *filter(None, [p.rejected_prompt]))
         return ImagePair(row, p.prompt, chosen, rejected, p.location, p.group, p.rejected_prompt)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The groups of these pairs."""
+        """Return the groups of these pairs."""
         return [self._pairs[n].group for n in numbers.tolist()]
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The prompts of these pairs, and those of their rejected images."""
+        """Return the prompts of these pairs, then those of their rejected images."""
         pairs = [self._pairs[n] for n in numbers.tolist()]
         return [p.prompt for p in pairs] + [p.rejected_prompt for p in pairs if p.rejected_prompt]
 
 
 def file_ref(path: str, location: str) -> ImageRef:
-    """An image file, whose key changes when it does."""
+    """Return a reference to an image file; its key changes with the file's size or time."""
     file = Path(path)
     try:
         stat = file.stat()
         state = f"{stat.st_size} {stat.st_mtime_ns}"
-    except OSError:  # gone since it was indexed: `read` will say so
+    except OSError:  # deleted since it was indexed: `read` raises the error
         state = "gone"
     return ImageRef(f"file:{stable_hash(str(file.resolve()), state):016x}", location, file.read_bytes, path)
