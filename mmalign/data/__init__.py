@@ -1,1 +1,1 @@
-"""Preference data: sources, images, caches, batches, and the bundled world."""
+"""Preference data: formats, images, caches and loaders."""

@@ -1,4 +1,4 @@
-"""The training data of a recipe, opened, encoded and in batches: what stands between files and the loop."""
+"""Training and validation data of a recipe, as encoded batches for the training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmalign.data.loaders.prompts import PromptBatch, PromptLoader
 from mmalign.data.loaders.response_pairs import ResponsePairLoader
 from mmalign.data.pairs import Pairs, SkippedRow
 
-Splits = tuple[Pairs[Any], Pairs[Any] | None]  # to train on, and held out; of prompts alone, too
+Splits = tuple[Pairs[Any], Pairs[Any] | None]  # training and validation pairs, or prompts
 
 
 Loader = ImagePairLoader | ResponsePairLoader | PromptLoader
@@ -21,16 +21,16 @@ Loader = ImagePairLoader | ResponsePairLoader | PromptLoader
 
 @dataclass(frozen=True)
 class DataModule:
-    """Pairs of a recipe as a method takes them, of one modality or the other.
+    """Loaders, encoder and caches of a recipe's data, of either modality.
 
     Attributes:
-        encode: makes what a method takes of a loader's batch.
-        train_loader: the loader of the pairs to learn from.
-        validation_loader: the loader of those held out; None if there are none.
-        about: one sentence on what there is, for people.
-        precompute_cache: where the method's own arrays are kept; None if it has none, or nothing is cached.
-        features: where images' features are kept; None if nothing is cached.
-        caches: all that is read from, the two above among them.
+        encode: maps a loader's batch to the encoded batch that a method takes.
+        train_loader: the loader of the training data.
+        validation_loader: the loader of the validation split; None if there is none.
+        about: one-sentence summary of the data, for messages.
+        precompute_cache: the cache of the method's precomputed tensors; None if it has none, or nothing is cached.
+        features: the cache of image features; None if nothing is cached.
+        caches: all caches in use, including the two above.
     """
 
     encode: Callable[[Any], Any]
@@ -42,11 +42,11 @@ class DataModule:
     caches: tuple[ArrayCache, ...] = ()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The training batches of an epoch, from number `start` on."""
+        """Yield the encoded training batches of an epoch, from number `start`."""
         return self._encoded(self.train_loader, epoch, start)
 
     def validation_batches(self) -> Iterator[Any]:
-        """The held-out batches, always in the same order; none if nothing is held out."""
+        """Yield the encoded validation batches, always in the same order; none without a validation split."""
         return self._encoded(self.validation_loader, 0, 0) if self.validation_loader else iter(())
 
     def _encoded(self, loader: Loader, epoch: int, start: int) -> Iterator[Any]:
@@ -59,9 +59,9 @@ class DataModule:
             yield encoded
 
     def batch_locations(self, epoch: int, number: int) -> list[str]:
-        """Where the pairs of a training batch lie, for people."""
+        """Return the locations of a training batch's pairs, for messages."""
         return self.train_loader.batch_locations(epoch, number)
 
     def skipped(self) -> list[SkippedRow]:
-        """What could not be used in the batches so far."""
+        """Return the rows skipped in the batches so far."""
         return self.train_loader.skipped + (self.validation_loader.skipped if self.validation_loader else [])

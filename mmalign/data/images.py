@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels: decoding that trusts nothing, and one crop and flip for both images of a pair.
+"""Safe decoding of images, and crops and flips shared by both images of a pair.
 
 R resolution. Pixels are float32 in [-1, 1]; sizes are the six numbers of SDXL's micro-conditioning.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from mmalign.data.pairs import ImageRef
 
-MIN_SIDE = 8  # pixels; less is no picture but a marker for one that is gone
+MIN_SIDE = 8  # pixels; smaller images are placeholders for deleted ones
 MAX_PIXELS = 80_000_000  # 240 MB as RGB
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message says where it lies and why."""
+    """Error for an unusable image; the message gives its location and the reason."""
 
 
 @dataclass(frozen=True)
 class PreparedPair:
-    """A pair as the autoencoder takes it.
+    """Cropped pair of images, the input of the autoencoder.
 
     Attributes:
         pixels: [2, 3, R, R] in [-1, 1], chosen first.
@@ -38,12 +38,12 @@ class PreparedPair:
 
 
 def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image as RGB: upright as its EXIF says, transparent parts on white, the first frame of several.
+    """Read an image as RGB: rotated as its EXIF says, transparent parts on white, the first frame of several.
 
-    The header is checked before a pixel is decoded, so that a small file cannot ask for a large memory.
+    The header is checked before decoding, so that a small file cannot claim much memory.
 
     Raises:
-        BadImage: it cannot be read, or is smaller or larger than a picture.
+        BadImage: the image cannot be read, has a side below `min_side`, or has more than `max_pixels` pixels.
     """
     try:
         data = ref.read()
@@ -53,7 +53,7 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
         raise BadImage(f"{ref.location}: has zero bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; what matters is checked below
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the size is checked below
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height <= max_pixels and min(width, height) >= min_side:
@@ -62,7 +62,7 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"{ref.location}: is larger than {max_pixels:,} pixels") from error
-    except UnidentifiedImageError as error:  # whose own words are about an object in memory
+    except UnidentifiedImageError as error:  # its own message names an object in memory
         raise BadImage(f"{ref.location}: is not a readable image of {len(data):,} bytes (no known format)") from error
     except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
         raise BadImage(f"{ref.location}: is not a readable image of {len(data):,} bytes ({error})") from error
@@ -82,14 +82,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def is_flipped(flip: bool, u: Tensor) -> bool:
-    """Whether a pair is mirrored: `u` [3] are its uniform draws for top, left and flip."""
+    """Check whether a pair is mirrored; `u` [3] are its uniform draws for top, left and flip."""
     return flip and bool(u[2] < 0.5)
 
 
 def prepare_pair(
     chosen: Image.Image, rejected: Image.Image, resolution: int, *, crop: str, flip: bool, u: Tensor
 ) -> PreparedPair:
-    """Both images at R x R, with the same relative crop and the same flip.
+    """Return both images at R x R, with the same relative crop and the same flip.
 
     Args:
         chosen: RGB.
@@ -110,17 +110,18 @@ def prepare_pair(
 def prepare(
     image: Image.Image, resolution: int, *, crop_position: tuple[float, float] = (0.5, 0.5), mirror: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One image: the short side scaled to R, cropped to a square, mirrored if asked.
+    """Scale an image's short side to R, crop it to a square, and optionally mirror it.
 
     Args:
         image: RGB.
         resolution: R, pixels.
-        crop_position: how far down and right the crop lies, from 0 to 1 of the room there is.
-        mirror: exchange left and right.
+        crop_position: vertical and horizontal position of the crop, from 0 (top, left) to 1 (bottom, right).
+        mirror: flip horizontally.
 
     Returns:
         Pixels [3, R, R] and sizes [6]. The crop's corner is given in the scaled (and mirrored) image.
     """
+    # Crop corner in the scaled image
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     rooms = (height - resolution, width - resolution)
@@ -128,7 +129,7 @@ def prepare(
     if scale == 1:
         square = image.crop((left, top, left + resolution, top + resolution))
     else:
-        # Scaling only what is kept: a picture of 8 x 1,000,000 must not become one of 1024 x 128,000,000.
+        # Scale only the crop: an image of 8 x 1,000,000 must not become one of 1024 x 128,000,000.
         x, y, side = left / width * image.width, top / height * image.height, min(image.size)
         x, y = min(x, image.width - side), min(y, image.height - side)
         method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
@@ -141,5 +142,5 @@ def prepare(
 
 
 def transform_key(resolution: int, *, mirror: bool) -> str:
-    """Names the preparation of an image in a cache's key; random crops have none, since they are not cached."""
+    """Return the part of a cache key that names an image's crop and flip; random crops are not cached."""
     return f"{resolution}-center" + ("-mirrored" if mirror else "")

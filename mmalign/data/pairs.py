@@ -1,12 +1,13 @@
-"""Preference pairs: two images for one prompt, or two responses to images; one of them is preferred.
+"""Preference pairs: two images for one prompt, or two responses to one prompt with images.
 
-A pair of images may come with two prompts: the chosen image is of the one, and the rejected image of the other.
+A pair of images may have two prompts, one for the chosen and one for the rejected image. Images are read on access.
 
-Nothing is read before it is asked for.
+There are three identities:
 
-Three identities. A *key* names an image's content (it changes when the file does), for caches. A *row* names a pair
-(63 bits, from the prompt and the images' names in their source), for random draws; it does not change when the data are
-copied, reordered or subsetted. A *group* names what a hold-out must not tear apart.
+* A *key* names an image's content, for caches. It changes when the file does.
+* A *row* names a pair, for random draws: 63 bits from the prompt and the images' names in their source. It does not
+  change when the data are copied, reordered or subsetted.
+* A *group* names pairs that stay on one side of a validation split.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from mmalign.language.chat import Turn
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that has not been read.
+    """Reference to an image, read on access.
 
     Attributes:
-        key: names its content; another content has another key.
-        location: where it lies, for people: "pairs.parquet: row 17, jpg_0".
-        path: of its file; empty for an image in a table.
+        key: the name of its content; other content has another key.
+        location: the image's location for messages: "pairs.parquet: row 17, jpg_0".
+        path: the path of its file; empty for an image in a table.
     """
 
     key: str
@@ -39,7 +40,7 @@ class ImageRef:
     path: str = field(default="", compare=False)
 
     def read(self) -> bytes:
-        """The encoded image, read now.
+        """Read the encoded image.
 
         Raises:
             OSError: the file cannot be read.
@@ -52,13 +53,13 @@ class ImagePair:
     """Two images for one prompt.
 
     Attributes:
-        row: 63 bits that name the pair in every draw of random numbers.
-        prompt: what both images should show; in a pair with two prompts, what the chosen one shows.
+        row: 63-bit id that seeds the pair's random draws.
+        prompt: the prompt of both images; in a pair with two prompts, that of the chosen image.
         chosen: the preferred image.
-        rejected: the other one.
-        location: where the pair lies, for people.
-        group: pairs of one group stay together in `split_by_group`.
-        rejected_prompt: what the rejected image shows; empty in a pair with one prompt.
+        rejected: the other image.
+        location: the pair's location, for messages.
+        group: the pair's group in `split_by_group`.
+        rejected_prompt: the rejected image's prompt; empty in a pair with one prompt.
     """
 
     row: int
@@ -75,16 +76,16 @@ class ResponsePair:
     """Two responses to one prompt with images.
 
     Attributes:
-        row: 63 bits that name the pair in every draw of random numbers.
+        row: 63-bit id that seeds the pair's random draws.
         turns: the conversation that both responses answer.
         chosen: the preferred response.
-        rejected: the other one; empty in rows of answers alone, which methods are never given.
-        images: in the order of their places in the prompt.
-        rejected_images: those that the rejected response is an answer to; most often the same.
-        other_images: further ones that came with the pair, such as Re-Align's retrieved image.
-        location: where the pair lies, for people.
-        group: pairs of one group stay together in `split_by_group`.
-        hallucinated: a second rejected response, which a model was led to; empty if the pair came without.
+        rejected: the other response; empty in rows of answers alone, which methods never receive.
+        images: the images, in the order of their placeholders in the prompt.
+        rejected_images: the images of the rejected response; usually the same.
+        other_images: further images of the pair, such as Re-Align's retrieved image.
+        location: the pair's location, for messages.
+        group: the pair's group in `split_by_group`.
+        hallucinated: a second rejected response, induced by misleading a model; empty if there is none.
     """
 
     row: int
@@ -104,7 +105,7 @@ P = TypeVar("P", default=ImagePair, covariant=True)
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """Something that was left out, and why."""
+    """Location of skipped data, and the reason."""
 
     location: str
     reason: str
@@ -114,25 +115,25 @@ class SkippedRow:
 
 
 class Rows(Protocol[P]):
-    """What a source offers: pairs by number, built when asked for."""
+    """Interface of a source: pairs by number, built on access."""
 
     def pair(self, number: int) -> P:
-        """The pair of that number."""
+        """Return the pair of that number."""
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
-        """The groups of those pairs, without building them."""
+        """Return the groups of those pairs, without building the pairs."""
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
-        """Every prompt of those pairs, without building them; a pair may have two."""
+        """Return every prompt of those pairs, without building the pairs; a pair may have two."""
 
 
 class Pairs(Sequence[P], Generic[P]):
-    """Pairs of one source; taking some of them (`select`, a slice, `split_by_group`) moves numbers, not images.
+    """Sequence of pairs of one source; subsets (`select`, slices, `split_by_group`) copy indices, not images.
 
     Attributes:
-        source: what was opened, for people.
-        skipped: what its index left out.
-        ties: how many pairs were left out because neither image is preferred.
+        source: the source's name, for messages.
+        skipped: the rows that indexing skipped.
+        ties: number of pairs skipped because neither image is preferred.
     """
 
     def __init__(
@@ -154,20 +155,20 @@ class Pairs(Sequence[P], Generic[P]):
         return self._rows.pair(int(self._numbers[number]))
 
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
-        """The pairs of these numbers, in this order."""
+        """Return the pairs with these numbers, in this order."""
         chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
         return Pairs(self.source, self._rows, chosen, self.skipped, self.ties)
 
     def groups(self) -> list[str]:
-        """The group of every pair."""
+        """Return the group of every pair."""
         return self._rows.groups(self._numbers)
 
     def prompts(self) -> list[str]:
-        """Every prompt of the pairs: one of each, or two."""
+        """Return every prompt of the pairs: one or two for each."""
         return self._rows.prompts(self._numbers)
 
     def summary(self) -> str:
-        """One paragraph: how many pairs there are, and what was left out and why."""
+        """Return one paragraph with the numbers of pairs, groups, ties and skipped rows."""
         groups = len(set(self.groups()))
         text = f"{_count(len(self), 'pair')} in {_count(groups, 'group')} from {self.source}"
         if self.ties:
@@ -178,13 +179,13 @@ class Pairs(Sequence[P], Generic[P]):
 
 
 def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P]]:
-    """Split by group: (to train on, held out).
+    """Split the pairs by group into (training, validation).
 
-    A group's side depends on its name and the seed alone, so adding data moves no pair to the other side; the share
-    held out is therefore `fraction` only on average.
+    A group's side depends on its name and the seed alone. Adding data therefore moves no pair to the other side, and
+    the validation share is `fraction` only on average.
 
     Raises:
-        ValueError: one side would be empty.
+        ValueError: `fraction` is not between 0 and 1, or one side would be empty.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"data.validation_fraction: {fraction} is not a share; expected a number between 0 and 1")
@@ -202,16 +203,16 @@ def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P
 
 
 def stable_hash(*parts: str) -> int:
-    """63 bits that name a sequence of strings."""
+    """Return a 63-bit hash of a sequence of strings, the same on every machine."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big") + data)  # with lengths: ("ab", "c") is not ("a", "bc")
+        digest.update(len(data).to_bytes(8, "big") + data)  # lengths tell ("ab", "c") from ("a", "bc")
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def format_rows(dropped: Sequence[SkippedRow], most: int = 3) -> str:
-    """The first few, for a message."""
+    """Format the first `most` skipped rows for a message."""
     more = len(dropped) - most
     return "; ".join(str(d) for d in dropped[:most]) + (f"; and {more:,} more" if more > 0 else "")
 
