@@ -1,1 +1,1 @@
-"""The bundled worlds, scenes and crowds, with exact truth."""
+"""Bundled synthetic worlds, scenes and crowds, with exact ground truth."""

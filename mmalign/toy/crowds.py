@@ -1,9 +1,9 @@
-"""The bundled world for vision-language models: crowded pictures, and kinds of objects that mostly appear in pairs.
+"""Bundled world for vision-language models: images of several objects, with kinds that often co-occur.
 
-A *crowd* is two to five small objects of different kinds, some of them faint. Every kind has a partner. Where the
-bundled model was trained, partners nearly always come together, so that it says what it has not seen; where it is
-aligned and measured, they rarely do. What is in a picture is known exactly, so an invented object is counted by no
-judge and no model.
+A *crowd* is two to five small objects of different kinds, some of them faint. Every kind has a partner. In the bundled
+model's training data partners nearly always occur together, so the model hallucinates them. In the data for alignment
+and evaluation they rarely do. The content of an image is known exactly, so hallucinations are counted without a judge
+model.
 
 Coordinates are pixels of a 64 x 64 canvas, as in `mmalign.toy.scenes`, whose shapes and colours these are.
 """
@@ -24,8 +24,8 @@ from mmalign.toy.scenes import BACKGROUND, CANVAS, COLOURS, SHAPES, outline
 Split = Literal["train", "validation", "test"]
 _HUES = ("red", "yellow", "green", "blue")
 
-# Partners stand beside each other: the first with the second, the third with the fourth, and so on. No two partners
-# share a shape or a colour, so that none can be mistaken for the other.
+# Partners are neighbours in the list: first and second, third and fourth, and so on. Partners differ in both shape and
+# colour, so that they cannot be confused.
 KINDS: tuple[str, ...] = tuple(
     f"{hue} {shape}"
     for near, far in itertools.product(range(len(SHAPES) // 2), range(len(_HUES)))
@@ -37,17 +37,17 @@ KINDS: tuple[str, ...] = tuple(
 PARTNERS: dict[str, str] = {kind: KINDS[at ^ 1] for at, kind in enumerate(KINDS)}
 
 QUESTION = "What is in the picture?"
-TOGETHER = 0.9  # how often a kind's partner is there too, in the pictures that the bundled model learned from
-APART = 0.15  # and in those that it is aligned and measured on
-FAINT = 0.4  # the share of objects in pale colours
-_PALE = (0.72, 0.84)  # how far a faint object's colour is on its way to the background's
+TOGETHER = 0.9  # probability of a kind's partner in the bundled model's training images
+APART = 0.15  # the same in the images for alignment and evaluation
+FAINT = 0.4  # share of objects in pale colours
+_PALE = (0.72, 0.84)  # mix of a faint object's colour with the background: 0 colour, 1 background
 _RADII = (4.5, 6.5)
-_MOST = 5  # objects of a crowd
+_MOST = 5  # most objects in a crowd
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its kind, the centre and half the side of its bounding box, and how pale it is, from 0 to 1."""
+    """One object: its kind, the centre and half side of its bounding box, and its paleness from 0 to 1."""
 
     kind: str
     x: float
@@ -58,11 +58,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Crowd:
-    """What one picture shows.
+    """Content of one image.
 
     Attributes:
-        name: tells it from all others, such as "test-0-17".
-        things: in the order of a description.
+        name: unique name, such as "test-0-17".
+        things: the objects, in the order of a description.
     """
 
     name: str
@@ -70,18 +70,18 @@ class Crowd:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What there is, in the order of a description; no kind comes twice."""
+        """Kinds of the objects, in the order of a description, each once."""
         return tuple(thing.kind for thing in self.things)
 
 
 def sample(split: Split, number: int, seed: int, *, together: float = APART) -> list[Crowd]:
-    """`number` crowds of a split, each from its own position: the first ones do not depend on how many there are.
+    """Return `number` random crowds of a split; each depends on its index, not on `number`.
 
     Args:
-        split: crowds of different splits are drawn from different numbers, so none is in two.
-        number: of crowds.
-        seed: another seed gives other crowds.
-        together: how likely a kind's partner is there too.
+        split: the split; different splits use different random numbers.
+        number: number of crowds.
+        seed: the seed of the crowds.
+        together: probability that a kind's partner is present.
     """
     return [_crowd(f"{split}-{seed}-{index}", together) for index in range(number)]
 
@@ -100,7 +100,7 @@ def _crowd(name: str, together: float) -> Crowd:
 
 
 def _place(kinds: Sequence[str], rng: np.random.Generator) -> list[Thing]:
-    """Objects of these kinds, well apart, some of them faint."""
+    """Return objects of these kinds at random separate positions, some of them faint."""
     while True:
         radii = rng.uniform(*_RADII, size=len(kinds))
         centres = [rng.uniform(r + 1.5, CANVAS - r - 1.5, size=2) for r in radii]
@@ -117,7 +117,7 @@ def _place(kinds: Sequence[str], rng: np.random.Generator) -> list[Thing]:
 
 
 def render(crowd: Crowd, scale: int = 4) -> Image.Image:
-    """The 64 x 64 RGB picture, painted `scale` times larger and reduced."""
+    """Return the 64 x 64 RGB image, painted `scale` times larger and reduced."""
     canvas = Image.new("RGB", (CANVAS * scale, CANVAS * scale), BACKGROUND)
     brush = ImageDraw.Draw(canvas)
     for thing in crowd.things:
@@ -134,15 +134,15 @@ def render(crowd: Crowd, scale: int = 4) -> Image.Image:
 
 
 def describe(kinds: Sequence[str]) -> str:
-    """A description that names these kinds, a sentence each."""
+    """Return a description with one sentence for each kind."""
     return " ".join(f"There is a {kind}." for kind in kinds)
 
 
 def ask(kind: str) -> str:
-    """The question whether a kind is there; the answer begins with Yes or No."""
+    """Return the question about a kind's presence; its answer begins with Yes or No."""
     return f"Is there a {kind} in the picture?"
 
 
 def answer(kind: str, crowd: Crowd) -> str:
-    """The right answer to `ask(kind)`."""
+    """Return the correct answer to `ask(kind)`."""
     return "Yes." if kind in crowd.kinds else "No."

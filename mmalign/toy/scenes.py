@@ -1,9 +1,9 @@
-"""The bundled world: captioned scenes of coloured shapes, drawn, and read back exactly.
+"""Bundled text-to-image world: captioned scenes of coloured shapes, rendered and read back exactly.
 
-A *prompt* says what must be in the picture (a small GenEval): one object, a count, two objects, or two objects in a
-relation. `place_objects` places objects that satisfy it, `draw` paints them, `read` finds the objects of any picture
-(also of one that a model painted), and `check` says which parts of the prompt the picture fulfils. `read` is the
-measure of the bundled comparisons, so no training uses it.
+A *prompt* asks for one object, a count, two objects, or two objects in a relation (a small GenEval). `place_objects`
+places objects that satisfy it, and `render` paints them. `read` finds the objects in any image, including generated
+ones. `check` returns the parts of the prompt that they fulfil. `read` is the metric of the bundled comparisons, so no
+training uses it.
 
 Coordinates are pixels of a 64 x 64 canvas, y downwards; a radius is half the larger side of the bounding box.
 """
@@ -35,14 +35,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 SIZES: dict[str, tuple[float, float]] = {"small": (6.0, 7.5), "large": (12.0, 14.5)}
-SIZE_BOUNDARY = 9.75  # a radius below it reads as small
+SIZE_BOUNDARY = 9.75  # radii below it are small
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "above")
 CATEGORIES = ("single", "count", "two", "relation")
 ATTRIBUTES = ("count", "colour", "shape", "size", "relation")
 
-_MIN_AREA = 18  # pixels; smaller specks are not objects
-_GAP = 3.0  # free pixels between the bounding boxes of two objects
+_MIN_AREA = 18  # pixels; smaller regions are not objects
+_GAP = 3.0  # pixels between the bounding boxes of two objects
 
 Split = Literal["train", "validation", "test"]
 Truth = dict[str, bool]
@@ -61,7 +61,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Group:
-    """`number` objects of one colour and shape, and of one size where the prompt names it."""
+    """Group of `number` objects with one colour and shape, and one size if the prompt names it."""
 
     number: int
     colour: str
@@ -78,7 +78,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ScenePrompt:
-    """What a picture must show: one group, or two with an optional relation of the first to the second."""
+    """Prompt for an image: one group, or two with an optional relation of the first to the second."""
 
     groups: tuple[Group, ...]
     relation: str | None = None
@@ -89,7 +89,7 @@ class ScenePrompt:
 
     @property
     def category(self) -> str:
-        """The kind of prompt, one of CATEGORIES."""
+        """Category of the prompt, one of CATEGORIES."""
         if self.relation:
             return "relation"
         if len(self.groups) == 2:
@@ -102,7 +102,7 @@ class ScenePrompt:
 
 @cache
 def all_prompts() -> tuple[ScenePrompt, ...]:
-    """Every prompt of the world, in a fixed order."""
+    """Return every prompt of the world, in a fixed order."""
     kinds = list(itertools.product(COLOURS, SHAPES))
     prompts = [ScenePrompt((Group(1, c, s, size),)) for c, s in kinds for size in (None, *SIZES)]
     prompts += [ScenePrompt((Group(n, c, s),)) for c, s in kinds for n in NUMBERS.values()]
@@ -113,15 +113,15 @@ def all_prompts() -> tuple[ScenePrompt, ...]:
 
 
 def split_of(prompt: ScenePrompt) -> Split:
-    """The part a prompt belongs to, from a hash of its text: 70 % train, 10 % validation, 20 % test."""
+    """Return a prompt's split, from a hash of its text: 70 % train, 10 % validation, 20 % test."""
     bucket = int.from_bytes(hashlib.sha256(str(prompt).encode()).digest()[:4], "big") % 10
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 
 def sample_prompts(split: Split, number: int, seed: int) -> list[ScenePrompt]:
-    """`number` prompts of a split, as many of each category, in a shuffled order that depends on `seed` alone.
+    """Return `number` prompts of a split, equally many of each category, shuffled by `seed`.
 
-    A prompt comes again only after every other one of its category has come.
+    A prompt repeats only after every other one of its category has occurred.
     """
     rng = np.random.default_rng(seed)
     pools = {c: [p for p in all_prompts() if p.category == c and split_of(p) == split] for c in CATEGORIES}
@@ -137,20 +137,20 @@ def sample_prompts(split: Split, number: int, seed: int) -> list[ScenePrompt]:
 
 
 def sample_prompt_pairs(number: int, seed: int) -> list[tuple[ScenePrompt, ScenePrompt]]:
-    """`number` training prompts, each with another one that says one thing differently; `seed` decides all."""
+    """Return `number` training prompts, each with a training prompt that differs in one attribute, chosen by `seed`."""
     rng = np.random.default_rng([seed, number])
     known = {prompt for prompt in all_prompts() if split_of(prompt) == "train"}
     couples = []
     for prompt in sample_prompts("train", number, seed):
         other = corrupt(prompt, rng)
-        while other not in known:  # held out, or twice the same thing; most neighbours of a prompt are neither
+        while other not in known:  # held out, or two equal groups; most changes are neither
             other = corrupt(prompt, rng)
         couples.append((prompt, other))
     return couples
 
 
 def parse(caption: str) -> ScenePrompt:
-    """The prompt that a caption of this world spells.
+    """Parse a caption of this world.
 
     Raises:
         ValueError: the caption is not of this world.
@@ -174,7 +174,7 @@ def _parse_group(text: str) -> Group:
 
 
 def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
-    """The prompt with one thing wrong: a colour, a shape, a number, a size, or the relation."""
+    """Return the prompt with one random change: a colour, a shape, a number, a size, or the relation."""
     ways = ["colour", "shape"]
     ways += ["number"] if prompt.category == "count" else []
     ways += ["size"] if prompt.groups[0].size else []
@@ -202,7 +202,7 @@ def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
 
 
 def place_objects(prompt: ScenePrompt, rng: np.random.Generator) -> list[Object]:
-    """Objects that fulfil the prompt and nothing else, at random places, well apart."""
+    """Return exactly the objects that fulfil the prompt, at random separate positions."""
     wanted = [group for group in prompt.groups for _ in range(group.number)]
     largest = {1: 13.0, 2: 11.0, 3: 9.5, 4: 8.5}[len(wanted)]
     for _ in range(1000):
@@ -229,7 +229,7 @@ def _holds(relation: str, a: Object, b: Object, margin: float = 0.0) -> bool:
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """The polygon of a shape, its bounding box scaled to [-1, 1] x [-1, 1]."""
+    """Return the polygon of a shape, with its bounding box scaled to [-1, 1] x [-1, 1]."""
     turn = [2 * math.pi * k / 60 for k in range(60)]
     if shape == "circle":
         points = [(math.cos(a), math.sin(a)) for a in turn]
@@ -270,7 +270,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 def render(objects: list[Object], scale: int = 4) -> Image.Image:
-    """A 64 x 64 RGB picture, painted `scale` times larger and reduced."""
+    """Return a 64 x 64 RGB image of the objects, painted `scale` times larger and reduced."""
     canvas = Image.new("RGB", (CANVAS * scale, CANVAS * scale), BACKGROUND)
     brush = ImageDraw.Draw(canvas)
     for o in objects:
@@ -284,7 +284,7 @@ def render(objects: list[Object], scale: int = 4) -> Image.Image:
 
 @cache
 def _templates() -> dict[str, NDArray[np.bool_]]:
-    """A 32 x 32 silhouette of every shape, filling its bounding box."""
+    """Return a 32 x 32 silhouette of every shape, filling its bounding box."""
     masks = {}
     for shape in SHAPES:
         picture = Image.new("L", (256, 256))
@@ -294,14 +294,15 @@ def _templates() -> dict[str, NDArray[np.bool_]]:
 
 
 def read(image: Image.Image) -> list[Object]:
-    """The objects in a picture. One whose outline is like no shape has the shape "unknown".
+    """Return the objects in an image; an object that matches no shape has the shape "unknown".
 
-    Every pixel is given to the nearest of the seven colours, each colour's regions are found, thin edges and specks are
-    dropped, and a region's silhouette is compared with each shape's.
+    Each pixel takes the nearest of the seven colours. Thin edges and specks are dropped from each colour's regions. The
+    silhouette of every other region is compared with each shape's.
     """
     if image.size != (CANVAS, CANVAS):
         image = image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    # Nearest palette colour of every pixel; index 0 is the background
     palette = np.array([BACKGROUND, *COLOURS.values()], dtype=np.float32)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     filled = nearest > 0
@@ -314,7 +315,7 @@ def read(image: Image.Image) -> list[Object]:
             region = regions == k
             if region.sum() < _MIN_AREA:
                 continue
-            # The silhouette takes back the thin points, and the edge pixels that blending gave to another colour.
+            # Restore thin points, and edge pixels that blending assigned to another colour
             silhouette = ndimage.binary_dilation(region, iterations=4, mask=mask)
             silhouette |= ndimage.binary_dilation(silhouette) & filled
             objects.append(_measure(silhouette, colour))
@@ -336,11 +337,10 @@ def _measure(mask: NDArray[np.bool_], colour: str) -> Object:
 
 
 def check(prompt: ScenePrompt, objects: list[Object]) -> Truth:
-    """Which parts of the prompt the objects fulfil, and under "correct" whether they fulfil all of it.
+    """Check the parts of the prompt against the objects; "correct" holds if they fulfil all of it.
 
-    "count": as many objects as named. "colour", "shape": the objects' colours, and their shapes, are those named, in
-    any combination. "size", "relation" only where the prompt names one. "correct" needs every object to be right as a
-    whole.
+    "count": the number of objects. "colour" and "shape": the objects' colours and shapes, in any combination. "size"
+    and "relation" are present only if the prompt names one. "correct" needs every object to be right as a whole.
     """
     wanted = [group for group in prompt.groups for _ in range(group.number)]
     kinds = sorted((g.colour, g.shape) for g in wanted)
