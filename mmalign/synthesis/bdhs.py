@@ -1,7 +1,7 @@
-"""What a model says in the place of the truth, and BDHS, which hides most of the image from it.
+"""Generation of rejected responses: plain sampling, and BDHS, which hides most of an image from the model.
 
-All sentences of all rows are asked for together, and each comes out as it would alone: what is drawn for a row is keyed
-by the row. Nothing here learns; the network is the bare one, and no process waits for another.
+One generation call covers all sentences of all rows. Random draws are keyed by the row, so each text comes out as it
+would alone. Nothing is trained here: the network is unwrapped, and no process waits for another.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class GroundTruthAnswer:
     """A prompt with its true answer.
 
     Attributes:
-        row: the key of everything that is drawn for it.
-        turns: the conversation that is answered.
-        answer: the true one.
-        images: their keys and what a model takes of them, in the order of their places.
+        row: the key of its random draws.
+        turns: the conversation to answer.
+        answer: the true answer.
+        images: the images' keys and model inputs, in the order of their placeholders.
     """
 
     row: int
@@ -42,12 +42,12 @@ class GroundTruthAnswer:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model said.
+    """A generated answer.
 
     Attributes:
-        text: the whole of the other answer.
-        tries: how many it took.
-        similarity: of the text and the true answer.
+        text: the whole answer.
+        tries: the number of attempts used.
+        similarity: the similarity of the text to the true answer.
     """
 
     text: str
@@ -57,14 +57,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class ImageMaskingConfig:
-    """The settings of BDHS.
+    """Settings of BDHS.
 
     Attributes:
-        rho: how likely each of an image's tokens is hidden.
-        keep_tokens: instead, how many of a prompt's image tokens are left; None goes by `rho`.
-        tries: the most there are; of several, the last one writes a whole answer of its own.
-        max_similarity: a text this similar to the true answer is tried again.
-        decoding: how a sentence, and at last an answer, is written.
+        rho: the probability of hiding each image token.
+        keep_tokens: the number of a prompt's image tokens left visible, used instead of `rho`; None uses `rho`.
+        tries: the maximum number of attempts; the last of several generates a whole answer.
+        max_similarity: the similarity to the true answer from which a text is rejected and retried.
+        decoding: the decoding settings.
     """
 
     rho: float
@@ -75,7 +75,7 @@ class ImageMaskingConfig:
 
 
 def masking_config(section: Any) -> ImageMaskingConfig:
-    """The settings of a recipe's section (`mmalign.config.BdhsConfig`)."""
+    """Return the settings of a recipe's section (`mmalign.config.BdhsConfig`)."""
     decoding = Decoding(section.max_new_tokens, section.temperature, batch_size=section.batch_size)
     return ImageMaskingConfig(section.rho, section.keep_tokens, section.tries, section.max_similarity, decoding)
 
@@ -84,7 +84,7 @@ def require_image_masking(family: VisionLanguage) -> None:
     """Refuse a model whose image tokens cannot be hidden.
 
     Raises:
-        ValueError: why they cannot.
+        ValueError: the family does not support image masking; the message gives its reason.
     """
     if family.image_masking_unsupported_reason:
         raise ValueError(
@@ -100,8 +100,8 @@ class ResponseSampler:
 
     Attributes:
         family: the model.
-        net: its bare network: the policy's, or the reference's.
-        rng: the seed and the epoch of all that is drawn.
+        net: the unwrapped network, of the policy or of the reference.
+        rng: the random numbers of one seed and epoch.
     """
 
     family: VisionLanguage
@@ -118,16 +118,17 @@ class ResponseSampler:
         attempt: int,
         hidden: Sequence[Tensor] | None = None,
     ) -> list[str]:
-        """Each row's answer with what the model says after its openings; all of them are asked for in one call.
+        """Generate the continuation of every opening in one call, and return each row's joined answer.
 
         Args:
             rows: the prompts, N.
-            parts: of each row's answer.
-            features: of the rows' images.
-            decoding: how the model goes on.
-            tried: which attempt this is; each draws anew.
-            hidden: for each row which of its image tokens are hidden; None hides none.
+            parts: the parts of each row's answer.
+            features: the features of the rows' images.
+            decoding: the decoding settings.
+            attempt: the attempt's number, part of the key of the random draws.
+            hidden: each row's mask of hidden image tokens; None hides none.
         """
+        # One prompt per opening, keyed by row, attempt and place
         read, prompts, keys, masks = self.family.processor, list[TokenizedResponse](), list[int](), list[Tensor]()
         for number, row in enumerate(rows):
             for place, part in enumerate(parts[number]):
@@ -150,21 +151,21 @@ def bdhs(
     masking: ImageMaskingConfig,
     similarity: Similarity,
 ) -> list[Completion]:
-    """Bias-driven hallucination sampling (arXiv:2407.02477, Algorithm 1), of many rows at once.
+    """Run bias-driven hallucination sampling (arXiv:2407.02477, Algorithm 1) on many rows at once.
 
-    A try hides a row's image tokens (m_j = 1, token j is seen, iff rho_j >= rho_th), cuts every sentence at a random
-    place, and lets the model go on after the true words before it. It is taken if the text differs enough from the true
-    answer; the last of several is a whole answer without any guidance, and taken whatever it says.
+    An attempt hides a row's image tokens (m_j = 1, token j is seen, iff rho_j >= rho_th). It cuts every sentence at a
+    random place and lets the model continue from the true words before the cut. A text is accepted if it differs enough
+    from the true answer. The last of several attempts generates a whole unguided answer, which is always accepted.
 
     Args:
         sampler: the model that is to hallucinate.
         rows: the true answers.
-        features: of their images.
+        features: the features of their images.
         masking: the settings.
-        similarity: the measure that `how.similar` is a value of.
+        similarity: the measure that `masking.max_similarity` refers to.
 
     Returns:
-        A completion a row. Its text may be empty, or the true answer: a model may know it without looking.
+        One completion per row. Its text may be empty, or equal the true answer if the model knows it without looking.
 
     Raises:
         ValueError: the model's image tokens cannot be hidden.
@@ -172,6 +173,7 @@ def bdhs(
     require_image_masking(sampler.family)
     done: dict[int, Completion] = {}
     for attempt in range(1, masking.tries + 1):
+        # Rows without an accepted text; the last of several attempts is unguided
         left = [number for number in range(len(rows)) if number not in done]
         open_rows, guided = [rows[number] for number in left], attempt < masking.tries or masking.tries == 1
         parts = [openings(row.answer, row.row, sampler.rng, attempt) if guided else WHOLE for row in open_rows]
@@ -186,7 +188,7 @@ def bdhs(
 
 
 def _hidden(sampler: ResponseSampler, row: GroundTruthAnswer, masking: ImageMaskingConfig, attempt: int) -> Tensor:
-    """Which of a prompt's image tokens are hidden in a try, for all its sentences alike."""
+    """Return the mask of a prompt's image tokens hidden in one attempt, the same for all its sentences."""
     read = sampler.family.processor
     number = len(read.image_token_positions(read.tokenize_prompt(row.turns, row.images)))
     rho = sampler.rng.uniform([row.row], (number,), "hidden", attempt)[0]
@@ -197,7 +199,7 @@ def _hidden(sampler: ResponseSampler, row: GroundTruthAnswer, masking: ImageMask
 
 
 def too_long_reason(sampler: ResponseSampler, row: GroundTruthAnswer, start: str, new: int) -> str | None:
-    """Why a model cannot say that many tokens more after a row's prompt and a beginning; None if it can.
+    """Return a reason why `new` tokens after a row's prompt and `start` exceed the model's length; None if they fit.
 
     Raises:
         ValueError: the prompt's placeholders do not match its images.

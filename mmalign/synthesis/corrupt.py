@@ -1,7 +1,7 @@
-"""True answers made untrue by rule, as POVID has a language model do it (arXiv:2402.11411): a few words are changed.
+"""Rule-based corruption of true answers in a few words, where POVID asks a language model (arXiv:2402.11411).
 
-Objects become others that often come with those of the answer, or get one beside them; colours, counts and relations
-become others; a yes becomes a no. Everything else stays, so that the two answers differ in little but the truth.
+An object gives way to a frequent companion of the answer's objects, or gets one beside it. Colours, counts and
+relations change, and a yes becomes a no. All other words stay, so the two answers differ in little but the truth.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mmalign.language.objects import Vocabulary, singular
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.segments import COLOURS, NUMBERS, RELATIONS, Segment, segments
 
-Companions = Mapping[str, Sequence[str]]  # from an object to those that come with it, the most frequent first
+Companions = Mapping[str, Sequence[str]]  # from an object to those that occur with it, the most frequent first
 
-NEAREST = 5  # companions of each object that may take its place: the likeliest mistakes
+NEAREST = 5  # companions considered as an object's replacement: the likeliest mistakes
 _PLURALS = {"person": "people", "child": "children", "man": "men", "woman": "women", "foot": "feet", "mouse": "mice"}
 _PLURALS |= {"knife": "knives", "tooth": "teeth", "goose": "geese", "sheep": "sheep", "leaf": "leaves"}
 _PLURALS |= {"scissors": "scissors", "skis": "skis", "shelf": "shelves", "loaf": "loaves"}
 
 
 def companions(answers: Iterable[str], vocabulary: Vocabulary) -> dict[str, list[str]]:
-    """Which objects are named in one answer with which, most often first; equally often, by name."""
+    """Return for each object those named in the same answers, most frequent first and ties by name."""
     together: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
         named = sorted({mention.object for mention in vocabulary.mentions(answer)})
@@ -36,13 +36,13 @@ def companions(answers: Iterable[str], vocabulary: Vocabulary) -> dict[str, list
 
 @dataclass(frozen=True)
 class Corruptor:
-    """Changes a share of what an answer says of a picture, and at least one thing.
+    """A change to a share of an answer's statements about an image, and to at least one.
 
     Attributes:
-        vocabulary: which objects there are.
-        companions: which of them come together; an object without any takes what it is given from the vocabulary.
-        share: how likely each object, colour, count, relation or verdict is changed.
-        beside: how likely an object that is changed gets a companion beside it, instead of giving way to one.
+        vocabulary: the known objects.
+        companions: the objects that occur with each object; one without companions gets any from the vocabulary.
+        share: the probability of changing each object, colour, count, relation or verdict.
+        beside: the probability that a changed object gets a companion beside it instead of being replaced.
     """
 
     vocabulary: Vocabulary
@@ -51,12 +51,12 @@ class Corruptor:
     beside: float = 0.5
 
     def __call__(self, answer: str, row: int, rng: KeyedRNG) -> str | None:
-        """The answer made untrue, the same for the same row and draws; None if it says nothing that a rule knows."""
+        """Return the corrupted answer, the same for the same row and `rng`; None if no rule applies to it."""
         found_segments = segments(answer, self.vocabulary)
         if not found_segments:
             return None
-        uniforms = rng.uniform([row], (len(found_segments), 3), "corrupt")[0]  # whether, how, and into what
-        least = float(uniforms[:, 0].min())
+        uniforms = rng.uniform([row], (len(found_segments), 3), "corrupt")[0]  # columns: whether, how, which word
+        least = float(uniforms[:, 0].min())  # this segment changes in any case
         pieces, position, named = (
             list[str](),
             0,
@@ -71,7 +71,7 @@ class Corruptor:
         return "".join([*pieces, answer[position:]])
 
     def _change(self, answer: str, segment: Segment, named: set[str], how: float, choice: float) -> str:
-        """What a segment becomes, by two draws from 0 to 1. An object that comes in is added to `named`."""
+        """Return a segment's replacement by two random numbers from 0 to 1, and add a new object to `named`."""
         text = answer[segment.start : segment.end]
         if segment.kind == "object":
             return self._other_object(text, segment.word, named, how, choice)
@@ -87,7 +87,7 @@ class Corruptor:
         return _cased(new, text)
 
     def _other_object(self, text: str, word: str, named: set[str], how: float, choice: float) -> str:
-        """A companion in the object's place, or beside it."""
+        """Return the text with a companion in the object's place, or beside it."""
         near = [one for one in self.companions.get(word, ()) if one not in named][:NEAREST]
         strangers = [one for one in self.vocabulary.objects if one not in named]
         others = near or strangers or [one for one in self.vocabulary.objects if one != word]
@@ -106,14 +106,14 @@ def _pick(words: Sequence[str], choice: float) -> str:
 
 
 def _other_number(word: str, choice: float) -> str:
-    """A count that is off by one or two, in words where it was in words."""
+    """Return a count off by one or two, spelled out if `word` is."""
     count = NUMBERS.index(word) + 2 if word in NUMBERS else int(word)
     new = int(_pick([str(n) for n in (count - 2, count - 1, count + 1, count + 2) if n >= 2], choice))
     return NUMBERS[new - 2] if word in NUMBERS and new - 2 < len(NUMBERS) else str(new)
 
 
 def _cased(new: str, old: str) -> str:
-    """Begins with a capital where the old one did."""
+    """Capitalise the new word if the old one begins with a capital."""
     return new[0].upper() + new[1:] if old[0].isupper() else new
 
 
@@ -125,7 +125,7 @@ _BEFORE = re.compile(r"\b(an?)(\s+)\Z", re.IGNORECASE)
 
 
 def _with_article(before: str, after: str) -> str:
-    """The text before a word, its last article made to fit the word: "a" or "an"."""
+    """Return the text before a word, with its last article, "a" or "an", made to fit the word."""
     match = _BEFORE.search(before)
     if match is None:
         return before
@@ -133,7 +133,7 @@ def _with_article(before: str, after: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """An English noun in lower case, made plural; of several words, the last one."""
+    """Return the plural of an English noun in lower case; of several words, only the last changes."""
     *rest, last = noun.split(" ")
     if last in _PLURALS:
         many = _PLURALS[last]

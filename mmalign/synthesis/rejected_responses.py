@@ -1,7 +1,7 @@
-"""Rejected responses for true answers, one class for each way: BDHS, Re-Align, POVID, and the model's own answers.
+"""Generators of rejected responses for true answers: BDHS, Re-Align, POVID, and the model's own answers.
 
-Each takes pairs, whose chosen responses are the true answers, some at a time, and makes of each a rejected response, or
-says why there is none. What comes out for a pair depends on the pair alone.
+Each generator takes a batch of pairs whose chosen responses are the true answers. It returns a rejected response for
+each pair, or a reason why there is none. A pair's result depends on that pair alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mmalign.synthesis.bdhs import GroundTruthAnswer, ImageMaskingConfig, Respon
 from mmalign.synthesis.sentence_cuts import MASK, STOPS, WHOLE, masked_openings
 from mmalign.synthesis.similarity import Similarity
 
-Writer = Callable[[ResponsePair], str | None]  # from a pair to another text of its answer; None if there is none
+Writer = Callable[[ResponsePair], str | None]  # from a pair to a changed text of its answer; None if there is none
 
 
 _SAME = "what came out is the true answer"
 
 
-# Asked of a similar image, with the masked answer after it.
+# Prompt about a similar image; the masked answer follows it.
 FILL_IN = (
     f"Parts of the text below are covered by {MASK}. Look at the picture, choose words for each {MASK} that fit what "
     "it shows, and write the whole text again with your words in their places. Write nothing else.\n"
@@ -41,9 +41,9 @@ class RejectedResponse:
     """A rejected response.
 
     Attributes:
-        text: what it says.
-        metadata: how it came about.
-        retrieved: another image that it was said of.
+        text: the response.
+        metadata: notes on its generation.
+        retrieved: the other image that it describes; None if it describes the pair's own.
     """
 
     text: str
@@ -53,22 +53,22 @@ class RejectedResponse:
 
 ResponseGenerator = Callable[
     [Sequence[ResponsePair]], list[RejectedResponse | str]
-]  # a pair's rejected response, or why there is none
+]  # a pair's rejected response, or a reason why there is none
 
 
 class SelfGenerated:
-    """What the model itself answers, as in SPIN (arXiv:2401.01335).
+    """Generator of the model's own answers, as in SPIN (arXiv:2401.01335).
 
     Args:
         sampler: the model.
-        decoding: how it answers.
+        decoding: the decoding settings.
     """
 
     def __init__(self, sampler: ResponseSampler, decoding: Decoding) -> None:
         self.sampler, self.decoding = sampler, decoding
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """See Maker."""
+        """Generate a rejected response for each pair, or return a reason why there is none."""
         results, rows = _askable(self.sampler, pairs, self.decoding)
         features = _encoded(self.sampler, rows.values())
         texts = self.sampler.sample(list(rows.values()), [WHOLE] * len(rows), features, self.decoding, attempt=1)
@@ -80,19 +80,19 @@ class SelfGenerated:
 
 
 class BDHS:
-    """Completions with most of the image hidden.
+    """Generator of completions with most of the image hidden.
 
     Args:
         sampler: the model.
         masking: the settings.
-        similarity: the measure of what is told apart.
+        similarity: the measure that compares a text with the true answer.
     """
 
     def __init__(self, sampler: ResponseSampler, masking: ImageMaskingConfig, similarity: Similarity) -> None:
         self.sampler, self.masking, self.similarity = sampler, masking, similarity
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """See Maker."""
+        """Generate a rejected response for each pair, or return a reason why there is none."""
         results, rows = _askable(self.sampler, pairs, self.masking.decoding, completing=True)
         features = _encoded(self.sampler, rows.values())
         completions = bdhs(self.sampler, list(rows.values()), features, self.masking, self.similarity)
@@ -103,18 +103,18 @@ class BDHS:
 
 
 class ReAlign:
-    """Answers whose masked parts are filled in from similar images, one after another until one differs enough.
+    """Generator that fills the masked parts of an answer from similar images, in turn until a text differs enough.
 
     Args:
         sampler: the model.
         index: the similar images.
-        mask: hides parts of an answer.
-        decoding: how the model fills them in.
-        similarity: the measure of what differs.
-        max_similarity: a text this similar to the true answer is not taken.
-        asking: ask the model for the whole text with the masks filled in (`FILL_IN`), as the paper does; otherwise let
-            it go on from before the first mask of each sentence, after the true words, which needs no model that
-            follows instructions.
+        mask: a function that hides parts of an answer.
+        decoding: the decoding settings.
+        similarity: the measure that compares a text with the true answer.
+        max_similarity: the similarity to the true answer from which a text is rejected.
+        asking: True asks the model for the whole text with the masks filled in (`FILL_IN`), as the paper does. False
+            lets it continue each sentence from before the first mask, after the true words, which needs no
+            instruction-following model.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ReAlign:
         self.similarity, self.max_similarity, self.asking = similarity, max_similarity, asking
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """See Maker."""
+        """Generate a rejected response for each pair, or return a reason why there is none."""
         results: dict[int, RejectedResponse | str] = {}
         masked: dict[int, str] = {}
         for number, pair in enumerate(pairs):
@@ -143,6 +143,7 @@ class ReAlign:
                 results[number] = _error_text(pair, error)
             else:
                 masked[number] = text
+        # One similar image per attempt, for the pairs that have no accepted response
         why = dict[int, str]()
         for attempt in range(1, self.index.candidates + 1):
             left = [number for number in masked if number not in results]
@@ -151,14 +152,14 @@ class ReAlign:
         return [results.get(number, why.get(number, none)) for number in range(len(pairs))]
 
     def _require(self, pair: ResponsePair, masked: str) -> None:
-        """Refuse a pair that cannot be used, or whose answer is not masked as it should be."""
+        """Refuse a pair without exactly one image, without a similar image, or with an answer masked wrongly."""
         if len(pair.images) != 1:
             raise ValueError(f"has {len(pair.images)} images; expected one, which another can take the place of")
         if not self.index.similar(pair.images[0]):
             raise ValueError(self.index.bad.get(pair.images[0].key, "there is no other image"))
         if MASK not in masked:
             raise ValueError("nothing of the answer is masked")
-        masked_openings(pair.chosen.strip(), masked)  # raises where more than words was replaced
+        masked_openings(pair.chosen.strip(), masked)  # raises if the masking changed the number of sentences
 
     def _try(
         self,
@@ -168,7 +169,8 @@ class ReAlign:
         attempt: int,
         why: dict[int, str],
     ) -> dict[int, RejectedResponse | str]:
-        """What is taken of what the model says of the images of this rank; `why` gets to know which cannot be shown."""
+        """Return the accepted responses to similar images of rank `attempt`; record in `why` the unusable ones."""
+        # Prompts with the similar image of this rank
         rows: dict[int, tuple[GroundTruthAnswer, ImageRef]] = {}
         for number in left:
             others = self.index.similar(pairs[number].images[0])
@@ -180,18 +182,20 @@ class ReAlign:
             try:
                 start = "" if self.asking else pair.chosen
                 row = _ground_truth_answer(self.sampler, pair, others[attempt - 1 : attempt], start, self.decoding)
-            except ValueError as error:  # of this image and prompt; the next one may do
+            except ValueError as error:  # only this image is unusable; the next one may fit
                 why[number] = _error_text(pair, error)
                 continue
             rows[number] = row, others[attempt - 1]
         if not rows:
             return {}
+        # Answers about these images
         rows_asked = [row for row, _ in rows.values()]
         features = _encoded(self.sampler, rows_asked)
         parts = [WHOLE if self.asking else masked_openings(rows[n][0].answer, masked[n]) for n in rows]
         decoding = replace(self.decoding, stop=() if self.asking else STOPS)
         texts = self.sampler.sample(rows_asked, parts, features, decoding, attempt)
         scores = self.similarity(texts, [row.answer for row in rows_asked])
+        # Accepted: other than the true answer, dissimilar enough, and without a mask left
         results = dict[int, RejectedResponse | str]()
         for (number, (row, ref)), text, score in zip(rows.items(), texts, scores, strict=True):
             notes: dict[str, float | str] = {"tries": attempt, "similarity": round(score, 4), "masked": masked[number]}
@@ -202,32 +206,32 @@ class ReAlign:
 
 
 class RuleCorrupted:
-    """Answers of which a function of one's own, or of the rules, changes some words.
+    """Generator of answers in which the rules, or a function of your own, change some words.
 
     Args:
-        write: changes them.
+        write: the function that changes them.
     """
 
     def __init__(self, write: Writer) -> None:
         self.write = write
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """See Maker."""
+        """Return each pair's rejected response, or a reason why there is none."""
         return [_checked_response(_text_of(self.write, pair), pair.chosen.strip(), {}) for pair in pairs]
 
 
 class ImageIndex:
-    """For every image of some pairs those most like it.
+    """Index of each image's nearest neighbours among the images of some pairs.
 
     Attributes:
-        candidates: how many, where there are so many.
-        bad: why an image cannot be used, by its key.
+        candidates: the maximum number of neighbours per image.
+        bad: the reason why an image is unusable, by its key.
 
     Args:
-        pairs: whose images.
-        embed: makes unit vectors [N, E] of images.
-        candidates: how many similar ones are asked for.
-        batch_size: images embedded at a time.
+        pairs: the pairs whose images are indexed.
+        embed: a function from images to unit vectors [N, E].
+        candidates: the number of neighbours per image.
+        batch_size: the number of images embedded at a time.
     """
 
     def __init__(
@@ -253,7 +257,7 @@ class ImageIndex:
         self._nearest = nearest(torch.cat(vectors), candidates) if vectors else []
 
     def similar(self, ref: ImageRef) -> list[ImageRef]:
-        """The images most like this one, the most similar first; none for one that cannot be read."""
+        """Return the images most similar to this one, most similar first; empty if it cannot be read."""
         place = self._places.get(ref.key)
         return [] if place is None else [self._refs[other] for other in self._nearest[place]]
 
@@ -261,13 +265,13 @@ class ImageIndex:
 def _askable(
     sampler: ResponseSampler, pairs: Sequence[ResponsePair], decoding: Decoding, *, completing: bool = False
 ) -> tuple[dict[int, RejectedResponse | str], dict[int, GroundTruthAnswer]]:
-    """By a pair's number: why it cannot be asked, or its prompt, its images and its answer.
+    """Return the reasons against unusable pairs and the usable prompts with answers, both by the pair's position.
 
     Args:
         sampler: the model.
-        pairs: of true answers.
-        decoding: how much the model will say.
-        completing: it will go on from the true answer, not answer anew.
+        pairs: the pairs with true answers.
+        decoding: the decoding settings, with the number of new tokens.
+        completing: True if the model continues the true answer instead of answering from the start.
     """
     bad, rows = dict[int, RejectedResponse | str](), dict[int, GroundTruthAnswer]()
     for number, pair in enumerate(pairs):
@@ -279,17 +283,17 @@ def _askable(
 
 
 def _encoded(sampler: ResponseSampler, rows: Iterable[GroundTruthAnswer]) -> ImageFeatures:
-    """The rows' images, each encoded once."""
+    """Encode each of the rows' images once."""
     return sampler.family.encode_images({key: view for row in rows for key, view in row.images})
 
 
 def _ground_truth_answer(
     sampler: ResponseSampler, pair: ResponsePair, images: Sequence[ImageRef], start: str, decoding: Decoding
 ) -> GroundTruthAnswer:
-    """A pair's prompt and true answer with these images, which the model can take, and say enough after `start`.
+    """Return a pair's prompt and true answer with these images, checked to leave room for new tokens after `start`.
 
     Raises:
-        ValueError: an image is bad, or the prompt is too long or does not fit its images.
+        ValueError: an image is bad, the prompt is too long, or its placeholders do not match its images.
     """
     views = list[tuple[str, ImageView]]()
     for ref in images:
@@ -302,12 +306,12 @@ def _ground_truth_answer(
 
 
 def _error_text(pair: ResponsePair, error: ValueError) -> str:
-    """What an error says; whoever reads it knows which pair it is about."""
+    """Return an error's message without the pair's location, which the caller adds."""
     return str(error).removeprefix(f"{pair.location}, ")
 
 
 def _checked_response(text: str, answer: str, notes: Mapping[str, float | str]) -> RejectedResponse | str:
-    """A rejected response, or why it is none."""
+    """Return the text as a rejected response, or a reason why it is unusable."""
     text = text.strip()
     if not text:
         return "nothing came out"
@@ -315,10 +319,10 @@ def _checked_response(text: str, answer: str, notes: Mapping[str, float | str]) 
 
 
 def _text_of(write: Writer, pair: ResponsePair) -> str:
-    """What a function makes of a pair's answer.
+    """Return a function's text for a pair's answer; empty if the function returns None.
 
     Raises:
-        ValueError: something else than text.
+        ValueError: the function returned something other than text or None.
     """
     text = write(pair)
     if text is None:
@@ -328,18 +332,18 @@ def _text_of(write: Writer, pair: ResponsePair) -> str:
     return text
 
 
-COPY = 1 - 1e-5  # two images with this cosine are one under two names
+COPY = 1 - 1e-5  # from this cosine on, two images are copies
 
 
-ROWS = 1024  # of the table of cosines that are in memory at once
+ROWS = 1024  # rows of the cosine matrix in memory at once
 
 
 def nearest(vectors: Tensor, number: int) -> list[list[int]]:
-    """For each image those most like it, the most alike first; neither itself nor a copy of it.
+    """Return the positions of each image's nearest neighbours, nearest first, without itself and its copies.
 
     Args:
         vectors: [N, E], of length 1.
-        number: how many, where there are so many.
+        number: the maximum number of neighbours.
     """
     neighbours: list[list[int]] = []
     for first in range(0, len(vectors), ROWS):

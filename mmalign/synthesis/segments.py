@@ -1,7 +1,7 @@
-"""The parts of an answer that say what is in a picture: objects, colours, numbers and relations, found by rule.
+"""Rule-based detection of an answer's statements about an image: objects, colours, numbers and relations.
 
-They are what Re-Align hides from a model and what the rules for POVID change. Objects are a vocabulary's; the other
-words are few and unambiguous, since a word that is missed does less harm than one that is taken for what it is not.
+Re-Align hides these segments from a model, and the rules for POVID change them. Objects come from a vocabulary. The
+other word lists are short and unambiguous: a missed word does less harm than a misread one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Kind = Literal["object", "colour", "number", "relation", "verdict"]
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray", "grey")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# Each relation with what is said in its place: its opposite where it has one.
+# Each relation with its replacements: its opposite if it has one.
 RELATIONS: dict[str, tuple[str, ...]] = {
     "on top of": ("underneath", "next to"),
     "in front of": ("behind",),
@@ -44,7 +44,7 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 
 
 class Segment(NamedTuple):
-    """A stretch of a text, text[start:end], that says one thing; `word` is how a list here or a vocabulary has it."""
+    """A span text[start:end] that states one fact; `word` is its form in the vocabulary or in a list of this module."""
 
     kind: Kind
     word: str
@@ -57,9 +57,9 @@ def _any(words: Sequence[str]) -> str:
 
 
 _COLOUR = re.compile(rf"\b(?:{_any(COLOURS)})\b", re.IGNORECASE)
-# A figure that is part of a time, a date, a price or a measure is no count.
+# A digit in a time, a date, a price or a measure is not a count.
 _NUMBER = re.compile(rf"\b(?:{_any(NUMBERS)})\b|(?<![\w.:/$-])(?:[2-9]|1\d|20)(?![\w:/%-]|\.\d)", re.IGNORECASE)
-# Before an article or the like, "on" is a place: neither a light that is on nor what something is based on.
+# Before an article or the like, "on" is a place. This excludes "the light is on" and "based on".
 _ON = r"on(?=\s+(?:an?|the|his|her|its|their|top)\b)"
 _RELATION = re.compile(
     rf"\b(?:{_any([word for word in RELATIONS if word != 'on'])}|(?<!based )(?<!depending )(?<!focus ){_ON})\b",
@@ -69,10 +69,10 @@ _VERDICT = re.compile(r"(?:yes|no)\b", re.IGNORECASE)
 
 
 def segments(text: str, vocabulary: Vocabulary) -> list[Segment]:
-    """What a text says of a picture, in order; segments do not overlap.
+    """Return a text's statements about an image, in order and without overlap.
 
-    An object's name wins over words in it ("red circle" may be one object), but a colour before an object is a colour
-    ("an orange cat" names no fruit). Yes or no at the very beginning is a verdict.
+    An object's name wins over words in it: "red circle" may be one object. A colour before an object is a colour: "an
+    orange cat" names no fruit. Yes or no at the very beginning is a verdict.
     """
     taken: list[Segment] = []
     for segment in _found(text, vocabulary):
@@ -82,7 +82,7 @@ def segments(text: str, vocabulary: Vocabulary) -> list[Segment]:
 
 
 def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
-    """Candidates, the ones that win over later ones first."""
+    """Yield candidate segments in order of precedence."""
     verdict = _VERDICT.match(text)
     if verdict:
         yield Segment("verdict", verdict[0].lower(), 0, verdict.end())
@@ -106,7 +106,7 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
 
 
 def masked(text: str, segments: Sequence[Segment]) -> str:
-    """The text with `MASK` in the place of segments; of those that only white space parts, one for all."""
+    """Replace each segment by `MASK`; segments with only white space between them share one."""
     if not segments:
         return text
     pieces, position = list[str](), 0
@@ -119,7 +119,7 @@ def masked(text: str, segments: Sequence[Segment]) -> str:
 
 
 def masker(vocabulary: Vocabulary) -> Callable[[str], str]:
-    """Masks objects, colours, numbers and relations of an answer, as Re-Align's language model is asked to."""
+    """Return a function that masks objects, colours, numbers and relations, as Re-Align asks of its language model."""
 
     def mask(text: str) -> str:
         return masked(text, [one for one in segments(text, vocabulary) if one.kind != "verdict"])

@@ -1,10 +1,10 @@
-"""True answers cut open, so that a model can go on with them untruthfully: the text side of BDHS and of Re-Align.
+"""Sentence cuts of true answers, which a model continues untruthfully in BDHS and Re-Align.
 
-An answer falls into sentences whose pieces join to the answer again. Of a sentence only a beginning is kept, the
-`head`, and what a model says next takes the place of the rest. Whatever a model says in one sentence, the next one
-begins after the true words, so that one slip does not lead to another.
+An answer splits into sentences that join to the answer again. A cut leaves the beginning of a sentence, the `head`,
+and the model's text replaces the rest. The next sentence begins after the true words, so one error does not lead to
+another.
 
-S sentences of an answer. Every choice is drawn by row, so that an answer is cut the same way in any company.
+S is the number of sentences of an answer. Random draws are keyed by row, so a cut does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from mmalign.rng import KeyedRNG
 
-# Where a sentence that a model goes on with ends: at the first full stop (Algorithm 1 of arXiv:2407.02477), and with
-# its line, since an item of a list need not have one.
+# A continued sentence ends at the first full stop (Algorithm 1 of arXiv:2407.02477), or with its line: an item of a
+# list need not have a full stop.
 STOPS = (".", "\n")
 MASK = "[MASK]"
 
@@ -25,17 +25,17 @@ _PIECE = re.compile(r"\s*.*?(?:[.!?]+[\"'\u201d\u2019)\]]*(?=\s|\Z)|(?=\n)|\Z)\s
 _ABBREVIATED = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|approx|e\.g|i\.e)\.\s*\Z", re.IGNORECASE)
 _LETTER = re.compile(r"[^\W\d_]")
 _WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*")
-# The paper's expression has no border after the word, and so rewrites "Not" and "North" too.
+# The paper's expression has no word border at its end, so it also rewrites "Not" and "North".
 _VERDICT = re.compile(r"\s*(Yes|yes|No|no)\b")
 _OPPOSITE = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
 
 class Opening(NamedTuple):
-    """A sentence of an answer, up to where a model is to go on with it.
+    """A sentence of an answer, up to the point from which a model continues it.
 
     Attributes:
         history: the true answer before the sentence, with the white space after it.
-        head: how the sentence begins; it ends with a word, or is empty.
+        head: the beginning of the sentence; it ends with a word, or is empty.
         tail: the white space after the sentence.
     """
 
@@ -45,27 +45,27 @@ class Opening(NamedTuple):
 
     @property
     def start(self) -> str:
-        """All that has been said when the model goes on."""
+        """The text that the model continues."""
         return self.history + self.head
 
     def closed(self, text: str) -> str:
-        """The sentence as the model ended it, with the true one's white space after it.
+        """Return the sentence with the model's ending and the true sentence's trailing white space.
 
         Args:
-            text: what follows `start`, with the space that parts the two; after an empty head the history brings it.
+            text: the text after `start`, with the space between the two; after an empty head, `history` has that space.
         """
         return (self.head + text if self.head else text.lstrip()).rstrip() + self.tail
 
 
-Part = str | Opening  # of an answer: a sentence that stays, or one that a model is to go on with
-WHOLE: tuple[Part, ...] = (Opening("", "", ""),)  # an answer of which nothing is given
+Part = str | Opening  # part of an answer: a sentence that stays, or one for a model to continue
+WHOLE: tuple[Part, ...] = (Opening("", "", ""),)  # an answer to generate from its beginning
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the white space after it; joined they are the text again.
+    """Split a text into sentences with their trailing white space; joined, they are the text again.
 
-    A sentence ends with a full stop, a question or an exclamation mark before white space, or with its line. What has
-    no letter is no sentence and belongs to the next one, so that "1. A dog." is one; a few abbreviations end none.
+    A sentence ends with a full stop, a question or an exclamation mark before white space, or with its line. A piece
+    without a letter belongs to the next sentence, so "1. A dog." is one. A few abbreviations end no sentence.
     """
     parts = [""]
     for piece in _PIECE.findall(text):
@@ -78,7 +78,7 @@ def sentences(text: str) -> list[str]:
 
 
 def opposite(sentence: str) -> str | None:
-    """The sentence with its first word turned from yes to no or from no to yes; None if that is neither."""
+    """Swap yes and no at the beginning of a sentence; return None if it begins with neither."""
     verdict = _VERDICT.match(sentence)
     if verdict is None:
         return None
@@ -86,24 +86,24 @@ def opposite(sentence: str) -> str | None:
 
 
 def contradicts(answer: str, other: str) -> bool:
-    """Whether one of two answers begins with yes and the other one with no."""
+    """Return whether one of two answers begins with yes and the other with no."""
     begun = [_VERDICT.match(text) for text in (answer, other)]
     words = {match[1].lower() for match in begun if match is not None}
     return len(words) == 2
 
 
 def openings(answer: str, row: int, rng: KeyedRNG, attempt: int = 0) -> list[Part]:
-    """Every sentence of an answer, cut after a random number of its words.
+    """Cut every sentence of an answer after a random number of its words.
 
-    Before that, yes and no at the beginning of a sentence are exchanged half of the time; the exchanged word is then
-    kept, since otherwise nothing would be left of it. A sentence keeps at most all words but its last one (the paper
-    says "up to a random position"; ours are the borders between words).
+    First, half of the time, yes and no at the beginning of a sentence are swapped. A swapped word always stays in the
+    head, or the swap would be lost. At most all words but the last one stay. The paper says "up to a random position";
+    the positions here are the borders between words.
 
     Args:
-        answer: the true one.
-        row: its key.
-        rng: the seed and the epoch.
-        tried: which attempt this is; each is cut anew.
+        answer: the true answer.
+        row: the answer's key.
+        rng: the random numbers of one seed and epoch.
+        attempt: the attempt's number, part of the key of the random draws.
     """
     whole, pieces, history = sentences(answer), list[Part](), ""
     uniforms = rng.uniform([row], (max(len(whole), 1), 2), "openings", attempt)[0].tolist()
@@ -115,7 +115,7 @@ def openings(answer: str, row: int, rng: KeyedRNG, attempt: int = 0) -> list[Par
 
 
 def _cut(history: str, sentence: str, place: float, at_least: int) -> Opening:
-    """The sentence up to the end of one of its words: `place`, from 0 to 1, says which of the possible ones."""
+    """Cut a sentence after one of its words, selected among the possible ones by `place`, from 0 to 1."""
     words = list(_WORD.finditer(sentence))
     kept = at_least + int(place * max(len(words) - at_least, 1))
     head = sentence[: words[kept - 1].end()] if kept else ""
@@ -123,14 +123,14 @@ def _cut(history: str, sentence: str, place: float, at_least: int) -> Opening:
 
 
 def masked_openings(answer: str, masked: str) -> list[Part]:
-    """Every sentence of an answer, cut before its first `MASK`; a sentence that has none stays whole.
+    """Cut every sentence of an answer before its first `MASK`; a sentence without one stays whole.
 
     Args:
-        answer: the true one.
-        masked: the same with `MASK` in the place of some of its words.
+        answer: the true answer.
+        masked: the answer with `MASK` replacing some of its words.
 
     Raises:
-        ValueError: the two have different numbers of sentences, so that more than words was replaced.
+        ValueError: the two have different numbers of sentences, so more than words was replaced.
     """
     whole, covered, pieces, history = sentences(answer), sentences(masked), list[Part](), ""
     if len(whole) != len(covered):
@@ -143,7 +143,7 @@ def masked_openings(answer: str, masked: str) -> list[Part]:
 
 
 def joined(parts: Sequence[Part], texts: Sequence[str]) -> str:
-    """An answer of its parts, with what a model said after the `start` of every opening, in order."""
+    """Join an answer's parts, with the model's texts after the `start` of each opening, in order."""
     rest = iter(texts)
     return "".join(part if isinstance(part, str) else part.closed(next(rest)) for part in parts).strip()
 

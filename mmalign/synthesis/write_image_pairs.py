@@ -1,6 +1,6 @@
-"""Pairs that a model drew itself, in the layout of Pick-a-Pic v2.
+"""Writer of generated image pairs, in the layout of Pick-a-Pic v2.
 
-They are the best against the worst image of each prompt, or, with two prompts, the best images of two that contrast.
+A pair is the best and the worst image of one prompt, or the best images of two contrasting prompts.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ def write_pairs(
     group: int,
     min_confidence: float,
 ) -> tuple[int, int]:
-    """Write a parquet file of pairs; left and right are in the order drawn, so position says nothing.
+    """Write a parquet file of pairs; left and right follow the order of generation, so position says nothing.
 
     Args:
         path: the file; written whole or not at all.
         prompts: [N], each `group` times in a row.
         images: [N].
-        scores: the judge's [N]; higher is better, in units whose difference is a log-odds.
-        group: images of one prompt.
-        min_confidence: the least preference probability `1 / (1 + exp(worst - best))` of a pair that is kept.
+        scores: the reward model's scores [N]; higher is better, in units whose difference is a log-odds.
+        group: the number of images per prompt.
+        min_confidence: the least preference probability `1 / (1 + exp(worst - best))` of a pair.
 
     Returns:
-        How many pairs were kept, and of how many prompts.
+        The number of pairs written, and the number of prompts.
 
     Raises:
-        ValueError: no pair is kept.
+        ValueError: no pair is confident enough.
     """
     rows, num_prompts = [], len(prompts) // group
     for start in range(0, len(prompts), group):
@@ -54,7 +54,7 @@ def write_pairs(
 
 
 def best_of_each(scores: Sequence[float], group: int) -> list[int]:
-    """The number of the best of every `group` scores in a row."""
+    """Return the index of the best score in each consecutive group."""
     starts = range(0, len(scores), group)
     return [max(range(start, start + group), key=lambda i: scores[i]) for start in starts]
 
@@ -73,16 +73,16 @@ def write_prompt_pairs(
     Args:
         path: the file; written whole or not at all.
         prompts: [2N], the first and the second of a couple in turn.
-        images: the best of each prompt [2N].
-        own: the judge's scores of the images by their own prompts [2N], in units whose difference is a log-odds.
+        images: the best image of each prompt [2N].
+        own: the reward model's scores of the images by their own prompts [2N], in units whose difference is a log-odds.
         crossed: their scores by the couple's other prompt [2N].
         min_confidence: the least probability, by either prompt, that its own image is preferred to the other prompt's.
 
     Returns:
-        How many couples were kept, and of how many.
+        The number of couples written, and the number of couples.
 
     Raises:
-        ValueError: none is kept.
+        ValueError: no couple is confident enough.
     """
     rows, num_couples = [], len(prompts) // 2
     for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
@@ -96,14 +96,14 @@ def write_prompt_pairs(
 
 
 def _log_odds(probability: float) -> float:
-    """The difference of scores at which a judge prefers one image to another this surely."""
+    """Return the score difference at which the preference for one image has this probability."""
     return math.log(probability / (1 - probability))
 
 
 def _sides(
     images: tuple[Image.Image, Image.Image], labels: tuple[float, float], scores: tuple[float, float]
 ) -> dict[str, Any]:
-    """The columns of both images of a row."""
+    """Return the columns of both images of a row."""
     columns = dict[str, Any]()
     for side, (image, label, score) in enumerate(zip(images, labels, scores, strict=True)):
         png = _png(image)
@@ -113,7 +113,11 @@ def _sides(
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]], none: str) -> None:
-    """Write the rows whole or not at all; where there are none, `none` says why."""
+    """Write the rows whole or not at all.
+
+    Raises:
+        ValueError: there are no rows; `none` gives the reason.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
-"""Files of pairs of responses that were made: JSON lines that name images, or parquet files that hold them.
+"""Writer of generated response pairs: JSON lines that name images, or parquet files that hold them.
 
-They are in the layouts `trl` and `realign`, which the readers and other programs read, with one column more: where each
-pair came from.
+The files have the layouts `trl` and `realign`, which the readers and other programs read. An extra column holds each
+pair's provenance.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 from mmalign.data.pairs import ImageRef, ResponsePair
 
 SUFFIXES = (".jsonl", ".parquet")
-GROUP = 64  # rows of a parquet file that are in memory at once
+GROUP = 64  # rows of a parquet file in memory at once
 
 
 @dataclass(frozen=True)
 class SynthesizedPair:
-    """A pair that was made.
+    """A generated pair.
 
     Attributes:
         source: the prompt, the images and the chosen response.
         rejected: the rejected response.
-        hallucinated: a second one; empty if there is none.
-        retrieved: another image, of the layout `realign`.
-        provenance: where all this came from.
+        hallucinated: a second rejected response; empty if there is none.
+        retrieved: the retrieved image of the layout `realign`; None in the layout `trl`.
+        provenance: the origin of the responses.
     """
 
     source: ResponsePair
@@ -40,13 +40,13 @@ class SynthesizedPair:
 
 
 def write_pairs(path: Path, pairs: Iterable[SynthesizedPair], *, suffix: str, images: Path) -> None:
-    """Write a file.
+    """Write a file of pairs.
 
     Args:
         path: the file.
-        pairs: what to write; at least one.
-        suffix: which kind of file, one of `SUFFIXES`.
-        images: the folder that the names of images in JSON lines begin in.
+        pairs: the pairs to write; at least one.
+        suffix: the kind of file, one of `SUFFIXES`.
+        images: the folder that image paths in JSON lines are relative to.
     """
     if suffix == ".parquet":
         _write_parquet(path, pairs)
@@ -61,7 +61,7 @@ def _name(ref: ImageRef, folder: Path) -> str:
 
 
 def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], Any]) -> dict[str, Any]:
-    """A row; `shown` is what stands for an image."""
+    """Return a pair's record; `shown` returns the value that represents an image."""
     pair = synthesized.source
     prompt = [{"role": turn.role, "content": turn.text} for turn in pair.turns]
     chosen, rejected = (
@@ -99,6 +99,6 @@ def _write_parquet(path: Path, pairs: Iterable[SynthesizedPair]) -> None:
 
 
 def _packed(pair: SynthesizedPair) -> dict[str, Any]:
-    """A row with the images in it; where it came from is text, since what is known differs from row to row."""
+    """Return a record that holds the images; its provenance is JSON text, since the keys differ from row to row."""
     record = _record(pair, lambda ref: {"bytes": ref.read(), "path": Path(ref.path).name or None})
     return {**record, "provenance": json.dumps(record["provenance"], ensure_ascii=False)}
