@@ -5,29 +5,29 @@
     z(c) = beta * (policy's score - reference's score)
     loss = (softplus(-z(c)) + weight * softplus(z(c'))) / max(weight, 1);  where c' is c: softplus(-z(c')), of weight 1
 
-The paper aligns autoregressive models, so that they draw without guidance what they drew with it; its scores are
-log-probabilities of tokens. With the denoising score in their place the method is ours, and nobody has published
-settings for it. The defaults are reasoned, not searched:
+The paper aligns autoregressive models, so that sampling without guidance matches sampling with it. Its scores are
+log-probabilities of tokens. The denoising score is our substitute; no settings for it are published. The defaults are
+reasoned, not searched:
 
-* `weight: 1`. The release takes 50 to 1000 for the thousand classes of ImageNet. At its optimum z(c) is the log of
-  p(x | c) / (weight * p(x)), so a weight as large as the number of classes leaves known images as likely as they were
-  and makes all others unlikely. One noise at one time says little about a prompt, that ratio is near 1, and a large
-  weight would be met by denoising everything worse. At 1 what fits gains as what does not loses.
-* `beta: 2000`. At weight 1 the gradient at the start is that of a Diffusion-DPO between the two prompts, in the same
-  unit, whose published values are 2000 to 5000. The lower: z is of one side alone here, so it also holds what both
-  sides gain in common, and would be saturated sooner.
+* `weight: 1`. The release uses 50 to 1000 for the thousand classes of ImageNet. At the optimum z(c) is the log of
+  p(x | c) / (weight * p(x)). A weight equal to the number of classes thus leaves known images as likely as before and
+  makes all others unlikely. One noise at one time says little about a prompt, so p(x | c) / p(x) is near 1. A large
+  weight would then reward denoising everything worse. At 1 matching prompts gain as much as the others lose.
+* `beta: 2000`. At weight 1 the initial gradient equals that of a Diffusion-DPO between the two prompts, in the same
+  unit. The published values there are 2000 to 5000. We use the lower one: z covers one side alone, so it includes
+  gains that both sides share and saturates sooner.
 
-The images are the chosen ones. One term says of every image that it is likely, and nothing here would tell the rejected
-ones, which somebody found worse, from the chosen.
+Only the chosen images are used: one term makes every image likely, and no term would separate the rejected images from
+the chosen.
 
-c' is the prompt of the next pair of the batch that counts, and the last one's is the first's, as released: pairs of
-weight 0 neither lend their prompt nor have a say in whose is next. The reference's scores of c' are those of a batch,
-not of a pair, and nothing is kept of them. A pair that is alone in what counts, or whose
-neighbour has the same prompt, has c' = c. Each process rolls its own batch, so that, unlike elsewhere, numbers depend
-on the batch's size and the number of processes; resuming is exact. A batch size of 1 has no other prompts: refused.
+c' is the prompt of the next pair of nonzero weight in the batch; the last pair gets the first one's prompt, as
+released. Pairs of weight 0 are skipped. The reference's scores of c' depend on the batch, not only on the pair, so they
+are never cached. If a pair is the only one of nonzero weight, or its neighbour has the same prompt, c' = c. Each
+process rolls its own batch. Unlike in other methods, results therefore depend on the batch size and the number of
+processes; resuming is exact. A batch size of 1 has no other prompts and is refused.
 
-2B rows: the chosen images under their own prompts, then the same images under the others'. "matched" is the first half,
-"mismatched" the second; accuracy is how often an image has gained more with its own prompt (both the same: one half).
+2B rows: the chosen images under their own prompts ("matched"), then the same images under the other prompts
+("mismatched"). Accuracy is the share of images that gained more with their own prompt; a tie is one half.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PROMPTS = ("matched", "mismatched")
 
 
 class Config(BaseModel):
-    """Hyper-parameters; there are none published for diffusion, and these are ours (see above)."""
+    """Hyper-parameters; none are published for diffusion, and the module's docstring derives these."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -69,7 +69,10 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Contrast:
-    """The chosen images under two prompts each, the reference's scores, where the prompts are alike, and weights."""
+    """The chosen images under two prompts each [2B], the reference's scores, a mask of equal prompts [B], and weights.
+
+    The weights are those of the pairs [B].
+    """
 
     view: NoisedPairs
     reference: Scores | None
@@ -78,12 +81,12 @@ class Contrast:
 
 
 def requirements(_: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: at least two pairs per batch, and a reference."""
     return Requirements(min_pairs=2)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: every chosen image with its own prompt, and under the same noise with its neighbour's."""
+    """Return one contrast: every chosen image with its own prompt and, under the same noise, with its neighbour's."""
     family, number = policy.family, len(batch.rows)
     own = noise_pairs(family, batch, cfg.caption_dropout, rng)[:number]
     text = batch.text[neighbours(batch.weights)]
@@ -94,7 +97,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
-    """The image is likely with its own prompt, and unlikely with the other one."""
+    """Return the loss that makes an image likely with its own prompt and unlikely with the other one."""
     reference_scores = contrast.reference
     assert reference_scores is not None, "cca needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, PROMPTS)
@@ -109,7 +112,10 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
 
 
 def neighbours(weights: Tensor) -> Tensor:
-    """Whose prompt is each pair's other one [B]: that of the next pair that counts; of pairs that do not, their own."""
+    """Return the index [B] of the pair that lends each pair its other prompt.
+
+    It is the next pair of nonzero weight; a pair of weight 0 gets its own index.
+    """
     order = torch.arange(len(weights), device=weights.device)
     counted = order[weights > 0]
     order[counted] = counted.roll(-1)
@@ -117,6 +123,6 @@ def neighbours(weights: Tensor) -> Tensor:
 
 
 def is_same_condition(first: Conditioning, second: Conditioning) -> Tensor:
-    """Where the network is told the same [N]: equal prompts, or such as are equal once cut, or both dropped."""
+    """Return a mask [N] of equal conditioning: equal prompts, prompts that are equal once cut, or both dropped."""
     same = [(x == second.tensors[name]).flatten(1).all(1) for name, x in first.tensors.items()]
     return torch.stack(same).all(0)

@@ -5,17 +5,17 @@
     score = -1/2 mean((target - network(x_t, t, prompt)) ** 2)   for policy and reference
     loss = -log sigma(beta * (policy's margin - reference's margin))
 
-The equation has a noise for each image and sums over pixels; the release (and the paper's pseudocode) shares the noise
-and takes means, and so do we. Where the release reduces errors in half precision, we do in float32: its logits are off
-by 0.1 to 2 for that reason alone.
+The equation has one noise per image and sums over pixels. The release and the paper's pseudocode share the noise and
+take means, and so do we. The release reduces errors in half precision, which alone shifts its logits by 0.1 to 2. We
+reduce them in float32.
 
-In flow matching t is drawn as the family's schedule says, and the target is the velocity, as in Flow-GRPO's DPO. Its
-errors have another unit, and so has beta: Flow-GRPO has 100 at Stable Diffusion 3.5-medium, and advises 2000 for FLUX.
+In flow matching the family's schedule draws t and the target is the velocity, as in Flow-GRPO's DPO. Errors and beta
+then have another unit: Flow-GRPO uses 100 for Stable Diffusion 3.5-medium and advises 2000 for FLUX.
 
-With `num_cached_draws: K` a pair has K draws of everything random (t, noise, posterior, dropped caption), epoch after
-epoch in turn. What the reference scores under them is worked out once, before the training, and kept: two numbers a
-draw. A step then costs the policy's run alone, and where all of the network learns no second one is in memory. Fewer
-draws are another estimate of the same loss: a run of at most K epochs has the draws that it has without.
+With `num_cached_draws: K` a pair cycles through K draws of everything random (t, noise, posterior, dropped caption),
+one per epoch. The reference's scores of a draw, two numbers, are precomputed before training and cached. An update then
+runs the policy alone, and full fine-tuning needs no second network in memory. Fewer draws are another estimate of the
+same loss; a run of at most K epochs has the same draws as without a cache.
 
 2B rows: the chosen images first, then the rejected.
 """
@@ -50,20 +50,20 @@ class Config(PairLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: a reference, or its cached scores."""
     settings = {"caption_dropout": cfg.caption_dropout}
     return Requirements(precompute=cached_scores(cfg.num_cached_draws, settings))
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: both images of every pair under the same noise."""
+    """Return one contrast: both images of every pair under the same noise."""
     view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     scores = reference_scores(policy, batch, partial(denoising_scores, policy.family, view=view))
     return [Contrast(view, scores, batch.weights)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -> Step:
-    """The pair loss on the policy's and the reference's denoising scores."""
+    """Return the pair loss on the denoising scores of policy and reference."""
     assert contrast.reference is not None, "the method needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view)
     return denoising_step(cfg, policy_scores, contrast.reference, contrast.weights)

@@ -1,24 +1,31 @@
 """InPO (arXiv:2503.18454): Diffusion-DPO at the noise that the model itself would make each image of.
 
     t as in Diffusion-DPO, one for both images of a pair
-    x_t = DDIM inversion of x_0 to t                             each image by itself, without guidance
+    x_t = DDIM inversion of x_0 to t                             each image separately, without guidance
     eps = (x_t - signal * x_0) / noise                           so the target is the image's own
     score, loss as in Diffusion-DPO, at (x_t, t)
 
-Seen as one step from x_t to x_0, a diffusion model has an implicit reward of (x_0, x_t); inversion finds the x_t that
-has to do with this x_0, where fresh noise has nothing to do with either image.
+As one step from x_t to x_0, a diffusion model has an implicit reward of (x_0, x_t). Inversion finds the x_t that
+belongs to this x_0; fresh noise is unrelated to either image.
 
-The release differs in what `inversion: release` brings back: its grid ends up to 99 timesteps above t while networks
-and target are told t (at t = 2 with 6.5 times the noise), its first question is at timestep -99, and eta makes x_t
-noisier than t. It does so for the first pair's t in the whole batch; here every row has its own way in either case.
+The release differs in three points, which `inversion: release` reproduces:
 
-Cost of a pair, in forwards of the denoiser on one image (a backward is two): 8 as Diffusion-DPO, and 2 for each hop of
-the inversion, 5.5 hops on average at 10 steps: 19 (the release: 20.8). No gradient is kept of the inversion. With
-`inverter: reference` and `num_cached_draws: K` a pair has K draws of everything random, epoch after epoch in turn; each
-is inverted once, before the training, and kept on disk: a step then costs what Diffusion-DPO's does. Kept is x_t, in
-float32, a draw as much as half of the pair's latents: in float16 the numbers would no longer be those without a cache,
-and near t = 0 the implied noise, which divides by a level of 0.03, would be off by up to 2 %. The reference's scores
-are not kept beside it, so that the reference stays in memory: x_t is worked out pair by pair, and scores in batches.
+* Its grid ends up to 99 timesteps above t, while networks and target get t (at t = 2 with 6.5 times the noise).
+* It first evaluates the network at timestep -99.
+* Its eta makes x_t noisier than t.
+
+The release inverts the whole batch to the first pair's t. Here every row is inverted to its own t in both modes.
+
+Cost of a pair, in forward passes of the denoiser on one image (a backward pass is two): 8 as Diffusion-DPO, plus 2 for
+each hop of the inversion. At 10 steps the average is 5.5 hops, so 19 in all (the release: 20.8). The inversion has no
+gradient.
+
+With `inverter: reference` and `num_cached_draws: K` a pair cycles through K draws of everything random, one per epoch.
+Each draw is inverted once, before training, and x_t is cached on disk. An update then costs as much as Diffusion-DPO's.
+x_t is cached in float32 and takes half as much space per draw as the pair's latents. With float16 the results would
+differ from those without a cache. Near t = 0 the implied noise, divided by a level of 0.03, would be off by up to 2 %.
+The reference's scores are not cached, so the reference stays in memory: x_t is computed pair by pair, scores in
+batches.
 """
 
 from __future__ import annotations
@@ -44,11 +51,11 @@ modality = "text_to_image"
 
 
 class Config(PairLossConfig):
-    """Hyper-parameters; the defaults are the release's for SDXL, but for the inversion, which is exact.
+    """Hyper-parameters; the defaults are the release's for SDXL, except for the inversion, which is exact.
 
-    The paper does not say which model inverts; the release, whose numbers are the published ones, takes the policy. It
-    is what the derivation asks for, too: its expectation is over latents of the model that learns. At first both are
-    the same; later the reference is an approximation that need not be computed again.
+    The paper does not name the model that inverts. The release, source of the published numbers, uses the policy. So
+    does the derivation: its expectation is over latents of the policy. Policy and reference are equal at first; later
+    the reference is an approximation, but a cacheable one.
     """
 
     name: Literal["inpo"] = "inpo"
@@ -74,14 +81,14 @@ class Config(PairLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: a reference, and cached inversions if `num_cached_draws` is set."""
     settings = cfg.model_dump(include={"caption_dropout", "inversion", "steps", "eta"})
     cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
     return Requirements(precompute=cached)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: both images of every pair, inverted to the pair's t."""
+    """Return one contrast: both images of every pair, inverted to the pair's t."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
     if cfg.num_cached_draws:
         precomputed = batch.precomputed or precompute_per_pair(precompute, policy, batch, cfg, rng)
@@ -97,7 +104,7 @@ loss = diffusion_dpo.loss
 
 
 def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
-    """x_t of both images [B, 2, C, H, W]: all that costs; the noise that it implies follows from it."""
+    """Return x_t of both images [B, 2, C, H, W], the costly part; the implied noise follows from it."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
     x_t = invert_pairs(policy, batch, clean, cfg, rng)
     return {"x_t": x_t.view(2, -1, *x_t.shape[1:]).transpose(0, 1)}
@@ -106,7 +113,7 @@ def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: 
 def invert_pairs(
     policy: Policy[TextToImage], batch: EncodedPairs, clean: CleanPairs, cfg: Any, rng: KeyedRNG
 ) -> Tensor:
-    """x_t [2B, C, H, W] of the images, by the bare network of the policy or of the reference."""
+    """Invert the images to x_t [2B, C, H, W] with the bare network of the policy or of the reference."""
     schedule = policy.family.schedule
     way = {"exact": inversion.exact, "release": inversion.release}[cfg.inversion]
 
@@ -127,6 +134,6 @@ def invert_pairs(
 
 
 def to_noised(family: TextToImage, clean: CleanPairs, x_t: Tensor) -> NoisedPairs:
-    """What the networks are shown: x_t, and the noise that it implies as the schedule's own target."""
+    """Return the networks' inputs at x_t, with the implied noise converted to the schedule's target."""
     eps = inversion.implied_noise(family.schedule, x_t, clean.x_0, clean.t)
     return NoisedPairs(x_t, clean.t, family.schedule.target(clean.x_0, eps, clean.t), clean.cond)

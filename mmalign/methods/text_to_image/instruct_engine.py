@@ -4,14 +4,15 @@
     score(x, y) = -1/2 mean((target - network(x_t, t, y)) ** 2)   for policy and reference
     loss = sum of weight * pair loss of   x1: y1 over y2     x2: y2 over y1     y1: x1 over x2     y2: x2 over x1
 
-Each comparison is one of Diffusion-DPO; the last two are the usual kind, the first two hold the image still and so
-compare nothing but what the prompts say. No code has been published. Which comparisons the paper takes ("triples" of
-two pairs), their weights, beta and the learning rate could not be verified: all four and a quarter each are ours, beta
-is Diffusion-DPO's. There is no caption dropout: without their prompts the first two comparisons compare a thing
-with itself, and the last two contradict each other.
+Each comparison is a Diffusion-DPO loss. The last two compare images, as usual; the first two fix the image and compare
+prompts. No code is published. We could not verify the paper's comparisons ("triples" of two pairs), their weights, beta
+or the learning rate. All four comparisons with weight 1/4 each are our choice; beta is Diffusion-DPO's. There is no
+caption dropout: without prompts the first two comparisons compare an item with itself, and the last two contradict
+each other.
 
-Data: rows in which the chosen image shows `prompt` and the rejected image `rejected_prompt`. Both are good images of
-their own prompts. 4B rows in one run of the network, twice as many as Diffusion-DPO's; `num_cached_draws` is its.
+Data: rows in which the chosen image shows `prompt` and the rejected image shows `rejected_prompt`. Both are good images
+of their own prompts. 4B rows in one run of the network, twice as many as in Diffusion-DPO; `num_cached_draws` works as
+there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SIDES = {"matched": ("x1 y1", "x2 y2"), "mismatched": ("x1 y2", "x2 y1")}
 
 
 class Config(PairLossConfig):
-    """Hyper-parameters; the paper's are not known, and these are ours (see above)."""
+    """Hyper-parameters; the paper's are unknown, and these are ours."""
 
     name: Literal["instruct_engine"] = "instruct_engine"
     beta: float = Field(5000.0, gt=0, description="in units of -1/2 mean squared error, as Diffusion-DPO's")
@@ -67,12 +68,12 @@ class Config(PairLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: a prompt for each image, and a reference or its cached scores."""
     return Requirements(prompt_pairs=True, precompute=cached_scores(cfg.num_cached_draws, {}))
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: both images of every pair, under one noise, with either prompt."""
+    """Return one contrast: both images of every pair, under one noise, with each of the two prompts."""
     family = policy.family
     assert batch.rejected_text is not None, "instruct_engine needs two prompts"
     first = noise_pairs(family, batch, 0.0, rng)
@@ -83,14 +84,16 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
-    """The weighted comparisons of the grid."""
+    """Return the weighted sum of the four pair losses."""
     reference_scores, link = contrast.reference, bound_loss(cfg)
     assert reference_scores is not None, "instruct_engine needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
+    # Weighted pair losses of the four comparisons
     compared = [[Pair(scores[a], scores[b]) for scores in (policy_scores, reference_scores)] for a, b in COMPARED]
     weights = torch.tensor(cfg.weights, device=contrast.weights.device)[:, None]
     values = (weights * torch.stack([link(policy, reference) for policy, reference in compared])).sum(0)
     with torch.no_grad():
+        # Metrics: weighted over the comparisons, by side, and by kind of comparison
         share = weights / weights.sum()
         z = torch.stack([cfg.beta * (policy.margin - reference.margin) for policy, reference in compared])
         metrics = {

@@ -2,17 +2,17 @@
 
     t, eps shared in the pair, as in Diffusion-DPO
     error = mean((target - network(x_t, t, prompt)) ** 2)
-    loss = error_chosen + beta * softplus(-T * (s(snr * error_chosen) - s(snr * error_rejected))),   s(x) = x / (e^x -
-    1)
+    loss = error_chosen + beta * softplus(-T * (s(snr * error_chosen) - s(snr * error_rejected)))
+    s(x) = x / (e^x - 1)
 
-Near equal errors, where s(x) = 1 - x / 2, the second term is a Diffusion-DPO without reference whose beta is T * snr
+For small errors s(x) = 1 - x / 2. The second term is then a Diffusion-DPO without reference, with a beta of T * snr
 (500 at the release's values), weighted by `beta`.
 
-`snr` scales errors of epsilon. In flow matching an error is one of the velocity, which is larger: the same answer has
-|eps error|^2 = (1 - t)^2 |v error|^2. So that the margin of the same answers is as steep as the release's on the mean
-of training times, snr is multiplied by E[(1 - t)^2]: 0.5 becomes 0.147 where times are logit-normal, and 0.057 where
-they are shifted by 3 (Stable Diffusion 3), whose T * snr of 57 is of the order of Flow-GRPO's beta there, 100. That is
-derived here; no value is published. Errors of DDPM's velocity get 0.5, as in the release.
+`snr` scales errors of epsilon. Flow matching has errors of the velocity, which are larger: for the same prediction
+|eps error|^2 = (1 - t)^2 |v error|^2. We multiply snr by E[(1 - t)^2] over training times, so that the margin is as
+steep as the release's on average. 0.5 becomes 0.147 for logit-normal times, and 0.057 for times shifted by 3 (Stable
+Diffusion 3). There T * snr is 57, of the order of Flow-GRPO's beta of 100. This is our derivation; no value is
+published. Errors of DDPM's velocity use 0.5, as in the release.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class Config(BaseModel):
 
 
 def requirements(_: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: no reference."""
     return Requirements(reference=False)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """What Diffusion-DPO shows, without a reference's scores."""
+    """Return Diffusion-DPO's contrast without reference scores."""
     return [Contrast(noise_pairs(policy.family, batch, cfg.caption_dropout, rng), None, batch.weights)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
-    """The margin between bounded scores, and the chosen image's error."""
+    """Return the chosen image's error plus the weighted loss of the margin between bounded scores."""
     scores = denoising_scores(policy.family, policy.model, contrast.view)
     chosen, rejected = -2 * scores["chosen"], -2 * scores["rejected"]
     schedule = policy.family.schedule
@@ -81,5 +81,5 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
 
 
 def own_snr(schedule: Schedule) -> float:
-    """The release's factor, for errors of what this schedule's network predicts."""
+    """Return the release's snr, converted to the unit of the schedule's prediction target."""
     return SNR * schedule.epsilon_weight if isinstance(schedule, Flow) else SNR

@@ -30,18 +30,18 @@ class Config(BaseModel):
 
 
 def requirements(_: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: no reference."""
     return Requirements(reference=False)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """The chosen half of what Diffusion-DPO would show, so that a comparison sees the same images and noise."""
+    """Return the chosen half of Diffusion-DPO's contrast, so that a comparison has the same images and noise."""
     view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     return [Contrast(view[: len(batch.rows)], None, batch.weights)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
-    """The mean squared error [B] of the chosen images."""
+    """Return the mean squared error [B] of the chosen images."""
     view = contrast.view
     error = mean_square(policy.family.predict(policy.model, view.x_t, view.t, view.cond), view.target)
     return Step(error, contrast.weights, {"loss": error.detach(), "chosen error": error.detach()})

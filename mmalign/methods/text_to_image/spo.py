@@ -1,23 +1,22 @@
 """SPO, step-by-step preference optimization (arXiv:2406.04314): which of several next steps leads to the better image?
 
-    x_T ~ N(0, 1);  x_t from S - start stochastic steps of the policy under guidance
+    x_T ~ N(0, 1);  x_t by the first `start` stochastic steps of the policy, under guidance
     x_{t-1}^1 ... x_{t-1}^K ~ N(mean(x_t), sigma_t^2)            candidates of one x_t
-    score^k = judge(decode(x_0 predicted from x_{t-1}^k), prompt, t - 1)
+    score^k = reward model(decode(x_0 predicted from x_{t-1}^k), prompt, t - 1)
     best and worst are a pair if softmax(best, worst) differ by more than the threshold
-    x_{t-1} = a candidate drawn at random                        not the best: it goes on from what the policy does
+    x_{t-1} = a candidate drawn at random                        not the best: the trajectory stays the policy's
     score = mean over elements of log N(x_{t-1}; mean, sigma_t^2)    for policy and reference, under guidance
     loss = -log sigma(beta * (clip(log ratio_best) - clip(log ratio_worst)))
 
-With `inner_steps` (SDXL) each candidate goes on that many steps alone before it is judged, and every step that led to
-the best is paired with the one of the same time that led to the worst; they share x_t in the first alone.
+With `inner_steps` (SDXL) each candidate takes that many further steps before it is scored. Every step towards the best
+candidate is paired with the step of the same time towards the worst. Only the first of these pairs shares x_t.
 
-The loss is mean, not sum, over elements: `beta` and `clip` belong to that. A pair's reference scores are two numbers,
-computed when it is made; the loss runs the policy once for both sides where they share x_t, so a pair costs two passes
-(guidance doubles them) where the release takes eight with gradients for half of them. The release builds the list of
-what it clips from a spent iterator, so that its gradients were never clipped: `train.max_grad_norm: null` does as it
-did.
+Log-probabilities are means over elements, not sums; `beta` and `clip` refer to means. A pair's reference scores are two
+numbers, computed with the pair. If both sides share x_t, the loss runs the policy once for both. A pair thus costs two
+passes (guidance doubles them); the release takes eight, half of them with gradients. The release builds its list of
+parameters to clip from a spent iterator, so it never clips gradients; `train.max_grad_norm: null` reproduces that.
 
-B prompts, K candidates, P pairs, M places that steps begin in; C, H, W a latent's channels, height and width.
+B prompts, K candidates, P pairs, M latents that steps start from; C, H, W a latent's channels, height and width.
 """
 
 from __future__ import annotations
@@ -84,13 +83,13 @@ class Config(BaseModel):
 
 
 class Preferred(NamedTuple):
-    """A pair of steps of one time.
+    """Chosen and rejected step at one time.
 
     Attributes:
-        prompt: which of the batch.
-        step_index: the number of the step.
-        start: where they begin: one place [1, C, H, W], or the chosen step's and the rejected one's [2, C, H, W].
-        to: where they lead [2, C, H, W], likewise.
+        prompt: the prompt's index in the batch.
+        step_index: the index of the step.
+        start: the latents that the steps start from: a shared one [1, C, H, W], or chosen and rejected [2, C, H, W].
+        to: the latents that they lead to [2, C, H, W], chosen first.
     """
 
     prompt: int
@@ -101,16 +100,16 @@ class Preferred(NamedTuple):
 
 @dataclass(frozen=True)
 class Transitions:
-    """P pairs of steps as the networks are asked about them.
+    """P pairs of steps, as inputs of the networks.
 
     Attributes:
-        x_t: the places where steps begin [M, C, H, W].
+        x_t: the latents that steps start from [M, C, H, W].
         t: their times [M].
-        prev: the times that the steps go to [M].
+        prev: the times that the steps lead to [M].
         cond: the conditioning [M].
         unconditional: the conditioning without a prompt [M].
-        source: which place each step begins in [2P], the chosen ones first.
-        to: where it leads [2P, C, H, W].
+        source: the index in `x_t` of each step's start [2P], chosen steps first.
+        to: the latents that the steps lead to [2P, C, H, W].
     """
 
     x_t: Tensor
@@ -124,7 +123,7 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Pairs of steps, the reference's scores of them, weights [P], and the share of comparisons that made pairs."""
+    """Pairs of steps, the reference's scores of them, weights [P], and the share of comparisons that gave a pair."""
 
     view: Transitions
     reference: Scores | None
@@ -133,32 +132,34 @@ class Contrast:
 
 
 def requirements(_: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: prompts alone, and a reference."""
     return Requirements(prompts_only=True, hint_if_empty=NO_SURE_PAIR)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
-    """Draw an image for every prompt, and compare its possible steps; pairs of all steps in an order drawn by key.
+    """Generate an image for every prompt and return contrasts of its preferred steps, in a random order keyed by row.
 
-    Always `steps - start` contrasts of at most B pairs, so that every process has as many: the first ones have no pair,
-    but a single one of weight 0, where the judge was not sure often enough.
+    The result always has `steps - start` contrasts of at most B pairs, so that every process has equally many. If the
+    reward model gave too few pairs, the first contrasts hold a single pair of weight 0.
     """
+    # Pairs of all steps, in random order
     pairs = list(preferred_steps(policy, batch, cfg, rng))
     num_comparisons = (cfg.steps - cfg.start) * int((batch.weights > 0).sum())
     order = rng.uniform(batch.rows, (cfg.steps,), "order")
     pairs.sort(key=lambda pair: float(order[pair.prompt, pair.step_index]))
+    # Contrasts of up to B pairs
     rest, full = iter(pairs), list[Contrast]()
     while chunk := list(islice(rest, len(batch.rows))):
         full.append(_contrast(policy, batch, cfg, chunk, 1.0, len(pairs) / num_comparisons))
     nowhere = torch.zeros(1, *batch.shape, device=batch.weights.device)
     nothing = [Preferred(0, cfg.start, nowhere, nowhere.repeat(2, 1, 1, 1))]
-    # Empty ones first: a checkpoint is written after an update, where nothing of the batch is left.
+    # Empty contrasts come first: a checkpoint is written after an update, when no contrast of the batch is left.
     lacking = cfg.steps - cfg.start - len(full)
     return [_contrast(policy, batch, cfg, nothing, 0.0, 0.0) for _ in range(lacking)] + full
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
-    """The clipped pair loss on the policy's and the reference's log-probabilities of the steps."""
+    """Return the clipped pair loss on the log-probabilities of the steps under policy and reference."""
     assert contrast.reference is not None, "spo needs a reference"
     policy_scores, reference_scores = step_scores(policy.family, cfg, contrast.view, policy.model), contrast.reference
     link = partial(losses.clipped_dpo, beta=cfg.beta, clip=cfg.clip)
@@ -170,7 +171,7 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
 
 
 def step_scores(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Scores:
-    """The mean log-probability [P] of the chosen and the rejected steps, by one guided prediction for each place."""
+    """Return the mean log-probability [P] of chosen and rejected steps, with one guided prediction per start."""
     prediction = predict_guided(family, net, view.x_t, view.t, view.cond, view.unconditional, cfg.guidance)
     law = step(family.schedule, prediction, view.x_t, view.t, view.prev, cfg.eta)
     chosen, rejected = Gaussian(law.mean[view.source], law.std[view.source]).log_prob(view.to).chunk(2)
@@ -180,13 +181,15 @@ def step_scores(family: TextToImage, cfg: Config, view: Transitions, net: nn.Mod
 def preferred_steps(
     policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG
 ) -> Iterator[Preferred]:
-    """The pairs of steps that the judge is sure of, on the way of one image for every prompt."""
+    """Yield the pairs of steps in which the reward model is sure, along one trajectory for every prompt."""
+    # Steps before the first candidates
     walk = _Walk(policy, batch, cfg, rng)
     x = rng.normal(batch.rows, batch.shape, "start").to(walk.device)
     for step_index in range(cfg.start):
         x = walk.steps(x[None], step_index, walk.predict(x[None], step_index))[0]
     prediction, everyone = walk.predict(x[None], cfg.start), torch.arange(len(x), device=walk.device)
     for step_index in range(cfg.start, cfg.steps, cfg.inner_steps + 1):
+        # Candidates, and the pairs of steps that led to the best and the worst
         path, predictions = walk.branches(x, step_index, prediction)
         best, worst, sure = best_and_worst(walk.judged(path[-1], step_index + len(path), predictions), cfg.threshold)
         for b in (sure & (batch.weights > 0)).nonzero().flatten().tolist():
@@ -194,15 +197,16 @@ def preferred_steps(
             places = [x[b][None], *(place[sides, b] for place in path)]
             for k, (start, to) in enumerate(pairwise(places)):
                 yield Preferred(b, step_index + k, start, to)
+        # The trajectory continues from a random candidate
         survivor = rng.integers(batch.rows, 0, cfg.candidates, "survivor", step_index).to(walk.device)
         x = path[-1][survivor, everyone]
         prediction = predictions[survivor, everyone][None] if predictions is not None else prediction
 
 
 def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of K candidates the judge likes best and least, and whether it is sure: three tensors [B] of scores [K, B].
+    """Return the best and the worst candidate's index [B] and a mask of sure pairs [B], from scores [K, B].
 
-    It is if the softmax over these two scores gives probabilities that differ by more than the threshold.
+    A pair is sure if the softmax over its two scores gives probabilities that differ by more than the threshold.
     """
     best, worst = scores.max(0), scores.min(0)
     return best.indices, worst.indices, torch.tanh((best.values - worst.values) / 2) > threshold
@@ -211,11 +215,13 @@ def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Te
 def _contrast(
     policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, pairs: list[Preferred], weight: float, sure: float
 ) -> Contrast:
-    """Pairs put together, with the reference's scores."""
+    """Return a contrast of the pairs, with the reference's scores."""
+    # Index of every pair's first and last start among all M starts
     device = batch.weights.device
     sizes = [len(pair.start) for pair in pairs]
-    first = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)  # each pair's first place among all
+    first = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
     last = first + torch.tensor(sizes) - 1
+    # Step index and prompt index of every start
     numbers = torch.tensor([pair.step_index for pair in pairs]).repeat_interleave(torch.tensor(sizes))
     prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(torch.tensor(sizes)).to(device)
     times, text = grid(policy.family.schedule, cfg.steps), batch.text[prompts]
@@ -233,7 +239,7 @@ def _contrast(
 
 
 class _Walk:
-    """Steps of the policy from a batch's noise to its images: rows are k for each of the B prompts, [k, B, ...]."""
+    """The policy's sampling trajectories from noise to images: k latents for each of the B prompts, [k, B, ...]."""
 
     def __init__(self, policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> None:
         self.family, self.net, self.batch, self.cfg, self.rng = policy.family, policy.unwrapped, batch, cfg, rng
@@ -244,7 +250,7 @@ class _Walk:
         self.unconditional = self.family.condition(empty, batch.sizes)
 
     def predict(self, x: Tensor, step_index: int) -> Tensor:
-        """The guided prediction [k, B, C, H, W] before step `step_index`."""
+        """Return the guided prediction [k, B, C, H, W] before step `step_index`."""
         k, flat = len(x), x.flatten(0, 1)
         cond, unconditional = self.cond.repeat(k), self.unconditional.repeat(k)
         t = self.times[step_index].expand(len(flat))
@@ -252,9 +258,7 @@ class _Walk:
         return prediction.view_as(x)
 
     def steps(self, x: Tensor, step_index: int, prediction: Tensor, candidates: int = 1) -> Tensor:
-        """Where step `step_index` leads, with noise by key: from [k, B, ...] to [k, B, ...], or from one to
-        candidates.
-        """
+        """Take step `step_index` with keyed noise: from [k, B, ...] to [k, B, ...], or from one to all candidates."""
         k = max(len(x), candidates)
         t, prev = (self.times[i].expand(x.shape[0] * x.shape[1]) for i in (step_index, step_index + 1))
         law = step(self.family.schedule, prediction.flatten(0, 1), x.flatten(0, 1), t, prev, self.cfg.eta)
@@ -264,7 +268,10 @@ class _Walk:
         return law.mean.view_as(x) + law.std.view(*x.shape[:2], 1, 1, 1) * noise
 
     def branches(self, x: Tensor, step_index: int, prediction: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """All places [K, B, C, H, W] on the candidates' ways, and the predictions at their ends; none for images."""
+        """Return the candidates' latents [K, B, C, H, W] after each step, and the predictions at the last.
+
+        The predictions are None after the sampler's last step.
+        """
         path = [self.steps(x[None], step_index, prediction, self.cfg.candidates)]
         for k in range(step_index + 1, step_index + 1 + self.cfg.inner_steps):
             path.append(self.steps(path[-1], k, self.predict(path[-1], k)))
@@ -272,7 +279,10 @@ class _Walk:
         return path, self.predict(path[-1], end) if end < self.cfg.steps else None
 
     def judged(self, x: Tensor, step_index: int, prediction: Tensor | None) -> Tensor:
-        """The judge's scores [K, B] of the clean images predicted before step `step_index`, or of finished ones."""
+        """Return the reward model's scores [K, B] of the clean images predicted before step `step_index`.
+
+        Without a prediction, `x` holds finished images.
+        """
         assert self.batch.reward_model is not None, "spo needs a judge"
         schedule, flat = self.family.schedule, x.flatten(0, 1)
         t = self.times[step_index].expand(len(flat))

@@ -5,17 +5,18 @@
     score = judge(image, prompt, t)
     loss = -log softmax(scores)[chosen]                      of a tie the mean over both, less ln 2
 
-SPO asks the judge at every time of a way to an image, so it learns at all of them alike. This is not how networks of
-flow matching learn, whose times are drawn from another law (`diffusion.steps.any_time`).
+SPO scores images at every time of a sampling trajectory, so the step judge trains at uniform times
+(`diffusion.steps.any_time`). Flow-matching networks train at times from another distribution.
 
-What learns is the judge, which begins as a judge of clean images; both its towers do. The release resizes images on the
-GPU, by bicubic interpolation without antialiasing; here they go through the judge's own preprocessing. It also divides
-a pair's weight by the number of its prompt's pairs, which is not done here.
+Training starts from a reward model of clean images and updates both of its towers. The release resizes images on the
+GPU, by bicubic interpolation without antialiasing; here they go through the judge's own preprocessing. The release also
+divides a pair's weight by the number of pairs of its prompt; we do not.
 
-For SDXL the release does not believe the labels of a data set whose images are another model's: with `judge` the clean
-images are compared by a judge of these, and a pair of which it is not `sure` is a tie.
+For SDXL the release distrusts the labels of a data set of another model's images. With `reward` a reward model labels
+the clean images, and a pair with a difference of probabilities of at most `tie_margin` is a tie.
 
-2B rows: the chosen images first, then the rejected; S is the side of an image in the judge's eyes, L tokens.
+2B rows: the chosen images first, then the rejected; S is the side of the judge's input image; L is the number of
+tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Contrast:
-    """Predicted images [2B, 3, S, S] and times [2B], tokens [B, L], how much the chosen is preferred, weights [B]."""
+    """Predicted images [2B, 3, S, S], times [2B], tokens [B, L], preference shares [B] of the chosen, weights [B]."""
 
     pixels: Tensor
     t: Tensor
@@ -66,12 +67,12 @@ class Contrast:
 
 
 def requirements(_: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: the autoencoder's decoder, and no reference."""
     return Requirements(reference=False, vae_decoder=True)
 
 
 def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: what the frozen model sees in both images of every pair under the same noise."""
+    """Return one contrast: the frozen model's predictions of both images of every pair under the same noise."""
     family = policy.family
     images, t = predict_images(family, batch, cfg.guidance, rng)
     return [
@@ -82,7 +83,10 @@ def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: 
 def predict_images(
     family: StepJudge, batch: EncodedPairs, guidance: float, rng: KeyedRNG, t: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images [2B, 3, H, W] predicted from noisy ones, and their timesteps [2B]; at given times [B], or drawn ones."""
+    """Predict images [2B, 3, H, W] from noisy ones and return them with their timesteps [2B].
+
+    Without `t` [B] the times are drawn.
+    """
     painter = family.denoiser
     t = any_time(painter.schedule, batch.rows, rng) if t is None else t
     view = noise_pairs(painter, batch, 0.0, rng, t=t)
@@ -93,7 +97,7 @@ def predict_images(
 
 
 def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
-    """How much the first image of each pair is preferred [B]: 1 or 0, or 1/2 in a tie."""
+    """Return the preference share [B] of each pair's first image: 1, 0, or 1/2 for a tie."""
     if batch.reward_model is None:
         return torch.ones_like(batch.weights)
     clean = to_pil(decode_images(family.denoiser, batch.latents.mean))
@@ -103,7 +107,7 @@ def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
 
 
 def loss(policy: Policy[StepJudge], contrast: Contrast, cfg: Any) -> Step:
-    """The cross-entropy [B] of the judge's preference."""
+    """Return the cross-entropy [B] of the judge's preference."""
     scores = Pair(*policy.family.score(policy.model, contrast.pixels, contrast.ids, contrast.t).chunk(2))
     values = pairwise.soft_preference(scores, contrast.share)
     with torch.no_grad():
