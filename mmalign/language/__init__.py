@@ -1,1 +1,1 @@
-"""Tokens and their log-probabilities, without models: the one rule by which answers are tokenised, and scores."""
+"""Tokenization of prompts and responses, log-probabilities of tokens, and object words, without models."""

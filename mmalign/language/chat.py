@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Turn(NamedTuple):
-    """One side's words in a conversation: who speaks ("user", "assistant", "system"), and what.
+    """One message of a conversation: the speaker's role ("user", "assistant", "system") and the text.
 
-    `<image>` in the text is the place of an image.
+    `<image>` in the text marks the position of an image.
     """
 
     role: str

@@ -1,10 +1,10 @@
-"""Object words in a text: which objects a description names, where, and how often.
+"""Object words in a text: the named objects, with their positions and repetitions.
 
-A `Vocabulary` knows objects and the words for them. `mentions` walks over a text from left to right and takes the
-longest phrase that it knows: "two hot dogs" is one mention of "hot dog" and none of "dog". Words are compared in lower
-case, as they stand or in the singular, so "knives" is "knife"; phrases do not reach across punctuation, and a
-hyphenated word is one word ("dog-friendly" names no dog). Nothing else is understood: "there is no dog" mentions a
-dog, as it does to every published measure of this kind.
+A `Vocabulary` holds objects and the words for them. `mentions` reads a text from left to right and takes the longest
+known phrase: "two hot dogs" is one mention of "hot dog" and none of "dog". Words are compared in lower case, unchanged
+or in the singular, so "knives" matches "knife". Phrases do not reach across punctuation, and a hyphenated word is one
+word ("dog-friendly" names no dog). Negation is ignored: "there is no dog" mentions a dog, as it does in every
+published measure of this kind.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Mention(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Objects and the words for them; made by `vocabulary` or `coco_vocabulary`.
+    """Objects and the words for them, created by `vocabulary` or `coco_vocabulary`.
 
     Attributes:
         objects: the names of the objects, in order.
-        meanings: from a word to its object.
-        readings: from a phrase, as a tuple of words, to the word that it is read as, which need not name an object.
-        unless: words that do not count in a text which has the other word too.
+        meanings: a map from a word to its object.
+        readings: a map from a phrase, as a tuple of words, to the word it stands for, which need not name an object.
+        unless: a map from a word to another that cancels it if the text has both.
     """
 
     objects: tuple[str, ...]
@@ -49,7 +49,7 @@ class Vocabulary:
     unless: Mapping[str, str]
 
     def mentions(self, text: str) -> list[Mention]:
-        """Every object word of a text, in order and with repetition."""
+        """Return every object word of a text, in order and with repetition."""
         spans = self._words(text)
         words = {word for word, _, _ in spans}
         return [
@@ -59,7 +59,7 @@ class Vocabulary:
         ]
 
     def object_of(self, name: str) -> str:
-        """The object that a name from an annotation means: one of its words, in any case, singular or plural.
+        """Return the object for a name from an annotation: one of its words, in any case, singular or plural.
 
         Raises:
             ValueError: the vocabulary has no such word.
@@ -73,7 +73,7 @@ class Vocabulary:
         return self.meanings[word]
 
     def _words(self, text: str) -> list[tuple[str, int, int]]:
-        """What the phrases of a text are read as, with their place."""
+        """Return the words that a text's phrases stand for, each with its start and end."""
         came = tokens(text)
         longest = max(map(len, self.readings))
         words, position = [], 0
@@ -94,7 +94,7 @@ class Vocabulary:
 
 
 def tokens(text: str) -> list[tuple[str, int, int]]:
-    """The words and the marks of punctuation of a text, in lower case, with their place: text[start:end]."""
+    """Return the words and punctuation marks of a text, in lower case, with their positions text[start:end]."""
     return [(match.group().lower(), match.start(), match.end()) for match in _TOKEN.finditer(text)]
 
 
@@ -104,16 +104,16 @@ def vocabulary(
     read_as: Mapping[str, str] = _NOTHING,
     unless: Mapping[str, str] = _NOTHING,
 ) -> Vocabulary:
-    """A vocabulary of any objects: `vocabulary({"circle": ["disc"], "red square": []})`.
+    """Create a vocabulary of any objects: `vocabulary({"circle": ["disc"], "red square": []})`.
 
     Args:
-        synonyms: from each object to other words for it; the object's own name is one of its words.
-        read_as: phrases that mean another word: {"baby bear": "bear"}; one that means itself and is no word of an
+        synonyms: a map from each object to other words for it; the object's own name is one of its words.
+        read_as: phrases that stand for another word: {"baby bear": "bear"}. A phrase that stands for itself and for no
             object ({"train track": "train track"}) hides the words in it.
-        unless: words that do not count in a text which has the other word too: {"seat": "toilet"}.
+        unless: a map from a word to another that cancels it if the text has both: {"seat": "toilet"}.
 
     Raises:
-        ValueError: there is no object, a word is empty, or a word means two objects.
+        ValueError: there is no object, a word is empty, or a word stands for two objects.
     """
     if not synonyms:
         raise ValueError("vocabulary: there is no object; expected at least one, with the words for it")
@@ -127,22 +127,22 @@ def vocabulary(
                 )
     plain = {**{word: word for word in meanings}, **{_plain(phrase): _plain(word) for phrase, word in read_as.items()}}
     readings = {tuple(phrase.split()): word for phrase, word in plain.items()}
-    # A phrase in the singular is known by that too ("sports ball" by "sport ball"), but takes no other word's place.
+    # The singular of a phrase stands for it too ("sport ball" for "sports ball"), unless it is another phrase.
     for phrase, word in list(readings.items()):
         readings.setdefault(tuple(map(singular, phrase)), word)
     return Vocabulary(tuple(synonyms), meanings, readings, {_plain(a): _plain(b) for a, b in unless.items()})
 
 
 def _plain(word: str) -> str:
-    """A word as it is compared: tokens in lower case, one space between them."""
+    """Normalise a word for comparison: tokens in lower case, one space between them."""
     plain = " ".join(_TOKEN.findall(word.lower()))
     if not plain:
         raise ValueError(f"vocabulary: {word!r} is no word; expected letters")
     return plain
 
 
-# CHAIR's rules beside its list (utils/chair.py of https://github.com/LisaAnne/Hallucination). Young and grown animals
-# are no persons, a jet for passengers is a jet; home plates and train tracks are neither plates nor trains.
+# CHAIR's rules beside its list (utils/chair.py of https://github.com/LisaAnne/Hallucination). Baby and adult animals
+# are not persons, and a passenger jet is a jet. Home plates and train tracks are neither plates nor trains.
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 _READ_AS = {
     **{f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")},
@@ -154,22 +154,22 @@ _READ_AS = {
     "train track": "train track",
 }
 _ADDED = {"brother", "pedestrian", "coffee table", "remote control"}
-# Never found as published: two words begin with a second space, one is in upper case but captions are lowered first,
-# and only phrases of two words are looked for.
+# CHAIR's release never finds these words. Two begin with a second space, one is in upper case although captions are
+# lowered first, and one is longer than the two words of the longest phrases that the release looks up.
 _UNREACHABLE = {"motor bike", "cheesecake", "iphone", "stove top oven"}
 
 
 @cache
 def coco_vocabulary(variant: Variant = "refined") -> Vocabulary:
-    """The 80 objects of MSCOCO with the synonyms of CHAIR (arXiv:1809.02156).
+    """Return the 80 objects of MSCOCO with the synonyms of CHAIR (arXiv:1809.02156).
 
-    "published" is the list as it works in CHAIR's release, where "motor bike", "cheesecake", "iPhone" and "stove top
-    oven" are never found ("stove top oven" counts as a stove and an oven, "motor bike" as nothing). "refined" is the
-    list of Object HalBench (RLHF-V, arXiv:2312.00849), which has four more words (brother, pedestrian, coffee table,
-    remote control); here all its words are found, while its release still misses the last two of those named above.
+    "published" is the list as it works in CHAIR's release, which never finds "motor bike", "cheesecake", "iPhone" and
+    "stove top oven". There "stove top oven" is a stove and an oven, and "motor bike" is nothing. "refined" is the list
+    of Object HalBench (RLHF-V, arXiv:2312.00849), which has four more words (brother, pedestrian, coffee table, remote
+    control). All its words are found here; its release still misses "iPhone" and "stove top oven".
 
-    Both differ from the releases in the singular: CHAIR's uses `pattern.en`, which makes "bu" of "bus" and "ty" of
-    "ties" and so misses them, Object HalBench's the WordNet lemmatizer; here a bus is a bus.
+    Singulars here differ from both releases. CHAIR's uses `pattern.en`, which turns "bus" into "bu" and "ties" into
+    "ty", and so misses them. Object HalBench's uses the WordNet lemmatizer. Here the singular of "bus" is "bus".
     """
     if variant not in ("published", "refined"):
         raise ValueError(f"coco_vocabulary: {variant!r} is no variant; expected 'published' or 'refined'")
@@ -185,7 +185,7 @@ def coco_vocabulary(variant: Variant = "refined") -> Vocabulary:
 
 @cache
 def _plurals() -> tuple[dict[str, str], dict[str, str]]:
-    """Plurals that no rule covers, with their singular: whole words, and ends of compounds."""
+    """Return irregular plurals with their singulars: whole words, and ends of compounds."""
     pairs = [line.split() for line in _word_list("plurals.txt")]
     return (
         {plural: one for plural, one in pairs if not plural.startswith("-")},
@@ -195,10 +195,10 @@ def _plurals() -> tuple[dict[str, str], dict[str, str]]:
 
 @lru_cache(maxsize=1 << 16)
 def singular(word: str) -> str:
-    """An English noun in lower case, made singular; a word that is no plural stays, as "bus" and "glass" do.
+    """Return the singular of an English noun in lower case; other words, such as "bus" and "glass", stay unchanged.
 
-    By rule, so a rare irregular noun may come out wrong; both sides of a comparison pass through here, which makes most
-    such slips harmless.
+    The rules may get a rare irregular noun wrong. Both sides of a comparison use them, so most such errors are
+    harmless.
     """
     words, ends = _plurals()
     if word in words:
@@ -216,6 +216,6 @@ def singular(word: str) -> str:
 
 
 def _word_list(name: str) -> list[str]:
-    """The lines of a file in words/, without comments."""
+    """Return the lines of a file in words/, without comments."""
     lines = Path(__file__).with_name("words").joinpath(name).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens, in float32 and a chunk at a time, and how they become one score a response.
+"""Log-probabilities of tokens, computed in float32 chunks, and their reduction to one score per response.
 
-M rows of hidden states (one a response token), D their width, V the vocabulary, K targets of a row; N responses of at
-most R tokens.
+M is the number of rows of hidden states (one per response token), D their width, V the vocabulary's size, K the number
+of targets per row. N is the number of responses, of at most R tokens each.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2**24  # elements of [rows, V] in float32 that exist at a time: 64 MB
-CHUNK_CUDA = 2**27  # 512 MB: every chunk's gradient passes over all of the head's weights
+CHUNK = 2**24  # elements of [rows, V] in float32 at a time: 64 MB
+CHUNK_CUDA = 2**27  # 512 MB: fewer chunks, since each one's gradient passes over all of the head's weights
 
 
 def log_probabilities(
@@ -25,21 +25,21 @@ def log_probabilities(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """The log-probability of every target given the hidden state before it; or of several targets each.
+    """Compute the log-probability of one or several targets given the hidden state before each.
 
-    The head runs over so many rows at a time that no more than `chunk` logits exist at once; with gradients it runs
-    again in the backward pass, instead of keeping them.
+    The head runs over chunks of rows, so at most `chunk` logits exist at once. With gradients, the backward pass
+    recomputes the logits instead of storing them.
 
     Args:
         hidden: [M, D].
-        head: makes logits [m, V] of hidden states [m, D].
+        head: a function from hidden states [m, D] to logits [m, V].
         targets: [M], or [M, K].
         vocabulary: V.
-        softcap: logits are `softcap * tanh(logits / softcap)`; None leaves them.
-        chunk: logits at a time; as many as the device has room for if not given.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None leaves them unchanged.
+        chunk: the maximum number of logits at once; None uses a default for the device.
 
     Returns:
-        As `targets`, float32, at most 0.
+        Values of the shape of `targets`, float32, at most 0.
     """
 
     def some(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def log_probabilities(
 def most_likely(
     hidden: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int, chunk: int | None = None
 ) -> Tensor:
-    """The most likely token [M] after each hidden state [M, D], so many at a time as in `log_probabilities`."""
+    """Return the most likely token [M] after each hidden state [M, D], in chunks as in `log_probabilities`."""
     return torch.cat([head(hidden[at]).argmax(1) for at in _chunks(len(hidden), vocabulary, chunk or _chunk(hidden))])
 
 
@@ -67,22 +67,25 @@ def _chunk(hidden: Tensor) -> int:
 
 
 def _chunks(length: int, vocabulary: int, chunk: int) -> list[slice]:
-    """Parts of so many rows that at most `chunk` logits exist at once."""
+    """Return slices of rows with at most `chunk` logits each."""
     rows = max(1, chunk // vocabulary)
     return [slice(first, first + rows) for first in range(0, length, rows)]
 
 
 def total(logps: Tensor, mask: Tensor) -> Tensor:
-    """The sum over each response's tokens [N]: the log-probability of the whole response, in nats."""
+    """Return the sum over each response's tokens [N]: the log-probability of the whole response, in nats."""
     return logps.where(mask, 0).sum(1)
 
 
 def mean(logps: Tensor, mask: Tensor) -> Tensor:
-    """The mean over each response's tokens [N], in nats a token."""
+    """Return the mean over each response's tokens [N], in nats per token."""
     return total(logps, mask) / mask.sum(1)
 
 
 def weighted_mean(logps: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """The mean with weights [N, R] over each response's tokens [N]: the dense score of RLHF-V (arXiv:2312.00849)."""
+    """Return the weighted mean over each response's tokens [N]: the dense score of RLHF-V (arXiv:2312.00849).
+
+    The weights are [N, R].
+    """
     weights = weights.where(mask, 0)
     return (logps.where(mask, 0) * weights).sum(1) / weights.sum(1)

@@ -1,11 +1,11 @@
-"""One rule for tokens: a prompt is tokenised together with each of its responses, and the response is what follows.
+"""Tokens of prompts with responses, by one rule: each response is tokenized together with its prompt.
 
-A tokenizer may merge across the border of prompt and response, so that neither can be tokenised alone. A response
-therefore begins where the tokens of the prompt alone, of prompt with chosen and of prompt with rejected first differ:
-the same place for both, and a token that straddles the border belongs to the response. Everything before is the
-prompt's, images included, and is never cut; a response that is too long loses its tail.
+A tokenizer may merge across the border of prompt and response, so neither can be tokenized alone. A response therefore
+begins where the tokens of the prompt alone, of prompt with chosen and of prompt with rejected first differ. The place
+is the same for both responses, and a token that straddles the border belongs to the response. The prompt, images
+included, is never cut; a response that is too long loses its tail.
 
-N rows of a batch, L the longest row's tokens, R the longest response's.
+N is the number of rows of a batch, L the longest row's tokens, R the longest response's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class TokenizedResponse:
     """One prompt with one response.
 
     Attributes:
-        ids: of both.
-        start: where the response begins in them.
+        ids: the tokens of both.
+        start: the index of the response's first token.
         images: the keys of the prompt's images, in their order.
     """
 
@@ -39,7 +39,7 @@ class TokenizedResponse:
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with alike."""
+    """Return the length of the longest prefix that all rows share."""
     length = 0
     for column in zip(*rows, strict=False):
         if len(set(column)) > 1:
@@ -49,10 +49,10 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def expand(ids: Sequence[int], placeholder: int, images: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens with every image's own in the place of its placeholder.
+    """Replace each image placeholder by that image's tokens.
 
     Raises:
-        ValueError: there are more or fewer placeholders than images.
+        ValueError: the number of placeholders differs from the number of images.
     """
     num_placeholders = sum(token == placeholder for token in ids)
     if num_placeholders != len(images):
@@ -62,7 +62,7 @@ def expand(ids: Sequence[int], placeholder: int, images: Sequence[Sequence[int]]
 
 
 def cut_tail(row: TokenizedResponse, max_length: int) -> TokenizedResponse:
-    """The row with at most that many tokens: the response loses its tail.
+    """Cut the row to at most `max_length` tokens: the response loses its tail.
 
     Raises:
         ValueError: the prompt leaves no room for a response.
@@ -78,8 +78,8 @@ class Tokens:
 
     Attributes:
         ids: [N, L].
-        starts: where each row's response begins, [N].
-        lengths: of each row, response included, [N].
+        starts: the index of each response's first token, [N].
+        lengths: each row's length, response included, [N].
         images: the keys of each row's images.
     """
 
@@ -93,7 +93,7 @@ class Tokens:
 
     @classmethod
     def from_rows(cls, rows: Sequence[TokenizedResponse], pad: int) -> Tokens:
-        """The rows in one batch; `pad` is any token."""
+        """Collate the rows into one batch; `pad` is any token."""
         longest = max(len(row.ids) for row in rows)
         return cls(
             torch.tensor([[*row.ids, *[pad] * (longest - len(row.ids))] for row in rows]),
@@ -104,9 +104,9 @@ class Tokens:
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """The rows of all parts, padded to the longest of them."""
+        """Concatenate the rows of all parts, padded to the longest."""
         longest = max(part.ids.shape[1] for part in parts)
-        # With the last token of each row, which is a response's or padding: never an image's.
+        # Pad with each row's last token. It is a response's or padding, never an image's.
         ids = [torch.cat([x.ids, x.ids[:, -1:].expand(-1, longest - x.ids.shape[1])], 1) for x in parts]
         starts, lengths = (torch.cat([getattr(x, name) for x in parts]) for name in ("starts", "lengths"))
         whole = cls(torch.cat(ids), starts, lengths, tuple(row for x in parts for row in x.images))
@@ -117,12 +117,12 @@ class Tokens:
         return tokens._knowing(self.rows[rows])
 
     def to(self, device: torch.device) -> Tokens:
-        """The same on another device."""
+        """Return a copy on another device."""
         moved = Tokens(self.ids.to(device), self.starts.to(device), self.lengths.to(device), self.images)
         return moved._knowing(self.rows)
 
     def _knowing(self, rows: tuple[TokenizedResponse, ...]) -> Tokens:
-        """With its rows, which are known before: to ask a GPU for them would wait for it."""
+        """Set `rows` from known values, since reading them back from a GPU would wait for it."""
         self.__dict__["rows"] = rows
         return self
 
@@ -134,7 +134,7 @@ class Tokens:
 
     @cached_property
     def by_prompt(self) -> tuple[tuple[int, ...], ...]:
-        """The numbers of the rows, those together that have all in common before their responses, images included."""
+        """The indices of the rows, grouped by equal prompt tokens and images."""
         groups = dict[tuple[object, ...], list[int]]()
         for number, row in enumerate(self.rows):
             groups.setdefault((row.images, row.ids[: row.start]), []).append(number)
@@ -142,29 +142,29 @@ class Tokens:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Which tokens are no padding, [N, L]."""
+        """Mask of the tokens that are not padding, [N, L]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     @cached_property
     def is_response(self) -> Tensor:
-        """Which tokens are a response's, [N, L]."""
+        """Mask of the response tokens, [N, L]."""
         positions = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (positions >= self.starts[:, None]) & self.mask
 
     @cached_property
     def num_tokens(self) -> Tensor:
-        """The tokens of each response, [N]."""
+        """The number of tokens of each response, [N]."""
         return self.lengths - self.starts
 
     @cached_property
     def response_mask(self) -> Tensor:
-        """Which of a response's places are filled, [N, R]."""
+        """Mask of the filled positions of each response, [N, R]."""
         return (
             torch.arange(max(len(row.response) for row in self.rows), device=self.ids.device) < self.num_tokens[:, None]
         )
 
     @cached_property
     def responses(self) -> Tensor:
-        """The responses' tokens [N, R], the row's first token where a response has ended."""
+        """The responses' tokens [N, R]; the row's first token fills the positions after a response's end."""
         positions = self.starts[:, None] + torch.arange(self.response_mask.shape[1], device=self.ids.device)
         return self.ids.gather(1, positions.where(self.response_mask, 0))

@@ -1,4 +1,4 @@
-"""Vocabularies of objects by name: MSCOCO's, the bundled world's, or one's own in a file."""
+"""Vocabularies of objects by name: MSCOCO's, the bundled world's, or your own in a file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ CROWDS = "crowds"
 
 
 def load_vocabulary(key: str, name: str) -> Vocabulary:
-    """The vocabulary that a recipe names at `key`.
+    """Load the vocabulary that a recipe names at `key`.
 
     Args:
-        key: where the name stands, for messages.
+        key: the recipe's key, for error messages.
         name: "refined" or "published" (MSCOCO's objects), "crowds" (the bundled world's), or a JSON file with other
             words for each object, {"dog": ["puppy", "hound"], "red circle": []}.
 
     Raises:
-        ValueError: there is no such file, or it holds no vocabulary.
+        ValueError: the file cannot be read, or holds no vocabulary.
     """
     if name == CROWDS:
         from mmalign.toy.crowds import KINDS
