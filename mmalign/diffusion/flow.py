@@ -1,8 +1,7 @@
-"""Flow matching: a straight line from the image to the noise, and the velocity along it
-(arXiv:2209.03003, 2403.03206).
+"""Flow matching: a straight line from the image to the noise, and its velocity (arXiv:2209.03003, 2403.03206).
 
-Time t is the noise level sigma itself, in [0, 1]: float32, where DDPM's timesteps are integers. A network that wants
-its time in [0, 1000] is told so by its family.
+Time t is the noise level sigma itself: float32 in [0, 1], where DDPM's timesteps are integers. A family converts t if
+its network expects times in [0, 1000].
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ class Flow(Schedule):
     """Rectified flow: `x_t = (1 - t) x_0 + t eps`; the network predicts the velocity `eps - x_0`.
 
     Attributes:
-        mean: of the normal distribution whose sigmoid a training time is (arXiv:2403.03206, section 3.1).
-        std: of the same.
-        shift: moves times towards noise, `shift t / (1 + (shift - 1) t)`, as large images need it (section 5.3.2).
-        num_timesteps: of the schedule that the network was trained on.
+        mean: the mean of the normal distribution whose sigmoid is a training time (arXiv:2403.03206, section 3.1).
+        std: its standard deviation.
+        shift: the shift of times towards noise, `shift t / (1 + (shift - 1) t)`, for large images (section 5.3.2).
+        num_timesteps: the number of timesteps of the schedule that the network was trained on.
     """
 
     mean: float = 0.0
@@ -37,20 +36,23 @@ class Flow(Schedule):
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, tokens: int, location: str) -> Flow:
-        """The process that a diffusers scheduler is for, with the times of training logit-normal(0, 1) and shifted.
+        """Create the process of a diffusers scheduler, with training times logit-normal(0, 1) and shifted.
 
         The larger an image, the more noise it takes to hide as much of it (arXiv:2403.03206, section 5.3.2). A fixed
-        shift, such as SD3's of 3, is the one that the model was trained and is sampled with, and is in the times that
-        diffusers' training scripts draw. Where the shift depends on the number of an image's tokens (FLUX, Qwen-Image),
-        those scripts leave it out, and train mostly where the sampler spends few of its steps: at 1024 pixels FLUX's
-        takes half of them above t = 0.76, and an eighth of the unshifted times lie there. Training here has the shift
-        that the sampler has at the model's own resolution, whichever it is (FLUX.2's pipeline has a rule of its own,
-        and its family sees to that); at a smaller one its times are a little high.
+        shift, such as SD3's of 3, is the one of the model's training and sampling, and diffusers' training scripts use
+        it too.
+
+        Where the shift depends on the number of an image's tokens (FLUX, Qwen-Image), those scripts leave it out. They
+        then train mostly where the sampler spends few of its steps. At 1024 pixels FLUX's sampler takes half of its
+        steps above t = 0.76, and an eighth of the unshifted times lie there.
+
+        Training here uses the sampler's shift at the model's own resolution; at a smaller one, times are a little high.
+        FLUX.2's pipeline has its own rule, which its family applies.
 
         Args:
-            scheduler: of a checkpoint.
-            tokens: of an image at the model's own resolution.
-            location: the checkpoint, for people.
+            scheduler: the checkpoint's scheduler.
+            tokens: the number of tokens of an image at the model's own resolution.
+            location: the checkpoint, for error messages.
 
         Raises:
             ValueError: the scheduler is not one of flow matching.
@@ -67,19 +69,19 @@ class Flow(Schedule):
         if config.get("use_dynamic_shifting"):
             few, many = config.base_image_seq_len, config.max_image_seq_len
             slope = (config.max_shift - config.base_shift) / (many - few)
-            mu = config.base_shift + slope * (tokens - few)  # in logits, as the pipelines have it
+            mu = config.base_shift + slope * (tokens - few)  # in logits, as in the pipelines
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
         return cls(shift=float(shift), num_timesteps=config.num_train_timesteps)
 
     @property
     def epsilon_weight(self) -> float:
-        """The mean of (1 - t)^2 over training times: what an error of the velocity weighs as one of epsilon."""
+        """The mean of (1 - t)^2 over training times: the weight of a velocity error in units of an epsilon error."""
         u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000  # quantiles, the same everywhere
         t = self._shifted(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
         return float((1 - t).square().mean())
 
     def draw_time(self, rows: Sequence[int], rng: KeyedRNG, index: int = 0) -> Tensor:
-        """One time for every row, logit-normal, then shifted: [B], float32, in (0, 1)."""
+        """Draw one time for every row, logit-normal, then shifted: [B], float32, in (0, 1)."""
         t = torch.sigmoid(self.mean + self.std * rng.normal(rows, (), "time", index))
         return self._shifted(t)
 
@@ -87,26 +89,26 @@ class Flow(Schedule):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - t and t, each [B, 1, 1, 1]."""
+        """Return 1 - t and t, each [B, 1, 1, 1]."""
         t = t.float().view(-1, 1, 1, 1)
         return 1 - t, t
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The velocity `eps - x_0`, which is the same at every t."""
+        """Return the velocity `eps - x_0`, the same at every t."""
         return eps - x_0
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`x_t + (1 - t) v`."""
+        """Return `x_t + (1 - t) v`."""
         signal, _ = self.levels(t)
         return x_t + signal * prediction
 
     def to_clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`x_t - t v`."""
+        """Return `x_t - t v`."""
         _, noise = self.levels(t)
         return x_t - noise * prediction
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler is one whose network predicts the velocity of a straight line."""
+    """Return whether a diffusers scheduler's network predicts the velocity of a straight line."""
     euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     return euler or scheduler.config.get("prediction_type") == "flow_prediction"

@@ -1,15 +1,15 @@
-"""Inversion: the way back from an image to the noise that a network would make it of, along the deterministic sampler
-(DDIM, arXiv:2010.02502, eq. 12; for flow matching the ODE's Euler step).
+"""Inversion of an image to noise along the deterministic sampler: DDIM, or the Euler step of a flow's ODE.
 
-From one place of a grid to the next, with signal and noise as in `Schedule.levels` and eps, x_0 as the network's answer
-there tells them:
+DDIM is eq. 12 of arXiv:2010.02502. From one place of a grid to the next, with signal and noise as in `Schedule.levels`,
+and with eps and x_0 from the network's answer at that place:
 
     x' = signal' * x_0 + sqrt(noise' ** 2 - sigma ** 2) * eps + sigma * z
     sigma = eta * (noise / noise') * sqrt(noise' ** 2 - (signal' / signal * noise) ** 2),   z ~ N(0, 1)
 
-so that x' has the levels of its place whatever eta is. For flow matching without eta this is x' = x + (t' - t) v.
+so x' has the levels of its place for every eta. For flow matching without eta this is x' = x + (t' - t) v.
 
-N rows, each with its own time; n of them still on their way; C, H, W a latent's channels, height, width.
+N is the number of rows, each with its own time; n is the number of rows still to invert. C, H, W are a latent's
+channels, height, width.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [n, C, H, W], time [n
 
 @dataclass(frozen=True)
 class Hop:
-    """One step, of the rows that have not arrived.
+    """One step of the rows that have not reached their time.
 
     Attributes:
-        rows: which ones they are of the batch, [n], int64.
-        asked: the time that the network is told, [n].
+        rows: their indices in the batch, [n], int64.
+        asked: the time that the network receives, [n].
         at: the time whose levels turn its answer into noise and image, [n].
-        clean: whether the rows are still the images themselves, without any noise.
-        signal: of the place that is reached, [n, 1, 1, 1].
+        clean: True if the rows are still the images themselves, without any noise.
+        signal: the signal level of the step's end, [n, 1, 1, 1].
         direction: the factor of the network's noise there, [n, 1, 1, 1].
-        spread: that of fresh noise, [n, 1, 1, 1]; None without.
+        spread: the factor of fresh noise there, [n, 1, 1, 1]; None adds none.
     """
 
     rows: Tensor
@@ -49,10 +49,10 @@ class Hop:
 
 
 def exact(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> Iterator[Hop]:
-    """The way to exactly t [N] for every row, in equal hops of at most one `steps`-th of all times.
+    """Yield hops to exactly t [N] for every row, of equal length and at most one `steps`-th of all times.
 
-    It begins at the image without noise, where a network of whole timesteps is asked at 1: it has hardly learned 0,
-    which its samplers leave out, and nothing is before it.
+    The first hop begins at the image without noise. A network of whole timesteps receives time 1 there, the first that
+    its samplers use: it has hardly learned 0.
     """
     whole = not t.is_floating_point()
     number = (t * steps / (schedule.num_timesteps if whole else 1)).ceil().clamp(min=1)
@@ -69,10 +69,10 @@ def exact(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> Ite
 
 
 def release(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> Iterator[Hop]:
-    """The way of the InPO release, by the DDIMInverseScheduler of diffusers 0.20: to the grid's place above t.
+    """Yield the hops of the InPO release, by the DDIMInverseScheduler of diffusers 0.20: to the grid's place above t.
 
-    With 10 steps of 1000 the network is asked at -99, 1, 101, ... while that is below t, and each answer leads 100
-    further. So a row ends up to 99 above its t (or at 901, below it), and eta adds noise on top of the level.
+    With 10 steps of 1000 the network receives -99, 1, 101, ... while that is below t, and each hop is 100 long. So a
+    row ends up to 99 above its t (or at 901, below it). eta adds noise on top of the level.
 
     Raises:
         ValueError: the schedule has no whole timesteps.
@@ -96,14 +96,14 @@ def release(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> I
 def invert(
     predict: Predict, schedule: Schedule, x_0: Tensor, hops: Iterator[Hop], fresh: Callable[[int], Tensor]
 ) -> Tensor:
-    """x_t [N, C, H, W] at the end of every row's way.
+    """Return x_t [N, C, H, W] at the end of every row's hops.
 
     Args:
-        predict: the network, asked for the rows of a hop alone.
+        predict: the network, called with the rows of a hop alone.
         schedule: the process that it was trained on.
         x_0: images [N, C, H, W].
-        hops: the way, by `exact` or `release`.
-        fresh: standard normal numbers [N, C, H, W] of a hop by its number; called only where a hop has a spread.
+        hops: the hops, by `exact` or `release`.
+        fresh: a function from a hop's number to standard normal numbers [N, C, H, W], called only if it has a spread.
     """
     x = x_0.clone()
     for number, hop in enumerate(hops):
@@ -118,11 +118,11 @@ def invert(
 
 
 def implied_noise(schedule: Schedule, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-    """The eps [N, C, H, W] with which x_0 would be x_t: `(x_t - signal x_0) / noise`."""
+    """Return the eps [N, C, H, W] that turns x_0 into x_t: `(x_t - signal x_0) / noise`."""
     signal, noise = schedule.levels(t)
     return (x_t - signal * x_0) / noise
 
 
 def _place(t: Tensor, share: Tensor) -> Tensor:
-    """The time after a share of the way to t; whole where t is."""
+    """Return the time after a share of the way to t, whole if t is whole."""
     return t * share if t.is_floating_point() else (t * share).round().to(t.dtype)

@@ -1,10 +1,11 @@
-"""Noise: how an image becomes x_t, and what the network is asked about it.
+"""Noise processes of diffusion models, and the parameterizations of their networks' predictions.
 
-Every process here mixes a clean image with noise, `x_t = signal(t) x_0 + noise(t) eps`, and its network's answer at x_t
-tells both apart: what is built on `Schedule` alone holds for DDPM and for flow matching alike.
+Every process mixes a clean image with noise, `x_t = signal(t) x_0 + noise(t) eps`. Its network's answer at x_t yields
+both, so code that uses `Schedule` alone holds for DDPM and for flow matching.
 
-B is rows, C, H, W a latent's channels, height, width; T the number of timesteps. All arithmetic is float32, whatever
-the network's precision: the mean of squared errors in bfloat16 loses the signal of a preference (a logit off by 1).
+B is the number of rows; C, H, W are a latent's channels, height, width; T is the number of timesteps. All arithmetic is
+float32, whatever the network's precision. In bfloat16 the mean of squared errors loses the signal of a preference (a
+logit off by 1).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class Schedule(ABC):
-    """A noise process and what its network predicts; t is a row's time, in the process's own unit, 0 nearly clean."""
+    """A noise process and its network's parameterization; t is a row's time, in the process's unit, 0 nearly clean."""
 
     @property
     @abstractmethod
@@ -31,26 +32,26 @@ class Schedule(ABC):
 
     @abstractmethod
     def draw_time(self, rows: Sequence[int], rng: KeyedRNG, index: int = 0) -> Tensor:
-        """A time for every row, as in training: [B]."""
+        """Draw a time for every row, as in training: [B]."""
 
     @abstractmethod
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What is left of the image and how much noise there is: two factors, each [B, 1, 1, 1]."""
+        """Return the factors of the image and of the noise, each [B, 1, 1, 1]."""
 
     @abstractmethod
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The right answer at x_t."""
+        """Return the right answer at x_t."""
 
     @abstractmethod
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's answer as a prediction of eps."""
+        """Convert the network's answer to a prediction of eps."""
 
     @abstractmethod
     def to_clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's answer as a prediction of x_0."""
+        """Convert the network's answer to a prediction of x_0."""
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, H, W]."""
+        """Return x_t [B, C, H, W]."""
         signal, noise = self.levels(t)
         return signal * x_0 + noise * eps
 
@@ -61,7 +62,7 @@ class Diffusion(Schedule):
 
     Attributes:
         alphas_cumprod: abar [T], float32.
-        prediction: what the network predicts, "epsilon" or "v_prediction".
+        prediction: the network's parameterization, "epsilon" or "v_prediction".
     """
 
     alphas_cumprod: Tensor
@@ -69,10 +70,10 @@ class Diffusion(Schedule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], location: str) -> Diffusion:
-        """The process that a diffusers scheduler's configuration describes.
+        """Create the process that a diffusers scheduler's configuration describes.
 
         Raises:
-            ValueError: the scheduler predicts something else, or has no variance-preserving schedule.
+            ValueError: the scheduler's prediction type is not one of `PREDICTIONS`.
         """
         from diffusers import DDPMScheduler
 
@@ -90,30 +91,30 @@ class Diffusion(Schedule):
         return len(self.alphas_cumprod)
 
     def draw_time(self, rows: Sequence[int], rng: KeyedRNG, index: int = 0) -> Tensor:
-        """One timestep for every row, uniform on {0, ..., T - 1}: [B], int64."""
+        """Draw one timestep for every row, uniform on {0, ..., T - 1}: [B], int64."""
         return rng.integers(rows, 0, self.num_timesteps, "time", index)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), each [B, 1, 1, 1]."""
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), each [B, 1, 1, 1]."""
         abar = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The right answer at x_t: eps, or the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0` (arXiv:2202.00512)."""
+        """Return the right answer: eps, or the velocity `sqrt(abar) eps - sqrt(1 - abar) x_0` (arXiv:2202.00512)."""
         if self.prediction == "epsilon":
             return eps
         signal, noise = self.levels(t)
         return signal * eps - noise * x_0
 
     def to_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's answer as a prediction of eps."""
+        """Convert the network's answer to a prediction of eps."""
         if self.prediction == "epsilon":
             return prediction
         signal, noise = self.levels(t)
         return signal * prediction + noise * x_t
 
     def to_clean(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's answer as a prediction of x_0."""
+        """Convert the network's answer to a prediction of x_0."""
         signal, noise = self.levels(t)
         if self.prediction == "epsilon":
             return (x_t - noise * prediction) / signal
@@ -121,10 +122,10 @@ class Diffusion(Schedule):
 
 
 def posterior_std(levels: tuple[Tensor, Tensor], next_levels: tuple[Tensor, Tensor]) -> Tensor:
-    """The standard deviation of x `levels` given x further on, `next_levels`, and the image; both as (signal, noise).
+    """Return the standard deviation of x at `levels`, given the image and the noisier x at `next_levels`.
 
-    For a variance-preserving process it is the square root of `(1 - a) / (1 - a') * (1 - a' / a)` with a = signal ** 2,
-    eq. 16 of arXiv:2010.02502 at eta 1.
+    Both arguments are (signal, noise). For a variance-preserving process the result is the square root of
+    `(1 - a) / (1 - a') * (1 - a' / a)` with a = signal ** 2, eq. 16 of arXiv:2010.02502 at eta 1.
     """
     (signal, noise), (further_signal, further_noise) = levels, next_levels
     added = further_noise.square() - (further_signal / signal * noise).square()
@@ -132,5 +133,5 @@ def posterior_std(levels: tuple[Tensor, Tensor], next_levels: tuple[Tensor, Tens
 
 
 def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error [B] of every row, subtracted and averaged in float32."""
+    """Return the mean squared error [B] of every row, subtracted and averaged in float32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

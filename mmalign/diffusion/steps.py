@@ -1,9 +1,10 @@
-"""Steps from noise to an image that draw: x_t to the x at the time before it, with a density.
+"""Stochastic sampler steps from x_t to the x at the previous time, with their densities.
 
-Every process has one: DDIM's step for DDPM's (arXiv:2010.02502, eq. 12 and 16), and for flow matching the stochastic
-step of Flow-GRPO (arXiv:2505.05470). Who takes `grid` and `step` need not know which.
+DDPM's processes take DDIM's step (arXiv:2010.02502, eq. 12 and 16). Flow matching takes the stochastic step of
+Flow-GRPO (arXiv:2505.05470). `grid` and `step` hide the difference.
 
-B rows, C, H, W a latent's channels, height and width; S steps. All arithmetic is float32.
+B is the number of rows; C, H, W are a latent's channels, height and width; S is the number of steps. All arithmetic is
+float32.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ class Gaussian:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Latents [B, C, H, W] at the given standard normal draws."""
+        """Return the latents [B, C, H, W] for the given standard normal noise."""
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """The log-density [B] of latents, as the MEAN over their elements (SPO's unit), in nats."""
+        """Return the log-density [B] of latents, as the MEAN over their elements (SPO's unit), in nats."""
         z = (x.float() - self.mean) / self.std
         return -(0.5 * z.square()).flatten(1).mean(1) - self.std.log().flatten() - 0.5 * math.log(2 * math.pi)
 
 
 def grid(schedule: Schedule, steps: int) -> Tensor:
-    """The times [S + 1] of a sampler with S steps, from the noise to the image.
+    """Return the times [S + 1] of a sampler with S steps, from the noise to the image.
 
-    DDPM's: spaced by T // S ("leading", offset 1, as Stable Diffusion's samplers have it), and 0 at the end, which is
-    where the release of SPO clamps the last step; so no step goes past the training's least noise. Flow: sigma evenly
-    from 1 to 0, then shifted.
+    DDPM's times are T // S apart ("leading", offset 1, as in Stable Diffusion's samplers), and end with 0. SPO's
+    release clamps the last step there too, so no step passes below the least noise of training. Flow: sigma evenly from
+    1 to 0, then shifted.
 
     Raises:
-        ValueError: there are more steps than the schedule can give.
+        ValueError: there are more steps than the schedule allows.
     """
     match schedule:
         case Diffusion():
@@ -58,22 +59,22 @@ def grid(schedule: Schedule, steps: int) -> Tensor:
             times = torch.arange(steps - 1, -1, -1) * stride + 1
             return torch.cat([times, torch.zeros(1, dtype=times.dtype)])
         case Flow():
-            # In float64: some shifts would round the first time to a little more or less than 1, which is pure noise.
+            # In float64: with some shifts, float32 rounds the first time away from 1, which is pure noise.
             sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
             return (schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)).float()
     raise ValueError(f"steps: there is no stochastic step for a {type(schedule).__name__}")
 
 
 def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float | None) -> Gaussian:
-    """Where a step goes.
+    """Return the distribution of x after one step.
 
     Args:
         schedule: the noise process.
         prediction: the network's (guided) answer at x_t [B, C, H, W], in its own parameterization.
-        x_t: where it starts [B, C, H, W].
-        t: the time there [B].
-        prev: the time that it goes to [B], nearer to the image.
-        eta: how much noise it adds, above 0: for DDPM's processes 1 is as much as DDPM does, for flow it is the
+        x_t: the step's start [B, C, H, W].
+        t: the time at its start [B].
+        prev: the time at its end [B], nearer to the image.
+        eta: the amount of added noise, above 0. For DDPM's processes 1 adds as much as DDPM; for flow it is the
             published `noise_level`. None is 1 and 0.7.
     """
     prediction, x_t = prediction.float(), x_t.float()
@@ -86,21 +87,21 @@ def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: T
 
 
 def timestep(schedule: Schedule, t: Tensor) -> Tensor:
-    """Times [B] in the unit of DDPM's timesteps, 0 to T - 1 or to T, which a judge of noisy images is told."""
+    """Convert times [B] to DDPM's timesteps, 0 to T - 1 or to T, for a reward model of noisy images."""
     return t * schedule.num_timesteps if isinstance(schedule, Flow) else t
 
 
 def any_time(schedule: Schedule, rows: Sequence[int], rng: KeyedRNG) -> Tensor:
-    """A time for every row [B], uniform over all there are: for what is asked at each of them on the way to an image.
+    """Draw a time for every row [B], uniform over all times, for values needed at every time on the way to an image.
 
-    DDPM's networks learn at such times; those of flow matching mostly at middling ones, and hardly at nearly clean
-    images (`Flow.draw_time`), where a way to an image ends.
+    DDPM's networks are trained at such times. Those of flow matching are trained mostly at middle times, and hardly at
+    nearly clean images (`Flow.draw_time`), where sampling ends.
     """
     return rng.uniform(rows, (), "time") if isinstance(schedule, Flow) else schedule.draw_time(rows, rng)
 
 
 def _ddim(schedule: Diffusion, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float) -> Gaussian:
-    """`sqrt(abar') x_0 + sqrt(1 - abar' - std^2) eps`, both predicted; std^2 is eta^2 times DDPM's variance."""
+    """Return `sqrt(abar') x_0 + sqrt(1 - abar' - std^2) eps`, both predicted; std^2 is eta^2 times DDPM's variance."""
     signal, noise = schedule.levels(prev)
     std = eta * posterior_std((signal, noise), schedule.levels(t))
     clean, eps = schedule.to_clean(prediction, x_t, t), schedule.to_eps(prediction, x_t, t)
@@ -108,10 +109,10 @@ def _ddim(schedule: Diffusion, prediction: Tensor, x_t: Tensor, t: Tensor, prev:
 
 
 def _flow(velocity: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, noise_level: float) -> Gaussian:
-    """The Euler-Maruyama step of the SDE that has the flow's marginals: drift `v + g^2 / (2 t) (x + (1 - t) v)`.
+    """Return the Euler-Maruyama step of the SDE with the flow's marginals: drift `v + g^2 / (2 t) (x + (1 - t) v)`.
 
-    Its diffusion is `g^2 = noise_level^2 t / (1 - t)`, infinite at pure noise, where the next time stands in for t
-    in the 1 - t of g.
+    Its diffusion is `g^2 = noise_level^2 t / (1 - t)`, infinite at pure noise. There the next time replaces t in the 1
+    - t of g.
     """
     sigma, sigma_prev = (time.float().view(-1, 1, 1, 1) for time in (t, prev))
     left = 1 - torch.where(sigma == 1, sigma_prev, sigma)
