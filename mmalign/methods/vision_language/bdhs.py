@@ -4,19 +4,20 @@
     loss = gamma * -log sigma(beta * (chosen against rejected))                 the data's own rejected response
            + (1 - gamma) * -log sigma(beta * (chosen against hallucinated))     eq. 5
 
-`hallucinated` is a completion of the chosen response with most of the image's tokens hidden (`mmalign.synthesis.bdhs`).
+`hallucinated` is a completion of the chosen response with most of the image's tokens masked (`mmalign.synthesis.bdhs`).
+There are three modes:
 
-offline  It is in the data, as `mmalign prepare` writes it: as the rejected response itself, which makes this `dpo`, or
-         beside a rejected response of the data's own, in the column `hallucinated`.
-online   The policy writes it anew for every batch. `gamma: 0` leaves the data's own rejected responses out.
-mixed    Mixed-DPO (eq. 4): each pair is, with probability `share`, given up for two answers that the policy samples
-         and an annotator orders.
+offline  The data contain it, as written by `mmalign prepare`. It is either the rejected response itself, which makes
+         this method `dpo`, or in the column `hallucinated` beside a rejected response of the data.
+online   The policy generates it for every batch. `gamma: 0` omits the rejected responses of the data.
+mixed    Mixed-DPO (eq. 4): with probability `share` a pair is replaced by two answers that the policy samples and an
+         annotator orders.
 
-The image's tokens are hidden while the model writes, never while it is scored. A pair for which nothing of use was
-written keeps what the data have for it. Processes share no work while they write, so that one may try oftener than
-another; each makes one contrast of every batch.
+Image tokens are masked during generation, never during scoring. A pair without a usable generated response falls back
+to the responses of the data. Processes generate independently, so one may need more tries than another; each returns
+one contrast per batch.
 
-3B rows: chosen, rejected and hallucinated; or the first two alone. See `dpo` for the pair losses that may stand in.
+3B rows: chosen, rejected and hallucinated; or 2B rows: chosen and rejected. Any pair loss fits, as in `dpo`.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ modality = "vision_language"
 VIEWS = (*PAIR, "hallucinated")
 RULES = "rules"
 NO_COMPLETION = Completion("", 0, 0.0)
-# From a pair, its pictures, and two answers, which is better: above 0 the first, below 0 the second, 0 if neither is.
+# (pair, images, first answer, second answer) -> above 0 if the first is better, below 0 if the second is, 0 for a tie
 Annotator = Callable[[ResponsePair, Sequence[Image.Image], str, str], float]
 
 
 class Mixed(Section):
-    """Pairs that the policy writes and an annotator orders."""
+    """Settings for pairs that the policy samples and an annotator orders."""
 
     share: float = Field(0.5, ge=0, le=1, description="how likely a pair of the data is given up for one of these")
     annotator: str = Field(
@@ -114,12 +115,12 @@ class Config(ResponseLossConfig):
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two or three responses to every prompt, and how the reference scores them.
+    """Two or three responses to every prompt, with the reference's scores.
 
     Attributes:
-        batch: [2B] rows, or with hallucinated responses [3B].
-        shares: [B], of the rejected response in the loss; None where the batch has no hallucinated ones.
-        metrics: [B] each, how the responses came about.
+        batch: the responses [2B], or with hallucinated ones [3B].
+        shares: the rejected response's share of the loss [B]; None if the batch has no hallucinated responses.
+        metrics: metrics of the generation by name, each [B].
         reference: the reference's scores.
     """
 
@@ -130,15 +131,15 @@ class Contrast:
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The responses that there are of each pair."""
+        """Names of each pair's responses."""
         return PAIR if self.shares is None else VIEWS
 
 
 def check(cfg: Config) -> list[str]:
-    """What people should know before a run; what is missing is said here, before a model is loaded.
+    """Check the similarity model, annotator and vocabulary before loading, and return lines for the log.
 
     Raises:
-        ValueError: a similarity model, a vocabulary or an annotator is not there.
+        ValueError: a similarity model, a vocabulary or an annotator is missing.
     """
     if cfg.mode == "online":
         similarity = _similarity(cfg.online.similarity)
@@ -151,7 +152,7 @@ def check(cfg: Config) -> list[str]:
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs under the mode."""
     settings = {"mean": cfg.loss == "ipo", "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
     return Requirements(
         decoded_images=cfg.mode == "mixed",  # for the annotator
@@ -161,7 +162,7 @@ def requirements(cfg: Config) -> Requirements:
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: the pairs with what is hallucinated in the data, or by the policy, or pairs of the policy's own."""
+    """Return one contrast: pairs with hallucinations from the data or the policy, or pairs that the policy sampled."""
     make = {"offline": _offline, "online": _online, "mixed": _mixed}[cfg.mode]
     contrast: Contrast = make(policy, batch, cfg, rng)
     score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.loss == "ipo")
@@ -172,7 +173,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """The pair losses against both other responses, by their shares."""
+    """Return the pair losses against the rejected and the hallucinated response, weighted by their shares."""
     batch, reference_scores, link, shares = contrast.batch, contrast.reference, bound_loss(cfg), contrast.shares
     assert reference_scores is not None, "bdhs needs a reference"
     policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.loss == "ipo")
@@ -181,24 +182,24 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
         rejected, hallucinated = (pair_loss_against(link, policy_scores, reference_scores, view) for view in VIEWS[1:])
         terms = {"rejected loss": shares * rejected, "hallucinated loss": (1 - shares) * hallucinated}
     step = response_step(cfg, policy_scores, reference_scores, batch, terms)
-    # Processes add up their numbers by name, and of data in which only some pairs have a hallucinated response, one
-    # process may have some in its batch and another none.
+    # Processes sum metrics by name. If only some pairs of the data have a hallucinated response, one process may have
+    # such metrics and another none.
     left_out = ("hallucinated", "rejected loss") if cfg.mode == "offline" else ()
     other_metrics = {name: value for name, value in step.metrics.items() if not name.startswith(left_out)}
     return replace(step, metrics={**other_metrics, **contrast.metrics})
 
 
 def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> Scores:
-    """The reference's scores; the rejected response's stands in for that of a hallucinated one that there is not."""
+    """Return the reference's scores; without a hallucinated response the rejected one's score replaces its score."""
     scores = reference_scores_of(contrasts(policy, batch, cfg, rng))
     return {"hallucinated": scores["rejected"], **scores}
 
 
-# ---------------------------------------------------------------------------------------------------- what is compared
+# ----------------------------------------------------------------------------------------------- contrasts of the modes
 
 
 class _Texts(NamedTuple):
-    """The responses of a pair; an empty hallucinated one stands for none."""
+    """Responses of a pair; an empty string means no hallucinated response."""
 
     chosen: str
     rejected: str
@@ -206,7 +207,7 @@ class _Texts(NamedTuple):
 
 
 def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
-    """The pairs as they are, and where the data have them, the hallucinated responses."""
+    """Return the contrast of the data's pairs, with the hallucinated responses that the data have."""
     texts = []
     for pair in batch.pairs:
         if cfg.gamma == 0 and pair.hallucinated:
@@ -217,13 +218,15 @@ def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Confi
 
 
 def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
-    """The pairs, and what the policy now says with the image hidden."""
+    """Return the contrast of the pairs with the policy's current completions under a masked image."""
+    # Completions of the answerable pairs
     require_image_masking(policy.family)
     masking, similarity = masking_config(cfg.online), _similarity(cfg.online.similarity)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
     answerable = _answerable(sampler, batch, masking.decoding.max_new_tokens, [True] * len(batch.rows), completing=True)
     completions = bdhs(sampler, list(answerable.values()), batch.features, masking, similarity)
     answers = dict(zip(answerable, completions, strict=True))
+    # Responses of every pair; with gamma 0 a pair without a usable completion has weight 0
     texts, weights, tries = list[_Texts](), batch.weights.clone(), torch.zeros_like(batch.weights)
     for number, pair in enumerate(batch.pairs):
         completion = answers.get(number, NO_COMPLETION)
@@ -239,7 +242,8 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
 
 
 def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
-    """The pairs, some of them given up for two answers of the policy's that the annotator tells apart."""
+    """Return the contrast of the pairs, some replaced by two sampled answers that the annotator ranks."""
+    # Two answers of the policy for every replaced pair
     mixed = cfg.mixed
     annotate = _annotator(mixed.annotator, mixed.vocabulary)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
@@ -248,6 +252,7 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     decoding = Decoding(mixed.max_new_tokens, mixed.temperature, batch_size=mixed.batch_size)
     rows, parts = list(answerable.values()), [WHOLE] * len(answerable)
     first, second = (sampler.sample(rows, parts, batch.features, decoding, attempt) for attempt in (1, 2))
+    # Annotated answers replace the data's responses
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)
     for number, one, other in zip(answerable, first, second, strict=True):
@@ -263,7 +268,15 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
 def _answerable(
     sampler: ResponseSampler, batch: EncodedResponses, new: int, wanted: Sequence[bool], *, completing: bool
 ) -> dict[int, GroundTruthAnswer]:
-    """The pairs of a batch, by their number, that a model is asked to answer anew: those that count and fit."""
+    """Return the pairs to generate for, by index: the wanted ones of nonzero weight that fit the model's length.
+
+    Args:
+        sampler: the sampler that answers.
+        batch: the pairs.
+        new: the number of tokens to generate.
+        wanted: whether to generate for each pair [B].
+        completing: the model completes the chosen answer instead of starting a new one.
+    """
     answers = dict[int, GroundTruthAnswer]()
     for number, pair in enumerate(batch.pairs):
         images = tuple((ref.key, batch.views[ref.key]) for ref in pair.images)
@@ -283,16 +296,17 @@ def _contrast(
     *,
     three: bool,
 ) -> Contrast:
-    """The batch with these responses, two or three of each pair; where they are its own two, as it is."""
+    """Return the contrast of these responses, two or three per pair; an unchanged batch is not tokenized again."""
     if not three and list(texts) == [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]:
         return Contrast(batch, None, metrics, None)
     rows = [_rows(family, batch, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     device, weights = batch.weights.device, batch.weights.clone()
-    for number, row in enumerate(rows):  # a difference that begins after the last token that is read is none
+    for number, row in enumerate(rows):  # responses that differ only after the cut are equal
         if row[0] == row[1]:
             weights[number] = 0.0
     used_rows = rows if three else [row[:2] for row in rows]
     tokens = family.processor.collate([row for view in zip(*used_rows, strict=True) for row in view]).to(device)
+    # The rejected response has the whole loss if there is no distinct hallucinated one
     further = [bool(text.hallucinated) and row[0] != row[2] for text, row in zip(texts, rows, strict=True)]
     shares = torch.tensor([gamma if one else 1.0 for one in further], device=device) if three else None
     return Contrast(replace(batch, tokens=tokens, weights=weights), shares, metrics, None)
@@ -301,7 +315,7 @@ def _contrast(
 def _rows(
     family: VisionLanguage, batch: EncodedResponses, pair: ResponsePair, texts: _Texts
 ) -> list[TokenizedResponse]:
-    """The prompt with each of three responses, tokenised together; the rejected one stands in for a missing third."""
+    """Tokenize the prompt with each of three responses; the rejected one replaces a missing hallucinated one."""
 
     def rows(refs: Sequence[ImageRef]) -> list[TokenizedResponse]:
         responses = [texts.chosen, texts.rejected, texts.hallucinated or texts.rejected]
@@ -315,7 +329,7 @@ def _rows(
     return [cut_tail(row, batch.max_length) for row in tokenized]
 
 
-# --------------------------------------------------------------------------------------------------- what is looked up
+# ------------------------------------------------------------------------------------------- similarity and annotators
 
 
 def _similarity(name: str) -> Similarity:
@@ -332,9 +346,10 @@ def _annotator(name: str, vocabulary: str) -> Annotator:
 def fewer_inventions(
     vocabulary: Vocabulary, pair: ResponsePair, pictures: Sequence[Image.Image], first: str, second: str
 ) -> float:
-    """The bundled annotator: better is what says less against the chosen response, then what says more of it.
+    """Compare two answers with the chosen response: fewer contradictions win, then more of its objects.
 
-    Against it are objects that it does not name, each as often as it is named, and yes for its no or no for its yes.
+    This is the bundled annotator. Every mention of an object that the chosen response does not name is a contradiction.
+    So is a yes for its no, or a no for its yes.
     """
 
     def worth(text: str) -> tuple[int, int]:

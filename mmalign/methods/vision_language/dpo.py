@@ -3,11 +3,11 @@
     score = sum_t log p(y_t | image, prompt, y_<t)      over the response's tokens, for policy and reference
     loss = -log sigma(beta * (policy's margin - reference's margin)) + nll * mean_t -log p(y_t)      of the chosen y
 
-Any pair loss may stand in the place of -log sigma. IPO's target is a margin in the unit of the scores, and its scores
-are means over a response's tokens, as TRL has them; all others' are sums. `nll` is 0 in the paper; a positive one keeps
-the chosen response likely while the margin grows, as in arXiv:2404.19733.
+Any pair loss can replace -log sigma. IPO's target is a margin in the unit of the scores. Its scores are means over a
+response's tokens, as in TRL; those of all other losses are sums. `nll` is 0 in the paper. A positive value keeps the
+chosen response likely while the margin grows, as in arXiv:2404.19733.
 
-kB rows: prompts with the chosen responses first, then with the rejected, then what other methods compare with.
+kB rows: prompts with the chosen responses, then with the rejected, then with the further views of other methods.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Config(ResponseLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: a reference, or its cached scores."""
     return Requirements(precompute=cached_scores(1, {"mean": cfg.loss == "ipo"}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """One contrast: the pairs as they are."""
+    """Return one contrast: the unchanged pairs."""
     score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss == "ipo")
     return [Contrast(batch, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """The pair loss on the policy's and the reference's log-probabilities."""
+    """Return the pair loss on the log-probabilities of policy and reference."""
     assert contrast.reference is not None, "dpo needs a reference"
     policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)

@@ -5,11 +5,11 @@
            + -log sigma(beta * (chosen | v  against  chosen | v_c))             conditional preference
            + -log sigma(beta * (chosen | v, policy against reference) - delta)  anchor
 
-v_c is a random part of the image, of 1 to 20 % of its area, enlarged to the image's size: the release's
-RandomResizedCrop, there of the tensor that the tower takes, here of the picture before the processor, so that it is the
-same for every model. The release draws another crop for the reference than for the policy; here both see the same.
+v_c is a random part of the image, of 1 to 20 % of its area, enlarged to the image's size (RandomResizedCrop). The
+release crops the vision tower's input tensor. We crop the image before the processor, so the crop does not depend on
+the model. The release draws different crops for policy and reference; here both get the same crop.
 
-3B rows: chosen, rejected, chosen with the crop. See `dpo` for the pair losses that may stand in the first two terms.
+3B rows: chosen, rejected, chosen with the crop. The first two terms accept any pair loss, as in `dpo`.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ class Config(ResponseLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: decoded images, the vision tower, and a reference or its cached scores."""
     settings = {"mean": cfg.loss == "ipo", "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
     return Requirements(
         decoded_images=True,
-        vision_tower=True,  # the policy looks at crops, which are made in the training
+        vision_tower=True,  # the policy sees crops, which are drawn during training
         precompute=cached_scores(cfg.num_cached_draws, settings),
     )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """The pairs, and the chosen responses once more to a crop of their images."""
+    """Return one contrast: the pairs, and the chosen responses again under a crop of their images."""
 
     def crop(picture: Image.Image, row: int, place: int) -> Image.Image:
         return random_crop(
@@ -90,7 +90,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """The three terms."""
+    """Return the sum of the text, image and anchor losses."""
     batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
     assert reference_scores is not None, "mdpo needs a reference"
     policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")

@@ -1,21 +1,27 @@
-"""POVID (arXiv:2402.11411): prefer the chosen response to an altered one, and to what a noisy picture makes of it.
+"""POVID (arXiv:2402.11411): prefer the chosen response to an altered one, and to what a noisy image makes of it.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                      noise in the picture, t = 500 of 1000
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                      noise in the image, t = 500 of 1000
     n_t = argmax_v p_ref(v | x_t, prompt, y_<t)                        the noisy tokens, on the chosen history
-    score(noisy) = sum_t log p(n_t | x_0, prompt, y_<t)                by policy and reference, to the clean picture
+    score(noisy) = sum_t log p(n_t | x_0, prompt, y_<t)                by policy and reference, on the clean image
     loss = gamma * -log sigma(beta * (chosen against rejected))
            + (1 - gamma) * -log sigma(beta * (chosen against noisy))
 
-Nothing is generated: where noise does not change the most likely token the two scores cancel, so that only what depends
-on seeing counts. This is the paper's second stage, which goes on from the first; the first is `dpo` on the same pairs.
+Nothing is generated. At a token that noise does not change, the chosen and noisy scores cancel, so only tokens that
+depend on the image contribute. This is the paper's second stage, which starts from the first; the first stage is `dpo`
+on the same pairs.
 
-The released code averages two losses, as above; the paper has one sigmoid over a weighted sum (both by footnote 1 of
-arXiv:2407.02477): `combine: paper`, -log sigma(beta * (chosen against the weighted mean of rejected and noisy)). In the
-release each network scores its own noisy tokens, so that its ratio is of two different texts: `tokens: own`. By default
-both score the reference's, which never change. And the release's noisy pixels wrap around: `overflow: wrap`.
+The options reproduce the paper or the release:
 
-With the reference's tokens and `num_cached_draws: K` a pair has K noises, epoch after epoch in turn: the tokens and the
-reference's scores are worked out once and kept on disk, and a step costs what DPO's does. A policy's tokens cannot be.
+* The released code averages two losses, as above. `combine: paper` is the paper's single sigmoid over a weighted sum,
+  -log sigma(beta * (chosen against the weighted mean of rejected and noisy)). Footnote 1 of arXiv:2407.02477 describes
+  both.
+* In the release each network scores its own noisy tokens, so the ratio compares two different texts: `tokens: own`. By
+  default both networks score the reference's tokens, which never change.
+* The release's noisy pixels wrap around: `overflow: wrap`.
+
+With the reference's tokens and `num_cached_draws: K` a pair cycles through K noises, one per epoch. Tokens and
+reference scores are precomputed once and cached on disk, and an update costs as much as DPO's. A policy's tokens cannot
+be cached.
 """
 
 from __future__ import annotations
@@ -43,11 +49,11 @@ from mmalign.rng import KeyedRNG
 
 modality = "vision_language"
 
-TOKENS = "noisy tokens"  # of what is kept, the one that is no score
+TOKENS = "noisy tokens"  # the only precomputed tensor that is not a score
 
 
 class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the release's, where it is not broken."""
+    """Hyper-parameters; the defaults are the release's, except for its errors."""
 
     name: Literal["povid"] = "povid"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
@@ -81,7 +87,7 @@ class Contrast:
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: decoded images, the vision tower unless cached, and a reference or its cache."""
     settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
     return Requirements(
         decoded_images=True,
@@ -91,7 +97,7 @@ def requirements(cfg: Config) -> Requirements:
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """The pairs, with the tokens that are likeliest under a noisy picture."""
+    """Return one contrast: the pairs, with the likeliest tokens under a noisy image."""
     if batch.precomputed is not None:
         precomputed = dict(batch.precomputed)
         return [Contrast(batch, _fitted(precomputed.pop(TOKENS), batch), precomputed)]
@@ -101,6 +107,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
         eps = rng.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
         return diffuse_image(picture, eps, cfg.noise_step, overflow=cfg.overflow)
 
+    # Likeliest tokens under noise: those that the reference scores, and those that the policy scores
     tokens, features = with_changed_images(family, batch, with_noise)
     argmax = partial(family.argmax, tokens=tokens, features=features)
     reference_tokens = argmax(policy.unwrapped) if cfg.tokens == "policy" else policy.on_reference(argmax)
@@ -112,7 +119,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """Chosen against rejected, and chosen against noisy."""
+    """Return the loss of chosen against rejected and of chosen against noisy."""
     batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
     policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss == "ipo")
     if cfg.combine == "paper":
@@ -129,7 +136,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
 
 
 def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
-    """The noisy tokens [B, R], and the reference's scores."""
+    """Return the noisy tokens [B, R] and the reference's scores."""
     (contrast,) = contrasts(policy, batch, cfg, rng)
     return {TOKENS: contrast.noisy, **contrast.reference}
 
@@ -137,9 +144,9 @@ def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any
 def noisy_scores(
     family: VisionLanguage, net: nn.Module, batch: EncodedResponses, noisy: Tensor, *, mean: bool = False
 ) -> Scores:
-    """The log-probabilities [B] of the chosen and rejected responses, and of `noisy` [B, R] on the chosen history.
+    """Return log-probabilities [B] of the chosen and rejected responses, and of `noisy` [B, R] on the chosen history.
 
-    One run of the network: the noisy tokens are scored from the states that the chosen ones are scored from.
+    The network runs once: the noisy tokens are scored from the hidden states of the chosen responses.
     """
     response_ids, mask, half = batch.tokens.responses, batch.tokens.response_mask, len(batch.rows)
     padded = F.pad(noisy, (0, response_ids.shape[1] - noisy.shape[1]))  # the rejected responses may be longer
@@ -150,13 +157,13 @@ def noisy_scores(
 
 
 def _fitted(noisy: Tensor, batch: EncodedResponses) -> Tensor:
-    """Kept tokens [B, any] as long as the batch's chosen responses: in another batch they were padded otherwise."""
+    """Pad or cut cached tokens [B, any] to the batch's longest chosen response; another batch set the cached length."""
     longest = batch.tokens[: len(batch.rows)].responses.shape[1]
     return F.pad(noisy, (0, max(0, longest - noisy.shape[1])))[:, :longest]
 
 
 def _share_changed(batch: EncodedResponses, noisy: Tensor) -> Tensor:
-    """In which share [B] of the chosen response's places the noisy token is another."""
+    """Return the share [B] of the chosen response's tokens that differ from the noisy ones."""
     chosen = batch.tokens[: len(batch.rows)]
     other = (noisy != chosen.responses) & chosen.response_mask
     return other.sum(1) / chosen.num_tokens

@@ -4,11 +4,11 @@
     loss = -log sigma(beta * (chosen | v  against  rejected | v))                    DPO
            + image_weight * -log sigma(beta * (chosen | v  against  chosen | v_l))   visual DPO
 
-v_l is the retrieved image that the rejected response was written from. All scores are of the words as they are written:
-the released trainer scores in the place of the rejected response, and of the chosen one under v_l, whichever token the
-network itself finds likeliest beside the written one, which the paper does not say and nothing here does.
+v_l is the retrieved image that the rejected response was generated from. All scores are of the written tokens. For the
+rejected response, and for the chosen one under v_l, the released trainer instead scores the network's likeliest token
+other than the written one. The paper does not mention this, and we do not do it.
 
-3B rows: chosen, rejected, chosen with the retrieved image. See `dpo` for the pair losses that may stand in.
+3B rows: chosen, rejected, chosen with the retrieved image. Both terms accept any pair loss, as in `dpo`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Config(ResponseLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: the pairs' other images, and a reference or its cached scores."""
     return Requirements(other_images=True, precompute=cached_scores(1, {"mean": cfg.loss == "ipo"}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """The pairs, and the chosen responses once more to the retrieved images."""
+    """Return one contrast: the pairs, and the chosen responses again under the retrieved images."""
     assert batch.other_images is not None, "realign needs other images"
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.other_images]))
     score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
@@ -62,7 +62,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """L_DPO + w_v * L_vDPO."""
+    """Return L_DPO + w_v * L_vDPO."""
     batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
     assert reference_scores is not None, "realign needs a reference"
     policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")

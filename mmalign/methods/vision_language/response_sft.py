@@ -20,7 +20,7 @@ modality = "vision_language"
 
 
 class Config(BaseModel):
-    """It has no hyper-parameters."""
+    """Hyper-parameters: none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -28,19 +28,19 @@ class Config(BaseModel):
 
 
 def requirements(_: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: no reference."""
     return Requirements(reference=False)
 
 
 def contrasts(
     policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG
 ) -> list[EncodedResponses]:
-    """The batch that every other method would see."""
+    """Return the batch itself, so that a comparison with other methods uses the same pairs."""
     return [batch]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: EncodedResponses, cfg: Any) -> Step:
-    """The chosen responses' negative log-likelihood a token [B]."""
+    """Return the negative log-likelihood per token [B] of the chosen responses."""
     chosen = contrast.tokens[: len(contrast.rows)]
     logps, mask = policy.family.token_logps(policy.model, chosen, contrast.features), chosen.response_mask
     losses = -scores.mean(logps, mask)

@@ -3,11 +3,11 @@
     score = (sum of unchanged log p(y_t) + gamma * sum of changed log p(y_t)) / (unchanged + gamma * changed)
     loss = -log sigma(beta * (policy's margin - reference's margin))
 
-Changed are the tokens in which chosen and rejected response differ: those outside the blocks of at least
-`min_block` tokens that an alignment of the two finds in both. The release (Muffin) calls a stretch changed only where
-both sides have one, so that words which one side merely adds keep weight 1; here they count as changed, since an
-invented object is most often such an addition: `insertions: false` is the release's rule. Its script also leaves the
-sum undivided, with gamma 1.1 and beta 0.1; the paper's 5 and 0.5 are the defaults here.
+An alignment of both responses finds common blocks of at least `min_block` tokens. Tokens outside these blocks are
+changed. The release (Muffin) marks a span as changed only if both sides have one, so words that one side merely adds
+have weight 1. We treat them as changed, because an invented object is most often such an addition; `insertions: false`
+restores the release's rule. The release's script also does not divide the sum, with gamma 1.1 and beta 0.1. Our
+defaults are the paper's 5 and 0.5.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ class Config(ResponseLossConfig):
 
 
 def requirements(cfg: Config) -> Requirements:
-    """State what the method needs."""
+    """Return the method's needs: a reference, or its cached scores."""
     settings = cfg.model_dump(include={"gamma", "min_block", "insertions"})
     return Requirements(precompute=cached_scores(1, settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
-    """The pairs as they are, with their tokens' weights."""
+    """Return one contrast: the unchanged pairs, with token weights."""
     weights = token_weights(batch.tokens, cfg.gamma, cfg.min_block, insertions=cfg.insertions)
     score = partial(response_scores, policy.family, batch=batch, weights=weights)
     return [Contrast(batch, reference_scores(policy, batch, score), weights)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """The pair loss on weighted means."""
+    """Return the pair loss on weighted means of token log-probabilities."""
     assert contrast.reference is not None, "rlhfv needs a reference"
     policy_scores = response_scores(policy.family, policy.model, contrast.batch, weights=contrast.token_weights)
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:
-    """1 for the tokens that both responses of a pair have, `gamma` for the others, [2B, R]."""
+    """Return token weights [2B, R]: 1 for tokens that both responses of a pair share, `gamma` for changed ones."""
     weights = torch.ones(tokens.response_mask.shape)
     pairs, responses = len(tokens) // 2, [row.response for row in tokens.rows]
     for row in range(pairs):
@@ -76,7 +76,7 @@ def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: b
 def changed_positions(
     first: Sequence[int], second: Sequence[int], min_block: int, *, insertions: bool
 ) -> tuple[list[int], list[int]]:
-    """The places of the tokens in which two responses differ, of each."""
+    """Return the positions of changed tokens in the first and in the second response."""
     blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
     alike = [block for block in blocks if block.size >= min_block]
     changed_places: tuple[list[int], list[int]] = ([], [])
