@@ -1,1 +1,1 @@
-"""Losses: pure functions of scores."""
+"""Losses as pure functions of scores."""
