@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmalign import atomic_io
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a path to write to, and move it to `path` once it is whole; an error leaves `path` alone.
+    """Yield a temporary path to write, and move it to `path` on success; an error leaves `path` unchanged.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written to.
+        CheckpointError: the disk is full or not writable.
     """
     part, aside = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     _remove(part)
@@ -52,14 +52,14 @@ def _remove(path: Path) -> None:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the ones before it are intact."""
+    """Failure to write a checkpoint; earlier checkpoints are intact."""
 
 
 def make_folder(key: str, folder: Path) -> Path:
-    """The folder that the recipe names at `key`, made if it is not there.
+    """Create the folder that the recipe names at `key` if it is missing, and return it.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: the folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

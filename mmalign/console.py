@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def on_main_process(_: logging.LogRecord) -> bool:
-    """Return whether this is the main process, by accelerate's state or else by the launcher's RANK: a log filter."""
-    if "accelerate.state" in sys.modules:  # imported by nobody: importing it here would load torch
+    """Return whether this is the main process, by accelerate's state or the launcher's RANK (a log filter)."""
+    if "accelerate.state" in sys.modules:  # without this test the import would load torch
         from accelerate.state import PartialState, is_initialized
 
         if is_initialized():
@@ -26,9 +26,9 @@ def on_main_process(_: logging.LogRecord) -> bool:
 
 
 class LineHandler(logging.Handler):
-    """A log handler that prints plain lines, on the main process alone.
+    """Log handler that prints plain lines on the main process only.
 
-    Lines go to standard output, or to `console` where one is set. Errors of writing reach the caller, as print's do.
+    Lines go to standard output, or to `console` if it is set. Write errors reach the caller, as those of print do.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class LineHandler(logging.Handler):
         self.addFilter(on_main_process)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record; brackets and colons are no markup."""
+        """Print a record as plain text, without reading brackets and colons as markup."""
         line = self.format(record)
         if self.console is None:
             print(line, flush=True)
@@ -50,11 +50,11 @@ _HANDLER = LineHandler()
 
 
 def configure_logging() -> None:
-    """Print what mmalign logs as plain lines, unless the logger `mmalign` already has a handler."""
+    """Print mmalign's log as plain lines, unless the logger `mmalign` already has a handler."""
     if _ROOT.handlers:
         return
     _ROOT.addHandler(_HANDLER)
-    _ROOT.propagate = False  # a library that calls logging.info() gives the root logger a handler: each line twice
+    _ROOT.propagate = False  # logging.info() in a library adds a root handler, which would print each line again
     if _ROOT.level == logging.NOTSET:
         _ROOT.setLevel(logging.INFO)
 

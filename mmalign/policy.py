@@ -1,4 +1,4 @@
-"""The model that learns, and what it is compared with."""
+"""Policy and reference: the trained model, and the frozen model that it is compared with."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from mmalign.families.base import Family
 
 R = TypeVar("R")
-# What a method asks of a family depends on the modality; `Policy` alone is one of any family.
+# Methods use a modality's family interface; `Policy` without a parameter accepts any family.
 F = TypeVar("F", bound="Family", default=Any, covariant=True)
 Scores = dict[str, Tensor]  # view ("chosen", "rejected", ...) -> [B], float32, higher is better
 
 
 @dataclass(frozen=True)
 class AdaptersOff:
-    """The reference is the policy without its adapters: no second copy in memory. Exact only if nothing else trains."""
+    """Policy without its adapters, as reference: no second copy in memory, exact only if nothing else is trained."""
 
 
 @dataclass(frozen=True)
 class FrozenCopy:
-    """The reference is a copy of the model as it was before the first step."""
+    """Copy of the model from before the first update, as reference."""
 
     model: nn.Module
 
@@ -37,17 +37,16 @@ Reference = AdaptersOff | FrozenCopy | None
 
 @dataclass(frozen=True)
 class Policy(Generic[F]):
-    """A model of a family, with the reference that its method needs.
+    """Trained model of a family, with the reference that its method needs.
 
     Attributes:
-        family: how to encode, score and sample with a model of this kind.
-        model: what the optimizer sees, and what `Method.loss` must call; wrapped for distribution once the loop began.
+        family: the interface to encode, score and sample with a model of this kind.
+        model: the network that `Method.loss` must call; wrapped for distributed training once the loop starts.
         unwrapped: the bare network, for generation, saving, and switching adapters.
-        reference: None for methods without one.
+        reference: the reference; None for methods without one.
 
     Raises:
-        ValueError: the reference is the model without its adapters, and something else than adapters is trained: it
-            would move with the policy.
+        ValueError: the reference is the model without its adapters, but other weights are trained and would change it.
     """
 
     family: F
@@ -65,10 +64,10 @@ class Policy(Generic[F]):
 
     @torch.no_grad()
     def on_reference(self, run: Callable[[nn.Module], R]) -> R | None:
-        """What `run` gives for the reference network, without gradients; None where the policy has no reference."""
+        """Return the result of `run` on the reference network, without gradients; None without a reference."""
         match self.reference:
             case AdaptersOff():
-                # The bare network: a distributed wrapper would wait for gradients that never come.
+                # The bare network, because a distributed wrapper would wait for gradients that never come
                 with adapters_off(self.unwrapped):
                     return run(self.unwrapped)
             case FrozenCopy(model):
@@ -77,15 +76,15 @@ class Policy(Generic[F]):
                 return None
 
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer changes."""
+        """Return the parameters that the optimizer updates."""
         return [p for p in self.unwrapped.parameters() if p.requires_grad]
 
 
 @contextmanager
 def adapters_off(net: nn.Module) -> Iterator[None]:
-    """Switch the LoRA layers of a network off, and on again whatever happens inside.
+    """Switch a network's LoRA layers off, and restore them on exit, even after an error.
 
-    They must be on before backward: activation checkpointing runs the forward pass again there.
+    Backward needs them on, because activation checkpointing repeats the forward pass.
 
     Raises:
         ValueError: the network has no adapters.
@@ -93,7 +92,7 @@ def adapters_off(net: nn.Module) -> Iterator[None]:
     layers = list(_adapter_layers(net))
     if not layers:
         raise ValueError(f"reference: {type(net).__name__} has no adapters to switch off; set model.tune to lora")
-    # Not the library's switch: it also clears requires_grad of every adapter, under the optimizer's feet.
+    # Not the library's switch, which also clears requires_grad of every adapter while the optimizer holds it
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -111,6 +110,7 @@ def _adapter_layers(net: nn.Module) -> Iterator[Any]:
 
 
 def _trained_outside_adapters(net: nn.Module) -> list[str]:
+    """Return the names of trained parameters outside adapters."""
     inside = {
         id(parameter)
         for layer in _adapter_layers(net)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def names(package: str) -> list[str]:
-    """Return the modules of a package of ours, but for those with an underscore."""
+    """Return the sorted names of a package's modules, except those that begin with an underscore."""
     folder = importlib.import_module(package).__path__
     return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
 
@@ -22,12 +22,12 @@ def find(packages: Sequence[str], name: str, missing: str) -> Any:
     """Return the module called `name` of one of the packages.
 
     Args:
-        packages: where to look, by their full names.
+        packages: full names of the packages to search.
         name: the file's name.
         missing: the beginning of the error message, up to the name.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: no package has a module of that name.
     """
     homes = {known: package for package in packages for known in names(package)}
     if name not in homes:
@@ -38,21 +38,21 @@ def find(packages: Sequence[str], name: str, missing: str) -> Any:
 
 
 def import_callable(key: str, name: str) -> Callable[..., Any]:
-    """The function that a recipe names at `key`.
+    """Import the function that a recipe names at `key`.
 
     Args:
-        key: where the name stands, for messages.
-        name: "module:function"; modules are looked for as Python does, and in the current folder. What a script or a
-            notebook defines itself is in the module `__main__`.
+        key: the recipe's key, for messages.
+        name: "module:function", searched on Python's path and in the current folder. Functions of a running script or
+            notebook are in the module `__main__`.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: the module or function does not exist, or is not callable.
     """
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"{key}: {name!r} names no function; expected module:function, such as my_rules:mask")
     here = str(Path.cwd())
-    if here not in sys.path:  # a script that Python was given has it, an installed command has not
+    if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)
     try:
         function_found = reduce(getattr, function.split("."), importlib.import_module(module))
@@ -68,6 +68,6 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
 
 
 def qualified_name(function: Callable[..., Any]) -> str:
-    """What a function is called where it is written down: module:function."""
+    """Return the name of a function or callable object's class as "module:function", as recorded in files."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"

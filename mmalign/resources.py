@@ -1,7 +1,7 @@
-"""Where things are: files that travel with the project (recipes, model cards, bundled models) and models on the Hub.
+"""Paths of bundled recipes, model cards and models by name, and ids of models on the Hub.
 
-`configs/`, `models/` and `assets/` stand beside the package in a checkout and in `mmalign/_share/` in the wheel. A name
-such as `models/tiny_sd` means the same in both.
+`configs/`, `models/` and `assets/` are beside the package in a checkout and in `mmalign/_share/` in the wheel. A name
+such as `models/tiny_sd` works in both.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 SHARED = ("configs", "models", "assets")
 
-# A Hub id is ORG/NAME, in the characters that the Hub allows.
+# A Hub id: ORG/NAME, of the characters that the Hub allows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# Folders of the project: a misspelt name in one of them is a missing file, never a question to the Hub.
+# Folders of the project: a misspelt name in one of them is a missing file, never a Hub id.
 _OURS = (*SHARED, "runs")
 
 
 def roots() -> list[Path]:
-    """Where a relative name is looked up: the current folder, the checkout if there is one, the packed copy."""
+    """Return the folders to search for a relative name: the current one, the checkout if any, the wheel's copy."""
     checkout = [PACKAGE.parent] if (PACKAGE.parent / "pyproject.toml").is_file() else []
     return [Path(), *checkout, PACKAGE / "_share"]
 
 
 def resolve(name: str | Path) -> Path:
-    """The existing file or folder that a name means: a path as given, else in the checkout, else in the packed copy.
+    """Return the existing file or folder of a name: the path as given, else in the checkout, else in the wheel's copy.
 
     Raises:
-        ValueError: there is none; the message names the places looked in and what is there with a similar name.
+        ValueError: none exists; the message lists the searched folders and similar names.
     """
     if not str(name).strip():
         raise ValueError("an empty name is no file; expected a path such as 'configs/text_to_image/quickstart.yaml'")
@@ -46,21 +46,21 @@ def resolve(name: str | Path) -> Path:
 
 
 def locate(name: str) -> str:
-    """Where data lie: the name in the first of `roots` that has it, else as it is: a glob, or a Hub id."""
+    """Return the path of data in the first of `roots` that has the name; else the name itself, a glob or a Hub id."""
     paths = (str(root / name) for root in roots() if os.path.exists(root / name))
     return next(paths, name)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no local path reads as ORG/NAME on the Hub; `models/x`, `./x/y` and `~/x` do not."""
+    """Return whether a name that is not a local path is a Hub id ORG/NAME; `models/x`, `./x/y` and `~/x` are not."""
     return bool(_HUB_ID.fullmatch(name)) and name.split("/")[0] not in _OURS
 
 
 def resolve_model(name: str) -> str:
-    """A local model's path, or the Hub id as it came. A local path wins over a Hub id of the same spelling.
+    """Return a local model's path, or the unchanged Hub id; a local path precedes a Hub id of the same spelling.
 
     Raises:
-        ValueError: neither; a name in `models/` or one that begins with `.`, `/` or `~` is not looked for on the Hub.
+        ValueError: the name is neither. A name in `models/` or with a leading `.`, `/` or `~` is never a Hub id.
     """
     try:
         return str(resolve(name))
@@ -71,7 +71,7 @@ def resolve_model(name: str) -> str:
 
 
 def _similar_names(name: str) -> list[str]:
-    """Up to three names of shared files and folders like this one, compared whole or by their last part."""
+    """Return up to three similar names of bundled files and folders, compared whole or by their last part."""
     known = sorted({known for root in roots()[1:] for known in _bundled_names(root)})
     whole = get_close_matches(name, known, n=3, cutoff=0.75)
     stems = get_close_matches(Path(name).stem, {Path(path).stem for path in known}, n=3, cutoff=0.75)
@@ -80,7 +80,7 @@ def _similar_names(name: str) -> list[str]:
 
 
 def _bundled_names(root: Path) -> list[str]:
-    """What a person names: recipes, cards, and the folders directly in `models/` and `assets/`."""
+    """Return the names that a user may give: recipes, cards, and the folders directly in `models/` and `assets/`."""
     paths = [path for folder in SHARED for path in (root / folder).rglob("*.yaml")]
     paths += [path for folder in ("models", "assets") for path in (root / folder).glob("[!.]*/")]
     return [path.relative_to(root).as_posix() for path in paths]

@@ -1,7 +1,7 @@
-"""Random numbers from position: keyed by (seed, epoch, row, stream, index), and drawn on the CPU.
+"""Random numbers keyed by (seed, epoch, row, stream, index) and drawn on the CPU.
 
-The composition of a batch, its order, the number of processes and of loader workers do not matter, and going on after a
-stop needs no state. A row id is a hash of the row's content (63 bits).
+They do not depend on a batch's composition or order, or on the numbers of processes and loader workers. Resuming needs
+no saved state. A row id is a hash of the row's content (63 bits).
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True)
 class KeyedRNG:
-    """The draws of one epoch."""
+    """Random draws of one epoch."""
 
     seed: int
     epoch: int = 0
 
     def normal(self, rows: Sequence[int], shape: tuple[int, ...], stream: str, index: int = 0) -> Tensor:
-        """Standard normal numbers [len(rows), *shape], float32."""
+        """Return standard normal numbers [len(rows), *shape], float32."""
         return self._each(rows, stream, index, lambda g: torch.randn(shape, generator=g))
 
     def uniform(self, rows: Sequence[int], shape: tuple[int, ...], stream: str, index: int = 0) -> Tensor:
-        """Numbers in [0, 1), [len(rows), *shape], float32."""
+        """Return uniform numbers in [0, 1), [len(rows), *shape], float32."""
         return self._each(rows, stream, index, lambda g: torch.rand(shape, generator=g))
 
     def integers(self, rows: Sequence[int], low: int, high: int, stream: str, index: int = 0) -> Tensor:
-        """Integers in [low, high), [len(rows)], int64."""
+        """Return uniform integers in [low, high), [len(rows)], int64."""
         return self._each(rows, stream, index, lambda g: torch.randint(low, high, (), generator=g))
 
     def gumbel(self, rows: Sequence[int], shape: tuple[int, ...], stream: str, index: int = 0) -> Tensor:
-        """Standard Gumbel numbers [len(rows), *shape], float32: added to logits, their argmax is a sample."""
+        """Return standard Gumbel numbers [len(rows), *shape], float32; the argmax of logits plus these is a sample."""
 
         def draw(g: Generator) -> Tensor:
-            # An exponential draw is never 0 in float64, where -log(-log(uniform)) could be infinite.
+            # An exponential draw is never 0 in float64; -log(-log(uniform)) could be infinite.
             return -torch.empty(shape, dtype=torch.float64).exponential_(generator=g).log().float()
 
         return self._each(rows, stream, index, draw)
@@ -46,7 +46,7 @@ class KeyedRNG:
         generator = Generator()
         drawn = []
         for row in rows:
-            # Torch's CPU generator keeps 32 bits of a seed: now and then two rows draw alike, which does no harm.
+            # Torch's CPU generator uses 32 bits of a seed; the rare equal draws of two rows are harmless.
             key = f"{self.seed}/{self.epoch}/{row}/{stream}/{index}".encode()
             generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
             drawn.append(draw(generator))
