@@ -1,9 +1,10 @@
-"""Train the bundled models from nothing: `python models/build.py STAGE [STAGE ...]`.
+"""Training of the bundled models from scratch: `python models/build.py STAGE [STAGE ...]`.
 
-Stages, in the order in which they need each other: `vae`, `sd` (denoiser and text encoder, on the VAE's latents),
-`clip` (the judge) and `clip_eval` (a second judge, on other prompts with another seed, used for evaluation alone). A
-stage that is stopped goes on where it was when the same command is given again; `--work` keeps its checkpoints.
-Everything is drawn by `mmalign.toy.scenes`; nothing is downloaded. What it took is in models/README.md.
+Stages, in the order of their dependencies: `vae`, `sd` (denoiser and text encoder, on the VAE's latents), `clip` (the
+reward model) and `clip_eval` (a second reward model, on other prompts with another seed, for evaluation alone).
+`clip_steps` makes the reward model of SPO from `clip`. Run the same command again to resume a stopped stage; `--work`
+holds the checkpoints. All images are rendered by `mmalign.toy.scenes`; nothing is downloaded. models/README.md lists
+the costs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from mmalign.toy import scenes
 
 HERE = Path(__file__).parent
-CONTEXT = 32  # tokens that the denoiser's text encoder reads; the longest caption of the world takes 12
+CONTEXT = 32  # tokens of the denoiser's text encoder; the longest caption of the world takes 12
 JUDGE_CONTEXT = 16
 
 
@@ -35,7 +36,7 @@ JUDGE_CONTEXT = 16
 
 
 def drawings(number: int, seed: int) -> np.ndarray:
-    """`number` small drawings of anything, uint8 [N, 64, 64, 3], so that the VAE learns more than six shapes."""
+    """Render `number` small drawings of random shapes, uint8 [N, 64, 64, 3], so the VAE learns more than six shapes."""
     rng = np.random.default_rng(seed)
     out = np.empty((number, 64, 64, 3), dtype=np.uint8)
     for i in range(number):
@@ -44,7 +45,7 @@ def drawings(number: int, seed: int) -> np.ndarray:
         brush = ImageDraw.Draw(canvas)
         for _ in range(rng.integers(2, 14)):
             _stroke(brush, rng)
-        if rng.random() < 0.3:  # a soft shade over everything, as drawn pictures have
+        if rng.random() < 0.3:  # a soft shade over everything, as in illustrations
             shade = Image.linear_gradient("L").rotate(int(rng.integers(360))).resize((192, 192))
             canvas = Image.blend(canvas, Image.merge("RGB", (shade,) * 3), 0.25 * rng.random())
         out[i] = np.asarray(canvas.resize((64, 64), Image.Resampling.BOX))
@@ -82,7 +83,10 @@ def _stroke(brush: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 
 
 def captioned(number: int, seed: int, half: int | None = None) -> tuple[np.ndarray, list[scenes.ScenePrompt]]:
-    """Scenes of training prompts, uint8 [N, 64, 64, 3], and what each shows; `half` takes every other prompt only."""
+    """Render scenes of training prompts, uint8 [N, 64, 64, 3]; return them with the prompts.
+
+    `half` (0 or 1) selects every other prompt.
+    """
     rng = np.random.default_rng(seed)
     prompts = scenes.sample_prompts("train", number * (1 if half is None else 2), seed)
     if half is not None:
@@ -93,7 +97,7 @@ def captioned(number: int, seed: int, half: int | None = None) -> tuple[np.ndarr
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] to float [N, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [N, H, W, 3] to float [N, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
@@ -101,7 +105,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 def build_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer whose merges cover the world's words; any other word falls into letters."""
+    """Write a CLIP tokenizer whose merges cover the world's words; any other word splits into letters."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -118,14 +122,14 @@ def build_tokenizer(folder: Path) -> None:
     trained = json.loads(bpe.to_str())["model"]
     tokens = sorted(letters) + [c + "</w>" for c in sorted(letters)]
     tokens += [t for t in sorted(trained["vocab"], key=trained["vocab"].get) if t not in set(tokens)]
-    # The end token has the highest id, which is how open_clip's text tower finds it.
+    # The end token has the highest id: open_clip's text tower finds it by that.
     vocab = {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in trained["merges"]]
     CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT).save_pretrained(folder)
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a folder, made if it is not there."""
+    """Load the tokenizer in a folder, or build it there."""
     from transformers import CLIPTokenizer
 
     if not (folder / "tokenizer_config.json").exists():
@@ -137,7 +141,10 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def build_vae(work: Path, compiled: bool) -> None:
-    """AutoencoderKL, 64 x 64 pixels to 16 x 16 x 4: absolute error, its gradients' too, and a small KL term."""
+    """Train an AutoencoderKL, 64 x 64 pixels to 16 x 16 x 4.
+
+    The loss is the absolute and squared error, the absolute error of the gradients, and a small KL term.
+    """
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -189,14 +196,14 @@ def _autoencode(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor, Te
 
 
 def build_sd(work: Path, compiled: bool, steps: int) -> None:
-    """UNet and text encoder, trained together on scenes of which 15 % have a caption that is wrong in one thing."""
+    """Train UNet and text encoder together, on scenes of which 15 % have a caption with one error."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = HERE / "tiny_sd"
     tokenizer = tokenizer_of(folder / "tokenizer")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    vae.register_to_config(_name_or_path="")  # where it lay on this machine is nobody's business
+    vae.register_to_config(_name_or_path="")  # keep local paths out of the shipped configuration
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -235,7 +242,7 @@ def build_sd(work: Path, compiled: bool, steps: int) -> None:
     empty = tokenizer([""], padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids[0]
     alphas = scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
-    # Min-SNR, and more weight where layout and colour are decided, which the plain epsilon loss learns last.
+    # Min-SNR, with more weight on the times that decide layout and colour: the plain epsilon loss learns these last.
     weight = snr.clamp(max=5) / snr * (1 / alphas).clamp(max=4)
     run = torch.compile(unet) if compiled else unet
 
@@ -268,7 +275,7 @@ def build_sd(work: Path, compiled: bool, steps: int) -> None:
 
 @torch.no_grad()
 def _latents(work: Path, vae: nn.Module, tokenizer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled posterior means and standard deviations [N, 4, 16, 16] and caption tokens [N, CONTEXT], made once."""
+    """Return scaled posterior means and standard deviations [N, 4, 16, 16] and caption tokens [N, CONTEXT], cached."""
     path = work / "latents.pt"
     if not path.exists():
         images, prompts = captioned(40000, seed=20)
@@ -288,7 +295,7 @@ def _latents(work: Path, vae: nn.Module, tokenizer: Any) -> tuple[Tensor, Tensor
 
 
 def build_clip(work: Path, name: str, prompts_half: int, seed: int, steps: int) -> None:
-    """An open_clip model; every image is also told apart from a caption that is wrong in one thing."""
+    """Train an open_clip model that also distinguishes every image from a caption with one error."""
     from open_clip.model import CLIP
     from safetensors.torch import save_file
 
@@ -322,7 +329,7 @@ def build_clip(work: Path, name: str, prompts_half: int, seed: int, steps: int) 
             image, text = model.encode_image(x, normalize=True), model.encode_text(ids, normalize=True)
         logits = model.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
         same = torch.tensor([[a == b for b in captions] for a in captions[:128]])
-        log_p, log_q = logits.log_softmax(1), logits[:, :128].log_softmax(0)  # equal captions are all right answers
+        log_p, log_q = logits.log_softmax(1), logits[:, :128].log_softmax(0)  # all equal captions are correct
         forward = -(log_p.masked_fill(~same, -torch.inf)).logsumexp(1).mean()
         return 0.5 * (forward - (log_q.masked_fill(~same[:, :128], -torch.inf)).logsumexp(0).mean())
 
@@ -339,7 +346,7 @@ def build_clip(work: Path, name: str, prompts_half: int, seed: int, steps: int) 
 
 
 def _weathered(x: Tensor) -> Tensor:
-    """Blur, noise and brightness, since a model's pictures are not as clean as drawn ones."""
+    """Add blur, noise and brightness changes, since generated images are less clean than rendered ones."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = torch.lerp(x, soft, torch.rand(len(x), 1, 1, 1))
     x = x + 0.15 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
@@ -350,7 +357,7 @@ def _weathered(x: Tensor) -> Tensor:
 
 
 def build_clip_steps(work: Path) -> None:
-    """tiny_clip told the time: the judge of SPO, trained by its shipped recipe; its weights are halved."""
+    """Train SPO's reward model, tiny_clip conditioned on time, by its shipped recipe; store float16 weights."""
     from mmalign.commands.load_recipe import load_recipe
     from mmalign.commands.train import train
     from mmalign.rewards import step_aware
@@ -362,7 +369,7 @@ def build_clip_steps(work: Path) -> None:
 
 
 def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The stages by name."""
+    """Yield the stages by name."""
     yield "vae", lambda: build_vae(args.work, args.compile)
     yield "sd", lambda: build_sd(args.work, args.compile, args.sd_steps)
     yield "clip", lambda: build_clip(args.work, "tiny_clip", 0, seed=30, steps=1500)
@@ -371,7 +378,7 @@ def stages(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]
 
 
 def main() -> None:
-    """Run the stages that are named."""
+    """Run the named stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="+", choices=["vae", "sd", "clip", "clip_eval", "clip_steps"])
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="where checkpoints are kept")

@@ -1,9 +1,9 @@
-"""Train the bundled vision-language model from nothing: `python models/build_llava.py [--work FOLDER]`.
+"""Training of the bundled vision-language model from scratch: `python models/build_llava.py [--work FOLDER]`.
 
-Two stages: the vision tower learns to say what is where in pictures in which partners are rare, and is frozen; then
-projector and decoder learn descriptions and yes/no questions of pictures in which partners nearly always come
-together (`mmalign.toy.crowds`). So the model sees, and over-trusts co-occurrence where seeing is hard. Stopped, it
-goes on where it was when the same command is given again. What it took is in models/README.md.
+Training has two stages. First, the vision tower learns to locate objects in images in which partners are rare, and is
+frozen. Then projector and decoder learn descriptions and yes/no questions of images in which partners nearly always
+occur together (`mmalign.toy.crowds`). So the model sees, but relies on co-occurrence where seeing is hard. Run the same
+command again to resume. models/README.md lists the costs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mmalign.toy import crowds
 
 HERE = Path(__file__).parent
 SIDE, PATCH = 64, 16  # pixels; an image is 16 tokens
-BLIND = 0.1  # the share of descriptions whose picture is hidden from the decoder
-QUESTIONS = 4  # of a conversation of yes and no: the more of them, the sooner the decoder learns to look for the answer
-MEAN, STD = 0.95, 0.25  # of a picture's values: most of it is white
+BLIND = 0.1  # the share of descriptions whose image is hidden from the decoder
+QUESTIONS = 4  # yes/no questions per conversation: with more of them, the decoder learns sooner to look for the answer
+MEAN, STD = 0.95, 0.25  # of pixel values: most of an image is white
 CHAT = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
@@ -39,7 +39,7 @@ CHAT = (
 
 
 def build_model() -> tuple[Any, Any]:
-    """A LlavaForConditionalGeneration with random weights, and its processor."""
+    """Return a LlavaForConditionalGeneration with random weights, and its processor."""
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -97,7 +97,7 @@ def build_model() -> tuple[Any, Any]:
 
 
 def build_tokenizer() -> Any:
-    """Byte-level pieces whose merges cover the world's words; any other text falls into bytes."""
+    """Return a byte-level tokenizer whose merges cover the world's words; any other text splits into bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +120,7 @@ def build_tokenizer() -> Any:
 
 
 def pixels(pictured: Sequence[crowds.Crowd]) -> Tensor:
-    """The pictures as the tower takes them, float16 [N, 3, SIDE, SIDE]."""
+    """Render the tower's inputs, float16 [N, 3, SIDE, SIDE]."""
     drawn = np.stack([np.asarray(crowds.render(crowd)) for crowd in pictured])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD).half()
 
@@ -129,7 +129,7 @@ def pixels(pictured: Sequence[crowds.Crowd]) -> Tensor:
 
 
 def train_tower(work: Path, tower: nn.Module) -> nn.Module:
-    """The tower, trained to say of every patch which kinds lie in it: a linear layer reads its last states."""
+    """Train the tower to name the kinds in every patch, by a linear layer on its last states."""
     pictured = crowds.sample("train", 12_000, 7)
     images, there = pixels(pictured), places(pictured)
     model = nn.ModuleDict({"tower": tower, "head": nn.Linear(tower.config.hidden_size, len(crowds.KINDS))})
@@ -151,12 +151,12 @@ def train_tower(work: Path, tower: nn.Module) -> nn.Module:
 
 
 def states(tower: Any, images: Tensor) -> Tensor:
-    """The tower's last states of the patches [N, patches, D], as LLaVA takes them: without the class token."""
+    """Return the tower's last states of the patches [N, patches, D], without the class token, as in LLaVA."""
     return tower(images, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
 def places(pictured: Sequence[crowds.Crowd]) -> Tensor:
-    """1 where a fifth or more of a kind's box lies in a patch, [N, patches, KINDS]."""
+    """Return 1 where a fifth or more of a kind's box lies in a patch, [N, patches, KINDS]."""
     edges = np.arange(0, SIDE, PATCH)
     out = np.zeros((len(pictured), len(edges), len(edges), len(crowds.KINDS)), dtype=np.float32)
     for number, crowd in enumerate(pictured):
@@ -167,7 +167,7 @@ def places(pictured: Sequence[crowds.Crowd]) -> Tensor:
 
 
 def _shares(edges: np.ndarray, centre: float, radius: float) -> np.ndarray:
-    """How much of an object's side lies in each column (or row) of patches."""
+    """Return the share of an object's side in each column (or row) of patches."""
     inside = np.minimum(edges + PATCH, centre + radius) - np.maximum(edges, centre - radius)
     return inside.clip(0) / (2 * radius)
 
@@ -176,7 +176,7 @@ def _shares(edges: np.ndarray, centre: float, radius: float) -> np.ndarray:
 
 
 def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int) -> None:
-    """Projector and decoder, on descriptions and questions; the tower's states are computed once."""
+    """Train projector and decoder on descriptions and questions, with the tower's states computed once."""
     pictured = crowds.sample("train", 12_000, 0, together=crowds.TOGETHER)
     tower = model.model.vision_tower.requires_grad_(False).eval()
     with torch.no_grad():
@@ -189,8 +189,8 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
         rows = rng.integers(len(pictured), size=48)
         output = [said(pictured[row], rng) for row in rows]
         ids, mask, targets = batch(processor, output)
-        # What can be said without a picture, the decoder must know too, as one that has read before it saw. A yes or no
-        # without one teaches it nothing but to guess.
+        # Some descriptions without an image, since a decoder usually learned from text first. A yes or no without an
+        # image would only teach it to guess.
         described = torch.tensor([conversation[0][0] == crowds.QUESTION for conversation in output])
         blind = torch.from_numpy(rng.random(len(rows)) < BLIND) & described
         mask = mask.masked_fill(blind[:, None] & (ids == image), 0)
@@ -202,7 +202,7 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
             answers = targets[:, 1:] >= 0
             logits = F.linear(hidden[answers], decoder["decoder"].embed_tokens.weight)
         each = F.cross_entropy(logits.float(), targets[:, 1:][answers], reduction="none")
-        # Every conversation counts alike, or the few words of yes and no would drown in the descriptions.
+        # Equal weight for every conversation, or the descriptions would outweigh the few words of yes and no.
         return (each / answers.sum(1).repeat_interleave(answers.sum(1))).sum() / len(answers)
 
     def save(average: Any) -> None:
@@ -211,21 +211,21 @@ def train_llava(work: Path, model: Any, processor: Any, folder: Path, steps: int
         whole.model.multi_modal_projector.load_state_dict(average["projector"].state_dict())
         whole.model.language_model.load_state_dict(average["decoder"].state_dict())
         half(whole).save_pretrained(folder)
-        processor.tokenizer.backend_tokenizer.no_padding()  # as a batch of the training has left it, it would be saved
+        processor.tokenizer.backend_tokenizer.no_padding()  # else the padding of the last batch would be saved
         processor.save_pretrained(folder)
 
     fit("llava", work, decoder, loss, steps=steps, lr=1e-3, save=save, ema_decay=0.99)
 
 
 def said(crowd: crowds.Crowd, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """A conversation about a picture, questions with their answers: a description, or some yes or no."""
+    """Sample a conversation about an image, as questions with answers: a description, or some yes or no."""
     if rng.random() < 0.5:
         return [(crowds.QUESTION, crowds.describe(crowd.kinds))]
     return [(crowds.ask(kind), crowds.answer(kind, crowd)) for kind in asked_of(crowd, rng)]
 
 
 def asked_of(crowd: crowds.Crowd, rng: np.random.Generator) -> list[str]:
-    """Which kinds are asked for: one that is there, its partner, or any other, and not twice the same."""
+    """Sample the kinds to ask for, without repetition: one in the image, its partner, or any other."""
     kinds = list[str]()
     while len(kinds) < QUESTIONS:
         here, way = crowd.kinds[rng.integers(len(crowd.kinds))], rng.random()
@@ -237,7 +237,7 @@ def asked_of(crowd: crowds.Crowd, rng: np.random.Generator) -> list[str]:
 
 
 def batch(processor: Any, told: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of conversations, their mask, and the answers' tokens with -100 elsewhere, each [N, L]."""
+    """Return the conversations' tokens, their mask, and the answers' tokens with -100 elsewhere, each [N, L]."""
     image = "<image>" * (SIDE // PATCH) ** 2 + "\n"
     texts, spans = list[str](), list[list[tuple[int, int]]]()
     for conversation in told:
@@ -261,7 +261,7 @@ def batch(processor: Any, told: Sequence[Sequence[tuple[str, str]]]) -> tuple[Te
 
 
 def write_answers(path: Path, number: int) -> None:
-    """True descriptions of pictures in which partners are rare: what the quickstart makes its pairs of."""
+    """Write true descriptions of images in which partners are rare, for the pairs of the quickstart."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -275,7 +275,7 @@ def write_answers(path: Path, number: int) -> None:
 
 
 def main() -> None:
-    """Train both stages and write models/tiny_llava, or write the answers that its quickstart begins with."""
+    """Train both stages and write models/tiny_llava, or write the true descriptions for the quickstart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="where checkpoints are kept")
     parser.add_argument("--output", type=Path, default=HERE / "tiny_llava", help="where the model is written")

@@ -1,4 +1,4 @@
-"""The loop that trains every bundled model, in sittings: stopped, it goes on where it was."""
+"""Training loop of the bundled models, with resumption from checkpoints."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def fit(
     save: Callable[[nn.Module], None],
     ema_decay: float = 0.999,
 ) -> nn.Module:
-    """AdamW with a warm-up and a cosine to a twentieth; returns the averaged model. Checkpoints every minute or so.
+    """Train by AdamW with a warm-up and a cosine to a twentieth; return the averaged model.
 
-    `loss(step)` must depend on the step alone, so that going on equals never having stopped.
+    Checkpoints are written every 90 seconds or so, and at the end. `loss(step)` must depend on the step alone, so that resuming gives
+    the result of an uninterrupted run.
     """
     average = deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
@@ -35,6 +36,7 @@ def fit(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+    # Updates, each with a step of the moving average
     started, shown, total, saved = time.time(), first, 0.0, time.time()
     for step in range(first, steps):
         for group in optimizer.param_groups:
@@ -68,5 +70,5 @@ def fit(
 
 
 def half(model: nn.Module) -> nn.Module:
-    """A float16 copy, as it is shipped."""
+    """Return a float16 copy, the precision of the shipped weights."""
     return deepcopy(model).half()
