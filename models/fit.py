@@ -24,8 +24,8 @@ def fit(
 ) -> nn.Module:
     """Train by AdamW with a warm-up and a cosine to a twentieth; return the averaged model.
 
-    Checkpoints are written every 90 seconds or so, and at the end. `loss(step)` must depend on the step alone, so that resuming gives
-    the result of an uninterrupted run.
+    Checkpoints are written every 90 seconds or so, and at the end. `loss(step)` must depend on the step alone, so that
+    resuming gives the result of an uninterrupted run.
     """
     average = deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
