@@ -10,8 +10,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mmalign import atomic_io
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -35,10 +33,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     _remove(aside)
 
 
-def write_error(path: Path, error: Exception) -> atomic_io.CheckpointError:
+def write_error(path: Path, error: Exception) -> CheckpointError:
     """Return the error for a file or folder that could not be written."""
     free = shutil.disk_usage(path.parent).free // 10**6
-    return atomic_io.CheckpointError(
+    return CheckpointError(
         f"{path}: could not be written ({error}); {free:,} MB are free, what was there before is kept: make room and "
         "run the same command again"
     )

@@ -109,7 +109,7 @@ def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
     """Return the reference's scores of a batch's only contrast."""
     (contrast,) = contrasts
     scores: Scores | None = contrast.reference
-    assert scores is not None, "what is kept is the reference's, and needs one"
+    assert scores is not None, "only the scores of a reference can be precomputed"
     return scores
 
 

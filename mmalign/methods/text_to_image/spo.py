@@ -67,8 +67,8 @@ class Config(BaseModel):
         None, gt=0, le=1, description="noise of a step; if not given, as published: 1, and of flow models 0.7"
     )
     candidates: int = Field(4, ge=2, description="next steps from one x_t")
-    start: int = Field(4, ge=0, description="the step of the first candidates; before it no judge can tell")
-    inner_steps: int = Field(0, ge=0, description="steps that a candidate goes on alone before it is judged; SDXL 3")
+    start: int = Field(4, ge=0, description="the step of the first candidates; earlier images cannot be told apart")
+    inner_steps: int = Field(0, ge=0, description="steps that a candidate takes alone before it is scored; SDXL 3")
     threshold: float = Field(0.3, ge=0, lt=1, description="the difference of probability that makes a pair; SDXL 0.4")
 
     @model_validator(mode="after")
@@ -283,7 +283,7 @@ class _Walk:
 
         Without a prediction, `x` holds finished images.
         """
-        assert self.batch.reward_model is not None, "spo needs a judge"
+        assert self.batch.reward_model is not None, "spo needs a reward model"
         schedule, flat = self.family.schedule, x.flatten(0, 1)
         t = self.times[step_index].expand(len(flat))
         clean = flat if prediction is None else schedule.to_clean(prediction.flatten(0, 1), flat, t)

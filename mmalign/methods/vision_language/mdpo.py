@@ -60,7 +60,7 @@ class Config(ResponseLossConfig):
     @model_validator(mode="after")
     def _in_order(self) -> Config:
         if self.crop_area[0] > self.crop_area[1]:
-            raise ValueError(f"keep is {self.crop_area}; expected the least share first")
+            raise ValueError(f"crop_area is {self.crop_area}; expected the least share first")
         return self
 
 
