@@ -1,8 +1,9 @@
-"""Whole models with adapters, by one executor and by another: how far apart what they say is, and their gradients.
+"""Comparison of attention executors on whole models with adapters, by their outputs and gradients.
 
-What is compared is what a training computes: a denoiser with heads of 32 and 64 numbers, self- and cross-attention,
-and a decoder with heads of 64 whose responses share their prompt; frozen weights in half precision under autocast, and
-adapters in float32, moved off zero so that both of their factors have gradients. Anywhere, in any precision.
+The computation is that of training. The denoiser has heads of 32 and 64 numbers, with self- and cross-attention. The
+decoder has heads of 64 numbers, and its responses share their prompt. Frozen weights are in half precision under
+autocast. Adapters are in float32, moved off zero so that both of their factors have gradients. Any device and precision
+will do.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from tests.helpers import vlm_reference
 
 CPU = torch.device("cpu")
 ADAPTERS: dict[str, Any] = {"rank": 8, "alpha": 8.0, "seed": 0}
-MOVED = 0.02  # of an adapter's weights
+MOVED = 0.02  # standard deviation of the change of an adapter's weights
 SHARPER = {"to_q.": 3.0, "to_k.": 3.0, "q_proj.": 8.0, "k_proj.": 8.0, "v_proj.": 8.0, "o_proj.": 8.0, "lm_head.": 16.0}
 SIDE = 128  # pixels: 64 queries of heads with 64 numbers, 256 of heads with 32
 TEXT: random_models.Sizes = {
@@ -42,27 +43,27 @@ TOWER: random_models.Sizes = {
     "projection_dim": 32,
 }
 MODELS = ("denoiser", "decoder")
-# How far two executors may be apart: values and gradient. A product of bfloat16 is rounded by up to 2^-9 of itself, and
-# what is rounded passes through up to fourteen attentions, and back: PyTorch's own kernel
-# and the plain formula are 0.015 and 0.040 apart on a CPU; logits of 1.1 times their size make 0.044 and 0.20.
-# In float32 they are 1e-6 and 3e-6 apart, and ten times that is left to other kernels and devices.
+# Limits on the distance of two executors: values and gradient. A product of bfloat16 is rounded by up to 2^-9 of its
+# value, and the error passes through up to fourteen attentions, and back. On a CPU, PyTorch's own kernel and the plain
+# formula are 0.015 and 0.040 apart; logits of 1.1 times their size make 0.044 and 0.20. In float32 they are 1e-6 and
+# 3e-6 apart, and the limits allow ten times that for other kernels and devices.
 APART = {torch.float32: (1e-5, 3e-5), torch.bfloat16: (0.03, 0.08)}
 SAID = [["There is a red cube and a green ball on the table.", "Yes."], ["No, there is no dog.", "A cat sits on it."]]
 
 
 def compare(name: str, *given: Any) -> list[tuple[float, float]]:
-    """One of MODELS."""
+    """Run the comparison of one of MODELS."""
     return {"denoiser": denoiser, "decoder": decoder}[name](*given)
 
 
 def loading(device: torch.device, dtype: torch.dtype) -> Loading:
-    """As a recipe with LoRA in this precision has it."""
+    """Return the loading options of a recipe with LoRA in this precision."""
     half = None if dtype == torch.float32 else dtype
     return Loading(device, half=half, network_half=half is not None)
 
 
 def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
-    """The UNet of `sd_middle` under each executor of the pair: see `apart`."""
+    """Compare the executors of the pair on the UNet of `sd_middle`."""
     sizes = random_models.resized("sd_middle", text_encoder={"num_hidden_layers": 1})
     random_models.write("sd_middle", folder, CPU, sizes)
     x_t = torch.randn(4, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(device)
@@ -81,7 +82,7 @@ def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Seque
 
 
 def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
-    """A LLaVA whose pairs are packed, under each executor of the pair: see `apart`."""
+    """Compare the executors of the pair on a LLaVA whose pairs are packed."""
     random_models.write("llava_middle", folder, CPU, {"text": TEXT, "tower": TOWER})
     asked = [Turn("user", "<image>What is it?")]
 
@@ -102,9 +103,9 @@ def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequen
 
 
 def adapted(family: Any) -> list[Tensor]:
-    """Adapters on a family's network, in float32; and their weights, moved off their first values.
+    """Add adapters in float32 to a family's network; return their weights, moved off their first values.
 
-    Attention that new weights compute is nearly a mean. Larger queries and keys, and a larger head, make it matter.
+    Attention with new weights is nearly a mean. Larger queries and keys, and a larger head, make it matter.
     """
     with torch.no_grad():
         for name, p in family.network.named_parameters():
@@ -120,9 +121,9 @@ def adapted(family: Any) -> list[Tensor]:
 
 
 def apart(under: Callable[[str], tuple[Tensor, list[Tensor]]], pair: Sequence[str]) -> list[tuple[float, float]]:
-    """How far each executor's answer and gradient are from the first one's, as shares of the first one's norms.
+    """Return the distances of each executor's answer and gradient from the first one's, relative to its norms.
 
-    The gradient is that of a sum of the answer with random weights: no error is hidden by a symmetry.
+    The gradient is that of a sum of the answer with random weights, so no symmetry hides an error.
     """
     result: list[tuple[Tensor, Tensor]] = []
     for executor in pair:

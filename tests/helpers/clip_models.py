@@ -20,7 +20,7 @@ CLIP = {
 
 
 def clip(folder: Path, seed: int = 0) -> Path:
-    """A random open_clip model, as open_clip has it on the Hub: a judge that is as good as none."""
+    """Write a random open_clip model as on the Hub: a reward model without any knowledge."""
     folder.mkdir(parents=True, exist_ok=True)
     words = tokenizer()
     words.save_pretrained(folder)
@@ -35,7 +35,7 @@ def clip(folder: Path, seed: int = 0) -> Path:
 
 
 def transformers_clip(folder: Path, seed: int = 0, activation: str = "gelu") -> Path:
-    """A random CLIPModel and its processor, as transformers has them on the Hub."""
+    """Write a random CLIPModel and its processor as on the Hub."""
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**tower, "image_size": SIDE, "patch_size": 8, "hidden_act": activation}
     words = tokenizer()
@@ -43,7 +43,7 @@ def transformers_clip(folder: Path, seed: int = 0, activation: str = "gelu") -> 
     text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": words.eos_token_id}
     torch.manual_seed(seed)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    for weight in model.parameters():  # biases and scales too, which begin alike
+    for weight in model.parameters():  # also biases and scales, which start equal
         weight.data.add_(0.05 * torch.randn_like(weight))
     model.save_pretrained(folder)
     CLIPProcessor(CLIPImageProcessor(size=SIDE, crop_size=SIDE), words).save_pretrained(folder)
@@ -51,7 +51,7 @@ def transformers_clip(folder: Path, seed: int = 0, activation: str = "gelu") -> 
 
 
 def step_aware(folder: Path, clip_folder: Path) -> Path:
-    """The judge that `clip` makes, told the time in every block: it scores a noisy image otherwise than a clean one."""
+    """Write the reward model of `clip`, with time in every block: noisy and clean images score differently."""
     from mmalign.rewards import step_aware
 
     parts = step_aware.begin(str(clip_folder))

@@ -1,4 +1,4 @@
-"""Runs the command line on a recipe, as a person would, and breaks things for it."""
+"""Runner of the command line on a recipe, and damage to its files."""
 
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_m
 
 
 class Commands:
-    """Runs commands on a recipe file, with settings such as "train.lr=1"."""
+    """A runner of commands on a recipe file, with settings such as "train.lr=1"."""
 
     def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.folder, self.capfd = folder, capfd
 
     def __call__(self, command: str, content: Content, *settings: str) -> str:
-        """What a command that succeeds prints."""
+        """Run a command that must succeed, and return its output."""
         code, out, err = self._run(command, content, settings)
         assert code == 0, err
         return out
 
     def refused(self, command: str, content: Content, *settings: str) -> str:
-        """The one sentence of a command that fails: no traceback, nothing else but the progress until then."""
+        """Run a command that must fail with one sentence, and return it; only progress lines may precede it."""
         code, _, err = self._run(command, content, settings)
         lines = [line for line in err.splitlines() if not line.startswith(("update ", "warning: gradient factor"))]
         assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
@@ -58,7 +58,7 @@ def contains(sentence: str, *parts: str) -> None:
 
 
 def damage(folder: Path, file: str, *, keep: int = -1, drop: str = "", shape: str = "") -> None:
-    """Cut a file after `keep` bytes, or take a tensor out of it or half of one."""
+    """Cut a file after `keep` bytes, delete its tensor `drop`, or halve its tensor `shape`."""
     path = folder / file
     if keep >= 0:
         path.write_bytes(path.read_bytes()[:keep])

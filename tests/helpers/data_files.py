@@ -15,7 +15,7 @@ OBJECTS = ["red cube", "green ball", "dog", "cat", "blue mat", "car"]
 
 
 def png(seed: int, side: int = SIDE, upper: bool = True) -> bytes:
-    """A PNG of noise, white in its upper or in its lower half."""
+    """Return a PNG of noise, white in its upper or in its lower half."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 64, (side, side, 3), dtype=np.uint8)
     pixels[slice(0, side // 2) if upper else slice(side // 2, side)] += 191
@@ -26,9 +26,9 @@ def png(seed: int, side: int = SIDE, upper: bool = True) -> bytes:
 def pick_a_pic(
     path: Path, number: int = 8, bad: dict[int, bytes] | None = None, rejected: dict[int, str | None] | None = None
 ) -> Path:
-    """Pairs in the layout of Pick-a-Pic v2, white upper halves preferred; `bad` replaces a pair's first image.
+    """Write pairs in the layout of Pick-a-Pic v2, white upper halves preferred; `bad` replaces a pair's first image.
 
-    `rejected` gives the pairs a column of second prompts: these ones, or none, and of the others one each.
+    `rejected` adds a column of second prompts: the given ones, or None, and a default for all other pairs.
     """
     rows = []
     for i in range(number):
@@ -51,11 +51,11 @@ def pick_a_pic(
 
 
 def response_pairs(folder: Path, number: int = 8, layout: str = "trl") -> Path:
-    """Rows of one of the layouts with pictures beside them; the rejected response names one object more."""
+    """Write rows of one of the layouts with their images; the rejected response names one object more."""
     folder.mkdir(exist_ok=True)
     rows = []
     for n in range(number):
-        name = f"{n // 2}.png"  # two questions an image
+        name = f"{n // 2}.png"  # two questions per image
         (folder / name).write_bytes(png(n // 2, 16 + 8 * (n % 3)))
         asked = "What is in this image?" if n % 2 else "Describe it."
         said = f"There is a {OBJECTS[n % 6]}."

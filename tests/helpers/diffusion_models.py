@@ -75,7 +75,7 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end":
 
 
 def stable_diffusion(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
-    """Stable Diffusion 1.x ("epsilon") or 2.x ("v_prediction")."""
+    """Write a Stable Diffusion 1.x ("epsilon") or 2.x ("v_prediction")."""
     torch.manual_seed(seed)
     StableDiffusionPipeline(
         vae=autoencoder(),
@@ -93,7 +93,7 @@ def stable_diffusion(folder: Path, prediction: str = "epsilon", seed: int = 0) -
 
 
 def sdxl(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion XL: two encoders, pooled text, six sizes embedded in 4 numbers each."""
+    """Write a Stable Diffusion XL: two encoders, pooled text, six sizes embedded in 4 numbers each."""
     torch.manual_seed(seed)
     StableDiffusionXLPipeline(
         vae=autoencoder(),

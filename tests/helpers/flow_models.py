@@ -1,4 +1,4 @@
-"""Random flow-matching models of the real classes at tiny sizes, written to a folder as the Hub would have them."""
+"""Random flow-matching models of the real classes at tiny sizes, written to a folder as on the Hub."""
 
 import string
 from collections.abc import Callable
@@ -68,12 +68,12 @@ LAYERS: dict[str, Any] = {
 
 
 def _autoencoder() -> AutoencoderKL:
-    """With a shift, as those of SD3, FLUX.1 and Z-Image have it."""
+    """Return an autoencoder with a shift, as in SD3, FLUX.1 and Z-Image."""
     return AutoencoderKL(**VAE, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def _t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """Every letter is a token."""
+    """Return a T5 encoder and a tokenizer with a token for every letter."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     tok = T5Tokenizer(vocab=[*special, *((c, -2.0) for c in "▁" + string.ascii_lowercase + string.digits)], extra_ids=0)
     config = T5Config(
@@ -255,10 +255,10 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 
 
 def write(name: str, folder: Path, seed: int = 0) -> Path:
-    """A tiny pipeline of that name in a folder."""
+    """Write a tiny pipeline of that name to a folder."""
     torch.manual_seed(seed)
     pipeline = BUILDERS[name]()
-    for weight in pipeline.transformer.parameters():  # far enough from each other that every token matters
+    for weight in pipeline.transformer.parameters():  # weights differ enough for every token to matter
         weight.data.add_(0.1 * torch.randn_like(weight))
     pipeline.save_pretrained(folder)
     return folder

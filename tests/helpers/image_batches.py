@@ -15,7 +15,7 @@ OF_REJECTED = {11: "a dog", 2**62 + 3: "two hens", 7: "an owl", 12345: "moss"}
 
 
 def pairs(family: TextToImage, rows: Sequence[int] = ROWS, std: float = 0.1) -> EncodedPairs:
-    """Pairs whose latents, prompts and sizes depend on the row's id alone."""
+    """Return pairs whose latents, prompts and sizes depend on the row's id alone."""
     sides = [torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(row)) for row in rows]
     mean = torch.stack(sides, dim=1).flatten(0, 1)
     sizes = torch.tensor([[16.0 + row % 9, 16, 0, row % 5, 16, 16] for row in rows]).repeat(2, 1)
@@ -27,7 +27,7 @@ def pairs(family: TextToImage, rows: Sequence[int] = ROWS, std: float = 0.1) -> 
 
 
 def swapped(batch: EncodedPairs) -> EncodedPairs:
-    """The chosen and the rejected sides exchanged; only latents without spread are the same images then."""
+    """Exchange the chosen and the rejected sides; only latents without spread stay the same images."""
     other = [*range(len(batch.rows), 2 * len(batch.rows)), *range(len(batch.rows))]
     latents = Moments(batch.latents.mean[other], batch.latents.std[other])
     return replace(batch, latents=latents, sizes=batch.sizes[other])

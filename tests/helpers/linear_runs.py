@@ -1,4 +1,4 @@
-"""The loop on a linear network whose updates can be worked out by hand."""
+"""Training loop on a linear network whose updates can be computed by hand."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Batch:
 
 @dataclass
 class Regression:
-    """Squared errors of a network under noise from the draws; remembers how it was called."""
+    """A method with squared errors under noise from the random numbers; it records its calls."""
 
     contrasts_of_a_batch: int = 1
     noise: float = 0.0
@@ -54,7 +54,7 @@ class Regression:
 
 
 def data(sizes: list[int], weights: list[float] | None = None, seed: int = 0) -> list[Batch]:
-    """Batches of the given sizes, cut from the same rows whatever the sizes."""
+    """Return batches of the given sizes, cut from the same rows for any sizes."""
     g = torch.Generator().manual_seed(seed)
     number = sum(sizes)
     x, y = torch.randn(number, 3, generator=g), torch.randn(number, generator=g)
@@ -80,7 +80,7 @@ def network() -> nn.Linear:
 
 @dataclass
 class Run:
-    """What a run is made of, and what it said after every update."""
+    """The parts of a run, and its reports after every update."""
 
     net: nn.Linear
     policy: Policy
@@ -90,7 +90,7 @@ class Run:
     snapshots: list[dict[str, Any]] = field(default_factory=list)
 
     def snapshot(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return a checkpoint's contents."""
         average = self.train_state.ema.state() if self.train_state.ema is not None else None
         parts = self.net.state_dict(), self.train_state.optimizer.state_dict(), self.progress, average
         return copy.deepcopy(dict(zip(("net", "optimizer", "progress", "average"), parts, strict=True)))
@@ -124,7 +124,7 @@ def begin(
     lr_factor: Callable[[int], float] = lambda _: 1.0,
     ema: float | None = None,
 ) -> Run:
-    """A run from `START`."""
+    """Begin a run from `START`."""
     accelerator = Accelerator(cpu=True)
     net = network()
     model, wrapped = accelerator.prepare(net, optimizer(net.parameters(), lr=lr))
@@ -142,7 +142,7 @@ WEIGHTS = [1.0, 0.5, 2.0, 0.0, 0.0, 0.0, 1.0, 3.0]
 
 
 def by_hand(batch: Batch, at: Tensor) -> Tensor:
-    """The gradient of the weighted mean of (w x + b - y)^2: 2 sum(weight * error * (x, 1)) / sum(weight)."""
+    """Return the gradient of the weighted mean of (w x + b - y)^2: 2 sum(weight * error * (x, 1)) / sum(weight)."""
     error = batch.x @ at[:3] + at[3] - batch.y
     inputs = torch.cat([batch.x, torch.ones(len(batch.x), 1)], 1)
     return 2 * (batch.weights * error) @ inputs / batch.weights.sum()

@@ -24,7 +24,7 @@ def load_vlm(folder: Path | str) -> Any:
 
 
 def diffusion_families(*names: str, fast: int = 1) -> Callable[..., TextToImage]:
-    """Return a fixture that loads each of these tiny models anew, named by their fixtures."""
+    """Return a fixture that loads a fresh copy of each of these tiny models, named by their fixtures."""
 
     @pytest.fixture(params=first_fast(names, fast))
     def family(request: pytest.FixtureRequest) -> TextToImage:

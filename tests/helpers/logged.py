@@ -8,7 +8,7 @@ from mmalign.console import on_main_process
 
 
 class Recorder(logging.Handler):
-    """A log handler that keeps the lines that the command line would print."""
+    """A log handler that records the lines that the command line would print."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Recorder(logging.Handler):
 
 @contextlib.contextmanager
 def recorded_lines() -> Iterator[list[str]]:
-    """Record what mmalign logs, whether or not its lines are printed."""
+    """Record the log lines of mmalign, printed or not."""
     logger, recorder = logging.getLogger("mmalign"), Recorder()
     level = logger.level
     logger.addHandler(recorder)

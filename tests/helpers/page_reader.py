@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Page(HTMLParser):
-    """A page as a reader without a script meets it.
+    """A gallery's page as read without scripts.
 
     Attributes:
         text: the source.
@@ -38,7 +38,7 @@ class Page(HTMLParser):
             self.cards.append((self.section, values["data-title"]))
 
     def values(self, tag: str, name: str) -> list[str]:
-        """Return an attribute of every tag of a kind that has it."""
+        """Return an attribute's values over the tags of one kind that have it."""
         return [str(values[name]) for text, values in self.tags if text == tag and name in values]
 
 

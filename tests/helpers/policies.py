@@ -18,7 +18,7 @@ def frozen(net: nn.Module) -> nn.Module:
 
 
 def full(family: Any, moved: float = 0.0) -> Policy[Any]:
-    """Full fine-tuning against a frozen copy; `moved` scales random changes of the policy's weights."""
+    """Set up full fine-tuning against a frozen copy; `moved` scales random changes of the policy's weights."""
     reference = FrozenCopy(frozen(family.network))
     net = family.network.requires_grad_(True)
     policy = Policy(family, net, net, reference)
@@ -26,7 +26,7 @@ def full(family: Any, moved: float = 0.0) -> Policy[Any]:
 
 
 def adapted(family: Any, moved: float = 0.0) -> Policy[Any]:
-    """LoRA against the model without it; `moved` scales random changes of the adapters."""
+    """Set up LoRA against the model without it; `moved` scales random changes of the adapters."""
     family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
     policy = Policy(family, family.network, family.network, AdaptersOff())
     return _moved(policy, moved)
@@ -44,7 +44,7 @@ def _moved(policy: Policy[Any], scale: float) -> Policy[Any]:
 
 
 def run(method: Any, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG = DRAWS) -> Step:
-    """Return the loss of the one contrast that a method makes of a batch."""
+    """Return the loss of a method's only contrast of a batch."""
     with torch.no_grad():
         (contrast,) = method.contrasts(policy, batch, cfg, rng)
     step: Step = method.loss(policy, contrast, cfg)

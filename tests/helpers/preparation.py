@@ -1,4 +1,4 @@
-"""True answers for `prepare`, and the command as a person runs it."""
+"""True answers for `prepare`, and runs of the command."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ REALIGN = {"retriever": "models/tiny_clip", **FEW}
 
 
 def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
-    """Rows of a picture, a question and its true answer."""
+    """Write rows of an image, a question and its true answer."""
     folder.mkdir(exist_ok=True)
     rows = []
     for n, text in enumerate(texts):
@@ -38,7 +38,7 @@ def answers(folder: Path, texts: list[str] = ANSWERS) -> Path:
 
 
 def prepared(content: dict[str, Any], **callables: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows that `prepare` writes and the lines that it logs."""
+    """Return the rows and the log lines of `prepare`."""
     with recorded_lines() as lines:
         path = prepare.prepare(load_recipe(content), **callables)
     return [json.loads(line) for line in path.read_text().splitlines()], lines
@@ -52,6 +52,6 @@ def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:
 
 
 def text(message: Any) -> str:
-    """The text of a list of one message."""
+    """Return the text of a list of one message."""
     (one,) = message
     return str(one["content"])

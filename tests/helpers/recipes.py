@@ -1,4 +1,4 @@
-"""Recipes for tiny models. `train={...}` and so on add to a section; `method={...}` replaces it."""
+"""Recipes for tiny models: `train={...}` and so on extend a section; `method={...}` replaces it."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def diffusion(model: Path, pairs: Path, output: Path, /, **sections: dict[str, A
 
 
 def diffusion_in(model: Path, folder: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe with pairs of its own, all in a folder."""
+    """Return a recipe with its own pairs, all in a folder."""
     folder.mkdir(exist_ok=True)
     return diffusion(model, pick_a_pic(folder / "pairs.parquet"), folder / "output", **sections)
 

@@ -1,4 +1,4 @@
-"""Batches of responses for tests of methods: on tiny models of the real classes, and with published logits."""
+"""Batches of responses for tests of methods, on tiny models of the real classes and with published logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +23,13 @@ PAIRS = [
 
 
 def picture(number: int, side: int = 20) -> Image.Image:
-    """Noise, of the number's own."""
+    """Return an image of noise, seeded by the number."""
     pixels = np.random.default_rng(number).integers(0, 256, (side + 8 * (number % 2), 30, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def batch(family: Any, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> EncodedResponses:
-    """A picture for every second pair, and another one for all of them; rows are named by the pair's number."""
+    """Return a batch with one image for every two pairs, and one other image for all; rows are the pairs' numbers."""
     reader, views, pictures = family.processor, {}, {}
     sides, others, rows = [], [], []
     for question, *answers in pairs:
@@ -51,13 +51,13 @@ def batch(family: Any, pairs: Sequence[tuple[str, str, str]] = PAIRS) -> Encoded
 
 
 def swapped(given: EncodedResponses) -> EncodedResponses:
-    """Chosen and rejected exchanged."""
+    """Exchange the chosen and the rejected sides."""
     half = len(given.rows)
     return replace(given, tokens=Tokens.cat([given.tokens[half:], given.tokens[:half]]))
 
 
 class Logits(nn.Module):
-    """A network that is its logits [2, 8, V] of every published block of rows, by the block's name."""
+    """A network whose parameters are the logits [2, 8, V] of each published block of rows, by the block's name."""
 
     def __init__(self, of: dict[str, Any], who: str) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Logits(nn.Module):
 
 @dataclass
 class Table:
-    """A family whose logits are given: the key of a row's image names the block that the row's logits are in."""
+    """A family with given logits: the key of a row's image names the block with the row's logits."""
 
     seen: list[int] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class Table:
         return self._logits(net, tokens).argmax(-1).where(tokens.response_mask, tokens.ids[:, :1])
 
     def _logits(self, net: Any, tokens: Tokens) -> Tensor:
-        """[N, R, V] before the tokens of the responses."""
+        """Return the logits [N, R, V] before the tokens of the responses."""
         blocks = ["chosen_noisy" if "disturbed" in key else key for (key,) in tokens.images]
         whole = torch.stack([net.blocks[name][row % 2] for row, name in enumerate(blocks)])
         at = tokens.starts[:, None] - 1 + torch.arange(tokens.response_mask.shape[1])
@@ -99,7 +99,7 @@ class Table:
 
 
 def published(of: dict[str, Any]) -> tuple[Policy[Any], EncodedResponses]:
-    """The published rows: -100 before the response is the prompt, after it padding."""
+    """Return policy and batch of the published rows; labels are -100 in the prompt and in the padding."""
 
     def rows(side: str, block: str) -> list[TokenizedResponse]:
         result = []

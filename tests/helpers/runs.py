@@ -17,7 +17,7 @@ EPOCH = 4  # batches of two: eight pairs
 
 
 def trained(content: dict[str, Any], *overrides: str) -> tuple[Trained, dict[str, Tensor]]:
-    """A training, and the weights of its last checkpoint."""
+    """Train, and return the result with the weights of the last checkpoint."""
     result = load_recipe(content, overrides)
     done, last = train(result), checkpoint.latest(Path(result.output))
     assert last is not None and last.name == f"checkpoint-{result.train.steps:08d}"
@@ -29,7 +29,7 @@ def train_weights(content: dict[str, Any], *overrides: str) -> dict[str, Tensor]
 
 
 def assert_resumes(content: dict[str, Any]) -> dict[str, Tensor]:
-    """Check that a run stopped after its first checkpoint ends with the bits of one that never stopped.
+    """Check that a run resumed after its first checkpoint equals an uninterrupted run bit by bit.
 
     Returns:
         The weights of the last checkpoint.
@@ -52,7 +52,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def numbers(done: Trained) -> list[dict[str, float]]:
-    """All that was told of the updates."""
+    """Return all reported numbers of the updates."""
     return done.history
 
 

@@ -72,7 +72,7 @@ WORDS = [
     "USER: What is in this image? Describe it. ASSISTANT: There is a red cube and a green ball on the table.",
     "Is there a dog in the image? Yes, there is. No, there is no dog. Two cats sit on a blue mat near a car.",
 ]
-Sizes = dict[str, Any]  # of a network, by the names of its configuration
+Sizes = dict[str, Any]  # sizes of a network by configuration key
 TEXT: Sizes = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -99,7 +99,7 @@ IDEFICS_CHAT = (
 def tokenizer(
     extra: Sequence[str], begin: bool = False, end: str = "</s>", named: dict[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """Byte-level pieces of a few sentences; `begin` puts <s> before every text, as Llama's tokenizer does."""
+    """Return a byte-level tokenizer trained on a few sentences; `begin` puts <s> before every text, as Llama's does."""
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -131,7 +131,7 @@ def _llama(tok: Any) -> LlamaConfig:
 
 
 def llava(text: Sizes = TEXT, vision: Sizes = VISION, tok: Any = None) -> tuple[Any, Any]:
-    """LLaVA-1.5: one-dimensional positions, a fixed number of tokens an image."""
+    """Return a LLaVA-1.5: one-dimensional positions, a fixed number of tokens per image."""
     tok, side = tok or tokenizer(["<image>"], begin=True), vision["image_size"]
     square = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = _llava_processor(LlavaProcessor, square, tok, vision)
@@ -139,7 +139,7 @@ def llava(text: Sizes = TEXT, vision: Sizes = VISION, tok: Any = None) -> tuple[
 
 
 def llava_next() -> tuple[Any, Any]:
-    """LLaVA-Next: an image in tiles of its own number."""
+    """Return a LLaVA-Next: a number of tiles that depends on the image."""
     tok, grid = tokenizer(["<image>"], begin=True), {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
     tiles = LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **grid)
     processor = _llava_processor(LlavaNextProcessor, tiles, tok, VISION)
@@ -147,7 +147,7 @@ def llava_next() -> tuple[Any, Any]:
 
 
 def _llava_processor(kind: Any, images: Any, tok: Any, vision: Sizes) -> Any:
-    """Of the LLaVA family: the tower's class token is left out, whatever the size."""
+    """Return a processor of the LLaVA family, without the tower's class token at every size."""
     return kind(
         images,
         tok,
@@ -170,7 +170,7 @@ def _llava_config(kind: Any, text: Sizes, vision: Sizes, tok: Any, **more: Any) 
 
 
 def idefics3() -> tuple[Any, Any]:
-    """Idefics3: tiles with tags in text between them."""
+    """Return an Idefics3: tiles with text tags between them."""
     tags = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     tok = tokenizer(["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *tags])
     tiles = Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
@@ -186,7 +186,7 @@ def idefics3() -> tuple[Any, Any]:
 
 
 def smolvlm() -> tuple[Any, Any]:
-    """SmolVLM: as Idefics3, with a processor of its own."""
+    """Return a SmolVLM: as Idefics3, with its own processor."""
     model, idefics = idefics3()
     tiles = SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     processor = SmolVLMProcessor(
@@ -214,7 +214,7 @@ QWEN2_5_VISION: Sizes = {
 
 
 def _qwen(text: Sizes | None = None, tok: Any = None, **rope: Any) -> tuple[Any, dict[str, Any]]:
-    """A tokenizer of Qwen's, and what the configs of all its models have alike; positions in rows and columns."""
+    """Return a tokenizer of Qwen's and the common configuration of its models; positions in rows and columns."""
     tok = tok or tokenizer([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
     positions = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, **rope}
     text = {"vocab_size": len(tok), "rope_parameters": positions, **(text or TEXT), **_ids(tok)}
@@ -222,7 +222,7 @@ def _qwen(text: Sizes | None = None, tok: Any = None, **rope: Any) -> tuple[Any,
 
 
 def qwen2_vl() -> tuple[Any, Any]:
-    """Qwen2-VL: positions in rows and columns, as many tokens as the image has patches."""
+    """Return a Qwen2-VL: positions in rows and columns, as many tokens as the image has patches."""
     tok, same = _qwen()
     image, video = Qwen2VLImageProcessor(**QWEN_SIDES), Qwen2VLVideoProcessor(**QWEN_SIDES)
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2, "num_heads": 2, "patch_size": 8}
@@ -234,7 +234,7 @@ def qwen2_vl() -> tuple[Any, Any]:
 def qwen2_5_vl(
     text: Sizes | None = None, vision: Sizes = QWEN2_5_VISION, tok: Any = None, sides: Sizes = QWEN_SIDES
 ) -> tuple[Any, Any]:
-    """Qwen2.5-VL: as Qwen2-VL, with windows in its tower."""
+    """Return a Qwen2.5-VL: as Qwen2-VL, with windows in its tower."""
     tok, same = _qwen(text, tok)
     image, video = Qwen2VLImageProcessor(**sides), Qwen2VLVideoProcessor(**sides)
     config = Qwen2_5_VLConfig(vision_config=vision, **same)
@@ -252,12 +252,12 @@ def _qwen3(kind: Any, model: Any, vision: dict[str, Any], text: dict[str, Any]) 
 
 
 def qwen3_vl() -> tuple[Any, Any]:
-    """Qwen3-VL: as Qwen2.5-VL, and features of inner layers of the tower enter the decoder's first layers."""
+    """Return a Qwen3-VL: as Qwen2.5-VL, with features of inner tower layers entering the decoder's first layers."""
     return _qwen3(Qwen3VLConfig, Qwen3VLForConditionalGeneration, {"deepstack_visual_indexes": [0]}, {})
 
 
 def qwen3_5() -> tuple[Any, Any]:
-    """Qwen3.5: a layer with linear attention, which a mask of attention does not reach."""
+    """Return a Qwen3.5: a layer with linear attention, which an attention mask does not reach."""
     heads = {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
     linear = {**heads, **{f"linear_num_{part}_heads": 2 for part in ("key", "value")}}
     kinds = {"layer_types": ["linear_attention", "full_attention"], "rope": {"partial_rotary_factor": 1.0}}
@@ -265,7 +265,7 @@ def qwen3_5() -> tuple[Any, Any]:
 
 
 def internvl() -> tuple[Any, Any]:
-    """InternVL: the image's tokens stand between tags that its processor writes."""
+    """Return an InternVL: image tokens between tags that its processor writes."""
     marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     named = {**marks, "video_token": "<video>"}
     tok = tokenizer([*named.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>", named=named)
@@ -282,7 +282,7 @@ def internvl() -> tuple[Any, Any]:
 
 
 def paligemma() -> tuple[Any, Any]:
-    """PaliGemma: the prompt's tokens see one another in both directions, positions begin at 1, no chat template."""
+    """Return a PaliGemma: bidirectional attention in the prompt, positions from 1, no chat template."""
     tok = tokenizer(["<image>"])
     square = SiglipImageProcessor(size={"height": 16, "width": 16})
     square.image_seq_length = 4
@@ -297,7 +297,7 @@ def paligemma() -> tuple[Any, Any]:
 
 
 def llava_onevision() -> tuple[Any, Any]:
-    """LLaVA-OneVision: an image in tiles of its own number."""
+    """Return a LLaVA-OneVision: a number of tiles that depends on the image."""
     tok, grid = tokenizer(["<image>", "<video>", "<|im_start|>", "<|im_end|>"], end="<|im_end|>"), [[16, 32], [32, 16]]
     tiles = LlavaOnevisionImageProcessor(size={"height": 16, "width": 16}, image_grid_pinpoints=grid)
     processor = LlavaOnevisionProcessor(
@@ -319,7 +319,7 @@ def llava_onevision() -> tuple[Any, Any]:
 
 
 def gemma4() -> tuple[Any, Any]:
-    """Gemma 4: windows of attention, embeddings for each layer, logits with a soft cap."""
+    """Return a Gemma 4: windows of attention, embeddings for each layer, logits with a soft cap."""
     marks = {
         "image_token": "<|image|>",
         "boi_token": "<|image>",
@@ -377,15 +377,15 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
 }
-# Types that the same path carries, with one image a row.
+# Types that run on the same code, with one image per row.
 NEWER = {"qwen3_5": qwen3_5, "gemma4": gemma4, "llava_onevision": llava_onevision}
 
 
 def write(name: str, folder: Path, seed: int = 0) -> Path:
-    """A tiny model of that type with its processor, in a folder."""
+    """Write a tiny model of that type with its processor to a folder."""
     torch.manual_seed(seed)
     model, processor = {**BUILDERS, **NEWER}[name]()
-    for weight in model.parameters():  # far enough from each other that every token matters
+    for weight in model.parameters():  # weights differ enough for every token to matter
         weight.data.add_(0.05 * torch.randn_like(weight))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -25,9 +25,9 @@ PICTURES = {
 
 
 def own_logits(family: Any, ids: Sequence[int], question: str, images: Sequence[str]) -> Tensor:
-    """Logits [L, V] of a row's tokens, from the model's own forward pass over pixels: alone, at once, without a cache.
+    """Compute one row's logits [L, V] by the model's own forward pass over pixels, at once and without a cache.
 
-    The row is a conversation of one question with images, and what was said to it.
+    The row is a conversation: one question with images, and its response.
     """
     reader, model = family.processor, family.network.model
     prompt = reader._render([Turn("user", question)])
