@@ -196,7 +196,7 @@ def _autoencode(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor, Te
 
 
 def build_sd(work: Path, compiled: bool, steps: int) -> None:
-    """Train UNet and text encoder together, on scenes of which 15 % have a caption with one error."""
+    """Train UNet and text encoder together, on scenes with one error in 15 % of the captions."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -1,11 +1,15 @@
-"""A recipe's step beside another program's, on the same model, pairs and random numbers, in one process.
+"""Comparison of a recipe's step with another program's, on the same model, pairs and random numbers, in one process.
 
     python -m tests.benchmarks.against sd_middle diffusers --variant "data.cache='off'"
     python -m tests.benchmarks.against llava_middle trl --set model.tune=full --json bench.json
 
-RECIPE is a recipe, or a case of random weights (`cases`). Beside the numbers of `mmalign bench` stand how long filling
-the caches took, whether loss and gradient of the first batch are the same, and the memory that follows from weights and
-optimizer state. A peer with another gradient is never timed.
+RECIPE is a recipe, or a case of random weights (`cases`). Beside the numbers of `mmalign bench`, the report has:
+
+- the time of filling the caches;
+- the distance of the programs' loss and gradient on the first batch;
+- the memory that weights and optimizer state require.
+
+A baseline with another gradient is never timed.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ Source = str | Path | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """A recipe or case, assignments for all runs, variants of further assignments, and a peer's name, or None."""
+    """A recipe or case, assignments for all runs, variants with further assignments, and a baseline's name, or None."""
 
     source: Source
     overrides: Sequence[str] = ()
@@ -45,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run to measure: its recipe, a change to it, and the peer that makes its updates, if any."""
+    """A run to measure: its recipe, a change to it, and the baseline that makes its updates, if any."""
 
     recipe: Recipe
     change: Callable[[Run], Run] = lambda run: run
@@ -54,18 +58,18 @@ class Entry:
 
 @dataclass
 class ModelQuirks:
-    """What is known of a run beside its measurements."""
+    """Facts about a run beside its measurements."""
 
     filling: TimedFilling = field(default_factory=TimedFilling)
     state_bytes: int = 0
-    apart: Apart | None = None  # from the first run
+    apart: Apart | None = None  # distance from the first run
 
 
 def with_alike(request: Request, num_processes: int) -> Request:
-    """Return the request with the assignments that make the recipe and its peer compute the same.
+    """Return the request with the assignments that make the recipe and its baseline compute the same.
 
     Raises:
-        ValueError: a package is missing, or the peer has no step for the recipe.
+        ValueError: a package is missing, or the baseline has no step for the recipe.
     """
     if request.peer is None:
         return request
@@ -83,10 +87,10 @@ def recipes_of(request: Request) -> dict[str, Recipe]:
 
 
 def against(request: Request, *, repeats: int = 5) -> Report:
-    """Measure a recipe or a case, its variants and a peer.
+    """Measure a recipe or a case, its variants and a baseline.
 
     Raises:
-        ValueError: a recipe does not fit, a case needs a GPU, or the peer computes something else.
+        ValueError: a recipe does not fit, a case needs a GPU, or the baseline computes something else.
     """
     peer = {request.peer: peers.find(request.peer)} if request.peer else {}
     accelerator = open_accelerator(request)
@@ -98,7 +102,7 @@ def against(request: Request, *, repeats: int = 5) -> Report:
 
 
 def open_accelerator(request: Request) -> Any:
-    """Return the accelerator of all runs; no file of a case exists yet."""
+    """Return the accelerator of all runs; at this point no file of a case exists."""
     source = cases.content_of(request.source, Path())
     return bench.open_common_accelerator(recipes_of(replace(request, source=source)))
 
@@ -112,10 +116,10 @@ def measure(
     *,
     repeats: int,
 ) -> Report:
-    """Measure entries and compare each with the first, and others as `comparisons` says.
+    """Measure entries and compare each with the first one; `comparisons` adds further pairs.
 
     Raises:
-        ValueError: a peer computes something else than the first entry.
+        ValueError: a baseline's step differs from the first entry's.
     """
     (first, entry), *_ = entries.items()
     facts, first_gradients = {run: ModelQuirks() for run in entries}, list[First]()
@@ -184,7 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """Return the request that the arguments make."""
+    """Return the request that the arguments describe."""
     return Request(options.recipe, options.set, options.variant, options.peer)
 
 
@@ -196,7 +200,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, show the tables, and write the numbers."""
+    """Measure, print the tables, and write the numbers."""
     configure_logging()
     options = parse(arguments)
     report = against(request_of(options), repeats=options.repeats)

@@ -1,6 +1,6 @@
 """Cases for benchmarks without downloads: a recipe on random weights, with synthetic pairs.
 
-Once its model and pairs are written, a case is a recipe like any other, so an override changes it.
+With its model and pairs written, a case is a recipe like any other, so overrides apply.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmalign.synthesis.write_image_pairs import write_pairs
 from mmalign.toy import scenes
 from tests.benchmarks import random_models
 
-Content = dict[str, Any]  # of a recipe
+Content = dict[str, Any]  # a recipe's content
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Case:
 
     Attributes:
         model: a key of `random_models.MODELS`.
-        side: pixels of a picture.
-        batch_size: pairs at a time.
-        rank: of LoRA; 0 trains all weights.
+        side: the side of an image, in pixels.
+        batch_size: the number of pairs at a time.
+        rank: the rank of LoRA; 0 trains all weights.
         about: a description.
-        gpu: whether it is of a real size, which needs a GPU, bfloat16, and often checkpointed activations.
-        gradient_checkpointing: whether it has them.
+        gpu: True for a model of real size, which needs a GPU, bfloat16, and often gradient checkpointing.
+        gradient_checkpointing: True if activations are checkpointed.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def has_images(self) -> bool:
-        """Whether the pairs are of images, not of responses."""
+        """True if the pairs are of images, not of responses."""
         return "pipeline" in random_models.MODELS[self.model]
 
 
@@ -95,7 +95,7 @@ def write_case(name: str, folder: Path, device: torch.device) -> Content:
     """Write a case's model and pairs into a folder, and return its recipe.
 
     Raises:
-        ValueError: it needs a GPU, and there is none.
+        ValueError: the case needs a GPU, and there is none.
     """
     case, recipe = CASES[name], content(name, folder)
     if case.gpu and device.type != "cuda":
@@ -111,7 +111,7 @@ def write_case(name: str, folder: Path, device: torch.device) -> Content:
 
 
 def open_source(source: str | Path | Mapping[str, Any], folder: Path, accelerator: Any) -> Any:
-    """Return a source, or the recipe of a case, whose model and pairs the main process writes to the folder."""
+    """Return the source, or a case's recipe after the main process has written its model and pairs to the folder."""
     if isinstance(source, str) and source in CASES and accelerator.is_main_process:
         write_case(source, folder / source, accelerator.device)
     accelerator.wait_for_everyone()
@@ -119,7 +119,7 @@ def open_source(source: str | Path | Mapping[str, Any], folder: Path, accelerato
 
 
 def write_image_pairs(path: Path, resolution: int, number: int = 64) -> None:
-    """Write pairs of the bundled world: a picture of the prompt, and one with an error."""
+    """Write pairs of the bundled world: an image of the prompt, and one with an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     prompts = scenes.sample_prompts("train", number, seed=0)
@@ -132,15 +132,15 @@ def write_image_pairs(path: Path, resolution: int, number: int = 64) -> None:
 def write_response_pairs(
     path: Path, *, side: int, prompt: int = 50, responses: tuple[int, int] = (100, 100), each: int = 1, number: int = 64
 ) -> None:
-    """Write pairs of random words about pictures of the bundled world, in TRL's layout.
+    """Write pairs of random words about images of the bundled world, in TRL's layout.
 
     Args:
-        path: a file of JSON lines; the pictures go beside it.
-        side: of the pictures, in pixels.
-        prompt: characters of a prompt.
-        responses: characters of the chosen and of the rejected response.
-        each: pairs of one picture and prompt.
-        number: pairs in all.
+        path: a file of JSON lines; the images go beside it.
+        side: the side of the images, in pixels.
+        prompt: the number of characters of a prompt.
+        responses: the numbers of characters of the chosen and of the rejected response.
+        each: the number of pairs per image and prompt.
+        number: the total number of pairs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, letters = np.random.default_rng(0), random.Random(0)
@@ -155,6 +155,6 @@ def write_response_pairs(
 
 
 def _words(letters: random.Random, length: int) -> str:
-    """Return so many characters, of words with five letters."""
+    """Return a text of `length` characters, in words of five letters."""
     word = [letters.choice(string.ascii_lowercase) for _ in range(length)]
     return "".join(" " if 0 < i < length - 1 and i % 6 == 5 else letter for i, letter in enumerate(word))

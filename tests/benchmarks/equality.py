@@ -1,8 +1,8 @@
 """Comparison of two runs' first loss and gradient.
 
-In half precision this says little: beta / 2, thousands, multiplies a difference of two errors, of which bfloat16 keeps
-three digits. With Diffusion-DPO's beta the gradients of one step, on latents that differ in the seventh digit, were
-0.08 to 9 of their norm apart. In float32 they were up to 0.0004 apart. So peers are compared in float32.
+Half precision cannot show equality. beta / 2, thousands, multiplies a difference of two errors, of which bfloat16 has
+three digits. With Diffusion-DPO's beta, on latents that differ in the seventh digit, the gradients of one step were
+0.08 to 9 of their norm apart. In float32 they were up to 0.0004 apart. So baselines are compared in float32.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mmalign.rng import KeyedRNG
 from mmalign.training import loop
 from tests.benchmarks.peers import Peer, loader_batches, use_peer
 
-MOVED = 1e-3  # standard deviation of the weights' change: where policy is reference, errors can hide
-LIMIT = 0.01  # of a gradient's norm: encoders round differently in a batch, and beta multiplies that
-NUM_PAIRS = 2  # more than one, so that a sum is no mean
+MOVED = 1e-3  # standard deviation of the weights' change: a policy equal to the reference can hide errors
+LIMIT = 0.01  # share of a gradient's norm: encoders round differently in a batch, and beta multiplies that
+NUM_PAIRS = 2  # more than one, so that a sum differs from a mean
 
 Apart = tuple[float, float]  # the losses' difference; the gradients', as a share of the other's norm
 
@@ -36,7 +36,7 @@ class First:
     gradients: list[Tensor]
 
     def apart(self, other: First) -> Apart | None:
-        """Return how far this is from another; None where other weights are trained."""
+        """Return the distance from another run; None if the two train different weights."""
         if [x.shape for x in self.gradients] != [x.shape for x in other.gradients]:
             return None
         apart = sum(
@@ -53,7 +53,7 @@ def first_gradient(run: Run, peer: Peer | None = None) -> First:
     with torch.no_grad():
         for p in parameters:
             p.add_(MOVED * torch.randn(p.shape, generator=generator, device=p.device).to(p.dtype))
-    # The bare network: a distributed wrapper would wait for a backward pass.
+    # Unwrapped, since a distributed wrapper would wait for a backward pass.
     policy = replace(run.policy, model=run.policy.unwrapped)
     if peer is not None:
         policy.model.train()
@@ -76,7 +76,7 @@ def require_same(name: str, apart: Apart | None) -> None:
     """Refuse to time a program that computes something else.
 
     Raises:
-        ValueError: its gradient is further than `LIMIT`, or it trains other weights.
+        ValueError: the program's gradient is further away than `LIMIT`, or it trains other weights.
     """
     if apart is None or not apart[1] <= LIMIT:
         difference = "other weights are trained"
@@ -89,17 +89,17 @@ def require_same(name: str, apart: Apart | None) -> None:
 
 
 def apart_in_float32(recipe: Recipe, peer_recipe: Recipe, peer: Peer, folder: Path, accelerator: Any) -> Apart | None:
-    """Return how far a peer's first loss and gradient are from ours, on a few pairs. Networks are freed afterwards.
+    """Return the distance of a baseline's first loss and gradient from ours, on a few pairs, and free the networks.
 
     Raises:
-        ValueError: one of them cannot be built.
+        ValueError: one of the runs cannot be built.
     """
     firsts = list[First]()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for name, exact, step in (("mmalign", recipe, None), ("peer", peer_recipe, peer)):
             run = build(in_float32(exact), accelerator, folder / name, 1)
             run = run if step is None else use_peer(run, step)
-            # With float16 the accelerator has put autocast around the network, whatever the recipe says.
+            # With float16 the accelerator puts autocast around the network, whatever the recipe says.
             accelerator.unwrap_model(run.policy.model, keep_fp32_wrapper=False)
             firsts.append(first_gradient(run, step))
             accelerator.free_memory()

@@ -12,21 +12,21 @@ from mmalign.families.step_judge import StepJudge
 
 
 class TimedFilling:
-    """The filling of caches, with its seconds per pair: once, in a training of one epoch.
+    """Cache filling that records its seconds per pair, measured once in a training of one epoch.
 
-    Two things do not depend on the number of pairs and are left out. Opening full caches is timed by itself. The
-    encoders' first calls, which choose kernels, come before.
+    The measurement excludes two costs that do not depend on the number of pairs. The time of opening full caches is
+    subtracted. The encoders' first calls, which choose kernels, come before it.
     """
 
     seconds = 0.0
 
     def __call__(self, recipe: Recipe, family: Any, *, splits: Splits, accelerator: Any, **options: Any) -> DataModule:
-        """Return the pairs with all caches filled; see `caching.open_filled`."""
+        """Return the pairs with all caches filled."""
         train, device, num_pairs = recipe.train, accelerator.device, len(splits[0])
 
         def fill(data: dict[str, Any], steps: int) -> tuple[DataModule, float]:
             for _, net in (family.denoiser if isinstance(family, StepJudge) else family).encoders():
-                net.to(device)  # full caches send them away
+                net.to(device)  # full caches move encoders off the device
             changes: dict[str, Any] = {"train": train.model_copy(update={"steps": steps})}
             changes["data"] = recipe.data.model_copy(update=data)
             changed = recipe.model_copy(update=changes)
@@ -47,6 +47,6 @@ class TimedFilling:
         self.seconds = max(0.0, filling - opening) / num_pairs
         if (
             data_module.precompute_cache is not None and data_module.precompute_cache.spec.num_draws > 1
-        ):  # later epochs have random numbers of their own
+        ):  # later epochs have other random numbers
             data_module, _ = fill({}, train.steps)
         return data_module

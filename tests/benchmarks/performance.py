@@ -1,10 +1,9 @@
-"""The measurements of docs/performance.md. Not a test, but run by hand, on a machine without other work:
+"""Measurements of docs/performance.md, run by hand on an otherwise idle machine.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.performance --json performance.json
     python -m tests.benchmarks.performance --from performance.json --markdown docs/performance.md
 
-Most ways to train are overrides of a recipe. Others change a run: what was tried and left out, and what a program
-without some idea of ours would do.
+Most variants are overrides of a recipe. Others change a run: rejected ideas, and programs without one of our ideas.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from tests.benchmarks.cases import Content, write_case, write_image_pairs
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-# ------------------------------------------------------------------------------------------------ what no recipe says
+# ------------------------------------------------------------------------------------------------- changes to a run
 
 
 def unchanged(run: Run) -> Run:
@@ -50,7 +49,7 @@ def unchanged(run: Run) -> Run:
 
 
 def copied(run: Run) -> Run:
-    """Give the run a frozen copy as reference, whatever the recipe says."""
+    """Use a frozen copy as the run's reference, whatever the recipe says."""
     another = loading.load_model(run.recipe, run.device)
     return replace(run, policy=replace(run.policy, reference=FrozenCopy(another.network)))
 
@@ -74,7 +73,7 @@ def looped(run: Run) -> Run:
 class OneAfterTheOther(nn.Module):
     """A network that runs the second half of its rows, and then the first again in the backward pass.
 
-    The activations of one half exist at a time: winners and losers in sequence.
+    The activations of only one half exist at a time: chosen and rejected rows in sequence.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -96,16 +95,16 @@ class OneAfterTheOther(nn.Module):
 
 
 def in_sequence(run: Run) -> Run:
-    """Predict chosen and rejected rows one after the other."""
+    """Predict chosen and rejected rows in sequence."""
     return replace(run, policy=replace(run.policy, model=OneAfterTheOther(run.policy.model)))
 
 
 def two_forwards(run: Run) -> Run:
-    """Give SPO a prediction each for the chosen and the rejected step, as released, though both begin at one x_t."""
+    """Predict SPO's chosen and rejected steps separately, as in its release, though both begin at one x_t."""
     spec = importlib.util.spec_from_file_location("spo_with_two_forwards", str(spo.__file__))
     assert spec is not None and spec.loader is not None
     method: Any = importlib.util.module_from_spec(spec)
-    sys.modules[method.__name__] = method  # its dataclasses look there for what their annotations mean
+    sys.modules[method.__name__] = method  # its dataclasses resolve their annotations there
     spec.loader.exec_module(method)
 
     def step_scores(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
@@ -118,12 +117,12 @@ def two_forwards(run: Run) -> Run:
     return replace(run, method=method)
 
 
-# ------------------------------------------------------------------------------------------------------- what is run
+# ----------------------------------------------------------------------------------------------- variants and studies
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: overrides of a recipe, and a change to a run. `why` is the expectation."""
+    """A variant of training: overrides of a recipe, and a change to a run. `why` is the expectation."""
 
     name: str
     why: str
@@ -171,7 +170,7 @@ TWICE = Variant(
 )
 
 
-# Comparisons of a peer with our runs that lack an idea of ours, or have a further one.
+# Comparisons of a baseline with runs of ours that lack an idea, or have a further one.
 BESIDE = {
     UNCACHED.name: "no caches on mmalign's side either",
     CACHED.name: "cached reference scores on mmalign's side",
@@ -181,7 +180,7 @@ BESIDE = {
 
 @dataclass(frozen=True)
 class Study:
-    """A recipe, ways to train it, and another program."""
+    """A recipe, its variants, and another program."""
 
     content: Callable[[Path], Content]
     variants: tuple[Variant, ...]
@@ -245,7 +244,7 @@ STUDIES_CUDA = {
 
 
 def entries_of(study: Study, content: Content, num_processes: int = 1) -> dict[str, Entry]:
-    """Return the runs of a study by name: the recipe, its variants, and the peer."""
+    """Return the runs of a study by name: the recipe, its variants, and the baseline."""
     request = against.with_alike(Request(content, study.overrides, (), study.peer), num_processes)
     recipe, *peer_recipe = against.recipes_of(request).values()
     entries = {MMALIGN: Entry(recipe)}
@@ -295,7 +294,7 @@ def _table(rows: Mapping[str, Numbers]) -> str:
 
 
 def write_markdown(reports: Sequence[Report], path: Path) -> None:
-    """Replace the text between the markers of a document by the tables.
+    """Replace the text between a document's markers by the tables.
 
     Raises:
         ValueError: the document lacks the markers.
@@ -320,7 +319,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or read measurements; show them, and write them where requested."""
+    """Measure, or read measurements; print them, and write them where requested."""
     configure_logging()
     options = parse(arguments)
     reports = list[Report]()
@@ -330,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         against.logger.info(title)
         with tempfile.TemporaryDirectory() as folder:
             reports.append(run(title, {**STUDIES, **STUDIES_CUDA}[title], Path(folder), repeats=options.repeats))
-        if options.json:  # earlier studies stay if a later one fails
+        if options.json:  # earlier studies are saved even if a later one fails
             bench.write_json({report.title: asdict(report) for report in reports}, options.json)
     for report in reports:
         bench.show(report)

@@ -1,8 +1,8 @@
 """Models of random weights in the shapes of real ones, written to a folder as on the Hub.
 
-The cost of a step depends on shapes alone, so no checkpoint is needed. Sizes are in models.yaml. Diffusion models have
-the tokenizer of models/tiny_sd, and a token of a decoder is a byte. Networks are built on the default device: on "meta"
-they have only shapes.
+The cost of a step depends on shapes alone, so no checkpoint is needed. models.yaml lists the sizes. Diffusion models
+have the tokenizer of models/tiny_sd; a token of a decoder is a byte. Networks are built on the default device: on
+"meta" they have only shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 
 from mmalign.resources import resolve_model
 
-Sizes = dict[str, Any]  # by the names of a configuration
+Sizes = dict[str, Any]  # sizes by configuration key
 
 MODELS: dict[str, Sizes] = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
 LLAVA_MARKS = ["<image>"]
@@ -52,9 +52,9 @@ def write(name: str, folder: Path, device: torch.device, sizes: Sizes | None = N
 
     Args:
         name: a key of `MODELS`.
-        folder: for the model with all that belongs to it.
-        device: where weights are drawn.
-        sizes: in place of those of `MODELS`.
+        folder: the folder for the model and its other files.
+        device: the device that draws the weights.
+        sizes: the sizes, instead of those of `MODELS`.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -155,7 +155,7 @@ def _qwen_processor() -> Any:
 
 
 def _word_tokenizer() -> Any:
-    """Return the bundled tokenizer, with as many tokens of a text as Stable Diffusion's."""
+    """Return the bundled tokenizer, padded to as many tokens per text as Stable Diffusion's."""
     from transformers import CLIPTokenizer
 
     tokens = CLIPTokenizer.from_pretrained(Path(resolve_model("models/tiny_sd")) / "tokenizer")

@@ -1,11 +1,10 @@
-"""The cost of a pair as something grows: pairs at a time, resolution, prompt, responses to a prompt, processes.
+"""Cost of a pair as a quantity grows: pairs at a time, resolution, prompt, responses per prompt, or processes.
 
     python -m tests.benchmarks.scale resolution sd_middle diffusers --values 64 128 192 256 --plot resolution.png
     python -m tests.benchmarks.scale processes sd_middle --repeats 3
 
-Every value is a measurement of its own (`against`) with one more override. For resolution, prompt and responses the
-pairs are written anew. Results are seconds of a pair, and bytes of a pair beyond the weights: of one of those that a
-process has at a time.
+Every value is a separate measurement (`against`) with one more override. For resolution, prompt and responses, new
+pairs are written. Results are seconds per pair, and bytes beyond the weights per pair that a process has at a time.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from tests.benchmarks.against import Request
 
 logger = logging.getLogger("mmalign.benchmarks")
 
-SIDE = 336  # pixels of written pictures
+SIDE = 336  # pixels of written images
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity that grows: its label on a plot, its usual values, and the overrides for one of them."""
+    """A quantity that grows: its label on a plot, its usual values, and a function to the overrides for one value."""
 
     label: str
     values: Sequence[int]
@@ -51,7 +50,7 @@ def _batch_size(recipe: Recipe, value: int, folder: Path) -> list[str]:
 
 
 def _resolution(recipe: Recipe, value: int, folder: Path) -> list[str]:
-    """Write pictures of that size: with others, reading would resize them."""
+    """Write images of that size, since reading would resize others."""
     if isinstance(recipe.data, ImageData):
         cases.write_image_pairs(folder / "pairs.parquet", value)
         return [*_written(folder / "pairs.parquet", "pick_a_pic"), f"data.resolution={value}"]
@@ -92,7 +91,7 @@ AXES = {
 
 
 def scale(axis: str, request: Request, values: Sequence[int] = (), *, repeats: int = 5) -> dict[int, Report]:
-    """Return a report for each value, the usual ones if there are none.
+    """Return a report for each value, by default the usual ones.
 
     Raises:
         ValueError: the recipe has no such axis.
@@ -111,7 +110,7 @@ def scale(axis: str, request: Request, values: Sequence[int] = (), *, repeats: i
 
 
 def _on_processes(number: int, request: Request, repeats: int) -> Report:
-    """Return the report of the main one of some processes."""
+    """Return the main process's report of a run on several processes."""
     config = LaunchConfig(1, 1, number, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     reports: Mapping[int, Report] = elastic_launch(config, _measure_silently)(request, repeats)
     return reports[0]
@@ -119,17 +118,17 @@ def _on_processes(number: int, request: Request, repeats: int) -> Report:
 
 def _measure_silently(request: Request, repeats: int) -> Report:
     if not torch.cuda.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # of this process alone, which was started for it
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for this process alone, which was started for this measurement
     return against.against(request, repeats=repeats)
 
 
 def costs_of_a_pair(reports: Mapping[int, Report], by_processes: bool = False) -> dict[str, dict[str, list[float]]]:
-    """Return two costs by run at every value: {cost: {run: [one of each value]}}."""
+    """Return two costs by run at every value: {cost: {run: [one per value]}}."""
     milliseconds, megabytes = dict[str, list[float]](), dict[str, list[float]]()
     for value, report in reports.items():
         for name, run in report.runs.items():
             milliseconds.setdefault(name, []).append(1000 * statistics.median(run.seconds) / run.num_pairs)
-            pairs = run.num_pairs / (value if by_processes else 1)  # of one process
+            pairs = run.num_pairs / (value if by_processes else 1)  # per process
             megabytes.setdefault(name, []).append(run.step_bytes / pairs / 1e6)
     return {"milliseconds of a pair": milliseconds, "MB of a pair beyond the weights": megabytes}
 
@@ -137,7 +136,7 @@ def costs_of_a_pair(reports: Mapping[int, Report], by_processes: bool = False) -
 def plot(
     title: str, label: str, values: Sequence[int], costs: Mapping[str, Mapping[str, list[float]]], path: Path
 ) -> None:
-    """Plot both costs over what grows, with a line for each run; PNG."""
+    """Plot both costs over the axis, with a line for each run; PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -163,7 +162,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, show the costs, and write numbers and a plot."""
+    """Measure, print the costs, and write numbers and a plot."""
     configure_logging()
     options = parse(arguments)
     request, console = against.request_of(options), Console(highlight=False)

@@ -1,4 +1,4 @@
-"""Other programs' steps: they compute what ours does, as those programs do, and a wrong step is never timed."""
+"""Steps of other programs: equal to ours, run as those programs run them, and never timed if wrong."""
 
 import contextlib
 import inspect
@@ -73,7 +73,7 @@ def test_filling_is_in_the_time_of_one_epoch(report: Report) -> None:
 
 
 def test_half_precision_is_compared_in_float32(tiny_sd15: Path, tmp_path: Path, log_lines: list[str]) -> None:
-    """In bfloat16 rounding could refuse the right step."""
+    """In bfloat16 rounding could refuse a correct step."""
     request = diffusers_request(tiny_sd15, tmp_path, method=RELEASED, train={"precision": "bfloat16"})
     report = against.against(request, repeats=1)
     assert list(report.runs) == [MMALIGN, "diffusers"] and log_lines[0].startswith("diffusers:")
@@ -168,12 +168,12 @@ def test_peer_offers_the_interface(name: str) -> None:
 
 
 def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None:
-    """Whatever the recipe asks for itself, which stays with its own run."""
+    """The recipe's own settings apply to its own run only."""
     request = diffusers_request(tiny_sd15, tmp_path, train={"attention": "xformers", "compile": True})
     for peer in (diffusers, trl):
         recipe = load_recipe(request.source, peer.own[:3])
         assert (recipe.data.cache, recipe.train.attention, recipe.train.compile) == ("off", "sdpa", False)
-    assert trl.own[3:] == ("train.pack_responses='off'",)  # the decoder keeps the attention of transformers
+    assert trl.own[3:] == ("train.pack_responses='off'",)  # the decoder uses the attention of transformers
     recipe = against.recipes_of(request)[MMALIGN]
     assert (recipe.data.cache, recipe.train.attention, recipe.train.compile) == ("auto", "xformers", True)
 
@@ -182,7 +182,7 @@ def test_peers_run_as_their_programs_do(tiny_sd15: Path, tmp_path: Path) -> None
 def test_autoencoder_has_the_precision_of_the_script(
     precision: str, tiny_sd15: Path, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
-    """On both sides: train_diffusion_dpo.py casts it to the weights' dtype, train_diffusion_dpo_sdxl.py does not."""
+    """Both sides cast to the weights' dtype for Stable Diffusion, as train_diffusion_dpo.py does, but not for SDXL."""
     for model, expected in ((tiny_sd15, precision), (tiny_sdxl, "float32")):
         request = diffusers_request(model, tmp_path, train={"precision": precision})
         for recipe in against.recipes_of(request).values():

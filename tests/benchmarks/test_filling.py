@@ -1,4 +1,4 @@
-"""The time that filling caches takes."""
+"""Time of filling caches."""
 
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ OFF = "data.cache='off'"
     ("overrides", "expected"),
     [
         ([], 2),  # both images of a pair
-        (["method.num_cached_draws=2"], 2 + 4 / 8),  # and once every batch of an epoch of eight pairs, of two epochs
+        (["method.num_cached_draws=2"], 2 + 4 / 8),  # and the four batches of one epoch's eight pairs
         ([OFF], 0),
     ],
 )
 def test_filling_is_that_of_one_epoch(
     overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that ticks with every encoded image and with every batch that the reference scores."""
+    """The clock ticks with every encoded image and with every batch that the reference scores."""
     ticks, open_feed = [0], cache.build_data_module
 
     def slow(*arguments: Any, **options: Any) -> Any:
-        ticks[0] += 100  # which is not filling: with nothing to fill it takes as long
+        ticks[0] += 100  # opening time, which is not filling: it is the same with nothing to fill
         return open_feed(*arguments, **options)
 
     def ticking(function: Any) -> Any:

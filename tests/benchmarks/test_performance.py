@@ -1,4 +1,4 @@
-"""The measurements of docs/performance.md, made once on the smallest model: their numbers are consistent."""
+"""Measurements of docs/performance.md, made once on the smallest model: their numbers are consistent."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -69,7 +69,7 @@ def test_every_variant_is_measured(measured: Callable[[str], Report]) -> None:
 
 
 def test_operations_follow_from_the_variant(measured: Callable[[str], Report]) -> None:
-    """Adapters off or a copy: the same. A reference is the policy's forward pass but for adapters; mapo has none."""
+    """Adapters off and a copy cost the same. The reference is a forward pass without adapters; mapo has none."""
     lora, full = measured("lora").runs, measured("full").runs
     plain = lora[MMALIGN].operations
     assert plain == lora[COPIED.name].operations == lora[LAST.name].operations
@@ -78,19 +78,19 @@ def test_operations_follow_from_the_variant(measured: Callable[[str], Report]) -
     assert full[MMALIGN].operations["reference"] == full[MMALIGN].operations["policy"] > 0
     assert 0 < plain["reference"] < plain["policy"]
     assert plain["data"] == 0 < lora[UNCACHED.name].operations["data"] == lora["diffusers"].operations["data"]
-    # Half of the forward pass again, but for its last layer.
+    # Half of the forward pass runs again, except its last layer.
     assert lora[SEQUENCE.name].repeated * 2 == pytest.approx(plain["policy"], rel=0.02)
     assert lora[MMALIGN].repeated == 0
 
 
 def test_variants_compute_the_same(measured: Callable[[str], Report]) -> None:
-    """A frozen copy is the model without its adapters, and a cache returns what it was given."""
+    """A frozen copy equals the model without its adapters, and a cache returns the stored values."""
     lora, full = measured("lora").ratios, measured("full").ratios
     for ratio in (lora[f"{COPIED.name} / {MMALIGN}"], lora[f"{UNCACHED.name} / {MMALIGN}"]):
         assert ratio["loss apart"] == ratio["gradient apart"] == 0
     for ratio in (full[f"{LOOPED.name} / {MMALIGN}"], full[f"{CHECKPOINTED.name} / {MMALIGN}"]):
         assert ratio["loss apart"] == ratio["gradient apart"] == 0
-    for name in (SEQUENCE.name, LAST.name, "diffusers"):  # sums in another order
+    for name in (SEQUENCE.name, LAST.name, "diffusers"):  # these sum in another order
         apart = lora[f"{name} / {MMALIGN}"]["gradient apart"]
         assert isinstance(apart, float) and apart < 1e-4
     assert f"diffusers / {UNCACHED.name}" in lora
@@ -109,7 +109,7 @@ def test_memory_is_that_of_a_variant(measured: Callable[[str], Report], tiny_sd1
 
 @pytest.mark.parametrize("title", [*STUDIES, *STUDIES_CUDA])
 def test_every_study_has_recipes(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no weights written, and whether or not a peer's package is installed."""
+    """No weights are written, and the baseline's package need not be installed."""
     study = {**STUDIES, **STUDIES_CUDA}[title]
     make: Any = study.content
     content = cases.content(*make.args, tmp_path) if isinstance(make, partial) else make(tmp_path)
@@ -134,7 +134,7 @@ def test_spo_with_two_forwards_has_twice_the_rows(tiny_sd15: Path, tiny_clip: Pa
 
 
 def test_shared_prompts_save_their_operations(vlm_folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """A decoder's operations are nearly proportional to its tokens: attention, a small part of them here, is not."""
+    """A decoder's operations are nearly proportional to its tokens; attention is a small part of them here."""
     content = recipes.vlm(vlm_folders("llava"), data_files.response_pairs(tmp_path / "rows"), tmp_path / "run")
     operations = {}
     for variant in (PLAIN, UNPACKED):
@@ -166,7 +166,7 @@ def test_tables_reach_the_document(
     saved, document = tmp_path / "performance.json", tmp_path / "performance.md"
     bench.write_json({name: asdict(measured(name)) for name in ("lora", "full")}, saved)
     document.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
-    for _ in range(2):  # writing again changes nothing
+    for _ in range(2):  # a second write changes nothing
         performance.main(["--from", str(saved), "--markdown", str(document)])
         text = document.read_text()
     assert text.startswith("# Before\n") and text.endswith(f"{END}\nafter\n") and "old" not in text

@@ -46,18 +46,18 @@ VAE, CLIP_L, CLIP_G = 83_653_863, 123_060_480, 694_659_840
     ],
 )
 def test_models_have_their_published_sizes(name: str, expected: dict[str, int]) -> None:
-    """As the checkpoints on the Hub have them."""
+    """The sizes are those of the checkpoints on the Hub."""
     assert count_parameters(name) == expected
 
 
 @pytest.mark.usefixtures("meta")
 def test_stable_diffusion_35_medium_has_its_size() -> None:
-    """Its transformer has 2.5 billion parameters by its model card, the position table included."""
+    """The model card gives its transformer 2.5 billion parameters, the position table included."""
     parts = random_models.networks("sd35_medium")
     net = parts["transformer"]
     assert 2.2e9 < sum(x.numel() for x in (*net.parameters(), *net.buffers())) < 2.6e9
     counts = count_parameters("sd35_medium")
-    assert counts["vae"] == 83_819_683  # as Flux' too, which has this shape
+    assert counts["vae"] == 83_819_683  # also the size of FLUX's, which has this shape
     assert (counts["text_encoder"], counts["text_encoder_2"]) == (CLIP_L + 768 * 768, CLIP_G)
 
 
@@ -89,13 +89,13 @@ qwen25_vl_7b:
 
 
 def tiny_sizes(name: str) -> Sizes:
-    """Return a model's sizes with tiny ones in their place."""
+    """Return tiny sizes for a model."""
     texts = {part: CLIP for part in MODELS[name].get("networks", ()) if part.startswith("text_encoder")}
     return resized(name, **texts, **({"vae": SMALL_VAE} if texts else {}), **TINY[name])
 
 
 def train_case(name: str, folder: Path, **data: Any) -> dict[str, float]:
-    """Return what an update of a case's recipe reports, on the model and the pairs in a folder."""
+    """Train a case's recipe on the model and pairs in a folder, and return an update's metrics."""
     content = cases.content(name, folder)
     content["model"]["lora"] = {"rank": 2}
     content["data"] |= data
@@ -108,7 +108,7 @@ def train_case(name: str, folder: Path, **data: Any) -> dict[str, float]:
     ("name", "case"), [("sd_middle", "sd15_lora"), ("sdxl", "sdxl_lora"), ("sd35_medium", "sd35m_lora")]
 )
 def test_written_diffusion_model_learns(name: str, case: str, tmp_path: Path) -> None:
-    """By its case's own settings, but for rank, precision and size."""
+    """All settings are the case's own, except rank, precision and size."""
     random_models.write(name, tmp_path / "model", CPU, tiny_sizes(name))
     load_family(str(tmp_path / "model"), Loading(CPU)).encode_prompts(["a red fox"])
     cases.write_image_pairs(tmp_path / "pairs.parquet", 16, number=2)
@@ -132,7 +132,7 @@ def test_written_vision_language_model_learns(name: str, case: str, tmp_path: Pa
 
 
 def test_image_of_llava_middle_has_576_tokens(tmp_path: Path) -> None:
-    """As LLaVA-1.5 has them, and a prompt as many as it has characters, but for what stands around it."""
+    """LLaVA-1.5 has as many. A prompt has one token per character, apart from the chat template."""
     recipe = load_recipe(cases.write_case("llava_middle", tmp_path, CPU))
     family = load_vision_language(recipe.model.path, Loading(CPU))
     pairs, _ = open_data(recipe.data, 0)

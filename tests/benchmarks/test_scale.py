@@ -1,4 +1,4 @@
-"""The cost of a pair over what grows, on tiny models."""
+"""Cost of a pair over a growing quantity, on tiny models."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_operations_of_a_pair_do_not_depend_on_the_batch(tiny_sd15: Path, tmp_pa
 
 
 def test_operations_grow_with_the_area(tiny_sd15: Path, tmp_path: Path) -> None:
-    """Convolutions by four, attention among pixels by sixteen: more than text and time, which stay, take off."""
+    """Convolutions grow by four and attention among pixels by sixteen, which outweighs the constant text and time."""
     request = Request(recipes.diffusion_in(tiny_sd15, tmp_path))
     reports = scale.scale("resolution", request, [16, 32], repeats=1)
     small, large = (sum(report.runs[MMALIGN].operations.values()) for report in reports.values())
@@ -67,7 +67,7 @@ def test_denoiser_has_no_longer_prompts(tiny_sd15: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_processes_share_the_work(tiny_sd15: Path, tmp_path: Path) -> None:
-    """Two processes have twice the pairs of an update, and each its own half of the operations."""
+    """Two processes have twice the pairs of an update, and each has half of the operations."""
     request = Request(recipes.diffusion_in(tiny_sd15, tmp_path))
     reports = scale.scale("processes", request, [1, 2], repeats=1)
     one, two = (report.runs[MMALIGN] for report in reports.values())

@@ -1,4 +1,4 @@
-"""The loss of TRL's own trainer against ours, where TRL is installed, and the error where it is not."""
+"""TRL's own trainer: its loss equals ours where TRL is installed, and a missing TRL is an error."""
 
 import importlib.util
 import sys
@@ -26,7 +26,7 @@ def content(model: Path, folder: Path, tune: str = "lora", **method: Any) -> dic
 @needs_trl
 @pytest.mark.parametrize(("name", "tune"), [("llava", "lora"), ("llava", "full"), ("qwen2_5_vl", "lora")])
 def test_trl_computes_the_same(name: str, tune: str, vlm_folders: Any, tmp_path: Path) -> None:
-    """Two rows a pair against one image's features: float32 rounds differently, by some 1e-6."""
+    """Two rows per pair against one image's features: float32 rounds differently, by some 1e-6."""
     request = Request(content(vlm_folders(name), tmp_path, tune), peer="trl")
     report = against.against(request, repeats=1)
     ratio = report.ratios[f"trl / {MMALIGN}"]

@@ -1,6 +1,6 @@
-"""Other programs' training steps, one file each, on the model and pairs of our run and from its loader.
+"""Training steps of other programs (baselines), one file each, on our run's model, pairs and loader.
 
-A file offers what `Peer` says. Its loss must be that of our method on the same pairs under the same random numbers.
+Each file implements `Peer`. Its loss must be that of our method on the same pairs under the same random numbers.
 """
 
 from __future__ import annotations
@@ -29,20 +29,28 @@ class Peer(Protocol):
 
     @property
     def about(self) -> str:
-        """One sentence on how the program makes its step."""
+        """One sentence on the program's step."""
 
     @property
     def own(self) -> Sequence[str]:
-        """Assignments for the peer's recipe alone, which make it run as that program does."""
+        """Assignments for the baseline's recipe alone, which make it run as that program does."""
 
     def available(self) -> None:
-        """Raise ValueError with the command to install a package if it is missing."""
+        """Check that the packages are installed.
+
+        Raises:
+            ValueError: a package is missing; the message has the command to install it.
+        """
 
     def check(self, recipe: Recipe, num_processes: int) -> None:
-        """Raise ValueError if the program has no step for the recipe, or not for so many processes."""
+        """Check that the program has a step for the recipe.
+
+        Raises:
+            ValueError: it has none, or not for this number of processes.
+        """
 
     def alike(self, recipe: Recipe) -> Sequence[str]:
-        """Return assignments for both recipes, without which both would compute different things."""
+        """Return assignments for both recipes, without which the two would compute different things."""
 
     def prepare(self, policy: Policy) -> None:
         """Change the networks before the first step."""
@@ -51,7 +59,7 @@ class Peer(Protocol):
         """Return the program's optimizer, or None for the recipe's."""
 
     def loss(self, run: Run, batch: Any, rng: KeyedRNG, switch: Callable[[str], None]) -> Tensor:
-        """Return the mean loss of a loader's batch; `switch` is told which part of the step begins."""
+        """Return the mean loss of a loader's batch; call `switch` with each part of the step as it begins."""
 
 
 def load(name: str) -> Peer:
@@ -71,18 +79,18 @@ def find(name: str) -> Peer:
 
 
 def use_peer(run: Run, peer: Peer) -> Run:
-    """Return the run with a peer's networks, optimizer and updates."""
+    """Return the run with a baseline's networks, optimizer and updates."""
     train_state, accelerator = run.train_state, run.train_state.accelerator
     peer.prepare(run.policy)
     optimizer = peer.optimizer(run.policy.trainable(), run.recipe.train)
     if optimizer is not None:
-        accelerator.free_memory()  # a gradient scaler would act for the former optimizer
+        accelerator.free_memory()  # else a gradient scaler would act on the previous optimizer
         train_state = replace(train_state, optimizer=accelerator.prepare_optimizer(optimizer))
     return replace(run, train_state=train_state, updates=partial(_make_updates, peer))
 
 
 def _make_updates(peer: Peer, run: Run, updates: int, meter: Meter | None) -> int:
-    """Make updates as other programs do: a batch's loss, its gradient, clipping, the optimizer."""
+    """Run updates as other programs do: a batch's loss, its gradient, clipping, the optimizer."""
     switch = meter.switch if meter is not None else lambda _: None
     options, train_state, batches = run.recipe.train, run.train_state, loader_batches(run)
     accelerator, parameters = train_state.accelerator, run.policy.trainable()

@@ -2,15 +2,16 @@
 
     x_0 = autoencoder(pixels).sample()                                  every step, eight images at a time
     text = text encoder(prompts)                                        every step, once a pair
-    x_t = add_noise(x_0, eps, t)                                        eps and t of a pair are one
+    x_t = add_noise(x_0, eps, t)                                        one eps and t per pair
     policy's errors, then with the adapters off the reference's         2B rows each, means of squares
     loss = -log sigma(beta / 2 * (reference's difference - policy's))   difference: chosen - rejected
 
-The scripts' arithmetic runs on diffusers' scheduler, with the reference of our run. The scripts train adapters alone.
-For full fine-tuning the reference is a frozen copy, as in the official program. The optimizer is torch's default AdamW.
-Random numbers are those of our run. Captions are not dropped, since the scripts encode empty ones differently. In half
-precision the script of Stable Diffusion has a half-precision autoencoder, and that of SDXL has not. Both sides here do
-the same.
+The scripts' arithmetic runs on diffusers' scheduler, with the reference and the random numbers of our run. The scripts
+train adapters alone. For full fine-tuning the reference is a frozen copy, as in the official program. The optimizer is
+torch's default AdamW. Captions are not dropped, since the scripts encode empty ones differently.
+
+In half precision, the script of Stable Diffusion has a half-precision autoencoder, and that of SDXL has not. Both sides
+of the comparison do the same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false")
 
 HALF_VAE = "StableDiffusionPipeline"
 PIPELINES = (HALF_VAE, "StableDiffusionXLPipeline")
-ENCODED = 8  # images that the scripts' autoencoder takes at a time
+ENCODED = 8  # images per call of the scripts' autoencoder
 
 
 def available() -> None:
@@ -71,7 +72,7 @@ def prepare(policy: Policy) -> None:
 
 
 def optimizer(parameters: Sequence[nn.Parameter], options: Train) -> torch.optim.Optimizer | None:
-    """Return AdamW with torch's defaults, or None where the recipe has another optimizer."""
+    """Return AdamW with torch's defaults, or None if the recipe has another optimizer."""
     if options.optimizer != "adamw":
         return None
     betas = (options.betas[0], options.betas[1])

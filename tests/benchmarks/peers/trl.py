@@ -1,10 +1,10 @@
 """Loss of TRL's own DPOTrainer (`_compute_loss`) for vision-language models.
 
-Rows are prompts with the chosen responses, then with the rejected, padded. Every image goes through the vision tower
-once for each of its rows, for policy and reference. That is what TRL's collator gives its trainer. The tokens are our
-reader's, so that both compute the same. TRL's collator also prepares every image twice; here that is done once.
+Rows are prompts with the chosen responses, then with the rejected, padded. Every image passes through the vision tower
+once for each of its rows, for policy and reference, as with TRL's collator and trainer. The tokens come from our
+processor, so that both compute the same. TRL's collator also prepares every image twice; here that is done once.
 
-TRL's code runs with the attributes of a trainer that it reads.
+An object with the trainer attributes that TRL's code reads stands in for the trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mmalign.rng import KeyedRNG
 about = "DPOTrainer._compute_loss of TRL: two padded rows per pair, an image encoded for each, policy and reference"
 own = ("data.cache='off'", "train.attention='sdpa'", "train.compile=false", "train.pack_responses='off'")
 
-TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # whose images' tensors join along one dimension
+TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma")  # types whose image tensors join along one axis
 
 
 def available() -> None:
@@ -39,7 +39,7 @@ def available() -> None:
 
 
 def check(recipe: Recipe, num_processes: int) -> None:
-    """Refuse what TRL's trainer does differently."""
+    """Refuse recipes that TRL's trainer computes differently."""
     if num_processes > 1:
         raise ValueError(f"trl: got {num_processes} processes; expected 1, since nothing here distributes its loss")
     method: Any = recipe.method
@@ -69,7 +69,7 @@ def prepare(policy: Policy) -> None:
 
 
 def optimizer(parameters: Sequence[nn.Parameter], options: Train) -> torch.optim.Optimizer | None:
-    """Return None for the recipe's: TRL's default is fused AdamW as well."""
+    """Return None for the recipe's optimizer: TRL's default is fused AdamW as well."""
     return None
 
 
@@ -87,7 +87,7 @@ def loss(run: Run, batch: Any, rng: KeyedRNG, switch: Callable[[str], None]) -> 
 
 
 def _inputs(family: Any, batch: Any, device: torch.device) -> dict[str, Tensor]:
-    """Return the collator's tensors of a batch, with the images' once for each row."""
+    """Return the tensors of TRL's collator for a batch, with an image's tensors once for each row."""
     tokens: Tokens = batch.tokens.to(device)
     model, facts = family.network.model, family.processor.quirks
     inputs = decoder_inputs(model, facts, tokens.ids, tokens.mask, tokens.is_response, [])
@@ -97,7 +97,7 @@ def _inputs(family: Any, batch: Any, device: torch.device) -> dict[str, Tensor]:
 
 
 def _holder(run: Run, switch: Callable[[str], None]) -> Any:
-    """Return the attributes of a trainer that `_compute_loss` reads."""
+    """Return an object with the trainer attributes that `_compute_loss` reads."""
     policy, model = run.policy, run.policy.model.model
     method: Any = run.recipe.method
 
@@ -128,7 +128,7 @@ def _holder(run: Run, switch: Callable[[str], None]) -> Any:
 
 
 def _trainer() -> tuple[Any, tuple[str, ...]]:
-    """Return TRL's trainer, and the outputs of its fused head that it asks for.
+    """Return TRL's trainer, and the outputs that it requests from its fused head.
 
     Raises:
         ValueError: TRL is not installed, or too old.
