@@ -1,1 +1,1 @@
-"""The adapter over transformers' vision-language models."""
+"""Adapter for the vision-language models of transformers."""

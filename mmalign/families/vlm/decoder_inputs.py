@@ -1,6 +1,6 @@
-"""What a decoder of transformers is given beside its tokens: features of images, and what is known of each token.
+"""Inputs of a transformers decoder: tokens, masks, image features and token types.
 
-N rows, L tokens of the longest.
+N is the number of rows, L the longest row's tokens.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from mmalign.families.vlm.quirks import ModelQuirks
 def decoder_inputs(
     model: Any, quirks: ModelQuirks, ids: Tensor, mask: Tensor, is_response: Tensor, features: Sequence[Any]
 ) -> dict[str, Any]:
-    """What the model's forward pass takes, for rows padded on either side.
+    """Return the inputs of the model's forward pass, for rows padded on either side.
 
     Args:
-        model: a model of transformers with a head.
-        quirks: of its type.
-        ids: [N, L].
-        mask: which tokens are no padding, [N, L].
-        is_response: which tokens the model has said, or is to say, [N, L].
-        features: of the rows' images, in their order.
+        model: a transformers model with a head.
+        quirks: the quirks of its type.
+        ids: the rows' tokens, [N, L].
+        mask: mask of the tokens that are not padding, [N, L].
+        is_response: mask of the response tokens, [N, L].
+        features: the features of the rows' images, in their order.
     """
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
     if features:
         inputs["mm_encoder_outputs"] = {"image": _joined(features)}
-        if features[0].grid is not None:  # positions in rows and columns (M-RoPE) are made of it
+        if features[0].grid is not None:  # M-RoPE computes row and column positions from it
             inputs["image_grid_thw"] = torch.cat([one.grid for one in features])
     known = inspect.signature(model.base_model.forward).parameters
     if "mm_token_type_ids" in known:
@@ -43,11 +43,11 @@ def decoder_inputs(
 
 
 def _joined(features: Sequence[Any]) -> Any:
-    """The features of several images as the model would have made of them together."""
+    """Concatenate the features of several images, as the model returns them for images encoded together."""
     whole = copy.copy(features[0])
     pooled = [one.pooler_output for one in features]
     whole.pooler_output = torch.cat(pooled) if isinstance(pooled[0], Tensor) else [x for one in pooled for x in one]
-    if getattr(whole, "deepstack_features", None) is not None:  # Qwen3-VL: of several layers, each by image
+    if getattr(whole, "deepstack_features", None) is not None:  # Qwen3-VL: a list of layers, each with its images
         layers = zip(*(one.deepstack_features for one in features), strict=True)
         whole.deepstack_features = [[x for one in layer for x in one] for layer in layers]
     return whole

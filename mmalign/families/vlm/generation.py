@@ -1,10 +1,11 @@
-"""Answers of a model of transformers, many at a time, each as it would be alone.
+"""Batched generation of answers; an answer does not depend on its batch, up to the rounding of its logits.
 
 Prompts are padded on the left and keep their own positions. A sampled token is the argmax of logits / temperature +
-Gumbel noise, which is a draw from their softmax, and the noise is keyed by prompt and step. An image's tokens are
-hidden as BDHS hides them (arXiv:2407.02477, eq. 6): nothing attends to them, and everything stays where it is.
+Gumbel noise, which is a sample from softmax(logits / temperature). The noise is keyed by prompt and step. Image tokens
+are hidden as in BDHS (arXiv:2407.02477, eq. 6): nothing attends to them, and all positions stay the same.
 
-N prompts of a batch, L tokens of the longest, T tokens of an answer so far, V the vocabulary.
+N is the number of prompts of a batch, L the longest prompt's tokens, T an answer's tokens so far, V the size of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from mmalign.families.vlm.processor import HFProcessor
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.rng import KeyedRNG
 
-# Layers that know other tokens through attention alone, so that a mask can hide a token from them.
+# Layer types that read other tokens through attention alone, so that a mask can hide a token from them.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
 class GenerationPrompt:
-    """What is to be answered.
+    """A prompt to answer.
 
     Attributes:
-        row: up to where the answer begins.
-        key: of its sampling noise.
-        hidden: which of its image tokens nothing attends to; None hides none.
+        row: the tokens up to the beginning of the answer.
+        key: the key of its sampling noise.
+        hidden: mask of the image tokens that nothing attends to; None hides none.
     """
 
     row: TokenizedResponse
@@ -43,7 +44,7 @@ class GenerationPrompt:
 
 
 def masking_unsupported_reason(model: Any) -> str | None:
-    """Why a mask cannot hide a token from a model's decoder; None if it can."""
+    """Return the reason why a mask cannot hide a token from a model's decoder; None if it can."""
     others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION)
     if not others:
         return None
@@ -61,8 +62,8 @@ def generate(
     decoding: Decoding,
     rng: KeyedRNG,
 ) -> list[str]:
-    """An answer to each prompt, of a model with a head; the model is afterwards as it was."""
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].row.ids))  # less padding
+    """Generate an answer to each prompt with a model that has a head; the model's state is restored afterwards."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].row.ids))  # for less padding
     answers: dict[int, str] = {}
     with _plain_search(model, processor):
         for first in range(0, len(order), decoding.batch_size):
@@ -80,15 +81,17 @@ def _generate_batch(
     decoding: Decoding,
     rng: KeyedRNG,
 ) -> list[str]:
-    """The answers to one batch."""
+    """Generate the answers to one batch of prompts."""
+    # Inputs of left-padded rows
     rows = [prompt.row for prompt in prompts]
     ids, mask, is_said = _left_padded(processor.collate(rows).to(model.get_output_embeddings().weight.device))
     images = [features.images[key] for row in rows for key in row.images]
     inputs = decoder_inputs(model, processor.quirks, ids, mask, is_said, images)
-    # The model's own rule, which knows of positions in rows and columns and of those from 1 on; made of the mask
-    # without holes, because hidden tokens keep their places.
+    # The model's own rule covers M-RoPE and positions that start at 1. It takes the mask without holes, because hidden
+    # tokens keep their positions.
     inputs["position_ids"] = model._prepare_position_ids_for_generation(ids, inputs)
     inputs["attention_mask"] = _visible_tokens(mask, ids == processor.image_token_id, prompts).long()
+    # Answers, cut after the first stop text
     width = ids.shape[1]
     output = model.generate(
         **inputs,
@@ -100,14 +103,14 @@ def _generate_batch(
 
 
 def _left_padded(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens, which of them are no padding, and which the model has said already: each [N, L], flush right."""
+    """Return tokens, padding mask and response mask, each [N, L], with the padding moved to the left."""
     length = tokens.ids.shape[1]
     positions = (torch.arange(length, device=tokens.ids.device) - (length - tokens.lengths)[:, None]) % length
     return tokens.ids.gather(1, positions), tokens.mask.gather(1, positions), tokens.is_response.gather(1, positions)
 
 
 def _visible_tokens(mask: Tensor, is_image: Tensor, prompts: Sequence[GenerationPrompt]) -> Tensor:
-    """Which tokens are attended to, [N, L]."""
+    """Return the mask of the tokens that are attended to, [N, L]."""
     seen = mask.clone()
     for row, image, prompt in zip(seen, is_image, prompts, strict=True):
         if prompt.hidden is not None:
@@ -117,9 +120,9 @@ def _visible_tokens(mask: Tensor, is_image: Tensor, prompts: Sequence[Generation
 
 @contextlib.contextmanager
 def _plain_search(model: Any, processor: HFProcessor) -> Iterator[None]:
-    """Greedy search with a key-value cache, and none of the checkpoint's own habits, such as penalties.
+    """Set greedy search with a key-value cache, without the checkpoint's own generation settings, such as penalties.
 
-    In eval mode: in train mode recomputed activations would do without the cache.
+    The model is in eval mode: in train mode gradient checkpointing would turn the cache off.
     """
     from transformers import GenerationConfig
 
@@ -137,7 +140,7 @@ def _plain_search(model: Any, processor: HFProcessor) -> Iterator[None]:
 
 
 class _Noise:
-    """Makes logits [N, V] such that their argmax is a draw; as a LogitsProcessor of transformers."""
+    """Logits processor of transformers that adds Gumbel noise, so that the argmax of logits [N, V] is a sample."""
 
     def __init__(self, prompts: Sequence[GenerationPrompt], rng: KeyedRNG, width: int, temperature: float) -> None:
         self.keys, self.rng = [prompt.key for prompt in prompts], rng
@@ -149,7 +152,7 @@ class _Noise:
 
 
 class _Stop:
-    """Ends the answers [N, L + T] that have said one of some texts; as a StoppingCriteria of transformers."""
+    """Stopping criterion of transformers: a row of [N, L + T] ends when its answer contains one of the texts."""
 
     def __init__(
         self, processor: HFProcessor, rows: Sequence[TokenizedResponse], width: int, texts: Sequence[str]
@@ -162,11 +165,11 @@ class _Stop:
 
 
 def _answers(processor: HFProcessor, rows: Sequence[TokenizedResponse], ids: Tensor) -> list[str]:
-    """The texts of answers [N, T]; the token that ends one and the padding after it are special, so no text."""
+    """Decode answers [N, T]; the token that ends an answer and the padding after it are special and give no text."""
     return [processor.decode(said, row.ids) for row, said in zip(rows, ids.tolist(), strict=True)]
 
 
 def _until(answer: str, texts: Sequence[str]) -> str:
-    """The answer up to the first of the texts, which belongs to it."""
+    """Cut the answer after the first occurrence of any of the texts."""
     ends = [answer.index(text) + len(text) for text in texts if text in answer]
     return answer[: min(ends)] if ends else answer

@@ -1,8 +1,8 @@
-"""What a vision tower and its projector make of an image, as tensors by name, and back; and where the tower is.
+"""Image features as named tensors and back, and the frozen parts that compute them.
 
-Transformers gives an object of which a decoder reads a few attributes: the features of the image (`pooler_output`: a
-tensor, or one for each picture), those of several layers (`deepstack_features`), and here the grid that positions are
-made of.
+Transformers returns an object, and a decoder reads a few of its attributes. `pooler_output` has the features, as one
+tensor or one per image. `deepstack_features` has those of several layers. This project adds `grid`, from which
+positions are computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POOLED, DEEP, GRID = "pooled", "deep", "grid"
 
 
 def pack_features(features: Any) -> dict[str, Tensor]:
-    """An image's features by name."""
+    """Return an image's features as named tensors."""
     pooled = features.pooler_output
     parts = {POOLED: pooled} if isinstance(pooled, Tensor) else {f"{POOLED}.{i}": x for i, x in enumerate(pooled)}
     for number, layer in enumerate(getattr(features, "deepstack_features", None) or ()):
@@ -30,7 +30,7 @@ def pack_features(features: Any) -> dict[str, Tensor]:
 
 
 def unpack_features(parts: dict[str, Tensor], device: torch.device) -> Any:
-    """What `packed` was given, so far as a decoder reads it, on a device."""
+    """Rebuild on a device the attributes that a decoder reads of the argument of `pack_features`."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     tensors = {name: x.to(device) for name, x in parts.items()}
@@ -38,7 +38,7 @@ def unpack_features(parts: dict[str, Tensor], device: torch.device) -> Any:
     output: Any = BaseModelOutputWithPooling(pooler_output=pooled)
     layers = sum(name.startswith(f"{DEEP}.") and name.endswith(".0") for name in tensors)
     if layers:
-        # As an item, which is an attribute, too: who sends it to other devices takes an object apart by its items.
+        # Set as an item, which sets the attribute too: code that moves the object between devices reads its items.
         output["deepstack_features"] = [_numbered(tensors, f"{DEEP}.{number}") for number in range(layers)]
     output.grid = tensors.get(GRID)
     return output
@@ -50,7 +50,7 @@ def _numbered(parts: dict[str, Tensor], name: str) -> list[Tensor]:
 
 
 def frozen_parts(net: nn.Module, learning: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts of a network that have parameters, and none of those named by `id` in `learning`."""
+    """Yield, by name, the largest modules that have parameters and none whose `id` is in `learning`."""
 
     def within(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         own = {id(p) for p in module.parameters()}
@@ -64,7 +64,7 @@ def frozen_parts(net: nn.Module, learning: set[int]) -> Iterator[tuple[str, nn.M
 
 
 def backend_name(net: nn.Module) -> str:
-    """How a network is run, so far as its numbers depend on it: device, the weights' precision, what does attention."""
+    """Describe the setup that a network's numbers depend on: device, precision of the weights, attention backend."""
     configs = (getattr(part, "config", None) for part in net.modules())
     attention = {getattr(config, "_attn_implementation", None) for config in configs}
     attention |= {type(part.processor).__name__ for part in net.modules() if hasattr(part, "processor")}
@@ -74,8 +74,9 @@ def backend_name(net: nn.Module) -> str:
 
 
 def move_parameters(module: nn.Module, device: torch.device) -> None:
-    """Move a part of a network, but for its buffers: they are small, and whoever trains with several processes sends
-    them all from one to another.
+    """Move a module's parameters to a device, but not its buffers.
+
+    Buffers are small, and distributed training sends all of them from one process to the others.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device)

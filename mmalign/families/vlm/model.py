@@ -1,6 +1,7 @@
-"""Vision-language models of transformers: one adapter for every type; what differs between them is in facts.py.
+"""One adapter for all vision-language models of transformers; quirks.py has the differences of their types.
 
-B pairs, N rows, L tokens of the longest row, R of the longest response, n an image's tokens, D the decoder's width.
+B is the number of pairs, N of rows, L the longest row's tokens, R the longest response's, n an image's tokens, D the
+decoder's width.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from mmalign.language.scores import log_probabilities, most_likely
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.rng import KeyedRNG
 
-ADAPTERS = "adapter_config.json"  # as peft calls the file
+ADAPTERS = "adapter_config.json"  # peft's name of the file
 
 
 class TokenScorer(nn.Module):
-    """A model of transformers that answers with log-probabilities of tokens instead of logits.
+    """Transformers model that returns log-probabilities of tokens instead of logits.
 
-    The whole of the work is in `forward`, so that a wrapper for distribution sees it.
+    `forward` does all of the work, so that a wrapper for distributed training sees it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,8 +49,9 @@ class TokenScorer(nn.Module):
         self.model = model
 
     def forward(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-        """The log-probabilities of tokens `targets`, [M] or [M, K], after the places `positions` [M] of the flattened
-        rows.
+        """Return the log-probabilities of the tokens `targets`, [M] or [M, K].
+
+        They are predicted at the indices `positions` [M] of the flattened rows.
         """
         text = self.model.config.get_text_config()
         return log_probabilities(
@@ -62,21 +64,22 @@ class TokenScorer(nn.Module):
 
     @torch.no_grad()
     def argmax(self, positions: Tensor, **inputs: Any) -> Tensor:
-        """The most likely tokens [M] after the places `positions` [M] of the flattened rows; a soft cap keeps their
-        order.
+        """Return the most likely tokens [M], predicted at the indices `positions` [M] of the flattened rows.
+
+        A soft cap on the logits would not change their order, so it is left out.
         """
         head, text = self.model.get_output_embeddings(), self.model.config.get_text_config()
         return most_likely(self._hidden(positions, inputs), head, vocabulary=text.vocab_size)
 
     def _hidden(self, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The last hidden states [M, D] at places of the flattened rows."""
+        """Return the last hidden states [M, D] at the indices `positions` [M] of the flattened rows."""
         hidden: Tensor = self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
         return hidden.flatten(0, 1)[positions]
 
 
 @dataclass(frozen=True)
 class ImageTextToText:
-    """Adapts a model and its processor; the protocol VisionLanguage says what each call does."""
+    """Adapter of a model and its processor to the protocol VisionLanguage."""
 
     name: str
     network: TokenScorer
@@ -95,14 +98,14 @@ class ImageTextToText:
 
     @torch.no_grad()
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
-        """See VisionLanguage. One at a time: in other company an image would round otherwise.
+        """Encode images one at a time, since rounding depends on the batch.
 
         Raises:
-            ValueError: the model makes another number of features than the processor makes tokens.
+            ValueError: the number of an image's features differs from the number of its tokens.
         """
         if any(view.features is None for view in views.values()):
             for _, part in self.encoders():
-                move_parameters(part, self.device)  # it may have been put away
+                move_parameters(part, self.device)  # they may have been moved to the CPU
         return ImageFeatures(
             {
                 key: self._encode(view) if view.features is None else unpack_features(view.features, self.device)
@@ -112,20 +115,16 @@ class ImageTextToText:
 
     @property
     def device(self) -> torch.device:
-        """See VisionLanguage."""
         return self.loading.device
 
     @property
     def half(self) -> torch.dtype | None:
-        """See VisionLanguage."""
         return self.loading.half
 
     def features_as_tensors(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
-        """See VisionLanguage."""
         return {key: pack_features(found) for key, found in features.images.items()}
 
     def encoders(self) -> Sequence[tuple[str, nn.Module]]:
-        """See VisionLanguage."""
         return self._encoders
 
     @cached_property
@@ -147,13 +146,13 @@ class ImageTextToText:
                 f"makes {number} features; it belongs to another model: copy the processor's files anew"
             )
         output.grid = given.get("image_grid_thw")
-        # Without the towers' own states, which take more memory than what a decoder reads.
+        # Drop the tower's own states, which take more memory than the features that a decoder reads.
         return unpack_features(pack_features(output), self.loading.device)
 
     def token_logps(
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
     ) -> Tensor:
-        """See VisionLanguage. Only the rows of hidden states before a response's tokens reach the head."""
+        """Apply the head only to the hidden states that predict response tokens."""
         mask, wanted = tokens.response_mask, tokens.responses if targets is None else targets
         positions, inputs = self._inputs(tokens, features)
         with _autocast(self.loading):
@@ -162,10 +161,10 @@ class ImageTextToText:
         return torch.zeros(wanted.shape, device=logps.device).masked_scatter(filled, logps)
 
     def _inputs(self, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, Any]]:
-        """Where each response's tokens are predicted, row by row, and what the model's forward pass takes."""
+        """Return the indices that predict the responses' tokens, row by row, and the model's inputs."""
         model, quirks = self._model, self.processor.quirks
         packed_mask = build_packed_mask(tokens, quirks)
-        # Where nothing is shared, and no padding to be saved, rows stay as they are.
+        # Pack only if that saves tokens, by shared prompts or by dropped padding.
         if packed_mask.length < tokens.ids.numel() and not self._unpacked_reason(packed_mask.longest):
             return packed_inputs(model, quirks, tokens, packed_mask, features)
         images = [features.images[key] for row in tokens.images for key in row]
@@ -173,7 +172,7 @@ class ImageTextToText:
         return positions - 1, decoder_inputs(model, quirks, tokens.ids, tokens.mask, tokens.is_response, images)
 
     def _unpacked_reason(self, longest: int) -> str | None:
-        """Why responses in rows of up to that many tokens run apart; None if they do not."""
+        """Return the reason why rows of up to `longest` tokens are not packed; empty if they are."""
         return (
             unpacked_reason(self._model.get_decoder(), longest)
             if self.loading.pack_responses
@@ -182,7 +181,6 @@ class ImageTextToText:
 
     @property
     def packing(self) -> str:
-        """See VisionLanguage."""
         why = self._unpacked_reason(self.processor.max_length)
         if why and self._unpacked_reason(0):
             return f"packing: off, each response runs with its own prompt and images, since {why}"
@@ -190,7 +188,6 @@ class ImageTextToText:
         return f"packing: the responses to a prompt share one run of it and its images{unless}"
 
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
-        """See VisionLanguage."""
         positions, inputs = self._inputs(tokens, features)
         with _autocast(self.loading):
             tokens_found = _unwrap(net).argmax(positions, **inputs)
@@ -198,7 +195,6 @@ class ImageTextToText:
 
     @property
     def image_masking_unsupported_reason(self) -> str | None:
-        """See VisionLanguage."""
         return masking_unsupported_reason(self._model)
 
     def generate(
@@ -212,7 +208,6 @@ class ImageTextToText:
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
     ) -> list[str]:
-        """See VisionLanguage."""
         if hidden is not None and self.image_masking_unsupported_reason:
             raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
         masks = [None] * len(prompts) if hidden is None else hidden
@@ -226,33 +221,32 @@ class ImageTextToText:
         return linear_names(self._model, self._decoder.removeprefix("model."))
 
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """See Family. Never outside the decoder: vision tower and projector stay as they are."""
+        """Adapt the decoder alone; the vision tower and the projector stay unchanged."""
         within = self._decoder.removeprefix("model.")
         add_lora(self._model, rank=rank, alpha=alpha, targets=targets, seed=seed, within=within)
 
     def unfreeze(self) -> None:
-        """The decoder and its head; the vision tower and the projector stay, so that images are encoded once."""
+        """Unfreeze the decoder and its head; images are encoded once, since the parts that encode them stay frozen."""
         self._model.get_decoder().requires_grad_(True)
         self._model.get_output_embeddings().requires_grad_(True)
 
     def frozen_copy(self) -> nn.Module:
-        """See Family. What never learns is shared with the original, not copied."""
+        """Copy the decoder and its head; parameters that are never trained are shared with the original."""
         decoder, head = self._model.get_decoder(), self._model.get_output_embeddings()
         learns = {id(p) for part in (decoder, head) for p in part.parameters()}
         shared = {id(p): p for p in self.network.parameters() if id(p) not in learns}
         return copy.deepcopy(self.network, shared).requires_grad_(False).eval()
 
     def enable_gradient_checkpointing(self) -> None:
-        """See Family."""
         self._model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def blocks(self, net: Any) -> Sequence[nn.Module]:
-        """See Family. The decoder's layers."""
+        """Return the decoder's layers."""
         layers: nn.ModuleList = net.model.get_decoder().layers
         return list(layers)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
-        """See Family. The decoder's; the vision tower stays as it is, and with sdpa the decoder too."""
+        """Set the decoder's attention; the vision tower stays unchanged, and with sdpa the decoder too."""
         decoder = self._model.get_decoder()
         dtype = self.loading.half or torch.float32
         against = decoders.xformers_unsupported_reason(decoder)
@@ -262,14 +256,13 @@ class ImageTextToText:
         return choice
 
     def save(self, folder: Path, net: nn.Module) -> None:
-        """As transformers and peft load it: adapters where the network has them, else the model with its processor."""
+        """Write adapters for peft if the network has them, else the model with its processor for transformers."""
         model: Any = net.model
         model.save_pretrained(folder)
         if not getattr(model, "peft_config", None):
             self.processor.processor.save_pretrained(folder)
 
     def load_trained(self, folder: Path) -> nn.Module:
-        """See Family."""
         with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
             if (folder / ADAPTERS).is_file():
                 self._model.load_adapter(str(folder))
@@ -281,7 +274,7 @@ class ImageTextToText:
 
 
 def _unwrap(net: nn.Module) -> TokenScorer:
-    """The network itself, which may be wrapped for distribution."""
+    """Return the network itself, without a wrapper for distributed training."""
     return next(part for part in net.modules() if isinstance(part, TokenScorer))
 
 
@@ -292,13 +285,14 @@ def _autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
 
 
 def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
-    """Load a folder or Hub id with a model that AutoModelForImageTextToText knows, frozen, in eval mode.
+    """Load a model that AutoModelForImageTextToText supports from a folder or the Hub, frozen, in eval mode.
 
     Raises:
         ValueError: a file is missing or damaged, the processor is another model's, or the model cannot be trained here.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    # Model and processor, checked against each other
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
     with intact("model.path", path, f"a vision-language model ({model_type})"):
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, revision=loading.revision)
@@ -307,8 +301,9 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     _check_type(path, model_type, model, processor)
     _check_processor(path, model, processor)
     text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", sys.maxsize)  # a model without positions reads on
+    longest = getattr(text, "max_position_embeddings", sys.maxsize)  # no limit without this entry
     prompt_processor = HFProcessor(processor, quirks_of(model_type), model.config.image_token_id, longest)
+    # Network, frozen, and one image as a test
     _without_dropout(model)
     if loading.pack_responses:
         enable_packing(model.get_decoder())
@@ -319,7 +314,7 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """A policy must differ from its reference by what it has learned, never by chance."""
+    """Set all dropout to 0, so that policy and reference differ by training alone, never by chance."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -329,16 +324,16 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _check_one_image(family: ImageTextToText) -> None:
-    """Take one picture through processor and tower: a processor of another model can fit in all that can be compared.
+    """Encode one image, because a processor of another model can pass every other check.
 
     Raises:
-        ValueError: the picture's tokens do not match its features, or the tower cannot take what the processor makes.
+        ValueError: the image's tokens do not match its features, or the model fails on the processor's output.
     """
     try:
         family.encode_images({"a picture": family.processor.preprocess_image(Image.new("RGB", (96, 64), "gray"))})
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what fails, and how, depends on both
+    except Exception as error:  # the kind of error depends on model and processor
         if isinstance(error, ValueError) and str(error).startswith("model.path"):
             raise
         raise ValueError(
@@ -348,14 +343,16 @@ def _check_one_image(family: ImageTextToText) -> None:
 
 
 def _check_type(path: str, model_type: str, model: Any, processor: Any) -> None:
-    """That the adapter's rule holds for the type.
+    """Check that the adapter supports the model's type.
 
     Raises:
-        ValueError: what it lacks.
+        ValueError: the type lacks a call or a config entry, scales its logits, or has other tokens for image features.
     """
+    # Calls that the model must have
     lacking = [name for name in ("get_image_features", "get_decoder") if not hasattr(model, name)]
     if not model._supports_mm_encoder_outputs():
         lacking.append("mm_encoder_outputs")
+    # Logits and image tokens
     text, image = model.config.get_text_config(), getattr(model.config, "image_token_id", None)
     lacking += [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1, 1.0)]
     place = _image_place(processor)
@@ -371,10 +368,10 @@ def _check_type(path: str, model_type: str, model: Any, processor: Any) -> None:
 
 
 def _check_processor(path: str, model: Any, processor: Any) -> None:
-    """That the processor is the model's own.
+    """Check that the processor is the model's own.
 
     Raises:
-        ValueError: what is another model's about it.
+        ValueError: its image token is not the model's, or it has more tokens than the model.
     """
     image, place = model.config.image_token_id, _image_place(processor)
     if not place or place[1] != image:
@@ -392,6 +389,6 @@ def _check_processor(path: str, model: Any, processor: Any) -> None:
 
 
 def _image_place(processor: Any) -> tuple[str, int] | None:
-    """The token that stands for an image in a prompt's text, with its number; None if there is none."""
+    """Return the token that stands for an image in a prompt's text, with its id; None if there is none."""
     tokenizer, token = getattr(processor, "tokenizer", None), getattr(processor, "image_token", None)
     return None if tokenizer is None or token is None else (str(token), tokenizer.convert_tokens_to_ids(token))

@@ -1,4 +1,4 @@
-"""A processor of transformers as a Reader: conversations and responses to tokens, pictures to what a tower takes."""
+"""Tokenization of conversations and preprocessing of images by a processor of transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens, common_prefix, expand
 
-IMAGE = "<image>"  # an image's place in a turn's text
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # the rest is the image's
-_BEFORE = 16  # tokens before an answer that tell whether it begins with a space
+IMAGE = "<image>"  # image placeholder in a turn's text
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # all else is the image's
+_BEFORE = 16  # tokens before an answer, decoded with it to find its leading space
 
 
 @dataclass(frozen=True)
 class HFProcessor:
-    """A processor of transformers as a Reader; the protocol says what each call does."""
+    """Processor of transformers as a PromptProcessor."""
 
     processor: Any
     quirks: ModelQuirks
@@ -30,7 +30,7 @@ class HFProcessor:
 
     @cached_property
     def placeholder(self) -> str:
-        """The text that is an image's place."""
+        """The text of an image placeholder."""
         return str(getattr(self.processor, self.quirks.placeholder))
 
     @cached_property
@@ -38,7 +38,7 @@ class HFProcessor:
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
 
     def preprocess_image(self, image: Image.Image) -> ImageView:
-        """See Reader. The image's tokens are what the processor puts between those of the text around it."""
+        """Take as the image's tokens those that the processor puts between the tokens of the surrounding text."""
         encoded = self.processor(text=[self.placeholder], images=[[image]], return_tensors="pt")
         around, ids = (
             self._tokenize(self.quirks.format_prompt(self.processor, self.placeholder)),
@@ -52,13 +52,11 @@ class HFProcessor:
     def tokenize_responses(
         self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
     ) -> list[TokenizedResponse]:
-        """See Reader."""
         return self._joint(turns, [self._continuation(turns, response) for response in responses], images)
 
     def tokenize_prompt(
         self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
     ) -> TokenizedResponse:
-        """See Reader."""
         beginning = start.strip()
         (row,) = self._joint(turns, [self._around(turns, beginning)[0] + beginning if beginning else ""], images)
         return row
@@ -66,7 +64,7 @@ class HFProcessor:
     def _joint(
         self, turns: Sequence[Turn], continuations: Sequence[str], images: Sequence[tuple[str, ImageView]]
     ) -> list[TokenizedResponse]:
-        """The prompt tokenised together with what follows it; all rows' responses begin at the same place."""
+        """Tokenize the prompt together with each continuation; all rows' responses begin at the same index."""
         prompt = self.quirks.format_prompt(self.processor, self._render(turns))
         views = [view.ids for _, view in images]
         texts = [prompt, *(prompt + continuation for continuation in continuations)]
@@ -75,28 +73,25 @@ class HFProcessor:
         return [TokenizedResponse(tuple(row), start, keys) for row in ids[1:]]
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """See Reader."""
-        # Alone, some tokenizers (SentencePiece) would drop the first word's space.
+        # Without tokens before it some tokenizers (SentencePiece) drop the first word's space.
         before = list(after[-_BEFORE:])
         return self._decode([*before, *ids])[len(self._decode(before)) :]
 
     def image_token_positions(self, row: TokenizedResponse) -> tuple[int, ...]:
-        """See Reader."""
         return tuple(place for place, token in enumerate(row.ids) if token == self.image_token_id)
 
     def collate(self, rows: Sequence[TokenizedResponse]) -> Tokens:
-        """See Reader."""
         return Tokens.from_rows(rows, self.pad)
 
     @property
     def pad(self) -> int:
-        """The token that fills up a row."""
+        """The id of the padding token; of the end-of-text token if there is none."""
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the layout's own end of a turn, and the end of a text."""
+        """The ids of the tokens that end an answer: the chat template's end of a turn, and the end of text."""
         tokenizer = self.processor.tokenizer
         _, end = self._around([Turn("user", "?")], "!")
         return tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id
@@ -117,7 +112,7 @@ class HFProcessor:
         )
 
     def _render(self, turns: Sequence[Turn], response: str | None = None) -> str:
-        """The conversation up to where the model answers, or with its answer, in the model's own layout."""
+        """Render the conversation in the model's own layout, up to the answer or with `response` as the answer."""
         if not self._template:
             return "\n".join(turn.text for turn in turns).replace(IMAGE, self.placeholder)
         messages = [{"role": turn.role, "content": _parts(turn.text)} for turn in turns]
@@ -129,13 +124,13 @@ class HFProcessor:
         return text
 
     def _continuation(self, turns: Sequence[Turn], response: str) -> str:
-        """What the model is to say: the response as the layout begins it, and the token that ends an answer."""
+        """Return the response with the chat template's text before it and the token that ends an answer."""
         response = response.strip()
         lead, end = self._around(turns, response)
         return f"{lead}{response}{end}"
 
     def _around(self, turns: Sequence[Turn], response: str) -> tuple[str, str]:
-        """What the layout puts between prompt and response, and the token that ends the answer."""
+        """Return the chat template's text between prompt and response, and the token that ends the answer."""
         tokenizer = self.processor.tokenizer
         if not self._template:
             return "", tokenizer.eos_token
@@ -147,7 +142,7 @@ class HFProcessor:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """A turn's content as chat templates take it: texts, and images between them."""
+    """Split a turn's text into the parts that chat templates take: texts, and images between them."""
     parts: list[dict[str, str]] = []
     for number, words in enumerate(text.split(IMAGE)):
         if number:

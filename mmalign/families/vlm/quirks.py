@@ -1,7 +1,7 @@
-"""What vision-language models do differently from one another, by their `model_type`; what is not here is the rule.
+"""Per-model quirks, keyed by `model_type`; types that are not listed use the defaults.
 
-The rule: `processor.image_token` in a prompt's text is the place of an image, the text is tokenised as it is written,
-and attention is causal throughout.
+By default `processor.image_token` marks an image in a prompt's text, the text is tokenized unchanged, and all attention
+is causal.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ def _unchanged(processor: Any, text: str) -> str:
 
 @dataclass(frozen=True)
 class ModelQuirks:
-    """What is particular of a type.
+    """Quirks of one model type.
 
     Attributes:
-        placeholder: the processor's attribute with the text that is an image's place.
-        format_prompt: the text that a processor tokenises in the place of a prompt, given the processor and the prompt.
-        prefix_attention: the prompt's tokens see one another in both directions; the model must be told where it ends.
-        first_position: of a row's tokens, where the model is not told their positions.
+        placeholder: the name of the processor's attribute with the text of an image placeholder.
+        format_prompt: a function from the processor and a prompt's text to the text that is tokenized.
+        prefix_attention: True if prompt tokens attend to one another in both directions. The model then needs token
+            types that mark the response.
+        first_position: the position of a row's first token where the model computes positions.
     """
 
     placeholder: str = "image_token"
@@ -33,7 +34,7 @@ class ModelQuirks:
 
 
 def _paligemma(processor: Any, text: str) -> str:
-    """All images, then the beginning of the text, which ends with a line: PaliGemma's processor adds both itself."""
+    """Return all images, the BOS token, the text and a newline, as PaliGemma's processor arranges them."""
     images = text.count(processor.image_token)
     rest = text.replace(processor.image_token, "")
     return f"{processor.image_token * images}{processor.tokenizer.bos_token}{rest}\n"
@@ -41,10 +42,10 @@ def _paligemma(processor: Any, text: str) -> str:
 
 QUIRKS = {"paligemma": ModelQuirks(format_prompt=_paligemma, prefix_attention=True, first_position=1)}
 
-# Types whose logits are not the head's alone, in ways not known here.
+# Config entries of types that rescale the head's logits, which the adapter does not support.
 SCALED_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def quirks_of(model_type: str) -> ModelQuirks:
-    """The facts of a type."""
+    """Return the quirks of a type."""
     return QUIRKS.get(model_type, ModelQuirks())
