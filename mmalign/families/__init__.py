@@ -1,1 +1,1 @@
-"""Model families: thin adapters over diffusers' pipelines and transformers' vision-language models."""
+"""Thin adapters over diffusers' pipelines and transformers' vision-language models."""

@@ -1,4 +1,4 @@
-"""Protocols of a model family, of text-to-image and of vision-language models."""
+"""Protocols of model families: text-to-image models, vision-language models, prompt processors."""
 
 from __future__ import annotations
 
@@ -19,121 +19,124 @@ from mmalign.rng import KeyedRNG
 
 
 class Family(Protocol):
-    """What every model is, whatever its modality: a network that learns, and how it is adapted and saved."""
+    """A model of any modality: a trained network, and the calls that adapt, load and save it."""
 
     @property
     def name(self) -> str:
-        """The path or Hub id it was loaded from."""
+        """The path or Hub id that the model was loaded from."""
 
     @property
     def network(self) -> nn.Module:
-        """The network that preference optimization changes; everything else of the model stays frozen."""
+        """The network that preference optimization trains; all other parts of the model stay frozen."""
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
-        """The ends of the names of the layers that adapters are put on, if a recipe does not say which."""
+        """The ends of the names of the layers that get adapters, if a recipe does not name any."""
 
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """Put adapters on the network's linear layers whose names end in `targets`.
+        """Add adapters to the network's linear layers whose names end in `targets`.
 
         Raises:
             ValueError: no layer of the network has one of these names.
         """
 
     def unfreeze(self) -> None:
-        """Let all of the network learn that preference optimization may change: full fine-tuning."""
+        """Unfreeze all parameters that preference optimization may change (full fine-tuning)."""
 
     def frozen_copy(self) -> nn.Module:
-        """A copy of the network that stays as it is now."""
+        """Return a frozen copy of the network as it is now."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again in the backward pass, instead of keeping them."""
+        """Recompute activations in the backward pass instead of storing them."""
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """The blocks that `network`, or a copy of it, is made of: what is compiled for `train.compile`.
+        """Return the blocks of `network`, or of a copy of it, which `train.compile` compiles.
 
         Raises:
-            ValueError: they are not known.
+            ValueError: the blocks are not known.
         """
 
     def use_attention(self, wanted: str) -> SelectedBackend:
-        """Have the network's attention computed as wanted, "auto", "xformers" or "sdpa"; what was chosen, and why.
+        """Set the backend of the network's attention, "auto", "xformers" or "sdpa"; return the choice and its reason.
 
-        `frozen_copy` and `load_trained` give networks that do as it does.
+        `frozen_copy` and `load_trained` return networks with the same backend.
 
         Raises:
-            ValueError: xformers is wanted, and cannot serve.
+            ValueError: `wanted` is "xformers", which does not support the network here.
         """
 
     def save(self, folder: Path, net: nn.Module) -> None:
-        """Write what the model's own library loads: adapters where the network has them, else the whole model."""
+        """Write a folder for the model's own library: adapters if the network has them, else the whole model."""
 
     def load_trained(self, folder: Path) -> nn.Module:
-        """The network that `save` wrote: `network` itself with the adapters put on, or another one, frozen.
+        """Load the network that `save` wrote: `network` itself with the adapters added, or another one, frozen.
 
         Raises:
-            ValueError: its files are damaged.
+            ValueError: the files are damaged.
         """
 
 
 class TextToImage(Family, Protocol):
-    """A text-to-image model: what methods, evaluation and the loop may ask of it."""
+    """A text-to-image model, as methods, evaluation and the training loop call it."""
 
     @property
     def schedule(self) -> Schedule:
-        """The noise process it was trained with."""
+        """The noise process that the model was trained with."""
 
     @property
     def resolution(self) -> int:
-        """The side, in pixels, of the square images it was trained on."""
+        """The side, in pixels, of the square images that the model was trained on."""
 
     def encode_images(self, images: Tensor) -> Moments:
-        """The posterior of images [N, 3, H, W] in [-1, 1]."""
+        """Return the latent posterior of images [N, 3, H, W] in [-1, 1]."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The text's conditioning, a row a prompt; longer prompts are cut at the text encoder's limit."""
+        """Return the text conditioning, one row per prompt; prompts are truncated at the text encoder's limit."""
 
     def unconditional(self) -> Conditioning:
-        """One row: what classifier-free guidance and caption dropout put in the prompt's place."""
+        """Return one row: the conditioning of classifier-free guidance and of dropped captions."""
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are longer than the text encoder reads."""
+        """Count the prompts that are longer than the text encoder's limit."""
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
-        """The whole conditioning: text [N] and sizes [N, 6] (original height, width, crop top, left, target ones)."""
+        """Return the whole conditioning: text [N] and sizes [N, 6].
+
+        A row of sizes has the original height and width, the crop's top and left, the target height and width.
+        """
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The network's answer [N, C, H, W] in its own parameterization."""
+        """Return the network's prediction [N, C, H, W] in its own parameterization."""
 
     def sample(
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
     ) -> list[Image.Image]:
-        """One image a prompt; the starting noise depends on the seed alone."""
+        """Generate one image per prompt; the initial noise depends on the seed alone."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale."""
+        """Decode latents in the denoiser's scale to images [N, 3, H, W] in [-1, 1]."""
 
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
-        """The frozen networks whose outputs can be cached, by name."""
+        """Return the frozen networks whose outputs can be cached, by name."""
 
 
 class PromptProcessor(Protocol):
-    """The part of a vision-language model that needs no network: text to tokens, pictures to what the tower takes.
+    """The preprocessing of a vision-language model: text to tokens, images to the vision tower's inputs.
 
-    It can be sent to other processes.
+    It needs no network and can be sent to other processes.
     """
 
     @property
     def max_length(self) -> int:
-        """The most tokens that the model reads, images and response included."""
+        """The maximum number of tokens of a row, images and response included."""
 
     def preprocess_image(self, image: Image.Image) -> ImageView:
-        """An image as the model takes it; it does not depend on the images beside it."""
+        """Preprocess an image; the result does not depend on the prompt's other images."""
 
     def tokenize_responses(
         self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
     ) -> list[TokenizedResponse]:
-        """The prompt with each of the responses, whose tokens begin at the same place; images with their keys.
+        """Tokenize the prompt with each response; all responses begin at the same index. Images come with their keys.
 
         Raises:
             ValueError: the placeholders do not match the images.
@@ -142,73 +145,76 @@ class PromptProcessor(Protocol):
     def tokenize_prompt(
         self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
     ) -> TokenizedResponse:
-        """The conversation up to where the model answers; what it has said already, `start`, is the row's response.
+        """Tokenize the conversation up to the answer, with `start`, the answer's beginning, as the row's response.
 
-        Both are tokenised together, as in `rows`, but no token ends the response. White space around `start` is left
-        out: what the model says next brings its own.
+        Both are tokenized together, as in `tokenize_responses`, but no token ends the response. White space around
+        `start` is dropped: the rest of the answer begins with its own.
 
         Raises:
             ValueError: the placeholders do not match the images.
         """
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """Tokens as text, without special tokens; with the space that begins it, if the tokens before it are given."""
+        """Decode tokens to text without special tokens.
+
+        The text has its leading space only if `after` has the tokens before it.
+        """
 
     def image_token_positions(self, row: TokenizedResponse) -> tuple[int, ...]:
-        """Where a row's tokens stand for features of its images, in order; tags between them are none."""
+        """Return the indices of the tokens that stand for image features, in order, without the tags between them."""
 
     def collate(self, rows: Sequence[TokenizedResponse]) -> Tokens:
-        """The rows, padded."""
+        """Collate the rows into one padded batch."""
 
 
 class VisionLanguage(Family, Protocol):
-    """A vision-language model: what methods and the loop may ask of it."""
+    """A vision-language model, as methods and the training loop call it."""
 
     @property
     def processor(self) -> PromptProcessor:
         """Tokenizer and image processor."""
 
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
-        """The features of images by their keys, without gradients, for policy and reference alike."""
+        """Encode images by key, without gradients; policy and reference share the features."""
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is."""
+        """The language model's device."""
 
     @property
     def half(self) -> torch.dtype | None:
         """The dtype of autocast; None in float32."""
 
     def features_as_tensors(self, features: ImageFeatures) -> dict[str, dict[str, Tensor]]:
-        """Features as tensors by name, of every image by its key; `ImageView.features` takes them back, bit for bit."""
+        """Return each image's features as named tensors, by image key; `ImageView.features` restores them exactly."""
 
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
-        """The parts that make features and never learn, by name: vision tower and projector."""
+        """Return the parts that compute features and are never trained, by name: vision tower and projector."""
 
     def token_logps(
         self, net: nn.Module, tokens: Tokens, features: ImageFeatures, targets: Tensor | None = None
     ) -> Tensor:
-        """The log-probabilities [N, R] of the responses' tokens, float32; 0 where a response has ended.
+        """Return the log-probabilities [N, R] of the responses' tokens, float32; 0 after a response's end.
 
-        Rows that differ in their responses alone share one run of what comes before these, if `packing` says so.
+        Rows with the same prompt share one run of it, if `packing` says so.
 
-        With `targets` [N, R, K], those of K other tokens in the place of each, all after the responses' own history:
-        [N, R, K], by one run of the network.
+        With `targets` [N, R, K], return those of K alternative tokens at each position, [N, R, K]. The history is
+        still the response's own, and the network runs once.
         """
 
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
-        """The most likely token [N, R] at every place of the responses, given the rows' own history before it.
+        """Return the most likely token [N, R] at every response position, given the row's own history.
 
-        Where a response has ended it is the row's first token, as in `Tokens.responses`. No gradients.
+        After a response's end it is the row's first token, as in `Tokens.responses`. There are no gradients.
         """
 
     @property
     def packing(self) -> str:
-        """Whether the responses to a prompt share one run of it, and if not, why: a sentence for people."""
+        """A sentence for the log: the responses to a prompt share one run of it, or the reason why they do not."""
 
     @property
     def image_masking_unsupported_reason(self) -> str | None:
-        """None if `generate` can hide an image's tokens, else a sentence that says why it cannot."""
+        """The reason why `generate` cannot hide an image's tokens, as a sentence; None if it can."""
 
     def generate(
         self,
@@ -221,21 +227,21 @@ class VisionLanguage(Family, Protocol):
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
     ) -> list[str]:
-        """What a network, with its adapters as they are, says after each prompt of `PromptProcessor.tokenize_prompt`.
+        """Generate an answer to each prompt of `PromptProcessor.tokenize_prompt`; adapters stay on or off as they are.
 
-        An answer is the same alone and in any company, but for the rounding of its logits. It begins with the space
-        that parts it from what was said before, so that `start.strip() + answer` is the whole.
+        An answer does not depend on its batch, up to the rounding of its logits. It includes the leading space that
+        separates it from `start`, so that `start.strip() + answer` is the whole answer.
 
         Args:
-            net: the network; a wrapper for distribution has no part in this.
-            prompts: up to where an answer begins.
-            features: of every image of the prompts.
-            decoding: how the next token is chosen, and when an answer ends.
-            rows: the key of each prompt's sampling noise; equal keys draw alike. Not used when greedy.
+            net: the network; a wrapper for distributed training is bypassed.
+            prompts: the prompts' tokens, up to the beginning of an answer.
+            features: the features of every image of the prompts.
+            decoding: the settings that choose the next token and end an answer.
+            rows: the key of each prompt's sampling noise; equal keys give equal noise. Greedy decoding ignores them.
             rng: the seed and the epoch of that noise.
-            hidden: for each prompt which of its `PromptProcessor.image_token_positions` nothing attends to, a bool
-                tensor; positions stay as they are. None hides nothing.
+            hidden: for each prompt a bool tensor over its `PromptProcessor.image_token_positions`, True where nothing
+                attends to the token; position ids do not change. None hides nothing.
 
         Raises:
-            ValueError: images are to be hidden, and `hides_images` says that they cannot be.
+            ValueError: `hidden` is given, and `image_masking_unsupported_reason` is not None.
         """

@@ -1,7 +1,7 @@
-"""The blocks that a network is made of, each compiled: `train.compile`.
+"""Compilation of a network's blocks (`train.compile`).
 
-Not the network as one: its blocks are alike, so that what is compiled for the first serves the others, and what a
-network does between them (LoRA of another scale, a forest of other lengths) stays as it is.
+Blocks are compiled instead of the whole network. They are alike, so the code compiled for the first serves the others.
+The code between blocks (LoRA of another scale, a packed mask of other lengths) is not compiled.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-GRAPHS = 64  # of one block: with gradients and without, adapters on and off, for a few shapes; PyTorch has 8
+GRAPHS = 64  # per block: with and without gradients, adapters on and off, for a few shapes; PyTorch's limit is 8
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Have blocks compiled when they are first called; their names and weights stay what they are."""
+    """Mark blocks for compilation at their first call; their names and weights stay the same."""
     import torch._dynamo.config as config
 
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
@@ -27,10 +27,10 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def denoiser_blocks(net: Any) -> list[nn.Module]:
-    """The transformer blocks of a network of diffusers, outermost first, by the names that the library gives them.
+    """Return the outermost transformer blocks of a diffusers network, in order, by the class names in the library.
 
     Raises:
-        ValueError: it gives none.
+        ValueError: the library names no blocks of the network.
     """
     names = getattr(net, "_repeated_blocks", None) or getattr(net, "_no_split_modules", None) or ()
     blocks: list[tuple[str, nn.Module]] = []
@@ -46,7 +46,7 @@ def denoiser_blocks(net: Any) -> list[nn.Module]:
 
 
 def check(device: torch.device) -> None:
-    """Refuse what would otherwise fail in the first update.
+    """Refuse a device without a compiler, which would otherwise fail in the first update.
 
     Raises:
         ValueError: there is no compiler for the device.
@@ -58,7 +58,7 @@ def check(device: torch.device) -> None:
             raise ValueError(
                 "train.compile: needs triton, which does not run here; pip install triton, or leave it out"
             )
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # where triton looks for one
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # where triton looks
             raise ValueError(
                 "train.compile: needs a C compiler, and none was found; install gcc, set CC to one, or leave it out"
             )

@@ -1,4 +1,4 @@
-"""Find the adapter of a checkpoint and load it."""
+"""Selection of a checkpoint's adapter, and loading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mmalign.families.base import TextToImage, VisionLanguage
 from mmalign.families.types import Loading
 
-# The pipeline class that a folder's model_index.json names, and the file here that adapts it.
+# The pipeline class in a folder's model_index.json, and the file in diffusion/ that adapts it.
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
@@ -30,11 +30,12 @@ _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that
 
 
 def pipeline_class(path: str, revision: str | None = None) -> str:
-    """The class that a checkpoint's model_index.json names, read without loading any weights.
+    """Return the class that a checkpoint's model_index.json names, without loading any weights.
 
     Raises:
-        ValueError: it is no diffusers pipeline, a part of it is missing, or its class is not supported.
+        ValueError: the checkpoint is not a diffusers pipeline, a part is missing, or the class is not supported.
     """
+    # Class name
     file = _index_file(path, revision)
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -45,6 +46,7 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
         ) from error
     if name not in PIPELINES:
         raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
+    # Folders of all parts
     parts = [part for part, of in index.items() if isinstance(of, list) and of[0] and part not in _UNUSED]
     lacking = [part for part in parts if Path(path).is_dir() and not any(Path(path, part).glob("*"))]
     if lacking:
@@ -53,10 +55,10 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
 
 
 def model_type(path: str, revision: str | None = None) -> str:
-    """The type that a vision-language checkpoint's config.json names, read without loading any weights.
+    """Return the type that a vision-language checkpoint's config.json names, without loading any weights.
 
     Raises:
-        ValueError: it is no checkpoint of transformers, or its type reads no images.
+        ValueError: the path is not a transformers checkpoint, or its type has no vision tower.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
@@ -97,19 +99,19 @@ def _index_file(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says at first: some run to a page."""
+    """Return the first line of a library's error, at most 200 characters of it."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 @contextlib.contextmanager
 def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> Iterator[None]:
-    """Make one sentence of whatever a library raises as it loads damaged or incomplete files."""
+    """Turn any error of a library that loads damaged or incomplete files into a ValueError of one sentence."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    # Of damaged files diffusers, transformers and safetensors report half a dozen kinds of error.
+    # For damaged files diffusers, transformers and safetensors raise half a dozen kinds of error.
     except Exception as error:
         here = "it may be incomplete: copy it anew"
         mend = mend or (here if Path(path).exists() else "see to the name and the network, or name a folder")
@@ -128,10 +130,10 @@ def load_family(path: str, loading: Loading) -> TextToImage:
 
 
 def load_vision_language(path: str, loading: Loading) -> VisionLanguage:
-    """Load a vision-language checkpoint: one adapter for all of transformers' types.
+    """Load a vision-language checkpoint with the one adapter for all types of transformers.
 
     Raises:
-        ValueError: the type is not supported, its processor is another model's, or a file is missing.
+        ValueError: the type is not supported, the processor belongs to another model, or a file is missing.
     """
     kind = model_type(path, loading.revision)
     family: VisionLanguage = importlib.import_module("mmalign.families.vlm.model").load(path, kind, loading)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a network of diffusers or transformers (arXiv:2106.09685)."""
+"""Low-rank adapters for networks of diffusers and transformers (arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' own preference scripts adapt
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' own preference scripts adapt
 
 
 def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, within: str = "") -> None:
-    """Put adapters of a rank on the linear layers whose names end in `targets`; their weights are float32 masters.
+    """Add adapters to the linear layers whose names end in `targets`; adapter weights are float32 masters.
 
-    `within` is the name of the part of the network that they are put on; all of it, if not given.
+    `within` names the part of the network to adapt; empty means all of it.
 
-    A Gaussian first matrix and a zero second one: the network's outputs are unchanged at first. No dropout, which
-    would make the policy differ from its reference by chance.
+    The first matrix is Gaussian and the second one zero, so the network's initial outputs are unchanged. There is no
+    dropout, which would make the policy differ from its reference by chance.
 
     Raises:
         ValueError: no layer of the network has one of these names.
@@ -26,7 +26,7 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # The library goes on if one name of several is found, and the others' layers would silently not be trained.
+    # peft accepts several names if it finds one of them; the other names' layers would silently not be trained.
     known = [name for name, _ in net.named_modules() if f"{name}.".startswith(f"{within}.") or not within]
     lost = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in known)]
     if lost or not targets:
@@ -35,6 +35,7 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
             f"model.lora.targets: no layer of {within or type(net).__name__} ends in {', '.join(lost) or 'nothing'}; "
             f"expected ends of its layers' names, such as {', '.join(usual)}"
         )
+    # Adapters, from their own seed
     ends = "|".join(map(re.escape, sorted(targets)))
     modules = rf"{re.escape(within)}\.(.*\.)?({ends})" if within else list(targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian")
@@ -44,9 +45,10 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
             net.add_adapter(config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets: {', '.join(targets)} cannot be adapted: {error}") from error
+    # Precision of the adapters
     for layer in net.modules():
         if isinstance(layer, BaseTunerLayer):
-            # Autocast brings inputs and adapters together; peft would first make a float32 copy of every input.
+            # Autocast matches the dtypes of inputs and adapters; peft would first copy every input to float32.
             layer.cast_input_dtype_enabled = False
     for parameter in net.parameters():
         if parameter.requires_grad:
@@ -55,7 +57,7 @@ def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed:
 
 
 def linear_names(net: nn.Module, within: str) -> list[str]:
-    """The ends of the names of all linear layers in a part of a network, each once."""
+    """Return the last components of the names of all linear layers in a part of a network, each once."""
     prefix = f"{within}."
     names = (name for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and name.startswith(prefix))
     return sorted({name.rpartition(".")[2] for name in names})

@@ -1,7 +1,9 @@
-"""A judge that learns to know noisy images, with the frozen text-to-image model that shows it some.
+"""Step-aware reward model in training, with the frozen text-to-image model that makes its noisy images.
 
-The network is the judge's (`mmalign.rewards.step_aware`); the other model encodes images and prompts, predicts clean
-images from noisy ones, and decodes them. N images, S their side in the judge's eyes, L tokens.
+The trained network is the reward model's (`mmalign.rewards.step_aware`). The frozen model encodes images and prompts,
+predicts clean images from noisy ones, and decodes them.
+
+N is the number of images, S their side at the reward model's resolution, L the tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ NOT_COMPILED = "train.compile: compiles what is trained, and most of a judge's s
 
 @dataclass(frozen=True)
 class StepJudge:
-    """Makes a step-aware judge answer the calls of the protocol Family, which say what each does.
+    """Adapter of a step-aware reward model to the protocol Family.
 
     Attributes:
-        name: where the judge came from.
-        parts: the judge.
+        name: the path or Hub id that the reward model was loaded from.
+        parts: the reward model.
         denoiser: the frozen text-to-image model.
-        loading: where the judge's network is, and the dtype of its autocast.
+        loading: the device of the reward model's network, and the dtype of its autocast.
     """
 
     name: str
@@ -43,66 +45,64 @@ class StepJudge:
 
     @property
     def network(self) -> nn.Module:
-        """The judge's network: both towers, and what tells the vision tower the time."""
+        """The reward model's network: both towers, and the layers that condition the vision tower on the timestep."""
         return self.parts.net
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
-        """None: a judge is trained whole."""
+        """Empty: a reward model is trained in full."""
         return ()
 
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """See Family.
+        """Refuse adapters.
 
         Raises:
-            ValueError: always; what tells the time begins as zeros, and has to be trained whole.
+            ValueError: always; the layers for the timestep are initialized to zeros, so they need full training.
         """
         raise ValueError("model.tune: a step-aware judge is trained whole; set model.tune: full")
 
     def unfreeze(self) -> None:
-        """All of the judge."""
+        """Unfreeze all of the reward model."""
         self.network.requires_grad_(True)
 
     def frozen_copy(self) -> nn.Module:
-        """See Family."""
         return copy.deepcopy(self.network).requires_grad_(False).eval()
 
     def enable_gradient_checkpointing(self) -> None:
-        """Of the vision tower, in which nearly all of them are."""
+        """Recompute the activations of the vision tower, which has nearly all of them."""
         self.parts.net.checkpointing = True
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """See Family.
+        """Refuse compilation.
 
         Raises:
-            ValueError: always; most of the work is the frozen model's, which makes the judge's images.
+            ValueError: always; the frozen model, which makes the images, does most of the work.
         """
         raise ValueError(NOT_COMPILED)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
-        """See Family. The frozen model's, which is most of the work; a judge computes its attention by itself."""
+        """Set the frozen model's attention, which is most of the work; the reward model's own attention is fixed."""
         return self.denoiser.use_attention(wanted)
 
     def save(self, folder: Path, net: nn.Module) -> None:
-        """A folder that the judge `step_aware` loads."""
+        """Write a folder that the reward model `step_aware` loads."""
         assert isinstance(net, TimeConditioned)
         step_aware.save(replace(self.parts, net=net), folder)
 
     def load_trained(self, folder: Path) -> nn.Module:
-        """See Family."""
         return step_aware.read(str(folder)).net.requires_grad_(False).eval().to(self.loading.device)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1], clipped, as the judge sees them: [N, 3, S, S]."""
+        """Clip and preprocess images [N, 3, H, W] in [-1, 1] for the reward model: [N, 3, S, S]."""
         return torch.stack([self.parts.preprocess(image) for image in to_pil(images)]).to(self.loading.device)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts [N] as the judge reads them: [N, L]."""
+        """Tokenize prompts [N] for the reward model: [N, L]."""
         ids: Tensor = self.parts.tokenize(list(prompts))
         return ids.to(self.loading.device)
 
     def score(self, net: nn.Module, pixels: Tensor, ids: Tensor, t: Tensor) -> Tensor:
-        """The scores [N], float32; tokens are given once for all images of a prompt (see TimeConditioned)."""
+        """Return the scores [N], float32; tokens are passed once for all images of a prompt (see TimeConditioned)."""
         half = self.loading.half
         cast = torch.autocast(self.loading.device.type, half) if half is not None else contextlib.nullcontext()
         with cast:
@@ -111,10 +111,10 @@ class StepJudge:
 
 
 def load(path: str, denoiser: TextToImage, loading: Loading) -> StepJudge:
-    """A judge to train: a step-aware one to go on with, or a CLIP of open_clip or transformers, as which it begins.
+    """Load a reward model to train: a step-aware one, or a CLIP of open_clip or transformers as the initial model.
 
     Raises:
-        ValueError: it is neither, or its vision tower cannot be told the time.
+        ValueError: the path has neither, or its vision tower cannot be conditioned on the timestep.
     """
     parts = step_aware.begin(path)
     parts.net.requires_grad_(False).eval().to(loading.device)

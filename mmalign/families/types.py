@@ -1,4 +1,4 @@
-"""Data that families take and give: conditioning, latents, image features, sampling settings."""
+"""Data types of model families: conditioning, latents, image features, settings of loading and sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told besides x_t and t: named tensors whose first dimension is rows."""
+    """Inputs of the denoiser besides x_t and t: named tensors whose first dimension is rows."""
 
     tensors: dict[str, Tensor]
 
@@ -23,15 +23,15 @@ class Conditioning:
         return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device) -> Conditioning:
-        """The same on another device."""
+        """Return a copy on another device."""
         return self._map(lambda x: x.to(device))
 
     def repeat(self, times: int) -> Conditioning:
-        """All rows, `times` times one after the other."""
+        """Repeat all rows `times` times, one copy after the other."""
         return self._map(lambda x: torch.cat([x] * times))
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
-        """Own rows where `keep` [N] is true, and those of `other` (N rows, or one for all) elsewhere."""
+        """Return own rows where `keep` [N] is true, and those of `other` (N rows, or one for all) elsewhere."""
         return Conditioning(
             {k: torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, other.tensors[k]) for k, x in self.tensors.items()}
         )
@@ -41,31 +41,30 @@ class Conditioning:
 
     @classmethod
     def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of all parts."""
+        """Concatenate the rows of all parts."""
         return cls({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
 
 
 @dataclass(frozen=True)
 class Moments:
-    """The posterior of a latent, in the denoiser's scale: mean and standard deviation, each [N, C, H, W], float32."""
+    """Posterior of latents in the denoiser's scale: mean and standard deviation, each [N, C, H, W], float32."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Latents [N, C, H, W] at the given standard normal draws."""
+        """Return latents [N, C, H, W] for standard normal `noise`."""
         return self.mean + self.std * noise
 
 
 @dataclass(frozen=True)
 class ImageView:
-    """An image as one model takes it, on the CPU.
+    """An image as preprocessed for one model, on the CPU.
 
     Attributes:
         ids: the tokens that stand for it in a prompt.
-        tensors: what the vision tower takes.
-        features: its features as `VisionLanguage.features_as_tensors` gives them, where they are known already;
-            `tensors` is empty then.
+        tensors: the inputs of the vision tower.
+        features: the cached features, as `VisionLanguage.features_as_tensors` returns them; `tensors` is then empty.
     """
 
     ids: tuple[int, ...]
@@ -75,21 +74,21 @@ class ImageView:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision tower and the projector make of images, each encoded once; by the images' keys."""
+    """Outputs of the vision tower and the projector by image key; each image is encoded once."""
 
     images: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn.
+    """Settings of image generation.
 
     Attributes:
         steps: denoising steps.
-        guidance: the scale of classifier-free guidance; 1 does without.
-        resolution: the side in pixels; None takes the model's own.
+        guidance: the scale of classifier-free guidance; 1 turns it off.
+        resolution: the images' side in pixels; None takes the model's own.
         sampler: "default" (the checkpoint's scheduler), "ddim" or "dpmsolver++".
-        batch_size: images drawn at a time.
+        batch_size: images generated at a time.
     """
 
     steps: int = 30
@@ -101,13 +100,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written.
+    """Settings of answer generation.
 
     Attributes:
         max_new_tokens: the most tokens of an answer.
-        temperature: 0 takes the most likely token; otherwise one is drawn from softmax(logits / temperature).
-        stop: an answer also ends after the first of these texts, which belongs to it.
-        batch_size: answers written at a time.
+        temperature: 0 takes the most likely token; otherwise tokens are sampled from softmax(logits / temperature).
+        stop: texts that end an answer; the first one found belongs to it.
+        batch_size: answers generated at a time.
     """
 
     max_new_tokens: int = 128
@@ -118,16 +117,16 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Loading:
-    """How a checkpoint is brought into memory.
+    """Settings for loading a checkpoint.
 
     Attributes:
-        device: where the networks go.
-        half: the dtype of autocast and of frozen weights; None keeps everything in float32.
-        network_half: the network's weights in `half` too (LoRA); otherwise they are float32 masters.
+        device: the networks' device.
+        half: the dtype of autocast and of frozen weights; None runs everything in float32.
+        network_half: True if the network's weights are in `half` too (LoRA); otherwise they are float32 masters.
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
-        pack_responses: a vision-language model runs a prompt once for all of its responses, where it can.
+        pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
     """
 
     device: torch.device
