@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from mmalign import methods
 from mmalign.console import configure_logging
 
 
@@ -29,7 +28,7 @@ class _Commands(TyperGroup):
             _print_error("stopped; the same command goes on from what was saved last")
             raise SystemExit(130) from None
         except Exception as error:
-            from mmalign.atomic_io import CheckpointError  # imports torch
+            from mmalign.atomic_io import CheckpointError
 
             is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
             if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
@@ -84,9 +83,10 @@ def quickstart(
 @app.command()
 def train(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Train by a recipe; the same command again goes on where it stopped."""
+    checked = _load(recipe, overrides)  # before torch is imported
     from mmalign.commands.train import train as run
 
-    run(_load(recipe, overrides))
+    run(checked)
 
 
 @app.command()
@@ -96,25 +96,28 @@ def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
     Several processes share the work: accelerate launch -m mmalign.cli cache RECIPE. `mmalign train` does what is left.
     """
 
+    checked = _load(recipe, overrides)  # before torch is imported
     from mmalign.commands.cache import cache as run
 
-    run(_load(recipe, overrides))
+    run(checked)
 
 
 @app.command()
 def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
+    checked = _load(recipe, overrides)  # before torch is imported
     from mmalign.commands.evaluate import evaluate as run
 
-    run(_load(recipe, overrides))
+    run(checked)
 
 
 @app.command()
 def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Make the before-and-after page, of what was evaluated."""
+    checked = _load(recipe, overrides)  # before torch is imported
     from mmalign.commands.gallery import gallery as run
 
-    run(_load(recipe, overrides))
+    run(checked)
 
 
 @app.command()
@@ -149,9 +152,10 @@ def compare(
 @app.command()
 def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Make the pairs that a recipe learns from, and write them to data.path."""
+    checked = _load(recipe, overrides)  # before torch is imported
     from mmalign.commands.prepare import prepare as run
 
-    run(_load(recipe, overrides))
+    run(checked)
 
 
 @app.command()
@@ -184,9 +188,7 @@ def bench(
 @app.command("list")
 def list_() -> None:
     """List methods, families, judges, and the recipes that come with the project."""
-    from mmalign import cli
-
-    cli.list_everything(console)
+    list_everything(console)
 
 
 def _load(name: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
@@ -239,7 +241,7 @@ if __name__ == "__main__":
 
 def list_everything(console: Any) -> None:
     """Print all methods, families, reward models and shipped recipes."""
-    from mmalign import rewards
+    from mmalign import methods, rewards
     from mmalign.families import loading
     from mmalign.resources import roots
 

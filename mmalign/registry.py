@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,21 @@ def find(packages: Sequence[str], name: str, missing: str) -> Any:
         ValueError: no package has a module of that name.
     """
     homes = {known: package for package in packages for known in names(package)}
-    if name not in homes:
-        near = difflib.get_close_matches(name, homes, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{missing} {name!r}{hint} (there are {', '.join(sorted(homes))})")
+    check_known(missing, name, homes)
     return importlib.import_module(f"{homes[name]}.{name}")
+
+
+def check_known(missing: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not known, with the nearest one.
+
+    Raises:
+        ValueError: the name is not among the known ones; the message begins with `missing`.
+    """
+    names = sorted(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{missing} {name!r}{hint} (there are {', '.join(names)})")
 
 
 def import_callable(key: str, name: str) -> Callable[..., Any]:

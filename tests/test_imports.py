@@ -176,3 +176,14 @@ def test_losses_need_torch_alone() -> None:
 def test_the_command_line_answers_before_anything_heavy_is_loaded() -> None:
     heavy = {"diffusers", "transformers", "datasets", "open_clip", "torchvision"}
     assert not loaded_by("import mmalign, mmalign.cli, mmalign.rewards.open_clip") & heavy
+
+
+def test_a_recipe_is_checked_without_torch() -> None:
+    """Check also a mistake in the method's own settings, which its config refuses."""
+    load = "from mmalign.commands.load_recipe import load_recipe"
+    for name in ("text_to_image/spo_tiny_sd", "vision_language/quickstart", "text_to_image/step_preference_tiny_sd"):
+        assert "torch" not in loaded_by(f"{load}\nload_recipe('configs/{name}.yaml')")
+    mistaken = ["train", "configs/vision_language/quickstart.yaml", "--set", "method.betta=1"]
+    imports = "from typer.testing import CliRunner\nfrom mmalign.cli import app"
+    call = f"{imports}\nassert CliRunner().invoke(app, {mistaken}).exit_code"
+    assert "torch" not in loaded_by(call)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from mmalign.config import SECTIONS, Recipe
+from mmalign.config.methods import find_method
 
 RENAMED = {  # former names of options
     "train.accumulate": "train.gradient_accumulation_steps",
@@ -112,12 +113,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 @cache  # one class for all recipes of a method, so that equal ones compare equal
 def _schema(method: str) -> type[Recipe]:
-    from mmalign import methods
-
-    module = methods.find(method)
-    kinds = SECTIONS[module.modality]
+    modality, config = find_method(method)
+    kinds = SECTIONS[modality]
     fields: dict[str, Any] = {
-        "method": (module.Config, ...),
+        "method": (config, ...),
         "model": (kinds.model, ...),
         "data": (kinds.data, ...),
         "evaluate": (kinds.evaluate | None, None),

@@ -138,14 +138,6 @@ C = TypeVar("C")
 class Method(Protocol[C]):
     """Interface of a method's module."""
 
-    @property
-    def Config(self) -> type:
-        """Hyper-parameters: a pydantic model with the paper's values as defaults."""
-
-    @property
-    def modality(self) -> str:
-        """Modality of the recipe's model and data, a key of `config.SECTIONS`."""
-
     def requirements(self, cfg: Any) -> Requirements:
         """Return the method's needs under these hyper-parameters."""
 

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from mmalign.config.methods import PairLossConfig
 from mmalign.losses.pairwise import Pair, PairLoss, pair_loss
 from mmalign.methods import Step
 from mmalign.policy import Scores
-
-NumCachedDraws = Annotated[
-    int,
-    Field(
-        ge=0,
-        description="so many draws of a pair come again and again, epoch after epoch in turn, and what the reference "
-        "makes of each is worked out once and kept on disk; 0 draws anew in every epoch",
-    ),
-]
-
-
-class PairLossConfig(BaseModel):
-    """Choice of the pair loss and its hyper-parameters; the unit of `beta` is one over that of the method's scores."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    beta: float = Field(gt=0)
-    loss: Literal["dpo", "ipo", "hinge", "robust"] = "dpo"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="for loss: dpo")
-    flip_rate: float = Field(0.0, ge=0, lt=0.5, description="for loss: robust")
 
 
 def bound_loss(cfg: PairLossConfig) -> PairLoss:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmalign import methods
 from mmalign.config import SECTIONS
+from mmalign.config.methods import find_method
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
 from mmalign.families.base import TextToImage
@@ -336,7 +337,7 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
 
 def test_the_list_of_methods_is_the_folder() -> None:
     of_images, of_judges, of_responses = (
-        [name for name in methods.names() if methods.find(name).modality == modality] for modality in SECTIONS
+        [name for name in methods.names() if find_method(name)[0] == modality] for modality in SECTIONS
     )
     assert of_images == ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"]
     assert of_judges == ["step_preference"]

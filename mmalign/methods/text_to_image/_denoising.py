@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmalign.config.methods import PairLossConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import PairLossConfig, bound_loss, preference_step
+from mmalign.methods._pair_loss import bound_loss, preference_step
 from mmalign.policy import Scores
 from mmalign.rng import KeyedRNG
 

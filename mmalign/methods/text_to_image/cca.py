@@ -34,12 +34,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from mmalign.config.methods import CCAConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
@@ -51,20 +51,7 @@ from mmalign.methods.text_to_image._denoising import NoisedPairs, denoising_scor
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
-modality = "text_to_image"
-
 PROMPTS = ("matched", "mismatched")
-
-
-class Config(BaseModel):
-    """Hyper-parameters; none are published for diffusion, and the module's docstring derives these."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["cca"] = "cca"
-    beta: float = Field(2000.0, gt=0, description="in units of -1/2 mean squared error, as Diffusion-DPO's")
-    weight: float = Field(1.0, ge=0, description="of unlearning another pair's prompt; lambda in the paper")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose both prompts; as released")
 
 
 @dataclass(frozen=True)

@@ -23,30 +23,16 @@ same loss; a run of at most K epochs has the same draws as without a cache.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
+from mmalign.config.methods import DiffusionDPOConfig as Config
+from mmalign.config.methods import PairLossConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig
 from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, denoising_step, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "text_to_image"
-
-
-class Config(PairLossConfig):
-    """Hyper-parameters; the defaults are the release's."""
-
-    name: Literal["diffusion_dpo"] = "diffusion_dpo"
-    beta: float = Field(
-        5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script has half of it"
-    )
-    caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
-    num_cached_draws: NumCachedDraws = 0
 
 
 def requirements(cfg: Config) -> Requirements:

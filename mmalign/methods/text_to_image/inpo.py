@@ -31,53 +31,20 @@ batches.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmalign.config.methods import InPOConfig as Config
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, precompute_per_pair
-from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import CleanPairs, Contrast, NoisedPairs, denoising_scores
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "text_to_image"
-
-
-class Config(PairLossConfig):
-    """Hyper-parameters; the defaults are the release's for SDXL, except for the inversion, which is exact.
-
-    The paper does not name the model that inverts. The release, source of the published numbers, uses the policy. So
-    does the derivation: its expectation is over latents of the policy. Policy and reference are equal at first; later
-    the reference is an approximation, but a cacheable one.
-    """
-
-    name: Literal["inpo"] = "inpo"
-    beta: float = Field(5000.0, gt=0, description="in units of -1/2 mean squared error; the release has 2000 for SD1.5")
-    caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
-    inverter: Literal["policy", "reference"] = Field("policy", description="the model that inverts the images")
-    inversion: Literal["exact", "release"] = Field(
-        "exact", description="exact ends at t; release where the published program ends, on its grid around t"
-    )
-    steps: int = Field(10, ge=1, le=1000, description="of an inversion through all times; one to t takes its share")
-    eta: float = Field(0.1, ge=0, le=1, description="how much of the noise is fresh; 0 inverts without any")
-    num_cached_draws: NumCachedDraws = 0
-
-    @model_validator(mode="after")
-    def _fixed(self) -> Config:
-        if self.num_cached_draws and self.inverter != "reference":
-            raise ValueError(
-                f"num_cached_draws: {self.num_cached_draws} keeps what an inverter that learns would not make again; "
-                "use "
-                "inverter: reference, or leave it out"
-            )
-        return self
 
 
 def requirements(cfg: Config) -> Requirements:

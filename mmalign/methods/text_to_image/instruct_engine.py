@@ -19,16 +19,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
+from mmalign.config.methods import InstructEngineConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import NumCachedDraws, PairLossConfig, bound_loss, preference_metrics
+from mmalign.methods._pair_loss import bound_loss, preference_metrics
 from mmalign.methods.text_to_image._denoising import (
     Contrast,
     NoisedPairs,
@@ -39,32 +39,9 @@ from mmalign.methods.text_to_image._denoising import (
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
-modality = "text_to_image"
-
 GRID = ("x1 y1", "x2 y1", "x1 y2", "x2 y2")
 COMPARED = (("x1 y1", "x1 y2"), ("x2 y2", "x2 y1"), ("x1 y1", "x2 y1"), ("x2 y2", "x1 y2"))  # better, worse
 SIDES = {"matched": ("x1 y1", "x2 y2"), "mismatched": ("x1 y2", "x2 y1")}
-
-
-class Config(PairLossConfig):
-    """Hyper-parameters; the paper's are unknown, and these are ours."""
-
-    name: Literal["instruct_engine"] = "instruct_engine"
-    beta: float = Field(5000.0, gt=0, description="in units of -1/2 mean squared error, as Diffusion-DPO's")
-    weights: list[Annotated[float, Field(ge=0)]] = Field(
-        [0.25] * 4,
-        min_length=4,
-        max_length=4,
-        description="of the comparisons: prompts under the first image, and under the second; images under the first "
-        "prompt, and under the second",
-    )
-    num_cached_draws: NumCachedDraws = 0
-
-    @model_validator(mode="after")
-    def _compares(self) -> Config:
-        if not any(self.weights):
-            raise ValueError("weights are all 0; expected at least one comparison to count")
-        return self
 
 
 def requirements(cfg: Config) -> Requirements:

@@ -17,11 +17,11 @@ published. Errors of DDPM's velocity use 0.5, as in the release.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
+from mmalign.config.methods import MaPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Schedule
@@ -32,24 +32,7 @@ from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores,
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
-modality = "text_to_image"
 SNR = 0.5  # the release's
-
-
-class Config(BaseModel):
-    """Hyper-parameters; the defaults are the release's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["mapo"] = "mapo"
-    beta: float = Field(0.1, gt=0, description="the weight of the margin beside the chosen image's own error")
-    snr: float | None = Field(
-        None,
-        gt=0,
-        description="the factor inside the bounded score, a constant, whatever its name says; if not given, the "
-        "release's 0.5, or what equals it in flow matching",
-    )
-    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
 
 
 def requirements(_: Config) -> Requirements:

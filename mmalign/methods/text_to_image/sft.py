@@ -5,10 +5,9 @@ loss = mean((target - network(x_t, t, prompt)) ** 2) on the chosen image alone (
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from mmalign.config.methods import SFTConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
@@ -16,17 +15,6 @@ from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._denoising import Contrast, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "text_to_image"
-
-
-class Config(BaseModel):
-    """Hyper-parameters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["sft"] = "sft"
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
 
 
 def requirements(_: Config) -> Requirements:

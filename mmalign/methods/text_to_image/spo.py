@@ -25,13 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from mmalign.config import RewardConfig
+from mmalign.config.methods import SPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, grid, step, timestep
 from mmalign.families.base import TextToImage
@@ -44,42 +43,10 @@ from mmalign.methods.text_to_image._images import decode_images, predict_guided
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
-modality = "text_to_image"
-
 NO_SURE_PAIR = (
     "the reward model was sure of no pair; lower method.threshold, look at the reward model (method.reward), or begin "
     "later (method.start), where images can be told apart"
 )
-
-
-class Config(BaseModel):
-    """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["spo"] = "spo"
-    reward: RewardConfig = Field(description="scores the images that are predicted on the way, best a step_aware one")
-    beta: float = Field(10.0, gt=0, description="in units of one over a mean log-probability")
-    clip: float = Field(0.1, gt=0, lt=1, description="how far a likelihood ratio may go from 1 and still learn")
-    steps: int = Field(20, ge=1, description="of the sampler")
-    guidance: float = Field(5.0, ge=1, description="of policy and reference, in sampling and in the loss")
-    eta: float | None = Field(
-        None, gt=0, le=1, description="noise of a step; if not given, as published: 1, and of flow models 0.7"
-    )
-    candidates: int = Field(4, ge=2, description="next steps from one x_t")
-    start: int = Field(4, ge=0, description="the step of the first candidates; earlier images cannot be told apart")
-    inner_steps: int = Field(0, ge=0, description="steps that a candidate takes alone before it is scored; SDXL 3")
-    threshold: float = Field(0.3, ge=0, lt=1, description="the difference of probability that makes a pair; SDXL 0.4")
-
-    @model_validator(mode="after")
-    def _whole_segments(self) -> Config:
-        left, segment = self.steps - self.start, self.inner_steps + 1
-        if left < 1 or left % segment:
-            raise ValueError(
-                f"steps {self.steps} less start {self.start} leaves {left} steps for segments of {segment} "
-                "(inner_steps + 1); expected a multiple"
-            )
-        return self
 
 
 class Preferred(NamedTuple):

@@ -22,13 +22,12 @@ tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mmalign.config import RewardConfig
+from mmalign.config.methods import StepPreferenceConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.steps import any_time, timestep
 from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
@@ -40,19 +39,6 @@ from mmalign.methods.text_to_image._denoising import noise_pairs
 from mmalign.methods.text_to_image._images import decode_images, predict_guided
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "step_judge"
-
-
-class Config(BaseModel):
-    """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["step_preference"] = "step_preference"
-    guidance: float = Field(5.0, ge=1, description="of the predictions, as in the sampling that the judge is for")
-    reward: RewardConfig | None = Field(None, description="labels the pairs anew, by their clean images")
-    tie_margin: float = Field(0.1, ge=0, lt=1, description="the difference of its probabilities that is no tie")
 
 
 @dataclass(frozen=True)

@@ -6,27 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from mmalign.config.methods import ResponseLossConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.losses.pairwise import Pair, PairLoss
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import PairLossConfig, bound_loss, preference_step
+from mmalign.methods._pair_loss import bound_loss, preference_step
 from mmalign.policy import Scores
 
 PAIR = ("chosen", "rejected")
 
 
 TOKEN = "chosen token"  # the view that always scores the mean over the chosen response's tokens
-
-
-class ResponseLossConfig(PairLossConfig):
-    """Pair loss of methods that compare responses, with an optional likelihood term."""
-
-    nll: float = Field(0.0, ge=0, description="the weight of the chosen response's own -log p, a mean over its tokens")
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmalign.config import BdhsConfig, Section
+from mmalign.config.methods import BDHSMethodConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
@@ -45,7 +44,6 @@ from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._responses import (
     PAIR,
     TOKEN,
-    ResponseLossConfig,
     pair_loss_against,
     response_scores,
     response_step,
@@ -65,52 +63,11 @@ from mmalign.synthesis.bdhs import (
 from mmalign.synthesis.sentence_cuts import WHOLE, contradicts
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 
-modality = "vision_language"
-
 VIEWS = (*PAIR, "hallucinated")
 RULES = "rules"
 NO_COMPLETION = Completion("", 0, 0.0)
 # (pair, images, first answer, second answer) -> above 0 if the first is better, below 0 if the second is, 0 for a tie
 Annotator = Callable[[ResponsePair, Sequence[Image.Image], str, str], float]
-
-
-class Mixed(Section):
-    """Settings for pairs that the policy samples and an annotator orders."""
-
-    share: float = Field(0.5, ge=0, le=1, description="how likely a pair of the data is given up for one of these")
-    annotator: str = Field(
-        RULES,
-        description="rules, or module:function, from a pair, its pictures and two answers to a number above 0 if the "
-        "first is better, below 0 if the second is",
-    )
-    vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
-    temperature: float = Field(1.0, gt=0, description="of the answers")
-    max_new_tokens: int = Field(256, ge=1, description="of an answer")
-    batch_size: int = Field(16, ge=1, description="answers written at a time")
-
-
-class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the paper's."""
-
-    name: Literal["bdhs"] = "bdhs"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    mode: Literal["offline", "online", "mixed"] = "offline"
-    gamma: float = Field(
-        0.5, ge=0, le=1, description="the rejected response's share, where there is a hallucinated one beside it"
-    )
-    online: BdhsConfig = BdhsConfig()
-    mixed: Mixed = Mixed()
-
-    @model_validator(mode="after")
-    def _of_its_mode(self) -> Config:
-        for mode, default in (("online", BdhsConfig()), ("mixed", Mixed())):
-            if mode != self.mode and getattr(self, mode) != default:
-                raise ValueError(f"mode {self.mode} takes no settings of {mode!r}; leave them out")
-        if self.mode == "mixed" and self.gamma != type(self).model_fields["gamma"].default:
-            raise ValueError("mode mixed has one rejected response for each pair and takes no gamma; leave it out")
-        if self.mode == "online" and self.gamma == 1:
-            raise ValueError("mode online with gamma 1 learns from nothing that is written; use mode: offline")
-        return self
 
 
 @dataclass(frozen=True)

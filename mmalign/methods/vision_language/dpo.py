@@ -13,25 +13,15 @@ kB rows: prompts with the chosen responses, then with the rejected, then with th
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
+from mmalign.config.methods import DPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
+from mmalign.methods.vision_language._responses import Contrast, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "vision_language"
-
-
-class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the paper's."""
-
-    name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
 
 
 def requirements(cfg: Config) -> Requirements:

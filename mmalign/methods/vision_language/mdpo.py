@@ -16,24 +16,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field, model_validator
 
+from mmalign.config.methods import MDPOConfig as Config
 from mmalign.data.augment import random_crop
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import NumCachedDraws, bound_loss
+from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
-    ResponseLossConfig,
     pair_loss_against,
     response_scores,
     response_step,
@@ -41,27 +40,7 @@ from mmalign.methods.vision_language._responses import (
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
-modality = "vision_language"
-
 VIEWS = (*PAIR, "cropped")
-
-
-class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the paper's."""
-
-    name: Literal["mdpo"] = "mdpo"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    delta: float = Field(0.0, description="the anchor: by how many beta-fold nats the chosen response must gain")
-    crop_area: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [0.01, 0.2], min_length=2, max_length=2, description="the least and the greatest share of the area of a crop"
-    )
-    num_cached_draws: NumCachedDraws = 0
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Config:
-        if self.crop_area[0] > self.crop_area[1]:
-            raise ValueError(f"crop_area is {self.crop_area}; expected the least share first")
-        return self
 
 
 def requirements(cfg: Config) -> Requirements:

@@ -28,53 +28,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmalign.data.augment import NUM_STEPS, diffuse_image
+from mmalign.config.methods import POVIDConfig as Config
+from mmalign.data.augment import diffuse_image
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step, cached_scores
-from mmalign.methods._pair_loss import NumCachedDraws, bound_loss
+from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._images import with_changed_images
-from mmalign.methods.vision_language._responses import ResponseLossConfig, pair_loss_against, response_step, view_scores
+from mmalign.methods.vision_language._responses import pair_loss_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
-modality = "vision_language"
-
 TOKENS = "noisy tokens"  # the only precomputed tensor that is not a score
-
-
-class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the release's, except for its errors."""
-
-    name: Literal["povid"] = "povid"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    gamma: float = Field(0.5, ge=0, le=1, description="the rejected response's share beside the noisy tokens'")
-    noise_step: int = Field(500, ge=0, lt=NUM_STEPS, description="of 1000; more is noisier")
-    overflow: Literal["clamp", "wrap"] = Field("clamp", description="of noisy pixels; wrap is the release's")
-    tokens: Literal["reference", "policy", "own"] = Field(
-        "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
-    )
-    combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
-    num_cached_draws: NumCachedDraws = 0
-
-    @model_validator(mode="after")
-    def _fixed(self) -> Config:
-        if self.num_cached_draws and self.tokens != "reference":
-            raise ValueError(
-                f"num_cached_draws: {self.num_cached_draws} keeps noisy tokens, and a policy that learns would not say "
-                "the same "
-                "again; use tokens: reference, or leave num_cached_draws out"
-            )
-        return self
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
+from mmalign.config.methods import ReAlignConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
@@ -27,7 +26,6 @@ from mmalign.methods._pair_loss import bound_loss
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
-    ResponseLossConfig,
     pair_loss_against,
     response_scores,
     response_step,
@@ -35,17 +33,7 @@ from mmalign.methods.vision_language._responses import (
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
-modality = "vision_language"
-
 VIEWS = (*PAIR, "retrieved")
-
-
-class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the paper's."""
-
-    name: Literal["realign"] = "realign"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
 
 
 def requirements(cfg: Config) -> Requirements:

@@ -5,26 +5,15 @@ loss = mean_t -log p(y_t | image, prompt, y_<t)      over the chosen response's 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from mmalign.config.methods import ResponseSFTConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods import Requirements, Step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "vision_language"
-
-
-class Config(BaseModel):
-    """Hyper-parameters: none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    name: Literal["response_sft"] = "response_sft"
 
 
 def requirements(_: Config) -> Requirements:

@@ -15,31 +15,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from mmalign.config.methods import RLHFVConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods.vision_language._responses import Contrast, ResponseLossConfig, response_scores, response_step
+from mmalign.methods.vision_language._responses import Contrast, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-modality = "vision_language"
-
-
-class Config(ResponseLossConfig):
-    """Hyper-parameters; the defaults are the paper's."""
-
-    name: Literal["rlhfv"] = "rlhfv"
-    beta: float = Field(0.5, gt=0, description="in nats a token")
-    gamma: float = Field(5.0, gt=0, description="the weight of a changed token; 1 is DPO on means")
-    min_block: int = Field(3, ge=1, description="tokens; what is alike for less than that counts as changed")
-    insertions: bool = Field(True, description="words that only one side has are changed too; false as in the release")
 
 
 def requirements(cfg: Config) -> Requirements:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmalign import methods
+from mmalign.config.methods import find_method
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods.vision_language import dpo, mdpo, povid, realign, response_sft, rlhfv
@@ -150,5 +151,5 @@ def test_the_network_runs_once_for_the_loss(llava: Any, method: Any) -> None:
 
 def test_every_method_of_responses_is_held_to_these_laws() -> None:
     """But for the baseline that compares nothing, and for those that write the responses themselves."""
-    results = [n for n in methods.names() if methods.find(n).modality == "vision_language"]
+    results = [n for n in methods.names() if find_method(n)[0] == "vision_language"]
     assert set(results) - {"response_sft", "bdhs"} == set(TERMS)

@@ -1,0 +1,88 @@
+"""Hyper-parameters of all methods, by name; reading them imports no torch."""
+
+from __future__ import annotations
+
+from mmalign.config.base import Section
+from mmalign.config.methods._losses import PairLossConfig, ResponseLossConfig
+from mmalign.config.methods.text_to_image import (
+    CCAConfig,
+    DiffusionDPOConfig,
+    InPOConfig,
+    InstructEngineConfig,
+    MaPOConfig,
+    SFTConfig,
+    SPOConfig,
+    StepPreferenceConfig,
+)
+from mmalign.config.methods.vision_language import (
+    BDHSMethodConfig,
+    DPOConfig,
+    MDPOConfig,
+    MixedConfig,
+    POVIDConfig,
+    ReAlignConfig,
+    ResponseSFTConfig,
+    RLHFVConfig,
+)
+from mmalign.registry import check_known
+
+__all__ = [
+    "METHODS",
+    "BDHSMethodConfig",
+    "CCAConfig",
+    "DPOConfig",
+    "DiffusionDPOConfig",
+    "InPOConfig",
+    "InstructEngineConfig",
+    "MDPOConfig",
+    "MaPOConfig",
+    "MixedConfig",
+    "POVIDConfig",
+    "PairLossConfig",
+    "RLHFVConfig",
+    "ReAlignConfig",
+    "ResponseLossConfig",
+    "ResponseSFTConfig",
+    "SFTConfig",
+    "SPOConfig",
+    "StepPreferenceConfig",
+    "find_method",
+]
+
+# The methods of each modality.
+METHODS: dict[str, tuple[type[Section], ...]] = {
+    "text_to_image": (
+        CCAConfig,
+        DiffusionDPOConfig,
+        InPOConfig,
+        InstructEngineConfig,
+        MaPOConfig,
+        SFTConfig,
+        SPOConfig,
+    ),
+    "step_judge": (StepPreferenceConfig,),
+    "vision_language": (
+        BDHSMethodConfig,
+        DPOConfig,
+        MDPOConfig,
+        POVIDConfig,
+        ReAlignConfig,
+        ResponseSFTConfig,
+        RLHFVConfig,
+    ),
+}
+_BY_NAME = {
+    config.model_fields["name"].default: (modality, config)
+    for modality, configs in METHODS.items()
+    for config in configs
+}
+
+
+def find_method(name: str) -> tuple[str, type[Section]]:
+    """Return the modality and the configuration class of the method called `name`.
+
+    Raises:
+        ValueError: no method has that name.
+    """
+    check_known("method.name: there is no method", name, _BY_NAME)
+    return _BY_NAME[name]

@@ -1,0 +1,124 @@
+"""Hyper-parameters of the methods for vision-language models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mmalign.config.base import Section
+from mmalign.config.methods._losses import NumCachedDraws, ResponseLossConfig
+from mmalign.config.preparation import BdhsConfig
+
+
+class MixedConfig(Section):
+    """Settings for pairs that the policy samples and an annotator orders."""
+
+    share: float = Field(0.5, ge=0, le=1, description="how likely a pair of the data is given up for one of these")
+    annotator: str = Field(
+        "rules",
+        description="rules, or module:function, from a pair, its pictures and two answers to a number above 0 if the "
+        "first is better, below 0 if the second is",
+    )
+    vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
+    temperature: float = Field(1.0, gt=0, description="of the answers")
+    max_new_tokens: int = Field(256, ge=1, description="of an answer")
+    batch_size: int = Field(16, ge=1, description="answers written at a time")
+
+
+class BDHSMethodConfig(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["bdhs"] = "bdhs"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    mode: Literal["offline", "online", "mixed"] = "offline"
+    gamma: float = Field(
+        0.5, ge=0, le=1, description="the rejected response's share, where there is a hallucinated one beside it"
+    )
+    online: BdhsConfig = BdhsConfig()
+    mixed: MixedConfig = MixedConfig()
+
+    @model_validator(mode="after")
+    def _of_its_mode(self) -> BDHSMethodConfig:
+        for mode, default in (("online", BdhsConfig()), ("mixed", MixedConfig())):
+            if mode != self.mode and getattr(self, mode) != default:
+                raise ValueError(f"mode {self.mode} takes no settings of {mode!r}; leave them out")
+        if self.mode == "mixed" and self.gamma != type(self).model_fields["gamma"].default:
+            raise ValueError("mode mixed has one rejected response for each pair and takes no gamma; leave it out")
+        if self.mode == "online" and self.gamma == 1:
+            raise ValueError("mode online with gamma 1 learns from nothing that is written; use mode: offline")
+        return self
+
+
+class DPOConfig(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+
+
+class MDPOConfig(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["mdpo"] = "mdpo"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    delta: float = Field(0.0, description="the anchor: by how many beta-fold nats the chosen response must gain")
+    crop_area: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.01, 0.2], min_length=2, max_length=2, description="the least and the greatest share of the area of a crop"
+    )
+    num_cached_draws: NumCachedDraws = 0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> MDPOConfig:
+        if self.crop_area[0] > self.crop_area[1]:
+            raise ValueError(f"crop_area is {self.crop_area}; expected the least share first")
+        return self
+
+
+class POVIDConfig(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the release's, except for its errors."""
+
+    name: Literal["povid"] = "povid"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    gamma: float = Field(0.5, ge=0, le=1, description="the rejected response's share beside the noisy tokens'")
+    noise_step: int = Field(500, ge=0, lt=1000, description="of 1000; more is noisier")
+    overflow: Literal["clamp", "wrap"] = Field("clamp", description="of noisy pixels; wrap is the release's")
+    tokens: Literal["reference", "policy", "own"] = Field(
+        "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
+    )
+    combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
+    num_cached_draws: NumCachedDraws = 0
+
+    @model_validator(mode="after")
+    def _fixed(self) -> POVIDConfig:
+        if self.num_cached_draws and self.tokens != "reference":
+            raise ValueError(
+                f"num_cached_draws: {self.num_cached_draws} keeps noisy tokens, and a policy that learns would not say "
+                "the same "
+                "again; use tokens: reference, or leave num_cached_draws out"
+            )
+        return self
+
+
+class ReAlignConfig(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["realign"] = "realign"
+    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
+
+
+class ResponseSFTConfig(Section):
+    """Hyper-parameters: none."""
+
+    name: Literal["response_sft"] = "response_sft"
+
+
+class RLHFVConfig(ResponseLossConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["rlhfv"] = "rlhfv"
+    beta: float = Field(0.5, gt=0, description="in nats a token")
+    gamma: float = Field(5.0, gt=0, description="the weight of a changed token; 1 is DPO on means")
+    min_block: int = Field(3, ge=1, description="tokens; what is alike for less than that counts as changed")
+    insertions: bool = Field(True, description="words that only one side has are changed too; false as in the release")
