@@ -65,3 +65,20 @@ class DataModule:
     def skipped(self) -> list[SkippedRow]:
         """Return the rows skipped in the batches so far."""
         return self.train_loader.skipped + (self.validation_loader.skipped if self.validation_loader else [])
+
+
+def open_loaders(
+    make: Callable[..., Loader], train: Pairs[Any], validation: Pairs[Any] | None, accelerator: Any
+) -> tuple[Loader, Loader | None]:
+    """Return this process's loaders of the training and the validation split, checked for a readable pair.
+
+    Raises:
+        ValueError: a split has no readable pair, or too many bad rows.
+    """
+    loader = make(pairs=train, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    # Every process scores the whole validation split, so that all have the same number.
+    held_out = make(pairs=validation, keep_last=True) if validation is not None else None
+    for checked in (loader, held_out):
+        if checked is not None:
+            checked.check_readable()
+    return loader, held_out

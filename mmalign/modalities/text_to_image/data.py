@@ -1,4 +1,4 @@
-"""Encoding and caching of a recipe's image pairs and prompts."""
+"""Pairs, caches and loaders of a recipe's image pairs and prompts."""
 
 from __future__ import annotations
 
@@ -16,33 +16,125 @@ from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.fill import fill_latents, fill_text
-from mmalign.data.formats.images import open_pairs
+from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
+from mmalign.data.data_module import DataModule, Splits, open_loaders
+from mmalign.data.formats.images import open_pairs as open_image_pairs
 from mmalign.data.formats.prompts import open_prompts, unique_prompts
 from mmalign.data.loaders.encoder import Encoder, text_key
-from mmalign.data.loaders.image_pairs import ImageTransform
+from mmalign.data.loaders.image_pairs import ImagePairLoader, ImageTransform
+from mmalign.data.loaders.prompts import PromptLoader
 from mmalign.data.loaders.sampler import check_max_bad_images
-from mmalign.data.pairs import Pairs, SkippedRow, format_rows
+from mmalign.data.pairs import Pairs, SkippedRow, format_rows, split_by_group
 from mmalign.families.base import TextToImage
-from mmalign.methods import Requirements
+from mmalign.methods import Requirements, requirements_of
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
 logger = logging.getLogger(__name__)
 
 
-def _open_images(data: ImageData, common: dict[str, Any], method: str, needs: Requirements) -> Pairs[Any]:
+def open_pairs(data: ImageData, seed: int, method: Any = None) -> Splits:
+    """Return the recipe's image pairs or prompts, (training split, validation split or None), without decoding images.
+
+    Args:
+        data: the recipe's section.
+        seed: seed of the validation split.
+        method: configuration of the method that reads the pairs; None accepts any pairs.
+
+    Raises:
+        ValueError: files or columns are missing, or no pair remains.
+    """
+    pairs = _open_prompts_or_pairs(data, method)
+    return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
+
+
+def _open_prompts_or_pairs(data: ImageData, method: Any) -> Pairs[Any]:
     """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
+    needs = Requirements() if method is None else requirements_of(method)
+    path = locate(data.path)
+    columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
     if needs.prompts_only:
         if data.format == "prompts":
-            return open_prompts(locate(data.path), data.limit)
-        return unique_prompts(open_pairs(data.format, locate(data.path), **{**common, "limit": None}), data.limit)
+            return open_prompts(path, data.limit)
+        return unique_prompts(open_image_pairs(data.format, path, **columns), data.limit)
     if data.format == "prompts":
         raise ValueError(
             "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
             "or rankings (spo draws its own images)"
         )
-    why = f"method.name: {method} compares two images under two prompts; most methods take rows of one prompt"
-    return open_pairs(data.format, locate(data.path), prompt_pairs=why if needs.prompt_pairs else None, **common)
+    why = None
+    if needs.prompt_pairs:
+        why = f"method.name: {method.name} compares two images under two prompts; most methods take rows of one prompt"
+    return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
+
+
+def build_data_module(
+    family: TextToImage,
+    data: ImageData,
+    *,
+    output: Path,
+    batch_size: int,
+    seed: int,
+    accelerator: Any,
+    method: Any = None,
+    splits: Splits | None = None,
+    spec: PrecomputeSpec | None = None,
+    reward_model: RewardModel | None = None,
+) -> DataModule:
+    """Return the loaders of a recipe's image pairs or prompts, with filled caches of latents and text.
+
+    Args:
+        family: the model, whose frozen encoders fill the caches.
+        data: the recipe's section.
+        output: the run's folder, which holds the caches under `data.cache: auto`.
+        batch_size: pairs of a batch on each process.
+        seed: seed of order, crops, flips and the validation split.
+        accelerator: the accelerator, for this process's index.
+        method: configuration of the method that reads the batches; None if it needs only pairs.
+        splits: the result of `open_pairs`, if the caller has checked the data before loading the family.
+        spec: the tensors that are precomputed for the method; the command `cache` fills their cache.
+        reward_model: the model that scores images, for methods whose settings name one.
+
+    Raises:
+        ValueError: files, columns or caches do not fit, more than `data.max_bad_images` images are bad, or all are.
+    """
+    needs = Requirements() if method is None else requirements_of(method)
+    train, validation = splits or open_pairs(data, seed, method)
+    sources = [train] if validation is None else [train, validation]
+    if needs.prompts_only:
+        prompts = partial(PromptLoader, batch_size=batch_size, seed=seed)
+        encoder, encode = _prompt_encoder(family, sources, data, output, accelerator, reward_model)
+        loaders = open_loaders(prompts, train, validation, accelerator)
+        text = (encoder.text,) if encoder.text is not None else ()
+        return DataModule(encode, *loaders, f"{len(train):,} prompts from {train.source}.", caches=text)
+
+    # Caches of latents and text, then that of the precomputed tensors
+    transform, latents, encoder, depends = _prepare(family, sources, data, output, accelerator, needs.vae_decoder)
+    precompute_cache = None
+    if spec is not None and latents is not None:
+        settings = {**depends, **spec.settings, "flip": data.flip, "seed": seed}
+        if spec.scores:
+            settings |= {"batch_size": batch_size, "processes": accelerator.num_processes, "pairs": len(train)}
+        spec_folder = cache_folder(data, output) / spec.folder
+        precompute_cache = PrecomputeCache(ArrayCache.open(spec_folder, settings), spec)
+    make = partial(
+        ImagePairLoader,
+        batch_size=batch_size,
+        seed=seed,
+        transform=transform,
+        cache=latents,
+        repeat=spec.num_draws if spec else None,
+        num_workers=data.num_workers,
+        max_bad_images=data.max_bad_images,
+    )
+    caches = (latents, encoder.text, precompute_cache.cache if precompute_cache is not None else None)
+    return DataModule(
+        replace(encoder, reward_model=reward_model, prompt_pairs=needs.prompt_pairs).encode,
+        *open_loaders(make, train, validation, accelerator),
+        train.summary() + (f" {len(validation):,} more are held out." if validation is not None else ""),
+        precompute_cache,
+        caches=tuple(cache for cache in caches if cache is not None),
+    )
 
 
 def _prompt_encoder(

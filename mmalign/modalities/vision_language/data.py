@@ -1,0 +1,118 @@
+"""Pairs, caches and loaders of a recipe's response pairs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmalign.config import ResponseData
+from mmalign.data.caches.array_cache import ArrayCache, cache_folder
+from mmalign.data.caches.image_features import feature_dependencies, tokenizer_dependencies
+from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
+from mmalign.data.data_module import DataModule, Splits, open_loaders
+from mmalign.data.formats.responses import open_responses
+from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairLoader
+from mmalign.data.loaders.response_pairs import encode as encode_responses
+from mmalign.data.pairs import split_by_group
+from mmalign.families.base import VisionLanguage
+from mmalign.methods import Requirements, requirements_of
+from mmalign.resources import locate
+from mmalign.rewards import RewardModel
+
+
+def open_pairs(data: ResponseData, seed: int, method: Any = None) -> Splits:
+    """Return the recipe's response pairs, (training split, validation split or None), without decoding an image.
+
+    Args:
+        data: the recipe's section.
+        seed: seed of the validation split.
+        method: configuration of the method that reads the pairs; None accepts any pairs.
+
+    Raises:
+        ValueError: files or columns are missing, no pair remains, or none has the other images that the method needs.
+    """
+    needs = Requirements() if method is None else requirements_of(method)
+    pairs = open_responses(
+        data.format,
+        locate(data.path),
+        images=Path(data.images) if data.images is not None else None,
+        split=data.split,
+        columns=data.columns,
+        group_by=data.group_by,
+        limit=data.limit,
+    )
+    if needs.other_images and not any(pair.other_images for pair in pairs):
+        raise ValueError(
+            f"data.path: {pairs.source} has no other images, and method.name: {method.name} compares what "
+            "is said of an image with the same words about another; use data.format: realign, whose rows "
+            "have a retrieved_image"
+        )
+    return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
+
+
+def build_data_module(
+    family: VisionLanguage,
+    data: ResponseData,
+    *,
+    output: Path,
+    batch_size: int,
+    seed: int,
+    accelerator: Any,
+    method: Any = None,
+    splits: Splits | None = None,
+    spec: PrecomputeSpec | None = None,
+    reward_model: RewardModel | None = None,
+) -> DataModule:
+    """Return the loaders of a recipe's response pairs, with opened caches of features and precomputed tensors.
+
+    Args:
+        family: the model; its processor tokenizes the pairs.
+        data: the recipe's section.
+        output: the run's folder, which holds the caches under `data.cache: auto`.
+        batch_size: pairs of a batch on each process.
+        seed: seed of order and validation split.
+        accelerator: the accelerator, for this process's index.
+        method: configuration of the method that reads the batches; None if it needs only pairs.
+        splits: the result of `open_pairs`, if the caller has checked the data before loading the family.
+        spec: the tensors that are precomputed for the method; the command `cache` fills their cache.
+        reward_model: unused; no method of this modality scores images.
+
+    Raises:
+        ValueError: files, columns or caches do not fit, more than `data.max_bad_images` rows are bad, or all are.
+    """
+    needs = Requirements() if method is None else requirements_of(method)
+    train, validation = splits or open_pairs(data, seed, method)
+    longest = min(family.processor.max_length, data.max_length or family.processor.max_length)
+    precompute_cache = features = None
+    if data.cache != "off":
+        folder = cache_folder(data, output)
+        of_features = feature_dependencies(family)
+        features = ArrayCache.open(folder / "features", of_features)
+        if spec is not None:
+            together = {"seed": seed, "batch_size": batch_size, "processes": accelerator.num_processes}
+            settings = {**of_features, **tokenizer_dependencies(family), **spec.settings, **together}
+            settings |= {"pairs": len(train), "max_length": longest}
+            precompute_cache = PrecomputeCache(ArrayCache.open(folder / spec.folder, settings), spec)
+    make = partial(
+        ResponsePairLoader,
+        processor=family.processor,
+        max_length=longest,
+        batch_size=batch_size,
+        seed=seed,
+        requested=RequestedInputs(needs.decoded_images, needs.other_images),
+        known=features,
+        num_workers=data.num_workers,
+        max_bad_images=data.max_bad_images,
+    )
+    loader, held_out = open_loaders(make, train, validation, accelerator)
+    caches = (features, precompute_cache.cache if precompute_cache is not None else None)
+    return DataModule(
+        partial(encode_responses, family, max_length=longest),
+        loader,
+        held_out,
+        train.summary() + (f" {len(validation):,} more are held out." if validation is not None else ""),
+        precompute_cache,
+        features,
+        tuple(cache for cache in caches if cache is not None),
+    )
