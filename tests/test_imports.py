@@ -142,6 +142,18 @@ def test_the_finder_finds(source: str, seen: list[str], tmp_path: Path) -> None:
     assert upward(package / "policy.py", package) == seen
 
 
+def test_only_commands_and_modalities_see_a_recipe() -> None:
+    below = [path for path in FILES if room(path) not in {"commands", "modalities", "config", "cli", "__init__"}]
+    seen = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in below
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.alias) and node.name == "Recipe")
+        or (isinstance(node, ast.Attribute) and node.attr == "Recipe")
+    ]
+    assert not seen, f"{', '.join(seen)}: take the sections that are needed, or plain arguments"
+
+
 def loaded_by(statement: str) -> set[str]:
     """The top-level modules in a fresh interpreter after a statement."""
     code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"

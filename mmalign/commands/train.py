@@ -35,10 +35,10 @@ from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
     MAX_VALIDATION_BATCHES,
     TrainingRun,
-    _resume,
     build_train_state,
     last_saved,
     require_all,
+    resume,
     save,
     trainable_weights,
 )
@@ -220,7 +220,8 @@ class _Hook:
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, score)
             if self.run.train_state.accelerator.is_main_process:
-                save(self.recipe, self.run, score)
+                keep_checkpoints = self.recipe.train.keep_checkpoints
+                save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
             self.run.train_state.accelerator.wait_for_everyone()
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
@@ -280,7 +281,7 @@ def start_run(
     method = methods.find(recipe.method.name)
     run = TrainingRun(method, policy, train_state, identity, loop.Progress())
     if saved is not None:
-        _resume(recipe, run, saved)
+        resume(run, saved, Path(recipe.output))
         logger.info(f"going on from checkpoint-{saved.step:08d}")
     return run
 

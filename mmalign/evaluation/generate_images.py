@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import nn
 
-from mmalign.config import ImageModel, Recipe, SamplingConfig
+from mmalign.config import ImageModel, SamplingConfig
 from mmalign.console import tracked
 from mmalign.data.caches.images import ImageCache
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Sampling
 
 
-def cache_settings(recipe: Recipe, sampling: SamplingConfig) -> dict[str, object]:
-    """Return the settings that a recipe's images depend on, apart from the denoiser's weights."""
-    assert isinstance(recipe.model, ImageModel)
-    vae = {"vae": recipe.model.vae, "vae_dtype": recipe.model.vae_dtype}
-    return {"drawing": sampling.model_dump(), "precision": recipe.train.precision, **vae}
+def cache_settings(model: ImageModel, precision: str, sampling: SamplingConfig) -> dict[str, object]:
+    """Return the settings that images depend on, apart from the denoiser's weights."""
+    vae = {"vae": model.vae, "vae_dtype": model.vae_dtype}
+    return {"drawing": sampling.model_dump(), "precision": precision, **vae}
 
 
 def generate_images(

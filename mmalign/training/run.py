@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.config import Recipe, Train
+from mmalign.config import Train
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
@@ -65,13 +65,13 @@ def build_train_state(policy: Policy, options: Train, accelerator: Any) -> tuple
     return Policy(policy.family, model, policy.unwrapped, policy.reference), train_state
 
 
-def _resume(recipe: Recipe, run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
-    """Load a checkpoint into a run.
+def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None:
+    """Load a checkpoint of the folder `output` into a run.
 
     Raises:
         ValueError: the checkpoint lacks the moving average, or has weights that the model lacks.
     """
-    path = Path(recipe.output) / f"checkpoint-{saved.step:08d}"
+    path = output / f"checkpoint-{saved.step:08d}"
     ema, scaler = run.train_state.ema, run.train_state.accelerator.scaler
     if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
@@ -89,8 +89,8 @@ def _resume(recipe: Recipe, run: TrainingRun, saved: checkpoint.Checkpoint) -> N
     run.progress = loop.Progress(**saved.state["progress"])
 
 
-def save(recipe: Recipe, run: TrainingRun, score: float | None) -> None:
-    """Write a checkpoint with the run's score (lower is better), if it has one.
+def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoints: int) -> None:
+    """Write a checkpoint to the folder `output`, with the run's score (lower is better), if it has one.
 
     Raises:
         CheckpointError: the checkpoint could not be written.
@@ -106,14 +106,13 @@ def save(recipe: Recipe, run: TrainingRun, score: float | None) -> None:
     if train_state.accelerator.scaler is not None:
         state["scaler"] = train_state.accelerator.scaler.state_dict()
     weights = trainable_weights(run.policy.unwrapped)
-    output = Path(recipe.output)
     checkpoint.write(
         output,
         run.progress.step,
         weights,
         state,
         run.identity,
-        keep_checkpoints=recipe.train.keep_checkpoints,
+        keep_checkpoints=keep_checkpoints,
         score=score,
         resumable=not run.progress.pending,
     )

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from mmalign import atomic_io
-from mmalign.config import EvaluateImages, Recipe
+from mmalign.config import EvaluateImages, ImageModel, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.benchmarks import diversity, preference, scenes
@@ -180,6 +180,7 @@ def _caches(
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     atomic_io.make_folder("evaluate.cache", folder)
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)
-    settings = cache_settings(recipe, section.sampling)
+    assert isinstance(recipe.model, ImageModel)
+    settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
     before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)
     return before, after

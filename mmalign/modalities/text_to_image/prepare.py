@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mmalign import atomic_io
-from mmalign.config import PrepareImages, Recipe
+from mmalign.config import ImageModel, PrepareImages, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.generate_images import cache_settings, generate_images
@@ -55,8 +55,9 @@ def prepare_images(recipe: Recipe) -> Path:
     prompts = [p for p in asked_for for _ in range(section.images_per_prompt)]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     folder = path.with_name(f"{path.name}.unfinished")
-    settings = {**cache_settings(recipe, section.sampling), "model": fingerprint.fingerprint(family.network)}
-    cache = ImageCache(folder, settings)
+    assert isinstance(recipe.model, ImageModel)
+    settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
+    cache = ImageCache(folder, {**settings, "model": fingerprint.fingerprint(family.network)})
     images = generate_images(family, family.network, prompts, seeds, loading.sampling_options(section.sampling), cache)
     scores = reward_model(images, prompts).tolist()
 
