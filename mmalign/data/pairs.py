@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, overload
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Generic, NoReturn, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +31,22 @@ class ImageRef:
 
     Attributes:
         key: the name of its content; other content has another key.
-        location: the image's location for messages: "pairs.parquet: row 17, jpg_0".
         path: the path of its file; empty for an image in a table.
     """
 
     key: str
-    location: str
+    _locate: Callable[[], str] = field(repr=False, compare=False)
     _load: Callable[[], bytes] = field(repr=False, compare=False)
     path: str = field(default="", compare=False)
+
+    @property
+    def location(self) -> str:
+        """Location of the image for messages: "pairs.parquet: row 17, jpg_0"."""
+        return self._locate()
+
+    def without_loader(self) -> ImageRef:
+        """Return a reference that cannot be read; a loader over a table would copy the table to other processes."""
+        return replace(self, _load=partial(_raise_read_again, self._locate))
 
     def read(self) -> bytes:
         """Read the encoded image.
@@ -46,6 +55,10 @@ class ImageRef:
             OSError: the file cannot be read.
         """
         return self._load()
+
+
+def _raise_read_again(locate: Callable[[], str]) -> NoReturn:
+    raise AssertionError(f"{locate()}: the image of an encoded pair is in its batch, and is not read again")
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,6 @@ class ImagePair:
         prompt: the prompt of both images; in a pair with two prompts, that of the chosen image.
         chosen: the preferred image.
         rejected: the other image.
-        location: the pair's location, for messages.
         group: the pair's group in `split_by_group`.
         rejected_prompt: the rejected image's prompt; empty in a pair with one prompt.
     """
@@ -66,9 +78,14 @@ class ImagePair:
     prompt: str
     chosen: ImageRef
     rejected: ImageRef
-    location: str
+    _locate: Callable[[], str] = field(repr=False, compare=False)
     group: str
     rejected_prompt: str = ""
+
+    @property
+    def location(self) -> str:
+        """Location of the pair for messages: "pairs.parquet: row 17"."""
+        return self._locate()
 
 
 @dataclass(frozen=True)

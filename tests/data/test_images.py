@@ -18,7 +18,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
 
 
 def ref(data: bytes) -> ImageRef:
-    return ImageRef("key", "pairs.parquet: row 17, jpg_0", lambda: data)
+    return ImageRef("key", lambda: "pairs.parquet: row 17, jpg_0", lambda: data)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -63,7 +63,7 @@ def test_an_unreadable_file_is_a_bad_image() -> None:
         raise FileNotFoundError(2, "No such file or directory")
 
     with pytest.raises(BadImage, match="cannot be read"):
-        decode(ImageRef("key", "x.png", gone))
+        decode(ImageRef("key", lambda: "x.png", gone))
 
 
 def test_transparent_parts_are_white_and_half_transparent_ones_mixed() -> None:

@@ -65,10 +65,10 @@ def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Pa
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def locate_row(starts: Sequence[tuple[int, str]], number: int) -> str:
-    """Return the file of a table's row and the row's index in the file, counted from 0."""
+def locate_row(starts: Sequence[tuple[int, str]], number: int, column: str = "") -> str:
+    """Return the file of a table's row, the row's index in the file, counted from 0, and the column."""
     first, name = starts[bisect.bisect_right(starts, number, key=lambda s: s[0]) - 1]
-    return f"{name}: row {number - first}"
+    return f"{name}: row {number - first}" + (f", {column}" if column else "")
 
 
 def read_schema(file: Path) -> Any:

@@ -29,6 +29,7 @@ from mmalign.data.formats.files import (
     is_hub_path,
     load_hub,
     load_tables,
+    locate_row,
     read_schema,
     records,
     shorten,
@@ -182,7 +183,7 @@ def _open_tables(
     rows = TableRows(table, {c: n for c, n in names.items() if n in columns}, group_by or names["caption"], starts)
     usable, chosen_is_1, reasons, ties = _read_labels(table, names, columns, prompt_pairs)
     rows.swap(chosen_is_1)
-    dropped = [SkippedRow(rows.where(int(n)), why) for n, why in sorted(reasons.items())]
+    dropped = [SkippedRow(locate_row(starts, int(n)), why) for n, why in sorted(reasons.items())]
     return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
 
 

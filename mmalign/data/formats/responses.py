@@ -19,7 +19,6 @@ above to the name in the files.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +40,7 @@ from mmalign.data.formats.files import (
     locate_row,
     records,
 )
-from mmalign.data.formats.rows import file_ref
+from mmalign.data.formats.rows import ImageKeys, file_ref
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.language.chat import Turn
 
@@ -67,7 +66,7 @@ class ResponseRows:
     """Source of response pairs; images in a table are read when their pair is built."""
 
     def __init__(self, entries: Sequence[IndexedRow], table: Any = None) -> None:
-        self._entries, self._table = entries, table
+        self._entries, self._table, self._keys = entries, table, ImageKeys()
 
     def pair(self, number: int) -> ResponsePair:
         """Return the pair of that number."""
@@ -105,14 +104,14 @@ class ResponseRows:
     def _images(self, entry: IndexedRow) -> NamedImages:
         parsed, images = entry.parsed, list[tuple[str, ImageRef]]()
         for index, image in enumerate(parsed.all_images):
-            location = f"{entry.location}, image {index}"
             if isinstance(image, str):
                 # Row ids use names instead of keys, so that a copy of the folder gives the same random numbers.
-                images.append((image, file_ref(entry.paths[image], f"{location} ({image})")))
+                locate = partial("{}, image {} ({})".format, entry.location, index, image)
+                images.append((image, file_ref(self._keys, entry.paths[image], locate)))
                 continue
             load = partial(_bytes, self._table, entry.number, *image)
-            key = f"bytes:{hashlib.blake2b(load(), digest_size=16).hexdigest()}"
-            images.append((key, ImageRef(key, location, load)))
+            key = self._keys.of_bytes((entry.number, *image), load)
+            images.append((key, ImageRef(key, partial("{}, image {}".format, entry.location, index), load)))
         return tuple(images)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,14 +31,11 @@ class TableRows:
         self._text = table.select_columns(sorted(light))
         self._images = {c: table.select_columns([names[c]]) for c in ("jpg_0", "jpg_1")}
         self._chosen_is_1: NDArray[np.bool_] = np.zeros(len(table), dtype=bool)
+        self._keys = ImageKeys()
 
     def swap(self, chosen_is_1: NDArray[np.bool_]) -> None:
         """Set the rows [N] in which the second image is the chosen one."""
         self._chosen_is_1 = chosen_is_1
-
-    def where(self, number: int) -> str:
-        """Return the file of a row and the row's index in it, counted from 0."""
-        return locate_row(self._starts, number)
 
     def pair(self, number: int) -> ImagePair:
         """Return the pair in a row."""
@@ -48,7 +45,8 @@ class TableRows:
         prompt = text[self._names["caption"]]
         second = text.get(self._names.get("rejected_caption", "")) or ""
         row = stable_hash(prompt, chosen.key, rejected.key, *filter(None, [second]))
-        return ImagePair(row, prompt, chosen, rejected, self.where(number), str(text[self._group]), second)
+        locate = partial(locate_row, self._starts, number)
+        return ImagePair(row, prompt, chosen, rejected, locate, str(text[self._group]), second)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the groups of these rows."""
@@ -65,8 +63,32 @@ class TableRows:
         column = f"jpg_{side}"
         load = partial(cell, self._images[column], self._names[column], number)
         uid = text.get(self._names.get(f"image_{side}_uid", ""))
-        key = f"uid:{uid}" if uid else f"bytes:{hashlib.blake2b(load(), digest_size=16).hexdigest()}"
-        return ImageRef(key, f"{self.where(number)}, {self._names[column]}", load)
+        key = f"uid:{uid}" if uid else self._keys.of_bytes((number, side), load)
+        return ImageRef(key, partial(locate_row, self._starts, number, self._names[column]), load)
+
+
+class ImageKeys:
+    """Keys of a source's images, each made once: later batches neither read an image nor ask for its file's time."""
+
+    def __init__(self) -> None:
+        self._keys: dict[Hashable, str] = {}
+
+    def of_bytes(self, cell: Hashable, load: Callable[[], bytes]) -> str:
+        """Return the key of an image in a table's cell: a hash of its bytes."""
+        if cell not in self._keys:
+            self._keys[cell] = f"bytes:{hashlib.blake2b(load(), digest_size=16).hexdigest()}"
+        return self._keys[cell]
+
+    def of_file(self, path: str) -> str:
+        """Return the key of an image file: a hash of its path, size and time."""
+        if path not in self._keys:
+            try:
+                stat = Path(path).stat()
+                state = f"{stat.st_size} {stat.st_mtime_ns}"
+            except OSError:  # deleted since it was indexed: `ImageRef.read` raises the error
+                state = "gone"
+            self._keys[path] = f"file:{stable_hash(str(Path(path).resolve()), state):016x}"
+        return self._keys[path]
 
 
 def cell(table: Any, column: str, number: int) -> bytes:
@@ -93,16 +115,16 @@ class FileRows:
     """Source of pairs of image files."""
 
     def __init__(self, pairs: Sequence[FilePair]) -> None:
-        self._pairs = pairs
+        self._pairs, self._keys = pairs, ImageKeys()
 
     def pair(self, number: int) -> ImagePair:
-        """Return the pair of that number; get its files' size and time without reading them."""
+        """Return the pair of that number; its files are not read."""
         p = self._pairs[number]
-        chosen = file_ref(p.chosen_path, f"{p.location}, chosen ({p.chosen})")
-        rejected = file_ref(p.rejected_path, f"{p.location}, rejected ({p.rejected})")
+        chosen = file_ref(self._keys, p.chosen_path, partial("{}, chosen ({})".format, p.location, p.chosen))
+        rejected = file_ref(self._keys, p.rejected_path, partial("{}, rejected ({})".format, p.location, p.rejected))
         # Row ids use names instead of keys: a copied folder has new file times but must give the same random numbers.
         row = stable_hash(p.prompt, p.chosen, p.rejected, *filter(None, [p.rejected_prompt]))
-        return ImagePair(row, p.prompt, chosen, rejected, p.location, p.group, p.rejected_prompt)
+        return ImagePair(row, p.prompt, chosen, rejected, partial(str, p.location), p.group, p.rejected_prompt)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the groups of these pairs."""
@@ -114,12 +136,6 @@ class FileRows:
         return [p.prompt for p in pairs] + [p.rejected_prompt for p in pairs if p.rejected_prompt]
 
 
-def file_ref(path: str, location: str) -> ImageRef:
-    """Return a reference to an image file; its key changes with the file's size or time."""
-    file = Path(path)
-    try:
-        stat = file.stat()
-        state = f"{stat.st_size} {stat.st_mtime_ns}"
-    except OSError:  # deleted since it was indexed: `read` raises the error
-        state = "gone"
-    return ImageRef(f"file:{stable_hash(str(file.resolve()), state):016x}", location, file.read_bytes, path)
+def file_ref(keys: ImageKeys, path: str, locate: Callable[[], str]) -> ImageRef:
+    """Return a reference to an image file."""
+    return ImageRef(keys.of_file(path), locate, Path(path).read_bytes, path)

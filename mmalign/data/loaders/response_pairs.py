@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NoReturn
 
 import torch
 from PIL import Image
@@ -145,17 +144,10 @@ def _equal_lengths(first: TokenizedResponse, second: TokenizedResponse) -> tuple
 
 
 def _without_loaders(pair: ResponsePair) -> ResponsePair:
-    """Return the pair without image loaders; a table-backed loader would copy its table to other processes."""
-
-    def named(refs: Sequence[ImageRef]) -> tuple[ImageRef, ...]:
-        return tuple(replace(ref, _load=partial(_raise_read_again, ref.location)) for ref in refs)
-
-    images, rejected, others = (named(refs) for refs in (pair.images, pair.rejected_images, pair.other_images))
+    """Return the pair with images that cannot be read again."""
+    sides = (pair.images, pair.rejected_images, pair.other_images)
+    images, rejected, others = (tuple(ref.without_loader() for ref in refs) for refs in sides)
     return replace(pair, images=images, rejected_images=rejected, other_images=others)
-
-
-def _raise_read_again(location: str) -> NoReturn:
-    raise AssertionError(f"{location}: the image of an encoded pair is in its batch, and is not read again")
 
 
 class ResponsePairLoader:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.data.formats.rows import file_ref
+from mmalign.data.formats.rows import ImageKeys, file_ref
 from mmalign.data.images import decode
 from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id
 from mmalign.evaluation.benchmarks import amber, chair, pope
@@ -201,7 +201,8 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
             f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are missing);"
             " expected every image that is asked about, by the name that its question has"
         )
-    return lambda name: decode(file_ref(str(Path(folder) / name), name))
+    keys = ImageKeys()
+    return lambda name: decode(file_ref(keys, str(Path(folder) / name), lambda: name))
 
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:

@@ -52,20 +52,22 @@ class HFProcessor:
     def tokenize_responses(
         self, turns: Sequence[Turn], responses: Sequence[str], images: Sequence[tuple[str, ImageView]]
     ) -> list[TokenizedResponse]:
-        return self._joint(turns, [self._continuation(turns, response) for response in responses], images)
+        prompt = self._render(turns)
+        return self._joint(prompt, [self._continuation(turns, prompt, response) for response in responses], images)
 
     def tokenize_prompt(
         self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
     ) -> TokenizedResponse:
-        beginning = start.strip()
-        (row,) = self._joint(turns, [self._around(turns, beginning)[0] + beginning if beginning else ""], images)
+        prompt, beginning = self._render(turns), start.strip()
+        lead = self._around(turns, prompt, beginning)[0] if beginning else ""
+        (row,) = self._joint(prompt, [lead + beginning], images)
         return row
 
     def _joint(
-        self, turns: Sequence[Turn], continuations: Sequence[str], images: Sequence[tuple[str, ImageView]]
+        self, rendered: str, continuations: Sequence[str], images: Sequence[tuple[str, ImageView]]
     ) -> list[TokenizedResponse]:
-        """Tokenize the prompt together with each continuation; all rows' responses begin at the same index."""
-        prompt = self.quirks.format_prompt(self.processor, self._render(turns))
+        """Tokenize the rendered prompt together with each continuation; all rows' responses begin at the same index."""
+        prompt = self.quirks.format_prompt(self.processor, rendered)
         views = [view.ids for _, view in images]
         texts = [prompt, *(prompt + continuation for continuation in continuations)]
         ids = [expand(self._tokenize(text), self._placeholder_id, views) for text in texts]
@@ -93,7 +95,8 @@ class HFProcessor:
     def ends(self) -> tuple[int, ...]:
         """The ids of the tokens that end an answer: the chat template's end of a turn, and the end of text."""
         tokenizer = self.processor.tokenizer
-        _, end = self._around([Turn("user", "?")], "!")
+        turns = [Turn("user", "?")]
+        _, end = self._around(turns, self._render(turns), "!")
         return tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -105,7 +108,7 @@ class HFProcessor:
         ids: list[int] = tokenizer(text, add_special_tokens=not begun).input_ids
         return ids
 
-    @property
+    @cached_property
     def _template(self) -> Any:
         return getattr(self.processor, "chat_template", None) or getattr(
             self.processor.tokenizer, "chat_template", None
@@ -123,18 +126,18 @@ class HFProcessor:
         )
         return text
 
-    def _continuation(self, turns: Sequence[Turn], response: str) -> str:
+    def _continuation(self, turns: Sequence[Turn], prompt: str, response: str) -> str:
         """Return the response with the chat template's text before it and the token that ends an answer."""
         response = response.strip()
-        lead, end = self._around(turns, response)
+        lead, end = self._around(turns, prompt, response)
         return f"{lead}{response}{end}"
 
-    def _around(self, turns: Sequence[Turn], response: str) -> tuple[str, str]:
-        """Return the chat template's text between prompt and response, and the token that ends the answer."""
+    def _around(self, turns: Sequence[Turn], prompt: str, response: str) -> tuple[str, str]:
+        """Return the chat template's text between rendered prompt and response, and the token that ends the answer."""
         tokenizer = self.processor.tokenizer
         if not self._template:
             return "", tokenizer.eos_token
-        prompt, whole = self._render(turns), self._render(turns, response)
+        whole = self._render(turns, response)
         before, _, after = whole.rpartition(response)
         lead = before[len(prompt) :] if before.startswith(prompt) else ""
         ends = [(after.index(token), token) for token in tokenizer.all_special_tokens if token in after]

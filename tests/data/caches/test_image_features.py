@@ -1,5 +1,6 @@
 """Features of images that are kept: the same bits through the disk, and a vision tower that is away."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +171,7 @@ def test_the_first_image_that_can_be_read_tells_whether_there_is_room(
     family: Any = load_vision_language(str(vlm_folders("llava")), Loading(CPU))
     store, images = ArrayCache.open(tmp_path / "features", {}), list[ImageRef]()
     for name, content in (("bad", b"no picture"), ("good", data_files.png(1, 16)), ("other", data_files.png(2, 16))):
-        images.append(ImageRef(name, name, lambda content=content: content))  # type: ignore[misc]
+        images.append(ImageRef(name, partial(str, name), partial(bytes, content)))
     monkeypatch.setattr(image_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
     steps = image_features.fill(family, images, store, num_workers=0, rank=0, world_size=1)
     assert list(steps) == [3, 1, 0] and not len(store)

@@ -220,7 +220,8 @@ def test_a_folder_of_json_lines(tmp_path: Path) -> None:
     before = copy[0].chosen.key
     assert before != pairs[0].chosen.key
     (tmp_path / "copy" / "images" / "2.png").write_bytes(png(7) + b" ")
-    assert copy[0].chosen.key != before  # other content, other latents
+    again = open_pairs("folder", str(tmp_path / "copy" / "pairs.jsonl"))
+    assert again[0].chosen.key != before  # other content, other latents
     (tmp_path / "copy" / "images" / "2.png").unlink()
     with pytest.raises(ValueError, match=r"line 1, chosen .*: cannot be read"):
         decode(copy[0].chosen)

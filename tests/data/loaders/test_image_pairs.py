@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import images_to_encode
+from mmalign.data.formats import rows
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.images import decode
 from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader, ImageTransform
 from mmalign.data.pairs import ImageRef, Pairs, SkippedRow
+from tests.helpers import data_files
 
 VIEW = ImageTransform(16, "random", flip=True)
 CENTER = ImageTransform(16, "center", flip=True)
@@ -213,6 +216,21 @@ def test_cached_batches_are_the_decoded_ones(tmp_path: Path, workers: int) -> No
     assert cached[0].pixels is None and cached[0].arrays is not None and cached[0].arrays.keys() == {"mean"}
     alone = ImagePairLoader(pairs.select([3, 0]), batch_size=1, seed=0, transform=CENTER, cache=cache)
     assert {tuple(b.weights.tolist()) for b in alone.batches(0)} == {(0.0,), (1.0,)}
+
+
+def test_images_without_ids_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filling reads each image twice, for its key and its latents; epochs from the cache read none."""
+    path = data_files.pick_a_pic(tmp_path / "pairs.parquet", 8)
+    pq.write_table(pq.read_table(path).drop_columns(["image_0_uid", "image_1_uid"]), path)
+    pairs, reads = open_pairs("pick_a_pic", str(path)), list[int]()
+    cell = rows.cell
+    monkeypatch.setattr(rows, "cell", lambda *given: reads.append(given[2]) or cell(*given))
+    cache, _ = fill(tmp_path / "cache", pairs, ImageTransform(16))
+    assert sorted(reads) == sorted([*range(8)] * 4)
+    loader = ImagePairLoader(pairs, batch_size=2, seed=0, transform=ImageTransform(16), cache=cache)
+    loader.check_readable()
+    keys = [{key for batch in loader.batches(epoch) for key in batch.keys} for epoch in range(3)]
+    assert len(keys[0]) == 8 and keys[0] == keys[1] == keys[2] and len(reads) == 4 * 8
 
 
 def test_encoding_goes_on_where_it_stopped_and_is_shared_by_ranks(tmp_path: Path) -> None:
