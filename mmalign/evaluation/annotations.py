@@ -2,6 +2,8 @@
 
 Image ids come as numbers (42), digits ("42") or the file names of MSCOCO ("COCO_val2014_000000000042.jpg"). All three
 become "42"; any other name is unchanged.
+
+Readers raise ValueError for an invalid or empty file and for a repeated record. The message begins with its location.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mmalign.data.formats.files import records, shorten
 
-Record = Mapping[str, Any]
+Record = Mapping[str, object]
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -47,7 +49,7 @@ class Response:
     question: str = ""
 
 
-# --------------------------------------------------------------------------------------------------- fields of a record
+# ------------------------------------------------- fields of a record: the value under the first of `names` that it has
 
 
 def image_id(value: object) -> str:
@@ -58,12 +60,8 @@ def image_id(value: object) -> str:
     return str(int(digits)) if digits.isascii() and digits.isdigit() else text
 
 
-def take(location: str, record: Record, *names: str) -> Any:
-    """Return the value under the first of these names that a record has.
-
-    Raises:
-        ValueError: the record has none of the names.
-    """
+def take(location: str, record: Record, *names: str) -> object:
+    """Return a value of any type."""
     for name in names:
         if name in record:
             return record[name]
@@ -71,11 +69,7 @@ def take(location: str, record: Record, *names: str) -> Any:
 
 
 def take_text(location: str, record: Record, *names: str) -> str:
-    """Return the string under the first of these names, which may be empty.
-
-    Raises:
-        ValueError: the record has none of the names, or the value is not a string.
-    """
+    """Return a string, which may be empty."""
     value = take(location, record, *names)
     if not isinstance(value, str):
         raise ValueError(
@@ -85,11 +79,7 @@ def take_text(location: str, record: Record, *names: str) -> str:
 
 
 def take_number(location: str, record: Record, *names: str) -> int:
-    """Return the whole number under the first of these names.
-
-    Raises:
-        ValueError: the record has none of the names, or the value is not a whole number.
-    """
+    """Return a whole number."""
     value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{location}: {names[0]} is {shorten(value)}; expected a whole number")
@@ -97,11 +87,7 @@ def take_number(location: str, record: Record, *names: str) -> int:
 
 
 def take_image_id(location: str, record: Record, *names: str) -> str:
-    """Return the image id under the first of these names.
-
-    Raises:
-        ValueError: the record has none of the names, or the value is neither a whole number nor a nonempty string.
-    """
+    """Return an image id, from a whole number or a nonempty string."""
     value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise ValueError(f"{location}: {' or '.join(names)} is {shorten(value)}; expected a number or a file name")
@@ -109,11 +95,7 @@ def take_image_id(location: str, record: Record, *names: str) -> str:
 
 
 def take_names(location: str, record: Record, name: str) -> tuple[str, ...]:
-    """Return the strings under a name; the list may be empty, its strings may not.
-
-    Raises:
-        ValueError: the record has no such name, or the value is not a list of nonempty strings.
-    """
+    """Return the strings of a list, which may be empty; its strings may not."""
     value = take(location, record, name)
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
         raise ValueError(
@@ -123,11 +105,7 @@ def take_names(location: str, record: Record, name: str) -> tuple[str, ...]:
 
 
 def index(path: str | Path, key_name: str, entries: Iterable[tuple[str, K, V]], example: str) -> dict[K, V]:
-    """Collect the values of a file by key, from (location, key, value).
-
-    Raises:
-        ValueError: the file has no record, or two with the same key.
-    """
+    """Collect the values of a file by key, from (location, key, value); a message names the keys and an example."""
     values: dict[K, V] = {}
     for location, key, value in entries:
         if key in values:
@@ -139,11 +117,7 @@ def index(path: str | Path, key_name: str, entries: Iterable[tuple[str, K, V]], 
 
 
 def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, object]) -> None:
-    """Check that every image has an annotation.
-
-    Raises:
-        ValueError: an image has no annotation.
-    """
+    """Raise ValueError if an image has no annotation."""
     unknown = sorted({image for image in images if image not in annotated})
     if unknown:
         examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
@@ -161,17 +135,10 @@ def read_objects(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read the objects of each image, in the order of the file, from records {"image", "objects"}.
 
     Image names are those of the file. An object listed twice for an image is returned once.
-
-    Raises:
-        ValueError: the file is invalid or empty, or repeats an image.
     """
     entries = (
-        (
-            location,
-            str(take(location, record, "image", "image_id")),
-            tuple(dict.fromkeys(take_names(location, record, "objects"))),
-        )
-        for location, record in records(path)
+        (at, str(take(at, record, "image", "image_id")), tuple(dict.fromkeys(take_names(at, record, "objects"))))
+        for at, record in records(path)
     )
     return index(path, "image", entries, 'records {"image": "1.jpg", "objects": ["dog", "ball"]}')
 
@@ -182,9 +149,6 @@ def read_questions(path: str | Path, prompt: str) -> list[Question]:
     Args:
         path: a file of questions, or of annotations, whose other keys are ignored.
         prompt: the question for records without one.
-
-    Raises:
-        ValueError: the file is invalid or empty, or an id is repeated.
     """
 
     def read_question(number: int, location: str, record: Record) -> tuple[str, int, Question]:
@@ -200,7 +164,7 @@ def read_questions(path: str | Path, prompt: str) -> list[Question]:
 
 
 def read_responses(path: str | Path, images: str | Path | None = None) -> list[Response]:
-    """Read descriptions of images.
+    """Read descriptions of images, one for each image and question.
 
     The image is under `image_id` or `image`, the text under `caption`, `text`, `answer` or `response`. `question` or
     `prompt` distinguishes several responses to an image.
@@ -209,9 +173,6 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
         path: the answers; a leading "Assistant:" is removed.
         images: the file of questions, for answers that do not name their image. It has as many records in the same
             order, each with `image_id` or `image`.
-
-    Raises:
-        ValueError: a file is invalid or empty, the two do not match, or an image and question are repeated.
     """
     answers = list(records(path))
     questions = answers if images is None else list(records(images))

@@ -26,11 +26,7 @@ from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 QuestionKey = tuple[str, str]  # the name of an image, and a question about it
-
-
 AnswersByQuestion = dict[QuestionKey, str]
-
-
 RunOnModel = Callable[[Callable[[nn.Module], AnswersByQuestion]], AnswersByQuestion | None]
 
 

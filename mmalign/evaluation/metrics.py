@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 
@@ -27,20 +27,13 @@ def divide(part: Values, whole: Values) -> Values:
 
 
 def f1(right: Values, predicted: Values, actual: Values) -> Values:
-    """Return 2 right / (predicted + actual), the harmonic mean of precision and recall.
-
-    Precision is right / predicted, and recall is right / actual.
-    """
+    """Return 2 right / (predicted + actual), the harmonic mean of right / predicted and right / actual."""
     return divide(2 * right, predicted + actual)
 
 
 def ratio(part: str, whole: str) -> Ratio:
     """Return a function that divides the sums of two columns, given by name."""
-    return partial(_divide_columns, part, whole)
-
-
-def _divide_columns(part: str, whole: str, sums: Sums) -> Values:
-    return divide(sums[part], sums[whole])
+    return lambda sums: divide(sums[part], sums[whole])
 
 
 def as_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, Values]:
@@ -49,18 +42,15 @@ def as_columns(rows: Sequence[Mapping[str, float]]) -> dict[str, Values]:
 
 
 def as_columns_by_kind(kinds: Sequence[str], rows: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, Values]:
-    """Return the values [N] of each count by kind of response, named such as "random: right".
+    """Return the values [N] of each count by kind of response, named such as "random: right", from kinds and counts.
 
-    Args:
-        kinds: all kinds.
-        rows: [N] the kind and the counts of each response; its values for other kinds are 0.
+    A response's values for other kinds are 0.
     """
-    return as_columns(
-        [
-            {f"{kind}: {name}": value * (kind == row_kind) for kind in kinds for name, value in counts.items()}
-            for row_kind, counts in rows
-        ]
-    )
+    by_kind = [
+        {f"{kind}: {name}": value * (kind == row_kind) for kind in kinds for name, value in counts.items()}
+        for row_kind, counts in rows
+    ]
+    return as_columns(by_kind)
 
 
 @dataclass(frozen=True)
@@ -96,11 +86,6 @@ class Metrics:
             raise ValueError(
                 f"{self.benchmark}: {_format_key(repeated)} is answered twice; expected one response to each question"
             )
-
-    @property
-    def sums(self) -> dict[str, float]:
-        """The sum of every column."""
-        return {name: float(values.sum()) for name, values in self.columns.items()}
 
     @property
     def values(self) -> dict[str, float]:
@@ -163,7 +148,7 @@ class Metrics:
             "responses": len(self.keys),
             "groups": len(set(self.groups)),
             "measures": {name: interval.as_dict() for name, interval in self.intervals.items()},
-            "counts": self.sums,
+            "counts": {name: float(values.sum()) for name, values in self.columns.items()},
         }
 
 
@@ -182,7 +167,7 @@ class MetricsComparison:
             values = [metrics.intervals[name] for metrics in (self.before, self.after)]
             label, *cells = self.before.format_row(name, *values, self.differences[name])
             rows.append((self.before.label(label) if short else label, *cells))
-        return [(self.before.benchmark, "before", "after", "change [95 % interval]"), *rows]
+        return [(self.before.benchmark, *SIDES, "change [95 % interval]"), *rows]
 
     def as_dict(self) -> dict[str, object]:
         """Return the numbers for result.json; differences of ratios are in [-1, 1]."""
@@ -201,20 +186,13 @@ def compare(before: Metrics, after: Metrics) -> MetricsComparison:
         ValueError: the benchmarks or the questions differ, or there are fewer than two groups.
     """
     _check_comparable(before, after)
-    columns = list(before.columns)
     # Ratios: bootstrap over the columns of both models side by side
-    first, second = before.matrix, after.matrix_of(before.keys)
-    ratios = cluster_bootstrap(
-        [np.concatenate([first, second], axis=-1)],
-        paired(before.measure),
-        before.groups,
-        bounds=[(-1.0, 1.0)] * len(before.ratios),
-    )
+    first, second, bounds = before.matrix, after.matrix_of(before.keys), [(-1.0, 1.0)] * len(before.ratios)
+    both = np.concatenate([first, second], axis=-1)
+    ratios = cluster_bootstrap([both], paired(before.measure), before.groups, bounds=bounds)
     # Means: paired differences
-    indices = {name: columns.index(name) for name in before.means}
-    means = {
-        name: paired_difference(first[:, index], second[:, index], before.groups) for name, index in indices.items()
-    }
+    indices = {name: list(before.columns).index(name) for name in before.means}
+    means = {name: paired_difference(first[:, i], second[:, i], before.groups) for name, i in indices.items()}
     return MetricsComparison(before, after, {**dict(zip(before.ratios, ratios, strict=True)), **means})
 
 
@@ -243,9 +221,10 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
         raise ValueError(f"{base.benchmark}: there is no run to measure; expected at least one")
     for run in runs:
         _check_comparable(base, run)
-    # Counts of the runs [R, N, K + 1], and those of base and run side by side [R, N, 2 K + 2]
-    base_counts = _append_ones(base.matrix)
-    run_counts = np.stack([_append_ones(run.matrix_of(base.keys)) for run in runs])
+    # Counts of the runs and a one for every row [R, N, K + 1], and those of base and run side by side [R, N, 2 K + 2]
+    ones = np.ones((len(base.keys), 1))
+    base_counts = np.concatenate([base.matrix, ones], axis=1)
+    run_counts = np.stack([np.concatenate([run.matrix_of(base.keys), ones], axis=1) for run in runs])
     paired_counts = np.concatenate([np.broadcast_to(base_counts, run_counts.shape), run_counts], axis=-1)
     columns, num_ratios = list(base.columns), len(base.ratios)
     averaged = [columns.index(name) for name in base.means]
@@ -271,17 +250,8 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
     )
 
 
-def _append_ones(matrix: Values) -> Values:
-    """Append a column of ones, whose sum is the number of rows."""
-    return np.concatenate([matrix, np.ones((len(matrix), 1))], axis=1)
-
-
 def _check_comparable(before: Metrics, after: Metrics) -> None:
-    """Check that two models answered the same questions of the same benchmark.
-
-    Raises:
-        ValueError: the benchmarks, their ratios or the questions differ.
-    """
+    """Raise ValueError if the benchmarks, their ratios or the questions of two models differ."""
     if (before.benchmark, list(before.ratios)) != (after.benchmark, list(after.ratios)):
         raise ValueError(
             f"compare: {before.benchmark} ({', '.join(before.ratios)}) before, {after.benchmark} "

@@ -215,6 +215,11 @@ def singular(word: str) -> str:
     return word[:-1]
 
 
+def article(noun: str) -> str:
+    """Return "an" before a vowel, else "a"."""
+    return "an" if noun[0].lower() in "aeiou" else "a"
+
+
 def _word_list(name: str) -> list[str]:
     """Return the lines of a file in words/, without comments."""
     lines = Path(__file__).with_name("words").joinpath(name).read_text(encoding="utf-8").splitlines()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from mmalign.language.objects import Vocabulary, singular
+from mmalign.language.objects import Vocabulary, article, singular
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.segments import COLOURS, NUMBERS, RELATIONS, Segment, segments
 
@@ -96,7 +96,7 @@ class Corruptor:
         new = _pick(others, choice)
         named.add(new)
         if how < self.beside:
-            return f"{text} and {_article(new)} {new}"
+            return f"{text} and {article(new)} {new}"
         last = text.split()[-1]
         return _cased(plural(new) if singular(last.lower()) != last.lower() else new, text)
 
@@ -117,10 +117,6 @@ def _cased(new: str, old: str) -> str:
     return new[0].upper() + new[1:] if old[0].isupper() else new
 
 
-def _article(noun: str) -> str:
-    return "an" if noun[0].lower() in "aeiou" else "a"
-
-
 _BEFORE = re.compile(r"\b(an?)(\s+)\Z", re.IGNORECASE)
 
 
@@ -129,7 +125,7 @@ def _with_article(before: str, after: str) -> str:
     match = _BEFORE.search(before)
     if match is None:
         return before
-    return before[: match.start()] + _cased(_article(after), match[1]) + match[2]
+    return before[: match.start()] + _cased(article(after), match[1]) + match[2]
 
 
 def plural(noun: str) -> str:

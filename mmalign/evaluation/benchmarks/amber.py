@@ -61,8 +61,6 @@ _DIMENSIONS = {
     "action": ("action",),
     "relation": ("relation",),
 }
-
-
 _COUNTS = ("questions", "true no", "said yes", "said no", "right no", "right")
 _PARTS = {
     "accuracy": ("right", "questions"),
@@ -184,7 +182,7 @@ def score_generative(
 
     Args:
         responses: the response to each id; ids of yes/no questions are left out.
-        annotations: the benchmark's annotations.
+        annotations: annotations of these ids.
         nouns: a function that returns the nouns of a text, in order and with repetition.
         similar: a comparison of a word of the text with an annotated one; by default only equal words are similar.
 
@@ -220,11 +218,7 @@ def score_generative(
 
 
 def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:
-    """Return the metrics of the descriptions and of the answers in `responses`, descriptions first.
-
-    Raises:
-        ValueError: an id is unknown.
-    """
+    """Return the metrics of the descriptions and of the answers in `responses`, descriptions first."""
     _check_ids(responses, annotations)
     kinds = {type(annotations.items[number]) for number in responses}
     metrics = [score_generative(responses, annotations)] if GenerativeItem in kinds else []
@@ -245,7 +239,7 @@ def score_discriminative(
 
     Args:
         responses: the answer to each id; ids of descriptions are left out.
-        annotations: the benchmark's annotations.
+        annotations: annotations of these ids.
         parse: `pope.parse_strict`, or `parse_published`; an answer that is neither yes nor no is wrong.
 
     Raises:
@@ -254,31 +248,22 @@ def score_discriminative(
     _check_ids(responses, annotations)
     items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
     present = {item.kind for item in items.values()}
-    kinds = [kind for kind in _DIMENSIONS["all"] if kind in present]
     rows = [(item.kind, _count(item, parse(responses[number]))) for number, item in items.items()]
-    ratios: dict[str, Ratio] = {}
-    for dimension, dimension_kinds in _DIMENSIONS.items():
-        kinds_present = [kind for kind in dimension_kinds if kind in present]
-        if kinds_present:
-            ratios |= {
-                f"{dimension}: {name}": partial(_over_kinds, kinds_present, parts) for name, parts in _PARTS.items()
-            }
-    groups, headline = _groups(items, annotations), ("all: accuracy", "all: F1", "all: yes rate")
-    return Metrics(
-        "AMBER, discriminative", tuple(items), groups, as_columns_by_kind(kinds, rows), ratios, headline=headline
-    )
+    kinds = {name: [kind for kind in of_name if kind in present] for name, of_name in _DIMENSIONS.items()}
+    ratios: dict[str, Ratio] = {
+        f"{dimension}: {name}": partial(_over_kinds, kinds_present, parts)
+        for dimension, kinds_present in kinds.items()
+        for name, parts in _PARTS.items()
+        if kinds_present
+    }
+    columns, groups = as_columns_by_kind(kinds["all"], rows), _groups(items, annotations)
+    headline = ("all: accuracy", "all: F1", "all: yes rate")
+    return Metrics("AMBER, discriminative", tuple(items), groups, columns, ratios, headline=headline)
 
 
 def _count(item: DiscriminativeItem, said: bool | None) -> dict[str, bool]:
-    values = (
-        True,
-        not item.answer,
-        said is True,
-        said is False,
-        said is False and not item.answer,
-        said is item.answer,
-    )
-    return dict(zip(_COUNTS, values, strict=True))
+    no, true_no = said is False, not item.answer
+    return dict(zip(_COUNTS, (True, true_no, said is True, no, no and true_no, said is item.answer), strict=True))
 
 
 def _over_kinds(kinds: Sequence[str], parts: Sequence[str], sums: Sums) -> Values:
@@ -294,20 +279,12 @@ def read_amber(folder: str | Path) -> Annotations:
     """Read the benchmark's folder `data`: annotations.json, relation.json, safe_words.txt.
 
     The image of each question comes from query/query_all.json, if there is one.
-
-    Raises:
-        ValueError: a file is missing or invalid.
     """
     place = resolve(folder)
-    associates = {
-        word: take_names("relation.json", {word: others}, word)
-        for word, others in document(place / "relation.json").items()
-    }
+    relations = document(place / "relation.json")
+    associates = {word: take_names("relation.json", relations, word) for word in relations}
     path = place / "annotations.json"
-    entries = (
-        (location, _id(location, record), _read_item(location, record, associates))
-        for location, record in records(path)
-    )
+    entries = ((at, _id(at, record), _read_item(at, record, associates)) for at, record in records(path))
     items = index(path, "id", entries, "the benchmark's annotations")
     safe_words = resolve(place / "safe_words.txt").read_text(encoding="utf-8").split()
     queries = place / "query" / "query_all.json"
@@ -320,9 +297,6 @@ def read_responses(path: str | Path) -> dict[int, str]:
     """Read responses by id: records {"id", "response"}, descriptions and answers in one file or in several.
 
     As in other benchmarks' files, the id may be called `question_id`, and the response `text` or `answer`.
-
-    Raises:
-        ValueError: the file is invalid or empty, or an id is repeated.
     """
     entries = (
         (location, _id(location, record), take_text(location, record, "response", "text", "answer"))
@@ -349,8 +323,7 @@ def _read_item(location: str, record: Record, associates: Mapping[str, object]) 
     if kind not in _TYPES or answer not in ("yes", "no"):
         raise ValueError(
             f"{location}: type is {shorten(kind)}, truth {shorten(answer)}; expected yes or no, and a type of "
-            "generative, "
-            f"{', '.join(_TYPES)}"
+            f"generative, {', '.join(_TYPES)}"
         )
     return DiscriminativeItem(_TYPES[kind], answer == "yes")
 

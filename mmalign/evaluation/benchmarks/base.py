@@ -147,12 +147,8 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
         raise ValueError(f"questions: id {unknown[0]} is none of annotations.json; expected the files of one release")
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
-        responses = {
-            item.question.id: answer
-            for part, items in parts.items()
-            for item, answer in zip(items, answers[part], strict=True)
-        }
-        return amber.score(responses, annotations)
+        by_item = (pair for part, items in parts.items() for pair in zip(items, answers[part], strict=True))
+        return amber.score({item.question.id: answer for item, answer in by_item}, annotations)
 
     def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
         def rate(answer: str) -> AnswerScore:
@@ -207,8 +203,8 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
     def rate(answer: str) -> AnswerScore:
-        """Rate an answer; a yes about an absent object is an invention as a whole."""
         said = parse(answer)
+        # A yes about an absent object is an invention as a whole
         invented = ((0, len(answer)),) if said and not question.answer and answer else ()
         note = "neither yes nor no" if said is None else "right" if said is question.answer else "wrong"
         return AnswerScore(float(said is question.answer), note, invented)

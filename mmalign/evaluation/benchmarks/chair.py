@@ -15,8 +15,7 @@ captions (`read_coco`). The vocabulary is MSCOCO's (`coco_vocabulary`, two varia
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,14 +123,17 @@ def read_truth(path: str | Path, vocabulary: Vocabulary) -> dict[str, frozenset[
     """Read the objects of each image from records {"image", "objects"}, and return the vocabulary's names for them.
 
     Raises:
-        ValueError: the file is invalid, an image is repeated, or an object is not a word of the vocabulary.
+        ValueError: an image is repeated, or an object is not a word of the vocabulary.
     """
     truth: dict[str, frozenset[str]] = {}
     for image, names in read_objects(path).items():
         key = image_id(image)
         if key in truth:
             raise ValueError(f"{path}: duplicate image {image}, as {key}; expected one record for each")
-        truth[key] = _objects(f"{path}: {image}", names, vocabulary)
+        try:
+            truth[key] = frozenset(map(vocabulary.object_of, names))
+        except ValueError as error:
+            raise ValueError(f"{path}: {image}: {error}") from None
     return truth
 
 
@@ -155,32 +157,37 @@ def read_coco(
     Raises:
         ValueError: a file is invalid, or a category is not a word of the vocabulary.
     """
-    truth: dict[str, set[str]] = defaultdict(set)
+    truth: dict[str, set[str]] = {}
     # Objects with a mask
     for path in instances:
         file = document(path)
         objects = {
-            take(location, category, "id"): vocabulary.object_of(take_text(location, category, "name"))
-            for location, category in _coco_records(path, file, "categories")
+            take(at, category, "id"): vocabulary.object_of(take_text(at, category, "name"))
+            for at, category in _coco_records(path, file, "categories")
         }
-        for location, image in _coco_records(path, file, "images"):
-            truth[take_image_id(location, image, "id")].update()  # an image without annotations has no object
-        for location, annotation in _coco_records(path, file, "annotations"):
-            category = take(location, annotation, "category_id")
+        for at, image, annotation in _coco_annotations(path, file, truth):
+            category = take(at, annotation, "category_id")
             if category not in objects:
-                raise ValueError(f"{location}: category_id is {shorten(category)}; expected one of `categories`")
-            truth[take_image_id(location, annotation, "image_id")].add(objects[category])
+                raise ValueError(f"{at}: category_id is {shorten(category)}; expected one of `categories`")
+            truth[image].add(objects[category])
     # Objects mentioned by a caption
     for path in captions:
-        file = document(path)
-        for location, image in _coco_records(path, file, "images"):
-            truth[take_image_id(location, image, "id")].update()
-        for location, annotation in _coco_records(path, file, "annotations"):
-            name = take_image_id(location, annotation, "image_id")
-            if images is None or name in images:
-                mentions = vocabulary.mentions(take_text(location, annotation, "caption"))
-                truth[name].update(mention.object for mention in mentions)
+        for at, image, annotation in _coco_annotations(path, document(path), truth):
+            if images is None or image in images:
+                truth[image].update(
+                    mention.object for mention in vocabulary.mentions(take_text(at, annotation, "caption"))
+                )
     return {image: frozenset(objects) for image, objects in truth.items() if images is None or image in images}
+
+
+def _coco_annotations(path: str | Path, file: Record, truth: dict[str, set[str]]) -> Iterator[tuple[str, str, Record]]:
+    """Yield each annotation with its location and image; add all images to `truth`, also those without one."""
+    for at, image in _coco_records(path, file, "images"):
+        truth.setdefault(take_image_id(at, image, "id"), set())
+    for at, annotation in _coco_records(path, file, "annotations"):
+        image_of = take_image_id(at, annotation, "image_id")
+        truth.setdefault(image_of, set())
+        yield at, image_of, annotation
 
 
 def _coco_records(path: str | Path, file: Record, part: str) -> list[tuple[str, Record]]:
@@ -191,10 +198,3 @@ def _coco_records(path: str | Path, file: Record, part: str) -> list[tuple[str, 
             f"{path}: {part} is {shorten(entries)}; expected a list of records, as in MSCOCO's annotations"
         )
     return [(f"{path}: {part} {number}", entry) for number, entry in enumerate(entries, start=1)]
-
-
-def _objects(location: str, names: Iterable[str], vocabulary: Vocabulary) -> frozenset[str]:
-    try:
-        return frozenset(map(vocabulary.object_of, names))
-    except ValueError as error:
-        raise ValueError(f"{location}: {error}") from None

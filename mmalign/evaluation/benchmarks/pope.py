@@ -19,14 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from mmalign.data.formats.files import records, shorten
-from mmalign.evaluation.annotations import Question, index, take, take_number, take_text
+from mmalign.evaluation.annotations import Question, Record, index, take, take_number, take_text
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
 from mmalign.evaluation.statistics import Values
+from mmalign.language.objects import article
 from mmalign.rng import KeyedRNG
 
 Split = Literal["random", "popular", "adversarial"]
@@ -114,7 +115,8 @@ def build(
                 )
             excluded.add(absent)
             for name, answer in ((present, True), (absent, False)):
-                questions.append(Question(len(questions) + 1, image, template.format(_with_article(name)), answer))
+                text = template.format(f"{article(name)} {name}")
+                questions.append(Question(len(questions) + 1, image, text, answer))
     return questions
 
 
@@ -182,13 +184,12 @@ def score(
     columns = as_columns_by_kind(list(questions), [(split, counts) for split, _, counts in rows])
     # Metrics of every split, and their means
     ratios: dict[str, Ratio] = {
-        f"{split}: {name}": partial(_of_split, split, measure)
+        f"{split}: {name}": partial(_mean_over_splits, [split], measure)
         for split in questions
         for name, measure in _RATIOS.items()
     }
     if len(questions) > 1:
-        for name in _MEANS:
-            ratios[f"mean: {name}"] = partial(_mean, [ratios[f"{split}: {name}"] for split in questions])
+        ratios |= {f"mean: {name}": partial(_mean_over_splits, list(questions), _RATIOS[name]) for name in _MEANS}
     scope = "mean" if len(questions) > 1 else next(iter(questions), "")
     return Metrics(
         "POPE",
@@ -207,26 +208,19 @@ def _count(question: Question, answer: str, parse: Parse) -> dict[str, bool]:
     return dict(zip(_COUNTS, values, strict=True))
 
 
-def _of_split(split: str, measure: Ratio, sums: Sums) -> Values:
-    return measure({count: sums[f"{split}: {count}"] for count in _COUNTS})
-
-
-def _mean(ratios: Sequence[Ratio], sums: Sums) -> Values:
-    values: Values = np.mean([measure(sums) for measure in ratios], axis=0)
-    return values
+def _mean_over_splits(splits: Sequence[str], measure: Ratio, sums: Sums) -> Values:
+    by_split = [measure({count: sums[f"{split}: {count}"] for count in _COUNTS}) for split in splits]
+    means: Values = np.mean(by_split, axis=0)
+    return means
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read the questions of a split in POPE's format: `question_id`, `image`, `text`, and `label` yes or no.
+    """Read the questions of a split in POPE's format: `question_id`, `image`, `text`, and `label` yes or no."""
 
-    Raises:
-        ValueError: the file is invalid or empty, or an id is repeated.
-    """
-
-    def read_question(location: str, record: Mapping[str, Any]) -> tuple[str, int, Question]:
+    def read_question(location: str, record: Record) -> tuple[str, int, Question]:
         number, label = take_number(location, record, "question_id"), take(location, record, "label")
         if label not in ("yes", "no"):
             raise ValueError(f'{location}: label is {shorten(label)}; expected "yes" or "no"')
@@ -244,8 +238,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
     writes `question` (checked) and `answer`, in the order of the questions.
 
     Raises:
-        ValueError: the file is invalid, an id is unknown or repeated, a question has no answer, or, without ids, the
-            questions differ.
+        ValueError: an id is unknown, a question has no answer, or, without ids, the questions differ.
     """
     rows = list(records(path))
     num_with_id = sum("question_id" in record for _, record in rows)
@@ -271,9 +264,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
     return [answers[question.id] for question in questions]
 
 
-def _answers_in_order(
-    path: str | Path, rows: Sequence[tuple[str, dict[str, Any]]], questions: Sequence[Question]
-) -> list[str]:
+def _answers_in_order(path: str | Path, rows: Sequence[tuple[str, Record]], questions: Sequence[Question]) -> list[str]:
     if len(rows) != len(questions):
         raise ValueError(
             f"{path} has {len(rows)} answers to {len(questions)} questions; expected one to each, in order"
@@ -284,8 +275,7 @@ def _answers_in_order(
         if question.text.casefold() not in text.casefold():  # a prompt may continue: "Answer with yes or no."
             raise ValueError(
                 f"{location} answers {shorten(text)}, but question {question.id} is {shorten(question.text)}; expected "
-                "the "
-                "answers in the order of the questions, or their question_id"
+                "the answers in the order of the questions, or their question_id"
             )
         answers.append(take_text(location, record, "answer", "text", "response"))
     return answers
@@ -324,7 +314,3 @@ def _companions(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def _row(image: str) -> int:
     """Return a hash of an image's name, as a key of random numbers."""
     return int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

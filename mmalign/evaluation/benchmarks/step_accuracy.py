@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ class StepAccuracy:
         """Return the ratio of right pairs, with Wilson's interval."""
         return proportion(self.right[side][self.times.index(time)], self.number)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the numbers for result.json."""
         return {
             "benchmark": "steps",

@@ -79,7 +79,7 @@ def test_generative_by_hand() -> None:
 def test_generative_counts_every_mention() -> None:
     metrics = amber.score_generative({1: "A dog and two dogs", 2: ""}, BENCHMARK)
     assert metrics.values["CHAIR"] == 1
-    assert metrics.sums["invented mentions"] == 2
+    assert metrics.columns["invented mentions"].sum() == 2
     assert metrics.values["Hal"] == 1 / 2
 
 
@@ -125,7 +125,7 @@ def test_nouns_of_another_tool() -> None:
     assert "watch" not in nouns_by_rule("They watch it") and "watch" in nouns_by_rule("Her watch")
     metrics = amber.score_generative(RESPONSES, BENCHMARK, nouns=lambda text: ["Dog", "dogs"] if "boat" in text else [])
     assert metrics.values["CHAIR"] == 1
-    assert metrics.sums["mentions"] == 2
+    assert metrics.columns["mentions"].sum() == 2
 
 
 ANSWERS = {11: "No", 12: "Yes", 13: "maybe", 14: "Yes", 15: "Yes", 16: "No", 17: "No."}

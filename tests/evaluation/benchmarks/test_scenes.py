@@ -63,7 +63,7 @@ def test_scene_metrics_by_hand() -> None:
     categories = {"category single": 0, "category count": 1 / 2, "category two": 0, "category relation": 0}
     assert metrics.values == {OVERALL: 1 / 6, **attributes, **categories}
     assert metrics.headline_names == (OVERALL, *attributes)
-    assert metrics.sums["size named"] == 1  # a single prompt names a size
+    assert metrics.columns["size named"].sum() == 1  # a single prompt names a size
     assert set(measure([{"correct": True}], ["a red circle"]).values) == {OVERALL, "category single"}
 
 
