@@ -51,42 +51,30 @@ def answer_entry(
     """Return the gallery entry of a question about an image; `truth` is the correct answer in words."""
     reduced = image.copy()
     reduced.thumbnail((2 * SMALL, 2 * SMALL), Image.Resampling.LANCZOS)  # the page shows it no larger
+    answers = {"before": before, "after": after}
     details = {
         "name": name,
         "question": question,
         "truth": truth,
-        "before": {"text": before.text, "pieces": spans(before)},
-        "after": {"text": after.text, "pieces": spans(after)},
+        **{side: {"text": answer.text, "pieces": spans(answer)} for side, answer in answers.items()},
     }
-    scores, notes = (before.score, after.score), (before.note, after.note)
-    return GalleryEntry(question, name, scores, notes, {"image": reduced}, details)
-
-
-def _tile(entry: GalleryEntry) -> Tile:
-    """Return a tile with the image above the truth, and the question with both answers to the right.
-
-    Invented objects are red and underlined.
-    """
-    # Question with the change of score, then both answers with their ratings
-    texts = [
-        Text(
-            [Piece(f"{entry.title}  ", MUTED), Piece(format_score(change(entry.scores), "+"), INK[kind(entry.scores)])]
-        )
-    ]
-    for side, score, note in zip(("before", "after"), entry.scores, entry.notes, strict=True):
-        parts = entry.details[side]["pieces"] or [Span("(nothing)", False)]
+    scores = (before.score, after.score)
+    # A tile with the image above the truth, and the question with both answers to the right
+    texts = [Text([Piece(f"{question}  ", MUTED), Piece(format_score(change(scores), "+"), INK[kind(scores)])])]
+    for side, answer in answers.items():
+        parts = spans(answer) or [Span("(nothing)", False)]
         pieces = [Piece(part.text, INK["lost"] if part.invented else TEXT, part.invented) for part in parts]
-        rating = Text([Piece(f"{side} {format_score(score)}  ·  {note}", MUTED)], 16)
+        rating = Text([Piece(f"{side} {format_score(answer.score)}  ·  {answer.note}", MUTED)], 16)
         texts += [rating, Text(pieces, num_lines=6)]
-    truth = Text([Piece(f"truth: {entry.details['truth']}", MUTED)], 16, num_lines=2)
-    return Tile([Cell([truth], entry.images["image"]), Cell(texts, width=430)])
+    below = Text([Piece(f"truth: {truth}", MUTED)], 16, num_lines=2)
+    tile = Tile([Cell([below], reduced), Cell(texts, width=430)])
+    return GalleryEntry(question, name, scores, (before.note, after.note), {"image": reduced}, details, tile)
 
 
 LAYOUT = PageLayout(
     template="answers.html.jinja",
     lead="The same images and questions, answered before and after. Underlined: named, but not in the image.",
     noun="question",
-    tile=_tile,
     columns=2,
     num_in_grid=12,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -44,7 +44,7 @@ class TableRow:
 
     Attributes:
         name: the recipe's name.
-        method: the recipe's method; empty for the base model.
+        method: its method; empty for the base model.
         num_pairs: the number of pairs at which all recipes are compared; None at the end of each recipe's own training.
         runs: the number of runs.
         pairs: the number of pairs that each run was trained on, with repetition.
@@ -71,7 +71,7 @@ class TableRow:
             for name in base.headline_names
         ]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the numbers for JSON: every headline metric with its runs and its change from the base model."""
         return {
             "name": self.name,
@@ -81,12 +81,8 @@ class TableRow:
             "pairs": self.pairs,
             "seconds": self.seconds,
             "measures": {
-                metric.label: {
-                    **metric.mean.as_dict(),
-                    "runs": list(metric.values),
-                    "change": metric.change.as_dict(),
-                }
-                for metric in self.metrics
+                m.label: {**m.mean.as_dict(), "runs": list(m.values), "change": m.change.as_dict()}
+                for m in self.metrics
             },
         }
 

@@ -24,8 +24,6 @@ INK = {"gained": "#0b6b5f", "lost": "#a93a22", "unchanged": "#68625b"}
 MARGIN, GUTTER, GAP, FRAME = 48, 28, 12, 2  # around the grid, between tiles, between cells, around an image
 _ASCII = str.maketrans({"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"'})  # noqa: RUF001
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
 
 class Piece(NamedTuple):
     """A piece of a text; a marked one is underlined."""
@@ -137,7 +135,7 @@ class _Canvas:
     def write(self, texts: Sequence[Text], x: int, y: int, room: int) -> int:
         """Write texts, one below the other, and return the bottom of the last."""
         for text in texts:
-            font = load_font(text.size * self.unit)
+            font = ImageFont.load_default(text.size * self.unit)
             for line in self._wrap(text, room):
                 left, top, underline = float(x * self.unit), y * self.unit, (y + 1.2 * text.size) * self.unit
                 for word in line:
@@ -151,7 +149,7 @@ class _Canvas:
 
     def _wrap(self, text: Text, room: int) -> list[list[Piece]]:
         """Wrap a text into lines of words and spaces; a text that is too long ends in dots."""
-        font, width, lines = load_font(text.size * self.unit), room * self.unit, list[list[Piece]]()
+        font, width, lines = ImageFont.load_default(text.size * self.unit), room * self.unit, list[list[Piece]]()
 
         def is_too_wide(pieces: Sequence[Piece]) -> bool:
             return font.getlength("".join(piece.text for piece in pieces)) > width
@@ -192,11 +190,6 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     method = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
     square.paste(image.convert("RGB").resize(size, method), ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
-
-
-def load_font(size: int) -> Font:
-    """Load Pillow's own font."""
-    return ImageFont.load_default(size=size)
 
 
 def plain(text: str) -> str:

@@ -11,15 +11,14 @@ import base64
 import io
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from PIL import Image
 
+from mmalign.atomic_io import atomic_write
 from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, encode_grid, render_grid
 from mmalign.pages.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
 
@@ -35,6 +34,7 @@ class GalleryEntry:
         notes: the scores in words, before and after; may be empty.
         images: the images, by their names in manifest.json and the template.
         details: other values for manifest.json and the template.
+        tile: the entry in `gallery.png`.
     """
 
     title: str
@@ -42,7 +42,8 @@ class GalleryEntry:
     scores: Scores
     notes: tuple[str, str]
     images: Mapping[str, Image.Image]
-    details: Mapping[str, Any]
+    details: Mapping[str, object]
+    tile: Tile
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class PageLayout:
         template: the template in this folder that renders the entries.
         lead: an introduction to the entries, in a sentence or two.
         noun: a noun for an entry's title, such as "prompt".
-        tile: a function from an entry to its tile in `gallery.png`.
         columns: the maximum number of tiles in a row.
         num_in_grid: the maximum number of entries in `gallery.png`: half best gains, half worst regressions.
     """
@@ -61,7 +61,6 @@ class PageLayout:
     template: str
     lead: str
     noun: str
-    tile: Callable[[GalleryEntry], Tile]
     columns: int
     num_in_grid: int
 
@@ -77,9 +76,9 @@ def write_page(
     provenance: Mapping[str, str],
     measured: Sequence[Scores] | None = None,
 ) -> Path:
-    """Write the page of N entries and return the path of its `index.html`.
+    """Write the page of N entries, the manifest last, and return the path of its `index.html`.
 
-    Every file is written atomically, the manifest last. Other files in the folder are left alone.
+    Other files in the folder are left alone.
 
     Args:
         folder: the target, created if missing.
@@ -94,7 +93,7 @@ def write_page(
     Raises:
         ValueError: there is no entry, an entry's images differ in size, a score is not finite, or summary rows differ
             in length.
-        OSError: a file cannot be written.
+        CheckpointError: a file cannot be written; its old content stays.
     """
     _check(entries, summary)
     counts = tally(measured or [entry.scores for entry in entries])
@@ -109,7 +108,8 @@ def write_page(
     # Grid and page
     picture, lines, chosen = _draw_picture(entries, layout, counts, title, score_name, summary)
     _write(folder / "gallery.png", encode_grid(picture, lines))
-    _write(folder / "index.html", _page(entries, counts, layout, title, summary, score_name, provenance).encode())
+    page = _page(entries, layout, counts, title=title, summary=summary, score_name=score_name, provenance=provenance)
+    _write(folder / "index.html", page.encode())
     # Manifest
     manifest = {
         "title": title,
@@ -151,8 +151,8 @@ def _draw_picture(
 ) -> tuple[Image.Image, list[str], dict[Kind, list[int]]]:
     """Return the grid of the best gains and worst regressions, its texts, and the indices of its entries."""
     # Lines below the title
-    lines = [layout.lead, f"Score: {score_name}."]
-    lines.append(", ".join(f"{number:,} {name}" for name, number in counts.items()) + ".")
+    tallied = ", ".join(f"{number:,} {name}" for name, number in counts.items())
+    lines = [layout.lead, f"Score: {score_name}.", f"{tallied}."]
     if len(summary) > 1:
         lines.append("  ·  ".join(f"{name}: {cell}" if name else cell for name, cell in zip(*summary[:2], strict=True)))
     # Sections of the chosen entries
@@ -162,13 +162,13 @@ def _draw_picture(
     for name, indices in chosen.items():
         shown = f"{len(indices)} of {counts[name]:,}" if counts[name] else "none"
         heading = Text([Piece(f"{headings[name]}  ·  {shown}", INK[name])], 26)
-        sections.append(Section([layout.tile(entries[index]) for index in indices], heading))
+        sections.append(Section([entries[index].tile for index in indices], heading))
     unit = 1 if _is_small(entries) else 2  # all sizes scale with the images
     picture = render_grid(title, lines, sections, columns=layout.columns, unit=unit)
     return picture, [title, *lines], chosen
 
 
-def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, Any]:
+def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, object]:
     """Return an entry's record for manifest.json."""
     (before, after), (before_note, after_note) = entry.scores, entry.notes
     return {
@@ -183,15 +183,8 @@ def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _page(
-    entries: Sequence[GalleryEntry],
-    counts: Mapping[Kind, int],
-    layout: PageLayout,
-    title: str,
-    summary: Sequence[Sequence[str]],
-    score_name: str,
-    provenance: Mapping[str, str],
-) -> str:
+def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[Kind, int], **texts: object) -> str:
+    """Return the HTML of the page; `texts` are further variables of the template."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
     measured = [entry.scores for entry in entries]
@@ -208,18 +201,11 @@ def _page(
         for name, heading, anchor, order in SECTIONS
     ]
     return environment.get_template(layout.template).render(
-        title=title,
-        lead=layout.lead,
-        noun=layout.noun,
-        summary=[[str(cell) for cell in row] for row in summary],
-        score_name=score_name,
-        provenance=provenance,
-        sections=sections,
-        small=_is_small(entries),
+        lead=layout.lead, noun=layout.noun, sections=sections, small=_is_small(entries), **texts
     )
 
 
-def _card(entry: GalleryEntry, index: int) -> dict[str, Any]:
+def _card(entry: GalleryEntry, index: int) -> dict[str, object]:
     """Return an entry's variables for a template."""
     (before, after), (before_note, after_note) = entry.scores, entry.notes
     first = next(iter(entry.images.values()))
@@ -259,11 +245,5 @@ def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader sees the old content or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as part:
+        part.write_bytes(content)

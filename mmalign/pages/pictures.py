@@ -20,27 +20,21 @@ def picture_entry(
 ) -> GalleryEntry:
     """Return the gallery entry of one prompt and seed, with images, scores and notes before and after alignment."""
     by_name = dict(zip(("before_image", "after_image"), images, strict=True))
-    return GalleryEntry(prompt, f"seed {seed}", scores, notes, by_name, {"prompt": prompt, "seed": seed})
-
-
-def _tile(entry: GalleryEntry) -> Tile:
-    """Return a tile with the prompt above its two images, and scores, change and notes below them."""
+    # A tile with the prompt above its two images, and scores, change and notes below them
     cells = []
-    for side, image, score, note in zip(
-        ("before", "after"), entry.images.values(), entry.scores, entry.notes, strict=True
-    ):
+    for side, image, score, note in zip(("before", "after"), images, scores, notes, strict=True):
         pieces = [Piece(f"{side} {format_score(score)}")]
         if side == "after":
-            pieces.append(Piece(f" ({format_score(change(entry.scores), '+')})", INK[kind(entry.scores)]))
+            pieces.append(Piece(f" ({format_score(change(scores), '+')})", INK[kind(scores)]))
         cells.append(Cell([Text(pieces), Text([Piece(note, MUTED)], 16)], image))
-    return Tile(cells, heading=[Text([Piece(entry.title)], 21, num_lines=2)])
+    tile = Tile(cells, heading=[Text([Piece(prompt)], 21, num_lines=2)])
+    return GalleryEntry(prompt, f"seed {seed}", scores, notes, by_name, {"prompt": prompt, "seed": seed}, tile)
 
 
 LAYOUT = PageLayout(
     template="pictures.html.jinja",
     lead="The same prompts, seeds and starting noise, before and after.",
     noun="prompt",
-    tile=_tile,
     columns=4,
     num_in_grid=24,
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmalign.atomic_io import CheckpointError
 from mmalign.pages.page import GalleryEntry, write_page
 from mmalign.pages.pictures import LAYOUT, picture_entry
 from mmalign.toy.scenes import parse, place_objects, render
@@ -174,10 +175,10 @@ def test_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         return whole(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         write(tmp_path, FIVE[:2])
     assert index.read_bytes() == old
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 SMALL, LARGE = Image.new("RGB", (64, 64)), Image.new("RGB", (128, 64))
