@@ -7,12 +7,12 @@ would alone. Nothing is trained here: the network is unwrapped, and no process w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import BdhsConfig
 from mmalign.data.pairs import stable_hash
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Decoding, ImageFeatures, ImageView
@@ -55,31 +55,6 @@ class Completion:
     similarity: float
 
 
-@dataclass(frozen=True)
-class ImageMaskingConfig:
-    """Settings of BDHS.
-
-    Attributes:
-        rho: the probability of hiding each image token.
-        keep_tokens: the number of a prompt's image tokens left visible, used instead of `rho`; None uses `rho`.
-        tries: the maximum number of attempts; the last of several generates a whole answer.
-        max_similarity: the similarity to the true answer from which a text is rejected and retried.
-        decoding: the decoding settings.
-    """
-
-    rho: float
-    keep_tokens: int | None
-    tries: int
-    max_similarity: float
-    decoding: Decoding
-
-
-def masking_config(section: Any) -> ImageMaskingConfig:
-    """Return the settings of a recipe's section (`mmalign.config.BdhsConfig`)."""
-    decoding = Decoding(section.max_new_tokens, section.temperature, batch_size=section.batch_size)
-    return ImageMaskingConfig(section.rho, section.keep_tokens, section.tries, section.max_similarity, decoding)
-
-
 def require_image_masking(family: VisionLanguage) -> None:
     """Refuse a model whose image tokens cannot be hidden.
 
@@ -89,8 +64,9 @@ def require_image_masking(family: VisionLanguage) -> None:
     if family.image_masking_unsupported_reason:
         raise ValueError(
             f"model.path: BDHS hides an image from {family.name}, which cannot be done "
-            f"({family.image_masking_unsupported_reason}); use "
-            "another model, or another way to untrue answers: `prepare` with kind: povid changes words by rule"
+            f"({family.image_masking_unsupported_reason}); use another model, or another way to untrue answers: "
+            "`prepare` with kind: povid changes words by rule"
+            "`prepare` with kind: povid changes words by rule"
         )
 
 
@@ -148,7 +124,7 @@ def bdhs(
     sampler: ResponseSampler,
     rows: Sequence[GroundTruthAnswer],
     features: ImageFeatures,
-    masking: ImageMaskingConfig,
+    masking: BdhsConfig,
     similarity: Similarity,
 ) -> list[Completion]:
     """Run bias-driven hallucination sampling (arXiv:2407.02477, Algorithm 1) on many rows at once.
@@ -162,7 +138,7 @@ def bdhs(
         rows: the true answers.
         features: the features of their images.
         masking: the settings.
-        similarity: the measure that `masking.max_similarity` refers to.
+        similarity: the measure of `masking.max_similarity`, from which a text is too similar to the true answer.
 
     Returns:
         One completion per row. Its text may be empty, or equal the true answer if the model knows it without looking.
@@ -177,7 +153,8 @@ def bdhs(
         left = [number for number in range(len(rows)) if number not in done]
         open_rows, guided = [rows[number] for number in left], attempt < masking.tries or masking.tries == 1
         parts = [openings(row.answer, row.row, sampler.rng, attempt) if guided else WHOLE for row in open_rows]
-        decoding = replace(masking.decoding, stop=STOPS if guided else ())
+        stop = STOPS if guided else ()
+        decoding = Decoding(masking.max_new_tokens, masking.temperature, stop, masking.batch_size)
         hidden = [_hidden(sampler, row, masking, attempt) for row in open_rows]
         texts = sampler.sample(open_rows, parts, features, decoding, attempt, hidden)
         scores = similarity(texts, [row.answer for row in open_rows])
@@ -187,7 +164,7 @@ def bdhs(
     return [done[number] for number in range(len(rows))]
 
 
-def _hidden(sampler: ResponseSampler, row: GroundTruthAnswer, masking: ImageMaskingConfig, attempt: int) -> Tensor:
+def _hidden(sampler: ResponseSampler, row: GroundTruthAnswer, masking: BdhsConfig, attempt: int) -> Tensor:
     """Return the mask of a prompt's image tokens hidden in one attempt, the same for all its sentences."""
     read = sampler.family.processor
     number = len(read.image_token_positions(read.tokenize_prompt(row.turns, row.images)))

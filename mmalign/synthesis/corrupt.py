@@ -57,11 +57,8 @@ class Corruptor:
             return None
         uniforms = rng.uniform([row], (len(found_segments), 3), "corrupt")[0]  # columns: whether, how, which word
         least = float(uniforms[:, 0].min())  # this segment changes in any case
-        pieces, position, named = (
-            list[str](),
-            0,
-            {segment.word for segment in found_segments if segment.kind == "object"},
-        )
+        named = {segment.word for segment in found_segments if segment.kind == "object"}
+        pieces, position = list[str](), 0
         for segment, (whether, how, choice) in zip(found_segments, uniforms.tolist(), strict=True):
             if whether >= self.share and whether > least:
                 continue

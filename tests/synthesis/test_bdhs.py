@@ -1,13 +1,14 @@
 """BDHS: Algorithm 1 on a model that says what it is told to, and on tiny models of the real classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from mmalign.config import BdhsConfig
 from mmalign.families.types import Decoding
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
@@ -15,7 +16,6 @@ from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import (
     Completion,
     GroundTruthAnswer,
-    ImageMaskingConfig,
     ResponseSampler,
     bdhs,
     too_long_reason,
@@ -27,9 +27,13 @@ from tests.helpers.loading import load_vlm
 from tests.helpers.vlm_reference import PICTURES
 
 ANSWERS = ["There is a dog. It sits on a mat.", "Yes.", "Two cats and a red car stand there."]
-HOW = ImageMaskingConfig(rho=0.5, keep_tokens=None, tries=5, max_similarity=0.97, decoding=Decoding(8, 1.0))
+HOW = BdhsConfig(rho=0.5, max_new_tokens=8)
 TRIGRAMS = load_similarity("similarity", "trigrams")
 SEEN = 6  # image tokens of a prompt
+
+
+def changed(**settings: float) -> BdhsConfig:
+    return HOW.model_copy(update=settings)
 
 
 @dataclass
@@ -69,7 +73,7 @@ def rows(answers: Sequence[str] = ANSWERS) -> list[GroundTruthAnswer]:
 
 
 def run(
-    family: Any, some: list[GroundTruthAnswer], masking: ImageMaskingConfig = HOW, similar: Similarity = TRIGRAMS
+    family: Any, some: list[GroundTruthAnswer], masking: BdhsConfig = HOW, similar: Similarity = TRIGRAMS
 ) -> list[Completion]:
     return bdhs(ResponseSampler(family, torch.nn.Identity(), KeyedRNG(0)), some, None, masking, similar)  # type: ignore[arg-type]
 
@@ -109,7 +113,7 @@ def test_what_is_too_similar_is_tried_again_and_the_last_try_is_unguided() -> No
 
 def test_one_try_is_guided_and_taken_as_it_is() -> None:
     family = Scripted()
-    result = run(family, rows(ANSWERS[2:]), replace(HOW, tries=1), measured(1.0))
+    result = run(family, rows(ANSWERS[2:]), changed(tries=1), measured(1.0))
     assert len(family.calls) == 1 and family.calls[0]["decoding"].stop == STOPS and result[0].tries == 1
 
 
@@ -124,7 +128,7 @@ def test_the_sentences_of_a_row_are_blind_alike_and_every_try_otherwise() -> Non
 @pytest.mark.parametrize(("rho", "share"), [(0.0, 0.0), (0.5, 0.5), (0.99, 0.99), (1.0, 1.0)])
 def test_rho_is_the_share_that_is_hidden(rho: float, share: float) -> None:
     family = Scripted()
-    run(family, rows(["A."] * 400), replace(HOW, rho=rho))
+    run(family, rows(["A."] * 400), changed(rho=rho))
     hidden = torch.cat(family.calls[0]["hidden"]).float()
     # 2,400 draws: four standard deviations.
     assert abs(hidden.mean() - share) <= 4 * (share * (1 - share) / len(hidden)) ** 0.5
@@ -135,7 +139,7 @@ def test_a_number_of_tokens_can_be_kept_instead() -> None:
     kept = []
     for number in (0, 1, 4, 99):
         family = Scripted()
-        run(family, rows(), replace(HOW, keep_tokens=number))
+        run(family, rows(), changed(keep_tokens=number))
         kept.append(~torch.stack(family.calls[0]["hidden"]))
         assert (kept[-1].sum(1) == min(number, SEEN)).all()
     assert all(bool((fewer <= more).all()) for fewer, more in pairwise(kept))
@@ -158,7 +162,7 @@ def test_answers_of_a_word_or_of_none(answer: str) -> None:
 
 
 def test_a_model_that_says_nothing_leaves_what_was_said_before() -> None:
-    (result,) = run(Scripted(says=""), rows(ANSWERS[2:]), replace(HOW, tries=1))
+    (result,) = run(Scripted(says=""), rows(ANSWERS[2:]), changed(tries=1))
     assert ANSWERS[2].startswith(result.text)
 
 
@@ -187,19 +191,17 @@ def asked(family: Any, key: str = "wide", answers: Sequence[str] = ANSWERS) -> t
     return some, family.encode_images({key: view})
 
 
-def completed(family: Any, some: Sequence[GroundTruthAnswer], features: Any, masking: ImageMaskingConfig) -> list[str]:
+def completed(family: Any, some: Sequence[GroundTruthAnswer], features: Any, masking: BdhsConfig) -> list[str]:
     sampler = ResponseSampler(family, family.network, KeyedRNG(3))
     return [one.text for one in bdhs(sampler, some, features, masking, TRIGRAMS)]
 
 
 def test_batched_completions_are_the_single_ones(vlm: Any) -> None:
     some, features = asked(vlm)
-    masking = replace(
-        HOW, max_similarity=0.2, decoding=Decoding(6, 1.0, batch_size=3)
-    )  # most rows are tried several times
+    masking = changed(max_similarity=0.2, max_new_tokens=6, batch_size=3)  # most rows are tried several times
     together = completed(vlm, some, features, masking)
     assert together == [text for row in some for text in completed(vlm, [row], features, masking)]
-    assert together == completed(vlm, some, features, replace(masking, decoding=Decoding(6, 1.0, batch_size=16)))
+    assert together == completed(vlm, some, features, changed(max_similarity=0.2, max_new_tokens=6))
     assert len(set(together)) == len(together)
 
 
@@ -207,7 +209,7 @@ def test_with_every_token_hidden_the_image_does_not_matter(vlm: Any) -> None:
     """Greedy, so that only the image could; with none hidden it does, but for a model that says the same of any."""
     texts = {}
     for rho in (0.0, 1.0):
-        masking = ImageMaskingConfig(rho, None, 1, 0.97, Decoding(8, 0.0))
+        masking = changed(rho=rho, tries=1, temperature=0.0)
         texts[rho] = [completed(vlm, *asked(vlm, key), masking) for key in ("wide", "other wide")]
     assert texts[1.0][0] == texts[1.0][1]
     assert "paligemma" in vlm.name or texts[0.0] != texts[1.0]

@@ -56,7 +56,6 @@ from mmalign.synthesis.bdhs import (
     GroundTruthAnswer,
     ResponseSampler,
     bdhs,
-    masking_config,
     require_image_masking,
     too_long_reason,
 )
@@ -178,9 +177,9 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
     """Return the contrast of the pairs with the policy's current completions under a masked image."""
     # Completions of the answerable pairs
     require_image_masking(policy.family)
-    masking, similarity = masking_config(cfg.online), _similarity(cfg.online.similarity)
+    masking, similarity = cfg.online, _similarity(cfg.online.similarity)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
-    answerable = _answerable(sampler, batch, masking.decoding.max_new_tokens, [True] * len(batch.rows), completing=True)
+    answerable = _answerable(sampler, batch, masking.max_new_tokens, [True] * len(batch.rows), completing=True)
     completions = bdhs(sampler, list(answerable.values()), batch.features, masking, similarity)
     answers = dict(zip(answerable, completions, strict=True))
     # Responses of every pair; with gamma 0 a pair without a usable completion has weight 0

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,17 @@ from mmalign.registry import import_callable, qualified_name
 from mmalign.resources import locate
 from mmalign.rewards import open_clip
 from mmalign.rng import KeyedRNG
-from mmalign.synthesis.bdhs import ResponseSampler, masking_config, require_image_masking
+from mmalign.synthesis.bdhs import ResponseSampler, require_image_masking
 from mmalign.synthesis.corrupt import Companions, Corruptor, companions
 from mmalign.synthesis.rejected_responses import (
-    BDHS,
     ImageIndex,
     ReAlign,
     RejectedResponse,
     ResponseGenerator,
-    RuleCorrupted,
-    SelfGenerated,
     Writer,
+    hallucinated,
+    rule_corrupted,
+    self_generated,
 )
 from mmalign.synthesis.segments import masker
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
@@ -194,7 +195,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
     if isinstance(settings, DecodingConfig):
         sampler, dependencies = _sampler(recipe, device, rng)
         how = types.Decoding(**settings.model_dump())
-        return Work(SelfGenerated(sampler, how), dependencies)
+        return Work(partial(self_generated, sampler, how), dependencies)
     # What may be missing is loaded before the model's gigabytes.
     similarity = _similarity(f"prepare.{section.kind}.similarity", settings)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
@@ -202,7 +203,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
     dependencies["similarity by"] = similarity.name
     if not isinstance(settings, PrepareRealign):
         require_image_masking(sampler.family)
-        return Work(BDHS(sampler, masking_config(settings), similarity), dependencies)
+        return Work(partial(hallucinated, sampler, settings, similarity), dependencies)
     assert mask is not None
     misled = ReAlign(
         sampler,
@@ -255,7 +256,7 @@ def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, wr
     if writer is None and settings.corruptor != RULES:
         writer = import_callable("prepare.povid.corruptor", settings.corruptor)
     if writer is not None:
-        return Work(RuleCorrupted(writer), {"corruptor": qualified_name(writer)})
+        return Work(partial(rule_corrupted, writer), {"corruptor": qualified_name(writer)})
     vocabulary = load_vocabulary("prepare.povid.vocabulary", settings.vocabulary)
     together: Companions
     if settings.vocabulary == CROWDS:
@@ -265,7 +266,8 @@ def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, wr
     else:
         together = companions((pair.chosen for pair in pairs), vocabulary)
     corrupt = Corruptor(vocabulary, together, settings.share, settings.beside)
-    return Work(RuleCorrupted(lambda pair: corrupt(pair.chosen.strip(), pair.row, rng)), {"corruptor": RULES})
+    rules = partial(rule_corrupted, lambda pair: corrupt(pair.chosen.strip(), pair.row, rng))
+    return Work(rules, {"corruptor": RULES})
 
 
 def _named(name: str, writer: Writer | None) -> str:

@@ -16,13 +16,14 @@ import yaml
 import mmalign
 from mmalign.commands import prepare
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
 from mmalign.families.types import Decoding
 from mmalign.language.objects import coco_vocabulary
 from mmalign.rng import KeyedRNG
-from mmalign.synthesis.rejected_responses import BDHS, ImageIndex, ReAlign, SelfGenerated
+from mmalign.synthesis.rejected_responses import ImageIndex
 from tests.helpers import Folders, data_files
 from tests.helpers.loading import load_vlm
 from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
@@ -174,16 +175,15 @@ def test_going_on_after_a_stop_gives_the_same_file(
     """Bit for bit, stopped after the second of four pieces, with a line cut short in what was written so far."""
     prepared(content(kind, "whole.jsonl"))
     recipe, calls = content(kind, "made.jsonl"), list[int]()
-    maker = {"bdhs": BDHS, "realign": ReAlign, "own": SelfGenerated}[kind]
-    make = maker.__call__
+    append = AppendLog.append
 
-    def stop(self: Any, pairs: Any) -> Any:
-        calls.append(len(pairs))
+    def stop(self: AppendLog, piece: list[Any]) -> None:
+        calls.append(len(piece))
         if len(calls) == 3:
             raise Stopped
-        return make(self, pairs)
+        append(self, piece)
 
-    monkeypatch.setattr(maker, "__call__", stop)
+    monkeypatch.setattr(AppendLog, "append", stop)
     with pytest.raises(Stopped):
         prepared(recipe)
     unfinished = tmp_path / "made.jsonl.unfinished"
