@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -16,12 +16,14 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mmalign.config import SECTIONS, Recipe
+from mmalign.config.base import Choice
 from mmalign.config.methods import find_method
 
-RENAMED = {  # former names of options
+RENAMED = {  # former paths of options
     "train.accumulate": "train.gradient_accumulation_steps",
     "train.clip": "train.max_grad_norm",
     "train.keep": "train.keep_checkpoints",
@@ -31,8 +33,10 @@ RENAMED = {  # former names of options
     "data.max_bad": "data.max_bad_images",
     "data.workers": "data.num_workers",
     "method.cache_draws": "method.num_cached_draws",
+    "method.flip_rate": "method.loss.flip_rate",
     "method.judge": "method.reward",
     "method.keep": "method.crop_area",
+    "method.label_smoothing": "method.loss.label_smoothing",
     "method.sure": "method.tie_margin",
     "method.online.similar": "method.online.max_similarity",
     "evaluate.draws": "evaluate.num_noise_samples",
@@ -172,25 +176,52 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 def _sentences(location: str, schema: type[BaseModel], error: ValidationError) -> list[str]:
     """Return one sentence for each wrong key; the branches of a union share one."""
-    places: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    places: dict[tuple[str, ...], tuple[type[BaseModel], list[ErrorDetails]]] = {}
     for details in error.errors():
-        places.setdefault(_place(schema, details["loc"]), []).append(details)
+        path, parent = _locate(schema, details["loc"])
+        places.setdefault(path, (parent, []))[1].append(details)
     for path in list(places):  # an error inside a section replaces the error of the whole section
         if any(len(other) > len(path) and other[: len(path)] == path for other in places):
             del places[path]
-    return [f"{location}: {_explain(schema, list(path), errors)}" for path, errors in places.items()]
+    return [f"{location}: {_explain(schema, parent, list(path), errors)}" for path, (parent, errors) in places.items()]
 
 
-def _place(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, ...]:
-    """Return the path of a value, without the branches of unions that pydantic adds to it."""
+def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[tuple[str, ...], type[BaseModel]]:
+    """Return a value's path, without the branches of unions that pydantic adds to it, and the section around it."""
     path: list[str] = []
+    parent = section = schema
+    branches: Mapping[str, object] = {}
     for part in map(str, loc):
-        field = _section(schema, path[:-1]).model_fields.get(path[-1]) if path else None
-        annotation = field.annotation if field is not None else None
-        branches = get_args(annotation) if get_origin(annotation) is UnionType else ()
-        if part not in [str(b).replace(" ", "") if get_origin(b) else b.__name__ for b in branches]:
-            path.append(part)
-    return tuple(path)
+        if part in branches and len(branches) > 1:
+            section, branches = next(_sections([branches[part]]), section), {}
+            continue
+        path.append(part)
+        parent, field = section, section.model_fields.get(part)
+        branches = _branches(field) if field is not None else {}
+        section = next(_sections(branches.values()), section)
+    return tuple(path), parent
+
+
+def _exists(schema: type[BaseModel], path: Sequence[str]) -> bool:
+    """Return whether some recipe of this schema has an option at this path."""
+    sections = [schema]
+    for key in path[:-1]:
+        fields = [section.model_fields[key] for section in sections if key in section.model_fields]
+        sections = [section for field in fields for section in _sections(_branches(field).values())]
+    return any(path[-1] in section.model_fields for section in sections)
+
+
+def _branches(field: FieldInfo) -> Mapping[str, object]:
+    """Return the types that a field accepts, by the names that pydantic gives them in an error's location."""
+    kind: Any = field.annotation
+    if any(isinstance(marker, Choice) for marker in field.metadata):
+        return Choice.sections(kind)
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    return {str(kind).replace(" ", "") if get_origin(kind) else kind.__name__: kind for kind in kinds}
+
+
+def _sections(kinds: Iterable[object]) -> Iterator[type[BaseModel]]:
+    return (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
 
 
 _TYPES = {
@@ -201,16 +232,17 @@ _TYPES = {
     "list_type": "a list, such as [a, b]",
     "dict_type": "a mapping, such as {key: value}",
     "model_type": "a section, such as {key: value}",
+    "model_attributes_type": "a name, or a section such as {name: NAME}",
 }
 
 
-def _explain(schema: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
+def _explain(schema: type[BaseModel], parent: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
     """Return the sentence for one wrong key: the value, the expectation and the remedy."""
     error, key, got = errors[0], ".".join(path), _describe_value(errors[0]["input"])
-    parent, kind = _section(schema, path[:-1]), error["type"]
+    kind = error["type"]
     if kind == "extra_forbidden":
         renamed = RENAMED.get(key)
-        if renamed is not None and renamed.rpartition(".")[2] in parent.model_fields:
+        if renamed is not None and _exists(schema, renamed.split(".")):
             return f"{key}: is now called {renamed}; rename it"
         return f"{'.'.join(path[:-1]) or ROOT} has no {path[-1]!r}; {_nearest(path[-1], list(parent.model_fields))}"
     if kind == "missing":
@@ -255,12 +287,3 @@ def _shown(value: Any) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
     return f"the text {shown}" if isinstance(value, str) else shown
-
-
-def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    for key in path:
-        if key in schema.model_fields:
-            options = [schema.model_fields[key].annotation]
-            options += list(getattr(options[0], "__args__", ()))
-            schema = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), schema)
-    return schema

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -178,17 +177,3 @@ def _bounded(x: Tensor) -> Tensor:
     series = 1 - x / 2 + x**2 / 12 - x**4 / 720 + x**6 / 30240 - x**8 / 1209600
     large = x.clamp(min=0.3)
     return torch.where(x < 0.3, series, large * torch.exp(-large) / -torch.expm1(-large))
-
-
-_PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "robust": robust}
-
-
-def pair_loss(name: str, **hyperparameters: Any) -> PairLoss:
-    """Return the pair loss called `name` with its hyper-parameters bound: a function of (policy, reference).
-
-    Raises:
-        ValueError: no pair loss has that name.
-    """
-    if name not in _PAIR_LOSSES:
-        raise ValueError(f"loss: no pair loss is called {name!r}; expected one of {', '.join(_PAIR_LOSSES)}")
-    return partial(_PAIR_LOSSES[name], **hyperparameters)

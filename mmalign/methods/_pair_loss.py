@@ -1,22 +1,25 @@
-"""Hyper-parameters and logged metrics of methods with a pair loss."""
+"""Bound functions and logged metrics of methods with a pair loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import PairLossConfig
-from mmalign.losses.pairwise import Pair, PairLoss, pair_loss
+from mmalign.config.losses import PairLossConfig
+from mmalign.losses.pairwise import Pair, PairLoss
 from mmalign.methods import Step
 from mmalign.policy import Scores
+from mmalign.registry import import_callable
 
 
-def bound_loss(cfg: PairLossConfig) -> PairLoss:
-    """Return the configured pair loss with its hyper-parameters bound."""
-    extra = {"dpo": {"label_smoothing": cfg.label_smoothing}, "robust": {"flip_rate": cfg.flip_rate}}
-    return pair_loss(cfg.loss, beta=cfg.beta, **extra.get(cfg.loss, {}))
+@cache  # one function for all batches of a run
+def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
+    """Return the function of a pair loss with its hyper-parameters bound."""
+    function = import_callable("method.loss", config.function)
+    return partial(function, beta=beta, **config.model_dump(exclude={"name"}))
 
 
 def preference_step(

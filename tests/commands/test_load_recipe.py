@@ -10,6 +10,7 @@ import yaml
 from mmalign import methods
 from mmalign.commands.load_recipe import RENAMED, dump_recipe, load_recipe
 from mmalign.config import Recipe
+from mmalign.config.losses import DPOLossConfig, IPOLossConfig, RobustLossConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 LEAST: dict[str, Any] = {
@@ -58,6 +59,19 @@ METHOD_WITH = {  # a method whose recipes have the option, where not all have it
 def test_renamed_option_is_answered_with_its_new_name(old: str, new: str) -> None:
     recipe = {**copy.deepcopy(LEAST), "method": {"name": METHOD_WITH.get(new, "diffusion_dpo")}}
     assert f"{old}: is now called {new}; rename it" in slip(f"{old}=1", of=recipe)
+
+
+def test_an_option_that_moved_is_not_offered_to_a_method_without_its_new_place() -> None:
+    recipe = {**copy.deepcopy(LEAST), "method": {"name": "mapo", "flip_rate": 0.1}}
+    assert slip(of=recipe) == "recipe: method has no 'flip_rate'; it has name, beta, snr, caption_dropout"
+
+
+def test_a_loss_is_a_name_or_a_section() -> None:
+    assert load("method.loss=ipo").method.loss == IPOLossConfig() == load("method.loss={name: ipo}").method.loss
+    assert load().method.loss == DPOLossConfig() != load("method.loss=ipo").method.loss
+    robust = load("method.loss.name=robust", "method.loss.flip_rate=0.1")
+    assert robust.method.loss == RobustLossConfig(flip_rate=0.1)
+    assert load_recipe(yaml.safe_load(dump_recipe(robust))) == robust
 
 
 def test_there_are_shipped_recipes() -> None:
@@ -145,6 +159,12 @@ def test_prompts_are_a_number_or_a_file() -> None:
         ("method.betta=1", "recipe: method has no 'betta'; did you mean 'beta'?"),
         ("evaluate={reward: {path: a, nmae: b}}", "recipe: evaluate.reward has no 'nmae'; did you mean 'name'?"),
         ("gallery.zzz=1", "recipe: gallery has no 'zzz'; it has images, title"),
+        ("method.loss={name: robust, flip_rat: 0}", "recipe: method.loss has no 'flip_rat'; did you mean 'flip_rate'?"),
+        ("method.loss={name: ipo, flip_rate: 0}", "recipe: method.loss has no 'flip_rate'; it has name"),
+        (
+            "method.loss=ipp",
+            "recipe: method.loss: unknown name 'ipp'; did you mean 'ipo'? (there are dpo, hinge, ipo, robust)",
+        ),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence: str) -> None:
@@ -186,6 +206,9 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
             "recipe: evaluate: benchmark scenes makes its own prompts; expected their number, got 'a'",
         ),
         ("prepare={}", "recipe: prepare needs 'reward', which is missing"),
+        ("method.loss=", "recipe: method.loss: expected a name, or a section such as {name: NAME}, got nothing"),
+        ("method.loss.flip_rate=0", "recipe: method.loss: needs a name, one of dpo, ipo, hinge, robust"),
+        ("method.loss={name: robust, flip_rate: 1}", "recipe: method.loss.flip_rate: expected less than 0.5, got 1"),
     ],
 )
 def test_a_wrong_value_says_where_what_came_and_what_was_expected(override: str, sentence: str) -> None:

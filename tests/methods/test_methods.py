@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmalign import methods
 from mmalign.config import SECTIONS
+from mmalign.config.losses import DPOLossConfig
 from mmalign.config.methods import find_method
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
@@ -56,8 +57,8 @@ def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: Text
     [
         ("diffusion_dpo", {"loss": "ipo", "beta": 0.1}, 25.0),
         ("diffusion_dpo", {"loss": "hinge"}, 1.0),
-        ("diffusion_dpo", {"loss": "robust", "flip_rate": 0.2}, math.log(2)),
-        ("diffusion_dpo", {"label_smoothing": 0.2}, math.log(2)),
+        ("diffusion_dpo", {"loss": {"name": "robust", "flip_rate": 0.2}}, math.log(2)),
+        ("diffusion_dpo", {"loss": {"name": "dpo", "label_smoothing": 0.2}}, math.log(2)),
         ("inpo", {"inverter": "reference"}, math.log(2)),
         ("inpo", {"inverter": "reference", "num_cached_draws": 1}, math.log(2)),
         ("instruct_engine", {"loss": "hinge"}, 1.0),
@@ -160,7 +161,7 @@ def test_a_step_against_the_gradient_prefers_the_better_side(
 def test_smoothing_changes_the_loss_as_its_formula_says(sd: TextToImage) -> None:
     policy, batch = full(sd, moved=0.02), pairs(sd)
     plain = run(diffusion_dpo, policy, batch, diffusion_dpo.Config())
-    smooth = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(label_smoothing=0.1))
+    smooth = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(loss=DPOLossConfig(label_smoothing=0.1)))
     torch.testing.assert_close(smooth.losses, plain.losses + 0.1 * plain.metrics["logit"], rtol=1e-4, atol=1e-4)
 
 

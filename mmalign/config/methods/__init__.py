@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmalign.config.base import Section
-from mmalign.config.methods._losses import PairLossConfig, ResponseLossConfig
+from mmalign.config.methods._shared import PairMethodConfig, ResponseMethodConfig
 from mmalign.config.methods.text_to_image import (
     CCAConfig,
     DiffusionDPOConfig,
@@ -38,10 +38,10 @@ __all__ = [
     "MaPOConfig",
     "MixedConfig",
     "POVIDConfig",
-    "PairLossConfig",
+    "PairMethodConfig",
     "RLHFVConfig",
     "ReAlignConfig",
-    "ResponseLossConfig",
+    "ResponseMethodConfig",
     "ResponseSFTConfig",
     "SFTConfig",
     "SPOConfig",

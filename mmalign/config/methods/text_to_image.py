@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmalign.config.base import Section
 from mmalign.config.evaluation import RewardConfig
-from mmalign.config.methods._losses import NumCachedDraws, PairLossConfig
+from mmalign.config.methods._shared import NumCachedDraws, PairMethodConfig
 
 
 class CCAConfig(Section):
@@ -20,7 +20,7 @@ class CCAConfig(Section):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose both prompts; as released")
 
 
-class DiffusionDPOConfig(PairLossConfig):
+class DiffusionDPOConfig(PairMethodConfig):
     """Hyper-parameters; the defaults are the release's."""
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
@@ -31,7 +31,7 @@ class DiffusionDPOConfig(PairLossConfig):
     num_cached_draws: NumCachedDraws = 0
 
 
-class InPOConfig(PairLossConfig):
+class InPOConfig(PairMethodConfig):
     """Hyper-parameters; the defaults are the release's for SDXL, except for the inversion, which is exact.
 
     The paper does not name the model that inverts. The release, source of the published numbers, uses the policy. So
@@ -61,7 +61,7 @@ class InPOConfig(PairLossConfig):
         return self
 
 
-class InstructEngineConfig(PairLossConfig):
+class InstructEngineConfig(PairMethodConfig):
     """Hyper-parameters; the paper's are unknown, and these are ours."""
 
     name: Literal["instruct_engine"] = "instruct_engine"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import Section
-from mmalign.config.methods._losses import NumCachedDraws, ResponseLossConfig
+from mmalign.config.methods._shared import NumCachedDraws, ResponseMethodConfig
 from mmalign.config.preparation import BdhsConfig
 
 
@@ -26,7 +26,7 @@ class MixedConfig(Section):
     batch_size: int = Field(16, ge=1, description="answers written at a time")
 
 
-class BDHSMethodConfig(ResponseLossConfig):
+class BDHSMethodConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["bdhs"] = "bdhs"
@@ -50,14 +50,14 @@ class BDHSMethodConfig(ResponseLossConfig):
         return self
 
 
-class DPOConfig(ResponseLossConfig):
+class DPOConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
 
 
-class MDPOConfig(ResponseLossConfig):
+class MDPOConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["mdpo"] = "mdpo"
@@ -75,7 +75,7 @@ class MDPOConfig(ResponseLossConfig):
         return self
 
 
-class POVIDConfig(ResponseLossConfig):
+class POVIDConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the release's, except for its errors."""
 
     name: Literal["povid"] = "povid"
@@ -100,7 +100,7 @@ class POVIDConfig(ResponseLossConfig):
         return self
 
 
-class ReAlignConfig(ResponseLossConfig):
+class ReAlignConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["realign"] = "realign"
@@ -114,7 +114,7 @@ class ResponseSFTConfig(Section):
     name: Literal["response_sft"] = "response_sft"
 
 
-class RLHFVConfig(ResponseLossConfig):
+class RLHFVConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["rlhfv"] = "rlhfv"

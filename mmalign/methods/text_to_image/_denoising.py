@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import PairLossConfig
+from mmalign.config.methods import PairMethodConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
@@ -112,7 +112,7 @@ def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, vie
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
-def denoising_step(cfg: PairLossConfig, policy_scores: Scores, reference_scores: Scores, weights: Tensor) -> Step:
+def denoising_step(cfg: PairMethodConfig, policy_scores: Scores, reference_scores: Scores, weights: Tensor) -> Step:
     """Return the step of the pair loss, with the denoising errors of both sides as metrics."""
     errors = {f"{side} error": -2 * policy_scores[side].detach() for side in PAIR}
-    return preference_step(bound_loss(cfg), cfg.beta, policy_scores, reference_scores, weights, errors)
+    return preference_step(bound_loss(cfg.loss, cfg.beta), cfg.beta, policy_scores, reference_scores, weights, errors)

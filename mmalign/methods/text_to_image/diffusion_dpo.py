@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from mmalign.config.methods import DiffusionDPOConfig as Config
-from mmalign.config.methods import PairLossConfig
+from mmalign.config.methods import PairMethodConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
@@ -48,7 +48,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
     return [Contrast(view, scores, batch.weights)]
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairLossConfig) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairMethodConfig) -> Step:
     """Return the pair loss on the denoising scores of policy and reference."""
     assert contrast.reference is not None, "the method needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view)

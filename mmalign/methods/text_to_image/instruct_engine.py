@@ -62,7 +62,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the weighted sum of the four pair losses."""
-    reference_scores, link = contrast.reference, bound_loss(cfg)
+    reference_scores, link = contrast.reference, bound_loss(cfg.loss, cfg.beta)
     assert reference_scores is not None, "instruct_engine needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
     # Weighted pair losses of the four comparisons

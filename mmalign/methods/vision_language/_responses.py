@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import ResponseLossConfig
+from mmalign.config.methods import ResponseMethodConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
@@ -76,7 +76,7 @@ def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: S
 
 
 def response_step(
-    cfg: ResponseLossConfig,
+    cfg: ResponseMethodConfig,
     policy_scores: Scores,
     reference_scores: Scores,
     batch: EncodedResponses,
@@ -99,7 +99,8 @@ def response_step(
     more |= {
         f"{view} gain": (policy_scores[view] - reference_scores[view]).detach() for view in views if view not in PAIR
     }
-    step = preference_step(bound_loss(cfg), cfg.beta, policy_scores, reference_scores, batch.weights, more)
+    link = bound_loss(cfg.loss, cfg.beta)
+    step = preference_step(link, cfg.beta, policy_scores, reference_scores, batch.weights, more)
     # Sum of the terms, plus the chosen responses' negative log-likelihood
     losses = step.losses if terms is None else torch.stack(list(terms.values())).sum(0)
     terms_detached = {name: term.detach() for name, term in (terms or {}).items()}

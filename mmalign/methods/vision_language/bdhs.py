@@ -109,7 +109,7 @@ def check(cfg: Config) -> list[str]:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs under the mode."""
-    settings = {"mean": cfg.loss == "ipo", "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
+    settings = {"mean": cfg.loss.per_token, "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
     return Requirements(
         decoded_images=cfg.mode == "mixed",  # for the annotator
         precompute=cached_scores(1 if cfg.mode == "offline" else 0, settings, compute=precompute),
@@ -121,7 +121,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     """Return one contrast: pairs with hallucinations from the data or the policy, or pairs that the policy sampled."""
     make = {"offline": _offline, "online": _online, "mixed": _mixed}[cfg.mode]
     contrast: Contrast = make(policy, batch, cfg, rng)
-    score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.loss == "ipo")
+    score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.loss.per_token)
     scores = reference_scores(policy, batch, score)
     if batch.precomputed is not None and scores is not None:
         scores = {view: scores[view] for view in (*contrast.views, TOKEN)}
@@ -130,9 +130,10 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair losses against the rejected and the hallucinated response, weighted by their shares."""
-    batch, reference_scores, link, shares = contrast.batch, contrast.reference, bound_loss(cfg), contrast.shares
+    batch, reference_scores, shares = contrast.batch, contrast.reference, contrast.shares
+    link = bound_loss(cfg.loss, cfg.beta)
     assert reference_scores is not None, "bdhs needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.loss == "ipo")
+    policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.loss.per_token)
     terms = None
     if shares is not None:
         rejected, hallucinated = (pair_loss_against(link, policy_scores, reference_scores, view) for view in VIEWS[1:])

@@ -26,17 +26,17 @@ from mmalign.rng import KeyedRNG
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: a reference, or its cached scores."""
-    return Requirements(precompute=cached_scores(1, {"mean": cfg.loss == "ipo"}))
+    return Requirements(precompute=cached_scores(1, {"mean": cfg.loss.per_token}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the unchanged pairs."""
-    score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss == "ipo")
+    score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss.per_token)
     return [Contrast(batch, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
     assert contrast.reference is not None, "dpo needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss == "ipo")
+    policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss.per_token)
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)

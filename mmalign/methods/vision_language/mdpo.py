@@ -45,7 +45,7 @@ VIEWS = (*PAIR, "cropped")
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: decoded images, the vision tower, and a reference or its cached scores."""
-    settings = {"mean": cfg.loss == "ipo", "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
+    settings = {"mean": cfg.loss.per_token, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
     return Requirements(
         decoded_images=True,
         vision_tower=True,  # the policy sees crops, which are drawn during training
@@ -64,15 +64,15 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     tokens, cropped = with_changed_images(policy.family, batch, crop)
     features = ImageFeatures({**batch.features.images, **cropped.images})
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, tokens]), features=features)
-    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
+    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss.per_token)
     return [Contrast(whole, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the sum of the text, image and anchor losses."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
     assert reference_scores is not None, "mdpo needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
+    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss.per_token)
     text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "cropped"))
     anchor = -F.logsigmoid(cfg.beta * (policy_scores["chosen"] - reference_scores["chosen"]) - cfg.delta)
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}

@@ -61,7 +61,7 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: decoded images, the vision tower unless cached, and a reference or its cache."""
-    settings = {"mean": cfg.loss == "ipo", "noise_step": cfg.noise_step, "overflow": cfg.overflow}
+    settings = {"mean": cfg.loss.per_token, "noise_step": cfg.noise_step, "overflow": cfg.overflow}
     return Requirements(
         decoded_images=True,
         vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached
@@ -74,7 +74,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
     if batch.precomputed is not None:
         precomputed = dict(batch.precomputed)
         return [Contrast(batch, _fitted(precomputed.pop(TOKENS), batch), precomputed)]
-    family, mean = policy.family, cfg.loss == "ipo"
+    family, mean = policy.family, cfg.loss.per_token
 
     def with_noise(picture: Image.Image, row: int, place: int) -> Image.Image:
         eps = rng.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
@@ -93,8 +93,8 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any,
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the loss of chosen against rejected and of chosen against noisy."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
-    policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss == "ipo")
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
+    policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss.per_token)
     if cfg.combine == "paper":
         mixed = (
             Pair(s["chosen"], cfg.gamma * s["rejected"] + (1 - cfg.gamma) * s["noisy"])

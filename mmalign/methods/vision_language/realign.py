@@ -38,22 +38,22 @@ VIEWS = (*PAIR, "retrieved")
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the pairs' other images, and a reference or its cached scores."""
-    return Requirements(other_images=True, precompute=cached_scores(1, {"mean": cfg.loss == "ipo"}))
+    return Requirements(other_images=True, precompute=cached_scores(1, {"mean": cfg.loss.per_token}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the pairs, and the chosen responses again under the retrieved images."""
     assert batch.other_images is not None, "realign needs other images"
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.other_images]))
-    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss == "ipo")
+    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss.per_token)
     return [Contrast(whole, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return L_DPO + w_v * L_vDPO."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg)
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
     assert reference_scores is not None, "realign needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss == "ipo")
+    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss.per_token)
     text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "retrieved"))
     return response_step(
         cfg, policy_scores, reference_scores, batch, {"text loss": text, "image loss": cfg.image_weight * image}

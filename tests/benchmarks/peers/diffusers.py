@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from mmalign.commands._bench_run import Run
 from mmalign.config import Recipe, Train
+from mmalign.config.losses import DPOLossConfig
 from mmalign.families import loading
 from mmalign.families.types import Conditioning
 from mmalign.policy import Policy
@@ -46,10 +47,10 @@ def available() -> None:
 def check(recipe: Recipe, num_processes: int) -> None:
     """Refuse methods and models that the scripts do not train."""
     method: Any = recipe.method
-    if method.name != "diffusion_dpo" or method.loss != "dpo" or method.label_smoothing:
+    if method.name != "diffusion_dpo" or method.loss != DPOLossConfig():
         raise ValueError(
             f"diffusers: got method.name: {method.name} and its settings; expected method: {{name: diffusion_dpo}} "
-            "with loss: dpo and label_smoothing: 0, as in its scripts"
+            "with loss: dpo, as in its scripts"
         )
     cls = _pipeline(recipe)
     if cls not in PIPELINES:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmalign.commands._bench_run import Run
 from mmalign.config import Recipe, Train
+from mmalign.config.losses import DPOLossConfig
 from mmalign.families import loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.language.tokens import Tokens
@@ -43,10 +44,10 @@ def check(recipe: Recipe, num_processes: int) -> None:
     if num_processes > 1:
         raise ValueError(f"trl: got {num_processes} processes; expected 1, since nothing here distributes its loss")
     method: Any = recipe.method
-    if method.name != "dpo" or method.loss != "dpo" or method.label_smoothing or method.nll:
+    if method.name != "dpo" or method.loss != DPOLossConfig() or method.nll:
         raise ValueError(
-            f"trl: got method.name: {method.name} and its settings; expected method: {{name: dpo}} with loss: dpo, "
-            "label_smoothing: 0 and nll: 0"
+            f"trl: got method.name: {method.name} and its settings; expected method: {{name: dpo}} with loss: dpo and "
+            "nll: 0"
         )
     kind = loading.model_type(resolve_model(recipe.model.path), recipe.model.revision)
     if kind not in TYPES:

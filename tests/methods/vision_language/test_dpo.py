@@ -24,7 +24,7 @@ GOLDEN = golden("dpo")
     ("config", "expected"),
     [
         ({}, GOLDEN["expected"]["sigmoid_per_sample"]),
-        ({"label_smoothing": 0.1}, GOLDEN["expected"]["cdpo_label_smoothing_0_1_per_sample"]),
+        ({"loss": {"name": "dpo", "label_smoothing": 0.1}}, GOLDEN["expected"]["cdpo_label_smoothing_0_1_per_sample"]),
     ],
 )
 def test_dpo_gives_the_published_losses(config: dict[str, Any], expected: list[float]) -> None:
