@@ -35,7 +35,7 @@ test: lint
 lint: $(READY)
 	@$(BIN)/ruff check || { echo "lint: mend the lines above; 'make format' mends what can be mended by rule."; exit 1; }
 	@$(BIN)/ruff format --check || { echo "lint: run 'make format' and look at 'git diff'."; exit 1; }
-	@$(BIN)/mypy mmalign || { echo "lint: mend the types above; CONTRIBUTING.md says how libraries without types are treated."; exit 1; }
+	@$(BIN)/mypy || { echo "lint: mend the types above; CONTRIBUTING.md says how libraries without types are treated."; exit 1; }
 
 format: $(READY)
 	$(BIN)/ruff check --fix --exit-zero

@@ -111,7 +111,7 @@ def test_make_knows_its_targets(target: str) -> None:
         "quickstart": "mmalign quickstart",
         "check": 'pytest -n 2 -m "not slow and not gpu"',
         "test": "pytest -n 2",
-        "lint": "mypy mmalign",
+        "lint": "/mypy ",
         "docs": "mkdocs build --strict",
         "clean": "rm -rf .venv",
     }
