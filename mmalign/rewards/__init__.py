@@ -11,10 +11,19 @@ from typing import Protocol, cast
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from mmalign import registry
+
+
+class BatchConfig(BaseModel):
+    """Options of a reward model that is a network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: PositiveInt = 64
+    """Images that go through the network at once."""
 
 
 class RewardModel(Protocol):

@@ -6,31 +6,46 @@ left out: it is the same for every pair. N is the number of images, E the width 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.resources import resolve_model
+from mmalign.rewards import BatchConfig
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 KNOWN = 8192  # prompts in the cache of text features
 
 
-class Config(BaseModel):
+class Config(BatchConfig):
     """Options of the reward model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pretrained: str | None = None
     """Where `path` is an architecture of open_clip (`ViT-B-32`): the tag or the file of its weights."""
-    batch_size: PositiveInt = 64
-    """Images that go through the network at once."""
+
+
+class ClipParts(NamedTuple):
+    """An open_clip model with its preprocessing and tokenizer.
+
+    Attributes:
+        model: the network, on the CPU, in float32.
+        preprocess: a function from an image to [3, S, S].
+        tokenize: a function from prompts to token ids [N, context]; longer prompts are cut.
+        config: the content of an open_clip config file; empty if it was not read.
+    """
+
+    model: CLIP
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+    config: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -38,14 +53,9 @@ class TextFeatures:
     """Cache of prompts' unit vectors.
 
     Each prompt is encoded by a call of its own: in a batch, rounding would depend on the other prompts.
-
-    Attributes:
-        model: an open_clip model.
-        tokenize: a function from prompts to token ids [N, context].
-        device: the model's device.
     """
 
-    model: Any  # open_clip has no types: CLIP, CustomTextCLIP or CoCa
+    model: CLIP  # or CustomTextCLIP, or CoCa
     tokenize: Callable[[list[str]], Tensor]
     device: torch.device
     _known: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +78,7 @@ class TextFeatures:
 class OpenClip:
     """Loaded reward model, in float32 and eval mode."""
 
-    model: Any
+    model: CLIP
     preprocess: Callable[[Image.Image], Tensor]  # to [3, H, W]
     text: TextFeatures
     device: torch.device
@@ -101,13 +111,17 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
     Raises:
         ValueError: there is no such model, or its weights are missing or do not fit its config.
     """
-    model, preprocess, tokenize = load_parts(path, cfg.pretrained)
-    model = model.eval().requires_grad_(False).to(device)
-    return OpenClip(model, preprocess, TextFeatures(model, tokenize, device), device, cfg.batch_size)
+    return scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
 
 
-def load_parts(path: str, pretrained: str | None = None) -> tuple[Any, Callable[[Image.Image], Tensor], Any]:
-    """Load a model on the CPU, in float32, and return it with its image preprocessing and its tokenizer.
+def scorer(parts: ClipParts, device: torch.device, batch_size: int) -> OpenClip:
+    """Return the reward model of a network, which moves to the device."""
+    model = parts.model.eval().requires_grad_(False).to(device)
+    return OpenClip(model, parts.preprocess, TextFeatures(model, parts.tokenize, device), device, batch_size)
+
+
+def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
+    """Load a model without its config.
 
     Raises:
         ValueError: there is no such model, or its weights are missing or do not fit its config.
@@ -125,7 +139,7 @@ def load_parts(path: str, pretrained: str | None = None) -> tuple[Any, Callable[
             " open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip"
             " with `pretrained`"
         ) from error
-    return model, preprocess, tokenize
+    return ClipParts(model, preprocess, tokenize, {})
 
 
 def _open_clip_name(path: str, pretrained: str | None) -> str:

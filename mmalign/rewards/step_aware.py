@@ -25,35 +25,30 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmalign.resources import resolve_model
+from mmalign.rewards import BatchConfig as Config
 from mmalign.rewards import transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+    from open_clip.transformer import ResidualAttentionBlock
 
 CONFIG, WEIGHTS = "open_clip_config.json", "step_aware.safetensors"
 FREQUENCIES = 256  # width of the sinusoid
 STD = 0.02  # of the time MLP's initial weights, as in the release
-
-
-class Config(BaseModel):
-    """Options of the reward model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch_size: PositiveInt = 64
-    """Images that go through the network at once."""
 
 
 class TimeConditioned(nn.Module):
@@ -67,7 +62,7 @@ class TimeConditioned(nn.Module):
         ValueError: the vision tower is not a plain vision transformer with a class token.
     """
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: CLIP) -> None:
         super().__init__()
         tower = clip.visual
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
@@ -131,7 +126,7 @@ class TimeConditioned(nn.Module):
         return features
 
 
-def _steered(block: Any, h: Tensor, steering: Tensor) -> Tensor:
+def _steered(block: ResidualAttentionBlock, h: Tensor, steering: Tensor) -> Tensor:
     """Return a block's output [N, tokens, D] with shifts, scales and gates from `steering` [N, 6 D]."""
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = steering[:, None].chunk(6, -1)
     h = h + gate_1 * block.ls_1(block.attention(block.ln_1(h) * (1 + scale_1) + shift_1))
@@ -160,8 +155,8 @@ class Parts:
 
     net: TimeConditioned
     preprocess: Callable[[Image.Image], Tensor]
-    tokenize: Any
-    config: dict[str, Any]
+    tokenize: Callable[[list[str]], Tensor]
+    config: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -210,12 +205,15 @@ def begin(path: str) -> Parts:
     if (Path(resolved) / WEIGHTS).is_file():
         return read(path)
     about = _config_file(resolved)
-    if about is None:
-        clip, preprocess, tokenize, config = _of_transformers(path)
+    if about is not None:
+        parts = load_parts(path)._replace(config=json.loads(about.read_text(encoding="utf-8")))
     else:
-        clip, preprocess, tokenize = load_parts(path)
-        config = json.loads(about.read_text(encoding="utf-8"))
-    return Parts(_conditioned(path, clip), preprocess, tokenize, config)
+        try:
+            parts = transformers_clip.load_parts(path)
+        except ValueError as error:
+            known = f"a model of open_clip would have {CONFIG}, a step-aware judge {WEIGHTS}"
+            raise ValueError(f"{error}; {known}") from error
+    return Parts(_conditioned(path, parts.model), parts.preprocess, parts.tokenize, parts.config)
 
 
 def read(path: str) -> Parts:
@@ -258,18 +256,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _conditioned(path: str, clip: Any) -> TimeConditioned:
+def _conditioned(path: str, clip: CLIP) -> TimeConditioned:
     try:
         return TimeConditioned(clip.float())
     except ValueError as error:
         raise ValueError(f"judge step_aware: {path}: {error}") from None
-
-
-def _of_transformers(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, dict[str, Any]]:
-    try:
-        return transformers_clip.load_parts(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; a model of open_clip would have {CONFIG}, a step-aware judge {WEIGHTS}") from error
 
 
 def _config_file(resolved: str) -> Path | None:

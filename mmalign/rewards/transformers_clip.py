@@ -11,16 +11,18 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.resources import resolve_model
-from mmalign.rewards.open_clip import OpenClip, TextFeatures
+from mmalign.rewards import BatchConfig as Config
+from mmalign.rewards.open_clip import ClipParts, OpenClip, scorer
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
 
 VOCABULARY = 49_408  # tokens of CLIP's own tokenizer
 TOKENIZER = ("tokenizer.json", "vocab.json")  # either file is enough for a tokenizer
@@ -46,31 +48,17 @@ NAMES = (  # a pattern of transformers' weight names, and its replacement in ope
 )
 
 
-class Config(BaseModel):
-    """Options of the reward model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch_size: PositiveInt = 64
-    """Images that go through the network at once."""
-
-
 def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
     """Load a model that CLIPModel and its processor saved, from a folder or the Hub.
 
     Raises:
         ValueError: there is no such model, its weights are missing, or it is not a CLIP.
     """
-    model, preprocess, tokenize, _ = load_parts(path)
-    model = model.eval().requires_grad_(False).to(device)
-    return OpenClip(model, preprocess, TextFeatures(model, tokenize, device), device, cfg.batch_size)
+    return scorer(load_parts(path), device, cfg.batch_size)
 
 
-def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, dict[str, Any]]:
-    """Load the weights into an open_clip network on the CPU, in float32.
-
-    Returns:
-        The network, its image preprocessing, its tokenizer, and the content of an open_clip config file.
+def load_parts(path: str) -> ClipParts:
+    """Load the weights into an open_clip network.
 
     Raises:
         ValueError: there is no such model, its weights are missing, or it is not a CLIP.
@@ -85,17 +73,18 @@ def load_parts(path: str) -> tuple[Any, Callable[[Image.Image], Tensor], Any, di
         clip_model, missing = CLIPModel.from_pretrained(resolved, dtype=torch.float32, output_loading_info=True)
         folder = _small_files(resolved)
         tokenize = _tokenizer(folder, config)
-        about = {"model_cfg": _network(config, tokenize), "preprocess_cfg": _preprocessing(folder)}
+        network, preprocessing = _network(config, tokenize), _preprocessing(folder)
         if missing["missing_keys"] or missing["mismatched_keys"]:
             raise ValueError(f"weights are missing, such as {sorted(map(str, missing['missing_keys']))[:1]}")
-        model = open_clip.CLIP(**copy.deepcopy(about["model_cfg"]))
+        model = open_clip.CLIP(**copy.deepcopy(network))
         model.load_state_dict(renamed(clip_model.state_dict()))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
             f"judge transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder"
             " with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
         ) from error
-    return model, image_transform_v2(PreprocessCfg(**about["preprocess_cfg"]), is_train=False), tokenize, about
+    preprocess = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
+    return ClipParts(model, preprocess, tokenize, {"model_cfg": network, "preprocess_cfg": preprocessing})
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,18 +114,19 @@ def _small_files(resolved: str) -> Path:
     return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.txt"]))
 
 
-def _tokenizer(folder: Path, config: Any) -> Any:
+def _tokenizer(folder: Path, config: CLIPConfig) -> Callable[[list[str]], Tensor]:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     length, words = config.text_config.max_position_embeddings, config.text_config.vocab_size
-    if any((folder / name).is_file() for name in TOKENIZER):
-        return HFTokenizer(str(folder), context_length=length)
-    if words != VOCABULARY:
+    has_file = any((folder / name).is_file() for name in TOKENIZER)
+    if not has_file and words != VOCABULARY:
         raise ValueError(f"it has no tokenizer, and {words} tokens, where CLIP's own has {VOCABULARY}")
-    return SimpleTokenizer(context_length=length)
+    tokenize: Callable[[list[str]], Tensor]
+    tokenize = HFTokenizer(str(folder), context_length=length) if has_file else SimpleTokenizer(context_length=length)
+    return tokenize
 
 
-def _network(config: Any, tokenize: Any) -> dict[str, Any]:
+def _network(config: CLIPConfig, tokenize: Callable[[list[str]], Tensor]) -> dict[str, object]:
     """Return open_clip's config of a network of the same shape."""
     vision, text = config.vision_config, config.text_config
     if vision.hidden_act not in QUICK or text.hidden_act != vision.hidden_act:
@@ -144,7 +134,7 @@ def _network(config: Any, tokenize: Any) -> dict[str, Any]:
     if text.eos_token_id not in (2, text.vocab_size - 1):  # old configs have 2, whatever the token is
         raise ValueError(f"the end of a text is token {text.eos_token_id}; expected the last, {text.vocab_size - 1}")
     # Vision tower, then text tower
-    towers: list[dict[str, Any]] = [
+    towers: list[dict[str, object]] = [
         {"width": of.hidden_size, "layers": of.num_hidden_layers, "mlp_ratio": of.intermediate_size / of.hidden_size}
         | {"norm_kwargs": {"eps": of.layer_norm_eps}}
         for of in (vision, text)
@@ -163,7 +153,7 @@ def _network(config: Any, tokenize: Any) -> dict[str, Any]:
     }
 
 
-def _preprocessing(folder: Path) -> dict[str, Any]:
+def _preprocessing(folder: Path) -> dict[str, object]:
     """Return open_clip's config of the folder's image preprocessing, or of CLIP's own if the folder has none."""
     from transformers import CLIPImageProcessor
 

@@ -113,7 +113,7 @@ def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Pat
         ValueError, match=r"there is no 'open-clip'; did you mean 'open_clip'\? \(there are .*open_clip.*\)"
     ):
         reward_module("open-clip")
-    with pytest.raises(ValueError, match=r"judge open_clip: batchsize: .*got 3; options: pretrained, batch_size"):
+    with pytest.raises(ValueError, match=r"judge open_clip: batchsize: .*got 3; options: batch_size, pretrained"):
         load_reward_model("open_clip", str(folder), batchsize=3)
     with pytest.raises(ValueError, match=r"judge open_clip: batch_size: .*greater than 0"):
         load_reward_model("open_clip", str(folder), batch_size=0)
