@@ -16,15 +16,18 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.atomic_io import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import StateDict
 
 _PREFIX = "checkpoint-"
 
@@ -34,15 +37,25 @@ class Checkpoint:
     """Content of a checkpoint."""
 
     weights: dict[str, Tensor]
-    state: dict[str, Any]
+    state: StateDict
     step: int
+
+
+@dataclass(frozen=True)
+class _About:
+    """Content of `checkpoint.json`; `resting`: training can resume exactly."""
+
+    step: int
+    score: float | None
+    resting: bool
+    identity: dict[str, str]
 
 
 def write(
     folder: Path,
     step: int,
     weights: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    state: StateDict,
     identity: Mapping[str, str],
     *,
     keep_checkpoints: int,
@@ -73,9 +86,9 @@ def write(
         _sweep(folder)
         part.mkdir(parents=True)
         save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
-        torch.save(dict(state), part / "state.pt")
-        about = {"step": step, "score": score, "resting": resumable, "identity": dict(identity)}
-        (part / "checkpoint.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        torch.save(state, part / "state.pt")
+        about = _About(step, score, resumable, dict(identity))
+        (part / "checkpoint.json").write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
         for path in part.iterdir():
             _flush(path)
         _replace(part, final)
@@ -160,12 +173,11 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
     """
     try:
         about = _about(path)
-        step, was = int(about["step"]), dict(about["identity"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         raise ValueError(_unreadable(path, error)) from error
-    differs = [key for key in identity if was.get(key) != identity[key]]
+    differs = [key for key in identity if about.identity.get(key) != identity[key]]
     if differs:
-        saved_identity = ", ".join(f"{key} {was.get(key)}" for key in differs)
+        saved_identity = ", ".join(f"{key} {about.identity.get(key)}" for key in differs)
         current_identity = ", ".join(f"{key} {identity[key]}" for key in differs)
         raise ValueError(
             f"{path}: belongs to another run ({saved_identity}; this one has {current_identity}); use another output "
@@ -177,32 +189,35 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
     # For a damaged file torch alone raises four kinds of error, and safetensors another.
     except Exception as error:
         raise ValueError(_unreadable(path, error)) from error
-    return Checkpoint(weights, state, step)
+    return Checkpoint(weights, state, about.step)
 
 
 def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "checkpoint.json").is_file())
 
 
-def _about(path: Path) -> dict[str, Any]:
-    return json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+def _about(path: Path) -> _About:
+    content = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+    return _About(int(content["step"]), content.get("score"), content.get("resting", True), dict(content["identity"]))
+
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)  # raised by `_about`
 
 
 def _is_resumable(path: Path) -> bool:
     """Return whether training can resume from a checkpoint; True for a damaged file, which `read` refuses."""
     try:
-        return bool(_about(path).get("resting", True))
-    except (OSError, ValueError):
+        return _about(path).resting
+    except _DAMAGED:
         return True
 
 
 def _score(path: Path) -> float | None:
     """Return a checkpoint's score; None also for a damaged file, which must not stop a run from saving."""
     try:
-        score = _about(path)["score"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _about(path).score
+    except _DAMAGED:
         return None
-    return float(score) if isinstance(score, int | float) else None
 
 
 def _unreadable(path: Path, error: Exception) -> str:

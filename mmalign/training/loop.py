@@ -10,17 +10,30 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mmalign.methods import Step, epoch_rng
+from mmalign.methods import Method, Step, epoch_rng
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from mmalign.training.optim import EMA
 
-Batches = Callable[[int, int], Iterator[Any]]  # (epoch, first batch) -> batches; each knows its `rows`
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Batch(Protocol):
+    """Batch of a method, with the ids of its rows."""
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The ids."""
+        ...
+
+
+Batches = Callable[[int, int], Iterator[Batch]]  # (epoch, first batch) -> batches
 Metrics = dict[str, Tensor]  # scalars, on the model's device
 MAX_EMPTY_BATCHES = 100  # batches in a row without an update, after which a run stops
 
@@ -49,7 +62,7 @@ class Progress:
 class TrainState:
     """Accelerator, optimizer, learning rate, clipping and moving average of a run."""
 
-    accelerator: Any
+    accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     lr: float
     lr_factor: Callable[[int], float]
@@ -58,8 +71,8 @@ class TrainState:
 
 
 def train(
-    method: Any,
-    config: Any,
+    method: Method[object],
+    config: object,
     policy: Policy,
     batches: Batches,
     train_state: TrainState,
@@ -132,17 +145,19 @@ def train(
     return progress
 
 
-def _empty_hint(method: Any, config: Any) -> str:
+def _empty_hint(method: Method[object], config: object) -> str:
     """Return the method's hint for batches without contrasts, as the end of a sentence."""
     hint = method.requirements(config).hint_if_empty
     return f": {hint}" if hint else ""
 
 
-def make_contrasts(method: Any, policy: Policy, batch: Any, config: Any, rng: KeyedRNG) -> list[Any]:
+def make_contrasts(
+    method: Method[object], policy: Policy, batch: object, config: object, rng: KeyedRNG
+) -> list[object]:
     """Return all contrasts of a batch, made without gradients in eval mode; leave the model in train mode."""
     policy.model.eval()
     with torch.no_grad():
-        contrasts: list[Any] = method.contrasts(policy, batch, config, epoch_rng(method, config, rng))
+        contrasts = method.contrasts(policy, batch, config, epoch_rng(method, config, rng))
     policy.model.train()
     return contrasts
 
@@ -167,8 +182,7 @@ class NonFiniteLossError(FloatingPointError):
             origin = f"in batch {location.batch} of epoch {location.epoch} (rows {rows})"
         super().__init__(
             f"train: the loss is not finite after update {step}, {origin}; the last checkpoint is good: lower "
-            "train.lr, "
-            "or use train.precision: bfloat16 or float32"
+            "train.lr, or use train.precision: bfloat16 or float32"
         )
 
 
@@ -196,8 +210,8 @@ class _GradientAccumulator:
         """Skip the gradient all-reduce except for the last contrast (DDP `no_sync`); must also wrap the forward."""
         if is_last:
             return contextlib.nullcontext()
-        silent: contextlib.AbstractContextManager[None] = self.train_state.accelerator.no_sync(self.model)
-        return silent
+        context: contextlib.AbstractContextManager[None] = self.train_state.accelerator.no_sync(self.model)
+        return context
 
     def add(self, step: Step, location: BatchLocation) -> None:
         """Add a contrast's gradient and metrics; `update` divides them by the sum of all weights.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mmalign.console import print_through
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +31,6 @@ SHOWN = {
     "rejected log-probability": "rejected",
     "gradient norm": "grad",
 }
-
-
 SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
 
 
@@ -39,7 +40,7 @@ class Reporter:
     If the output is not a terminal, each report is a line instead of a bar. Log lines appear above the bar.
     """
 
-    def __init__(self, accelerator: Any, steps: int, every: int, *, first: int = 0) -> None:
+    def __init__(self, accelerator: Accelerator, steps: int, every: int, *, first: int = 0) -> None:
         self.accelerator, self.every, self.steps = accelerator, every, steps
         self.console = Console(quiet=not accelerator.is_main_process, stderr=True)
         columns = [

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.config import Train
+from mmalign.methods import Method
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim.optimizer import StateDict
 
 MAX_VALIDATION_BATCHES = 16  # of the validation split, to score a checkpoint
 
@@ -22,14 +27,14 @@ MAX_VALIDATION_BATCHES = 16  # of the validation split, to score a checkpoint
 class TrainingRun:
     """Method, policy, optimizer, identity and progress of a run."""
 
-    method: Any
+    method: Method[object]
     policy: Policy
     train_state: loop.TrainState
     identity: dict[str, str]
     progress: loop.Progress
 
 
-def require_all(accelerator: Any) -> None:
+def require_all(accelerator: Accelerator) -> None:
     """Refuse processes that do not know of one another.
 
     Raises:
@@ -43,15 +48,12 @@ def require_all(accelerator: Any) -> None:
         )
 
 
-def build_train_state(policy: Policy, options: Train, accelerator: Any) -> tuple[Policy, loop.TrainState]:
+def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) -> tuple[Policy, loop.TrainState]:
     """Return the policy prepared by the accelerator, with its optimizer, schedule, clipping and moving average."""
     parameters = policy.trainable()
+    betas = (options.betas[0], options.betas[1])
     optimizer = build_optimizer(
-        parameters,
-        options.optimizer,
-        lr=options.lr,
-        betas=(options.betas[0], options.betas[1]),
-        weight_decay=options.weight_decay,
+        parameters, options.optimizer, lr=options.lr, betas=betas, weight_decay=options.weight_decay
     )
     model, optimizer = accelerator.prepare(policy.model, optimizer)
     train_state = loop.TrainState(
@@ -96,7 +98,7 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         CheckpointError: the checkpoint could not be written.
     """
     train_state = run.train_state
-    state: dict[str, Any] = {
+    state: StateDict = {
         "optimizer": train_state.optimizer.state_dict(),
         "progress": asdict(run.progress),
         "generator": torch.get_rng_state(),
@@ -105,11 +107,10 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         state["average"] = train_state.ema.state()
     if train_state.accelerator.scaler is not None:
         state["scaler"] = train_state.accelerator.scaler.state_dict()
-    weights = trainable_weights(run.policy.unwrapped)
     checkpoint.write(
         output,
         run.progress.step,
-        weights,
+        trainable_weights(run.policy.unwrapped),
         state,
         run.identity,
         keep_checkpoints=keep_checkpoints,
