@@ -35,8 +35,7 @@ from mmalign.config import Recipe
 from mmalign.console import muted
 from mmalign.data.data_module import DataModule
 from mmalign.families.step_judge import StepJudge
-from mmalign.modalities import loading
-from mmalign.modalities.data import open_data
+from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.training import loop
 from mmalign.training import run as training_run
@@ -88,11 +87,11 @@ def build(
     """
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
     preflight.check(recipe, training=True)
-    method, reward = methods.find(recipe.method.name), loading.method_reward(recipe)
+    method, reward = methods.find(recipe.method.name), methods.requirements_of(recipe.method).reward
     reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
     with muted():
         family = loading.load_for_training(recipe, accelerator.device)
-        splits = open_data(recipe.data, recipe.train.seed, recipe.method)
+        splits = modality_of(recipe).open_pairs(recipe.data, recipe.train.seed, recipe.method)
         data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
     policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
     policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
@@ -115,7 +114,7 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
     changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": limit, "num_workers": 0}
     changes |= {"cache": "auto"} if data.cache != "off" else {}
     data = data.model_copy(update=changes)
-    pairs, _ = open_data(data, options.seed, recipe.method)
+    pairs, _ = modality_of(recipe).open_pairs(data, options.seed, recipe.method)
     if len(pairs) < batch:
         raise ValueError(
             f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "

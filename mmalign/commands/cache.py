@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmalign import atomic_io, methods
 from mmalign.commands import preflight
-from mmalign.config import ImageData, Recipe, ResponseData
+from mmalign.config import Recipe
 from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint, image_features
 from mmalign.data.caches.array_cache import cache_folder
@@ -29,8 +29,7 @@ from mmalign.data.loaders.prompts import PromptLoader
 from mmalign.data.loaders.response_pairs import ResponsePairLoader, image_refs
 from mmalign.data.pairs import ImageRef
 from mmalign.families.vlm.image_features import backend_name, move_parameters
-from mmalign.modalities import loading
-from mmalign.modalities.data import build_data_module, open_data
+from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
@@ -54,14 +53,12 @@ def cache(recipe: Recipe) -> Path:
 
     if recipe.data.cache == "off":
         raise ValueError("data.cache: off keeps nothing; leave it out, or name a folder")
-    if isinstance(recipe.data, ImageData) and recipe.data.crop == "random":
-        raise ValueError(
-            "data.crop: random is never the same twice, so that there is nothing to keep; use crop: center, or train "
-            "without a cache"
-        )
+    reason = modality_of(recipe).uncacheable_reason(recipe.data)
+    if reason is not None:
+        raise ValueError(reason)
     begun = time.time()
     preflight.check(recipe, training=True)
-    splits = open_data(recipe.data, recipe.train.seed, recipe.method)
+    splits = modality_of(recipe).open_pairs(recipe.data, recipe.train.seed, recipe.method)
     atomic_io.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
     require_all(accelerator)
@@ -83,7 +80,7 @@ def build_filled_data_module(
         recipe: the recipe to train.
         family: the model as loaded; its network is the reference.
         accelerator: the accelerator, for this process's index.
-        splits: the result of `open_data`.
+        splits: the result of `Modality.open_pairs`.
         reward_model: the model that scores images, for methods whose settings name one.
 
     Raises:
@@ -98,7 +95,7 @@ def build_filled_data_module(
         run |= {"model": fingerprint.fingerprint_network(family.network)}
     if spec is not None:
         spec = replace(spec, settings={**spec.settings, "method": recipe.method.name, **run})
-    data_module = build_data_module(
+    data_module = modality_of(recipe).build_data_module(
         family,
         recipe.data,
         output=Path(recipe.output),
@@ -156,7 +153,7 @@ def offload_encoders(data_module: DataModule, recipe: Recipe, family: Any) -> No
 
 def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> bool:
     """Encode the images that the cache of features lacks; return False if the disk has no room for them."""
-    assert data_module.features is not None and isinstance(recipe.data, ResponseData)
+    assert data_module.features is not None
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     images = (image for loader, number in _loaders(data_module, batches) for image in _images(loader, number))
     steps = image_features.fill(family, images, data_module.features, num_workers=recipe.data.num_workers, **share)

@@ -15,22 +15,18 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from PIL import Image
 
 from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.config import EvaluateImages, EvaluateResponses, Recipe
-from mmalign.evaluation.metrics import Metrics, summarize_runs
-from mmalign.modalities.text_to_image.evaluate import measure_samples
-from mmalign.modalities.vision_language.evaluate import measure_written
-from mmalign.pages.comparison import RatedImage, TableRow, as_markdown, plot_curve, render_side_by_side, short_names
-from mmalign.pages.grid import encode_grid
+from mmalign.config import Recipe
+from mmalign.evaluation.metrics import summarize_runs
+from mmalign.modalities import Samples, modality_of
+from mmalign.pages.comparison import TableRow, as_markdown, plot_curve
 from mmalign.resources import locate
 from mmalign.training import checkpoint
 from mmalign.training.export import read_run_info
@@ -123,10 +119,10 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
         name, recipe = Path(source).stem, load_recipe(source, overrides)
         if name in recipes:
             raise ValueError(f"compare: two recipes are called {name}; rename one, since its runs go by that name")
-        section = recipe.evaluate
-        if section is None or section.benchmark in ("implicit", "steps") or getattr(section, "answers", None):
+        samples = modality_of(recipe).samples
+        if recipe.evaluate is None or samples is None or samples.unavailable_reason(recipe) is not None:
             raise ValueError(
-                f"compare: {source} says of no benchmark that asks or draws; add one, such as --set "
+                f"compare: {source} has no benchmark with generated images or answers; add one, such as --set "
                 "'evaluate={benchmark: crowds}'"
             )
         recipes[name] = recipe
@@ -140,6 +136,12 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
                     f"both the same, for example by --set {key}=..."
                 )
     return recipes
+
+
+def _samples_of(recipe: Recipe) -> Samples:
+    samples = modality_of(recipe).samples
+    assert samples is not None, "_load refuses recipes without samples"
+    return samples
 
 
 def _setting(recipe: Recipe, key: str) -> Any:
@@ -185,11 +187,10 @@ def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, ou
     """Load the recipe of one run; all runs share the caches of frozen networks and of base model outputs."""
     settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
     recipe = load_recipe(source, settings)
-    if getattr(recipe.data, "cache", None) == "auto":
+    if recipe.data.cache == "auto":
         settings.append(f"data.cache={json.dumps(str(output / 'cache'))}")
-    if getattr(recipe.evaluate, "cache", None) == "auto":
-        name = "answers" if isinstance(recipe.evaluate, EvaluateResponses) else "drawings"
-        settings.append(f"evaluate.cache={json.dumps(str(output / name))}")
+    if recipe.evaluate is not None and recipe.evaluate.model_dump().get("cache") == "auto":
+        settings.append(f"evaluate.cache={json.dumps(str(output / _samples_of(recipe).outputs))}")
     return load_recipe(source, settings)
 
 
@@ -237,22 +238,9 @@ def _copy_checkpoint(shorter: Path, output: Path) -> None:
             shutil.copytree(last, part)
 
 
-def _metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
-    """Return the metrics of an evaluated run, before and after alignment."""
-    if isinstance(recipe.evaluate, EvaluateResponses):
-        return measure_written(recipe.evaluate, Path(recipe.output) / "evaluation")
-    return measure_samples(_samples(recipe))
-
-
-def _samples(recipe: Recipe) -> list[Mapping[str, Any]]:
-    file = Path(recipe.output) / "evaluation" / "samples.json"
-    samples: list[Mapping[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["samples"]
-    return samples
-
-
 def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow]:
     """Return the base model's row, and one for each recipe at each length."""
-    metrics = [[_metrics(recipe) for recipe in stage.runs] for stage in plan]
+    metrics = [[_samples_of(recipe).metrics(recipe) for recipe in stage.runs] for stage in plan]
     base = metrics[0][0][0]
     rows = [TableRow("base", "", None, 1, 0, 0.0, [(some, summarize_runs(some, [some])) for some in base])]
     for length, (stage, runs) in itertools.product(lengths, zip(plan, metrics, strict=True)):
@@ -277,42 +265,5 @@ def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command:
         part.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
     with atomic_write(file.with_suffix(".png")) as part:
         plot_curve(rows, part)
-    if isinstance(plan[0].runs[0].evaluate, EvaluateImages):
-        _write_pictures(file, {stage.name: stage.runs[0] for stage in plan if None in stage.lengths})
-
-
-def _write_pictures(file: Path, ends: Mapping[str, Recipe]) -> None:
-    """Write images of the first prompts, by the base model and by each recipe's first run, and their manifest."""
-    samples = {name: _samples(recipe) for name, recipe in ends.items()}
-    base, recipe = next(iter(samples.values())), next(iter(ends.values()))
-    indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
-    columns = {"base": [_rated_image(Path(recipe.output), base[i], i, "before") for i in indices]}
-    for name, short_name in short_names(list(samples)).items():
-        output = Path(ends[name].output)
-        columns[short_name] = [_rated_image(output, samples[name][i], i, "after") for i in indices]
-    below = "its score by the judge. The frame is green where it is above the base model's."
-    if any(sample["before"]["note"] for sample in base):
-        below = "what is wrong with it. The frame is green where nothing is."
-    lines = [
-        "The first prompts of the evaluation, none chosen; a row's pictures begin with the same noise (seed 0).",
-        f"Below a picture: {below}",
-    ]
-    prompts, title = [base[i]["prompt"] for i in indices], recipe.model.path
-    manifest = {
-        "picture": {"lines": [title, *lines]},
-        "prompts": prompts,
-        "notes": {name: [image.note for image in images] for name, images in columns.items()},
-    }
-    with atomic_write(file.with_name(f"{file.stem}-pictures.png")) as part:
-        part.write_bytes(encode_grid(render_side_by_side(prompts, columns, title, lines), [title, *lines]))
-    with atomic_write(file.with_name(f"{file.stem}-pictures.json")) as part:
-        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _rated_image(output: Path, sample: Mapping[str, Any], index: int, side: str) -> RatedImage:
-    with Image.open(output / "evaluation" / side / f"{index:05d}.png") as image:
-        picture = image.convert("RGB")
-    record = sample[side]
-    if record["note"]:
-        return RatedImage(picture, record["note"], record["note"] == "correct")
-    return RatedImage(picture, f"{record['score']:.3g}", record["score"] > sample["before"]["score"])
+    if (write_images := _samples_of(plan[0].runs[0]).write_images) is not None:
+        write_images(file, {stage.name: stage.runs[0] for stage in plan if None in stage.lengths})

@@ -18,14 +18,13 @@ from mmalign import atomic_io, methods
 from mmalign.atomic_io import atomic_write
 from mmalign.commands import cache, preflight
 from mmalign.commands.load_recipe import dump_recipe
-from mmalign.config import ImageData, JudgeModel, Recipe, Train
+from mmalign.config import Recipe, Train
 from mmalign.data.caches import fingerprint
 from mmalign.data.data_module import DataModule
 from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
-from mmalign.modalities import loading
-from mmalign.modalities.data import open_data
+from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.rng import KeyedRNG
@@ -79,14 +78,14 @@ def train(recipe: Recipe) -> Trained:
     started, options = time.time(), recipe.train
     preflight.check(recipe, training=True)
     output = atomic_io.make_folder("output", Path(recipe.output))
-    splits = open_data(recipe.data, options.seed, recipe.method)
+    splits = modality_of(recipe).open_pairs(recipe.data, options.seed, recipe.method)
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
     for line in methods.requirements_of(recipe.method).check():
         logger.info(line)
 
     # Models and the last checkpoint
-    named = loading.method_reward(recipe)
+    named = methods.requirements_of(recipe.method).reward
     reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
     family = loading.load_for_training(recipe, accelerator.device)
     identity = identify(recipe, family)
@@ -153,11 +152,8 @@ def _end(recipe: Recipe, data_module: DataModule, accelerator: Any) -> None:
     dropped = list({d.location: d for d in gather_object(data_module.skipped())}.values())
     accelerator.end_training()  # also ends the process group: no process can wait for others after it
     if dropped:
-        logger.warning(f"{len(dropped)} {_named(recipe)}; their pairs were left out: {format_rows(dropped)}")
-
-
-def _named(recipe: Recipe) -> str:
-    return "images could not be read" if isinstance(recipe.data, ImageData) else "images or prompts could not be used"
+        reason = modality_of(recipe).unusable_rows
+        logger.warning(f"{len(dropped)} {reason}; their pairs were left out: {format_rows(dropped)}")
 
 
 def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: _Hook) -> None:
@@ -291,11 +287,10 @@ def identify(recipe: Recipe, family: Family) -> dict[str, str]:
     lora = recipe.model.lora
     targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
-    named = loading.method_reward(recipe)
-    beside = {"judge": named.path} if named is not None else {}
-    beside |= {"denoiser": recipe.model.denoiser} if isinstance(recipe.model, JudgeModel) else {}
+    reward = methods.requirements_of(recipe.method).reward
     return {
-        **beside,
+        **({"judge": reward.path} if reward is not None else {}),
+        **modality_of(recipe).frozen_models(recipe.model),
         "model": fingerprint.fingerprint(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",

@@ -65,6 +65,13 @@ class Family(Protocol):
             ValueError: `wanted` is "xformers", which does not support the network here.
         """
 
+    @property
+    def packing(self) -> str | None:
+        """A sentence for the log: the responses to a prompt share one run of it, or the reason why they do not.
+
+        None for a model without responses.
+        """
+
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write a folder for the model's own library: adapters if the network has them, else the whole model."""
 
@@ -207,10 +214,6 @@ class VisionLanguage(Family, Protocol):
 
         After a response's end it is the row's first token, as in `Tokens.responses`. There are no gradients.
         """
-
-    @property
-    def packing(self) -> str:
-        """A sentence for the log: the responses to a prompt share one run of it, or the reason why they do not."""
 
     @property
     def image_masking_unsupported_reason(self) -> str | None:

@@ -84,6 +84,11 @@ class StepJudge:
         """Set the frozen model's attention, which is most of the work; the reward model's own attention is fixed."""
         return self.denoiser.use_attention(wanted)
 
+    @property
+    def packing(self) -> None:
+        """None, since images have no responses to pack."""
+        return None
+
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write a folder that the reward model `step_aware` loads."""
         assert isinstance(net, TimeConditioned)

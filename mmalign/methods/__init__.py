@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import registry
+from mmalign.config import RewardConfig
 from mmalign.data.caches.precompute import Compute, PrecomputeSpec
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
@@ -57,6 +58,7 @@ class Requirements:
         vae_decoder: the autoencoder's decoder, on the device.
         vision_tower: the vision tower during training, for images that no file contains.
         min_pairs: the smallest batch size, in pairs.
+        reward: the reward model that scores the images of a batch.
         precompute: tensors to compute once per pair and draw; None for none.
         hint_if_empty: advice for a run whose batches all gave nothing to learn from.
         check: a check, before loading, of the packages and files that the hyper-parameters name. It raises ValueError
@@ -71,6 +73,7 @@ class Requirements:
     vae_decoder: bool = False
     vision_tower: bool = False
     min_pairs: int = 1
+    reward: RewardConfig | None = None
     precompute: PrecomputeSpec | None = None
     hint_if_empty: str = ""
     check: Callable[[], Sequence[str]] = tuple

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from mmalign.attention import choice
-from mmalign.config import ImageModel, JudgeModel, Model, Recipe, RewardConfig, SamplingConfig
-from mmalign.families import loading as loading_module
-from mmalign.families import step_judge
+from mmalign.config import Recipe, RewardConfig, SamplingConfig
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.families.types import Loading, Sampling
+from mmalign.modalities import modality_of
+from mmalign.modalities.prompts import located
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from mmalign.resources import resolve_model
-from mmalign.rewards import RewardModel, load_reward_model
+from mmalign.rewards import RewardModel, load_reward_model, reward_module
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +24,6 @@ F = TypeVar("F", bound=Family)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def method_reward(recipe: Recipe) -> RewardConfig | None:
-    """Return the reward model that the method's settings name, or None."""
-    reward = getattr(recipe.method, "reward", None)
-    return reward if isinstance(reward, RewardConfig) else None
 
 
 def load_model(recipe: Recipe, device: torch.device) -> Any:
@@ -48,9 +40,19 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
     """
     model, options = recipe.model, recipe.train
     choice.check(options.attention, device, DTYPES[options.precision])
-    family = _load(model, options.precision, device, pack=options.pack_responses != "off")
+    _disable_progress_bars()
+    family = modality_of(recipe).load_family(
+        model,
+        Loading(
+            device=device,
+            half=None if options.precision == "float32" else DTYPES[options.precision],
+            network_half=model.tune == "lora",
+            revision=model.revision,
+            pack_responses=options.pack_responses != "off",
+        ),
+    )
     logger.info(str(family.use_attention(options.attention)))
-    if not isinstance(model, ImageModel | JudgeModel):
+    if family.packing:
         logger.info(family.packing)
     return family
 
@@ -67,22 +69,8 @@ def load_for_training(recipe: Recipe, device: torch.device) -> Any:
     return family
 
 
-def _load(model: Model, precision: str, device: torch.device, *, pack: bool) -> Any:
-    _without_loading_bars()
-    half = None if precision == "float32" else DTYPES[precision]
-    loading = Loading(device=device, half=half, network_half=model.tune == "lora", revision=model.revision)
-    if not isinstance(model, ImageModel | JudgeModel):
-        return loading_module.load_vision_language(resolve_model(model.path), replace(loading, pack_responses=pack))
-    vae = model.vae and resolve_model(model.vae)
-    painting = replace(loading, vae=vae, vae_dtype=DTYPES[model.vae_dtype])
-    if isinstance(model, JudgeModel):
-        frozen = loading_module.load_family(resolve_model(model.denoiser), replace(painting, network_half=True))
-        return step_judge.load(model.path, frozen, loading)
-    return loading_module.load_family(resolve_model(model.path), painting)
-
-
-def _without_loading_bars() -> None:
-    """Disable the libraries' loading bars, one for every component of a pipeline."""
+def _disable_progress_bars() -> None:
+    """Disable the libraries' progress bars of loading, one for every component of a pipeline."""
     from diffusers.utils.logging import disable_progress_bar as diffusers_off
     from transformers.utils.logging import disable_progress_bar as transformers_off
 
@@ -112,5 +100,16 @@ def sampling_options(sampling: SamplingConfig) -> Sampling:
 
 def build_reward_model(config: RewardConfig, device: torch.device) -> RewardModel:
     """Load the recipe's reward model."""
-    _without_loading_bars()
+    _disable_progress_bars()
     return load_reward_model(config.name, config.path, device, **config.options)
+
+
+def check_reward_model(key: str, config: RewardConfig) -> None:
+    """Check the name and the files of the reward model that a recipe names at `key`.
+
+    Raises:
+        ValueError: there is no such reward model, or its folder is missing.
+    """
+    reward_module(config.name)
+    if "/" in config.path:  # else the name of a model in the reward model's library
+        located(f"{key}.path", config.path)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.formats import prompts
-from mmalign.modalities import prompts as prompts_module
 from mmalign.resources import resolve, resolve_model
 
 
@@ -21,7 +20,7 @@ def read_prompts(key: str, name: str) -> list[str]:
     Raises:
         ValueError: the file is missing, is not text, or has no prompt.
     """
-    return [prompt for _, prompt in prompts.read_prompts(key, Path(_located(key, name, resolve)))]
+    return [prompt for _, prompt in prompts.read_prompts(key, Path(located(key, name, resolve)))]
 
 
 def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
@@ -43,7 +42,7 @@ def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
     return couples
 
 
-def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:
+def located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:
     """Return the location of a name of the recipe; an error begins with the name's key."""
     try:
         return str(find(name))
@@ -54,7 +53,7 @@ def _located(key: str, name: str, find: Callable[[str], str | Path] = resolve_mo
 def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
     """Return a number of the bundled world's prompts, or those of the file that the recipe names at `key`."""
     if isinstance(which, str):
-        return prompts_module.read_prompts(key, which)
+        return read_prompts(key, which)
     from mmalign.toy.scenes import sample_prompts
 
     return [str(prompt) for prompt in sample_prompts(split, which, seed)]
@@ -63,7 +62,7 @@ def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]
 def load_prompt_pairs(key: str, source: int | str, seed: int) -> list[tuple[str, str]]:
     """Return contrasting prompt pairs: a number of the bundled world's, or those of the file named at `key`."""
     if isinstance(source, str):
-        return prompts_module.read_prompt_pairs(key, source)
+        return read_prompt_pairs(key, source)
     from mmalign.toy.scenes import sample_prompt_pairs
 
     return [(str(first), str(second)) for first, second in sample_prompt_pairs(source, seed)]

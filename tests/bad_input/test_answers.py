@@ -104,7 +104,7 @@ def test_evaluation_before_training(command: str, content: Content, mmalign: Com
             "evaluate: questions: MSCOCO's annotations do not say which images to ask about; add a file of questions",
         ),
         ({"benchmark": "amber", "annotations": "F", "images": "F"}, "evaluate: there is no file or folder"),
-        ({"benchmark": "implicit"}, "evaluate: implicit needs pairs kept from training; set data.validation_fraction"),
+        ({"benchmark": "implicit"}, "evaluate: implicit needs a validation split; set data.validation_fraction"),
     ],
 )
 def test_bad_files_are_told_before_the_model_is_loaded(
@@ -175,7 +175,7 @@ def test_answers_that_are_all_empty_are_answers(content: Content, files: Path, m
     printed = mmalign("evaluate", {**content, "evaluate": filled(section, files)})
     assert "recall, %" in printed
     message = mmalign.refused("gallery", {**content, "evaluate": filled(section, files)})
-    contains(message, "answers that are there already are scored and not shown")
+    contains(message, "existing answers are scored and not shown")
 
 
 def test_an_image_that_cannot_be_read_costs_its_questions_alone(

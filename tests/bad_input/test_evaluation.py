@@ -17,11 +17,11 @@ from tests.helpers.commands import EVALUATE, JUDGED, UNET, Commands, Content, co
         ("gallery", EVALUATE, "there is no trained model; run `mmalign train` with this recipe first"),
         ("evaluate", None, "evaluate: the recipe has no such section; add one, for example"),
         ("gallery", None, "evaluate: the recipe has no such section"),
-        ("gallery", {"benchmark": "implicit"}, "evaluate: benchmark implicit draws no pictures"),
+        ("gallery", {"benchmark": "implicit"}, "evaluate: benchmark implicit generates no images"),
         (
             "evaluate",
             {"benchmark": "implicit"},
-            "evaluate: implicit needs pairs kept from training; set data.validation_fraction",
+            "evaluate: implicit needs a validation split; set data.validation_fraction",
         ),
         ("evaluate", {"benchmark": "preference"}, "benchmark preference needs a judge; add evaluate.reward.path"),
         ("evaluate", {**JUDGED, "prompts": "W/none.txt"}, "evaluate.prompts: there is no file or folder 'W/none.txt'"),

@@ -1,5 +1,6 @@
 """Time of filling caches."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 from accelerate import Accelerator
 
 from mmalign import methods
-from mmalign.commands import cache
 from mmalign.commands._bench_run import build
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.families.diffusion import pipeline
+from mmalign.modalities import text_to_image
 from tests.benchmarks import filling
 from tests.helpers import recipes
 
@@ -29,11 +30,11 @@ def test_filling_is_that_of_one_epoch(
     overrides: list[str], expected: float, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock ticks with every encoded image and with every batch that the reference scores."""
-    ticks, open_feed = [0], cache.build_data_module
+    ticks, modality = [0], text_to_image.MODALITY
 
     def slow(*arguments: Any, **options: Any) -> Any:
         ticks[0] += 100  # opening time, which is not filling: it is the same with nothing to fill
-        return open_feed(*arguments, **options)
+        return modality.build_data_module(*arguments, **options)
 
     def ticking(function: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -44,7 +45,7 @@ def test_filling_is_that_of_one_epoch(
 
     monkeypatch.setattr(pipeline, "encode", ticking(pipeline.encode))
     monkeypatch.setattr(methods, "compute_precomputed", ticking(methods.compute_precomputed))
-    monkeypatch.setattr(cache, "build_data_module", slow)
+    monkeypatch.setattr(text_to_image, "MODALITY", replace(modality, build_data_module=slow))
     monkeypatch.setattr(filling, "now", lambda _: float(ticks[0]))
     recipe, timed = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path), overrides), filling.TimedFilling()
     run = build(recipe, Accelerator(), tmp_path / "run", 8, fill=timed)

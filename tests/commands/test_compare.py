@@ -276,8 +276,8 @@ def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"evaluate": None}, "says of no benchmark that asks or draws"),
-        ({"evaluate": {"benchmark": "implicit"}}, "says of no benchmark that asks or draws"),
+        ({"evaluate": None}, "has no benchmark with generated images or answers"),
+        ({"evaluate": {"benchmark": "implicit"}}, "has no benchmark with generated images or answers"),
         ({"evaluate": {**EVALUATE, "num_images": 4}}, "evaluate differs between dpo and other"),
         ({"model": {"path": "models/tiny_sd"}}, "model.path differs between dpo and other"),
     ],

@@ -212,7 +212,7 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
         ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
         (
             "data.flip=true",
-            "data.flip: means nothing here: method.name: spo draws its own images, and takes prompts al",
+            "data.flip: means nothing here: method.name: spo generates its own images, and",
         ),
         ("data.num_workers=2", r"data.num_workers: .* from the pairs of data.path; leave num_workers out"),
         ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),

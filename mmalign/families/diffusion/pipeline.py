@@ -148,6 +148,11 @@ class LatentModel(ABC):
             denoisers.install(self.network, choice.backend)
         return choice
 
+    @property
+    def packing(self) -> None:
+        """None, since images have no responses to pack."""
+        return None
+
     def save(self, folder: Path, net: nn.Module) -> None:
         """As diffusers loads it: LoRA weights where the network has adapters, else a whole pipeline folder."""
         save(self.pipeline, folder, net)

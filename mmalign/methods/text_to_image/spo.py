@@ -98,9 +98,9 @@ class Contrast:
     confident_fraction: float
 
 
-def requirements(_: Config) -> Requirements:
-    """Return the method's needs: prompts alone, and a reference."""
-    return Requirements(prompts_only=True, hint_if_empty=NO_SURE_PAIR)
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs: prompts alone, a reference and a reward model."""
+    return Requirements(prompts_only=True, reward=cfg.reward, hint_if_empty=NO_SURE_PAIR)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

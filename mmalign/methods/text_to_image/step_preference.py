@@ -52,9 +52,9 @@ class Contrast:
     weights: Tensor
 
 
-def requirements(_: Config) -> Requirements:
-    """Return the method's needs: the autoencoder's decoder, and no reference."""
-    return Requirements(reference=False, vae_decoder=True)
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs: the autoencoder's decoder, no reference, and a labelling reward model."""
+    return Requirements(reference=False, vae_decoder=True, reward=cfg.reward)
 
 
 def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -1,1 +1,34 @@
-"""Data, evaluation and preparation of text-to-image models."""
+"""Checks, data, evaluation and preparation of text-to-image models."""
+
+from __future__ import annotations
+
+from mmalign.modalities import Modality, Samples
+from mmalign.modalities.text_to_image import check, data, evaluate, gallery, model, prepare
+from mmalign.pages import pictures
+
+MODALITY = Modality(
+    check=check.check,
+    check_data=check.check_data,
+    check_model=model.check_model,
+    uncacheable_reason=check.uncacheable_reason,
+    load_family=model.load_family,
+    frozen_models=lambda _: {},
+    open_pairs=data.open_pairs,
+    build_data_module=data.build_data_module,
+    unusable_rows="images could not be read",
+    open_benchmark=evaluate.open_benchmark,
+    score_files=lambda _: None,
+    samples=Samples(
+        unavailable_reason=gallery.unavailable_reason,
+        layout=pictures.LAYOUT,
+        entries=gallery.gallery_entries,
+        provenance=gallery.provenance,
+        metrics=gallery.read_metrics,
+        outputs="drawings",
+        write_images=gallery.write_images,
+    ),
+    prepare=prepare.prepare,
+    takes_writer=False,
+    example_evaluation="{benchmark: scenes, prompts: 256}",
+    example_preparation="configs/text_to_image/quickstart.yaml has one with a reward model",
+)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import nn
 
@@ -16,14 +17,13 @@ from mmalign import atomic_io
 from mmalign.config import EvaluateImages, ImageModel, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
-from mmalign.evaluation.benchmarks import diversity, preference, scenes
+from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
 from mmalign.families.types import Sampling
-from mmalign.modalities import loading
+from mmalign.modalities import Measure, Result, loading
 from mmalign.modalities.prompts import load_prompts
-from mmalign.pages.page import GalleryEntry
-from mmalign.pages.pictures import picture_entry
+from mmalign.modalities.validation import implicit_reward_benchmark
 from mmalign.policy import Policy
 from mmalign.rewards import RewardModel
 
@@ -33,19 +33,33 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]  # prompt, seed, and the measurements of the images before and after
 
 
+def open_benchmark(recipe: Recipe, device: torch.device) -> Measure:
+    """Load the reward model, or open the pairs of the benchmark `implicit`; return the measure of a policy.
+
+    Raises:
+        ValueError: the pairs or the reward model cannot be read.
+    """
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateImages)
+    if section.benchmark == "implicit":
+        return implicit_reward_benchmark(recipe, implicit_reward.image_scores, section.num_noise_samples)
+    reward_model = loading.build_reward_model(section.reward, device) if section.reward else None
+    return partial(compare_images, recipe, reward_model)
+
+
 def compare_images(
     recipe: Recipe,
-    policy: Policy,
     reward_model: RewardModel | None,
+    policy: Policy,
     folder: Path,
     identity: Mapping[str, Any],
-) -> tuple[dict[str, Any], Table]:
+) -> Result:
     """Generate images with base and trained model from the same noise, and measure them.
 
     Args:
         recipe: the recipe, with a section `evaluate`.
-        policy: the trained model, with the base model as reference.
         reward_model: the model that scores the images, if the section names one.
+        policy: the trained model, with the base model as reference.
         folder: folder for the images and the gallery's `samples.json`.
         identity: identity of this evaluation, stored in `samples.json`.
 
@@ -143,17 +157,6 @@ def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics]
         if "apart" in samples[0][side]:
             metrics[side].append(diversity.measure_distances(values(side, "apart"), keys, prompts))
     return metrics["before"], metrics["after"]
-
-
-def gallery_entries(folder: Path, samples: Sequence[tuple[int, Mapping[str, Any]]]) -> list[GalleryEntry]:
-    """Return the gallery's entries of an evaluation's samples, given as (index, sample)."""
-    entries = []
-    for index, sample in samples:
-        images = [Image.open(folder / side / f"{index:05d}.png").convert("RGB") for side in SIDES]
-        before, after = (sample[side] for side in SIDES)
-        scores, notes = (before["score"], after["score"]), (before["note"], after["note"])
-        entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes))
-    return entries
 
 
 def generate_both(

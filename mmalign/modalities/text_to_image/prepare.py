@@ -19,12 +19,13 @@ from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.modalities import loading
 from mmalign.modalities.prompts import load_prompt_pairs, load_prompts
+from mmalign.synthesis.rejected_responses import Writer
 from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_images(recipe: Recipe) -> Path:
+def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
     """Generate images, score them with the reward model, and write the pairs to `data.path`.
 
     A pair is the best and the worst image of one prompt. It is written if the preference probability (the logistic

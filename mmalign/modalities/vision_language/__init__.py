@@ -1,1 +1,33 @@
-"""Evaluation and preparation of vision-language models."""
+"""Checks, data, evaluation and preparation of vision-language models."""
+
+from __future__ import annotations
+
+from mmalign.modalities import Modality, Samples
+from mmalign.modalities.vision_language import check, data, evaluate, gallery, model, prepare
+from mmalign.pages import answers
+
+MODALITY = Modality(
+    check=check.check,
+    check_data=check.check_data,
+    check_model=model.check_model,
+    uncacheable_reason=lambda _: None,
+    load_family=model.load_family,
+    frozen_models=lambda _: {},
+    open_pairs=data.open_pairs,
+    build_data_module=data.build_data_module,
+    unusable_rows="images or prompts could not be used",
+    open_benchmark=evaluate.open_benchmark,
+    score_files=evaluate.score_files,
+    samples=Samples(
+        unavailable_reason=gallery.unavailable_reason,
+        layout=answers.LAYOUT,
+        entries=gallery.gallery_entries,
+        provenance=gallery.provenance,
+        metrics=evaluate.read_metrics,
+        outputs="answers",
+    ),
+    prepare=prepare.prepare,
+    takes_writer=True,
+    example_evaluation="{benchmark: crowds, num_images: 256}",
+    example_preparation="for example {kind: povid, source: {path: answers.jsonl}}",
+)

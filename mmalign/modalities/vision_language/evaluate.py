@@ -6,8 +6,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mmalign import atomic_io
 from mmalign.config import EvaluateResponses, Files, Recipe
@@ -16,7 +19,7 @@ from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.formats.files import records
 from mmalign.data.pairs import format_rows
 from mmalign.evaluation.annotations import Question, image_id, read_objects, read_questions, read_responses
-from mmalign.evaluation.benchmarks import amber, chair, crowds, object_halbench, pope
+from mmalign.evaluation.benchmarks import amber, chair, crowds, implicit_reward, object_halbench, pope
 from mmalign.evaluation.benchmarks.base import (
     AnswersByPart,
     Benchmark,
@@ -31,8 +34,8 @@ from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Decoding
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
-from mmalign.pages.answers import RatedAnswer, answer_entry
-from mmalign.pages.page import GalleryEntry
+from mmalign.modalities import Measure, Result
+from mmalign.modalities.validation import implicit_reward_benchmark
 from mmalign.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -41,8 +44,8 @@ _CAPTION_SCORES = {"chair": chair.score, "object_halbench": object_halbench.scor
 _PARSERS: dict[str, pope.Parse] = {"published": pope.parse_published, "strict": pope.parse_strict}
 
 
-def open_benchmark(section: EvaluateResponses) -> Benchmark:
-    """Open a recipe's benchmark, and check that all its files exist and match.
+def read_benchmark(section: EvaluateResponses) -> Benchmark:
+    """Read a benchmark's questions, and check that all its files exist and match.
 
     Raises:
         ValueError: a file or an image is missing, or a file is invalid.
@@ -69,19 +72,32 @@ def open_benchmark(section: EvaluateResponses) -> Benchmark:
         raise ValueError(f"evaluate: {error}") from error
 
 
+def open_benchmark(recipe: Recipe, _: torch.device) -> Measure:
+    """Read the benchmark's questions, or open the pairs of the benchmark `implicit`; return the measure of a policy.
+
+    Raises:
+        ValueError: a file or an image is missing, or a file is invalid.
+    """
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateResponses)
+    if section.benchmark == "implicit":
+        return implicit_reward_benchmark(recipe, implicit_reward.response_scores)
+    return partial(compare_answers, recipe, read_benchmark(section))
+
+
 def compare_answers(
     recipe: Recipe,
-    policy: Policy[VisionLanguage],
     benchmark: Benchmark,
+    policy: Policy[VisionLanguage],
     folder: Path,
     identity: Mapping[str, Any],
-) -> tuple[dict[str, Any], Table]:
+) -> Result:
     """Score base and trained model on the benchmark's questions.
 
     Args:
         recipe: the recipe, with a section `evaluate`.
-        policy: the trained model, with the base model as reference.
         benchmark: the questions, their images and the score.
+        policy: the trained model, with the base model as reference.
         folder: folder for the answers and the gallery's `samples.json`.
         identity: identity of this evaluation, stored in `samples.json`.
 
@@ -167,14 +183,19 @@ def _ask(
     )
 
 
-def score_files(section: EvaluateResponses) -> tuple[dict[str, Any], Table]:
-    """Score files of answers, of both models or of one, without loading a model or an image.
+def score_files(recipe: Recipe) -> Result | None:
+    """Score the files of answers that a section names, of both models or of one; return None without such files.
+
+    No model and no image is loaded.
 
     Raises:
         ValueError: a file is missing or invalid, or does not answer the questions.
     """
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateResponses)
     files = section.answers
-    assert files is not None
+    if files is None:
+        return None
     score = {"pope": _score_pope, "amber": _score_amber}.get(section.benchmark, _score_captions)
     try:
         after = score(section, files.after)
@@ -184,33 +205,10 @@ def score_files(section: EvaluateResponses) -> tuple[dict[str, Any], Table]:
     return {"benchmark": section.benchmark, "answers": files.model_dump(), "measures": measures}, table
 
 
-def gallery_entries(section: EvaluateResponses, samples: Sequence[Mapping[str, Any]]) -> list[GalleryEntry]:
-    """Return the gallery's entries of an evaluation's samples.
-
-    Raises:
-        ValueError: a file of the benchmark or an image is missing.
-    """
-    images = open_benchmark(section).images
-
-    def answer(record: Mapping[str, Any]) -> RatedAnswer:
-        return RatedAnswer(**{**record, "invented": tuple(tuple(span) for span in record["invented"])})
-
-    return [
-        answer_entry(
-            images(sample["image"]),
-            sample["image"],
-            sample["question"],
-            sample["truth"],
-            answer(sample["before"]),
-            answer(sample["after"]),
-        )
-        for sample in samples
-    ]
-
-
-def measure_written(section: EvaluateResponses, folder: Path) -> tuple[list[Metrics], list[Metrics]]:
-    """Return the metrics, before and after alignment, of the answers that `compare_answers` wrote to a folder."""
-    benchmark = open_benchmark(section)
+def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of an evaluated run, before and after alignment, from the answers that it wrote."""
+    assert isinstance(recipe.evaluate, EvaluateResponses)
+    benchmark, folder = read_benchmark(recipe.evaluate), Path(recipe.output) / "evaluation"
     written = {
         (side, part): {record["question_id"]: record["text"] for _, record in records(folder / side / f"{part}.jsonl")}
         for side in SIDES

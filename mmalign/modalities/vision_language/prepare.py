@@ -79,7 +79,7 @@ class Work:
     dependencies: dict[str, str]
 
 
-def prepare_responses(recipe: Recipe, *, writer: Writer | None = None) -> Path:
+def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     """Generate rejected responses to the answers of `prepare.source`, and write the pairs to `data.path`.
 
     Args:

@@ -12,7 +12,7 @@ from mmalign.commands import gallery, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.families.vlm.model import ImageTextToText
-from mmalign.modalities.vision_language.evaluate import measure_written
+from mmalign.modalities.vision_language.evaluate import read_metrics
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.data_files import write_jsonl
 
@@ -207,14 +207,14 @@ def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tm
     assert result.table[0] == ("POPE", "2 responses [95 % interval]")
 
 
-def test_metrics_of_written_answers(content: Content, folder: Path, images: Path, log_lines: list[str]) -> None:
+def test_metrics_of_written_answers(content: Content, images: Path, log_lines: list[str]) -> None:
     """As a comparison of several runs does, also where an image was left out."""
     (images / "2.png").write_bytes(b"no picture")
     recipe = of(content, chair(images))
     results = evaluate_module.evaluate(recipe).result
     assert log_lines[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
     assert results["questions"] == 3 and results["left out"][0].startswith("2.png: ")
-    (before,), (after,) = measure_written(recipe.evaluate, folder)  # type: ignore[arg-type]
+    (before,), (after,) = read_metrics(recipe)
     assert json.loads(json.dumps(before.as_dict())) == results["measures"]["CHAIR"]["before"]
     assert json.loads(json.dumps(after.as_dict())) == results["measures"]["CHAIR"]["after"]
     assert len(after.keys) == 3

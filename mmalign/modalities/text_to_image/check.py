@@ -1,0 +1,98 @@
+"""Checks of a text-to-image recipe that need no model."""
+
+from __future__ import annotations
+
+from mmalign.config import Data, EvaluateImages, ImageData, PrepareImages, Recipe
+from mmalign.data.formats import images, prompts
+from mmalign.methods import requirements_of
+from mmalign.modalities.loading import check_reward_model
+from mmalign.modalities.prompts import read_prompt_pairs, read_prompts
+from mmalign.resources import locate
+
+
+def check(recipe: Recipe) -> None:
+    """Check the settings that depend on the modality.
+
+    Raises:
+        ValueError: a setting does not fit the method, or a file, a reward model or a size is invalid.
+    """
+    check_packing(recipe)
+    _check_prompts_only(recipe)
+    if isinstance(recipe.evaluate, EvaluateImages):
+        _check_sampling("evaluate", recipe.evaluate)
+    if isinstance(recipe.prepare, PrepareImages):
+        _check_sampling("prepare", recipe.prepare)
+
+
+def check_packing(recipe: Recipe) -> None:
+    """Refuse the packing of responses, since images have none.
+
+    Raises:
+        ValueError: `train.pack_responses` is set.
+    """
+    if recipe.train.pack_responses != "auto":
+        raise ValueError(
+            f"train.pack_responses: {recipe.train.pack_responses} is about responses that share a prompt, and "
+            f"method.name: {recipe.method.name} compares images; leave it out"
+        )
+
+
+def check_data(data: Data) -> None:
+    """Check the pairs' files and columns, and that the crop can be cached.
+
+    Raises:
+        ValueError: a file or column is missing, or the cache does not fit the crop.
+    """
+    assert isinstance(data, ImageData)
+    if data.format == "prompts":
+        prompts.open_prompts(locate(data.path))
+        return
+    images.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
+    if data.crop == "random" and data.cache not in ("off", "auto"):
+        raise ValueError(
+            f"data.cache: {data.cache} cannot be used with data.crop: random, which is never the same twice; "
+            "use cache: off"
+        )
+
+
+def uncacheable_reason(data: Data) -> str | None:
+    """Return the reason why nothing of this data can be cached, or None."""
+    assert isinstance(data, ImageData)
+    if data.crop != "random":
+        return None
+    return (
+        "data.crop: random is never the same twice, so that there is nothing to keep; use crop: center, or train "
+        "without a cache"
+    )
+
+
+def _check_prompts_only(recipe: Recipe) -> None:
+    """Refuse settings of `data` that a method that generates its images does not read."""
+    if not requirements_of(recipe.method).prompts_only:
+        return
+    data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "crop", "flip"]
+    from_text = isinstance(data, ImageData) and data.format == "prompts"
+    unread += ["split", "columns"] if from_text else []
+    given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
+    if given:
+        source = "a text file with one a line (data.format: prompts)" if from_text else "the pairs of data.path"
+        raise ValueError(
+            f"data.{given[0]}: means nothing here: method.name: {recipe.method.name} generates its own images, and "
+            f"takes prompts alone, from {source}; leave {' and '.join(given)} out"
+        )
+
+
+def _check_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
+    """Check a section that generates and scores images: reward model, prompts and image size."""
+    if section.reward is not None:
+        check_reward_model(f"{name}.reward", section.reward)
+    if isinstance(section.prompts, str):
+        pairs = isinstance(section, PrepareImages) and section.prompt_pairs
+        (read_prompt_pairs if pairs else read_prompts)(f"{name}.prompts", section.prompts)
+    elif section.prompts < 1:
+        raise ValueError(
+            f"{name}.prompts: expected at least 1, or a file with one prompt a line, got {section.prompts}"
+        )
+    side = section.sampling.resolution or 0
+    if side % 8:
+        raise ValueError(f"{name}.sampling.resolution: expected a multiple of 8 pixels, got {side}")

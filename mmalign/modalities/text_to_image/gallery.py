@@ -1,0 +1,104 @@
+"""Gallery of a text-to-image evaluation, and images of several recipes side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from mmalign.atomic_io import atomic_write
+from mmalign.config import EvaluateImages, Recipe
+from mmalign.evaluation.metrics import SIDES, Metrics
+from mmalign.modalities import Sample
+from mmalign.modalities.text_to_image.evaluate import measure_samples
+from mmalign.pages.comparison import RatedImage, render_side_by_side, short_names
+from mmalign.pages.grid import encode_grid
+from mmalign.pages.page import GalleryEntry
+from mmalign.pages.pictures import picture_entry
+
+SHOWN = 8  # prompts in the grid of several recipes
+
+
+def unavailable_reason(recipe: Recipe) -> str | None:
+    """Return the reason why an evaluation has no samples to show, or None."""
+    implicit = recipe.evaluate is not None and recipe.evaluate.benchmark == "implicit"
+    return "benchmark implicit generates no images" if implicit else None
+
+
+def gallery_entries(_: Recipe, folder: Path, samples: Sequence[tuple[int, Sample]]) -> list[GalleryEntry]:
+    """Return the gallery's entries of an evaluation's samples, given as (index, sample)."""
+    entries = []
+    for index, sample in samples:
+        images = [Image.open(folder / side / f"{index:05d}.png").convert("RGB") for side in SIDES]
+        before, after = (sample[side] for side in SIDES)
+        scores, notes = (before["score"], after["score"]), (before["note"], after["note"])
+        entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes))
+    return entries
+
+
+def provenance(recipe: Recipe, num_samples: int) -> dict[str, str]:
+    """Return the sampling settings behind a page's entries."""
+    assert isinstance(recipe.evaluate, EvaluateImages)
+    sampling = recipe.evaluate.sampling
+    return {
+        "sampler": f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+        "samples": f"{num_samples} evaluated; both models start from the same noise",
+    }
+
+
+def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
+    """Return the metrics of an evaluated run, before and after alignment."""
+    return measure_samples(_read_samples(recipe))
+
+
+def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
+    """Write images of the first prompts, by the base model and by each recipe's run, and their manifest.
+
+    Args:
+        file: the table's file, whose name the new files begin with.
+        recipes: the evaluated run of each recipe, by the recipe's name.
+    """
+    # The first images of distinct prompts
+    samples = {name: _read_samples(recipe) for name, recipe in recipes.items()}
+    base, recipe = next(iter(samples.values())), next(iter(recipes.values()))
+    indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
+    columns = {"base": [_rated_image(Path(recipe.output), base[i], i, "before") for i in indices]}
+    for name, short_name in short_names(list(samples)).items():
+        output = Path(recipes[name].output)
+        columns[short_name] = [_rated_image(output, samples[name][i], i, "after") for i in indices]
+
+    # Header, picture and manifest
+    below = "its score by the reward model. The frame is green where it is above the base model's."
+    if any(sample["before"]["note"] for sample in base):
+        below = "what is wrong with it. The frame is green where nothing is."
+    lines = [
+        "The first prompts of the evaluation, none chosen; a row's images begin with the same noise (seed 0).",
+        f"Below an image: {below}",
+    ]
+    prompts, title = [base[i]["prompt"] for i in indices], recipe.model.path
+    manifest = {
+        "picture": {"lines": [title, *lines]},
+        "prompts": prompts,
+        "notes": {name: [image.note for image in images] for name, images in columns.items()},
+    }
+    with atomic_write(file.with_name(f"{file.stem}-pictures.png")) as part:
+        part.write_bytes(encode_grid(render_side_by_side(prompts, columns, title, lines), [title, *lines]))
+    with atomic_write(file.with_name(f"{file.stem}-pictures.json")) as part:
+        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _read_samples(recipe: Recipe) -> list[Sample]:
+    file = Path(recipe.output) / "evaluation" / "samples.json"
+    samples: list[Sample] = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    return samples
+
+
+def _rated_image(output: Path, sample: Sample, index: int, side: str) -> RatedImage:
+    with Image.open(output / "evaluation" / side / f"{index:05d}.png") as file:
+        image = file.convert("RGB")
+    record = sample[side]
+    if record["note"]:
+        return RatedImage(image, record["note"], record["note"] == "correct")
+    return RatedImage(image, f"{record['score']:.3g}", record["score"] > sample["before"]["score"])

@@ -1,0 +1,56 @@
+"""Checks of a vision-language recipe that need no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmalign.config import Coco, Data, EvaluateResponses, Files, Recipe, ResponseData
+from mmalign.data.formats import responses
+from mmalign.modalities.prompts import located
+from mmalign.resources import locate, resolve
+
+
+def check(recipe: Recipe) -> None:
+    """Check the files of the `evaluate` section.
+
+    Raises:
+        ValueError: a file or a folder is missing.
+    """
+    if isinstance(recipe.evaluate, EvaluateResponses):
+        _check_question_files(recipe.evaluate)
+
+
+def check_data(data: Data) -> None:
+    """Check the pairs' file and its columns.
+
+    Raises:
+        ValueError: the file or a column is missing.
+    """
+    assert isinstance(data, ResponseData)
+    responses.check_responses(
+        data.format,
+        locate(data.path),
+        split=data.split,
+        columns=data.columns,
+        group_by=data.group_by,
+        images=Path(data.images) if data.images is not None else None,
+    )
+
+
+def _check_question_files(section: EvaluateResponses) -> None:
+    """Check the files that a section of questions names."""
+    named: dict[str, Files | None] = {"questions": section.questions}
+    if isinstance(section.annotations, Coco):
+        for key in ("instances", "captions"):
+            named[f"annotations.{key}"] = {name: name for name in getattr(section.annotations, key)}
+    else:
+        named["annotations"] = section.annotations
+    if section.answers is not None:
+        named |= {f"answers.{side}": getattr(section.answers, side) for side in ("before", "after")}
+    for key, files in named.items():
+        for file in [files] if isinstance(files, str) else (files or {}).values():
+            located(f"evaluate.{key}", file, resolve)
+    if section.images is not None and not Path(section.images).is_dir():
+        raise ValueError(
+            f"evaluate.images: {section.images} is no folder; expected the one that images' names begin in"
+        )

@@ -1,0 +1,58 @@
+"""Gallery of a vision-language evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmalign.config import EvaluateResponses, Recipe
+from mmalign.modalities import Sample
+from mmalign.modalities.vision_language.evaluate import read_benchmark
+from mmalign.pages.answers import RatedAnswer, answer_entry
+from mmalign.pages.page import GalleryEntry
+
+
+def unavailable_reason(recipe: Recipe) -> str | None:
+    """Return the reason why an evaluation has no samples to show, or None."""
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateResponses)
+    if section.benchmark == "implicit":
+        return "benchmark implicit asks no question"
+    return "existing answers are scored and not shown" if section.answers is not None else None
+
+
+def gallery_entries(recipe: Recipe, _: Path, samples: Sequence[tuple[int, Sample]]) -> list[GalleryEntry]:
+    """Return the gallery's entries of an evaluation's samples, given as (index, sample).
+
+    Raises:
+        ValueError: a file of the benchmark or an image is missing.
+    """
+    assert isinstance(recipe.evaluate, EvaluateResponses)
+    images = read_benchmark(recipe.evaluate).images
+
+    def answer(record: Mapping[str, Any]) -> RatedAnswer:
+        return RatedAnswer(**{**record, "invented": tuple(tuple(span) for span in record["invented"])})
+
+    return [
+        answer_entry(
+            images(sample["image"]),
+            sample["image"],
+            sample["question"],
+            sample["truth"],
+            answer(sample["before"]),
+            answer(sample["after"]),
+        )
+        for _, sample in samples
+    ]
+
+
+def provenance(recipe: Recipe, num_samples: int) -> dict[str, str]:
+    """Return the decoding settings behind a page's entries."""
+    assert isinstance(recipe.evaluate, EvaluateResponses)
+    decoding = recipe.evaluate.decoding
+    how = f"sampled at temperature {decoding.temperature:g}" if decoding.temperature else "greedy"
+    return {
+        "answers": f"{how}, at most {decoding.max_new_tokens} tokens",
+        "questions": f"{num_samples} of {recipe.evaluate.benchmark}, the same to both models",
+    }

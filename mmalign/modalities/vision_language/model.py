@@ -1,0 +1,28 @@
+"""The model of a vision-language recipe."""
+
+from __future__ import annotations
+
+from mmalign.config import Model
+from mmalign.families import loading
+from mmalign.families.base import VisionLanguage
+from mmalign.families.types import Loading
+from mmalign.modalities.prompts import located
+from mmalign.resources import resolve_model
+
+
+def check_model(model: Model) -> None:
+    """Check the model's path and type, perhaps with a query to the Hub.
+
+    Raises:
+        ValueError: the path is not found, or the type is not supported.
+    """
+    loading.model_type(located("model.path", model.path), model.revision)
+
+
+def load_family(model: Model, options: Loading) -> VisionLanguage:
+    """Load the model, frozen.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    return loading.load_vision_language(resolve_model(model.path), options)
