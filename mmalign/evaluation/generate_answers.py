@@ -13,13 +13,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from mmalign.config import DecodingConfig
 from mmalign.console import tracked
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.formats.responses import IMAGE
 from mmalign.data.pairs import SkippedRow, stable_hash
 from mmalign.evaluation.benchmarks.base import Images
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import Decoding, ImageFeatures, ImageView
+from mmalign.families.types import ImageFeatures, ImageView
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import Policy
@@ -49,7 +50,7 @@ def generate_answers(
     policy: Policy[VisionLanguage],
     questions: Sequence[QuestionKey],
     images: Images,
-    decoding: Decoding,
+    decoding: DecodingConfig,
     *,
     seed: int,
     caches: tuple[AnswerCache, AnswerCache],
@@ -89,7 +90,7 @@ def _generate(
     family: VisionLanguage,
     prompts: Mapping[QuestionKey, TokenizedResponse],
     features: ImageFeatures,
-    decoding: Decoding,
+    decoding: DecodingConfig,
     seed: int,
     net: nn.Module,
 ) -> AnswersByQuestion:

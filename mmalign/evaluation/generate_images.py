@@ -14,7 +14,6 @@ from mmalign.config import ImageModel, SamplingConfig
 from mmalign.console import tracked
 from mmalign.data.caches.images import ImageCache
 from mmalign.families.base import TextToImage
-from mmalign.families.types import Sampling
 
 
 def cache_settings(model: ImageModel, precision: str, sampling: SamplingConfig) -> dict[str, object]:
@@ -28,7 +27,7 @@ def generate_images(
     net: nn.Module,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     cache: ImageCache | None = None,
 ) -> list[Image.Image]:
     """Generate an image for every prompt and seed, with a progress bar.

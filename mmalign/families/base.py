@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.attention.choice import SelectedBackend
+from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
-from mmalign.families.types import Conditioning, Decoding, ImageFeatures, ImageView, Moments, Sampling
+from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.rng import KeyedRNG
@@ -116,7 +117,7 @@ class TextToImage(Family, Protocol):
         """Return the network's prediction [N, C, H, W] in its own parameterization."""
 
     def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Image.Image]:
         """Generate one image per prompt; the initial noise depends on the seed alone."""
 
@@ -224,11 +225,12 @@ class VisionLanguage(Family, Protocol):
         net: nn.Module,
         prompts: Sequence[TokenizedResponse],
         features: ImageFeatures,
-        decoding: Decoding,
+        decoding: DecodingConfig,
         *,
         rows: Sequence[int],
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[str]:
         """Generate an answer to each prompt of `PromptProcessor.tokenize_prompt`; adapters stay on or off as they are.
 
@@ -239,11 +241,12 @@ class VisionLanguage(Family, Protocol):
             net: the network; a wrapper for distributed training is bypassed.
             prompts: the prompts' tokens, up to the beginning of an answer.
             features: the features of every image of the prompts.
-            decoding: the settings that choose the next token and end an answer.
+            decoding: the settings that choose the next token.
             rows: the key of each prompt's sampling noise; equal keys give equal noise. Greedy decoding ignores them.
             rng: the seed and the epoch of that noise.
             hidden: for each prompt a bool tensor over its `PromptProcessor.image_token_positions`, True where nothing
                 attends to the token; position ids do not change. None hides nothing.
+            stop: texts that end an answer; the first one belongs to it.
 
         Raises:
             ValueError: `hidden` is given, and `image_masking_unsupported_reason` is not None.

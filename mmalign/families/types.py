@@ -1,4 +1,4 @@
-"""Data types of model families: conditioning, latents, image features, settings of loading and sampling."""
+"""Data types of model families: conditioning, latents, image features, settings of loading."""
 
 from __future__ import annotations
 
@@ -77,42 +77,6 @@ class ImageFeatures:
     """Outputs of the vision tower and the projector by image key; each image is encoded once."""
 
     images: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of image generation.
-
-    Attributes:
-        steps: denoising steps.
-        guidance: the scale of classifier-free guidance; 1 turns it off.
-        resolution: the images' side in pixels; None takes the model's own.
-        sampler: "default" (the checkpoint's scheduler), "ddim" or "dpmsolver++".
-        batch_size: images generated at a time.
-    """
-
-    steps: int = 30
-    guidance: float = 7.5
-    resolution: int | None = None
-    sampler: str = "default"
-    batch_size: int = 16
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Settings of answer generation.
-
-    Attributes:
-        max_new_tokens: the most tokens of an answer.
-        temperature: 0 takes the most likely token; otherwise tokens are sampled from softmax(logits / temperature).
-        stop: texts that end an answer; the first one found belongs to it.
-        batch_size: answers generated at a time.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    stop: tuple[str, ...] = ()
-    batch_size: int = 16
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 
 from mmalign.attention import choice
-from mmalign.config import Recipe, RewardConfig, SamplingConfig
+from mmalign.config import Recipe, RewardConfig
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
-from mmalign.families.types import Loading, Sampling
+from mmalign.families.types import Loading
 from mmalign.modalities import modality_of
 from mmalign.modalities.prompts import located
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
@@ -91,11 +91,6 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
     base = family.network
     net = family.load_trained(folder)
     return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
-
-
-def sampling_options(sampling: SamplingConfig) -> Sampling:
-    """Return the recipe's section as the families' options."""
-    return Sampling(**sampling.model_dump())
 
 
 def build_reward_model(config: RewardConfig, device: torch.device) -> RewardModel:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmalign.config import BdhsConfig
+from mmalign.config import BdhsConfig, DecodingConfig
 from mmalign.data.pairs import stable_hash
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import Decoding, ImageFeatures, ImageView
+from mmalign.families.types import ImageFeatures, ImageView
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.rng import KeyedRNG
@@ -90,9 +90,10 @@ class ResponseSampler:
         rows: Sequence[GroundTruthAnswer],
         parts: Sequence[Sequence[Part]],
         features: ImageFeatures,
-        decoding: Decoding,
+        decoding: DecodingConfig,
         attempt: int,
         hidden: Sequence[Tensor] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[str]:
         """Generate the continuation of every opening in one call, and return each row's joined answer.
 
@@ -103,6 +104,7 @@ class ResponseSampler:
             decoding: the decoding settings.
             attempt: the attempt's number, part of the key of the random draws.
             hidden: each row's mask of hidden image tokens; None hides none.
+            stop: texts that end a continuation; the first one belongs to it.
         """
         # One prompt per opening, keyed by row, attempt and place
         read, prompts, keys, masks = self.family.processor, list[TokenizedResponse](), list[int](), list[Tensor]()
@@ -115,7 +117,9 @@ class ResponseSampler:
         if not prompts:
             return [joined(some, []) for some in parts]
         masked = masks if hidden is not None else None
-        answers = self.family.generate(self.net, prompts, features, decoding, rows=keys, rng=self.rng, hidden=masked)
+        answers = self.family.generate(
+            self.net, prompts, features, decoding, rows=keys, rng=self.rng, hidden=masked, stop=stop
+        )
         rest = iter(answers)
         return [joined(some, [next(rest) for part in some if isinstance(part, Opening)]) for some in parts]
 
@@ -153,10 +157,8 @@ def bdhs(
         left = [number for number in range(len(rows)) if number not in done]
         open_rows, guided = [rows[number] for number in left], attempt < masking.tries or masking.tries == 1
         parts = [openings(row.answer, row.row, sampler.rng, attempt) if guided else WHOLE for row in open_rows]
-        stop = STOPS if guided else ()
-        decoding = Decoding(masking.max_new_tokens, masking.temperature, stop, masking.batch_size)
         hidden = [_hidden(sampler, row, masking, attempt) for row in open_rows]
-        texts = sampler.sample(open_rows, parts, features, decoding, attempt, hidden)
+        texts = sampler.sample(open_rows, parts, features, masking, attempt, hidden, STOPS if guided else ())
         scores = similarity(texts, [row.answer for row in open_rows])
         for number, text, score in zip(left, texts, scores, strict=True):
             if score < masking.max_similarity or attempt == masking.tries:

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.config import BdhsConfig
+from mmalign.config import BdhsConfig, DecodingConfig
 from mmalign.data.formats.responses import IMAGE
 from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef, ResponsePair
-from mmalign.families.types import Decoding, ImageFeatures
+from mmalign.families.types import ImageFeatures
 from mmalign.language.chat import Turn
 from mmalign.registry import qualified_name
 from mmalign.synthesis.bdhs import GroundTruthAnswer, ResponseSampler, bdhs, too_long_reason
@@ -54,7 +54,7 @@ ResponseGenerator = Callable[[Sequence[ResponsePair]], list[RejectedResponse | s
 
 
 def self_generated(
-    sampler: ResponseSampler, decoding: Decoding, pairs: Sequence[ResponsePair]
+    sampler: ResponseSampler, decoding: DecodingConfig, pairs: Sequence[ResponsePair]
 ) -> list[RejectedResponse | str]:
     """Generate the model's own answers, as in SPIN (arXiv:2401.01335)."""
 
@@ -101,7 +101,7 @@ class ReAlign:
     sampler: ResponseSampler
     index: ImageIndex
     mask: Writer
-    decoding: Decoding
+    decoding: DecodingConfig
     similarity: Similarity
     max_similarity: float
     asking: bool
@@ -169,8 +169,8 @@ class ReAlign:
         rows_asked = [row for row, _ in rows.values()]
         features = _encoded(self.sampler, rows_asked)
         parts = [WHOLE if self.asking else masked_openings(rows[n][0].answer, masked[n]) for n in rows]
-        decoding = replace(self.decoding, stop=() if self.asking else STOPS)
-        texts = self.sampler.sample(rows_asked, parts, features, decoding, attempt)
+        stop = () if self.asking else STOPS
+        texts = self.sampler.sample(rows_asked, parts, features, self.decoding, attempt, stop=stop)
         scores = self.similarity(texts, [row.answer for row in rows_asked])
         # Accepted: other than the true answer, dissimilar enough, and without a mask left
         results = dict[int, RejectedResponse | str]()

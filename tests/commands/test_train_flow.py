@@ -9,8 +9,8 @@ import torch
 
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
+from mmalign.config import SamplingConfig
 from mmalign.families.loading import load_family
-from mmalign.families.types import Sampling
 from mmalign.modalities import loading
 from tests.helpers import Folders, data_files, first_fast, flow_models, recipes
 from tests.helpers.loading import CPU, load_diffusion
@@ -31,7 +31,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert_resumes(content)
     family = load_diffusion(base)
     policy = loading.load_trained_policy(family, tmp_path / "whole" / "model")
-    sampling = Sampling(steps=2, guidance=2.0, resolution=32)
+    sampling = SamplingConfig(steps=2, guidance=2.0, resolution=32)
     before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling))
     after = family.sample(policy.unwrapped, ["thing"], [0], sampling)
     assert before is not None and before[0].tobytes() != after[0].tobytes()

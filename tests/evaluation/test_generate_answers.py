@@ -11,16 +11,16 @@ from PIL import Image
 
 from mmalign.commands import train
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import DecodingConfig
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.images import BadImage
 from mmalign.evaluation.generate_answers import generate_answers
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import Decoding
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.policy import Policy
 from tests.helpers import recipes
 
-GREEDY = Decoding(max_new_tokens=6, batch_size=2)
+GREEDY = DecodingConfig(max_new_tokens=6, batch_size=2)
 QUESTIONS = [(f"{n}.png", text) for n in range(3) for text in ("What is it?", "Is there a dog in the image?")]
 Spy = list[tuple[bool, int]]
 
@@ -35,7 +35,13 @@ def caches(folder: Path) -> tuple[AnswerCache, AnswerCache]:
     return AnswerCache(folder, {"model": "base"}), AnswerCache(folder, {"model": "trained"})
 
 
-def ask(policy: Policy[VisionLanguage], folder: Path, questions: Any = QUESTIONS, decoding: Decoding = GREEDY) -> Any:
+def sampled(temperature: float, batch_size: int) -> DecodingConfig:
+    return DecodingConfig(max_new_tokens=6, temperature=temperature, batch_size=batch_size)
+
+
+def ask(
+    policy: Policy[VisionLanguage], folder: Path, questions: Any = QUESTIONS, decoding: DecodingConfig = GREEDY
+) -> Any:
     return generate_answers(policy, questions, picture, decoding, seed=0, caches=caches(folder))
 
 
@@ -73,7 +79,11 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
 def test_untrained_adapters_answer_like_the_base(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
     """Greedily and with drawn tokens: the draws are keyed by the question, so that they are the same for both."""
     for temperature in (0.0, 1.5):
-        responses = ask(fresh, tmp_path / str(temperature), decoding=Decoding(6, temperature, batch_size=4))
+        responses = ask(
+            fresh,
+            tmp_path / str(temperature),
+            decoding=sampled(temperature, 4),
+        )
         assert set(responses.before) == set(QUESTIONS) and responses.before == responses.after
         assert any(responses.before.values()) and not responses.skipped
 
@@ -88,9 +98,14 @@ def test_trained_adapters_are_active_for_one_side(trained: Policy[VisionLanguage
 
 
 def test_answers_do_not_depend_on_the_batch(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
-    together = ask(trained, tmp_path / "together", decoding=Decoding(6, 1.0, batch_size=6))
+    together = ask(trained, tmp_path / "together", decoding=sampled(1.0, 6))
     for question in QUESTIONS:
-        alone = ask(trained, tmp_path / "-".join(question), [question], Decoding(6, 1.0, batch_size=1))
+        alone = ask(
+            trained,
+            tmp_path / "-".join(question),
+            [question],
+            sampled(1.0, 1),
+        )
         assert (alone.before[question], alone.after[question]) == (together.before[question], together.after[question])
 
 

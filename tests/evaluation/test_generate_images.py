@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from torch import nn
 
+from mmalign.config import SamplingConfig
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.generate_images import generate_images
-from mmalign.families.types import Sampling
 
 PROMPTS, SEEDS = ["a fox", "a fox", "a car", "a bus", "a cat"], [0, 1, 2, 3, 4]
 
@@ -23,7 +23,7 @@ class Painter:
         self.calls: list[list[int]] = []
         self.fail_at = fail_at
 
-    def sample(self, net: Any, prompts: Sequence[str], seeds: Sequence[int], _: Sampling) -> list[Image.Image]:
+    def sample(self, net: Any, prompts: Sequence[str], seeds: Sequence[int], _: SamplingConfig) -> list[Image.Image]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append(list(seeds))
@@ -32,7 +32,7 @@ class Painter:
 
 
 def generate(painter: Any, cache: ImageCache | None) -> list[bytes]:
-    images = generate_images(painter, nn.Identity(), PROMPTS, SEEDS, Sampling(batch_size=2), cache)
+    images = generate_images(painter, nn.Identity(), PROMPTS, SEEDS, SamplingConfig(batch_size=2), cache)
     return [image.tobytes() for image in images]
 
 

@@ -7,13 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import Section
+from mmalign.config.evaluation import DecodingConfig
 from mmalign.config.methods._shared import NumCachedDraws, ResponseMethodConfig
 from mmalign.config.preparation import BdhsConfig
 
 
-class MixedConfig(Section):
+class MixedConfig(DecodingConfig):
     """Settings for pairs that the policy samples and an annotator orders."""
 
+    max_new_tokens: int = Field(256, ge=1, description="the most tokens of an answer")
+    temperature: float = Field(1.0, gt=0, description="of the answers")
     share: float = Field(0.5, ge=0, le=1, description="how likely a pair of the data is given up for one of these")
     annotator: str = Field(
         "rules",
@@ -21,9 +24,6 @@ class MixedConfig(Section):
         "first is better, below 0 if the second is",
     )
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
-    temperature: float = Field(1.0, gt=0, description="of the answers")
-    max_new_tokens: int = Field(256, ge=1, description="of an answer")
-    batch_size: int = Field(16, ge=1, description="answers written at a time")
 
 
 class BDHSMethodConfig(ResponseMethodConfig):

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmalign.config import SamplingConfig
 from mmalign.diffusion.flow import Flow
 from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.lora import ATTENTION
-from mmalign.families.types import Conditioning, Sampling
+from mmalign.families.types import Conditioning
 
 # The attention's projections of images and of text, as the training scripts of diffusers and Flow-GRPO adapt them.
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -49,7 +50,7 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 class PackedModel(LatentModel):
     """A model whose pipeline draws tokens, one for every 2 x 2 of its latents."""
 
-    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+    def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
         """See LatentModel; the network counts the channels of four latents as one's."""
         side, (packed, height, width) = super().latent_shape(sampling)
         return side, (packed // 4, height, width)

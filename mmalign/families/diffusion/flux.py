@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 GUIDANCE = 3.5
 TOKENS = 512  # that the T5 reads, as the pipeline has it
@@ -62,7 +63,7 @@ class Flux(flow_matching.PackedModel):
             )[0]
         return flow_matching.unpack(tokens, height, width)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel; the guidance is the number that the network is told."""
         cond = self.encode_prompts(prompts).tensors
         text = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}

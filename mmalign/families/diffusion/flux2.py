@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.types import Conditioning, Loading, Moments, Sampling
+from mmalign.families.types import Conditioning, Loading, Moments
 
 GUIDANCE = 4.0
 STEPS = 50  # of the pipeline's default, on which its shift depends a little
@@ -85,12 +86,12 @@ class Flux2(LatentModel):
             )[0]
         return _unpack(tokens, height, width)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel; the guidance is the number that the network is told."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         return {"prompt_embeds": embeds, "guidance_scale": sampling.guidance}
 
-    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+    def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
         """See LatentModel; a latent is one of 2 x 2 of the autoencoder's."""
         side, (channels, height, width) = super().latent_shape(sampling)
         return side, (channels, height // 2, width // 2)

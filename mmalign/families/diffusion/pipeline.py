@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from mmalign.attention import denoisers
 from mmalign.attention.choice import SelectedBackend, select_backend
+from mmalign.config import SamplingConfig
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.compile import denoiser_blocks
 from mmalign.families.loading import intact
 from mmalign.families.lora import ATTENTION, add_lora
-from mmalign.families.types import Conditioning, Loading, Moments, Sampling
+from mmalign.families.types import Conditioning, Loading, Moments
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # as pipelines call theirs
@@ -58,7 +59,7 @@ class LatentModel(ABC):
         return int((own or config.sample_size) * self.pipeline.vae_scale_factor)
 
     def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
+        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Image.Image]:
         """See TextToImage."""
         text = self.pipeline_kwargs(prompts, sampling)
@@ -68,7 +69,7 @@ class LatentModel(ABC):
         return to_pil(self.decode(self.unpack(drawn, *shape[1:])))
 
     @abstractmethod
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """What the pipeline is told of the prompts, by its own names: embeddings, and the scale of guidance."""
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class LatentModel(ABC):
         """Latents [N, C, height, width] of what the pipeline gives."""
         return drawn
 
-    def latent_shape(self, sampling: Sampling) -> tuple[int, tuple[int, int, int]]:
+    def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
         """The side of images to draw, in pixels, and C, H, W of their latents.
 
         Raises:
@@ -286,7 +287,7 @@ def sample(
     net: nn.Module,
     text: dict[str, Any],
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     side: int,
     shape: tuple[int, int, int],
     pack: Callable[[Tensor], Tensor] = lambda latents: latents,
@@ -323,7 +324,7 @@ def sample(
     return latents
 
 
-def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: Sampling) -> dict[str, Any]:
+def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingConfig) -> dict[str, Any]:
     """What pipelines are told whose prompts have a pooled embedding beside that of the tokens."""
     empty = repeat_rows(empty, len(cond))
     return {

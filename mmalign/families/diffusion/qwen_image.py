@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 512  # of the prompt and what the template says after it, as the pipeline has it
 
@@ -65,7 +66,7 @@ class QwenImage(flow_matching.PackedModel):
             )[0]
         return flow_matching.unpack(tokens, height, width)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel; guided predictions get the norm of those with the prompt, as the pipeline has it."""
         cond = self.encode_prompts(prompts).tensors
         text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 300  # of the prompt, as the pipeline has it
 
@@ -60,7 +61,7 @@ class Sana(LatentModel):
         with latents.autocast(self.loading):
             return net(x_t, timestep=1000 * config.timestep_scale * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel."""
         cond = self.encode_prompts(prompts).tensors
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors

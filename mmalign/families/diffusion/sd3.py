@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 256  # that the T5 reads, as the pipeline has it
 
@@ -49,7 +50,7 @@ class StableDiffusion3(LatentModel):
             text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
             return net(x_t, timestep=1000 * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.diffusion.noise import Diffusion
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 
 class StableDiffusionXL(LatentModel):
@@ -51,7 +52,7 @@ class StableDiffusionXL(LatentModel):
             embeds = cond.tensors["embeds"]
             return net(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 

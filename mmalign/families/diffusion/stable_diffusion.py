@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.diffusion.noise import Diffusion
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 
 class StableDiffusion(LatentModel):
@@ -36,7 +37,7 @@ class StableDiffusion(LatentModel):
         with latents.autocast(self.loading):
             return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 
 RESOLUTION = 1024  # the pipeline has no other place for it
 TOKENS = 512  # of the conversation with the prompt in it, as the pipeline has it
@@ -58,7 +59,7 @@ class ZImage(LatentModel):
             answers = net(images, 1 - t, flow_matching.texts(cond), return_dict=False)[0]
         return -torch.stack(answers).squeeze(2)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
         """See LatentModel."""
         text: dict[str, Any] = {"prompt_embeds": flow_matching.texts(self.encode_prompts(prompts))}
         text |= {"guidance_scale": sampling.guidance - 1}

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.families.types import Decoding, ImageFeatures
+from mmalign.config import DecodingConfig
+from mmalign.families.types import ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.language.tokens import TokenizedResponse, Tokens
@@ -59,8 +60,9 @@ def generate(
     processor: HFProcessor,
     prompts: Sequence[GenerationPrompt],
     features: ImageFeatures,
-    decoding: Decoding,
+    decoding: DecodingConfig,
     rng: KeyedRNG,
+    stop: Sequence[str],
 ) -> list[str]:
     """Generate an answer to each prompt with a model that has a head; the model's state is restored afterwards."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].row.ids))  # for less padding
@@ -69,7 +71,8 @@ def generate(
         for first in range(0, len(order), decoding.batch_size):
             chunk = order[first : first + decoding.batch_size]
             batch = [prompts[number] for number in chunk]
-            answers |= zip(chunk, _generate_batch(model, processor, batch, features, decoding, rng), strict=True)
+            texts = _generate_batch(model, processor, batch, features, decoding, rng, stop)
+            answers |= zip(chunk, texts, strict=True)
     return [answers[number] for number in range(len(prompts))]
 
 
@@ -78,8 +81,9 @@ def _generate_batch(
     processor: HFProcessor,
     prompts: Sequence[GenerationPrompt],
     features: ImageFeatures,
-    decoding: Decoding,
+    decoding: DecodingConfig,
     rng: KeyedRNG,
+    stop: Sequence[str],
 ) -> list[str]:
     """Generate the answers to one batch of prompts."""
     # Inputs of left-padded rows
@@ -97,9 +101,9 @@ def _generate_batch(
         **inputs,
         max_new_tokens=decoding.max_new_tokens,
         logits_processor=[_Noise(prompts, rng, width, decoding.temperature)] if decoding.temperature else [],
-        stopping_criteria=[_Stop(processor, rows, width, decoding.stop)] if decoding.stop else [],
+        stopping_criteria=[_Stop(processor, rows, width, stop)] if stop else [],
     )
-    return [_until(answer, decoding.stop) for answer in _answers(processor, rows, output[:, width:])]
+    return [_until(answer, stop) for answer in _answers(processor, rows, output[:, width:])]
 
 
 def _left_padded(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

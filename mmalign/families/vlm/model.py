@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
+from mmalign.config import DecodingConfig
 from mmalign.families.loading import first_line, intact
 from mmalign.families.lora import add_lora, linear_names
-from mmalign.families.types import Decoding, ImageFeatures, ImageView, Loading
+from mmalign.families.types import ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.generation import GenerationPrompt, generate, masking_unsupported_reason
 from mmalign.families.vlm.image_features import frozen_parts, move_parameters, pack_features, unpack_features
@@ -202,18 +203,19 @@ class ImageTextToText:
         net: nn.Module,
         prompts: Sequence[TokenizedResponse],
         features: ImageFeatures,
-        decoding: Decoding,
+        decoding: DecodingConfig,
         *,
         rows: Sequence[int],
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
+        stop: Sequence[str] = (),
     ) -> list[str]:
         if hidden is not None and self.image_masking_unsupported_reason:
             raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
         masks = [None] * len(prompts) if hidden is None else hidden
         asked = [GenerationPrompt(*one) for one in zip(prompts, rows, masks, strict=True)]
         with _autocast(self.loading):
-            return generate(_unwrap(net).model, self.processor, asked, features, decoding, rng)
+            return generate(_unwrap(net).model, self.processor, asked, features, decoding, rng, stop)
 
     @property
     def default_lora_targets(self) -> Sequence[str]:

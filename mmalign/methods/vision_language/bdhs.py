@@ -35,7 +35,6 @@ from mmalign.config.methods import BDHSMethodConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import Decoding
 from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
@@ -206,9 +205,8 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
     is_replaced = (rng.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
     answerable = _answerable(sampler, batch, mixed.max_new_tokens, is_replaced, completing=False)
-    decoding = Decoding(mixed.max_new_tokens, mixed.temperature, batch_size=mixed.batch_size)
     rows, parts = list(answerable.values()), [WHOLE] * len(answerable)
-    first, second = (sampler.sample(rows, parts, batch.features, decoding, attempt) for attempt in (1, 2))
+    first, second = (sampler.sample(rows, parts, batch.features, mixed, attempt) for attempt in (1, 2))
     # Annotated answers replace the data's responses
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)

@@ -14,13 +14,12 @@ from PIL import Image
 from torch import nn
 
 from mmalign import atomic_io
-from mmalign.config import EvaluateImages, ImageModel, Recipe
+from mmalign.config import EvaluateImages, ImageModel, Recipe, SamplingConfig
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
-from mmalign.families.types import Sampling
 from mmalign.modalities import Measure, Result, loading
 from mmalign.modalities.prompts import load_prompts
 from mmalign.modalities.validation import implicit_reward_benchmark
@@ -75,7 +74,7 @@ def compare_images(
 
     # Images of both models
     caches = _caches(recipe, section, policy, identity)
-    images = generate_both(policy, prompts, seeds, loading.sampling_options(section.sampling), caches)
+    images = generate_both(policy, prompts, seeds, section.sampling, caches)
     samples: list[Sample] = [
         {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
     ]
@@ -163,7 +162,7 @@ def generate_both(
     policy: Policy,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     caches: tuple[ImageCache, ImageCache],
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Generate images of the reference and of the policy, each pair from the same starting noise."""

@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
     assert isinstance(recipe.model, ImageModel)
     settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
     cache = ImageCache(folder, {**settings, "model": fingerprint.fingerprint(family.network)})
-    images = generate_images(family, family.network, prompts, seeds, loading.sampling_options(section.sampling), cache)
+    images = generate_images(family, family.network, prompts, seeds, section.sampling, cache)
     scores = reward_model(images, prompts).tolist()
 
     # Pairs that the reward model is sure of

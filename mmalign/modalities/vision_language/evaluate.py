@@ -31,7 +31,6 @@ from mmalign.evaluation.benchmarks.base import (
 from mmalign.evaluation.generate_answers import Answers, generate_answers
 from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table, compare
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import Decoding
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
 from mmalign.modalities import Measure, Result
@@ -177,7 +176,7 @@ def _ask(
         policy,
         [(question.image, question.text) for question in benchmark.questions],
         benchmark.images,
-        Decoding(**section.decoding.model_dump()),
+        section.decoding,
         seed=section.seed,
         caches=(before, after),
     )

@@ -37,7 +37,6 @@ from mmalign.data.caches import fingerprint
 from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
-from mmalign.families import types
 from mmalign.families.base import VisionLanguage
 from mmalign.language.vocabularies import CROWDS, load_vocabulary
 from mmalign.modalities import loading
@@ -192,10 +191,9 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
     if isinstance(settings, PreparePovid):
         return _povid(settings, pairs, rng, writer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(settings, DecodingConfig):
+    if not isinstance(settings, PrepareBdhs | PrepareRealign):
         sampler, dependencies = _sampler(recipe, device, rng)
-        how = types.Decoding(**settings.model_dump())
-        return Work(partial(self_generated, sampler, how), dependencies)
+        return Work(partial(self_generated, sampler, settings), dependencies)
     # What may be missing is loaded before the model's gigabytes.
     similarity = _similarity(f"prepare.{section.kind}.similarity", settings)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
@@ -209,7 +207,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
         sampler,
         _index(settings, pairs, device),
         mask,
-        types.Decoding(settings.max_new_tokens, settings.temperature, batch_size=settings.batch_size),
+        settings,
         similarity,
         max_similarity=settings.max_similarity,
         asking=settings.completion == "ask",

@@ -13,11 +13,12 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
 
+from mmalign.config import SamplingConfig
 from mmalign.diffusion.flow import Flow
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.loading import load_family
-from mmalign.families.types import Conditioning, Loading, Sampling
+from mmalign.families.types import Conditioning, Loading
 from mmalign.policy import adapters_off
 from tests.helpers import Folders, first_fast, flow_models
 from tests.helpers.loading import CPU, load_diffusion
@@ -133,13 +134,13 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
 
 def test_samples_are_the_pipeline_s_own_of_the_same_text_and_seeds(name: str, path: Path, family: TextToImage) -> None:
     theirs, _ = by_hand(own(name, path), 3, **GUIDED[name])
-    ours = family.sample(family.network, PROMPTS, SEEDS, Sampling(steps=3, guidance=3.0, resolution=SIDE))
+    ours = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=SIDE))
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1  # both round to eight bits
     assert pixels(ours).std() > 5
 
 
 def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
-    sampling = Sampling(steps=2, guidance=2.0, resolution=SIDE)
+    sampling = SamplingConfig(steps=2, guidance=2.0, resolution=SIDE)
     both = family.sample(family.network, PROMPTS, SEEDS, sampling)
     alone = family.sample(family.network, PROMPTS[1:], SEEDS[1:], sampling)
     assert np.abs(pixels(both[1:]) - pixels(alone)).max() <= 1
@@ -291,7 +292,7 @@ def test_usual_adapters_reach_every_stream(name: str, family: TextToImage) -> No
 def test_what_is_saved_diffusers_loads_and_draws_alike(
     tune: str, name: str, path: Path, family: TextToImage, tmp_path: Path
 ) -> None:
-    sampling = Sampling(steps=2, guidance=3.0, resolution=SIDE)
+    sampling = SamplingConfig(steps=2, guidance=3.0, resolution=SIDE)
     if tune == "lora":
         with_adapters(family)
     else:
@@ -343,7 +344,7 @@ def test_half_precision(path: Path) -> None:
         actual, expected = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
     # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
     assert (actual - expected).norm() < 0.3 * expected.norm()
-    assert len(family.sample(net, PROMPTS, SEEDS, Sampling(steps=2, resolution=SIDE))) == 2
+    assert len(family.sample(net, PROMPTS, SEEDS, SamplingConfig(steps=2, resolution=SIDE))) == 2
 
 
 def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name: str) -> None:
@@ -369,7 +370,7 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
 def test_a_sampler_of_diffusion_is_refused(family: TextToImage, sampler: str) -> None:
     own = type(family.pipeline.scheduler).__name__
     with pytest.raises(ValueError, match=f"there is only default, the checkpoint's own {own}"):
-        family.sample(family.network, ["fox"], [0], Sampling(steps=1, sampler=sampler, resolution=SIDE))
+        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, sampler=sampler, resolution=SIDE))
 
 
 def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> None:
@@ -377,7 +378,7 @@ def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> No
     with pytest.raises(ValueError, match=sentence):
         family.encode_images(torch.zeros(1, 3, 18, 18))
     with pytest.raises(ValueError, match=sentence):
-        family.sample(family.network, ["fox"], [0], Sampling(steps=1, resolution=18))
+        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, resolution=18))
 
 
 def test_a_scheduler_of_diffusion_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmalign.config import SamplingConfig
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family, pipeline_class
-from mmalign.families.types import Loading, Sampling
+from mmalign.families.types import Loading
 from tests.helpers import first_fast
 from tests.helpers.loading import load_diffusion
 
@@ -68,7 +69,7 @@ def test_the_unconditional_row_is_what_the_sampler_guides_against(tiny_sd15: Pat
 
 def test_samples_depend_on_prompt_and_seed_alone(family: TextToImage) -> None:
     """Same seed, same picture, in whatever company; and the pipeline itself draws the same one."""
-    sampling = Sampling(steps=3, guidance=3.0)
+    sampling = SamplingConfig(steps=3, guidance=3.0)
     prompts, seeds = ["a fox", "a hen", "a fox"], [1, 2, 1]
     images = family.sample(family.network, prompts, seeds, sampling)
     assert images[0].tobytes() == images[2].tobytes()
@@ -105,4 +106,4 @@ def test_half_precision_keeps_float32_outputs_of_the_encoders(tiny_sdxl: Path) -
     assert next(family.network.parameters()).dtype == torch.bfloat16
     assert family.encode_prompts(["fox"]).tensors["embeds"].dtype == torch.float32
     assert next(family.pipeline.vae.parameters()).dtype == torch.float32  # SDXL's overflows in half precision
-    assert len(family.sample(family.network, ["fox"], [0], Sampling(steps=2))) == 1
+    assert len(family.sample(family.network, ["fox"], [0], SamplingConfig(steps=2))) == 1

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mmalign.families.types import Decoding
+from mmalign.config import DecodingConfig
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
@@ -26,7 +26,7 @@ from tests.helpers.vlm_reference import PICTURES
 
 EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
 QUESTION = "<image>What is it?"
-GREEDY, SAMPLED = Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, temperature=0.8)
+GREEDY, SAMPLED = DecodingConfig(max_new_tokens=8), DecodingConfig(max_new_tokens=8, temperature=0.8)
 DRAWS = KeyedRNG(seed=3)
 
 
@@ -49,15 +49,16 @@ def prompt(family: Any, asked: Asked) -> TokenizedResponse:
 def answers(
     family: Any,
     some: Sequence[Asked],
-    decoding: Decoding = GREEDY,
+    decoding: DecodingConfig = GREEDY,
     hidden: Sequence[Tensor] | None = None,
     rng: KeyedRNG = DRAWS,
     net: Any = None,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     views = {key: family.processor.preprocess_image(PICTURES[key]) for asked in some for key in asked.images}
     rows, keys = [prompt(family, asked) for asked in some], [asked.key for asked in some]
     results: list[str] = family.generate(
-        net or family.network, rows, family.encode_images(views), decoding, rows=keys, rng=rng, hidden=hidden
+        net or family.network, rows, family.encode_images(views), decoding, rows=keys, rng=rng, hidden=hidden, stop=stop
     )
     return results
 
@@ -114,7 +115,7 @@ def test_an_answer_keeps_the_space_that_a_tokenizer_drops_at_the_beginning_of_a_
     assert processor.decode(ids[2:], after=ids[:2]) == " cube"
 
 
-def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
+def own_answer(family: Any, asked: Asked, decoding: DecodingConfig) -> str:
     """Token by token from the model's own forward pass over pixels, the whole row anew each time."""
     row, responses = prompt(family, asked), list[int]()
     for step in range(decoding.max_new_tokens):
@@ -129,7 +130,7 @@ def own_answer(family: Any, asked: Asked, decoding: Decoding) -> str:
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding: Decoding) -> None:
+def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding: DecodingConfig) -> None:
     """Features made once, left padding, a cache and company change nothing; nor does what was said already."""
     some = [Asked(), Asked(("tall",), QUESTION + " Describe it.", "There is a red", key=2)]
     results = answers(family, some, decoding)
@@ -140,7 +141,7 @@ def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding
 @pytest.mark.parametrize("name", first_fast(vlm_models.BUILDERS, 2))
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_is_the_same_alone_and_in_any_company(
-    name: str, decoding: Decoding, family_of: Callable[[str], Any]
+    name: str, decoding: DecodingConfig, family_of: Callable[[str], Any]
 ) -> None:
     """Whatever the other prompts' lengths and images, their order and the size of a batch."""
     family = family_of(name)
@@ -153,7 +154,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(
     ]
     alone = [answers(family, [asked], decoding)[0] for asked in some]
     assert answers(family, some, decoding) == alone
-    assert answers(family, some[::-1], replace(decoding, batch_size=2)) == alone[::-1]
+    assert answers(family, some[::-1], decoding.model_copy(update={"batch_size": 2})) == alone[::-1]
     # Prompts alike answer alike when greedy; their keys part them when sampled.
     assert (alone[0] == alone[4]) == (decoding.temperature == 0)
 
@@ -168,7 +169,7 @@ def test_other_draws_give_another_answer_and_equal_ones_the_same(llava: Any) -> 
 
 def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
     """The first token of 600 answers, against its probability at that temperature."""
-    decoding = Decoding(max_new_tokens=1, temperature=0.25, batch_size=600)
+    decoding = DecodingConfig(max_new_tokens=1, temperature=0.25, batch_size=600)
     results = answers(llava, [Asked(key=key) for key in range(600)], decoding)
     row = prompt(llava, Asked())
     share = (vlm_reference.own_logits(llava, row.ids, QUESTION, ("wide",))[-1] / 0.25).softmax(-1)
@@ -184,11 +185,11 @@ def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
     plain = answers(llava, some, SAMPLED)
     late, early = plain[0][4:6], plain[0][2:4]
     first = min(plain[0].index(text) + 2 for text in (late, early))
-    results = answers(llava, some, replace(SAMPLED, stop=(late, early)))
+    results = answers(llava, some, SAMPLED, stop=(late, early))
     assert results[0] == plain[0][:first]
     for stopped, whole in zip(results[1:], plain[1:], strict=True):
         assert whole.startswith(stopped)
-    assert answers(llava, some, replace(SAMPLED, stop=("never said by anyone",))) == plain
+    assert answers(llava, some, SAMPLED, stop=("never said by anyone",)) == plain
 
 
 @contextlib.contextmanager
@@ -213,10 +214,10 @@ def test_a_batch_ends_when_all_its_answers_have_ended(llava: Any) -> None:
     """A stop text costs no token more than it must; text in the prompt stops nothing."""
     (plain,) = answers(llava, [Asked()])
     with head(llava) as steps:
-        assert answers(llava, [Asked()], replace(GREEDY, stop=(plain[0],))) == [plain[0]]
+        assert answers(llava, [Asked()], stop=(plain[0],)) == [plain[0]]
     assert len(steps) == 1
     with head(llava) as steps:
-        answers(llava, [Asked(start="Two dogs")], replace(GREEDY, stop=("dogs",)))
+        answers(llava, [Asked(start="Two dogs")], stop=("dogs",))
     assert len(steps) == GREEDY.max_new_tokens
 
 

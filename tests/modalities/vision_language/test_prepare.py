@@ -16,11 +16,11 @@ import yaml
 import mmalign
 from mmalign.commands import prepare
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import DecodingConfig
 from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
-from mmalign.families.types import Decoding
 from mmalign.language.objects import coco_vocabulary
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.rejected_responses import ImageIndex
@@ -50,7 +50,8 @@ def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folde
         view = family.processor.preprocess_image(decode(pair.images[0]))
         prompt = family.processor.tokenize_prompt(pair.turns, [("it", view)])
         features = family.encode_images({"it": view})
-        (own,) = family.generate(family.network, [prompt], features, Decoding(4), rows=[0], rng=KeyedRNG(1))
+        decoding = DecodingConfig(max_new_tokens=4)
+        (own,) = family.generate(family.network, [prompt], features, decoding, rows=[0], rng=KeyedRNG(1))
         assert pair.rejected == own.strip() != pair.chosen
         assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
 
