@@ -19,24 +19,6 @@ from mmalign.resources import resolve_model
 Sizes = dict[str, Any]  # sizes by configuration key
 
 MODELS: dict[str, Sizes] = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
-LLAVA_MARKS = ["<image>"]
-LLAVA_CHAT = (
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-QWEN_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QWEN_MARKS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
 
 
 def resized(name: str, **changes: Sizes) -> Sizes:
@@ -59,17 +41,17 @@ def write(name: str, folder: Path, device: torch.device, sizes: Sizes | None = N
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    sizes = sizes or MODELS[name]
+    sizes, parts = sizes or MODELS[name], dict[str, Any]()
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
-        parts = networks(name, sizes)
+        if "pipeline" not in sizes:
+            parts["model"], processor = _vision_language(name, sizes)
+        else:
+            parts, processor = networks(name, sizes), None
     if device.type == "cuda":
         parts = {part: net.to(torch.bfloat16) for part, net in parts.items()}
-    if "pipeline" in sizes:
-        _pipeline(sizes, parts).save_pretrained(folder)
-        return
-    parts["model"].save_pretrained(folder)
-    (_qwen_processor() if name.startswith("qwen") else _llava_processor(sizes["tower"])).save_pretrained(folder)
+    for part in [_pipeline(sizes, parts)] if processor is None else [parts["model"], processor]:
+        part.save_pretrained(folder)
 
 
 def networks(name: str, sizes: Sizes | None = None) -> dict[str, Any]:
@@ -79,7 +61,7 @@ def networks(name: str, sizes: Sizes | None = None) -> dict[str, Any]:
 
     sizes = sizes or MODELS[name]
     if "pipeline" not in sizes:
-        return {"model": _qwen(sizes) if name.startswith("qwen") else _llava(sizes)}
+        return {"model": _vision_language(name, sizes)[0]}
     parts = {}
     for part, given in sizes["networks"].items():
         kind, options = given["class"], {key: value for key, value in given.items() if key != "class"}
@@ -109,49 +91,14 @@ def _pipeline(sizes: Sizes, parts: dict[str, Any]) -> Any:
     return getattr(diffusers, sizes["pipeline"])(**parts, **tokenizers, **absent, **more, scheduler=scheduler)
 
 
-def _llava(sizes: Sizes) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def _vision_language(name: str, sizes: Sizes) -> tuple[Any, Any]:
+    """Return a model and its processor; Qwen's has a token for every 28 pixels by 28."""
+    from tests.helpers import vlm_models
 
-    tokens = _byte_tokenizer(LLAVA_MARKS)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes["tower"]),
-        text_config=LlamaConfig(**sizes["text"], **_ids(tokens)),
-        image_token_id=tokens.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def _llava_processor(tower: Sizes) -> Any:
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    side = tower["image_size"]
-    return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        _byte_tokenizer(LLAVA_MARKS),
-        patch_size=tower["patch_size"],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_CHAT,
-    )
-
-
-def _qwen(sizes: Sizes) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    tokens = _qwen_tokenizer()
-    marks = {name: tokens.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()}
-    config = Qwen2_5_VLConfig(vision_config=sizes["tower"], text_config={**sizes["text"], **_ids(tokens)}, **marks)
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _qwen_processor() -> Any:
-    """Return a processor with a token for every 28 pixels by 28."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-    image, video = Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()
-    return Qwen2_5_VLProcessor(image, _qwen_tokenizer(), video, chat_template=QWEN_CHAT)
+    if name.startswith("qwen"):
+        tokens = vlm_models.tokenizer(vlm_models.QWEN_TOKENS, begin=True, end="<|im_end|>", merges=False)
+        return vlm_models.qwen2_5_vl(sizes["text"], sizes["tower"], tokens, {})
+    return vlm_models.llava(sizes["text"], sizes["tower"], vlm_models.tokenizer(["<image>"], begin=True, merges=False))
 
 
 def _word_tokenizer() -> Any:
@@ -163,31 +110,5 @@ def _word_tokenizer() -> Any:
     return tokens
 
 
-def _qwen_tokenizer() -> Any:
-    return _byte_tokenizer([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
-
-
 def _ids(tokens: Any) -> dict[str, int]:
     return {name: getattr(tokens, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-
-
-def _byte_tokenizer(special: list[str], end: str = "</s>") -> Any:
-    """Return a tokenizer whose tokens are bytes and these special ones; it puts <s> before every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    marks = list(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", *special]))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*marks, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token=end,
-        unk_token="<unk>",
-        extra_special_tokens=special,
-    )

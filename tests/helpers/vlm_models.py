@@ -66,8 +66,6 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests.benchmarks.random_models import LLAVA_CHAT, QWEN_CHAT, QWEN_MARKS
-
 WORDS = [
     "USER: What is in this image? Describe it. ASSISTANT: There is a red cube and a green ball on the table.",
     "Is there a dog in the image? Yes, there is. No, there is no dog. Two cats sit on a blue mat near a car.",
@@ -89,6 +87,24 @@ VISION: Sizes = {
     "image_size": 16,
     "patch_size": 8,
 }
+LLAVA_CHAT = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+QWEN_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_MARKS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+QWEN_TOKENS = (*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>")
 IDEFICS_CHAT = (
     "<s>{% for m in messages %}{{ m['role'] | capitalize + ':' }}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}"
@@ -97,16 +113,24 @@ IDEFICS_CHAT = (
 
 
 def tokenizer(
-    extra: Sequence[str], begin: bool = False, end: str = "</s>", named: dict[str, str] | None = None
+    extra: Sequence[str],
+    begin: bool = False,
+    end: str = "</s>",
+    named: dict[str, str] | None = None,
+    merges: bool = True,
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer trained on a few sentences; `begin` puts <s> before every text, as Llama's does."""
+    """Return a byte-level tokenizer trained on a few sentences, or, without merges, one whose tokens are bytes.
+
+    `begin` puts <s> before every text, as Llama's does.
+    """
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     special = list(dict.fromkeys(["<pad>", "<s>", "</s>", "<unk>", *extra]))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = 380 if merges else len(special) + len(alphabet)
     trainer = trainers.BpeTrainer(
-        vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tok.train_from_iterator(WORDS * 8, trainer)
     if begin:
@@ -215,7 +239,7 @@ QWEN2_5_VISION: Sizes = {
 
 def _qwen(text: Sizes | None = None, tok: Any = None, **rope: Any) -> tuple[Any, dict[str, Any]]:
     """Return a tokenizer of Qwen's and the common configuration of its models; positions in rows and columns."""
-    tok = tok or tokenizer([*QWEN_MARKS.values(), "<|im_start|>", "<|im_end|>"], end="<|im_end|>")
+    tok = tok or tokenizer(QWEN_TOKENS, end="<|im_end|>")
     positions = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, **rope}
     text = {"vocab_size": len(tok), "rope_parameters": positions, **(text or TEXT), **_ids(tok)}
     return tok, {"text_config": text, **{name: tok.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()}}
