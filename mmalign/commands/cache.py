@@ -20,10 +20,10 @@ from torch import Tensor
 from mmalign import atomic_io, methods
 from mmalign.commands import preflight
 from mmalign.config import Recipe
-from mmalign.console import progress_bar
-from mmalign.data.caches import fingerprint, image_features
+from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import cache_folder
-from mmalign.data.caches.precompute import pairs_by_epoch
+from mmalign.data.caches.fill import fill
+from mmalign.data.caches.image_features import fill_features
 from mmalign.data.data_module import DataModule, Splits
 from mmalign.data.loaders.prompts import PromptLoader
 from mmalign.data.loaders.response_pairs import ResponsePairLoader, image_refs
@@ -33,7 +33,6 @@ from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
-from mmalign.training.loop import MAX_EMPTY_BATCHES
 from mmalign.training.run import MAX_VALIDATION_BATCHES, require_all
 
 logger = logging.getLogger(__name__)
@@ -108,20 +107,31 @@ def build_filled_data_module(
         reward_model=reward_model,
     )
 
-    # Image features, then precomputed tensors
-    batches = options.steps * options.gradient_accumulation_steps
-    if data_module.features is not None and not _fill_features(data_module, recipe, family, batches, accelerator):
-        logger.warning(
-            f"the images' features would take more than half of the free disk of {data_module.features.folder} and are "
-            "not "
-            "kept; name another data.cache to keep them"
-        )
-        data_module = replace(data_module, features=None)
-    if data_module.precompute_cache is not None:
-        _fill_precomputed(data_module, recipe, family, batches, accelerator)
-        if replaces_reference(data_module):
-            needed = _stop_decoding_images(data_module, recipe) or recipe.model.tune == "full"
-            data_module = replace(data_module, precompute_cache=replace(data_module.precompute_cache, required=needed))
+    data_module = _fill_caches(data_module, recipe, family, accelerator)
+    if replaces_reference(data_module):
+        assert data_module.precompute_cache is not None
+        needed = _stop_decoding_images(data_module, recipe) or recipe.model.tune == "full"
+        data_module = replace(data_module, precompute_cache=replace(data_module.precompute_cache, required=needed))
+    return data_module
+
+
+def _fill_caches(data_module: DataModule, recipe: Recipe, family: Any, accelerator: Any) -> DataModule:
+    """Fill the caches of image features and precomputed tensors; drop that of features if the disk is too small."""
+    num_batches = recipe.train.steps * recipe.train.gradient_accumulation_steps
+    planned, needed = 0, num_batches
+    while planned < needed:
+        planned = needed
+        if data_module.features is not None and not _fill_features(data_module, recipe, family, planned, accelerator):
+            logger.warning(
+                "the images' features would take more than half of the free disk of "
+                f"{data_module.features.folder} and are not kept; name another data.cache to keep them"
+            )
+            data_module = replace(data_module, features=None)
+        if data_module.precompute_cache is not None:
+            _fill_precomputed(data_module, recipe, family, planned, accelerator)
+            loader, store = data_module.train_loader, data_module.precompute_cache
+            assert not isinstance(loader, PromptLoader)
+            needed = store.num_batches_read(loader, store.required_keys(loader, planned), num_batches)
     return data_module
 
 
@@ -151,77 +161,37 @@ def offload_encoders(data_module: DataModule, recipe: Recipe, family: Any) -> No
             move_parameters(net, torch.device("cpu"))
 
 
-def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> bool:
-    """Encode the images that the cache of features lacks; return False if the disk has no room for them."""
+def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Any) -> bool:
+    """Fill the cache of image features; return False if the disk has no room for them."""
     assert data_module.features is not None
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    images = (image for loader, number in _loaders(data_module, batches) for image in _images(loader, number))
-    steps = image_features.fill(family, images, data_module.features, num_workers=recipe.data.num_workers, **share)
-    with progress_bar(accelerator) as bar:
-        total = next(steps)
-        task = bar.add_task("encode images", total=total)
-        stored = 0
-        for step in steps:
-            stored += step
-            bar.advance(task)
-    short = torch.tensor([int(stored < total)], device=accelerator.device)
-    short = accelerator.reduce(short, reduction="sum")
-    data_module.features.refresh()
-    return not bool(short)
+    images = (image for loader, number in _loaders(data_module, num_batches) for image in _images(loader, number))
+    return fill_features(family, images, data_module.features, accelerator, num_workers=recipe.data.num_workers)
 
 
-def _images(loader: ResponsePairLoader, batches: int) -> Iterator[ImageRef]:
+def _images(loader: ResponsePairLoader, num_batches: int) -> Iterator[ImageRef]:
     """Yield the images of the pair that replaces bad ones, and of each pair in the first batches once."""
     yield from image_refs(loader.check_readable(), loader.requested)
-    numbers = dict.fromkeys(number for _, some in pairs_by_epoch(loader, batches) for number in some)
-    for number in numbers:
+    for _, number in loader.sampler.taken(num_batches):
         yield from image_refs(loader.pairs[number], loader.requested)
 
 
-def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, batches: int, accelerator: Any) -> None:
-    """Precompute the method's missing tensors with the network as loaded, and store them, with a progress bar."""
-    assert data_module.precompute_cache is not None
+def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Any) -> None:
+    """Precompute the method's missing tensors with the network as loaded."""
+    store = data_module.precompute_cache
+    assert store is not None
     method, net = methods.find(recipe.method.name), family.network
     base = Policy(family, net, net, FrozenCopy(net))
 
     @torch.no_grad()
-    def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
+    def compute(batch: Any, epoch: int) -> dict[str, Tensor]:
         rng = KeyedRNG(recipe.train.seed, epoch)
         return methods.compute_precomputed(method, base, data_module.encode(batch), recipe.method, rng)
 
-    def fill(loader: Any, number: int) -> None:
-        assert data_module.precompute_cache is not None
-        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        steps = data_module.precompute_cache.fill(
-            loader, number, work_out, shared=loader is data_module.train_loader, **share
-        )
-        with progress_bar(accelerator) as bar:
-            task = bar.add_task("work out what is kept", total=next(steps))
-            for _ in steps:
-                bar.advance(task)
-        accelerator.wait_for_everyone()
-        data_module.precompute_cache.cache.refresh()
-
-    for loader, number in _loaders(data_module, batches):
-        fill(loader, number)
-    # A batch of bad pairs makes no update, so the training reads a further batch.
-    planned = batches
-    while data_module.precompute_cache.spec.scores and planned < (
-        wanted := batches + _count_empty_batches(data_module, planned, accelerator)
-    ):
-        planned = wanted
-        if data_module.features is not None:
-            _fill_features(data_module, recipe, family, planned, accelerator)
-        fill(data_module.train_loader, planned)
-
-
-def _count_empty_batches(data_module: DataModule, batches: int, accelerator: Any) -> int:
-    """Return the number of batches that no process can use, at most as many as a training reads before it stops."""
-    assert data_module.precompute_cache is not None and not isinstance(data_module.train_loader, PromptLoader)
-    num_empty = torch.tensor(
-        [data_module.precompute_cache.count_empty_batches(data_module.train_loader, batches)], device=accelerator.device
-    )
-    return min(int(accelerator.gather(num_empty).min()), MAX_EMPTY_BATCHES * batches)
+    for loader, number in _loaders(data_module, num_batches):
+        required = store.required_keys(loader, number)
+        missing = store.missing(required, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        total = sum(-(-len(numbers) // loader.sampler.batch_size) for numbers in missing.values())
+        fill(store.cache, store.compute(loader, missing, compute), total, "precompute", accelerator)
 
 
 def _loaders(data_module: DataModule, batches: int) -> list[tuple[Any, int]]:

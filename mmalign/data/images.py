@@ -14,14 +14,25 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mmalign.data.pairs import ImageRef
+from mmalign.data.pairs import ImageRef, SkippedRow
 
 MIN_SIDE = 8  # pixels; smaller images are placeholders for deleted ones
 MAX_PIXELS = 80_000_000  # 240 MB as RGB
 
 
 class BadImage(ValueError):
-    """Error for an unusable image; the message gives its location and the reason."""
+    """Error for an unusable image, with its location and the reason.
+
+    Attributes:
+        skipped: the record of the image.
+    """
+
+    def __init__(self, location: str, reason: str) -> None:
+        super().__init__(location, reason)
+        self.skipped = SkippedRow(location, reason)
+
+    def __str__(self) -> str:
+        return str(self.skipped)
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,9 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
     try:
         data = ref.read()
     except OSError as error:
-        raise BadImage(f"{ref.location}: cannot be read ({error.strerror or error})") from error
+        raise BadImage(ref.location, f"cannot be read ({error.strerror or error})") from error
     if not data:
-        raise BadImage(f"{ref.location}: has zero bytes")
+        raise BadImage(ref.location, "has zero bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the size is checked below
@@ -61,13 +72,13 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"{ref.location}: is larger than {max_pixels:,} pixels") from error
+        raise BadImage(ref.location, f"is larger than {max_pixels:,} pixels") from error
     except UnidentifiedImageError as error:  # its own message names an object in memory
-        raise BadImage(f"{ref.location}: is not a readable image of {len(data):,} bytes (no known format)") from error
+        raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes (no known format)") from error
     except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
-        raise BadImage(f"{ref.location}: is not a readable image of {len(data):,} bytes ({error})") from error
+        raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes ({error})") from error
     limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"
-    raise BadImage(f"{ref.location}: is {width}x{height}; expected {limits}")
+    raise BadImage(ref.location, f"is {width}x{height}; expected {limits}")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -6,12 +6,7 @@ method that samples from the policy sees one state of it. `requirements` states 
 
 Results that depend only on a pair, its random draws and the reference can be precomputed once (`PrecomputeSpec`). A
 pair's draws then repeat after `num_draws` epochs. `contrasts` reads the tensors from `batch.precomputed`, which is None
-without a cache. There are two kinds:
-
-* Tensors that a method computes with are computed pair by pair (`precompute_per_pair`), with the same bits in any
-  batch.
-* Reference scores (`PrecomputeSpec.scores`) are computed in the batches in which training first meets the pairs: an
-  untrained policy must score exactly as its reference, and networks round differently in different batches.
+without a cache. Precomputed reference scores (`PrecomputeSpec.scores`) replace the reference network.
 """
 
 from __future__ import annotations
@@ -20,12 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mmalign import registry
 from mmalign.config import RewardConfig
-from mmalign.data.caches.precompute import Compute, PrecomputeSpec
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -102,7 +96,7 @@ def compute_precomputed(
 
 
 def cached_scores(
-    num_draws: int, settings: Mapping[str, str | int | float], compute: Compute | None = None
+    num_draws: int, settings: Mapping[str, str | int | float], compute: Callable[..., Scores] | None = None
 ) -> PrecomputeSpec | None:
     """Return the spec of cached reference scores; None for 0 draws, that is, new draws in every epoch."""
     return PrecomputeSpec(num_draws, settings, scores=True, compute=compute) if num_draws else None
@@ -114,17 +108,6 @@ def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
     scores: Scores | None = contrast.reference
     assert scores is not None, "only the scores of a reference can be precomputed"
     return scores
-
-
-def precompute_per_pair(
-    compute: Callable[..., dict[str, Tensor]], policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG
-) -> dict[str, Tensor]:
-    """Return a method's precomputed tensors of a batch, each [B, ...], computed pair by pair.
-
-    Networks round differently in different batches; pair by pair the bits depend on the pair alone.
-    """
-    tensors = [compute(policy, single, cfg, rng) for single in batch.singles()]
-    return {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
 
 
 def reference_scores(

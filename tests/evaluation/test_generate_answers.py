@@ -163,7 +163,7 @@ def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
 def test_unreadable_image_is_left_out_for_both_models(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     def broken(name: str) -> Image.Image:
         if name == "1.png":
-            raise BadImage("1.png: has zero bytes")
+            raise BadImage("1.png", "has zero bytes")
         return picture(name)
 
     responses = generate_answers(trained, QUESTIONS, broken, GREEDY, seed=0, caches=caches(tmp_path / "kept"))

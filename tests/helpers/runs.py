@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +14,7 @@ from mmalign.commands.train import Trained, train
 from mmalign.training import checkpoint
 from tests.helpers import data_files, recipes
 
+BOUND = 1e-5  # in another batch a score is rounded otherwise by about 1e-6 in float32
 EPOCH = 4  # batches of two: eight pairs
 
 
@@ -49,6 +51,12 @@ def assert_resumes(content: dict[str, Any]) -> dict[str, Tensor]:
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def assert_close(one: Trained, other: Trained) -> None:
+    """Check that the losses of all updates agree to rounding: by BOUND of a loss below 1, and of its size above."""
+    expected = pytest.approx([update["loss"] for update in other.history], abs=BOUND, rel=BOUND)
+    assert [update["loss"] for update in one.history] == expected
 
 
 def numbers(done: Trained) -> list[dict[str, float]]:

@@ -6,15 +6,17 @@ Images are encoded one at a time, as in a training batch. Cached features theref
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache
+from mmalign.data.caches.fill import Items, fill, num_bytes
 from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef
 from mmalign.families.base import PromptProcessor, VisionLanguage
@@ -22,7 +24,6 @@ from mmalign.families.types import ImageView
 from mmalign.families.vlm.image_features import backend_name
 
 IDS = "ids"  # field with the image's placeholder tokens
-SHARD = 2**26  # approximate bytes per file
 SHARE = 0.5  # share of the free disk that features may take
 
 
@@ -56,54 +57,50 @@ def cached_view(cache: ArrayCache | None, key: str) -> ImageView | None:
     return ImageView(tuple(arrays.pop(IDS).tolist()), {}, arrays)
 
 
-def fill(
-    family: VisionLanguage,
-    images: Iterable[ImageRef],
-    cache: ArrayCache,
-    *,
-    num_workers: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[int]:
-    """Encode and store this process's share of the images that the cache lacks.
+def fill_features(
+    family: VisionLanguage, images: Iterable[ImageRef], cache: ArrayCache, accelerator: Any, *, num_workers: int
+) -> bool:
+    """Encode the images that the cache lacks, each process its share; unreadable ones are left out.
 
-    Yield the number of images, then 1 for each. If the features would take more than half of the free disk, yield 0
-    after the first image and store nothing. Unreadable images are left out; the loaders report them.
+    Returns:
+        False, with nothing stored, if the features would take more than half of the free disk of any process. The size
+        of the first image stands for all.
     """
     images_by_key = {ref.key: ref for ref in images}
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = [images_by_key[key] for key in cache.share(images_by_key, rank=rank, world_size=world_size)]
-    yield len(mine)
-    stored: dict[str, dict[str, Tensor]] = {}
-    loader = DataLoader(
-        _Views(mine, family.processor),
+    steps = _encode(family, mine, num_workers)
+    head = list[Items]()
+    while not any(head) and len(head) < len(mine):
+        head.append(next(steps))
+    expected = sum(map(num_bytes, head)) * len(mine) * world_size
+    is_short = torch.tensor([expected > SHARE * shutil.disk_usage(cache.folder).free], device=accelerator.device)
+    if accelerator.reduce(is_short.int(), reduction="sum"):
+        return False
+    fill(cache, chain(head, steps), len(mine), "encode images", accelerator)
+    return True
+
+
+def _encode(family: VisionLanguage, images: Sequence[ImageRef], num_workers: int) -> Iterator[Items]:
+    """Yield the features and placeholder tokens of each image, or nothing for an unreadable one."""
+    loader: Iterable[tuple[str, ImageView | None]] = DataLoader(
+        _Views(images, family.processor),
         batch_size=None,
         num_workers=num_workers,
         generator=Generator().manual_seed(0),
     )
-    room: float | None = SHARE * shutil.disk_usage(cache.folder).free  # bytes; None once the first image fits
     for key, view in loader:
-        if view is not None:
-            # Encode one image
-            (arrays,) = family.features_as_tensors(family.encode_images({key: view})).values()
-            arrays = {IDS: torch.tensor(view.ids), **arrays}
-            # Extrapolate the first image's size to all images of all processes
-            if room is not None and _size([arrays]) * len(mine) * world_size > room:
-                yield 0
-                return
-            room = None
-            # Start a new shard when this one is full or the fields change
-            if stored and (_size(stored.values()) >= SHARD or next(iter(stored.values())).keys() != arrays.keys()):
-                cache.put(stored)
-                stored = {}
-            stored[key] = {name: x.cpu() for name, x in arrays.items()}
-        yield 1
-    cache.put(stored)
+        if view is None:
+            yield {}
+            continue
+        (features,) = family.features_as_tensors(family.encode_images({key: view})).values()
+        yield {key: {IDS: torch.tensor(view.ids), **{name: x.cpu() for name, x in features.items()}}}
 
 
 class _Views(Dataset[tuple[str, ImageView | None]]):
     """Dataset of (key, view) of images; the view of an unreadable image is None."""
 
-    def __init__(self, images: list[ImageRef], processor: PromptProcessor) -> None:
+    def __init__(self, images: Sequence[ImageRef], processor: PromptProcessor) -> None:
         self.images, self.processor = images, processor
 
     def __len__(self) -> int:
@@ -115,8 +112,3 @@ class _Views(Dataset[tuple[str, ImageView | None]]):
             return ref.key, self.processor.preprocess_image(decode(ref))
         except BadImage:
             return ref.key, None
-
-
-def _size(items: Iterable[dict[str, Tensor]]) -> int:
-    """Return the total size in bytes."""
-    return sum(x.nbytes for arrays in items for x in arrays.values())

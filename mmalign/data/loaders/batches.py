@@ -6,8 +6,8 @@ B pairs or prompts per batch. Rows of both sides come chosen first, then rejecte
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from PIL import Image
 from torch import Tensor
@@ -76,23 +76,6 @@ class EncodedPairs:
     precomputed: dict[str, Tensor] | None = None
     prompts: Sequence[str] = field(default_factory=list)
     reward_model: RewardModel | None = None
-
-    def singles(self) -> Iterator[EncodedPairs]:
-        """Yield every pair as a batch of its own, without its precomputed tensors."""
-        number = len(self.rows)
-        for i in range(number):
-            sides = slice(i, None, number)
-            yield replace(
-                self,
-                rows=[self.rows[i]],
-                latents=Moments(self.latents.mean[sides], self.latents.std[sides]),
-                text=self.text[i : i + 1],
-                sizes=self.sizes[sides],
-                weights=self.weights[i : i + 1],
-                rejected_text=self.rejected_text[i : i + 1] if self.rejected_text is not None else None,
-                precomputed=None,
-                prompts=self.prompts[i : i + 1],
-            )
 
 
 @dataclass(frozen=True)

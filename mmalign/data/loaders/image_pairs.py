@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.images import BadImage, decode, is_flipped, prepare_pair, transform_key
-from mmalign.data.loaders.sampler import EpochSampler, SkippedRows
+from mmalign.data.loaders.sampler import EpochSampler, SkippedRows, batched
 from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow, format_rows, stable_hash
 from mmalign.rng import KeyedRNG
 
@@ -143,20 +143,15 @@ class ImagePairLoader:
                 f"({format_rows(self.skipped)}); repair the images, or name another source"
             )
 
-    def select_batches(self, epoch: int, numbers: Sequence[int]) -> Iterator[ImagePairBatch]:
-        """Yield selected batches of an epoch, by number."""
-        plan = self.sampler.plan(epoch)
-        return self._read(epoch, [plan[number] for number in numbers])
+    def read_pairs(self, epoch: int, numbers: Sequence[int]) -> Iterator[ImagePairBatch]:
+        """Yield batches of the pairs with these numbers, in this order, cropped and flipped as in that epoch."""
+        return self._read(epoch, batched(numbers, self.sampler.batch_size))
 
     def key(self, number: int) -> str:
         """Return the key of a pair's content, by number."""
         if number not in self._keys:
             self._keys[number] = pair_key(self.pairs[number])
         return self._keys[number]
-
-    def single_pairs(self, epoch: int, numbers: Sequence[int]) -> Iterator[ImagePairBatch]:
-        """Yield pairs by number, each in a batch of its own, cropped and flipped as in that epoch."""
-        return self._read(epoch, [[(number, 1.0)] for number in numbers])
 
     def _read(self, epoch: int, plan: list[list[tuple[int, float]]]) -> Iterator[ImagePairBatch]:
         views = epoch % self.repeat_epochs if self.repeat_epochs else epoch
@@ -247,7 +242,7 @@ class _Examples(Dataset[_Example]):
             try:
                 images.append(decode(ref))
             except BadImage as error:
-                dropped.append(_skipped_row(ref, error))
+                dropped.append(error.skipped)
         if dropped:
             return None, dropped
         ready = prepare_pair(
@@ -270,7 +265,7 @@ class _Examples(Dataset[_Example]):
             try:
                 decode(ref)
             except BadImage as error:
-                dropped.append(_skipped_row(ref, error))
+                dropped.append(error.skipped)
             else:
                 raise _Incomplete(ref.location)
         return None, dropped
@@ -310,7 +305,3 @@ class _Collate:
             return {"pixels": torch.zeros(2, 3, side, side), SIZES: torch.tensor([[side, side, 0, 0, side, side]] * 2)}
         like = self.cache.get(next(iter(self.cache)))
         return {field: torch.stack([torch.zeros_like(x)] * 2) for field, x in like.items()}
-
-
-def _skipped_row(ref: ImageRef, error: BadImage) -> SkippedRow:
-    return SkippedRow(ref.location, str(error).removeprefix(f"{ref.location}: "))

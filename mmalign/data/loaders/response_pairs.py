@@ -19,7 +19,7 @@ from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.image_features import cached_view
 from mmalign.data.images import BadImage, decode
 from mmalign.data.loaders.batches import EncodedResponses
-from mmalign.data.loaders.sampler import EpochSampler, SkippedRows
+from mmalign.data.loaders.sampler import EpochSampler, SkippedRows, batched
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView
@@ -108,7 +108,7 @@ def read_example(
             if view is None or requested.decoded_images:
                 decoded[ref.key] = decode(ref)
         except BadImage as error:
-            skipped.append(SkippedRow(ref.location, str(error).removeprefix(f"{ref.location}: ")))
+            skipped.append(error.skipped)
             continue
         views[ref.key] = view or processor.preprocess_image(decoded[ref.key])
     if skipped:
@@ -240,10 +240,9 @@ class ResponsePairLoader:
         """
         return self._batches(self.sampler.plan(epoch)[start:])
 
-    def select_batches(self, epoch: int, numbers: Sequence[int]) -> Iterator[ResponsePairBatch]:
-        """Yield selected batches of an epoch, by number."""
-        plan = self.sampler.plan(epoch)
-        return self._batches([plan[number] for number in numbers])
+    def read_pairs(self, epoch: int, numbers: Sequence[int]) -> Iterator[ResponsePairBatch]:
+        """Yield batches of the pairs with these numbers, in this order; they are the same in every epoch."""
+        return self._batches(batched(numbers, self.sampler.batch_size))
 
     def key(self, number: int) -> str:
         """Return the key of a pair's content, by number."""

@@ -57,6 +57,19 @@ class EpochSampler:
         first = [b * size + self.rank * self.batch_size for b in range(len(self))]
         return [planned[index : index + self.batch_size] for index in first]
 
+    def taken(self, num_batches: int, cycle: int = 1) -> list[tuple[int, int]]:
+        """Return (epoch, number) of each pair in the first `num_batches` batches of every process, sorted.
+
+        Epochs repeat after `cycle` of them. More than one cycle takes every pair.
+        """
+        size, pairs = self.batch_size * self.world_size, set[tuple[int, int]]()
+        for epoch in range(-(-num_batches // len(self))):
+            if epoch == cycle:
+                return [(epoch, number) for epoch in range(cycle) for number in range(self.num_pairs)]
+            left = min(len(self), num_batches - epoch * len(self))
+            pairs.update((epoch, number) for number in self.order(epoch)[: left * size])
+        return sorted(pairs)
+
 
 class SkippedRows:
     """Record of the rows skipped so far on this process, each once.
@@ -96,3 +109,8 @@ def check_max_bad_images(bad: Sequence[SkippedRow], max_bad_images: int | None, 
             f"data.path: {source}: more than data.max_bad_images = {max_bad_images} images are bad "
             f"({format_rows(bad)}); repair them, or raise data.max_bad_images"
         )
+
+
+def batched(numbers: Sequence[int], size: int) -> list[list[tuple[int, float]]]:
+    """Return batches of (number, weight 1), `size` in each but the last."""
+    return [[(number, 1.0) for number in numbers[start : start + size]] for start in range(0, len(numbers), size)]

@@ -24,8 +24,7 @@ With `inverter: reference` and `num_cached_draws: K` a pair cycles through K dra
 Each draw is inverted once, before training, and x_t is cached on disk. An update then costs as much as Diffusion-DPO's.
 x_t is cached in float32 and takes half as much space per draw as the pair's latents. With float16 the results would
 differ from those without a cache. Near t = 0 the implied noise, divided by a level of 0.03, would be off by up to 2 %.
-The reference's scores are not cached, so the reference stays in memory: x_t is computed pair by pair, scores in
-batches.
+The reference's scores are not cached, so the reference stays in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
-from mmalign.methods import Requirements, precompute_per_pair
+from mmalign.methods import Requirements
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import CleanPairs, Contrast, NoisedPairs, denoising_scores
 from mmalign.policy import Policy
@@ -57,9 +56,8 @@ def requirements(cfg: Config) -> Requirements:
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: both images of every pair, inverted to the pair's t."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
-    if cfg.num_cached_draws:
-        precomputed = batch.precomputed or precompute_per_pair(precompute, policy, batch, cfg, rng)
-        x_t = precomputed["x_t"].transpose(0, 1).flatten(0, 1)
+    if batch.precomputed is not None:
+        x_t = batch.precomputed["x_t"].transpose(0, 1).flatten(0, 1)
     else:
         x_t = invert_pairs(policy, batch, clean, cfg, rng)
     view = to_noised(policy.family, clean, x_t)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mmalign.config import ImageData
-from mmalign.console import progress_bar
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
-from mmalign.data.caches.fill import fill_latents, fill_text
+from mmalign.data.caches.fill import fill
+from mmalign.data.caches.latents import encode_latents, encode_texts, read_images, uncached_images
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders
 from mmalign.data.formats.images import open_pairs as open_image_pairs
@@ -113,8 +113,6 @@ def build_data_module(
     precompute_cache = None
     if spec is not None and latents is not None:
         settings = {**depends, **spec.settings, "flip": data.flip, "seed": seed}
-        if spec.scores:
-            settings |= {"batch_size": batch_size, "processes": accelerator.num_processes, "pairs": len(train)}
         spec_folder = cache_folder(data, output) / spec.folder
         precompute_cache = PrecomputeCache(ArrayCache.open(spec_folder, settings), spec)
     make = partial(
@@ -153,11 +151,7 @@ def _prompt_encoder(
         networks = {name: net for name, net in family.encoders() if name != "vae"}
         text = ArrayCache.open(cache_folder(data, output) / "text", _text_dependencies(family))
         for pairs in sources:
-            share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-            for _ in fill_text(family, sorted(set(pairs.prompts())), text, **share):
-                pass
-            accelerator.wait_for_everyone()
-            text.refresh()
+            _fill_text(family, pairs, text, accelerator)
         for net in networks.values():
             net.to("cpu")
         encoder = replace(encoder, text=text)
@@ -225,26 +219,28 @@ def _fill(
     data: ImageData,
     accelerator: Any,
 ) -> list[SkippedRow]:
-    """Encode this process's share of what the caches lack, with a bar; return all processes' unreadable images."""
+    """Encode the images and prompts that the caches lack; return all processes' unreadable images."""
     from accelerate.utils import gather_object
 
-    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     bad: list[SkippedRow] = []
-    with progress_bar(accelerator) as bar:
-        for pairs in sources:
-            task = bar.add_task("encode images", total=None)
-            for image in fill_latents(family, pairs, transform, latents, num_workers=data.num_workers, **share):
-                if isinstance(image, SkippedRow):
-                    bad.append(image)
-                    check_max_bad_images(bad, data.max_bad_images, pairs.source)
-                bar.advance(task)
-            prompts = sorted(set(pairs.prompts()))
-            task = bar.add_task("encode prompts", total=len(text.share(map(text_key, prompts), **share)))
-            for number in fill_text(family, prompts, text, **share):
-                bar.advance(task, number)
-            accelerator.wait_for_everyone()
-            latents.refresh()
-            text.refresh()
+    for pairs in sources:
+
+        def on_bad(image: SkippedRow, source: str = pairs.source) -> None:
+            bad.append(image)
+            check_max_bad_images(bad, data.max_bad_images, source)
+
+        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        images = uncached_images(pairs, transform, latents, **share)
+        views = read_images(pairs, transform, latents, images, num_workers=data.num_workers)
+        fill(latents, encode_latents(family, views, on_bad), len(images), "encode images", accelerator)
+        _fill_text(family, pairs, text, accelerator)
     bad = gather_object(bad)  # each process knows those of its own share
     check_max_bad_images(bad, data.max_bad_images, sources[0].source)
     return bad
+
+
+def _fill_text(family: TextToImage, pairs: Pairs[Any], text: ArrayCache, accelerator: Any) -> None:
+    """Encode the pairs' prompts that the cache of text lacks."""
+    prompts = {text_key(prompt): prompt for prompt in sorted(set(pairs.prompts()))}
+    keys = text.share(prompts, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    fill(text, encode_texts(family, [prompts[key] for key in keys]), len(keys), "encode prompts", accelerator)

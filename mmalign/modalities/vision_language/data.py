@@ -90,9 +90,8 @@ def build_data_module(
         of_features = feature_dependencies(family)
         features = ArrayCache.open(folder / "features", of_features)
         if spec is not None:
-            together = {"seed": seed, "batch_size": batch_size, "processes": accelerator.num_processes}
-            settings = {**of_features, **tokenizer_dependencies(family), **spec.settings, **together}
-            settings |= {"pairs": len(train), "max_length": longest}
+            settings = {**of_features, **tokenizer_dependencies(family), **spec.settings}
+            settings |= {"seed": seed, "max_length": longest}
             precompute_cache = PrecomputeCache(ArrayCache.open(folder / spec.folder, settings), spec)
     make = partial(
         ResponsePairLoader,

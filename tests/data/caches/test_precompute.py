@@ -2,28 +2,29 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmalign.data.caches import precompute
+from mmalign.data.caches import fill
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.loaders.image_pairs import ImagePairLoader, ImageTransform
-from mmalign.methods import precompute_per_pair
+from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.methods.text_to_image import inpo
 from mmalign.rng import KeyedRNG
 from mmalign.training.loop import make_contrasts
 from tests.helpers import data_files, first_fast, recipes
-from tests.helpers.image_batches import ROWS, pairs
+from tests.helpers.image_batches import pairs
 from tests.helpers.loading import load_diffusion
 from tests.helpers.policies import full
-from tests.helpers.runs import assert_same, train_weights
+from tests.helpers.runs import assert_close, assert_same, train_weights, trained
 
 METHOD = {"name": "inpo", "inverter": "reference", "num_cached_draws": 2, "steps": 3, "beta": 100.0}
 STEPS = 10  # eight pairs by two: the third epoch begins with the ninth batch
@@ -41,54 +42,54 @@ def recipe(folder: Path, tmp_path: Path, output: str, /, **sections: Any) -> dic
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(row, epoch of the draws) of every pair that is inverted, by the kept or by the usual way."""
     seen: list[tuple[int, int]] = []
-    keep = inpo.precompute
+    invert = inpo.invert_pairs
 
-    def noted(policy: Any, batch: Any, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
+    def noted(policy: Any, batch: Any, clean: Any, cfg: Any, rng: KeyedRNG) -> Tensor:
         seen.extend((row, rng.epoch) for row in batch.rows)
-        return keep(policy, batch, cfg, rng)
+        return invert(policy, batch, clean, cfg, rng)
 
-    monkeypatch.setattr(inpo, "precompute", noted)
+    monkeypatch.setattr(inpo, "invert_pairs", noted)
     return seen
 
 
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
-def test_a_cache_changes_no_bit_and_works_every_pair_s_draw_out_once(
+def test_cache_changes_rounding_only_and_computes_each_draw_once(
     tune: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
     """Mirrored pairs, held-out pairs, and an epoch whose draws have been before; then a run of other settings."""
     common: dict[str, Any] = {"model": {"tune": tune}, "data": {"flip": True, "validation_fraction": 0.5}}
-    cached = train_weights(recipe(tiny_sd15, tmp_path, "cached", **common))
+    cached, weights = trained(recipe(tiny_sd15, tmp_path, "cached", **common))
     assert len(worked_out) == len(set(worked_out)) and {epoch for _, epoch in worked_out} == {0, 1}
     once = len(worked_out)
     worked_out.clear()
-    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain", **common), "data.cache='off'"))
+    assert_close(cached, trained(recipe(tiny_sd15, tmp_path, "plain", **common), "data.cache='off'")[0])
     assert len(worked_out) > once
     worked_out.clear()
     there = f"data.cache='{tmp_path / 'cached' / 'cache'}'"
-    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.num_workers=2"))
+    assert_same(weights, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.num_workers=2"))
     other = train_weights(
         recipe(tiny_sd15, tmp_path, "other", **common), there, "method.beta=300.0", "train.batch_size=1"
     )
-    assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (cached, other)))
+    assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (weights, other)))
 
 
 @pytest.mark.slow
 def test_what_was_written_before_a_stop_is_not_worked_out_again(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worked_out: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(precompute, "SHARD", 3)
-    noted = inpo.precompute
+    monkeypatch.setattr(fill, "SHARD_ITEMS", 5)
+    noted = inpo.invert_pairs
 
-    def stopping(*given: Any) -> dict[str, Tensor]:
+    def stopping(*given: Any) -> Tensor:
         if len(worked_out) == 8:
             raise KeyboardInterrupt
         return noted(*given)
 
-    monkeypatch.setattr(inpo, "precompute", stopping)
+    monkeypatch.setattr(inpo, "invert_pairs", stopping)
     content = recipe(tiny_sd15, tmp_path, "stopped")
     with pytest.raises(KeyboardInterrupt):
         train_weights(content)
-    monkeypatch.setattr(inpo, "precompute", noted)
+    monkeypatch.setattr(inpo, "invert_pairs", noted)
     weights = train_weights(content)
     assert len(set(worked_out)) == 16 and len(worked_out) == 16 + 2  # two of a shard that was not full
     assert_same(weights, train_weights(recipe(tiny_sd15, tmp_path, "whole")))
@@ -166,8 +167,8 @@ def changed(what: str, model: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path, tmp_path: Path) -> None:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", bad={3: b"no image"})
-    cached = train_weights(recipe(tiny_sd15, tmp_path, "cached"))
-    assert_same(cached, train_weights(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'"))
+    cached, _ = trained(recipe(tiny_sd15, tmp_path, "cached"))
+    assert_close(cached, trained(recipe(tiny_sd15, tmp_path, "plain"), "data.cache='off'")[0])
 
 
 def loader(tmp_path: Path, **more: Any) -> ImagePairLoader:
@@ -176,20 +177,38 @@ def loader(tmp_path: Path, **more: Any) -> ImagePairLoader:
     return ImagePairLoader(source, batch_size=2, seed=0, transform=ImageTransform(16, flip=True), repeat=2, **more)
 
 
+class OneOf:
+    """The process with this rank, of two; it waits for nobody."""
+
+    num_processes, is_main_process = 2, False
+
+    def __init__(self, rank: int) -> None:
+        self.process_index = rank
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def fill_as(rank: int, own: PrecomputeCache, numbers: Any, num_batches: int) -> None:
+    """Fill the share of one of two processes; a pair's tensor is its row and draw."""
+
+    def compute(batch: Any, epoch: int) -> dict[str, Tensor]:
+        return {"of": torch.tensor([[row % 1000, epoch] for row in batch.rows])}
+
+    missing = own.missing(own.required_keys(numbers, num_batches), rank=rank, world_size=2)
+    fill.fill(own.cache, own.compute(numbers, missing, compute), 0, "", OneOf(rank))
+
+
 def test_processes_share_the_work_and_each_finds_all_of_it(tmp_path: Path) -> None:
     """Two processes that begin at once, with a batch of two pairs each in an epoch: nothing is worked out twice."""
-    store, shares = tmp_path / "kept", list[list[str]]()
-
-    def work_out(batch: Any, epoch: int) -> dict[str, Tensor]:
-        return {"of": torch.tensor([[batch.rows[0] % 1000, epoch]])}
-
+    store, shares = tmp_path / "kept", list[set[str]]()
     ranks = [PrecomputeCache(ArrayCache.open(store, {}), PrecomputeSpec(2, {})) for _ in (0, 1)]
     for rank, own in enumerate(ranks):
-        steps = own.fill(loader(tmp_path, rank=rank, world_size=2), 4, work_out, rank=rank, world_size=2)
-        assert next(steps) == len(list(steps)) > 0
-        shares.append(list(own.cache))
-    assert abs(len(shares[0]) - len(shares[1])) <= 1
-    assert sorted(shares[0] + shares[1]) == sorted(ranks[0].required_keys(loader(tmp_path, world_size=2), 4))
+        before = set(ArrayCache.open(store, {}))
+        fill_as(rank, own, loader(tmp_path, rank=rank, world_size=2), 4)
+        shares.append(set(own.cache) - before)
+    assert len(shares[0]) == len(shares[1]) == 7 and not shares[0] & shares[1]
+    assert shares[0] | shares[1] == set(ranks[0].required_keys(loader(tmp_path, world_size=2), 4))
     for rank in (0, 1):
         result = PrecomputeCache(ArrayCache.open(store, {}), PrecomputeSpec(2, {}))
         for epoch in (0, 1, 2, 3):
@@ -197,6 +216,43 @@ def test_processes_share_the_work_and_each_finds_all_of_it(tmp_path: Path) -> No
                 arrays = result.lookup(batch, epoch, torch.device("cpu"))
                 assert arrays is not None
                 assert arrays["of"].tolist() == [[row % 1000, epoch % 2] for row in batch.rows]
+
+
+class Numbers:
+    """A loader whose pairs are numbers; those that are `bad` have weight 0 where they are read."""
+
+    def __init__(self, sampler: EpochSampler, bad: Sequence[int] = ()) -> None:
+        self.sampler, self.bad = sampler, bad
+
+    def key(self, number: int) -> str:
+        return f"pair {number}"
+
+    def read_pairs(self, epoch: int, numbers: Sequence[int]) -> Iterator[Any]:
+        for number in numbers:
+            weights = torch.tensor([float(number not in self.bad)])
+            yield SimpleNamespace(rows=[number], keys=[self.key(number)], weights=weights)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_further_batches_replace_those_of_bad_pairs(seed: int, tmp_path: Path) -> None:
+    """Two of five pairs are bad, and two processes go on until they have made two updates together."""
+    steps, bad = 2, (2, 3)
+    loaders: list[Any] = [Numbers(EpochSampler(5, 1, seed, rank, 2), bad) for rank in (0, 1)]
+    own = PrecomputeCache(ArrayCache.open(tmp_path, {}), PrecomputeSpec(4, {}, scores=True))
+    planned, needed = 0, steps
+    while planned < needed:
+        planned = needed
+        for rank in (0, 1):
+            fill_as(rank, own, loaders[0], planned)
+        needed = own.num_batches_read(loaders[0], own.required_keys(loaders[0], planned), steps)
+    updates = 0
+    for epoch in range(4):
+        for index in range(len(loaders[0].sampler)):
+            met = {loader.sampler.plan(epoch)[index][0][0] for loader in loaders} - {*bad}
+            if updates < steps and met:
+                updates += 1
+                assert {own.key(f"pair {pair}", epoch) for pair in met} <= set(own.cache)
+    assert updates == steps
 
 
 def test_a_batch_of_which_a_pair_lacks_finds_nothing(tmp_path: Path) -> None:
@@ -209,16 +265,18 @@ def test_a_batch_of_which_a_pair_lacks_finds_nothing(tmp_path: Path) -> None:
     assert arrays is not None and arrays["x"].tolist() == [[1.0] * 3, [0.0] * 3]
 
 
-def test_views_come_again_with_the_draws_and_singles_are_the_batch_s_rows(tmp_path: Path) -> None:
+def test_crops_and_flips_repeat_with_the_draws(tmp_path: Path) -> None:
     repeating = loader(tmp_path)
-    of = {epoch: {b.rows[0]: b.pixels for b in repeating.single_pairs(epoch, range(7))} for epoch in (0, 1, 2)}
-    assert all(torch.equal(of[0][row], of[2][row]) for row in of[0])  # type: ignore[arg-type]
-    assert not all(torch.equal(of[0][row], of[1][row]) for row in of[0])  # type: ignore[arg-type]
+    pixels: dict[int, dict[int, Tensor]] = {epoch: {} for epoch in range(3)}
+    for epoch, by_row in pixels.items():
+        for batch in repeating.read_pairs(epoch, range(7)):
+            assert batch.pixels is not None
+            by_row |= {row: batch.pixels[i :: len(batch.rows)] for i, row in enumerate(batch.rows)}
+    assert all(torch.equal(pixels[0][row], pixels[2][row]) for row in pixels[0])
+    assert not all(torch.equal(pixels[0][row], pixels[1][row]) for row in pixels[0])
     for batch in repeating.batches(1):
         assert batch.pixels is not None
-        for i, row in enumerate(batch.rows):
-            single = of[1][row]
-            assert single is not None and torch.equal(single, batch.pixels[i::2])
+        assert all(torch.equal(pixels[1][row], batch.pixels[i::2]) for i, row in enumerate(batch.rows))
 
 
 @pytest.fixture
@@ -239,17 +297,6 @@ def test_draws_come_again_after_their_number_of_epochs(contrast: Callable[[int],
         assert torch.equal(getattr(first.view, name), getattr(again.view, name))
     assert torch.equal(first.reference["chosen"], again.reference["chosen"])
     assert not torch.equal(first.view.t, other.view.t)
-
-
-def test_kept_singly_is_the_batch_s_to_rounding(tiny_sd15: Path) -> None:
-    family = load_diffusion(tiny_sd15)
-    policy, cfg = full(family, moved=0.02), inpo.Config(inverter="reference")
-    with torch.no_grad():
-        singly = precompute_per_pair(inpo.precompute, policy, pairs(family), cfg, KeyedRNG(5))
-        whole = inpo.precompute(policy, pairs(family), cfg, KeyedRNG(5))
-    assert singly["x_t"].shape == (len(ROWS), 2, 4, 8, 8)
-    for name, values in whole.items():
-        torch.testing.assert_close(singly[name], values, rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_reference_s_inversions_can_be_kept() -> None:

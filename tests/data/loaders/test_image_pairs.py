@@ -1,8 +1,9 @@
 """The same batches for any number of workers, from any batch on, decoded or cached, whatever is broken."""
 
-import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.fill import images_to_encode
+from mmalign.data.caches.latents import read_images, uncached_images
 from mmalign.data.formats import rows
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.images import decode
@@ -38,14 +39,27 @@ def make(folder: Path, number: int, bad: tuple[int, ...] = ()) -> Pairs:
     return open_pairs("folder", str(folder))
 
 
-def fill(folder: Path, pairs: Pairs, transform: ImageTransform, shard: int = 7) -> tuple[ArrayCache, list[SkippedRow]]:
+def uncached(
+    pairs: Pairs, transform: ImageTransform, cache: ArrayCache, *, num_workers: int = 0, **share: int
+) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]] | SkippedRow]:
+    """Each image's views that the cache lacks."""
+    images = uncached_images(pairs, transform, cache, **share)
+    return read_images(pairs, transform, cache, images, num_workers=num_workers)
+
+
+def keys_of(*given: Any, **options: Any) -> list[str]:
+    return [key for views in uncached(*given, **options) if not isinstance(views, SkippedRow) for key in views]
+
+
+def fill(folder: Path, pairs: Pairs, transform: ImageTransform) -> tuple[ArrayCache, list[SkippedRow]]:
     """Stores the pixels themselves, as an encoder would store latents."""
-    cache = ArrayCache.open(folder, {"model": "none"})
-    results = list(images_to_encode(pairs, transform, cache))
-    good = [x for x in results if not isinstance(x, SkippedRow)]
-    for some in itertools.batched(good, shard) if hasattr(itertools, "batched") else [good]:
-        cache.put({x.key: {"mean": x.pixels, "sizes": x.sizes} for x in some})
-    return cache, [x for x in results if isinstance(x, SkippedRow)]
+    cache, bad = ArrayCache.open(folder, {"model": "none"}), list[SkippedRow]()
+    for views in uncached(pairs, transform, cache):
+        if isinstance(views, SkippedRow):
+            bad.append(views)
+        else:
+            cache.put({key: {"mean": pixels, "sizes": sizes} for key, (pixels, sizes) in views.items()})
+    return cache, bad
 
 
 def images(batch: ImagePairBatch) -> torch.Tensor:
@@ -236,20 +250,16 @@ def test_images_without_ids_are_hashed_once(tmp_path: Path, monkeypatch: pytest.
 def test_encoding_goes_on_where_it_stopped_and_is_shared_by_ranks(tmp_path: Path) -> None:
     pairs = make(tmp_path, 6)
     cache = ArrayCache.open(tmp_path / "cache", {"model": "none"})
-    shares = [
-        {x.key for x in images_to_encode(pairs, CENTER, cache, rank=r, world_size=2) if not isinstance(x, SkippedRow)}
-        for r in (0, 1)
-    ]
+    shares = [set(keys_of(pairs, CENTER, cache, rank=r, world_size=2)) for r in (0, 1)]
     assert [len(share) for share in shares] == [12, 12] and not shares[0] & shares[1]
-    first = next(x for x in images_to_encode(pairs, CENTER, cache) if not isinstance(x, SkippedRow))
-    cache.put({first.key: {"mean": first.pixels, "sizes": first.sizes}})
-    rest = [x.key for x in images_to_encode(pairs, CENTER, cache, num_workers=1) if not isinstance(x, SkippedRow)]
-    assert len(rest) == len(set(rest)) == 23 and first.key not in rest
+    views = next(iter(uncached(pairs, CENTER, cache)))
+    assert not isinstance(views, SkippedRow)
+    first, (pixels, sizes) = next(iter(views.items()))
+    cache.put({first: {"mean": pixels, "sizes": sizes}})
+    rest = keys_of(pairs, CENTER, cache, num_workers=1)
+    assert len(rest) == len(set(rest)) == 23 and first not in rest
     # A rank that looks later, when some are stored, still has its own share and no one else's.
-    later = {
-        x.key for x in images_to_encode(pairs, CENTER, cache, rank=1, world_size=2) if not isinstance(x, SkippedRow)
-    }
-    assert later == shares[1] - {first.key}
+    assert set(keys_of(pairs, CENTER, cache, rank=1, world_size=2)) == shares[1] - {first}
 
 
 def test_an_image_of_many_pairs_is_encoded_once(tmp_path: Path) -> None:
@@ -258,7 +268,7 @@ def test_an_image_of_many_pairs_is_encoded_once(tmp_path: Path) -> None:
     (tmp_path / "ranks.jsonl").write_text(json.dumps(record))
     pairs = open_pairs("rankings", str(tmp_path / "ranks.jsonl"))
     cache = ArrayCache.open(tmp_path / "cache", {})
-    assert len(pairs) == 3 and len(list(images_to_encode(pairs, ImageTransform(16), cache))) == 3
+    assert len(pairs) == 3 and len(keys_of(pairs, ImageTransform(16), cache)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
