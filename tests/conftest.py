@@ -137,6 +137,17 @@ def llava(vlm_folders: Folders) -> VisionLanguage:
 
 
 @pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if it reads weights."""
+    from diffusers import DiffusionPipeline, ModelMixin
+    from transformers import PreTrainedModel
+
+    for cls in (DiffusionPipeline, ModelMixin, PreTrainedModel):
+        monkeypatch.setattr(cls, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("open_clip.create_model_from_pretrained", lambda *_, **__: pytest.fail("a judge was loaded"))
+
+
+@pytest.fixture
 def start() -> Iterator[Callable[..., Run]]:
     """Return a function that begins runs of the loop on a linear network, all from the same weights."""
     from accelerate.state import AcceleratorState

@@ -221,7 +221,7 @@ def _finish(recipe: Recipe, shorter: Recipe | None) -> None:
         prepare.prepare(recipe)
     output = Path(recipe.output)
     model = output / "model"
-    if not model.is_dir() or read_run_info(model)["step"] != recipe.train.steps:
+    if not model.is_dir() or read_run_info(model).step != recipe.train.steps:
         if shorter is not None and checkpoint.latest(output) is None:
             _copy_checkpoint(Path(shorter.output), output)
         train.train(recipe)
@@ -246,7 +246,7 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
     for length, (stage, runs) in itertools.product(lengths, zip(plan, metrics, strict=True)):
         if length in stage.lengths:
             first, number = stage.runs[0], len(runs)
-            seconds = sum(read_run_info(Path(recipe.output) / "model")["seconds"] for recipe in stage.runs) / number
+            seconds = sum(read_run_info(Path(recipe.output) / "model").seconds for recipe in stage.runs) / number
             by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
             measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
             rows.append(TableRow(stage.name, first.method.name, length, number, _num_pairs(first), seconds, measured))

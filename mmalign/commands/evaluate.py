@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mmalign.commands import preflight
 from mmalign.config import Evaluate, Recipe
 from mmalign.evaluation.metrics import Table
 from mmalign.modalities import Result, loading, modality_of
-from mmalign.training.export import check_base_model, read_run_info
+from mmalign.training.export import RunInfo, check_base_model, read_run_info
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +69,17 @@ def evaluate(recipe: Recipe) -> Evaluation:
 def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Result]:
     """Return the measure of the models, from a folder for its files; the benchmark is opened before they are loaded."""
     device, trained = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(recipe.output) / "model"
-    about = read_run_info(trained)
+    info = read_run_info(trained)
     measure = modality_of(recipe).open_benchmark(recipe, device)
     family = loading.load_model(recipe, device)
-    check_base_model(about, trained, family)
+    check_base_model(info, trained, family)
     policy = loading.load_trained_policy(family, trained)
-    return lambda folder: measure(policy, folder, _identity(section, about))
+    return lambda folder: measure(policy, folder, _identity(section, info))
 
 
-def _identity(section: Evaluate, trained: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(section: Evaluate, trained: RunInfo) -> dict[str, object]:
     """Return the identity of an evaluation: the trained model and the settings."""
-    return {"trained": dict(trained), "evaluate": section.model_dump()}
+    return {"trained": asdict(trained), "evaluate": section.model_dump()}
 
 
 def is_evaluated(recipe: Recipe) -> bool:

@@ -14,7 +14,7 @@ from mmalign.policy import Policy
 
 
 def implicit_reward_benchmark(
-    recipe: Recipe, scores: Callable[[Any], implicit_reward.Score], num_noise_samples: int = 1
+    recipe: Recipe, scores: Callable[[Any], implicit_reward.Score[Any]], num_noise_samples: int = 1
 ) -> Measure:
     """Return the measure of the implicit reward accuracy; the pairs are opened now.
 

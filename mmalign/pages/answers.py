@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image
 
+from mmalign.evaluation.benchmarks.base import RatedAnswer
 from mmalign.pages.grid import INK, MUTED, SMALL, TEXT, Cell, Piece, Text, Tile
 from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.pages.ranking import change, format_score, kind
-
-
-@dataclass(frozen=True)
-class RatedAnswer:
-    """A model's answer and its rating.
-
-    Attributes:
-        text: the answer.
-        score: a number; higher is better.
-        note: the score in words, such as "2 of 3 named, 1 invented".
-        invented: spans [start, end) of the text that name objects absent from the image, in order and without overlap.
-    """
-
-    text: str
-    score: float
-    note: str
-    invented: tuple[tuple[int, int], ...] = ()
 
 
 class Span(NamedTuple):

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mmalign.atomic_io import atomic_write
 from mmalign.data.caches import fingerprint
 from mmalign.families.base import Family
 from mmalign.training.run import TrainingRun
+
+RUN_INFO = "trained.json"  # in a trained model's folder
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Updates of a trained model, their seconds (see `loop.Progress`), and the identity of its run."""
+
+    step: int
+    seconds: float
+    identity: dict[str, str]
 
 
 def export(folder: Path, run: TrainingRun) -> None:
@@ -24,36 +34,32 @@ def export(folder: Path, run: TrainingRun) -> None:
             ema.swap(parameters)
         with atomic_write(folder) as part:
             run.policy.family.save(part, run.policy.unwrapped)
-            about = {"step": run.progress.step, "seconds": run.progress.seconds, "identity": run.identity}
-            (part / RUN_INFO).write_text(json.dumps(about, indent=1), encoding="utf-8")
+            info = RunInfo(run.progress.step, run.progress.seconds, run.identity)
+            (part / RUN_INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
         if ema is not None:
             ema.swap(parameters)
     run.train_state.accelerator.wait_for_everyone()
 
 
-RUN_INFO = "trained.json"  # in a trained model's folder
-
-
-def read_run_info(folder: Path) -> dict[str, Any]:
-    """Return the `step` of a trained model, the `seconds` of its updates (see `loop.Progress`) and its `identity`.
+def read_run_info(folder: Path) -> RunInfo:
+    """Read the information on a trained model.
 
     Raises:
         ValueError: the folder has no trained model.
     """
     try:
-        about: dict[str, Any] = json.loads((folder / RUN_INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return RunInfo(**json.loads((folder / RUN_INFO).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
-    return about
 
 
-def check_base_model(about: Mapping[str, Any], folder: Path, family: Family) -> None:
+def check_base_model(info: RunInfo, folder: Path, family: Family) -> None:
     """Refuse to compare a trained model with a base model other than its own.
 
     Raises:
         ValueError: the family's weights differ from the initial weights of the training.
     """
-    was, now = about["identity"]["model"], fingerprint.fingerprint(family.network)
+    was, now = info.identity["model"], fingerprint.fingerprint(family.network)
     if was != now:
         raise ValueError(
             f"{folder}: was trained from another model than {family.name} (fingerprint {was}; this one has {now}); "

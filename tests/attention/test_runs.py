@@ -12,7 +12,6 @@ from mmalign.commands.evaluate import evaluate
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.families.types import Loading
-from mmalign.modalities import loading
 from mmalign.training import checkpoint
 from tests.helpers import Folders, data_files, first_fast, recipes
 from tests.helpers.loading import load_diffusion, load_vlm
@@ -67,19 +66,14 @@ def test_a_run_by_the_reference_learns_the_same(
         assert (policy_scores[name] - weight).abs().mean() < 0.05 * STEPS * 1e-3, name
 
 
-def test_what_cannot_serve_is_refused_before_a_model_is_loaded(
-    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "_load", lambda *_: pytest.fail("a model was loaded"))
-    recipe = load_recipe(content, ["train.attention=xformers"])
+@pytest.mark.usefixtures("no_model")
+def test_what_cannot_serve_is_refused_before_a_model_is_loaded(content: dict[str, Any]) -> None:
+    content = {**content, "evaluate": {"benchmark": "implicit"}}
+    recipe = load_recipe(content, ["train.attention=xformers", "data.validation_fraction=0.5"])
     says = r"train.attention: xformers cannot serve: it has no kernels for a CPU; use auto or sdpa"
     for command in (train, evaluate):
         with pytest.raises(ValueError, match=says):
-            command(
-                load_recipe(
-                    {**recipe.model_dump(), "evaluate": {"benchmark": "implicit"}}, ["data.validation_fraction=0.5"]
-                )
-            )
+            command(recipe)
 
 
 def test_a_value_that_is_none_is_corrected(content: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from diffusers import DiffusionPipeline, ModelMixin
-from transformers import PreTrainedModel
 
 from tests.helpers import data_files, recipes
 from tests.helpers.commands import EVALUATE, Commands, Content
@@ -33,14 +31,6 @@ def mmalign(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Commands:
 @pytest.fixture
 def content(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> Content:
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 2}, evaluate=EVALUATE)
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No weights may be read."""
-    for cls in (DiffusionPipeline, ModelMixin, PreTrainedModel):
-        monkeypatch.setattr(cls, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("open_clip.create_model_from_pretrained", lambda *_, **__: pytest.fail("a judge was loaded"))
 
 
 @pytest.fixture(scope="session")

@@ -219,10 +219,10 @@ def test_over_long_prompts_are_counted_and_named_at_the_end(
     )
 
 
+@pytest.mark.usefixtures("no_model")
 def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
-    vlm_folders: Folders, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vlm_folders: Folders, rows: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
     message = refused(content)
     assert message.startswith(f"data.path: {rows} has no other images, and method.name: realign compares what is said")

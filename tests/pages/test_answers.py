@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.pages.answers import LAYOUT, RatedAnswer, Span, answer_entry, spans
+from mmalign.evaluation.benchmarks.base import RatedAnswer
+from mmalign.pages.answers import LAYOUT, Span, answer_entry, spans
 from mmalign.pages.grid import INK
 from mmalign.pages.page import GalleryEntry, write_page
 from tests.helpers.page_reader import Page

@@ -28,15 +28,17 @@ YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong one"
 
 
 @dataclass(frozen=True)
-class AnswerScore:
-    """A rating of one answer.
+class RatedAnswer:
+    """A model's answer and its rating.
 
     Attributes:
+        text: the answer.
         score: a number, higher is better; the benchmark's `score_name` explains it.
-        note: the score in words.
-        invented: spans of the answer that name objects which are not in the image, [start, end).
+        note: the score in words, such as "2 of 3 named, 1 invented".
+        invented: spans [start, end) of the text that name objects absent from the image, in order and without overlap.
     """
 
+    text: str
     score: float
     note: str
     invented: tuple[tuple[int, int], ...] = ()
@@ -48,7 +50,7 @@ class Item:
 
     question: Question
     truth: str
-    rate: Callable[[str], AnswerScore]
+    rate: Callable[[str], RatedAnswer]
 
 
 Parts = Mapping[str, Sequence[Item]]
@@ -113,10 +115,10 @@ def caption_benchmark(
     def item(question: Question) -> Item:
         truth = objects[image_id(question.image)]
 
-        def rate(answer: str) -> AnswerScore:
+        def rate(answer: str) -> RatedAnswer:
             match = chair.match_objects(answer, truth, vocabulary)
             spans = tuple((mention.start, mention.end) for mention in match.invented)
-            return _rate_caption(len(match.found), len(truth), len(match.invented), spans)
+            return _rate_caption(answer, len(match.found), len(truth), len(match.invented), spans)
 
         return Item(question, ", ".join(sorted(truth)) or "no object", rate)
 
@@ -151,11 +153,11 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
         return amber.score({item.question.id: answer for item, answer in by_item}, annotations)
 
     def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
-        def rate(answer: str) -> AnswerScore:
+        def rate(answer: str) -> RatedAnswer:
             match = amber.match_objects(answer, item, annotations)
             words = set(match.invented)
             spans = tuple((start, end) for word, start, end in tokens(answer) if {word, singular(word)} & words)
-            return _rate_caption(match.num_covered, len(item.truth), len(match.invented), spans)
+            return _rate_caption(answer, match.num_covered, len(item.truth), len(match.invented), spans)
 
         return Item(question, ", ".join(item.truth), rate)
 
@@ -202,16 +204,18 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
 
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
-    def rate(answer: str) -> AnswerScore:
+    def rate(answer: str) -> RatedAnswer:
         said = parse(answer)
         # A yes about an absent object is an invention as a whole
         invented = ((0, len(answer)),) if said and not question.answer and answer else ()
         note = "neither yes nor no" if said is None else "right" if said is question.answer else "wrong"
-        return AnswerScore(float(said is question.answer), note, invented)
+        return RatedAnswer(answer, float(said is question.answer), note, invented)
 
     return Item(question, "yes" if question.answer else "no", rate)
 
 
-def _rate_caption(num_found: int, num_true: int, num_invented: int, spans: tuple[tuple[int, int], ...]) -> AnswerScore:
+def _rate_caption(
+    answer: str, num_found: int, num_true: int, num_invented: int, spans: tuple[tuple[int, int], ...]
+) -> RatedAnswer:
     note = f"{num_found} of {num_true} named, {num_invented or 'none'} invented"
-    return AnswerScore(num_found - num_invented, note, spans)
+    return RatedAnswer(answer, num_found - num_invented, note, spans)

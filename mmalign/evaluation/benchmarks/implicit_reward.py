@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmalign.data.loaders.batches import EncodedPairs, EncodedResponses
 from mmalign.evaluation.metrics import Table
 from mmalign.evaluation.statistics import Interval, proportion
 from mmalign.families.base import TextToImage, VisionLanguage
@@ -24,8 +25,19 @@ from mmalign.methods.vision_language import _responses
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
+
+class Weighted(Protocol):
+    """Batch with a weight for each pair; 0 for padding."""
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights [B]."""
+        ...
+
+
+B = TypeVar("B", bound=Weighted)
 # Takes a batch, random numbers and the index of a draw; returns a function from a network to its scores of both sides.
-Score = Callable[[Any, KeyedRNG, int], Callable[[nn.Module], Scores]]
+Score = Callable[[B, KeyedRNG, int], Callable[[nn.Module], Scores]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class ImplicitAccuracy:
         """The ratio of right pairs, with Wilson's interval."""
         return proportion(self.right, self.number)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the numbers for result.json."""
         return {
             "benchmark": "implicit",
@@ -63,24 +75,24 @@ class ImplicitAccuracy:
         ]
 
 
-def image_scores(family: TextToImage) -> Score:
+def image_scores(family: TextToImage) -> Score[EncodedPairs]:
     """Return a function that computes denoising scores; all networks see the same noise, and no caption is dropped."""
 
-    def score(batch: Any, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
+    def score(batch: EncodedPairs, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
         view = _denoising.noise_pairs(family, batch, 0.0, rng, index)
         return partial(_denoising.denoising_scores, family, view=view)
 
     return score
 
 
-def response_scores(family: VisionLanguage) -> Score:
+def response_scores(family: VisionLanguage) -> Score[EncodedResponses]:
     """Return a function that computes log-probabilities of whole responses, in nats, without random numbers."""
     return lambda batch, rng, index: partial(_responses.response_scores, family, batch=batch)
 
 
 @torch.no_grad()
 def accuracy(
-    policy: Policy, batches: Iterable[Any], score: Score, *, num_noise_samples: int, seed: int
+    policy: Policy, batches: Iterable[B], score: Score[B], *, num_noise_samples: int, seed: int
 ) -> ImplicitAccuracy:
     """Score every pair `num_noise_samples` times with policy and reference.
 

@@ -339,10 +339,7 @@ def _samples(benchmark: Benchmark, by_side: Mapping[str, AnswersByPart]) -> list
             "image": item.question.image,
             "question": item.question.text,
             "truth": item.truth,
-            **{
-                side: {"text": answers[part][index], **asdict(item.rate(answers[part][index]))}
-                for side, answers in by_side.items()
-            },
+            **{side: asdict(item.rate(answers[part][index])) for side, answers in by_side.items()},
         }
         for part, items in benchmark.parts.items()
         for index, item in enumerate(items)

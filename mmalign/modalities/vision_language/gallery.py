@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import EvaluateResponses, Recipe
+from mmalign.evaluation.benchmarks.base import RatedAnswer
 from mmalign.modalities import Sample
 from mmalign.modalities.vision_language.evaluate import read_benchmark
-from mmalign.pages.answers import RatedAnswer, answer_entry
+from mmalign.pages.answers import answer_entry
 from mmalign.pages.page import GalleryEntry
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mmalign.evaluation.annotations import Question
 from mmalign.evaluation.benchmarks import crowds
-from mmalign.evaluation.benchmarks.base import CAPTIONS, AnswerScore, Benchmark
+from mmalign.evaluation.benchmarks.base import CAPTIONS, Benchmark, RatedAnswer
 from mmalign.evaluation.benchmarks.pope import SPLITS
 from mmalign.toy import crowds as world
 
@@ -99,8 +99,8 @@ def test_verdicts_mark_inventions(benchmark: Benchmark) -> None:
     assert [text[start:end] for start, end in verdict.invented] == [absent, absent]
     assert item.truth == ", ".join(sorted(present))
     no_item = next(item for item in benchmark.parts["random"] if item.truth == "no")
-    assert no_item.rate("Yes.") == AnswerScore(0.0, "wrong", ((0, 4),))
-    assert no_item.rate("No.") == AnswerScore(1.0, "right")
+    assert no_item.rate("Yes.") == RatedAnswer("Yes.", 0.0, "wrong", ((0, 4),))
+    assert no_item.rate("No.") == RatedAnswer("No.", 1.0, "right")
     assert no_item.rate("A circle.").note == "neither yes nor no"
 
 

@@ -37,15 +37,15 @@ def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp
     before, after = (evaluation.result[side]["1"]["estimate"] for side in ("before", "after"))
     assert after > 0.8 and after > before
     assert evaluation.table[0][1:] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
-    with pytest.raises(ValueError, match="benchmark steps draws no pictures"):
+    with pytest.raises(ValueError, match="a step judge generates no images"):
         gallery.gallery(result)
-    with pytest.raises(ValueError, match="prepare: a judge draws no pictures"):
+    with pytest.raises(ValueError, match="prepare: a step judge generates"):
         prepare.prepare(result)
 
 
 def test_step_accuracy_refuses(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
-    with pytest.raises(ValueError, match="steps needs pairs kept from training"):
+    with pytest.raises(ValueError, match="steps needs a validation split"):
         evaluate_module.evaluate(
             result.model_copy(update={"data": result.data.model_copy(update={"validation_fraction": 0.0})})
         )

@@ -17,7 +17,6 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairLoader, encode
 from mmalign.language.objects import coco_vocabulary
 from mmalign.methods.vision_language import bdhs, dpo
-from mmalign.modalities import loading
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import Completion
@@ -345,10 +344,10 @@ def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], se
         ({"mode": "mixed", "mixed": {"vocabulary": "no.json"}}, "method.mixed.vocabulary: no.json cannot be read"),
     ],
 )
+@pytest.mark.usefixtures("no_model")
 def test_what_is_missing_is_said_before_a_model_is_loaded(
-    settings: dict[str, Any], sentence: str, tmp_path: Path, vlm_folders: Folders, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], sentence: str, tmp_path: Path, vlm_folders: Folders
 ) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded"))
     content = recipes.vlm(
         vlm_folders("llava"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", **settings}
     )
