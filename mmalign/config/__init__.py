@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
-from mmalign.config.base import Section
+from mmalign.config.base import MethodConfig, Section
 from mmalign.config.evaluation import (
     AnswerFiles,
     Coco,
@@ -52,6 +52,7 @@ __all__ = [
     "ImageModel",
     "JudgeModel",
     "Lora",
+    "MethodConfig",
     "Model",
     "Prepare",
     "PrepareBdhs",
@@ -70,9 +71,9 @@ __all__ = [
 
 
 class Recipe(Section):
-    """Complete recipe. `method` is the Config of the file in mmalign/methods that `method.name` names."""
+    """Complete recipe; the classes of its sections depend on `method.name`."""
 
-    method: Any
+    method: MethodConfig
     model: Model
     data: Data
     train: Train

@@ -16,6 +16,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class MethodConfig(Section):
+    """Hyper-parameters of a method."""
+
+    name: str
+
+
 class Choice:
     """Annotation of a field that takes any subclass of its type: a section with its `name`, or the name alone.
 

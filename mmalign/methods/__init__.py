@@ -18,8 +18,10 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from mmalign import registry
-from mmalign.config import RewardConfig
+from mmalign.config import MethodConfig, RewardConfig
 from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts, EncodedResponses
+from mmalign.families.base import Family
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -73,20 +75,19 @@ class Requirements:
     check: Callable[[], Sequence[str]] = tuple
 
 
-def requirements_of(config: Any) -> Requirements:
+def requirements_of(config: MethodConfig) -> Requirements:
     """Return the requirements of the method that a recipe's `method` section configures."""
-    requirements: Requirements = find(config.name).requirements(config)
-    return requirements
+    return find(config.name).requirements(config)
 
 
-def epoch_rng(method: Method[Any], cfg: Any, rng: KeyedRNG) -> KeyedRNG:
+def epoch_rng(method: AnyMethod, cfg: MethodConfig, rng: KeyedRNG) -> KeyedRNG:
     """Return the epoch's RNG, cycling through `num_draws` epochs if the method precomputes."""
     spec = method.requirements(cfg).precompute
     return rng if spec is None else replace(rng, epoch=rng.epoch % spec.num_draws)
 
 
 def compute_precomputed(
-    method: Method[Any], policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG
+    method: AnyMethod, policy: Policy, batch: Batch, cfg: MethodConfig, rng: KeyedRNG
 ) -> dict[str, Tensor]:
     """Return the tensors that a method precomputes for a batch, by name, each [B, ...]."""
     spec, rng = method.requirements(cfg).precompute, epoch_rng(method, cfg, rng)
@@ -102,36 +103,49 @@ def cached_scores(
     return PrecomputeSpec(num_draws, settings, scores=True, compute=compute) if num_draws else None
 
 
-def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
+class Scored(Protocol):
+    """A contrast with the reference's scores."""
+
+    @property
+    def reference(self) -> Scores | None:
+        """The scores; None without a reference."""
+
+
+def reference_scores_of(contrasts: Sequence[Scored]) -> Scores:
     """Return the reference's scores of a batch's only contrast."""
     (contrast,) = contrasts
-    scores: Scores | None = contrast.reference
-    assert scores is not None, "only the scores of a reference can be precomputed"
-    return scores
+    assert contrast.reference is not None, "only the scores of a reference can be precomputed"
+    return contrast.reference
 
 
 def reference_scores(
-    policy: Policy[Any], batch: Any, run: Callable[[nn.Module], dict[str, Tensor]]
+    policy: Policy, batch: EncodedPairs | EncodedResponses, run: Callable[[nn.Module], dict[str, Tensor]]
 ) -> dict[str, Tensor] | None:
     """Return the reference's scores, each [B, ...]: the batch's cached ones, else `run` on the reference network."""
-    precomputed: dict[str, Tensor] | None = batch.precomputed
-    return policy.on_reference(run) if precomputed is None else precomputed
+    return policy.on_reference(run) if batch.precomputed is None else batch.precomputed
 
 
+Batch = EncodedPairs | EncodedPrompts | EncodedResponses
+F = TypeVar("F", bound=Family, contravariant=True)
+B = TypeVar("B", bound=Batch, contravariant=True)
+H = TypeVar("H", bound=MethodConfig, contravariant=True)
 C = TypeVar("C")
 
 
-class Method(Protocol[C]):
-    """Interface of a method's module."""
+class Method(Protocol[F, B, H, C]):
+    """Interface of a method's module, for a family, its batches, the hyper-parameters and the contrasts."""
 
-    def requirements(self, cfg: Any) -> Requirements:
+    def requirements(self, cfg: H) -> Requirements:
         """Return the method's needs under these hyper-parameters."""
 
-    def contrasts(self, policy: Policy[Any], batch: Any, cfg: Any, rng: KeyedRNG) -> list[C]:
+    def contrasts(self, policy: Policy[F], batch: B, cfg: H, rng: KeyedRNG) -> list[C]:
         """Return the contrasts of a batch: all inputs of `loss` that need no gradient, reference scores included."""
 
-    def loss(self, policy: Policy[Any], contrast: C, cfg: Any) -> Step:
+    def loss(self, policy: Policy[F], contrast: C, cfg: H) -> Step:
         """Run the policy once and return the losses of one contrast."""
+
+
+AnyMethod = Method[Any, Any, Any, Any]
 
 
 FOLDERS = ("text_to_image", "vision_language")
@@ -142,10 +156,12 @@ def names() -> list[str]:
     return sorted(name for folder in FOLDERS for name in registry.names(f"{__name__}.{folder}"))
 
 
-def find(name: str) -> Any:
+def find(name: str) -> AnyMethod:
     """Return the module of the method called `name`.
 
     Raises:
         ValueError: no method has that name.
     """
-    return registry.find([f"{__name__}.{folder}" for folder in FOLDERS], name, "method.name: there is no method")
+    packages = [f"{__name__}.{folder}" for folder in FOLDERS]
+    method: AnyMethod = registry.find(packages, name, "method.name: there is no method")
+    return method

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmalign.config import EvaluateSteps, ImageData, JudgeModel, Model, Recipe
+from mmalign.config.methods import StepPreferenceConfig
 from mmalign.data.data_module import DataModule
 from mmalign.evaluation.benchmarks import step_accuracy
 from mmalign.families import loading, step_judge
@@ -75,15 +76,14 @@ def open_benchmark(recipe: Recipe, _: torch.device) -> Measure:
     Raises:
         ValueError: the pairs cannot be read.
     """
-    section = recipe.evaluate
+    section, cfg = recipe.evaluate, recipe.method
     assert isinstance(section, EvaluateSteps) and isinstance(recipe.data, ImageData)
+    assert isinstance(cfg, StepPreferenceConfig)
     splits = data.open_pairs(recipe.data, recipe.train.seed)
 
     def measure(policy: Policy[StepJudge], *_: object) -> Result:
-        batches = build_validation_data(recipe, policy, splits, recipe.method).validation_batches()
-        accuracy = step_accuracy.accuracy(
-            policy, batches, section.times, guidance=recipe.method.guidance, seed=section.seed
-        )
+        batches = build_validation_data(recipe, policy, splits, cfg).validation_batches()
+        accuracy = step_accuracy.accuracy(policy, batches, section.times, guidance=cfg.guidance, seed=section.seed)
         return accuracy.as_dict(), accuracy.table()
 
     return measure

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmalign.methods import Method, Step, epoch_rng
+from mmalign.config import MethodConfig
+from mmalign.methods import AnyMethod, Step, epoch_rng
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from mmalign.training.optim import EMA
@@ -71,8 +72,8 @@ class TrainState:
 
 
 def train(
-    method: Method[object],
-    config: object,
+    method: AnyMethod,
+    config: MethodConfig,
     policy: Policy,
     batches: Batches,
     train_state: TrainState,
@@ -145,14 +146,14 @@ def train(
     return progress
 
 
-def _empty_hint(method: Method[object], config: object) -> str:
+def _empty_hint(method: AnyMethod, config: MethodConfig) -> str:
     """Return the method's hint for batches without contrasts, as the end of a sentence."""
     hint = method.requirements(config).hint_if_empty
     return f": {hint}" if hint else ""
 
 
 def make_contrasts(
-    method: Method[object], policy: Policy, batch: object, config: object, rng: KeyedRNG
+    method: AnyMethod, policy: Policy, batch: Batch, config: MethodConfig, rng: KeyedRNG
 ) -> list[object]:
     """Return all contrasts of a batch, made without gradients in eval mode; leave the model in train mode."""
     policy.model.eval()

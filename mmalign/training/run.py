@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import Train
-from mmalign.methods import Method
+from mmalign.methods import AnyMethod
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
@@ -27,7 +27,7 @@ MAX_VALIDATION_BATCHES = 16  # of the validation split, to score a checkpoint
 class TrainingRun:
     """Method, policy, optimizer, identity and progress of a run."""
 
-    method: Method[object]
+    method: AnyMethod
     policy: Policy
     train_state: loop.TrainState
     identity: dict[str, str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmalign.config.base import Section
+from mmalign.config.base import MethodConfig
 from mmalign.config.methods._shared import PairMethodConfig, ResponseMethodConfig
 from mmalign.config.methods.text_to_image import (
     CCAConfig,
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 # The methods of each modality.
-METHODS: dict[str, tuple[type[Section], ...]] = {
+METHODS: dict[str, tuple[type[MethodConfig], ...]] = {
     "text_to_image": (
         CCAConfig,
         DiffusionDPOConfig,
@@ -78,7 +78,7 @@ _BY_NAME = {
 }
 
 
-def find_method(name: str) -> tuple[str, type[Section]]:
+def find_method(name: str) -> tuple[str, type[MethodConfig]]:
     """Return the modality and the configuration class of the method called `name`.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mmalign.config.base import Choice, Section
+from mmalign.config.base import Choice, MethodConfig
 from mmalign.config.losses import DPOLossConfig, PairLossConfig
 
 NumCachedDraws = Annotated[
@@ -19,7 +19,7 @@ NumCachedDraws = Annotated[
 ]
 
 
-class PairMethodConfig(Section):
+class PairMethodConfig(MethodConfig):
     """Pair loss of a method; the unit of `beta` is one over that of the method's scores."""
 
     beta: float = Field(gt=0)

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import Section
+from mmalign.config.base import MethodConfig
 from mmalign.config.evaluation import RewardConfig
 from mmalign.config.methods._shared import NumCachedDraws, PairMethodConfig
 
 
-class CCAConfig(Section):
+class CCAConfig(MethodConfig):
     """Hyper-parameters; none are published for diffusion, and the module's docstring derives these."""
 
     name: Literal["cca"] = "cca"
@@ -82,7 +82,7 @@ class InstructEngineConfig(PairMethodConfig):
         return self
 
 
-class MaPOConfig(Section):
+class MaPOConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's."""
 
     name: Literal["mapo"] = "mapo"
@@ -96,14 +96,14 @@ class MaPOConfig(Section):
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
 
 
-class SFTConfig(Section):
+class SFTConfig(MethodConfig):
     """Hyper-parameters."""
 
     name: Literal["sft"] = "sft"
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
 
 
-class SPOConfig(Section):
+class SPOConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
 
     name: Literal["spo"] = "spo"
@@ -131,7 +131,7 @@ class SPOConfig(Section):
         return self
 
 
-class StepPreferenceConfig(Section):
+class StepPreferenceConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
 
     name: Literal["step_preference"] = "step_preference"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import Section
+from mmalign.config.base import MethodConfig
 from mmalign.config.evaluation import DecodingConfig
 from mmalign.config.methods._shared import NumCachedDraws, ResponseMethodConfig
 from mmalign.config.preparation import BdhsConfig
@@ -108,7 +108,7 @@ class ReAlignConfig(ResponseMethodConfig):
     image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
 
 
-class ResponseSFTConfig(Section):
+class ResponseSFTConfig(MethodConfig):
     """Hyper-parameters: none."""
 
     name: Literal["response_sft"] = "response_sft"

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ def requirements(_: Config) -> Requirements:
     return Requirements(min_pairs=2)
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: every chosen image with its own prompt and, under the same noise, with its neighbour's."""
     family, number = policy.family, len(batch.rows)
     own = noise_pairs(family, batch, cfg.caption_dropout, rng)[:number]

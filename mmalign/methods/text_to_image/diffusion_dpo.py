@@ -23,7 +23,6 @@ same loss; a run of at most K epochs has the same draws as without a cache.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from mmalign.config.methods import DiffusionDPOConfig as Config
 from mmalign.config.methods import PairMethodConfig
@@ -41,7 +40,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(precompute=cached_scores(cfg.num_cached_draws, settings))
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: both images of every pair under the same noise."""
     view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     scores = reference_scores(policy, batch, partial(denoising_scores, policy.family, view=view))

@@ -30,7 +30,6 @@ The reference's scores are not cached, so the reference stays in memory.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,7 +52,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(precompute=cached)
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: both images of every pair, inverted to the pair's t."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
     if batch.precomputed is not None:
@@ -68,7 +67,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: K
 loss = diffusion_dpo.loss
 
 
-def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
+def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> dict[str, Tensor]:
     """Return x_t of both images [B, 2, C, H, W], the costly part; the implied noise follows from it."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
     x_t = invert_pairs(policy, batch, clean, cfg, rng)
@@ -76,7 +75,7 @@ def precompute(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: 
 
 
 def invert_pairs(
-    policy: Policy[TextToImage], batch: EncodedPairs, clean: CleanPairs, cfg: Any, rng: KeyedRNG
+    policy: Policy[TextToImage], batch: EncodedPairs, clean: CleanPairs, cfg: Config, rng: KeyedRNG
 ) -> Tensor:
     """Invert the images to x_t [2B, C, H, W] with the bare network of the policy or of the reference."""
     schedule = policy.family.schedule

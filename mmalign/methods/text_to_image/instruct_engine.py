@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -49,7 +48,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(prompt_pairs=True, precompute=cached_scores(cfg.num_cached_draws, {}))
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: both images of every pair, under one noise, with each of the two prompts."""
     family = policy.family
     assert batch.rejected_text is not None, "instruct_engine needs two prompts"

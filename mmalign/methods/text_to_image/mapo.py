@@ -17,8 +17,6 @@ published. Errors of DDPM's velocity use 0.5, as in the release.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mmalign.config.methods import MaPOConfig as Config
@@ -40,12 +38,12 @@ def requirements(_: Config) -> Requirements:
     return Requirements(reference=False)
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return Diffusion-DPO's contrast without reference scores."""
     return [Contrast(noise_pairs(policy.family, batch, cfg.caption_dropout, rng), None, batch.weights)]
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the chosen image's error plus the weighted loss of the margin between bounded scores."""
     scores = denoising_scores(policy.family, policy.model, contrast.view)
     chosen, rejected = -2 * scores["chosen"], -2 * scores["rejected"]

@@ -5,8 +5,6 @@ loss = mean((target - network(x_t, t, prompt)) ** 2) on the chosen image alone (
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmalign.config.methods import SFTConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
@@ -22,13 +20,13 @@ def requirements(_: Config) -> Requirements:
     return Requirements(reference=False)
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return the chosen half of Diffusion-DPO's contrast, so that a comparison has the same images and noise."""
     view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     return [Contrast(view[: len(batch.rows)], None, batch.weights)]
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Any) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the mean squared error [B] of the chosen images."""
     view = contrast.view
     error = mean_square(policy.family.predict(policy.model, view.x_t, view.t, view.cond), view.target)

@@ -22,7 +22,6 @@ tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
     return torch.where(sure, (chosen > rejected).float(), 0.5)
 
 
-def loss(policy: Policy[StepJudge], contrast: Contrast, cfg: Any) -> Step:
+def loss(policy: Policy[StepJudge], contrast: Contrast, cfg: Config) -> Step:
     """Return the cross-entropy [B] of the judge's preference."""
     scores = Pair(*policy.family.score(policy.model, contrast.pixels, contrast.ids, contrast.t).chunk(2))
     values = pairwise.soft_preference(scores, contrast.share)

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -116,7 +116,7 @@ def requirements(cfg: Config) -> Requirements:
     )
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: pairs with hallucinations from the data or the policy, or pairs that the policy sampled."""
     make = {"offline": _offline, "online": _online, "mixed": _mixed}[cfg.mode]
     contrast: Contrast = make(policy, batch, cfg, rng)
@@ -145,7 +145,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return replace(step, metrics={**other_metrics, **contrast.metrics})
 
 
-def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> Scores:
+def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Scores:
     """Return the reference's scores; without a hallucinated response the rejected one's score replaces its score."""
     scores = reference_scores_of(contrasts(policy, batch, cfg, rng))
     return {"hallucinated": scores["rejected"], **scores}

@@ -13,7 +13,6 @@ kB rows: prompts with the chosen responses, then with the rejected, then with th
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from mmalign.config.methods import DPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
@@ -29,7 +28,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(precompute=cached_scores(1, {"mean": cfg.loss.per_token}))
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the unchanged pairs."""
     score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss.per_token)
     return [Contrast(batch, reference_scores(policy, batch, score))]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from PIL import Image
@@ -53,7 +52,7 @@ def requirements(cfg: Config) -> Requirements:
     )
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the pairs, and the chosen responses again under a crop of their images."""
 
     def crop(picture: Image.Image, row: int, place: int) -> Image.Image:

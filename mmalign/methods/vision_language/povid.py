@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +68,7 @@ def requirements(cfg: Config) -> Requirements:
     )
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the pairs, with the likeliest tokens under a noisy image."""
     if batch.precomputed is not None:
         precomputed = dict(batch.precomputed)
@@ -108,7 +107,9 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})
 
 
-def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> dict[str, Tensor]:
+def precompute(
+    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG
+) -> dict[str, Tensor]:
     """Return the noisy tokens [B, R] and the reference's scores."""
     (contrast,) = contrasts(policy, batch, cfg, rng)
     return {TOKENS: contrast.noisy, **contrast.reference}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from mmalign.config.methods import ReAlignConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
@@ -41,7 +40,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(other_images=True, precompute=cached_scores(1, {"mean": cfg.loss.per_token}))
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the pairs, and the chosen responses again under the retrieved images."""
     assert batch.other_images is not None, "realign needs other images"
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.other_images]))

@@ -5,8 +5,6 @@ loss = mean_t -log p(y_t | image, prompt, y_<t)      over the chosen response's 
 
 from __future__ import annotations
 
-from typing import Any
-
 from mmalign.config.methods import ResponseSFTConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
@@ -22,13 +20,13 @@ def requirements(_: Config) -> Requirements:
 
 
 def contrasts(
-    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG
+    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG
 ) -> list[EncodedResponses]:
     """Return the batch itself, so that a comparison with other methods uses the same pairs."""
     return [batch]
 
 
-def loss(policy: Policy[VisionLanguage], contrast: EncodedResponses, cfg: Any) -> Step:
+def loss(policy: Policy[VisionLanguage], contrast: EncodedResponses, cfg: Config) -> Step:
     """Return the negative log-likelihood per token [B] of the chosen responses."""
     chosen = contrast.tokens[: len(contrast.rows)]
     logps, mask = policy.family.token_logps(policy.model, chosen, contrast.features), chosen.response_mask

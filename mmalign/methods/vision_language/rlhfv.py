@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(precompute=cached_scores(1, settings))
 
 
-def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Any, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the unchanged pairs, with token weights."""
     weights = token_weights(batch.tokens, cfg.gamma, cfg.min_block, insertions=cfg.insertions)
     score = partial(response_scores, policy.family, batch=batch, weights=weights)
