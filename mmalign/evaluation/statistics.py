@@ -90,15 +90,12 @@ def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hash
     labels, num_groups = _number_groups("paired_difference", groups, difference.size)
     mean, span = float(difference.mean()), max(1.0, float(np.ptp([first, second])))
     if np.ptp(difference) <= 1e-12 * span:  # equal up to rounding
-        interval = _rule_of_three(mean, (-span, span), num_groups)
-        low, high = interval.low, interval.high
-    else:
-        # Cluster-robust standard error
-        group_sums = np.bincount(labels, weights=difference - mean)
-        error = float(np.sqrt(num_groups / (num_groups - 1) * (group_sums**2).sum())) / difference.size
-        reach = float(stats.t.ppf((1 + LEVEL) / 2, num_groups - 1)) * error
-        low, high = mean - reach, mean + reach
-    return Interval(mean, max(low, -span), min(high, span))
+        return _rule_of_three(mean, (-span, span), num_groups)
+    # Cluster-robust standard error
+    group_sums = np.bincount(labels, weights=difference - mean)
+    error = float(np.sqrt(num_groups / (num_groups - 1) * (group_sums**2).sum())) / difference.size
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, num_groups - 1)) * error
+    return Interval(mean, max(mean - reach, -span), min(mean + reach, span))
 
 
 def cluster_bootstrap(
@@ -170,10 +167,7 @@ def cluster_bootstrap(
 
 
 def paired(measures: Measures) -> Measures:
-    """Return a function that computes the measures' differences (after - before).
-
-    Its argument has the sums of counts before and after alignment side by side, [..., 2 K].
-    """
+    """Return a function of sums before and after side by side [..., 2 K]: the measures' differences."""
 
     def difference(sums: Values) -> Values:
         before, after = np.split(sums, 2, axis=-1)
@@ -218,11 +212,7 @@ def _rule_of_three(estimate: float, bounds: tuple[float, float], num_groups: int
 
 
 def _number_groups(name: str, groups: Sequence[Hashable] | None, num_rows: int) -> tuple[NDArray[np.intp], int]:
-    """Return the group number of each row [N], in order of appearance, and the number of groups.
-
-    Raises:
-        ValueError: there are fewer than two groups, or `groups` has not one key for each row.
-    """
+    """Return the group number of each row [N], in order of appearance, and the number of groups, at least two."""
     keys = range(num_rows) if groups is None else groups
     if len(keys) != num_rows:
         raise ValueError(f"{name}: {len(keys)} groups for {num_rows} rows; expected the group of each row")

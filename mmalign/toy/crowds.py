@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from mmalign.toy.scenes import BACKGROUND, CANVAS, COLOURS, SHAPES, outline
+from mmalign.toy.scenes import BACKGROUND, CANVAS, COLOURS, SHAPES, paint
 
 Split = Literal["train", "validation", "test"]
 _HUES = ("red", "yellow", "green", "blue")
@@ -118,16 +118,12 @@ def _place(kinds: Sequence[str], rng: np.random.Generator) -> list[Thing]:
 
 def render(crowd: Crowd, scale: int = 4) -> Image.Image:
     """Return the 64 x 64 RGB image, painted `scale` times larger and reduced."""
-    canvas = Image.new("RGB", (CANVAS * scale, CANVAS * scale), BACKGROUND)
-    brush = ImageDraw.Draw(canvas)
+    shapes = []
     for thing in crowd.things:
         hue, shape = thing.kind.split()
         ink = tuple(round(c + thing.pale * (b - c)) for c, b in zip(COLOURS[hue], BACKGROUND, strict=True))
-        polygon = [
-            ((thing.x + thing.radius * x) * scale, (thing.y + thing.radius * y) * scale) for x, y in outline(shape)
-        ]
-        brush.polygon(polygon, fill=ink)
-    return canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX)
+        shapes.append((shape, thing.x, thing.y, thing.radius, ink))
+    return paint(shapes, scale)
 
 
 # ---------------------------------------------------------------------------------------------------- words

@@ -14,7 +14,8 @@ import hashlib
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -191,10 +192,8 @@ def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
         "size": list(SIZES),
     }
     others = [o for o in options[way] if o != getattr(old, way)]
-    fields = {"number": old.number, "colour": old.colour, "shape": old.shape, "size": old.size}
-    fields[way] = others[rng.integers(len(others))]
     groups = list(prompt.groups)
-    groups[index] = Group(**fields)  # type: ignore[arg-type]
+    groups[index] = replace(old, **{way: others[rng.integers(len(others))]})  # type: ignore[arg-type]
     return ScenePrompt(tuple(groups), prompt.relation)
 
 
@@ -242,20 +241,9 @@ def outline(shape: str) -> list[tuple[float, float]]:
         points = [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5)) for k, r in enumerate(radii)]
     elif shape == "cross":
         w = 0.34
-        points = [
-            (-w, -1),
-            (w, -1),
-            (w, -w),
-            (1, -w),
-            (1, w),
-            (w, w),
-            (w, 1),
-            (-w, 1),
-            (-w, w),
-            (-1, w),
-            (-1, -w),
-            (-w, -w),
-        ]
+        points = [(-w, -1), (w, -1), (w, -w)]
+        for _ in range(3):  # a quarter turn at a time
+            points += [(-y, x) for x, y in points[-3:]]
     elif shape == "heart":
         points = [
             (16 * math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)))
@@ -271,11 +259,15 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 def render(objects: list[Object], scale: int = 4) -> Image.Image:
     """Return a 64 x 64 RGB image of the objects, painted `scale` times larger and reduced."""
+    return paint([(o.shape, o.x, o.y, o.radius, COLOURS[o.colour]) for o in objects], scale)
+
+
+def paint(shapes: Iterable[tuple[str, float, float, float, tuple[int, ...]]], scale: int) -> Image.Image:
+    """Return a 64 x 64 RGB image of shapes, each given by its name, centre, radius and colour."""
     canvas = Image.new("RGB", (CANVAS * scale, CANVAS * scale), BACKGROUND)
     brush = ImageDraw.Draw(canvas)
-    for o in objects:
-        polygon = [((o.x + o.radius * x) * scale, (o.y + o.radius * y) * scale) for x, y in outline(o.shape)]
-        brush.polygon(polygon, fill=COLOURS[o.colour])
+    for shape, left, top, radius, ink in shapes:
+        brush.polygon([((left + radius * x) * scale, (top + radius * y) * scale) for x, y in outline(shape)], fill=ink)
     return canvas.resize((CANVAS, CANVAS), Image.Resampling.BOX)
 
 

@@ -58,14 +58,7 @@ Parts = Mapping[str, Sequence[Item]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Items by part, their images, and the metrics of answers to them.
-
-    Attributes:
-        parts: the items of each part.
-        images: a function from an image's name to the image.
-        score_name: the meaning of an answer's score.
-        measure: a function from parts and their answers to metrics.
-    """
+    """Items by part, their images, the meaning of an answer's score, and the metrics of all answers."""
 
     parts: Parts
     images: Images

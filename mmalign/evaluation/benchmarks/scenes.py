@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from PIL.Image import Image
 
-from mmalign.evaluation.metrics import Metrics, Ratio, Table, ratio
+from mmalign.evaluation.metrics import Metrics, Table, ratio
 from mmalign.evaluation.statistics import paired_difference, proportion
 from mmalign.toy.scenes import ATTRIBUTES, CATEGORIES, Truth, check, parse, read
 
@@ -22,10 +22,8 @@ def check_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]
     """Check each image against the parts of its prompt (`mmalign.toy.scenes.check`).
 
     Raises:
-        ValueError: the numbers differ, or a prompt is not of the bundled world.
+        ValueError: a prompt is not of the bundled world.
     """
-    if len(images) != len(prompts):
-        raise ValueError(f"scenes: {len(images)} images for {len(prompts)} prompts; expected one for each prompt")
     return [check(parse(prompt), read(image)) for image, prompt in zip(images, prompts, strict=True)]
 
 
@@ -54,9 +52,8 @@ def measure_scenes(truths: Sequence[Truth], keys: tuple[Hashable, ...], prompts:
         ValueError: there is no image, or a prompt is not of the bundled world.
     """
     # Counts overall, by attribute and by category
-    images, right = np.ones(len(truths)), np.array([float(truth["correct"]) for truth in truths])
-    columns = {"images": images, "right": right}
-    ratios: dict[str, Ratio] = {OVERALL: ratio("right", "images")}
+    right = np.array([float(truth["correct"]) for truth in truths])
+    columns, ratios = {"images": np.ones(len(truths)), "right": right}, {OVERALL: ratio("right", "images")}
     categories = [parse(prompt).category for prompt in prompts]
     for name in ATTRIBUTES:
         columns[f"{name} named"] = np.array([float(name in truth) for truth in truths])

@@ -108,8 +108,6 @@ def test_scene_table() -> None:
 
 def test_scenes_refuse() -> None:
     white = Image.new("RGB", (64, 64), "white")
-    with pytest.raises(ValueError, match="1 images for 2 prompts"):
-        check_scenes([white], ["a red circle"] * 2)
     with pytest.raises(ValueError, match="cannot read 'a photo of a dog'"):
         check_scenes([white], ["a photo of a dog"])
     with pytest.raises(ValueError, match="scenes: there is no response"):
