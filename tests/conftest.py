@@ -68,49 +68,26 @@ def vlm_folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_sd15(diffusion_folders: Folders) -> Path:
-    return diffusion_folders("sd15")
+def tiny_model(folders: str, name: str) -> Any:
+    """Return a fixture for the folder of one model."""
+
+    @pytest.fixture(scope="session")
+    def folder(request: pytest.FixtureRequest) -> Path:
+        path: Path = request.getfixturevalue(folders)(name)
+        return path
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_sd2(diffusion_folders: Folders) -> Path:
-    return diffusion_folders("sd2")
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl(diffusion_folders: Folders) -> Path:
-    return diffusion_folders("sdxl")
-
-
-@pytest.fixture(scope="session")
-def tiny_sd3(flow_folders: Folders) -> Path:
-    return flow_folders("sd3")
-
-
-@pytest.fixture(scope="session")
-def tiny_flux(flow_folders: Folders) -> Path:
-    return flow_folders("flux")
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen_image(flow_folders: Folders) -> Path:
-    return flow_folders("qwen_image")
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(diffusion_folders: Folders) -> Path:
-    return diffusion_folders("clip")
-
-
-@pytest.fixture(scope="session")
-def tiny_transformers_clip(diffusion_folders: Folders) -> Path:
-    return diffusion_folders("transformers clip")
-
-
-@pytest.fixture(scope="session")
-def tiny_step_judge(diffusion_folders: Folders) -> Path:
-    return diffusion_folders("step judge")
+tiny_sd15 = tiny_model("diffusion_folders", "sd15")
+tiny_sd2 = tiny_model("diffusion_folders", "sd2")
+tiny_sdxl = tiny_model("diffusion_folders", "sdxl")
+tiny_sd3 = tiny_model("flow_folders", "sd3")
+tiny_flux = tiny_model("flow_folders", "flux")
+tiny_qwen_image = tiny_model("flow_folders", "qwen_image")
+tiny_clip = tiny_model("diffusion_folders", "clip")
+tiny_transformers_clip = tiny_model("diffusion_folders", "transformers clip")
+tiny_step_judge = tiny_model("diffusion_folders", "step judge")
 
 
 @pytest.fixture

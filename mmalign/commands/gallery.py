@@ -6,7 +6,6 @@ import json
 import logging
 from pathlib import Path
 
-from mmalign.atomic_io import write_error
 from mmalign.commands.evaluate import evaluate, is_evaluated
 from mmalign.config import Recipe
 from mmalign.modalities import modality_of
@@ -43,19 +42,16 @@ def gallery(recipe: Recipe) -> Path:
     # The page of those with the largest changes
     scores = [(sample["before"]["score"], sample["after"]["score"]) for sample in samples]
     chosen = spread([after - before for before, after in scores], recipe.gallery.images)
-    try:
-        page = write_page(
-            target,
-            parts.entries(recipe, folder, [(index, samples[index]) for index in chosen]),
-            parts.layout,
-            title=recipe.gallery.title,
-            summary=content["table"],
-            score_name=content["score"],
-            provenance={**_training(recipe), **parts.provenance(recipe, len(samples))},
-            measured=scores,
-        )
-    except OSError as error:
-        raise write_error(target, error) from error
+    page = write_page(
+        target,
+        parts.entries(recipe, folder, [(index, samples[index]) for index in chosen]),
+        parts.layout,
+        title=recipe.gallery.title,
+        summary=content["table"],
+        score_name=content["score"],
+        provenance={**_training(recipe), **parts.provenance(recipe, len(samples))},
+        measured=scores,
+    )
     logger.info(f"gallery: {page}")
     return page
 

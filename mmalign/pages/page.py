@@ -18,7 +18,7 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from mmalign.atomic_io import atomic_write
+from mmalign import atomic_io
 from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, encode_grid, render_grid
 from mmalign.pages.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
 
@@ -97,7 +97,7 @@ def write_page(
     """
     _check(entries, summary)
     counts = tally(measured or [entry.scores for entry in entries])
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    atomic_io.make_folder("gallery", folder / "images")
     # Images
     records = []
     for index, entry in enumerate(entries):
@@ -245,5 +245,5 @@ def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as part:
+    with atomic_io.atomic_write(path) as part:
         part.write_bytes(content)

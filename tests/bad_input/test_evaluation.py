@@ -88,7 +88,7 @@ def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
     contains(message, "judge", str(judge))
     options = {"path": "models/tiny_clip", "options": {"batchsize": 2}}
     message = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "reward": options}})
-    contains(message, "judge open_clip: batchsize: ", "options: pretrained, batch_size")
+    contains(message, "judge open_clip: batchsize: ", "options: batch_size, pretrained")
 
 
 def test_a_damaged_trained_model(mmalign: Commands, content: Content, tmp_path: Path) -> None:

@@ -84,6 +84,6 @@ def test_a_full_disk_at_evaluation_and_gallery_keeps_those_before(
         message = mmalign.refused("evaluate", content)
         contains(message, f"{out / 'evaluation'}: could not be written (", "what was there before is kept: make room")
         message = mmalign.refused("gallery", content, "gallery.title=Another")
-        contains(message, f"{out / 'gallery'}: could not be written (", "make room")
+        contains(message, f"{out / 'gallery'}/", ": could not be written (", "make room")
     assert (out / "evaluation" / "samples.json").read_bytes() == samples and page.read_bytes() == shown
     assert not [p for p in out.rglob("*") if p.name.endswith(".part")]
