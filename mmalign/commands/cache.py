@@ -25,8 +25,7 @@ from mmalign.data.caches.array_cache import cache_folder
 from mmalign.data.caches.fill import fill
 from mmalign.data.caches.image_features import fill_features
 from mmalign.data.data_module import DataModule, Splits
-from mmalign.data.loaders.prompts import PromptLoader
-from mmalign.data.loaders.response_pairs import ResponsePairLoader, image_refs
+from mmalign.data.loaders.response_pairs import ResponsePairLoader, ResponsePairReader
 from mmalign.data.pairs import ImageRef
 from mmalign.families.vlm.image_features import backend_name, move_parameters
 from mmalign.modalities import loading, modality_of
@@ -130,7 +129,6 @@ def _fill_caches(data_module: DataModule, recipe: Recipe, family: Any, accelerat
         if data_module.precompute_cache is not None:
             _fill_precomputed(data_module, recipe, family, planned, accelerator)
             loader, store = data_module.train_loader, data_module.precompute_cache
-            assert not isinstance(loader, PromptLoader)
             needed = store.num_batches_read(loader, store.required_keys(loader, planned), num_batches)
     return data_module
 
@@ -139,14 +137,11 @@ def _stop_decoding_images(data_module: DataModule, recipe: Recipe) -> bool:
     """Stop decoding images that only the reference needed; return whether any loader decoded such images."""
     if methods.requirements_of(recipe.method).vision_tower:
         return False
-    loaders = [
-        one
-        for one in (data_module.train_loader, data_module.validation_loader)
-        if isinstance(one, ResponsePairLoader) and one.requested.decoded_images
-    ]
-    for loader in loaders:
-        loader.stop_decoding_images()
-    return bool(loaders)
+    stopped = False
+    for loader in (data_module.train_loader, data_module.validation_loader):
+        if loader is not None and isinstance(loader.reader, ResponsePairReader) and loader.reader.decoded_images:
+            loader.reader, stopped = replace(loader.reader, decoded_images=False), True
+    return stopped
 
 
 def replaces_reference(data_module: DataModule) -> bool:
@@ -170,9 +165,10 @@ def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, num_bat
 
 def _images(loader: ResponsePairLoader, num_batches: int) -> Iterator[ImageRef]:
     """Yield the images of the pair that replaces bad ones, and of each pair in the first batches once."""
-    yield from image_refs(loader.check_readable(), loader.requested)
+    assert isinstance(loader.reader, ResponsePairReader)
+    yield from loader.reader.images_of(loader.check_readable())
     for _, number in loader.sampler.taken(num_batches):
-        yield from image_refs(loader.pairs[number], loader.requested)
+        yield from loader.reader.images_of(loader.pairs[number])
 
 
 def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Any) -> None:

@@ -8,15 +8,11 @@ from typing import Any
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.precompute import PrecomputeCache
-from mmalign.data.loaders.image_pairs import ImagePairLoader
-from mmalign.data.loaders.prompts import PromptBatch, PromptLoader
-from mmalign.data.loaders.response_pairs import ResponsePairLoader
+from mmalign.data.loaders.loader import Loader, Reader
 from mmalign.data.pairs import Pairs, SkippedRow
 
 Splits = tuple[Pairs[Any], Pairs[Any] | None]  # training and validation pairs, or prompts
-
-
-Loader = ImagePairLoader | ResponsePairLoader | PromptLoader
+AnyLoader = Loader[Any, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -29,17 +25,25 @@ class DataModule:
         validation_loader: the loader of the validation split; None if there is none.
         about: one-sentence summary of the data, for messages.
         precompute_cache: the cache of the method's precomputed tensors; None if it has none, or nothing is cached.
-        features: the cache of image features; None if nothing is cached.
-        caches: all caches in use, including the two above.
+        features: the cache of image features; None if it is not used.
+        latents: the cache of latents; None if it is not used.
+        text: the cache of text embeddings; None if it is not used.
     """
 
     encode: Callable[[Any], Any]
-    train_loader: Loader
-    validation_loader: Loader | None
+    train_loader: AnyLoader
+    validation_loader: AnyLoader | None
     about: str
     precompute_cache: PrecomputeCache | None = None
     features: ArrayCache | None = None
-    caches: tuple[ArrayCache, ...] = ()
+    latents: ArrayCache | None = None
+    text: ArrayCache | None = None
+
+    @property
+    def caches(self) -> list[ArrayCache]:
+        """All caches in use."""
+        precomputed = self.precompute_cache.cache if self.precompute_cache is not None else None
+        return [cache for cache in (self.latents, self.text, self.features, precomputed) if cache is not None]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Yield the encoded training batches of an epoch, from number `start`."""
@@ -49,13 +53,12 @@ class DataModule:
         """Yield the encoded validation batches, always in the same order; none without a validation split."""
         return self._encoded(self.validation_loader, 0, 0) if self.validation_loader else iter(())
 
-    def _encoded(self, loader: Loader, epoch: int, start: int) -> Iterator[Any]:
+    def _encoded(self, loader: AnyLoader, epoch: int, start: int) -> Iterator[Any]:
         for batch in loader.batches(epoch, start):
             encoded = self.encode(batch)
-            if self.precompute_cache is not None and not isinstance(batch, PromptBatch):
-                encoded = replace(
-                    encoded, precomputed=self.precompute_cache.lookup(batch, epoch, encoded.weights.device)
-                )
+            if self.precompute_cache is not None:
+                precomputed = self.precompute_cache.lookup(batch.keys, batch.weights, epoch, encoded.weights.device)
+                encoded = replace(encoded, precomputed=precomputed)
             yield encoded
 
     def batch_locations(self, epoch: int, number: int) -> list[str]:
@@ -68,17 +71,34 @@ class DataModule:
 
 
 def open_loaders(
-    make: Callable[..., Loader], train: Pairs[Any], validation: Pairs[Any] | None, accelerator: Any
-) -> tuple[Loader, Loader | None]:
+    reader: Reader[Any, Any, Any],
+    splits: Splits,
+    accelerator: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    max_bad_images: int | None = None,
+) -> tuple[AnyLoader, AnyLoader | None]:
     """Return this process's loaders of the training and the validation split, checked for a readable pair.
 
     Raises:
         ValueError: a split has no readable pair, or too many bad rows.
     """
-    loader = make(pairs=train, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    # Every process scores the whole validation split, so that all have the same number.
-    held_out = make(pairs=validation, keep_last=True) if validation is not None else None
-    for checked in (loader, held_out):
-        if checked is not None:
-            checked.check_readable()
-    return loader, held_out
+
+    def open_loader(pairs: Pairs[Any], **options: Any) -> AnyLoader:
+        common = {"num_workers": num_workers, "max_bad_images": max_bad_images, **options}
+        loader = Loader(pairs, reader, batch_size=batch_size, seed=seed, **common)
+        loader.check_readable()
+        return loader
+
+    train, validation = splits
+    loader = open_loader(train, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    # Every process scores the whole validation split, so that all have the same number
+    return loader, open_loader(validation, keep_last=True) if validation is not None else None
+
+
+def summarize(splits: Splits) -> str:
+    """Return a summary of both splits, for messages."""
+    train, validation = splits
+    return train.summary() + (f" {len(validation):,} more are held out." if validation is not None else "")

@@ -72,7 +72,7 @@ def test_the_run_ends_if_too_many_images_are_bad_or_no_pair_is_left(
     contains(message, "more than data.max_bad_images = 3 images are bad (", "and 1 more", "raise data.max_bad_images")
     data_files.pick_a_pic(pairs, bad=dict.fromkeys(range(8), b"<html>not found</html>"))
     message = mmalign.refused("train", content, f"data.cache='{cache}'", f"output={tmp_path / 'none'}")
-    contains(message, "none of 8 pairs has two readable images (pairs.parquet: row ", "and 5 more); repair the images")
+    contains(message, "none of 8 pairs can be used (pairs.parquet: row ", "and 5 more); repair them")
     assert "0x" not in message  # no object's address
     assert not list((tmp_path / "none").glob("checkpoint-*")) and not (tmp_path / "none" / "model").exists()
 
@@ -86,7 +86,7 @@ def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, con
     _, validation = split_by_group(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)
     data_files.pick_a_pic(pairs, number=12, bad={int(pair.location.split("row ")[1]): b"" for pair in validation})
     message = mmalign.refused("train", content, "data.validation_fraction=0.4", "data.cache='off'")
-    contains(message, f"none of {len(validation)} pairs has two readable images")
+    contains(message, f"none of {len(validation)} pairs can be used")
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])

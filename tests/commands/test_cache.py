@@ -296,18 +296,17 @@ def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path)
 
 
 def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_path: Path) -> None:
-    batch: Any = SimpleNamespace(keys=["a", "b"], weights=torch.tensor([1.0, 0.0]))
     cache = ArrayCache.open(tmp_path / "kept", {})
+    scores = PrecomputeSpec(1, {}, scores=True)
+    weights = torch.tensor([1.0, 0.0])
     with pytest.raises(ValueError, match="lacks what the reference scores in a batch of epoch 3, and nothing else in"):
-        PrecomputeCache(cache, PrecomputeSpec(1, {}, scores=True), required=True).lookup(batch, 3, CPU)
-    assert PrecomputeCache(cache, PrecomputeSpec(1, {}, scores=True)).lookup(batch, 3, CPU) is None
+        PrecomputeCache(cache, scores, required=True).lookup(["a", "b"], weights, 3, CPU)
+    assert PrecomputeCache(cache, scores).lookup(["a", "b"], weights, 3, CPU) is None
     cache.put({"a/0": {"x": torch.tensor([1, 2])}, "c/0": {"x": torch.tensor([1, 2, 3])}})
-    results = PrecomputeCache(cache, PrecomputeSpec(1, {}), required=True).lookup(batch, 3, CPU)
-    assert results is not None and results["x"].tolist() == [[1, 2], [0, 0]]
-    both: Any = SimpleNamespace(keys=["a", "c"], weights=torch.ones(2))
-    assert PrecomputeCache(cache, PrecomputeSpec(1, {})).lookup(both, 0, CPU)["x"].tolist() == [[1, 2, 0], [1, 2, 3]]  # type: ignore[index]
-    nobody: Any = SimpleNamespace(keys=["b"], weights=torch.zeros(1))
-    assert PrecomputeCache(cache, PrecomputeSpec(1, {}), required=True).lookup(nobody, 0, CPU) is not None
+    required = PrecomputeCache(cache, scores, required=True)
+    for pairs, values in ((["a", "b"], [[1, 2], [0, 0]]), (["a", "c"], [[1, 2, 0], [1, 2, 3]]), (["b"], [[0, 0]])):
+        results = required.lookup(pairs, torch.tensor([float(pair != "b") for pair in pairs]), 3, CPU)
+        assert results is not None and results["x"].tolist() == values
 
 
 def test_the_fingerprint_is_written_beside_the_scores(vlm_folders: Folders, tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ Fingerprint = Mapping[str, str | int | float]
 class ArrayCache:
     """Folder of tensors with one fingerprint, found by key; made with `open`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
         self._shards: list[Path] = []
         self._fields: list[tuple[str, ...]] = []  # field names of each shard
         self._index: dict[str, int] = {}  # key -> shard
@@ -60,7 +60,7 @@ class ArrayCache:
         """
         wanted = json.loads(json.dumps(dict(fingerprint)))
         name = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
-        cache = cls(Path(folder) / name)
+        cache = cls(Path(folder) / name, fingerprint)
         for path in (Path(folder), cache.folder):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"data.cache: {path} is a file; expected a folder, or a name that is free")

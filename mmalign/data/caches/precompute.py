@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader
-from mmalign.data.loaders.response_pairs import ResponsePairBatch, ResponsePairLoader
+from mmalign.data.caches.array_cache import ArrayCache, Fingerprint
+from mmalign.data.loaders.loader import Loader
 
-Loader = ImagePairLoader | ResponsePairLoader
-Batch = ImagePairBatch | ResponsePairBatch
+Pairs = Loader[Any, Any, Any]  # a loader of pairs
 Tensors = dict[str, Tensor]
 RequiredKeys = dict[str, tuple[int, int]]  # key -> (draw, pair's number)
 
@@ -61,23 +60,28 @@ class PrecomputeCache:
     spec: PrecomputeSpec
     required: bool = False
 
+    @classmethod
+    def open(cls, folder: Path, spec: PrecomputeSpec, depends: Fingerprint) -> PrecomputeCache:
+        """Open the cache in a recipe's folder of caches, by everything that the tensors depend on besides `spec`."""
+        return cls(ArrayCache.open(folder / spec.folder, {**depends, **spec.settings}), spec)
+
     def key(self, pair: str, epoch: int) -> str:
         """Return the key of a pair's tensors in an epoch."""
         return f"{pair}/{epoch % self.spec.num_draws}"
 
-    def lookup(self, batch: Batch, epoch: int, device: torch.device) -> Tensors | None:
+    def lookup(self, pairs: Sequence[str], weights: Tensor, epoch: int, device: torch.device) -> Tensors | None:
         """Return the cached tensors of a batch by name, each [B, ...]; None if a pair with nonzero weight has none.
 
-        Uncached pairs of weight 0 get zeros. Tensors of unequal length are zero-padded at the end.
+        The keys and weights [B] are those of the batch's pairs. Uncached pairs of weight 0 get zeros. Tensors of
+        unequal length are zero-padded at the end.
 
         Raises:
             ValueError: a tensor is missing and `required` is set.
         """
-        keys = [self.key(pair, epoch) for pair in batch.keys]
+        keys = [self.key(pair, epoch) for pair in pairs]
         is_cached = [key in self.cache for key in keys]
-        if any(weight and not found for weight, found in zip(batch.weights, is_cached, strict=True)) or not len(
-            self.cache
-        ):
+        needs_more = any(weight and not cached for weight, cached in zip(weights, is_cached, strict=True))
+        if needs_more or not len(self.cache):
             if self.required:
                 raise ValueError(
                     f"data.cache: {self.cache.folder} lacks what the reference scores in a batch of epoch {epoch}, and "
@@ -86,17 +90,17 @@ class PrecomputeCache:
                 )
             return None
         # Zeros for uncached padding, shaped like any cached row
-        rows = [self.cache.get(key) if found else None for key, found in zip(keys, is_cached, strict=True)]
+        rows = [self.cache.get(key) if cached else None for key, cached in zip(keys, is_cached, strict=True)]
         like = next((row for row in rows if row is not None), None) or self.cache.get(next(iter(self.cache)))
         zeros = {name: torch.zeros_like(x) for name, x in like.items()}
         return {name: _stacked([(row or zeros)[name] for row in rows]).to(device) for name in like}
 
-    def required_keys(self, loader: Loader, num_batches: int) -> RequiredKeys:
+    def required_keys(self, loader: Pairs, num_batches: int) -> RequiredKeys:
         """Return the keys that the first `num_batches` batches of every process need, by draw and pair."""
         taken = loader.sampler.taken(num_batches, self.spec.num_draws)
         return {self.key(loader.key(number), draw): (draw, number) for draw, number in taken}
 
-    def num_batches_read(self, loader: Loader, required: RequiredKeys, num_batches: int) -> int:
+    def num_batches_read(self, loader: Pairs, required: RequiredKeys, num_batches: int) -> int:
         """Return the most batches that a training of `num_batches` batches reads, with all that can be computed cached.
 
         A batch of pairs that cannot be read makes no update, so the training reads a further batch.
@@ -113,7 +117,7 @@ class PrecomputeCache:
         return numbers
 
     def compute(
-        self, loader: Loader, missing: Mapping[int, Sequence[int]], compute: Callable[[Any, int], Tensors]
+        self, loader: Pairs, missing: Mapping[int, Sequence[int]], compute: Callable[[Any, int], Tensors]
     ) -> Iterator[dict[str, Tensors]]:
         """Yield the tensors of each batch of the missing pairs, by key; pairs that cannot be read have none.
 

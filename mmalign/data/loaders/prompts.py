@@ -1,16 +1,13 @@
-"""Deterministic loader of prompts, for methods that generate their own images."""
+"""Reading of prompts, for methods that generate their own images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mmalign.data.formats.prompts import PromptRow
-from mmalign.data.loaders.sampler import EpochSampler
-from mmalign.data.pairs import Pairs, SkippedRow
 
 
 @dataclass(frozen=True)
@@ -22,49 +19,17 @@ class PromptBatch:
     weights: Tensor
 
 
-class PromptLoader:
-    """Loader of prompts, epoch by epoch.
+class PromptReader:
+    """Reader of prompts, all of which can be used."""
 
-    Attributes:
-        skipped: the unusable prompts; always empty.
+    def key(self, pair: PromptRow) -> str:
+        """Return the key of a prompt: its id."""
+        return f"{pair.row:x}"
 
-    Args:
-        pairs: the prompts to generate images for.
-        batch_size: B, prompts per batch on this process.
-        seed: the seed of the order.
-        rank: index of this process.
-        world_size: number of processes that share an epoch.
-        keep_last: pad the last batch with prompts of weight 0 instead of dropping it.
-    """
+    def read(self, pair: PromptRow, epoch: int) -> PromptRow:
+        """Return the prompt."""
+        return pair
 
-    def __init__(
-        self,
-        pairs: Pairs[PromptRow],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        keep_last: bool = False,
-    ) -> None:
-        self.prompts = pairs
-        self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last)
-        self.skipped: list[SkippedRow] = []
-
-    def __len__(self) -> int:
-        """Return the number of batches per epoch."""
-        return len(self.sampler)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[PromptBatch]:
-        """Yield the batches of an epoch from number `start`."""
-        for planned in self.sampler.plan(epoch)[start:]:
-            prompts = [self.prompts[number] for number, _ in planned]
-            weights = torch.tensor([weight for _, weight in planned])
-            yield PromptBatch([p.row for p in prompts], [p.prompt for p in prompts], weights)
-
-    def check_readable(self) -> None:
-        """Do nothing: prompts are already in memory."""
-
-    def batch_locations(self, epoch: int, number: int) -> list[str]:
-        """Return the locations of a batch's prompts, for messages."""
-        return [self.prompts[index].location for index, weight in self.sampler.plan(epoch)[number] if weight]
+    def collate(self, pairs: Sequence[PromptRow], examples: Sequence[PromptRow], weights: Tensor) -> PromptBatch:
+        """Return the batch of these prompts."""
+        return PromptBatch([pair.row for pair in pairs], [pair.prompt for pair in pairs], weights)

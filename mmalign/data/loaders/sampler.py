@@ -109,8 +109,3 @@ def check_max_bad_images(bad: Sequence[SkippedRow], max_bad_images: int | None, 
             f"data.path: {source}: more than data.max_bad_images = {max_bad_images} images are bad "
             f"({format_rows(bad)}); repair them, or raise data.max_bad_images"
         )
-
-
-def batched(numbers: Sequence[int], size: int) -> list[list[tuple[int, float]]]:
-    """Return batches of (number, weight 1), `size` in each but the last."""
-    return [[(number, 1.0) for number in numbers[start : start + size]] for start in range(0, len(numbers), size)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ import torch
 
 from mmalign.config import ImageData
 from mmalign.data.caches import fingerprint
-from mmalign.data.caches.array_cache import ArrayCache, cache_folder
+from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
 from mmalign.data.caches.latents import encode_latents, encode_texts, read_images, uncached_images
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
-from mmalign.data.data_module import DataModule, Splits, open_loaders
+from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.images import open_pairs as open_image_pairs
 from mmalign.data.formats.prompts import open_prompts, unique_prompts
 from mmalign.data.loaders.encoder import Encoder, text_key
-from mmalign.data.loaders.image_pairs import ImagePairLoader, ImageTransform
-from mmalign.data.loaders.prompts import PromptLoader
+from mmalign.data.loaders.image_pairs import ImagePairReader, ImageTransform
+from mmalign.data.loaders.prompts import PromptReader
 from mmalign.data.loaders.sampler import check_max_bad_images
-from mmalign.data.pairs import Pairs, SkippedRow, format_rows, split_by_group
+from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split_by_group
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, requirements_of
 from mmalign.resources import locate
@@ -99,70 +98,38 @@ def build_data_module(
         ValueError: files, columns or caches do not fit, more than `data.max_bad_images` images are bad, or all are.
     """
     needs = Requirements() if method is None else requirements_of(method)
-    train, validation = splits or open_pairs(data, seed, method)
-    sources = [train] if validation is None else [train, validation]
-    if needs.prompts_only:
-        prompts = partial(PromptLoader, batch_size=batch_size, seed=seed)
-        encoder, encode = _prompt_encoder(family, sources, data, output, accelerator, reward_model)
-        loaders = open_loaders(prompts, train, validation, accelerator)
-        text = (encoder.text,) if encoder.text is not None else ()
-        return DataModule(encode, *loaders, f"{len(train):,} prompts from {train.source}.", caches=text)
-
-    # Caches of latents and text, then that of the precomputed tensors
-    transform, latents, encoder, depends = _prepare(family, sources, data, output, accelerator, needs.vae_decoder)
-    precompute_cache = None
-    if spec is not None and latents is not None:
-        settings = {**depends, **spec.settings, "flip": data.flip, "seed": seed}
-        spec_folder = cache_folder(data, output) / spec.folder
-        precompute_cache = PrecomputeCache(ArrayCache.open(spec_folder, settings), spec)
-    make = partial(
-        ImagePairLoader,
-        batch_size=batch_size,
-        seed=seed,
-        transform=transform,
-        cache=latents,
-        repeat=spec.num_draws if spec else None,
-        num_workers=data.num_workers,
-        max_bad_images=data.max_bad_images,
-    )
-    caches = (latents, encoder.text, precompute_cache.cache if precompute_cache is not None else None)
-    return DataModule(
-        replace(encoder, reward_model=reward_model, prompt_pairs=needs.prompt_pairs).encode,
-        *open_loaders(make, train, validation, accelerator),
-        train.summary() + (f" {len(validation):,} more are held out." if validation is not None else ""),
-        precompute_cache,
-        caches=tuple(cache for cache in caches if cache is not None),
-    )
-
-
-def _prompt_encoder(
-    family: TextToImage,
-    sources: Sequence[Pairs[Any]],
-    data: ImageData,
-    output: Path,
-    accelerator: Any,
-    reward_model: RewardModel | None,
-) -> tuple[Encoder, Callable[[Any], Any]]:
-    """Fill the text cache; return the encoder of prompts, and its call for a batch at the recipe's image size."""
+    splits = splits or open_pairs(data, seed, method)
+    sources = [pairs for pairs in splits if pairs is not None]
+    is_cached = data.cache != "off" and (needs.prompts_only or data.crop == "center")
+    unconditional = family.unconditional()
+    text = _fill_text(family, sources, data, output, accelerator) if is_cached else None
+    encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
     side = data.resolution or family.resolution
-    shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
-    encoder = Encoder(family, family.unconditional(), None, reward_model=reward_model)
-    if data.cache != "off":
-        networks = {name: net for name, net in family.encoders() if name != "vae"}
-        text = ArrayCache.open(cache_folder(data, output) / "text", _text_dependencies(family))
-        for pairs in sources:
-            _fill_text(family, pairs, text, accelerator)
-        for net in networks.values():
-            net.to("cpu")
-        encoder = replace(encoder, text=text)
+    open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=batch_size, seed=seed)
     _warn_truncated(family, sources)
-    return encoder, partial(encoder.encode_prompts, side=side, shape=shape)
+    if needs.prompts_only:
+        shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
+        encode = partial(encoder.encode_prompts, side=side, shape=shape)
+        about = f"{len(splits[0]):,} prompts from {splits[0].source}."
+        return DataModule(encode, *open_all(PromptReader()), about, text=text)
 
-
-def _text_dependencies(family: TextToImage) -> dict[str, str | int | float]:
-    """Return the dependencies of text embeddings besides the prompts: text encoders and tokenizers."""
-    encoders = {name: fingerprint.fingerprint_network(net) for name, net in family.encoders() if name != "vae"}
-    return {**encoders, "tokenizers": fingerprint.fingerprint_tokenizer(family)}
+    transform = ImageTransform(side, data.crop, data.flip)
+    latents = precompute_cache = None
+    if text is not None:
+        latents = _fill_latents(family, sources, transform, data, output, accelerator, vae_decoder=needs.vae_decoder)
+        if spec is not None:
+            schedule = fingerprint.fingerprint_schedule(family.schedule)
+            of_images = {**latents.fingerprint, **text.fingerprint, "schedule": schedule, "flip": data.flip}
+            precompute_cache = PrecomputeCache.open(cache_folder(data, output), spec, {**of_images, "seed": seed})
+    reader = ImagePairReader(transform, seed, latents, spec.num_draws if spec is not None else None)
+    return DataModule(
+        encoder.encode,
+        *open_all(reader, num_workers=data.num_workers, max_bad_images=data.max_bad_images),
+        summarize(splits),
+        precompute_cache,
+        latents=latents,
+        text=text,
+    )
 
 
 def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
@@ -173,74 +140,56 @@ def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
         logger.warning(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
 
 
-def _prepare(
+def _fill_text(
+    family: TextToImage, sources: Sequence[Pairs[Any]], data: ImageData, output: Path, accelerator: Any
+) -> ArrayCache:
+    """Return the cache of text embeddings, filled; the text encoders then move to the CPU."""
+    encoders = {name: net for name, net in family.encoders() if name != "vae"}
+    depends = {name: fingerprint.fingerprint_network(net) for name, net in encoders.items()}
+    depends["tokenizers"] = fingerprint.fingerprint_tokenizer(family)
+    text = ArrayCache.open(cache_folder(data, output) / "text", depends)
+    prompts = {text_key(prompt): prompt for pairs in sources for prompt in sorted(set(pairs.prompts()))}
+    keys = text.share(prompts, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    fill(text, encode_texts(family, [prompts[key] for key in keys]), len(keys), "encode prompts", accelerator)
+    for net in encoders.values():
+        net.to("cpu")  # no longer needed; on a GPU they would take gigabytes from the training
+    return text
+
+
+def _fill_latents(
     family: TextToImage,
-    sources: Sequence[Pairs],
+    sources: Sequence[Pairs[ImagePair]],
+    transform: ImageTransform,
     data: ImageData,
     output: Path,
     accelerator: Any,
-    decodes: bool = False,
-) -> tuple[ImageTransform, ArrayCache | None, Encoder, dict[str, str | int | float]]:
-    """Fill the caches of latents and text.
+    *,
+    vae_decoder: bool,
+) -> ArrayCache:
+    """Return the cache of latents, filled; the autoencoder then moves to the CPU unless its decoder is needed.
 
-    The encoders then move to the CPU, except the autoencoder of a method that `decodes`.
-
-    Returns:
-        The image transform, the cache of latents, the encoder of batches, and the caches' dependencies. Without a cache
-        or with random crops, the cache is None and the dependencies are empty.
+    Raises:
+        ValueError: more than `data.max_bad_images` images cannot be read, on all processes together.
     """
-    transform = ImageTransform(data.resolution or family.resolution, data.crop, data.flip)
-    latents, text, bad = None, None, list[SkippedRow]()
-    depends: dict[str, str | int | float] = {}
-    unconditional = family.unconditional()
-    if data.cache != "off" and data.crop == "center":
-        of_text = _text_dependencies(family)
-        of_images: dict[str, str | int | float] = {"resolution": transform.resolution}
-        of_images["vae"] = fingerprint.fingerprint_network(dict(family.encoders())["vae"])
-        depends |= {**of_text, **of_images, "schedule": fingerprint.fingerprint_schedule(family.schedule)}
-        latents = ArrayCache.open(cache_folder(data, output) / "latents", of_images)
-        text = ArrayCache.open(cache_folder(data, output) / "text", of_text)
-        bad = _fill(family, sources, transform, latents, text, data, accelerator)
-        for name, net in family.encoders():
-            if not (decodes and name == "vae"):
-                net.to("cpu")  # no longer needed; on a GPU they would take gigabytes from the training
-    if bad:
-        logger.warning(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
-    _warn_truncated(family, sources)
-    return transform, latents, Encoder(family, unconditional, text), depends
-
-
-def _fill(
-    family: TextToImage,
-    sources: Sequence[Pairs],
-    transform: ImageTransform,
-    latents: ArrayCache,
-    text: ArrayCache,
-    data: ImageData,
-    accelerator: Any,
-) -> list[SkippedRow]:
-    """Encode the images and prompts that the caches lack; return all processes' unreadable images."""
     from accelerate.utils import gather_object
 
-    bad: list[SkippedRow] = []
+    vae = dict(family.encoders())["vae"]
+    depends: Fingerprint = {"resolution": transform.resolution, "vae": fingerprint.fingerprint_network(vae)}
+    latents, bad = ArrayCache.open(cache_folder(data, output) / "latents", depends), list[SkippedRow]()
+
+    def on_bad(image: SkippedRow) -> None:
+        bad.append(image)
+        check_max_bad_images(bad, data.max_bad_images, sources[0].source)
+
     for pairs in sources:
-
-        def on_bad(image: SkippedRow, source: str = pairs.source) -> None:
-            bad.append(image)
-            check_max_bad_images(bad, data.max_bad_images, source)
-
         share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         images = uncached_images(pairs, transform, latents, **share)
         views = read_images(pairs, transform, latents, images, num_workers=data.num_workers)
         fill(latents, encode_latents(family, views, on_bad), len(images), "encode images", accelerator)
-        _fill_text(family, pairs, text, accelerator)
     bad = gather_object(bad)  # each process knows those of its own share
     check_max_bad_images(bad, data.max_bad_images, sources[0].source)
-    return bad
-
-
-def _fill_text(family: TextToImage, pairs: Pairs[Any], text: ArrayCache, accelerator: Any) -> None:
-    """Encode the pairs' prompts that the cache of text lacks."""
-    prompts = {text_key(prompt): prompt for prompt in sorted(set(pairs.prompts()))}
-    keys = text.share(prompts, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    fill(text, encode_texts(family, [prompts[key] for key in keys]), len(keys), "encode prompts", accelerator)
+    if bad:
+        logger.warning(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
+    if not vae_decoder:
+        vae.to("cpu")
+    return latents

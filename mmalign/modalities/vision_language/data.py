@@ -10,9 +10,9 @@ from mmalign.config import ResponseData
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.image_features import feature_dependencies, tokenizer_dependencies
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
-from mmalign.data.data_module import DataModule, Splits, open_loaders
+from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.responses import open_responses
-from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairLoader
+from mmalign.data.loaders.response_pairs import ResponsePairReader
 from mmalign.data.loaders.response_pairs import encode as encode_responses
 from mmalign.data.pairs import split_by_group
 from mmalign.families.base import VisionLanguage
@@ -82,36 +82,29 @@ def build_data_module(
         ValueError: files, columns or caches do not fit, more than `data.max_bad_images` rows are bad, or all are.
     """
     needs = Requirements() if method is None else requirements_of(method)
-    train, validation = splits or open_pairs(data, seed, method)
+    splits = splits or open_pairs(data, seed, method)
     longest = min(family.processor.max_length, data.max_length or family.processor.max_length)
     precompute_cache = features = None
     if data.cache != "off":
         folder = cache_folder(data, output)
-        of_features = feature_dependencies(family)
-        features = ArrayCache.open(folder / "features", of_features)
+        features = ArrayCache.open(folder / "features", feature_dependencies(family))
         if spec is not None:
-            settings = {**of_features, **tokenizer_dependencies(family), **spec.settings}
-            settings |= {"seed": seed, "max_length": longest}
-            precompute_cache = PrecomputeCache(ArrayCache.open(folder / spec.folder, settings), spec)
-    make = partial(
-        ResponsePairLoader,
-        processor=family.processor,
-        max_length=longest,
+            of_tokens = {**tokenizer_dependencies(family), "max_length": longest}
+            precompute_cache = PrecomputeCache.open(folder, spec, {**features.fingerprint, **of_tokens, "seed": seed})
+    reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images, features)
+    loaders = open_loaders(
+        reader,
+        splits,
+        accelerator,
         batch_size=batch_size,
         seed=seed,
-        requested=RequestedInputs(needs.decoded_images, needs.other_images),
-        known=features,
         num_workers=data.num_workers,
         max_bad_images=data.max_bad_images,
     )
-    loader, held_out = open_loaders(make, train, validation, accelerator)
-    caches = (features, precompute_cache.cache if precompute_cache is not None else None)
     return DataModule(
         partial(encode_responses, family, max_length=longest),
-        loader,
-        held_out,
-        train.summary() + (f" {len(validation):,} more are held out." if validation is not None else ""),
+        *loaders,
+        summarize(splits),
         precompute_cache,
         features,
-        tuple(cache for cache in caches if cache is not None),
     )

@@ -15,7 +15,8 @@ from mmalign.data.caches import fill
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.loaders.image_pairs import ImagePairLoader, ImageTransform
+from mmalign.data.loaders.image_pairs import ImagePairLoader, ImagePairReader, ImageTransform
+from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.methods.text_to_image import inpo
 from mmalign.rng import KeyedRNG
@@ -174,7 +175,8 @@ def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path,
 def loader(tmp_path: Path, **more: Any) -> ImagePairLoader:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", 7)
     source = open_pairs("pick_a_pic", str(tmp_path / "pairs.parquet"))
-    return ImagePairLoader(source, batch_size=2, seed=0, transform=ImageTransform(16, flip=True), repeat=2, **more)
+    reader = ImagePairReader(ImageTransform(16, flip=True), seed=0, repeat=2)
+    return Loader(source, reader, batch_size=2, seed=0, **more)
 
 
 class OneOf:
@@ -213,7 +215,7 @@ def test_processes_share_the_work_and_each_finds_all_of_it(tmp_path: Path) -> No
         result = PrecomputeCache(ArrayCache.open(store, {}), PrecomputeSpec(2, {}))
         for epoch in (0, 1, 2, 3):
             for batch in loader(tmp_path, rank=rank, world_size=2).batches(epoch):
-                arrays = result.lookup(batch, epoch, torch.device("cpu"))
+                arrays = result.lookup(batch.keys, batch.weights, epoch, torch.device("cpu"))
                 assert arrays is not None
                 assert arrays["of"].tolist() == [[row % 1000, epoch % 2] for row in batch.rows]
 
@@ -259,9 +261,9 @@ def test_a_batch_of_which_a_pair_lacks_finds_nothing(tmp_path: Path) -> None:
     own = PrecomputeCache(ArrayCache.open(tmp_path / "kept", {}), PrecomputeSpec(1, {}))
     (batch, *_) = loader(tmp_path).batches(0)
     own.cache.put({own.key(batch.keys[0], 0): {"x": torch.ones(3)}})
-    assert own.lookup(batch, 0, torch.device("cpu")) is None
+    assert own.lookup(batch.keys, batch.weights, 0, torch.device("cpu")) is None
     batch.weights[1] = 0.0
-    arrays = own.lookup(batch, 0, torch.device("cpu"))
+    arrays = own.lookup(batch.keys, batch.weights, 0, torch.device("cpu"))
     assert arrays is not None and arrays["x"].tolist() == [[1.0] * 3, [0.0] * 3]
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.formats.prompts import open_prompts, unique_prompts
-from mmalign.data.loaders.prompts import PromptLoader
+from mmalign.data.loaders.loader import Loader
+from mmalign.data.loaders.prompts import PromptReader
 from mmalign.data.pairs import split_by_group
 from mmalign.toy.scenes import sample_prompts
 from tests.helpers import data_files
@@ -52,15 +53,17 @@ def test_pairs_give_their_prompts_once(tmp_path: Path) -> None:
 
 def test_batches_are_the_same_wherever_one_begins_and_processes_share_them(tmp_path: Path) -> None:
     prompts = open_prompts(str(written(tmp_path, "\n".join(f"thing {i}" for i in range(11)))))
-    whole = list(PromptLoader(prompts, batch_size=2, seed=3).batches(epoch=1))
+    whole = list(Loader(prompts, PromptReader(), batch_size=2, seed=3).batches(epoch=1))
     assert [len(b.rows) for b in whole] == [2] * 5  # the last, half full, is left out
-    later = list(PromptLoader(prompts, batch_size=2, seed=3).batches(epoch=1, start=3))
+    later = list(Loader(prompts, PromptReader(), batch_size=2, seed=3).batches(epoch=1, start=3))
     assert [b.rows for b in later] == [b.rows for b in whole[3:]]
-    both = [list(PromptLoader(prompts, batch_size=1, seed=3, rank=r, world_size=2).batches(1)) for r in (0, 1)]
+    both = [
+        list(Loader(prompts, PromptReader(), batch_size=1, seed=3, rank=r, world_size=2).batches(1)) for r in (0, 1)
+    ]
     assert [[a.rows[0], b.rows[0]] for a, b in zip(*both, strict=True)] == [b.rows for b in whole]
-    kept = list(PromptLoader(prompts, batch_size=4, seed=3, keep_last=True).batches(0))
+    kept = list(Loader(prompts, PromptReader(), batch_size=4, seed=3, keep_last=True).batches(0))
     assert [b.weights.tolist() for b in kept[-1:]] == [[1.0, 1.0, 1.0, 0.0]]
-    loader = PromptLoader(prompts, batch_size=2, seed=3)
+    loader = Loader(prompts, PromptReader(), batch_size=2, seed=3)
     assert loader.batch_locations(1, 0)[0].startswith(str(tmp_path)) and len(loader) == 5
 
 

@@ -9,19 +9,29 @@ import torch
 
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
-from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairBatch, ResponsePairLoader, encode
+from mmalign.data.loaders.loader import Loader
+from mmalign.data.loaders.response_pairs import ResponsePairBatch, ResponsePairLoader, ResponsePairReader, encode
 from mmalign.data.pairs import SkippedRow
 from mmalign.families.base import VisionLanguage
 from mmalign.methods.vision_language._images import with_changed_images
 from tests.helpers import data_files
 from tests.helpers.loading import load_vlm
 
-ALL = RequestedInputs(decoded_images=True, other_images=True)
+ALL = {"decoded_images": True, "other_images": True}
 
 
-def loader(family: VisionLanguage, rows: Path, **options: Any) -> ResponsePairLoader:
-    options = {"max_length": family.processor.max_length, "batch_size": 2, "seed": 0, **options}
-    return ResponsePairLoader(open_responses(rows.stem, str(rows)), family.processor, **options)
+def loader(
+    family: VisionLanguage,
+    rows: Path,
+    *,
+    max_length: int | None = None,
+    decoded_images: bool = False,
+    other_images: bool = False,
+    **options: Any,
+) -> ResponsePairLoader:
+    longest = max_length or family.processor.max_length
+    reader = ResponsePairReader(family.processor, longest, decoded_images, other_images)
+    return Loader(open_responses(rows.stem, str(rows)), reader, **{"batch_size": 2, "seed": 0, **options})
 
 
 def changed(rows: Path, at: int, **fields: Any) -> Path:
@@ -89,7 +99,7 @@ def test_an_over_long_response_loses_its_tail_and_nothing_else(llava: Any, tmp_p
     long = "There is a red cube. " * 30
     rows = changed(data_files.response_pairs(tmp_path), 3, chosen=long)
     whole, cut = (next(iter(loader(llava, rows, batch_size=8, **o).batches(0))) for o in ({}, {"max_length": 60}))
-    assert cut.tokens.ids.shape == (16, 60) and not cut.skipped and cut.weights.sum() == 8
+    assert cut.tokens.ids.shape == (16, 60) and cut.weights.sum() == 8
     assert torch.equal(cut.tokens.starts, whole.tokens.starts)
     assert torch.equal(cut.tokens.ids, whole.tokens.ids[:, :60])
 
@@ -148,8 +158,8 @@ def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguag
     responses = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
     row = {"images": ["a.png"], "messages": responses, "rejected_images": ["b.png"]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    pairs = open_responses("swift", str(tmp_path / "rows.json"))
-    (batch,) = ResponsePairLoader(pairs, llava.processor, max_length=99, batch_size=1, seed=0).batches(0)
+    rows = (tmp_path / "rows.json").rename(tmp_path / "swift.json")
+    (batch,) = loader(llava, rows, max_length=99, batch_size=1).batches(0)
     (one,), (other,) = batch.tokens.images
     assert one != other and torch.equal(batch.tokens.ids[0], batch.tokens.ids[1])
     logps = llava.token_logps(llava.network, batch.tokens, llava.encode_images(batch.views))
@@ -174,15 +184,15 @@ def test_what_no_method_asked_for_is_not_read(llava: VisionLanguage, realign: Pa
 def test_pairs_pictures_and_other_images_are_the_same_read_here_or_by_workers(
     llava: VisionLanguage, realign: Path
 ) -> None:
-    here = list(loader(llava, realign, requested=ALL).batches(1))
-    for batch, worked in zip(here, loader(llava, realign, requested=ALL, num_workers=2).batches(1), strict=True):
+    here = list(loader(llava, realign, **ALL).batches(1))
+    for batch, worked in zip(here, loader(llava, realign, **ALL, num_workers=2).batches(1), strict=True):
         assert_same(batch, worked)
         assert batch.decoded_images and batch.other_images is not None
 
 
 def test_pictures_are_what_was_decoded_and_pairs_what_was_said(llava: VisionLanguage, realign: Path) -> None:
     pairs = {pair.row: pair for pair in open_responses("realign", str(realign))}
-    for batch in loader(llava, realign, requested=ALL).batches(0):
+    for batch in loader(llava, realign, **ALL).batches(0):
         encoded = encode(llava, batch)
         assert [pair.row for pair in encoded.pairs] == encoded.rows
         for pair in encoded.pairs:
@@ -197,7 +207,7 @@ def test_pictures_are_what_was_decoded_and_pairs_what_was_said(llava: VisionLang
 
 def test_others_are_the_chosen_responses_to_the_other_images(llava: Any, realign: Path) -> None:
     pairs = {pair.row: pair for pair in open_responses("realign", str(realign))}
-    for batch in loader(llava, realign, requested=ALL).batches(0):
+    for batch in loader(llava, realign, **ALL).batches(0):
         assert batch.other_images is not None and len(batch.other_images) == len(batch.rows)
         chosen = batch.tokens[: len(batch.rows)]
         assert torch.equal(batch.other_images.responses, chosen.responses)
@@ -223,7 +233,7 @@ def test_both_images_are_answered_with_as_many_tokens(vlm_folders: Any, tmp_path
     }
     path = tmp_path / "realign.jsonl"
     path.write_text(json.dumps({"image": "small.png", "retrieved_image": "large.png", **turns}))
-    (batch,) = loader(family, path, requested=ALL, batch_size=1, max_length=60).batches(0)
+    (batch,) = loader(family, path, **ALL, batch_size=1, max_length=60).batches(0)
     assert batch.other_images is not None
     chosen, other = batch.tokens[:1], batch.other_images
     assert int(other.starts) > int(chosen.starts) and int(other.lengths) == 60
@@ -238,9 +248,9 @@ def test_an_other_image_that_is_bad_drops_its_pair(
     content: bytes, reason: str, llava: VisionLanguage, realign: Path
 ) -> None:
     """Counted and named, and no other pair moves for it."""
-    good = [batch.rows for batch in loader(llava, realign, requested=ALL).batches(0)]
+    good = [batch.rows for batch in loader(llava, realign, **ALL).batches(0)]
     (realign.parent / "bad.png").write_bytes(content)
-    result = loader(llava, changed(realign, 2, retrieved_image="bad.png"), requested=ALL)
+    result = loader(llava, changed(realign, 2, retrieved_image="bad.png"), **ALL)
     batches = list(result.batches(0))
     assert sum(len(rows) for rows in good) == 8 and sum(b.weights.sum() for b in batches) == 7
     (dropped,) = result.skipped
@@ -249,7 +259,7 @@ def test_an_other_image_that_is_bad_drops_its_pair(
 
 
 def test_a_pair_without_another_image_is_dropped_where_one_is_needed(llava: VisionLanguage, realign: Path) -> None:
-    result = loader(llava, changed(realign, 5, retrieved_image=None), requested=ALL)
+    result = loader(llava, changed(realign, 5, retrieved_image=None), **ALL)
     assert sum(b.weights.sum() for b in result.batches(0)) == 7
     assert result.skipped == [SkippedRow("realign.jsonl: line 6", "has no other image, which the method compares with")]
 
@@ -257,7 +267,7 @@ def test_a_pair_without_another_image_is_dropped_where_one_is_needed(llava: Visi
 def test_a_bad_pair_s_place_is_taken_by_another_s_pictures_too(llava: VisionLanguage, realign: Path) -> None:
     """A method that disturbs pictures or reads pairs finds all of the pair that stands in."""
     (realign.parent / "1.png").write_bytes(b"")
-    for read in loader(llava, realign, requested=ALL).batches(0):
+    for read in loader(llava, realign, **ALL).batches(0):
         batch = encode(llava, read)
         tokens, features = with_changed_images(llava, batch, lambda picture, row, place: picture)
         assert tokens.ids.shape[0] == len(batch.rows) == len(batch.pairs)
@@ -267,7 +277,7 @@ def test_a_bad_pair_s_place_is_taken_by_another_s_pictures_too(llava: VisionLang
 
 def test_disturbed_rows_are_the_chosen_ones_with_other_features(llava: VisionLanguage, realign: Path) -> None:
     """Each picture is given with its pair's row and its place; one left as it is has the features it had."""
-    batch = encode(llava, next(iter(loader(llava, realign, requested=ALL, batch_size=8).batches(0))))
+    batch = encode(llava, next(iter(loader(llava, realign, **ALL, batch_size=8).batches(0))))
     given = list[tuple[int, int]]()
 
     def darker(picture: Any, row: int, place: int) -> Any:
@@ -288,13 +298,7 @@ def test_every_image_of_a_prompt_is_disturbed_in_its_own_place(llava: VisionLang
         (tmp_path / name).write_bytes(data_files.png(ord(name[0])))
     row = {"images": ["a.png", "b.png", "a.png"], "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
     (tmp_path / "trl.jsonl").write_text(json.dumps(row))
-    read = next(
-        iter(
-            loader(llava, tmp_path / "trl.jsonl", requested=RequestedInputs(decoded_images=True), batch_size=1).batches(
-                0
-            )
-        )
-    )
+    read = next(iter(loader(llava, tmp_path / "trl.jsonl", decoded_images=True, batch_size=1).batches(0)))
     batch = encode(llava, read)
     tokens, features = with_changed_images(llava, batch, lambda picture, row, place: picture.rotate(90 * place))
     (keys,) = tokens.images

@@ -14,7 +14,8 @@ from mmalign.commands import train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.batches import EncodedResponses
-from mmalign.data.loaders.response_pairs import RequestedInputs, ResponsePairLoader, encode
+from mmalign.data.loaders.loader import Loader
+from mmalign.data.loaders.response_pairs import ResponsePairReader, encode
 from mmalign.language.objects import coco_vocabulary
 from mmalign.methods.vision_language import bdhs, dpo
 from mmalign.policy import Policy
@@ -57,18 +58,12 @@ def rows(folder: Path, hallucinated: dict[int, str] | None = None, **fields: str
     return path
 
 
-def batch(family: Any, path: Path, **options: Any) -> EncodedResponses:
+def batch(family: Any, path: Path, max_length: int = 256) -> EncodedResponses:
     """All pairs of a file at once."""
     pairs = open_responses("trl", str(path))
-    options = {
-        "max_length": 256,
-        "batch_size": len(pairs),
-        "seed": 0,
-        "requested": RequestedInputs(decoded_images=True),
-        **options,
-    }
-    (read,) = ResponsePairLoader(pairs, family.processor, **options).batches(0)
-    return encode(family, read, options["max_length"])
+    reader = ResponsePairReader(family.processor, max_length, decoded_images=True)
+    (read,) = Loader(pairs, reader, batch_size=len(pairs), seed=0).batches(0)
+    return encode(family, read, max_length)
 
 
 def stepped(method: Any, policy: Policy[Any], given: EncodedResponses, rng: KeyedRNG = DRAWS, **settings: Any) -> Any:
@@ -216,7 +211,7 @@ def test_padding_is_not_written_for(policy: Policy[Any], tmp_path: Path, monkeyp
     monkeypatch.setattr(bdhs, "bdhs", counted)
     path = rows(tmp_path)
     (tmp_path / "1.png").write_bytes(b"no picture")
-    given = batch(policy.family, path, keep_last=True)
+    given = batch(policy.family, path)
     _, step = stepped(bdhs, policy, given, mode="online", online=ONLINE)
     assert len(asked) == 6 == step.weights.sum()
 
