@@ -15,7 +15,7 @@ can use.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from mmalign.attention.executors import BACKENDS
 from mmalign.attention.forest import PackedPrefixMask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _PREFIX = "mmalign_"  # of the executors' names in transformers
 _KEYWORD = "mmalign_forest"  # what takes a forest through a model's layers
 
 
-def install(decoder: Any, executor: str) -> None:
+def install(decoder: PreTrainedModel, executor: str) -> None:
     """Have an executor compute the attention of a decoder of transformers, packed rows and others.
 
     With "sdpa" rows that are no forest are computed by transformers' own function: no number changes.
@@ -48,13 +51,13 @@ def install(decoder: Any, executor: str) -> None:
         )
 
 
-def installed(decoder: Any) -> str | None:
+def installed(decoder: PreTrainedModel) -> str | None:
     """The executor that `use` gave a decoder; None for transformers' own attention."""
     name = str(decoder.config._attn_implementation)
     return name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else None
 
 
-def attention_kwargs(packed_mask: PackedPrefixMask, decoder: Any) -> dict[str, Any]:
+def attention_kwargs(packed_mask: PackedPrefixMask, decoder: PreTrainedModel) -> dict[str, object]:
     """What a decoder's forward pass takes for a packed row, beside its tokens and their positions.
 
     Raises:
@@ -67,7 +70,7 @@ def attention_kwargs(packed_mask: PackedPrefixMask, decoder: Any) -> dict[str, A
     return {_KEYWORD: packed_mask, "attention_mask": torch.ones(1, 1, 0, 0, dtype=torch.bool, device=device)}
 
 
-def packing_unsupported_reason(decoder: Any, longest: int) -> str | None:
+def packing_unsupported_reason(decoder: PreTrainedModel, longest: int) -> str | None:
     """Return the reason why a decoder cannot take rows that share a prefix; None if it can.
 
     Args:
@@ -89,7 +92,7 @@ def packing_unsupported_reason(decoder: Any, longest: int) -> str | None:
     return None
 
 
-def xformers_unsupported_reason(decoder: Any) -> str | None:
+def xformers_unsupported_reason(decoder: PreTrainedModel) -> str | None:
     """Return the reason why no kernel of xformers computes a decoder's attention on any device; None if one may."""
     if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
         return "the model's attention has a soft cap, which its kernels do not know"
@@ -118,10 +121,11 @@ def _register(executor: str) -> str:
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
-        **more: Any,
+        **more: object,
     ) -> tuple[Tensor, None]:
         """As transformers calls it: queries [B, H, M, K], keys and values [B, H, N, K]; the result is [B, M, H, K]."""
         forest = more.pop(_KEYWORD, None)
+        assert forest is None or isinstance(forest, PackedPrefixMask)
         if forest is None and executor == "sdpa":
             return _own(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
         _refuse(dropout, more, None if forest is None else forest.longest)
@@ -148,7 +152,7 @@ def _own(
     dropout: float,
     scaling: float | None,
     is_causal: bool | None,
-    **more: Any,
+    **more: object,
 ) -> tuple[Tensor, None]:
     """transformers' own function."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -158,7 +162,7 @@ def _own(
     return out, None
 
 
-def _refuse(dropout: float, more: dict[str, Any], longest: int | None) -> None:
+def _refuse(dropout: float, more: dict[str, object], longest: int | None) -> None:
     """What no executor knows.
 
     Args:
@@ -176,7 +180,7 @@ def _refuse(dropout: float, more: dict[str, Any], longest: int | None) -> None:
     for name in ("softcap", "position_bias", "s_aux"):
         if more.get(name) is not None:
             raise NotImplementedError(f"attention: {name} is not known here; use train.attention: sdpa, unpacked")
-    if longest is not None and window and window < longest:
+    if longest is not None and isinstance(window, int) and 0 < window < longest:
         raise NotImplementedError(
             f"attention: a window of {window} tokens is not known for rows that share a prefix, of up to {longest}"
         )

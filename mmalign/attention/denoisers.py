@@ -13,12 +13,17 @@ N rows, T tokens, C channels, H heads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.attention.executors import BACKENDS
+
+if TYPE_CHECKING:
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention
+
 
 _MARK = "_mmalign_executor"  # a network's attribute: deep copies have it too
 _LINEAR = ("SanaLinearAttnProcessor2_0",)
@@ -39,7 +44,7 @@ def install(net: nn.Module, executor: str) -> None:
     from diffusers.models import attention_processor as plain
     from diffusers.models.transformers import sana_transformer as sana
 
-    kinds: dict[type, Any] = {
+    kinds: dict[type, Single | Joint] = {
         plain.AttnProcessor2_0: Single(executor),
         sana.SanaAttnProcessor2_0: Single(executor, norm_before_heads=True),
         plain.JointAttnProcessor2_0: Joint(executor),
@@ -61,7 +66,7 @@ def install(net: nn.Module, executor: str) -> None:
         )
     for _, module in softmax_modules:
         if _asks_registry(module):
-            _ask_for(module.processor, executor)
+            _ask_for(module, executor)
         else:
             module.set_processor(kinds[type(module.processor)])
     setattr(net, _MARK, executor)
@@ -82,13 +87,13 @@ def head_sizes(net: nn.Module) -> frozenset[int]:
     return frozenset(sizes)
 
 
-def _attention(net: nn.Module) -> list[tuple[str, Any]]:
+def _attention(net: nn.Module) -> list[tuple[str, Attention | AttentionModuleMixin]]:
     """The attention modules by name.
 
     Raises:
         ValueError: one has no processor, and so no place where another executor fits in.
     """
-    modules: list[tuple[str, Any]] = []
+    modules: list[tuple[str, Attention | AttentionModuleMixin]] = []
     for name, module in net.named_modules():
         if getattr(module, "processor", None) is not None:
             modules.append((name, module))
@@ -100,13 +105,13 @@ def _attention(net: nn.Module) -> list[tuple[str, Any]]:
     return modules
 
 
-def _asks_registry(module: Any) -> bool:
+def _asks_registry(module: Attention | AttentionModuleMixin) -> bool:
     """Whether attention is computed by what diffusers' registry has under the processor's choice."""
     return hasattr(module.processor, "_attention_backend")
 
 
-def _ask_for(processor: Any, executor: str) -> None:
-    """Have a processor ask the registry for xformers, and find our function there."""
+def _ask_for(module: Attention | AttentionModuleMixin, executor: str) -> None:
+    """Have a module's processor ask the registry for xformers, and find our function there."""
     from diffusers.models import attention_dispatch as dispatch
 
     def attend(
@@ -118,7 +123,7 @@ def _ask_for(processor: Any, executor: str) -> None:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-        _parallel_config: Any = None,
+        _parallel_config: object = None,
     ) -> Tensor:
         """As diffusers calls it, [N, T, H, C / H]; a mask is [N, T] of keys, or has four dimensions."""
         if dropout_p or _parallel_config is not None:
@@ -128,7 +133,7 @@ def _ask_for(processor: Any, executor: str) -> None:
         return BACKENDS[executor](query, key, value, attn_mask, causal=is_causal, scale=scale)
 
     dispatch._AttentionBackendRegistry.register(dispatch.AttentionBackendName.XFORMERS)(attend)
-    processor._attention_backend = dispatch.AttentionBackendName.XFORMERS
+    module.processor._attention_backend = dispatch.AttentionBackendName.XFORMERS
 
 
 class Single:
@@ -143,7 +148,7 @@ class Single:
 
     def __call__(
         self,
-        attn: Any,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -172,7 +177,7 @@ class Single:
         out: Tensor = x / attn.rescale_output_factor
         return out
 
-    def _heads(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.norm_before_heads:
             q, k = _normed(attn.norm_q, q), _normed(attn.norm_k, k)
         q, k, v = (_split(attn, x) for x in (q, k, v))
@@ -192,7 +197,7 @@ class Joint:
 
     def __call__(
         self,
-        attn: Any,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -213,7 +218,7 @@ class Joint:
         return _out(attn, x), text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def _split(attn: Any, x: Tensor) -> Tensor:
+def _split(attn: Attention, x: Tensor) -> Tensor:
     """[N, T, H, C / H] of [N, T, C]."""
     return x.view(*x.shape[:-1], attn.heads, -1)
 
@@ -222,7 +227,7 @@ def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _out(attn: Any, x: Tensor) -> Tensor:
+def _out(attn: Attention, x: Tensor) -> Tensor:
     """The projection after attention, and its dropout."""
     linear, dropout = attn.to_out
     out: Tensor = dropout(linear(x))

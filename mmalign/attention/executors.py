@@ -11,13 +11,16 @@ sees a key, or else numbers that are added to the logits. `causal` is for M = N,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.attention.forest import BlockGroup, PackedPrefixMask
+
+if TYPE_CHECKING:
+    from xformers.ops import AttentionBias
 
 Mask = PackedPrefixMask | Tensor | None
 
@@ -45,7 +48,7 @@ def xformers(
     q, k, v = _in_one_dtype(q, k, v)
     ordered = (fmha.cutlass.FwOp, fmha.cutlass.BwOp) if torch.are_deterministic_algorithms_enabled() else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias | Tensor | None) -> Tensor:
         k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
         out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale, op=ordered)
         return out

@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
 Range = tuple[int, int]  # from the first token to before the second
 
@@ -218,7 +221,7 @@ class BlockGroup:
         self.device = device
 
     @cached_property
-    def bias(self) -> Any:
+    def bias(self) -> BlockDiagonalMask:
         """The mask as xformers has it: a block for every block, causal from the bottom right."""
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -269,23 +272,29 @@ class RangeGather:
         return out
 
 
+class _Context(Protocol):
+    """PyTorch's context of a function, with what the backward pass reads."""
+
+    pick: RangeGather
+
+
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pick: RangeGather) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, pick: RangeGather) -> Tensor:
         ctx.pick = pick
         return pick.take(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.pick.add_up(grad), None
 
 
 class _Put(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, taken: Tensor, pick: RangeGather) -> Tensor:
+    def forward(ctx: _Context, taken: Tensor, pick: RangeGather) -> Tensor:
         ctx.pick = pick
         return pick.add_up(taken)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.pick.take(grad), None

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmalign.diffusion.noise import Schedule
 from mmalign.rng import KeyedRNG
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Flow(Schedule):
     num_timesteps: int = 1000
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, tokens: int, location: str) -> Flow:
+    def from_scheduler(cls, scheduler: SchedulerMixin, tokens: int, location: str) -> Flow:
         """Create the process of a diffusers scheduler, with training times logit-normal(0, 1) and shifted.
 
         The larger an image, the more noise it takes to hide as much of it (arXiv:2403.03206, section 5.3.2). A fixed
@@ -108,7 +111,7 @@ class Flow(Schedule):
         return x_t - noise * prediction
 
 
-def is_flow(scheduler: Any) -> bool:
+def is_flow(scheduler: SchedulerMixin) -> bool:
     """Return whether a diffusers scheduler's network predicts the velocity of a straight line."""
     euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     return euler or scheduler.config.get("prediction_type") == "flow_prediction"

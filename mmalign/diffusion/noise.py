@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -69,7 +68,7 @@ class Diffusion(Schedule):
     prediction: str
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], location: str) -> Diffusion:
+    def from_config(cls, config: Mapping[str, object], location: str) -> Diffusion:
         """Create the process that a diffusers scheduler's configuration describes.
 
         Raises:
@@ -83,7 +82,7 @@ class Diffusion(Schedule):
                 f"{location}: the scheduler's prediction_type is {prediction!r}; expected {' or '.join(PREDICTIONS)}; "
                 "correct scheduler/scheduler_config.json if the model was trained for one of them"
             )
-        return cls(DDPMScheduler.from_config(dict(config)).alphas_cumprod.float(), prediction)
+        return cls(DDPMScheduler.from_config(dict(config)).alphas_cumprod.float(), str(prediction))
 
     @property
     def num_timesteps(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
         block.compile()
 
 
-def denoiser_blocks(net: Any) -> list[nn.Module]:
+def denoiser_blocks(net: nn.Module) -> list[nn.Module]:
     """Return the outermost transformer blocks of a diffusers network, in order, by the class names in the library.
 
     Raises:

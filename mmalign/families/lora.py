@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' own preference scripts adapt
 
 
-def add_lora(net: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int, within: str = "") -> None:
+def add_lora(
+    net: ModelMixin | PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int, within: str = ""
+) -> None:
     """Add adapters to the linear layers whose names end in `targets`; adapter weights are float32 masters.
 
     `within` names the part of the network to adapt; empty means all of it.

@@ -8,7 +8,6 @@ N is the number of images, S their side at the reward model's resolution, L the 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,9 +107,7 @@ class StepJudge:
 
     def score(self, net: nn.Module, pixels: Tensor, ids: Tensor, t: Tensor) -> Tensor:
         """Return the scores [N], float32; tokens are passed once for all images of a prompt (see TimeConditioned)."""
-        half = self.loading.half
-        cast = torch.autocast(self.loading.device.type, half) if half is not None else contextlib.nullcontext()
-        with cast:
+        with self.loading.autocast():
             scores: Tensor = net(pixels, ids, t)
         return scores.float()
 

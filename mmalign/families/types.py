@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ImageView:
 class ImageFeatures:
     """Outputs of the vision tower and the projector by image key; each image is encoded once."""
 
-    images: dict[str, Any]
+    images: dict[str, BaseModelOutputWithPooling]
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,7 @@ class Loading:
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
     pack_responses: bool = True
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return autocast to `half`; a context without effect in float32."""
+        return contextlib.nullcontext() if self.half is None else torch.autocast(self.device.type, self.half)

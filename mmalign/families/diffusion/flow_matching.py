@@ -6,7 +6,7 @@ Methods see latents [N, C, H, W]; the transformers take a token for every 2 x 2 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,14 @@ from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.lora import ATTENTION
 from mmalign.families.types import Conditioning
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 # The attention's projections of images and of text, as the training scripts of diffusers and Flow-GRPO adapt them.
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def schedule(pipeline: Any, path: str, resolution: int | None = None) -> Flow:
+def schedule(pipeline: DiffusionPipeline, path: str, resolution: int | None = None) -> Flow:
     """The noise process of a pipeline's scheduler, for images of its own resolution.
 
     Args:

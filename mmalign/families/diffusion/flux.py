@@ -8,7 +8,6 @@ says otherwise. FLUX.1-schnell is not told any, and draws alike whatever it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ class Flux(flow_matching.PackedModel):
         """See TextToImage; at the guidance of this file's head."""
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
         takes_guidance = self.pipeline.transformer.config.guidance_embeds
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             tokens = net(
                 flow_matching.pack(x_t),
                 timestep=t,
@@ -63,7 +62,7 @@ class Flux(flow_matching.PackedModel):
             )[0]
         return flow_matching.unpack(tokens, height, width)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel; the guidance is the number that the network is told."""
         cond = self.encode_prompts(prompts).tensors
         text = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}

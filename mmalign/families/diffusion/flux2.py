@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +73,7 @@ class Flux2(LatentModel):
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage; at the guidance of this file's head."""
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             tokens = net(
                 x_t.flatten(2).transpose(1, 2),
                 timestep=t,
@@ -86,7 +85,7 @@ class Flux2(LatentModel):
             )[0]
         return _unpack(tokens, height, width)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel; the guidance is the number that the network is told."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         return {"prompt_embeds": embeds, "guidance_scale": sampling.guidance}

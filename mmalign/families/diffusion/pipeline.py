@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -28,6 +28,10 @@ from mmalign.families.loading import intact
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.families.types import Conditioning, Loading, Moments
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
+
 SAMPLERS = ("default", "ddim", "dpmsolver++")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # as pipelines call theirs
 ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
@@ -42,21 +46,20 @@ class LatentModel(ABC):
     """
 
     name: str
-    pipeline: Any
+    pipeline: DiffusionPipeline
     schedule: Schedule
     loading: Loading
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> ModelMixin:
         """The denoiser."""
-        return getattr(self.pipeline, denoiser_name(self.pipeline))  # type: ignore[no-any-return]
+        return getattr(self.pipeline, denoiser_name(self.pipeline))
 
     @property
     def resolution(self) -> int:
         """Pixels; the side of a latent that the denoiser was trained on times the autoencoder's reduction."""
         own = getattr(self.pipeline, "default_sample_size", None)  # where the denoiser's config says nothing
-        config: Any = self.network.config
-        return int((own or config.sample_size) * self.pipeline.vae_scale_factor)
+        return int((own or self.network.config.sample_size) * self.pipeline.vae_scale_factor)
 
     def sample(
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
@@ -64,12 +67,12 @@ class LatentModel(ABC):
         """See TextToImage."""
         text = self.pipeline_kwargs(prompts, sampling)
         side, shape = self.latent_shape(sampling)
-        with autocast(self.loading):
+        with self.loading.autocast():
             drawn = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
         return to_pil(self.decode(self.unpack(drawn, *shape[1:])))
 
     @abstractmethod
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """What the pipeline is told of the prompts, by its own names: embeddings, and the scale of guidance."""
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -89,8 +92,7 @@ class LatentModel(ABC):
         side = sampling.resolution or self.resolution
         check_side(self.pipeline, side)
         latent = side // self.pipeline.vae_scale_factor
-        config: Any = self.network.config
-        return side, (config.in_channels, latent, latent)
+        return side, (self.network.config.in_channels, latent, latent)
 
     def encode_images(self, images: Tensor) -> Moments:
         """See TextToImage.
@@ -127,14 +129,13 @@ class LatentModel(ABC):
         """All of the denoiser."""
         self.network.requires_grad_(True)
 
-    def frozen_copy(self) -> nn.Module:
+    def frozen_copy(self) -> ModelMixin:
         """See Family."""
         return copy.deepcopy(self.network).requires_grad_(False).eval()
 
     def enable_gradient_checkpointing(self) -> None:
         """See Family."""
-        net: Any = self.network
-        net.enable_gradient_checkpointing()
+        self.network.enable_gradient_checkpointing()
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """See Family. Of a UNet its transformer blocks; its convolutions stay as they are."""
@@ -158,18 +159,18 @@ class LatentModel(ABC):
         """As diffusers loads it: LoRA weights where the network has adapters, else a whole pipeline folder."""
         save(self.pipeline, folder, net)
 
-    def load_trained(self, folder: Path) -> nn.Module:
+    def load_trained(self, folder: Path) -> ModelMixin:
         """See Family."""
         return load_trained(self.network, denoiser_name(self.pipeline), folder)
 
 
-def denoiser_name(pipeline: Any) -> str:
+def denoiser_name(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> str:
     """The name that a pipeline, or its class, has for its denoiser: "transformer" or "unet"."""
     cls = pipeline if isinstance(pipeline, type) else type(pipeline)
     return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
 
 
-def check_side(pipeline: Any, side: int) -> None:
+def check_side(pipeline: DiffusionPipeline, side: int) -> None:
     """Refuse images that the autoencoder and the denoiser's patches do not divide.
 
     Raises:
@@ -184,13 +185,13 @@ def check_side(pipeline: Any, side: int) -> None:
         )
 
 
-def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
+def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> DiffusionPipeline:
     """A diffusers pipeline, every part in its dtype, frozen, and in eval mode.
 
     Raises:
         ValueError: a file of the checkpoint is missing or cannot be read.
     """
-    options: dict[str, Any] = {"revision": loading.revision}
+    options: dict[str, object] = {"revision": loading.revision}
     if loading.vae:
         options["vae"] = _load_vae(loading.vae, loading.vae_dtype)
     if "SafetyChecker" in str(cls.__init__.__annotations__):
@@ -213,22 +214,15 @@ def load_pipeline(cls: Any, path: str, loading: Loading) -> Any:
     return pipeline
 
 
-def _load_vae(path: str, dtype: torch.dtype) -> Any:
+def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     with intact("model.vae", path, "an AutoencoderKL"):
         return AutoencoderKL.from_pretrained(path, dtype=dtype)
 
 
-def autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to the half precision in use, or nothing."""
-    if loading.half is None:
-        return contextlib.nullcontext()
-    return torch.autocast(loading.device.type, loading.half)
-
-
 @torch.no_grad()
-def encode(vae: Any, images: Tensor) -> Moments:
+def encode(vae: ModelMixin, images: Tensor) -> Moments:
     """The posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
     with _own_dtype(vae):
         encoded = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype)))
@@ -241,7 +235,7 @@ def encode(vae: Any, images: Tensor) -> Moments:
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> Tensor:
+def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale, float32."""
     scale, shift = _scale_and_shift(vae)
     with _own_dtype(vae):
@@ -249,7 +243,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
         return _without_frames(vae.decode(_as_frames(vae, own)).sample.float())
 
 
-def _as_frames(vae: Any, images: Tensor) -> Tensor:
+def _as_frames(vae: ModelMixin, images: Tensor) -> Tensor:
     """[N, C, H, W], for a video's autoencoder [N, C, 1, H, W]."""
     return images.unsqueeze(2) if hasattr(vae.config, "temperal_downsample") else images
 
@@ -259,12 +253,12 @@ def _without_frames(images: Tensor) -> Tensor:
     return images.squeeze(2) if images.dim() == 5 else images
 
 
-def _own_dtype(vae: Any) -> contextlib.AbstractContextManager[Any]:
+def _own_dtype(vae: ModelMixin) -> contextlib.AbstractContextManager[object]:
     """No autocast: SDXL's own autoencoder overflows in float16, whatever the denoiser runs in."""
     return torch.autocast(vae.device.type, enabled=False)
 
 
-def _scale_and_shift(vae: Any) -> tuple[float | Tensor, float | Tensor]:
+def _scale_and_shift(vae: ModelMixin) -> tuple[float | Tensor, float | Tensor]:
     """What latents are multiplied by after this is subtracted: of all channels, or of each, [1, C, 1, 1]."""
     config = vae.config
     scale: float | Tensor = getattr(config, "scaling_factor", 1.0)
@@ -283,9 +277,9 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def sample(
-    pipeline: Any,
+    pipeline: DiffusionPipeline,
     net: nn.Module,
-    text: dict[str, Any],
+    text: dict[str, object],
     seeds: Sequence[int],
     sampling: SamplingConfig,
     side: int,
@@ -324,7 +318,7 @@ def sample(
     return latents
 
 
-def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingConfig) -> dict[str, Any]:
+def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingConfig) -> dict[str, object]:
     """What pipelines are told whose prompts have a pooled embedding beside that of the tokens."""
     empty = repeat_rows(empty, len(cond))
     return {
@@ -336,7 +330,7 @@ def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingCo
     }
 
 
-def sampler(name: str, own: Any) -> Any:
+def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
     """A diffusers scheduler by name, with the noise schedule of the checkpoint's `own`.
 
     Raises:
@@ -359,13 +353,13 @@ def sampler(name: str, own: Any) -> Any:
     return classes[name].from_config(own.config)
 
 
-def count_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> int:
+def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None = None) -> int:
     """How many prompts have more tokens than the text encoder reads: `limit`, or what the tokenizer says."""
     ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     return sum(len(row) > (limit or tokenizer.model_max_length) for row in ids)
 
 
-def save(pipeline: Any, folder: Path, net: Any) -> None:
+def save(pipeline: DiffusionPipeline, folder: Path, net: ModelMixin) -> None:
     """LoRA weights in diffusers' layout where `net` has adapters, else the whole pipeline with `net` in it."""
     part = denoiser_name(pipeline)
     if getattr(net, "peft_config", None):
@@ -382,7 +376,7 @@ def save(pipeline: Any, folder: Path, net: Any) -> None:
         pipeline.save_pretrained(folder)
 
 
-def load_trained(base: Any, part: str, folder: Path) -> nn.Module:
+def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     """`base` with the adapters in `folder`, or the denoiser that is there; `part` is the pipeline's name for it.
 
     Raises:
@@ -391,8 +385,8 @@ def load_trained(base: Any, part: str, folder: Path) -> nn.Module:
     with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
         if (folder / ADAPTERS).is_file():
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
-            return base  # type: ignore[no-any-return]
-        net: nn.Module = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
+            return base
+        net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
     if (executor := denoisers.installed(base)) is not None:
         denoisers.install(net, executor)
     return net.requires_grad_(False).eval()

@@ -8,7 +8,6 @@ attends to none of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ class QwenImage(flow_matching.PackedModel):
         number, _, height, width = x_t.shape
         mask = cond.tensors["mask"].bool()
         longest = int(mask.sum(1).max())
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             tokens = net(
                 flow_matching.pack(x_t),
                 timestep=t,
@@ -66,10 +65,10 @@ class QwenImage(flow_matching.PackedModel):
             )[0]
         return flow_matching.unpack(tokens, height, width)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel; guided predictions get the norm of those with the prompt, as the pipeline has it."""
         cond = self.encode_prompts(prompts).tensors
-        text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}
+        text: dict[str, object] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}
         text |= {"true_cfg_scale": sampling.guidance}
         if sampling.guidance > 1:
             empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +57,14 @@ class Sana(LatentModel):
         """See TextToImage."""
         config = self.pipeline.transformer.config
         text = {"encoder_hidden_states": cond.tensors["embeds"], "encoder_attention_mask": cond.tensors["mask"]}
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             return net(x_t, timestep=1000 * config.timestep_scale * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel."""
         cond = self.encode_prompts(prompts).tensors
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
-        text: dict[str, Any] = {"prompt_embeds": cond["embeds"], "prompt_attention_mask": cond["mask"]}
+        text: dict[str, object] = {"prompt_embeds": cond["embeds"], "prompt_attention_mask": cond["mask"]}
         text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_attention_mask": empty["mask"]}
         # Without its own list of sizes, so that an image has the size asked for.
         return text | {"negative_prompt": None, "guidance_scale": sampling.guidance, "use_resolution_binning": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +45,11 @@ class StableDiffusion3(LatentModel):
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
         embeds, pooled = cond.tensors["embeds"], cond.tensors["pooled"]
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
             return net(x_t, timestep=1000 * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 

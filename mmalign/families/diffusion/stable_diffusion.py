@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +33,10 @@ class StableDiffusion(LatentModel):
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]

@@ -10,7 +10,6 @@ families have, 1 for none: one more than the pipeline's (Z-Image-Turbo is drawn 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +54,13 @@ class ZImage(LatentModel):
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """See TextToImage."""
         images = list(x_t.unsqueeze(2).unbind())  # each a video of one frame
-        with latents.autocast(self.loading):
+        with self.loading.autocast():
             answers = net(images, 1 - t, flow_matching.texts(cond), return_dict=False)[0]
         return -torch.stack(answers).squeeze(2)
 
-    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, Any]:
+    def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """See LatentModel."""
-        text: dict[str, Any] = {"prompt_embeds": flow_matching.texts(self.encode_prompts(prompts))}
+        text: dict[str, object] = {"prompt_embeds": flow_matching.texts(self.encode_prompts(prompts))}
         text |= {"guidance_scale": sampling.guidance - 1}
         if sampling.guidance > 1:
             text |= {"negative_prompt_embeds": flow_matching.texts(self.unconditional()) * len(prompts)}

@@ -8,17 +8,26 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmalign.families.vlm.quirks import ModelQuirks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 
 def decoder_inputs(
-    model: Any, quirks: ModelQuirks, ids: Tensor, mask: Tensor, is_response: Tensor, features: Sequence[Any]
-) -> dict[str, Any]:
+    model: PreTrainedModel,
+    quirks: ModelQuirks,
+    ids: Tensor,
+    mask: Tensor,
+    is_response: Tensor,
+    features: Sequence[BaseModelOutputWithPooling],
+) -> dict[str, object]:
     """Return the inputs of the model's forward pass, for rows padded on either side.
 
     Args:
@@ -29,7 +38,7 @@ def decoder_inputs(
         is_response: mask of the response tokens, [N, L].
         features: the features of the rows' images, in their order.
     """
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+    inputs: dict[str, object] = {"input_ids": ids, "attention_mask": mask.long()}
     if features:
         inputs["mm_encoder_outputs"] = {"image": _joined(features)}
         if features[0].grid is not None:  # M-RoPE computes row and column positions from it
@@ -42,7 +51,7 @@ def decoder_inputs(
     return inputs
 
 
-def _joined(features: Sequence[Any]) -> Any:
+def _joined(features: Sequence[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
     """Concatenate the features of several images, as the model returns them for images encoded together."""
     whole = copy.copy(features[0])
     pooled = [one.pooler_output for one in features]

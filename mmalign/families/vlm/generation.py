@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.rng import KeyedRNG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Layer types that read other tokens through attention alone, so that a mask can hide a token from them.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -44,7 +47,7 @@ class GenerationPrompt:
     hidden: Tensor | None = None
 
 
-def masking_unsupported_reason(model: Any) -> str | None:
+def masking_unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return the reason why a mask cannot hide a token from a model's decoder; None if it can."""
     others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION)
     if not others:
@@ -56,7 +59,7 @@ def masking_unsupported_reason(model: Any) -> str | None:
 
 
 def generate(
-    model: Any,
+    model: PreTrainedModel,
     processor: HFProcessor,
     prompts: Sequence[GenerationPrompt],
     features: ImageFeatures,
@@ -77,7 +80,7 @@ def generate(
 
 
 def _generate_batch(
-    model: Any,
+    model: PreTrainedModel,
     processor: HFProcessor,
     prompts: Sequence[GenerationPrompt],
     features: ImageFeatures,
@@ -123,7 +126,7 @@ def _visible_tokens(mask: Tensor, is_image: Tensor, prompts: Sequence[Generation
 
 
 @contextlib.contextmanager
-def _plain_search(model: Any, processor: HFProcessor) -> Iterator[None]:
+def _plain_search(model: PreTrainedModel, processor: HFProcessor) -> Iterator[None]:
     """Set greedy search with a key-value cache, without the checkpoint's own generation settings, such as penalties.
 
     The model is in eval mode: in train mode gradient checkpointing would turn the cache off.

@@ -8,17 +8,20 @@ positions are computed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.attention import denoisers
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 POOLED, DEEP, GRID = "pooled", "deep", "grid"
 
 
-def pack_features(features: Any) -> dict[str, Tensor]:
+def pack_features(features: BaseModelOutputWithPooling) -> dict[str, Tensor]:
     """Return an image's features as named tensors."""
     pooled = features.pooler_output
     parts = {POOLED: pooled} if isinstance(pooled, Tensor) else {f"{POOLED}.{i}": x for i, x in enumerate(pooled)}
@@ -29,13 +32,13 @@ def pack_features(features: Any) -> dict[str, Tensor]:
     return parts
 
 
-def unpack_features(parts: dict[str, Tensor], device: torch.device) -> Any:
+def unpack_features(parts: dict[str, Tensor], device: torch.device) -> BaseModelOutputWithPooling:
     """Rebuild on a device the attributes that a decoder reads of the argument of `pack_features`."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     tensors = {name: x.to(device) for name, x in parts.items()}
-    pooled: Any = tensors[POOLED] if POOLED in tensors else _numbered(tensors, POOLED)
-    output: Any = BaseModelOutputWithPooling(pooler_output=pooled)
+    pooled = tensors[POOLED] if POOLED in tensors else _numbered(tensors, POOLED)
+    output = BaseModelOutputWithPooling(pooler_output=pooled)
     layers = sum(name.startswith(f"{DEEP}.") and name.endswith(".0") for name in tensors)
     if layers:
         # Set as an item, which sets the attribute too: code that moves the object between devices reads its items.

@@ -6,7 +6,6 @@ decoder's width.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -36,6 +35,10 @@ from mmalign.language.scores import log_probabilities, most_likely
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.rng import KeyedRNG
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 ADAPTERS = "adapter_config.json"  # peft's name of the file
 
 
@@ -45,11 +48,11 @@ class TokenScorer(nn.Module):
     `forward` does all of the work, so that a wrapper for distributed training sees it.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    def forward(self, positions: Tensor, targets: Tensor, **inputs: object) -> Tensor:
         """Return the log-probabilities of the tokens `targets`, [M] or [M, K].
 
         They are predicted at the indices `positions` [M] of the flattened rows.
@@ -64,7 +67,7 @@ class TokenScorer(nn.Module):
         )
 
     @torch.no_grad()
-    def argmax(self, positions: Tensor, **inputs: Any) -> Tensor:
+    def argmax(self, positions: Tensor, **inputs: object) -> Tensor:
         """Return the most likely tokens [M], predicted at the indices `positions` [M] of the flattened rows.
 
         A soft cap on the logits would not change their order, so it is left out.
@@ -72,7 +75,7 @@ class TokenScorer(nn.Module):
         head, text = self.model.get_output_embeddings(), self.model.config.get_text_config()
         return most_likely(self._hidden(positions, inputs), head, vocabulary=text.vocab_size)
 
-    def _hidden(self, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _hidden(self, positions: Tensor, inputs: dict[str, object]) -> Tensor:
         """Return the last hidden states [M, D] at the indices `positions` [M] of the flattened rows."""
         hidden: Tensor = self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
         return hidden.flatten(0, 1)[positions]
@@ -88,7 +91,7 @@ class ImageTextToText:
     loading: Loading
 
     @property
-    def _model(self) -> Any:
+    def _model(self) -> PreTrainedModel:
         return self.network.model
 
     @property
@@ -133,10 +136,10 @@ class ImageTextToText:
         learning = (self._model.get_decoder(), self._model.get_output_embeddings())
         return tuple(frozen_parts(self.network, {id(p) for part in learning for p in part.parameters()}))
 
-    def _encode(self, view: ImageView) -> Any:
+    def _encode(self, view: ImageView) -> BaseModelOutputWithPooling:
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
         given = {k: x.to(self.loading.device) for k, x in view.tensors.items() if k in known}
-        with _autocast(self.loading):
+        with self.loading.autocast():
             output = model.get_image_features(**given, return_dict=True)
         pooled = output.pooler_output
         number = sum(x.shape[-2] for x in pooled)
@@ -156,12 +159,12 @@ class ImageTextToText:
         """Apply the head only to the hidden states that predict response tokens."""
         mask, wanted = tokens.response_mask, tokens.responses if targets is None else targets
         positions, inputs = self._inputs(tokens, features)
-        with _autocast(self.loading):
+        with self.loading.autocast():
             logps = net(positions, wanted[mask], **inputs)
         filled = mask.view(*mask.shape, *[1] * (wanted.dim() - 2))
         return torch.zeros(wanted.shape, device=logps.device).masked_scatter(filled, logps)
 
-    def _inputs(self, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, Any]]:
+    def _inputs(self, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, object]]:
         """Return the indices that predict the responses' tokens, row by row, and the model's inputs."""
         model, quirks = self._model, self.processor.quirks
         packed_mask = build_packed_mask(tokens, quirks)
@@ -190,7 +193,7 @@ class ImageTextToText:
 
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
         positions, inputs = self._inputs(tokens, features)
-        with _autocast(self.loading):
+        with self.loading.autocast():
             tokens_found = _unwrap(net).argmax(positions, **inputs)
         return tokens.responses.masked_scatter(tokens.response_mask, tokens_found)
 
@@ -214,7 +217,7 @@ class ImageTextToText:
             raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
         masks = [None] * len(prompts) if hidden is None else hidden
         asked = [GenerationPrompt(*one) for one in zip(prompts, rows, masks, strict=True)]
-        with _autocast(self.loading):
+        with self.loading.autocast():
             return generate(_unwrap(net).model, self.processor, asked, features, decoding, rng, stop)
 
     @property
@@ -242,10 +245,9 @@ class ImageTextToText:
     def enable_gradient_checkpointing(self) -> None:
         self._model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
-    def blocks(self, net: Any) -> Sequence[nn.Module]:
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """Return the decoder's layers."""
-        layers: nn.ModuleList = net.model.get_decoder().layers
-        return list(layers)
+        return list(_unwrap(net).model.get_decoder().layers)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
         """Set the decoder's attention; the vision tower stays unchanged, and with sdpa the decoder too."""
@@ -259,7 +261,7 @@ class ImageTextToText:
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write adapters for peft if the network has them, else the model with its processor for transformers."""
-        model: Any = net.model
+        model = _unwrap(net).model
         model.save_pretrained(folder)
         if not getattr(model, "peft_config", None):
             self.processor.processor.save_pretrained(folder)
@@ -278,12 +280,6 @@ class ImageTextToText:
 def _unwrap(net: nn.Module) -> TokenScorer:
     """Return the network itself, without a wrapper for distributed training."""
     return next(part for part in net.modules() if isinstance(part, TokenScorer))
-
-
-def _autocast(loading: Loading) -> contextlib.AbstractContextManager[Any]:
-    if loading.half is None:
-        return contextlib.nullcontext()
-    return torch.autocast(loading.device.type, loading.half)
 
 
 def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
@@ -344,7 +340,7 @@ def _check_one_image(family: ImageTextToText) -> None:
         ) from error
 
 
-def _check_type(path: str, model_type: str, model: Any, processor: Any) -> None:
+def _check_type(path: str, model_type: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Check that the adapter supports the model's type.
 
     Raises:
@@ -369,7 +365,7 @@ def _check_type(path: str, model_type: str, model: Any, processor: Any) -> None:
         )
 
 
-def _check_processor(path: str, model: Any, processor: Any) -> None:
+def _check_processor(path: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Check that the processor is the model's own.
 
     Raises:
@@ -390,7 +386,7 @@ def _check_processor(path: str, model: Any, processor: Any) -> None:
         )
 
 
-def _image_place(processor: Any) -> tuple[str, int] | None:
+def _image_place(processor: ProcessorMixin) -> tuple[str, int] | None:
     """Return the token that stands for an image in a prompt's text, with its id; None if there is none."""
     tokenizer, token = getattr(processor, "tokenizer", None), getattr(processor, "image_token", None)
     return None if tokenizer is None or token is None else (str(token), tokenizer.convert_tokens_to_ids(token))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,15 +23,18 @@ from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.tokens import Tokens
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def enable_packing(decoder: Any) -> None:
+
+def enable_packing(decoder: PreTrainedModel) -> None:
     """Install attention for shared prompts if the decoder supports it; its other numbers stay the same."""
     if not decoders.packing_unsupported_reason(decoder, longest=0):
         with contextlib.suppress(ValueError):  # `unpacked_reason` reports it
             decoders.install(decoder, "sdpa")
 
 
-def unpacked_reason(decoder: Any, longest: int) -> str | None:
+def unpacked_reason(decoder: PreTrainedModel, longest: int) -> str | None:
     """Return the reason why a decoder does not pack rows of up to `longest` tokens; empty if it packs them."""
     why = decoders.packing_unsupported_reason(decoder, longest)
     return why or ("" if decoders.installed(decoder) else "it computes attention in a way of its own")
@@ -52,8 +55,8 @@ def _cached_mask(trees: tuple[PrefixGroup, ...]) -> PackedPrefixMask:
 
 
 def packed_inputs(
-    model: Any, quirks: ModelQuirks, tokens: Tokens, packed_mask: PackedPrefixMask, features: ImageFeatures
-) -> tuple[Tensor, dict[str, Any]]:
+    model: PreTrainedModel, quirks: ModelQuirks, tokens: Tokens, packed_mask: PackedPrefixMask, features: ImageFeatures
+) -> tuple[Tensor, dict[str, object]]:
     """Return the positions that predict the responses' tokens [M], in the order of `tokens`, and the model's inputs.
 
     The model computes position ids for one separate row per prompt, the one with the longest response. They hold for

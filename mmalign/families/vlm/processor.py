@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -13,6 +13,9 @@ from mmalign.families.types import ImageView
 from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens, common_prefix, expand
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 IMAGE = "<image>"  # image placeholder in a turn's text
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # all else is the image's
@@ -23,7 +26,7 @@ _BEFORE = 16  # tokens before an answer, decoded with it to find its leading spa
 class HFProcessor:
     """Processor of transformers as a PromptProcessor."""
 
-    processor: Any
+    processor: ProcessorMixin
     quirks: ModelQuirks
     image_token_id: int
     max_length: int
@@ -109,7 +112,7 @@ class HFProcessor:
         return ids
 
     @cached_property
-    def _template(self) -> Any:
+    def _template(self) -> str | dict[str, str] | None:
         return getattr(self.processor, "chat_template", None) or getattr(
             self.processor.tokenizer, "chat_template", None
         )

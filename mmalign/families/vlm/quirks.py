@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 
-def _unchanged(processor: Any, text: str) -> str:
+def _unchanged(processor: ProcessorMixin, text: str) -> str:
     return text
 
 
@@ -28,12 +31,12 @@ class ModelQuirks:
     """
 
     placeholder: str = "image_token"
-    format_prompt: Callable[[Any, str], str] = _unchanged
+    format_prompt: Callable[[ProcessorMixin, str], str] = _unchanged
     prefix_attention: bool = False
     first_position: int = 0
 
 
-def _paligemma(processor: Any, text: str) -> str:
+def _paligemma(processor: ProcessorMixin, text: str) -> str:
     """Return all images, the BOS token, the text and a newline, as PaliGemma's processor arranges them."""
     images = text.count(processor.image_token)
     rest = text.replace(processor.image_token, "")
