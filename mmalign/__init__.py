@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmalign.commands.evaluate import Evaluation
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = ["evaluate", "gallery", "load_recipe", "prepare", "train"]
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> Recipe:
     """Load and check a recipe from a path, the name of a shipped recipe, or a mapping."""
     from mmalign.commands import load_recipe as command
 

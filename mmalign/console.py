@@ -7,10 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, track
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 T = TypeVar("T")
 
@@ -82,7 +85,7 @@ def tracked(items: Sequence[T], description: str) -> Iterable[T]:
     return track(items, description=description, transient=True, console=console, disable=quiet)
 
 
-def progress_bar(accelerator: Any) -> Progress:
+def progress_bar(accelerator: Accelerator) -> Progress:
     """Return a progress bar that only the main process shows, and only on a terminal."""
     console = Console(stderr=True)
     return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))

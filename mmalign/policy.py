@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Generic
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     from mmalign.families.base import Family
 
 R = TypeVar("R")
 # Methods use a modality's family interface; `Policy` without a parameter accepts any family.
-F = TypeVar("F", bound="Family", default=Any, covariant=True)
+F = TypeVar("F", bound="Family", default="Family", covariant=True)
 Scores = dict[str, Tensor]  # view ("chosen", "rejected", ...) -> [B], float32, higher is better
 
 
@@ -103,7 +105,7 @@ def adapters_off(net: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def _adapter_layers(net: nn.Module) -> Iterator[Any]:
+def _adapter_layers(net: nn.Module) -> Iterator[BaseTunerLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return (module for module in net.modules() if isinstance(module, BaseTunerLayer))

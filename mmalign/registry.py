@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -18,7 +19,7 @@ def names(package: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
 
 
-def find(packages: Sequence[str], name: str, missing: str) -> Any:
+def find(packages: Sequence[str], name: str, missing: str) -> ModuleType:
     """Return the module called `name` of one of the packages.
 
     Args:
@@ -65,19 +66,18 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
     if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)
     try:
-        function_found = reduce(getattr, function.split("."), importlib.import_module(module))
+        imported: object = reduce(getattr, function.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{key}: {name} cannot be imported ({error}); expected module:function, of an installed module or one in "
             "the current folder"
         ) from error
-    if not callable(function_found):
-        raise ValueError(f"{key}: {name} is no function but {type(function_found).__name__}")
-    own: Callable[..., Any] = function_found
-    return own
+    if not callable(imported):
+        raise ValueError(f"{key}: {name} is no function but {type(imported).__name__}")
+    return imported
 
 
-def qualified_name(function: Callable[..., Any]) -> str:
+def qualified_name(function: Callable[..., object]) -> str:
     """Return the name of a function or callable object's class as "module:function", as recorded in files."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"

@@ -52,7 +52,7 @@ class Run:
 
     recipe: Recipe
     method: Any
-    policy: Policy
+    policy: Policy[Any]
     data_module: DataModule
     train_state: loop.TrainState
     updates: Callable[[Run, int, Meter | None], int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -59,7 +59,7 @@ SHOWN = 80  # characters of a wrong value in messages
 class _Loader(yaml.SafeLoader):
     """YAML loader with YAML 1.2's numbers (1e-8 is a string in 1.1), which refuses duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -77,7 +77,7 @@ for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and check every key and value.
 
     Args:
@@ -88,9 +88,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ValueError: a key is unknown or has a wrong value; the message names every such key, and the nearest known one.
     """
-    location, content = "recipe", source
-    if isinstance(source, str | Path):
-        location, content = str(source), _parse(_read(source), str(source))
+    location = str(source) if isinstance(source, str | Path) else "recipe"
+    content = _parse(_read(source), location) if isinstance(source, str | Path) else source
     if not isinstance(content, Mapping):
         raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
     tree = _override(dict(content), overrides)
@@ -140,7 +139,7 @@ def _read(name: str | Path) -> str:
         raise ValueError(f"{name}: cannot be read ({error.strerror}); expected a recipe, a file in YAML") from None
 
 
-def _parse(text: str, location: str) -> Any:
+def _parse(text: str, location: str) -> object:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -151,7 +150,7 @@ def _parse(text: str, location: str) -> Any:
         raise ValueError(f"{location}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
 
 
-def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def _override(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
     for assignment in overrides:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
@@ -165,8 +164,9 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(
                     f"--set {path}: {section_key} is no section but {_shown(section)}; set {section_key} itself"
                 )
-            here[key] = dict(section)
-            here = here[key]
+            inner = dict(section)
+            here[key] = inner
+            here = inner
         value = _parse(text, f"--set {path}")
         if keys == ["method", "name"] and value != here.get("name"):
             here.clear()  # hyper-parameters of another method have other meanings
@@ -274,11 +274,11 @@ def _closest_choice(error: ErrorDetails) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _describe_value(value: Any) -> str:
+def _describe_value(value: object) -> str:
     return f"got {_shown(value)}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Return a value as written in YAML, shortened; text is marked, since it may look like a number."""
     if value is None:
         return "nothing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ class RewardConfig(Section):
 
     name: str = "open_clip"
     path: str
-    options: dict[str, Any] = Field({}, description="of the judge's own, such as {pretrained: laion2b_s34b_b79k}")
+    options: dict[str, object] = Field({}, description="of the judge's own, such as {pretrained: laion2b_s34b_b79k}")
 
 
 class SamplingConfig(Section):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -163,5 +163,4 @@ def find(name: str) -> AnyMethod:
         ValueError: no method has that name.
     """
     packages = [f"{__name__}.{folder}" for folder in FOLDERS]
-    method: AnyMethod = registry.find(packages, name, "method.name: there is no method")
-    return method
+    return cast(AnyMethod, registry.find(packages, name, "method.name: there is no method"))

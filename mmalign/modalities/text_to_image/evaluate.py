@@ -20,6 +20,7 @@ from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
+from mmalign.families.base import TextToImage
 from mmalign.modalities import Measure, Result, loading
 from mmalign.modalities.prompts import load_prompts
 from mmalign.modalities.validation import implicit_reward_benchmark
@@ -49,7 +50,7 @@ def open_benchmark(recipe: Recipe, device: torch.device) -> Measure:
 def compare_images(
     recipe: Recipe,
     reward_model: RewardModel | None,
-    policy: Policy,
+    policy: Policy[TextToImage],
     folder: Path,
     identity: Mapping[str, Any],
 ) -> Result:
@@ -159,7 +160,7 @@ def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics]
 
 
 def generate_both(
-    policy: Policy,
+    policy: Policy[TextToImage],
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: SamplingConfig,
@@ -176,7 +177,7 @@ def generate_both(
 
 
 def _caches(
-    recipe: Recipe, section: EvaluateImages, policy: Policy, identity: Mapping[str, Any]
+    recipe: Recipe, section: EvaluateImages, policy: Policy[TextToImage], identity: Mapping[str, Any]
 ) -> tuple[ImageCache, ImageCache]:
     """Return the image caches of the base and the trained model."""
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
