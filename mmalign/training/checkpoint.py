@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmalign.atomic_io import CheckpointError
+from mmalign.atomic_io import atomic_write, hidden
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
@@ -80,57 +79,20 @@ def write(
         CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints stay intact.
     """
     final = folder / f"{_PREFIX}{step:08d}"
-    part = final.with_name(f".{final.name}.part")
     score = score if score is not None and math.isfinite(score) else None
-    try:
-        _sweep(folder)
+    about = _About(step, score, resumable, dict(identity))
+    _sweep(folder)
+    with atomic_write(final) as part:
         part.mkdir(parents=True)
         save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
-        torch.save(state, part / "state.pt")
-        about = _About(step, score, resumable, dict(identity))
+        try:
+            torch.save(state, part / "state.pt")
+        except RuntimeError as error:  # torch's own error for a full disk
+            raise OSError(str(error)) from error
         (part / "checkpoint.json").write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
-        for path in part.iterdir():
-            _flush(path)
-        _replace(part, final)
-    # safetensors and torch raise their own errors for a full disk.
-    except Exception as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: could not be written ({_first_line(error)}); {_free(folder)} MB are free, {_intact(folder)}: "
-            "make room and run the same command again"
-        ) from error
     _prune(folder, keep_checkpoints)
     _sweep(folder)
     return final
-
-
-def _flush(path: Path) -> None:
-    """Flush a file to disk: some file systems report only then that they are full."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _replace(part: Path, final: Path) -> None:
-    """Replace `final` with `part`, or restore `final` if that fails."""
-    aside = _hidden(final)
-    if final.exists():
-        os.replace(final, aside)
-    try:
-        os.replace(part, final)
-    except OSError:
-        if aside.exists():
-            os.replace(aside, final)
-        raise
-
-
-def _free(folder: Path) -> int:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free // 10**6
-
-
-def _intact(folder: Path) -> str:
-    last = latest(folder)
-    return f"{last.name} is intact" if last else "there is no earlier checkpoint"
 
 
 def _prune(folder: Path, keep_checkpoints: int) -> None:
@@ -141,11 +103,7 @@ def _prune(folder: Path, keep_checkpoints: int) -> None:
     ]
     for path in _all(folder):
         if path not in retained:
-            os.replace(path, _hidden(path))  # renamed first: a half-deleted folder must not pass for a checkpoint
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+            path.replace(hidden(path))  # renamed first: a half-deleted folder must not pass for a checkpoint
 
 
 def _sweep(folder: Path) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.atomic_io import atomic_write
 from mmalign.config import Data
 
 _FINGERPRINT = "fingerprint.json"
@@ -89,32 +89,18 @@ class ArrayCache:
         """Write one shard, ideally of some hundred items. All items must have the same fields.
 
         Raises:
-            OSError: the disk is full or not writable; the partial shard is deleted and earlier shards stay.
+            CheckpointError: the disk is full or not writable; earlier shards stay.
         """
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         if not items:
             return
         assert not any("|" in field for item in items.values() for field in item), "| ends the key in a tensor's name"
         tensors = {f"{key}|{f}": x.detach().cpu().contiguous() for key, item in items.items() for f, x in item.items()}
         assert len({frozenset(item) for item in items.values()}) == 1, "items of one shard have the same fields"
-        # Write beside the final name, then rename: readers see a whole shard or none
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        part = path.with_suffix(".part")
-        try:
-            with part.open("wb") as file:
-                file.write(save(tensors))
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            size, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(self.folder).free
-            raise OSError(
-                error.errno,
-                f"data.cache: {self.folder}: could not write {size / 1e6:,.1f} MB ({error.strerror}; "
-                f"{free / 1e6:,.1f} MB are free); make room and run again, what was stored before is kept",
-            ) from error
+        with atomic_write(path) as part:
+            save_file(tensors, part)
         self._add(path, list(tensors))
 
     def get(self, key: str) -> dict[str, Tensor]:
@@ -195,11 +181,11 @@ def _integers(tensor: Tensor) -> Tensor:
 def _check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
     path = folder / _FINGERPRINT
     if not path.exists():
-        if any(folder.iterdir()) and not any(folder.glob(f"{_FINGERPRINT}*")):
+        names = {other.name for other in folder.iterdir() if other.suffix != ".part"}
+        if names and _FINGERPRINT not in names:  # another process may have written it just now
             raise ValueError(f"data.cache: {folder} holds other files; expected an empty folder, or a free name")
-        part = folder / f"{_FINGERPRINT}.{uuid.uuid4().hex}"
-        part.write_text(json.dumps(expected, indent=1))
-        part.replace(path)
+        with atomic_write(path, shared=True) as part:
+            part.write_text(json.dumps(expected, indent=1))
         return
     try:
         stored = json.loads(path.read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmalign.atomic_io import atomic_write
 from mmalign.data.pairs import stable_hash
 
 
@@ -34,10 +35,8 @@ class ImageCache:
 
     def put(self, prompt: str, seed: int, image: Image.Image) -> None:
         """Write an image atomically."""
-        path = self._path(prompt, seed)
-        part = path.with_suffix(".part")
-        image.save(part, format="PNG")
-        part.replace(path)
+        with atomic_write(self._path(prompt, seed), shared=True) as part:
+            image.save(part, format="PNG")
 
     def _path(self, prompt: str, seed: int) -> Path:
         return self.folder / f"{stable_hash(prompt, str(seed)):016x}.png"
