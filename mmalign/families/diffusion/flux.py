@@ -1,8 +1,8 @@
-"""FLUX.1: a pooled CLIP, a T5, and a transformer over packed latents that is told the scale of guidance; flow matching.
+"""FLUX.1: pooled CLIP and T5 embeddings, packed latents, guidance scale as a network input; flow matching.
 
-FLUX.1-dev was distilled from guided predictions: the scale is one more number that the network is given, and there is
-no second run without the prompt. Policy and reference are trained at the scale at which the pipeline draws if nobody
-says otherwise. FLUX.1-schnell is not told any, and draws alike whatever it is.
+FLUX.1-dev is distilled from guided predictions. The guidance scale is an input of the network, and sampling needs no
+second pass without the prompt. Policy and reference are trained at the pipeline's default scale, `GUIDANCE`.
+FLUX.1-schnell has no such input, and ignores the scale.
 """
 
 from __future__ import annotations
@@ -18,33 +18,32 @@ from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.types import Conditioning, Loading
 
 GUIDANCE = 3.5
-TOKENS = 512  # that the T5 reads, as the pipeline has it
+TOKENS = 512  # limit of the T5, as in the pipeline
 
 
 class Flux(flow_matching.PackedModel):
-    """Adapts a FluxPipeline; the protocol TextToImage says what each call does."""
+    """Adapter of a FluxPipeline."""
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
-        """The attention's projections of images and of text."""
+        """Attention projections of images and text."""
         return flow_matching.JOINT
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D]: the T5's last states; `pooled` [N, P]: the CLIP's; float32."""
+        """Return the T5's last states, `embeds` [N, L, D], and the CLIP's pooled state, `pooled` [N, P]; float32."""
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.pipeline.text_encoder.device)
         return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
 
     def unconditional(self) -> Conditioning:
-        """The empty prompt, encoded; the sampler shows the network none."""
+        """Encode the empty prompt, for training only: the sampler does not use it."""
         return self.encode_prompts([""])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many prompts are longer than the T5 reads; the CLIP reads less, and gives no more than a summary."""
+        """Count prompts over the T5's limit; the CLIP's limit is lower, but it adds only a pooled embedding."""
         return latents.count_truncated(self.pipeline.tokenizer_2, prompts, TOKENS)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See TextToImage; at the guidance of this file's head."""
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
         takes_guidance = self.pipeline.transformer.config.guidance_embeds
         with self.loading.autocast():
@@ -63,7 +62,7 @@ class Flux(flow_matching.PackedModel):
         return flow_matching.unpack(tokens, height, width)
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """See LatentModel; the guidance is the number that the network is told."""
+        """Return embeddings and the guidance scale, which is an input of the network."""
         cond = self.encode_prompts(prompts).tensors
         text = {"prompt_embeds": cond["embeds"], "pooled_prompt_embeds": cond["pooled"]}
         return {**text, "guidance_scale": sampling.guidance}

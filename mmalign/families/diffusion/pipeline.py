@@ -1,4 +1,4 @@
-"""What the latent-diffusion families share: the autoencoder, sampling by diffusers' pipelines, loading, saving.
+"""Shared code of latent-diffusion families: autoencoder, sampling with diffusers' pipelines, loading, saving.
 
 A denoiser is a UNet or a transformer; a pipeline has one of them, under that name.
 """
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # as pipelines call theirs
-ADAPTERS = "pytorch_lora_weights.safetensors"  # as diffusers calls the file
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # names in pipelines
+ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' file name
 
 
 @dataclass(frozen=True)
 class LatentModel(ABC):
-    """What a pipeline with an autoencoder does whatever its denoiser and its text are; see TextToImage for each call.
+    """Base of the diffusion families: the parts of `TextToImage` that only need an autoencoder and a pipeline.
 
-    A family adds how its text is encoded and given to the network: `encode_prompts`, `unconditional`,
-    `count_truncated`, `predict`, and to the pipeline: `pipeline_kwargs`.
+    A family adds its text encoding and its inputs: `encode_prompts`, `unconditional`, `count_truncated` and `predict`
+    for the network, `pipeline_kwargs` for the pipeline.
     """
 
     name: str
@@ -57,37 +57,36 @@ class LatentModel(ABC):
 
     @property
     def resolution(self) -> int:
-        """Pixels; the side of a latent that the denoiser was trained on times the autoencoder's reduction."""
-        own = getattr(self.pipeline, "default_sample_size", None)  # where the denoiser's config says nothing
+        """Side of an image in pixels: the denoiser's latent side times the autoencoder's reduction."""
+        own = getattr(self.pipeline, "default_sample_size", None)  # for denoisers without a configured size
         return int((own or self.network.config.sample_size) * self.pipeline.vae_scale_factor)
 
     def sample(
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Image.Image]:
-        """See TextToImage."""
         text = self.pipeline_kwargs(prompts, sampling)
         side, shape = self.latent_shape(sampling)
         with self.loading.autocast():
-            drawn = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
-        return to_pil(self.decode(self.unpack(drawn, *shape[1:])))
+            sampled = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
+        return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
 
     @abstractmethod
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """What the pipeline is told of the prompts, by its own names: embeddings, and the scale of guidance."""
+        """Return the pipeline's arguments for the prompts: embeddings and guidance scale, by the pipeline's names."""
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, H, W] as the pipeline takes them."""
+        """Convert latents [N, C, H, W] to the pipeline's layout."""
         return latents
 
-    def unpack(self, drawn: Tensor, height: int, width: int) -> Tensor:
-        """Latents [N, C, height, width] of what the pipeline gives."""
-        return drawn
+    def unpack(self, sampled: Tensor, height: int, width: int) -> Tensor:
+        """Convert the pipeline's output to latents [N, C, height, width]."""
+        return sampled
 
     def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
-        """The side of images to draw, in pixels, and C, H, W of their latents.
+        """Return the side of generated images, in pixels, and their latents' shape (C, H, W).
 
         Raises:
-            ValueError: the pipeline draws none of that size.
+            ValueError: the pipeline does not support that size.
         """
         side = sampling.resolution or self.resolution
         check_side(self.pipeline, side)
@@ -95,54 +94,50 @@ class LatentModel(ABC):
         return side, (self.network.config.in_channels, latent, latent)
 
     def encode_images(self, images: Tensor) -> Moments:
-        """See TextToImage.
+        """Return the posterior of images [N, 3, H, W] in [-1, 1].
 
         Raises:
-            ValueError: the images are of a size that the pipeline does not know.
+            ValueError: the pipeline does not support the images' size.
         """
         check_side(self.pipeline, images.shape[-1])
         return encode(self.pipeline.vae, images)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
-        """The text alone: most families are not told of sizes."""
+        """Return the text unchanged: most families have no size conditioning."""
         return text
 
     def encoders(self) -> list[tuple[str, nn.Module]]:
-        """The autoencoder, and the text encoders that the checkpoint has."""
+        """Return the autoencoder and the checkpoint's text encoders, by name."""
         parts = self.pipeline.components
         return [(name, parts[name]) for name in ("vae", *TEXT_ENCODERS) if parts.get(name) is not None]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See TextToImage."""
         return decode(self.pipeline.vae, latents)
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
-        """The attention's projections."""
+        """Attention projections."""
         return ATTENTION
 
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        """See Family."""
         add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
     def unfreeze(self) -> None:
-        """All of the denoiser."""
+        """Make all weights of the denoiser trainable."""
         self.network.requires_grad_(True)
 
     def frozen_copy(self) -> ModelMixin:
-        """See Family."""
         return copy.deepcopy(self.network).requires_grad_(False).eval()
 
     def enable_gradient_checkpointing(self) -> None:
-        """See Family."""
         self.network.enable_gradient_checkpointing()
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """See Family. Of a UNet its transformer blocks; its convolutions stay as they are."""
+        """Return the blocks to compile: a UNet's transformer blocks, without its convolutions."""
         return denoiser_blocks(net)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
-        """See Family. The denoiser's; with sdpa it stays as diffusers made it."""
+        """Select and install the denoiser's attention backend; sdpa keeps diffusers' own code."""
         dtype = self.loading.half or torch.float32
         sizes = denoisers.head_sizes(self.network) if wanted != "sdpa" else frozenset()
         choice = select_backend(wanted, self.loading.device, dtype, sizes)
@@ -156,25 +151,24 @@ class LatentModel(ABC):
         return None
 
     def save(self, folder: Path, net: nn.Module) -> None:
-        """As diffusers loads it: LoRA weights where the network has adapters, else a whole pipeline folder."""
+        """Save a folder that diffusers loads: LoRA weights if the network has adapters, else a whole pipeline."""
         save(self.pipeline, folder, net)
 
     def load_trained(self, folder: Path) -> ModelMixin:
-        """See Family."""
         return load_trained(self.network, denoiser_name(self.pipeline), folder)
 
 
 def denoiser_name(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> str:
-    """The name that a pipeline, or its class, has for its denoiser: "transformer" or "unet"."""
+    """Return the name of a pipeline's denoiser: "transformer" or "unet"."""
     cls = pipeline if isinstance(pipeline, type) else type(pipeline)
     return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
 
 
 def check_side(pipeline: DiffusionPipeline, side: int) -> None:
-    """Refuse images that the autoencoder and the denoiser's patches do not divide.
+    """Check that an image's side is a multiple of the autoencoder's and the denoiser's patch size.
 
     Raises:
-        ValueError: the side is no multiple of theirs.
+        ValueError: the side is not a multiple.
     """
     patches = pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1)
     multiple = max(patches, pipeline.image_processor.config.vae_scale_factor)
@@ -186,7 +180,7 @@ def check_side(pipeline: DiffusionPipeline, side: int) -> None:
 
 
 def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> DiffusionPipeline:
-    """A diffusers pipeline, every part in its dtype, frozen, and in eval mode.
+    """Load a diffusers pipeline in eval mode, frozen, with a dtype for each part.
 
     Raises:
         ValueError: a file of the checkpoint is missing or cannot be read.
@@ -205,7 +199,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     with intact("model.path", path, f"a {cls.__name__}"):
         index = cls.load_config(path, revision=loading.revision)
         left_out = [part for part, of in index.items() if isinstance(of, list | tuple) and of[0] is None]
-        options = {**dict.fromkeys(left_out), **options}  # diffusers wants to hear it again, as of SD3's T5
+        options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
         pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
@@ -223,11 +217,11 @@ def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: ModelMixin, images: Tensor) -> Moments:
-    """The posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
+    """Return the posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
     with _own_dtype(vae):
         encoded = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype)))
     scale, shift = _scale_and_shift(vae)
-    if not hasattr(encoded, "latent_dist"):  # Sana's, which has no posterior
+    if not hasattr(encoded, "latent_dist"):  # Sana's autoencoder is deterministic
         mean = encoded.latent.float()
         return Moments((mean - shift) * scale, torch.zeros_like(mean))
     mean, std = (_without_frames(x.float()) for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
@@ -236,7 +230,7 @@ def encode(vae: ModelMixin, images: Tensor) -> Moments:
 
 @torch.no_grad()
 def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] of latents in the denoiser's scale, float32."""
+    """Decode latents in the denoiser's scale to images [N, 3, H, W] in [-1, 1], float32."""
     scale, shift = _scale_and_shift(vae)
     with _own_dtype(vae):
         own = (latents.float() / scale + shift).to(vae.device, vae.dtype)
@@ -244,22 +238,22 @@ def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
 
 
 def _as_frames(vae: ModelMixin, images: Tensor) -> Tensor:
-    """[N, C, H, W], for a video's autoencoder [N, C, 1, H, W]."""
+    """Return [N, C, H, W] unchanged, or as [N, C, 1, H, W] for a video autoencoder."""
     return images.unsqueeze(2) if hasattr(vae.config, "temperal_downsample") else images
 
 
 def _without_frames(images: Tensor) -> Tensor:
-    """[N, C, H, W], with the one frame of a video taken out of it."""
+    """Return [N, C, H, W] unchanged, or the only frame of [N, C, 1, H, W]."""
     return images.squeeze(2) if images.dim() == 5 else images
 
 
 def _own_dtype(vae: ModelMixin) -> contextlib.AbstractContextManager[object]:
-    """No autocast: SDXL's own autoencoder overflows in float16, whatever the denoiser runs in."""
+    """Turn autocast off: SDXL's autoencoder overflows in float16."""
     return torch.autocast(vae.device.type, enabled=False)
 
 
 def _scale_and_shift(vae: ModelMixin) -> tuple[float | Tensor, float | Tensor]:
-    """What latents are multiplied by after this is subtracted: of all channels, or of each, [1, C, 1, 1]."""
+    """Return s and m of `(latents - m) * s`, numbers or [1, C, 1, 1], which gives the denoiser's scale."""
     config = vae.config
     scale: float | Tensor = getattr(config, "scaling_factor", 1.0)
     shift: float | Tensor = getattr(config, "shift_factor", None) or 0.0
@@ -270,7 +264,7 @@ def _scale_and_shift(vae: ModelMixin) -> tuple[float | Tensor, float | Tensor]:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """RGB images of [N, 3, H, W] in [-1, 1]."""
+    """Convert [N, 3, H, W] in [-1, 1] to RGB images."""
     pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 
@@ -286,22 +280,22 @@ def sample(
     shape: tuple[int, int, int],
     pack: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Tensor:
-    """What a diffusers pipeline with `net` in it makes of noise: latents as it gives them.
+    """Sample latents, in the pipeline's layout, from a diffusers pipeline with `net` as its denoiser.
 
     Args:
-        pipeline: its scheduler and its networks stay what they are.
+        pipeline: the pipeline; its scheduler and networks are not changed.
         net: the denoiser.
-        text: the pipeline's own arguments: embeddings, and the scale of guidance.
-        seeds: of the starting noise, and of what the sampler adds on the way.
-        sampling: how to draw.
-        side: of the images, in pixels.
-        shape: C, H, W of a latent as methods see it.
-        pack: makes of the noise [N, C, H, W] what the pipeline takes for it.
+        text: arguments of the pipeline: embeddings and guidance scale.
+        seeds: seeds of the initial noise and of the sampler's later noise, one per image.
+        sampling: settings of sampling.
+        side: side of the images, in pixels.
+        shape: (C, H, W) of a latent as methods see it.
+        pack: conversion of the noise [N, C, H, W] to the pipeline's layout.
 
     Raises:
-        ValueError: the model has no sampler of that name.
+        ValueError: the sampler's name is unknown, or it does not support the model.
     """
-    pipeline = copy.copy(pipeline)  # so that the denoiser and the sampler of the family stay what they are
+    pipeline = copy.copy(pipeline)  # leaves the family's denoiser and scheduler in place
     setattr(pipeline, denoiser_name(pipeline), net)
     pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -319,7 +313,7 @@ def sample(
 
 
 def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingConfig) -> dict[str, object]:
-    """What pipelines are told whose prompts have a pooled embedding beside that of the tokens."""
+    """Return the arguments of pipelines that take token embeddings and a pooled embedding."""
     empty = repeat_rows(empty, len(cond))
     return {
         "prompt_embeds": cond.tensors["embeds"],
@@ -331,10 +325,10 @@ def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingCo
 
 
 def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
-    """A diffusers scheduler by name, with the noise schedule of the checkpoint's `own`.
+    """Return a diffusers scheduler by name, with the noise schedule of the checkpoint's `own`.
 
     Raises:
-        ValueError: no sampler has that name, or it is none for flow matching.
+        ValueError: the name is unknown, or the sampler does not support flow matching.
     """
     import diffusers
 
@@ -354,18 +348,18 @@ def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
 
 
 def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None = None) -> int:
-    """How many prompts have more tokens than the text encoder reads: `limit`, or what the tokenizer says."""
+    """Count prompts with more than `limit` tokens (default: the tokenizer's maximum)."""
     ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     return sum(len(row) > (limit or tokenizer.model_max_length) for row in ids)
 
 
 def save(pipeline: DiffusionPipeline, folder: Path, net: ModelMixin) -> None:
-    """LoRA weights in diffusers' layout where `net` has adapters, else the whole pipeline with `net` in it."""
+    """Save LoRA weights in diffusers' layout if `net` has adapters, else the whole pipeline with `net`."""
     part = denoiser_name(pipeline)
     if getattr(net, "peft_config", None):
         from peft.utils import get_peft_model_state_dict
 
-        # With the config: the weights alone would be read with alpha equal to the rank.
+        # Without the config, diffusers would assume that alpha equals the rank.
         config = net.peft_config["default"].to_dict()
         weights = get_peft_model_state_dict(net)
         named = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
@@ -377,21 +371,21 @@ def save(pipeline: DiffusionPipeline, folder: Path, net: ModelMixin) -> None:
 
 
 def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
-    """`base` with the adapters in `folder`, or the denoiser that is there; `part` is the pipeline's name for it.
+    """Return `base` with the adapters in `folder`, or else the denoiser saved there under the name `part`.
 
     Raises:
-        ValueError: its files are damaged.
+        ValueError: the files are damaged.
     """
     with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
         if (folder / ADAPTERS).is_file():
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
             return base
         net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
-    if (executor := denoisers.installed(base)) is not None:
-        denoisers.install(net, executor)
+    if (backend := denoisers.installed(base)) is not None:
+        denoisers.install(net, backend)
     return net.requires_grad_(False).eval()
 
 
 def repeat_rows(cond: Conditioning, number: int) -> Conditioning:
-    """`number` copies of a single row."""
+    """Expand a single row to `number` rows."""
     return Conditioning({k: x.expand(number, *x.shape[1:]) for k, x in cond.tensors.items()})

@@ -1,8 +1,7 @@
-"""Qwen-Image: the states of a Qwen2.5-VL, a video's autoencoder, and packed latents; flow matching.
+"""Qwen-Image: states of a Qwen2.5-VL, a video autoencoder, packed latents; flow matching.
 
-Prompts have as many states as tokens. Here all are padded to the most that the pipeline reads, with a mask, so that
-they can be kept and put together; the network is given no more of the padding than the longest prompt needs, and
-attends to none of it.
+Prompts are padded to the pipeline's limit, with a mask, so that they can be cached and batched. The network gets them
+cut to the longest prompt of the batch, and does not attend to padding.
 """
 
 from __future__ import annotations
@@ -17,40 +16,38 @@ from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.types import Conditioning, Loading
 
-TOKENS = 512  # of the prompt and what the template says after it, as the pipeline has it
+TOKENS = 512  # limit of the prompt and the template's tail, as in the pipeline
 
 
 class QwenImage(flow_matching.PackedModel):
-    """Adapts a QwenImagePipeline; the protocol TextToImage says what each call does."""
+    """Adapter of a QwenImagePipeline."""
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
-        """The attention's projections of images and of text."""
+        """Attention projections of images and text."""
         return flow_matching.JOINT
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D]: last states after the template's head; `mask` [N, L]: where there is one; float32."""
+        """Return last hidden states after the template's head, `embeds` [N, L, D], and `mask` [N, L]; float32."""
         pipeline = self.pipeline
         embeds, mask = pipeline.encode_prompt(
             list(prompts), device=pipeline.text_encoder.device, max_sequence_length=TOKENS
         )
-        if mask is None:  # all are of one length
+        if mask is None:  # all have the same length
             return flow_matching.padded(list(embeds), TOKENS)
         return flow_matching.padded([row[there.bool()] for row, there in zip(embeds, mask, strict=True)], TOKENS)
 
     def unconditional(self) -> Conditioning:
-        """A single space, which the model's authors guide against."""
+        """Encode a single space, the negative prompt that the model's authors use."""
         return self.encode_prompts([" "])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """See TextToImage."""
         whole = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         limit = TOKENS + self.pipeline.prompt_template_encode_start_idx
         return latents.count_truncated(self.pipeline.tokenizer, whole, limit)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See TextToImage."""
         number, _, height, width = x_t.shape
         mask = cond.tensors["mask"].bool()
         longest = int(mask.sum(1).max())
@@ -66,7 +63,7 @@ class QwenImage(flow_matching.PackedModel):
         return flow_matching.unpack(tokens, height, width)
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """See LatentModel; guided predictions get the norm of those with the prompt, as the pipeline has it."""
+        """Return embeddings and scale; the pipeline rescales guided predictions to the norm of the conditional ones."""
         cond = self.encode_prompts(prompts).tensors
         text: dict[str, object] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}
         text |= {"true_cfg_scale": sampling.guidance}

@@ -1,6 +1,7 @@
-"""Sana: the states of a Gemma 2 that is told to enhance the prompt, an autoencoder without a posterior; flow matching.
+"""Sana: states of a Gemma 2 with an instruction to enhance the prompt, a deterministic autoencoder; flow matching.
 
-Its latents have a pixel for 32 of the image, and no spread. Text is of fixed length with a mask, as in the pipeline.
+A latent has one pixel per 32 of the image, and its posterior has no variance. Text has a fixed length with a mask, as
+in the pipeline.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.types import Conditioning, Loading
 
-TOKENS = 300  # of the prompt, as the pipeline has it
+TOKENS = 300  # limit of the prompt, as in the pipeline
 
 
 class Sana(LatentModel):
-    """Adapts a SanaPipeline; the protocol TextToImage says what each call does."""
+    """Adapter of a SanaPipeline."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D]: the last states; `mask` [N, L]: 1 where there is text; float32."""
+        """Return last hidden states, `embeds` [N, L, D], and `mask` [N, L], 1 for text; float32."""
         return self._encode(prompts, self._instruction())
 
     def unconditional(self) -> Conditioning:
-        """The empty prompt, encoded without the instruction to enhance it."""
+        """Encode the empty prompt without the instruction."""
         return self._encode([""], None)
 
     def _instruction(self) -> list[str]:
-        """What the pipeline puts before prompts if it is told nothing else."""
+        """Return the pipeline's default instruction, which precedes the prompt."""
         called = inspect.signature(type(self.pipeline).__call__).parameters
         return list(called["complex_human_instruction"].default)
 
@@ -47,26 +48,23 @@ class Sana(LatentModel):
         return Conditioning({"embeds": embeds.float(), "mask": mask.float()})
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """See TextToImage."""
         tokenizer, instruction = self.pipeline.tokenizer, "\n".join(self._instruction())
-        limit = len(tokenizer.encode(instruction)) + TOKENS - 2  # the pipeline's own reckoning
+        limit = len(tokenizer.encode(instruction)) + TOKENS - 2  # as the pipeline computes it
         whole = [instruction + prompt.lower().strip() for prompt in prompts]
         return latents.count_truncated(tokenizer, whole, limit)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See TextToImage."""
         config = self.pipeline.transformer.config
         text = {"encoder_hidden_states": cond.tensors["embeds"], "encoder_attention_mask": cond.tensors["mask"]}
         with self.loading.autocast():
             return net(x_t, timestep=1000 * config.timestep_scale * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """See LatentModel."""
         cond = self.encode_prompts(prompts).tensors
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
         text: dict[str, object] = {"prompt_embeds": cond["embeds"], "prompt_attention_mask": cond["mask"]}
         text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_attention_mask": empty["mask"]}
-        # Without its own list of sizes, so that an image has the size asked for.
+        # No binning: images have exactly the requested size.
         return text | {"negative_prompt": None, "guidance_scale": sampling.guidance, "use_resolution_binning": False}
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIP encoders, and a T5 that may be left out; flow matching."""
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and an optional T5; flow matching."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.types import Conditioning, Loading
 
-TOKENS = 256  # that the T5 reads, as the pipeline has it
+TOKENS = 256  # limit of the T5, as in the pipeline
 
 
 class StableDiffusion3(LatentModel):
-    """Adapts a StableDiffusion3Pipeline; the protocol TextToImage says what each call does."""
+    """Adapter of a StableDiffusion3Pipeline."""
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
-        """The attention's projections of images and of text."""
+        """Attention projections of images and text."""
         return flow_matching.JOINT
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D]: both CLIPs' states, then the T5's, or zeros without one; `pooled` [N, P]; float32."""
+        """Return `embeds` [N, L, D] and `pooled` [N, P], float32.
+
+        `embeds` are both CLIPs' states, then the T5's, or zeros without a T5.
+        """
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), None, None, self.pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
         return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
 
     def unconditional(self) -> Conditioning:
-        """The empty prompt, encoded."""
+        """Encode the empty prompt."""
         return self.encode_prompts([""])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many prompts are longer than the encoder that reads most."""
+        """Count prompts over the limit of the encoder with the highest one."""
         if self.pipeline.text_encoder_3 is None:
             return latents.count_truncated(self.pipeline.tokenizer, prompts)
         return latents.count_truncated(self.pipeline.tokenizer_3, prompts, TOKENS)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See TextToImage."""
         embeds, pooled = cond.tensors["embeds"], cond.tensors["pooled"]
         with self.loading.autocast():
             text = {"encoder_hidden_states": embeds, "pooled_projections": pooled}
             return net(x_t, timestep=1000 * t, return_dict=False, **text)[0]  # type: ignore[no-any-return]
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 
 

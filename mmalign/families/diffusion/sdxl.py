@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, and micro-conditioning on the image's real sizes."""
+"""Stable Diffusion XL: two text encoders, a pooled embedding, micro-conditioning on image sizes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmalign.families.types import Conditioning, Loading
 
 
 class StableDiffusionXL(LatentModel):
-    """Adapts a StableDiffusionXLPipeline; the protocol TextToImage says what each call does."""
+    """Adapter of a StableDiffusionXLPipeline."""
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D1 + D2]: both encoders' penultimate states; `pooled` [N, P]: the second one's; float32."""
+        """Return both encoders' penultimate states `embeds` [N, L, D1 + D2], the second's `pooled` [N, P]; float32."""
         device = self.pipeline.text_encoder_2.device
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, do_classifier_free_guidance=False
@@ -27,9 +27,9 @@ class StableDiffusionXL(LatentModel):
         return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
 
     def unconditional(self) -> Conditioning:
-        """Zeros where the pipeline guides against zeros, as SDXL base does; else the empty prompt, encoded.
+        """Return zeros if the pipeline samples with zeros, as SDXL base does; else encode the empty prompt.
 
-        The Diffusion-DPO release encodes "" here, which the sampler never shows the network.
+        The Diffusion-DPO release encodes "" here, although the sampler never gives that to the network.
         """
         empty = self.encode_prompts([""])
         if self.pipeline.config.force_zeros_for_empty_prompt:
@@ -37,22 +37,19 @@ class StableDiffusionXL(LatentModel):
         return empty
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """See TextToImage."""
         return latents.count_truncated(self.pipeline.tokenizer, prompts)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
-        """The text, and `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
+        """Add `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
         return Conditioning({**text.tensors, "time_ids": sizes.to(text.tensors["embeds"])})
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See TextToImage."""
         added = {"text_embeds": cond.tensors["pooled"], "time_ids": cond.tensors["time_ids"]}
         with self.loading.autocast():
             embeds = cond.tensors["embeds"]
             return net(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]  # type: ignore[no-any-return]
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """See LatentModel."""
         return latents.pooled_and_not(self.encode_prompts(prompts), self.unconditional(), sampling)
 
 

@@ -15,29 +15,26 @@ from mmalign.families.types import Conditioning, Loading
 
 
 class StableDiffusion(LatentModel):
-    """Adapts a StableDiffusionPipeline; the protocol TextToImage says what each call does."""
+    """Adapter of a StableDiffusionPipeline."""
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """`embeds` [N, L, D]: the text encoder's last hidden states, float32."""
+        """Return the text encoder's last hidden states, `embeds` [N, L, D], float32."""
         embeds, _ = self.pipeline.encode_prompt(list(prompts), self.pipeline.text_encoder.device, 1, False)
         return Conditioning({"embeds": embeds.float()})
 
     def unconditional(self) -> Conditioning:
-        """The empty prompt, encoded."""
+        """Encode the empty prompt."""
         return self.encode_prompts([""])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        """See TextToImage."""
         return latents.count_truncated(self.pipeline.tokenizer, prompts)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See TextToImage."""
         with self.loading.autocast():
             return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
-        """See LatentModel."""
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
         return {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
