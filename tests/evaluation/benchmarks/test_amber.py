@@ -15,7 +15,6 @@ from mmalign.evaluation.benchmarks.amber import (
     match_objects,
     nouns_by_rule,
 )
-from mmalign.evaluation.metrics import compare
 
 ASSOCIATES: dict[str, tuple[str, ...]] = {
     "sky": (),
@@ -169,19 +168,6 @@ def test_questions_about_an_image_are_one_group() -> None:
     shared = Annotations(ITEMS, ASSOCIATES, images={number: f"AMBER_{1 + number % 2}.jpg" for number in ITEMS})
     assert len(set(amber.score_discriminative(ANSWERS, shared).groups)) == 2
     assert len(set(amber.score_discriminative(ANSWERS, BENCHMARK).groups)) == 7
-
-
-def test_compare_two_models() -> None:
-    better = {1: "People on a boat under trees.", 2: "A forest."}
-    comparison = compare(amber.score_generative(RESPONSES, BENCHMARK), amber.score_generative(better, BENCHMARK))
-    assert comparison.differences["CHAIR"].estimate == pytest.approx(-2 / 7)
-    assert comparison.differences["Cover"].estimate == 0
-    assert [row[0] for row in comparison.table()][1:5] == ["CHAIR, %", "Cover, %", "Hal, %", "Cog, %"]
-    right = {
-        number: "Yes" if item.answer else "No" for number, item in ITEMS.items() if isinstance(item, DiscriminativeItem)
-    }
-    comparison = compare(amber.score_discriminative(ANSWERS, BENCHMARK), amber.score_discriminative(right, BENCHMARK))
-    assert comparison.differences["all: F1"].estimate == pytest.approx(1 / 2)
 
 
 def test_scores_of_both_tasks_in_one_file() -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from mmalign.evaluation.annotations import Response, image_id, read_responses
 from mmalign.evaluation.benchmarks import chair
-from mmalign.evaluation.metrics import compare
 from mmalign.language.objects import coco_vocabulary, vocabulary
 from tests.helpers.data_files import write_jsonl
 
@@ -72,21 +71,6 @@ def test_score_with_another_vocabulary() -> None:
         [Response("a", "Two red circles and a green star.")], {"a": ["red circle", "blue square"]}, shapes
     )
     assert metrics.values == {"CHAIR_i": 1 / 2, "CHAIR_s": 1, "recall": 1 / 2, "words per response": 7}
-
-
-def test_compare_two_models() -> None:
-    better = [Response("3", "A wall"), *RESPONSES[:2], Response("4", "A bus")]
-    comparison = compare(chair.score(RESPONSES, TRUTH, COCO), chair.score(better, TRUTH, COCO))
-    assert {name: interval.estimate for name, interval in comparison.differences.items()} == pytest.approx(
-        {"CHAIR_i": 1 / 7 - 3 / 8, "CHAIR_s": -1 / 4, "recall": 1 / 5, "words per response": 0}
-    )
-    assert [row[0] for row in comparison.table()] == [
-        "CHAIR",
-        "CHAIR_i, %",
-        "CHAIR_s, %",
-        "recall, %",
-        "words per response",
-    ]
 
 
 def test_score_refuses() -> None:

@@ -1,13 +1,7 @@
 """Object HalBench by rules, on descriptions counted by hand."""
 
-import json
-from pathlib import Path
-
-import pytest
-
-from mmalign.evaluation.annotations import Response, read_responses
+from mmalign.evaluation.annotations import Response
 from mmalign.evaluation.benchmarks import chair, object_halbench
-from mmalign.evaluation.metrics import compare
 from mmalign.language.objects import coco_vocabulary, vocabulary
 
 TRUTH = {
@@ -43,32 +37,3 @@ def test_score_uses_the_refined_vocabulary_or_another() -> None:
     assert (metrics.values["mention-level"], metrics.values["recall"]) == (1 / 2, 1 / 3)
     shapes = vocabulary({"circle": [], "star": []})
     assert object_halbench.score([Response("1", "A star.")], {"1": ["circle"]}, shapes).values["response-level"] == 1
-
-
-def test_compare_two_models() -> None:
-    better = [*RESPONSES[:2], Response("3", "A wall"), Response("4", "A bus")]
-    comparison = compare(object_halbench.score(RESPONSES, TRUTH), object_halbench.score(better, TRUTH))
-    assert comparison.differences["response-level"].estimate == pytest.approx(1 / 3 - 2 / 3)
-    assert comparison.differences["mention-level"].estimate == pytest.approx(1 / 7 - 3 / 8)
-    assert [row[0] for row in comparison.table()][1:3] == ["response-level, %", "mention-level, %"]
-    assert json.loads(json.dumps(comparison.as_dict()))["benchmark"] == "Object HalBench"
-
-
-def test_read_responses_beside_their_questions(tmp_path: Path) -> None:
-    """The release's answers name no image: the file of questions does, line by line."""
-    asked = [{"image_id": 1, "question": "Describe it."}, {"image_id": 4, "question": "What is there?"}]
-    answers = [
-        {"question": row["question"], "text": text} for row, text in zip(asked, ("A dog.", "A bus."), strict=True)
-    ]
-    for name, rows in (("q.jsonl", asked), ("a.jsonl", answers)):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    responses = read_responses(tmp_path / "a.jsonl", tmp_path / "q.jsonl")
-    assert responses == [Response("1", "A dog.", "Describe it."), Response("4", "A bus.", "What is there?")]
-    assert object_halbench.score(responses, TRUTH).values["recall"] == 2 / 3
-
-
-def test_score_refuses() -> None:
-    with pytest.raises(ValueError, match="Object HalBench: there is no response"):
-        object_halbench.score([], TRUTH)
-    with pytest.raises(ValueError, match="images have no annotation"):
-        object_halbench.score([Response("9", "")], TRUTH)

@@ -256,12 +256,6 @@ def test_an_annotator_orders_what_the_policy_says(
             assert one == other == (given.pairs[index].chosen, given.pairs[index].rejected)
 
 
-def test_the_share_is_of_pairs_and_drawn_by_row(policy: Policy[Any], tmp_path: Path) -> None:
-    """Half of 800: four standard deviations are 57."""
-    drawn = (DRAWS.uniform(list(range(800)), (), "own pair") < 0.5).sum()
-    assert 343 <= int(drawn) <= 457
-
-
 @pytest.mark.parametrize(
     ("first", "second", "better"),
     [
