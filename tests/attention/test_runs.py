@@ -76,13 +76,6 @@ def test_what_cannot_serve_is_refused_before_a_model_is_loaded(content: dict[str
             command(recipe)
 
 
-def test_a_value_that_is_none_is_corrected(content: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"train.attention: expected 'auto', 'xformers' or 'sdpa', got the text 'xform'"
-    ):
-        load_recipe(content, ["train.attention=xform"])
-
-
 def test_a_judge_s_frozen_model_computes_as_it_is_told(
     tiny_sd15: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,14 +69,6 @@ def filled(evaluate: Content, folder: Path) -> Content:
     return results
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("command", ["evaluate", "gallery"])
-def test_evaluation_before_training(command: str, content: Content, mmalign: Commands) -> None:
-    message = mmalign.refused(command, content)
-    contains(message, "there is no trained model; run `mmalign train` with this recipe first")
-    assert not Path(content["output"]).exists()
-
-
 @pytest.mark.parametrize(
     ("evaluate", "sentence"),
     [
