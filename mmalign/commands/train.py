@@ -291,7 +291,7 @@ def identify(recipe: Recipe, family: Family) -> dict[str, str]:
     return {
         **({"judge": reward.path} if reward is not None else {}),
         **modality_of(recipe).frozen_models(recipe.model),
-        "model": fingerprint.fingerprint(family.network),
+        "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",
         "data": recipe.data.path,

@@ -59,7 +59,7 @@ def check_base_model(info: RunInfo, folder: Path, family: Family) -> None:
     Raises:
         ValueError: the family's weights differ from the initial weights of the training.
     """
-    was, now = info.identity["model"], fingerprint.fingerprint(family.network)
+    was, now = info.identity["model"], fingerprint.fingerprint_weights(family.network)
     if was != now:
         raise ValueError(
             f"{folder}: was trained from another model than {family.name} (fingerprint {was}; this one has {now}); "

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from mmalign.data.caches.fingerprint import fingerprint_settings
 from mmalign.data.caches.journal import AppendLog
 
 
@@ -20,8 +19,7 @@ class AnswerCache:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self._journal = AppendLog(folder / f"{name}.jsonl", settings)
+        self._journal = AppendLog(folder / f"{fingerprint_settings(settings)}.jsonl", settings)
         self.answers: dict[tuple[str, str], str] = {
             (image, question): answer for piece in self._journal.entries for image, question, answer in piece
         }

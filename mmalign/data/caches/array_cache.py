@@ -9,7 +9,6 @@ own shards and those that were there at its last `open` or `refresh`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -18,19 +17,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write
 from mmalign.config import Data
+from mmalign.data.caches.fingerprint import fingerprint_settings
 
 _FINGERPRINT = "fingerprint.json"
 
 
 _STALE = 3600.0  # seconds after which an unfinished file counts as left by a crash
-
-
-_CHUNK = 2**16  # integers in one sum of a weight fingerprint
 
 
 Fingerprint = Mapping[str, str | int | float]
@@ -59,8 +55,7 @@ class ArrayCache:
             ValueError: the folder is a file, or the cache's subfolder holds other content.
         """
         wanted = json.loads(json.dumps(dict(fingerprint)))
-        name = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
-        cache = cls(Path(folder) / name, fingerprint)
+        cache = cls(Path(folder) / fingerprint_settings(wanted), fingerprint)
         for path in (Path(folder), cache.folder):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"data.cache: {path} is a file; expected a folder, or a name that is free")
@@ -147,35 +142,6 @@ class ArrayCache:
         self._fields.append(tuple(dict.fromkeys(field for _, _, field in split)))
         self._index.update(dict.fromkeys((key for key, _, _ in split), len(self._shards)))
         self._shards.append(path)
-
-
-def fingerprint_tensors(state: Mapping[str, Tensor]) -> str:
-    """Return 32 hex digits that identify a model's weights: names, shapes, dtypes and every byte.
-
-    The bytes are read as integers, multiplied by odd random 64-bit factors and summed in chunks, on the tensors' own
-    device. The result is the same on every device. A change of one integer always shows. A change of several escapes
-    at most once in 2 ** 31 cases, if their random sum is a multiple of 2 ** 64. Many gigabytes take seconds.
-    """
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator, dtype=torch.int64) | 1
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        tensor = state[name].detach()
-        digest.update(f"{len(name)} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if factors.device != tensor.device:
-            factors = factors.to(tensor.device)
-        sums = [(part * factors[: len(part)]).sum() for part in torch.split(_integers(tensor), _CHUNK) if len(part)]
-        if sums:
-            digest.update(torch.stack(sums).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _integers(tensor: Tensor) -> Tensor:
-    """Return a tensor's bytes as int32, or as uint8 if their number is not a multiple of four."""
-    whole = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if len(whole) % 4:
-        return whole
-    return (whole.clone() if whole.storage_offset() % 4 else whole).view(torch.int32)
 
 
 def _check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:

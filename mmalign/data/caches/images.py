@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 
 from mmalign.atomic_io import atomic_write
+from mmalign.data.caches.fingerprint import fingerprint_settings
 from mmalign.data.pairs import stable_hash
 
 
@@ -23,8 +22,7 @@ class ImageCache:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        name = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self.folder = folder / name
+        self.folder = folder / fingerprint_settings(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, prompt: str, seed: int) -> Image.Image | None:

@@ -182,7 +182,7 @@ def _caches(
     """Return the image caches of the base and the trained model."""
     folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
     atomic_io.make_folder("evaluate.cache", folder)
-    models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)
+    models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     assert isinstance(recipe.model, ImageModel)
     settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
     before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)

@@ -58,7 +58,7 @@ def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
     folder = path.with_name(f"{path.name}.unfinished")
     assert isinstance(recipe.model, ImageModel)
     settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
-    cache = ImageCache(folder, {**settings, "model": fingerprint.fingerprint(family.network)})
+    cache = ImageCache(folder, {**settings, "model": fingerprint.fingerprint_weights(family.network)})
     images = generate_images(family, family.network, prompts, seeds, section.sampling, cache)
     scores = reward_model(images, prompts).tolist()
 

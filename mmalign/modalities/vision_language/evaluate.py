@@ -170,7 +170,7 @@ def _ask(
         "seed": section.seed,
         "images": section.images or section.benchmark,
     }
-    models = identity["trained"]["identity"]["model"], fingerprint.fingerprint(policy.unwrapped)
+    models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     before, after = (AnswerCache(folder, {**settings, "model": model}) for model in models)
     return generate_answers(
         policy,

@@ -220,7 +220,7 @@ def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[Respo
     family: VisionLanguage = loading.load_model(recipe, device)
     dependencies = {
         "model": recipe.model.path,
-        "fingerprint": fingerprint.fingerprint(family.network),
+        "fingerprint": fingerprint.fingerprint_weights(family.network),
         "precision": recipe.train.precision,
     }
     return ResponseSampler(family, family.network, rng), dependencies

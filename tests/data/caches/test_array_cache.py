@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign.atomic_io import CheckpointError
-from mmalign.data.caches.array_cache import ArrayCache, fingerprint_tensors
+from mmalign.data.caches.array_cache import ArrayCache
 from tests.helpers.disk import full_disk
 
 MODEL: dict[str, str | int | float] = {"model": "abc", "resolution": 64}
@@ -140,44 +140,3 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
         cache.put({"b": item(2)})
     assert str(tmp_path) in str(error.value)
     assert not list(cache.folder.glob("*.part")) and set(cache) == set(ArrayCache.open(tmp_path, MODEL)) == {"a"}
-
-
-def test_a_fingerprint_knows_names_shapes_dtypes_and_every_byte() -> None:
-    base = {"w": torch.zeros(2, 3), "b": torch.tensor(1.0)}
-    prints = [
-        fingerprint_tensors(state)
-        for state in (
-            base,
-            {"v": base["w"], "b": base["b"]},
-            base | {"w": torch.zeros(3, 2)},
-            base | {"w": torch.zeros(2, 3, dtype=torch.int32)},
-            base | {"w": torch.tensor([[0.0, 0, 0], [0, 0, 1e-30]])},
-            base | {"w": torch.zeros(2, 3, dtype=torch.bfloat16)},
-        )
-    ]
-    assert len(set(prints)) == len(prints)
-    assert fingerprint_tensors(dict(reversed(base.items()))) == prints[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
-def test_a_fingerprint_knows_where_a_number_stands_and_every_bit_of_it(dtype: torch.dtype) -> None:
-    """Also in the last of several parts that are added up, and where a plain sum would be the same."""
-    numbers = torch.arange(200_003).remainder(251).to(dtype)
-    swapped, moved, signs = numbers.clone(), numbers.clone(), numbers.clone()
-    swapped[[3, 200_001]] = numbers[[200_001, 3]]
-    moved[200_002:].view(torch.uint8)[-1] ^= 1
-    signs[[1, 200_001]] = -signs[[1, 200_001]]
-    near = numbers.clone()
-    near[[12, 20]] = numbers[[20, 12]]  # of one part, and in the same place of an integer
-    parts = (numbers, numbers.roll(1), swapped, moved, signs, near, numbers[:-1])
-    assert len({fingerprint_tensors({"w": x}) for x in parts}) == len(parts)
-
-
-def test_a_fingerprint_is_of_the_numbers_and_not_of_how_they_lie() -> None:
-    square = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-    apart = torch.zeros(13, dtype=torch.bfloat16)
-    apart[1:] = square.flatten()
-    for same in (square.t().contiguous().t(), apart[1:].view(3, 4), square.clone()):
-        assert torch.equal(same, square) and fingerprint_tensors({"w": same}) == fingerprint_tensors({"w": square})
-    assert fingerprint_tensors({"w": square.t()}) != fingerprint_tensors({"w": square.t().reshape(3, 4)})
-    assert fingerprint_tensors({"empty": torch.zeros(0)}) != fingerprint_tensors({})

@@ -74,7 +74,7 @@ def test_every_row_says_where_it_came_from(content: Any, vlm_folders: Folders) -
     rows, _ = prepared(content("bdhs", seed=5))
     came = rows[3]["provenance"]
     assert came["of"] == "answers.jsonl: line 4" and came["kind"] == "bdhs" and came["seed"] == 5
-    assert came["model"] == str(vlm_folders("llava")) and len(came["fingerprint"]) == 16
+    assert came["model"] == str(vlm_folders("llava")) and len(came["fingerprint"]) == 32
     assert came["similarity by"] == "trigrams (embedded: cosine of letter trigrams)"
     assert 1 <= came["tries"] <= 5 and (came["similarity"] < 0.97 or came["tries"] == 5)
     assert came["settings"]["rho"] == 0.99 and came["settings"]["max_new_tokens"] == 4
