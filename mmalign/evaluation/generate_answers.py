@@ -33,13 +33,7 @@ RunOnModel = Callable[[Callable[[nn.Module], AnswersByQuestion]], AnswersByQuest
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of both models.
-
-    Attributes:
-        before: the reference's answer to each question.
-        after: the policy's answer to each question.
-        skipped: the images whose questions are left out, and the reasons.
-    """
+    """Answers of the reference and of the policy to each question, and the images whose questions are left out."""
 
     before: AnswersByQuestion
     after: AnswersByQuestion

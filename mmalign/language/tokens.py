@@ -20,13 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenizedResponse:
-    """One prompt with one response.
-
-    Attributes:
-        ids: the tokens of both.
-        start: the index of the response's first token.
-        images: the keys of the prompt's images, in their order.
-    """
+    """Tokens of a prompt with a response, the index of the response's first, and the keys of the prompt's images."""
 
     ids: tuple[int, ...]
     start: int

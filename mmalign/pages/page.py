@@ -85,7 +85,7 @@ def write_page(
         entries: [N] in any order; the page and the grid sort them by change.
         layout: presentation of the entries.
         title: the heading of the page and the grid.
-        summary: rows of text, the header first, such as `MetricsComparison.table()`; empty for no table.
+        summary: rows of text, the header first; empty for no table.
         score_name: the meaning of the score.
         provenance: models, recipe and sampler, shown unchanged.
         measured: [M] the scores of all samples, if the entries are only some of them.

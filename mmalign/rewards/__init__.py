@@ -65,13 +65,7 @@ def reward_module(name: str) -> RewardModule:
 
 
 def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
-    """Load a reward model by name, and wrap it in `checked_reward_model`.
-
-    Args:
-        name: the name of its file.
-        path: the weights.
-        device: the device of the model.
-        options: fields of its `Config`.
+    """Load a reward model by its file's name, and wrap it in `checked_reward_model`; `options` are of its `Config`.
 
     Raises:
         ValueError: the name or an option is unknown, or the weights are missing or do not fit.

@@ -144,14 +144,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """Step-aware network with its preprocessing, tokenizer and config.
-
-    Attributes:
-        net: the network, on the CPU after loading.
-        preprocess: a function from an image to [3, S, S].
-        tokenize: a function from prompts to token ids [N, L]; longer prompts are cut.
-        config: the content of open_clip's config file.
-    """
+    """Step-aware network, on the CPU after loading, with its preprocessing, tokenizer and config as in `ClipParts`."""
 
     net: TimeConditioned
     preprocess: Callable[[Image.Image], Tensor]

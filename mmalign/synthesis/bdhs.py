@@ -42,13 +42,7 @@ class GroundTruthAnswer:
 
 @dataclass(frozen=True)
 class Completion:
-    """A generated answer.
-
-    Attributes:
-        text: the whole answer.
-        tries: the number of attempts used.
-        similarity: the similarity of the text to the true answer.
-    """
+    """A generated answer, the number of attempts used, and the text's similarity to the true answer."""
 
     text: str
     tries: int
@@ -72,13 +66,7 @@ def require_image_masking(family: VisionLanguage) -> None:
 
 @dataclass(frozen=True)
 class ResponseSampler:
-    """A model that completes answers.
-
-    Attributes:
-        family: the model.
-        net: the unwrapped network, of the policy or of the reference.
-        rng: the random numbers of one seed and epoch.
-    """
+    """A model that completes answers: its unwrapped network, of the policy or of the reference, and an epoch's RNG."""
 
     family: VisionLanguage
     net: nn.Module
@@ -139,13 +127,13 @@ def bdhs(
 
     Args:
         sampler: the model that is to hallucinate.
-        rows: the true answers.
+        rows: the true answers, N.
         features: the features of their images.
         masking: the settings.
         similarity: the measure of `masking.max_similarity`, from which a text is too similar to the true answer.
 
     Returns:
-        One completion per row. Its text may be empty, or equal the true answer if the model knows it without looking.
+        N completions. A text may be empty, or equal the true answer if the model knows it without looking.
 
     Raises:
         ValueError: the model's image tokens cannot be hidden.

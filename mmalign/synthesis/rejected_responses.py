@@ -36,13 +36,7 @@ FILL_IN = (
 
 @dataclass(frozen=True)
 class RejectedResponse:
-    """A rejected response.
-
-    Attributes:
-        text: the response.
-        metadata: notes on its generation.
-        retrieved: the other image that it describes; None if it describes the pair's own.
-    """
+    """A rejected response, notes on its generation, and the other image that it describes; None for the pair's own."""
 
     text: str
     metadata: Mapping[str, float | str]
@@ -185,14 +179,12 @@ class ReAlign:
 class ImageIndex:
     """Index of each image's nearest neighbours among the images of some pairs.
 
-    Attributes:
-        candidates: the maximum number of neighbours per image.
-        bad: the reason why an image is unusable, by its key.
+    `bad` has the reason why an image is unusable, by its key.
 
     Args:
         pairs: the pairs whose images are indexed.
         embed: a function from images to unit vectors [N, E].
-        candidates: the number of neighbours per image.
+        candidates: the maximum number of neighbours per image.
         batch_size: the number of images embedded at a time.
     """
 

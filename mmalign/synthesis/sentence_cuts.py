@@ -97,13 +97,7 @@ def openings(answer: str, row: int, rng: KeyedRNG, attempt: int = 0) -> list[Par
 
     First, half of the time, yes and no at the beginning of a sentence are swapped. A swapped word always stays in the
     head, or the swap would be lost. At most all words but the last one stay. The paper says "up to a random position";
-    the positions here are the borders between words.
-
-    Args:
-        answer: the true answer.
-        row: the answer's key.
-        rng: the random numbers of one seed and epoch.
-        attempt: the attempt's number, part of the key of the random draws.
+    the positions here are the borders between words. Draws are keyed by `row` and `attempt`.
     """
     whole, pieces, history = sentences(answer), list[Part](), ""
     uniforms = rng.uniform([row], (max(len(whole), 1), 2), "openings", attempt)[0].tolist()
@@ -123,11 +117,7 @@ def _cut(history: str, sentence: str, place: float, at_least: int) -> Opening:
 
 
 def masked_openings(answer: str, masked: str) -> list[Part]:
-    """Cut every sentence of an answer before its first `MASK`; a sentence without one stays whole.
-
-    Args:
-        answer: the true answer.
-        masked: the answer with `MASK` replacing some of its words.
+    """Cut every sentence of an answer before its first `MASK` in `masked`; a sentence without one stays whole.
 
     Raises:
         ValueError: the two have different numbers of sentences, so more than words was replaced.

@@ -39,14 +39,7 @@ class SynthesizedPair:
 
 
 def write_pairs(path: Path, pairs: Iterable[SynthesizedPair], *, suffix: str, images: Path) -> None:
-    """Write a file of pairs.
-
-    Args:
-        path: the file.
-        pairs: the pairs to write; at least one.
-        suffix: the kind of file, one of `SUFFIXES`.
-        images: the folder that image paths in JSON lines are relative to.
-    """
+    """Write a file of at least one pair, of the kind `suffix`; image paths in JSON lines are relative to `images`."""
     if suffix == ".parquet":
         write_parquet(path, map(_packed, pairs))
         return

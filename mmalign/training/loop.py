@@ -231,9 +231,6 @@ class _GradientAccumulator:
 
         If no row of any process has weight, return None without a step, which would follow momentum alone.
 
-        Args:
-            step: updates done before.
-
         Raises:
             FloatingPointError: a loss of any process, or the gradient, is not finite.
         """

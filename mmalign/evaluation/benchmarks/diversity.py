@@ -19,9 +19,7 @@ def pixel_distances(images: Sequence[Image], groups: Sequence[Hashable]) -> list
     black. It needs no network and no reward model. It ignores the content of an image, so compare models on the same
     prompts, not prompts with each other.
 
-    Args:
-        images: N images, of one size within a group.
-        groups: [N] a key of images that should differ from each other, such as the prompt.
+    Images [N] of a group have one key, such as the prompt, and one size.
 
     Raises:
         ValueError: a group has a single image, or images of different sizes.

@@ -94,14 +94,7 @@ def response_scores(family: VisionLanguage) -> Score[EncodedResponses]:
 def accuracy(
     policy: Policy, batches: Iterable[B], score: Score[B], *, num_noise_samples: int, seed: int
 ) -> ImplicitAccuracy:
-    """Score every pair `num_noise_samples` times with policy and reference.
-
-    Args:
-        policy: the trained model, with its base as reference.
-        batches: held-out pairs, encoded; rows of weight 0 are padding.
-        score: `image_scores` or `response_scores` of the family.
-        num_noise_samples: number of draws for each pair; 1 for scores without random numbers.
-        seed: seed of the draws.
+    """Score every held-out pair with policy and reference, as often as `num_noise_samples`; 1 without random numbers.
 
     Raises:
         ValueError: there is no pair.
