@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmalign import methods
+from mmalign.config.losses import DPOLossConfig
 from mmalign.config.methods import find_method
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
@@ -24,7 +25,7 @@ TERMS = {
     "rlhfv": [""],
 }
 DEFAULTS: dict[Any, dict[str, Any]] = {
-    dpo: {"beta": 0.1, "loss": "dpo", "nll": 0.0},
+    dpo: {"beta": 0.1, "loss": DPOLossConfig(), "nll": 0.0},
     mdpo: {"beta": 0.1, "delta": 0.0, "crop_area": [0.01, 0.2], "nll": 0.0},
     povid: {"beta": 0.1, "gamma": 0.5, "noise_step": 500, "overflow": "clamp", "tokens": "reference"}
     | {"combine": "average", "nll": 0.0},
