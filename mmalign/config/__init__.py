@@ -80,7 +80,7 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     gallery: Gallery = Gallery()
     prepare: Prepare | None = None
-    output: str = Field(description="the folder that everything is written to")
+    output: str = Field(description="folder for all outputs")
 
 
 class Sections(NamedTuple):

@@ -16,16 +16,20 @@ class RewardConfig(Section):
 
     name: str = "open_clip"
     path: str
-    options: dict[str, object] = Field({}, description="of the judge's own, such as {pretrained: laion2b_s34b_b79k}")
+    options: dict[str, object] = Field(
+        {}, description="keyword arguments of the reward model, such as {pretrained: laion2b_s34b_b79k}"
+    )
 
 
 class SamplingConfig(Section):
     """Settings of image sampling."""
 
     steps: int = Field(30, ge=1, description="denoising steps")
-    guidance: float = Field(7.5, ge=1, description="the scale of classifier-free guidance; 1 turns it off")
-    resolution: int | None = Field(None, ge=8, description="the images' side in pixels; the model's own if not given")
-    sampler: Literal["default", "ddim", "dpmsolver++"] = Field("default", description="default: the checkpoint's own")
+    guidance: float = Field(7.5, ge=1, description="scale of classifier-free guidance; 1 turns it off")
+    resolution: int | None = Field(None, ge=8, description="side of an image in pixels; default: the model's")
+    sampler: Literal["default", "ddim", "dpmsolver++"] = Field(
+        "default", description="default: the checkpoint's scheduler"
+    )
     batch_size: int = Field(16, ge=1, description="images generated at a time")
 
 
@@ -40,24 +44,22 @@ class EvaluateImages(Evaluate):
     """Settings of the comparison of text-to-image models."""
 
     benchmark: Literal["scenes", "preference", "implicit"] = "preference"
-    prompts: int | str = Field(
-        256, description="a number of the bundled world's prompts, or a file with one prompt a line"
-    )
-    split: Literal["validation", "test"] = Field("test", description="of the bundled world's prompts")
+    prompts: int | str = Field(256, description="number of bundled prompts, or a text file with one prompt per line")
+    split: Literal["validation", "test"] = Field("test", description="split of the bundled prompts")
     sampling: SamplingConfig = SamplingConfig()
     images_per_prompt: int = Field(
-        1, ge=1, description="images of every prompt; with two or more, how different they are is measured"
+        1, ge=1, description="images per prompt; with two or more, diversity is measured too"
     )
-    reward: RewardConfig | None = Field(None, description="whose win rate is measured; scenes does without as well")
-    num_noise_samples: int = Field(10, ge=1, description="implicit: (t, noise) draws a pair")
-    cache: str = Field("auto", description="where pictures are kept as they come: auto (in the output), or a folder")
+    reward: RewardConfig | None = Field(None, description="reward model for the win rate; optional for scenes")
+    num_noise_samples: int = Field(10, ge=1, description="implicit: draws of (t, noise) per pair")
+    cache: str = Field("auto", description="folder for generated images, or auto (in the output)")
 
     @model_validator(mode="after")
     def _judged(self) -> EvaluateImages:
         if self.benchmark == "preference" and self.reward is None:
-            raise ValueError("benchmark preference needs a judge; add evaluate.reward.path")
+            raise ValueError("benchmark preference needs a reward model; add evaluate.reward.path")
         if self.benchmark == "scenes" and isinstance(self.prompts, str):
-            raise ValueError(f"benchmark scenes makes its own prompts; expected their number, got {self.prompts!r}")
+            raise ValueError(f"benchmark scenes uses its own prompts; expected their number, got {self.prompts!r}")
         return self
 
 
@@ -71,8 +73,8 @@ class EvaluateSteps(Evaluate):
 class DecodingConfig(Section):
     """Settings of text decoding."""
 
-    max_new_tokens: int = Field(128, ge=1, description="the most tokens of a text")
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; else tokens are sampled")
+    max_new_tokens: int = Field(128, ge=1, description="maximum number of generated tokens")
+    temperature: float = Field(0.0, ge=0, description="0 decodes greedily")
     batch_size: int = Field(16, ge=1, description="texts generated at a time")
 
 
@@ -86,31 +88,32 @@ class Coco(Section):
 class AnswerFiles(Section):
     """Files of existing answers, which are scored without a model."""
 
-    before: Files | None = Field(None, description="of the base model; without them the others are scored alone")
-    after: Files = Field(description="of the aligned model; of pope, a file for each split")
+    before: Files | None = Field(None, description="answers of the base model; if missing, only `after` is scored")
+    after: Files = Field(description="answers of the aligned model; for pope, one file per split")
 
 
 class EvaluateResponses(Evaluate):
     """Settings of the comparison of vision-language models."""
 
     benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"]
-    num_images: int = Field(256, ge=2, description="crowds: held-out pictures of the bundled world")
-    split: Literal["validation", "test"] = Field("test", description="crowds: of the bundled world")
+    num_images: int = Field(256, ge=2, description="crowds: number of bundled held-out images")
+    split: Literal["validation", "test"] = Field("test", description="crowds: split of the bundled images")
     questions: Files | None = Field(
-        None, description="records with image and question, those of pope by split, such as {random: a.json}"
+        None, description="records with image and question; for pope one file per split, such as {random: a.json}"
     )
     annotations: str | Coco | None = Field(
-        None, description="what is in the images: records with image and objects, or MSCOCO's files; amber's folder"
+        None,
+        description="objects of the images: records with image and objects, or MSCOCO's files; for amber its folder",
     )
-    images: str | None = Field(None, description="the folder that images' names begin in")
-    prompt: str = Field("Describe this image.", description="what is asked where a question has no text")
+    images: str | None = Field(None, description="folder of the images")
+    prompt: str = Field("Describe this image.", description="prompt for questions without text")
     vocabulary: str = Field(
         "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [other words for it]}"
     )
-    parse: Literal["published", "strict"] = Field("published", description="pope: how yes and no are read")
+    parse: Literal["published", "strict"] = Field("published", description="pope: parser of yes and no")
     answers: AnswerFiles | None = None
     decoding: DecodingConfig = DecodingConfig()
-    cache: str = Field("auto", description="where answers are kept as they come: auto (in the output), or a folder")
+    cache: str = Field("auto", description="folder for generated answers, or auto (in the output)")
 
     @model_validator(mode="after")
     def _fits(self) -> EvaluateResponses:
@@ -121,17 +124,21 @@ class EvaluateResponses(Evaluate):
                     f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
                 )
         if self.benchmark in ("chair", "object_halbench", "amber") and self.annotations is None:
-            raise ValueError(f"benchmark {self.benchmark} needs to know what is in the images; add annotations")
+            raise ValueError(f"benchmark {self.benchmark} needs the objects of the images; add annotations")
         if self.benchmark == "pope" and self.questions is None and self.annotations is None:
-            raise ValueError("benchmark pope needs questions, or annotations to make them of; add one of the two")
+            raise ValueError("benchmark pope needs questions, or annotations to generate them from; add one of the two")
         if self.benchmark == "amber" and not isinstance(self.annotations, str):
-            raise ValueError("benchmark amber reads its annotations from its folder 'data'; name that one")
+            raise ValueError(
+                "benchmark amber reads its annotations from its folder 'data'; set annotations to that folder"
+            )
         if self.benchmark == "pope" and isinstance(self.annotations, Coco):
-            raise ValueError("benchmark pope makes questions of records with image and objects, not of MSCOCO's files")
+            raise ValueError(
+                "benchmark pope generates questions from records with image and objects, not from MSCOCO's files"
+            )
         if self.benchmark != "pope" and isinstance(self.questions, dict):
             raise ValueError(f"benchmark {self.benchmark} has no splits; expected one file of questions")
         if "images" in takes and self.images is None and self.answers is None:
-            raise ValueError("images: expected the folder of the images, or answers that are there already")
+            raise ValueError("images: expected the folder of the images, or existing answers")
         return self
 
 
@@ -150,5 +157,5 @@ _TAKES: dict[str, tuple[str, ...]] = {
 class Gallery(Section):
     """Settings of the gallery page."""
 
-    images: int = Field(96, ge=1, description="pairs of pictures on the page")
+    images: int = Field(96, ge=1, description="number of image pairs on the page")
     title: str = "Before and after"

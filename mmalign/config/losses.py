@@ -40,7 +40,7 @@ class DPOLossConfig(PairLossConfig):
     function = "mmalign.losses.pairwise:dpo"
 
     name: Literal["dpo"] = "dpo"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="the assumed share of swapped labels")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of swapped labels")
 
 
 class IPOLossConfig(PairLossConfig):
@@ -66,4 +66,4 @@ class RobustLossConfig(PairLossConfig):
     function = "mmalign.losses.pairwise:robust"
 
     name: Literal["robust"] = "robust"
-    flip_rate: float = Field(0.0, ge=0, lt=0.5, description="the share of swapped labels")
+    flip_rate: float = Field(0.0, ge=0, lt=0.5, description="fraction of swapped labels")

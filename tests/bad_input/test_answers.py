@@ -119,7 +119,7 @@ def test_bad_files_are_told_before_the_model_is_loaded(
     [
         ({"benchmark": "pop"}, "got the text 'pop'; did you mean 'pope'?"),
         ({"benchmark": "pope", "images": "F"}, "evaluate: benchmark pope needs questions, or annotations"),
-        ({"benchmark": "chair", "images": "F"}, "evaluate: benchmark chair needs to know what is in the images"),
+        ({"benchmark": "chair", "images": "F"}, "evaluate: benchmark chair needs the objects of the images"),
         ({"benchmark": "chair", "annotations": "a"}, "evaluate: images: expected the folder of the images"),
         ({"benchmark": "crowds", "images": "F"}, "evaluate: benchmark crowds takes no 'images' but"),
         ({"benchmark": "pope", "questions": "q", "images": "F", "vocabulary": "a"}, "takes no 'vocabulary' but"),

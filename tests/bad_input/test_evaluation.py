@@ -23,7 +23,11 @@ from tests.helpers.commands import EVALUATE, JUDGED, UNET, Commands, Content, co
             {"benchmark": "implicit"},
             "evaluate: implicit needs a validation split; set data.validation_fraction",
         ),
-        ("evaluate", {"benchmark": "preference"}, "benchmark preference needs a judge; add evaluate.reward.path"),
+        (
+            "evaluate",
+            {"benchmark": "preference"},
+            "benchmark preference needs a reward model; add evaluate.reward.path",
+        ),
         ("evaluate", {**JUDGED, "prompts": "W/none.txt"}, "evaluate.prompts: there is no file or folder 'W/none.txt'"),
         (
             "evaluate",

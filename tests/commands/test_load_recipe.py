@@ -200,10 +200,10 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
             "recipe: train.schedule: expected 'constant', 'linear' or 'cosine', got the text 'cosin'; "
             "did you mean 'cosine'?",
         ),
-        ("evaluate={}", "recipe: evaluate: benchmark preference needs a judge; add evaluate.reward.path"),
+        ("evaluate={}", "recipe: evaluate: benchmark preference needs a reward model; add evaluate.reward.path"),
         (
             "evaluate={benchmark: scenes, prompts: a}",
-            "recipe: evaluate: benchmark scenes makes its own prompts; expected their number, got 'a'",
+            "recipe: evaluate: benchmark scenes uses its own prompts; expected their number, got 'a'",
         ),
         ("prepare={}", "recipe: prepare needs 'reward', which is missing"),
         ("method.loss=", "recipe: method.loss: expected a name, or a section such as {name: NAME}, got nothing"),
@@ -226,7 +226,7 @@ def test_every_slip_is_named_at_once() -> None:
 
 def test_what_is_missing_is_named_with_its_meaning() -> None:
     assert slip(of={**LEAST, "model": {}}) == (
-        "recipe: model needs 'path', which is missing; expected a diffusers pipeline: a folder or a Hub id"
+        "recipe: model needs 'path', which is missing; expected diffusers pipeline: a folder or a Hub id"
     )
     without = {k: v for k, v in LEAST.items() if k != "data"}
     assert slip(of=without) == "recipe: a recipe needs 'data', which is missing"
@@ -293,10 +293,9 @@ def test_a_judge_is_trained_whole_and_from_two_models() -> None:
     judge = {**LEAST, "method": {"name": "step_preference"}, "model": {"path": "a", "denoiser": "b"}}
     assert load_recipe(judge, ["model.lora={}", "model.revision=null"]) == load_recipe(judge)
     assert slip("model.lora.rank=4", of=judge) == (
-        "recipe: model: lora means nothing to a judge that learns to know noisy images, which is trained whole; leave "
-        "it out"
+        "recipe: model: lora does not apply to a step judge, whose weights are all trained; leave it out"
     )
-    assert "revision: 'main' would be of either of two models, path and denoiser; leave it out, and name a" in slip(
+    assert "revision: 'main' is ambiguous between the two models, path and denoiser; leave it out, and give" in slip(
         "model.revision=main", of=judge
     )
 

@@ -13,8 +13,8 @@ NumCachedDraws = Annotated[
     int,
     Field(
         ge=0,
-        description="so many draws of a pair come again and again, epoch after epoch in turn, and what the reference "
-        "makes of each is worked out once and kept on disk; 0 draws anew in every epoch",
+        description="number of random draws per pair, used by the epochs in turn, so that reference scores are cached; "
+        "0 redraws every epoch",
     ),
 ]
 
@@ -29,4 +29,4 @@ class PairMethodConfig(MethodConfig):
 class ResponseMethodConfig(PairMethodConfig):
     """Pair loss of a method that compares responses, with an optional likelihood term."""
 
-    nll: float = Field(0.0, ge=0, description="the weight of the chosen response's own -log p, a mean over its tokens")
+    nll: float = Field(0.0, ge=0, description="weight of the chosen response's -log p, a mean over tokens")

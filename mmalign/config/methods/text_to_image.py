@@ -16,8 +16,10 @@ class CCAConfig(MethodConfig):
 
     name: Literal["cca"] = "cca"
     beta: float = Field(2000.0, gt=0, description="in units of -1/2 mean squared error, as Diffusion-DPO's")
-    weight: float = Field(1.0, ge=0, description="of unlearning another pair's prompt; lambda in the paper")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose both prompts; as released")
+    weight: float = Field(1.0, ge=0, description="weight of unlearning another pair's prompt; lambda in the paper")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="fraction of images that lose both prompts; as released"
+    )
 
 
 class DiffusionDPOConfig(PairMethodConfig):
@@ -25,9 +27,9 @@ class DiffusionDPOConfig(PairMethodConfig):
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: float = Field(
-        5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script has half of it"
+        5000.0, gt=0, description="in units of -1/2 mean squared error; diffusers' SD script uses half of it"
     )
-    caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
+    caption_dropout: float = Field(0.2, ge=0, le=1, description="fraction of pairs that lose their prompt")
     num_cached_draws: NumCachedDraws = 0
 
 
@@ -40,23 +42,26 @@ class InPOConfig(PairMethodConfig):
     """
 
     name: Literal["inpo"] = "inpo"
-    beta: float = Field(5000.0, gt=0, description="in units of -1/2 mean squared error; the release has 2000 for SD1.5")
-    caption_dropout: float = Field(0.2, ge=0, le=1, description="share of pairs that lose their prompt")
-    inverter: Literal["policy", "reference"] = Field("policy", description="the model that inverts the images")
-    inversion: Literal["exact", "release"] = Field(
-        "exact", description="exact ends at t; release where the published program ends, on its grid around t"
+    beta: float = Field(
+        5000.0, gt=0, description="in units of -1/2 mean squared error; the release uses 2000 for SD1.5"
     )
-    steps: int = Field(10, ge=1, le=1000, description="of an inversion through all times; one to t takes its share")
-    eta: float = Field(0.1, ge=0, le=1, description="how much of the noise is fresh; 0 inverts without any")
+    caption_dropout: float = Field(0.2, ge=0, le=1, description="fraction of pairs that lose their prompt")
+    inverter: Literal["policy", "reference"] = Field("policy", description="model that inverts the images")
+    inversion: Literal["exact", "release"] = Field(
+        "exact", description="exact ends at t; release ends on the published program's grid around t"
+    )
+    steps: int = Field(
+        10, ge=1, le=1000, description="steps of an inversion through all times; one to t takes its share of them"
+    )
+    eta: float = Field(0.1, ge=0, le=1, description="fraction of fresh noise; 0 inverts without any")
     num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _fixed(self) -> InPOConfig:
         if self.num_cached_draws and self.inverter != "reference":
             raise ValueError(
-                f"num_cached_draws: {self.num_cached_draws} keeps what an inverter that learns would not make again; "
-                "use "
-                "inverter: reference, or leave it out"
+                f"num_cached_draws: {self.num_cached_draws} cannot be cached, since the inverter (the policy) changes; "
+                "use inverter: reference, or leave num_cached_draws out"
             )
         return self
 
@@ -70,15 +75,15 @@ class InstructEngineConfig(PairMethodConfig):
         [0.25] * 4,
         min_length=4,
         max_length=4,
-        description="of the comparisons: prompts under the first image, and under the second; images under the first "
-        "prompt, and under the second",
+        description="weights of the comparisons: prompts for the first image, prompts for the second, images for the "
+        "first prompt, images for the second",
     )
     num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _compares(self) -> InstructEngineConfig:
         if not any(self.weights):
-            raise ValueError("weights are all 0; expected at least one comparison to count")
+            raise ValueError("weights are all 0; expected at least one above 0")
         return self
 
 
@@ -86,39 +91,41 @@ class MaPOConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's."""
 
     name: Literal["mapo"] = "mapo"
-    beta: float = Field(0.1, gt=0, description="the weight of the margin beside the chosen image's own error")
+    beta: float = Field(0.1, gt=0, description="weight of the margin term; the chosen image's error has weight 1")
     snr: float | None = Field(
         None,
         gt=0,
-        description="the factor inside the bounded score, a constant, whatever its name says; if not given, the "
-        "release's 0.5, or what equals it in flow matching",
+        description="constant factor inside the bounded score; default: the release's 0.5, or its equivalent in flow "
+        "matching",
     )
-    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs that lose their prompt")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="fraction of pairs that lose their prompt")
 
 
 class SFTConfig(MethodConfig):
     """Hyper-parameters."""
 
     name: Literal["sft"] = "sft"
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of images that lose their prompt")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="fraction of images that lose their prompt")
 
 
 class SPOConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
 
     name: Literal["spo"] = "spo"
-    reward: RewardConfig = Field(description="scores the images that are predicted on the way, best a step_aware one")
-    beta: float = Field(10.0, gt=0, description="in units of one over a mean log-probability")
-    clip: float = Field(0.1, gt=0, lt=1, description="how far a likelihood ratio may go from 1 and still learn")
+    reward: RewardConfig = Field(description="reward model that scores the predicted images, best a step_aware one")
+    beta: float = Field(10.0, gt=0, description="in units of 1 / mean log-probability")
+    clip: float = Field(0.1, gt=0, lt=1, description="clipping range of the likelihood ratio around 1")
     steps: int = Field(20, ge=1, description="of the sampler")
-    guidance: float = Field(5.0, ge=1, description="of policy and reference, in sampling and in the loss")
-    eta: float | None = Field(
-        None, gt=0, le=1, description="noise of a step; if not given, as published: 1, and of flow models 0.7"
+    guidance: float = Field(
+        5.0, ge=1, description="guidance scale of policy and reference, in sampling and in the loss"
     )
-    candidates: int = Field(4, ge=2, description="next steps from one x_t")
-    start: int = Field(4, ge=0, description="the step of the first candidates; earlier images cannot be told apart")
-    inner_steps: int = Field(0, ge=0, description="steps that a candidate takes alone before it is scored; SDXL 3")
-    threshold: float = Field(0.3, ge=0, lt=1, description="the difference of probability that makes a pair; SDXL 0.4")
+    eta: float | None = Field(
+        None, gt=0, le=1, description="noise of a step; default as published: 1, for flow models 0.7"
+    )
+    candidates: int = Field(4, ge=2, description="candidate next steps from one x_t")
+    start: int = Field(4, ge=0, description="step of the first candidates; earlier images are too noisy to compare")
+    inner_steps: int = Field(0, ge=0, description="steps of a candidate before it is scored; SDXL 3")
+    threshold: float = Field(0.3, ge=0, lt=1, description="smallest probability difference of a pair; SDXL 0.4")
 
     @model_validator(mode="after")
     def _whole_segments(self) -> SPOConfig:
@@ -135,6 +142,8 @@ class StepPreferenceConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
 
     name: Literal["step_preference"] = "step_preference"
-    guidance: float = Field(5.0, ge=1, description="of the predictions, as in the sampling that the judge is for")
-    reward: RewardConfig | None = Field(None, description="labels the pairs anew, by their clean images")
-    tie_margin: float = Field(0.1, ge=0, lt=1, description="the difference of its probabilities that is no tie")
+    guidance: float = Field(
+        5.0, ge=1, description="guidance scale of the predictions, as in later sampling with the step judge"
+    )
+    reward: RewardConfig | None = Field(None, description="reward model that relabels the pairs by their clean images")
+    tie_margin: float = Field(0.1, ge=0, lt=1, description="smallest probability difference that is not a tie")

@@ -15,13 +15,13 @@ from mmalign.config.preparation import BdhsConfig
 class MixedConfig(DecodingConfig):
     """Settings for pairs that the policy samples and an annotator orders."""
 
-    max_new_tokens: int = Field(256, ge=1, description="the most tokens of an answer")
-    temperature: float = Field(1.0, gt=0, description="of the answers")
-    share: float = Field(0.5, ge=0, le=1, description="how likely a pair of the data is given up for one of these")
+    max_new_tokens: int = Field(256, ge=1, description="maximum number of tokens of an answer")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of the answers")
+    share: float = Field(0.5, ge=0, le=1, description="probability of replacing a pair of the data")
     annotator: str = Field(
         "rules",
-        description="rules, or module:function, from a pair, its pictures and two answers to a number above 0 if the "
-        "first is better, below 0 if the second is",
+        description="rules, or module:function: from a pair, its images and two answers to a number, positive if the "
+        "first is better",
     )
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
 
@@ -33,7 +33,7 @@ class BDHSMethodConfig(ResponseMethodConfig):
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
     mode: Literal["offline", "online", "mixed"] = "offline"
     gamma: float = Field(
-        0.5, ge=0, le=1, description="the rejected response's share, where there is a hallucinated one beside it"
+        0.5, ge=0, le=1, description="weight of the rejected response, if there is a hallucinated one too"
     )
     online: BdhsConfig = BdhsConfig()
     mixed: MixedConfig = MixedConfig()
@@ -46,7 +46,7 @@ class BDHSMethodConfig(ResponseMethodConfig):
         if self.mode == "mixed" and self.gamma != type(self).model_fields["gamma"].default:
             raise ValueError("mode mixed has one rejected response for each pair and takes no gamma; leave it out")
         if self.mode == "online" and self.gamma == 1:
-            raise ValueError("mode online with gamma 1 learns from nothing that is written; use mode: offline")
+            raise ValueError("mode online with gamma 1 does not use the generated responses; use mode: offline")
         return self
 
 
@@ -62,16 +62,19 @@ class MDPOConfig(ResponseMethodConfig):
 
     name: Literal["mdpo"] = "mdpo"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    delta: float = Field(0.0, description="the anchor: by how many beta-fold nats the chosen response must gain")
+    delta: float = Field(0.0, description="anchor: required gain of the chosen response, in nats times beta")
     crop_area: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [0.01, 0.2], min_length=2, max_length=2, description="the least and the greatest share of the area of a crop"
+        [0.01, 0.2],
+        min_length=2,
+        max_length=2,
+        description="smallest and largest area of a crop, as fractions of the image",
     )
     num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _in_order(self) -> MDPOConfig:
         if self.crop_area[0] > self.crop_area[1]:
-            raise ValueError(f"crop_area is {self.crop_area}; expected the least share first")
+            raise ValueError(f"crop_area is {self.crop_area}; expected the smaller fraction first")
         return self
 
 
@@ -80,22 +83,27 @@ class POVIDConfig(ResponseMethodConfig):
 
     name: Literal["povid"] = "povid"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    gamma: float = Field(0.5, ge=0, le=1, description="the rejected response's share beside the noisy tokens'")
-    noise_step: int = Field(500, ge=0, lt=1000, description="of 1000; more is noisier")
-    overflow: Literal["clamp", "wrap"] = Field("clamp", description="of noisy pixels; wrap is the release's")
-    tokens: Literal["reference", "policy", "own"] = Field(
-        "reference", description="whose noisy tokens both score; own: each network its own, as in the release"
+    gamma: float = Field(0.5, ge=0, le=1, description="weight of the rejected response; the noisy tokens have the rest")
+    noise_step: int = Field(
+        500, ge=0, lt=1000, description="diffusion timestep of the noise, of 1000; higher is noisier"
     )
-    combine: Literal["average", "paper"] = Field("average", description="two losses, or one of a weighted sum")
+    overflow: Literal["clamp", "wrap"] = Field(
+        "clamp", description="handling of noisy pixels out of range; wrap as in the release"
+    )
+    tokens: Literal["reference", "policy", "own"] = Field(
+        "reference", description="model whose noisy tokens both score; own: each model its own, as in the release"
+    )
+    combine: Literal["average", "paper"] = Field(
+        "average", description="mean of two losses, or one loss of a weighted sum"
+    )
     num_cached_draws: NumCachedDraws = 0
 
     @model_validator(mode="after")
     def _fixed(self) -> POVIDConfig:
         if self.num_cached_draws and self.tokens != "reference":
             raise ValueError(
-                f"num_cached_draws: {self.num_cached_draws} keeps noisy tokens, and a policy that learns would not say "
-                "the same "
-                "again; use tokens: reference, or leave num_cached_draws out"
+                f"num_cached_draws: {self.num_cached_draws} cannot be cached, since the policy's noisy tokens change; "
+                "use tokens: reference, or leave num_cached_draws out"
             )
         return self
 
@@ -105,7 +113,9 @@ class ReAlignConfig(ResponseMethodConfig):
 
     name: Literal["realign"] = "realign"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    image_weight: float = Field(1.0, ge=0, description="of the term that prefers the right image; w_v in the paper")
+    image_weight: float = Field(
+        1.0, ge=0, description="weight of the term that prefers the right image; w_v in the paper"
+    )
 
 
 class ResponseSFTConfig(MethodConfig):
@@ -118,7 +128,7 @@ class RLHFVConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["rlhfv"] = "rlhfv"
-    beta: float = Field(0.5, gt=0, description="in nats a token")
-    gamma: float = Field(5.0, gt=0, description="the weight of a changed token; 1 is DPO on means")
-    min_block: int = Field(3, ge=1, description="tokens; what is alike for less than that counts as changed")
-    insertions: bool = Field(True, description="words that only one side has are changed too; false as in the release")
+    beta: float = Field(0.5, gt=0, description="in nats per token")
+    gamma: float = Field(5.0, gt=0, description="weight of a changed token; 1 is DPO on means")
+    min_block: int = Field(3, ge=1, description="tokens; shorter runs of equal tokens are treated as changed")
+    insertions: bool = Field(True, description="treat words on only one side as changed; false as in the release")

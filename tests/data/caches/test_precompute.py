@@ -302,5 +302,5 @@ def test_draws_come_again_after_their_number_of_epochs(contrast: Callable[[int],
 
 
 def test_only_the_reference_s_inversions_can_be_kept() -> None:
-    with pytest.raises(ValueError, match="num_cached_draws: 2 keeps what an inverter that learns would not make again"):
+    with pytest.raises(ValueError, match="num_cached_draws: 2 cannot be cached, since the inverter"):
         inpo.Config(num_cached_draws=2)

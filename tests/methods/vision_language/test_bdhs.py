@@ -310,7 +310,7 @@ def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders:
     [
         ({"online": {"tries": 3}}, "mode offline takes no settings of 'online'; leave them out"),
         ({"mode": "online", "mixed": {"share": 0.1}}, "mode online takes no settings of 'mixed'"),
-        ({"mode": "online", "gamma": 1.0}, "mode online with gamma 1 learns from nothing that is written"),
+        ({"mode": "online", "gamma": 1.0}, "mode online with gamma 1 does not use the generated responses"),
         ({"mode": "mixed", "gamma": 0.1}, "mode mixed has one rejected response for each pair and takes no gamma"),
         ({"online": {"rho": 2.0}}, "method.online.rho: expected less than or equal to 1"),
     ],

@@ -110,5 +110,5 @@ def test_the_anchor_alone_moves_the_chosen_response_up(llava: VisionLanguage) ->
 
 
 def test_a_crop_in_the_wrong_order() -> None:
-    with pytest.raises(ValueError, match="expected the least share first"):
+    with pytest.raises(ValueError, match="expected the smaller fraction first"):
         mdpo.Config(crop_area=[0.5, 0.2])
