@@ -1,34 +1,30 @@
-"""The one entry to attention: who computes it, and which tokens see which.
+"""Attention backends (xformers, SDPA, dense reference) and masks of packed rows.
 
-`forest.py` says which tokens see which in a row that several responses share (`PackedPrefixMask`, `PrefixGroup`);
-`executors.py` computes attention, by xformers, by PyTorch's own function, or by a plain reference; `kernels.py` knows
-whether xformers can run here and, if not, why; `choice.py` decides by the recipe's `train.attention`; `decoders.py` and
-`denoisers.py` put an executor into the models of transformers and diffusers.
+`packed_mask.py` describes a row in which several responses share a prefix (`PackedPrefixMask`, `PrefixGroup`);
+`backends.py` computes attention; `kernels.py` checks whether xformers runs here; `choice.py` selects a backend for the
+recipe's `train.attention`; `decoders.py` and `denoisers.py` install a backend in models of transformers and diffusers.
 
-A row of a prefix of 5 tokens with branches of 3 and 2, and one of 4 with a branch of 6:
+A prefix of 5 tokens with branches of 3 and 2, and one of 4 with a branch of 6:
 
-    forest = Forest((Tree(5, (3, 2)), Tree(4, (6,))))
-    forest.length            # L = 20, in the order [prefix | branch | branch | prefix | branch]
-    forest.join(rows)        # packed [..., L] of the rows apart, [5 + 3], [5 + 2], [4 + 6]: ids, types, positions
-    forest.positions         # [1, L], for models whose positions have one dimension
-    forest.before            # [3 + 2 + 6]: the places whose hidden states predict the tokens at ...
-    forest.said              # [3 + 2 + 6]: ... these places, branch by branch
-    forest.split(x)          # the rows apart, of a packed [..., L]
-    forest.visible           # [L, L], bool: the mask that all of this means
+    mask = PackedPrefixMask((PrefixGroup(5, (3, 2)), PrefixGroup(4, (6,))))
+    mask.length               # L = 20, in the order [prefix | branch | branch | prefix | branch]
+    mask.join(rows)           # the unpacked rows [5 + 3], [5 + 2], [4 + 6] as one [..., L]: ids, types, positions
+    mask.positions            # [1, L], for models whose positions have one dimension
+    mask.target_positions     # [3 + 2 + 6]: the indices of the branches' tokens, branch by branch
+    mask.predictor_positions  # [3 + 2 + 6]: the indices whose hidden states predict them
+    mask.split(x)             # the unpacked rows of a packed [..., L]
+    mask.visible              # [L, L], bool: the equivalent dense mask
 
-and through a decoder of transformers, which `decoders.use(decoder, "sdpa" | "xformers")` has prepared:
+A decoder of transformers takes it after `decoders.install(decoder, "sdpa" | "xformers")`:
 
-    hidden = decoder(inputs_embeds=embeds, position_ids=forest.positions, use_cache=False,
-                     **decoders.of(forest, decoder)).last_hidden_state         # [1, L, D]
+    hidden = decoder(inputs_embeds=embeds, position_ids=mask.positions, use_cache=False,
+                     **decoders.attention_kwargs(mask, decoder)).last_hidden_state     # [1, L, D]
 
-unless `decoders.why_not_packed(decoder, forest.longest)` says that this decoder cannot take such rows.
-For other positions than those, such as in rows and columns, join the ones that the model gives to each row apart.
-tests/attention/test_models.py does all of it with whole models and their images.
-
-`PrefixGroup(..., both_ways=True)` lets the prefix's tokens see one another in both directions (PaliGemma).
+unless `decoders.packing_unsupported_reason(decoder, mask.longest)` gives a reason against it. For positions of several
+dimensions (rows and columns), join the positions that the model computes for each unpacked row.
 """
 
-from mmalign.attention.executors import BACKENDS as BACKENDS
-from mmalign.attention.executors import Backend as Backend
-from mmalign.attention.forest import PackedPrefixMask as PackedPrefixMask
-from mmalign.attention.forest import PrefixGroup as PrefixGroup
+from mmalign.attention.backends import BACKENDS as BACKENDS
+from mmalign.attention.backends import Backend as Backend
+from mmalign.attention.packed_mask import PackedPrefixMask as PackedPrefixMask
+from mmalign.attention.packed_mask import PrefixGroup as PrefixGroup

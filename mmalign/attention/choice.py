@@ -1,4 +1,4 @@
-"""Which executor a model's attention gets, by what a recipe's `train.attention` wants and what there is."""
+"""Selection of the attention backend for the recipe's `train.attention`."""
 
 from __future__ import annotations
 
@@ -11,55 +11,58 @@ from mmalign.attention.kernels import platform_unsupported_reason, unsupported_r
 
 @dataclass(frozen=True)
 class SelectedBackend:
-    """An executor, and why it is this one.
+    """An attention backend, with the reason for it.
 
     Attributes:
         backend: "xformers" or "sdpa".
-        reason: what speaks against xformers, where it was not asked to stay away; else empty.
+        reason: why "auto" did not choose xformers; else None.
     """
 
     backend: str
     reason: str | None = None
 
     def __str__(self) -> str:
-        return f"attention: {self.backend}" + (f", since xformers cannot serve: {self.reason}" if self.reason else "")
+        why = f", since xformers is not supported: {self.reason}" if self.reason else ""
+        return f"attention: {self.backend}{why}"
 
 
 def check(requested: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what `choose` would refuse whatever the model.
+    """Refuse xformers where it supports no model at all.
 
-    To be called before diffusers is imported: it imports xformers, which may not find all that it needs by itself.
+    Call this before diffusers is imported: diffusers imports xformers, which may need a library loaded first.
 
     Raises:
-        ValueError: xformers is wanted, and can serve no model here.
+        ValueError: xformers is requested, and supports no model here.
     """
-    if requested != "sdpa" and (why := platform_unsupported_reason(device, dtype)):
-        _refuse(requested, why)
+    if requested == "sdpa":
+        return
+    why = platform_unsupported_reason(device, dtype)  # for "auto" too, since it loads that library
+    if why and requested == "xformers":
+        raise _unsupported(why)
 
 
 def select_backend(
     requested: str, device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int], model: str | None = None
 ) -> SelectedBackend:
-    """What computes attention: "sdpa" is itself, "auto" is xformers where it can serve and else sdpa.
+    """Select the attention backend; "auto" is xformers where it is supported, else sdpa.
 
     Args:
         requested: "auto", "xformers" or "sdpa".
-        device: where.
-        dtype: of queries, keys and values: what autocast makes of them, if it is on.
-        head_sizes: numbers of a head, of all attention of the model.
-        model: what else of the model speaks against xformers.
+        device: the model's device.
+        dtype: the dtype of queries, keys and values, after autocast.
+        head_sizes: the head dimensions of all attention layers.
+        model: a reason of the model's own against xformers.
 
     Raises:
-        ValueError: xformers is wanted, and cannot serve.
+        ValueError: xformers is requested, and is not supported.
     """
     if requested == "sdpa":
         return SelectedBackend("sdpa")
-    if why := unsupported_reason(device, dtype, head_sizes) or model:
-        _refuse(requested, why)
-        return SelectedBackend("sdpa", why)
-    return SelectedBackend("xformers")
+    why = unsupported_reason(device, dtype, head_sizes) or model
+    if why and requested == "xformers":
+        raise _unsupported(why)
+    return SelectedBackend("sdpa" if why else "xformers", why)
 
 
-def _refuse(wanted: str, why: str) -> None:
-    if wanted == "xformers":
-        raise ValueError(f"train.attention: xformers cannot serve: {why}; use auto or sdpa")
+def _unsupported(why: str) -> ValueError:
+    return ValueError(f"train.attention: xformers is not supported: {why}; use auto or sdpa")

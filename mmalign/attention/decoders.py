@@ -1,16 +1,14 @@
-"""Attention of transformers' language decoders by an executor of ours.
+"""Attention backends in transformers' language decoders.
 
-transformers finds attention by a name in a model's config. We give it a name for each executor, for the function that
-computes attention and for the one that makes its mask: without the second, transformers leaves padding unmasked and
-says nothing.
+transformers looks up attention by a name in a model's config. Each backend is registered under a name of its own, as an
+attention function and as a mask function: without the latter, transformers silently leaves padding unmasked.
 
-A decoder that was given to `use` computes ordinary rows as ever, and takes a `PackedPrefixMask` beside its tokens:
+After `install`, a decoder computes ordinary rows as before, and also accepts a `PackedPrefixMask`:
 
-    decoder(inputs_embeds=..., position_ids=forest.positions, use_cache=False, **of(forest, decoder))
+    decoder(inputs_embeds=..., position_ids=mask.positions, use_cache=False, **attention_kwargs(mask, decoder))
 
-where every layer's attention is the forest's, or it fails: `of` refuses decoders that know other tokens in other ways
-(`packing_unsupported_reason`), and gives a mask of no tokens, which nothing but our function, which does not read it,
-can use.
+Every layer then applies the packed mask, or fails. `attention_kwargs` refuses decoders that mix tokens in other ways
+(`packing_unsupported_reason`). It also passes an empty `attention_mask`, which any other attention function rejects.
 """
 
 from __future__ import annotations
@@ -20,50 +18,50 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmalign.attention.executors import BACKENDS
-from mmalign.attention.forest import PackedPrefixMask
+from mmalign.attention.backends import BACKENDS
+from mmalign.attention.packed_mask import PackedPrefixMask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREFIX = "mmalign_"  # of the executors' names in transformers
-_KEYWORD = "mmalign_forest"  # what takes a forest through a model's layers
+_PREFIX = "mmalign_"  # of the backends' names in transformers
+_KEYWORD = "mmalign_packed_mask"  # carries a packed mask through a model's layers
 
 
-def install(decoder: PreTrainedModel, executor: str) -> None:
-    """Have an executor compute the attention of a decoder of transformers, packed rows and others.
+def install(decoder: PreTrainedModel, backend: str) -> None:
+    """Let a backend compute a decoder's attention, for packed and for ordinary rows.
 
-    With "sdpa" rows that are no forest are computed by transformers' own function: no number changes.
+    With "sdpa", transformers' own function still computes ordinary rows: no number changes.
 
     Args:
-        decoder: the language model; for a vision-language model not the whole, whose tower keeps its own attention.
-        executor: a name of EXECUTORS.
+        decoder: the language model alone; a vision tower keeps its own attention.
+        backend: a name in BACKENDS.
 
     Raises:
-        ValueError: the decoder computes attention in a way of its own.
+        ValueError: the decoder does not support other attention functions.
     """
-    name = _register(executor)
+    name = _register(backend)
     decoder.set_attn_implementation(name)
-    if decoder.config._attn_implementation != name:  # transformers says so in a line of its log, and goes on
+    if decoder.config._attn_implementation != name:  # transformers only logs a warning
         raise ValueError(
-            f"train.attention: {executor} cannot serve: a {type(decoder).__name__} computes attention in a way of its "
-            "own; use auto or sdpa"
+            f"train.attention: {backend} does not support a {type(decoder).__name__}, which has its own attention "
+            "code; use auto or sdpa"
         )
 
 
 def installed(decoder: PreTrainedModel) -> str | None:
-    """The executor that `use` gave a decoder; None for transformers' own attention."""
+    """Return the backend that `install` set; None for transformers' own attention."""
     name = str(decoder.config._attn_implementation)
     return name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else None
 
 
 def attention_kwargs(packed_mask: PackedPrefixMask, decoder: PreTrainedModel) -> dict[str, object]:
-    """What a decoder's forward pass takes for a packed row, beside its tokens and their positions.
+    """Return the keyword arguments of a decoder's forward pass that apply a packed mask.
 
     Raises:
-        ValueError: the decoder cannot take it, or has no executor that does.
+        ValueError: the decoder cannot take packed rows, or has no backend installed.
     """
-    why = None if installed(decoder) else "it has transformers' own attention, to which a forest means nothing"
+    why = None if installed(decoder) else "transformers' own attention ignores a packed mask"
     if why := why or packing_unsupported_reason(decoder, packed_mask.longest):
         raise ValueError(f"attention: a {type(decoder).__name__} cannot take rows that share a prefix: {why}")
     device = next(decoder.parameters()).device
@@ -75,43 +73,43 @@ def packing_unsupported_reason(decoder: PreTrainedModel, longest: int) -> str | 
 
     Args:
         decoder: the language model.
-        longest: tokens of the longest row apart; a window that is as wide hides nothing.
+        longest: tokens of the longest unpacked row; a window of this width hides nothing.
     """
     config = decoder.config
     kinds = getattr(config, "layer_types", None) or []
     others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if others:
-        return f"its {' and '.join(others)} layers do not see tokens by a mask"
+        return f"its {' and '.join(others)} layers do not use an attention mask"
     if getattr(config, "use_bidirectional_attention", None) == "vision":
-        return "the tokens of an image see one another in both directions"
+        return "the tokens of an image attend to each other in both directions"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "its attention has a soft cap, which no kernel here knows"
+        return "its attention has a soft cap, which no backend supports"
     window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
     if window is not None and window < longest:
-        return f"its tokens see {window} others, and a row has {longest}"
+        return f"its attention window is {window} tokens, and a row has {longest}"
     return None
 
 
 def xformers_unsupported_reason(decoder: PreTrainedModel) -> str | None:
-    """Return the reason why no kernel of xformers computes a decoder's attention on any device; None if one may."""
+    """Return the reason why xformers cannot compute a decoder's attention on any device; None if it may."""
     if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
-        return "the model's attention has a soft cap, which its kernels do not know"
+        return "the model's attention has a soft cap, which its kernels do not support"
     return None
 
 
 def head_sizes(decoder: nn.Module) -> frozenset[int]:
-    """Numbers of a head, of all layers that say so."""
+    """Return the head dimensions of all attention layers that state one."""
     sizes = (getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "q_proj"))
     return frozenset(size for size in sizes if isinstance(size, int))
 
 
-def _register(executor: str) -> str:
+def _register(backend: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    run, name = BACKENDS[executor], _PREFIX + executor
+    run, name = BACKENDS[backend], _PREFIX + backend
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else compiled anew for every forest
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else recompiled for every packed mask
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -123,18 +121,21 @@ def _register(executor: str) -> str:
         is_causal: bool | None = None,
         **more: object,
     ) -> tuple[Tensor, None]:
-        """As transformers calls it: queries [B, H, M, K], keys and values [B, H, N, K]; the result is [B, M, H, K]."""
-        forest = more.pop(_KEYWORD, None)
-        assert forest is None or isinstance(forest, PackedPrefixMask)
-        if forest is None and executor == "sdpa":
-            return _own(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
-        _refuse(dropout, more, None if forest is None else forest.longest)
+        """Compute attention as transformers calls it.
+
+        Queries are [B, H, M, K], keys and values [B, H, N, K]; the result is [B, M, H, K].
+        """
+        packed_mask = more.pop(_KEYWORD, None)
+        assert packed_mask is None or isinstance(packed_mask, PackedPrefixMask)
+        if packed_mask is None and backend == "sdpa":
+            return _stock_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
+        _refuse_unsupported(dropout, more, None if packed_mask is None else packed_mask.longest)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if forest is not None:
-            return run(q, k, v, forest, scale=scaling).contiguous(), None
+        if packed_mask is not None:
+            return run(q, k, v, packed_mask, scale=scaling).contiguous(), None
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         causal = causal and attention_mask is None and q.shape[1] > 1
-        if causal:  # an empty cache of fixed size follows the keys
+        if causal:  # a static cache has unused keys at its end
             k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
         return run(q, k, v, attention_mask, causal=causal, scale=scaling).contiguous(), None
 
@@ -143,7 +144,7 @@ def _register(executor: str) -> str:
     return name
 
 
-def _own(
+def _stock_sdpa(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -154,7 +155,7 @@ def _own(
     is_causal: bool | None,
     **more: object,
 ) -> tuple[Tensor, None]:
-    """transformers' own function."""
+    """Call transformers' own SDPA attention."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
@@ -162,25 +163,25 @@ def _own(
     return out, None
 
 
-def _refuse(dropout: float, more: dict[str, object], longest: int | None) -> None:
-    """What no executor knows.
+def _refuse_unsupported(dropout: float, more: dict[str, object], longest: int | None) -> None:
+    """Refuse attention options that no backend supports.
 
     Args:
-        dropout: of weights.
-        more: what the layer says besides.
-        longest: tokens of the longest row of a forest; a window that is wider hides nothing. None without a forest,
-            where windows are in the mask.
+        dropout: the dropout rate of attention weights.
+        more: the layer's other keyword arguments.
+        longest: tokens of the longest unpacked row; a window of this width hides nothing. None without a packed mask,
+            where the mask itself holds the window.
 
     Raises:
-        NotImplementedError: it is asked for.
+        NotImplementedError: an option is set that no backend supports.
     """
     window = more.get("sliding_window")
     if dropout:
-        raise NotImplementedError(f"attention: dropout of weights ({dropout}) is not known here")
+        raise NotImplementedError(f"attention: dropout of weights ({dropout}) is not supported")
     for name in ("softcap", "position_bias", "s_aux"):
         if more.get(name) is not None:
-            raise NotImplementedError(f"attention: {name} is not known here; use train.attention: sdpa, unpacked")
+            raise NotImplementedError(f"attention: {name} is not supported; use train.attention: sdpa, unpacked")
     if longest is not None and isinstance(window, int) and 0 < window < longest:
         raise NotImplementedError(
-            f"attention: a window of {window} tokens is not known for rows that share a prefix, of up to {longest}"
+            f"attention: a window of {window} tokens is not supported for packed rows of up to {longest} tokens"
         )

@@ -21,7 +21,7 @@ why = (
 )
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why), reason=f"xformers cannot be tried: {why}")]
 
-FORESTS = {
+PACKED_MASKS = {
     "pair": PackedPrefixMask((PrefixGroup(130, (40, 33)),)),
     "row": PackedPrefixMask((PrefixGroup(61, (9, 17, 5)), PrefixGroup(12, (30,)), PrefixGroup(3, (1, 2)))),
     "both_ways": PackedPrefixMask((PrefixGroup(64, (8, 24), bidirectional_prefix=True), PrefixGroup(20, (7, 9)))),
@@ -48,9 +48,9 @@ def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> No
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("size", [40, 64, 128])
-@pytest.mark.parametrize("forest", list(FORESTS))
-def test_a_forest_is_the_reference_s(dtype: torch.dtype, size: int, forest: str) -> None:
-    mask = FORESTS[forest]
+@pytest.mark.parametrize("packed_mask", list(PACKED_MASKS))
+def test_packed_attention_equals_the_reference(dtype: torch.dtype, size: int, packed_mask: str) -> None:
+    mask = PACKED_MASKS[packed_mask]
     ours, plain = (run(name, dtype, size, mask, mask.length) for name in ("xformers", "dense"))
     assert_near(ours, plain, TOLERANCE[dtype])
 
@@ -72,9 +72,9 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("forest", list(FORESTS))
-def test_the_same_seed_gives_the_same_bits(forest: str) -> None:
-    mask = FORESTS[forest]
+@pytest.mark.parametrize("packed_mask", list(PACKED_MASKS))
+def test_the_same_seed_gives_the_same_bits(packed_mask: str) -> None:
+    mask = PACKED_MASKS[packed_mask]
     first, *others = (run("xformers", torch.bfloat16, 64, mask, mask.length) for _ in range(3))
     for other in others:
         assert all(a.equal(b) for a, b in zip(first, other, strict=True))
@@ -90,8 +90,8 @@ def test_a_decoder_packed_by_xformers_is_its_rows_apart(name: str) -> None:
     )
     packed = torch.randn(1, packed_mask.length, decoder.get_input_embeddings().embedding_dim, device=CUDA)
     results = []
-    for executor in ("xformers", "dense"):
-        decoders.install(decoder, executor)
+    for backend in ("xformers", "dense"):
+        decoders.install(decoder, backend)
         given = decoders.attention_kwargs(packed_mask, decoder)
         results.append(
             decoder(inputs_embeds=packed, position_ids=packed_mask.positions.to(CUDA), use_cache=False, **given)[0]
@@ -102,9 +102,9 @@ def test_a_decoder_packed_by_xformers_is_its_rows_apart(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "z_image"])
 def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: Folders) -> None:
     images, results = torch.rand(2, 3, 32, 32) * 2 - 1, []
-    for executor in ("xformers", "dense"):
-        family = load_family(str(flow_folders(name)), Loading(CUDA))  # anew: a denoiser is given an executor once
-        denoisers.install(family.network, executor)
+    for backend in ("xformers", "dense"):
+        family = load_family(str(flow_folders(name)), Loading(CUDA))  # anew: a denoiser gets a backend once
+        denoisers.install(family.network, backend)
         text = family.encode_prompts(["a red fox in the long grass", "a hen"])
         cond = family.condition(text, torch.ones(2, 6, device=CUDA))
         x_t = family.encode_images(images).mean

@@ -1,4 +1,4 @@
-"""transformers' decoders with our executors: rows apart as ever, rows that share a prefix as rows apart."""
+"""transformers' decoders with our backends: unpacked rows as before, packed rows as unpacked rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from mmalign.attention import PackedPrefixMask, PrefixGroup, decoders
 from tests.helpers import first_fast
 from tests.helpers.vlm_models import BUILDERS, NEWER
 
-FOREST = PackedPrefixMask((PrefixGroup(5, (4, 3)), PrefixGroup(4, (2, 5, 1))))
-LENGTHS = [length for tree in FOREST.prefix_groups for length in tree.branches]
+PACKED = PackedPrefixMask((PrefixGroup(5, (4, 3)), PrefixGroup(4, (2, 5, 1))))
+LENGTHS = [length for tree in PACKED.prefix_groups for length in tree.branches]
 PLAIN = sorted({**BUILDERS, "gemma4": NEWER["gemma4"], "llava_onevision": NEWER["llava_onevision"]})
 
 
@@ -52,11 +52,11 @@ def said(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", first_fast(sorted(set(PLAIN) - {"gemma4"}), 3))
-@pytest.mark.parametrize("executor", ["sdpa", "dense"])
-def test_a_packed_row_is_its_rows_apart(name: str, executor: str) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+def test_a_packed_row_is_its_rows_apart(name: str, backend: str) -> None:
     decoder, both_ways = decoder_of(name), name == "paligemma"
     packed_mask = PackedPrefixMask(
-        tuple(PrefixGroup(group.prefix, group.branches, both_ways) for group in FOREST.prefix_groups)
+        tuple(PrefixGroup(group.prefix, group.branches, both_ways) for group in PACKED.prefix_groups)
     )
     packed = embeddings(decoder, packed_mask.length).requires_grad_()
     apart = []
@@ -65,7 +65,7 @@ def test_a_packed_row_is_its_rows_apart(name: str, executor: str) -> None:
         apart.append(states(decoder, row, **inputs(decoder, row), **({"attention_mask": seen} if both_ways else {})))
     weights = [torch.randn_like(row) for row in apart]
     (expected,) = torch.autograd.grad(said(apart, weights), packed)
-    decoders.install(decoder, executor)
+    decoders.install(decoder, backend)
     given = {**decoders.attention_kwargs(packed_mask, decoder), **inputs(decoder, packed)}
     ours = packed_mask.split(states(decoder, packed, position_ids=packed_mask.positions, **given), dim=1)
     for one, other in zip(ours, apart, strict=True):
@@ -100,8 +100,8 @@ def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
     embeds = embeddings(decoder, 6)
     alone = states(decoder, embeds)[:, -1]
     padded, mask = F.pad(embeds, (0, 0, 3, 0), value=1.0), F.pad(torch.ones(1, 6, dtype=torch.long), (3, 0))
-    for executor in ("sdpa", "dense"):
-        decoders.install(decoder, executor)
+    for backend in ("sdpa", "dense"):
+        decoders.install(decoder, backend)
         actual = states(decoder, padded, attention_mask=mask)[:, -1]
         torch.testing.assert_close(actual, alone, rtol=1e-5, atol=2e-6)
     AttentionInterface.register("attention_alone", sdpa_attention_forward)
@@ -111,21 +111,25 @@ def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
 
 def test_transformers_own_attention_takes_a_branch_for_another_document() -> None:
     decoder = decoder_of("llava")
-    packed = embeddings(decoder, FOREST.length)
-    second = states(decoder, packed[:, FOREST.row_positions[1]])[:, -1]
-    place = int(FOREST.row_positions[1][-1])
-    stock = states(decoder, packed, position_ids=FOREST.positions)[:, place]
+    packed = embeddings(decoder, PACKED.length)
+    second = states(decoder, packed[:, PACKED.row_positions[1]])[:, -1]
+    place = int(PACKED.row_positions[1][-1])
+    stock = states(decoder, packed, position_ids=PACKED.positions)[:, place]
     assert (stock - second).abs().max() > 0.1
-    masked = states(decoder, packed, position_ids=FOREST.positions, attention_mask=FOREST.visible[None, None])
+    masked = states(decoder, packed, position_ids=PACKED.positions, attention_mask=PACKED.visible[None, None])
     torch.testing.assert_close(masked[:, place], second, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "changed", "why"),
     [
-        ("qwen3_5", {}, "its linear_attention layers do not see tokens by a mask"),
-        ("gemma4", {}, "the tokens of an image see one another"),
-        ("gemma4", {"use_bidirectional_attention": None, "sliding_window": 8}, "its tokens see 8 others, and a row"),
+        ("qwen3_5", {}, "its linear_attention layers do not use"),
+        ("gemma4", {}, "the tokens of an image attend to each other"),
+        (
+            "gemma4",
+            {"use_bidirectional_attention": None, "sliding_window": 8},
+            "its attention window is 8 tokens",
+        ),
         ("llava", {"attn_logit_softcapping": 50.0}, "its attention has a soft cap"),
     ],
 )
@@ -135,14 +139,14 @@ def test_decoders_that_cannot_be_packed_say_why(name: str, changed: dict[str, An
         setattr(decoder.config, key, value)
     decoders.install(decoder, "sdpa")
     with pytest.raises(ValueError, match=f"cannot take rows that share a prefix: {why}"):
-        decoders.attention_kwargs(FOREST, decoder)
+        decoders.attention_kwargs(PACKED, decoder)
 
 
 def test_a_window_that_hides_nothing_does_not_matter() -> None:
     decoder = decoder_of("gemma4")
     decoder.config.use_bidirectional_attention = None
-    decoder.config.sliding_window = FOREST.longest
-    assert decoders.packing_unsupported_reason(decoder, FOREST.longest) is None
+    decoder.config.sliding_window = PACKED.longest
+    assert decoders.packing_unsupported_reason(decoder, PACKED.longest) is None
 
 
 def test_a_layer_with_a_window_refuses_rows_that_are_longer() -> None:
@@ -151,18 +155,18 @@ def test_a_layer_with_a_window_refuses_rows_that_are_longer() -> None:
     decoders.install(decoder, "sdpa")
     packed = embeddings(decoder, packed_mask.length)
     no_mask = torch.ones(1, 1, 0, 0, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match=r"a window of 32 tokens .* share a prefix, of up to 33"):
-        states(decoder, packed, attention_mask=no_mask, mmalign_forest=packed_mask, **inputs(decoder, packed))
+    with pytest.raises(NotImplementedError, match=r"a window of 32 tokens .* of up to 33 tokens"):
+        states(decoder, packed, attention_mask=no_mask, mmalign_packed_mask=packed_mask, **inputs(decoder, packed))
 
 
 def test_gradients_go_through_layers_that_are_computed_again() -> None:
     decoder = decoder_of("llava").train()
     decoders.install(decoder, "sdpa")
-    packed, results = embeddings(decoder, FOREST.length).requires_grad_(), []
+    packed, results = embeddings(decoder, PACKED.length).requires_grad_(), []
     for again in (False, True):
         if again:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
-        out = states(decoder, packed, position_ids=FOREST.positions, **decoders.attention_kwargs(FOREST, decoder))
+        out = states(decoder, packed, position_ids=PACKED.positions, **decoders.attention_kwargs(PACKED, decoder))
         results += torch.autograd.grad(out.square().sum(), packed)
     assert results[0].equal(results[1])
 
@@ -174,17 +178,17 @@ def test_a_saved_model_does_not_know_of_it(tmp_path: Path) -> None:
     assert "mmalign" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_layer_that_does_not_take_the_forest_fails() -> None:
+def test_a_layer_that_does_not_take_the_packed_mask_fails() -> None:
     decoder = decoder_of("llava")
-    packed = embeddings(decoder, FOREST.length)
+    packed = embeddings(decoder, PACKED.length)
     with pytest.raises(ValueError, match="transformers' own attention"):
-        decoders.attention_kwargs(FOREST, decoder)
+        decoders.attention_kwargs(PACKED, decoder)
     decoders.install(decoder, "sdpa")
-    given = decoders.attention_kwargs(FOREST, decoder)
+    given = decoders.attention_kwargs(PACKED, decoder)
     decoder.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="must match"):
-        states(decoder, packed, position_ids=FOREST.positions, **given)
+        states(decoder, packed, position_ids=PACKED.positions, **given)
     decoders.install(decoder, "sdpa")
-    del given["mmalign_forest"]
+    del given["mmalign_packed_mask"]
     with pytest.raises(RuntimeError, match="must match"):
-        states(decoder, packed, position_ids=FOREST.positions, **given)
+        states(decoder, packed, position_ids=PACKED.positions, **given)

@@ -51,14 +51,14 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     [
         (CPU, torch.float32, {64}, "it has no kernels for a CPU"),
         (CUDA, torch.float64, {64}, "it has no kernels for float64"),
-        (CUDA, torch.bfloat16, {64, 7}, "heads of 7 numbers are none of its sizes, which are the multiples of 8 up to"),
-        (CUDA, torch.bfloat16, {64, 264}, "heads of 264 numbers are none of its sizes"),
+        (CUDA, torch.bfloat16, {64, 7}, "the model's head dimension is 7; it supports multiples of 8 up to"),
+        (CUDA, torch.bfloat16, {64, 264}, "the model's head dimension is 264"),
     ],
 )
 def test_what_no_kernel_is_for_is_named(device: torch.device, dtype: torch.dtype, heads: set[int], why: str) -> None:
     assert kernels.unsupported_reason(device, dtype, frozenset(heads)).startswith(why)
     assert select_backend("auto", device, dtype, frozenset(heads)).backend == "sdpa"
-    with pytest.raises(ValueError, match=f"^train.attention: xformers cannot serve: {why}.*; use auto or sdpa$"):
+    with pytest.raises(ValueError, match=f"^train.attention: xformers .*: {why}.*; use auto or sdpa$"):
         select_backend("xformers", device, dtype, frozenset(heads))
 
 
@@ -81,7 +81,7 @@ def test_a_package_that_is_whole_is_used(package: Callable[[dict[str, str]], Non
                 "ops/fmha/common.py": "_built_with_cuda = False",
                 "ops/fmha/flash.py": "class FwOp:\n    is_available = staticmethod(lambda: False)",
             },
-            "xformers 9.9 is for another CUDA than",
+            "xformers 9.9 is built for another CUDA version",
         ),
     ],
 )
@@ -90,10 +90,10 @@ def test_a_broken_package_is_named(
 ) -> None:
     package({**WHOLE, **changed})
     assert kernels.platform_unsupported_reason(CUDA, torch.bfloat16).startswith(why)
-    with pytest.raises(ValueError, match="cannot serve"):
+    with pytest.raises(ValueError, match=r"^train.attention: xformers"):
         check("xformers", CUDA, torch.bfloat16)
     check("auto", CUDA, torch.bfloat16)
-    assert "cannot serve" in str(select_backend("auto", CUDA, torch.bfloat16, HEADS))
+    assert why in str(select_backend("auto", CUDA, torch.bfloat16, HEADS))
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +137,7 @@ def test_an_operator_that_fails_is_named(
     kernels._failure_reason.cache_clear()
     monkeypatch.setattr(torch, "ones", lambda *shape, **more: broken())
     assert (
-        kernels.unsupported_reason(CUDA, torch.bfloat16, HEADS)
-        == "it was tried and failed (RuntimeError: no kernel image)"
+        kernels.unsupported_reason(CUDA, torch.bfloat16, HEADS) == "a trial run failed (RuntimeError: no kernel image)"
     )
     kernels._failure_reason.cache_clear()
 
@@ -151,7 +150,7 @@ def test_what_is_chosen_is_said() -> None:
     assert str(select_backend("sdpa", CUDA, torch.float64, frozenset({7}))) == "attention: sdpa"
     assert str(SelectedBackend("xformers")) == "attention: xformers"
     on_cpu = select_backend("auto", CPU, torch.float32, HEADS)
-    assert str(on_cpu) == "attention: sdpa, since xformers cannot serve: it has no kernels for a CPU"
+    assert str(on_cpu) == "attention: sdpa, since xformers is not supported: it has no kernels for a CPU"
 
 
 def test_a_model_that_no_kernel_serves_gets_sdpa_and_is_refused_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,5 +167,5 @@ def test_a_model_that_no_kernel_serves_gets_sdpa_and_is_refused_xformers(monkeyp
     assert (
         select_backend("auto", CUDA, torch.bfloat16, HEADS, why) == SelectedBackend("sdpa", why) and "soft cap" in why
     )
-    with pytest.raises(ValueError, match="cannot serve: the model's attention has a soft cap"):
+    with pytest.raises(ValueError, match=why):
         select_backend("xformers", CUDA, torch.bfloat16, HEADS, why)

@@ -48,7 +48,7 @@ def test_who_computes_is_said_once_and_changes_no_number_here(content: dict[str,
     result = {}
     for wanted in ("auto", "sdpa"):
         lines, result[wanted] = run(content, f"train.attention={wanted}", f"output={tmp_path / wanted}")
-        why = ", since xformers cannot serve: it has no kernels for a CPU" if wanted == "auto" else ""
+        why = ", since xformers is not supported: it has no kernels for a CPU" if wanted == "auto" else ""
         assert [line for line in lines if line.startswith("attention")] == [f"attention: sdpa{why}"]
     assert all(result["auto"][name].equal(weight) for name, weight in result["sdpa"].items())
 
@@ -70,7 +70,7 @@ def test_a_run_by_the_reference_learns_the_same(
 def test_what_cannot_serve_is_refused_before_a_model_is_loaded(content: dict[str, Any]) -> None:
     content = {**content, "evaluate": {"benchmark": "implicit"}}
     recipe = load_recipe(content, ["train.attention=xformers", "data.validation_fraction=0.5"])
-    says = r"train.attention: xformers cannot serve: it has no kernels for a CPU; use auto or sdpa"
+    says = r"^train.attention: xformers .* no kernels for a CPU; use auto or sdpa$"
     for command in (train, evaluate):
         with pytest.raises(ValueError, match=says):
             command(recipe)

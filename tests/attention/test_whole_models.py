@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmalign.attention import BACKENDS
-from mmalign.attention.executors import Mask
+from mmalign.attention.backends import Mask
 from tests.helpers import attention_models, first_fast
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float |
 
 @pytest.mark.parametrize("dtype", first_fast(attention_models.APART))
 @pytest.mark.parametrize("name", attention_models.MODELS)
-def test_a_model_says_and_learns_the_same_by_every_executor(
+def test_a_model_says_and_learns_the_same_by_every_backend(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BACKENDS, "hotter", hotter)

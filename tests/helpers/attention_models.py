@@ -1,4 +1,4 @@
-"""Comparison of attention executors on whole models with adapters, by their outputs and gradients.
+"""Comparison of attention backends on whole models with adapters, by their outputs and gradients.
 
 The computation is that of training. The denoiser has heads of 32 and 64 numbers, with self- and cross-attention. The
 decoder has heads of 64 numbers, and its responses share their prompt. Frozen weights are in half precision under
@@ -43,7 +43,7 @@ TOWER: random_models.Sizes = {
     "projection_dim": 32,
 }
 MODELS = ("denoiser", "decoder")
-# Limits on the distance of two executors: values and gradient. A product of bfloat16 is rounded by up to 2^-9 of its
+# Limits on the distance of two backends: values and gradient. A product of bfloat16 is rounded by up to 2^-9 of its
 # value, and the error passes through up to fourteen attentions, and back. On a CPU, PyTorch's own kernel and the plain
 # formula are 0.015 and 0.040 apart; logits of 1.1 times their size make 0.044 and 0.20. In float32 they are 1e-6 and
 # 3e-6 apart, and the limits allow ten times that for other kernels and devices.
@@ -63,17 +63,17 @@ def loading(device: torch.device, dtype: torch.dtype) -> Loading:
 
 
 def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
-    """Compare the executors of the pair on the UNet of `sd_middle`."""
+    """Compare the backends of the pair on the UNet of `sd_middle`."""
     sizes = random_models.resized("sd_middle", text_encoder={"num_hidden_layers": 1})
     random_models.write("sd_middle", folder, CPU, sizes)
     x_t = torch.randn(4, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(1)).to(device)
     t = torch.tensor([10, 300, 600, 900], device=device)
 
-    def under(executor: str) -> tuple[Tensor, list[Tensor]]:
+    def under(backend: str) -> tuple[Tensor, list[Tensor]]:
         family = load_family(str(folder), loading(device, dtype))
         assert denoisers.head_sizes(family.network) == {32, 64}
         weights = adapted(family)
-        denoisers.install(family.network, executor)
+        denoisers.install(family.network, backend)
         text = family.encode_prompts(["a red fox in the long grass", "a hen", "", "two boats"]).to(device)
         cond = family.condition(text, torch.full((4, 6), float(SIDE), device=device))
         return family.predict(family.network, x_t, t, cond), weights
@@ -82,21 +82,21 @@ def denoiser(device: torch.device, dtype: torch.dtype, folder: Path, pair: Seque
 
 
 def decoder(device: torch.device, dtype: torch.dtype, folder: Path, pair: Sequence[str]) -> list[tuple[float, float]]:
-    """Compare the executors of the pair on a LLaVA whose pairs are packed."""
+    """Compare the backends of the pair on a LLaVA whose pairs are packed."""
     random_models.write("llava_middle", folder, CPU, {"text": TEXT, "tower": TOWER})
     asked = [Turn("user", "<image>What is it?")]
 
-    def under(executor: str) -> tuple[Tensor, list[Tensor]]:
+    def under(backend: str) -> tuple[Tensor, list[Tensor]]:
         family: Any = load_vision_language(str(folder), loading(device, dtype))
         inner = family.network.model.get_decoder()
         assert decoders.head_sizes(inner) == {64}
         weights, rows = adapted(family), []
-        decoders.install(inner, executor)
+        decoders.install(inner, backend)
         views = {key: family.processor.preprocess_image(vlm_reference.PICTURES[key]) for key in ("wide", "square")}
         for (key, view), responses in zip(views.items(), SAID, strict=True):
             rows += family.processor.tokenize_responses(asked, responses, [(key, view)])
         tokens, features = family.processor.collate(rows).to(device), family.encode_images(views)
-        assert "mmalign_forest" in family._inputs(tokens, features)[1]  # they are one row
+        assert "mmalign_packed_mask" in family._inputs(tokens, features)[1]  # they are one row
         return family.token_logps(family.network, tokens, features), weights
 
     return apart(under, pair)
@@ -121,13 +121,13 @@ def adapted(family: Any) -> list[Tensor]:
 
 
 def apart(under: Callable[[str], tuple[Tensor, list[Tensor]]], pair: Sequence[str]) -> list[tuple[float, float]]:
-    """Return the distances of each executor's answer and gradient from the first one's, relative to its norms.
+    """Return the distances of each backend's answer and gradient from the first one's, relative to its norms.
 
     The gradient is that of a sum of the answer with random weights, so no symmetry hides an error.
     """
     result: list[tuple[Tensor, Tensor]] = []
-    for executor in pair:
-        out, weights = under(executor)
+    for backend in pair:
+        out, weights = under(backend)
         asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.device)
         grads = torch.autograd.grad((out.float() * asked).sum(), weights)
         assert all(bool(grad.abs().max() > 0) for grad in grads)

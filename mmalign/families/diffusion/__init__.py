@@ -1,1 +1,1 @@
-"""Adapters over diffusers' pipelines, one file each."""
+"""Adapters of diffusers' pipelines, one file per text-to-image family."""

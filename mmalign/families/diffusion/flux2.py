@@ -63,9 +63,9 @@ class Flux2(LatentModel):
     def count_truncated(self, prompts: Sequence[str]) -> int:
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
-        read = partial(self.pipeline.tokenizer.apply_chat_template, tokenize=True, return_dict=True)
+        tokenize = partial(self.pipeline.tokenizer.apply_chat_template, tokenize=True, return_dict=True)
         messages = format_input(list(prompts), self.pipeline.system_message)
-        return sum(len(read([one])["input_ids"][0]) > TOKENS for one in messages)
+        return sum(len(tokenize([message])["input_ids"][0]) > TOKENS for message in messages)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]

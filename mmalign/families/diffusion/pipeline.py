@@ -58,8 +58,8 @@ class LatentModel(ABC):
     @property
     def resolution(self) -> int:
         """Side of an image in pixels: the denoiser's latent side times the autoencoder's reduction."""
-        own = getattr(self.pipeline, "default_sample_size", None)  # for denoisers without a configured size
-        return int((own or self.network.config.sample_size) * self.pipeline.vae_scale_factor)
+        latent_side = getattr(self.pipeline, "default_sample_size", None)  # for denoisers without a configured size
+        return int((latent_side or self.network.config.sample_size) * self.pipeline.vae_scale_factor)
 
     def sample(
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
@@ -147,7 +147,7 @@ class LatentModel(ABC):
 
     @property
     def packing(self) -> None:
-        """None, since images have no responses to pack."""
+
         return None
 
     def save(self, folder: Path, net: nn.Module) -> None:
@@ -174,8 +174,8 @@ def check_side(pipeline: DiffusionPipeline, side: int) -> None:
     multiple = max(patches, pipeline.image_processor.config.vae_scale_factor)
     if side % multiple:
         raise ValueError(
-            f"resolution: a {type(pipeline).__name__} takes images whose side is a multiple of {multiple} pixels, got "
-            f"{side}; set data.resolution or drawing.resolution to one"
+            f"resolution: got {side}; expected a multiple of {multiple} pixels for a {type(pipeline).__name__}; "
+            "change data.resolution or sampling.resolution"
         )
 
 
@@ -198,7 +198,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     }
     with intact("model.path", path, f"a {cls.__name__}"):
         index = cls.load_config(path, revision=loading.revision)
-        left_out = [part for part, of in index.items() if isinstance(of, list | tuple) and of[0] is None]
+        left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
         pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
     for module in pipeline.components.values():
@@ -233,8 +233,8 @@ def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
     """Decode latents in the denoiser's scale to images [N, 3, H, W] in [-1, 1], float32."""
     scale, shift = _scale_and_shift(vae)
     with _own_dtype(vae):
-        own = (latents.float() / scale + shift).to(vae.device, vae.dtype)
-        return _without_frames(vae.decode(_as_frames(vae, own)).sample.float())
+        unscaled = (latents.float() / scale + shift).to(vae.device, vae.dtype)
+        return _without_frames(vae.decode(_as_frames(vae, unscaled)).sample.float())
 
 
 def _as_frames(vae: ModelMixin, images: Tensor) -> Tensor:
@@ -341,8 +341,8 @@ def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
         raise ValueError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)}")
     if name != "default" and is_flow(own):
         raise ValueError(
-            f"sampler: {name!r} is for diffusion models, and this one is of flow matching; there is only default, the "
-            f"checkpoint's own {type(own).__name__}"
+            f"sampler: {name!r} does not support flow-matching models; use default, the checkpoint's own "
+            f"{type(own).__name__}"
         )
     return classes[name].from_config(own.config)
 

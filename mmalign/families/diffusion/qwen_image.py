@@ -36,7 +36,7 @@ class QwenImage(flow_matching.PackedModel):
         )
         if mask is None:  # all have the same length
             return flow_matching.padded(list(embeds), TOKENS)
-        return flow_matching.padded([row[there.bool()] for row, there in zip(embeds, mask, strict=True)], TOKENS)
+        return flow_matching.padded([row[is_text.bool()] for row, is_text in zip(embeds, mask, strict=True)], TOKENS)
 
     def unconditional(self) -> Conditioning:
         """Encode a single space, the negative prompt that the model's authors use."""

@@ -34,8 +34,8 @@ class Sana(LatentModel):
 
     def _instruction(self) -> list[str]:
         """Return the pipeline's default instruction, which precedes the prompt."""
-        called = inspect.signature(type(self.pipeline).__call__).parameters
-        return list(called["complex_human_instruction"].default)
+        parameters = inspect.signature(type(self.pipeline).__call__).parameters
+        return list(parameters["complex_human_instruction"].default)
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], instruction: list[str] | None) -> Conditioning:

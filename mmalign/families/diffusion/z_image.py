@@ -46,15 +46,15 @@ class ZImage(LatentModel):
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         tokenizer = self.pipeline.tokenizer
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        whole = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        return latents.count_truncated(tokenizer, whole, TOKENS)
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        return latents.count_truncated(tokenizer, texts, TOKENS)
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         images = list(x_t.unsqueeze(2).unbind())  # one-frame videos
         with self.loading.autocast():
-            answers = net(images, 1 - t, flow_matching.texts(cond), return_dict=False)[0]
-        return -torch.stack(answers).squeeze(2)
+            velocities = net(images, 1 - t, flow_matching.texts(cond), return_dict=False)[0]
+        return -torch.stack(velocities).squeeze(2)
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         text: dict[str, object] = {"prompt_embeds": flow_matching.texts(self.encode_prompts(prompts))}

@@ -176,12 +176,10 @@ class ImageTextToText:
         return positions - 1, decoder_inputs(model, quirks, tokens.ids, tokens.mask, tokens.is_response, images)
 
     def _unpacked_reason(self, longest: int) -> str | None:
-        """Return the reason why rows of up to `longest` tokens are not packed; empty if they are."""
-        return (
-            unpacked_reason(self._model.get_decoder(), longest)
-            if self.loading.pack_responses
-            else "train.pack_responses is off"
-        )
+        """Return the reason why rows of up to `longest` tokens are not packed; None if they are."""
+        if not self.loading.pack_responses:
+            return "train.pack_responses is off"
+        return unpacked_reason(self._model.get_decoder(), longest)
 
     @property
     def packing(self) -> str:
@@ -272,8 +270,8 @@ class ImageTextToText:
                 self._model.load_adapter(str(folder))
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
-        if (executor := decoders.installed(self._model.get_decoder())) is not None:
-            decoders.install(model.get_decoder(), executor)
+        if (backend := decoders.installed(self._model.get_decoder())) is not None:
+            decoders.install(model.get_decoder(), backend)
         return TokenScorer(model.to(self.loading.device).requires_grad_(False).eval())
 
 

@@ -35,9 +35,10 @@ def enable_packing(decoder: PreTrainedModel) -> None:
 
 
 def unpacked_reason(decoder: PreTrainedModel, longest: int) -> str | None:
-    """Return the reason why a decoder does not pack rows of up to `longest` tokens; empty if it packs them."""
-    why = decoders.packing_unsupported_reason(decoder, longest)
-    return why or ("" if decoders.installed(decoder) else "it computes attention in a way of its own")
+    """Return the reason why a decoder does not pack rows of up to `longest` tokens; None if it packs them."""
+    if why := decoders.packing_unsupported_reason(decoder, longest):
+        return why
+    return None if decoders.installed(decoder) else "it has its own attention code"
 
 
 def build_packed_mask(tokens: Tokens, quirks: ModelQuirks) -> PackedPrefixMask:

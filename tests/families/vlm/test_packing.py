@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmalign.attention import PackedPrefixMask
-from mmalign.attention.forest import Block
+from mmalign.attention.packed_mask import Block
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.families.types import ImageFeatures
@@ -198,8 +198,8 @@ def test_what_has_nothing_to_share_and_no_padding_stays_as_it_is(llava: Any) -> 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("qwen3_5", "its linear_attention layers do not see tokens by a mask"),
-        ("gemma4", "the tokens of an image see one another in both directions"),
+        ("qwen3_5", "its linear_attention layers do not use an attention mask"),
+        ("gemma4", "the tokens of an image attend to each other in both directions"),
     ],
 )
 def test_a_decoder_that_cannot_pack_runs_as_ever_and_is_named(name: str, why: str, vlm_folders: Folders) -> None:
@@ -217,8 +217,8 @@ def test_rows_as_long_as_a_window_run_apart_and_others_do_not(llava: Any) -> Non
     window = int(short[0].lengths.max())
     llava._model.get_decoder().config.sliding_window = window  # which Llama itself does not look at
     assert llava.packing == (
-        "packing: the responses to a prompt share one run of it and its images, unless rows are too long: its tokens "
-        f"see {window} others, and a row has 256"
+        "packing: the responses to a prompt share one run of it and its images, unless rows are too long: "
+        f"its attention window is {window} tokens, and a row has 256"
     )
     with torch.no_grad(), given(llava) as seen:
         for tokens, features in (short, long):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmalign.attention import BACKENDS, Backend, PackedPrefixMask, PrefixGroup
-from mmalign.attention.executors import attend_by_group
-from mmalign.attention.forest import BlockGroup, RangeGather
+from mmalign.attention.backends import attend_by_group
+from mmalign.attention.packed_mask import BlockGroup, RangeGather
 
 SMALL = PackedPrefixMask((PrefixGroup(2, (1, 2)), PrefixGroup(1, (1,))))
 # Rows of the hand-written masks: a letter for each token that is seen.
@@ -21,7 +21,7 @@ def by_hand(rows: list[str]) -> Tensor:
     return torch.tensor([[letter in row for letter in LETTERS] for row in rows])
 
 
-def random_forest(seed: int) -> PackedPrefixMask:
+def random_mask(seed: int) -> PackedPrefixMask:
     """One to four trees of up to 20 tokens a part, with and without prefixes that see both ways."""
     draw = random.Random(seed)
 
@@ -66,7 +66,7 @@ def test_a_prefix_that_sees_both_ways_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_mask_is_its_definition(seed: int) -> None:
-    packed_mask = random_forest(seed)
+    packed_mask = random_mask(seed)
     assert packed_mask.visible.equal(by_definition(packed_mask))
     assert sum(block.num_queries for block in packed_mask.blocks) == packed_mask.length
 
@@ -95,17 +95,17 @@ def test_what_is_no_row_is_refused(wrong: Any) -> None:
         wrong()
 
 
-def test_rows_of_another_forest_are_refused() -> None:
+def test_packing_refuses_rows_of_other_lengths() -> None:
     with pytest.raises(ValueError, match=r"expected rows of \[3, 4, 2\] tokens, got \[3, 4, 3\]"):
         SMALL.join([torch.zeros(3), torch.zeros(4), torch.zeros(3)])
     q = torch.zeros(2, 7, 1, 8)
     for name in ("sdpa", "dense"):
-        with pytest.raises(ValueError, match="a forest of 7 tokens is one row of as many, got 2 of 7"):
+        with pytest.raises(ValueError, match="expected 1 row of the packed mask's 7 tokens, got 2 of 7"):
             BACKENDS[name](q, q, q, SMALL)
 
 
 def run(
-    executor: Backend,
+    backend: Backend,
     packed_mask: PackedPrefixMask,
     heads: int = 4,
     key_heads: int = 2,
@@ -118,7 +118,7 @@ def run(
         for number in (heads, key_heads, key_heads, heads)
     )
     given = [x.requires_grad_() for x in (q, k, v)]
-    out = executor(*given, packed_mask)
+    out = backend(*given, packed_mask)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), given)]
 
 
@@ -138,18 +138,18 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, causal: bool =
     return attend_by_group(one, q, k, v, mask)
 
 
-# float64: executors add the same numbers in another order.
-@pytest.mark.parametrize("executor", [BACKENDS["sdpa"], grouped], ids=["sdpa", "grouped"])
+# float64: backends add the same numbers in another order.
+@pytest.mark.parametrize("backend", [BACKENDS["sdpa"], grouped], ids=["sdpa", "grouped"])
 @pytest.mark.parametrize("seed", range(12))
-def test_executors_agree_with_the_reference(executor: Backend, seed: int) -> None:
-    packed_mask = random_forest(seed)
-    for actual, plain in zip(run(executor, packed_mask), run(BACKENDS["dense"], packed_mask), strict=True):
+def test_backends_agree_with_the_reference(backend: Backend, seed: int) -> None:
+    packed_mask = random_mask(seed)
+    for actual, plain in zip(run(backend, packed_mask), run(BACKENDS["dense"], packed_mask), strict=True):
         torch.testing.assert_close(actual, plain, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "dense"])
 def test_a_packed_row_is_its_rows_apart(name: str) -> None:
-    packed_mask = random_forest(5)
+    packed_mask = random_mask(5)
     q, k, v = (torch.randn(1, packed_mask.length, 2, 8, dtype=torch.float64) for _ in range(3))
     packed = packed_mask.split(BACKENDS[name](q, k, v, packed_mask), dim=1)
     apart = zip(*(packed_mask.split(x, dim=1) for x in (q, k, v)), strict=True)
@@ -161,7 +161,7 @@ def test_a_packed_row_is_its_rows_apart(name: str) -> None:
         torch.testing.assert_close(actual, BACKENDS["dense"](*row, seen), rtol=1e-11, atol=1e-12)
 
 
-def test_another_mask_than_the_forest_is_noticed() -> None:
+def test_comparison_notices_another_mask() -> None:
     packed_mask = PackedPrefixMask((PrefixGroup(3, (2, 2)),))
     wrong = torch.ones(7, 7, dtype=torch.bool).tril()  # the second branch sees the first
     q = torch.randn(1, 7, 2, 8, dtype=torch.float64)
