@@ -48,23 +48,6 @@ def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return against.against(Request(content, (), [OFF, KEPT], "diffusers"), repeats=1)
 
 
-def test_diffusers_step_computes_the_same(report: Report) -> None:
-    """In float32 its encoders round differently in a whole batch: by 1e-6 of a latent, times beta / 2."""
-    assert list(report.runs) == [MMALIGN, OFF, KEPT, "diffusers"]
-    ratio = report.ratios[f"diffusers / {MMALIGN}"]
-    for apart in (ratio["loss apart"], ratio["gradient apart"]):
-        assert isinstance(apart, float) and apart < 1e-4
-    assert report.ratios[f"{OFF} / {MMALIGN}"]["loss apart"] == 0
-
-
-def test_diffusers_step_has_our_operations_and_encoders(report: Report) -> None:
-    runs = report.runs
-    for part in ("reference", "policy", "backward"):
-        assert runs["diffusers"].operations[part] == runs[MMALIGN].operations[part] > 0
-    assert runs[MMALIGN].operations["data"] == 0
-    assert runs["diffusers"].operations["data"] == runs[OFF].operations["data"] > 0
-
-
 def test_filling_is_in_the_time_of_one_epoch(report: Report) -> None:
     filling = {name: float(report.costs[name]["filling ms/pair"] or 0) / 1000 for name in report.runs}
     assert filling[OFF] == filling["diffusers"] == 0 < filling[MMALIGN]

@@ -78,6 +78,8 @@ def test_operations_follow_from_the_variant(measured: Callable[[str], Report]) -
     assert full[MMALIGN].operations["reference"] == full[MMALIGN].operations["policy"] > 0
     assert 0 < plain["reference"] < plain["policy"]
     assert plain["data"] == 0 < lora[UNCACHED.name].operations["data"] == lora["diffusers"].operations["data"]
+    for part in ("reference", "policy", "backward"):
+        assert lora["diffusers"].operations[part] == plain[part] > 0
     # Half of the forward pass runs again, except its last layer.
     assert lora[SEQUENCE.name].repeated * 2 == pytest.approx(plain["policy"], rel=0.02)
     assert lora[MMALIGN].repeated == 0
@@ -91,8 +93,8 @@ def test_variants_compute_the_same(measured: Callable[[str], Report]) -> None:
     for ratio in (full[f"{LOOPED.name} / {MMALIGN}"], full[f"{CHECKPOINTED.name} / {MMALIGN}"]):
         assert ratio["loss apart"] == ratio["gradient apart"] == 0
     for name in (SEQUENCE.name, LAST.name, "diffusers"):  # these sum in another order
-        apart = lora[f"{name} / {MMALIGN}"]["gradient apart"]
-        assert isinstance(apart, float) and apart < 1e-4
+        for apart in (lora[f"{name} / {MMALIGN}"][of] for of in ("loss apart", "gradient apart")):
+            assert isinstance(apart, float) and apart < 1e-4
     assert f"diffusers / {UNCACHED.name}" in lora
 
 
