@@ -1,23 +1,18 @@
-"""Row formats of response data: their columns, and one parse function each."""
+"""Layouts of response data: their columns, and one parse function each."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmalign.data.formats.files import shorten
+from mmalign.data.formats.files import JSON, TABLES, Record, shorten
+from mmalign.data.formats.layouts import Layout, UnusableRowError
 from mmalign.language.chat import Turn
 
 Image = str | tuple[str, int | None]  # a path, or a table's column and the index in its list
-Record = Mapping[str, Any]
 ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class UnusableRowError(ValueError):
-    """Error for a row that cannot be used for training; the row is skipped, counted and named."""
 
 
 @dataclass(frozen=True)
@@ -44,45 +39,6 @@ class ParsedRow:
     def with_turns(self, turns: tuple[Turn, ...]) -> ParsedRow:
         """Return the row with another prompt."""
         return replace(self, turns=turns)
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """Row format, with columns by the format's own names.
-
-    Each tuple in `required` lists alternatives; one of them must be present. `names` maps renamed columns to the files'
-    names.
-    """
-
-    name: str
-    required: tuple[tuple[str, ...], ...]
-    optional: tuple[str, ...]
-    parse: Callable[[str, Record], ParsedRow]
-    names: Mapping[str, str]
-
-    def with_columns(self, columns: Mapping[str, str]) -> RowFormat:
-        """Return the format for files with renamed columns.
-
-        Raises:
-            ValueError: the format has no such column.
-        """
-        own = [*(c for some in self.required for c in some), *self.optional]
-        for column in columns:
-            if column not in own:
-                raise ValueError(
-                    f"data.columns: {self.name} has no column {column!r} to rename; it has {', '.join(own)}"
-                )
-        return replace(self, names=columns)
-
-    def rename_record(self, record: Record) -> Record:
-        """Return the record with the format's own column names."""
-        originals = {originals: ours for ours, originals in self.names.items()}
-        return {originals.get(name, name): value for name, value in record.items()}
-
-    def missing_columns(self, columns: Sequence[str]) -> list[str]:
-        """Return the required columns that are missing, by the files' names."""
-        sets = [[self.names.get(c, c) for c in some] for some in self.required]
-        return [some[0] for some in sets if not set(some) & set(columns)]
 
 
 def _images(value: Any) -> tuple[Image, ...]:
@@ -209,13 +165,13 @@ def _answers(location: str, row: Record) -> ParsedRow:
     return ParsedRow(turns[:last], turns[last].text, None, images)
 
 
-_ALL = (
-    RowFormat("trl", (("images", "image"), ("chosen",), ("rejected",)), ("prompt", "hallucinated"), _trl, {}),
-    RowFormat("povid", (("image",), ("conversations",), ("rejected_conversations",)), (), _povid, {}),
-    RowFormat("realign", (("image",), ("retrieved_image",), ("chosen",), ("rejected",)), (), _realign, {}),
-    RowFormat("mdpo", (("img_path",), ("prompt",), ("chosen",), ("rejected",)), (), _mdpo, {}),
-    RowFormat("rlhfv", (("image",), ("question", "text")), ("chosen", "rejected"), _rlhfv, {}),
-    RowFormat("swift", (("images",), ("messages",)), ("rejected_response", "rejected_images"), _swift, {}),
-    RowFormat("answers", (("images", "image"), ("prompt", "messages", "conversations")), ("answer",), _answers, {}),
+_SUFFIXES = (*TABLES, *JSON)
+LAYOUTS = (
+    Layout("trl", _SUFFIXES, ("images|image", "chosen", "rejected"), ("prompt", "hallucinated"), _trl),
+    Layout("povid", _SUFFIXES, ("image", "conversations", "rejected_conversations"), (), _povid),
+    Layout("realign", _SUFFIXES, ("image", "retrieved_image", "chosen", "rejected"), (), _realign),
+    Layout("mdpo", _SUFFIXES, ("img_path", "prompt", "chosen", "rejected"), (), _mdpo),
+    Layout("rlhfv", _SUFFIXES, ("image", "question|text"), ("chosen", "rejected"), _rlhfv),
+    Layout("swift", _SUFFIXES, ("images", "messages"), ("rejected_response", "rejected_images"), _swift),
+    Layout("answers", _SUFFIXES, ("images|image", "prompt|messages|conversations"), ("answer",), _answers),
 )
-ROW_FORMATS = {layout.name: layout for layout in _ALL}

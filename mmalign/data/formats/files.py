@@ -16,6 +16,7 @@ from mmalign.resources import is_hub_id, resolve
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
 
+Record = dict[str, Any]  # a row of JSON or of a table
 RowStarts = list[tuple[int, str]]  # (first row, name) of every file
 
 
@@ -156,7 +157,7 @@ def _undecoded(table: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------- JSON
 
 
-def records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(path: str | Path) -> Iterator[tuple[str, Record]]:
     """Yield (location, record) for every record of a JSON list or of JSON lines, numbered from 1.
 
     JSON lines are recognized in files of any name. Captioning toolkits write a dictionary {"imgToEval": {id: record}};

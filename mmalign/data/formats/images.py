@@ -15,15 +15,15 @@ rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmalign.data.formats.files import (
+    JSON,
     TABLES,
+    Record,
     find_files,
     find_image,
     is_hub_path,
@@ -34,22 +34,21 @@ from mmalign.data.formats.files import (
     records,
     shorten,
 )
+from mmalign.data.formats.layouts import Layout, find_layout
 from mmalign.data.formats.rows import FilePair, FileRows, TableRows
 from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "pick_a_pic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
-    "folder": ("prompt", "chosen", "rejected"),
-    "rankings": ("prompt", "image_path"),
-}
-OPTIONAL: dict[str, tuple[str, ...]] = {
-    "pick_a_pic": ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
-    "folder": ("rejected_prompt",),
-    "rankings": ("rank", "human_preference"),
-}
-_SUFFIXES = {"pick_a_pic": TABLES, "folder": (".jsonl",), "rankings": (".json", ".jsonl")}
-
 Columns = Mapping[str, str]
+Sides = list[tuple[str, str]]  # (chosen, rejected) images of pairs
+
+
+class ParsedPairs(NamedTuple):
+    """Pairs of a row: their prompt, their images' names, the rejected images' prompt or "", and the number of ties."""
+
+    prompt: str
+    sides: Sides
+    rejected_prompt: str = ""
+    ties: int = 0
 
 
 def open_pairs(
@@ -77,11 +76,9 @@ def open_pairs(
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
-    names, needed = _column_names(format, columns or {}), prompt_pairs is not None
-    if format == "pick_a_pic":
-        pairs = _open_tables(path, split, names, group_by, needed)
-    else:
-        pairs = _open_files(format, path, split, names, group_by, needed)
+    layout = find_layout(LAYOUTS, format, columns or {})
+    open_format = _open_tables if layout.suffixes == TABLES else _open_files
+    pairs = open_format(layout, path, split, group_by, prompt_pairs is not None)
     if not len(pairs):
         why = f": {format_rows(pairs.skipped)}" if pairs.skipped else ""
         expected = "in which one image is preferred"
@@ -102,87 +99,55 @@ def check_source(
     Raises:
         ValueError: the format is unknown, or a file or column is missing.
     """
-    names = _column_names(format, columns or {})
-    if format == "pick_a_pic":
-        if not is_hub_path(path):
-            _check_schema(find_files(path, split, _SUFFIXES[format])[0], names, group_by)
-        return
-    for file in find_files(path, split, _SUFFIXES[format]):
-        for location, record in records(file):
-            _check_columns(location, list(record), [names[c] for c in REQUIRED[format]], group_by)
-            break
-
-
-def _column_names(format: str, columns: Columns) -> dict[str, str]:
-    """Return the map from every column of the format to its name in the files."""
-    if format not in REQUIRED:
-        near = difflib.get_close_matches(format, REQUIRED, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(REQUIRED)})")
-    names = {c: c for c in REQUIRED[format] + OPTIONAL[format]}
-    for name, column in columns.items():
-        own = name.replace("prompt", "caption") if format == "pick_a_pic" else name
-        if own not in names:
-            raise ValueError(f"data.columns: {format} has no column {name!r} to rename; it has {', '.join(names)}")
-        names[own] = column
-    return names
-
-
-def _check_columns(location: str, columns: Sequence[str], needed: Sequence[str], group_by: str | None) -> None:
-    lacking = [c for c in needed if c not in columns]
-    if lacking:
-        raise ValueError(
-            f"{location} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(columns) or 'nothing'}); "
-            f"expected {', '.join(needed)}: data.columns names what is called otherwise, such as {{prompt: text}}"
-        )
-    if group_by is not None and group_by not in columns:
-        raise ValueError(
-            f"data.group_by: {location} has no {group_by!r} (found {', '.join(columns)}); name one of those"
-        )
+    layout = find_layout(LAYOUTS, format, columns or {})
+    layout.check_files(path, split, group_by)
+    if layout.suffixes == TABLES and not is_hub_path(path):
+        file = find_files(path, split, TABLES)[0]
+        _check_types(str(file), read_schema(file), layout)
 
 
 # --------------------------------------------------------------------------------------------------------- pick_a_pic
 
 
-def _check_schema(file: Path, names: Columns, group_by: str | None) -> None:
-    _check_fields(str(file), read_schema(file), names, group_by)
-
-
-def _check_fields(location: str, schema: Any, names: Columns, group_by: str | None) -> None:
+def _check_types(location: str, schema: Any, layout: Layout[ParsedPairs]) -> None:
     import pyarrow.types as pt
 
-    _check_columns(location, schema.names, [names[c] for c in REQUIRED["pick_a_pic"]], group_by)
-    for column in ("jpg_0", "jpg_1"):
-        kind = schema.field(names[column]).type
-        is_struct = pt.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        if not (pt.is_binary(kind) or pt.is_large_binary(kind) or is_struct):
-            raise ValueError(f"{location}: {names[column]} is {kind}; expected images as bytes, or as bytes and path")
-    second = names["rejected_caption"]
-    if second in schema.names:
-        kind = schema.field(second).type
-        if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_null(kind)):
-            raise ValueError(f"{location}: {second} is {kind}; expected what the rejected image shows, as text")
-    for column in ("label_0", "label_1"):
-        kind = schema.field(names[column]).type
-        if not (pt.is_floating(kind) or pt.is_integer(kind)):
-            raise ValueError(f"{location}: {names[column]} is {kind}; expected a number: 1 preferred, 0 not, 0.5 a tie")
+    def check(name: str, expected: str, *tests: Callable[[Any], bool]) -> None:
+        column = layout.column(name)
+        kind = schema.field(column).type
+        if not any(test(kind) for test in tests):
+            raise ValueError(f"{location}: {column} is {kind}; expected {expected}")
+
+    def has_bytes(kind: Any) -> bool:
+        return bool(pt.is_struct(kind)) and int(kind.get_field_index("bytes")) >= 0
+
+    for name in ("jpg_0", "jpg_1"):
+        check(name, "images as bytes, or as bytes and path", pt.is_binary, pt.is_large_binary, has_bytes)
+    if layout.column("rejected_caption") in schema.names:
+        texts = (pt.is_string, pt.is_large_string, pt.is_null)
+        check("rejected_caption", "what the rejected image shows, as text", *texts)
+    for name in ("label_0", "label_1"):
+        check(name, "a number: 1 preferred, 0 not, 0.5 a tie", pt.is_floating, pt.is_integer)
 
 
 def _open_tables(
-    path: str, split: str | None, names: dict[str, str], group_by: str | None, prompt_pairs: bool
+    layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None, prompt_pairs: bool
 ) -> Pairs:
     if is_hub_path(path):
         table, starts = load_hub(path, split)
-        _check_fields(f"data.path: {path}", table.features.arrow_schema, names, group_by)
+        schemas = {f"data.path: {path}": table.features.arrow_schema}
     else:
-        files = find_files(path, split, _SUFFIXES["pick_a_pic"])
-        for file in files:
-            _check_schema(file, names, group_by)
+        files = find_files(path, split, TABLES)
+        schemas = {str(file): read_schema(file) for file in files}
+    for location, schema in schemas.items():
+        layout.check_columns(location, schema.names, group_by)
+        _check_types(location, schema, layout)
+    names = {name: layout.column(name) for name in layout.columns}
+    if not is_hub_path(path):
         table, starts = load_tables(path, files, {*names.values(), group_by})
-    columns = table.column_names
-    rows = TableRows(table, {c: n for c, n in names.items() if n in columns}, group_by or names["caption"], starts)
-    usable, chosen_is_1, reasons, ties = _read_labels(table, names, columns, prompt_pairs)
-    rows.swap(chosen_is_1)
+    present = {name: column for name, column in names.items() if column in table.column_names}
+    usable, chosen_is_1, reasons, ties = _read_labels(table, names, table.column_names, prompt_pairs)
+    rows = TableRows(table, present, group_by or names["caption"], starts, chosen_is_1)
     dropped = [SkippedRow(locate_row(starts, int(n)), why) for n, why in sorted(reasons.items())]
     return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
 
@@ -232,58 +197,72 @@ def _read_labels(
 
 
 def _open_files(
-    format: str, path: str, split: str | None, names: dict[str, str], group_by: str | None, prompt_pairs: bool
+    layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None, prompt_pairs: bool
 ) -> Pairs:
     pairs, dropped, ties = list[FilePair](), list[SkippedRow](), 0
-    for file in find_files(path, split, _SUFFIXES[format]):
+    for file in find_files(path, split, layout.suffixes):
         for location, record in records(file):
-            _check_columns(location, list(record), [names[c] for c in REQUIRED[format]], group_by)
-            # Prompts
-            prompt = record[names[REQUIRED[format][0]]]
-            if not isinstance(prompt, str):
-                raise ValueError(f"{location}: {names['prompt']} is {shorten(prompt)}; expected a text")
-            other = _rejected_prompt(location, record, names)
-            if prompt_pairs and not other:
-                dropped.append(SkippedRow(location, f"has no {names.get('rejected_prompt', 'second prompt')}"))
+            layout.check_columns(location, record, group_by)
+            row = layout.read(location, record)
+            if prompt_pairs and not row.rejected_prompt:
+                second = "rejected_prompt" if "rejected_prompt" in layout.columns else "second prompt"
+                dropped.append(SkippedRow(location, f"has no {layout.column(second)}"))
                 continue
-            # Pairs of images that exist
-            group = prompt if group_by is None else str(record[group_by])
-            if format == "folder":
-                sides, new_ties = [(record[names["chosen"]], record[names["rejected"]])], 0
-            else:
-                sides, new_ties = _ordered(location, record, names)
-            ties += new_ties
-            for chosen, rejected in sides:
-                paths = [find_image(file, side, location) for side in (chosen, rejected)]
-                absent = [side for side, text in zip((chosen, rejected), paths, strict=True) if not text]
+            ties += row.ties
+            group = row.prompt if group_by is None else str(record[group_by])
+            for sides in row.sides:
+                paths = [find_image(file, side, location) for side in sides]
+                absent = [side for side, text in zip(sides, paths, strict=True) if not text]
                 if absent:
                     dropped.append(SkippedRow(location, f"{' and '.join(absent)} does not exist"))
                 else:
-                    pairs.append(FilePair(prompt, chosen, rejected, paths[0], paths[1], location, group, other))
+                    pair = FilePair(row.prompt, *sides, paths[0], paths[1], location, group, row.rejected_prompt)
+                    pairs.append(pair)
     return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
 
 
-def _rejected_prompt(location: str, record: Mapping[str, Any], names: Columns) -> str:
-    """Return the rejected image's prompt; empty if the pair has one prompt."""
-    prompt = record.get(names.get("rejected_prompt", "")) or ""
-    if not isinstance(prompt, str):
-        raise ValueError(f"{location}: {names['rejected_prompt']} is {shorten(prompt)}; expected a text")
-    return prompt
+def _text(location: str, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{location}: {name} is {shorten(value)}; expected a text")
+    return value
 
 
-def _ordered(location: str, record: Mapping[str, Any], names: Columns) -> tuple[list[tuple[str, str]], int]:
+def _read_sides(location: str, record: Record) -> ParsedPairs:
+    prompt = _text(location, "prompt", record["prompt"])
+    rejected_prompt = _text(location, "rejected_prompt", record.get("rejected_prompt") or "")
+    return ParsedPairs(prompt, [(record["chosen"], record["rejected"])], rejected_prompt)
+
+
+def _read_ranking(location: str, record: Record) -> ParsedPairs:
     """Return (better, worse) for every two images of different rank, and the number of ties."""
-    images, rank, preference = (record.get(names[c]) for c in ("image_path", "rank", "human_preference"))
+    prompt = _text(location, "prompt", record["prompt"])
+    images, rank, preference = (record.get(name) for name in ("image_path", "rank", "human_preference"))
     values = rank if rank is not None else preference
     if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):
         raise ValueError(
-            f"{location}: {names['image_path']} is {shorten(images)}, {names['rank']} is {shorten(rank)} and "
-            f"{names['human_preference']} is {shorten(preference)}; expected a list of images, and one as long of "
-            "ranks "
-            "or preferences"
+            f"{location}: image_path is {shorten(images)}, rank is {shorten(rank)} and human_preference is "
+            f"{shorten(preference)}; expected a list of images, and one as long of ranks or preferences"
         )
     if not all(isinstance(v, int | float) for v in values):
         raise ValueError(f"{location}: the ranks are {values}; expected numbers")
     worth = [-v if rank is not None else v for v in values]
     ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
-    return ordered, len(images) * (len(images) - 1) // 2 - len(ordered)
+    return ParsedPairs(prompt, ordered, ties=len(images) * (len(images) - 1) // 2 - len(ordered))
+
+
+def _unread(location: str, record: Record) -> ParsedPairs:
+    raise AssertionError(f"{location}: tables are read by column")
+
+
+LAYOUTS = (
+    Layout(
+        "pick_a_pic",
+        TABLES,
+        ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
+        ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
+        _unread,
+        {"prompt": "caption", "rejected_prompt": "rejected_caption"},
+    ),
+    Layout("folder", (".jsonl",), ("prompt", "chosen", "rejected"), ("rejected_prompt",), _read_sides),
+    Layout("rankings", JSON, ("prompt", "image_path"), ("rank", "human_preference"), _read_ranking),
+)

@@ -18,7 +18,6 @@ above to the name in the files.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.formats.conversations import ROW_FORMATS, ParsedRow, UnusableRowError
+from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.files import (
-    JSON,
     TABLES,
+    Record,
     find_files,
     find_image,
     is_hub_path,
@@ -40,12 +39,12 @@ from mmalign.data.formats.files import (
     locate_row,
     records,
 )
+from mmalign.data.formats.layouts import Layout, UnusableRowError, find_layout
 from mmalign.data.formats.rows import ImageKeys, file_ref
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.language.chat import Turn
 
 IMAGE = "<image>"  # image placeholder in a text
-SUFFIXES = (*TABLES, *JSON)
 
 Columns = Mapping[str, str]
 NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row id is hashed from
@@ -150,18 +149,13 @@ def open_responses(
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
-    layout = find_row_format(format, columns or {})
-    entries, dropped, table = list[IndexedRow](), list[SkippedRow](), None
-    raw_rows: Iterator[tuple[str, int, Path | None, dict[str, Any]]]
-    if is_hub_path(path) or _tables(path, split):
-        table, starts = load_hub(path, split) if is_hub_path(path) else load_tables(path, _tables(path, split), None)
-        raw_rows = ((locate_row(starts, n), n, None, row) for n, row in enumerate(_light(table)))
-    else:
-        raw_rows = ((w, -1, f, r) for f in find_files(path, split, SUFFIXES) for w, r in records(f))
+    layout = find_layout(LAYOUTS, format, columns or {})
+    entries, dropped = list[IndexedRow](), list[SkippedRow]()
+    table, raw_rows = _open_rows(layout, path, split)
     for location, number, file, record in raw_rows:
-        _check_columns(layout, location, list(record), group_by)
+        layout.check_columns(location, record, group_by)
         try:
-            parsed = _with_image_places(layout.parse(location, layout.rename_record(record)))
+            parsed = _with_image_places(layout.read(location, record))
             paths = _paths(parsed, file, location, images, path)
         except UnusableRowError as error:
             dropped.append(SkippedRow(location, str(error)))
@@ -178,60 +172,16 @@ def open_responses(
     return pairs[:limit] if limit is not None else pairs
 
 
-def check_responses(
-    format: str, path: str, *, split: str | None, columns: Columns, group_by: str | None, images: Path | None
-) -> None:
-    """Check that the files exist and that the first file has the columns; the Hub is not contacted.
-
-    Raises:
-        ValueError: the format is unknown, or a file, folder or column is missing.
-    """
-    layout = find_row_format(format, columns)
-    if images is not None and not images.is_dir():
-        raise ValueError(f"data.images: {images} is no folder; expected the one that the images' paths begin in")
-    if is_hub_path(path):
-        return
-    from mmalign.data.formats.files import read_schema
-
-    for file in find_files(path, split, SUFFIXES):
-        if file.suffix in TABLES:
-            _check_columns(layout, str(file), read_schema(file).names, group_by)
-        else:
-            for location, record in records(file):
-                _check_columns(layout, location, list(record), group_by)
-                break
-        return
-
-
-def find_row_format(format: str, columns: Columns) -> Any:
-    """Return the row format of that name, with its columns renamed.
-
-    Raises:
-        ValueError: the format is unknown, or has no such column.
-    """
-    if format not in ROW_FORMATS:
-        near = difflib.get_close_matches(format, ROW_FORMATS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"data.format: {format!r} is unknown{hint} (there are {', '.join(ROW_FORMATS)})")
-    return ROW_FORMATS[format].with_columns(columns)
-
-
-def _check_columns(layout: Any, location: str, columns: Sequence[str], group_by: str | None) -> None:
-    lacking = layout.missing_columns(columns)
-    if lacking:
-        raise ValueError(
-            f"{location} has no {' and no '.join(repr(c) for c in lacking)} (found {', '.join(columns) or 'nothing'}); "
-            f"expected the columns of data.format {layout.name}: data.columns names what is called otherwise"
-        )
-    if group_by is not None and group_by not in columns:
-        raise ValueError(
-            f"data.group_by: {location} has no {group_by!r} (found {', '.join(columns)}); name one of those"
-        )
-
-
-def _tables(path: str, split: str | None) -> list[Path]:
-    """Return the Parquet files that a path matches; none if it matches JSON."""
-    return [file for file in find_files(path, split, SUFFIXES) if file.suffix in TABLES]
+def _open_rows(
+    layout: Layout[ParsedRow], path: str, split: str | None
+) -> tuple[Any, Iterator[tuple[str, int, Path | None, Record]]]:
+    """Return the table, if there is one, and the rows: location, index in the table or -1, JSON file, and record."""
+    files = [] if is_hub_path(path) else find_files(path, split, layout.suffixes)
+    tables = [file for file in files if file.suffix in TABLES]
+    if files and not tables:
+        return None, ((where, -1, file, record) for file in files for where, record in records(file))
+    table, starts = load_tables(path, tables, None) if tables else load_hub(path, split)
+    return table, ((locate_row(starts, n), n, None, record) for n, record in enumerate(_light(table)))
 
 
 def _light(table: Any) -> Iterator[dict[str, Any]]:

@@ -23,19 +23,23 @@ class TableRows:
         names: map from the Pick-a-Pic column names that are present to the table's.
         group: the table's column with a pair's group.
         starts: (first row, name) of every file.
+        chosen_is_1: the rows [N] in which the second image is the chosen one.
     """
 
-    def __init__(self, table: Any, names: Mapping[str, str], group: str, starts: Sequence[tuple[int, str]]) -> None:
+    def __init__(
+        self,
+        table: Any,
+        names: Mapping[str, str],
+        group: str,
+        starts: Sequence[tuple[int, str]],
+        chosen_is_1: NDArray[np.bool_],
+    ) -> None:
         self._names, self._starts, self._group = names, starts, group
         light = {n for c, n in names.items() if c not in ("jpg_0", "jpg_1")} | {group}
         self._text = table.select_columns(sorted(light))
         self._images = {c: table.select_columns([names[c]]) for c in ("jpg_0", "jpg_1")}
-        self._chosen_is_1: NDArray[np.bool_] = np.zeros(len(table), dtype=bool)
-        self._keys = ImageKeys()
-
-    def swap(self, chosen_is_1: NDArray[np.bool_]) -> None:
-        """Set the rows [N] in which the second image is the chosen one."""
         self._chosen_is_1 = chosen_is_1
+        self._keys = ImageKeys()
 
     def pair(self, number: int) -> ImagePair:
         """Return the pair in a row."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmalign.config import Coco, Data, EvaluateResponses, Files, Recipe, ResponseData
-from mmalign.data.formats import responses
+from mmalign.data.formats.conversations import LAYOUTS
+from mmalign.data.formats.layouts import find_layout
 from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
 
@@ -27,14 +28,10 @@ def check_data(data: Data) -> None:
         ValueError: the file or a column is missing.
     """
     assert isinstance(data, ResponseData)
-    responses.check_responses(
-        data.format,
-        locate(data.path),
-        split=data.split,
-        columns=data.columns,
-        group_by=data.group_by,
-        images=Path(data.images) if data.images is not None else None,
-    )
+    if data.images is not None and not Path(data.images).is_dir():
+        raise ValueError(f"data.images: {data.images} is no folder; expected the one that the images' paths begin in")
+    layout = find_layout(LAYOUTS, data.format, data.columns)
+    layout.check_files(locate(data.path), data.split, data.group_by)
 
 
 def _check_question_files(section: EvaluateResponses) -> None:

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmalign.data.formats.responses import check_responses, open_responses
+from mmalign.data.formats.conversations import LAYOUTS
+from mmalign.data.formats.layouts import find_layout
+from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
 from mmalign.data.pairs import Pairs, ResponsePair, split_by_group
 from mmalign.language.chat import Turn
@@ -98,7 +100,7 @@ def test_every_layout_reads_the_same_pair(format: str, row: dict[str, Any], here
     assert pair.images[0].read() == (here / "a.png").read_bytes()
     assert [ref.read() for ref in pair.other_images] == ([(here / "b.png").read_bytes()] if format == "realign" else [])
     assert pair.location == "rows.json: entry 1"
-    check_responses(format, str(here / "rows.json"), split=None, columns={}, group_by=None, images=None)
+    find_layout(LAYOUTS, format, {}).check_files(str(here / "rows.json"), None, None)
 
 
 def test_rejected_images_of_swift_belong_to_the_rejected_response(here: Path) -> None:
@@ -203,10 +205,8 @@ def test_slips_in_the_recipe_are_named(here: Path) -> None:
         ValueError, match=r"data\.path: .*nowhere\.json does not exist; expected \*\.parquet or \*\.json"
     ):
         open_responses("trl", str(here / "nowhere.json"))
-    with pytest.raises(ValueError, match=r"data\.images: .* is no folder"):
-        check_responses("trl", path, split=None, columns={}, group_by=None, images=here / "nowhere")
     with pytest.raises(ValueError, match="has no 'conversations' and no 'rejected_conversations'"):
-        check_responses("povid", written(here, {"image": "a.png"}), split=None, columns={}, group_by=None, images=None)
+        find_layout(LAYOUTS, "povid", {}).check_files(written(here, {"image": "a.png"}), None, None)
 
 
 def test_columns_and_the_images_folder(here: Path) -> None:
