@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
 from mmalign.training.run import MAX_VALIDATION_BATCHES, require_all
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ def cache(recipe: Recipe) -> Path:
 
 
 def build_filled_data_module(
-    recipe: Recipe, family: Any, *, accelerator: Any, splits: Splits, reward_model: RewardModel | None = None
+    recipe: Recipe, family: Any, *, accelerator: Accelerator, splits: Splits, reward_model: RewardModel | None = None
 ) -> DataModule:
     """Return the recipe's pairs in batches, with all caches filled for the pairs that its training reads.
 
@@ -114,7 +117,7 @@ def build_filled_data_module(
     return data_module
 
 
-def _fill_caches(data_module: DataModule, recipe: Recipe, family: Any, accelerator: Any) -> DataModule:
+def _fill_caches(data_module: DataModule, recipe: Recipe, family: Any, accelerator: Accelerator) -> DataModule:
     """Fill the caches of image features and precomputed tensors; drop that of features if the disk is too small."""
     num_batches = recipe.train.steps * recipe.train.gradient_accumulation_steps
     planned, needed = 0, num_batches
@@ -156,7 +159,9 @@ def offload_encoders(data_module: DataModule, recipe: Recipe, family: Any) -> No
             move_parameters(net, torch.device("cpu"))
 
 
-def _fill_features(data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Any) -> bool:
+def _fill_features(
+    data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Accelerator
+) -> bool:
     """Fill the cache of image features; return False if the disk has no room for them."""
     assert data_module.features is not None
     images = (image for loader, number in _loaders(data_module, num_batches) for image in _images(loader, number))
@@ -171,7 +176,9 @@ def _images(loader: ResponsePairLoader, num_batches: int) -> Iterator[ImageRef]:
         yield from loader.reader.images_of(loader.pairs[number])
 
 
-def _fill_precomputed(data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Any) -> None:
+def _fill_precomputed(
+    data_module: DataModule, recipe: Recipe, family: Any, num_batches: int, accelerator: Accelerator
+) -> None:
     """Precompute the method's missing tensors with the network as loaded."""
     store = data_module.precompute_cache
     assert store is not None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.precompute import PrecomputeCache
 from mmalign.data.loaders.loader import Loader, Reader
 from mmalign.data.pairs import Pairs, SkippedRow
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Splits = tuple[Pairs[Any], Pairs[Any] | None]  # training and validation pairs, or prompts
 AnyLoader = Loader[Any, Any, Any]
@@ -73,7 +76,7 @@ class DataModule:
 def open_loaders(
     reader: Reader[Any, Any, Any],
     splits: Splits,
-    accelerator: Any,
+    accelerator: Accelerator,
     *,
     batch_size: int,
     seed: int,

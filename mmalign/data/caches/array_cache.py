@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write
@@ -40,7 +42,7 @@ class ArrayCache:
         self._shards: list[Path] = []
         self._fields: list[tuple[str, ...]] = []  # field names of each shard
         self._index: dict[str, int] = {}  # key -> shard
-        self._handles: dict[int, Any] = {}
+        self._handles: dict[int, Any] = {}  # open shards; safetensors has no types
         self._process = os.getpid()
 
     @classmethod
@@ -86,8 +88,6 @@ class ArrayCache:
         Raises:
             CheckpointError: the disk is full or not writable; earlier shards stay.
         """
-        from safetensors.torch import save_file
-
         if not items:
             return
         assert not any("|" in field for item in items.values() for field in item), "| ends the key in a tensor's name"
@@ -108,8 +108,6 @@ class ArrayCache:
         if self._process != os.getpid():  # a forked worker opens its own handles
             self._handles, self._process = {}, os.getpid()
         if shard not in self._handles:
-            from safetensors import safe_open
-
             self._handles[shard] = safe_open(self._shards[shard], "pt")
         return {field: self._handles[shard].get_tensor(f"{key}|{field}") for field in self._fields[shard]}
 
@@ -134,7 +132,7 @@ class ArrayCache:
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handles": {}}
 
     def _add(self, path: Path, names: list[str]) -> None:
@@ -144,7 +142,7 @@ class ArrayCache:
         self._shards.append(path)
 
 
-def _check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
+def _check_fingerprint(folder: Path, expected: Fingerprint) -> None:
     path = folder / _FINGERPRINT
     if not path.exists():
         names = {other.name for other in folder.iterdir() if other.suffix != ".part"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mmalign.console import progress_bar
 from mmalign.data.caches.array_cache import ArrayCache
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SHARD_ITEMS = 256
 SHARD_BYTES = 2**26
@@ -16,18 +19,7 @@ SHARD_BYTES = 2**26
 Items = Mapping[str, Mapping[str, Tensor]]  # tensors by key and field
 
 
-class Processes(Protocol):
-    """The part of accelerate's Accelerator that divides work between processes."""
-
-    process_index: int
-    num_processes: int
-    is_main_process: bool
-
-    def wait_for_everyone(self) -> None:
-        """Wait until all processes have come here."""
-
-
-def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str, processes: Processes) -> None:
+def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str, accelerator: Accelerator) -> None:
     """Store the items of this process's steps, then wait for the other processes and index their items.
 
     A step may have no items. Its items go to one shard, so a stopped run resumes with a whole step.
@@ -37,13 +29,13 @@ def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str
         steps: the items that each step has computed.
         total: number of steps, for the progress bar.
         description: text of the progress bar.
-        processes: the processes that fill the cache together.
+        accelerator: the accelerator, whose processes fill the cache together.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier shards stay.
     """
     shard: dict[str, Mapping[str, Tensor]] = {}
-    with progress_bar(processes) as bar:
+    with progress_bar(accelerator) as bar:
         task = bar.add_task(description, total=total)
         for items in steps:
             if shard and items and _fields(items) != _fields(shard):
@@ -55,7 +47,7 @@ def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str
                 shard = {}
             bar.advance(task)
         cache.put(shard)
-    processes.wait_for_everyone()
+    accelerator.wait_for_everyone()
     cache.refresh()
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ _PASSING = {
     "tokenizer.json": ("truncation", "padding"),
     "tokenizer_config.json": ("is_local", "local_files_only"),
 }
+
+
+class SavesFiles(Protocol):
+    """A tokenizer or processor, of any library, that writes itself to a folder."""
+
+    def save_pretrained(self, folder: str) -> object:
+        """Write the files."""
 
 
 def fingerprint_weights(net: nn.Module) -> str:
@@ -60,7 +67,7 @@ def fingerprint_config(net: nn.Module) -> str:
     return fingerprint_settings(_lasting(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
 
 
-def fingerprint_files(part: Any, *, template: bool = True) -> str:
+def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
     """Return a fingerprint of all files that a tokenizer or processor saves; `template` includes its chat template."""
     with tempfile.TemporaryDirectory() as folder:
         part.save_pretrained(folder)
@@ -97,12 +104,16 @@ def _content(path: Path) -> str:
     return fingerprint_settings({name: value for name, value in content.items() if name not in _PASSING[path.name]})
 
 
-def _lasting(value: Any) -> Any:
+def _lasting(config: Mapping[str, object]) -> dict[str, object]:
     """Return a configuration without its private entries and the library version."""
-    if isinstance(value, Mapping):
-        entries = {str(name): x for name, x in value.items() if not str(name).startswith("_")}
-        return {name: _lasting(x) for name, x in entries.items() if name != "transformers_version"}
-    return [_lasting(x) for x in value] if isinstance(value, list | tuple) else value
+
+    def cleaned(value: object) -> object:
+        if isinstance(value, Mapping):
+            return _lasting(value)
+        return [cleaned(x) for x in value] if isinstance(value, list | tuple) else value
+
+    entries = {str(name): cleaned(value) for name, value in config.items()}
+    return {name: x for name, x in entries.items() if not name.startswith("_") and name != "transformers_version"}
 
 
 def fingerprint_settings(settings: Mapping[str, object]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator
@@ -22,6 +22,9 @@ from mmalign.data.pairs import ImageRef
 from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView
 from mmalign.families.vlm.image_features import backend_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 IDS = "ids"  # field with the image's placeholder tokens
 SHARE = 0.5  # share of the free disk that features may take
@@ -58,7 +61,7 @@ def cached_view(cache: ArrayCache | None, key: str) -> ImageView | None:
 
 
 def fill_features(
-    family: VisionLanguage, images: Iterable[ImageRef], cache: ArrayCache, accelerator: Any, *, num_workers: int
+    family: VisionLanguage, images: Iterable[ImageRef], cache: ArrayCache, accelerator: Accelerator, *, num_workers: int
 ) -> bool:
     """Encode the images that the cache lacks, each process its share; unreadable ones are left out.
 

@@ -30,7 +30,7 @@ class AppendLog:
         ValueError: the file belongs to another job; the message names the differences.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, job: Mapping[str, object]) -> None:
         self.path, self.entries = path, list[Any]()
         head = json.loads(json.dumps(job))  # as it reads back from JSON
         lines = self._whole_lines()
@@ -40,7 +40,7 @@ class AppendLog:
         else:
             self._write(head)
 
-    def append(self, piece: Any) -> None:
+    def append(self, piece: object) -> None:
         """Append a piece and flush it to disk."""
         self._write(piece)
         self.entries.append(piece)
@@ -60,7 +60,7 @@ class AppendLog:
             os.truncate(self.path, len(whole))
         return whole.splitlines()
 
-    def _require(self, line: bytes, job: Mapping[str, Any]) -> None:
+    def _require(self, line: bytes, job: Mapping[str, object]) -> None:
         try:
             began = json.loads(line)
         except ValueError:
@@ -75,7 +75,7 @@ class AppendLog:
                 f"{now}); give the same ones to go on, or move that file away to begin anew"
             )
 
-    def _write(self, content: Any) -> None:
+    def _write(self, content: object) -> None:
         line = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + _END
         with self.path.open("ab") as file:
             file.write(line)
@@ -83,6 +83,6 @@ class AppendLog:
             os.fsync(file.fileno())
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 from mmalign.data.formats.files import JSON, TABLES, Record, shorten
 from mmalign.data.formats.layouts import Layout, UnusableRowError
@@ -41,15 +41,16 @@ class ParsedRow:
         return replace(self, turns=turns)
 
 
-def _images(value: Any) -> tuple[Image, ...]:
+def _images(value: object) -> tuple[Image, ...]:
     """Return the images of a row from nothing, one image or a list; a struct with a path becomes the path."""
     if value is None or value == "":
         return ()
     several = value if isinstance(value, list) else [value]
-    return tuple(one["path"] if isinstance(one, dict) and one.get("path") else one for one in several)
+    names = tuple(one["path"] if isinstance(one, dict) and one.get("path") else one for one in several)
+    return cast(tuple[Image, ...], names)  # `find_image` refuses anything but a text
 
 
-def _text(location: str, name: str, value: Any) -> str:
+def _text(location: str, name: str, value: object) -> str:
     """Return a text, or the text of a list of one message; None becomes empty."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = _turn(location, name, value[0]).text
@@ -60,7 +61,7 @@ def _text(location: str, name: str, value: Any) -> str:
     return value
 
 
-def _turn(location: str, name: str, message: Any) -> Turn:
+def _turn(location: str, name: str, message: object) -> Turn:
     """Parse a message of TRL, of ms-swift (`role`, `content`) or of LLaVA (`from`, `value`)."""
     if not isinstance(message, dict):
         raise ValueError(f"{location}: {name} holds {shorten(message)}; expected messages with a role and a content")
@@ -72,7 +73,7 @@ def _turn(location: str, name: str, message: Any) -> Turn:
     return Turn(ROLES.get(role, role), content)
 
 
-def _turns(location: str, name: str, value: Any) -> tuple[Turn, ...]:
+def _turns(location: str, name: str, value: object) -> tuple[Turn, ...]:
     if isinstance(value, str):
         return (Turn("user", value),)
     if not isinstance(value, list) or not value:
@@ -80,7 +81,7 @@ def _turns(location: str, name: str, value: Any) -> tuple[Turn, ...]:
     return tuple(_turn(location, name, message) for message in value)
 
 
-def _split_conversations(location: str, chosen: Any, rejected: Any) -> tuple[tuple[Turn, ...], str, str]:
+def _split_conversations(location: str, chosen: object, rejected: object) -> tuple[tuple[Turn, ...], str, str]:
     """Split two conversations into their shared turns and the answers in which they first differ.
 
     Later turns are dropped.
@@ -132,8 +133,8 @@ def _rlhfv(location: str, row: Record) -> ParsedRow:
     record: Record = row
     if row.get("question") is None:
         try:
-            record = json.loads(row["text"])
-        except (TypeError, ValueError) as error:
+            record = json.loads(str(row["text"]))
+        except ValueError as error:
             raise ValueError(f"{location}: text is {shorten(row['text'])}; expected JSON with a question") from error
     lacking = [name for name in ("question", "chosen", "rejected") if name not in record]
     if lacking:

@@ -7,16 +7,20 @@ import codecs
 import glob
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mmalign.resources import is_hub_id, resolve
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import Schema
 
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
 
-Record = dict[str, Any]  # a row of JSON or of a table
+Record = Mapping[str, object]  # a row of JSON or of a table
 RowStarts = list[tuple[int, str]]  # (first row, name) of every file
 
 
@@ -72,7 +76,7 @@ def locate_row(starts: Sequence[tuple[int, str]], number: int, column: str = "")
     return f"{name}: row {number - first}" + (f", {column}" if column else "")
 
 
-def read_schema(file: Path) -> Any:
+def read_schema(file: Path) -> Schema:
     """Return the schema of a Parquet file.
 
     Raises:
@@ -89,7 +93,7 @@ def read_schema(file: Path) -> Any:
         ) from error
 
 
-def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None] | None) -> tuple[Any, RowStarts]:
+def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None] | None) -> tuple[Dataset, RowStarts]:
     """Load Parquet files as one memory-mapped table with undecoded images; `columns` None takes all columns.
 
     Raises:
@@ -122,7 +126,7 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
     return _undecoded(table), starts
 
 
-def load_hub(path: str, split: str | None) -> tuple[Any, RowStarts]:
+def load_hub(path: str, split: str | None) -> tuple[Dataset, RowStarts]:
     """Load a dataset of the Hub as a memory-mapped table with undecoded images.
 
     Raises:
@@ -142,7 +146,7 @@ def load_hub(path: str, split: str | None) -> tuple[Any, RowStarts]:
     return _undecoded(table), [(0, f"{path} ({name})")]
 
 
-def _undecoded(table: Any) -> Any:
+def _undecoded(table: Dataset) -> Dataset:
     """Return the table with images as bytes, even if its metadata asks for decoding."""
     from datasets import Image, List
 
@@ -179,7 +183,7 @@ def records(path: str | Path) -> Iterator[tuple[str, Record]]:
         raise ValueError(f"{path} cannot be read ({error}); expected JSON, or JSON lines, in UTF-8") from error
 
 
-def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, Any]]:
+def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, object]]:
     """Yield the records of a JSON file; read it as JSON lines if it is not valid JSON and not a list."""
     try:
         content = json.loads(file.read_bytes())
@@ -199,7 +203,7 @@ def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, Any]]:
     yield from ((f"{file.name}: entry {number}", record) for number, record in enumerate(entries, start=1))
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+def _lines(file: Path) -> Iterator[tuple[str, object]]:
     with file.open("rb") as lines:  # bytes, since a truncated file may end inside a character
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -210,7 +214,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{location} is not JSON ({error}); expected one record {{...}} a line") from error
 
 
-def document(path: str | Path) -> dict[str, Any]:
+def document(path: str | Path) -> dict[str, object]:
     """Read a file that holds one JSON dictionary.
 
     Raises:
@@ -226,7 +230,7 @@ def document(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def find_image(file: Path, name: Any, location: str, folder: Path | None = None) -> str:
+def find_image(file: Path, name: object, location: str, folder: Path | None = None) -> str:
     """Return the path of a record's image, in `folder` or else beside the file; empty if it does not exist.
 
     Raises:
@@ -238,7 +242,7 @@ def find_image(file: Path, name: Any, location: str, folder: Path | None = None)
     return next((str(c) for c in candidates if c.is_file()), "")
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """Return a value as JSON of at most 60 characters, for messages."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,9 +16,10 @@ rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from mmalign.data.formats.files import (
     JSON,
@@ -37,6 +38,10 @@ from mmalign.data.formats.files import (
 from mmalign.data.formats.layouts import Layout, find_layout
 from mmalign.data.formats.rows import FilePair, FileRows, TableRows
 from mmalign.data.pairs import Pairs, SkippedRow, format_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import ChunkedArray, DataType, Schema
 
 Columns = Mapping[str, str]
 Sides = list[tuple[str, str]]  # (chosen, rejected) images of pairs
@@ -109,16 +114,16 @@ def check_source(
 # --------------------------------------------------------------------------------------------------------- pick_a_pic
 
 
-def _check_types(location: str, schema: Any, layout: Layout[ParsedPairs]) -> None:
+def _check_types(location: str, schema: Schema, layout: Layout[ParsedPairs]) -> None:
     import pyarrow.types as pt
 
-    def check(name: str, expected: str, *tests: Callable[[Any], bool]) -> None:
+    def check(name: str, expected: str, *tests: Callable[[DataType], bool]) -> None:
         column = layout.column(name)
         kind = schema.field(column).type
         if not any(test(kind) for test in tests):
             raise ValueError(f"{location}: {column} is {kind}; expected {expected}")
 
-    def has_bytes(kind: Any) -> bool:
+    def has_bytes(kind: DataType) -> bool:
         return bool(pt.is_struct(kind)) and int(kind.get_field_index("bytes")) >= 0
 
     for name in ("jpg_0", "jpg_1"):
@@ -153,14 +158,14 @@ def _open_tables(
 
 
 def _read_labels(
-    table: Any, names: Columns, columns: Sequence[str], prompt_pairs: bool
-) -> tuple[Any, Any, dict[int, str], int]:
+    table: Dataset, names: Columns, columns: Sequence[str], prompt_pairs: bool
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[int, str], int]:
     """Read the labels: usable rows [N], rows with jpg_1 chosen [N], reasons for skipped rows, and the number of ties.
 
     With `prompt_pairs`, rows without a prompt for the rejected image are skipped.
     """
 
-    def column(name: str) -> Any:
+    def column(name: str) -> ChunkedArray:
         return table.data.column(names[name])
 
     first, second = (
@@ -168,7 +173,7 @@ def _read_labels(
     )
     reasons = dict[int, str]()
 
-    def drop(rows: Any, why: str) -> None:
+    def drop(rows: ArrayLike, why: str) -> None:
         for row in np.flatnonzero(rows).tolist():
             reasons.setdefault(row, why.format(first[row], second[row]))
 
@@ -230,7 +235,8 @@ def _text(location: str, name: str, value: object) -> str:
 def _read_sides(location: str, record: Record) -> ParsedPairs:
     prompt = _text(location, "prompt", record["prompt"])
     rejected_prompt = _text(location, "rejected_prompt", record.get("rejected_prompt") or "")
-    return ParsedPairs(prompt, [(record["chosen"], record["rejected"])], rejected_prompt)
+    chosen, rejected = (_text(location, side, record[side]) for side in ("chosen", "rejected"))
+    return ParsedPairs(prompt, [(chosen, rejected)], rejected_prompt)
 
 
 def _read_ranking(location: str, record: Record) -> ParsedPairs:

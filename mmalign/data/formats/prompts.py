@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.pairs import Pairs, stable_hash
+from mmalign.data.pairs import ImagePair, Pairs, stable_hash
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def open_prompts(path: str, limit: int | None = None) -> Pairs[PromptRow]:
     return _numbered(path, [text for _, text in lines], [f"{path}: line {index}" for index, _ in lines], limit)
 
 
-def unique_prompts(pairs: Pairs[Any], limit: int | None = None) -> Pairs[PromptRow]:
+def unique_prompts(pairs: Pairs[ImagePair], limit: int | None = None) -> Pairs[PromptRow]:
     """Return the prompts of pairs, each once, without reading images."""
     texts = [text for text in dict.fromkeys(pairs.prompts()) if text.strip()]
     return _numbered(pairs.source, texts, [f"{pairs.source}: {text!r}" for text in texts], limit)

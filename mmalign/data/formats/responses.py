@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,10 @@ from mmalign.data.formats.rows import ImageKeys, file_ref
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
 from mmalign.language.chat import Turn
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import DataType
+
 IMAGE = "<image>"  # image placeholder in a text
 
 Columns = Mapping[str, str]
@@ -64,7 +68,7 @@ class IndexedRow:
 class ResponseRows:
     """Source of response pairs; images in a table are read when their pair is built."""
 
-    def __init__(self, entries: Sequence[IndexedRow], table: Any = None) -> None:
+    def __init__(self, entries: Sequence[IndexedRow], table: Dataset | None = None) -> None:
         self._entries, self._table, self._keys = entries, table, ImageKeys()
 
     def pair(self, number: int) -> ResponsePair:
@@ -114,7 +118,7 @@ class ResponseRows:
         return tuple(images)
 
 
-def _bytes(table: Any, number: int, column: str, index: int | None) -> bytes:
+def _bytes(table: Dataset, number: int, column: str, index: int | None) -> bytes:
     """Return the bytes of a table's image: the cell's, or those at `index` of the cell's list."""
     value = table[number][column]
     if index is not None:
@@ -174,7 +178,7 @@ def open_responses(
 
 def _open_rows(
     layout: Layout[ParsedRow], path: str, split: str | None
-) -> tuple[Any, Iterator[tuple[str, int, Path | None, Record]]]:
+) -> tuple[Dataset | None, Iterator[tuple[str, int, Path | None, Record]]]:
     """Return the table, if there is one, and the rows: location, index in the table or -1, JSON file, and record."""
     files = [] if is_hub_path(path) else find_files(path, split, layout.suffixes)
     tables = [file for file in files if file.suffix in TABLES]
@@ -184,7 +188,7 @@ def _open_rows(
     return table, ((locate_row(starts, n), n, None, record) for n, record in enumerate(_light(table)))
 
 
-def _light(table: Any) -> Iterator[dict[str, Any]]:
+def _light(table: Dataset) -> Iterator[Record]:
     """Yield the rows of a table with (column, index) instead of each image's bytes, which are not read."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -205,7 +209,7 @@ def _light(table: Any) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: DataType) -> bool:
     import pyarrow.types as pt
 
     if pt.is_list(kind) or pt.is_large_list(kind):

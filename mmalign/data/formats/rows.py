@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.formats.files import locate_row
+from mmalign.data.formats.files import Record, locate_row
 from mmalign.data.pairs import ImagePair, ImageRef, stable_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class TableRows:
@@ -28,7 +31,7 @@ class TableRows:
 
     def __init__(
         self,
-        table: Any,
+        table: Dataset,
         names: Mapping[str, str],
         group: str,
         starts: Sequence[tuple[int, str]],
@@ -63,7 +66,7 @@ class TableRows:
         prompts = [self._text.data.column(name).take(numbers).to_pylist() for name in columns]
         return [*prompts[0], *(second for some in prompts[1:] for second in some if second)]
 
-    def _image(self, number: int, side: int, text: Mapping[str, Any]) -> ImageRef:
+    def _image(self, number: int, side: int, text: Record) -> ImageRef:
         column = f"jpg_{side}"
         load = partial(cell, self._images[column], self._names[column], number)
         uid = text.get(self._names.get(f"image_{side}_uid", ""))
@@ -95,7 +98,7 @@ class ImageKeys:
         return self._keys[path]
 
 
-def cell(table: Any, column: str, number: int) -> bytes:
+def cell(table: Dataset, column: str, number: int) -> bytes:
     """Return the bytes of an image in a table, raw or from a struct of bytes and path; empty if there is none."""
     value = table[number][column]
     data = value["bytes"] if isinstance(value, dict) else value

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, requirements_of
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def build_data_module(
     output: Path,
     batch_size: int,
     seed: int,
-    accelerator: Any,
+    accelerator: Accelerator,
     method: Any = None,
     splits: Splits | None = None,
     spec: PrecomputeSpec | None = None,
@@ -141,7 +144,7 @@ def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
 
 
 def _fill_text(
-    family: TextToImage, sources: Sequence[Pairs[Any]], data: ImageData, output: Path, accelerator: Any
+    family: TextToImage, sources: Sequence[Pairs[Any]], data: ImageData, output: Path, accelerator: Accelerator
 ) -> ArrayCache:
     """Return the cache of text embeddings, filled; the text encoders then move to the CPU."""
     encoders = {name: net for name, net in family.encoders() if name != "vae"}
@@ -162,7 +165,7 @@ def _fill_latents(
     transform: ImageTransform,
     data: ImageData,
     output: Path,
-    accelerator: Any,
+    accelerator: Accelerator,
     *,
     vae_decoder: bool,
 ) -> ArrayCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmalign.config import ResponseData
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
@@ -19,6 +19,9 @@ from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, requirements_of
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def open_pairs(data: ResponseData, seed: int, method: Any = None) -> Splits:
@@ -58,7 +61,7 @@ def build_data_module(
     output: Path,
     batch_size: int,
     seed: int,
-    accelerator: Any,
+    accelerator: Accelerator,
     method: Any = None,
     splits: Splits | None = None,
     spec: PrecomputeSpec | None = None,

@@ -209,7 +209,9 @@ def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     assert isinstance(recipe.evaluate, EvaluateResponses)
     benchmark, folder = read_benchmark(recipe.evaluate), Path(recipe.output) / "evaluation"
     written = {
-        (side, part): {record["question_id"]: record["text"] for _, record in records(folder / side / f"{part}.jsonl")}
+        (side, part): {
+            record["question_id"]: str(record["text"]) for _, record in records(folder / side / f"{part}.jsonl")
+        }
         for side in SIDES
         for part, items in benchmark.parts.items()
         if items

@@ -235,7 +235,7 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         ([1, 2], r"line 2 is \[1, 2\]; expected a record"),
         ({"prompt": "a", "chosen": "0.png"}, r"line 2 has no 'rejected' \(found prompt, chosen\)"),
         (good | {"prompt": None}, "line 2: prompt is null; expected a text"),
-        (good | {"chosen": 3}, "line 2: 3 is no image"),
+        (good | {"chosen": 3}, "line 2: chosen is 3; expected a text"),
     ):
         path = lines(tmp_path / "pairs.jsonl", [good, bad])
         check_source("folder", str(path))
