@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,19 +32,6 @@ class BadImage(ValueError):
 
     def __str__(self) -> str:
         return str(self.skipped)
-
-
-@dataclass(frozen=True)
-class PreparedPair:
-    """Cropped pair of images, the input of the autoencoder.
-
-    Attributes:
-        pixels: [2, 3, R, R] in [-1, 1], chosen first.
-        sizes: [2, 6] int64: original height and width, top and left of the crop, target height and width.
-    """
-
-    pixels: Tensor
-    sizes: Tensor
 
 
 def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -99,8 +85,8 @@ def is_flipped(flip: bool, u: Tensor) -> bool:
 
 def prepare_pair(
     chosen: Image.Image, rejected: Image.Image, resolution: int, *, crop: str, flip: bool, u: Tensor
-) -> PreparedPair:
-    """Return both images at R x R, with the same relative crop and the same flip.
+) -> tuple[Tensor, Tensor]:
+    """Return both images at R x R, with the same relative crop and the same flip: pixels [2, 3, R, R], sizes [2, 6].
 
     Args:
         chosen: RGB.
@@ -115,7 +101,7 @@ def prepare_pair(
         prepare(image, resolution, crop_position=crop_position, mirror=is_flipped(flip, u))
         for image in (chosen, rejected)
     ]
-    return PreparedPair(torch.stack([s[0] for s in sides]), torch.stack([s[1] for s in sides]))
+    return torch.stack([pixels for pixels, _ in sides]), torch.stack([sizes for _, sizes in sides])
 
 
 def prepare(
@@ -152,6 +138,6 @@ def prepare(
     return pixels, sizes
 
 
-def transform_key(resolution: int, *, mirror: bool) -> str:
-    """Return the part of a cache key that names an image's crop and flip; random crops are not cached."""
-    return f"{resolution}-center" + ("-mirrored" if mirror else "")
+def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:
+    """Return the cache key of an image: its content, its crop and its flip; random crops are not cached."""
+    return f"{ref.key}/{resolution}-center" + ("-mirrored" if mirror else "")

@@ -184,6 +184,19 @@ class Pairs(Sequence[P], Generic[P]):
         """Return every prompt of the pairs: one or two for each."""
         return self._rows.prompts(self._numbers)
 
+    def require(self, expected: str) -> None:
+        """Check that there are pairs.
+
+        Raises:
+            ValueError: there is none; the message names the first skipped rows and the `expected` rows.
+        """
+        if not len(self):
+            why = f": {format_rows(self.skipped)}" if self.skipped else ""
+            raise ValueError(
+                f"data.path: {self.source} has no pair to learn from ({self.ties:,} ties, {len(self.skipped):,} rows "
+                f"dropped{why}); expected rows {expected}"
+            )
+
     def summary(self) -> str:
         """Return one paragraph with the numbers of pairs, groups, ties and skipped rows."""
         groups = len(set(self.groups()))

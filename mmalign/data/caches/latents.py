@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import Items
-from mmalign.data.images import BadImage, decode, prepare
+from mmalign.data.images import BadImage, decode, image_key, prepare
 from mmalign.data.loaders.encoder import encode_images, encode_prompts, text_key
-from mmalign.data.loaders.image_pairs import ImageTransform, image_key
+from mmalign.data.loaders.image_pairs import ImageTransform
 from mmalign.data.pairs import ImagePair, Pairs, SkippedRow
 from mmalign.families.base import TextToImage
 

@@ -16,6 +16,7 @@ rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ from mmalign.data.formats.files import (
 )
 from mmalign.data.formats.layouts import Layout, find_layout
 from mmalign.data.formats.rows import FilePair, FileRows, TableRows
-from mmalign.data.pairs import Pairs, SkippedRow, format_rows
+from mmalign.data.pairs import Pairs, SkippedRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,15 +85,10 @@ def open_pairs(
     layout = find_layout(LAYOUTS, format, columns or {})
     open_format = _open_tables if layout.suffixes == TABLES else _open_files
     pairs = open_format(layout, path, split, group_by, prompt_pairs is not None)
-    if not len(pairs):
-        why = f": {format_rows(pairs.skipped)}" if pairs.skipped else ""
-        expected = "in which one image is preferred"
-        if prompt_pairs is not None:
-            expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {prompt_pairs}"
-        raise ValueError(
-            f"data.path: {path} has no pair to learn from ({pairs.ties:,} ties, {len(pairs.skipped):,} rows dropped"
-            f"{why}); expected rows {expected}"
-        )
+    expected = "in which one image is preferred"
+    if prompt_pairs is not None:
+        expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {prompt_pairs}"
+    pairs.require(expected)
     return pairs[:limit] if limit is not None else pairs
 
 
@@ -105,17 +101,27 @@ def check_source(
         ValueError: the format is unknown, or a file or column is missing.
     """
     layout = find_layout(LAYOUTS, format, columns or {})
-    layout.check_files(path, split, group_by)
-    if layout.suffixes == TABLES and not is_hub_path(path):
-        file = find_files(path, split, TABLES)[0]
-        _check_types(str(file), read_schema(file), layout)
+    if layout.suffixes != TABLES:
+        layout.check_files(path, split, group_by)
+    elif not is_hub_path(path):
+        _check_tables(layout, path, split, group_by)
 
 
 # --------------------------------------------------------------------------------------------------------- pick_a_pic
 
 
-def _check_types(location: str, schema: Schema, layout: Layout[ParsedPairs]) -> None:
+def _check_tables(layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None) -> list[Path]:
+    """Return the Parquet files that a path matches, after a check of their columns."""
+    files = find_files(path, split, TABLES)
+    for file in files:
+        _check_schema(layout, str(file), read_schema(file), group_by)
+    return files
+
+
+def _check_schema(layout: Layout[ParsedPairs], location: str, schema: Schema, group_by: str | None) -> None:
     import pyarrow.types as pt
+
+    layout.check_columns(location, schema.names, group_by)
 
     def check(name: str, expected: str, *tests: Callable[[DataType], bool]) -> None:
         column = layout.column(name)
@@ -138,17 +144,12 @@ def _check_types(location: str, schema: Schema, layout: Layout[ParsedPairs]) -> 
 def _open_tables(
     layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None, prompt_pairs: bool
 ) -> Pairs:
+    names = {name: layout.column(name) for name in layout.columns}
     if is_hub_path(path):
         table, starts = load_hub(path, split)
-        schemas = {f"data.path: {path}": table.features.arrow_schema}
+        _check_schema(layout, f"data.path: {path}", table.features.arrow_schema, group_by)
     else:
-        files = find_files(path, split, TABLES)
-        schemas = {str(file): read_schema(file) for file in files}
-    for location, schema in schemas.items():
-        layout.check_columns(location, schema.names, group_by)
-        _check_types(location, schema, layout)
-    names = {name: layout.column(name) for name in layout.columns}
-    if not is_hub_path(path):
+        files = _check_tables(layout, path, split, group_by)
         table, starts = load_tables(path, files, {*names.values(), group_by})
     present = {name: column for name, column in names.items() if column in table.column_names}
     usable, chosen_is_1, reasons, ties = _read_labels(table, names, table.column_names, prompt_pairs)

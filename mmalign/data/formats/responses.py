@@ -41,7 +41,7 @@ from mmalign.data.formats.files import (
 )
 from mmalign.data.formats.layouts import Layout, UnusableRowError, find_layout
 from mmalign.data.formats.rows import ImageKeys, file_ref
-from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
+from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, stable_hash
 from mmalign.language.chat import Turn
 
 if TYPE_CHECKING:
@@ -166,13 +166,8 @@ def open_responses(
             continue
         group = str(record[group_by]) if group_by is not None else _images_group(parsed, location)
         entries.append(IndexedRow(parsed, location, group, number, paths))
-    if not entries:
-        why = f": {format_rows(dropped)}" if dropped else ""
-        raise ValueError(
-            f"data.path: {path} has no pair to learn from ({len(dropped):,} rows dropped{why}); expected rows with an "
-            "image and two different responses"
-        )
     pairs = Pairs(path, ResponseRows(entries, table), np.arange(len(entries)), dropped)
+    pairs.require("with an image and two different responses")
     return pairs[:limit] if limit is not None else pairs
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.images import BadImage, decode, is_flipped, prepare_pair, transform_key
+from mmalign.data.images import BadImage, decode, image_key, is_flipped, prepare_pair
 from mmalign.data.loaders.loader import Loader
-from mmalign.data.pairs import ImagePair, ImageRef, SkippedRow, stable_hash
+from mmalign.data.pairs import ImagePair, SkippedRow, stable_hash
 from mmalign.rng import KeyedRNG
 
 PIXELS = "pixels"
@@ -111,8 +111,8 @@ class ImagePairReader:
         if skipped:
             return skipped
         crop, flip = self.transform.crop, self.transform.flip
-        ready = prepare_pair(images[0], images[1], self.transform.resolution, crop=crop, flip=flip, u=u)
-        return {PIXELS: ready.pixels, SIZES: ready.sizes}
+        pixels, sizes = prepare_pair(images[0], images[1], self.transform.resolution, crop=crop, flip=flip, u=u)
+        return {PIXELS: pixels, SIZES: sizes}
 
     def _look_up(self, pair: ImagePair, u: Tensor, cache: ArrayCache) -> ImageExample | list[SkippedRow]:
         mirror = is_flipped(self.transform.flip, u)
@@ -154,8 +154,3 @@ class ImagePairReader:
 
 
 ImagePairLoader = Loader[ImagePair, ImageExample, ImagePairBatch]
-
-
-def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:
-    """Return the cache key of an image: its content and its preparation."""
-    return f"{ref.key}/{transform_key(resolution, mirror=mirror)}"

@@ -165,7 +165,7 @@ def test_a_row_that_cannot_be_learned_from_is_dropped_as_a_pair(
     pairs = open_responses("trl", path)
     assert len(pairs) == 1 and [str(d) for d in pairs.skipped] == [f"rows.jsonl: line 1: {reason}"]
     assert f"1 row dropped (rows.jsonl: line 1: {reason})" in pairs.summary()
-    with pytest.raises(ValueError, match=r"has no pair to learn from \(1 rows dropped: rows\.jsonl: line 1: "):
+    with pytest.raises(ValueError, match=r"has no pair to learn from \(0 ties, 1 rows dropped: rows\.jsonl: line 1: "):
         open_responses("trl", written(here, {**GOOD, **change}, name="rows.jsonl"))
 
 

@@ -69,13 +69,6 @@ def test_batches_are_the_same_read_here_or_by_workers_and_from_any_start(llava: 
     assert [b.rows for b in loader(llava, rows).batches(2)] != [b.rows for b in here]
 
 
-def test_processes_share_an_epoch(llava: VisionLanguage, tmp_path: Path) -> None:
-    rows = data_files.response_pairs(tmp_path)
-    parts = [loader(llava, rows, rank=rank, world_size=2) for rank in (0, 1)]
-    together = [row for part in parts for batch in part.batches(0) for row in batch.rows]
-    assert sorted(together) == sorted(row for batch in loader(llava, rows).batches(0) for row in batch.rows)
-
-
 def test_an_image_of_two_pairs_is_in_a_batch_once(llava: VisionLanguage, tmp_path: Path) -> None:
     """Eight pairs of four images: a batch of all has four, and the features of four."""
     (batch,) = loader(llava, data_files.response_pairs(tmp_path), batch_size=8).batches(0)
@@ -143,12 +136,6 @@ def test_data_of_which_nothing_can_be_used_are_refused(llava: VisionLanguage, tm
     result = loader(llava, data_files.response_pairs(tmp_path), max_length=5)
     with pytest.raises(ValueError, match=r"none of 8 pairs can be used \(trl\.jsonl: line 1: the prompt has"):
         result.check_readable()
-
-
-def test_the_last_batch_is_filled_up_for_evaluation(llava: VisionLanguage, tmp_path: Path) -> None:
-    batches = list(loader(llava, data_files.response_pairs(tmp_path), batch_size=3, keep_last=True).batches(0))
-    assert [int(b.weights.sum()) for b in batches] == [3, 3, 2]
-    assert len(loader(llava, tmp_path / "trl.jsonl", batch_size=3)) == 2
 
 
 def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguage, tmp_path: Path) -> None:
