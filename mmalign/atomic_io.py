@@ -1,10 +1,13 @@
-"""Atomic writes of files and folders."""
+"""Atomic writes of files and folders, and the lock of a folder that one process writes."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -12,24 +15,33 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+logger = logging.getLogger(__name__)
+
+LOCK = ".mmalign-lock"
+_held: set[Path] = set()  # folders that this process has locked
+
 
 @contextlib.contextmanager
-def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write, and move it to `path` on success; an error leaves `path` unchanged.
 
+    New files get the permissions that the user's umask gives.
+
     Args:
-        path: the file or folder.
+        path: a file, or a folder.
+        marker: for a folder, the name of a file that it always has; an existing folder without it is not replaced.
         shared: several processes may write it at the same time.
 
     Raises:
+        ValueError: `path` is a folder that mmalign did not write.
         CheckpointError: the disk is full or not writable.
     """
-    part, aside = path.with_name(f".{path.name}.part"), hidden(path)
-    if shared:
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    check_owned(path, marker)
+    part, aside = hidden(path, f"{uuid.uuid4().hex}-part" if shared else "part"), hidden(path, "old")
     try:
         _remove(part)
         yield part
+        _apply_umask(part)
         _flush(part)
         if path.is_dir():
             _remove(aside)
@@ -47,9 +59,37 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     _remove(aside)
 
 
-def hidden(path: Path) -> Path:
-    """Return the name to which a file or folder is moved before it is deleted."""
-    return path.with_name(f".{path.name}.old")
+def hidden(path: Path, kind: str) -> Path:
+    """Return the name of a temporary neighbour of a file or folder."""
+    return path.with_name(f".{path.name}.mmalign-{kind}")
+
+
+def check_owned(path: Path, marker: str) -> None:
+    """Refuse a folder with files that mmalign did not write; a link to a folder is replaced, not what it names.
+
+    Args:
+        path: the folder to replace, if it exists.
+        marker: the name of a file that a folder of mmalign always has.
+
+    Raises:
+        ValueError: the folder has files, and `marker` is not among them.
+    """
+    if path.is_symlink() or not path.is_dir() or (marker and (path / marker).is_file()):
+        return
+    first = next(iter(sorted(path.iterdir())), None)
+    if first is not None:
+        raise ValueError(
+            f"{path}: is a folder that mmalign did not write (it has {first.name}, and no {marker or 'file of its own'}"
+            "); move it away, or name another output"
+        )
+
+
+def _apply_umask(path: Path) -> None:
+    """Give a file, or all files of a folder, the permissions of the user's umask; safetensors writes them as 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]:
+        file.chmod((file.stat().st_mode | 0o666) & ~mask)
 
 
 def _flush(path: Path) -> None:
@@ -69,8 +109,42 @@ def _write_error(path: Path, error: Exception) -> CheckpointError:
     )
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, in the main process of a launch; the same process may hold it several times.
+
+    The system frees the lock when a process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    resolved = folder.resolve()
+    if resolved in _held or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder}: another mmalign ({file.read().strip() or 'just started'}) is writing here; wait until it "
+                "has ended, or name another output"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning(f"{folder}: cannot be locked ({error.strerror}); start no second command on it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        _held.add(resolved)
+        try:
+            yield
+        finally:
+            _held.discard(resolved)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

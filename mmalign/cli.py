@@ -25,11 +25,15 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # here, since typer's handling changes between versions
-            _print_error("stopped; the same command goes on from what was saved last")
+            _print_error("stopped; the same command resumes from what was saved, if anything was")
             raise SystemExit(130) from None
         except Exception as error:
             from mmalign.atomic_io import CheckpointError
+            from mmalign.training.stopping import TrainingStopped
 
+            if isinstance(error, TrainingStopped):
+                _print_error(str(error))
+                raise SystemExit(error.code) from None
             is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
             if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
                 raise

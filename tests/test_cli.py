@@ -142,7 +142,7 @@ def test_a_finished_run_says_so_and_stays_the_same(recipe: Path, tmp_path: Path)
     printed = run("train", recipe)
     assert "all updates were done already: nothing was trained; raise train.steps" in printed
     assert len(before) == 3 and weights(tmp_path / "out" / "model") == before
-    assert "going on from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=3")
+    assert "resuming from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=3")
     assert json.loads((tmp_path / "out" / "model" / "trained.json").read_text())["step"] == 3
 
 
@@ -221,8 +221,8 @@ def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(train._Hook, "__call__", stopped)
         code, printed = refused("train", recipe, "--set", "train.steps=4")
-    assert code == 130 and printed.endswith("stopped; the same command goes on from what was saved last\n")
-    assert "going on from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=4")
+    assert code == 130 and printed.endswith("stopped; the same command resumes from what was saved, if anything was\n")
+    assert "resuming from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=4")
     assert weights(tmp_path / "whole" / "model") == weights(tmp_path / "out" / "model")
 
 
@@ -257,6 +257,7 @@ def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_pa
     assert [line.partition(":")[0] for line in (lines[0], *lines[2:])] == [
         "attention",
         "diffusion_dpo",
+        "update",
         "diffusion_dpo",
     ]
     assert all(line.startswith(("update ", "warning: gradient factor")) for line in ended.stderr.splitlines())

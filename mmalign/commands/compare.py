@@ -234,7 +234,7 @@ def _copy_checkpoint(shorter: Path, output: Path) -> None:
     last = checkpoint.latest(shorter, resumable=True)
     if last is not None:
         atomic_io.make_folder("compare", output)
-        with atomic_write(output / last.name) as part:
+        with atomic_write(output / last.name, marker="checkpoint.json") as part:
             shutil.copytree(last, part)
 
 

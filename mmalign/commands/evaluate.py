@@ -14,10 +14,15 @@ import torch
 from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
 from mmalign.commands import preflight
+from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Evaluate, Recipe
+from mmalign.data.pairs import fingerprint_pairs
 from mmalign.evaluation.metrics import Table
 from mmalign.modalities import Result, loading, modality_of
 from mmalign.training.export import RunInfo, check_base_model, read_run_info
+
+RESULT = "result.json"  # in every folder of an evaluation
+PAIR_BENCHMARKS = ("implicit", "steps")  # on the validation split of the training data
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +54,27 @@ def evaluate(recipe: Recipe) -> Evaluation:
         raise ValueError(
             f"evaluate: the recipe has no such section; add one, for example {modality.example_evaluation}"
         )
-    of_pairs = section.benchmark in ("implicit", "steps")
+    of_pairs = section.benchmark in PAIR_BENCHMARKS
     if of_pairs and not recipe.data.validation_fraction:
         needed = "needs a validation split; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
     preflight.check(recipe, data=of_pairs)
     scored = modality.score_files(recipe)
-    measure = _measure_models(recipe, section) if scored is None else lambda _: scored
-    folder = atomic_io.make_folder("output", Path(recipe.output)) / "evaluation"
-    with atomic_write(folder) as part:
+    if scored is None:
+        read_run_info(Path(recipe.output) / "model")  # nothing is written without a trained model
+    output = atomic_io.make_folder("output", Path(recipe.output))
+    with atomic_io.folder_lock(output):
+        atomic_io.check_owned(output / "evaluation", RESULT)
+        measure = _measure_models(recipe, section) if scored is None else lambda _: scored
+        return _write(measure, output / "evaluation")
+
+
+def _write(measure: Callable[[Path], Result], folder: Path) -> Evaluation:
+    """Measure, and write the evaluation to `folder`."""
+    with atomic_write(folder, marker=RESULT) as part:
         part.mkdir()
         result, table = measure(part)
-        (part / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (part / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
     for row in table:
         logger.info("  ".join(cell.ljust(22) for cell in row).rstrip())
     return Evaluation(folder, result, table)
@@ -70,11 +84,46 @@ def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Resul
     """Return the measure of the models, from a folder for its files; the benchmark is opened before they are loaded."""
     device, trained = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(recipe.output) / "model"
     info = read_run_info(trained)
+    if section.benchmark in PAIR_BENCHMARKS:
+        _check_unseen(recipe, info)
     measure = modality_of(recipe).open_benchmark(recipe, device)
     family = loading.load_model(recipe, device)
     check_base_model(info, trained, family)
     policy = loading.load_trained_policy(family, trained)
-    return lambda folder: measure(policy, folder, _identity(section, info))
+
+    def measure_trained(folder: Path) -> Result:
+        result, table = measure(policy, folder, _identity(section, info))
+        trained_by = load_recipe(info.record.recipe)  # not the recipe of this command
+        return {**result, "model": trained_by.model.path, "method": trained_by.method.name}, table
+
+    return measure_trained
+
+
+def _check_unseen(recipe: Recipe, info: RunInfo) -> None:
+    """Check that the trained model has not seen the pairs of the validation split; `info` is its run's.
+
+    Raises:
+        ValueError: validation pairs are among those of the training, or nobody can say whether they are.
+    """
+    train, validation = modality_of(recipe).open_pairs(recipe.data, recipe.train.seed)
+    recorded = info.identity["pairs"]
+    if validation is None or fingerprint_pairs(train) == recorded:
+        return
+    trained = load_recipe(info.record.recipe)
+    seen, _ = modality_of(trained).open_pairs(trained.data, trained.train.seed, trained.method)
+    if fingerprint_pairs(seen) != recorded:
+        raise ValueError(
+            f"data.path: {trained.data.path} no longer has the pairs that the model was trained on, so that nobody can "
+            "say whether it has seen these validation pairs; train again"
+        )
+    contents = {pair.content for pair in seen}
+    overlap = sum(pair.content in contents for pair in validation)
+    if overlap:
+        raise ValueError(
+            f"data.validation_fraction: the model was trained on {overlap:,} of the {len(validation):,} validation "
+            f"pairs; expected the split of its training (validation_fraction {trained.data.validation_fraction:g}, "
+            f"train.seed {trained.train.seed}), or pairs of another file"
+        )
 
 
 def _identity(section: Evaluate, trained: RunInfo) -> dict[str, object]:

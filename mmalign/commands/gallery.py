@@ -6,11 +6,14 @@ import json
 import logging
 from pathlib import Path
 
+from mmalign.atomic_io import folder_lock, make_folder
 from mmalign.commands.evaluate import evaluate, is_evaluated
+from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
-from mmalign.modalities import modality_of
+from mmalign.modalities import Samples, modality_of
 from mmalign.pages.page import write_page
 from mmalign.pages.ranking import spread
+from mmalign.training.export import read_run_info
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +26,6 @@ def gallery(recipe: Recipe) -> Path:
     Raises:
         ValueError: the benchmark has no samples to show, or the evaluation fails.
     """
-    # The evaluation's samples
     modality, parts = modality_of(recipe), modality_of(recipe).samples
     if recipe.evaluate is None:
         reason: str | None = "the recipe has no such section"
@@ -33,9 +35,17 @@ def gallery(recipe: Recipe) -> Path:
         raise ValueError(
             f"evaluate: {reason}; a gallery shows a benchmark's samples, for example {modality.example_evaluation}"
         )
+    read_run_info(Path(recipe.output) / "model")  # nothing is written without a trained model
+    with folder_lock(make_folder("output", Path(recipe.output))):
+        return _write_gallery(recipe, parts)
+
+
+def _write_gallery(recipe: Recipe, parts: Samples) -> Path:
+    """Write the page in the locked output folder."""
     if not is_evaluated(recipe):
         evaluate(recipe)
     folder, target = Path(recipe.output) / "evaluation", Path(recipe.output) / "gallery"
+    # The evaluation's samples
     content = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     samples = content["samples"]
 
@@ -49,20 +59,24 @@ def gallery(recipe: Recipe) -> Path:
         title=recipe.gallery.title,
         summary=content["table"],
         score_name=content["score"],
-        provenance={**_training(recipe), **parts.provenance(recipe, len(samples))},
+        provenance={**_training(Path(recipe.output)), **parts.provenance(recipe, len(samples))},
         measured=scores,
     )
     logger.info(f"gallery: {page}")
     return page
 
 
-def _training(recipe: Recipe) -> dict[str, str]:
-    """Return the settings of model, method and training behind a page's entries."""
-    train = recipe.train
-    pairs = train.batch_size * train.gradient_accumulation_steps
-    return {
+def _training(output: Path) -> dict[str, str]:
+    """Return the settings of model, method and training, as the trained model records them."""
+    info = read_run_info(output / "model")
+    recipe, identity = load_recipe(info.record.recipe), info.identity
+    pairs = int(identity["pairs of a batch"]) * int(identity["batches of an update"])
+    settings = {
         "model": recipe.model.path,
-        "method": ", ".join(f"{k} {v}" for k, v in recipe.method.model_dump().items()),
-        "training": f"{recipe.model.tune}, {train.steps} updates of {pairs} pairs, lr {train.lr:g}",
+        "method": ", ".join(f"{key} {value}" for key, value in recipe.method.model_dump().items()),
+        "training": f"{recipe.model.tune}, {info.step} updates of {pairs} pairs, lr {recipe.train.lr:g}",
         "pairs": recipe.data.path,
     }
+    if info.record.changes:
+        settings["changed"] = "; ".join(map(str, info.record.changes))
+    return settings

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from mmalign import atomic_io, methods
-from mmalign.atomic_io import atomic_write
+from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import cache, preflight
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import Recipe, Train
 from mmalign.data.caches import fingerprint
 from mmalign.data.data_module import DataModule
-from mmalign.data.pairs import format_rows
+from mmalign.data.pairs import Pairs, fingerprint_pairs, format_rows
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading, modality_of
@@ -29,7 +29,8 @@ from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.rng import KeyedRNG
 from mmalign.training import checkpoint, loop
-from mmalign.training.export import export
+from mmalign.training.export import RUN_INFO, export
+from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
     MAX_VALIDATION_BATCHES,
@@ -41,6 +42,7 @@ from mmalign.training.run import (
     save,
     trainable_weights,
 )
+from mmalign.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +76,17 @@ def train(recipe: Recipe) -> Trained:
         FloatingPointError: a loss is not finite; the last checkpoint stays.
         CheckpointError: a checkpoint could not be written; earlier ones stay.
     """
-    # Checks, data and processes, before any model is loaded
-    started, options = time.time(), recipe.train
     preflight.check(recipe, training=True)
     output = atomic_io.make_folder("output", Path(recipe.output))
+    with atomic_io.folder_lock(output):
+        return _train_locked(recipe, output)
+
+
+def _train_locked(recipe: Recipe, output: Path) -> Trained:
+    """Train in the locked folder `output`."""
+    # Checks, data and processes, before any model is loaded
+    started, options = time.time(), recipe.train
+    check_owned(output / "model", RUN_INFO)
     splits = modality_of(recipe).open_pairs(recipe.data, options.seed, recipe.method)
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
@@ -88,7 +97,7 @@ def train(recipe: Recipe) -> Trained:
     named = methods.requirements_of(recipe.method).reward
     reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
     family = loading.load_for_training(recipe, accelerator.device)
-    identity = identify(recipe, family)
+    identity = identify(recipe, family, splits[0], accelerator.num_processes)
     saved, folder = last_checkpoint(recipe, identity), output / "model"
     if saved is not None and saved.step == options.steps:
         run = start_run(
@@ -97,7 +106,7 @@ def train(recipe: Recipe) -> Trained:
         export(folder, run)
         accelerator.end_training()
         done = "all updates were done already: nothing was trained"
-        logger.info(f"{folder}: {done}; raise train.steps to go on, or name another output to begin anew")
+        logger.info(f"{folder}: {done}; raise train.steps to continue, or name another output to begin anew")
         return Trained(folder, run.progress.step, time.time() - started, done, [])
     if accelerator.is_main_process:  # only now is the folder known to be this run's
         with atomic_write(output / "recipe.yaml") as part:
@@ -117,16 +126,30 @@ def train(recipe: Recipe) -> Trained:
         f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; "
         f"{data_module.about}"
     )
+    logger.info(_describe_updates(recipe, data_module, accelerator.num_processes))
 
     # Training, export and verdict
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
-    with Reporter(accelerator, options.steps, options.log_every, first=run.progress.step) as reporter:
-        _train(recipe, run, data_module, _Hook(recipe, run, data_module, reporter))
+    reporter = Reporter(accelerator, options.steps, options.log_every, first=run.progress.step)
+    reporter.load(run.reports)
+    with reporter, StopRequest(recipe.limits.hours) as stop:
+        _train(recipe, run, data_module, _Hook(recipe, run, data_module, reporter, stop))
     export(folder, run)
     _end(recipe, data_module, accelerator)
     verdict = reporter.verdict()
     logger.info(f"{recipe.method.name}: {verdict}")
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
+
+
+def _describe_updates(recipe: Recipe, data_module: DataModule, num_processes: int) -> str:
+    """Return a sentence with the pairs of an update and the updates of an epoch."""
+    options, per_epoch = recipe.train, len(data_module.train_loader) / recipe.train.gradient_accumulation_steps
+    number = num_processes * options.batch_size * options.gradient_accumulation_steps
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    return (
+        f"update: {processes} x {options.batch_size} pairs x {options.gradient_accumulation_steps} batches = {number} "
+        f"pairs; an epoch has {per_epoch:g} updates"
+    )
 
 
 def open_accelerator(options: Train, **tracking: Any) -> Any:
@@ -197,15 +220,22 @@ def _failed_batch(error: FloatingPointError, run: TrainingRun, data_module: Data
 
 
 class _Hook:
-    """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end."""
+    """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end.
 
-    def __init__(self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter) -> None:
-        self.recipe, self.run, self.data_module, self.reporter, self.due = recipe, run, data_module, reporter, False
+    A run that was asked to stop ends after the first checkpoint that it can resume from.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter, stop: StopRequest
+    ) -> None:
+        self.recipe, self.run, self.data_module, self.reporter = recipe, run, data_module, reporter
+        self.stop, self.due = stop, False
 
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
         self.reporter.update(progress.step, metrics)
         last = progress.step == self.recipe.train.steps
-        self.due |= last or progress.step % self.recipe.train.save_every == 0
+        stops = self.stop.agreed(self.run.train_state.accelerator) and not last
+        self.due |= last or stops or progress.step % self.recipe.train.save_every == 0
         if self.due and (last or not progress.pending):
             self.due = False
             score = _mean_loss(
@@ -215,10 +245,13 @@ class _Hook:
                 self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, score)
+            self.run.reports = self.reporter.state()
             if self.run.train_state.accelerator.is_main_process:
                 keep_checkpoints = self.recipe.train.keep_checkpoints
                 save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
             self.run.train_state.accelerator.wait_for_everyone()
+            if stops:
+                raise self.stop.stopped(progress.step, f"checkpoint-{progress.step:08d}")
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
         """Refuse to save weights or a loss that are not finite: an update can break a model after a finite loss.
@@ -275,57 +308,78 @@ def start_run(
         build_policy(family, recipe, reference_cached=reference_cached), recipe.train, accelerator
     )
     method = methods.find(recipe.method.name)
-    run = TrainingRun(method, policy, train_state, identity, loop.Progress())
+    run = TrainingRun(method, policy, train_state, identity, loop.Progress(), Record(recipe.model_dump()))
     if saved is not None:
         resume(run, saved, Path(recipe.output))
-        logger.info(f"going on from checkpoint-{saved.step:08d}")
+        logger.info(f"resuming from checkpoint-{saved.step:08d}")
+        run.record = saved.record.resumed(recipe.model_dump(), saved.step + 1)
+        for change in run.record.changes[len(saved.record.changes) :]:
+            logger.warning(str(change))
     return run
 
 
-def identify(recipe: Recipe, family: Family) -> dict[str, str]:
-    """Return the identity of a run; a checkpoint resumes only a run of the same identity."""
-    lora = recipe.model.lora
+# Options of `data` that shape no batch; the fingerprint of the pairs stands for the files that they were read from.
+_SOURCES = {"path", "format", "split", "columns", "images", "num_workers", "cache", "max_bad_images"}
+
+
+def identify(recipe: Recipe, family: Family, pairs: Pairs[Any], num_processes: int) -> dict[str, str]:
+    """Return the identity of a run; a checkpoint resumes only a run of the same identity.
+
+    Args:
+        recipe: the recipe to train.
+        family: the model as loaded.
+        pairs: the training pairs.
+        num_processes: processes of the launch.
+    """
+    lora, options = recipe.model.lora, recipe.train
     targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
     reward = methods.requirements_of(recipe.method).reward
+    data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {
-        **({"judge": reward.path} if reward is not None else {}),
+        **({"reward": reward.path} if reward is not None else {}),
         **modality_of(recipe).frozen_models(recipe.model),
         "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",
-        "data": recipe.data.path,
-        "optimizer": recipe.train.optimizer,
+        **data,
+        "pairs": fingerprint_pairs(pairs),
+        "seed": str(options.seed),
+        "pairs of a batch": str(options.batch_size * num_processes),
+        "batches of an update": str(options.gradient_accumulation_steps),
+        "precision": options.precision,
+        "optimizer": options.optimizer,
     }
 
 
 def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Checkpoint | None:
-    """Return the latest checkpoint of the run's folder that can be resumed, or None.
+    """Return the latest sound checkpoint of the run's folder that can be resumed, or None.
 
-    A run may end inside a batch. Its last checkpoint is returned only if no update is left; otherwise the latest
-    resumable one is.
+    A run may end inside a batch; its last checkpoint is returned only if no update is left. Damaged checkpoints are
+    named in the log, and the one before is used.
 
     Raises:
-        ValueError: the checkpoint is another run's, is damaged, or has more updates than the recipe asks for.
+        ValueError: a checkpoint is another run's or has more updates than the recipe asks for, or all are damaged.
     """
-    output, steps = Path(recipe.output), recipe.train.steps
-    path = checkpoint.latest(output)
-    if path is None:
-        return None
-    saved = checkpoint.read(path, identity)
-    if saved.step > steps:
-        raise ValueError(
-            f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
-            "raise train.steps, or use another output folder"
-        )
-    if saved.step < steps and saved.state["progress"].get("pending"):
-        resumable = checkpoint.latest(output, resumable=True)
-        remainder = f"what comes after {resumable.name}" if resumable is not None else "it"
-        logger.warning(
-            f"{path.name} is where a run ended inside a batch, and no other can go on from: {remainder} is done again"
-        )
-        return checkpoint.read(resumable, identity) if resumable is not None else None
-    return saved
+    steps, damaged = recipe.train.steps, list[checkpoint.DamagedCheckpointError]()
+    for path in reversed(checkpoint.complete(Path(recipe.output))):
+        try:
+            saved = checkpoint.read(path, identity)
+        except checkpoint.DamagedCheckpointError as error:
+            damaged.append(error)
+            logger.warning(f"{error}; using the one before it")
+            continue
+        if saved.step > steps:
+            raise ValueError(
+                f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
+                "raise train.steps, or use another output folder"
+            )
+        if saved.step == steps or not saved.state["progress"]["pending"]:
+            return saved
+        logger.warning(f"{path.name} is of a run that ended inside a batch: updates after the one before are repeated")
+    if damaged:
+        raise ValueError(f"{damaged[0]}; no other checkpoint is left: name another output to begin anew")
+    return None
 
 
 def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -> Policy[F]:

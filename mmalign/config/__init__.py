@@ -31,7 +31,7 @@ from mmalign.config.preparation import (
     PrepareRealign,
     PrepareResponses,
 )
-from mmalign.config.training import Data, ImageData, ImageModel, JudgeModel, Lora, Model, ResponseData, Train
+from mmalign.config.training import Data, ImageData, ImageModel, JudgeModel, Limits, Lora, Model, ResponseData, Train
 
 __all__ = [
     "SECTIONS",
@@ -51,6 +51,7 @@ __all__ = [
     "ImageData",
     "ImageModel",
     "JudgeModel",
+    "Limits",
     "Lora",
     "MethodConfig",
     "Model",
@@ -77,6 +78,7 @@ class Recipe(Section):
     model: Model
     data: Data
     train: Train
+    limits: Limits = Limits()
     evaluate: Evaluate | None = None
     gallery: Gallery = Gallery()
     prepare: Prepare | None = None

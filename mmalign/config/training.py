@@ -103,6 +103,12 @@ class ResponseData(Data):
     )
 
 
+class Limits(Section):
+    """Limits of a run, after which it saves its state and stops; the same command resumes it."""
+
+    hours: float | None = Field(None, gt=0, description="hours of training, from the first update of this command on")
+
+
 class Train(Section):
     """Settings of the optimization."""
 

@@ -4,7 +4,7 @@ A pair of images may have two prompts, one for the chosen and one for the reject
 
 There are three identities:
 
-* A *key* names an image's content, for caches. It changes when the file does.
+* A *key* is a hash of an image's bytes, for caches. No name or time stamp stands for it.
 * A *row* names a pair, for random draws: 63 bits from the prompt and the images' names in their source. It does not
   change when the data are copied, reordered or subsetted.
 * A *group* names pairs that stay on one side of a validation split.
@@ -87,6 +87,11 @@ class ImagePair:
         """Location of the pair for messages: "pairs.parquet: row 17"."""
         return self._locate()
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Prompts and images."""
+        return (self.prompt, self.rejected_prompt, self.chosen.key, self.rejected.key)
+
 
 @dataclass(frozen=True)
 class ResponsePair:
@@ -116,6 +121,12 @@ class ResponsePair:
     group: str
     hallucinated: str = ""
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Conversation, responses and images."""
+        keys = [image.key for image in (*self.images, *self.rejected_images, *self.other_images)]
+        return (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *keys)
+
 
 P = TypeVar("P", default=ImagePair, covariant=True)
 
@@ -129,6 +140,14 @@ class SkippedRow:
 
     def __str__(self) -> str:
         return f"{self.location}: {self.reason}"
+
+
+class Row(Protocol):
+    """Pair or prompt with texts that stand for all of its content."""
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Texts and keys of images; another pair, or the same with its sides exchanged, has others."""
 
 
 class Rows(Protocol[P]):
@@ -230,6 +249,14 @@ def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P
             f"{side}; use another share, or data.group_by with a column of more values"
         )
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
+
+
+def fingerprint_pairs(pairs: Sequence[Row]) -> str:
+    """Return a hash of the pairs' content and order: prompts, images, responses, and which side is preferred."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        digest.update(stable_hash(*pair.content).to_bytes(8, "big"))
+    return digest.hexdigest()
 
 
 def stable_hash(*parts: str) -> int:

@@ -4,15 +4,18 @@ A checkpoint is a folder `checkpoint-00000100` with three files:
 
     model.safetensors   the trainable weights
     state.pt            optimizer, average, progress and generator
-    checkpoint.json     step, score, the run's identity, and `resting`: true if training can resume from it exactly
+    checkpoint.json     step, score, identity and record of the run, `resting`: true if training can resume from it
+                        exactly, and a hash of each of the other files
 
-A folder whose name begins with a dot is half written or half deleted; the next write deletes it.
+A hidden folder is half written or half deleted; the next write deletes it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,11 +27,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write, hidden
+from mmalign.training.record import Record
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
 
 _PREFIX = "checkpoint-"
+_ABOUT = "checkpoint.json"
+_HIDDEN = re.compile(rf"\.{_PREFIX}\d{{8}}\.mmalign-(part|old)")
+
+
+class DamagedCheckpointError(ValueError):
+    """Checkpoint whose files do not hold what was written; earlier ones may be intact."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +48,19 @@ class Checkpoint:
     weights: dict[str, Tensor]
     state: StateDict
     step: int
+    record: Record
 
 
 @dataclass(frozen=True)
 class _About:
-    """Content of `checkpoint.json`; `resting`: training can resume exactly."""
+    """Content of `checkpoint.json`; `resting`: training can resume exactly; `hashes`: of the other files, by name."""
 
     step: int
     score: float | None
     resting: bool
     identity: dict[str, str]
+    record: Record
+    hashes: dict[str, str]
 
 
 def write(
@@ -60,6 +73,7 @@ def write(
     keep_checkpoints: int,
     score: float | None = None,
     resumable: bool = True,
+    record: Record | None = None,
 ) -> Path:
     """Write a checkpoint and delete old ones.
 
@@ -74,22 +88,26 @@ def write(
         keep_checkpoints: number of resumable checkpoints that remain.
         score: a number such as the validation loss, lower is better; None without one.
         resumable: false if training cannot resume from it exactly.
+        record: the run's recipe and its changes.
 
     Raises:
+        ValueError: a folder of the checkpoint's name is not a checkpoint.
         CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints stay intact.
     """
     final = folder / f"{_PREFIX}{step:08d}"
     score = score if score is not None and math.isfinite(score) else None
-    about = _About(step, score, resumable, dict(identity))
     _sweep(folder)
-    with atomic_write(final) as part:
+    with atomic_write(final, marker=_ABOUT) as part:
         part.mkdir(parents=True)
         save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
         try:
             torch.save(state, part / "state.pt")
         except RuntimeError as error:  # torch's own error for a full disk
             raise OSError(str(error)) from error
-        (part / "checkpoint.json").write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
+        hashes = {path.name: _hash(path) for path in sorted(part.iterdir())}
+        about = _About(step, score, resumable, dict(identity), record or Record(), hashes)
+        content = {**asdict(about), "record": about.record.as_dict()}
+        (part / _ABOUT).write_text(json.dumps(content, indent=1), encoding="utf-8")
     _prune(folder, keep_checkpoints)
     _sweep(folder)
     return final
@@ -97,69 +115,102 @@ def write(
 
 def _prune(folder: Path, keep_checkpoints: int) -> None:
     retained = [
-        *_all(folder)[-1:],
-        *[path for path in _all(folder) if _is_resumable(path)][-keep_checkpoints:],
+        *complete(folder)[-1:],
+        *[path for path in complete(folder) if _is_resumable(path)][-keep_checkpoints:],
         best(folder),
     ]
-    for path in _all(folder):
+    for path in complete(folder):
         if path not in retained:
-            path.replace(hidden(path))  # renamed first: a half-deleted folder must not pass for a checkpoint
+            path.replace(hidden(path, "old"))  # renamed first: a half-deleted folder must not pass for a checkpoint
 
 
 def _sweep(folder: Path) -> None:
     for path in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if _HIDDEN.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    """Return the hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def latest(folder: Path, *, resumable: bool = False) -> Path | None:
     """Return the newest complete checkpoint, or the newest resumable one; None without one."""
-    checkpoints = [path for path in _all(folder) if not resumable or _is_resumable(path)]
+    checkpoints = [path for path in complete(folder) if not resumable or _is_resumable(path)]
     return checkpoints[-1] if checkpoints else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Return all complete checkpoints, the oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _ABOUT).is_file())
 
 
 def best(folder: Path) -> Path | None:
     """Return the checkpoint with the lowest score, the first of equal ones; None if none has a score."""
-    scored = [(score, path) for path in _all(folder) if (score := _score(path)) is not None]
+    scored = [(score, path) for path in complete(folder) if (score := _score(path)) is not None]
     return min(scored)[1] if scored else None
 
 
 def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint, and check its files against their hashes.
 
     Raises:
-        ValueError: the checkpoint belongs to another model, method or data, or cannot be read.
+        DamagedCheckpointError: a file does not hold what was written, or its weights are not finite.
+        ValueError: the checkpoint belongs to another run, or the system cannot read it now.
     """
     try:
         about = _about(path)
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT} is missing)") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except _DAMAGED as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {_first_line(error)})") from error
     differs = [key for key in identity if about.identity.get(key) != identity[key]]
     if differs:
-        saved_identity = ", ".join(f"{key} {about.identity.get(key)}" for key in differs)
+        saved_identity = ", ".join(f"{key} {about.identity.get(key, 'not recorded')}" for key in differs)
         current_identity = ", ".join(f"{key} {identity[key]}" for key in differs)
         raise ValueError(
             f"{path}: belongs to another run ({saved_identity}; this one has {current_identity}); use another output "
-            "folder, or delete it"
+            "folder, or the settings of that run"
         )
     try:
+        for name, expected in about.hashes.items():
+            if _hash(path / name) != expected:
+                raise DamagedCheckpointError(f"{path}: is damaged ({name} does not have the hash that was written)")
         weights = load_file(path / "model.safetensors")
         state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path}: is damaged ({Path(error.filename or path).name} is missing)") from error
+    except (OSError, MemoryError) as error:
+        raise _unreadable(path, error) from error
+    except DamagedCheckpointError:
+        raise
     # For a damaged file torch alone raises four kinds of error, and safetensors another.
     except Exception as error:
-        raise ValueError(_unreadable(path, error)) from error
-    return Checkpoint(weights, state, about.step)
-
-
-def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "checkpoint.json").is_file())
+        raise DamagedCheckpointError(f"{path}: is damaged ({_first_line(error)})") from error
+    broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
+    if broken is not None:
+        raise DamagedCheckpointError(f"{path}: is damaged ({broken} is not finite)")
+    return Checkpoint(weights, state, about.step, about.record)
 
 
 def _about(path: Path) -> _About:
-    content = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-    return _About(int(content["step"]), content.get("score"), content.get("resting", True), dict(content["identity"]))
+    content = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
+    score = content["score"]
+    return _About(
+        int(content["step"]),
+        float(score) if score is not None else None,
+        bool(content["resting"]),
+        dict(content["identity"]),
+        Record.from_dict(content["record"]),
+        dict(content["hashes"]),
+    )
 
 
-_DAMAGED = (OSError, ValueError, KeyError, TypeError)  # raised by `_about`
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of `_about`
 
 
 def _is_resumable(path: Path) -> bool:
@@ -178,8 +229,12 @@ def _score(path: Path) -> float | None:
         return None
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path}: is damaged and cannot be read ({_first_line(error)}); delete it to go on from the one before"
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """Return the error for a checkpoint that the system cannot read now, which says nothing about its content."""
+    return ValueError(
+        f"{path}: cannot be read now ({_first_line(error)}); the checkpoint may be sound: look at its permissions, the "
+        "disk and the memory, and run the same command again"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mmalign.atomic_io import atomic_write
 from mmalign.data.caches import fingerprint
 from mmalign.families.base import Family
+from mmalign.training.record import Record
 from mmalign.training.run import TrainingRun
 
 RUN_INFO = "trained.json"  # in a trained model's folder
@@ -16,15 +17,16 @@ RUN_INFO = "trained.json"  # in a trained model's folder
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Updates of a trained model, their seconds (see `loop.Progress`), and the identity of its run."""
+    """Updates of a trained model, their seconds (see `loop.Progress`), identity and record of its run."""
 
     step: int
     seconds: float
     identity: dict[str, str]
+    record: Record
 
 
 def export(folder: Path, run: TrainingRun) -> None:
-    """Write the trained model in its library's format, with its steps, seconds and identity.
+    """Write the trained model in its library's format, with its steps, seconds, identity and record.
 
     The weights are their moving average, if the run has one.
     """
@@ -32,9 +34,9 @@ def export(folder: Path, run: TrainingRun) -> None:
         parameters, ema = run.policy.trainable(), run.train_state.ema
         if ema is not None:
             ema.swap(parameters)
-        with atomic_write(folder) as part:
+        with atomic_write(folder, marker=RUN_INFO) as part:
             run.policy.family.save(part, run.policy.unwrapped)
-            info = RunInfo(run.progress.step, run.progress.seconds, run.identity)
+            info = RunInfo(run.progress.step, run.progress.seconds, run.identity, run.record)
             (part / RUN_INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
         if ema is not None:
             ema.swap(parameters)
@@ -45,12 +47,18 @@ def read_run_info(folder: Path) -> RunInfo:
     """Read the information on a trained model.
 
     Raises:
-        ValueError: the folder has no trained model.
+        ValueError: the folder has no trained model, or its file is damaged.
     """
+    file = folder / RUN_INFO
     try:
-        return RunInfo(**json.loads((folder / RUN_INFO).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        identity = {str(key): str(value) for key, value in content["identity"].items()}
+        record = Record.from_dict(content["record"])
+        return RunInfo(int(content["step"]), float(content["seconds"]), identity, record)
+    except OSError:
         raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file}: is damaged ({type(error).__name__}: {error}); train the model again") from None
 
 
 def check_base_model(info: RunInfo, folder: Path, family: Family) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,6 +54,18 @@ class Reporter:
         self.task = self.bar.add_task("train", total=steps, completed=first, note="")
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
+
+    def state(self) -> dict[str, object]:
+        """Return the state for a checkpoint: history, and sums of the metrics since the last report."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "count": self.count, "history": self.history, "warned": self.warned}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load the state of a checkpoint; nothing for an empty one."""
+        if state:
+            device = self.accelerator.device
+            self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+            self.count, self.history, self.warned = state["count"], list(state["history"]), state["warned"]
 
     def __enter__(self) -> Reporter:
         self.bar.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from mmalign.methods import AnyMethod
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
+from mmalign.training.record import Record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,13 +26,18 @@ MAX_VALIDATION_BATCHES = 16  # of the validation split, to score a checkpoint
 
 @dataclass
 class TrainingRun:
-    """Method, policy, optimizer, identity and progress of a run."""
+    """Method, policy, optimizer, identity, progress and record of a run.
+
+    `reports` is the state of the reporter, with the history of the run's metrics.
+    """
 
     method: AnyMethod
     policy: Policy
     train_state: loop.TrainState
     identity: dict[str, str]
     progress: loop.Progress
+    record: Record
+    reports: dict[str, object] = field(default_factory=dict)
 
 
 def require_all(accelerator: Accelerator) -> None:
@@ -68,27 +74,41 @@ def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) 
 
 
 def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None:
-    """Load a checkpoint of the folder `output` into a run.
+    """Load a checkpoint of the folder `output` into a run; options of the optimizer stay those of the run.
 
     Raises:
-        ValueError: the checkpoint lacks the moving average, or has weights that the model lacks.
+        ValueError: the checkpoint lacks the moving average or a weight, or has weights that the model lacks.
     """
     path = output / f"checkpoint-{saved.step:08d}"
     ema, scaler = run.train_state.ema, run.train_state.accelerator.scaler
     if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
-    missing = run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
-    if missing.unexpected_keys:
-        raise ValueError(
-            f"{path}: has weights that the model lacks ({missing.unexpected_keys[0]}, ...); use another output folder"
-        )
-    run.train_state.optimizer.load_state_dict(saved.state["optimizer"])
+    if saved.state["progress"]["step"] != saved.step:
+        raise ValueError(f"{path}: state.pt is of update {saved.state['progress']['step']}; use another output folder")
+    needed = trainable_weights(run.policy.unwrapped).keys()
+    for problem, names in (
+        ("lacks weights of", needed - saved.weights.keys()),
+        ("has other weights than", saved.weights.keys() - needed),
+    ):
+        if names:
+            raise ValueError(f"{path}: {problem} the model ({min(names)}, ...); use another output folder")
+    run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
+    _load_optimizer(run.train_state.optimizer, saved.state["optimizer"])
     if ema is not None:
         ema.load(saved.state["average"])
     if scaler is not None and "scaler" in saved.state:
         scaler.load_state_dict(saved.state["scaler"])
     torch.set_rng_state(saved.state["generator"])
     run.progress = loop.Progress(**saved.state["progress"])
+    run.reports = saved.state["reports"]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: StateDict) -> None:
+    """Load the moments of an optimizer, and keep its options: a recipe may have changed them."""
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, options, strict=True):
+        group.update(kept)
 
 
 def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoints: int) -> None:
@@ -102,6 +122,7 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         "optimizer": train_state.optimizer.state_dict(),
         "progress": asdict(run.progress),
         "generator": torch.get_rng_state(),
+        "reports": run.reports,
     }
     if train_state.ema is not None:
         state["average"] = train_state.ema.state()
@@ -116,6 +137,7 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         keep_checkpoints=keep_checkpoints,
         score=score,
         resumable=not run.progress.pending,
+        record=run.record,
     )
 
 
@@ -127,4 +149,4 @@ def trainable_weights(net: nn.Module) -> dict[str, Tensor]:
 def last_saved(output: Path) -> str:
     """Return the checkpoint to resume from, as the end of a sentence."""
     path = checkpoint.latest(output, resumable=True)
-    return f"the same command goes on from {path.name}" if path else "nothing has been saved yet"
+    return f"the same command resumes from {path.name}" if path else "nothing has been saved yet"

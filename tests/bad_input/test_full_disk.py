@@ -21,7 +21,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(mmalign: Commands, con
         message, f"{out / 'checkpoint-00000004'}: could not be written (", "what was there before is kept: make room"
     )
     assert weights(out) == before and not list(out.glob("*.part"))
-    assert "going on from checkpoint-00000002" in mmalign("train", content, "train.steps=4")
+    assert "resuming from checkpoint-00000002" in mmalign("train", content, "train.steps=4")
     assert weights(out / "model") == weights(tmp_path / "whole" / "model")
 
 

@@ -28,10 +28,10 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_check
     contains(
         message, "train: the loss is not finite after update 3, in batch 4 of epoch 0 (pairs.parquet: row ", ", pairs"
     )
-    contains(message, "the same command goes on from checkpoint-00000002: lower train.lr")
+    contains(message, "the same command resumes from checkpoint-00000002: lower train.lr")
     last = checkpoint.latest(tmp_path / "out")
     assert last is not None and last.name == "checkpoint-00000002" and finite(last)
-    assert "going on from checkpoint-00000002" in mmalign("train", content, "train.steps=6", "train.lr=1e-4")
+    assert "resuming from checkpoint-00000002" in mmalign("train", content, "train.steps=6", "train.lr=1e-4")
 
 
 def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_what_nobody_could_go_on_from_is_not_saved(
     message = mmalign.refused("train", content, f"model.tune={tune}", "train.steps=3", f"train.lr={lr}")
     contains(message, "train: after update 3 the ", "not finite, so that update was not saved", "lower train.lr")
     assert weights(out) == before
-    assert "going on from checkpoint-00000002" in mmalign("train", content, f"model.tune={tune}", "train.steps=3")
+    assert "resuming from checkpoint-00000002" in mmalign("train", content, f"model.tune={tune}", "train.steps=3")
     assert all(finite(path) for path in out.glob("checkpoint-*"))
 
 

@@ -129,7 +129,7 @@ def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, m
     drawn, trained = (tmp_path / "pairs.parquet").read_bytes(), weights(tmp_path)
     assert len(trained) == STEPS and not (tmp_path / "result.json").exists()
     lines = run(tmp_path, monkeypatch, draw=True)
-    assert any(f"going on from checkpoint-{STEPS:08d}" in line for line in lines)
+    assert any(f"resuming from checkpoint-{STEPS:08d}" in line for line in lines)
     assert any("all updates were done already" in line for line in lines)
     assert any(line.startswith("prompts drawn right: ") for line in lines)
     assert (tmp_path / "pairs.parquet").read_bytes() == drawn and weights(tmp_path) == trained

@@ -152,7 +152,7 @@ def test_a_replacement_that_fails_halfway_is_undone(tmp_path: Path, monkeypatch:
     path, replace = write(tmp_path, 10), os.replace
 
     def fails_for_the_new(source: Path, target: Path) -> None:
-        if source.name.endswith(".part"):
+        if source.name.endswith("-part"):
             raise FULL
         replace(source, target)
 
@@ -170,7 +170,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 def test_a_process_killed_while_writing_leaves_the_old_one_as_the_latest(tmp_path: Path) -> None:
     old = write(tmp_path, 10)
-    write(tmp_path, 20).rename(tmp_path / ".checkpoint-00000020.part")
+    write(tmp_path, 20).rename(tmp_path / ".checkpoint-00000020.mmalign-part")
     assert checkpoint.latest(tmp_path) == old and steps(tmp_path) == [10]
     checkpoint.read(old, MINE)
     write(tmp_path, 30)
@@ -182,9 +182,10 @@ def test_a_stranger_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as raised:
         checkpoint.read(path, {"model": "bbbb", "method": "diffusion_dpo"})
     assert str(raised.value) == (
-        f"{path}: belongs to another run (model aaaa; this one has model bbbb); use another output folder, or delete it"
+        f"{path}: belongs to another run (model aaaa; this one has model bbbb); use another output folder, or the "
+        "settings of that run"
     )
-    with pytest.raises(ValueError, match=r"\(data None; this one has data x\)"):
+    with pytest.raises(ValueError, match=r"\(data not recorded; this one has data x\)"):
         checkpoint.read(path, {**MINE, "data": "x"})
 
 
@@ -197,15 +198,15 @@ def test_a_truncated_file_is_a_sentence(name: str, share: float, tmp_path: Path)
     with pytest.raises(ValueError) as raised:
         checkpoint.read(path, MINE)
     text = str(raised.value)
-    assert text.startswith(f"{path}: is damaged and cannot be read (") and "\n" not in text
-    assert text.endswith("delete it to go on from the one before") and len(text) < len(str(path)) + 300
+    assert text.startswith(f"{path}: is damaged (") and "\n" not in text
+    assert len(text) < len(str(path)) + 300
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "checkpoint.json"])
 def test_a_missing_file_is_a_sentence(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, 10)
     (path / name).unlink()
-    with pytest.raises(ValueError, match=r"is damaged and cannot be read \(FileNotFoundError"):
+    with pytest.raises(ValueError, match=f"is damaged .{name} is missing"):
         checkpoint.read(path, MINE)
     assert (checkpoint.latest(tmp_path) is None) is (name == "checkpoint.json")  # which is written last
 
@@ -214,7 +215,7 @@ def test_a_missing_file_is_a_sentence(name: str, tmp_path: Path) -> None:
 def test_a_description_with_other_content_is_a_sentence(content: Any, tmp_path: Path) -> None:
     path = write(tmp_path, 10)
     (path / "checkpoint.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is damaged and cannot be read"):
+    with pytest.raises(ValueError, match="is damaged"):
         checkpoint.read(path, MINE)
 
 
@@ -229,5 +230,5 @@ def test_a_damaged_old_one_does_not_stop_the_next(tmp_path: Path) -> None:
 def test_state_of_foreign_types_is_never_executed(tmp_path: Path) -> None:
     path = write(tmp_path, 10)
     torch.save({"progress": Path("/")}, path / "state.pt")
-    with pytest.raises(ValueError, match="is damaged and cannot be read"):
+    with pytest.raises(ValueError, match="is damaged"):
         checkpoint.read(path, MINE)

@@ -68,7 +68,7 @@ class ArrayCache:
 
     def refresh(self) -> None:
         """Index the shards that other processes have added; delete incomplete ones and stale partial files."""
-        for unfinished in self.folder.glob("*.part"):
+        for unfinished in self.folder.glob(".*-part"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - unfinished.stat().st_mtime > _STALE:
                     unfinished.unlink()
@@ -145,7 +145,7 @@ class ArrayCache:
 def _check_fingerprint(folder: Path, expected: Fingerprint) -> None:
     path = folder / _FINGERPRINT
     if not path.exists():
-        names = {other.name for other in folder.iterdir() if other.suffix != ".part"}
+        names = {other.name for other in folder.iterdir() if not other.name.endswith("-part")}
         if names and _FINGERPRINT not in names:  # another process may have written it just now
             raise ValueError(f"data.cache: {folder} holds other files; expected an empty folder, or a free name")
         with atomic_write(path, shared=True) as part:

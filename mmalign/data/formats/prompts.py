@@ -30,6 +30,11 @@ class PromptRow:
     prompt: str
     location: str
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The prompt."""
+        return (self.prompt,)
+
 
 class _Rows:
     """Source of prompts by number."""

@@ -48,10 +48,15 @@ class TableRows:
         """Return the pair in a row."""
         text = self._text[number]
         sides = (1, 0) if self._chosen_is_1[number] else (0, 1)
-        chosen, rejected = (self._image(number, side, text) for side in sides)
+        images = chosen, rejected = [self._image(number, side) for side in sides]
         prompt = text[self._names["caption"]]
         second = text.get(self._names.get("rejected_caption", "")) or ""
-        row = stable_hash(prompt, chosen.key, rejected.key, *filter(None, [second]))
+        # A row id uses the images' names, where a table has them: re-encoded images keep their random numbers.
+        row = stable_hash(
+            prompt,
+            *(self._name(side, text) or image.key for side, image in zip(sides, images, strict=True)),
+            *filter(None, [second]),
+        )
         locate = partial(locate_row, self._starts, number)
         return ImagePair(row, prompt, chosen, rejected, locate, str(text[self._group]), second)
 
@@ -66,16 +71,19 @@ class TableRows:
         prompts = [self._text.data.column(name).take(numbers).to_pylist() for name in columns]
         return [*prompts[0], *(second for some in prompts[1:] for second in some if second)]
 
-    def _image(self, number: int, side: int, text: Record) -> ImageRef:
+    def _name(self, side: int, text: Record) -> str:
+        uid = text.get(self._names.get(f"image_{side}_uid", ""))
+        return f"uid:{uid}" if uid else ""
+
+    def _image(self, number: int, side: int) -> ImageRef:
         column = f"jpg_{side}"
         load = partial(cell, self._images[column], self._names[column], number)
-        uid = text.get(self._names.get(f"image_{side}_uid", ""))
-        key = f"uid:{uid}" if uid else self._keys.of_bytes((number, side), load)
+        key = self._keys.of_bytes((number, side), load)
         return ImageRef(key, partial(locate_row, self._starts, number, self._names[column]), load)
 
 
 class ImageKeys:
-    """Keys of a source's images, each made once: later batches neither read an image nor ask for its file's time."""
+    """Keys of a source's images: hashes of their bytes, each made once, so that later batches do not read them."""
 
     def __init__(self) -> None:
         self._keys: dict[Hashable, str] = {}
@@ -87,15 +95,11 @@ class ImageKeys:
         return self._keys[cell]
 
     def of_file(self, path: str) -> str:
-        """Return the key of an image file: a hash of its path, size and time."""
-        if path not in self._keys:
-            try:
-                stat = Path(path).stat()
-                state = f"{stat.st_size} {stat.st_mtime_ns}"
-            except OSError:  # deleted since it was indexed: `ImageRef.read` raises the error
-                state = "gone"
-            self._keys[path] = f"file:{stable_hash(str(Path(path).resolve()), state):016x}"
-        return self._keys[path]
+        """Return the key of an image file: a hash of its bytes."""
+        try:
+            return self.of_bytes(path, Path(path).read_bytes)
+        except OSError:  # deleted since it was indexed: `ImageRef.read` raises the error
+            return f"gone:{path}"
 
 
 def cell(table: Dataset, column: str, number: int) -> bytes:
@@ -125,11 +129,11 @@ class FileRows:
         self._pairs, self._keys = pairs, ImageKeys()
 
     def pair(self, number: int) -> ImagePair:
-        """Return the pair of that number; its files are not read."""
+        """Return the pair of that number; its files are read once, for their keys."""
         p = self._pairs[number]
         chosen = file_ref(self._keys, p.chosen_path, partial("{}, chosen ({})".format, p.location, p.chosen))
         rejected = file_ref(self._keys, p.rejected_path, partial("{}, rejected ({})".format, p.location, p.rejected))
-        # Row ids use names instead of keys: a copied folder has new file times but must give the same random numbers.
+        # Row ids use names instead of keys: re-encoded images keep their random numbers.
         row = stable_hash(p.prompt, p.chosen, p.rejected, *filter(None, [p.rejected_prompt]))
         return ImagePair(row, p.prompt, chosen, rejected, partial(str, p.location), p.group, p.rejected_prompt)
 

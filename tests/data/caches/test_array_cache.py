@@ -122,7 +122,7 @@ def test_a_shard_cut_short_is_removed_and_the_others_kept(tmp_path: Path, kept: 
 
 def test_an_unfinished_file_is_ignored_and_removed_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
     folder = ArrayCache.open(tmp_path, MODEL).folder
-    fresh, old = folder / "fresh.part", folder / "old.part"
+    fresh, old = folder / ".fresh.mmalign-part", folder / ".old.mmalign-part"
     for path in (fresh, old):
         path.write_bytes(b"half a shard")
     os.utime(old, (0, 0))
@@ -139,4 +139,4 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     ):
         cache.put({"b": item(2)})
     assert str(tmp_path) in str(error.value)
-    assert not list(cache.folder.glob("*.part")) and set(cache) == set(ArrayCache.open(tmp_path, MODEL)) == {"a"}
+    assert not list(cache.folder.glob(".*-part")) and set(cache) == set(ArrayCache.open(tmp_path, MODEL)) == {"a"}

@@ -134,7 +134,9 @@ def test_keys_name_content_and_rows_name_pairs(tmp_path: Path) -> None:
     assert swapped[0].chosen.key == plain[0].rejected.key
     uids = {"image_0_uid": ["u", "v"], "image_1_uid": ["w", "u"]}
     named = open_pairs("pick_a_pic", str(write(tmp_path / "d.parquet", labels, **uids)))
-    assert [(p.chosen.key, p.rejected.key) for p in named] == [("uid:u", "uid:w"), ("uid:u", "uid:v")]
+    assert [(p.chosen.key, p.rejected.key) for p in named] == [(p.chosen.key, p.rejected.key) for p in plain]
+    others = open_pairs("pick_a_pic", str(write(tmp_path / "e.parquet", labels[::-1], **uids)))
+    assert {p.row for p in others}.isdisjoint(p.row for p in named)
     assert all(0 <= p.row < 2**63 for p in (*plain, *named))
 
 

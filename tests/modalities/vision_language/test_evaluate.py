@@ -171,9 +171,13 @@ def test_amber_on_its_folder(content: Content, images: Path) -> None:
     assert list(results["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
 
 
-def test_implicit_accuracy_of_responses(content: Content, folder: Path) -> None:
+def test_implicit_accuracy_of_responses(content: Content, tmp_path: Path) -> None:
     """Four updates at a high rate move the log-probabilities of held-out responses, one way or the other."""
     held = {**content, "data": {**content["data"], "validation_fraction": 0.5}, "evaluate": {"benchmark": "implicit"}}
+    with pytest.raises(ValueError, match=r"the model was trained on \d of the \d validation pairs"):
+        evaluate_module.evaluate(load_recipe(held))
+    held["output"] = str(tmp_path / "held")
+    train.train(load_recipe(held))
     results = evaluate_module.evaluate(load_recipe(held)).result
     assert 0 < results["pairs"] < 8 and results["draws"] == 1
     assert results["chosen gain"] != 0 and results["rejected gain"] != 0

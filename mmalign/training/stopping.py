@@ -1,0 +1,82 @@
+"""Stopping of a training run by a signal or a time limit, at an update that it can resume from."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+TIME_LIMIT_CODE = 75  # exit code of a run that reached its time limit ("temporary failure" of sysexits.h)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+
+
+class TrainingStopped(Exception):
+    """End of an unfinished run whose state was saved; `code` is the command's exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StopRequest:
+    """Request to save and stop, made by SIGTERM, SIGUSR1, the first SIGINT or a time limit.
+
+    The second SIGINT raises KeyboardInterrupt at once. Outside of the main thread only the time limit counts.
+
+    Args:
+        hours: the time limit from now; None for none.
+    """
+
+    def __init__(self, hours: float | None = None) -> None:
+        self.hours = hours
+        self.deadline = time.monotonic() + 3600 * hours if hours is not None else float("inf")
+        self.signal: signal.Signals | None = None
+        self._code = 0
+        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        again = "; once more stops at once" if number == signal.SIGINT else ""
+        logger.info(f"{self.signal.name}: saving after this update{again}")
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Return whether any process was asked to stop; all processes get the same answer."""
+        code = 128 + self.signal if self.signal is not None else 0
+        code = code or (TIME_LIMIT_CODE if time.monotonic() >= self.deadline else 0)
+        if accelerator.num_processes > 1:
+            import torch  # here, since the command line reads this module to tell of a stopped run
+
+            codes = accelerator.gather(torch.tensor([code], device=accelerator.device))
+            code = int(codes.max())
+        self._code = code
+        return code != 0
+
+    def stopped(self, step: int, name: str) -> TrainingStopped:
+        """Return the error of a run that saved the checkpoint `name` after update `step`."""
+        limit = self._code == TIME_LIMIT_CODE
+        reason = f"limits.hours: {self.hours:g} reached" if limit else signal.Signals(self._code - 128).name
+        return TrainingStopped(
+            f"train: stopped after update {step} ({reason}); the same command resumes from {name}", self._code
+        )

@@ -1,0 +1,178 @@
+"""What a run remembers: other data and geometry are refused, changed options are used and recorded."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmalign.commands.evaluate import evaluate
+from mmalign.commands.gallery import gallery
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
+from mmalign.training.export import read_run_info
+from tests.helpers import data_files, recipes
+from tests.helpers.runs import assert_same, train_weights
+
+Content = dict[str, Any]
+
+
+@pytest.fixture
+def content(tiny_sd15: Path, tmp_path: Path) -> Content:
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"log_every": 3})
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.limit=6", "data.limit None"),
+        ("data.validation_fraction=0.5", "data.validation_fraction 0.0"),
+        ("data.resolution=32", "data.resolution"),
+        ("data.flip=true", "data.flip False"),
+        ("train.seed=1", "seed 0"),
+        ("train.batch_size=4", "pairs of a batch 2"),
+        ("train.gradient_accumulation_steps=2", "batches of an update 1"),
+        ("train.precision=bfloat16", "precision float32"),
+        ("train.optimizer=adafactor", "optimizer adamw"),
+        ("method.name=sft", "method diffusion_dpo"),
+    ],
+)
+def test_resume_refuses_another_run_by_name(override: str, named: str, content: Content) -> None:
+    train(load_recipe(content, ["train.steps=2"]))
+    with pytest.raises(ValueError, match="belongs to another run") as raised:
+        train(load_recipe(content, [override]))
+    assert named in str(raised.value)
+
+
+def swap_labels(rows: list[Content]) -> None:
+    for row in rows:
+        row["label_0"], row["label_1"] = row["label_1"], row["label_0"]
+
+
+def drop_rows(rows: list[Content]) -> None:
+    del rows[5:]
+
+
+def change_an_image(rows: list[Content]) -> None:
+    rows[3]["jpg_1"] = data_files.png(99)
+
+
+def change_a_prompt(rows: list[Content]) -> None:
+    rows[3]["caption"] = "another"
+
+
+@pytest.mark.parametrize("change", [swap_labels, drop_rows, change_an_image, change_a_prompt])
+def test_resume_refuses_changed_pairs(change: Any, content: Content) -> None:
+    train(load_recipe(content, ["train.steps=2"]))
+    path = Path(content["data"]["path"])
+    rows = pq.read_table(path).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(ValueError, match=r"belongs to another run .*pairs "):
+        train(load_recipe(content))
+
+
+def test_pairs_may_move_to_another_file(content: Content, tmp_path: Path) -> None:
+    whole = train_weights({**content, "output": str(tmp_path / "whole")})
+    train(load_recipe(content, ["train.steps=2"]))
+    moved = Path(content["data"]["path"]).rename(tmp_path / "moved.parquet")
+    assert_same(train_weights(content, f"data.path={moved}"), whole)
+
+
+def test_changed_options_are_used_and_recorded(content: Content, tmp_path: Path, log_lines: list[str]) -> None:
+    content["evaluate"] = {"benchmark": "scenes", "prompts": 2, "sampling": {"steps": 1, "resolution": 16}}
+    train(load_recipe(content, ["train.steps=2"]))
+    log_lines.clear()
+    changed = ["train.lr=1e-4", "train.weight_decay=5.0", "train.betas=[0.1, 0.2]", "method.beta=7.0"]
+    train(load_recipe(content, changed))
+    output = tmp_path / "out"
+    state = torch.load(output / "checkpoint-00000004" / "state.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["lr"], group["weight_decay"], list(group["betas"])) == (1e-4, 5.0, [0.1, 0.2])
+    expected = {
+        "train.lr: 0.001 -> 0.0001 from update 3 on",
+        "train.weight_decay: 0.01 -> 5.0 from update 3 on",
+        "train.betas: [0.9, 0.999] -> [0.1, 0.2] from update 3 on",
+        "method.beta: 100.0 -> 7.0 from update 3 on",
+    }
+    assert expected <= set(log_lines)
+    assert {str(change) for change in read_run_info(output / "model").record.changes} == expected
+    # Page and result tell of what was trained, not of the recipe of their own command
+    other = load_recipe(content, ["train.lr=5", "method.beta=1", "train.steps=1000", "model.tune=lora"])
+    gallery(other)
+    provenance = json.loads((output / "gallery" / "manifest.json").read_text())["provenance"]
+    assert "beta 7.0" in provenance["method"]
+    assert provenance["training"] == "full, 4 updates of 2 pairs, lr 0.0001"
+    assert "train.lr: 0.001 -> 0.0001 from update 3 on" in provenance["changed"]
+
+
+def test_history_after_a_resume_is_that_of_one_run(content: Content, tmp_path: Path) -> None:
+    whole = train(load_recipe({**content, "output": str(tmp_path / "whole")}))
+    train(load_recipe(content, ["train.steps=2"]))
+    resumed = train(load_recipe(content))
+    assert resumed.history[-1] == whole.history[-1] and resumed.verdict == whole.verdict
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    name: str, content: Content, tmp_path: Path, log_lines: list[str]
+) -> None:
+    whole = train_weights({**content, "output": str(tmp_path / "whole")}, "train.steps=6")
+    train(load_recipe(content))
+    file = tmp_path / "out" / "checkpoint-00000004" / name
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])  # one flipped bit
+    log_lines.clear()
+    assert_same(train_weights(content, "train.steps=6"), whole)
+    assert any(f"checkpoint-00000004: is damaged ({name} " in line for line in log_lines)
+    assert "resuming from checkpoint-00000002" in log_lines
+
+
+def test_validation_pairs_of_the_training_are_refused(content: Content, tmp_path: Path) -> None:
+    content["evaluate"] = {"benchmark": "implicit", "num_noise_samples": 1}
+    train(load_recipe(content))
+    with pytest.raises(ValueError, match=r"was trained on \d of the \d validation pairs"):
+        evaluate(load_recipe(content, ["data.validation_fraction=0.5"]))
+    held = {**content, "output": str(tmp_path / "held"), "data": {**content["data"], "validation_fraction": 0.5}}
+    train(load_recipe(held))
+    assert evaluate(load_recipe(held)).result["pairs"] > 0
+    with pytest.raises(ValueError, match=r"train.seed 0"):
+        evaluate(load_recipe(held, ["train.seed=1"]))
+
+
+@pytest.mark.parametrize(("command", "name"), [(train, "model"), (evaluate, "evaluation")])
+def test_folders_of_others_are_left_alone(command: Any, name: str, content: Content, tmp_path: Path) -> None:
+    content["evaluate"] = {"benchmark": "scenes", "prompts": 2, "sampling": {"steps": 1, "resolution": 16}}
+    if command is evaluate:
+        train(load_recipe(content))
+    own = tmp_path / "out" / name / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(ValueError, match="is a folder that mmalign did not write"):
+        command(load_recipe(content))
+    assert own.read_text() == "mine"
+
+
+def test_hidden_folders_of_others_are_left_alone(content: Content, tmp_path: Path) -> None:
+    names = [".checkpoint-mine", ".checkpoint-00000002.backup", "checkpoint-mine", ".model", "evaluation"]
+    for name in names:
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "notes.txt").write_text("mine")
+    train(load_recipe(content))
+    assert all((tmp_path / "out" / name / "notes.txt").is_file() for name in names)
+
+
+def test_exported_files_have_the_permissions_of_the_umask(content: Content, tmp_path: Path) -> None:
+    previous = os.umask(0o022)
+    try:
+        train(load_recipe(content))
+    finally:
+        os.umask(previous)
+    files = [path for path in (tmp_path / "out").rglob("*.safetensors") if "cache" not in path.parts]
+    assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}

@@ -1,0 +1,110 @@
+"""Signals, time limits and locks of a training run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+import mmalign
+from mmalign import atomic_io
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
+from mmalign.training.stopping import TIME_LIMIT_CODE, StopRequest, TrainingStopped
+from tests.helpers import data_files, recipes
+from tests.helpers.runs import assert_same, train_weights
+
+Content = dict[str, Any]
+UPDATES = 400  # more than a run makes before it is stopped
+
+
+@pytest.fixture
+def content(tiny_sd15: Path, tmp_path: Path) -> Content:
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"save_every": 1000})
+
+
+def start(content: Content, folder: Path) -> "subprocess.Popen[str]":
+    """Start `mmalign train` in its own process."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.dump({**content, "train": {**content["train"], "steps": UPDATES}}))
+    environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1])}
+    command = [sys.executable, "-m", "mmalign.cli", "train", str(file)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_update(process: "subprocess.Popen[str]", number: int) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(f"update {number}/"):
+            return
+    pytest.fail("the run ended before")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_signal_saves_and_says_how_to_resume(name: str, content: Content, tmp_path: Path) -> None:
+    process, number = start(content, tmp_path), getattr(signal, name)
+    wait_for_update(process, 2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    (folder,) = (tmp_path / "out").glob("checkpoint-*")
+    step = int(folder.name.removeprefix("checkpoint-"))
+    assert f"stopped after update {step} ({name}); the same command resumes from {folder.name}" in err
+    resumed = train_weights(content, f"train.steps={step + 1}")
+    whole = train_weights({**content, "output": str(tmp_path / "whole")}, f"train.steps={step + 1}")
+    assert_same(resumed, whole)
+
+
+@pytest.mark.slow
+def test_second_command_on_a_folder_is_refused(content: Content, tmp_path: Path) -> None:
+    process = start(content, tmp_path)
+    try:
+        wait_for_update(process, 1)
+        with pytest.raises(ValueError, match=f"another mmalign .process {process.pid} on .* is writing here"):
+            train(load_recipe(content))
+    finally:
+        process.kill()
+        process.communicate()
+    assert train(load_recipe(content)).steps == 4  # the lock of a dead process is taken over
+
+
+def test_second_interrupt_stops_at_once() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 60.0
+        return now[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmalign.training.stopping.time.monotonic", clock)
+        with pytest.raises(TrainingStopped, match=r"after update 2 \(limits.hours: 0.03 reached\)") as raised:
+            train(load_recipe(content, ["limits.hours=0.03"]))
+    assert raised.value.code == TIME_LIMIT_CODE
+    whole = train_weights({**content, "output": str(tmp_path / "whole")})
+    assert_same(train_weights(content), whole)
+    assert load_file(tmp_path / "out" / "checkpoint-00000002" / "model.safetensors")
+
+
+def test_lock_may_be_held_twice_by_one_process(tmp_path: Path) -> None:
+    with atomic_io.folder_lock(tmp_path), atomic_io.folder_lock(tmp_path):
+        pass
+    started = time.monotonic()
+    with atomic_io.folder_lock(tmp_path):
+        assert time.monotonic() - started < 1
