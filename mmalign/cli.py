@@ -52,12 +52,12 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. train.lr=1e-5."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe, e.g. train.lr=1e-5."),
 ]
 
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped one; see `mmalign list`.")
+    str, typer.Argument(metavar="RECIPE", help="YAML file or name of a bundled recipe; see `mmalign list`.")
 ]
 
 
@@ -71,11 +71,9 @@ def quickstart(
     ] = "text_to_image",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     draw: Annotated[
-        bool, typer.Option("--draw", help="Make the preference pairs anew, instead of taking the shipped ones.")
+        bool, typer.Option("--draw", help="Generate new preference pairs instead of using the bundled ones.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Where everything is written.", show_default="what the recipe says")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for all outputs.", show_default="the recipe's")] = None,
 ) -> None:
     """Align a bundled model on this machine, without a network, and show the proof: some minutes on two cores."""
 
@@ -126,16 +124,18 @@ def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or names of shipped ones.")],
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files or names of bundled recipes.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with seeds 0, 1, ...")] = 3,
-    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/compare"),
+    output: Annotated[Path, typer.Option(help="Folder for all outputs.")] = Path("runs/compare"),
     pairs: Annotated[
         list[int] | None,
-        typer.Option(min=1, metavar="N", help="Measure every run after N pairs as well; may be given several times."),
+        typer.Option(min=1, metavar="N", help="Also evaluate each run after N pairs; repeatable."),
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the table there too, as Markdown; beside it numbers and pictures."),
+        typer.Option(
+            metavar="FILE", help="Also write the table to this Markdown file, with its numbers and charts beside it."
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -220,8 +220,7 @@ def _error_message(error: Exception) -> str:
         return error.strerror
     prefix = f"{error.filename}: " if error.filename else ""
     return (
-        f"{prefix}{error.strerror}; make room, or name a path that you may use, and run the same command again: "
-        "what was finished before is kept"
+        f"{prefix}{error.strerror}; free disk space or give a writable path, and run the same command again to resume"
     )
 
 
@@ -252,7 +251,7 @@ def list_everything(console: Any) -> None:
     console.print("methods:  " + ", ".join(methods.names()))
     pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
     console.print(f"families: {pipelines}, vision_language (AutoModelForImageTextToText)")
-    console.print("judges:   " + ", ".join(rewards.names()))
+    console.print("rewards:  " + ", ".join(rewards.names()))
     console.print("recipes:")
     for root in roots():
         for path in sorted((root / "configs").rglob("*.yaml")):

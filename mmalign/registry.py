@@ -61,7 +61,7 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
     """
     module, _, function = name.partition(":")
     if not module or not function:
-        raise ValueError(f"{key}: {name!r} names no function; expected module:function, such as my_rules:mask")
+        raise ValueError(f"{key}: {name!r} is not a function; expected module:function, such as my_rules:mask")
     here = str(Path.cwd())
     if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)
@@ -73,7 +73,7 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
             "the current folder"
         ) from error
     if not callable(imported):
-        raise ValueError(f"{key}: {name} is no function but {type(imported).__name__}")
+        raise ValueError(f"{key}: {name} is not a function but {type(imported).__name__}")
     return imported
 
 

@@ -33,7 +33,7 @@ def resolve(name: str | Path) -> Path:
         ValueError: none exists; the message lists the searched folders and similar names.
     """
     if not str(name).strip():
-        raise ValueError("an empty name is no file; expected a path such as 'configs/text_to_image/quickstart.yaml'")
+        raise ValueError("an empty name; expected a path such as 'configs/text_to_image/quickstart.yaml'")
     path = Path(os.path.expanduser(name))
     for root in roots():
         if os.path.exists(root / path):  # unlike Path.exists, False for a name that is too long

@@ -180,7 +180,7 @@ def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> 
     assert f"{drawn}: 4 pairs of 4 prompts" in run("prepare", recipe, *settings)
     assert "4 pairs in 4 groups" in run("train", recipe, *settings)
     code, printed = refused("prepare", recipe, *settings)
-    assert code == 1 and "is there already" in printed  # hours of drawing are not written over
+    assert code == 1 and "already exists" in printed  # hours of drawing are not written over
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
     settings += ["--set", "prepare.sampling.steps=1", "--set", f"data.path={drawn}", "--set", "prepare.prompts=12"]
     printed = run("prepare", recipe, *settings)
     rows = pq.read_table(drawn).to_pylist()
-    assert f"{drawn}: {len(rows)} pairs of 12 couples of prompts, from 48 images" in printed
+    assert f"{drawn}: {len(rows)} pairs of 12 prompt pairs, from 48 images" in printed
     for row in rows:
         assert row["label_0"] == 1.0 and row["jpg_0"] != row["jpg_1"] and row["caption"] != row["rejected_caption"]
         for prompt in (row["caption"], row["rejected_caption"]):
@@ -203,7 +203,7 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
     assert f"{len(rows)} pairs in " in run("train", recipe, *settings, "--set", "method={name: instruct_engine}")
     drawn.unlink()
     message = run("prepare", recipe, *settings, "--set", f"prepare.prompts={couples}", "--set", "prepare.seed=3")
-    assert "pairs of 2 couples of prompts, from 8 images" in message
+    assert "pairs of 2 prompt pairs, from 8 images" in message
     result = {(row["caption"], row["rejected_caption"]) for row in pq.read_table(drawn).to_pylist()}
     assert result and result <= {("a fox", "a hen"), ("one owl", "two owls")}
 
@@ -253,7 +253,7 @@ def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_pa
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[1] == "1 of 8 prompts are longer than the text encoder reads, and are cut"
+    assert lines[1] == "1 of 8 prompts exceed the text encoder's limit and are truncated"
     assert [line.partition(":")[0] for line in (lines[0], *lines[2:])] == [
         "attention",
         "diffusion_dpo",

@@ -122,7 +122,7 @@ def open_common_accelerator(recipes: Mapping[str, Recipe]) -> Any:
     if "float16" in precisions and len(precisions) > 1:
         raise ValueError(
             f"--variant: got train.precision: {', '.join(precisions)}; expected float16 for all runs or for none, "
-            "since only float16 scales gradients; measure it by itself, with --set"
+            "since only float16 scales gradients; measure float16 alone, with --set"
         )
     preflight.check_precision(options)
     return open_accelerator(options)

@@ -53,7 +53,7 @@ def cache(recipe: Recipe) -> Path:
     from accelerate import Accelerator
 
     if recipe.data.cache == "off":
-        raise ValueError("data.cache: off keeps nothing; leave it out, or name a folder")
+        raise ValueError("data.cache: off writes no cache; leave it out, or give a folder")
     reason = modality_of(recipe).uncacheable_reason(recipe.data)
     if reason is not None:
         raise ValueError(reason)
@@ -125,8 +125,8 @@ def _fill_caches(data_module: DataModule, recipe: Recipe, family: Any, accelerat
         planned = needed
         if data_module.features is not None and not _fill_features(data_module, recipe, family, planned, accelerator):
             logger.warning(
-                "the images' features would take more than half of the free disk of "
-                f"{data_module.features.folder} and are not kept; name another data.cache to keep them"
+                f"the images' features would take more than half of the free disk of {data_module.features.folder} and "
+                "are not cached; set data.cache to another folder to cache them"
             )
             data_module = replace(data_module, features=None)
         if data_module.precompute_cache is not None:

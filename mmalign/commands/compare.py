@@ -118,7 +118,9 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
     for source in sources:
         name, recipe = Path(source).stem, load_recipe(source, overrides)
         if name in recipes:
-            raise ValueError(f"compare: two recipes are called {name}; rename one, since its runs go by that name")
+            raise ValueError(
+                f"compare: two recipes are called {name}; rename one, since each recipe's runs are stored by name"
+            )
         samples = modality_of(recipe).samples
         if recipe.evaluate is None or samples is None or samples.unavailable_reason(recipe) is not None:
             raise ValueError(
@@ -172,8 +174,8 @@ def _stages(
     for number in sorted(set(pairs)):
         if number < batch_size or number % batch_size:
             raise ValueError(
-                f"compare: --pairs {number} is no whole number of updates of {name}, which takes {batch_size} pairs at "
-                "a time; name a multiple of every recipe's train.batch_size times train.gradient_accumulation_steps"
+                f"compare: --pairs {number} is not a whole number of updates of {name}, which takes {batch_size} pairs "
+                "at a time; name a multiple of every recipe's train.batch_size times train.gradient_accumulation_steps"
             )
         lengths.setdefault(number // batch_size, []).append(number)
     for steps, numbers in sorted(lengths.items()):

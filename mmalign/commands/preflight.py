@@ -30,7 +30,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
     output, cache = Path(recipe.output), recipe.data.cache
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output: {output} is a file; expected a folder, or a name that is free")
+        raise ValueError(f"output: {output} is a file; choose a folder")
     check_precision(recipe.train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
@@ -44,7 +44,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     modality.check(recipe)
     if data:
         if cache not in ("off", "auto") and Path(cache).exists() and not Path(cache).is_dir():
-            raise ValueError(f"data.cache: {cache} is a file; expected a folder, or a name that is free")
+            raise ValueError(f"data.cache: {cache} is a file; choose a folder")
         modality.check_data(recipe.data)
     if needs.reward is not None:
         check_reward_model("method.reward", needs.reward)

@@ -44,7 +44,7 @@ def quickstart(
         ValueError: the modality is unknown.
     """
     if modality not in MODALITIES:
-        raise ValueError(f"quickstart: {modality!r} is no modality; expected {' or '.join(MODALITIES)}")
+        raise ValueError(f"quickstart: {modality!r} is not a modality; expected {' or '.join(MODALITIES)}")
     started, source = time.time(), RECIPE.format(modality)
     settings = [f"train.seed={seed}", *([f"output={json.dumps(str(output))}"] if output else [])]
     recipe = load_recipe(source, settings)
@@ -79,15 +79,15 @@ def _image_summary(details: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     overall = details["overall"]
     base, aligned, difference = overall["before"], overall["after"], overall["difference"]
     numbers = {"base accuracy": base["estimate"], "aligned accuracy": aligned["estimate"], "difference": difference}
-    return numbers, [_sentence("prompts drawn right", base, aligned, difference)]
+    return numbers, [_sentence("prompts rendered correctly", base, aligned, difference)]
 
 
 # First entries of result.json for answers: measure -> (key, label of its sentence).
 _FIRST = {
-    "CHAIR_s": ("CHAIR_s", "descriptions that invent an object"),
-    "CHAIR_i": ("CHAIR_i", "objects named that are invented"),
-    "recall": ("recall", "objects of the picture that are named"),
-    "mean: accuracy": ("POPE accuracy", "yes/no questions answered right"),
+    "CHAIR_s": ("CHAIR_s", "descriptions with an invented object"),
+    "CHAIR_i": ("CHAIR_i", "invented among the named objects"),
+    "recall": ("recall", "objects of the image that are named"),
+    "mean: accuracy": ("POPE accuracy", "yes/no questions answered correctly"),
 }
 
 

@@ -108,7 +108,7 @@ class EvaluateResponses(Evaluate):
     images: str | None = Field(None, description="folder of the images")
     prompt: str = Field("Describe this image.", description="prompt for questions without text")
     vocabulary: str = Field(
-        "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [other words for it]}"
+        "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [synonyms]}"
     )
     parse: Literal["published", "strict"] = Field("published", description="pope: parser of yes and no")
     answers: AnswerFiles | None = None

@@ -79,7 +79,7 @@ def release(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> I
     """
     if t.is_floating_point():
         raise ValueError(
-            "method.inversion: release is a grid of whole timesteps, which this model does not have; use exact"
+            "method.inversion: release needs a grid of whole timesteps, which this model does not have; use exact"
         )
     stride = schedule.num_timesteps // steps
     for grid_time in range(1 - stride, 2 + (steps - 2) * stride, stride):

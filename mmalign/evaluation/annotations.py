@@ -123,8 +123,8 @@ def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, ob
         examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise ValueError(
             f"{name}: {len(unknown)} of {len(set(images))} images have no annotation ({examples}; annotated are "
-            f"{', '.join(list(annotated)[:3])}, ...); expected an annotation for every image, an empty one where there "
-            "is no object"
+            f"{', '.join(list(annotated)[:3])}, ...); expected an annotation for every image, an empty one for an "
+            "image without objects"
         )
 
 

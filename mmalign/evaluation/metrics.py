@@ -80,7 +80,7 @@ class Metrics:
 
     def __post_init__(self) -> None:
         if not self.keys:
-            raise ValueError(f"{self.benchmark}: there is no response to measure; expected at least one")
+            raise ValueError(f"{self.benchmark}: no responses; expected at least one")
         repeated = next((key for key, times in Counter(self.keys).items() if times > 1), None)
         if repeated is not None:
             raise ValueError(
@@ -265,8 +265,8 @@ def _check_comparable(before: Metrics, after: Metrics) -> None:
             if keys
         ]
         raise ValueError(
-            f"{before.benchmark}: the two models did not answer the same: {' and '.join(sides)}; "
-            "expected one response to each question from both"
+            f"{before.benchmark}: the two models answered different questions: {' and '.join(sides)}; expected one "
+            "response to each question from both"
         )
 
 

@@ -42,7 +42,7 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
         name = str(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"model.path: {file} cannot be read as the index of a diffusers pipeline ({error}); copy the model anew"
+            f"model.path: {file} cannot be read as the index of a diffusers pipeline ({error}); copy the model again"
         ) from error
     if name not in PIPELINES:
         raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
@@ -50,7 +50,7 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
     parts = [part for part, of in index.items() if isinstance(of, list) and of[0] and part not in _UNUSED]
     lacking = [part for part in parts if Path(path).is_dir() and not any(Path(path, part).glob("*"))]
     if lacking:
-        raise ValueError(f"model.path: {path} has no {', no '.join(lacking)}; copy it anew, with all its folders")
+        raise ValueError(f"model.path: {path} has no {', no '.join(lacking)}; copy it again, with all its folders")
     return name
 
 
@@ -67,7 +67,7 @@ def model_type(path: str, revision: str | None = None) -> str:
         name = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"model.path: {file} cannot be read as the config of a model ({error}); copy the model anew"
+            f"model.path: {file} cannot be read as the config of a model ({error}); copy the model again"
         ) from error
     if name not in KNOWN:
         raise ValueError(
@@ -93,8 +93,8 @@ def _index_file(
         return Path(hf_hub_download(path, name, revision=revision))
     except (OSError, EntryNotFoundError, ValueError) as error:
         raise ValueError(
-            f"model.path: {path} is no folder here, and its {name} did not come from the Hub "
-            f"({first_line(error)}); see to the name and the network, or name a folder"
+            f"model.path: {path} is not a local folder, and its {name} did not come from the Hub "
+            f"({first_line(error)}); check the name and your connection, or give a local folder"
         ) from error
 
 
@@ -113,8 +113,8 @@ def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> It
         raise
     # For damaged files diffusers, transformers and safetensors raise half a dozen kinds of error.
     except Exception as error:
-        here = "it may be incomplete: copy it anew"
-        mend = mend or (here if Path(path).exists() else "see to the name and the network, or name a folder")
+        here = "it may be incomplete: copy it again"
+        mend = mend or (here if Path(path).exists() else "check the name and your connection, or give a local folder")
         raise ValueError(f"{key}: {path} could not be loaded as {kind} ({first_line(error)}); {mend}") from error
 
 

@@ -23,7 +23,7 @@ from mmalign.families.types import Loading
 from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
 
-NOT_COMPILED = "train.compile: compiles what is trained, and most of a judge's step is not; leave it out"
+NOT_COMPILED = "train.compile: not supported for step judges, whose steps mostly run frozen networks; leave it out"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StepJudge:
         Raises:
             ValueError: always; the layers for the timestep are initialized to zeros, so they need full training.
         """
-        raise ValueError("model.tune: a step-aware judge is trained whole; set model.tune: full")
+        raise ValueError("model.tune: a step judge needs all its weights trained; set model.tune: full")
 
     def unfreeze(self) -> None:
         """Unfreeze all of the reward model."""

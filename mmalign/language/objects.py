@@ -67,7 +67,7 @@ class Vocabulary:
         word = self._reading(tuple(token for token, _, _ in tokens(name)))
         if word is None or word not in self.meanings:
             raise ValueError(
-                f"objects: {name!r} is no word of the vocabulary, which has {len(self.objects)} objects "
+                f"objects: {name!r} is not a word of the vocabulary, which has {len(self.objects)} objects "
                 f"({', '.join(self.objects[:5])}, ...); expected one of their words, so add it or leave it out"
             )
         return self.meanings[word]
@@ -116,7 +116,7 @@ def vocabulary(
         ValueError: there is no object, a word is empty, or a word stands for two objects.
     """
     if not synonyms:
-        raise ValueError("vocabulary: there is no object; expected at least one, with the words for it")
+        raise ValueError("vocabulary: no objects; expected at least one, with its words")
     meanings: dict[str, str] = {}
     for name, words in synonyms.items():
         for word in map(_plain, (name, *words)):
@@ -137,7 +137,7 @@ def _plain(word: str) -> str:
     """Normalise a word for comparison: tokens in lower case, one space between them."""
     plain = " ".join(_TOKEN.findall(word.lower()))
     if not plain:
-        raise ValueError(f"vocabulary: {word!r} is no word; expected letters")
+        raise ValueError(f"vocabulary: {word!r} is not a word; expected letters")
     return plain
 
 
@@ -172,7 +172,7 @@ def coco_vocabulary(variant: Variant = "refined") -> Vocabulary:
     "ty", and so misses them. Object HalBench's uses the WordNet lemmatizer. Here the singular of "bus" is "bus".
     """
     if variant not in ("published", "refined"):
-        raise ValueError(f"coco_vocabulary: {variant!r} is no variant; expected 'published' or 'refined'")
+        raise ValueError(f"coco_vocabulary: {variant!r} is not a variant; expected 'published' or 'refined'")
     listed = [line.split(", ") for line in _word_list("coco_objects.txt")]
     read_as = dict(_READ_AS)
     left_out: set[str] = set()

@@ -29,7 +29,7 @@ def load_vocabulary(key: str, name: str) -> Vocabulary:
     for variant in get_args(Variant):
         if name == variant:
             return coco_vocabulary(variant)
-    expected = f"{', '.join((*get_args(Variant), CROWDS))}, or a JSON file {{object: [other words for it]}}"
+    expected = f"{', '.join((*get_args(Variant), CROWDS))}, or a JSON file {{object: [synonyms]}}"
     try:
         content = json.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:

@@ -131,11 +131,11 @@ def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) ->
         place = f"gallery: entry {index} ({entry.title[:60]!r}, {entry.label})"
         sizes = [image.size for image in entry.images.values()]
         if len(set(sizes)) > 1:
-            raise ValueError(f"{place}: {sizes[0]} before but {sizes[1]} after; expected pictures of one size")
+            raise ValueError(f"{place}: {sizes[0]} before but {sizes[1]} after; expected images of one size")
         if not all(map(math.isfinite, entry.scores)):
             raise ValueError(
-                f"{place}: scores {entry.scores[0]} and {entry.scores[1]}; expected finite numbers, "
-                "so leave out what could not be judged"
+                f"{place}: scores {entry.scores[0]} and {entry.scores[1]}; expected finite numbers; leave out entries "
+                "without a score"
             )
     if len({len(row) for row in summary}) > 1:
         raise ValueError(f"gallery: summary rows of {[len(row) for row in summary]} cells; expected as many in each")

@@ -61,7 +61,7 @@ def reward_module(name: str) -> RewardModule:
     Raises:
         ValueError: no file has this name.
     """
-    return cast(RewardModule, registry.find([__name__], name, "judge: there is no"))
+    return cast(RewardModule, registry.find([__name__], name, "reward: there is no"))
 
 
 def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
@@ -78,7 +78,7 @@ def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", 
         key = ".".join(map(str, first["loc"]))
         known = ", ".join(module.Config.model_fields)
         raise ValueError(
-            f"judge {name}: {key}: {first['msg'].lower()}, got {first['input']!r}; options: {known}"
+            f"reward {name}: {key}: {first['msg'].lower()}, got {first['input']!r}; options: {known}"
         ) from None
     return checked_reward_model(name, module.load(path, torch.device(device), cfg))
 
@@ -93,20 +93,20 @@ def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:
     def call(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         if len(images) != len(prompts):
             raise ValueError(
-                f"judge {name}: {len(images)} images and {len(prompts)} prompts; give one prompt for each image"
+                f"reward {name}: {len(images)} images and {len(prompts)} prompts; give one prompt for each image"
             )
         scores = reward_model(images, prompts, t)
         if scores.shape != (len(images),) or scores.dtype != torch.float32:
             raise ValueError(
-                f"judge {name}: scores of shape {list(scores.shape)} and {scores.dtype} for {len(images)} images;"
-                f" expected [{len(images)}] and torch.float32: mend mmalign/rewards/{name}.py"
+                f"reward {name}: scores of shape {list(scores.shape)} and {scores.dtype} for {len(images)} images; "
+                f"expected [{len(images)}] and torch.float32; correct mmalign/rewards/{name}.py"
             )
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         if bad:
             rows = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise ValueError(
-                f"judge {name}: {len(bad)} of {len(images)} scores are not finite (rows {rows}; the first prompt is"
-                f" {prompts[bad[0]][:80]!r}); look at these images, and at the judge's weights if all rows are listed"
+                f"reward {name}: {len(bad)} of {len(images)} scores are not finite (rows {rows}; the first prompt is "
+                f"{prompts[bad[0]][:80]!r}); check these images, and the reward model's weights if all rows are listed"
             )
         return scores
 

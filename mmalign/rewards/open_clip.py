@@ -135,9 +135,9 @@ def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
         tokenize = open_clip.get_tokenizer(name)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"judge open_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder with"
-            " open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip"
-            " with `pretrained`"
+            f"reward open_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder with "
+            "open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip "
+            "with `pretrained`"
         ) from error
     return ClipParts(model, preprocess, tokenize, {})
 

@@ -69,8 +69,8 @@ class TimeConditioned(nn.Module):
         plain = blocks and all(type(block).__name__ == "ResidualAttentionBlock" for block in blocks)
         if not plain or tower.attn_pool is not None or tower.pool_type != "tok" or not hasattr(clip, "encode_text"):
             raise ValueError(
-                f"a {type(tower).__name__} cannot be told the timestep; expected open_clip's plain vision transformer "
-                "with a class token, as ViT-H-14 and its kin have it"
+                f"a {type(tower).__name__} has no input for the timestep; expected open_clip's plain vision "
+                "transformer with a class token, such as ViT-H-14's"
             )
         width = tower.transformer.width
         self.clip = clip
@@ -204,7 +204,7 @@ def begin(path: str) -> Parts:
         try:
             parts = transformers_clip.load_parts(path)
         except ValueError as error:
-            known = f"a model of open_clip would have {CONFIG}, a step-aware judge {WEIGHTS}"
+            known = f"a model of open_clip would have {CONFIG}, a step judge {WEIGHTS}"
             raise ValueError(f"{error}; {known}") from error
     return Parts(_conditioned(path, parts.model), parts.preprocess, parts.tokenize, parts.config)
 
@@ -220,8 +220,8 @@ def read(path: str) -> Parts:
     folder = Path(resolve_model(path))
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
-            f"judge step_aware: {path} has no {WEIGHTS}; expected the folder of a step-aware judge, which the method "
-            "step_preference makes of an open_clip model"
+            f"reward step_aware: {path} has no {WEIGHTS}; expected the folder of a step judge, as the method "
+            "step_preference trains it"
         )
     try:
         name = f"local-dir:{folder}"
@@ -233,8 +233,8 @@ def read(path: str) -> Parts:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"judge step_aware: cannot load {path!r} ({' '.join(str(error).split())[:300]}); it may be incomplete: "
-            "copy it anew"
+            f"reward step_aware: cannot load {path!r} ({' '.join(str(error).split())[:300]}); it may be incomplete: "
+            "copy it again"
         ) from error
     return Parts(net, preprocess, tokenize, config)
 
@@ -253,7 +253,7 @@ def _conditioned(path: str, clip: CLIP) -> TimeConditioned:
     try:
         return TimeConditioned(clip.float())
     except ValueError as error:
-        raise ValueError(f"judge step_aware: {path}: {error}") from None
+        raise ValueError(f"reward step_aware: {path}: {error}") from None
 
 
 def _config_file(resolved: str) -> Path | None:

@@ -80,8 +80,8 @@ def load_parts(path: str) -> ClipParts:
         model.load_state_dict(renamed(clip_model.state_dict()))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"judge transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder"
-            " with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
+            f"reward transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder "
+            "with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
         ) from error
     preprocess = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
     return ClipParts(model, preprocess, tokenize, {"model_cfg": network, "preprocess_cfg": preprocessing})
@@ -163,7 +163,7 @@ def _preprocessing(folder: Path) -> dict[str, object]:
     if side != crop or not own.do_center_crop or own.resample not in INTERPOLATION:
         raise ValueError(
             f"its images are resized to {dict(own.size)} and cropped to {dict(own.crop_size)}; expected squares of the "
-            "whole of the shorter side"
+            "full shorter side"
         )
     return {
         "size": side,

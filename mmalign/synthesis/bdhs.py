@@ -57,10 +57,9 @@ def require_image_masking(family: VisionLanguage) -> None:
     """
     if family.image_masking_unsupported_reason:
         raise ValueError(
-            f"model.path: BDHS hides an image from {family.name}, which cannot be done "
-            f"({family.image_masking_unsupported_reason}); use another model, or another way to untrue answers: "
-            "`prepare` with kind: povid changes words by rule"
-            "`prepare` with kind: povid changes words by rule"
+            f"model.path: BDHS masks an image for {family.name}, which cannot be done "
+            f"({family.image_masking_unsupported_reason}); use another model, or other rejected responses: `prepare` "
+            "with kind: povid changes words by rule"
         )
 
 

@@ -117,13 +117,13 @@ class ReAlign:
         for attempt in range(1, self.index.candidates + 1):
             left = [number for number in masked if number not in results]
             results |= self._try(pairs, masked, left, attempt, why)
-        none = f"of no similar image something is said that is less similar than {self.max_similarity:g}"
+        none = f"no similar image has an answer less similar than {self.max_similarity:g}"
         return [results.get(number, why.get(number, none)) for number in range(len(pairs))]
 
     def _require(self, pair: ResponsePair, masked: str) -> None:
         """Refuse a pair without exactly one image, without a similar image, or with an answer masked wrongly."""
         if len(pair.images) != 1:
-            raise ValueError(f"has {len(pair.images)} images; expected one, which another can take the place of")
+            raise ValueError(f"has {len(pair.images)} images; expected one, to be replaced")
         if not self.index.similar(pair.images[0]):
             raise ValueError(self.index.bad.get(pair.images[0].key, "there is no other image"))
         if MASK not in masked:
@@ -271,8 +271,8 @@ def _checked(response: RejectedResponse, answer: str) -> RejectedResponse | str:
     """Return a response without white space around it, or a reason why it is unusable."""
     response = replace(response, text=response.text.strip())
     if not response.text:
-        return "nothing came out"
-    return "what came out is the true answer" if response.text == answer else response
+        return "the completion is empty"
+    return "the completion is the true answer" if response.text == answer else response
 
 
 def _text_of(write: Writer, pair: ResponsePair) -> str:

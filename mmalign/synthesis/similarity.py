@@ -60,7 +60,7 @@ def load_similarity(key: str, name: str) -> Similarity:
     if lacking:
         raise ValueError(
             f"{key}: {name} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed; "
-            f"`pip install {' '.join(lacking)}`, or use {EMBEDDED}, which needs nothing"
+            f"`pip install {' '.join(lacking)}`, or use {EMBEDDED}, which needs no package"
         )
     return _sentence_transformer(key, name)
 

@@ -51,7 +51,7 @@ def write_pairs(
         left, right = sorted((best, worst))
         labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
         rows.append({"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)})
-    _write(path, rows, f"the judge is never {min_confidence:.0%} sure in {num_prompts} prompts")
+    _write(path, rows, f"the reward model is never {min_confidence:.0%} sure in {num_prompts} prompts")
     return len(rows), num_prompts
 
 
@@ -91,7 +91,7 @@ def write_prompt_pairs(
         if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(min_confidence):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
-    unsure = f"the judge is never {min_confidence:.0%} sure of both images in {num_couples} couples of prompts"
+    unsure = f"the reward model is never {min_confidence:.0%} sure of both images in {num_couples} prompt pairs"
     _write(path, rows, unsure)
     return len(rows), num_couples
 
@@ -118,7 +118,7 @@ def _sides(
 def _write(path: Path, rows: Sequence[dict[str, object]], unsure: str) -> None:
     """Write the rows; raise ValueError with the reason `unsure` if there is none."""
     if not rows:
-        raise ValueError(f"prepare: {unsure}; lower prepare.min_confidence, or draw more images a prompt")
+        raise ValueError(f"prepare: {unsure}; lower prepare.min_confidence, or generate more images per prompt")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
         write_parquet(part, rows)

@@ -81,9 +81,9 @@ def filled(evaluate: Content, folder: Path) -> Content:
             pope(questions={"random": "F/absent.jsonl"}),
             "evaluate: images: F has no gone.png (1 of 1 images are missing)",
         ),
-        (pope(images="F/none"), "evaluate.images: F/none is no folder; expected the one that images' names begin in"),
+        (pope(images="F/none"), "evaluate.images: F/none is not a folder; expected the folder of the images"),
         (chair(annotations="F/none.jsonl"), "evaluate.annotations: there is no file or folder 'F/none.jsonl'"),
-        (chair(annotations="F/unknown.jsonl"), "'unicorn' is no word of the vocabulary"),
+        (chair(annotations="F/unknown.jsonl"), "'unicorn' is not a word of the vocabulary"),
         (chair(annotations="F/elsewhere.jsonl", questions="F/questions.jsonl"), "3 of 3 images have no annotation"),
         (chair(questions="F/renamed.jsonl"), "expected 'image'"),
         (chair(vocabulary="F/none.json"), "evaluate: vocabulary: F/none.json cannot be read"),
@@ -142,13 +142,13 @@ def test_sections_that_do_not_fit(evaluate: Content, sentence: str, content: Con
         (pope(answers={"after": "F/fewer.jsonl"}), "F/fewer.jsonl has no answer to 1 of 3 questions (3)"),
         (
             pope(answers={"after": {"popular": "F/answers.jsonl"}}),
-            "evaluate: answers: came for popular; expected a file for each split: random",
+            "evaluate: answers: got files for popular; expected a file for each split: random",
         ),
         (chair(answers={"after": "F/empty.jsonl"}), "F/empty.jsonl is empty; expected records"),
-        (chair(answers={"after": {"a": "F/answers.jsonl"}}), "answers: came for a; expected one file"),
+        (chair(answers={"after": {"a": "F/answers.jsonl"}}), "answers: got files for a; expected one file"),
         (
             chair(answers={"after": "F/answers.jsonl", "before": "F/fewer.jsonl"}),
-            "evaluate: CHAIR: the two models did not answer the same: 1 only after (2.png, ...)",
+            "evaluate: CHAIR: the two models answered different questions: 1 only after (2.png, ...)",
         ),
         (chair(answers={"before": "F/answers.jsonl"}), "evaluate.answers needs 'after', which is missing"),
     ],
@@ -176,7 +176,7 @@ def test_an_image_that_cannot_be_read_costs_its_questions_alone(
     (files / "1.png").write_bytes((files / "1.png").read_bytes()[:60])
     asked = {**trained, "evaluate": filled(chair(decoding=DECODING), files)}
     printed = mmalign("evaluate", asked)
-    assert "\n1 images are left out, for both models: 1.png: is not a readable image" in printed
+    assert "\n1 images are skipped for both models: 1.png: is not a readable image" in printed
     result = json.loads((Path(trained["output"]) / "evaluation" / "result.json").read_text())
     assert result["questions"] == 2 and len(result["left out"]) == 1
     mmalign("gallery", asked)

@@ -92,13 +92,13 @@ def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
     contains(message, "judge", str(judge))
     options = {"path": "models/tiny_clip", "options": {"batchsize": 2}}
     message = mmalign.refused("evaluate", {**content, "evaluate": {**JUDGED, "reward": options}})
-    contains(message, "judge open_clip: batchsize: ", "options: batch_size, pretrained")
+    contains(message, "reward open_clip: batchsize: ", "options: batch_size, pretrained")
 
 
 def test_a_damaged_trained_model(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
     damage(tmp_path / "out" / "model", UNET, keep=1000)
     message = mmalign.refused("evaluate", content)
-    contains(message, f"{tmp_path / 'out' / 'model'} could not be loaded", "`mmalign train` writes it anew")
+    contains(message, f"{tmp_path / 'out' / 'model'} could not be loaded", "`mmalign train` writes it again")
     mmalign("train", content)
     assert "prompts fulfilled" in mmalign("evaluate", content)

@@ -96,9 +96,7 @@ def test_a_caption_of_10_000_characters_is_cut_and_that_is_said(
     rows = pq.read_table(pairs).to_pylist()
     rows[0]["caption"], rows[1]["caption"] = "x" * 10_000, "word " * 2000
     pq.write_table(pa.Table.from_pylist(rows), pairs)
-    contains(
-        mmalign("train", content, f"data.cache='{cache}'"), "2 of 8 prompts are longer than the text encoder reads"
-    )
+    contains(mmalign("train", content, f"data.cache='{cache}'"), "2 of 8 prompts exceed the text encoder's limit")
 
 
 def test_fewer_pairs_than_one_batch_are_enough(mmalign: Commands, content: Content) -> None:

@@ -28,7 +28,7 @@ def test_damaged_weights(how: dict[str, Any], mmalign: Commands, content: Conten
     shutil.copytree(content["model"]["path"], model)
     damage(model, **how)
     message = mmalign.refused("train", content, f"model.path={model}")
-    contains(message, f"model.path: {model} could not be loaded as a StableDiffusionPipeline (", "copy it anew")
+    contains(message, f"model.path: {model} could not be loaded as a StableDiffusionPipeline (", "copy it again")
 
 
 def test_weights_that_are_gone(mmalign: Commands, content: Content, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_another_autoencoder_that_is_none(mmalign: Commands, content: Content) -
     message = mmalign.refused("train", content, f"model.vae={whole}")
     contains(message, f"model.vae: {whole} could not be loaded as an AutoencoderKL")
     message = mmalign.refused("train", content, "model.vae=someone/vae")
-    contains(message, "model.vae: someone/vae could not", "see to the name and the network")
+    contains(message, "model.vae: someone/vae could not", "check the name and your connection")
 
 
 def test_adapters_for_layers_that_are_not_there(mmalign: Commands, content: Content) -> None:

@@ -21,9 +21,12 @@ from tests.helpers.commands import Commands, Content, contains
         ("train.lr", "--set 'train.lr': expected section.key=value, such as train.lr=1e-5"),
         # Pairs.
         ("data.path=W/pair.parquet", "data.path: W/pair.parquet does not exist; expected *.parquet"),
-        ("data.path=someone/pairs", "data.path: someone/pairs is no file here and could not be loaded from the Hub"),
-        ("data.path=W/cut.parquet", "data.path: W/cut.parquet is no readable parquet file"),
-        ("data.path=W/zero.parquet", "data.path: W/zero.parquet is no readable parquet file"),
+        (
+            "data.path=someone/pairs",
+            "data.path: someone/pairs is not a local file and could not be loaded from the Hub",
+        ),
+        ("data.path=W/cut.parquet", "data.path: W/cut.parquet is not a readable Parquet file"),
+        ("data.path=W/zero.parquet", "data.path: W/zero.parquet is not a readable Parquet file"),
         ("data.path=W/lacking.parquet", "W/lacking.parquet has no 'jpg_1' (found caption, jpg_0,"),
         ("data.columns={jpg_0: picture}", "has no 'picture' (found caption, jpg_0,"),
         ("data={format: folder, path: W}", "lines.jsonl: line 1 has no 'rejected' (found prompt, chosen)"),
@@ -31,7 +34,7 @@ from tests.helpers.commands import Commands, Content, contains
         ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
         ("data.validation_fraction=0.0001", "data.validation_fraction: 0.0001 of 8 groups in "),
         ("data.validation_fraction=0.9999", "leaves none for training; use another share"),
-        ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; expected a folder"),
+        ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; choose a folder"),
         ("data={crop: random, cache: W, path: W/good.parquet}", "data.cache: W cannot be used with data.crop: random"),
         # Models.
         ("model.path=W/sd15", "model.path: there is no file or folder 'W/sd15'"),
@@ -44,18 +47,18 @@ from tests.helpers.commands import Commands, Content, contains
         ("model.path=W/bad_index", "model.path: W/bad_index/model_index.json cannot be read as the index"),
         ("model.path=W/list_index", "model.path: W/list_index/model_index.json cannot be read as the index"),
         ("model.path=W/cascade", "model.path: W/cascade is a StableCascadeCombinedPipeline; supported are Stable"),
-        ("model.path=W/no_unet", "model.path: W/no_unet has no unet; copy it anew"),
-        ("model.path=W/no_tokenizer", "model.path: W/no_tokenizer has no tokenizer; copy it anew"),
+        ("model.path=W/no_unet", "model.path: W/no_unet has no unet; copy it again"),
+        ("model.path=W/no_tokenizer", "model.path: W/no_tokenizer has no tokenizer; copy it again"),
         (
             "model.path=someone/sd15",
-            "model.path: someone/sd15 is no folder here, and its model_index.json did not come ",
+            "model.path: someone/sd15 is not a local folder, and its model_index.json did not come ",
         ),
         ("model.vae=W/vae", "model.vae: there is no file or folder 'W/vae'"),
         # Everything else.
         ("train.trackers=[tensorbord]", "train.trackers: tensorbord is unknown; correct it, or leave it out"),
         ("evaluate.prompts=0", "evaluate.prompts: expected at least 1, or a file with one prompt a line, got 0"),
         ("evaluate.sampling.resolution=20", "evaluate.sampling.resolution: expected a multiple of 8 pixels, got 20"),
-        ("output=W/good.parquet", "output: W/good.parquet is a file; expected a folder"),
+        ("output=W/good.parquet", "output: W/good.parquet is a file; choose a folder"),
         (
             "output=W/good.parquet/run",
             "output: W/good.parquet/run cannot be written to (Not a directory); name a folder",

@@ -218,7 +218,7 @@ def test_the_command_says_what_it_wrote_and_a_second_time_that_nothing_is_new(
 
 def test_random_crops_are_refused_before_a_model_is_loaded(tiny_sd15: Path, tmp_path: Path) -> None:
     content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"}, model={"path": "nobody/nothing"})
-    with pytest.raises(ValueError, match=r"data\.crop: random is never the same twice"):
+    with pytest.raises(ValueError, match=r"data\.crop: random changes every epoch"):
         caching.cache(load_recipe(content))
     assert not (tmp_path / "out").exists()
 
@@ -286,10 +286,10 @@ def test_what_cannot_be_kept_is_refused_or_not_kept() -> None:
 
 def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
-    with pytest.raises(ValueError, match=r"data\.cache: off keeps nothing; leave it out, or name a folder"):
+    with pytest.raises(ValueError, match=r"data\.cache: off writes no cache; leave it out, or give a folder"):
         caching.cache(load_recipe(content, ["data.cache='off'"]))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"data\.cache: .*file is a file; expected a folder"):
+    with pytest.raises(ValueError, match=r"data\.cache: .*file is a file; choose a folder"):
         caching.cache(load_recipe(content, [f"data.cache={tmp_path}/file"]))
 
 

@@ -176,7 +176,7 @@ def weights(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     ("pairs", "override", "sentence"),
     [
-        (3, "train.batch_size=2", "--pairs 3 is no whole number of updates of dpo, which takes 2 pairs at a time"),
+        (3, "train.batch_size=2", "--pairs 3 is not a whole number of updates of dpo, which takes 2 pairs at a time"),
         (2, "train.schedule=cosine", "dpo has train.schedule cosine.* leave --pairs out, or set train.schedule=consta"),
     ],
 )
@@ -242,7 +242,7 @@ def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Pa
     base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out)
     result = json.loads((out / "dpo" / "seed-0" / "evaluation" / "result.json").read_text())["overall"]
     for row, side in ((base, "before"), (dpo, "after")):
-        assert row.as_dict()["measures"]["prompts drawn right"]["estimate"] == result[side]["estimate"]
+        assert row.as_dict()["measures"]["prompts rendered correctly"]["estimate"] == result[side]["estimate"]
 
 
 @pytest.mark.slow

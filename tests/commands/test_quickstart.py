@@ -131,7 +131,7 @@ def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, m
     lines = run(tmp_path, monkeypatch, draw=True)
     assert any(f"resuming from checkpoint-{STEPS:08d}" in line for line in lines)
     assert any("all updates were done already" in line for line in lines)
-    assert any(line.startswith("prompts drawn right: ") for line in lines)
+    assert any(line.startswith("prompts rendered correctly: ") for line in lines)
     assert (tmp_path / "pairs.parquet").read_bytes() == drawn and weights(tmp_path) == trained
     assert_complete(tmp_path, seed=0)
 
@@ -174,8 +174,8 @@ def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, m
     output = tmp_path / "out"
     lines = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
     assert pq.read_table(output / "pairs.parquet").num_rows > 0
-    assert any(line.startswith("descriptions that invent an object: ") for line in lines)
-    assert any(line.startswith("yes/no questions answered right: ") for line in lines)
+    assert any(line.startswith("descriptions with an invented object: ") for line in lines)
+    assert any(line.startswith("yes/no questions answered correctly: ") for line in lines)
     result = json.loads((output / "result.json").read_text())
     assert result["updates"] == STEPS
     for name in ("CHAIR_i", "CHAIR_s", "recall", "POPE accuracy"):
@@ -190,7 +190,7 @@ def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, m
 
 
 def test_an_unknown_modality_is_told_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'images' is no modality; expected text_to_image or vision_language"):
+    with pytest.raises(ValueError, match="'images' is not a modality; expected text_to_image or vision_language"):
         module.quickstart("images", seed=0, draw=False)
 
 

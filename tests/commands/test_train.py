@@ -129,7 +129,7 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.999999, "reward": {"path": str(tiny_clip)}}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method)
     with pytest.raises(
-        ValueError, match=r"epoch 0 has nothing to learn.*: the reward model was sure of no pair; lower"
+        ValueError, match=r"epoch 0 has nothing to learn.*: the reward model was not sure of any pair; lower"
     ):
         train(load_recipe(content))
     monkeypatch.setattr("mmalign.training.loop.MAX_EMPTY_BATCHES", 3)
@@ -208,7 +208,7 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
     ("override", "sentence"),
     [
         ("method.reward.path=models/no_judge", "method.reward.path: there is no file or folder 'models/no_judge'"),
-        ("method.reward.name=stepaware", "judge: there is no 'stepaware'"),
+        ("method.reward.name=stepaware", "reward: there is no 'stepaware'"),
         ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
         (
             "data.flip=true",

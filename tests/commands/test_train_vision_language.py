@@ -199,7 +199,9 @@ def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
 ) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
     message = refused(content)
-    assert message.startswith(f"data.path: {rows} has no other images, and method.name: realign compares what is said")
+    assert message.startswith(
+        f"data.path: {rows} has no other images, and method.name: realign compares a response to an image"
+    )
     assert "use data.format: realign" in message
 
 

@@ -209,7 +209,7 @@ def test_the_release_s_inversion(name: str) -> None:
 
 
 def test_the_release_s_grid_needs_whole_timesteps() -> None:
-    with pytest.raises(ValueError, match=r"method\.inversion: release is a grid of whole timesteps"):
+    with pytest.raises(ValueError, match=r"method\.inversion: release needs a grid of whole timesteps"):
         run(Flow(), normal(1, 2, 4, 8, 8), torch.tensor([0.3, 0.4]), way=inversion.release)
 
 

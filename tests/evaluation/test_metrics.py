@@ -62,12 +62,12 @@ def test_comparison_table_and_json() -> None:
 @pytest.mark.parametrize(
     ("attempt", "error"),
     [
-        (lambda: metrics(), "toy: there is no response to measure"),
+        (lambda: metrics(), "toy: no responses"),
         (lambda: metrics((1, 1, 1, "a", "1"), (1, 1, 1, "a", "2")), "toy: a is answered twice"),
         (lambda: compare(BEFORE, OTHER), r"2 only before \(b, ...\) and 1 only after \(d, ...\)"),
         (lambda: compare(BEFORE, metrics(*AFTER_ROWS, benchmark="game")), r"toy \(rate\) before, game \(rate\) after"),
         (lambda: compare(*[metrics((1, 1, 1, "a", "1"))] * 2), "measure more"),
-        (lambda: summarize_runs(BEFORE, [AFTER, OTHER]), "did not answer the same"),
+        (lambda: summarize_runs(BEFORE, [AFTER, OTHER]), "answered different questions"),
         (lambda: summarize_runs(BEFORE, []), "there is no run"),
     ],
 )

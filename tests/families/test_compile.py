@@ -94,7 +94,7 @@ def test_the_blocks_of_a_decoder_are_its_own(vlm_folders: Folders) -> None:
 
 
 def test_a_network_that_names_no_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^train.compile: .* which blocks a Linear is made of; leave it out$"):
+    with pytest.raises(ValueError, match=r"^train.compile: .* the blocks of a Linear; leave it out$"):
         compile.denoiser_blocks(nn.Linear(1, 1))
 
 

@@ -27,7 +27,7 @@ def test_names(tmp_path: Path) -> None:
         ('["dog"]', "holds no lists of words by object"),
         ('{"dog": "puppy"}', "holds no lists of words by object"),
         ('{"dog": [1]}', "holds no lists of words by object"),
-        ("{}", "there is no object"),
+        ("{}", "no objects"),
         ('{"dog": ["pet"], "cat": ["pet"]}', "'pet' is a word for 'dog' and for 'cat'"),
     ],
 )

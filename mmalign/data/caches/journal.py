@@ -66,13 +66,13 @@ class AppendLog:
         except ValueError:
             began = None
         if not isinstance(began, dict):
-            raise ValueError(f"{self.path}: is no record of unfinished work; move it away")
+            raise ValueError(f"{self.path}: is not a record of unfinished work; move it away")
         other = sorted(key for key in {*began, *job} if began.get(key) != job.get(key))
         if other:
             was, now = (_short(some.get(other[0])) for some in (began, job))
             raise ValueError(
-                f"{self.path}: was begun with other settings ({', '.join(other)} differ; {other[0]} was {was} and is "
-                f"{now}); give the same ones to go on, or move that file away to begin anew"
+                f"{self.path}: was started with other settings ({', '.join(other)} differ; {other[0]} was {was} and is "
+                f"{now}); use the same settings to resume, or move that file away to start over"
             )
 
     def _write(self, content: object) -> None:

@@ -89,7 +89,7 @@ def read_schema(file: Path) -> Schema:
         return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"data.path: {file} is no readable parquet file ({error}); download or write it anew"
+            f"data.path: {file} is not a readable Parquet file ({error}); download or write it again"
         ) from error
 
 
@@ -119,8 +119,8 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
         cause = str(error.__cause__ or error).splitlines()[0]
         if isinstance(error.__cause__, OSError):  # a damaged Parquet page, or a full disk
             raise ValueError(
-                f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped ({cause}); "
-                "see whether the file is whole, and make room there or set HF_DATASETS_CACHE to another folder"
+                f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped ({cause}); check "
+                "that the file is complete, and free disk space there or set HF_DATASETS_CACHE to another folder"
             ) from error
         raise ValueError(f"data.path: {path} could not be read as one table ({cause}); its files must agree") from error
     return _undecoded(table), starts
@@ -140,7 +140,7 @@ def load_hub(path: str, split: str | None) -> tuple[Dataset, RowStarts]:
         table = load_dataset(path, split=name)
     except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
         raise ValueError(
-            f"data.path: {path} is no file here and could not be loaded from the Hub, split {name!r} ({error}); "
+            f"data.path: {path} is not a local file and could not be loaded from the Hub, split {name!r} ({error}); "
             "expected a parquet file, a folder of them, or a Hub id that you may read"
         ) from error
     return _undecoded(table), [(0, f"{path} ({name})")]
@@ -237,7 +237,9 @@ def find_image(file: Path, name: object, location: str, folder: Path | None = No
         ValueError: the name is not a text.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{location}: {shorten(name)} is no image; expected a path relative to {folder or file.name}")
+        raise ValueError(
+            f"{location}: {shorten(name)} is not an image; expected a path relative to {folder or file.name}"
+        )
     candidates = [folder / name] if folder is not None else [file.parent / name, file.parent / file.stem / name]
     return next((str(c) for c in candidates if c.is_file()), "")
 

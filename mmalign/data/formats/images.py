@@ -87,7 +87,7 @@ def open_pairs(
     pairs = open_format(layout, path, split, group_by, prompt_pairs is not None)
     expected = "in which one image is preferred"
     if prompt_pairs is not None:
-        expected = f"with what the rejected image shows, rejected_caption or rejected_prompt: {prompt_pairs}"
+        expected = f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
     pairs.require(expected)
     return pairs[:limit] if limit is not None else pairs
 
@@ -136,7 +136,7 @@ def _check_schema(layout: Layout[ParsedPairs], location: str, schema: Schema, gr
         check(name, "images as bytes, or as bytes and path", pt.is_binary, pt.is_large_binary, has_bytes)
     if layout.column("rejected_caption") in schema.names:
         texts = (pt.is_string, pt.is_large_string, pt.is_null)
-        check("rejected_caption", "what the rejected image shows, as text", *texts)
+        check("rejected_caption", "the rejected image's prompt, as text", *texts)
     for name in ("label_0", "label_1"):
         check(name, "a number: 1 preferred, 0 not, 0.5 a tie", pt.is_floating, pt.is_integer)
 

@@ -78,8 +78,8 @@ class Layout(Generic[Row]):
         if missing:
             raise ValueError(
                 f"{location} has no {' and no '.join(map(repr, missing))} {present}; expected "
-                f"{', '.join(' or '.join(names) for names in needed)} (data.format {self.name}): data.columns names "
-                "what is called otherwise, such as {prompt: text}"
+                f"{', '.join(' or '.join(names) for names in needed)} (data.format {self.name}): data.columns renames "
+                "columns, such as {prompt: text}"
             )
         if group_by is not None and group_by not in columns:
             raise ValueError(f"data.group_by: {location} has no {group_by!r} {present}; name one of those")

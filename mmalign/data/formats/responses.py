@@ -243,7 +243,7 @@ def _with_image_places(parsed: ParsedRow) -> ParsedRow:
         raise UnusableRowError(f"{places} image placeholders in the prompt for {len(parsed.images)} images")
     first = next((n for n, turn in enumerate(parsed.turns) if turn.role == "user"), None)
     if first is None:
-        raise UnusableRowError("nobody asks: the prompt has no turn of a user")
+        raise UnusableRowError("the prompt has no user turn")
     turns = list(parsed.turns)
     turns[first] = Turn("user", IMAGE * len(parsed.images) + turns[first].text)
     return parsed.with_turns(tuple(turns))

@@ -315,9 +315,7 @@ def _read_item(location: str, record: Record, associates: Mapping[str, object]) 
         truth, expected = take_names(location, record, "truth"), take_names(location, record, "hallu")
         unknown = [name for name in (*truth, *expected) if name not in associates]
         if unknown:
-            raise ValueError(
-                f"{location}: {unknown[0]!r} is no word of relation.json; expected the files of one release"
-            )
+            raise ValueError(f"{location}: {unknown[0]!r} is not in relation.json; use files from the same release")
         return GenerativeItem(truth, expected)
     answer = take_text(location, record, "truth")
     if kind not in _TYPES or answer not in ("yes", "no"):

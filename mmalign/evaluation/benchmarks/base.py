@@ -139,7 +139,7 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
     """
     unknown = [question.id for question in questions if question.id not in annotations.items]
     if unknown:
-        raise ValueError(f"questions: id {unknown[0]} is none of annotations.json; expected the files of one release")
+        raise ValueError(f"questions: id {unknown[0]} is not in annotations.json; use files from the same release")
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
         by_item = (pair for part, items in parts.items() for pair in zip(items, answers[part], strict=True))
@@ -189,8 +189,8 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
     missing = sorted(name for name in names if not (Path(folder) / name).is_file())
     if missing:
         raise ValueError(
-            f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are missing);"
-            " expected every image that is asked about, by the name that its question has"
+            f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are "
+            "missing); expected every image of the questions, under the name given there"
         )
     keys = ImageKeys()
     return lambda name: decode(file_ref(keys, str(Path(folder) / name), lambda: name))

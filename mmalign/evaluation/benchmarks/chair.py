@@ -99,8 +99,8 @@ def count_mentions(
         if unknown:
             raise ValueError(
                 f"truth: image {response.image} has the object {unknown[0]!r}, which the vocabulary "
-                f"({', '.join(vocabulary.objects[:3])}, ...) does not name so; read the annotations with the "
-                "vocabulary that is to score them"
+                f"({', '.join(vocabulary.objects[:3])}, ...) does not have; read the annotations with the vocabulary "
+                "used for scoring"
             )
         match = match_objects(response.text, objects, vocabulary)
         words, invented_words = [mention.word for mention in match.mentions], [m.word for m in match.invented]

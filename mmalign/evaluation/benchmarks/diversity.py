@@ -30,10 +30,10 @@ def pixel_distances(images: Sequence[Image], groups: Sequence[Hashable]) -> list
     distances = [0.0] * len(images)
     for group, indices in members.items():
         if len(indices) < 2:
-            raise ValueError(f"diversity: there is one picture of {group!r}; expected two or more of each prompt")
+            raise ValueError(f"diversity: there is one image of {group!r}; expected two or more of each prompt")
         sizes = {images[index].size for index in indices}
         if len(sizes) > 1:
-            raise ValueError(f"diversity: pictures of {group!r} have the sizes {sorted(sizes)}; expected one size")
+            raise ValueError(f"diversity: images of {group!r} have the sizes {sorted(sizes)}; expected one size")
         pixels = np.stack([np.asarray(images[i].convert("RGB"), dtype=np.float64).ravel() / 255 for i in indices])
         for index, own_pixels in zip(indices, pixels, strict=True):
             to_others = np.sqrt(np.square(pixels - own_pixels).mean(1))

@@ -117,7 +117,7 @@ def accuracy(
         gains += torch.stack(moved).mean(0)[:, is_pair].sum(1).double().cpu()
     if not number:
         raise ValueError(
-            "implicit: there is no held-out pair to score; raise data.validation_fraction, or give more pairs"
+            "implicit: the validation split has no pair to score; raise data.validation_fraction, or give more pairs"
         )
     chosen, rejected = (gains / number).tolist()
     return ImplicitAccuracy(right, number, chosen, rejected, num_noise_samples)

@@ -85,7 +85,7 @@ def build(
             to ask for.
     """
     if split not in SPLITS:
-        raise ValueError(f"pope: {split!r} is no split; expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"pope: {split!r} is not a split; expected one of {', '.join(SPLITS)}")
     if "{}" not in template:
         raise ValueError(f"pope: the template {template!r} has no {{}}; expected one for 'a dog'")
     # Images, and candidates for absent objects by popularity
@@ -110,8 +110,8 @@ def build(
             absent = next((name for name in ranked if name not in excluded), None)
             if absent is None:
                 raise ValueError(
-                    f"pope: image {image} has {len(objects)} of {len(candidates)} objects, so there are not "
-                    f"{objects_per_image} absent ones; give more objects under `names`, or fewer `objects_per_image`"
+                    f"pope: image {image} has {len(objects)} of {len(candidates)} objects, fewer than "
+                    f"{objects_per_image} are absent; give more objects under `names`, or fewer `objects_per_image`"
                 )
             excluded.add(absent)
             for name, answer in ((present, True), (absent, False)):
@@ -251,7 +251,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         if record["question_id"] not in known:
             raise ValueError(
                 f"{location}: question_id {shorten(record['question_id'])} is none of the {len(known)} questions "
-                f"({min(known)} to {max(known)}); expected the answers to this very file of questions"
+                f"({min(known)} to {max(known)}); expected the answers to this file of questions"
             )
     entries = ((w, record["question_id"], take_text(w, record, "text", "answer", "response")) for w, record in rows)
     answers = index(path, "question_id", entries, "one answer to each question")
@@ -259,7 +259,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
     if missing:
         raise ValueError(
             f"{path} has no answer to {len(missing)} of {len(known)} questions ({', '.join(map(str, missing[:3]))}); "
-            "expected one to each, an empty one where the model said nothing"
+            "expected one to each, an empty one for an empty answer"
         )
     return [answers[question.id] for question in questions]
 

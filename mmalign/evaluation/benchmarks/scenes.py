@@ -15,7 +15,7 @@ from mmalign.evaluation.metrics import Metrics, Table, ratio
 from mmalign.evaluation.statistics import paired_difference, proportion
 from mmalign.toy.scenes import ATTRIBUTES, CATEGORIES, Truth, check, parse, read
 
-OVERALL = "prompts drawn right"
+OVERALL = "prompts rendered correctly"
 
 
 def check_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]:

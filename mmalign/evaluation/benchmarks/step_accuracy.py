@@ -88,6 +88,6 @@ def accuracy(
         number += int(is_pair.sum())
     if not number:
         raise ValueError(
-            "steps: there is no held-out pair to judge; raise data.validation_fraction, or give more pairs"
+            "steps: the validation split has no pair to score; raise data.validation_fraction, or give more pairs"
         )
     return StepAccuracy(tuple(times), number, {side: tuple(counts) for side, counts in right.items()})

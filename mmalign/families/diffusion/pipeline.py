@@ -376,7 +376,7 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     Raises:
         ValueError: the files are damaged.
     """
-    with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
+    with intact("output", folder, "a trained model", "`mmalign train` writes it again"):
         if (folder / ADAPTERS).is_file():
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
             return base

@@ -53,8 +53,8 @@ def masking_unsupported_reason(model: PreTrainedModel) -> str | None:
     if not others:
         return None
     return (
-        f"a {model.config.model_type} has {' and '.join(others)} layers, which do not attend to tokens but read them "
-        "in turn into one state, where a hidden one would still fade what was read before"
+        f"a {model.config.model_type} has {' and '.join(others)} layers, which process tokens in turn into one "
+        "state, so that a masked token would still change it"
     )
 
 

@@ -147,7 +147,7 @@ class ImageTextToText:
         if number != expected:
             raise ValueError(
                 f"model.path: the processor of {self.name} makes {expected} tokens of an image of which the model "
-                f"makes {number} features; it belongs to another model: copy the processor's files anew"
+                f"makes {number} features; it belongs to another model: copy the processor's files again"
             )
         output.grid = given.get("image_grid_thw")
         # Drop the tower's own states, which take more memory than the features that a decoder reads.
@@ -185,7 +185,7 @@ class ImageTextToText:
     def packing(self) -> str:
         why = self._unpacked_reason(self.processor.max_length)
         if why and self._unpacked_reason(0):
-            return f"packing: off, each response runs with its own prompt and images, since {why}"
+            return f"packing: off; each response runs with its own prompt and images, since {why}"
         unless = f", unless rows are too long: {why}" if why else ""
         return f"packing: the responses to a prompt share one run of it and its images{unless}"
 
@@ -265,7 +265,7 @@ class ImageTextToText:
             self.processor.processor.save_pretrained(folder)
 
     def load_trained(self, folder: Path) -> nn.Module:
-        with intact("output", folder, "a trained model", "`mmalign train` writes it anew"):
+        with intact("output", folder, "a trained model", "`mmalign train` writes it again"):
             if (folder / ADAPTERS).is_file():
                 self._model.load_adapter(str(folder))
                 return self.network
@@ -333,8 +333,8 @@ def _check_one_image(family: ImageTextToText) -> None:
         if isinstance(error, ValueError) and str(error).startswith("model.path"):
             raise
         raise ValueError(
-            f"model.path: the processor of {family.name} belongs to another model, which cannot read a picture as it "
-            f"prepares one ({first_line(error)}); copy the processor's files anew"
+            f"model.path: the processor of {family.name} belongs to another model, which cannot read its images "
+            f"({first_line(error)}); copy the processor's files again"
         ) from error
 
 
@@ -374,13 +374,13 @@ def _check_processor(path: str, model: PreTrainedModel, processor: ProcessorMixi
         came = f"{place[0]} is token {place[1]}" if place else "it has no image token"
         raise ValueError(
             f"model.path: the processor of {path} belongs to another model ({came}, and the model's image token is "
-            f"{image}); copy the processor's files anew"
+            f"{image}); copy the processor's files again"
         )
     here, there = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
     if here > there:
         raise ValueError(
             f"model.path: the processor of {path} belongs to another model (it has {here:,} tokens, and the model "
-            f"{there:,}); copy the processor's files anew"
+            f"{there:,}); copy the processor's files again"
         )
 
 

@@ -44,8 +44,8 @@ from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
 NO_SURE_PAIR = (
-    "the reward model was sure of no pair; lower method.threshold, look at the reward model (method.reward), or begin "
-    "later (method.start), where images can be told apart"
+    "the reward model was not sure of any pair; lower method.threshold, look at the reward model "
+    "(method.reward), or start later (method.start), where images are less noisy"
 )
 
 

@@ -100,7 +100,7 @@ def check(cfg: Config) -> list[str]:
         similarity = _similarity(cfg.online.similarity)
         fallback = is_fallback(cfg.online.similarity, similarity)
         why = ", since no sentence-transformers model is installed" if fallback else ""
-        return [f"bdhs: completions and answers are compared by {similarity.name}{why}"]
+        return [f"bdhs: similarity of completions and answers: {similarity.name}{why}"]
     if cfg.mode == "mixed":
         _annotator(cfg.mixed.annotator, cfg.mixed.vocabulary)
     return []

@@ -32,7 +32,7 @@ def check_packing(recipe: Recipe) -> None:
     """
     if recipe.train.pack_responses != "auto":
         raise ValueError(
-            f"train.pack_responses: {recipe.train.pack_responses} is about responses that share a prompt, and "
+            f"train.pack_responses: {recipe.train.pack_responses} is for responses that share a prompt, and "
             f"method.name: {recipe.method.name} compares images; leave it out"
         )
 
@@ -50,8 +50,7 @@ def check_data(data: Data) -> None:
     images.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
     if data.crop == "random" and data.cache not in ("off", "auto"):
         raise ValueError(
-            f"data.cache: {data.cache} cannot be used with data.crop: random, which is never the same twice; "
-            "use cache: off"
+            f"data.cache: {data.cache} cannot be used with data.crop: random, which changes every epoch; use cache: off"
         )
 
 
@@ -60,10 +59,7 @@ def uncacheable_reason(data: Data) -> str | None:
     assert isinstance(data, ImageData)
     if data.crop != "random":
         return None
-    return (
-        "data.crop: random is never the same twice, so that there is nothing to keep; use crop: center, or train "
-        "without a cache"
-    )
+    return "data.crop: random changes every epoch and cannot be cached; use crop: center, or train without a cache"
 
 
 def _check_prompts_only(recipe: Recipe) -> None:
@@ -75,7 +71,9 @@ def _check_prompts_only(recipe: Recipe) -> None:
     unread += ["split", "columns"] if from_text else []
     given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
     if given:
-        source = "a text file with one a line (data.format: prompts)" if from_text else "the pairs of data.path"
+        source = (
+            "a text file with one prompt per line (data.format: prompts)" if from_text else "the pairs of data.path"
+        )
         raise ValueError(
             f"data.{given[0]}: means nothing here: method.name: {recipe.method.name} generates its own images, and "
             f"takes prompts alone, from {source}; leave {' and '.join(given)} out"

@@ -62,7 +62,7 @@ def _open_prompts_or_pairs(data: ImageData, method: Any) -> Pairs[Any]:
     if data.format == "prompts":
         raise ValueError(
             "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
-            "or rankings (spo draws its own images)"
+            "or rankings (spo generates its own images)"
         )
     why = None
     if needs.prompt_pairs:
@@ -140,7 +140,7 @@ def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
     prompts = sorted({prompt for pairs in sources for prompt in pairs.prompts()})
     cut = family.count_truncated(prompts)
     if cut:
-        logger.warning(f"{cut:,} of {len(prompts):,} prompts are longer than the text encoder reads, and are cut")
+        logger.warning(f"{cut:,} of {len(prompts):,} prompts exceed the text encoder's limit and are truncated")
 
 
 def _fill_text(
@@ -192,7 +192,7 @@ def _fill_latents(
     bad = gather_object(bad)  # each process knows those of its own share
     check_max_bad_images(bad, data.max_bad_images, sources[0].source)
     if bad:
-        logger.warning(f"{len(bad)} images cannot be read, and their pairs are left out: {format_rows(bad)}")
+        logger.warning(f"{len(bad)} images cannot be read; their pairs are skipped: {format_rows(bad)}")
     if not vae_decoder:
         vae.to("cpu")
     return latents

@@ -71,7 +71,7 @@ def compare_images(
     prompts, seeds = _prompts_and_seeds(section)
     num_truncated = policy.family.count_truncated(prompts)
     if num_truncated:
-        logger.warning(f"{num_truncated} of {len(prompts)} prompts are longer than the text encoder reads, and are cut")
+        logger.warning(f"{num_truncated} of {len(prompts)} prompts exceed the text encoder's limit and are truncated")
 
     # Images of both models
     caches = _caches(recipe, section, policy, identity)

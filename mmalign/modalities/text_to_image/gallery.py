@@ -70,11 +70,11 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
         columns[short_name] = [_rated_image(output, samples[name][i], i, "after") for i in indices]
 
     # Header, picture and manifest
-    below = "its score by the reward model. The frame is green where it is above the base model's."
+    below = "its score by the reward model. A green frame: higher than the base model's."
     if any(sample["before"]["note"] for sample in base):
-        below = "what is wrong with it. The frame is green where nothing is."
+        below = "its errors. A green frame: no errors."
     lines = [
-        "The first prompts of the evaluation, none chosen; a row's images begin with the same noise (seed 0).",
+        "The first prompts of the evaluation, not selected; the images of a row start from the same noise (seed 0).",
         f"Below an image: {below}",
     ]
     prompts, title = [base[i]["prompt"] for i in indices], recipe.model.path

@@ -43,8 +43,8 @@ def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
         raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
     if path.exists():
         raise ValueError(
-            f"data.path: {path} is there already; move it away, or name another with --set data.path=...: "
-            "prepare replaces nothing"
+            f"data.path: {path} already exists; move it away, or set another with --set data.path=...: prepare never "
+            "overwrites"
         )
     atomic_io.make_folder("data.path", path.parent)
 
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
             path, prompts, images, scores, group=section.images_per_prompt, min_confidence=section.min_confidence
         )
     shutil.rmtree(folder)
-    noun = "couples of prompts" if section.prompt_pairs else "prompts"
+    noun = "prompt pairs" if section.prompt_pairs else "prompts"
     logger.info(
         f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"
     )

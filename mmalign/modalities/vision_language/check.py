@@ -29,7 +29,7 @@ def check_data(data: Data) -> None:
     """
     assert isinstance(data, ResponseData)
     if data.images is not None and not Path(data.images).is_dir():
-        raise ValueError(f"data.images: {data.images} is no folder; expected the one that the images' paths begin in")
+        raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
     layout = find_layout(LAYOUTS, data.format, data.columns)
     layout.check_files(locate(data.path), data.split, data.group_by)
 
@@ -48,6 +48,4 @@ def _check_question_files(section: EvaluateResponses) -> None:
         for file in [files] if isinstance(files, str) else (files or {}).values():
             located(f"evaluate.{key}", file, resolve)
     if section.images is not None and not Path(section.images).is_dir():
-        raise ValueError(
-            f"evaluate.images: {section.images} is no folder; expected the one that images' names begin in"
-        )
+        raise ValueError(f"evaluate.images: {section.images} is not a folder; expected the folder of the images")

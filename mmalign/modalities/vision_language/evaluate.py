@@ -112,7 +112,7 @@ def compare_answers(
     answers = _ask(recipe, section, policy, benchmark, identity)
     left_out = list(answers.skipped.values())
     if left_out:
-        logger.warning(f"{len(left_out)} images are left out, for both models: {format_rows(left_out)}")
+        logger.warning(f"{len(left_out)} images are skipped for both models: {format_rows(left_out)}")
     benchmark = benchmark.without_images(answers.skipped)
     if not benchmark.questions:
         raise ValueError(f"evaluate: no question could be asked ({format_rows(left_out)})")
@@ -127,9 +127,7 @@ def compare_answers(
     num_empty = {side: sum(not text for texts in parts.values() for text in texts) for side, parts in by_side.items()}
     for side, number in num_empty.items():
         if number:
-            logger.warning(
-                f"{number:,} answers {side} alignment are empty; see whether the model knows the prompt's layout"
-            )
+            logger.warning(f"{number:,} answers {side} alignment are empty; check the model's chat template")
 
     # Metrics and files
     comparisons = _compare(*map(benchmark.score, by_side.values()))
@@ -271,7 +269,7 @@ def _score_pope(section: EvaluateResponses, files: Files) -> list[Metrics]:
     by_split = {next(iter(questions)): files} if isinstance(files, str) else files
     if set(by_split) != set(questions):
         raise ValueError(
-            f"answers: came for {', '.join(by_split)}; expected a file for each split: {', '.join(questions)}"
+            f"answers: got files for {', '.join(by_split)}; expected a file for each split: {', '.join(questions)}"
         )
     answers = {split: pope.read_answers(by_split[split], asked) for split, asked in questions.items()}
     return [pope.score(questions, answers, _PARSERS[section.parse])]
@@ -291,7 +289,7 @@ def _score_amber(section: EvaluateResponses, files: Files) -> list[Metrics]:
 
 def _score_captions(section: EvaluateResponses, files: Files) -> list[Metrics]:
     if not isinstance(files, str):
-        raise ValueError(f"answers: came for {', '.join(files)}; expected one file, since there are no splits")
+        raise ValueError(f"answers: got files for {', '.join(files)}; expected one file, since there are no splits")
     assert section.questions is None or isinstance(section.questions, str)
     responses, words = read_responses(files, section.questions), load_vocabulary("vocabulary", section.vocabulary)
     objects = _objects(section, words, [response.image for response in responses])

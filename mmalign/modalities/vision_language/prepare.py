@@ -103,7 +103,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work))
     num_done = len(log.entries) * section.save_every
     if num_done:
-        logger.info(f"going on after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
+        logger.info(f"resuming after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
     for first in tracked(range(num_done, len(pairs), section.save_every), "prepare"):
         chunk = pairs[first : first + section.save_every]
         log.append([_log_entry(one) for one in work.generate(list(chunk))])
@@ -132,7 +132,7 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     data, path = recipe.data, Path(recipe.data.path)
     assert isinstance(data, ResponseData)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("prepare: several processes were started, and all would write one file; start one")
+        raise ValueError("prepare: several processes would write one file; start one")
     layout = "realign" if section.kind == "realign" else "trl"
     if data.format != layout:
         raise ValueError(f"data.format: kind {section.kind} writes {layout}, got {data.format}; set it to {layout}")
@@ -140,11 +140,11 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
         raise ValueError(f"data.path: expected the file that prepare is to write, *.jsonl or *.parquet, got {path}")
     if path.exists():
         raise ValueError(
-            f"data.path: {path} is there already; move it away, or name another with --set data.path=...: "
-            "prepare replaces nothing"
+            f"data.path: {path} already exists; move it away, or set another with --set data.path=...: prepare never "
+            "overwrites"
         )
     if data.images is not None and not Path(data.images).is_dir():
-        raise ValueError(f"data.images: {data.images} is no folder; expected the one that the images' paths begin in")
+        raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
     if writer is not None and section.kind in ("bdhs", "own"):
         raise ValueError(
             f"prepare: kind {section.kind} neither masks nor corrupts answers; it takes no function for that"
@@ -152,8 +152,8 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     bdhs = section.bdhs
     if bdhs is not None and bdhs.keep_rejected and section.source.format == "answers":
         raise ValueError(
-            "prepare.bdhs.keep_rejected: rows of answers have no rejected responses to keep; name pairs by "
-            "prepare.source.format, or leave it out"
+            "prepare.bdhs.keep_rejected: rows of answers have no rejected responses; set prepare.source.format to a "
+            "format of pairs, or leave it out"
         )
     return path
 
@@ -246,7 +246,7 @@ def _index(settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.d
     try:
         retriever = open_clip.load(settings.retriever, device, open_clip.Config(pretrained=settings.pretrained))
     except ValueError as error:
-        raise ValueError(f"prepare.realign.retriever: {str(error).removeprefix('judge open_clip: ')}") from error
+        raise ValueError(f"prepare.realign.retriever: {str(error).removeprefix('reward open_clip: ')}") from error
     return ImageIndex(tracked(pairs, "compare images"), retriever.embed, settings.candidates)
 
 

@@ -89,7 +89,7 @@ def test_a_folder_by_another_s_name_is_refused_and_the_difference_named(tmp_path
     one, other = (ArrayCache.open(tmp_path, MODEL | {"resolution": side}).folder for side in (64, 128))
     shutil.rmtree(other)
     one.rename(other)
-    with pytest.raises(ValueError, match="is not what its name says: resolution is 64 there and 128 here; delete") as e:
+    with pytest.raises(ValueError, match="does not match its name: resolution is 64 there and 128 here; delete") as e:
         ArrayCache.open(tmp_path, MODEL | {"resolution": 128})
     assert "abc" not in str(e.value)
 

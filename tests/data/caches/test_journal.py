@@ -52,8 +52,8 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as raised:
         AppendLog(tmp_path / "work", {**JOB, "seed": 2, "model": "x"})
     assert str(raised.value) == (
-        f'{tmp_path / "work"}: was begun with other settings (model, seed differ; model was null and is "x"); give the '
-        "same ones to go on, or move that file away to begin anew"
+        f'{tmp_path / "work"}: was started with other settings (model, seed differ; model was null and is "x"); use '
+        "the same settings to resume, or move that file away to start over"
     )
     assert (tmp_path / "work").read_bytes() == before
 
@@ -61,6 +61,6 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"\x00\n", b"[1]\n", b"hello\nyou\n"])
 def test_what_is_no_journal_is_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "work").write_bytes(content)
-    with pytest.raises(ValueError, match="is no record of unfinished work; move it away"):
+    with pytest.raises(ValueError, match="is not a record of unfinished work; move it away"):
         AppendLog(tmp_path / "work", JOB)
     assert (tmp_path / "work").read_bytes() == content

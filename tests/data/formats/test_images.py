@@ -176,7 +176,7 @@ def test_wrong_types_and_files_are_told_before_anything_is_read(tmp_path: Path) 
     with pytest.raises(ValueError, match="label_0 is string; expected a number"):
         check_source("pick_a_pic", str(write(tmp_path / "b.parquet", [("left", 0.0)])))
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"c.parquet is no readable parquet file"):
+    with pytest.raises(ValueError, match=r"c.parquet is not a readable Parquet file"):
         check_source("pick_a_pic", str(tmp_path / "c.parquet"))
     with pytest.raises(ValueError, match=r"d.parquet does not exist; expected \*.parquet, a folder of them, or a glob"):
         check_source("pick_a_pic", str(tmp_path / "d.parquet"))
@@ -295,7 +295,7 @@ def test_second_prompts_may_be_called_otherwise_and_must_be_text(tmp_path: Path)
     pairs = open_pairs("pick_a_pic", str(path), columns={"rejected_prompt": "contrast"})
     assert pairs[0].rejected_prompt == "a whale"
     numbers = write(tmp_path / "b.parquet", [(1.0, 0.0)], rejected_caption=[3])
-    with pytest.raises(ValueError, match="rejected_caption is int64; expected what the rejected image shows, as text"):
+    with pytest.raises(ValueError, match="rejected_caption is int64; expected the rejected image's prompt, as text"):
         check_source("pick_a_pic", str(numbers))
     pictures(tmp_path / "set", 2)
     good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}

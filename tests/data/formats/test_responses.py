@@ -184,7 +184,7 @@ def test_conversations_with_different_questions_are_no_pair(here: Path) -> None:
         ({**GOOD, "chosen": 3}, "entry 1: chosen is 3; expected a text"),
         ({**GOOD, "prompt": []}, "entry 1: prompt is []; expected a text, or a list of messages"),
         ({**GOOD, "prompt": [{"text": "x"}]}, "expected messages with a role and a content"),
-        ({**GOOD, "images": [3]}, "3 is no image; expected a path relative to rows.json"),
+        ({**GOOD, "images": [3]}, "3 is not an image; expected a path relative to rows.json"),
     ],
 )
 def test_a_row_that_is_not_of_the_layout_is_refused(row: dict[str, Any], sentence: str, here: Path) -> None:

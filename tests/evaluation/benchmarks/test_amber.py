@@ -179,9 +179,9 @@ def test_scores_of_both_tasks_in_one_file() -> None:
 def test_score_refuses() -> None:
     with pytest.raises(ValueError, match=r"1 of 2 responses have an id without annotation \(99\); .* 1 to 17"):
         amber.score_generative({1: "", 99: ""}, BENCHMARK)
-    with pytest.raises(ValueError, match="AMBER, generative: there is no response"):
+    with pytest.raises(ValueError, match="AMBER, generative: no responses"):
         amber.score_generative(ANSWERS, BENCHMARK)
-    with pytest.raises(ValueError, match="AMBER, discriminative: there is no response"):
+    with pytest.raises(ValueError, match="AMBER, discriminative: no responses"):
         amber.score_discriminative(RESPONSES, BENCHMARK)
 
 
@@ -219,7 +219,7 @@ def test_read_amber(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"truth": ["unicorn"]}, "entry 1: 'unicorn' is no word of relation.json"),
+        ({"truth": ["unicorn"]}, "entry 1: 'unicorn' is not in relation.json"),
         ({"truth": "sky"}, 'truth is "sky"; expected a list of names'),
         (
             {"type": "discriminative-colour", "truth": "no"},

@@ -91,7 +91,7 @@ def test_amber_scores_and_rates_both_kinds() -> None:
 
 
 def test_amber_refuses_questions_of_another_release() -> None:
-    with pytest.raises(ValueError, match=r"id 3 is none of annotations.json"):
+    with pytest.raises(ValueError, match=r"id 3 is not in annotations.json"):
         amber_benchmark([Question(3, "1.jpg", "What?")], ANNOTATIONS, no_images)
 
 

@@ -74,7 +74,7 @@ def test_score_with_another_vocabulary() -> None:
 
 
 def test_score_refuses() -> None:
-    with pytest.raises(ValueError, match="CHAIR: there is no response"):
+    with pytest.raises(ValueError, match="CHAIR: no responses"):
         chair.score([], TRUTH, COCO)
     with pytest.raises(ValueError, match=r"2 of 3 images have no annotation \(7, 8; annotated are 1, 2, 3, ...\)"):
         chair.score([Response("8", ""), Response("1", ""), Response("7", "")], TRUTH, COCO)
@@ -162,7 +162,7 @@ def test_read_truth(tmp_path: Path) -> None:
     ("records", "error"),
     [
         ([], "is empty; expected records"),
-        ([{"image": "a", "objects": ["unicorn"]}], "a: objects: 'unicorn' is no word of the vocabulary"),
+        ([{"image": "a", "objects": ["unicorn"]}], "a: objects: 'unicorn' is not a word of the vocabulary"),
         ([{"image": "a", "objects": "dog"}], 'objects is "dog"; expected a list of names'),
         ([{"image": "a"}], r"""line 1 has \["image"\]; expected 'objects'"""),
         ([{"image": "a", "objects": []}, {"image": "a", "objects": []}], "line 2: duplicate image a"),
@@ -209,7 +209,7 @@ def test_read_coco_refuses_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="annotations 2: category_id is 5; expected one of `categories`"):
         chair.read_coco([write_jsonl(instances, content)], [captions], COCO)
     content["categories"][0]["name"] = "unicorn"
-    with pytest.raises(ValueError, match="'unicorn' is no word of the vocabulary"):
+    with pytest.raises(ValueError, match="'unicorn' is not a word of the vocabulary"):
         chair.read_coco([write_jsonl(instances, content)], [captions], COCO)
     with pytest.raises(ValueError, match="expected one dictionary"):
         chair.read_coco([write_jsonl(instances, [1])], [captions], COCO)

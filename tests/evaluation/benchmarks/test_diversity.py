@@ -22,7 +22,7 @@ def test_pixel_distances_are_within_groups() -> None:
 
 
 def test_pixel_distances_refuse_a_single_image() -> None:
-    with pytest.raises(ValueError, match="one picture of 'b'; expected two or more"):
+    with pytest.raises(ValueError, match="one image of 'b'; expected two or more"):
         pixel_distances([WHITE, BLACK, WHITE], ["a", "a", "b"])
 
 

@@ -56,5 +56,5 @@ def test_implicit_accuracy_by_hand() -> None:
 
 
 def test_implicit_accuracy_refuses_no_pairs() -> None:
-    with pytest.raises(ValueError, match="there is no held-out pair to score"):
+    with pytest.raises(ValueError, match="the validation split has no pair to score"):
         implicit_reward.accuracy(POLICY, list[Any](), score, num_noise_samples=1, seed=0)

@@ -1,4 +1,4 @@
-"""Accuracy of scenes: pictures drawn right and drawn wrong, counted by hand."""
+"""Accuracy of scenes: pictures rendered correctly and drawn wrong, counted by hand."""
 
 import json
 from typing import Any
@@ -110,7 +110,7 @@ def test_scenes_refuse() -> None:
     white = Image.new("RGB", (64, 64), "white")
     with pytest.raises(ValueError, match="cannot read 'a photo of a dog'"):
         check_scenes([white], ["a photo of a dog"])
-    with pytest.raises(ValueError, match="scenes: there is no response"):
+    with pytest.raises(ValueError, match="scenes: no responses"):
         measure([], [])
     single = measure(check(["a red circle"], ["a red circle"]), ["a red circle"])
     with pytest.raises(ValueError, match="two groups, so measure more"):

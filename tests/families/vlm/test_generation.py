@@ -342,9 +342,7 @@ def test_hidden_prompts_are_the_same_in_company_of_seeing_ones(hiding: Any) -> N
 
 def test_a_decoder_that_cannot_hide_tokens_says_so(family_of: Callable[[str], Any]) -> None:
     family = family_of("qwen3_5")
-    message = (
-        "a qwen3_5 has linear_attention layers, which do not attend to tokens but read them in turn into one state"
-    )
+    message = "a qwen3_5 has linear_attention layers, which process tokens in turn into one state"
     assert family.image_masking_unsupported_reason.startswith(message)
     count = len(family.processor.image_token_positions(prompt(family, Asked())))
     with pytest.raises(ValueError, match=message):

@@ -204,7 +204,7 @@ def test_what_has_nothing_to_share_and_no_padding_stays_as_it_is(llava: Any) -> 
 )
 def test_a_decoder_that_cannot_pack_runs_as_ever_and_is_named(name: str, why: str, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders(name))
-    assert family.packing == f"packing: off, each response runs with its own prompt and images, since {why}"
+    assert family.packing == f"packing: off; each response runs with its own prompt and images, since {why}"
     tokens, features = mixed(family)
     with torch.no_grad(), given(family) as seen:
         actual, expected = (one.token_logps(family.network, tokens, features) for one in (family, apart(family)))
@@ -230,11 +230,11 @@ def test_a_run_says_once_whether_responses_share_their_prompt(vlm_folders: Folde
     pairs = data_files.response_pairs(tmp_path / "rows")
     output = {
         ("llava", "auto"): "the responses to a prompt share one run of it and its images",
-        ("llava", "off"): "off, each response runs with its own prompt and images, since train.pack_responses is off",
+        ("llava", "off"): "off; each response runs with its own prompt and images, since train.pack_responses is off",
         (
             "qwen3_5",
             "auto",
-        ): "off, each response runs with its own prompt and images, since its linear_attention",
+        ): "off; each response runs with its own prompt and images, since its linear_attention",
     }
     for (name, pack), expected in output.items():
         recipe = load_recipe(recipes.vlm(vlm_folders(name), pairs, tmp_path / "run", train={"pack_responses": pack}))
@@ -261,6 +261,6 @@ def test_images_have_nothing_to_pack(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     recipe = load_recipe(recipes.diffusion(tiny_sd15, pairs, tmp_path / "run", train={"pack_responses": "off"}))
     with pytest.raises(
-        ValueError, match=r"^train.pack_responses: off is about responses .* compares images; leave it out$"
+        ValueError, match=r"^train.pack_responses: off is for responses .* compares images; leave it out$"
     ):
         train(recipe)

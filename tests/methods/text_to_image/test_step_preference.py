@@ -129,7 +129,7 @@ def test_a_judge_of_clean_images_labels_the_pairs_anew(sd: StepJudge) -> None:
 
 
 def test_a_judge_takes_no_adapters(sd: StepJudge) -> None:
-    with pytest.raises(ValueError, match=r"a step-aware judge is trained whole; set model.tune: full"):
+    with pytest.raises(ValueError, match=r"a step judge needs all its weights trained; set model.tune: full"):
         sd.add_lora(rank=1, alpha=1.0, targets=[], seed=0)
 
 

@@ -298,7 +298,7 @@ def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders:
     content = recipes.vlm(
         vlm_folders("qwen3_5"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", "mode": "online"}
     )
-    with pytest.raises(ValueError, match=r"^model\.path: BDHS hides an image from "):
+    with pytest.raises(ValueError, match=r"^model\.path: BDHS masks an image for "):
         mmalign.train(load_recipe(content))
     assert checkpoint.latest(tmp_path / "out") is None
     offline = load_recipe({**content, "method": {"name": "bdhs"}}, ["train.steps=1"])

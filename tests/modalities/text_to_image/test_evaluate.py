@@ -34,8 +34,8 @@ def test_scene_metrics_count_images_with_every_part_right() -> None:
         )
     )
     headlines = [{name: metrics.values[name] for name in metrics.headline_names} for metrics in (before, after)]
-    assert headlines[0] == {"prompts drawn right": pytest.approx(1 / 3), "count": 1, "size": 0.5}
-    assert headlines[1] == {"prompts drawn right": pytest.approx(2 / 3), "count": 1, "size": 1}
+    assert headlines[0] == {"prompts rendered correctly": pytest.approx(1 / 3), "count": 1, "size": 0.5}
+    assert headlines[1] == {"prompts rendered correctly": pytest.approx(2 / 3), "count": 1, "size": 1}
     assert before.groups == ("a red circle", "a red circle", "two blue stars") and len(set(before.keys)) == 3
 
 

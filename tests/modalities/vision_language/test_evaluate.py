@@ -216,7 +216,7 @@ def test_metrics_of_written_answers(content: Content, images: Path, log_lines: l
     (images / "2.png").write_bytes(b"no picture")
     recipe = of(content, chair(images))
     results = evaluate_module.evaluate(recipe).result
-    assert log_lines[2].startswith("1 images are left out, for both models: 2.png: is not a readable image")
+    assert log_lines[2].startswith("1 images are skipped for both models: 2.png: is not a readable image")
     assert results["questions"] == 3 and results["left out"][0].startswith("2.png: ")
     (before,), (after,) = read_metrics(recipe)
     assert json.loads(json.dumps(before.as_dict())) == results["measures"]["CHAIR"]["before"]

@@ -191,7 +191,7 @@ def test_going_on_after_a_stop_gives_the_same_file(
     with unfinished.open("ab") as file:
         file.write(b'[{"text": "There is')
     _, responses = prepared(recipe)
-    assert calls == [2, 2, 2, 2, 1] and "going on after 4 of 7 rows" in responses
+    assert calls == [2, 2, 2, 2, 1] and "resuming after 4 of 7 rows" in responses
     assert (tmp_path / "made.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not unfinished.exists()
 
@@ -236,7 +236,7 @@ def test_unfinished_work_of_other_settings_is_refused(content: Any, tmp_path: Pa
         prepared(content("povid"), writer=fail)
     message = refused(content("povid", seed=9), writer=fail)
     assert message.startswith(
-        f"{tmp_path / 'made.jsonl.unfinished'}: was begun with other settings (seed differ; seed was 1"
+        f"{tmp_path / 'made.jsonl.unfinished'}: was started with other settings (seed differ; seed was 1"
     )
     assert "corruptor differ" in refused(content("povid"))
     (tmp_path / "made.jsonl.unfinished").unlink()
@@ -262,10 +262,10 @@ def test_a_function_that_gives_no_text_is_named(content: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("rule", "prepare.povid.corruptor: 'rule' names no function; expected module:function"),
+        ("rule", "prepare.povid.corruptor: 'rule' is not a function; expected module:function"),
         ("no_such:f", "prepare.povid.corruptor: no_such:f cannot be imported (No module named 'no_such')"),
         ("json:no", "prepare.povid.corruptor: json:no cannot be imported (module 'json' has no attribute 'no')"),
-        ("json:__name__", "prepare.povid.corruptor: json:__name__ is no function but str"),
+        ("json:__name__", "prepare.povid.corruptor: json:__name__ is not a function but str"),
     ],
 )
 def test_a_function_that_is_not_there_is_asked_for(name: str, sentence: str, content: Any) -> None:

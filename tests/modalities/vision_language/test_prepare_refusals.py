@@ -16,7 +16,7 @@ def test_what_gives_no_pair_is_left_out_counted_and_named(content: Any, tmp_path
     (source.parent / "2.png").write_bytes(b"no picture")
     rows, responses = prepared(content("povid", "a.jsonl", source={"path": str(source)}))
     assert len(rows) == 2
-    assert "2 pairs of 3 answers; 1 left out (answers.jsonl: line 2: nothing came out)" in responses[-1]
+    assert "2 pairs of 3 answers; 1 left out (answers.jsonl: line 2: the completion is empty)" in responses[-1]
     rows, responses = prepared(content("bdhs", "b.jsonl", source={"path": str(source)}))
     assert "1 left out (answers.jsonl: line 3: image 0 (2.png): is not a readable" in responses[-1]
 
@@ -34,7 +34,7 @@ def test_nothing_at_all_is_an_error_that_leaves_nothing(content: Any, tmp_path: 
     source = answers(tmp_path / "odd", ["Nice.", "Good."])
     message = refused(content("povid", source={"path": str(source)}))
     assert message.startswith(
-        f"prepare: none of 2 answers of {source} gave a pair: answers.jsonl: line 1: nothing came out"
+        f"prepare: none of 2 answers of {source} gave a pair: answers.jsonl: line 1: the completion is empty"
     )
     assert not list(tmp_path.glob("made*"))
 
@@ -47,12 +47,12 @@ def test_an_answer_that_is_too_long_is_left_out(content: Any, tmp_path: Path) ->
 
 def test_one_process_writes_a_file(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refused(content("povid")).startswith("prepare: several processes were started")
+    assert refused(content("povid")).startswith("prepare: several processes would write")
 
 
 def test_existing_pairs_are_never_replaced(content: Any, tmp_path: Path) -> None:
     (tmp_path / "made.jsonl").write_text("mine")
-    assert "is there already; move it away" in refused(content("povid"))
+    assert "already exists; move it away" in refused(content("povid"))
     assert (tmp_path / "made.jsonl").read_text() == "mine"
 
 
@@ -66,10 +66,10 @@ def test_existing_pairs_are_never_replaced(content: Any, tmp_path: Path) -> None
             ["data.path=made.csv"],
             "data.path: expected the file that prepare is to write, *.jsonl or *.parquet",
         ),
-        ("povid", {}, ["data.images=nowhere"], "data.images: nowhere is no folder"),
+        ("povid", {}, ["data.images=nowhere"], "data.images: nowhere is not a folder"),
         ("povid", {"source": {"path": "no.jsonl"}}, [], "prepare.source.path: no.jsonl does not exist"),
         ("povid", {"povid": {"vocabulary": "no.json"}}, [], "prepare.povid.vocabulary: no.json cannot be read"),
-        ("bdhs", {"bdhs": {"keep_rejected": True}}, [], "rows of answers have no rejected responses to keep"),
+        ("bdhs", {"bdhs": {"keep_rejected": True}}, [], "rows of answers have no rejected responses"),
         ("own", {}, ["data.format=povid"], "data.format: kind own writes trl, got povid; set it to trl"),
         ("bdhs", {"bdhs": {"similarity": "no/model"}}, [], "prepare.bdhs.similarity: no/model"),
         ("realign", {"realign": {**REALIGN, "retriever": "models/no"}}, [], "prepare.realign.retriever: cannot load"),
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_said_before_anything_is_made(
         ),
         ("own", {"bdhs": {}}, "prepare: kind own takes no section 'bdhs'; leave it out"),
         ("own", {"own": {"max_new_tokens": 0}}, "prepare.own.max_new_tokens"),
-        ("bdhs", {"bdhs": {"rho": 0.5, "keep_tokens": 3}}, "rho and keep_tokens both say how many"),
+        ("bdhs", {"bdhs": {"rho": 0.5, "keep_tokens": 3}}, "rho and keep_tokens both set how many"),
         ("bdhs", {"reward": {"path": "models/tiny_clip"}}, "prepare has no 'reward'"),
         ("bdhs", {"kind": "bhds"}, "prepare.kind: expected 'bdhs', 'realign', 'povid' or 'own', got the text 'bhds'"),
     ],
@@ -114,4 +114,4 @@ def test_images_in_a_table_cannot_be_named_in_json(content: Any, tmp_path: Path)
 
 def test_a_model_that_cannot_be_blinded_is_refused(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
     message = refused(content("bdhs"), f"model.path={vlm_folders('qwen3_5')}")
-    assert message.startswith("model.path: BDHS hides an image from ") and not list(tmp_path.glob("made*"))
+    assert message.startswith("model.path: BDHS masks an image for ") and not list(tmp_path.glob("made*"))
