@@ -7,8 +7,8 @@ its network expects times in [0, 1000].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,8 @@ from mmalign.rng import KeyedRNG
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+SamplerTimes = Callable[[int], Tensor]  # number of steps S -> times [S + 1], from 1 to 0
+
 
 @dataclass(frozen=True)
 class Flow(Schedule):
@@ -30,15 +32,17 @@ class Flow(Schedule):
         std: its standard deviation.
         shift: the shift of times towards noise, `shift t / (1 + (shift - 1) t)`, for large images (section 5.3.2).
         num_timesteps: the number of timesteps of the schedule that the network was trained on.
+        sampler_times: the times of the pipeline's sampler, by their number of steps; None for even ones, shifted.
     """
 
     mean: float = 0.0
     std: float = 1.0
     shift: float = 1.0
     num_timesteps: int = 1000
+    sampler_times: SamplerTimes | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def from_scheduler(cls, scheduler: SchedulerMixin, tokens: int, location: str) -> Flow:
+    def from_scheduler(cls, scheduler: SchedulerMixin, mu: float, times: SamplerTimes, location: str) -> Flow:
         """Create the process of a diffusers scheduler, with training times logit-normal(0, 1) and shifted.
 
         The larger an image, the more noise it takes to hide as much of it (arXiv:2403.03206, section 5.3.2). A fixed
@@ -49,12 +53,13 @@ class Flow(Schedule):
         then train mostly where the sampler spends few of its steps. At 1024 pixels FLUX's sampler takes half of its
         steps above t = 0.76, and an eighth of the unshifted times lie there.
 
-        Training here uses the sampler's shift at the model's own resolution; at a smaller one, times are a little high.
-        FLUX.2's pipeline has its own rule, which its family applies.
+        Training here uses the sampler's shift for images of the size in training. FLUX's is 3.158 at 1024 pixels and
+        1.878 at 512, where the mean training time is 0.63 instead of 0.72.
 
         Args:
             scheduler: the checkpoint's scheduler.
-            tokens: the number of tokens of an image at the model's own resolution.
+            mu: the shift in logits for the size in training, used if the scheduler shifts dynamically.
+            times: the times of the pipeline's sampler, by their number of steps.
             location: the checkpoint, for error messages.
 
         Raises:
@@ -70,11 +75,15 @@ class Flow(Schedule):
             )
         shift = config.get("flow_shift", config.get("shift", 1.0))
         if config.get("use_dynamic_shifting"):
-            few, many = config.base_image_seq_len, config.max_image_seq_len
-            slope = (config.max_shift - config.base_shift) / (many - few)
-            mu = config.base_shift + slope * (tokens - few)  # in logits, as in the pipelines
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
-        return cls(shift=float(shift), num_timesteps=config.num_train_timesteps)
+        return cls(shift=float(shift), num_timesteps=config.num_train_timesteps, sampler_times=times)
+
+    def times(self, steps: int) -> Tensor:
+        """Return the times [S + 1] of the sampler, from 1 to 0: the pipeline's own, or even ones, shifted."""
+        if self.sampler_times is not None:
+            return self.sampler_times(steps)
+        # In float64: with some shifts, float32 rounds the first time away from 1, which is pure noise.
+        return self._shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
 
     @property
     def epsilon_weight(self) -> float:

@@ -42,8 +42,8 @@ def grid(schedule: Schedule, steps: int) -> Tensor:
     """Return the times [S + 1] of a sampler with S steps, from the noise to the image.
 
     DDPM's times are T // S apart ("leading", offset 1, as in Stable Diffusion's samplers), and end with 0. SPO's
-    release clamps the last step there too, so no step passes below the least noise of training. Flow: sigma evenly from
-    1 to 0, then shifted.
+    release clamps the last step there too, so no step passes below the least noise of training. Flow: the times of the
+    pipeline's sampler, so that a walk trains the sampler that generates.
 
     Raises:
         ValueError: there are more steps than the schedule allows.
@@ -59,9 +59,7 @@ def grid(schedule: Schedule, steps: int) -> Tensor:
             times = torch.arange(steps - 1, -1, -1) * stride + 1
             return torch.cat([times, torch.zeros(1, dtype=times.dtype)])
         case Flow():
-            # In float64: with some shifts, float32 rounds the first time away from 1, which is pure noise.
-            sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-            return (schedule.shift * sigma / (1 + (schedule.shift - 1) * sigma)).float()
+            return schedule.times(steps)
     raise ValueError(f"steps: there is no stochastic step for a {type(schedule).__name__}")
 
 

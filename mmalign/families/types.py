@@ -94,6 +94,7 @@ class Loading:
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
+        resolution: the side of training images in pixels; None is the model's own.
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
     """
 
@@ -103,6 +104,7 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
+    resolution: int | None = None
     pack_responses: bool = True
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:

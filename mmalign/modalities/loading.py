@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from mmalign.attention import choice
-from mmalign.config import Recipe, RewardConfig
+from mmalign.config import ImageData, Recipe, RewardConfig
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.families.types import Loading
@@ -48,6 +48,7 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
             half=None if options.precision == "float32" else DTYPES[options.precision],
             network_half=model.tune == "lora",
             revision=model.revision,
+            resolution=recipe.data.resolution if isinstance(recipe.data, ImageData) else None,
             pack_responses=options.pack_responses != "off",
         ),
     )

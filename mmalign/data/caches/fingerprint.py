@@ -80,7 +80,7 @@ def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
 def fingerprint_schedule(schedule: Schedule) -> str:
     """Return a fingerprint of a noise schedule: its noise levels and the network's prediction type."""
     known: Any = schedule  # every schedule is a dataclass
-    fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+    fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(known) if field.compare}
     values = {name: fingerprint_tensors({name: x}) if isinstance(x, Tensor) else x for name, x in fields.items()}
     return fingerprint_settings({type(schedule).__name__: values})
 

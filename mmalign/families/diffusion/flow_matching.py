@@ -5,9 +5,12 @@ Methods see latents [N, C, H, W]; the transformers take one token per 2 x 2 patc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,25 +22,61 @@ from mmalign.families.lora import ATTENTION
 from mmalign.families.types import Conditioning
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.configuration_utils import FrozenDict
 
+STEPS = 50  # the pipelines' usual default; FLUX.2's shift depends slightly on it
 # Attention projections of images and text, as in the LoRA scripts of diffusers and Flow-GRPO.
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def schedule(pipeline: DiffusionPipeline, path: str, resolution: int | None = None) -> Flow:
-    """Return the noise process of a pipeline's scheduler, at the pipeline's default resolution.
+def schedule(
+    pipeline: DiffusionPipeline,
+    path: str,
+    resolution: int,
+    *,
+    mu: Callable[[int, int], float] | None = None,
+    even: bool = True,
+) -> Flow:
+    """Return the noise process of a pipeline's scheduler, with the time shift of one image size.
 
     Args:
         pipeline: the pipeline.
         path: its name in error messages.
-        resolution: pixels, if the pipeline does not state it.
+        resolution: the side of training images in pixels.
+        mu: the shift in logits by an image's tokens and the sampler's steps; None for a line in the tokens, as in
+            most pipelines.
+        even: True if the pipeline gives its scheduler even times from 1 to 1 / steps; otherwise the scheduler's own.
 
     Raises:
         ValueError: the scheduler is not a flow-matching one.
     """
-    latent = resolution // pipeline.vae_scale_factor if resolution else pipeline.default_sample_size
-    return Flow.from_scheduler(pipeline.scheduler, (latent // 2) ** 2, path)
+    scheduler = pipeline.scheduler
+    of_tokens = mu or partial(linear_mu, scheduler.config)
+    of_steps = partial(of_tokens, (resolution // pipeline.vae_scale_factor // 2) ** 2)
+    times = partial(scheduler_times, copy.deepcopy(scheduler), of_steps, even)
+    return Flow.from_scheduler(scheduler, of_steps(STEPS), times, path)
+
+
+def linear_mu(config: FrozenDict, tokens: int, steps: int) -> float:
+    """Return the shift in logits, linear in the number of an image's tokens; 0 for schedulers with a fixed shift."""
+    if not config.get("use_dynamic_shifting"):
+        return 0.0
+    few, many = config.base_image_seq_len, config.max_image_seq_len
+    return float(config.base_shift + (config.max_shift - config.base_shift) / (many - few) * (tokens - few))
+
+
+def scheduler_times(scheduler: SchedulerMixin, mu: Callable[[int], float], even: bool, steps: int) -> Tensor:
+    """Return the times [S + 1] at which a pipeline calls its network, and 0; the first is exactly 1."""
+    given: dict[str, Any] = {"num_inference_steps": steps}
+    if even:
+        given = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    if scheduler.config.get("use_dynamic_shifting"):
+        given["mu"] = mu(steps)
+    scheduler.set_timesteps(**given)
+    times: Tensor = scheduler.sigmas.clone()
+    times[0] = 1  # pure noise, which rounding misses with some shifts
+    return times
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -73,4 +73,5 @@ def load(path: str, loading: Loading) -> Flux:
     from diffusers import FluxPipeline
 
     pipeline = latents.load_pipeline(FluxPipeline, path, loading)
-    return Flux(path, pipeline, flow_matching.schedule(pipeline, path), loading)
+    side = loading.resolution or latents.resolution(pipeline)
+    return Flux(path, pipeline, flow_matching.schedule(pipeline, path, side), loading)

@@ -7,9 +7,7 @@ the network; policy and reference are trained at the pipeline's default, `GUIDAN
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,7 +21,6 @@ from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.types import Conditioning, Loading, Moments
 
 GUIDANCE = 4.0
-STEPS = 50  # the pipeline's default; its shift depends slightly on it
 TOKENS = 512  # limit of system message and prompt, as in the pipeline
 
 
@@ -106,10 +103,6 @@ def load(path: str, loading: Loading) -> Flux2:
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
     pipeline = latents.load_pipeline(Flux2Pipeline, path, loading)
-    schedule = flow_matching.schedule(pipeline, path)
-    if pipeline.scheduler.config.use_dynamic_shifting:
-        # This pipeline computes the shift by its own empirical fit, not from the scheduler's fields.
-        schedule = replace(
-            schedule, shift=math.exp(compute_empirical_mu((pipeline.default_sample_size // 2) ** 2, STEPS))
-        )
-    return Flux2(path, pipeline, schedule, loading)
+    # This pipeline computes the shift by its own empirical fit, not from the scheduler's fields.
+    side = loading.resolution or latents.resolution(pipeline)
+    return Flux2(path, pipeline, flow_matching.schedule(pipeline, path, side, mu=compute_empirical_mu), loading)

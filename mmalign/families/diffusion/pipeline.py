@@ -58,8 +58,7 @@ class LatentModel(ABC):
     @property
     def resolution(self) -> int:
         """Side of an image in pixels: the denoiser's latent side times the autoencoder's reduction."""
-        latent_side = getattr(self.pipeline, "default_sample_size", None)  # for denoisers without a configured size
-        return int((latent_side or self.network.config.sample_size) * self.pipeline.vae_scale_factor)
+        return resolution(self.pipeline)
 
     def sample(
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
@@ -213,6 +212,13 @@ def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
 
     with intact("model.vae", path, "an AutoencoderKL"):
         return AutoencoderKL.from_pretrained(path, dtype=dtype)
+
+
+def resolution(pipeline: DiffusionPipeline) -> int:
+    """Return the side of a pipeline's images in pixels: the latent side times the autoencoder's reduction."""
+    latent_side = getattr(pipeline, "default_sample_size", None)  # for denoisers without a configured size
+    latent_side = latent_side or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
+    return int(latent_side * pipeline.vae_scale_factor)
 
 
 @torch.no_grad()

@@ -78,4 +78,5 @@ def load(path: str, loading: Loading) -> QwenImage:
     from diffusers import QwenImagePipeline
 
     pipeline = latents.load_pipeline(QwenImagePipeline, path, loading)
-    return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path), loading)
+    side = loading.resolution or latents.resolution(pipeline)
+    return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path, side), loading)

@@ -73,5 +73,5 @@ def load(path: str, loading: Loading) -> Sana:
     from diffusers import SanaPipeline
 
     pipeline = latents.load_pipeline(SanaPipeline, path, loading)
-    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    return Sana(path, pipeline, flow_matching.schedule(pipeline, path, side), loading)
+    side = loading.resolution or latents.resolution(pipeline)
+    return Sana(path, pipeline, flow_matching.schedule(pipeline, path, side, even=False), loading)

@@ -60,4 +60,5 @@ def load(path: str, loading: Loading) -> StableDiffusion3:
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = latents.load_pipeline(StableDiffusion3Pipeline, path, loading)
-    return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path), loading)
+    side = loading.resolution or latents.resolution(pipeline)
+    return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path, side, even=False), loading)

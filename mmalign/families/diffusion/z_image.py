@@ -69,4 +69,4 @@ def load(path: str, loading: Loading) -> ZImage:
     from diffusers import ZImagePipeline
 
     pipeline = latents.load_pipeline(ZImagePipeline, path, loading)
-    return ZImage(path, pipeline, flow_matching.schedule(pipeline, path, RESOLUTION), loading)
+    return ZImage(path, pipeline, flow_matching.schedule(pipeline, path, loading.resolution or RESOLUTION), loading)

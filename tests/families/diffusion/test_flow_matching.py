@@ -1,13 +1,15 @@
 """Flow-matching families on tiny random models of the real classes, against diffusers' own pipelines."""
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from mmalign.config import SamplingConfig
 from mmalign.diffusion.flow import Flow
+from mmalign.diffusion.steps import grid
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.loading import load_family
@@ -49,6 +52,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "qwen_image": {"true_cfg_scale": 1.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
 }
+SHIFT_FIELDS = ["base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"]
 MASKED = ["z_image", "qwen_image", "sana"]
 
 
@@ -364,6 +368,35 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
     torch.testing.assert_close(schedule.shift * t / (1 + (schedule.shift - 1) * t), expected)
     if name == "flux":
         assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
+
+
+def test_training_and_walks_take_the_times_of_the_pipeline_at_their_size(name: str, path: Path) -> None:
+    """The pipeline itself generates images of that size; its scheduler then holds its shift and its times."""
+    steps, side, pipeline = 5, SIDE, own(name, path)
+    guided = copy.deepcopy(PLAIN[name])
+    pipeline(prompt=["fox"], height=side, width=side, num_inference_steps=steps, output_type="latent", **guided)
+    expected = pipeline.scheduler.sigmas.clone()
+    expected[0] = 1
+    schedule = load_family(str(path), replace(CPU, resolution=side)).schedule
+    assert torch.equal(grid(schedule, steps), expected)
+    if name in ("flux", "flux2", "qwen_image"):
+        shifts = pipeline.scheduler.config
+        tokens = (side // 4) ** 2
+        mu = (
+            compute_empirical_mu(tokens, 50)
+            if name == "flux2"
+            else calculate_shift(tokens, *(shifts[key] for key in SHIFT_FIELDS))
+        )
+        assert isinstance(schedule, Flow) and schedule.shift == pytest.approx(math.exp(mu))
+
+
+def test_flux_is_shifted_less_at_512_pixels_and_stable_diffusion_3_ends_near_the_image() -> None:
+    """The values of the published schedulers, computed by hand."""
+    flux, sd3 = flow_models.DYNAMIC, FlowMatchEulerDiscreteScheduler(shift=3.0)
+    mu = [flow_matching.linear_mu(flux.config, (side // 16) ** 2, 20) for side in (512, 1024)]
+    assert [math.exp(x) for x in mu] == pytest.approx([1.878, 3.158], abs=1e-3)
+    times = flow_matching.scheduler_times(sd3, lambda _: 0.0, False, 10)
+    assert times[-3:].tolist() == pytest.approx([0.278, 0.0089, 0], abs=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
