@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from mmalign.data.formats.files import check_image_file
 from mmalign.data.pairs import ImageRef, SkippedRow
 
 MIN_SIDE = 8  # pixels; smaller images are placeholders for deleted ones
@@ -43,6 +44,8 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
         BadImage: the image cannot be read, has a side below `min_side`, or has more than `max_pixels` pixels.
     """
     try:
+        if ref.path:
+            check_image_file(ref.path)
         data = ref.read()
     except OSError as error:
         raise BadImage(ref.location, f"cannot be read ({error.strerror or error})") from error

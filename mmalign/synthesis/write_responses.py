@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from mmalign.data.images import decode
 from mmalign.data.pairs import ImageRef, ResponsePair
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -86,5 +87,10 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 def _packed(pair: SynthesizedPair) -> dict[str, object]:
     """Return a record that holds the images; its provenance is JSON text, since the keys differ from row to row."""
-    record = _record(pair, lambda ref: {"bytes": ref.read(), "path": Path(ref.path).name or None})
+
+    def image(ref: ImageRef) -> dict[str, object]:
+        decode(ref)  # no other file may be copied into a data set that is made to be shared
+        return {"bytes": ref.read(), "path": Path(ref.path).name or None}
+
+    record = _record(pair, image)
     return {**record, "provenance": json.dumps(record["provenance"], ensure_ascii=False)}

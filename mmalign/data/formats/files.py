@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import bisect
 import codecs
+import errno
 import glob
 import json
+import os
 import re
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
+MAX_IMAGE_BYTES = 2**29  # 512 MiB; no encoded image of usable size is larger
 
 Record = Mapping[str, object]  # a row of JSON or of a table
 RowStarts = list[tuple[int, str]]  # (first row, name) of every file
@@ -234,14 +238,61 @@ def find_image(file: Path, name: object, location: str, folder: Path | None = No
     """Return the path of a record's image, in `folder` or else beside the file; empty if it does not exist.
 
     Raises:
-        ValueError: the name is not a text.
+        ValueError: the name is not a text or leads out of the folder, or the file is too large.
     """
     if not isinstance(name, str):
         raise ValueError(
             f"{location}: {shorten(name)} is not an image; expected a path relative to {folder or file.name}"
         )
-    candidates = [folder / name] if folder is not None else [file.parent / name, file.parent / file.stem / name]
-    return next((str(c) for c in candidates if c.is_file()), "")
+    if folder is not None:
+        candidates = [contained_path(folder, name, location)]
+    else:
+        candidates = [contained_path(file.parent, name, location), file.parent / file.stem / name]
+    path = next((c for c in candidates if _is_file(c)), None)
+    if path is None:
+        return ""
+    try:
+        check_image_file(path)
+    except OSError as error:
+        raise ValueError(f"{location}: the image {shorten(name)} cannot be read ({error.strerror})") from error
+    return str(path)
+
+
+def contained_path(folder: Path, name: str, location: str) -> Path:
+    """Return the path of a name in a folder; rows come from strangers and must not name other files.
+
+    Links are not followed: those in the folder are its owner's.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    path = folder / name
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise ValueError(
+            f"{location}: the image {shorten(name)} is outside {folder}; move it there, or let data.images (of "
+            "prepare: prepare.source.images) name a folder that holds all images"
+        )
+    return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        return False
+
+
+def check_image_file(path: str | Path) -> None:
+    """Check that a path is a regular file of at most `MAX_IMAGE_BYTES`; a pipe or device could be read for ever.
+
+    Raises:
+        OSError: the file does not exist, is not regular or is too large.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if status.st_size > MAX_IMAGE_BYTES:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
 
 
 def shorten(value: object) -> str:

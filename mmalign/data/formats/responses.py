@@ -31,6 +31,8 @@ from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.files import (
     TABLES,
     Record,
+    check_image_file,
+    contained_path,
     find_files,
     find_image,
     is_hub_path,
@@ -68,8 +70,8 @@ class IndexedRow:
 class ResponseRows:
     """Source of response pairs; images in a table are read when their pair is built."""
 
-    def __init__(self, entries: Sequence[IndexedRow], table: Dataset | None = None) -> None:
-        self._entries, self._table, self._keys = entries, table, ImageKeys()
+    def __init__(self, entries: Sequence[IndexedRow], table: Dataset | None = None, folder: Path | None = None) -> None:
+        self._entries, self._table, self._folder, self._keys = entries, table, folder, ImageKeys()
 
     def pair(self, number: int) -> ResponsePair:
         """Return the pair of that number."""
@@ -112,21 +114,38 @@ class ResponseRows:
                 locate = partial("{}, image {} ({})".format, entry.location, index, image)
                 images.append((image, file_ref(self._keys, entry.paths[image], locate)))
                 continue
-            load = partial(_bytes, self._table, entry.number, *image)
+            load = partial(_bytes, self._table, entry.number, *image, self._folder, entry.location)
             key = self._keys.of_bytes((entry.number, *image), load)
             images.append((key, ImageRef(key, partial("{}, image {}".format, entry.location, index), load)))
         return tuple(images)
 
 
-def _bytes(table: Dataset, number: int, column: str, index: int | None) -> bytes:
-    """Return the bytes of a table's image: the cell's, or those at `index` of the cell's list."""
+def _bytes(table: Dataset, number: int, column: str, index: int | None, folder: Path | None, location: str) -> bytes:
+    """Return the bytes of a table's image: the cell's, those at `index` of its list, or those of a file in `folder`.
+
+    Raises:
+        ValueError: the file is outside the folder, is not regular, or cannot be read.
+    """
     value = table[number][column]
     if index is not None:
         value = value[index]
     if isinstance(value, dict):
         data, path = value["bytes"], value.get("path")
-        return Path(path).read_bytes() if data is None and path else bytes(data or b"")
+        return _file_bytes(path, folder, location) if data is None and path else bytes(data or b"")
     return bytes(value or b"")
+
+
+def _file_bytes(name: str, folder: Path | None, location: str) -> bytes:
+    if folder is None:
+        raise ValueError(
+            f"{location}: the image {name!r} is a file's path without its bytes; data.images names its folder"
+        )
+    path = contained_path(folder, name, location)
+    try:
+        check_image_file(path)
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{location}: the image {name!r} cannot be read ({error.strerror or error})") from error
 
 
 def open_responses(
@@ -155,6 +174,9 @@ def open_responses(
     """
     layout = find_layout(LAYOUTS, format, columns or {})
     entries, dropped = list[IndexedRow](), list[SkippedRow]()
+    folder = images
+    if images is None and not is_hub_path(path):
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
     table, raw_rows = _open_rows(layout, path, split)
     for location, number, file, record in raw_rows:
         layout.check_columns(location, record, group_by)
@@ -166,7 +188,7 @@ def open_responses(
             continue
         group = str(record[group_by]) if group_by is not None else _images_group(parsed, location)
         entries.append(IndexedRow(parsed, location, group, number, paths))
-    pairs = Pairs(path, ResponseRows(entries, table), np.arange(len(entries)), dropped)
+    pairs = Pairs(path, ResponseRows(entries, table, folder), np.arange(len(entries)), dropped)
     pairs.require("with an image and two different responses")
     return pairs[:limit] if limit is not None else pairs
 
@@ -259,7 +281,7 @@ def _paths(parsed: ParsedRow, file: Path | None, location: str, images: Path | N
     for image in parsed.all_images:
         if isinstance(image, tuple):
             continue
-        if file is None and images is None and not Path(str(image)).is_absolute():
+        if file is None and images is None:
             images = Path(source).parent if Path(source).is_file() else Path(source)
         paths[image] = find_image(file or Path(source), image, location, images)
     absent = [name for name, text in paths.items() if not text]

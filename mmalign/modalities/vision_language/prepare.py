@@ -95,7 +95,8 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     # Checks before any model is loaded
     path = _check(recipe, section, writer)
     pairs = _open(section.source)
-    _check_rows(section, pairs, path)
+    images = Path(recipe.data.images or path.parent)
+    _check_rows(section, pairs, path, images)
     atomic_io.make_folder("data.path", path.parent)
 
     # Rejected responses, in chunks of `save_every` rows
@@ -117,7 +118,6 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
             f"prepare: none of {len(entries):,} answers of {pairs.source} gave a pair: {format_rows(dropped)}"
         )
     with atomic_write(path) as part:
-        images = Path(recipe.data.images or path.parent)
         write_pairs(part, _synthesized_pairs(section, pairs, entries, work), suffix=path.suffix, images=images)
     log.remove()
     logger.info(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
@@ -174,12 +174,20 @@ def _open(source: AnswerSource) -> Pairs[ResponsePair]:
         ) from error
 
 
-def _check_rows(section: PrepareResponses, pairs: Pairs[ResponsePair], path: Path) -> None:
+def _check_rows(section: PrepareResponses, pairs: Pairs[ResponsePair], path: Path, images: Path) -> None:
     if path.suffix == ".jsonl" and not all(ref.path for ref in pairs[0].images):
         raise ValueError(
             f"data.path: {path} would name images, and those of {section.source.path} are in its table; name a file "
             "that can hold them, *.parquet"
         )
+    if path.suffix == ".jsonl":  # the names that the file gets must be ones that its readers accept
+        folder = os.path.abspath(images)
+        for ref in (ref for pair in pairs for ref in pair.images):
+            if not Path(os.path.abspath(ref.path)).is_relative_to(folder):
+                raise ValueError(
+                    f"data.images: {ref.path} is outside {folder}; name a folder that holds all images, or write a "
+                    "file that holds them itself, *.parquet"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------- work

@@ -151,8 +151,7 @@ def test_a_table_keeps_its_images_and_is_read_again(content: Any, tmp_path: Path
 
 def test_images_are_named_from_where_the_data_say_that_names_begin(content: Any, source: Path, tmp_path: Path) -> None:
     recipe = content("povid", "deep/er/made.jsonl")
-    rows, _ = prepared(recipe)
-    assert rows[0]["images"] == ["../../source/0.png"]
+    assert "data.images: " in refused(recipe) and not (tmp_path / "deep" / "er" / "made.jsonl").exists()
     recipe["data"] = {**recipe["data"], "path": str(tmp_path / "other.jsonl"), "images": str(source.parent)}
     rows, _ = prepared(recipe)
     assert rows[0]["images"] == ["0.png"]
