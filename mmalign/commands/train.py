@@ -9,19 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mmalign import atomic_io, methods
 from mmalign.atomic_io import atomic_write, check_owned
-from mmalign.commands import cache, preflight
+from mmalign.commands import _resume, cache, preflight
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import Recipe, Train
-from mmalign.data.caches import fingerprint
 from mmalign.data.data_module import DataModule
-from mmalign.data.pairs import Pairs, fingerprint_pairs, format_rows
+from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading, modality_of
@@ -43,6 +42,9 @@ from mmalign.training.run import (
     trainable_weights,
 )
 from mmalign.training.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +99,8 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     named = methods.requirements_of(recipe.method).reward
     reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
     family = loading.load_for_training(recipe, accelerator.device)
-    identity = identify(recipe, family, splits[0], accelerator.num_processes)
-    saved, folder = last_checkpoint(recipe, identity), output / "model"
+    identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)
+    saved, folder = _resume.last_checkpoint(recipe, identity), output / "model"
     if saved is not None and saved.step == options.steps:
         run = start_run(
             recipe, family, identity, saved, accelerator, reference_cached=True
@@ -152,7 +154,7 @@ def _describe_updates(recipe: Recipe, data_module: DataModule, num_processes: in
     )
 
 
-def open_accelerator(options: Train, **tracking: Any) -> Any:
+def open_accelerator(options: Train, **tracking: Any) -> Accelerator:
     """Return the accelerator, and seed the libraries' random numbers; `tracking` goes to accelerate.
 
     Raises:
@@ -168,7 +170,7 @@ def open_accelerator(options: Train, **tracking: Any) -> Any:
     return accelerator
 
 
-def _end(recipe: Recipe, data_module: DataModule, accelerator: Any) -> None:
+def _end(recipe: Recipe, data_module: DataModule, accelerator: Accelerator) -> None:
     """Close the trackers and the process group, and log the rows that no process could use."""
     from accelerate.utils import gather_object
 
@@ -288,7 +290,7 @@ def start_run(
     family: Family,
     identity: dict[str, str],
     saved: checkpoint.Checkpoint | None,
-    accelerator: Any,
+    accelerator: Accelerator,
     reference_cached: bool = False,
 ) -> TrainingRun:
     """Build policy and optimizer, and resume from a checkpoint, if there is one.
@@ -296,7 +298,7 @@ def start_run(
     Args:
         recipe: the recipe to train.
         family: the model as loaded.
-        identity: identity of the run, from `identify`.
+        identity: identity of the run, from `_resume.identify`.
         saved: the checkpoint to resume from, or None.
         accelerator: the accelerator of the run.
         reference_cached: true if cached scores replace the frozen copy of a fully trained network.
@@ -316,70 +318,6 @@ def start_run(
         for change in run.record.changes[len(saved.record.changes) :]:
             logger.warning(str(change))
     return run
-
-
-# Options of `data` that shape no batch; the fingerprint of the pairs stands for the files that they were read from.
-_SOURCES = {"path", "format", "split", "columns", "images", "num_workers", "cache", "max_bad_images"}
-
-
-def identify(recipe: Recipe, family: Family, pairs: Pairs[Any], num_processes: int) -> dict[str, str]:
-    """Return the identity of a run; a checkpoint resumes only a run of the same identity.
-
-    Args:
-        recipe: the recipe to train.
-        family: the model as loaded.
-        pairs: the training pairs.
-        num_processes: processes of the launch.
-    """
-    lora, options = recipe.model.lora, recipe.train
-    targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
-    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
-    reward = methods.requirements_of(recipe.method).reward
-    data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
-    return {
-        **({"reward": reward.path} if reward is not None else {}),
-        **modality_of(recipe).frozen_models(recipe.model),
-        "model": fingerprint.fingerprint_weights(family.network),
-        "method": recipe.method.name,
-        "tune": adapters if recipe.model.tune == "lora" else "full",
-        **data,
-        "pairs": fingerprint_pairs(pairs),
-        "seed": str(options.seed),
-        "pairs of a batch": str(options.batch_size * num_processes),
-        "batches of an update": str(options.gradient_accumulation_steps),
-        "precision": options.precision,
-        "optimizer": options.optimizer,
-    }
-
-
-def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Checkpoint | None:
-    """Return the latest sound checkpoint of the run's folder that can be resumed, or None.
-
-    A run may end inside a batch; its last checkpoint is returned only if no update is left. Damaged checkpoints are
-    named in the log, and the one before is used.
-
-    Raises:
-        ValueError: a checkpoint is another run's or has more updates than the recipe asks for, or all are damaged.
-    """
-    steps, damaged = recipe.train.steps, list[checkpoint.DamagedCheckpointError]()
-    for path in reversed(checkpoint.complete(Path(recipe.output))):
-        try:
-            saved = checkpoint.read(path, identity)
-        except checkpoint.DamagedCheckpointError as error:
-            damaged.append(error)
-            logger.warning(f"{error}; using the one before it")
-            continue
-        if saved.step > steps:
-            raise ValueError(
-                f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
-                "raise train.steps, or use another output folder"
-            )
-        if saved.step == steps or not saved.state["progress"]["pending"]:
-            return saved
-        logger.warning(f"{path.name} is of a run that ended inside a batch: updates after the one before are repeated")
-    if damaged:
-        raise ValueError(f"{damaged[0]}; no other checkpoint is left: name another output to begin anew")
-    return None
 
 
 def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -> Policy[F]:

@@ -1,0 +1,80 @@
+"""Identity of a recipe's run, and the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmalign import methods
+from mmalign.config import Recipe
+from mmalign.data.caches import fingerprint
+from mmalign.data.pairs import Row, fingerprint_pairs
+from mmalign.families.base import Family
+from mmalign.modalities import modality_of
+from mmalign.training import checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Options of `data` that shape no batch; the fingerprint of the pairs stands for the files that they were read from.
+_SOURCES = {"path", "format", "split", "columns", "images", "num_workers", "cache", "max_bad_images"}
+
+
+def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes: int) -> dict[str, str]:
+    """Return the identity of a run; a checkpoint resumes only a run of the same identity.
+
+    Args:
+        recipe: the recipe to train.
+        family: the model as loaded.
+        pairs: the training pairs.
+        num_processes: processes of the launch.
+    """
+    lora, options = recipe.model.lora, recipe.train
+    targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
+    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
+    reward = methods.requirements_of(recipe.method).reward
+    data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
+    return {
+        **({"reward": reward.path} if reward is not None else {}),
+        **modality_of(recipe).frozen_models(recipe.model),
+        "model": fingerprint.fingerprint_weights(family.network),
+        "method": recipe.method.name,
+        "tune": adapters if recipe.model.tune == "lora" else "full",
+        **data,
+        "pairs": fingerprint_pairs(pairs),
+        "seed": str(options.seed),
+        "pairs of a batch": str(options.batch_size * num_processes),
+        "batches of an update": str(options.gradient_accumulation_steps),
+        "precision": options.precision,
+        "optimizer": options.optimizer,
+    }
+
+
+def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Checkpoint | None:
+    """Return the latest sound checkpoint of the run's folder that can be resumed, or None.
+
+    A run may end inside a batch; its last checkpoint is returned only if no update is left. Damaged checkpoints are
+    named in the log, and the one before is used.
+
+    Raises:
+        ValueError: a checkpoint is another run's or has more updates than the recipe asks for, or all are damaged.
+    """
+    steps, damaged = recipe.train.steps, list[checkpoint.DamagedCheckpointError]()
+    for path in reversed(checkpoint.complete(Path(recipe.output))):
+        try:
+            saved = checkpoint.read(path, identity)
+        except checkpoint.DamagedCheckpointError as error:
+            damaged.append(error)
+            logger.warning(f"{error}; using the one before it")
+            continue
+        if saved.step > steps:
+            raise ValueError(
+                f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
+                "raise train.steps, or use another output folder"
+            )
+        if saved.step == steps or not saved.state["progress"]["pending"]:
+            return saved
+        logger.warning(f"{path.name} is of a run that ended inside a batch: updates after the one before are repeated")
+    if damaged:
+        raise ValueError(f"{damaged[0]}; no other checkpoint is left: name another output to begin anew")
+    return None
