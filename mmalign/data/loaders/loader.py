@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.loaders.sampler import EpochSampler, SkippedRows
+from mmalign.data.loaders.sampler import EpochSampler, check_max_bad_images
 from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 
 Plan = list[list[tuple[int, float]]]  # (number, weight) of each pair, for every batch
@@ -93,7 +93,7 @@ class Loader(Generic[P, E, B]):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
         self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
         self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last)
-        self._skipped = SkippedRows(pairs.source, max_bad_images)
+        self._max_bad_images, self._skipped = max_bad_images, dict[str, SkippedRow]()
         self._first = 0  # number of the first pair that is not known to be bad
         self._keys = dict[int, str]()
 
@@ -104,7 +104,11 @@ class Loader(Generic[P, E, B]):
     @property
     def skipped(self) -> list[SkippedRow]:
         """Rows skipped so far on this process, each once."""
-        return self._skipped.rows
+        return list(self._skipped.values())
+
+    def _skip(self, rows: Sequence[SkippedRow]) -> None:
+        self._skipped.update((row.location, row) for row in rows)
+        check_max_bad_images(self.skipped, self._max_bad_images, self.pairs.source)
 
     def key(self, number: int) -> str:
         """Return the key of a pair's content, by number."""
@@ -137,7 +141,7 @@ class Loader(Generic[P, E, B]):
         )
         batch: B | None
         for planned, (batch, skipped) in zip(plan, loader, strict=True):
-            self._skipped.add(skipped)
+            self._skip(skipped)
             if batch is None:  # no pair of the batch can be used
                 _, example = self._first_usable()
                 pairs = [self.pairs[number] for number, _ in planned]
@@ -159,7 +163,7 @@ class Loader(Generic[P, E, B]):
             if not isinstance(example, list):
                 self._first = number
                 return pair, example
-            self._skipped.add(example)
+            self._skip(example)
         raise ValueError(
             f"data.path: {self.pairs.source}: none of {len(self.pairs):,} pairs can be used "
             f"({format_rows(self.skipped)}); repair them, or name another source"

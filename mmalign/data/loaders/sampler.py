@@ -1,4 +1,4 @@
-"""Deterministic order of an epoch, its batches, and the record of skipped rows.
+"""Deterministic order of an epoch and its batches, and the limit of bad images.
 
 The order depends on the seed, the epoch and the number of pairs, not on workers or on the starting batch. B pairs per
 process and batch; a global batch has B pairs for every process.
@@ -69,33 +69,6 @@ class EpochSampler:
             left = min(len(self), num_batches - epoch * len(self))
             pairs.update((epoch, number) for number in self.order(epoch)[: left * size])
         return sorted(pairs)
-
-
-class SkippedRows:
-    """Record of the rows skipped so far on this process, each once.
-
-    Args:
-        source: the data's path, for messages.
-        max_bad_images: most skipped rows allowed; None allows any number.
-    """
-
-    def __init__(self, source: str, max_bad_images: int | None) -> None:
-        self.source, self.max_bad_images = source, max_bad_images
-        self._rows: dict[str, SkippedRow] = {}
-
-    @property
-    def rows(self) -> list[SkippedRow]:
-        """Skipped rows in the order in which they were met."""
-        return list(self._rows.values())
-
-    def add(self, dropped: Sequence[SkippedRow]) -> None:
-        """Add skipped rows.
-
-        Raises:
-            ValueError: there are more than `max_bad_images`.
-        """
-        self._rows.update((d.location, d) for d in dropped)
-        check_max_bad_images(self.rows, self.max_bad_images, self.source)
 
 
 def check_max_bad_images(bad: Sequence[SkippedRow], max_bad_images: int | None, source: str) -> None:
