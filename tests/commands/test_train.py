@@ -134,7 +134,7 @@ def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
         train(load_recipe(content))
     monkeypatch.setattr("mmalign.training.loop.MAX_EMPTY_BATCHES", 3)
     with pytest.raises(
-        ValueError, match=r"3 batches in a row, .* had nothing to learn .*: the reward model was sure of no"
+        ValueError, match=r"3 batches in a row, .* had nothing to learn .*: the reward model was not sure of any"
     ):
         train(load_recipe(content))
     assert checkpoint.latest(tmp_path / "out") is None
