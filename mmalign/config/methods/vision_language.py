@@ -131,4 +131,5 @@ class RLHFVConfig(ResponseMethodConfig):
     beta: float = Field(0.5, gt=0, description="in nats per token")
     gamma: float = Field(5.0, gt=0, description="weight of a changed token; 1 is DPO on means")
     min_block: int = Field(3, ge=1, description="tokens; shorter runs of equal tokens are treated as changed")
-    insertions: bool = Field(True, description="treat words on only one side as changed; false as in the release")
+    insertions: bool = Field(True, description="treat words on only one side as changed")
+    divide: bool = Field(True, description="divide the sum by the weights; false as in the release, with beta in nats")

@@ -49,7 +49,7 @@ def response_scores(
         batch: the pairs, with tokens [kB] for k views.
         views: the names of the k views, "chosen" and "rejected" first.
         mean: the mean over a response's tokens, not the sum.
-        weights: weights of the response tokens [kB, R]; the score is then the weighted mean.
+        weights: weights of the response tokens [kB, R]; None for 1.
     """
     logps = family.token_logps(net, batch.tokens, batch.features)
     return view_scores(logps, batch.tokens.response_mask, views, mean=mean, weights=weights)
@@ -60,7 +60,7 @@ def view_scores(
 ) -> Scores:
     """Reduce token log-probabilities [kB, R] of k views to scores [B], and add the first view's token mean."""
     if weights is not None:
-        each = scores.weighted_mean(logps, mask, weights)
+        each = scores.weighted_mean(logps, mask, weights) if mean else scores.total(logps * weights, mask)
     else:
         each = scores.mean(logps, mask) if mean else scores.total(logps, mask)
     pairs = len(logps) // len(views)

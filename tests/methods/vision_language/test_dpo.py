@@ -12,6 +12,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.methods.vision_language import dpo, rlhfv
+from mmalign.methods.vision_language._responses import view_scores
 from mmalign.policy import FrozenCopy, Policy
 from tests.helpers.golden import golden
 from tests.helpers.policies import adapted, gradient, run
@@ -120,3 +121,20 @@ def test_gamma_1_is_dpo_on_means(llava: VisionLanguage) -> None:
         torch.testing.assert_close(dense.metrics[name], means.metrics[name], rtol=1e-4, atol=1e-6)
     heavy = run(rlhfv, policy, given, rlhfv.Config(gamma=5.0))
     assert (heavy.metrics["rejected gain"] - dense.metrics["rejected gain"]).abs().max() > 1e-4
+
+
+def test_a_short_common_beginning_is_unchanged_since_the_prompt_precedes_it() -> None:
+    rows = [TokenizedResponse((1, 2, 3, 4, *response), 4) for response in ((10, 11, 12), (10, 20, 21, 22))]
+    weights = rlhfv.token_weights(Tokens.from_rows(rows, 0), 5.0, 3, insertions=True)
+    assert weights.tolist() == [[1, 5, 5, 1], [1, 5, 5, 5]]
+
+
+def test_the_undivided_sum_is_the_release_s() -> None:
+    logps, mask, weights = (
+        -torch.rand(2, 3),
+        torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
+        torch.tensor([[1, 5.0, 9], [1, 1, 5]]),
+    )
+    actual = view_scores(logps, mask, weights=weights)
+    torch.testing.assert_close(actual["chosen"], logps[:1, 0] + 5 * logps[:1, 1])
+    torch.testing.assert_close(actual["rejected"], (logps[1:] * weights[1:]).sum(1))
