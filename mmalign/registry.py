@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -74,6 +75,8 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
         ) from error
     if not callable(imported):
         raise ValueError(f"{key}: {name} is not a function but {type(imported).__name__}")
+    file = getattr(sys.modules[module], "__file__", None) or "Python itself"
+    logging.getLogger("mmalign").info(f"{key}: this recipe runs {name} from {file}")
     return imported
 
 

@@ -54,10 +54,22 @@ RENAMED = {  # former paths of options
 }
 ROOT = "a recipe"  # name of a recipe's top level in messages
 SHOWN = 80  # characters of a wrong value in messages
+MAX_BYTES = 2**20  # of a recipe
+MAX_ALIASES = 16  # references to anchors; each can multiply what a recipe holds
 
 
 class _Loader(yaml.SafeLoader):
     """YAML loader with YAML 1.2's numbers (1e-8 is a string in 1.1), which refuses duplicate keys."""
+
+    _num_aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            self._num_aliases += 1
+            if self._num_aliases > MAX_ALIASES:
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem=f"has more than {MAX_ALIASES} aliases (*name)", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen = set()
@@ -132,7 +144,11 @@ def _read(name: str | Path) -> str:
     from mmalign.resources import resolve
 
     try:
-        return resolve(name).read_text(encoding="utf-8")
+        with resolve(name).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{name}: has more than {MAX_BYTES:,} bytes; expected a recipe, a short file in YAML")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{name}: is not text in UTF-8; expected a recipe in YAML") from None
     except OSError as error:
@@ -146,6 +162,8 @@ def _parse(text: str, location: str) -> object:
         mark = error.problem_mark
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{location}: is not a recipe in YAML: {position}{error.problem}") from None
+    except RecursionError:
+        raise ValueError(f"{location}: is not a recipe in YAML: its brackets are nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # control characters; a date in month 13
         raise ValueError(f"{location}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
 

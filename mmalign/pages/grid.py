@@ -6,12 +6,13 @@ are pixels before scaling.
 
 from __future__ import annotations
 
+import bisect
 import io
 import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -156,10 +157,9 @@ class _Canvas:
 
         for is_space, group in itertools.groupby(_words(text.pieces), lambda word: word.text == " "):
             word = list(group)
-            # Cut a word that is wider than a line
-            while is_too_wide(word):
-                last = word.pop()
-                word += [last._replace(text=last.text[:-1])] if last.text[1:] else []
+            word = _cut(word, is_too_wide)
+            if len(lines) > text.num_lines:
+                break  # the rest is not shown
             if not is_space and (not lines or is_too_wide([*lines[-1], *word])):
                 lines.append(word)
             elif lines:
@@ -175,6 +175,22 @@ def _words(pieces: Sequence[Piece]) -> Iterator[Piece]:
     for piece in pieces:
         for word in re.findall(r"\S+|\s+", plain(piece.text[:2000])):
             yield piece._replace(text=" " if word.isspace() else word)
+
+
+def _cut(word: list[Piece], is_too_wide: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
+    """Return the start of a word that fits a line, by bisection over its number of letters."""
+    if not is_too_wide(word):
+        return word
+
+    def first(num_letters: int) -> list[Piece]:
+        cut = list[Piece]()
+        for piece in word:
+            cut += [piece._replace(text=piece.text[:num_letters])] if num_letters > 0 else []
+            num_letters -= len(piece.text)
+        return cut
+
+    num_letters = sum(len(piece.text) for piece in word)
+    return first(bisect.bisect_left(range(num_letters), True, key=lambda n: is_too_wide(first(n + 1))))
 
 
 def _line_height(text: Text) -> int:

@@ -191,7 +191,7 @@ def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, object]]:
     """Yield the records of a JSON file; read it as JSON lines if it is not valid JSON and not a list."""
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if is_list:
             raise ValueError(f"{file.name} is not JSON ({error}); expected a list of records [{{...}}]") from error
         yield from _lines(file)
@@ -214,7 +214,7 @@ def _lines(file: Path) -> Iterator[tuple[str, object]]:
                 location = f"{file.name}: line {number}"
                 try:
                     yield location, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{location} is not JSON ({error}); expected one record {{...}} a line") from error
 
 
@@ -227,7 +227,7 @@ def document(path: str | Path) -> dict[str, object]:
     file = resolve(path)
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); expected one dictionary {{...}}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} is {shorten(content)}; expected one dictionary {{...}}")
