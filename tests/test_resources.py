@@ -87,7 +87,7 @@ PATHS = [
 ]
 
 
-def test_a_hub_id_goes_through_as_it_came_and_a_missing_path_never_does(checkout: Path) -> None:
+def test_hub_id_passes_and_missing_path_is_refused(checkout: Path) -> None:
     for name in HUB:
         assert resources.is_hub_id(name)
         assert resources.resolve_model(name) == name

@@ -114,9 +114,7 @@ def test_a_transformer_of_diffusers_is_the_reference_s(name: str, flow_folders: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", attention_models.MODELS)
-def test_a_model_with_adapters_says_and_learns_what_it_does_by_sdpa(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_model_with_adapters_agrees_with_sdpa(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Values, and the gradients of all adapters. With TF32, whose products have three bits more than bfloat16's."""
     values, gradient = attention_models.APART[torch.bfloat16]
     less = 1.0 if dtype == torch.bfloat16 else 2**-3

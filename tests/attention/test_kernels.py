@@ -153,7 +153,7 @@ def test_what_is_chosen_is_said() -> None:
     assert str(on_cpu) == "attention: sdpa, since xformers is not supported: it has no kernels for a CPU"
 
 
-def test_a_model_that_no_kernel_serves_gets_sdpa_and_is_refused_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_model_gets_sdpa_and_no_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its attention would fail in the first update, on a device where everything else is well."""
     monkeypatch.setattr(choice, "unsupported_reason", lambda *_: None)
     decoder = BUILDERS["llava"]()[0].get_decoder()

@@ -76,7 +76,7 @@ def test_what_prepare_needs_is_told_before_any_model_is_loaded(
     contains(message, sentence.replace("W", str(world)))
 
 
-def test_a_judge_that_cannot_be_loaded_is_told_before_anything_is_drawn(
+def test_unloadable_reward_is_refused_before_generation(
     mmalign: Commands, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mmalign("train", content)

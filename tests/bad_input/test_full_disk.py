@@ -59,9 +59,7 @@ def test_a_full_disk_where_tables_are_mapped(mmalign: Commands, content: Content
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_evaluation_and_gallery_keeps_those_before(
-    mmalign: Commands, content: Content, tmp_path: Path
-) -> None:
+def test_full_disk_keeps_earlier_evaluation_and_gallery(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     out = tmp_path / "out"
     mmalign("train", content)
     mmalign("evaluate", content)

@@ -19,7 +19,7 @@ def finite(folder: Path) -> bool:
     return all(x.isfinite().all() for x in load_file(folder / "model.safetensors").values())
 
 
-def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_checkpoint(
+def test_non_finite_loss_names_its_batch_and_keeps_checkpoint(
     mmalign: Commands, content: Content, tmp_path: Path
 ) -> None:
     """The same command with a lower learning rate goes on."""

@@ -74,9 +74,7 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("tracker", ["wandb", "aim", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(
-    tracker: str, mmalign: Commands, content: Content
-) -> None:
+def test_missing_tracker_is_refused(tracker: str, mmalign: Commands, content: Content) -> None:
     from accelerate.tracking import get_available_trackers
 
     if tracker in [str(t) for t in get_available_trackers()]:

@@ -293,7 +293,7 @@ def test_a_cache_that_is_off_is_not_filled(vlm_folders: Folders, tmp_path: Path)
         caching.cache(load_recipe(content, [f"data.cache={tmp_path}/file"]))
 
 
-def test_a_score_that_is_missing_is_an_error_where_nothing_else_can_give_it(tmp_path: Path) -> None:
+def test_missing_cached_score_without_reference_is_an_error(tmp_path: Path) -> None:
     cache = ArrayCache.open(tmp_path / "kept", {})
     scores = PrecomputeSpec(1, {}, scores=True)
     weights = torch.tensor([1.0, 0.0])

@@ -61,7 +61,7 @@ def test_renamed_option_is_answered_with_its_new_name(old: str, new: str) -> Non
     assert f"{old}: is now called {new}; rename it" in slip(f"{old}=1", of=recipe)
 
 
-def test_an_option_that_moved_is_not_offered_to_a_method_without_its_new_place() -> None:
+def test_moved_option_is_offered_only_where_it_exists() -> None:
     recipe = {**copy.deepcopy(LEAST), "method": {"name": "mapo", "flip_rate": 0.1}}
     assert slip(of=recipe) == "recipe: method has no 'flip_rate'; it has name, beta, snr, caption_dropout"
 
@@ -127,7 +127,7 @@ def test_an_override_changes_what_it_names_and_nothing_else() -> None:
     assert load("output=a=b").output == "a=b"
 
 
-def test_another_method_takes_no_hyper_parameter_of_the_one_before() -> None:
+def test_other_method_drops_the_former_s_hyper_parameters() -> None:
     """Both have a beta, four orders of magnitude apart."""
     theirs = {**LEAST, "method": {"name": "diffusion_dpo", "beta": 3000}}
     assert load_recipe(theirs, ["method.name=mapo"]).method.beta == 0.1
@@ -211,7 +211,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
         ("method.loss={name: robust, flip_rate: 1}", "recipe: method.loss.flip_rate: expected less than 0.5, got 1"),
     ],
 )
-def test_a_wrong_value_says_where_what_came_and_what_was_expected(override: str, sentence: str) -> None:
+def test_wrong_value_names_key_value_and_expectation(override: str, sentence: str) -> None:
     assert slip(override) == sentence
 
 

@@ -122,7 +122,7 @@ def test_a_judge_learns_to_tell_the_pairs_apart(tiny_sd15: Path, tiny_clip: Path
     assert sum(h["accuracy"] for h in late) / 10 > 0.75
 
 
-def test_a_judge_that_is_never_sure_stops_the_run_with_a_sentence(
+def test_reward_without_sure_pairs_stops_the_run(
     tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an epoch, or before its end after many batches without a pair; nothing is saved."""
@@ -166,7 +166,7 @@ def test_a_run_that_ends_inside_a_batch_is_done(
 
 
 @pytest.mark.parametrize(("first", "then"), first_fast([(3, 4), (3, 6), (6, 7), (6, 9), (8, 9)]))
-def test_a_run_that_ended_inside_a_batch_made_longer_equals_never_ending(
+def test_extended_run_equals_an_uninterrupted_one(
     first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path, log_lines: list[str]
 ) -> None:
     """Bit for bit: what it had made of its last batch is thrown away."""

@@ -194,9 +194,7 @@ def test_over_long_prompts_are_counted_and_named_at_the_end(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_method_that_needs_other_images_is_refused_before_a_model_is_loaded(
-    vlm_folders: Folders, rows: Path, tmp_path: Path
-) -> None:
+def test_method_without_its_other_images_is_refused_early(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", method={"name": "realign"})
     message = refused(content)
     assert message.startswith(
@@ -221,7 +219,7 @@ def test_a_recipe_of_one_modality_has_no_keys_of_the_other(vlm_folders: Folders,
     assert "recipe: data has no 'max_length'" in refused(images, "data.max_length=3")
 
 
-def test_a_model_of_the_other_modality_is_refused_before_it_is_loaded(
+def test_model_of_other_modality_is_refused_early(
     vlm_folders: Folders, tiny_sd15: Path, rows: Path, tmp_path: Path
 ) -> None:
     content = recipes.vlm(tiny_sd15, rows, tmp_path / "out")

@@ -50,12 +50,12 @@ def test_velocity_errors_are_epsilon_errors_over_abar() -> None:
     torch.testing.assert_close(v_error, eps_error / v.alphas_cumprod[t], rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_prediction_type_is_refused_with_the_known_ones() -> None:
+def test_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"here/.*'sample'; expected epsilon or v_prediction"):
         Diffusion.from_config({**SD15, "prediction_type": "sample"}, "here/scheduler")
 
 
-def test_errors_are_reduced_in_float32_where_bfloat16_would_destroy_the_logit() -> None:
+def test_errors_are_reduced_in_float32_under_bfloat16() -> None:
     """At D = 16384 and an error of 0.15, outputs rounded to bfloat16 move the logit (beta 5000) by a standard deviation
     below 0.1; taking the means in bfloat16 as well moves it by about 1.
     """

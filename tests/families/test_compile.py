@@ -54,7 +54,7 @@ def test_a_denoiser_learns_the_same(tune: str, tiny_sd15: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_decoder_learns_the_same_and_is_not_compiled_for_every_length(vlm_folders: Folders, tmp_path: Path) -> None:
+def test_decoder_trains_alike_with_few_compilations(vlm_folders: Folders, tmp_path: Path) -> None:
     pairs, losses = data_files.response_pairs(tmp_path / "rows", number=12), {}
     for on in (False, True):
         given = {"steps": 12, "save_every": 12, "batch_size": 1, "lr": 1e-3, "compile": on}

@@ -177,7 +177,7 @@ def test_cca_at_weight_1_pulls_at_first_as_dpo_does() -> None:
 
 
 @pytest.mark.parametrize("name, start", [("dpo", math.log(2)), ("hinge", 1.0), ("robust", math.log(2))])
-def test_a_policy_equal_to_its_reference_has_a_known_loss_and_a_gradient(name: str, start: float) -> None:
+def test_policy_at_reference_has_known_loss_and_gradient(name: str, start: float) -> None:
     extra = {"flip_rate": 0.2} if name == "robust" else {}
     chosen = torch.tensor([0.3, -2.0], requires_grad=True)
     ours = Pair(chosen, torch.tensor([0.1, 5.0]))
@@ -205,7 +205,7 @@ def test_robust_without_flips_is_dpo_and_half_flips_are_refused() -> None:
 
 
 @pytest.mark.parametrize("variant, name, factor", [("sigmoid", "dpo", 1), ("hinge", "hinge", 1), ("ipo", "ipo", 4)])
-def test_diffusers_beta_is_half_of_ours_and_its_ipo_four_times_ours(variant: str, name: str, factor: int) -> None:
+def test_diffusers_beta_is_half_and_its_ipo_four_times(variant: str, name: str, factor: int) -> None:
     """diffusers' train_diffusion_dpo.py:851-890, run at beta 2500; ours is 5000 on the same numbers."""
     content = golden("diffusion_dpo")
     published = content["diffusers_variants"][f"{variant}_beta2500"]
@@ -230,7 +230,7 @@ def step_scores(case: dict, schedule: dict, prediction: Tensor) -> Pair:
 
 
 @pytest.mark.parametrize("case", cases("spo"))
-def test_clipped_dpo_gives_the_release_s_numbers_with_one_forward_for_both_sides(case: dict) -> None:
+def test_clipped_dpo_gives_the_release_s_numbers(case: dict) -> None:
     """RockeyCoss/SPO, train_spo.py:488-586, in float64; its two forwards' gradients are summed.
 
     1e-8 and, of the densities, 1e-7: the release's schedule is in float32, and its own std is squared and rooted there.
@@ -248,7 +248,7 @@ def test_clipped_dpo_gives_the_release_s_numbers_with_one_forward_for_both_sides
     assert_close(theirs.rejected.tolist(), expected["logp_ref_l"], rtol=1e-7, atol=1e-7)
 
 
-def test_a_side_outside_the_clip_has_no_gradient_and_both_have_a_largest_logit() -> None:
+def test_clipped_side_has_no_gradient() -> None:
     """Ratios e^0.2 and e^-0.2 are outside [0.9, 1.1]; e^0.05 is inside."""
     chosen, rejected = torch.tensor([0.2, 0.05, 0.2]), torch.tensor([0.05, -0.2, -0.2])
     for side in (chosen, rejected):

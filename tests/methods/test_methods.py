@@ -46,7 +46,7 @@ def check_start(policy: Policy, name: str, config: dict[str, Any], expected: flo
 
 
 @pytest.mark.parametrize(("name", "terms"), [("diffusion_dpo", 1), ("inpo", 1), ("cca", 2), ("instruct_engine", 1)])
-def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(family: TextToImage, name: str, terms: int) -> None:
+def test_policy_at_reference_has_ln_2_and_gradient(family: TextToImage, name: str, terms: int) -> None:
     check_start(full(family), name, {}, terms * math.log(2))
 
 
@@ -204,7 +204,7 @@ def many(family: TextToImage, number: int) -> EncodedPairs:
     )
 
 
-def test_caption_dropout_decides_once_for_a_pair_and_puts_the_family_s_unconditional_there(family: TextToImage) -> None:
+def test_caption_dropout_decides_once_per_pair(family: TextToImage) -> None:
     """Of 2,000 pairs a share of 0.2 is dropped, within four standard deviations; sizes are never dropped."""
     number, batch = 2000, many(family, 2000)
     view = _denoising.noise_pairs(family, batch, 0.2, DRAWS)

@@ -26,7 +26,7 @@ def test_a_config_has_the_keyword_arguments_of_its_function(config: type[PairLos
 
 
 @every_loss
-def test_a_gradient_step_raises_the_margin_of_a_policy_that_equals_its_reference(config: type[PairLossConfig]) -> None:
+def test_gradient_step_raises_the_margin_at_the_reference(config: type[PairLossConfig]) -> None:
     sides = Pair(torch.tensor([0.3, -2.0], requires_grad=True), torch.tensor([0.1, 5.0], requires_grad=True))
     bound_loss(config(), 0.5)(sides, Pair(*(side.detach() for side in sides))).sum().backward()
     assert (sides.chosen.grad < 0).all() and torch.equal(sides.rejected.grad, -sides.chosen.grad)

@@ -62,7 +62,7 @@ def test_no_images_give_no_scores(folder: Path) -> None:
     assert load_reward_model("open_clip", str(folder))([], []).shape == (0,)
 
 
-def test_a_folder_without_weights_is_refused_not_filled_with_random_ones(folder: Path, tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -53,9 +53,7 @@ def test_the_time_embedding_is_the_release_s() -> None:
     torch.testing.assert_close(result, torch.tensor(case["embedding_fp32"]), rtol=1e-5, atol=1e-4)
 
 
-def test_a_judge_that_has_learned_tells_times_apart_and_is_the_same_in_any_company(
-    learned: Path, images: list[Image.Image]
-) -> None:
+def test_trained_step_judge_depends_on_time_not_on_batch(learned: Path, images: list[Image.Image]) -> None:
     reward_model = load_reward_model("step_aware", str(learned))
     together = reward_model(images, PROMPTS, TIMES)
     assert (reward_model(images, PROMPTS, TIMES + 200) - together).abs().min() > 1e-3
@@ -115,7 +113,7 @@ def _saved(tiny_clip: Path) -> Path:
     return folder
 
 
-def test_a_judge_can_be_trained_further_and_two_beginnings_are_one(tiny_clip: Path, learned: Path) -> None:
+def test_step_judge_can_be_trained_further(tiny_clip: Path, learned: Path) -> None:
     again, first = begin(str(learned)).net.state_dict(), load_file(learned / step_aware.WEIGHTS)
     assert all(torch.equal(again[name], x) for name, x in first.items())
     one, other = (begin(str(tiny_clip)).net.state_dict() for _ in range(2))

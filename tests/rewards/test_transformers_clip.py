@@ -72,9 +72,7 @@ def test_without_its_own_it_has_clip_s_tokenizer_and_preprocessing(tmp_path: Pat
     assert torch.equal(load_reward_model("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
 
 
-def test_a_preprocessor_s_own_file_is_read_as_older_versions_wrote_it(
-    tiny_transformers_clip: Path, tmp_path: Path
-) -> None:
+def test_preprocessor_file_of_older_versions_is_read(tiny_transformers_clip: Path, tmp_path: Path) -> None:
     folder = tmp_path / "older"
     shutil.copytree(tiny_transformers_clip, folder)
     (folder / "processor_config.json").unlink()

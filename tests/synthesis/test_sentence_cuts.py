@@ -125,7 +125,7 @@ def test_what_a_model_says_takes_the_place_of_the_rest() -> None:
     assert joined(["Yes."], []) == "Yes."
 
 
-def test_a_masked_answer_is_cut_before_the_first_mask_of_each_sentence() -> None:
+def test_masked_answer_is_cut_before_each_first_mask() -> None:
     answer = "A red dog sits. Nice. Two cats!"
     masked = f"A {MASK} sits. Nice. {MASK} cats!"
     assert masked_openings(answer, masked) == [

@@ -31,7 +31,7 @@ def test_the_best_of_each_prompt() -> None:
     assert best_of_each([1.0, 3.0, 2.0, 0.0, -1.0, -2.0], 3) == [1, 3]
 
 
-def test_a_contrast_is_kept_where_either_prompt_prefers_its_own_image(tmp_path: Path) -> None:
+def test_contrast_needs_one_prompt_that_prefers_its_image(tmp_path: Path) -> None:
     """Four couples, own scores 2. By the other prompt 0 and 0: kept. 1.9 on either side alone: 0.52 sure, dropped.
 
     The score of the second image by the first prompt is to be compared with that of the first image by it.
@@ -50,7 +50,7 @@ def test_a_contrast_is_kept_where_either_prompt_prefers_its_own_image(tmp_path: 
         write_prompt_pairs(path, prompts, images(8), own, crossed, min_confidence=0.99)
 
 
-def test_contrasts_of_the_bundled_world_differ_in_one_thing_and_hold_nothing_out() -> None:
+def test_bundled_contrasts_differ_in_one_attribute() -> None:
     couples = scenes.sample_prompt_pairs(400, seed=0)
     known = set(scenes.all_prompts())
     assert couples == scenes.sample_prompt_pairs(400, seed=0) != scenes.sample_prompt_pairs(400, seed=1)

@@ -19,7 +19,7 @@ def test_partners_are_pairs_of_kinds_that_cannot_be_mistaken_for_each_other() ->
         assert not set(kind.split()) & set(partner.split())
 
 
-def test_a_crowd_holds_two_to_five_kinds_each_once_in_the_order_of_a_description() -> None:
+def test_crowd_holds_two_to_five_kinds_in_order() -> None:
     for crowd in crowds.sample("train", 300, 0):
         assert 2 <= len(crowd.kinds) <= 5
         assert list(crowd.kinds) == sorted(set(crowd.kinds), key=crowds.KINDS.index)
@@ -52,7 +52,7 @@ def test_objects_are_painted_where_they_are_and_nowhere_else() -> None:
         assert not (painted & ~allowed).any()
 
 
-def test_a_faint_object_is_nearer_to_the_background_than_a_full_one() -> None:
+def test_faint_object_is_nearer_to_the_background() -> None:
     things = [thing for crowd in crowds.sample("test", 500, 0) for thing in crowd.things]
     faint = [thing.pale > 0 for thing in things]
     assert np.mean(faint) == pytest.approx(crowds.FAINT, abs=0.04)

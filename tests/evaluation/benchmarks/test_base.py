@@ -47,7 +47,7 @@ def test_captions_are_scored_by_object_halbench() -> None:
     assert metrics.benchmark == "Object HalBench" and metrics.values["response-level"] == 1
 
 
-def test_captions_refuse_images_without_annotation_and_repeated_questions() -> None:
+def test_captions_refuse_unannotated_and_repeated_images() -> None:
     with pytest.raises(ValueError, match=r"annotations: 1 of 2 images have no annotation \(42; annotated are 1.jpg"):
         caption_benchmark(ASKED, {"1.jpg": frozenset()}, WORDS, no_images)
     with pytest.raises(ValueError, match=r"'Describe it.' is asked twice of image 42"):

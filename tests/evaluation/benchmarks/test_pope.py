@@ -42,7 +42,7 @@ def test_build_adversarial_by_hand() -> None:
     }
 
 
-def test_adversarial_asks_for_companions_and_popular_for_frequency() -> None:
+def test_adversarial_uses_cooccurrence_popular_frequency() -> None:
     """Beside a dog stand a leash and a bone, once each; a cat is in most images, and never beside a dog."""
     images = {
         "a": ["dog", "leash"],

@@ -186,7 +186,7 @@ def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToI
     torch.testing.assert_close(family.decode(moments.mean), decoded, rtol=1e-3, atol=1e-4)
 
 
-def test_a_row_is_predicted_alone_as_in_company_and_by_its_prompt(family: TextToImage) -> None:
+def test_row_prediction_depends_on_its_prompt_not_on_batch(family: TextToImage) -> None:
     x_t, t, cond = given(family)
     with torch.no_grad():
         both = family.predict(family.network, x_t, t, cond)

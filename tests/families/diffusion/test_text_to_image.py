@@ -90,7 +90,7 @@ def test_long_prompts_are_counted(family: TextToImage) -> None:
     assert family.encode_prompts(["x" * 10_000]).tensors["embeds"].shape[1] == 16
 
 
-def test_an_unsupported_pipeline_is_answered_with_the_supported_ones(tmp_path: Path) -> None:
+def test_unsupported_pipeline_lists_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(
         ValueError, match=r"KandinskyPipeline; supported are StableDiffusionPipeline, StableDiffusionXLPipeline"

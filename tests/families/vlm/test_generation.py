@@ -101,7 +101,7 @@ def test_image_places_are_those_of_features(family: Any) -> None:
     assert {row.ids[place] for place in places} == {family.network.model.config.image_token_id}
 
 
-def test_an_answer_keeps_the_space_that_a_tokenizer_drops_at_the_beginning_of_a_text() -> None:
+def test_answer_keeps_its_leading_space() -> None:
     """As SentencePiece does: "cube" is the token "▁cube", which alone reads without its space."""
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

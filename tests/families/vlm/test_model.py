@@ -91,7 +91,7 @@ def test_a_token_across_the_border_belongs_to_both_responses(llava: VisionLangua
     assert joined[0].start == joined[1].start == one.start  # what both responses begin with is theirs, not the prompt's
 
 
-def test_a_conversation_of_several_turns_and_images_between_the_words(vlm_folders: Folders) -> None:
+def test_conversation_with_turns_and_inline_images(vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("qwen2_5_vl"))
     turns = [Turn("user", "Is <image> red?"), Turn("assistant", "No."), Turn("user", "And <image>")]
     views = [(k, family.processor.preprocess_image(PICTURES[k])) for k in ("wide", "tall")]
@@ -182,7 +182,7 @@ def adapted(family: Any) -> Policy[Any]:
     return Policy(family, family.network, family.network, AdaptersOff())
 
 
-def test_adapters_are_on_every_linear_layer_of_the_decoder_and_nowhere_else(vlm: Any) -> None:
+def test_adapters_are_on_the_decoder_s_linear_layers_only(vlm: Any) -> None:
     policy = adapted(vlm)
     names = [name for name, p in policy.unwrapped.named_parameters() if p.requires_grad]
     decoder = vlm._decoder
@@ -207,7 +207,7 @@ def test_adapters_off_is_the_base_model_bit_for_bit(vlm: Any) -> None:
     assert (logps(vlm, some) - before).abs().max() > 1e-2
 
 
-def test_a_policy_that_trains_outside_its_adapters_is_refused_that_reference(llava: Any) -> None:
+def test_policy_trained_outside_adapters_has_no_reference(llava: Any) -> None:
     llava.add_lora(rank=2, alpha=2.0, targets=["q_proj"], seed=0)
     llava.network.model.model.multi_modal_projector.requires_grad_(True)
     message = r"model\.model\.multi_modal_projector.* outside the adapters are trained.*model\.tune: full"
@@ -255,7 +255,7 @@ def test_recomputed_activations_give_the_same_gradients(vlm: Any) -> None:
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_a_saved_model_is_one_that_its_library_loads_and_scores_alike(vlm: Any, tune: str, tmp_path: Path) -> None:
+def test_saved_model_loads_in_its_library_and_scores_alike(vlm: Any, tune: str, tmp_path: Path) -> None:
     some = rows(vlm)
     if tune == "lora":
         adapted(vlm)
@@ -326,7 +326,7 @@ def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Folders, t
         load_vlm(tmp_path / "m")
 
 
-def test_a_type_whose_prompts_name_images_by_another_token_than_its_features_is_refused() -> None:
+def test_type_with_two_image_tokens_is_refused() -> None:
     """As Gemma 3's and Molmo 2's do; the processor is the model's own, so copying it anew would not help."""
     model, processor = vlm_models.BUILDERS["internvl"]()
     processor.image_token = "<img>"

@@ -74,7 +74,7 @@ def test_exchanging_the_prompts_of_two_pairs_negates_the_logit(family: TextToIma
     torch.testing.assert_close(one["matched gain"], other["mismatched gain"], rtol=1e-3, atol=1e-6)
 
 
-def test_both_halves_are_the_chosen_images_of_diffusion_dpo_under_its_noise(family: TextToImage) -> None:
+def test_both_halves_are_diffusion_dpo_s_chosen_images(family: TextToImage) -> None:
     batch = pairs(family)
     sizes = batch.sizes.clone()
     sizes[4:, 0] = 99.0  # of the rejected images, which have no part in it

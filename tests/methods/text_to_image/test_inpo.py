@@ -128,7 +128,7 @@ class Counted(nn.Module):
         return self.net(x, t, **more)
 
 
-def test_a_pair_costs_two_forwards_a_hop_and_none_for_rows_that_have_arrived(sd: TextToImage) -> None:
+def test_inversion_runs_two_forwards_per_hop_and_pair(sd: TextToImage) -> None:
     policy, batch = full(sd), pairs(sd)
     assert isinstance(policy.reference, FrozenCopy)
     own, theirs = Counted(policy.unwrapped), Counted(policy.reference.model)

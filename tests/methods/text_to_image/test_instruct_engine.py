@@ -97,7 +97,7 @@ def test_its_comparison_of_images_is_diffusion_dpo_s_own(family: TextToImage) ->
         assert b.norm() > 0 and (a - b).norm() < 1e-4 * b.norm()
 
 
-def test_equal_prompts_leave_two_diffusion_dpo_terms_and_two_ln_2(family: TextToImage) -> None:
+def test_equal_prompts_leave_two_dpo_terms_and_two_ln_2(family: TextToImage) -> None:
     """The images are compared under one prompt, once each way round."""
     policy, batch = full(family, moved=0.02), pairs(family, std=0.0)
     batch = replace(batch, rejected_text=batch.text)

@@ -225,9 +225,7 @@ def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: T
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize("inner_steps", [0, 1])
-def test_a_policy_that_equals_its_reference_has_ln_2_and_a_gradient(
-    family: TextToImage, tune: str, inner_steps: int
-) -> None:
+def test_policy_at_reference_has_ln_2_and_gradient(family: TextToImage, tune: str, inner_steps: int) -> None:
     policy = POLICIES[tune](family)
     cfg = spo.Config(**SHORT | {"inner_steps": inner_steps})
     contrasts = made(policy, prompts(family), cfg)

@@ -52,7 +52,7 @@ def learning(family: StepJudge) -> Policy[StepJudge]:
     return Policy(family, family.network, family.network, None)
 
 
-def test_both_images_are_predicted_from_one_noise_at_one_time_under_guidance(family: StepJudge) -> None:
+def test_both_images_share_noise_time_and_guidance(family: StepJudge) -> None:
     """Worked out from the definitions, and shown to the judge through its own preprocessing."""
     batch, cfg = pairs(family), step_preference.Config(guidance=3.0)
     with torch.no_grad():

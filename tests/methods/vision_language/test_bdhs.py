@@ -171,7 +171,7 @@ def test_its_loss_is_equation_5_of_what_was_written(policy: Policy[Any], tmp_pat
         assert set(step.metrics["tries"].tolist()) <= {1.0, 2.0}
 
 
-def test_a_pair_for_which_nothing_of_use_is_written_keeps_what_the_data_have(
+def test_pair_without_new_response_keeps_the_data_s(
     policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model writes nothing for the first pair, the true answer for the second, and something for the others."""
@@ -216,7 +216,7 @@ def test_padding_is_not_written_for(policy: Policy[Any], tmp_path: Path, monkeyp
     assert len(asked) == 6 == step.weights.sum()
 
 
-def test_an_answer_that_leaves_no_room_to_go_on_keeps_its_own_pair(policy: Policy[Any], tmp_path: Path) -> None:
+def test_answer_at_the_length_limit_keeps_its_pair(policy: Policy[Any], tmp_path: Path) -> None:
     given = batch(policy.family, rows(tmp_path))
     online = {**ONLINE, "max_new_tokens": 250}
     contrast, step = stepped(bdhs, policy, given, mode="online", online=online)
@@ -294,7 +294,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders
     assert_resumes(content)
 
 
-def test_a_model_that_cannot_be_blinded_is_refused_before_it_learns(vlm_folders: Folders, tmp_path: Path) -> None:
+def test_model_without_image_masking_is_refused_early(vlm_folders: Folders, tmp_path: Path) -> None:
     content = recipes.vlm(
         vlm_folders("qwen3_5"), rows(tmp_path / "rows"), tmp_path / "out", method={"name": "bdhs", "mode": "online"}
     )

@@ -50,7 +50,7 @@ def test_the_defaults_are_the_paper_s_or_the_release_s(method: Any) -> None:
 
 
 @EVERY
-def test_a_policy_that_equals_its_reference_has_ln_2_a_term_and_a_gradient(vlm: VisionLanguage, method: Any) -> None:
+def test_policy_at_reference_has_ln_2_per_term_and_gradient(vlm: VisionLanguage, method: Any) -> None:
     policy = adapted(vlm)
     step = run(method, policy, batch(vlm), method.Config())
     terms = TERMS[name_of(method)]
