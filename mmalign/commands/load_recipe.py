@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             self._num_aliases += 1
             if self._num_aliases > MAX_ALIASES:
-                mark = self.peek_event().start_mark
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
                 raise yaml.MarkedYAMLError(problem=f"has more than {MAX_ALIASES} aliases (*name)", problem_mark=mark)
         return super().compose_node(parent, index)
 

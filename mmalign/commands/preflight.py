@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
+        _check_launch()
         _check_training(recipe.train, device)
         if recipe.train.batch_size < needs.min_pairs:
             raise ValueError(
@@ -59,6 +61,17 @@ def check_precision(options: Train) -> None:
     """
     if options.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+
+
+def _check_launch() -> None:
+    """Refuse launchers' settings that are not supported and would be ignored, or fail with a library's error."""
+    unsupported = {"FSDP": "sharded training", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+    for name, words in unsupported.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"train: accelerate is set to {words} (ACCELERATE_USE_{name}), which is not supported; launch plain "
+                "data parallelism (accelerate launch --multi_gpu)"
+            )
 
 
 def _check_training(train: Train, device: torch.device) -> None:

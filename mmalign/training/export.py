@@ -58,7 +58,9 @@ def read_run_info(folder: Path) -> RunInfo:
     except OSError:
         raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file}: is damaged ({type(error).__name__}: {error}); train the model again") from None
+        raise ValueError(
+            f"{file}: is damaged or of an earlier version ({type(error).__name__}: {error}); train again"
+        ) from None
 
 
 def check_base_model(info: RunInfo, folder: Path, family: Family) -> None:
