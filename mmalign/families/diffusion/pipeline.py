@@ -146,7 +146,6 @@ class LatentModel(ABC):
 
     @property
     def packing(self) -> None:
-
         return None
 
     def save(self, folder: Path, net: nn.Module) -> None:
