@@ -104,8 +104,8 @@ def _write_error(path: Path, error: Exception) -> CheckpointError:
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return CheckpointError(
-        f"{path}: could not be written ({reason}); {shutil.disk_usage(existing).free // 10**6:,} MB are free, what was "
-        "there before is kept: make room and run the same command again"
+        f"{path}: could not be written ({reason}); {shutil.disk_usage(existing).free // 10**6:,} MB are free, earlier "
+        "files are unchanged; free some space and run the same command again"
     )
 
 
@@ -165,7 +165,5 @@ def make_folder(key: str, folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
-            f"{key}: {folder} cannot be written to ({error.strerror}); name a folder in which you may write"
-        ) from error
+        raise ValueError(f"{key}: {folder} is not writable ({error.strerror}); choose a writable folder") from error
     return folder

@@ -61,7 +61,7 @@ class Policy(Generic[F]):
         if outside:
             raise ValueError(
                 f"reference: {outside[0]} and {len(outside) - 1} more weights outside the adapters are trained, so the "
-                "model without its adapters is no fixed reference; train the adapters alone, or use model.tune: full"
+                "model without its adapters is not a fixed reference; train only the adapters, or use model.tune: full"
             )
 
     @torch.no_grad()

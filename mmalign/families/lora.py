@@ -39,7 +39,7 @@ def add_lora(
         usual = linear_names(net, within) if within else ATTENTION
         raise ValueError(
             f"model.lora.targets: no layer of {within or type(net).__name__} ends in {', '.join(lost) or 'nothing'}; "
-            f"expected ends of its layers' names, such as {', '.join(usual)}"
+            f"expected suffixes of its layers' names, such as {', '.join(usual)}"
         )
     # Adapters, from their own seed
     ends = "|".join(map(re.escape, sorted(targets)))

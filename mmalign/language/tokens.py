@@ -52,7 +52,7 @@ def expand(ids: Sequence[int], placeholder: int, images: Sequence[Sequence[int]]
     if num_placeholders != len(images):
         raise ValueError(f"{num_placeholders} image placeholders in the text for {len(images)} images")
     rest = iter(images)
-    return [token for one in ids for token in (next(rest) if one == placeholder else (one,))]
+    return [token for token_id in ids for token in (next(rest) if token_id == placeholder else (token_id,))]
 
 
 def cut_tail(row: TokenizedResponse, max_length: int) -> TokenizedResponse:
@@ -62,7 +62,7 @@ def cut_tail(row: TokenizedResponse, max_length: int) -> TokenizedResponse:
         ValueError: the prompt leaves no room for a response.
     """
     if row.start >= max_length:
-        raise ValueError(f"the prompt has {row.start:,} tokens, its images' included, of {max_length:,} in all")
+        raise ValueError(f"the prompt with its images has {row.start:,} tokens; the limit is {max_length:,}")
     return TokenizedResponse(row.ids[:max_length], row.start, row.images)
 
 

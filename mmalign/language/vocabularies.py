@@ -38,7 +38,7 @@ def load_vocabulary(key: str, name: str) -> Vocabulary:
         raise ValueError(f"{key}: {name} is not JSON in UTF-8 ({error}); expected {expected}") from error
     listed = isinstance(content, dict) and all(isinstance(words, list) for words in content.values())
     if not listed or not all(isinstance(word, str) for words in content.values() for word in words):
-        raise ValueError(f"{key}: {name} holds no lists of words by object; expected {expected}")
+        raise ValueError(f"{key}: {name} does not hold lists of words by object; expected {expected}")
     try:
         return vocabulary(content)
     except ValueError as error:

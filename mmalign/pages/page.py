@@ -138,7 +138,7 @@ def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) ->
                 "without a score"
             )
     if len({len(row) for row in summary}) > 1:
-        raise ValueError(f"gallery: summary rows of {[len(row) for row in summary]} cells; expected as many in each")
+        raise ValueError(f"gallery: summary rows of {[len(row) for row in summary]} cells; expected equal lengths")
 
 
 def _draw_picture(

@@ -103,7 +103,7 @@ def train(
         FloatingPointError: a loss is not finite; the error names the batch, and no weight has changed.
         ValueError: an epoch, or `MAX_EMPTY_BATCHES` batches in a row, had nothing to learn from.
     """
-    assert not progress.pending, "the contrasts that are pending cannot be made again"
+    assert not progress.pending, "pending contrasts cannot be recomputed"
     window = _GradientAccumulator(policy, train_state)
     clock = time.process_time if train_state.accelerator.device.type == "cpu" else time.perf_counter
     since = clock()
@@ -133,12 +133,12 @@ def train(
             if window.empty >= MAX_EMPTY_BATCHES and not window.count:
                 raise ValueError(
                     f"train: {window.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
-                    f"had nothing to learn from ({MAX_EMPTY_BATCHES} are the limit){_empty_hint(method, config)}"
+                    f"had nothing to learn from (the limit is {MAX_EMPTY_BATCHES}){_empty_hint(method, config)}"
                 )
         if first == 0 and not window.used and not window.count:
             raise ValueError(
                 f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
-                f"fewer pairs than one batch needs on every process, or the method makes nothing of "
+                f"fewer pairs than one batch needs on every process, or the method uses none of "
                 f"them{_empty_hint(method, config)}"
             )
         window.used = False
@@ -182,7 +182,7 @@ class NonFiniteLossError(FloatingPointError):
             rows = ", ".join(str(row) for row in location.rows[:8])
             origin = f"in batch {location.batch} of epoch {location.epoch} (rows {rows})"
         super().__init__(
-            f"train: the loss is not finite after update {step}, {origin}; the last checkpoint is good: lower "
+            f"train: the loss is not finite after update {step}, {origin}; the last checkpoint is intact; lower "
             "train.lr, or use train.precision: bfloat16 or float32"
         )
 
@@ -257,8 +257,8 @@ class _GradientAccumulator:
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
         if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update
             raise FloatingPointError(
-                f"train: the gradient of update {step + 1} is not finite; no weight was changed: "
-                "the last checkpoint is good, lower train.lr, or use train.precision: bfloat16 or float32"
+                f"train: the gradient of update {step + 1} is not finite; no weight was changed, and the last "
+                "checkpoint is intact; lower train.lr, or use train.precision: bfloat16 or float32"
             )
 
         # Optimizer and moving average

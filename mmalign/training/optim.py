@@ -31,8 +31,8 @@ def build_optimizer(
         import bitsandbytes
     except ImportError:
         raise ValueError(
-            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; "
-            "pip install 'mmalign[cuda]', or use adamw"
+            "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; pip install 'mmalign[cuda]', or "
+            "use adamw"
         ) from None
     optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     return optimizer

@@ -40,7 +40,7 @@ def test_a_checkpoint_that_goes_further_or_has_no_average(mmalign: Commands, con
     message = mmalign.refused("train", content, "train.steps=1")
     contains(message, "train.steps: ", "has done 2 updates already, more than the 1 asked for; raise train.steps")
     message = mmalign.refused("train", content, "train.steps=4", "train.ema=0.9")
-    contains(message, "train.ema: ", "has no average of the weights")
+    contains(message, "train.ema: ", "has no moving average")
 
 
 def test_a_trained_model_is_not_compared_with_another_base(mmalign: Commands, content: Content, tmp_path: Path) -> None:

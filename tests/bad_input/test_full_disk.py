@@ -1,4 +1,4 @@
-"""A full disk ends in a sentence, and what was there before is kept."""
+"""A full disk: one sentence of error, and earlier files unchanged."""
 
 from pathlib import Path
 
@@ -17,9 +17,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(mmalign: Commands, con
     before = weights(out)
     with full_disk(100_000):
         message = mmalign.refused("train", content, "train.steps=4")
-    contains(
-        message, f"{out / 'checkpoint-00000004'}: could not be written (", "what was there before is kept: make room"
-    )
+    contains(message, f"{out / 'checkpoint-00000004'}: could not be written (", "earlier files are unchanged")
     assert weights(out) == before and not list(out.glob("*.part"))
     assert "resuming from checkpoint-00000002" in mmalign("train", content, "train.steps=4")
     assert weights(out / "model") == weights(tmp_path / "whole" / "model")
@@ -31,9 +29,7 @@ def test_a_full_disk_at_the_export_keeps_the_model_before(mmalign: Commands, con
     before = weights(model)
     with full_disk(100_000):  # all updates are done: what fails is the export
         message = mmalign.refused("train", content)
-    contains(
-        message, f"{model}: could not be written (", "what was there before is kept: make room and run the same command"
-    )
+    contains(message, f"{model}: could not be written (", "earlier files are unchanged")
     assert weights(model) == before and not list(model.parent.glob(".model.*"))
 
 
@@ -45,7 +41,7 @@ def test_a_full_disk_at_the_cache_keeps_what_was_encoded(mmalign: Commands, cont
         message,
         f"{tmp_path / 'out' / 'cache'}/",
         ": could not be written (",
-        "make room and run the same command again",
+        "free some space and run the same command again",
     )
     assert not list((tmp_path / "out" / "cache").rglob("*.part"))
     mmalign("train", content)
@@ -67,8 +63,8 @@ def test_full_disk_keeps_earlier_evaluation_and_gallery(mmalign: Commands, conte
     samples, shown = (out / "evaluation" / "samples.json").read_bytes(), page.read_bytes()
     with full_disk(4_000):
         message = mmalign.refused("evaluate", content)
-        contains(message, f"{out / 'evaluation'}: could not be written (", "what was there before is kept: make room")
+        contains(message, f"{out / 'evaluation'}: could not be written (", "earlier files are unchanged")
         message = mmalign.refused("gallery", content, "gallery.title=Another")
-        contains(message, f"{out / 'gallery'}/", ": could not be written (", "make room")
+        contains(message, f"{out / 'gallery'}/", ": could not be written (", "free some space")
     assert (out / "evaluation" / "samples.json").read_bytes() == samples and page.read_bytes() == shown
     assert not [p for p in out.rglob("*") if p.name.endswith(".part")]

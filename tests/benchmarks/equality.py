@@ -64,7 +64,7 @@ def first_gradient(run: Run, peer: Peer | None = None) -> First:
         contrasts = loop.make_contrasts(run.method, policy, batch, run.recipe.method, KeyedRNG(seed, 0))
         steps = [run.method.loss(policy, contrast, run.recipe.method) for contrast in contrasts]
         if not steps:
-            raise ValueError("data: the method makes nothing of the first batch, so that nothing can be measured")
+            raise ValueError("data: the method uses no pair of the first batch, so there is nothing to measure")
         weights = torch.cat([step.weights for step in steps])
         loss = (torch.cat([step.losses for step in steps]) * weights).sum() / weights.sum()
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

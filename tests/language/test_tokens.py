@@ -25,7 +25,7 @@ def test_a_response_loses_its_tail_and_a_prompt_nothing() -> None:
     row = TokenizedResponse((1, 2, 3, 4, 5), 2, ("a",))
     assert cut_tail(row, 5) == row and cut_tail(row, 99) == row
     assert cut_tail(row, 3) == TokenizedResponse((1, 2, 3), 2, ("a",))
-    with pytest.raises(ValueError, match="the prompt has 2 tokens, its images' included, of 2 in all"):
+    with pytest.raises(ValueError, match="the prompt with its images has 2 tokens; the limit is 2"):
         cut_tail(row, 2)
 
 

@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_changes_anything(
         run(Regression(spoil=spoilt(value, 9)), of(data([3] * 6)), steps=6, accumulate=accumulate)
     done = 3 // accumulate
     assert f"not finite after update {done}, in batch 4 of epoch 0 (rows 9, 10, 11)" in str(raised.value)
-    assert "the last checkpoint is good" in str(raised.value) and run.progress.step == done
+    assert "the last checkpoint is intact" in str(raised.value) and run.progress.step == done
     clean = start()
     clean(Regression(), of(data([3] * 6)), steps=done, accumulate=accumulate)
     assert torch.equal(flat(run.net), flat(clean.net))

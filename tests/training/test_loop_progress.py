@@ -57,7 +57,7 @@ def test_a_run_that_ends_inside_a_batch_knows_it(start: Callable[..., Run]) -> N
     run = start()
     batches = of(data([2, 2]))
     assert run(Regression(contrasts_of_a_batch=3), batches, steps=4) == Progress(4, 0, 2, pending=2)
-    with pytest.raises(AssertionError, match="cannot be made again"):
+    with pytest.raises(AssertionError, match="cannot be recomputed"):
         run(Regression(contrasts_of_a_batch=3), batches, steps=6)
 
 
@@ -127,13 +127,13 @@ def test_many_batches_in_a_row_of_which_nothing_counts_end_the_run(
     run = start()
     with pytest.raises(
         ValueError,
-        match=r"3 batches in a row, up to batch 7 of epoch 0, had nothing to learn from \(3 are the limit\)$",
+        match=r"3 batches in a row, up to batch 7 of epoch 0, .*limit is 3\)$",
     ):
         run(Regression(), of(data([1] * 8, weights=[*full, *empty * 2, *full, *empty * 4])), steps=9)
     assert run.progress == Progress(2, 0, 7)
     method = Regression()
     method.needs = Requirements(hint_if_empty="look at it")
-    with pytest.raises(ValueError, match=r"\(3 are the limit\): look at it"):
+    with pytest.raises(ValueError, match=r"limit is 3\): look at it"):
         start()(method, of(data([1] * 4, weights=empty * 4)), steps=9)
 
 

@@ -321,7 +321,7 @@ def test_a_processor_that_counts_other_tokens_is_refused(vlm_folders: Folders, t
     shutil.copytree(vlm_folders("llava"), tmp_path / "m")
     file = tmp_path / "m" / "processor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "patch_size": 4}))
-    message = "belongs to another model|makes 16 tokens of an image of which the model makes 4 features"
+    message = "belongs to another model|gives an image 16 tokens, and the model 4 features"
     with pytest.raises(ValueError, match=message):
         load_vlm(tmp_path / "m")
 
@@ -330,7 +330,7 @@ def test_type_with_two_image_tokens_is_refused() -> None:
     """As Gemma 3's and Molmo 2's do; the processor is the model's own, so copying it anew would not help."""
     model, processor = vlm_models.BUILDERS["internvl"]()
     processor.image_token = "<img>"
-    message = "m is a internvl, which cannot be aligned here .*place in a prompt is <img>, and its features have other"
+    message = "m is a internvl, which is not supported .*placeholder in a prompt is <img>, and its features have other"
     with pytest.raises(ValueError, match=message):
         _check_type("m", "internvl", model, processor)
 

@@ -38,7 +38,7 @@ SHORT: dict[str, Any] = {"reward": JUDGE, "steps": 6, "start": 2, "threshold": 0
 
 
 def bright(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-    """A judge that likes light images."""
+    """Reward model that prefers light images."""
     return torch.tensor([sum(image.convert("L").histogram()[i] * i for i in range(256)) / 2560 for image in images])
 
 
