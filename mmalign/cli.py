@@ -191,7 +191,7 @@ def bench(
 
 @app.command("list")
 def list_() -> None:
-    """List methods, families, judges, and the recipes that come with the project."""
+    """List methods, model families, reward models and bundled recipes."""
     list_everything(console)
 
 
@@ -238,10 +238,6 @@ def _silence_libraries() -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
-if __name__ == "__main__":
-    main()
-
-
 def list_everything(console: Any) -> None:
     """Print all methods, families, reward models and shipped recipes."""
     from mmalign import methods, rewards
@@ -259,3 +255,7 @@ def list_everything(console: Any) -> None:
             console.print(f"  {path.relative_to(root)}  {first}", markup=False)
         if (root / "configs").is_dir():
             return
+
+
+if __name__ == "__main__":
+    main()

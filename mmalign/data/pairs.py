@@ -245,8 +245,7 @@ def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P
         side = "training" if held.all() else "evaluation"
         raise ValueError(
             f"data.validation_fraction: {fraction} of {_count(len(set(groups)), 'group')} in {pairs.source} leaves "
-            "none for "
-            f"{side}; use another share, or data.group_by with a column of more values"
+            f"none for {side}; use another share, or data.group_by with a column of more values"
         )
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
 

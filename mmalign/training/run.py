@@ -49,8 +49,8 @@ def require_all(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"train: {launched} processes were started, and each knows of {accelerator.num_processes}: all would work "
-            "alone on one folder; on CPUs set ACCELERATE_USE_CPU=true"
+            f"train: {launched} processes were launched, but accelerate connects {accelerator.num_processes}; they "
+            "would all write to one folder; on CPUs set ACCELERATE_USE_CPU=true"
         )
 
 
@@ -82,7 +82,7 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
     path = output / f"checkpoint-{saved.step:08d}"
     ema, scaler = run.train_state.ema, run.train_state.accelerator.scaler
     if ema is not None and "average" not in saved.state:
-        raise ValueError(f"train.ema: {path} has no average of the weights; leave it out, or use another output folder")
+        raise ValueError(f"train.ema: {path} has no moving average; leave it out, or use another output folder")
     if saved.state["progress"]["step"] != saved.step:
         raise ValueError(f"{path}: state.pt is of update {saved.state['progress']['step']}; use another output folder")
     needed = trainable_weights(run.policy.unwrapped).keys()

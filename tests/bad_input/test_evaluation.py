@@ -65,7 +65,7 @@ def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
             "prepare.prompts: W/everyday.txt has the line 'a fox'; expected two prompts with a tab between them",
         ),
         ("data.path=W", "data.path: W is a folder; expected the name of the parquet file that prepare writes"),
-        ("data.path=W/good.parquet/x.parquet", "data.path: W/good.parquet cannot be written to (File exists)"),
+        ("data.path=W/good.parquet/x.parquet", "data.path: W/good.parquet is not writable (File exists)"),
     ],
 )
 def test_what_prepare_needs_is_told_before_any_model_is_loaded(

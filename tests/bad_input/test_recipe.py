@@ -61,7 +61,7 @@ from tests.helpers.commands import Commands, Content, contains
         ("output=W/good.parquet", "output: W/good.parquet is a file; choose a folder"),
         (
             "output=W/good.parquet/run",
-            "output: W/good.parquet/run cannot be written to (Not a directory); name a folder",
+            "output: W/good.parquet/run is not writable (Not a directory); choose",
         ),
     ],
 )
@@ -103,4 +103,4 @@ def test_a_recipe_that_is_not_there(name: str, sentence: str) -> None:
 def test_a_read_only_output(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     message = mmalign.refused("train", content, f"output={tmp_path / 'locked' / 'out'}")
-    contains(message, "output: ", "cannot be written to (Permission denied); name a folder")
+    contains(message, "output: ", "is not writable (Permission denied); choose")

@@ -24,9 +24,9 @@ def test_names(tmp_path: Path) -> None:
     [
         (None, "cannot be read (No such file or directory)"),
         ("{", "is not JSON in UTF-8"),
-        ('["dog"]', "holds no lists of words by object"),
-        ('{"dog": "puppy"}', "holds no lists of words by object"),
-        ('{"dog": [1]}', "holds no lists of words by object"),
+        ('["dog"]', "does not hold lists of words by object"),
+        ('{"dog": "puppy"}', "does not hold lists of words by object"),
+        ('{"dog": [1]}', "does not hold lists of words by object"),
         ("{}", "no objects"),
         ('{"dog": ["pet"], "cat": ["pet"]}', "'pet' is a word for 'dog' and for 'cat'"),
     ],

@@ -138,7 +138,7 @@ def test_a_failed_write_is_a_sentence_and_loses_nothing(
                 write(tmp_path, step, value=9.0)
         text = str(raised.value)
         assert f"checkpoint-{step:08d}: could not be written (" in text and "MB are free" in text
-        assert "what was there before is kept: make room and run the same command again" in text
+        assert "earlier files are unchanged; free some space" in text
         cause = raised.value.__cause__
         assert cause is not None and error in (cause, cause.__cause__)
         assert steps(tmp_path) == [10] and leftovers(tmp_path) == []

@@ -146,8 +146,8 @@ class ImageTextToText:
         expected = view.ids.count(self.processor.image_token_id)
         if number != expected:
             raise ValueError(
-                f"model.path: the processor of {self.name} makes {expected} tokens of an image of which the model "
-                f"makes {number} features; it belongs to another model: copy the processor's files again"
+                f"model.path: the processor of {self.name} gives an image {expected} tokens, and the model {number} "
+                "features; it belongs to another model; copy the processor's files again"
             )
         output.grid = given.get("image_grid_thw")
         # Drop the tower's own states, which take more memory than the features that a decoder reads.
@@ -355,11 +355,11 @@ def _check_type(path: str, model_type: str, model: PreTrainedModel, processor: P
     if image is None:
         lacking.append("image_token_id")
     elif place and place[1] != image and image in processor.image_token_ids:
-        lacking.append(f"an image's place in a prompt is {place[0]}, and its features have other tokens")
+        lacking.append(f"an image's placeholder in a prompt is {place[0]}, and its features have other tokens")
     if lacking:
         raise ValueError(
-            f"model.path: {path} is a {model_type}, which cannot be aligned here ({', '.join(lacking)}); use a type "
-            "such as llava, llava_next, idefics3, smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl, paligemma or internvl"
+            f"model.path: {path} is a {model_type}, which is not supported ({', '.join(lacking)}); use a type such as "
+            "llava, llava_next, idefics3, smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl, paligemma or internvl"
         )
 
 
@@ -371,16 +371,16 @@ def _check_processor(path: str, model: PreTrainedModel, processor: ProcessorMixi
     """
     image, place = model.config.image_token_id, _image_place(processor)
     if not place or place[1] != image:
-        came = f"{place[0]} is token {place[1]}" if place else "it has no image token"
+        image_token = f"{place[0]} is token {place[1]}" if place else "it has no image token"
         raise ValueError(
-            f"model.path: the processor of {path} belongs to another model ({came}, and the model's image token is "
-            f"{image}); copy the processor's files again"
+            f"model.path: the processor of {path} belongs to another model ({image_token}, and the model's image token "
+            f"is {image}); copy the processor's files again"
         )
-    here, there = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
-    if here > there:
+    num_tokens, num_rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
+    if num_tokens > num_rows:
         raise ValueError(
-            f"model.path: the processor of {path} belongs to another model (it has {here:,} tokens, and the model "
-            f"{there:,}); copy the processor's files again"
+            f"model.path: the processor of {path} belongs to another model (it has {num_tokens:,} tokens, and the "
+            f"model {num_rows:,}); copy the processor's files again"
         )
 
 

@@ -48,8 +48,7 @@ def open_pairs(data: ResponseData, seed: int, method: Any = None) -> Splits:
     if needs.other_images and not any(pair.other_images for pair in pairs):
         raise ValueError(
             f"data.path: {pairs.source} has no other images, and method.name: {method.name} compares a response to an "
-            "image with the same response to another image; use data.format: realign, whose rows have a "
-            "retrieved_image"
+            "image with the same response to another image; use data.format: realign, whose rows have a retrieved_image"
         )
     return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
 

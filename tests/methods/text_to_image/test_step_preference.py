@@ -1,4 +1,4 @@
-"""The training of the step-aware judge, on tiny models of the real classes."""
+"""Training of the step judge, on tiny models of the real classes."""
 
 import math
 from collections.abc import Sequence
