@@ -185,7 +185,7 @@ def test_losses_need_torch_alone() -> None:
     assert not modules & heavy
 
 
-def test_the_command_line_answers_before_anything_heavy_is_loaded() -> None:
+def test_command_line_imports_nothing_heavy() -> None:
     heavy = {"diffusers", "transformers", "datasets", "open_clip", "torchvision"}
     assert not loaded_by("import mmalign, mmalign.cli, mmalign.rewards.open_clip") & heavy
 

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
-def test_the_wheel_has_the_package_and_what_it_shares_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_wheel_has_exactly_the_package_and_its_share(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert {name.split("/")[0] for name in names} == {"mmalign", f"mmalign-{version()}.dist-info"}
     shared = {name.split("/")[2] for name in names if name.startswith("mmalign/_share/")}

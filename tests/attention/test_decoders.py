@@ -92,7 +92,7 @@ def test_other_rows_have_the_numbers_that_they_had(name: str) -> None:
         torch.testing.assert_close(after[seen.bool()], before[seen.bool()], rtol=1e-5, atol=2e-6)
 
 
-def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
+def test_padding_is_masked_by_the_registered_mask_function() -> None:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -109,7 +109,7 @@ def test_padding_is_hidden_only_because_the_mask_is_registered_too() -> None:
     assert (states(decoder, padded, attention_mask=mask)[:, -1] - alone).abs().max() > 0.01
 
 
-def test_transformers_own_attention_takes_a_branch_for_another_document() -> None:
+def test_stock_attention_hides_the_prefix_of_branches() -> None:
     decoder = decoder_of("llava")
     packed = embeddings(decoder, PACKED.length)
     second = states(decoder, packed[:, PACKED.row_positions[1]])[:, -1]

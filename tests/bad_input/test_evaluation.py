@@ -45,7 +45,7 @@ from tests.helpers.commands import EVALUATE, JUDGED, UNET, Commands, Content, co
         ("prepare", EVALUATE, "prepare: the recipe has no such section; add one: configs"),
     ],
 )
-def test_what_evaluation_needs_is_told_before_any_model_is_loaded(
+def test_evaluation_refuses_early_before_loading_a_model(
     command: str, evaluate: Content | None, sentence: str, mmalign: Commands, content: Content, world: Path
 ) -> None:
     filled = json.loads(json.dumps(evaluate).replace("W", str(world)))

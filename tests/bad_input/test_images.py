@@ -64,7 +64,7 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
-def test_the_run_ends_if_too_many_images_are_bad_or_no_pair_is_left(
+def test_too_many_bad_images_end_the_run(
     cache: str, mmalign: Commands, content: Content, pairs: Path, tmp_path: Path
 ) -> None:
     data_files.pick_a_pic(pairs, bad=BAD)
@@ -118,9 +118,7 @@ def test_a_cache_of_another_model_or_resolution_is_left_as_it_is(
     assert before and before.items() < after.items()
 
 
-def test_rows_without_the_second_prompt_that_a_method_needs_are_dropped_and_named(
-    mmalign: Commands, content: Content, pairs: Path
-) -> None:
+def test_rows_without_a_second_prompt_are_dropped(mmalign: Commands, content: Content, pairs: Path) -> None:
     method = "method={name: instruct_engine}"
     message = mmalign.refused("train", content, method)
     contains(message, "8 rows dropped: pairs.parquet: row 0: has no rejected_caption; ", "and 5 more")
@@ -133,9 +131,7 @@ def test_rows_without_the_second_prompt_that_a_method_needs_are_dropped_and_name
 
 
 @pytest.mark.usefixtures("no_model")
-def test_pairs_that_are_compared_with_one_another_come_at_least_two_at_a_time(
-    mmalign: Commands, content: Content
-) -> None:
+def test_cross_pair_methods_need_two_pairs_per_batch(mmalign: Commands, content: Content) -> None:
     message = mmalign.refused("train", content, "method={name: cca}", "train.batch_size=1")
     assert message == (
         "train.batch_size: method.name: cca compares the pairs of a batch with one another; expected at least 2, got 1"

@@ -162,7 +162,7 @@ def test_batches_with_a_pair_that_cannot_be_read_are_scored_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", KEEPING)
-def test_no_reference_is_loaded_or_run_in_a_training_from_kept_scores(
+def test_cached_scores_need_no_reference(
     method: str, vlm_folders: Folders, tmp_path: Path, no_copy: None, asked: list[str]
 ) -> None:
     sections: dict[str, Any] = {"method": {"name": method, **KEEPING[method]}}
@@ -195,7 +195,7 @@ def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
     assert [policy.reference for policy in built] == [None] and asked == []
 
 
-def test_the_command_says_what_it_wrote_and_a_second_time_that_nothing_is_new(
+def test_cache_reports_writes_and_then_nothing_new(
     vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path, log_lines: list[str]
 ) -> None:
     for content in (responses(vlm_folders("llava"), tmp_path, "words"), pictures(tiny_sd15, tmp_path, "images")):

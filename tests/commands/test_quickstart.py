@@ -209,7 +209,7 @@ def test_shipped_pairs_ask_for_no_prompt_that_measures() -> None:
     assert not captions & held_out
 
 
-def test_shipped_pairs_are_pictures_of_the_models_size_with_one_better_side() -> None:
+def test_bundled_pairs_have_size_and_one_chosen_side() -> None:
     rows = pq.read_table(resolve("assets/quickstart-pairs.parquet")).to_pylist()
     side = load_recipe(module.RECIPE.format("text_to_image")).data.resolution
     for row in rows:
@@ -218,7 +218,7 @@ def test_shipped_pairs_are_pictures_of_the_models_size_with_one_better_side() ->
         assert sizes == {(side, side)} and row["jpg_0"] != row["jpg_1"]
 
 
-def test_shipped_couples_say_two_things_and_ask_for_no_prompt_that_measures() -> None:
+def test_bundled_prompt_pairs_avoid_test_prompts() -> None:
     recipe = load_recipe("configs/text_to_image/instruct_engine_tiny_sd.yaml")
     rows = pq.read_table(resolve(recipe.data.path)).to_pylist()
     captions = {row[key] for row in rows for key in ("caption", "rejected_caption")}

@@ -179,9 +179,7 @@ def test_extended_run_equals_an_uninterrupted_one(
     assert_same(whole, load_file(tmp_path / "out" / f"checkpoint-{then:08d}" / "model.safetensors"))
 
 
-def test_weights_that_an_update_inside_a_batch_breaks_are_not_left(
-    steps_of_spo: dict[str, Any], tmp_path: Path
-) -> None:
+def test_weights_broken_inside_a_batch_are_not_saved(steps_of_spo: dict[str, Any], tmp_path: Path) -> None:
     """The last update overflows, and no loss is computed after it that could tell."""
     with pytest.raises(atomic_io.CheckpointError, match="after update 1 the weights are not finite"):
         train_weights(steps_of_spo, "train.steps=1", "train.lr=1e39", "train.ema=null")
@@ -241,9 +239,7 @@ def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", first_fast(["diffusion_dpo", "instruct_engine"]))
-def test_the_numbers_are_the_same_with_workers_and_without_a_cache(
-    method: str, tiny_sdxl: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_workers_and_cache_do_not_change_the_result(method: str, tiny_sdxl: Path, pairs: Path, tmp_path: Path) -> None:
     """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
     flipped = {"method": {"name": method}, "data": {"flip": True}, "train": {"steps": 2, "batch_size": 1}}
     cached = train_weights(recipes.diffusion(tiny_sdxl, pairs, tmp_path / "cached", **flipped))
@@ -332,7 +328,7 @@ def test_every_shipped_recipe_takes_two_steps(
 
 
 @pytest.mark.slow
-def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_validation_pairs_select_the_best_checkpoint(tiny_sd15: Path, tmp_path: Path) -> None:
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=12)
     content = recipes.diffusion(
         tiny_sd15,
@@ -349,9 +345,7 @@ def test_held_out_pairs_score_the_checkpoints_and_the_best_is_kept(tiny_sd15: Pa
 
 
 @pytest.mark.slow
-def test_the_first_update_starts_at_ln_2_and_training_learns_the_pairs(
-    tiny_sd15: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_training_starts_at_ln_2_and_learns(tiny_sd15: Path, pairs: Path, tmp_path: Path) -> None:
     method = {"name": "diffusion_dpo", "beta": 100.0, "caption_dropout": 0.0}
     options = {"steps": 60, "batch_size": 8, "lr": 2e-3, "save_every": 60}
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train=options)

@@ -51,7 +51,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
 
 
 @pytest.mark.parametrize("method", first_fast(["mdpo", "povid", "realign", "response_sft"]))
-def test_stopping_changes_no_draw_of_a_method_that_disturbs_pictures(
+def test_resuming_keeps_the_draws_of_image_noise(
     method: str, vlm_folders: Folders, retrieved: Path, tmp_path: Path
 ) -> None:
     """Two updates and two more, into the second epoch, are four; and two workers read what one process reads."""
@@ -110,9 +110,7 @@ def test_nll_keeps_the_chosen_responses_likely(vlm_folders: Folders, rows: Path,
 
 
 @pytest.mark.parametrize("name", first_fast(STANDING_VLMS))
-def test_every_standing_model_starts_at_ln_2_and_learns_its_pairs(
-    name: str, vlm_folders: Folders, rows: Path, tmp_path: Path
-) -> None:
+def test_each_model_type_starts_at_ln_2_and_learns(name: str, vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
     content = recipes.vlm(vlm_folders(name), rows, tmp_path / "out", train=options)
     trained = train(load_recipe(content))

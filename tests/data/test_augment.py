@@ -66,7 +66,7 @@ def test_clamping_leaves_the_picture_and_wrapping_does_not() -> None:
 
 
 @pytest.mark.parametrize("size", [(31, 17), (8, 40)])
-def test_a_noisy_picture_keeps_its_size_and_more_steps_are_noisier(size: tuple[int, int]) -> None:
+def test_noisy_image_keeps_its_size_and_noise_grows(size: tuple[int, int]) -> None:
     image = natural().resize(size)
     noise = torch.randn(size[1], size[0], 3, generator=torch.Generator().manual_seed(1))
     result = [diffuse_image(image, noise, step) for step in (0, 250, 500, 999)]

@@ -66,7 +66,7 @@ def test_an_unreadable_file_is_a_bad_image() -> None:
         decode(ImageRef("key", lambda: "x.png", gone))
 
 
-def test_transparent_parts_are_white_and_half_transparent_ones_mixed() -> None:
+def test_transparency_is_blended_with_white() -> None:
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     image.putpixel((2, 0), (0, 0, 0, 51))  # a fifth of black on white
@@ -129,7 +129,7 @@ def test_a_scaled_crop_lies_where_its_sizes_say() -> None:
     assert (columns - (torch.arange(32) * 4 + 33.0))[4:-4].abs().max() <= 1
 
 
-def test_a_mirrored_crop_is_the_mirror_of_the_crop_and_says_where_it_lies() -> None:
+def test_flipped_crop_is_the_mirror_image() -> None:
     image = noise(20, 16)
     plain, at = prepare(image, 16, crop_position=(0.0, 0.0))
     mirrored, mirrored_at = prepare(image, 16, crop_position=(0.0, 0.0), mirror=True)

@@ -101,7 +101,7 @@ def test_fresh_noise_takes_the_place_of_the_network_s(schedule: Schedule, t: Ten
     assert (moved[several] > 1e-4).all() and (moved[~several] < 1e-4).all()  # one hop has no place for fresh noise
 
 
-def test_the_level_after_inversion_is_in_the_table_of_the_release_and_ours_is_t() -> None:
+def test_inversion_levels_of_release_and_exact() -> None:
     """Its number of network calls, and the level that it really reaches, for seventeen timesteps in one batch."""
     rows = GOLDEN["noise_level_table"]["rows"]
     t = torch.tensor([row["train_t"] for row in rows])
@@ -117,7 +117,7 @@ def test_the_level_after_inversion_is_in_the_table_of_the_release_and_ours_is_t(
     assert torch.equal(reached, EPSILON.levels(t)[1].flatten())
 
 
-def test_the_way_has_equal_hops_of_at_most_a_tenth_and_is_no_longer_than_needed() -> None:
+def test_inversion_path_has_equal_short_steps() -> None:
     asked: dict[int, list[int]] = {int(t): [] for t in TIMES}
     for hop in inversion.exact(EPSILON, TIMES, steps=10):
         for row, time in zip(hop.rows.tolist(), hop.asked.tolist(), strict=True):

@@ -80,7 +80,7 @@ def test_diffusers_ddim_walks_the_same_way_with_the_same_noise(prediction: str, 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_log_probability_is_torch_s_averaged_and_reaches_its_largest_at_the_mean() -> None:
+def test_log_probability_equals_torchs_mean() -> None:
     mean, std = torch.randn(3, 2, 4, 4), torch.tensor([0.02, 0.5, 2.0]).view(-1, 1, 1, 1)
     law, noise = Gaussian(mean, std), torch.randn(3, 2, 4, 4)
     expected = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(law.sample(noise)).mean((1, 2, 3))

@@ -43,7 +43,7 @@ def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, req
         assert not torch.equal(family.predict(net, *x), before)  # and they are in use
 
 
-def test_only_adapters_train_and_they_are_float32_masters_of_a_half_precision_network(tiny_sd15: Path) -> None:
+def test_only_float32_adapters_train(tiny_sd15: Path) -> None:
     """An update of 1e-5 is lost by bfloat16 weights and kept by these."""
     family = load(tiny_sd15, HALF)
     net = family.network
@@ -79,7 +79,7 @@ def test_in_half_precision_an_adapted_layer_keeps_its_input_once(tiny_sd15: Path
     assert inputs == {x.untyped_storage()._cdata: torch.bfloat16}
 
 
-def test_the_same_seed_gives_the_same_adapters_and_leaves_the_generator_alone(tiny_sd15: Path) -> None:
+def test_adapters_depend_on_their_seed_only(tiny_sd15: Path) -> None:
     nets = [load(tiny_sd15).network for _ in range(3)]
     torch.manual_seed(123)
     state = torch.get_rng_state()

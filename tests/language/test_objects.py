@@ -126,7 +126,7 @@ def test_singular(plural: str, one: str) -> None:
     assert singular(plural) == one
 
 
-def test_every_word_of_the_list_is_found_in_the_singular_and_in_the_plural() -> None:
+def test_finds_singular_and_plural_of_every_word() -> None:
     for word, name in REFINED.meanings.items():
         assert [mention.object for mention in REFINED.mentions(f"one {word}.")] == [name], word
         if word in ("skis", "scissors", "people", "children", "cattle", "oxen") or word.endswith("man"):

@@ -44,7 +44,7 @@ def test_the_most_likely_tokens_are_those_of_the_whole(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [3 * V, 10**6])
-def test_several_targets_of_a_row_are_scored_from_the_same_logits(chunk: int) -> None:
+def test_scores_several_targets_from_the_same_logits(chunk: int) -> None:
     hidden, head, targets = given()
     several = torch.stack([targets, (targets + 1) % V], -1)
     result = log_probabilities(hidden, head, several, vocabulary=V, chunk=chunk)

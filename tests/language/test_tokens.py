@@ -63,7 +63,7 @@ def test_some_rows_of_a_batch() -> None:
     assert first.responses.tolist() == [[6]] and len(first) == 1
 
 
-def test_rows_are_known_where_their_tokens_are_put_together_or_apart() -> None:
+def test_rows_survive_joining_and_slicing() -> None:
     """As they would be read from the tokens, which a GPU would have to be asked for."""
     rows = [
         TokenizedResponse((5, 6), 1, ("a",)),

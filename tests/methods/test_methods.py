@@ -85,7 +85,7 @@ def by_definition(family: Any, x_0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor
     return t, abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, target
 
 
-def test_the_score_is_minus_half_the_mean_squared_error_at_the_pair_s_own_noise(family: TextToImage) -> None:
+def test_score_is_minus_half_the_mean_squared_error(family: TextToImage) -> None:
     """Worked out from the definitions: x_t, the target (epsilon or v) and the loss, without the method's own code."""
     policy, batch = full(family, moved=0.02), pairs(family)
     cfg = diffusion_dpo.Config(beta=300.0, caption_dropout=0.0)
@@ -164,7 +164,7 @@ def test_smoothing_changes_the_loss_as_its_formula_says(sd: TextToImage) -> None
     torch.testing.assert_close(smooth.losses, plain.losses + 0.1 * plain.metrics["logit"], rtol=1e-4, atol=1e-4)
 
 
-def test_time_and_noise_are_shared_in_a_pair_and_differ_between_pairs(family: TextToImage) -> None:
+def test_time_and_noise_are_shared_within_a_pair(family: TextToImage) -> None:
     """With latents of zeros x_t is the noise alone, so it shows which noise a row has."""
     batch = pairs(family)
     zeros = torch.zeros_like(batch.latents.mean)
@@ -179,7 +179,7 @@ def test_time_and_noise_are_shared_in_a_pair_and_differ_between_pairs(family: Te
     assert not torch.equal(again.t, view.t)
 
 
-def test_the_two_images_of_a_pair_are_sampled_apart_from_their_own_posteriors(sd: TextToImage) -> None:
+def test_latents_of_a_pair_are_sampled_separately(sd: TextToImage) -> None:
     batch = pairs(sd, std=0.0)
     spread = replace(batch, latents=Moments(batch.latents.mean, torch.ones_like(batch.latents.std)))
     sharp, soft = (_denoising.noise_pairs(sd, b, 0.0, DRAWS) for b in (batch, spread))

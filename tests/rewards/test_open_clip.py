@@ -107,7 +107,7 @@ def test_a_built_in_name_takes_weights_from_pretrained(tmp_path: Path) -> None:
     assert reward_model([Image.new("RGB", (8, 8))], ["a cat"]).isfinite().all()
 
 
-def test_unknown_judges_and_options_are_answered_with_the_known_ones(folder: Path) -> None:
+def test_unknown_names_and_options_list_the_known(folder: Path) -> None:
     assert names() == sorted(names()) and "open_clip" in names()
     with pytest.raises(
         ValueError, match=r"there is no 'open-clip'; did you mean 'open_clip'\? \(there are .*open_clip.*\)"

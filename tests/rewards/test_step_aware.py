@@ -36,9 +36,7 @@ def learned(tiny_clip: Path, tmp_path: Path) -> Path:
     return tmp_path / "learned"
 
 
-def test_it_begins_as_the_judge_that_it_was_made_from_at_every_time(
-    tiny_clip: Path, begun: Path, images: list[Image.Image]
-) -> None:
+def test_untrained_step_judge_scores_as_its_clip(tiny_clip: Path, begun: Path, images: list[Image.Image]) -> None:
     """Bit for bit: x * (1 + 0) + 0, and a gate of 1."""
     clean = load_reward_model("open_clip", str(tiny_clip))(images, PROMPTS)
     reward_model = load_reward_model("step_aware", str(begun))
@@ -64,7 +62,7 @@ def test_trained_step_judge_depends_on_time_not_on_batch(learned: Path, images: 
     torch.testing.assert_close(reward_model(images, PROMPTS), reward_model(images, PROMPTS, torch.zeros(5)))
 
 
-def test_the_network_scores_as_the_judge_does_and_every_weight_learns(learned: Path, images: list[Image.Image]) -> None:
+def test_network_scores_as_loaded_and_all_weights_train(learned: Path, images: list[Image.Image]) -> None:
     """Of pairs: the tokens are given once for both images. Activations that are computed again change nothing."""
     parts = step_aware.read(str(learned))
     prompts, images, times = PROMPTS[:2], images[:4], TIMES[:4]

@@ -56,7 +56,7 @@ def test_a_step_aware_judge_begins_as_it(
     assert torch.equal(load_reward_model("step_aware", str(tmp_path / "begun"))(images, PROMPTS, TIMES), clean)
 
 
-def test_without_its_own_it_has_clip_s_tokenizer_and_preprocessing(tmp_path: Path, images: list[Image.Image]) -> None:
+def test_defaults_to_clips_tokenizer_and_preprocessing(tmp_path: Path, images: list[Image.Image]) -> None:
     """As PickScore's card has it, of which only the weights count."""
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     from transformers import CLIPConfig

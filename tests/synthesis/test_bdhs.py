@@ -81,7 +81,7 @@ def measured(*scores: float) -> Similarity:
     return Similarity("scripted", lambda texts, others: [next(rest) for _ in texts])
 
 
-def test_every_sentence_of_every_row_is_asked_for_at_once_after_true_words() -> None:
+def test_all_sentences_are_generated_in_one_call() -> None:
     """Four sentences of three answers in one call; each start is what was true, and the beginning of the sentence."""
     family = Scripted()
     result = run(family, rows())
@@ -96,7 +96,7 @@ def test_every_sentence_of_every_row_is_asked_for_at_once_after_true_words() -> 
     assert len(set(family.calls[0]["rows"])) == 4
 
 
-def test_what_is_too_similar_is_tried_again_and_the_last_try_is_unguided() -> None:
+def test_similar_completions_are_retried() -> None:
     """Three rows: taken at once, at the third try, and never, whatever the fifth says."""
     family = Scripted()
     scores = [0.5, 0.98, 0.97, 1.0, 1.0, 0.9699, 1.0, 1.0, 1.0]
@@ -114,7 +114,7 @@ def test_one_try_is_guided_and_taken_as_it_is() -> None:
     assert len(family.calls) == 1 and family.calls[0]["stop"] == STOPS and result[0].tries == 1
 
 
-def test_the_sentences_of_a_row_are_blind_alike_and_every_try_otherwise() -> None:
+def test_row_shares_its_mask_and_each_try_has_another() -> None:
     family = Scripted()
     run(family, rows(ANSWERS[:1]), similar=measured(1, 1, 1, 1, 1))
     first, *later = family.calls

@@ -79,7 +79,7 @@ def test_a_sentence_is_cut_at_the_end_of_one_of_its_words() -> None:
     assert all(64 <= number <= 136 for number in heads.values())  # four standard deviations
 
 
-def test_half_of_the_verdicts_are_exchanged_and_an_exchanged_one_is_kept() -> None:
+def test_half_of_the_verdicts_are_exchanged() -> None:
     heads = Counter(one.head.split(",")[0] for one in cuts("Yes, there is a dog."))
     assert 160 <= heads.pop("No") <= 240 and heads.keys() == {"", "Yes"}
     one_word = Counter(one.head for one in cuts("No."))

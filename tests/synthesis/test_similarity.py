@@ -28,7 +28,7 @@ def test_a_text_is_like_itself_and_like_nothing_of_other_letters(text: str) -> N
     assert trigram_cosine(f" {text.upper()}\n", text) == 1.0
 
 
-def test_one_other_word_in_a_sentence_is_below_the_papers_thresholds() -> None:
+def test_one_changed_word_is_below_the_thresholds() -> None:
     """0.97 of BDHS and 0.95 of Re-Align; a sentence more stays below them too."""
     assert trigram_cosine("There is a red cube.", "There is a red ball.") < 0.95
     long = "There is a red cube. A green ball lies beside it, on a table. "

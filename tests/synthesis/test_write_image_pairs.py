@@ -15,7 +15,7 @@ def images(number: int) -> list[Image.Image]:
     return [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(number)]
 
 
-def test_the_best_and_the_worst_are_a_pair_where_the_judge_is_sure(tmp_path: Path) -> None:
+def test_pairs_best_and_worst_above_min_confidence(tmp_path: Path) -> None:
     """sigma(2) = 0.88: surer than 0.8 in the first three images, and in the others, a nat apart, 0.73."""
     scores = [1.0, 0.0, 2.0, 5.0, 4.0, 4.5]
     prompts = ["a"] * 3 + ["b"] * 3

@@ -12,7 +12,7 @@ def together(found: list[crowds.Crowd]) -> float:
     return float(np.mean([crowds.PARTNERS[kind] in crowd.kinds for crowd in found for kind in crowd.kinds]))
 
 
-def test_partners_are_pairs_of_kinds_that_cannot_be_mistaken_for_each_other() -> None:
+def test_partners_differ_in_colour_and_shape() -> None:
     assert len(set(crowds.KINDS)) == len(crowds.KINDS) == 24
     for kind, partner in crowds.PARTNERS.items():
         assert crowds.PARTNERS[partner] == kind
@@ -25,7 +25,7 @@ def test_crowd_holds_two_to_five_kinds_in_order() -> None:
         assert list(crowd.kinds) == sorted(set(crowd.kinds), key=crowds.KINDS.index)
 
 
-def test_partners_come_together_where_the_model_learned_and_rarely_where_it_is_measured() -> None:
+def test_partners_are_common_in_training_only() -> None:
     assert together(crowds.sample("train", 1000, 0, together=crowds.TOGETHER)) > 0.9
     assert together(crowds.sample("test", 1000, 0)) < 0.35
 

@@ -51,7 +51,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert torch.equal(saved.state["generator"], torch.get_rng_state())
 
 
-def test_weights_are_saved_without_their_gradient_and_whatever_their_strides(tmp_path: Path) -> None:
+def test_saves_weights_of_any_strides(tmp_path: Path) -> None:
     net = torch.nn.Linear(3, 2)
     named = {"w": net.weight, "t": net.weight.t().contiguous().t()}
     saved = checkpoint.read(checkpoint.write(tmp_path, 1, named, {}, MINE, keep_checkpoints=1), MINE)
@@ -168,7 +168,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest
         write(tmp_path / "not" / "there" / "yet", 10)
 
 
-def test_a_process_killed_while_writing_leaves_the_old_one_as_the_latest(tmp_path: Path) -> None:
+def test_killed_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     old = write(tmp_path, 10)
     write(tmp_path, 20).rename(tmp_path / ".checkpoint-00000020.mmalign-part")
     assert checkpoint.latest(tmp_path) == old and steps(tmp_path) == [10]

@@ -322,9 +322,7 @@ def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("name", "kinds"), [("pictures", {"latents", "text"}), ("responses", {"features", "reference"})]
 )
-def test_caches_that_both_filled_before_give_the_weights_of_one_process_without(
-    name: str, kinds: set[str], runs: Runs
-) -> None:
+def test_shared_caches_give_one_processes_weights(name: str, kinds: set[str], runs: Runs) -> None:
     """Both write a share of each cache, and nothing more of it in the training."""
     filled = max((runs.folder / f"{name} filled-{rank}.json").stat().st_mtime for rank in (0, 1))
     caches = runs.folder / "two" / f"{name} cached" / "cache"
@@ -336,7 +334,7 @@ def test_caches_that_both_filled_before_give_the_weights_of_one_process_without(
     assert not (runs.folder / "one" / name / "cache").exists()
 
 
-def test_processes_whose_judge_is_sure_of_different_numbers_of_pairs_learn_together(runs: Runs) -> None:
+def test_processes_with_unequal_contrasts_train_together(runs: Runs) -> None:
     """Each has as many contrasts, some without a pair: nobody waits for ever, and both know the same numbers."""
     first, second = (runs.record("spo", rank) for rank in (0, 1))
     assert len(first["history"]) == STEPS and first["history"] == second["history"]

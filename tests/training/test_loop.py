@@ -83,9 +83,7 @@ def spoilt(value: float, row: int) -> Callable[[Batch, Tensor], Tensor]:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_changes_anything(
-    start: Callable[..., Run], value: float, accumulate: int
-) -> None:
+def test_non_finite_loss_stops_before_any_change(start: Callable[..., Run], value: float, accumulate: int) -> None:
     """Row 9 is in the fourth batch of three, 9 to 11; what the updates before it made stays."""
     run = start()
     with pytest.raises(FloatingPointError) as raised:
@@ -107,7 +105,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(start: Callable[..., Run]
     assert torch.equal(flat(run.net), START)
 
 
-def test_several_contrasts_are_made_before_the_first_update_and_used_one_by_one(start: Callable[..., Run]) -> None:
+def test_contrasts_precede_the_updates_on_them(start: Callable[..., Run]) -> None:
     run, method = start(), Regression(contrasts_of_a_batch=3, noise=0.5)
     (batch,) = data([4])
     run(method, of([batch]), steps=3)
@@ -119,7 +117,7 @@ def test_several_contrasts_are_made_before_the_first_update_and_used_one_by_one(
     torch.testing.assert_close(flat(run.net), at)
 
 
-def test_contrasts_run_in_eval_mode_without_gradients_and_losses_in_train_mode_with_them(
+def test_contrasts_run_in_eval_and_losses_in_train_mode(
     start: Callable[..., Run],
 ) -> None:
     run, method = start(), Regression()

@@ -100,7 +100,7 @@ def test_a_run_that_is_done_does_nothing(start: Callable[..., Run]) -> None:
     assert method.seen == [] and run.said == []
 
 
-def test_an_epoch_without_a_batch_is_an_error_and_the_end_of_one_is_none(start: Callable[..., Run]) -> None:
+def test_epoch_without_a_batch_is_an_error(start: Callable[..., Run]) -> None:
     with pytest.raises(ValueError, match="epoch 0 has nothing to learn from, in 0 batches; there are fewer"):
         start()(Regression(), of([]), steps=1)
     run = start()
@@ -118,9 +118,7 @@ def test_an_epoch_of_which_nothing_counts_ends_the_run(start: Callable[..., Run]
         start()(Regression(), of(data([2, 2], weights=[0.0] * 4)), steps=1, accumulate=accumulate)
 
 
-def test_many_batches_in_a_row_of_which_nothing_counts_end_the_run(
-    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_empty_batches_in_a_row_end_the_run(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch may be long. A batch with one update begins the count anew; the method says what may be wrong."""
     monkeypatch.setattr(loop, "MAX_EMPTY_BATCHES", 3)
     full, empty = [1.0], [0.0]

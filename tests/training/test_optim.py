@@ -65,7 +65,7 @@ def test_fused_adamw_is_adamw() -> None:
         torch.testing.assert_close(p, q)
 
 
-def test_adafactor_moves_downhill_at_the_given_rate_and_none_of_its_own() -> None:
+def test_adafactor_uses_the_given_rate() -> None:
     """Its first update of a vector is lr * clip(gradient / rms), whose root mean square is at most lr."""
     mine = parameters()
     before = [p.detach().clone() for p in mine]
@@ -157,7 +157,7 @@ def test_swapping_twice_is_nothing() -> None:
     assert p.requires_grad
 
 
-def test_the_average_holds_float32_and_does_not_follow_the_parameters() -> None:
+def test_average_is_a_float32_copy() -> None:
     p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     ema = EMA([p], 0.9)
     p.data.fill_(5.0)

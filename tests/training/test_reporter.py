@@ -141,7 +141,7 @@ def test_a_warning_appears_once_and_not_at_the_first_update(log_lines: list[str]
     ]  # fmt: skip
 
 
-def test_a_policy_that_has_not_moved_is_warned_of_from_half_of_the_run(log_lines: list[str]) -> None:
+def test_warns_of_an_unmoved_policy_from_half_the_run(log_lines: list[str]) -> None:
     """Before, the learning rate may be warming up."""
     train([0.5] * 10)
     assert log_lines.index("after 4") + 1 == next(i for i, line in enumerate(log_lines) if "has hardly moved" in line)
@@ -151,7 +151,7 @@ def test_a_policy_that_has_not_moved_is_warned_of_from_half_of_the_run(log_lines
     assert log_lines == ["after 1"]
 
 
-def test_no_warning_while_the_loss_learns_or_where_there_is_no_factor(log_lines: list[str]) -> None:
+def test_no_warning_for_a_learning_loss(log_lines: list[str]) -> None:
     train([0.5, 0.3, 0.2, 0.7, 0.9])
     assert log_lines == [f"after {step}" for step in range(1, 6)]
     r = reporter(steps=4)

@@ -62,7 +62,7 @@ def test_two_writers_see_each_other_after_refresh(tmp_path: Path) -> None:
     assert len(first) == len(second) == 2 and first.get("b")["mean"][0, 0] == 2
 
 
-def test_what_is_missing_is_dealt_out_evenly_also_to_one_who_looks_later(tmp_path: Path) -> None:
+def test_missing_keys_are_shared_evenly_by_ranks(tmp_path: Path) -> None:
     keys = [f"{n}" for n in (*range(7), 3, 0)]
     first, second = ArrayCache.open(tmp_path, MODEL), ArrayCache.open(tmp_path, MODEL)
     assert first.share(keys, rank=0, world_size=2) == ["0", "2", "4", "6"]
@@ -85,7 +85,7 @@ def test_another_model_has_another_folder(tmp_path: Path) -> None:
         assert read(ArrayCache.open(tmp_path, dict(reversed(of.items()))), "a")[1] == [number] * 6
 
 
-def test_a_folder_by_another_s_name_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+def test_folder_of_another_fingerprint_is_refused(tmp_path: Path) -> None:
     one, other = (ArrayCache.open(tmp_path, MODEL | {"resolution": side}).folder for side in (64, 128))
     shutil.rmtree(other)
     one.rename(other)
@@ -120,7 +120,7 @@ def test_a_shard_cut_short_is_removed_and_the_others_kept(tmp_path: Path, kept: 
     assert set(again) == {"a"} and not cut.exists() and whole.exists()
 
 
-def test_an_unfinished_file_is_ignored_and_removed_once_nobody_can_be_writing_it(tmp_path: Path) -> None:
+def test_unfinished_file_is_ignored_and_later_removed(tmp_path: Path) -> None:
     folder = ArrayCache.open(tmp_path, MODEL).folder
     fresh, old = folder / ".fresh.mmalign-part", folder / ".old.mmalign-part"
     for path in (fresh, old):

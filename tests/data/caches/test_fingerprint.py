@@ -25,9 +25,7 @@ def family(tiny_sd15: Path) -> Any:
     return load_diffusion(tiny_sd15)
 
 
-def test_a_copy_of_a_model_is_the_same_and_so_is_one_that_has_been_used(
-    family: Any, tiny_sd15: Path, tmp_path: Path
-) -> None:
+def test_fingerprint_of_copied_and_used_models(family: Any, tiny_sd15: Path, tmp_path: Path) -> None:
     """A tokenizer remembers how it was called last, a configuration which folder it was read from."""
     of = (
         fingerprint_tokenizer(family),
@@ -45,7 +43,7 @@ def test_a_copy_of_a_model_is_the_same_and_so_is_one_that_has_been_used(
         )
 
 
-def test_a_configuration_tells_networks_of_the_same_weights_apart(family: Any) -> None:
+def test_fingerprint_depends_on_the_config(family: Any) -> None:
     before, weights = fingerprint_network(family.network), fingerprint_weights(family.network)
     family.network.register_to_config(norm_eps=1e-3)
     assert fingerprint_network(family.network) != before and fingerprint_weights(family.network) == weights
@@ -85,7 +83,7 @@ def test_a_fingerprint_knows_names_shapes_dtypes_and_every_byte() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64])
-def test_a_fingerprint_knows_where_a_number_stands_and_every_bit_of_it(dtype: torch.dtype) -> None:
+def test_fingerprint_covers_position_and_bits(dtype: torch.dtype) -> None:
     """Also in the last of several parts that are added up, and where a plain sum would be the same."""
     numbers = torch.arange(200_003).remainder(251).to(dtype)
     swapped, moved, signs = numbers.clone(), numbers.clone(), numbers.clone()

@@ -55,7 +55,7 @@ def test_the_tower_is_put_away_and_not_missed(
 
 
 @pytest.mark.parametrize(("size", "bad"), [(2, ["0.png"]), (1, ["0.png"])])
-def test_a_pair_that_cannot_be_read_does_not_bring_the_tower_back(
+def test_unreadable_pair_does_not_reload_the_tower(
     size: int, bad: list[str], vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A good pair of the batch stands in for it; and where there is none, one whose features are kept for that."""
@@ -149,7 +149,7 @@ ONLINE = {"name": "bdhs", "mode": "online", "online": {"similarity": "trigrams",
 
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 @pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "num_cached_draws": 1}, ONLINE])
-def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
+def test_training_on_features_decodes_no_image(
     method: dict[str, Any], tune: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the first, by which it is known that there are some: the reference may still have to look."""
@@ -164,7 +164,7 @@ def test_no_picture_is_decoded_in_a_training_that_does_not_look_at_any(
     assert_close(ours, theirs)
 
 
-def test_the_first_image_that_can_be_read_tells_whether_there_is_room(
+def test_first_readable_image_decides_on_disk_space(
     vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where others come before it that cannot."""

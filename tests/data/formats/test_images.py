@@ -327,7 +327,7 @@ def test_rankings_have_one_prompt(tmp_path: Path) -> None:
         open_pairs("rankings", str(tmp_path / "train.jsonl"), prompt_pairs="x needs two")
 
 
-def test_a_group_is_never_on_both_sides_and_adding_data_moves_none(tmp_path: Path) -> None:
+def test_split_keeps_groups_together_when_data_grows(tmp_path: Path) -> None:
     pictures(tmp_path, 2)
     records = [{"prompt": f"prompt {i // 2}", "chosen": "0.png", "rejected": "1.png"} for i in range(400)]
     few = open_pairs("folder", str(lines(tmp_path / "few.jsonl", records[:200])))

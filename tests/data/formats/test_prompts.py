@@ -20,7 +20,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return tmp_path / "prompts.txt"
 
 
-def test_a_file_has_a_prompt_a_line_and_a_repeated_one_is_another_row(tmp_path: Path) -> None:
+def test_prompt_file_has_one_row_per_line(tmp_path: Path) -> None:
     pairs = open_prompts(str(written(tmp_path, "# said\na hen\n\n  an owl \na hen\n")))
     assert [p.prompt for p in pairs] == ["a hen", "an owl", "a hen"]
     assert len({p.row for p in pairs}) == 3
@@ -51,7 +51,7 @@ def test_pairs_give_their_prompts_once(tmp_path: Path) -> None:
     assert len(unique_prompts(twice)) == 2
 
 
-def test_batches_are_the_same_wherever_one_begins_and_processes_share_them(tmp_path: Path) -> None:
+def test_batches_are_shared_from_any_start(tmp_path: Path) -> None:
     prompts = open_prompts(str(written(tmp_path, "\n".join(f"thing {i}" for i in range(11)))))
     whole = list(Loader(prompts, PromptReader(), batch_size=2, seed=3).batches(epoch=1))
     assert [len(b.rows) for b in whole] == [2] * 5  # the last, half full, is left out
@@ -73,6 +73,6 @@ def test_a_hold_out_keeps_equal_prompts_together(tmp_path: Path) -> None:
     assert not set(train.prompts()) & set(validation.prompts()) and len(train) + len(validation) == 40
 
 
-def test_the_shipped_prompts_are_the_bundled_world_s_for_training() -> None:
+def test_bundled_prompts_are_the_worlds_training_split() -> None:
     """Made by: sample_prompts("train", 1600, seed=0), as the quickstart's pairs were."""
     assert [p.prompt for p in open_prompts(str(SHIPPED))] == [str(p) for p in sample_prompts("train", 1600, 0)]

@@ -103,7 +103,7 @@ def test_every_layout_reads_the_same_pair(format: str, row: dict[str, Any], here
     find_layout(LAYOUTS, format, {}).check_files(str(here / "rows.json"), None, None)
 
 
-def test_rejected_images_of_swift_belong_to_the_rejected_response(here: Path) -> None:
+def test_swift_rejected_images_go_to_the_rejected_response(here: Path) -> None:
     """Also with no rejected response: then the same words are compared under two images."""
     row = {"images": ["a.png"], "messages": said(CHOSEN), "rejected_images": ["b.png"]}
     (pair,) = open_responses("swift", written(here, row))

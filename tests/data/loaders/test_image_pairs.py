@@ -116,9 +116,7 @@ def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
     assert len(alone) == 4 and all(map(equal, alone, helped))
 
 
-def test_going_on_is_the_same_as_not_stopping_and_reads_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_equals_not_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make(tmp_path, 8)
     loader = load(pairs, batch_size=2, seed=0, transform=VIEW)
     whole = list(loader.batches(5))
@@ -164,7 +162,7 @@ def test_evaluation_keeps_the_last_batch(tmp_path: Path) -> None:
     assert sorted(counted) == [f"prompt {i}" for i in range(5)]
 
 
-def test_both_sides_share_the_flip_and_half_of_the_pairs_are_flipped(tmp_path: Path) -> None:
+def test_flip_is_shared_by_a_pair_and_hits_half(tmp_path: Path) -> None:
     pairs = make(tmp_path, 16)
     plain = {r: b for b in load(pairs, batch_size=1, seed=0, transform=ImageTransform(16)).batches(0) for r in b.rows}
     flipped = 0
@@ -177,7 +175,7 @@ def test_both_sides_share_the_flip_and_half_of_the_pairs_are_flipped(tmp_path: P
     assert 1 <= flipped <= 15
 
 
-def test_a_bad_pair_keeps_its_place_with_weight_0_and_is_named_once(tmp_path: Path) -> None:
+def test_bad_pair_gets_weight_0_and_is_named_once(tmp_path: Path) -> None:
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
     good = list(load(make(tmp_path / "good", 6), batch_size=3, seed=0, transform=VIEW).batches(0))
@@ -240,7 +238,7 @@ def test_images_without_ids_are_hashed_once(tmp_path: Path, monkeypatch: pytest.
     assert len(keys[0]) == 8 and keys[0] == keys[1] == keys[2] and len(reads) == 4 * 8
 
 
-def test_encoding_goes_on_where_it_stopped_and_is_shared_by_ranks(tmp_path: Path) -> None:
+def test_encoding_resumes_and_is_shared_by_ranks(tmp_path: Path) -> None:
     pairs = make(tmp_path, 6)
     cache = ArrayCache.open(tmp_path / "cache", {"model": "none"})
     shares = [set(keys_of(pairs, CENTER, cache, rank=r, world_size=2)) for r in (0, 1)]

@@ -58,7 +58,7 @@ def assert_same(one: ResponsePairBatch, other: ResponsePairBatch) -> None:
         )
 
 
-def test_batches_are_the_same_read_here_or_by_workers_and_from_any_start(llava: VisionLanguage, tmp_path: Path) -> None:
+def test_batches_depend_on_neither_workers_nor_start(llava: VisionLanguage, tmp_path: Path) -> None:
     rows = data_files.response_pairs(tmp_path)
     here = list(loader(llava, rows).batches(1))
     assert len(here) == 4 and len({row for batch in here for row in batch.rows}) == 8
@@ -78,7 +78,7 @@ def test_an_image_of_two_pairs_is_in_a_batch_once(llava: VisionLanguage, tmp_pat
     assert encoded.tokens.images[:8] == encoded.tokens.images[8:]
 
 
-def test_the_chosen_side_comes_first_and_responses_read_as_they_were_written(llava: Any, tmp_path: Path) -> None:
+def test_chosen_side_comes_first_as_written(llava: Any, tmp_path: Path) -> None:
     pairs = {pair.row: pair for pair in open_responses("trl", str(data_files.response_pairs(tmp_path)))}
     decode = llava.processor.processor.tokenizer.decode
     for batch in loader(llava, tmp_path / "trl.jsonl").batches(0):
@@ -168,9 +168,7 @@ def test_what_no_method_asked_for_is_not_read(llava: VisionLanguage, realign: Pa
     assert len(batches[0].views) <= 2
 
 
-def test_pairs_pictures_and_other_images_are_the_same_read_here_or_by_workers(
-    llava: VisionLanguage, realign: Path
-) -> None:
+def test_workers_read_the_same_pairs_and_images(llava: VisionLanguage, realign: Path) -> None:
     here = list(loader(llava, realign, **ALL).batches(1))
     for batch, worked in zip(here, loader(llava, realign, **ALL, num_workers=2).batches(1), strict=True):
         assert_same(batch, worked)
@@ -245,7 +243,7 @@ def test_an_other_image_that_is_bad_drops_its_pair(
     assert all(len(b.other_images or ()) == len(b.rows) for b in batches)
 
 
-def test_a_pair_without_another_image_is_dropped_where_one_is_needed(llava: VisionLanguage, realign: Path) -> None:
+def test_pair_without_a_needed_image_is_dropped(llava: VisionLanguage, realign: Path) -> None:
     result = loader(llava, changed(realign, 5, retrieved_image=None), **ALL)
     assert sum(b.weights.sum() for b in result.batches(0)) == 7
     assert result.skipped == [SkippedRow("realign.jsonl: line 6", "has no other image, which the method compares with")]

@@ -136,7 +136,7 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
     torch.testing.assert_close(actual, v, rtol=1e-3, atol=1e-4)  # rounding of two latents, over 0.3
 
 
-def test_samples_are_the_pipeline_s_own_of_the_same_text_and_seeds(name: str, path: Path, family: TextToImage) -> None:
+def test_samples_equal_the_pipelines_own(name: str, path: Path, family: TextToImage) -> None:
     theirs, _ = by_hand(own(name, path), 3, **GUIDED[name])
     ours = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=SIDE))
     assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1  # both round to eight bits
@@ -199,7 +199,7 @@ def test_row_prediction_depends_on_its_prompt_not_on_batch(family: TextToImage) 
     assert not torch.allclose(swapped, both, atol=1e-3) and not torch.allclose(later, both, atol=1e-3)
 
 
-def test_prompts_are_encoded_alone_as_in_company_and_fit_beside_no_prompt(family: TextToImage) -> None:
+def test_prompt_encoding_is_independent_of_the_batch(family: TextToImage) -> None:
     both, empty = family.encode_prompts(PROMPTS), family.unconditional()
     alone = Conditioning.cat([family.encode_prompts([prompt]) for prompt in PROMPTS])
     assert len(empty) == 1
@@ -370,7 +370,7 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
         assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
 
 
-def test_training_and_walks_take_the_times_of_the_pipeline_at_their_size(name: str, path: Path) -> None:
+def test_times_equal_the_pipelines_at_each_size(name: str, path: Path) -> None:
     """The pipeline itself generates images of that size; its scheduler then holds its shift and its times."""
     steps, side, pipeline = 5, SIDE, own(name, path)
     guided = copy.deepcopy(PLAIN[name])
@@ -390,7 +390,7 @@ def test_training_and_walks_take_the_times_of_the_pipeline_at_their_size(name: s
         assert isinstance(schedule, Flow) and schedule.shift == pytest.approx(math.exp(mu))
 
 
-def test_flux_is_shifted_less_at_512_pixels_and_stable_diffusion_3_ends_near_the_image() -> None:
+def test_published_flow_times_by_hand() -> None:
     """The values of the published schedulers, computed by hand."""
     flux, sd3 = flow_models.DYNAMIC, FlowMatchEulerDiscreteScheduler(shift=3.0)
     mu = [flow_matching.linear_mu(flux.config, (side // 16) ** 2, 20) for side in (512, 1024)]

@@ -60,7 +60,7 @@ def test_sdxl_is_told_the_real_sizes_and_sd_is_not(tiny_sd15: Path, tiny_sdxl: P
         assert torch.allclose(rows[0], rows[1], atol=1e-6) is not matters
 
 
-def test_the_unconditional_row_is_what_the_sampler_guides_against(tiny_sd15: Path, tiny_sdxl: Path) -> None:
+def test_unconditional_row_is_the_samplers(tiny_sd15: Path, tiny_sdxl: Path) -> None:
     sdxl = load_diffusion(tiny_sdxl)
     assert all((x == 0).all() for x in sdxl.unconditional().tensors.values())
     sd = load_diffusion(tiny_sd15)

@@ -221,7 +221,7 @@ def test_targets_outside_the_decoder_are_refused(llava: VisionLanguage) -> None:
         llava.add_lora(rank=2, alpha=2.0, targets=["q_proj", "out_proj"], seed=0)
 
 
-def test_full_tuning_leaves_the_tower_and_shares_it_with_the_frozen_copy(vlm: Any) -> None:
+def test_full_tuning_shares_the_frozen_tower(vlm: Any) -> None:
     copied, some = vlm.frozen_copy(), rows(vlm)
     vlm.unfreeze()
     policy = Policy(vlm, vlm.network, vlm.network, None)
@@ -293,9 +293,7 @@ def broken(folder: Path, to: Path, **config: Any) -> Path:
     return to
 
 
-def test_what_is_no_vision_language_model_is_refused_by_its_config(
-    vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path
-) -> None:
+def test_refuses_other_models_by_their_config(vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path) -> None:
     text = broken(vlm_folders("llava"), tmp_path / "text", model_type="llama")
     with pytest.raises(ValueError, match="is a llama, which has no vision tower; expected a vision-language model"):
         model_type(str(text))

@@ -143,7 +143,7 @@ def test_every_token_has_the_position_that_it_has_apart(name: str, vlm_folders: 
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "paligemma"])
-def test_packed_rows_with_other_targets_and_their_likeliest_tokens(name: str, vlm_folders: Folders) -> None:
+def test_packed_rows_score_other_targets_and_argmax(name: str, vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders(name))
     tokens, features = mixed(family)
     targets = torch.stack([tokens.responses, (tokens.responses + 7) % 300], -1)
@@ -168,7 +168,7 @@ def test_packed_rows_whose_activations_are_computed_again(vlm: Any) -> None:
         torch.testing.assert_close(grad, reference_scores[weight], rtol=1e-5, atol=1e-6, msg=weight)
 
 
-def test_policy_and_reference_agree_to_the_last_bit_before_the_first_update(vlm: Any) -> None:
+def test_policy_equals_reference_before_training(vlm: Any) -> None:
     """They are packed alike: the loss is ln 2, by adapters and by a copy."""
     tokens, features = mixed(vlm)
     copied = Policy(vlm, vlm.network, vlm.network, FrozenCopy(vlm.frozen_copy()))

@@ -68,7 +68,7 @@ def test_published_errors_of_noise_and_image() -> None:
 
 
 @pytest.mark.parametrize(("shift", "weight"), [(1.0, 0.29338), (3.0, 0.11339)])
-def test_what_a_velocity_s_error_weighs_is_the_mean_over_training_times(shift: float, weight: float) -> None:
+def test_velocity_weight_is_the_mean_over_times(shift: float, weight: float) -> None:
     """E[(1 - t)^2]; unshifted it is E[t^2] = 1/4 + the variance of a logit-normal(0, 1), 0.0434."""
     flow = Flow(shift=shift)
     assert flow.epsilon_weight == pytest.approx(weight, abs=1e-5)
@@ -76,7 +76,7 @@ def test_what_a_velocity_s_error_weighs_is_the_mean_over_training_times(shift: f
     assert float((1 - t).square().mean()) == pytest.approx(weight, abs=0.004)  # four standard errors
 
 
-def test_mapo_s_margin_has_the_release_s_slope_on_the_mean_of_times() -> None:
+def test_mapo_margin_has_the_releases_mean_slope() -> None:
     """The margin's slope in an error of epsilon is T * snr / 2 = 250. An answer that is off by d in the velocity is off
     by (1 - t) d in epsilon; with the own constant, a small d moves z as much as at the release's, on the mean of times.
     """
@@ -90,7 +90,7 @@ def test_mapo_s_margin_has_the_release_s_slope_on_the_mean_of_times() -> None:
     assert mapo.own_snr(Diffusion.from_config(beta_schedule, "here")) == 0.5
 
 
-def test_near_equal_errors_mapo_is_a_dpo_without_reference_of_that_beta() -> None:
+def test_mapo_is_reference_free_dpo_near_equality() -> None:
     """beta * softplus(-z) with z = T * snr * (score's margin), and the chosen error beside it."""
     answers = view().target + 0.05 * torch.randn(6, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     contrast = Contrast(view(), None, torch.ones(3))

@@ -11,7 +11,7 @@ from mmalign.methods.text_to_image._images import decode_images
 
 
 @pytest.mark.parametrize(("side", "sizes"), [(64, [1, 8, 8, 2]), (512, [1] + [4] * 4 + [2]), (1024, [1] * 19)])
-def test_pictures_are_decoded_as_many_at_a_time_as_have_a_megapixel(side: int, sizes: list[int]) -> None:
+def test_images_are_decoded_a_megapixel_at_a_time(side: int, sizes: list[int]) -> None:
     decoded: list[int] = []
 
     def decode(latents: Tensor) -> Tensor:

@@ -42,9 +42,7 @@ def contrast(policy: Policy, batch: EncodedPairs, cfg: inpo.Config, rng: KeyedRN
     return result
 
 
-def test_with_fresh_noise_in_the_place_of_inversion_it_is_diffusion_dpo(
-    family: TextToImage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fresh_noise_alone_is_diffusion_dpo(family: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loss and gradient, to the rounding of the implied noise, which divides by the noise's level."""
     policy, batch = full(family, moved=0.02), pairs(family)
     dpo = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(beta=300.0))
@@ -106,7 +104,7 @@ def test_the_inverter_is_the_one_that_is_named(sd: TextToImage) -> None:
     assert (by["policy"] - by["reference"]).abs().max() > 1e-3
 
 
-def test_fresh_noise_is_drawn_by_the_row_and_only_where_it_is_asked_for(sd: TextToImage) -> None:
+def test_fresh_noise_depends_on_row_and_eta(sd: TextToImage) -> None:
     policy, batch = full(sd), pairs(sd)
     of = {eta: contrast(policy, batch, inpo.Config(eta=eta)).view for eta in (0.0, 0.5)}
     again = contrast(policy, batch, inpo.Config(eta=0.5)).view
@@ -218,7 +216,7 @@ def test_the_release_s_loss_and_gradient(name: str) -> None:
     torch.testing.assert_close(net.p.grad, torch.tensor(expected["grad_policy_params"]), rtol=1e-3, atol=1e-2)
 
 
-def test_ours_ends_at_another_place_than_the_release_unless_t_is_on_its_grid(sd: TextToImage) -> None:
+def test_exact_inversion_differs_from_the_release_off_grid(sd: TextToImage) -> None:
     """At t = 2 the release's noise is 6.5 times too much (its grid's next place is 101)."""
     t = torch.tensor([2])
     (*_, last) = inversion.release(sd.schedule, t, steps=10)

@@ -84,7 +84,7 @@ def walked(policy: Policy, batch: EncodedPrompts, cfg: spo.Config) -> list[spo.P
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
-def test_the_way_of_an_image_is_diffusers_own_with_the_same_noise(family: TextToImage, inner_steps: int) -> None:
+def test_trajectory_equals_diffusers_with_the_same_noise(family: TextToImage, inner_steps: int) -> None:
     """Every step that the pairs hold, done again by DDIMScheduler with eta 1, guidance, and the draws by their keys.
 
     Six float32 steps on other batch sizes, each divided by a small sqrt(abar): 1e-3.
@@ -139,7 +139,7 @@ def _which(ways: list[list[Tensor]], place: Tensor, k: int) -> int:
     return int(distances.argmin())
 
 
-def test_the_judge_sees_what_each_candidate_will_be_at_its_own_time(sd: TextToImage) -> None:
+def test_reward_model_gets_each_candidates_prediction(sd: TextToImage) -> None:
     """The clean image predicted from the candidate itself, at the time after the step; a finished one at time 0."""
     seen: list[tuple[list[Image.Image], list[str], list[float]]] = []
 
@@ -154,7 +154,7 @@ def test_the_judge_sees_what_each_candidate_will_be_at_its_own_time(sd: TextToIm
     assert all(texts == [PROMPTS[row] for row in ROWS] * 4 for _, texts, _ in seen)
 
 
-def test_the_chosen_step_leads_to_the_image_that_the_judge_likes_best(sd: TextToImage) -> None:
+def test_chosen_step_has_the_best_scored_image(sd: TextToImage) -> None:
     """At the last step, where the judge sees the candidates themselves."""
     cfg, policy = spo.Config(**SHORT), full(sd)
     pairs = [pair for pair in walked(policy, prompts(sd), cfg) if pair.step_index == 5]
@@ -207,7 +207,7 @@ def test_best_and_worst_are_the_release_s(result: dict[str, Any]) -> None:
     assert torch.stack([best, worst])[:, kept].tolist() == torch.tensor(result["indices_best_worst"])[:, kept].tolist()
 
 
-def test_half_the_prompts_make_as_many_contrasts_and_padding_makes_no_pair(sd: TextToImage) -> None:
+def test_padding_makes_no_contrast_pair(sd: TextToImage) -> None:
     """Empty contrasts come first, with one row of weight 0."""
     cfg, policy = spo.Config(**SHORT), full(sd)
 

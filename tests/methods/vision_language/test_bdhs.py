@@ -133,9 +133,7 @@ def test_before_the_first_update_every_loss_is_ln_2(gamma: float, vlm_folders: F
             close(step.losses, torch.full((8,), math.log(2)))
 
 
-def test_what_differs_only_after_the_last_token_that_is_read_is_not_compared(
-    policy: Policy[Any], tmp_path: Path
-) -> None:
+def test_differences_beyond_max_length_are_ignored(policy: Policy[Any], tmp_path: Path) -> None:
     long = "There is a dog. " * 9
     path = rows(tmp_path, {n: f"{long}Yes." for n in range(8)}, chosen=long, rejected="No {n}.")
     contrast, step = stepped(bdhs, policy, batch(policy.family, path, max_length=60))
@@ -191,7 +189,7 @@ def test_pair_without_new_response_keeps_the_data_s(
     assert said(contrast, policy.family, 1)[2:] == ["A car."] * 6
 
 
-def test_every_batch_has_the_same_numbers_for_processes_to_add_up(policy: Policy[Any], tmp_path: Path) -> None:
+def test_every_batch_has_the_same_metrics(policy: Policy[Any], tmp_path: Path) -> None:
     given = {
         "none": batch(policy.family, rows(tmp_path / "none")),
         "some": batch(policy.family, rows(tmp_path / "some", {1: "A car."})),

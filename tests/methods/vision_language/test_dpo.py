@@ -106,7 +106,7 @@ def test_changed_tokens_by_hand(
     assert rlhfv.changed_positions(ours, theirs, 3, insertions=insertions) == expected
 
 
-def test_weights_are_gamma_at_the_changed_tokens_and_padding_is_no_token() -> None:
+def test_changed_tokens_weigh_gamma_and_padding_0() -> None:
     rows = [TokenizedResponse((5, 1, 2, 3, 9, 4, 6, 7), 1), TokenizedResponse((5, 1, 2, 3, 4, 6, 7), 1)]
     result = rlhfv.token_weights(Tokens.from_rows(rows, 0), 5.0, 3, insertions=True)
     assert result.tolist() == [[1, 1, 1, 5, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
@@ -123,7 +123,7 @@ def test_gamma_1_is_dpo_on_means(llava: VisionLanguage) -> None:
     assert (heavy.metrics["rejected gain"] - dense.metrics["rejected gain"]).abs().max() > 1e-4
 
 
-def test_a_short_common_beginning_is_unchanged_since_the_prompt_precedes_it() -> None:
+def test_short_common_beginning_is_unchanged() -> None:
     rows = [TokenizedResponse((1, 2, 3, 4, *response), 4) for response in ((10, 11, 12), (10, 20, 21, 22))]
     weights = rlhfv.token_weights(Tokens.from_rows(rows, 0), 5.0, 3, insertions=True)
     assert weights.tolist() == [[1, 5, 5, 1], [1, 5, 5, 5]]

@@ -82,7 +82,7 @@ def test_a_crop_that_keeps_all_is_the_picture(llava: VisionLanguage) -> None:
     assert torch.equal(metrics["image loss"], torch.full((3,), math.log(2)))
 
 
-def test_the_crop_is_a_row_s_own_and_encoded_once_for_both_networks(llava: Any, monkeypatch: Any) -> None:
+def test_crop_depends_on_the_row_and_is_encoded_once(llava: Any, monkeypatch: Any) -> None:
     policy, given, seen = adapted(llava), batch(llava), list[Any]()
     encode = type(llava).encode_images
     monkeypatch.setattr(type(llava), "encode_images", lambda self, v: seen.append(dict(v)) or encode(self, v))

@@ -38,7 +38,7 @@ def test_each_network_s_own_tokens_give_the_release_s_losses() -> None:
         )
 
 
-def test_the_policy_s_tokens_scored_by_both_give_the_consistent_loss() -> None:
+def test_policy_tokens_scored_by_both_models() -> None:
     step = run(povid, *published(GOLDEN), povid.Config(tokens="policy"))
     close(step.losses.mean(), EXPECTED["loss_if_ref_scores_policy_tokens"])
     theirs = step.metrics["noisy log-probability"] - step.metrics["noisy gain"]

@@ -76,7 +76,7 @@ def test_a_row_s_numbers_are_its_own_whatever_its_company(vlm: VisionLanguage, m
 
 
 @EVERY
-def test_the_sides_log_probabilities_are_those_of_dpo_apart_from_each_other(llava: VisionLanguage, method: Any) -> None:
+def test_sides_log_probabilities_equal_dpos(llava: VisionLanguage, method: Any) -> None:
     """RLHF-V's scores are weighted means; all others' are sums of the same tokens."""
     policy, given = adapted(llava, moved=0.1), batch(llava)
     step = run(method, policy, given, method.Config() if method is not rlhfv else rlhfv.Config(gamma=1.0))

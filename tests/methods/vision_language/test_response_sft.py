@@ -33,7 +33,7 @@ def test_it_is_minus_the_mean_of_the_tokens_log_probabilities(vlm: VisionLanguag
         torch.testing.assert_close(step.losses[row], -logps[row, :count].mean(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_rejected_responses_and_the_reference_have_no_part_in_it(llava: VisionLanguage) -> None:
+def test_loss_ignores_rejected_responses_and_reference(llava: VisionLanguage) -> None:
     policy, given = adapted(llava, moved=0.1), batch(llava)
     bare = Policy(llava, policy.model, policy.unwrapped, None)
     other = replace(given, tokens=Tokens.cat([given.tokens[:3], swapped(given).tokens[3:]]))

@@ -56,9 +56,7 @@ def test_a_stop_costs_the_batch_that_it_came_in(recipe: Recipe, drawn: list[list
     assert path.read_bytes() == whole and drawn == all_of_them[1:] and not unfinished.exists()
 
 
-def test_what_was_drawn_is_not_lost_where_the_judge_is_never_sure(
-    recipe: Recipe, drawn: list[list[int]], tmp_path: Path
-) -> None:
+def test_generated_images_survive_low_confidence(recipe: Recipe, drawn: list[list[int]], tmp_path: Path) -> None:
     """A lower `sure` costs no drawing; other drawing does."""
 
     def sure(share: float, **drawing: Any) -> Recipe:

@@ -149,7 +149,7 @@ def test_a_table_keeps_its_images_and_is_read_again(content: Any, tmp_path: Path
     assert len(open_responses("trl", str(tmp_path / "again.parquet"))) == 7
 
 
-def test_images_are_named_from_where_the_data_say_that_names_begin(content: Any, source: Path, tmp_path: Path) -> None:
+def test_image_paths_are_relative_to_data_images(content: Any, source: Path, tmp_path: Path) -> None:
     recipe = content("povid", "deep/er/made.jsonl")
     assert "data.images: " in refused(recipe) and not (tmp_path / "deep" / "er" / "made.jsonl").exists()
     recipe["data"] = {**recipe["data"], "path": str(tmp_path / "other.jsonl"), "images": str(source.parent)}
