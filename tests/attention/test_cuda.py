@@ -41,9 +41,9 @@ def run(name: str, dtype: torch.dtype, size: int, mask: PackedPrefixMask | Tenso
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
 
 
-def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(ours, plain, strict=True):
-        assert (one.double() - other).abs().max() < tolerance * other.abs().max()
+def assert_near(tensors: list[Tensor], plain: list[Tensor], tolerance: float) -> None:
+    for actual, expected in zip(tensors, plain, strict=True):
+        assert (actual.double() - expected).abs().max() < tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -51,16 +51,16 @@ def assert_near(ours: list[Tensor], plain: list[Tensor], tolerance: float) -> No
 @pytest.mark.parametrize("packed_mask", list(PACKED_MASKS))
 def test_packed_attention_equals_the_reference(dtype: torch.dtype, size: int, packed_mask: str) -> None:
     mask = PACKED_MASKS[packed_mask]
-    ours, plain = (run(name, dtype, size, mask, mask.length) for name in ("xformers", "dense"))
-    assert_near(ours, plain, TOLERANCE[dtype])
+    fast, plain = (run(name, dtype, size, mask, mask.length) for name in ("xformers", "dense"))
+    assert_near(fast, plain, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("hidden", [False, True])
 def test_other_masks_are_the_reference_s(dtype: torch.dtype, hidden: bool) -> None:
     mask = torch.arange(77, device=CUDA)[None, None, None] < 50 if hidden else None
-    ours, plain = (run(name, dtype, 64, mask, 77) for name in ("xformers", "dense"))
-    assert_near(ours, plain, TOLERANCE[dtype])
+    fast, plain = (run(name, dtype, 64, mask, 77) for name in ("xformers", "dense"))
+    assert_near(fast, plain, TOLERANCE[dtype])
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_same_seed_gives_the_same_bits(packed_mask: str) -> None:
     mask = PACKED_MASKS[packed_mask]
     first, *others = (run("xformers", torch.bfloat16, 64, mask, mask.length) for _ in range(3))
-    for other in others:
-        assert all(a.equal(b) for a, b in zip(first, other, strict=True))
+    for repetition in others:
+        assert all(a.equal(b) for a, b in zip(first, repetition, strict=True))
     assert_near(first, run("dense", torch.bfloat16, 64, mask, mask.length), TOLERANCE[torch.bfloat16])
 
 

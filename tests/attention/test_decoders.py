@@ -67,10 +67,10 @@ def test_a_packed_row_is_its_rows_apart(name: str, backend: str) -> None:
     (expected,) = torch.autograd.grad(said(apart, weights), packed)
     decoders.install(decoder, backend)
     given = {**decoders.attention_kwargs(packed_mask, decoder), **inputs(decoder, packed)}
-    ours = packed_mask.split(states(decoder, packed, position_ids=packed_mask.positions, **given), dim=1)
-    for one, other in zip(ours, apart, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)  # float32, in another order
-    (result,) = torch.autograd.grad(said(ours, weights), packed)
+    unpacked = packed_mask.split(states(decoder, packed, position_ids=packed_mask.positions, **given), dim=1)
+    for actual, row_apart in zip(unpacked, apart, strict=True):
+        torch.testing.assert_close(actual, row_apart, rtol=1e-5, atol=2e-6)  # float32, in another order
+    (result,) = torch.autograd.grad(said(unpacked, weights), packed)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -123,9 +123,9 @@ def run(
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, causal: bool = False, scale: Any = None) -> Tensor:
-    """What xformers is given, blocks side by side over keys laid out anew, computed by the reference."""
+    """Compute by the reference the blocks that xformers gets, side by side over gathered keys."""
 
-    def one(group: BlockGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(group: BlockGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
         row = column = 0
         for queries, keys in zip(group.num_queries, group.num_keys, strict=True):
@@ -135,7 +135,7 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *, causal: bool =
             row, column = row + queries, column + keys
         return BACKENDS["dense"](q, k, v, seen, scale=scale)
 
-    return attend_by_group(one, q, k, v, mask)
+    return attend_by_group(attend, q, k, v, mask)
 
 
 # float64: backends add the same numbers in another order.
@@ -165,9 +165,9 @@ def test_comparison_notices_another_mask() -> None:
     packed_mask = PackedPrefixMask((PrefixGroup(3, (2, 2)),))
     wrong = torch.ones(7, 7, dtype=torch.bool).tril()  # the second branch sees the first
     q = torch.randn(1, 7, 2, 8, dtype=torch.float64)
-    actual, other = BACKENDS["sdpa"](q, q, q, packed_mask), BACKENDS["dense"](q, q, q, wrong)
-    torch.testing.assert_close(actual[:, :5], other[:, :5])
-    assert (actual[:, 5:] - other[:, 5:]).abs().max() > 0.01
+    actual, expected = BACKENDS["sdpa"](q, q, q, packed_mask), BACKENDS["dense"](q, q, q, wrong)
+    torch.testing.assert_close(actual[:, :5], expected[:, :5])
+    assert (actual[:, 5:] - expected[:, 5:]).abs().max() > 0.01
 
 
 def test_gradients_go_back_through_a_pick_in_their_own_order() -> None:

@@ -21,10 +21,12 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(
     settings: list[str], differs: str, mmalign: Commands, content: Content, tmp_path: Path
 ) -> None:
     mmalign("train", content)
-    out, other = tmp_path / "out", diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
+    out, other_model = tmp_path / "out", diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     recipe, before = (out / "recipe.yaml").read_text(), weights(out)
     mmalign.capfd.readouterr()
-    message = mmalign.refused("train", content, "train.steps=4", *(s.replace("OTHER", str(other)) for s in settings))
+    message = mmalign.refused(
+        "train", content, "train.steps=4", *(s.replace("OTHER", str(other_model)) for s in settings)
+    )
     contains(message, f"{out / 'checkpoint-00000002'}: belongs to another run ({differs}", "use another output folder")
     assert (out / "recipe.yaml").read_text() == recipe and weights(out) == before
 
@@ -45,8 +47,8 @@ def test_a_checkpoint_that_goes_further_or_has_no_average(mmalign: Commands, con
 
 def test_a_trained_model_is_not_compared_with_another_base(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
-    other = diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
+    other_base = diffusion_models.stable_diffusion(tmp_path / "other", seed=1)
     mmalign.capfd.readouterr()
-    message = mmalign.refused("evaluate", content, f"model.path={other}")
-    contains(message, f"{tmp_path / 'out' / 'model'}: was trained from another model than {other} (fingerprint ")
+    message = mmalign.refused("evaluate", content, f"model.path={other_base}")
+    contains(message, f"{tmp_path / 'out' / 'model'}: was trained from another model than {other_base} (fingerprint ")
     assert not (tmp_path / "out" / "evaluation").exists()

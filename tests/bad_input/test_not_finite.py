@@ -36,11 +36,11 @@ def test_non_finite_loss_names_its_batch_and_keeps_checkpoint(
 
 def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not those that this one has just read."""
-    theirs = (2, 3, ["pairs.parquet: row 7"])
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, theirs])
+    remote_rows = (2, 3, ["pairs.parquet: row 7"])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, remote_rows])
     run: Any = SimpleNamespace(progress=loop.Progress(5, 2, 3))
     feed: Any = SimpleNamespace(batch_locations=lambda epoch, batch: [f"this one's of {epoch}, {batch}"])
-    assert train._failed_batch(loop.NonFiniteLossError(None, 5), run, feed) == theirs
+    assert train._failed_batch(loop.NonFiniteLossError(None, 5), run, feed) == remote_rows
     assert train._failed_batch(loop.NonFiniteLossError(loop.BatchLocation(1, 4, ()), 5), run, feed) == (
         1,
         4,

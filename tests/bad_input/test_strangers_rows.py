@@ -49,9 +49,9 @@ SCHEMA = pa.schema([*((name, pa.string()) for name in TEXTS), ("images", pa.list
 @pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "a/../../secret.txt"])
 @pytest.mark.parametrize("named", [False, True])
 def test_no_row_leads_out_of_the_folder(write: Any, name: str, named: bool, folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows\.\w+: (line|row) \d.* is outside .*data\.images") as told:
+    with pytest.raises(ValueError, match=r"rows\.\w+: (line|row) \d.* is outside .*data\.images") as raised:
         list(open_responses("trl", write(folder, name), images=folder if named else None))
-    assert json.dumps(name) in str(told.value)
+    assert json.dumps(name) in str(raised.value)
 
 
 @pytest.mark.parametrize("write", [json_rows, table_rows])

@@ -100,9 +100,9 @@ def test_cached_draws_change_nothing_until_they_repeat(method: str, tune: str, t
     plain = pictures(tiny_sd15, tmp_path, "plain", **sections, method={"name": method, "beta": 100.0})
     banked = {"name": method, "beta": 100.0, "num_cached_draws": 2}
     cached = pictures(tiny_sd15, tmp_path, "cached", **sections, method=banked)
-    ours = trained(cached)[0]
-    assert_close(ours, trained(plain)[0])
-    assert ours.history[0]["loss"] == pytest.approx(math.log(2), abs=BOUND)
+    weights = trained(cached)[0]
+    assert_close(weights, trained(plain)[0])
+    assert weights.history[0]["loss"] == pytest.approx(math.log(2), abs=BOUND)
     more = f"train.steps={3 * EPOCH}"
     with pytest.raises(AssertionError):
         assert_close(trained(cached, more)[0], trained(plain, more)[0])

@@ -285,9 +285,9 @@ def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path:
 def test_refuses_recipes_of_different_benchmarks(
     changed: Content, sentence: str, content: Content, sources: list[str], tmp_path: Path, calls: list[str]
 ) -> None:
-    other = recipe(tmp_path, "other", {**content, **changed})
+    other_recipe = recipe(tmp_path, "other", {**content, **changed})
     with pytest.raises(ValueError, match=sentence):
-        compare([sources[0], other], seeds=1, output=tmp_path / "compared")
+        compare([sources[0], other_recipe], seeds=1, output=tmp_path / "compared")
     assert not calls
 
 

@@ -129,10 +129,10 @@ def test_an_override_changes_what_it_names_and_nothing_else() -> None:
 
 def test_other_method_drops_the_former_s_hyper_parameters() -> None:
     """Both have a beta, four orders of magnitude apart."""
-    theirs = {**LEAST, "method": {"name": "diffusion_dpo", "beta": 3000}}
-    assert load_recipe(theirs, ["method.name=mapo"]).method.beta == 0.1
-    assert load_recipe(theirs, ["method.name=mapo", "method.beta=0.2"]).method.beta == 0.2
-    assert load_recipe(theirs, ["method.name=diffusion_dpo"]).method.beta == 3000
+    content = {**LEAST, "method": {"name": "diffusion_dpo", "beta": 3000}}
+    assert load_recipe(content, ["method.name=mapo"]).method.beta == 0.1
+    assert load_recipe(content, ["method.name=mapo", "method.beta=0.2"]).method.beta == 0.2
+    assert load_recipe(content, ["method.name=diffusion_dpo"]).method.beta == 3000
 
 
 def test_a_section_that_is_absent_or_null() -> None:

@@ -104,8 +104,8 @@ def test_changed_options_are_used_and_recorded(content: Content, tmp_path: Path,
     assert expected <= set(log_lines)
     assert {str(change) for change in read_run_info(output / "model").record.changes} == expected
     # Page and result tell of what was trained, not of the recipe of their own command
-    other = load_recipe(content, ["train.lr=5", "method.beta=1", "train.steps=1000", "model.tune=lora"])
-    gallery(other)
+    changed_recipe = load_recipe(content, ["train.lr=5", "method.beta=1", "train.steps=1000", "model.tune=lora"])
+    gallery(changed_recipe)
     provenance = json.loads((output / "gallery" / "manifest.json").read_text())["provenance"]
     assert "beta 7.0" in provenance["method"]
     assert provenance["training"] == "full, 4 updates of 2 pairs, lr 0.0001"

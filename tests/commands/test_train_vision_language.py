@@ -156,8 +156,8 @@ def test_the_reference_is_what_tune_says_and_is_the_base_model(tune: str, vlm_fo
         assert sum(p.numel() for p in policy.trainable()) < 0.2 * sum(p.numel() for p in before.values())
     else:
         assert isinstance(policy.reference, FrozenCopy)
-        theirs = dict(policy.reference.model.named_parameters())
-        assert all(torch.equal(theirs[name], p) for name, p in before.items())
+        reference_weights = dict(policy.reference.model.named_parameters())
+        assert all(torch.equal(reference_weights[name], p) for name, p in before.items())
 
 
 @pytest.mark.slow

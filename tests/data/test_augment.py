@@ -125,5 +125,5 @@ def test_a_crop_of_any_picture_keeps_its_size_and_its_area(size: tuple[int, int]
 
 def test_a_crop_of_everything_is_the_picture_itself() -> None:
     image = natural()
-    found = random_crop(image, torch.rand(4, generator=torch.Generator().manual_seed(0)), area_range=(1.0, 1.0))
-    assert np.array_equal(np.asarray(found), np.asarray(image))
+    crop = random_crop(image, torch.rand(4, generator=torch.Generator().manual_seed(0)), area_range=(1.0, 1.0))
+    assert np.array_equal(np.asarray(crop), np.asarray(image))

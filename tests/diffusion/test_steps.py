@@ -122,9 +122,9 @@ def test_a_step_keeps_the_process_s_marginals(schedule: Schedule) -> None:
             eps = (x - signal * m) / noise
             return step(schedule, schedule.target(torch.full_like(x, m), eps, t), x, t, prev, eta)
 
-        zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
-        at_zero = mean_at(zero)
-        slope = mean_at(one).mean - at_zero.mean
+        zeros, ones = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        at_zero = mean_at(zeros)
+        slope = mean_at(ones).mean - at_zero.mean
         signal, noise = schedule.levels(t)
         signal_prev, noise_prev = schedule.levels(prev)
         mean = slope * signal * m + at_zero.mean

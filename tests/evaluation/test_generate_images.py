@@ -60,6 +60,6 @@ def test_damaged_image_is_generated_again_with_its_batch(tmp_path: Path) -> None
 
 def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
     generate(Painter(), ImageCache(tmp_path, {"model": "a"}))
-    other = Painter()
-    generate(other, ImageCache(tmp_path, {"model": "b"}))
-    assert len(other.calls) == 3
+    other_painter = Painter()
+    generate(other_painter, ImageCache(tmp_path, {"model": "b"}))
+    assert len(other_painter.calls) == 3

@@ -88,9 +88,9 @@ def test_adapters_depend_on_their_seed_only(tiny_sd15: Path) -> None:
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(())  # what happened before must not matter
         state = torch.get_rng_state()
-    same, again, other = (masters(net) for net in nets)
+    same, again, other_seed = (masters(net) for net in nets)
     assert all(torch.equal(same[name], again[name]) for name in same)
-    assert any(not torch.equal(same[name], other[name]) for name in same)
+    assert any(not torch.equal(same[name], other_seed[name]) for name in same)
 
 
 def test_the_scale_is_alpha_over_rank(tiny_sd15: Path) -> None:

@@ -136,9 +136,9 @@ def apart(under: Callable[[str], tuple[Tensor, list[Tensor]]], pair: Sequence[st
     return [(relative(out, first[0]), relative(grad, first[1])) for out, grad in result[1:]]
 
 
-def near(found: tuple[float, float], tolerance: tuple[float, float]) -> bool:
-    return found[0] < tolerance[0] and found[1] < tolerance[1]
+def near(distances: tuple[float, float], tolerance: tuple[float, float]) -> bool:
+    return distances[0] < tolerance[0] and distances[1] < tolerance[1]
 
 
-def relative(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())

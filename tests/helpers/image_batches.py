@@ -28,6 +28,6 @@ def pairs(family: TextToImage, rows: Sequence[int] = ROWS, std: float = 0.1) -> 
 
 def swapped(batch: EncodedPairs) -> EncodedPairs:
     """Exchange the chosen and the rejected sides; only latents without spread stay the same images."""
-    other = [*range(len(batch.rows), 2 * len(batch.rows)), *range(len(batch.rows))]
-    latents = Moments(batch.latents.mean[other], batch.latents.std[other])
-    return replace(batch, latents=latents, sizes=batch.sizes[other])
+    swapped_rows = [*range(len(batch.rows), 2 * len(batch.rows)), *range(len(batch.rows))]
+    latents = Moments(batch.latents.mean[swapped_rows], batch.latents.std[swapped_rows])
+    return replace(batch, latents=latents, sizes=batch.sizes[swapped_rows])

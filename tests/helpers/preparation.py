@@ -53,5 +53,5 @@ def refused(content: dict[str, Any], *overrides: str, **callables: Any) -> str:
 
 def text(message: Any) -> str:
     """Return the text of a list of one message."""
-    (one,) = message
-    return str(one["content"])
+    (part,) = message
+    return str(part["content"])

@@ -53,10 +53,10 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys() and not [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def assert_close(one: Trained, other: Trained) -> None:
+def assert_close(run: Trained, other_run: Trained) -> None:
     """Check that the losses of all updates agree to rounding: by BOUND of a loss below 1, and of its size above."""
-    expected = pytest.approx([update["loss"] for update in other.history], abs=BOUND, rel=BOUND)
-    assert [update["loss"] for update in one.history] == expected
+    expected = pytest.approx([update["loss"] for update in other_run.history], abs=BOUND, rel=BOUND)
+    assert [update["loss"] for update in run.history] == expected
 
 
 def numbers(done: Trained) -> list[dict[str, float]]:

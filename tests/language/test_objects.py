@@ -101,7 +101,7 @@ def test_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plural", "one"),
+    ("plural", "expected"),
     [
         *[
             ("knives", "knife"),
@@ -122,8 +122,8 @@ def test_refuses() -> None:
         *[(word, word) for word in ("bus", "glass", "tennis", "sheep", "series", "specimen", "dog", "gas", "")],
     ],
 )
-def test_singular(plural: str, one: str) -> None:
-    assert singular(plural) == one
+def test_singular(plural: str, expected: str) -> None:
+    assert singular(plural) == expected
 
 
 def test_finds_singular_and_plural_of_every_word() -> None:

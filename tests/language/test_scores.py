@@ -31,9 +31,9 @@ def test_chunks_change_neither_values_nor_gradients(chunk: int, softcap: float |
     expected = plain(hidden, head, targets, softcap)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     up = torch.randn(M)
-    ours = torch.autograd.grad(result, [hidden, head.weight], up)
-    theirs = torch.autograd.grad(expected, [hidden, head.weight], up)
-    for a, b in zip(ours, theirs, strict=True):
+    gradients = torch.autograd.grad(result, [hidden, head.weight], up)
+    expected_gradients = torch.autograd.grad(expected, [hidden, head.weight], up)
+    for a, b in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -40,16 +40,16 @@ def test_dpo_gives_the_release_s_numbers(case: dict) -> None:
     """SalesforceAIResearch/DiffusionDPO, train.py:1121-1145, in float64."""
     policy, reference, target = tensors(case, torch.float64, "model_pred", "ref_pred", "target")
     policy.requires_grad_()
-    ours, theirs = scores(policy, target), scores(reference, target)
+    policy_scores, reference_scores = scores(policy, target), scores(reference, target)
     beta, expected = case["inputs"]["beta_dpo"], case["expected"]
-    values = pairwise.dpo(ours, theirs, beta=beta)
-    z = beta * (ours.margin - theirs.margin)
+    values = pairwise.dpo(policy_scores, reference_scores, beta=beta)
+    z = beta * (policy_scores.margin - reference_scores.margin)
     values.mean().backward()
     close = {"rtol": 1e-12, "atol": 1e-12}
     assert_close(values.mean(), torch.tensor(expected["loss"], dtype=torch.float64), **close)
     assert_close(z, torch.tensor(expected["inside_term"], dtype=torch.float64), **close)
     assert_close(policy.grad, torch.tensor(expected["grad_model_pred"], dtype=torch.float64), **close)
-    assert_close(-2 * ours.chosen, torch.tensor(expected["model_losses_w"], dtype=torch.float64), **close)
+    assert_close(-2 * policy_scores.chosen, torch.tensor(expected["model_losses_w"], dtype=torch.float64), **close)
 
 
 @pytest.mark.parametrize("case", cases("mapo"))
@@ -124,18 +124,20 @@ def test_cca_gives_the_release_s_numbers(case: dict) -> None:
     names = ("logits", "shuffled_logits", "ref_logits", "shuffled_ref_logits")
     logits = [torch.tensor(given[name], dtype=torch.float64, requires_grad="ref" not in name) for name in names]
     tokens = torch.tensor(given["idx"])[..., None]
-    own, other, own_ref, other_ref = (x.log_softmax(-1).gather(-1, tokens).sum((1, 2)) for x in logits)
+    own, unlearned, own_ref, unlearned_ref = (x.log_softmax(-1).gather(-1, tokens).sum((1, 2)) for x in logits)
     label, shuffled = (torch.tensor(given[name]) for name in ("label", "shuffle_label"))
     expected, settings = case["expected"], case["inputs"]
     assert (label == shuffled).tolist() == expected["treated_as_positive"]  # the dropped one, and one by accident
-    ours, theirs = Pair(own, other), Pair(own_ref, other_ref)
-    values = pairwise.cca(ours, theirs, label == shuffled, beta=settings["beta"], weight=settings["lambda_"])
+    policy_scores, reference_scores = Pair(own, unlearned), Pair(own_ref, unlearned_ref)
+    values = pairwise.cca(
+        policy_scores, reference_scores, label == shuffled, beta=settings["beta"], weight=settings["lambda_"]
+    )
     values.mean().backward()
     close = {"rtol": 1e-12, "atol": 1e-12}
     for result, name in (
         (values.mean(), "loss"),
         (own - own_ref, "img_logp_gap"),
-        (other - other_ref, "negative_img_logp_gap"),
+        (unlearned - unlearned_ref, "negative_img_logp_gap"),
         (logits[0].grad, "grad_logits"),
         (logits[1].grad, "grad_shuffled_logits"),
     ):
@@ -148,22 +150,22 @@ def test_cca_by_hand() -> None:
     z is 1 and -1, softplus(-1) = 0.313262: (0.313262 + 3 * 0.313262) / 3 = 0.417682, and
     (0.313262 + softplus(1) = 1.313262) / 3 = 0.542175.
     """
-    ours, theirs = pair([0.75, 0.75], [0.0, 0.0]), pair([0.25, 0.25], [0.5, 0.5])
-    values = pairwise.cca(ours, theirs, torch.tensor([False, True]), beta=2.0, weight=3.0)
+    policy_scores, reference_scores = pair([0.75, 0.75], [0.0, 0.0]), pair([0.25, 0.25], [0.5, 0.5])
+    values = pairwise.cca(policy_scores, reference_scores, torch.tensor([False, True]), beta=2.0, weight=3.0)
     assert_close(values, torch.tensor([0.417682, 0.542175]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("weight, start", [(0.5, 1.5), (1.0, 2.0), (4.0, 1.25)])
 def test_cca_starts_at_a_known_loss_and_pulls_its_sides_apart(weight: float, start: float) -> None:
     """In units of ln 2: (1 + weight) / max(weight, 1). The gradients are -1/2 and weight/2, over max(weight, 1)."""
-    own, other = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    own, unlearned = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
     zeros, different = pair([0.0, 0.0], [0.0, 0.0]), torch.tensor([False, False])
-    values = pairwise.cca(Pair(own, other), zeros, different, beta=1.0, weight=weight)
+    values = pairwise.cca(Pair(own, unlearned), zeros, different, beta=1.0, weight=weight)
     assert_close(values.detach(), torch.full((2,), start * math.log(2)))
     values.sum().backward()
-    assert own.grad is not None and other.grad is not None
+    assert own.grad is not None and unlearned.grad is not None
     assert_close(own.grad, torch.full((2,), -0.5 / max(weight, 1)))
-    assert_close(other.grad, torch.full((2,), 0.5 * weight / max(weight, 1)))
+    assert_close(unlearned.grad, torch.full((2,), 0.5 * weight / max(weight, 1)))
 
 
 def test_cca_at_weight_1_pulls_at_first_as_dpo_does() -> None:
@@ -212,8 +214,8 @@ def test_diffusers_beta_is_half_and_its_ipo_four_times(variant: str, name: str, 
     policy, reference, target = tensors(
         content["cases"]["base_beta5000"], torch.float32, "model_pred", "ref_pred", "target"
     )
-    ours, theirs = scores(policy, target), scores(reference, target)
-    value = factor * getattr(pairwise, name)(ours, theirs, beta=2 * published["beta_dpo"]).mean()
+    policy_scores, reference_scores = scores(policy, target), scores(reference, target)
+    value = factor * getattr(pairwise, name)(policy_scores, reference_scores, beta=2 * published["beta_dpo"]).mean()
     assert_close(value.item(), published["expected"]["loss"], rtol=2e-5, atol=2e-5)
 
 
@@ -238,14 +240,14 @@ def test_clipped_dpo_gives_the_release_s_numbers(case: dict) -> None:
     policy, reference = tensors(case, torch.float64, "noise_pred_policy", "noise_pred_ref")
     policy.requires_grad_()
     given, expected = case["inputs"], case["expected"]
-    ours, theirs = (step_scores(case, case["schedule"], p) for p in (policy, reference))
-    values = pairwise.clipped_dpo(ours, theirs, beta=given["beta"], clip=given["eps"])
+    policy_scores, reference_scores = (step_scores(case, case["schedule"], p) for p in (policy, reference))
+    values = pairwise.clipped_dpo(policy_scores, reference_scores, beta=given["beta"], clip=given["eps"])
     values.mean().backward()
     wanted = torch.tensor(expected["grad_noise_pred_shared_forward"], dtype=torch.float64)
     assert_close(values.mean().item(), expected["loss"], rtol=1e-8, atol=1e-8)
     assert_close(policy.grad, wanted, rtol=1e-8, atol=1e-8)
-    assert_close(ours.chosen.tolist(), expected["logp_policy_w"], rtol=1e-7, atol=1e-7)
-    assert_close(theirs.rejected.tolist(), expected["logp_ref_l"], rtol=1e-7, atol=1e-7)
+    assert_close(policy_scores.chosen.tolist(), expected["logp_policy_w"], rtol=1e-7, atol=1e-7)
+    assert_close(reference_scores.rejected.tolist(), expected["logp_ref_l"], rtol=1e-7, atol=1e-7)
 
 
 def test_clipped_side_has_no_gradient() -> None:

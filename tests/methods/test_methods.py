@@ -97,16 +97,18 @@ def test_score_is_minus_half_the_mean_squared_error(family: TextToImage) -> None
     cond = family.condition(batch.text.repeat(2), batch.sizes)
     assert isinstance(policy.reference, FrozenCopy)
     with torch.no_grad():
-        ours, theirs = (
+        policy_errors, reference_errors = (
             (family.predict(net, x_t, t, cond) - target).square().mean((1, 2, 3)).chunk(2)
             for net in (policy.model, policy.reference.model)
         )
-    z = -0.5 * 300 * ((ours[0] - ours[1]) - (theirs[0] - theirs[1]))
+    z = -0.5 * 300 * ((policy_errors[0] - policy_errors[1]) - (reference_errors[0] - reference_errors[1]))
     torch.testing.assert_close(step.metrics["logit"], z, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(step.losses.detach(), -z.sigmoid().log(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(step.metrics["chosen error"], ours[0])
-    torch.testing.assert_close(step.metrics["rejected error"], ours[1])
-    torch.testing.assert_close(step.metrics["chosen gain"], 0.5 * (theirs[0] - ours[0]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(step.metrics["chosen error"], policy_errors[0])
+    torch.testing.assert_close(step.metrics["rejected error"], policy_errors[1])
+    torch.testing.assert_close(
+        step.metrics["chosen gain"], 0.5 * (reference_errors[0] - policy_errors[0]), rtol=1e-3, atol=1e-6
+    )
     torch.testing.assert_close(step.metrics["accuracy"], (z > 0).float())
     torch.testing.assert_close(step.metrics["gradient factor"], (-z).sigmoid(), rtol=1e-3, atol=1e-4)
 
@@ -130,11 +132,11 @@ def test_an_equal_pair_has_no_gradient(family: TextToImage) -> None:
 def test_swapping_the_sides_negates_the_logit(family: TextToImage) -> None:
     policy, batch = full(family, moved=0.02), pairs(family, std=0.0)
     cfg = diffusion_dpo.Config(beta=1000.0)
-    one, other = (run(diffusion_dpo, policy, b, cfg).metrics for b in (batch, swapped(batch)))
-    assert one["logit"].abs().min() > 1e-2
-    torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(one["accuracy"], 1 - other["accuracy"])
-    torch.testing.assert_close(one["chosen error"], other["rejected error"])
+    metrics, swapped_metrics = (run(diffusion_dpo, policy, b, cfg).metrics for b in (batch, swapped(batch)))
+    assert metrics["logit"].abs().min() > 1e-2
+    torch.testing.assert_close(metrics["logit"], -swapped_metrics["logit"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(metrics["accuracy"], 1 - swapped_metrics["accuracy"])
+    torch.testing.assert_close(metrics["chosen error"], swapped_metrics["rejected error"])
 
 
 @pytest.mark.parametrize(
@@ -173,8 +175,8 @@ def test_time_and_noise_are_shared_within_a_pair(family: TextToImage) -> None:
     assert torch.equal(view.x_t[:4], view.x_t[4:]) and torch.equal(view.target[:4], view.target[4:])
     noise = view.x_t[:4] / view.x_t[:4].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     assert (torch.einsum("ichw,jchw->ij", noise, noise) - torch.eye(4)).abs().max() < 0.35
-    for other in (KeyedRNG(6, 2), KeyedRNG(5, 3)):
-        assert not torch.equal(_denoising.noise_pairs(family, batch, 0.0, other).t, view.t)
+    for other_rng in (KeyedRNG(6, 2), KeyedRNG(5, 3)):
+        assert not torch.equal(_denoising.noise_pairs(family, batch, 0.0, other_rng).t, view.t)
     again = _denoising.noise_pairs(family, batch, 0.0, DRAWS, index=1)
     assert not torch.equal(again.t, view.t)
 
@@ -253,10 +255,10 @@ def test_a_row_s_numbers_are_its_own_whatever_its_company(family: TextToImage, n
             atol = 5e-3 if metric in ("loss", "logit", "gradient factor") else 1e-5  # beta magnifies rounding
             torch.testing.assert_close(values, whole.metrics[metric][at], rtol=1e-3, atol=atol)
         (mine,) = method.contrasts(policy, pairs(family, rows), cfg, DRAWS)
-        (theirs,) = method.contrasts(policy, pairs(family), cfg, DRAWS)
+        (contrast,) = method.contrasts(policy, pairs(family), cfg, DRAWS)
         at = [i + len(ROWS) * view for view in range(views) for i in at]
-        assert torch.equal(mine.view.x_t, theirs.view.x_t[at]) and torch.equal(mine.view.t, theirs.view.t[at])
-        assert torch.equal(mine.view.target, theirs.view.target[at])
+        assert torch.equal(mine.view.x_t, contrast.view.x_t[at]) and torch.equal(mine.view.t, contrast.view.t[at])
+        assert torch.equal(mine.view.target, contrast.view.target[at])
 
 
 class Untouchable(nn.Module):

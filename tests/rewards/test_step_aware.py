@@ -114,8 +114,8 @@ def _saved(tiny_clip: Path) -> Path:
 def test_step_judge_can_be_trained_further(tiny_clip: Path, learned: Path) -> None:
     again, first = begin(str(learned)).net.state_dict(), load_file(learned / step_aware.WEIGHTS)
     assert all(torch.equal(again[name], x) for name, x in first.items())
-    one, other = (begin(str(tiny_clip)).net.state_dict() for _ in range(2))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    start, second_start = (begin(str(tiny_clip)).net.state_dict() for _ in range(2))
+    assert all(torch.equal(start[name], second_start[name]) for name in start)
 
 
 def test_half_the_precision_on_disk_is_read_as_float32(begun: Path, images: list[Image.Image]) -> None:

@@ -22,11 +22,11 @@ def test_it_scores_as_the_library_s_own_model_does(activation: str, tmp_path: Pa
     """The same pixels and tokens: float32 rounding. From images: the library resizes tensors, open_clip by Pillow."""
     images = [image.convert("RGB") for image in images]
     folder = clip_models.transformers_clip(tmp_path / "clip", activation=activation)
-    theirs, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    clip_model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
     words = {"padding": True, "truncation": True, "max_length": diffusion_models.CONTEXT}
     inputs = processor(text=PROMPTS, images=images, return_tensors="pt", **words)
     with torch.no_grad():
-        expected = theirs(**inputs).logits_per_image.diag()
+        expected = clip_model(**inputs).logits_per_image.diag()
         model, preprocess, tokenize, _ = load_parts(str(folder))
         image = model.eval().encode_image(inputs["pixel_values"], normalize=True)
         text = model.encode_text(tokenize(PROMPTS), normalize=True)
@@ -94,21 +94,23 @@ def spoilt(folder: Path, to: Path, name: str, **changed: object) -> Path:
 def test_what_is_no_such_model_is_refused_in_a_sentence(
     tiny_transformers_clip: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
-    ours = tiny_transformers_clip
-    config = json.loads((ours / "config.json").read_text())
+    model_folder = tiny_transformers_clip
+    config = json.loads((model_folder / "config.json").read_text())
     deeper = spoilt(
-        ours, tmp_path / "a", "config.json", vision_config={**config["vision_config"], "num_hidden_layers": 3}
+        model_folder, tmp_path / "a", "config.json", vision_config={**config["vision_config"], "num_hidden_layers": 3}
     )
     relu = {name: {**config[name], "hidden_act": "relu"} for name in ("text_config", "vision_config")}
     squashed = {"image_processor_type": "CLIPImageProcessor", "size": 20, "crop_size": 16}
-    bare = spoilt(ours, tmp_path / "d", "config.json")
+    bare = spoilt(model_folder, tmp_path / "d", "config.json")
     for file in ("tokenizer.json", "vocab.json", "merges.txt"):
         (bare / file).unlink(missing_ok=True)
     (tmp_path / "e").mkdir()
     cases = {
         deeper: "weights are missing, such as ['vision_model.encoder.layers.2",
-        spoilt(ours, tmp_path / "b", "config.json", **relu): "its activations are relu and relu",
-        spoilt(ours, tmp_path / "c", "processor_config.json", image_processor=squashed): "expected squares of the full",
+        spoilt(model_folder, tmp_path / "b", "config.json", **relu): "its activations are relu and relu",
+        spoilt(
+            model_folder, tmp_path / "c", "processor_config.json", image_processor=squashed
+        ): "expected squares of the full",
         bare: "it has no tokenizer, and 74 tokens, where CLIP's own has 49408",
         tiny_clip: "cannot load",
         tmp_path / "e": "cannot load",

@@ -70,9 +70,9 @@ def rows(answers: Sequence[str] = ANSWERS) -> list[GroundTruthAnswer]:
 
 
 def run(
-    family: Any, some: list[GroundTruthAnswer], masking: BdhsConfig = HOW, similar: Similarity = TRIGRAMS
+    family: Any, answers: list[GroundTruthAnswer], masking: BdhsConfig = HOW, similar: Similarity = TRIGRAMS
 ) -> list[Completion]:
-    return bdhs(ResponseSampler(family, torch.nn.Identity(), KeyedRNG(0)), some, None, masking, similar)  # type: ignore[arg-type]
+    return bdhs(ResponseSampler(family, torch.nn.Identity(), KeyedRNG(0)), answers, None, masking, similar)  # type: ignore[arg-type]
 
 
 def measured(*scores: float) -> Similarity:
@@ -144,8 +144,8 @@ def test_a_number_of_tokens_can_be_kept_instead() -> None:
 
 def test_a_row_comes_out_alike_alone_and_in_company() -> None:
     alone = Scripted()
-    (one,) = run(alone, rows()[2:])
-    assert one == run(Scripted(), rows())[2]
+    (completion,) = run(alone, rows()[2:])
+    assert completion == run(Scripted(), rows())[2]
     company = Scripted()
     run(company, rows())
     assert alone.calls[0]["rows"] == company.calls[0]["rows"][3:]
@@ -181,24 +181,24 @@ def test_an_answer_that_leaves_no_room_is_too_long() -> None:
 
 def asked(family: Any, key: str = "wide", answers: Sequence[str] = ANSWERS) -> tuple[list[GroundTruthAnswer], Any]:
     view = family.processor.preprocess_image(PICTURES[key])
-    some = [
+    true_answers = [
         GroundTruthAnswer(n, (Turn("user", "<image>What is it?"),), text, ((key, view),))
         for n, text in enumerate(answers)
     ]
-    return some, family.encode_images({key: view})
+    return true_answers, family.encode_images({key: view})
 
 
-def completed(family: Any, some: Sequence[GroundTruthAnswer], features: Any, masking: BdhsConfig) -> list[str]:
+def completed(family: Any, answers: Sequence[GroundTruthAnswer], features: Any, masking: BdhsConfig) -> list[str]:
     sampler = ResponseSampler(family, family.network, KeyedRNG(3))
-    return [one.text for one in bdhs(sampler, some, features, masking, TRIGRAMS)]
+    return [one.text for one in bdhs(sampler, answers, features, masking, TRIGRAMS)]
 
 
 def test_batched_completions_are_the_single_ones(vlm: Any) -> None:
-    some, features = asked(vlm)
+    answers, features = asked(vlm)
     masking = changed(max_similarity=0.2, max_new_tokens=6, batch_size=3)  # most rows are tried several times
-    together = completed(vlm, some, features, masking)
-    assert together == [text for row in some for text in completed(vlm, [row], features, masking)]
-    assert together == completed(vlm, some, features, changed(max_similarity=0.2, max_new_tokens=6))
+    together = completed(vlm, answers, features, masking)
+    assert together == [text for row in answers for text in completed(vlm, [row], features, masking)]
+    assert together == completed(vlm, answers, features, changed(max_similarity=0.2, max_new_tokens=6))
     assert len(set(together)) == len(together)
 
 

@@ -90,15 +90,15 @@ def test_every_sentence_begins_after_the_true_ones() -> None:
     result = [one for one in openings(ANSWER, 3, DRAWS) if isinstance(one, Opening)]
     assert [one.history for one in result] == ["", "Yes, there is a dog. ", "Yes, there is a dog. It sits on a mat! "]
     assert [one.tail for one in result] == [" ", " ", ""]
-    for one, true in zip(result[1:], sentences(ANSWER)[1:], strict=True):
-        assert true.startswith(one.head) and one.start == one.history + one.head
+    for opening, true in zip(result[1:], sentences(ANSWER)[1:], strict=True):
+        assert true.startswith(opening.head) and opening.start == opening.history + opening.head
 
 
 def test_cuts_depend_on_row_seed_epoch_and_try_alone() -> None:
     again = [openings(ANSWER, 5, KeyedRNG(0), 2) for _ in range(2)]
     assert again[0] == again[1]
     longer = openings(f"{ANSWER} And more.", 5, KeyedRNG(0), 2)
-    other = [
+    other_cuts = [
         openings(ANSWER * 4, row, rng, attempt)
         for row, rng, attempt in (
             (5, KeyedRNG(0), 2),
@@ -108,7 +108,7 @@ def test_cuts_depend_on_row_seed_epoch_and_try_alone() -> None:
             (5, KeyedRNG(0), 3),
         )
     ]
-    assert len(longer) == 4 and all(one != other[0] for one in other[1:])
+    assert len(longer) == 4 and all(one != other_cuts[0] for one in other_cuts[1:])
 
 
 def test_what_a_model_says_takes_the_place_of_the_rest() -> None:

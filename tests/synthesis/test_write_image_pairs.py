@@ -59,14 +59,16 @@ def test_bundled_contrasts_differ_in_one_attribute() -> None:
     for first, second in couples:
         assert first != second and second in known and scenes.split_of(second) == "train"
         assert first.category == second.category and first.relation == second.relation
-        ours, theirs = ([(g.number, g.colour, g.shape, g.size) for g in prompt.groups] for prompt in (first, second))
+        first_groups, second_groups = (
+            [(g.number, g.colour, g.shape, g.size) for g in prompt.groups] for prompt in (first, second)
+        )
         different = [
             name
-            for a, b in zip(ours, theirs, strict=True)
+            for a, b in zip(first_groups, second_groups, strict=True)
             for name, x, y in zip(("count", "colour", "shape", "size"), a, b, strict=True)
             if x != y
         ]
-        swapped = first.relation is not None and ours == theirs[::-1]
+        swapped = first.relation is not None and first_groups == second_groups[::-1]
         assert swapped or len(different) == 1, (str(first), str(second))
         changed.add("relation" if swapped else different[0])
     assert changed == set(scenes.ATTRIBUTES)

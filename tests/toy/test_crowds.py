@@ -7,9 +7,9 @@ from mmalign.toy import crowds
 from mmalign.toy.scenes import BACKGROUND, CANVAS
 
 
-def together(found: list[crowds.Crowd]) -> float:
+def together(sampled: list[crowds.Crowd]) -> float:
     """How often the partner of a kind is there too."""
-    return float(np.mean([crowds.PARTNERS[kind] in crowd.kinds for crowd in found for kind in crowd.kinds]))
+    return float(np.mean([crowds.PARTNERS[kind] in crowd.kinds for crowd in sampled for kind in crowd.kinds]))
 
 
 def test_partners_differ_in_colour_and_shape() -> None:
@@ -34,10 +34,10 @@ def test_the_first_crowds_do_not_depend_on_how_many_there_are() -> None:
     assert crowds.sample("test", 5, 3) == crowds.sample("test", 50, 3)[:5]
 
 
-@pytest.mark.parametrize("other", [("train", 0), ("test", 1)])
-def test_other_splits_and_seeds_hold_other_crowds(other: tuple[crowds.Split, int]) -> None:
-    ours, theirs = crowds.sample("test", 200, 0), crowds.sample(other[0], 200, other[1])
-    assert not {crowd.things for crowd in ours} & {crowd.things for crowd in theirs}
+@pytest.mark.parametrize("source", [("train", 0), ("test", 1)])
+def test_other_splits_and_seeds_hold_other_crowds(source: tuple[crowds.Split, int]) -> None:
+    test_crowds, other_crowds = crowds.sample("test", 200, 0), crowds.sample(source[0], 200, source[1])
+    assert not {crowd.things for crowd in test_crowds} & {crowd.things for crowd in other_crowds}
 
 
 def test_objects_are_painted_where_they_are_and_nowhere_else() -> None:

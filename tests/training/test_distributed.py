@@ -190,10 +190,10 @@ class Runs:
     def weights(self, run: str, step: int = STEPS) -> dict[str, Tensor]:
         return load_file(self.folder / run / f"checkpoint-{step:08d}" / "model.safetensors")
 
-    def distance(self, run: str, other: str) -> tuple[float, float]:
+    def distance(self, run: str, other_run: str) -> tuple[float, float]:
         """How far apart two runs end: their weights, over the way gone since the first update, and their gradients."""
-        start, a, b = (flat(self.weights(*where)) for where in ((run, 1), (run,), (other,)))
-        actual, expected = self.mean_gradient(run), self.mean_gradient(other)
+        start, a, b = (flat(self.weights(*where)) for where in ((run, 1), (run,), (other_run,)))
+        actual, expected = self.mean_gradient(run), self.mean_gradient(other_run)
         return relative(a - b, a - start), relative(actual - expected, actual)
 
     def mean_gradient(self, run: str) -> Tensor:
@@ -245,9 +245,9 @@ def test_another_global_batch_would_be_noticed(batch: str, runs: Runs) -> None:
     """With "half" of it each process would learn as if it had never heard of the other."""
     weights, gradients = runs.distance("one/full", f"{batch}/full")
     assert weights > 20 * WEIGHTS and gradients > 1000 * GRADIENTS
-    one, other = runs.record("full", "one")["history"], runs.record("full", batch)["history"]
-    assert one[0]["gradient norm"] != pytest.approx(other[0]["gradient norm"], **METRICS)
-    assert one[0]["chosen error"] != pytest.approx(other[0]["chosen error"], **METRICS)
+    history, other_history = runs.record("full", "one")["history"], runs.record("full", batch)["history"]
+    assert history[0]["gradient norm"] != pytest.approx(other_history[0]["gradient norm"], **METRICS)
+    assert history[0]["chosen error"] != pytest.approx(other_history[0]["chosen error"], **METRICS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -311,12 +311,12 @@ def listed(output: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["latents", "text"])
 def test_each_process_encodes_its_share_once(kind: str, runs: Runs) -> None:
-    one, two = (
+    single, double = (
         [set(load_file(shard)) for shard in (runs.folder / location / "full" / "cache" / kind).rglob("*.safetensors")]
         for location in ("one", "two")
     )
-    assert len(one) == 1 and len(two) == 2
-    assert two[0] | two[1] == one[0] and not two[0] & two[1]
+    assert len(single) == 1 and len(double) == 2
+    assert double[0] | double[1] == single[0] and not double[0] & double[1]
 
 
 @pytest.mark.parametrize(

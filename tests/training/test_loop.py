@@ -127,10 +127,10 @@ def test_contrasts_run_in_eval_and_losses_in_train_mode(
 
 
 def test_an_update_of_padding_alone_does_not_move_by_momentum(start: Callable[..., Run]) -> None:
-    one, padding, other = data([2, 2, 2], weights=[1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    first, padding, last = data([2, 2, 2], weights=[1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
     run, without = start(optimizer=torch.optim.AdamW), start(optimizer=torch.optim.AdamW)
-    run(Regression(), of([one, padding, other]), steps=2)
-    without(Regression(), of([one, other]), steps=2)
+    run(Regression(), of([first, padding, last]), steps=2)
+    without(Regression(), of([first, last]), steps=2)
     assert torch.equal(flat(run.net), flat(without.net))
     assert run.progress == Progress(2, 0, 3)  # the padding was read, and is no update
     assert [p.step for p, _, _ in run.said] == [1, 2]

@@ -83,9 +83,9 @@ def test_a_window_may_reach_over_the_end_of_an_epoch(start: Callable[..., Run]) 
     """Two batches an epoch and three an update: the second update's are batch 1 of epoch 1 and both of epoch 2."""
     run = start()
     run(Regression(), of(data([2, 2])), steps=2, accumulate=3)
-    one, two = data([2, 2])
+    first, second = data([2, 2])
     joined = [Batch([], torch.cat([b.x for b in bs]), torch.cat([b.y for b in bs]), torch.ones(6))
-              for bs in ((one, two, one), (two, one, two))]  # fmt: skip
+              for bs in ((first, second, first), (second, first, second))]  # fmt: skip
     at = START
     for batch in joined:
         at = at - 0.1 * by_hand(batch, at)

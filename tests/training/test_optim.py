@@ -124,8 +124,8 @@ def averaged(decay: float, values: list[float]) -> tuple[EMA, nn.Parameter]:
 def test_the_average_by_hand() -> None:
     """Decays min(0.5, (1 + n) / (10 + n)): 2/11, 3/12, 4/13."""
     ema, _ = averaged(0.5, [100.0, 1.0, 2.0, 4.0])
-    one = 2 / 11 * 100 + 9 / 11 * 1
-    two = 3 / 12 * one + 9 / 12 * 2
+    first_average = 2 / 11 * 100 + 9 / 11 * 1
+    two = 3 / 12 * first_average + 9 / 12 * 2
     three = 4 / 13 * two + 9 / 13 * 4
     assert ema.state()[0].item() == pytest.approx(three, rel=1e-6)
 

@@ -86,9 +86,9 @@ def test_another_model_has_another_folder(tmp_path: Path) -> None:
 
 
 def test_folder_of_another_fingerprint_is_refused(tmp_path: Path) -> None:
-    one, other = (ArrayCache.open(tmp_path, MODEL | {"resolution": side}).folder for side in (64, 128))
-    shutil.rmtree(other)
-    one.rename(other)
+    folder, other_folder = (ArrayCache.open(tmp_path, MODEL | {"resolution": side}).folder for side in (64, 128))
+    shutil.rmtree(other_folder)
+    folder.rename(other_folder)
     with pytest.raises(ValueError, match="does not match its name: resolution is 64 there and 128 here; delete") as e:
         ArrayCache.open(tmp_path, MODEL | {"resolution": 128})
     assert "abc" not in str(e.value)

@@ -135,10 +135,10 @@ def test_scores_of_a_model_that_was_changed_are_not_taken(
     cache.cache(load_recipe(content))
     asked.clear()
     change(model)
-    ours, _ = trained(content)
+    weights, _ = trained(content)
     assert len(asked) == 2
-    theirs, _ = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
-    assert_close(ours, theirs)
+    expected, _ = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
+    assert_close(weights, expected)
     folders = {kind: len(list((tmp_path / "out" / "cache" / kind).iterdir())) for kind in ("features", "reference")}
     assert [kind for kind, number in folders.items() if number == 2] == kinds
 

@@ -35,11 +35,11 @@ def test_fingerprint_of_copied_and_used_models(family: Any, tiny_sd15: Path, tmp
     family.encode_prompts(["a red cube"])
     family.count_truncated(["a red cube"])
     shutil.copytree(tiny_sd15, tmp_path / "copy")
-    for other in (family, load_diffusion(tmp_path / "copy")):
+    for same_family in (family, load_diffusion(tmp_path / "copy")):
         assert of == (
-            fingerprint_tokenizer(other),
-            fingerprint_network(other.network),
-            fingerprint_schedule(other.schedule),
+            fingerprint_tokenizer(same_family),
+            fingerprint_network(same_family.network),
+            fingerprint_schedule(same_family.schedule),
         )
 
 

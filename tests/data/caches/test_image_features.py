@@ -158,10 +158,10 @@ def test_training_on_features_decodes_no_image(
     cache.cache(load_recipe(content))
     decoded, decode = list[str](), response_pairs.decode
     monkeypatch.setattr(response_pairs, "decode", lambda ref: decoded.append(ref.location) or decode(ref))
-    ours, _ = trained(content)
+    weights, _ = trained(content)
     assert len(set(decoded)) == (1 if method["name"] == "povid" else 0)
-    theirs, _ = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
-    assert_close(ours, theirs)
+    expected, _ = trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")
+    assert_close(weights, expected)
 
 
 def test_first_readable_image_decides_on_disk_space(

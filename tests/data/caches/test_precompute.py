@@ -68,10 +68,10 @@ def test_cache_changes_rounding_only_and_computes_each_draw_once(
     worked_out.clear()
     there = f"data.cache='{tmp_path / 'cached' / 'cache'}'"
     assert_same(weights, train_weights(recipe(tiny_sd15, tmp_path, "again", **common), there, "data.num_workers=2"))
-    other = train_weights(
+    other_weights = train_weights(
         recipe(tiny_sd15, tmp_path, "other", **common), there, "method.beta=300.0", "train.batch_size=1"
     )
-    assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (weights, other)))
+    assert worked_out == [] and not torch.equal(*(next(iter(x.values())) for x in (weights, other_weights)))
 
 
 @pytest.mark.slow
@@ -126,17 +126,17 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("other", first_fast([*OTHERS, "weights", "schedule", "prediction", "tokenizer"]))
+@pytest.mark.parametrize("override", first_fast([*OTHERS, "weights", "schedule", "prediction", "tokenizer"]))
 def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
-    other: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
+    override: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
 ) -> None:
     """In one folder of caches; both are found again, and training is what it is in a folder of its own."""
     options = {"steps": 1, "save_every": 1}
     first = recipe(tiny_sd15, tmp_path, "first", train=options, data={"flip": True, "cache": f"{tmp_path}/all"})
     train_weights(first)
-    overrides = OTHERS.get(other, [f"model.path={tmp_path / 'other'}"])
-    if other not in OTHERS:
-        changed(other, tiny_sd15, tmp_path / "other")
+    overrides = OTHERS.get(override, [f"model.path={tmp_path / 'other'}"])
+    if override not in OTHERS:
+        changed(override, tiny_sd15, tmp_path / "other")
     worked_out.clear()
     shared = train_weights({**first, "output": str(tmp_path / "second")}, *overrides)
     assert len(worked_out) == 2
@@ -294,11 +294,11 @@ def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
 
 
 def test_draws_come_again_after_their_number_of_epochs(contrast: Callable[[int], Any]) -> None:
-    first, other, again = (contrast(epoch) for epoch in (0, 1, 2))
+    first, second, again = (contrast(epoch) for epoch in (0, 1, 2))
     for name in ("x_t", "t", "target"):
         assert torch.equal(getattr(first.view, name), getattr(again.view, name))
     assert torch.equal(first.reference["chosen"], again.reference["chosen"])
-    assert not torch.equal(first.view.t, other.view.t)
+    assert not torch.equal(first.view.t, second.view.t)
 
 
 def test_only_the_reference_s_inversions_can_be_kept() -> None:

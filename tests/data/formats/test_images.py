@@ -344,8 +344,8 @@ def test_split_keeps_groups_together_when_data_grows(tmp_path: Path) -> None:
 
 def test_selection_keeps_the_order_asked_for(tmp_path: Path) -> None:
     pairs = open_pairs("pick_a_pic", str(write(tmp_path / "a.parquet", [(1.0, 0.0)] * 5)))
-    some = pairs.select(np.array([4, 0, 2])).select([2, 0])
-    assert [p.prompt for p in some] == ["prompt 2", "prompt 4"] and some.groups() == ["prompt 2", "prompt 4"]
-    assert some[-1].prompt == "prompt 4"
+    selected = pairs.select(np.array([4, 0, 2])).select([2, 0])
+    assert [p.prompt for p in selected] == ["prompt 2", "prompt 4"] and selected.groups() == ["prompt 2", "prompt 4"]
+    assert selected[-1].prompt == "prompt 4"
     with pytest.raises(IndexError):
-        some[2]
+        selected[2]

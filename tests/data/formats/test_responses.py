@@ -130,12 +130,13 @@ def test_several_images_and_turns_keep_their_places(here: Path) -> None:
 
 
 def test_conversations_are_compared_where_they_first_differ(here: Path) -> None:
-    ours, theirs = (
+    chosen_side, rejected_side = (
         said("A cube.", old=True) + said(CHOSEN, old=True),
         said("A cube.", old=True) + said(REJECTED, old=True),
     )
     (pair,) = open_responses(
-        "povid", written(here, {"image": "a.png", "conversations": ours, "rejected_conversations": theirs})
+        "povid",
+        written(here, {"image": "a.png", "conversations": chosen_side, "rejected_conversations": rejected_side}),
     )
     assert len(pair.turns) == 3 and pair.chosen == CHOSEN
 
@@ -170,8 +171,8 @@ def test_a_row_that_cannot_be_learned_from_is_dropped_as_a_pair(
 
 
 def test_conversations_with_different_questions_are_no_pair(here: Path) -> None:
-    other = [{"from": "human", "value": "Else?"}, {"from": "gpt", "value": REJECTED}]
-    row = {"image": "a.png", "conversations": said(CHOSEN, old=True), "rejected_conversations": other}
+    other_turns = [{"from": "human", "value": "Else?"}, {"from": "gpt", "value": REJECTED}]
+    row = {"image": "a.png", "conversations": said(CHOSEN, old=True), "rejected_conversations": other_turns}
     with pytest.raises(ValueError, match="the chosen and the rejected conversation have different prompts"):
         open_responses("povid", written(here, row))
 
@@ -266,11 +267,11 @@ def test_a_row_s_id_is_its_content(here: Path) -> None:
     rows = [GOOD, {**GOOD, "chosen": "Two."}, {**GOOD, "images": ["b.png"]}, {**GOOD, "prompt": "Else?"}]
     ids = rows_of(open_responses("trl", written(here, *rows)))
     assert len(set(ids)) == 4 and all(0 <= i < 2**63 for i in ids)
-    other = here / "copy"
-    other.mkdir()
+    copy_folder = here / "copy"
+    copy_folder.mkdir()
     for name in ("a.png", "b.png"):
-        (other / name).write_bytes((here / name).read_bytes())
-    assert rows_of(open_responses("trl", written(other, *reversed(rows), name="x.jsonl"))) == ids[::-1]
+        (copy_folder / name).write_bytes((here / name).read_bytes())
+    assert rows_of(open_responses("trl", written(copy_folder, *reversed(rows), name="x.jsonl"))) == ids[::-1]
 
 
 def test_a_table_row_s_id_is_its_images_bytes(here: Path) -> None:

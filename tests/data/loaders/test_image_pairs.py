@@ -91,8 +91,8 @@ def test_an_epoch_shows_every_pair_once_in_an_order_of_its_own(tmp_path: Path) -
     epochs = [[p for batch in loader.batches(e) for p in batch.prompts] for e in (0, 1, 0)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [f"prompt {i}" for i in range(8)]
     assert epochs[0] == epochs[2] != epochs[1]
-    other = load(loader.pairs, batch_size=2, seed=1, transform=VIEW)
-    assert [p for batch in other.batches(0) for p in batch.prompts] != epochs[0]
+    other_loader = load(loader.pairs, batch_size=2, seed=1, transform=VIEW)
+    assert [p for batch in other_loader.batches(0) for p in batch.prompts] != epochs[0]
 
 
 def test_a_batch_has_chosen_images_first(tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_resuming_equals_not_stopping(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_ranks_share_the_batches_of_one_process(tmp_path: Path) -> None:
     """Two ranks of 2 see the halves of what one process of 4 sees, crops and flips included."""
     pairs = make(tmp_path, 9)
-    one = list(load(pairs, batch_size=4, seed=0, transform=VIEW).batches(0))
+    single_process = list(load(pairs, batch_size=4, seed=0, transform=VIEW).batches(0))
     ranks = [list(load(pairs, batch_size=2, seed=0, transform=VIEW, rank=r, world_size=2).batches(0)) for r in (0, 1)]
-    assert len(one) == len(ranks[0]) == len(ranks[1]) == 2
-    for whole, first, second in zip(one, *ranks, strict=True):
+    assert len(single_process) == len(ranks[0]) == len(ranks[1]) == 2
+    for whole, first, second in zip(single_process, *ranks, strict=True):
         assert whole.rows == first.rows + second.rows
         assert whole.pixels is not None and first.pixels is not None and second.pixels is not None
         assert torch.equal(whole.pixels[:2], first.pixels[:2]) and torch.equal(whole.pixels[6:], second.pixels[2:])
@@ -266,12 +266,12 @@ def test_an_image_of_many_pairs_is_encoded_once(tmp_path: Path) -> None:
 def test_a_cache_that_lacks_a_good_image_is_refused(tmp_path: Path, workers: int) -> None:
     pairs = make(tmp_path, 4)
     empty = ArrayCache.open(tmp_path / "empty", {})
-    some, _ = fill(tmp_path / "some", pairs[:3], CENTER)
-    for cache, line in ((empty, r"\d"), (some, "4")):
+    partial_cache, _ = fill(tmp_path / "some", pairs[:3], CENTER)
+    for cache, line in ((empty, r"\d"), (partial_cache, "4")):
         with pytest.raises(ValueError, match=rf"data.cache: .* lacks pairs.jsonl: line {line}, .*; encode the images"):
             list(load(pairs, batch_size=1, seed=0, transform=CENTER, cache=cache, num_workers=workers).batches(0))
     with pytest.raises(ValueError, match="random crops change every epoch"):
-        load(pairs, batch_size=1, seed=0, transform=VIEW, cache=some)
+        load(pairs, batch_size=1, seed=0, transform=VIEW, cache=partial_cache)
 
 
 def test_a_long_caption_passes_whole(tmp_path: Path) -> None:

@@ -41,20 +41,20 @@ def changed(rows: Path, at: int, **fields: Any) -> Path:
     return rows
 
 
-def assert_same(one: ResponsePairBatch, other: ResponsePairBatch) -> None:
-    assert one.rows == other.rows and one.views.keys() == other.views.keys()
-    assert torch.equal(one.tokens.ids, other.tokens.ids) and torch.equal(one.weights, other.weights)
-    for key, view in one.views.items():
-        assert all(torch.equal(x, other.views[key].tensors[name]) for name, x in view.tensors.items())
-    assert [(p.row, p.turns, p.chosen, p.images) for p in one.pairs] == [
-        (p.row, p.turns, p.chosen, p.images) for p in other.pairs
+def assert_same(actual: ResponsePairBatch, expected: ResponsePairBatch) -> None:
+    assert actual.rows == expected.rows and actual.views.keys() == expected.views.keys()
+    assert torch.equal(actual.tokens.ids, expected.tokens.ids) and torch.equal(actual.weights, expected.weights)
+    for key, view in actual.views.items():
+        assert all(torch.equal(x, expected.views[key].tensors[name]) for name, x in view.tensors.items())
+    assert [(p.row, p.turns, p.chosen, p.images) for p in actual.pairs] == [
+        (p.row, p.turns, p.chosen, p.images) for p in expected.pairs
     ]
-    assert one.decoded_images == other.decoded_images
-    assert (one.other_images is None) == (other.other_images is None)
-    if one.other_images is not None and other.other_images is not None:
+    assert actual.decoded_images == expected.decoded_images
+    assert (actual.other_images is None) == (expected.other_images is None)
+    if actual.other_images is not None and expected.other_images is not None:
         assert (
-            torch.equal(one.other_images.ids, other.other_images.ids)
-            and one.other_images.images == other.other_images.images
+            torch.equal(actual.other_images.ids, expected.other_images.ids)
+            and actual.other_images.images == expected.other_images.images
         )
 
 
@@ -147,8 +147,8 @@ def test_rejected_images_of_their_own_are_the_rejected_rows(llava: VisionLanguag
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     rows = (tmp_path / "rows.json").rename(tmp_path / "swift.json")
     (batch,) = loader(llava, rows, max_length=99, batch_size=1).batches(0)
-    (one,), (other,) = batch.tokens.images
-    assert one != other and torch.equal(batch.tokens.ids[0], batch.tokens.ids[1])
+    (chosen_key,), (rejected_key,) = batch.tokens.images
+    assert chosen_key != rejected_key and torch.equal(batch.tokens.ids[0], batch.tokens.ids[1])
     logps = llava.token_logps(llava.network, batch.tokens, llava.encode_images(batch.views))
     assert (logps[0] - logps[1]).abs().max() > 1e-4
 
@@ -196,9 +196,9 @@ def test_others_are_the_chosen_responses_to_the_other_images(llava: Any, realign
         assert batch.other_images is not None and len(batch.other_images) == len(batch.rows)
         chosen = batch.tokens[: len(batch.rows)]
         assert torch.equal(batch.other_images.responses, chosen.responses)
-        for row, own, other in zip(batch.rows, chosen.images, batch.other_images.images, strict=True):
+        for row, own, other_keys in zip(batch.rows, chosen.images, batch.other_images.images, strict=True):
             assert own == tuple(ref.key for ref in pairs[row].images)
-            assert other == tuple(ref.key for ref in pairs[row].other_images) != own
+            assert other_keys == tuple(ref.key for ref in pairs[row].other_images) != own
         logps = [
             llava.token_logps(llava.network, tokens, llava.encode_images(batch.views))
             for tokens in (chosen, batch.other_images)
@@ -220,10 +220,10 @@ def test_both_images_are_answered_with_as_many_tokens(vlm_folders: Any, tmp_path
     path.write_text(json.dumps({"image": "small.png", "retrieved_image": "large.png", **turns}))
     (batch,) = loader(family, path, **ALL, batch_size=1, max_length=60).batches(0)
     assert batch.other_images is not None
-    chosen, other = batch.tokens[:1], batch.other_images
-    assert int(other.starts) > int(chosen.starts) and int(other.lengths) == 60
-    assert torch.equal(other.responses, chosen.responses[:, : int(other.num_tokens)])
-    assert int(chosen.num_tokens) == int(other.num_tokens) < int(batch.tokens[1:].num_tokens)
+    chosen, other_tokens = batch.tokens[:1], batch.other_images
+    assert int(other_tokens.starts) > int(chosen.starts) and int(other_tokens.lengths) == 60
+    assert torch.equal(other_tokens.responses, chosen.responses[:, : int(other_tokens.num_tokens)])
+    assert int(chosen.num_tokens) == int(other_tokens.num_tokens) < int(batch.tokens[1:].num_tokens)
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,10 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
 
 
 def test_samples_equal_the_pipelines_own(name: str, path: Path, family: TextToImage) -> None:
-    theirs, _ = by_hand(own(name, path), 3, **GUIDED[name])
-    ours = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=SIDE))
-    assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1  # both round to eight bits
-    assert pixels(ours).std() > 5
+    expected, _ = by_hand(own(name, path), 3, **GUIDED[name])
+    actual = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=SIDE))
+    assert np.abs(pixels(actual) - pixels(expected)).max() <= 1  # both round to eight bits
+    assert pixels(actual).std() > 5
 
 
 def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
@@ -150,8 +150,8 @@ def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
     assert np.abs(pixels(both[1:]) - pixels(alone)).max() <= 1
     again = family.sample(family.network, PROMPTS[1:] * 2, SEEDS[1:] * 2, sampling)
     assert again[0].tobytes() == again[1].tobytes()
-    other = family.sample(family.network, PROMPTS[1:], SEEDS[:1], sampling)
-    assert np.abs(pixels(other) - pixels(alone)).max() > 1
+    other_seed = family.sample(family.network, PROMPTS[1:], SEEDS[:1], sampling)
+    assert np.abs(pixels(other_seed) - pixels(alone)).max() > 1
 
 
 def standardised(name: str, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,15 +304,15 @@ def test_what_is_saved_diffusers_loads_and_draws_alike(
             for p in family.network.parameters():
                 p.mul_(1.1)
     family.save(tmp_path, family.network)
-    ours = pixels(family.sample(family.network, PROMPTS, SEEDS, sampling))
+    expected = pixels(family.sample(family.network, PROMPTS, SEEDS, sampling))
     if tune == "lora":
         pipeline: Any = own(name, path)
         plain = pixels(by_hand(pipeline, 2, **GUIDED[name])[0])
-        assert np.abs(ours - plain).max() > 2
+        assert np.abs(expected - plain).max() > 2
         pipeline.load_lora_weights(tmp_path)
     else:
         pipeline = own(name, tmp_path)
-    assert np.abs(ours - pixels(by_hand(pipeline, 2, **GUIDED[name])[0])).max() <= 1
+    assert np.abs(expected - pixels(by_hand(pipeline, 2, **GUIDED[name])[0])).max() <= 1
     base = load_diffusion(path)
     net = base.load_trained(tmp_path)
     assert (net is base.network) is (tune == "lora")

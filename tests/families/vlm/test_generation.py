@@ -48,15 +48,15 @@ def prompt(family: Any, asked: Asked) -> TokenizedResponse:
 
 def answers(
     family: Any,
-    some: Sequence[Asked],
+    requests: Sequence[Asked],
     decoding: DecodingConfig = GREEDY,
     hidden: Sequence[Tensor] | None = None,
     rng: KeyedRNG = DRAWS,
     net: Any = None,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    views = {key: family.processor.preprocess_image(PICTURES[key]) for asked in some for key in asked.images}
-    rows, keys = [prompt(family, asked) for asked in some], [asked.key for asked in some]
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for asked in requests for key in asked.images}
+    rows, keys = [prompt(family, asked) for asked in requests], [asked.key for asked in requests]
     results: list[str] = family.generate(
         net or family.network, rows, family.encode_images(views), decoding, rows=keys, rng=rng, hidden=hidden, stop=stop
     )
@@ -83,9 +83,9 @@ def test_a_prompt_is_the_one_that_responses_are_scored_after(family: Any) -> Non
     """Token for token, and what was said already is the beginning of the response."""
     view = ("wide", family.processor.preprocess_image(PICTURES["wide"]))
     turns = [Turn("user", QUESTION)]
-    whole, other = family.processor.tokenize_responses(turns, ["There is a red cube and a dog.", "Yes."], [view])
+    whole, short = family.processor.tokenize_responses(turns, ["There is a red cube and a dog.", "Yes."], [view])
     bare = family.processor.tokenize_prompt(turns, [view])
-    assert bare.ids == whole.ids[: whole.start] == other.ids[: other.start] and bare.start == len(bare.ids)
+    assert bare.ids == whole.ids[: whole.start] == short.ids[: short.start] and bare.start == len(bare.ids)
     begun = family.processor.tokenize_prompt(turns, [view], "There is a red")
     assert begun.ids == whole.ids[: len(begun.ids)] and begun.start == whole.start and begun.images == ("wide",)
     assert family.processor.tokenize_prompt(turns, [view], " There is a red\n") == begun
@@ -132,9 +132,9 @@ def own_answer(family: Any, asked: Asked, decoding: DecodingConfig) -> str:
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding: DecodingConfig) -> None:
     """Features made once, left padding, a cache and company change nothing; nor does what was said already."""
-    some = [Asked(), Asked(("tall",), QUESTION + " Describe it.", "There is a red", key=2)]
-    results = answers(family, some, decoding)
-    assert results == [own_answer(family, asked, decoding) for asked in some]
+    requests = [Asked(), Asked(("tall",), QUESTION + " Describe it.", "There is a red", key=2)]
+    results = answers(family, requests, decoding)
+    assert results == [own_answer(family, asked, decoding) for asked in requests]
     assert all(results) and (results[0] != results[1] or decoding == GREEDY)
 
 
@@ -145,26 +145,26 @@ def test_an_answer_is_the_same_alone_and_in_any_company(
 ) -> None:
     """Whatever the other prompts' lengths and images, their order and the size of a batch."""
     family = family_of(name)
-    some = [
+    requests = [
         Asked(key=1),
         Asked(("tall", "square"), "<image>Hm? <image>", key=2),
         Asked((), "What is there?", "Two", key=3),
         Asked(("square",), QUESTION, "There is a green ball and", key=4),
         Asked(key=5),
     ]
-    alone = [answers(family, [asked], decoding)[0] for asked in some]
-    assert answers(family, some, decoding) == alone
-    assert answers(family, some[::-1], decoding.model_copy(update={"batch_size": 2})) == alone[::-1]
+    alone = [answers(family, [asked], decoding)[0] for asked in requests]
+    assert answers(family, requests, decoding) == alone
+    assert answers(family, requests[::-1], decoding.model_copy(update={"batch_size": 2})) == alone[::-1]
     # Prompts alike answer alike when greedy; their keys part them when sampled.
     assert (alone[0] == alone[4]) == (decoding.temperature == 0)
 
 
 def test_other_draws_give_another_answer_and_equal_ones_the_same(llava: Any) -> None:
-    some = [Asked(key=key) for key in (1, 1, 2)]
-    one, same, other = answers(llava, some, SAMPLED)
-    assert one == same != other
+    requests = [Asked(key=key) for key in (1, 1, 2)]
+    first, same, other_draw = answers(llava, requests, SAMPLED)
+    assert first == same != other_draw
     for rng in (KeyedRNG(seed=4), KeyedRNG(seed=3, epoch=1)):
-        assert answers(llava, some[:1], SAMPLED, rng=rng) != [one]
+        assert answers(llava, requests[:1], SAMPLED, rng=rng) != [first]
 
 
 def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
@@ -181,15 +181,15 @@ def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
 
 
 def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
-    some = [Asked(key=1), Asked(("tall",), key=2), Asked(key=3)]
-    plain = answers(llava, some, SAMPLED)
+    requests = [Asked(key=1), Asked(("tall",), key=2), Asked(key=3)]
+    plain = answers(llava, requests, SAMPLED)
     late, early = plain[0][4:6], plain[0][2:4]
     first = min(plain[0].index(text) + 2 for text in (late, early))
-    results = answers(llava, some, SAMPLED, stop=(late, early))
+    results = answers(llava, requests, SAMPLED, stop=(late, early))
     assert results[0] == plain[0][:first]
     for stopped, whole in zip(results[1:], plain[1:], strict=True):
         assert whole.startswith(stopped)
-    assert answers(llava, some, SAMPLED, stop=("never said by anyone",)) == plain
+    assert answers(llava, requests, SAMPLED, stop=("never said by anyone",)) == plain
 
 
 @contextlib.contextmanager
@@ -275,12 +275,12 @@ def hiding(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> A
 def test_an_image_that_is_hidden_changes_nothing(hiding: Any) -> None:
     """Not a bit of any logit; and one that is seen does."""
     assert hiding.image_masking_unsupported_reason is None
-    one, other = Asked(("wide",)), Asked(("other wide",))
-    places = hiding.processor.image_token_positions(prompt(hiding, one))
+    first, second = Asked(("wide",)), Asked(("other wide",))
+    places = hiding.processor.image_token_positions(prompt(hiding, first))
     every = torch.ones(len(places), dtype=torch.bool)
-    (text, blind), (same, alike) = (logits_of(hiding, asked, every) for asked in (one, other))
+    (text, blind), (same, alike) = (logits_of(hiding, asked, every) for asked in (first, second))
     assert torch.equal(blind, alike) and text == same
-    (_, seeing), (_, unlike) = (logits_of(hiding, asked, None) for asked in (one, other))
+    (_, seeing), (_, unlike) = (logits_of(hiding, asked, None) for asked in (first, second))
     assert (seeing[0] - unlike[0]).abs().max() > 1e-3 and (seeing[0] - blind[0]).abs().max() > 1e-3
 
 
@@ -332,12 +332,16 @@ def test_hidden_tokens_are_not_attended_to_and_keep_their_places(name: str, fami
 
 def test_hidden_prompts_are_the_same_in_company_of_seeing_ones(hiding: Any) -> None:
     """Each prompt has its own mask, wherever padding puts its image."""
-    some = [Asked(), Asked((), "What is there on the blue mat near the car?", key=2), Asked(start="There is", key=3)]
-    counts = [len(hiding.processor.image_token_positions(prompt(hiding, asked))) for asked in some]
+    requests = [
+        Asked(),
+        Asked((), "What is there on the blue mat near the car?", key=2),
+        Asked(start="There is", key=3),
+    ]
+    counts = [len(hiding.processor.image_token_positions(prompt(hiding, asked))) for asked in requests]
     hidden = [torch.arange(count) % 3 > 0 for count in counts]
     hidden[2] = torch.zeros(counts[2], dtype=torch.bool)
-    alone = [answers(hiding, [asked], SAMPLED, [mask])[0] for asked, mask in zip(some, hidden, strict=True)]
-    assert answers(hiding, some, SAMPLED, hidden) == alone
+    alone = [answers(hiding, [asked], SAMPLED, [mask])[0] for asked, mask in zip(requests, hidden, strict=True)]
+    assert answers(hiding, requests, SAMPLED, hidden) == alone
 
 
 def test_a_decoder_that_cannot_hide_tokens_says_so(family_of: Callable[[str], Any]) -> None:
@@ -365,16 +369,16 @@ def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
 
 def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Folders) -> None:
     family: Any = load_vlm(vlm_folders("llava"))
-    some = [Asked(key=key) for key in range(4)]
-    base = answers(family, some, SAMPLED)
+    requests = [Asked(key=key) for key in range(4)]
+    base = answers(family, requests, SAMPLED)
     family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
     policy: Policy[Any] = Policy(family, family.network, family.network, AdaptersOff())
-    assert answers(family, some, SAMPLED) == base  # a zero second matrix: nothing has changed yet
+    assert answers(family, requests, SAMPLED) == base  # a zero second matrix: nothing has changed yet
     with torch.no_grad():
         for weight in policy.trainable():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    assert answers(family, some, SAMPLED) != base
-    assert policy.on_reference(lambda net: answers(family, some, SAMPLED, net=net)) == base
+    assert answers(family, requests, SAMPLED) != base
+    assert policy.on_reference(lambda net: answers(family, requests, SAMPLED, net=net)) == base
 
 
 def test_a_wrapped_network_answers_as_the_bare_one(llava: Any) -> None:

@@ -40,9 +40,9 @@ def rows(
     return family.processor.tokenize_responses([Turn("user", "<image>" * len(images) + question)], answers, views)
 
 
-def logps(family: VisionLanguage, some: Sequence[TokenizedResponse], net: Any = None) -> Tensor:
-    views = {key: family.processor.preprocess_image(PICTURES[key]) for row in some for key in row.images}
-    tokens = family.processor.collate(some)
+def logps(family: VisionLanguage, responses: Sequence[TokenizedResponse], net: Any = None) -> Tensor:
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for row in responses for key in row.images}
+    tokens = family.processor.collate(responses)
     return family.token_logps(net or family.network, tokens, family.encode_images(views))
 
 
@@ -85,10 +85,12 @@ def test_prompt_and_response_read_as_the_model_s_layout_has_them(
 
 def test_a_token_across_the_border_belongs_to_both_responses(llava: VisionLanguage) -> None:
     """The colon and the answer share a token only where the tokenizer has one; the start is the same for both."""
-    one, other = rows(llava)
-    assert one.start == other.start and one.ids[: one.start] == other.ids[: other.start]
+    first, second = rows(llava)
+    assert first.start == second.start and first.ids[: first.start] == second.ids[: second.start]
     joined = rows(llava, answers=["Yes.", "Yes, there is."])
-    assert joined[0].start == joined[1].start == one.start  # what both responses begin with is theirs, not the prompt's
+    assert (
+        joined[0].start == joined[1].start == first.start
+    )  # what both responses begin with is theirs, not the prompt's
 
 
 def test_conversation_with_turns_and_inline_images(vlm_folders: Folders) -> None:
@@ -141,17 +143,21 @@ def test_scores_are_those_of_the_model_s_own_forward_pass(
 
 def test_a_batch_is_its_rows_alone(vlm: VisionLanguage) -> None:
     """Padding does not leak, and images go to their own rows; only the order of sums in a kernel differs."""
-    some = [*rows(vlm, ("wide",)), *rows(vlm, ("tall", "square"), ["No."]), *rows(vlm, ("square",), question="Hm?")]
-    together = logps(vlm, some).detach()
-    for index, row in enumerate(some):
+    responses = [
+        *rows(vlm, ("wide",)),
+        *rows(vlm, ("tall", "square"), ["No."]),
+        *rows(vlm, ("square",), question="Hm?"),
+    ]
+    together = logps(vlm, responses).detach()
+    for index, row in enumerate(responses):
         alone = logps(vlm, [row]).detach()[0]
         torch.testing.assert_close(together[index, : len(alone)], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_image_matters(vlm: VisionLanguage) -> None:
     """Otherwise every test here would pass with the images left out."""
-    one, other = (logps(vlm, rows(vlm, (key,), ["Yes."])).detach() for key in ("wide", "square"))
-    assert (one - other).abs().max() > 1e-3
+    wide, square = (logps(vlm, rows(vlm, (key,), ["Yes."])).detach() for key in ("wide", "square"))
+    assert (wide - square).abs().max() > 1e-3
 
 
 def test_an_image_s_features_are_the_same_in_any_company(vlm: VisionLanguage) -> None:
@@ -193,18 +199,18 @@ def test_adapters_are_on_the_decoder_s_linear_layers_only(vlm: Any) -> None:
 
 
 def test_adapters_off_is_the_base_model_bit_for_bit(vlm: Any) -> None:
-    some = rows(vlm)
-    before = logps(vlm, some).detach()
+    responses = rows(vlm)
+    before = logps(vlm, responses).detach()
     policy = adapted(vlm)
-    assert torch.equal(logps(vlm, some), before)  # a zero second matrix: nothing has changed yet
+    assert torch.equal(logps(vlm, responses), before)  # a zero second matrix: nothing has changed yet
     optimizer = torch.optim.AdamW(policy.trainable(), lr=0.05)
     for _ in range(2):
-        logps(vlm, some).sum().backward()
+        logps(vlm, responses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad(), adapters_off(vlm.network):
-        assert torch.equal(logps(vlm, some), before)
-    assert (logps(vlm, some) - before).abs().max() > 1e-2
+        assert torch.equal(logps(vlm, responses), before)
+    assert (logps(vlm, responses) - before).abs().max() > 1e-2
 
 
 def test_policy_trained_outside_adapters_has_no_reference(llava: Any) -> None:
@@ -222,28 +228,28 @@ def test_targets_outside_the_decoder_are_refused(llava: VisionLanguage) -> None:
 
 
 def test_full_tuning_shares_the_frozen_tower(vlm: Any) -> None:
-    copied, some = vlm.frozen_copy(), rows(vlm)
+    copied, responses = vlm.frozen_copy(), rows(vlm)
     vlm.unfreeze()
     policy = Policy(vlm, vlm.network, vlm.network, None)
     trained = {id(p) for p in policy.trainable()}
-    ours, theirs = dict(vlm.network.named_parameters()), dict(copied.named_parameters())
-    assert ours.keys() == theirs.keys()
-    assert all((id(p) in trained) != (theirs[name] is p) for name, p in ours.items())
-    tower = [n for n in ours if "vision" in n or "visual" in n or "projector" in n]
-    assert tower and all(theirs[n] is ours[n] for n in tower)
-    before = logps(vlm, some, copied)
+    policy_weights, copied_weights = dict(vlm.network.named_parameters()), dict(copied.named_parameters())
+    assert policy_weights.keys() == copied_weights.keys()
+    assert all((id(p) in trained) != (copied_weights[name] is p) for name, p in policy_weights.items())
+    tower = [n for n in policy_weights if "vision" in n or "visual" in n or "projector" in n]
+    assert tower and all(copied_weights[n] is policy_weights[n] for n in tower)
+    before = logps(vlm, responses, copied)
     torch.optim.SGD(policy.trainable(), lr=0.1).zero_grad()
-    logps(vlm, some).sum().backward()
+    logps(vlm, responses).sum().backward()
     torch.optim.SGD(policy.trainable(), lr=0.1).step()
-    assert torch.equal(logps(vlm, some, copied), before) and not torch.equal(logps(vlm, some), before)
+    assert torch.equal(logps(vlm, responses, copied), before) and not torch.equal(logps(vlm, responses), before)
 
 
 def test_recomputed_activations_give_the_same_gradients(vlm: Any) -> None:
-    policy, some = adapted(vlm), rows(vlm)
+    policy, responses = adapted(vlm), rows(vlm)
     vlm.network.train()
 
     def gradients() -> list[Tensor]:
-        logps(vlm, some).sum().backward()
+        logps(vlm, responses).sum().backward()
         results = [p.grad.clone() for p in policy.trainable() if p.grad is not None]
         vlm.network.zero_grad()
         return results
@@ -256,7 +262,7 @@ def test_recomputed_activations_give_the_same_gradients(vlm: Any) -> None:
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_saved_model_loads_in_its_library_and_scores_alike(vlm: Any, tune: str, tmp_path: Path) -> None:
-    some = rows(vlm)
+    responses = rows(vlm)
     if tune == "lora":
         adapted(vlm)
     else:
@@ -265,12 +271,12 @@ def test_saved_model_loads_in_its_library_and_scores_alike(vlm: Any, tune: str, 
         for p in vlm.network.parameters():
             if p.requires_grad:
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    trained = logps(vlm, some).detach()
+    trained = logps(vlm, responses).detach()
     vlm.save(tmp_path / "model", vlm.network)
     again: Any = load_vision_language(vlm.name, CPU)
     net = again.load_trained(tmp_path / "model")
     assert (net is again.network) == (tune == "lora")
-    assert torch.equal(logps(again, some, net), trained)
+    assert torch.equal(logps(again, responses, net), trained)
     if tune == "full":
         AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
         load_vlm(tmp_path / "model")  # with its processor: a folder to go on from

@@ -48,15 +48,15 @@ def rows(family: Any, asked: Sequence[tuple[str, str, list[str]]] = ASKED) -> li
     ]
 
 
-def batch(family: Any, some: Sequence[TokenizedResponse]) -> tuple[Tokens, ImageFeatures]:
-    views = {key: family.processor.preprocess_image(PICTURES[key]) for row in some for key in row.images}
-    return family.processor.collate(some), family.encode_images(views)
+def batch(family: Any, responses: Sequence[TokenizedResponse]) -> tuple[Tokens, ImageFeatures]:
+    views = {key: family.processor.preprocess_image(PICTURES[key]) for row in responses for key in row.images}
+    return family.processor.collate(responses), family.encode_images(views)
 
 
 def mixed(family: Any) -> tuple[Tokens, ImageFeatures]:
     """All rows, those of a prompt far from one another."""
-    some = rows(family)
-    return batch(family, [some[n] for n in (0, 3, 5, 1, 4, 2)])
+    responses = rows(family)
+    return batch(family, [responses[n] for n in (0, 3, 5, 1, 4, 2)])
 
 
 def apart(family: Any) -> Any:
@@ -130,14 +130,16 @@ def test_every_token_has_the_position_that_it_has_apart(name: str, vlm_folders: 
     family: Any = load_vlm(vlm_folders(name))
     tokens, features = batch(family, rows(family))
     with torch.no_grad(), given(family) as seen:
-        for one in (family, apart(family)):
-            one.token_logps(family.network, tokens, features)
-    packed, theirs = (one["position_ids"] for one in seen)
-    if theirs is None:
-        theirs = torch.arange(tokens.ids.shape[1])[None]
+        for model in (family, apart(family)):
+            model.token_logps(family.network, tokens, features)
+    packed, positions_apart = (one["position_ids"] for one in seen)
+    if positions_apart is None:
+        positions_apart = torch.arange(tokens.ids.shape[1])[None]
     packed_mask = build_packed_mask(tokens, family.processor.quirks)
     for row, actual in enumerate(packed_mask.split(packed)):  # the rows of each prompt are side by side
-        expected = theirs.expand(*theirs.shape[:-2], len(tokens), -1)[..., row, : int(tokens.lengths[row])]
+        expected = positions_apart.expand(*positions_apart.shape[:-2], len(tokens), -1)[
+            ..., row, : int(tokens.lengths[row])
+        ]
         actual = actual[..., 0, :]
         assert torch.equal(actual[-3:] if expected.dim() == 2 else actual, expected)
 
@@ -188,8 +190,8 @@ def test_policy_equals_reference_before_training(vlm: Any) -> None:
 def test_what_has_nothing_to_share_and_no_padding_stays_as_it_is(llava: Any) -> None:
     same = rows(llava, [("wide", "What is it?", ["Yes."]), ("tall", "What is it?", ["Yes."])])
     with torch.no_grad(), given(llava) as seen:
-        for some in (same, same[:1], [*same, *same]):
-            llava.token_logps(llava.network, *batch(llava, some))
+        for responses in (same, same[:1], [*same, *same]):
+            llava.token_logps(llava.network, *batch(llava, responses))
     length = len(same[0].ids)
     shapes = [tuple(one["inputs_embeds"].shape[:2]) for one in seen]
     assert shapes == [(2, length), (1, length), (1, 2 * (length + len(same[0].response)))]

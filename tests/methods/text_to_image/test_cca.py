@@ -22,7 +22,7 @@ def prompted(family: TextToImage, batch: EncodedPairs, prompts: list[str]) -> En
     return replace(batch, text=Conditioning.cat([family.encode_prompts([p]) for p in prompts]))
 
 
-def told(view: _denoising.NoisedPairs, family: TextToImage, prompts: list[str]) -> list[str]:
+def conditioned_prompts(view: _denoising.NoisedPairs, family: TextToImage, prompts: list[str]) -> list[str]:
     """Which of the prompts each row of a view is shown."""
     known = {p: family.encode_prompts([p]).tensors["embeds"][0] for p in prompts}
     return [next(p for p, x in known.items() if torch.equal(x, row)) for row in view.cond.tensors["embeds"]]
@@ -41,11 +41,11 @@ def gaps(policy: Policy, family: TextToImage, batch: EncodedPairs, text: Conditi
     cond = family.condition(text, batch.sizes[:number])
     assert isinstance(policy.reference, FrozenCopy)
     with torch.no_grad():
-        ours, theirs = (
+        policy_errors, reference_errors = (
             (family.predict(net, x_t, t, cond) - target).square().mean((1, 2, 3))
             for net in (policy.model, policy.reference.model)
         )
-    return -0.5 * (ours - theirs)
+    return -0.5 * (policy_errors - reference_errors)
 
 
 def test_the_loss_is_worked_out_from_its_definition(family: TextToImage) -> None:
@@ -54,41 +54,43 @@ def test_the_loss_is_worked_out_from_its_definition(family: TextToImage) -> None
     batch = prompted(family, pairs(family), ["a fox", "a fox", "a hen", "grass"])
     cfg = cca.Config(beta=300.0, weight=3.0, caption_dropout=0.0)
     step = run(cca, policy, batch, cfg)
-    own, other = (gaps(policy, family, batch, text) for text in (batch.text, batch.text[torch.tensor([1, 2, 3, 0])]))
+    own, unlearned = (
+        gaps(policy, family, batch, text) for text in (batch.text, batch.text[torch.tensor([1, 2, 3, 0])])
+    )
     sign, weight = torch.tensor([1.0, -1, -1, -1]), torch.tensor([1.0, 3, 3, 3])
-    expected = (-(300 * own).sigmoid().log() - weight * (sign * 300 * other).sigmoid().log()) / 3
+    expected = (-(300 * own).sigmoid().log() - weight * (sign * 300 * unlearned).sigmoid().log()) / 3
     torch.testing.assert_close(step.losses.detach(), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(step.metrics["matched gain"], own, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(step.metrics["mismatched gain"], other, rtol=1e-3, atol=1e-6)
-    assert step.metrics["accuracy"].tolist() == [0.5, *(own > other)[1:].float().tolist()]
-    torch.testing.assert_close(step.metrics["logit"], 300 * (own - other), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(step.metrics["mismatched gain"], unlearned, rtol=1e-3, atol=1e-6)
+    assert step.metrics["accuracy"].tolist() == [0.5, *(own > unlearned)[1:].float().tolist()]
+    torch.testing.assert_close(step.metrics["logit"], 300 * (own - unlearned), rtol=1e-3, atol=1e-3)
 
 
 def test_exchanging_the_prompts_of_two_pairs_negates_the_logit(family: TextToImage) -> None:
     policy, batch = full(family, moved=0.02), pairs(family, ROWS[:2])
     cfg = cca.Config(caption_dropout=0.0)
-    one = run(cca, policy, batch, cfg).metrics
-    other = run(cca, policy, replace(batch, text=batch.text[torch.tensor([1, 0])]), cfg).metrics
-    assert one["logit"].abs().min() > 1e-2
-    torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(one["matched gain"], other["mismatched gain"], rtol=1e-3, atol=1e-6)
+    metrics = run(cca, policy, batch, cfg).metrics
+    exchanged_metrics = run(cca, policy, replace(batch, text=batch.text[torch.tensor([1, 0])]), cfg).metrics
+    assert metrics["logit"].abs().min() > 1e-2
+    torch.testing.assert_close(metrics["logit"], -exchanged_metrics["logit"], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(metrics["matched gain"], exchanged_metrics["mismatched gain"], rtol=1e-3, atol=1e-6)
 
 
 def test_both_halves_are_diffusion_dpo_s_chosen_images(family: TextToImage) -> None:
     batch = pairs(family)
     sizes = batch.sizes.clone()
     sizes[4:, 0] = 99.0  # of the rejected images, which have no part in it
-    other = replace(batch, sizes=sizes, latents=Moments(batch.latents.mean.clone(), batch.latents.std))
-    other.latents.mean[4:] = 0.0
+    halved = replace(batch, sizes=sizes, latents=Moments(batch.latents.mean.clone(), batch.latents.std))
+    halved.latents.mean[4:] = 0.0
     policy = full(family)
     with torch.no_grad():
         (dpo,) = diffusion_dpo.contrasts(policy, batch, diffusion_dpo.Config(caption_dropout=0.5), DRAWS)
-        (ours,) = cca.contrasts(policy, other, cca.Config(caption_dropout=0.5), DRAWS)
+        (contrast,) = cca.contrasts(policy, halved, cca.Config(caption_dropout=0.5), DRAWS)
     for half in (slice(0, 4), slice(4, 8)):
         for name in ("x_t", "t", "target"):
-            assert torch.equal(getattr(ours.view, name)[half], getattr(dpo.view, name)[:4])
+            assert torch.equal(getattr(contrast.view, name)[half], getattr(dpo.view, name)[:4])
     for name, given in dpo.view.cond.tensors.items():
-        assert torch.equal(ours.view.cond.tensors[name][:4], given[:4])  # also which captions are dropped
+        assert torch.equal(contrast.view.cond.tensors[name][:4], given[:4])  # also which captions are dropped
 
 
 def test_dropped_captions_are_dropped_on_both_sides_and_positive(sd: TextToImage) -> None:
@@ -124,12 +126,12 @@ def test_padding_lends_no_prompt_and_changes_nothing(sd: TextToImage) -> None:
     batch = prompted(sd, pairs(sd), prompts)
     padded = replace(batch, weights=torch.tensor([1.0, 1.0, 0.0, 0.0]))
     (contrast,) = cca.contrasts(policy, padded, cfg, DRAWS)
-    assert told(contrast.view, sd, prompts) == [*prompts, "a hen", "a red fox", "two owls", "grass"]
+    assert conditioned_prompts(contrast.view, sd, prompts) == [*prompts, "a hen", "a red fox", "two owls", "grass"]
     few = prompted(sd, pairs(sd, ROWS[:2]), prompts[:2])
     alone, together = (run(cca, policy, b, cfg) for b in (few, padded))
     torch.testing.assert_close(together.losses[:2], alone.losses, rtol=1e-3, atol=5e-3)  # beta magnifies rounding
-    one = replace(batch, weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    (contrast,) = cca.contrasts(policy, one, cfg, DRAWS)
+    single_pair = replace(batch, weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    (contrast,) = cca.contrasts(policy, single_pair, cfg, DRAWS)
     assert contrast.same_condition.tolist() == [True] * 4
 
 

@@ -48,7 +48,7 @@ def test_fresh_noise_alone_is_diffusion_dpo(family: TextToImage, monkeypatch: py
     dpo = run(diffusion_dpo, policy, batch, diffusion_dpo.Config(beta=300.0))
     inverted = run(inpo, policy, batch, inpo.Config(beta=300.0))
     assert (inverted.losses - dpo.losses).abs().max() > 1e-3
-    theirs = gradient(policy, dpo)
+    expected = gradient(policy, dpo)
 
     def fresh(_: Any, schedule: Schedule, x_0: Tensor, *__: Any) -> Tensor:
         eps = DRAWS.normal(ROWS, (4, 8, 8), "noise").repeat(2, 1, 1, 1)
@@ -56,9 +56,9 @@ def test_fresh_noise_alone_is_diffusion_dpo(family: TextToImage, monkeypatch: py
 
     monkeypatch.setattr(inversion, "invert", fresh)
     step = run(inpo, policy, batch, inpo.Config(beta=300.0))
-    ours = gradient(policy, step)
+    actual = gradient(policy, step)
     torch.testing.assert_close(step.losses, dpo.losses, rtol=1e-4, atol=1e-4)
-    assert theirs.norm() > 1e-2 and (ours - theirs).norm() < 1e-3 * theirs.norm()
+    assert expected.norm() > 1e-2 and (actual - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("inverter", ["policy", "reference"])
@@ -129,13 +129,13 @@ class Counted(nn.Module):
 def test_inversion_runs_two_forwards_per_hop_and_pair(sd: TextToImage) -> None:
     policy, batch = full(sd), pairs(sd)
     assert isinstance(policy.reference, FrozenCopy)
-    own, theirs = Counted(policy.unwrapped), Counted(policy.reference.model)
-    counted = Policy(sd, own, own, FrozenCopy(theirs))
+    policy_net, reference_net = Counted(policy.unwrapped), Counted(policy.reference.model)
+    counted = Policy(sd, policy_net, policy_net, FrozenCopy(reference_net))
     result = contrast(counted, batch, inpo.Config(caption_dropout=0.5))
     hops = [-(-int(t) // 100) for t in result.view.t]
-    assert own.rows == sum(hops) and theirs.rows == 8
+    assert policy_net.rows == sum(hops) and reference_net.rows == 8
     # Both images of a pair are inverted under the caption, dropped or not, that they are scored under.
-    assert torch.equal(own.embeds[0], theirs.embeds[0])
+    assert torch.equal(policy_net.embeds[0], reference_net.embeds[0])
 
 
 @pytest.mark.parametrize("inverter", ["policy", "reference"])

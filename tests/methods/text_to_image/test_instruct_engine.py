@@ -52,11 +52,11 @@ def gaps(policy: Policy, batch: EncodedPairs) -> dict[tuple[int, int], Tensor]:
         for j, text in enumerate((batch.text, batch.rejected_text)):
             cond = family.condition(text, batch.sizes.chunk(2)[i])
             with torch.no_grad():
-                ours, theirs = (
+                policy_errors, reference_errors = (
                     (family.predict(net, x_t, t, cond) - target).square().mean((1, 2, 3))
                     for net in (policy.model, policy.reference.model)
                 )
-            results[i + 1, j + 1] = -0.5 * (ours - theirs)
+            results[i + 1, j + 1] = -0.5 * (policy_errors - reference_errors)
     return results
 
 
@@ -80,8 +80,8 @@ def test_each_comparison_is_a_diffusion_dpo_worked_out_by_hand(family: TextToIma
     metrics = run(instruct_engine, policy, batch, config()).metrics
     torch.testing.assert_close(metrics["matched gain"], (gap[1, 1] + gap[2, 2]) / 2, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(metrics["mismatched gain"], (gap[1, 2] + gap[2, 1]) / 2, rtol=1e-3, atol=1e-6)
-    for name, some in (("prompt accuracy", z[:2]), ("image accuracy", z[2:])):
-        torch.testing.assert_close(metrics[name], sum((each > 0).float() for each in some) / 2)  # type: ignore[arg-type]
+    for name, logits in (("prompt accuracy", z[:2]), ("image accuracy", z[2:])):
+        torch.testing.assert_close(metrics[name], sum((each > 0).float() for each in logits) / 2)  # type: ignore[arg-type]
 
 
 def test_its_comparison_of_images_is_diffusion_dpo_s_own(family: TextToImage) -> None:
@@ -89,11 +89,11 @@ def test_its_comparison_of_images_is_diffusion_dpo_s_own(family: TextToImage) ->
     policy, batch = full(family, moved=0.02), pairs(family, std=0.0)
     plain = diffusion_dpo.Config(beta=300.0, caption_dropout=0.0)
     for weights, same in (((0, 0, 1, 0), batch), ((0, 0, 0, 1), swapped(exchanged(batch)))):
-        theirs = run(diffusion_dpo, policy, same, plain)
-        ours = run(instruct_engine, policy, batch, config(*map(float, weights)))
-        torch.testing.assert_close(ours.losses, theirs.losses, **CLOSE)
-        torch.testing.assert_close(ours.metrics["logit"], theirs.metrics["logit"], **CLOSE)
-        a, b = gradient(policy, ours), gradient(policy, theirs)
+        expected = run(diffusion_dpo, policy, same, plain)
+        actual = run(instruct_engine, policy, batch, config(*map(float, weights)))
+        torch.testing.assert_close(actual.losses, expected.losses, **CLOSE)
+        torch.testing.assert_close(actual.metrics["logit"], expected.metrics["logit"], **CLOSE)
+        a, b = gradient(policy, actual), gradient(policy, expected)
         assert b.norm() > 0 and (a - b).norm() < 1e-4 * b.norm()
 
 
@@ -125,12 +125,12 @@ def test_equal_images_leave_the_comparisons_of_prompts(family: TextToImage) -> N
 
 def test_exchanging_the_prompts_negates_every_comparison(family: TextToImage) -> None:
     policy, batch = full(family, moved=0.02), pairs(family)
-    one, other = (run(instruct_engine, policy, b, config()).metrics for b in (batch, exchanged(batch)))
-    assert one["logit"].abs().max() > 1e-2
-    torch.testing.assert_close(one["logit"], -other["logit"], **CLOSE)
-    torch.testing.assert_close(one["matched gain"], other["mismatched gain"], rtol=1e-3, atol=1e-6)
+    metrics, exchanged_metrics = (run(instruct_engine, policy, b, config()).metrics for b in (batch, exchanged(batch)))
+    assert metrics["logit"].abs().max() > 1e-2
+    torch.testing.assert_close(metrics["logit"], -exchanged_metrics["logit"], **CLOSE)
+    torch.testing.assert_close(metrics["matched gain"], exchanged_metrics["mismatched gain"], rtol=1e-3, atol=1e-6)
     for name in ("accuracy", "prompt accuracy", "image accuracy"):
-        torch.testing.assert_close(one[name], 1 - other[name])
+        torch.testing.assert_close(metrics[name], 1 - exchanged_metrics[name])
 
 
 def test_all_four_share_time_and_noise(family: TextToImage) -> None:

@@ -193,10 +193,10 @@ def test_the_company_of_a_prompt_does_not_change_its_way(sd: TextToImage) -> Non
         == [p.step_index for p in turned]
         == [2, 3, 4, 5]
     )
-    for other in (alone, turned):
-        for one, two in zip(together, other, strict=True):
-            torch.testing.assert_close(one.start, two.start, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(one.to, two.to, rtol=1e-4, atol=1e-4)
+    for reordered in (alone, turned):
+        for actual, expected in zip(together, reordered, strict=True):
+            torch.testing.assert_close(actual.start, expected.start, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(actual.to, expected.to, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("result", GOLDEN["compare_func"]["results"], ids=lambda r: str(r["threshold"]))
@@ -240,14 +240,17 @@ def two_forwards(policy: Policy, contrast: spo.Contrast, cfg: spo.Config) -> Ten
     view, sides = contrast.view, len(contrast.weights)
     scores = []
     for of, to in zip(view.source.split(sides), view.to.split(sides), strict=True):
-        one = replace(view, x_t=view.x_t[of], t=view.t[of], prev=view.prev[of], cond=view.cond[of])
-        one = replace(
-            one, unconditional=view.unconditional[of], source=torch.arange(sides).repeat(2), to=to.repeat(2, 1, 1, 1)
+        side_view = replace(view, x_t=view.x_t[of], t=view.t[of], prev=view.prev[of], cond=view.cond[of])
+        side_view = replace(
+            side_view,
+            unconditional=view.unconditional[of],
+            source=torch.arange(sides).repeat(2),
+            to=to.repeat(2, 1, 1, 1),
         )
-        scores.append(spo.step_scores(policy.family, cfg, one, policy.model)["chosen"])
+        scores.append(spo.step_scores(policy.family, cfg, side_view, policy.model)["chosen"])
     assert contrast.reference is not None
-    theirs = Pair(contrast.reference["chosen"], contrast.reference["rejected"])
-    return pairwise.clipped_dpo(Pair(*scores), theirs, beta=cfg.beta, clip=cfg.clip)
+    reference_scores = Pair(contrast.reference["chosen"], contrast.reference["rejected"])
+    return pairwise.clipped_dpo(Pair(*scores), reference_scores, beta=cfg.beta, clip=cfg.clip)
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
@@ -267,9 +270,9 @@ def test_one_forward_for_both_sides_is_two_in_loss_and_gradient(sd: TextToImage,
     policy.model.zero_grad()
     apart = torch.cat([two_forwards(policy, contrast, cfg) for contrast in contrasts])
     apart.sum().backward()
-    theirs = torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
+    expected = torch.cat([p.grad.flatten() for p in policy.trainable() if p.grad is not None])
     torch.testing.assert_close(values, apart.detach(), rtol=1e-4, atol=1e-5)
-    assert (gradient - theirs).norm() < 1e-4 * theirs.norm()
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_ratio_outside_the_clip_has_no_gradient(sd: TextToImage) -> None:

@@ -77,23 +77,23 @@ def stepped(method: Any, policy: Policy[Any], given: EncodedResponses, rng: Keye
 def said(contrast: bdhs.Contrast, family: Any, view: int) -> list[str]:
     """The responses of a view, as text."""
     tokens, number = contrast.batch.tokens, len(contrast.batch.rows)
-    some = slice(view * number, (view + 1) * number)
+    places = slice(view * number, (view + 1) * number)
     return [
         family.processor.decode(ids[mask].tolist()).strip()
-        for ids, mask in zip(tokens.responses[some], tokens.response_mask[some], strict=True)
+        for ids, mask in zip(tokens.responses[places], tokens.response_mask[places], strict=True)
     ]
 
 
-def close(one: Tensor, other: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of sums in float32 that other rows of a batch change."""
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_hallucinated_responses_it_is_dpo(policy: Policy[Any], tmp_path: Path) -> None:
     given = batch(policy.family, rows(tmp_path))
-    ours, theirs = (stepped(method, policy, given)[1] for method in (bdhs, dpo))
-    assert torch.equal(ours.losses, theirs.losses) and (ours.losses - math.log(2)).abs().min() > 1e-3
-    assert ours.metrics.keys() == theirs.metrics.keys()
+    actual, expected = (stepped(method, policy, given)[1] for method in (bdhs, dpo))
+    assert torch.equal(actual.losses, expected.losses) and (actual.losses - math.log(2)).abs().min() > 1e-3
+    assert actual.metrics.keys() == expected.metrics.keys()
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge"])
@@ -102,11 +102,11 @@ def test_equation_5(loss: str, policy: Policy[Any], tmp_path: Path) -> None:
     further = {n: f"There is a mat {n}." for n in range(8)}
     own = stepped(dpo, policy, batch(policy.family, rows(tmp_path / "own")), loss=loss)[1].losses
     hallucinated = rows(tmp_path / "other", rejected="There is a mat {n}.")
-    other = stepped(dpo, policy, batch(policy.family, hallucinated), loss=loss)[1].losses
+    hallucinated_losses = stepped(dpo, policy, batch(policy.family, hallucinated), loss=loss)[1].losses
     both = batch(policy.family, rows(tmp_path / "both", further))
     for gamma in (0.0, 0.3, 1.0):
         step = stepped(bdhs, policy, both, gamma=gamma, loss=loss)[1]
-        close(step.losses, gamma * own + (1 - gamma) * other)
+        close(step.losses, gamma * own + (1 - gamma) * hallucinated_losses)
         assert torch.equal(step.weights, torch.ones(8))
 
 
@@ -144,12 +144,12 @@ def test_differences_beyond_max_length_are_ignored(policy: Policy[Any], tmp_path
 
 def test_the_policy_writes_what_it_learns_from(vlm_folders: Folders, tmp_path: Path) -> None:
     """Anew for every epoch and by what it has learned so far; the same again gives the same."""
-    one, other = made(vlm_folders), made(vlm_folders, seed=1)
-    given = batch(one.family, rows(tmp_path))
+    first, second = made(vlm_folders), made(vlm_folders, seed=1)
+    given = batch(first.family, rows(tmp_path))
     settings = {"mode": "online", "online": ONLINE}
     texts = [
         said(stepped(bdhs, policy, given, rng, **settings)[0], policy.family, 2)
-        for policy, rng in ((one, DRAWS), (one, DRAWS), (one, KeyedRNG(0, 1)), (other, DRAWS))
+        for policy, rng in ((first, DRAWS), (first, DRAWS), (first, KeyedRNG(0, 1)), (second, DRAWS))
     ]
     assert texts[0] == texts[1] and texts[0] != texts[2] and texts[0] != texts[3]
     chosen = {pair.row: pair.chosen for pair in given.pairs}
@@ -247,11 +247,11 @@ def test_an_annotator_orders_what_the_policy_says(
         result[name] = list(zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True))
         own = step.metrics["own pairs"].bool().tolist()
     assert sum(own) >= 6
-    for index, (one, other) in enumerate(zip(result["longer"], result["shorter"], strict=True)):
+    for index, (longer, shorter) in enumerate(zip(result["longer"], result["shorter"], strict=True)):
         if own[index]:
-            assert one == other[::-1] and len(one[0]) >= len(one[1])
+            assert longer == shorter[::-1] and len(longer[0]) >= len(longer[1])
         else:
-            assert one == other == (given.pairs[index].chosen, given.pairs[index].rejected)
+            assert longer == shorter == (given.pairs[index].chosen, given.pairs[index].rejected)
 
 
 @pytest.mark.parametrize(

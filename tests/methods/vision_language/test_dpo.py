@@ -84,13 +84,13 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
         tokens=Tokens(t.ids, t.starts, t.lengths, keys),
         features=ImageFeatures({**given.features.images, **again}),
     )
-    one, other = (run(dpo, policy, some, dpo.Config()) for some in (given, twice))
-    torch.testing.assert_close(one.losses, other.losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient(policy, one), gradient(policy, other), rtol=1e-4, atol=1e-5)
+    actual, expected = (run(dpo, policy, some, dpo.Config()) for some in (given, twice))
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(policy, actual), gradient(policy, expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "insertions", "expected"),
+    ("chosen", "rejected", "insertions", "expected"),
     [
         ([1, 2, 3, 9, 4, 5, 6], [1, 2, 3, 7, 8, 4, 5, 6], True, ([3], [3, 4])),  # a replaced stretch
         ([1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 4, 5, 6], True, ([], [3])),  # words that one side adds
@@ -101,9 +101,9 @@ def test_encoding_once_equals_encoding_for_every_row(vlm: VisionLanguage) -> Non
     ],
 )
 def test_changed_tokens_by_hand(
-    ours: list[int], theirs: list[int], insertions: bool, expected: tuple[list[int], list[int]]
+    chosen: list[int], rejected: list[int], insertions: bool, expected: tuple[list[int], list[int]]
 ) -> None:
-    assert rlhfv.changed_positions(ours, theirs, 3, insertions=insertions) == expected
+    assert rlhfv.changed_positions(chosen, rejected, 3, insertions=insertions) == expected
 
 
 def test_changed_tokens_weigh_gamma_and_padding_0() -> None:

@@ -33,24 +33,24 @@ class Given:
 def published(cfg: mdpo.Config) -> Any:
     """The published scores of two pairs; the crops have been made."""
     views = ("chosen", "rejected", "chosen_cropped")
-    ours = torch.tensor([x for view in views for x in GOLDEN["inputs"]["policy_logps"][view]])
-    theirs = (torch.tensor(GOLDEN["inputs"]["ref_logps"][view]) for view in views)
+    policy_logps = torch.tensor([x for view in views for x in GOLDEN["inputs"]["policy_logps"][view]])
+    reference_logps = (torch.tensor(GOLDEN["inputs"]["ref_logps"][view]) for view in views)
     given = EncodedResponses(
         [0, 1], Tokens.from_rows([TokenizedResponse((1, 2), 1)] * 6, 0), ImageFeatures({}), torch.ones(2)
     )
-    policy: Any = Policy(Given(), ours, ours, None)  # type: ignore[arg-type]
-    return mdpo.loss(policy, Contrast(given, dict(zip(mdpo.VIEWS, theirs, strict=True))), cfg)
+    policy: Any = Policy(Given(), policy_logps, policy_logps, None)  # type: ignore[arg-type]
+    return mdpo.loss(policy, Contrast(given, dict(zip(mdpo.VIEWS, reference_logps, strict=True))), cfg)
 
 
 def test_the_three_terms_are_the_published_ones() -> None:
     step = published(mdpo.Config())
     torch.testing.assert_close(step.losses, torch.tensor(GOLDEN["expected"]["losses"]), rtol=2e-6, atol=2e-6)
-    for ours, theirs in zip(TERMS, ("dpo", "copo", "anchor"), strict=True):
-        expected = torch.tensor(GOLDEN["expected"]["terms"][theirs])
-        torch.testing.assert_close(step.metrics[f"{ours} loss"], expected, rtol=2e-6, atol=2e-6)
-    for ours, theirs in (("chosen", "chosen"), ("rejected", "rejected"), ("cropped", "image")):
-        rewards = torch.tensor(GOLDEN["expected"][f"{theirs}_rewards"])
-        torch.testing.assert_close(0.1 * step.metrics[f"{ours} gain"], rewards, rtol=1e-5, atol=1e-6)
+    for name, published_name in zip(TERMS, ("dpo", "copo", "anchor"), strict=True):
+        expected = torch.tensor(GOLDEN["expected"]["terms"][published_name])
+        torch.testing.assert_close(step.metrics[f"{name} loss"], expected, rtol=2e-6, atol=2e-6)
+    for name, published_name in (("chosen", "chosen"), ("rejected", "rejected"), ("cropped", "image")):
+        rewards = torch.tensor(GOLDEN["expected"][f"{published_name}_rewards"])
+        torch.testing.assert_close(0.1 * step.metrics[f"{name} gain"], rewards, rtol=1e-5, atol=1e-6)
 
 
 def test_delta_is_what_the_chosen_response_must_gain() -> None:

@@ -19,9 +19,9 @@ GOLDEN = golden("povid")
 EXPECTED = GOLDEN["expected"]
 
 
-def close(found: torch.Tensor, expected: Any) -> None:
+def close(actual: torch.Tensor, expected: Any) -> None:
     """float32 of two libraries."""
-    torch.testing.assert_close(found.detach(), torch.as_tensor(expected), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(actual.detach(), torch.as_tensor(expected), rtol=2e-6, atol=2e-6)
 
 
 def test_each_network_s_own_tokens_give_the_release_s_losses() -> None:
@@ -41,8 +41,8 @@ def test_each_network_s_own_tokens_give_the_release_s_losses() -> None:
 def test_policy_tokens_scored_by_both_models() -> None:
     step = run(povid, *published(GOLDEN), povid.Config(tokens="policy"))
     close(step.losses.mean(), EXPECTED["loss_if_ref_scores_policy_tokens"])
-    theirs = step.metrics["noisy log-probability"] - step.metrics["noisy gain"]
-    close(theirs, EXPECTED["ref_logps_of_policy_noisy_tokens"])
+    reference_logps = step.metrics["noisy log-probability"] - step.metrics["noisy gain"]
+    close(reference_logps, EXPECTED["ref_logps_of_policy_noisy_tokens"])
 
 
 def by_hand(who: str, tokens: str) -> torch.Tensor:
@@ -57,11 +57,11 @@ def by_hand(who: str, tokens: str) -> torch.Tensor:
 
 def test_by_default_both_score_the_reference_s_tokens() -> None:
     step = run(povid, *published(GOLDEN), povid.Config())
-    ours, theirs = by_hand("policy", "ref"), by_hand("ref", "ref")
-    close(step.metrics["noisy log-probability"], ours)
-    close(step.metrics["noisy gain"], ours - theirs)
+    policy_logps, reference_logps = by_hand("policy", "ref"), by_hand("ref", "ref")
+    close(step.metrics["noisy log-probability"], policy_logps)
+    close(step.metrics["noisy gain"], policy_logps - reference_logps)
     chosen = torch.tensor(EXPECTED["policy_chosen_logps"]) - torch.tensor(EXPECTED["ref_chosen_logps"])
-    noisy = -torch.sigmoid(0.1 * (chosen - (ours - theirs))).log()
+    noisy = -torch.sigmoid(0.1 * (chosen - (policy_logps - reference_logps))).log()
     close(step.losses, 0.5 * torch.tensor(EXPECTED["loss_text_per_sample"]) + 0.5 * noisy)
 
 
@@ -103,26 +103,26 @@ def test_only_the_places_that_noise_changes_count(llava: VisionLanguage) -> None
     policy, given, cfg = adapted(llava, moved=0.1), batch(llava), povid.Config(gamma=0.0)
     (contrast,) = povid.contrasts(policy, given, cfg, DRAWS)
     chosen = given.tokens[:3]
-    other = (contrast.noisy != chosen.responses) & chosen.response_mask
-    assert other.any()
+    changed_tokens = (contrast.noisy != chosen.responses) & chosen.response_mask
+    assert changed_tokens.any()
     targets = torch.stack([chosen.responses, contrast.noisy], -1)
 
     def margin(net: Any) -> Any:
         logps = llava.token_logps(net, chosen, given.features, targets)
-        return ((logps[..., 0] - logps[..., 1]) * other).sum(1)
+        return ((logps[..., 0] - logps[..., 1]) * changed_tokens).sum(1)
 
     step = povid.loss(policy, contrast, cfg)
     expected = -torch.sigmoid(0.1 * (margin(policy.model) - policy.on_reference(margin))).log()
     torch.testing.assert_close(step.losses, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(step.metrics["noisy share"], other.sum(1) / chosen.num_tokens)
+    torch.testing.assert_close(step.metrics["noisy share"], changed_tokens.sum(1) / chosen.num_tokens)
 
 
 def test_several_targets_are_scored_by_one_run(vlm: VisionLanguage) -> None:
     """The responses' own tokens among them; and another token's score is that of a row which goes on with it."""
     given = batch(vlm)
     chosen, plain = given.tokens[:3], vlm.token_logps(vlm.network, given.tokens[:3], given.features)
-    other = torch.full_like(chosen.responses, 5)
-    result = vlm.token_logps(vlm.network, chosen, given.features, torch.stack([chosen.responses, other], -1))
+    other_targets = torch.full_like(chosen.responses, 5)
+    result = vlm.token_logps(vlm.network, chosen, given.features, torch.stack([chosen.responses, other_targets], -1))
     torch.testing.assert_close(result[..., 0], plain, rtol=1e-5, atol=1e-6)
     ids = chosen.ids.clone()
     at = torch.arange(3)
@@ -137,9 +137,9 @@ def test_whose_tokens_they_are(llava: VisionLanguage, tokens: str) -> None:
     """Of a policy far from its reference; under the same noise, drawn for the row alone."""
     policy, given = adapted(llava, moved=1.0), batch(llava)
     (contrast,) = povid.contrasts(policy, given, povid.Config(tokens=tokens), DRAWS)
-    ours = replace(policy, reference=FrozenCopy(policy.model))
+    shared_policy = replace(policy, reference=FrozenCopy(policy.model))
     (reference,) = povid.contrasts(policy, given, povid.Config(), DRAWS)
-    (own,) = povid.contrasts(ours, given, povid.Config(), DRAWS)
+    (own,) = povid.contrasts(shared_policy, given, povid.Config(), DRAWS)
     assert not torch.equal(reference.noisy, own.noisy)
     assert torch.equal(contrast.noisy, (reference if tokens == "reference" else own).noisy)
     scored = own.noisy if tokens == "policy" else reference.noisy
@@ -156,11 +156,11 @@ def test_noise_is_a_row_s_own_and_another_in_every_epoch(llava: VisionLanguage, 
         povid.contrasts(policy, given, povid.Config(tokens="own"), rng)
     povid.contrasts(policy, batch(llava, PAIRS[1:2]), povid.Config(), DRAWS)
     assert len(seen) == 6  # one more for the second batch itself
-    once, again, later, other, _, alone = ([v.tensors["pixel_values"] for v in views.values()] for views in seen)
+    once, again, later, other_seed, _, alone = ([v.tensors["pixel_values"] for v in views.values()] for views in seen)
     assert len(once) == 3 and not torch.equal(once[0], once[1])  # two rows of one picture
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert torch.equal(alone[0], once[1])
-    assert not torch.equal(once[0], later[0]) and not torch.equal(once[0], other[0])
+    assert not torch.equal(once[0], later[0]) and not torch.equal(once[0], other_seed[0])
 
 
 def test_more_noise_changes_more_tokens_than_none(llava: VisionLanguage) -> None:

@@ -19,10 +19,10 @@ def test_the_paper_s_loss_is_the_published_value() -> None:
     """Of the released loss function, given the log-probabilities of the words as they are written."""
     step = run(realign, *published(GOLDEN), realign.Config())
     torch.testing.assert_close(step.losses.detach(), torch.tensor(PAPER["losses"]), rtol=2e-6, atol=2e-6)
-    for ours, theirs in (("chosen", "chosen"), ("rejected", "rejected"), ("retrieved", "chosen_retrieved")):
-        logps, base = (torch.tensor(PAPER[f"{who}_logps"][theirs]) for who in ("policy", "ref"))
-        torch.testing.assert_close(step.metrics[f"{ours} log-probability"], logps, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(step.metrics[f"{ours} gain"], logps - base, rtol=1e-5, atol=1e-5)
+    for side, published_side in (("chosen", "chosen"), ("rejected", "rejected"), ("retrieved", "chosen_retrieved")):
+        logps, base = (torch.tensor(PAPER[f"{who}_logps"][published_side]) for who in ("policy", "ref"))
+        torch.testing.assert_close(step.metrics[f"{side} log-probability"], logps, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(step.metrics[f"{side} gain"], logps - base, rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_is_dpo_and_a_share_of_the_image_term() -> None:
@@ -42,10 +42,10 @@ def test_swapping_the_images_negates_the_image_term_s_logit(vlm: VisionLanguage)
     policy, given, cfg = adapted(vlm, moved=0.1), batch(vlm), realign.Config()
     assert given.other_images is not None
     chosen = given.tokens[:3]
-    other = replace(given, tokens=Tokens.cat([given.other_images, given.tokens[3:]]), other_images=chosen)
+    swapped_images = replace(given, tokens=Tokens.cat([given.other_images, given.tokens[3:]]), other_images=chosen)
     logits = []
-    for some in (given, other):
-        metrics = run(realign, policy, some, cfg).metrics
+    for pairs in (given, swapped_images):
+        metrics = run(realign, policy, pairs, cfg).metrics
         logits.append(metrics["chosen gain"] - metrics["retrieved gain"])
         torch.testing.assert_close(metrics["image loss"], -torch.sigmoid(0.1 * logits[-1]).log())
     assert logits[0].abs().min() > 1e-4

@@ -109,10 +109,10 @@ def test_nll_adds_the_chosen_response_s_mean_and_nothing_else(llava: VisionLangu
 @pytest.mark.parametrize("method", [dpo, realign], ids=name_of)
 def test_swapping_the_sides_negates_the_logit(llava: VisionLanguage, method: Any) -> None:
     policy, given = adapted(llava, moved=0.1), batch(llava)
-    one, other = (run(method, policy, some, method.Config()).metrics for some in (given, swapped(given)))
-    assert one["logit"].abs().min() > 1e-3
-    torch.testing.assert_close(one["logit"], -other["logit"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(one["chosen gain"], other["rejected gain"], rtol=1e-4, atol=1e-5)
+    metrics, swapped_metrics = (run(method, policy, some, method.Config()).metrics for some in (given, swapped(given)))
+    assert metrics["logit"].abs().min() > 1e-3
+    torch.testing.assert_close(metrics["logit"], -swapped_metrics["logit"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["chosen gain"], swapped_metrics["rejected gain"], rtol=1e-4, atol=1e-5)
 
 
 @EVERY_AND_SFT

@@ -36,7 +36,7 @@ def test_it_is_minus_the_mean_of_the_tokens_log_probabilities(vlm: VisionLanguag
 def test_loss_ignores_rejected_responses_and_reference(llava: VisionLanguage) -> None:
     policy, given = adapted(llava, moved=0.1), batch(llava)
     bare = Policy(llava, policy.model, policy.unwrapped, None)
-    other = replace(given, tokens=Tokens.cat([given.tokens[:3], swapped(given).tokens[3:]]))
-    one, two = (run(response_sft, bare, some, response_sft.Config()) for some in (given, other))
-    assert torch.equal(one.losses, two.losses)
+    swapped_rejected = replace(given, tokens=Tokens.cat([given.tokens[:3], swapped(given).tokens[3:]]))
+    actual, expected = (run(response_sft, bare, some, response_sft.Config()) for some in (given, swapped_rejected))
+    assert torch.equal(actual.losses, expected.losses)
     assert not response_sft.requirements(response_sft.Config()).reference

@@ -115,8 +115,8 @@ def test_realign_writes_a_similar_image_and_what_was_said_of_it(content: Any, tm
         pairs = open_responses("realign", str(tmp_path / name))
         assert len(rows) == len(pairs) == 6, "one answer names nothing that could be masked"
         for row, pair in zip(rows, pairs, strict=True):
-            (image,), (other,) = pair.images, pair.other_images
-            assert image.key != other.key and other.read() and "[MASK]" in row["provenance"]["masked"]
+            (image,), (other_image,) = pair.images, pair.other_images
+            assert image.key != other_image.key and other_image.read() and "[MASK]" in row["provenance"]["masked"]
             assert "[MASK]" not in pair.rejected and row["provenance"]["similarity"] < 0.95
         if completion == "continue":
             assert pairs[0].rejected.startswith("There is a")
