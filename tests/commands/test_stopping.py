@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ def start(content: Content, folder: Path) -> "subprocess.Popen[str]":
     file.write_text(yaml.dump({**content, "train": {**content["train"], "steps": UPDATES}}))
     environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1])}
     command = [sys.executable, "-m", "mmalign.cli", "train", str(file)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores SIGINT
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=heard, **pipes)
 
 
 def wait_for_update(process: "subprocess.Popen[str]", number: int) -> None:
@@ -76,6 +80,15 @@ def test_second_command_on_a_folder_is_refused(content: Content, tmp_path: Path)
     assert train(load_recipe(content)).steps == 4  # the lock of a dead process is taken over
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Python's own handling of SIGINT, also where a shell's background job ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_second_interrupt_stops_at_once() -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -83,6 +96,15 @@ def test_second_interrupt_stops_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_ignored_signals_stay_ignored() -> None:
+    """A background job of a shell ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.signal is None
 
 
 def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,5 +348,8 @@ def test_the_measure_is_named_in_the_output(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(similarity, "_missing", lambda package: True)
     (message,) = bdhs.check(bdhs.Config(mode="online"))
-    assert "compared by trigrams" in message and "since no sentence-transformers model is installed" in message
+    assert (
+        "similarity of completions and answers: trigrams" in message
+        and "since no sentence-transformers model is installed" in message
+    )
     assert bdhs.check(bdhs.Config()) == []
