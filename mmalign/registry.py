@@ -75,8 +75,9 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
         ) from error
     if not callable(imported):
         raise ValueError(f"{key}: {name} is not a function but {type(imported).__name__}")
-    file = getattr(sys.modules[module], "__file__", None) or "Python itself"
-    logging.getLogger("mmalign").info(f"{key}: this recipe runs {name} from {file}")
+    if not module.startswith("mmalign."):
+        file = getattr(sys.modules[module], "__file__", None) or "Python itself"
+        logging.getLogger("mmalign").info(f"{key}: this recipe runs {name} from {file}")
     return imported
 
 
