@@ -124,7 +124,8 @@ class ResponsePair:
     @property
     def content(self) -> tuple[str, ...]:
         """Conversation, responses and images."""
-        keys = [image.key for image in (*self.images, *self.rejected_images, *self.other_images)]
+        images = (self.images, self.rejected_images, self.other_images)
+        keys = ("|".join(image.key for image in images) for images in images)
         return (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *keys)
 
 
@@ -143,7 +144,11 @@ class SkippedRow:
 
 
 class Row(Protocol):
-    """Pair or prompt with texts that stand for all of its content."""
+    """Pair or prompt with an id and with texts that stand for all of its content."""
+
+    @property
+    def row(self) -> int:
+        """63-bit id that seeds random draws."""
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -227,6 +232,11 @@ class Pairs(Sequence[P], Generic[P]):
         return text + "."
 
 
+def split(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P] | None]:
+    """Return (training, validation), as `split_by_group` does; a fraction of 0 has no validation split."""
+    return split_by_group(pairs, fraction, seed) if fraction else (pairs, None)
+
+
 def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P]]:
     """Split the pairs by group into (training, validation).
 
@@ -248,6 +258,11 @@ def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P
             f"none for {side}; use another share, or data.group_by with a column of more values"
         )
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
+
+
+def pair_key(pair: Row) -> str:
+    """Return the cache key of a pair or prompt: its row id and its content."""
+    return f"{pair.row:x}-{stable_hash(*pair.content):x}"
 
 
 def fingerprint_pairs(pairs: Sequence[Row]) -> str:

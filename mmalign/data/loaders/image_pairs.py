@@ -14,7 +14,7 @@ from torch import Tensor
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.images import BadImage, decode, image_key, is_flipped, prepare_pair
 from mmalign.data.loaders.loader import Loader
-from mmalign.data.pairs import ImagePair, SkippedRow, stable_hash
+from mmalign.data.pairs import ImagePair, SkippedRow, pair_key
 from mmalign.rng import KeyedRNG
 
 PIXELS = "pixels"
@@ -86,11 +86,6 @@ class ImagePairReader:
         if self.cache is not None and self.transform.crop == "random":
             raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
 
-    def key(self, pair: ImagePair) -> str:
-        """Return the cache key of a pair: its row id, its prompt or prompts, and the content of both images."""
-        second = [pair.rejected_prompt] if pair.rejected_prompt else []
-        return f"{pair.row:x}-{stable_hash(pair.prompt, pair.chosen.key, pair.rejected.key, *second):x}"
-
     def read(self, pair: ImagePair, epoch: int) -> ImageExample | list[SkippedRow]:
         """Return both images of a pair, cropped and flipped for the epoch, or the images that cannot be read.
 
@@ -145,7 +140,7 @@ class ImagePairReader:
             rows=[pair.row for pair in pairs],
             prompts=[pair.prompt for pair in pairs],
             rejected_prompts=[pair.rejected_prompt for pair in pairs],
-            keys=[self.key(pair) for pair in pairs],
+            keys=[pair_key(pair) for pair in pairs],
             pixels=pixels,
             arrays=arrays if pixels is None else None,
             sizes=sizes,

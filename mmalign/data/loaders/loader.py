@@ -17,13 +17,13 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.loaders.sampler import EpochSampler, check_max_bad_images
-from mmalign.data.pairs import Pairs, SkippedRow, format_rows
+from mmalign.data.pairs import Pairs, Row, SkippedRow, format_rows, pair_key
 
 Plan = list[list[tuple[int, float]]]  # (number, weight) of each pair, for every batch
 
 
-class Located(Protocol):
-    """A pair or prompt with a location for messages."""
+class Located(Row, Protocol):
+    """Pair or prompt with a location for messages."""
 
     @property
     def location(self) -> str:
@@ -35,14 +35,11 @@ P_contra = TypeVar("P_contra", contravariant=True)
 E = TypeVar("E")
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
-Row = tuple[P, float, E | list[SkippedRow]]  # pair, weight, example or reasons to skip it
+PlannedPair = tuple[P, float, E | list[SkippedRow]]  # pair, weight, example or reasons to skip it
 
 
 class Reader(Protocol[P_contra, E, B_co]):
     """Reading of a modality's pairs as examples, and of examples as batches."""
-
-    def key(self, pair: P_contra) -> str:
-        """Return the cache key of a pair's content."""
 
     def read(self, pair: P_contra, epoch: int) -> E | list[SkippedRow]:
         """Return a pair's example, or the reasons to skip the pair.
@@ -113,7 +110,7 @@ class Loader(Generic[P, E, B]):
     def key(self, number: int) -> str:
         """Return the key of a pair's content, by number."""
         if number not in self._keys:
-            self._keys[number] = self.reader.key(self.pairs[number])
+            self._keys[number] = pair_key(self.pairs[number])
         return self._keys[number]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[B]:
@@ -174,19 +171,19 @@ class Loader(Generic[P, E, B]):
         return [self.pairs[pair].location for pair, weight in self.sampler.plan(epoch)[number] if weight]
 
 
-class _Examples(Dataset[Row[P, E]], Generic[P, E, B]):
+class _Examples(Dataset[PlannedPair[P, E]], Generic[P, E, B]):
     """Dataset of rows by (number, weight)."""
 
     def __init__(self, pairs: Pairs[P], reader: Reader[P, E, B], epoch: int) -> None:
         self.pairs, self.reader, self.epoch = pairs, reader, epoch
 
-    def __getitem__(self, number_and_weight: tuple[int, float]) -> Row[P, E]:
+    def __getitem__(self, number_and_weight: tuple[int, float]) -> PlannedPair[P, E]:
         number, weight = number_and_weight
         pair = self.pairs[number]
         return pair, weight, self.reader.read(pair, self.epoch)
 
 
-def _collate(reader: Reader[P, E, B], rows: Sequence[Row[P, E]]) -> tuple[B | None, list[SkippedRow]]:
+def _collate(reader: Reader[P, E, B], rows: Sequence[PlannedPair[P, E]]) -> tuple[B | None, list[SkippedRow]]:
     """Return the batch, or None if no pair can be used, and the skipped rows."""
     skipped = [row for _, _, example in rows if isinstance(example, list) for row in example]
     stand_in = next((example for _, _, example in rows if not isinstance(example, list)), None)

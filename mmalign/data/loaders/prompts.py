@@ -22,10 +22,6 @@ class PromptBatch:
 class PromptReader:
     """Reader of prompts, all of which can be used."""
 
-    def key(self, pair: PromptRow) -> str:
-        """Return the key of a prompt: its id."""
-        return f"{pair.row:x}"
-
     def read(self, pair: PromptRow, epoch: int) -> PromptRow:
         """Return the prompt."""
         return pair

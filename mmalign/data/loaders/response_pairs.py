@@ -17,7 +17,7 @@ from mmalign.data.caches.image_features import cached_view
 from mmalign.data.images import BadImage, decode
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.loaders.loader import Loader
-from mmalign.data.pairs import ImageRef, ResponsePair, SkippedRow, stable_hash
+from mmalign.data.pairs import ImageRef, ResponsePair, SkippedRow, pair_key
 from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView
 from mmalign.language.tokens import TokenizedResponse, Tokens, cut_tail
@@ -70,12 +70,6 @@ class ResponsePairReader:
     decoded_images: bool = False
     other_images: bool = False
     features: ArrayCache | None = None
-
-    def key(self, pair: ResponsePair) -> str:
-        """Return the cache key of a pair: its row id, its texts, and the content of its images."""
-        images = ((ref.key for ref in refs) for refs in (pair.images, pair.rejected_images, pair.other_images))
-        texts = (pair.chosen, pair.rejected, pair.hallucinated)
-        return f"{pair.row:x}-{stable_hash(repr(pair.turns), *texts, *('|'.join(keys) for keys in images)):x}"
 
     def images_of(self, pair: ResponsePair) -> list[ImageRef]:
         """Return the images of a pair that the method uses, each once."""
@@ -138,7 +132,7 @@ class ResponsePairReader:
         sides = [*(example.chosen for example in examples), *(example.rejected for example in examples)]
         return ResponsePairBatch(
             rows=[pair.row for pair in pairs],
-            keys=[self.key(example.pair) for example in examples],
+            keys=[pair_key(example.pair) for example in examples],
             pairs=[example.pair for example in examples],
             tokens=self.processor.collate(sides),
             other_images=self.processor.collate(others) if others else None,
