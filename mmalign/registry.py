@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import logging
 import pkgutil
 import sys
@@ -12,6 +13,8 @@ from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def names(package: str) -> list[str]:
@@ -67,6 +70,8 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
     if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)
     try:
+        if not module.startswith("mmalign."):
+            logger.info(f"{key}: this recipe runs {name} from {_origin(module)}")
         imported: object = reduce(getattr, function.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
@@ -75,10 +80,17 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
         ) from error
     if not callable(imported):
         raise ValueError(f"{key}: {name} is not a function but {type(imported).__name__}")
-    if not module.startswith("mmalign."):
-        file = getattr(sys.modules[module], "__file__", None) or "Python itself"
-        logging.getLogger("mmalign").info(f"{key}: this recipe runs {name} from {file}")
     return imported
+
+
+def _origin(module: str) -> str:
+    """Return the file of a module, which is not imported; only the packages around it are."""
+    if module in sys.modules:
+        return str(vars(sys.modules[module]).get("__file__", "Python itself"))
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {module!r}")
+    return spec.origin or "a package without a file"
 
 
 def qualified_name(function: Callable[..., object]) -> str:

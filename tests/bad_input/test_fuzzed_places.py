@@ -1,6 +1,5 @@
 """Places where fuzzed input once ended in a traceback or without end: each is told in a sentence."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -44,16 +43,20 @@ def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     assert find_image(tmp_path / "rows.jsonl", name, "rows.jsonl: line 1") == ""
 
 
-def test_a_recipe_s_function_is_named_before_it_runs(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "mmalign"):
-        logging.getLogger("mmalign").addHandler(caplog.handler)
-        import_callable("method.loss", "textwrap:dedent")
-        logging.getLogger("mmalign").removeHandler(caplog.handler)
-    assert "method.loss: this recipe runs textwrap:dedent from /" in caplog.text
+def test_user_function_is_named_before_its_module_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rules_of_a_stranger.py").write_text("raise ImportError('its code ran')")
+    with pytest.raises(ValueError, match="its code ran"):
+        import_callable("method.mixed.annotator", "rules_of_a_stranger:rate")
+    assert log_lines == [
+        f"method.mixed.annotator: this recipe runs rules_of_a_stranger:rate from {tmp_path}/rules_of_a_stranger.py"
+    ]
 
 
 def test_long_words_are_cut_where_a_line_ends() -> None:
-    """What is not shown changes nothing."""
+    """Text beyond what fits does not change the lines."""
     pages = [
         render_grid("t", [], [Section([Tile([Cell([Text([Piece("w" * n)], num_lines=2)])])])], columns=1)
         for n in (200, 2000)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from mmalign.data.formats.files import TABLES, Record, find_files, is_hub_path, read_schema, records
+from mmalign.registry import check_known
 
 Row = TypeVar("Row")
 
@@ -107,13 +107,9 @@ def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str,
     Raises:
         ValueError: the format is unknown, or has no such column.
     """
-    for layout in layouts:
-        if layout.name == name:
-            return layout.with_columns(columns)
-    names = [layout.name for layout in layouts]
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"data.format: {name!r} is unknown{hint} (there are {', '.join(names)})")
+    by_name = {layout.name: layout for layout in layouts}
+    check_known("data.format: there is no", name, by_name)
+    return by_name[name].with_columns(columns)
 
 
 class UnusableRowError(ValueError):

@@ -183,7 +183,7 @@ def test_wrong_types_and_files_are_told_before_anything_is_read(tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no such file"):
         check_source("pick_a_pic", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="'pickapic' is unknown; did you mean 'pick_a_pic'"):
+    with pytest.raises(ValueError, match="there is no 'pickapic'; did you mean 'pick_a_pic'"):
         check_source("pickapic", str(tmp_path))
 
 

@@ -196,7 +196,7 @@ def test_a_row_that_is_not_of_the_layout_is_refused(row: dict[str, Any], sentenc
 
 def test_slips_in_the_recipe_are_named(here: Path) -> None:
     path = written(here, GOOD)
-    with pytest.raises(ValueError, match=r"data\.format: 'tlr' is unknown; did you mean 'trl'\?"):
+    with pytest.raises(ValueError, match=r"data\.format: there is no 'tlr'; did you mean 'trl'\?"):
         open_responses("tlr", path)
     with pytest.raises(ValueError, match=r"data\.columns: trl has no column 'question' to rename"):
         open_responses("trl", path, columns={"question": "q"})
