@@ -40,8 +40,9 @@ class BDHSMethodConfig(ResponseMethodConfig):
 
     @model_validator(mode="after")
     def _of_its_mode(self) -> BDHSMethodConfig:
-        for mode, default in (("online", BdhsConfig()), ("mixed", MixedConfig())):
-            if mode != self.mode and getattr(self, mode) != default:
+        changed = {"online": self.online != BdhsConfig(), "mixed": self.mixed != MixedConfig()}
+        for mode, is_set in changed.items():
+            if is_set and mode != self.mode:
                 raise ValueError(f"mode {self.mode} takes no settings of {mode!r}; leave them out")
         if self.mode == "mixed" and self.gamma != type(self).model_fields["gamma"].default:
             raise ValueError("mode mixed has one rejected response for each pair and takes no gamma; leave it out")

@@ -64,7 +64,8 @@ def fingerprint_network(net: nn.Module) -> str:
 def fingerprint_config(net: nn.Module) -> str:
     """Return a fingerprint of a network's transformers or diffusers configuration, without its load path."""
     config: Any = next((part.config for part in net.modules() if hasattr(part, "config")), {})
-    return fingerprint_settings(_lasting(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
+    # diffusers' configurations are mappings, transformers' are not
+    return fingerprint_settings(_lasting(config if isinstance(config, Mapping) else config.to_dict()))
 
 
 def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
