@@ -91,7 +91,7 @@ def build(
     reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
     with muted():
         family = loading.load_for_training(recipe, accelerator.device)
-        splits = modality_of(recipe).open_pairs(recipe.data, recipe.train.seed, recipe.method)
+        splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
         data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
     policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
     policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
@@ -114,7 +114,8 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
     changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": limit, "num_workers": 0}
     changes |= {"cache": "auto"} if data.cache != "off" else {}
     data = data.model_copy(update=changes)
-    pairs, _ = modality_of(recipe).open_pairs(data, options.seed, recipe.method)
+    needs = methods.requirements_of(recipe.method)
+    pairs, _ = modality_of(recipe).open_pairs(recipe.model_copy(update={"data": data}), needs)
     if len(pairs) < batch:
         raise ValueError(
             f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "

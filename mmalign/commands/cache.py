@@ -59,13 +59,14 @@ def cache(recipe: Recipe) -> Path:
         raise ValueError(reason)
     begun = time.time()
     preflight.check(recipe, training=True)
-    splits = modality_of(recipe).open_pairs(recipe.data, recipe.train.seed, recipe.method)
-    atomic_io.make_folder("output", Path(recipe.output))
+    splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
+    output = atomic_io.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()
     require_all(accelerator)
-    family = loading.load_for_training(recipe, accelerator.device)
-    data_module = build_filled_data_module(recipe, family, accelerator=accelerator, splits=splits)
-    folder = cache_folder(recipe.data, Path(recipe.output))
+    with atomic_io.folder_lock(output):
+        family = loading.load_for_training(recipe, accelerator.device)
+        data_module = build_filled_data_module(recipe, family, accelerator=accelerator, splits=splits)
+    folder = cache_folder(recipe.data, output)
     if accelerator.is_main_process:
         logger.info(f"cache: {folder}: {_summary(folder, {cache.folder for cache in data_module.caches}, begun)}")
     accelerator.end_training()
@@ -88,27 +89,16 @@ def build_filled_data_module(
         ValueError: `build_data_module` refuses the data or its caches.
     """
     # Settings that reference scores depend on
-    options = recipe.train
+    options, needs = recipe.train, methods.requirements_of(recipe.method)
     run = {"precision": options.precision, "executor": backend_name(family.network), "pack": options.pack_responses}
     run |= {"compile": "on"} if options.compile else {}  # compiled blocks round differently
-    spec = methods.requirements_of(recipe.method).precompute
+    spec = needs.precompute
     if spec is not None and recipe.data.cache != "off":
         run |= {"model": fingerprint.fingerprint_network(family.network)}
     if spec is not None:
         spec = replace(spec, settings={**spec.settings, "method": recipe.method.name, **run})
-    data_module = modality_of(recipe).build_data_module(
-        family,
-        recipe.data,
-        output=Path(recipe.output),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        accelerator=accelerator,
-        method=recipe.method,
-        splits=splits,
-        spec=spec,
-        reward_model=reward_model,
-    )
-
+    build = modality_of(recipe).build_data_module
+    data_module = build(family, recipe, splits, accelerator, needs, spec=spec, reward_model=reward_model)
     data_module = _fill_caches(data_module, recipe, family, accelerator)
     if replaces_reference(data_module):
         assert data_module.precompute_cache is not None

@@ -16,8 +16,10 @@ from mmalign.atomic_io import atomic_write
 from mmalign.commands import preflight
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Evaluate, Recipe
+from mmalign.data.data_module import Splits
 from mmalign.data.pairs import fingerprint_pairs
 from mmalign.evaluation.metrics import Table
+from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Result, loading, modality_of
 from mmalign.training.export import RunInfo, check_base_model, read_run_info
 
@@ -84,9 +86,11 @@ def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Resul
     """Return the measure of the models, from a folder for its files; the benchmark is opened before they are loaded."""
     device, trained = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(recipe.output) / "model"
     info = read_run_info(trained)
+    modality, splits = modality_of(recipe), None
     if section.benchmark in PAIR_BENCHMARKS:
-        _check_unseen(recipe, info)
-    measure = modality_of(recipe).open_benchmark(recipe, device)
+        splits = modality.open_pairs(recipe, Requirements())
+        _check_unseen(splits, info)
+    measure = modality.open_benchmark(recipe, device, splits)
     family = loading.load_model(recipe, device)
     check_base_model(info, trained, family)
     policy = loading.load_trained_policy(family, trained)
@@ -99,25 +103,26 @@ def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Resul
     return measure_trained
 
 
-def _check_unseen(recipe: Recipe, info: RunInfo) -> None:
-    """Check that the trained model has not seen the pairs of the validation split; `info` is its run's.
+def _check_unseen(splits: Splits, info: RunInfo) -> None:
+    """Check that the trained model, of this run, has not seen the pairs of the validation split or their prompts.
 
     Raises:
         ValueError: validation pairs are among those of the training, or nobody can say whether they are.
     """
-    train, validation = modality_of(recipe).open_pairs(recipe.data, recipe.train.seed)
+    train, validation = splits
     recorded = info.identity["pairs"]
     if validation is None or fingerprint_pairs(train) == recorded:
         return
     trained = load_recipe(info.record.recipe)
-    seen, _ = modality_of(trained).open_pairs(trained.data, trained.train.seed, trained.method)
+    seen, _ = modality_of(trained).open_pairs(trained, requirements_of(trained.method))
     if fingerprint_pairs(seen) != recorded:
         raise ValueError(
             f"data.path: {trained.data.path} no longer has the pairs that the model was trained on, so that nobody can "
             "say whether it has seen these validation pairs; train again"
         )
     contents = {pair.content for pair in seen}
-    overlap = sum(pair.content in contents for pair in validation)
+    # A method that generates its images was trained on prompts alone, the first part of a pair's content
+    overlap = sum(pair.content in contents or pair.content[:1] in contents for pair in validation)
     if overlap:
         raise ValueError(
             f"data.validation_fraction: the model was trained on {overlap:,} of the {len(validation):,} validation "

@@ -28,7 +28,5 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
         raise ValueError("prepare: a step judge generates no images; use a recipe of a model that does")
     if recipe.prepare is None:
         raise ValueError(f"prepare: the recipe has no such section; add one: {modality.example_preparation}")
-    if writer is not None and not modality.takes_writer:
-        raise ValueError("prepare: text-to-image models generate images; they take no function for responses")
     preflight.check(recipe, data=False)
     return modality.prepare(recipe, writer)

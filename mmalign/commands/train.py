@@ -89,7 +89,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     # Checks, data and processes, before any model is loaded
     started, options = time.time(), recipe.train
     check_owned(output / "model", RUN_INFO)
-    splits = modality_of(recipe).open_pairs(recipe.data, options.seed, recipe.method)
+    splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
     for line in methods.requirements_of(recipe.method).check():
@@ -236,8 +236,8 @@ class _Hook:
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
         self.reporter.update(progress.step, metrics)
         last = progress.step == self.recipe.train.steps
-        stops = self.stop.agreed(self.run.train_state.accelerator) and not last
-        self.due |= last or stops or progress.step % self.recipe.train.save_every == 0
+        code = 0 if last else self.stop.exit_code(self.run.train_state.accelerator)
+        self.due |= last or code != 0 or progress.step % self.recipe.train.save_every == 0
         if self.due and (last or not progress.pending):
             self.due = False
             score = _mean_loss(
@@ -252,8 +252,8 @@ class _Hook:
                 keep_checkpoints = self.recipe.train.keep_checkpoints
                 save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
             self.run.train_state.accelerator.wait_for_everyone()
-            if stops:
-                raise self.stop.stopped(progress.step, f"checkpoint-{progress.step:08d}")
+            if code:
+                raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
 
     def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
         """Refuse to save weights or a loss that are not finite: an update can break a model after a finite loss.

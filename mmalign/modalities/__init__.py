@@ -6,19 +6,25 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from mmalign.config import Data, Model, Recipe
 from mmalign.config.methods import find_method
+from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits
 from mmalign.evaluation.metrics import Metrics, Table
 from mmalign.families.base import Family
 from mmalign.families.types import Loading
+from mmalign.methods import Requirements
 from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.policy import Policy
+from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Result = tuple[dict[str, Any], Table]  # the content of result.json, and a table of it
 # Measures a policy, with a folder for files and the identity of the evaluation.
@@ -49,6 +55,36 @@ class Samples:
     write_images: Callable[[Path, Mapping[str, Recipe]], None] | None = None
 
 
+class DataModuleBuilder(Protocol):
+    """Function that opens caches and loaders of a recipe's pairs."""
+
+    def __call__(
+        self,
+        family: Any,
+        recipe: Recipe,
+        splits: Splits,
+        accelerator: Accelerator,
+        needs: Requirements,
+        *,
+        spec: PrecomputeSpec | None = None,
+        reward_model: RewardModel | None = None,
+    ) -> DataModule:
+        """Return the loaders of the pairs, with their caches; those of latents and text are filled.
+
+        Args:
+            family: the modality's model, which encodes the batches.
+            recipe: the recipe; its output folder holds the caches under `data.cache: auto`.
+            splits: the result of `Modality.open_pairs`.
+            accelerator: the accelerator, for this process's index.
+            needs: inputs that the batches must have.
+            spec: tensors that are precomputed for the method; the caller fills their cache.
+            reward_model: the model that scores images.
+
+        Raises:
+            ValueError: files, columns or caches do not fit, or more than `data.max_bad_images` rows are bad, or all.
+        """
+
+
 @dataclass(frozen=True)
 class Modality:
     """Functions and texts of one modality.
@@ -60,14 +96,16 @@ class Modality:
         uncacheable_reason: the reason why nothing of this data can be cached, or None.
         load_family: load a model with these options.
         frozen_models: paths of the models besides `model.path` that a run depends on, by key.
-        open_pairs: open the pairs without decoding an image: training split and validation split or None.
-        build_data_module: open pairs, caches and loaders for a family.
+        open_pairs: open pairs that meet the requirements, without decoding an image: (training split, validation split
+            or None); raises ValueError if files or columns are missing, or no pair is left.
+        build_data_module: open caches and loaders.
         unusable_rows: the noun phrase for rows that no process can use.
-        open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy.
+        open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy. A benchmark
+            on the validation split gets both splits.
         score_files: score existing answers that a section names without a model; None where it names none.
         samples: samples of an evaluation; None for a modality that has only numbers.
-        prepare: write preference pairs to `data.path`; None for a model that generates nothing.
-        takes_writer: True if `prepare` takes a user function for rejected responses.
+        prepare: write preference pairs to `data.path`, perhaps with a user function for rejected responses; None for a
+            model that generates nothing.
         example_evaluation: an `evaluate` section, for error messages.
         example_preparation: a `prepare` section, for error messages.
     """
@@ -78,14 +116,13 @@ class Modality:
     uncacheable_reason: Callable[[Data], str | None]
     load_family: Callable[[Model, Loading], Family]
     frozen_models: Callable[[Model], dict[str, str]]
-    open_pairs: Callable[..., Splits]
-    build_data_module: Callable[..., DataModule]
+    open_pairs: Callable[[Recipe, Requirements], Splits]
+    build_data_module: DataModuleBuilder
     unusable_rows: str
-    open_benchmark: Callable[[Recipe, torch.device], Measure]
+    open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]
     score_files: Callable[[Recipe], Result | None]
     samples: Samples | None
     prepare: Callable[[Recipe, Writer | None], Path] | None
-    takes_writer: bool
     example_evaluation: str
     example_preparation: str
 

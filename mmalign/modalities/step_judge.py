@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from mmalign.config import EvaluateSteps, ImageData, JudgeModel, Model, Recipe
+from mmalign.config import EvaluateSteps, JudgeModel, Model, Recipe
 from mmalign.config.methods import StepPreferenceConfig
-from mmalign.data.data_module import DataModule
+from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.data.data_module import DataModule, Splits
 from mmalign.evaluation.benchmarks import step_accuracy
 from mmalign.families import loading, step_judge
 from mmalign.families.step_judge import StepJudge
 from mmalign.families.types import Loading
+from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check, data
-from mmalign.modalities.validation import build_validation_data
+from mmalign.modalities.validation import validation_batches
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
+from mmalign.rewards import RewardModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -65,24 +71,28 @@ def frozen_models(model: Model) -> dict[str, str]:
     return {"denoiser": model.denoiser}
 
 
-def build_data_module(family: StepJudge, *args: Any, **options: Any) -> DataModule:
+def build_data_module(
+    family: StepJudge,
+    recipe: Recipe,
+    splits: Splits,
+    accelerator: Accelerator,
+    needs: Requirements,
+    *,
+    spec: PrecomputeSpec | None = None,
+    reward_model: RewardModel | None = None,
+) -> DataModule:
     """Return the pairs as the frozen model encodes them."""
-    return data.build_data_module(family.denoiser, *args, **options)
+    build = data.build_data_module
+    return build(family.denoiser, recipe, splits, accelerator, needs, spec=spec, reward_model=reward_model)
 
 
-def open_benchmark(recipe: Recipe, _: torch.device) -> Measure:
-    """Open the validation split; return the measure of the judge's accuracy at several timesteps.
-
-    Raises:
-        ValueError: the pairs cannot be read.
-    """
+def open_benchmark(recipe: Recipe, _: torch.device, splits: Splits | None) -> Measure:
+    """Return the measure of the judge's accuracy at several timesteps, on the validation split."""
     section, cfg = recipe.evaluate, recipe.method
-    assert isinstance(section, EvaluateSteps) and isinstance(recipe.data, ImageData)
-    assert isinstance(cfg, StepPreferenceConfig)
-    splits = data.open_pairs(recipe.data, recipe.train.seed)
+    assert isinstance(section, EvaluateSteps) and isinstance(cfg, StepPreferenceConfig) and splits is not None
 
     def measure(policy: Policy[StepJudge], *_: object) -> Result:
-        batches = build_validation_data(recipe, policy, splits, cfg).validation_batches()
+        batches = validation_batches(recipe, policy, splits, requirements_of(cfg))
         accuracy = step_accuracy.accuracy(policy, batches, section.times, guidance=cfg.guidance, seed=section.seed)
         return accuracy.as_dict(), accuracy.table()
 
@@ -103,7 +113,6 @@ MODALITY = Modality(
     score_files=lambda _: None,
     samples=None,
     prepare=None,
-    takes_writer=False,
     example_evaluation="{benchmark: steps}",
     example_preparation="",
 )

@@ -40,7 +40,6 @@ class StopRequest:
         self.hours = hours
         self.deadline = time.monotonic() + 3600 * hours if hours is not None else float("inf")
         self.signal: signal.Signals | None = None
-        self._code = 0
         self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> StopRequest:
@@ -62,8 +61,8 @@ class StopRequest:
         again = "; once more stops at once" if number == signal.SIGINT else ""
         logger.info(f"{self.signal.name}: saving after this update{again}")
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Return whether any process was asked to stop; all processes get the same answer."""
+    def exit_code(self, accelerator: Accelerator) -> int:
+        """Return the exit code of a run that was asked to stop, on any process; 0 if none was."""
         code = 128 + self.signal if self.signal is not None else 0
         code = code or (TIME_LIMIT_CODE if time.monotonic() >= self.deadline else 0)
         if accelerator.num_processes > 1:
@@ -71,13 +70,12 @@ class StopRequest:
 
             codes = accelerator.gather(torch.tensor([code], device=accelerator.device))
             code = int(codes.max())
-        self._code = code
-        return code != 0
+        return code
 
-    def stopped(self, step: int, name: str) -> TrainingStopped:
-        """Return the error of a run that saved the checkpoint `name` after update `step`."""
-        limit = self._code == TIME_LIMIT_CODE
-        reason = f"limits.hours: {self.hours:g} reached" if limit else signal.Signals(self._code - 128).name
+    def stopped(self, code: int, step: int, name: str) -> TrainingStopped:
+        """Return the error of a run that saved the checkpoint `name` after update `step`, and ends with this code."""
+        limit = code == TIME_LIMIT_CODE
+        reason = f"limits.hours: {self.hours:g} reached" if limit else signal.Signals(code - 128).name
         return TrainingStopped(
-            f"train: stopped after update {step} ({reason}); the same command resumes from {name}", self._code
+            f"train: stopped after update {step} ({reason}); the same command resumes from {name}", code
         )

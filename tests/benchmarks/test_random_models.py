@@ -13,6 +13,7 @@ from mmalign.commands.train import train
 from mmalign.data.images import decode
 from mmalign.families.loading import load_family, load_vision_language
 from mmalign.families.types import Loading
+from mmalign.methods import Requirements
 from mmalign.modalities import modality_of
 from tests.benchmarks import cases, random_models
 from tests.benchmarks.random_models import MODELS, Sizes, resized
@@ -123,7 +124,7 @@ def test_written_vision_language_model_learns(name: str, case: str, tmp_path: Pa
     cases.write_response_pairs(tmp_path / "pairs.jsonl", side=56, prompt=10, responses=(6, 9), number=2)
     family = load_vision_language(str(tmp_path / "model"), Loading(CPU))
     recipe = load_recipe(cases.content(case, tmp_path))
-    pairs, _ = modality_of(recipe).open_pairs(recipe.data, 0)
+    pairs, _ = modality_of(recipe).open_pairs(recipe, Requirements())
     assert len(family.processor.preprocess_image(decode(pairs[0].images[0])).ids) == 4
     report = train_case(case, tmp_path)
     assert report["logit"] == 0 and report["gradient norm"] > 0
@@ -136,7 +137,7 @@ def test_image_of_llava_middle_has_576_tokens(tmp_path: Path) -> None:
     """LLaVA-1.5 has as many. A prompt has one token per character, apart from the chat template."""
     recipe = load_recipe(cases.write_case("llava_middle", tmp_path, CPU))
     family = load_vision_language(recipe.model.path, Loading(CPU))
-    pairs, _ = modality_of(recipe).open_pairs(recipe.data, 0)
+    pairs, _ = modality_of(recipe).open_pairs(recipe, Requirements())
     pair = pairs[0]
     view = family.processor.preprocess_image(decode(pair.images[0]))
     rows = family.processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected], [("image", view)])

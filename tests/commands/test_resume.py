@@ -1,4 +1,4 @@
-"""What a run remembers: other data and geometry are refused, changed options are used and recorded."""
+"""Resuming of a run: other data and geometry are refused, changed options are used and recorded."""
 
 import json
 import os
@@ -144,6 +144,17 @@ def test_validation_pairs_of_the_training_are_refused(content: Content, tmp_path
     assert evaluate(load_recipe(held)).result["pairs"] > 0
     with pytest.raises(ValueError, match=r"train.seed 0"):
         evaluate(load_recipe(held, ["train.seed=1"]))
+
+
+def test_validation_prompts_of_spo_are_refused(tiny_sd15: Path, tiny_step_judge: Path, tmp_path: Path) -> None:
+    reward = {"name": "step_aware", "path": str(tiny_step_judge)}
+    method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "reward": reward}
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method)
+    content["evaluate"] = {"benchmark": "implicit", "num_noise_samples": 1}
+    train(load_recipe(content))
+    with pytest.raises(ValueError, match=r"was trained on \d of the \d validation pairs"):
+        evaluate(load_recipe(content, ["data.validation_fraction=0.5"]))
 
 
 @pytest.mark.parametrize(("command", "name"), [(train, "model"), (evaluate, "evaluation")])

@@ -1,10 +1,11 @@
 """Signals, time limits and locks of a training run."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -124,9 +125,44 @@ def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatc
     assert load_file(tmp_path / "out" / "checkpoint-00000002" / "model.safetensors")
 
 
-def test_lock_may_be_held_twice_by_one_process(tmp_path: Path) -> None:
-    with atomic_io.folder_lock(tmp_path), atomic_io.folder_lock(tmp_path):
-        pass
-    started = time.monotonic()
+def is_locked(folder: Path) -> bool:
+    """Return whether another process could not lock the folder."""
+    with (folder / atomic_io.LOCK).open("a+") as file:  # another open file has a lock of its own
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_lock_held_twice_is_freed_with_the_outer_one(tmp_path: Path) -> None:
     with atomic_io.folder_lock(tmp_path):
-        assert time.monotonic() - started < 1
+        with atomic_io.folder_lock(tmp_path):
+            assert is_locked(tmp_path)
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+
+
+def test_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mmalign.atomic_io.fcntl.flock", refuse)
+    with atomic_io.folder_lock(tmp_path):
+        pass
+    assert log_lines == [f"{tmp_path}: cannot be locked (No locks available); start no second command on it"]
+
+
+def test_spo_stops_after_the_last_update_of_a_batch(
+    tiny_sd15: Path, tiny_step_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is four updates here, and a run resumes only between batches."""
+    reward = {"name": "step_aware", "path": str(tiny_step_judge)}
+    method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "reward": reward}
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train={"steps": 8})
+    monkeypatch.setattr("mmalign.training.stopping.time.monotonic", iter(float(n) for n in range(10**6)).__next__)
+    with pytest.raises(TrainingStopped, match="after update 4 "):
+        train(load_recipe(content, ["limits.hours=0.0001"]))

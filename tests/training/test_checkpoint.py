@@ -227,6 +227,22 @@ def test_a_damaged_old_one_does_not_stop_the_next(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path) == tmp_path / "checkpoint-00000020"
 
 
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), MemoryError("32 GB")])
+def test_unreadable_checkpoint_is_not_called_damaged(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, 10)
+    monkeypatch.setattr("mmalign.training.checkpoint.load_file", raiser(error))
+    with pytest.raises(ValueError, match=r"cannot be read now .* may be sound") as raised:
+        checkpoint.read(path, MINE)
+    assert not isinstance(raised.value, checkpoint.DamagedCheckpointError)
+
+
+def test_weights_that_are_not_finite_are_damage(tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"layer\.weight is not finite"):
+        checkpoint.read(write(tmp_path, 10, value=float("nan")), MINE)
+
+
 def test_state_of_foreign_types_is_never_executed(tmp_path: Path) -> None:
     path = write(tmp_path, 10)
     torch.save({"progress": Path("/")}, path / "state.pt")

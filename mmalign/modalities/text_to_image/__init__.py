@@ -28,7 +28,6 @@ MODALITY = Modality(
         write_images=gallery.write_images,
     ),
     prepare=prepare.prepare,
-    takes_writer=False,
     example_evaluation="{benchmark: scenes, prompts: 256}",
     example_preparation="configs/text_to_image/quickstart.yaml has one with a reward model",
 )

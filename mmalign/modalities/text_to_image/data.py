@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.config import ImageData
+from mmalign.config import ImageData, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
@@ -23,9 +23,9 @@ from mmalign.data.loaders.encoder import Encoder, text_key
 from mmalign.data.loaders.image_pairs import ImagePairReader, ImageTransform
 from mmalign.data.loaders.prompts import PromptReader
 from mmalign.data.loaders.sampler import check_max_bad_images
-from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split_by_group
+from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split
 from mmalign.families.base import TextToImage
-from mmalign.methods import Requirements, requirements_of
+from mmalign.methods import Requirements
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
@@ -35,24 +35,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def open_pairs(data: ImageData, seed: int, method: Any = None) -> Splits:
+def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     """Return the recipe's image pairs or prompts, (training split, validation split or None), without decoding images.
-
-    Args:
-        data: the recipe's section.
-        seed: seed of the validation split.
-        method: configuration of the method that reads the pairs; None accepts any pairs.
 
     Raises:
         ValueError: files or columns are missing, or no pair remains.
     """
-    pairs = _open_prompts_or_pairs(data, method)
-    return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
+    data = recipe.data
+    assert isinstance(data, ImageData)
+    pairs = _open_prompts_or_pairs(data, needs, recipe.method.name)
+    return split(pairs, data.validation_fraction, recipe.train.seed)
 
 
-def _open_prompts_or_pairs(data: ImageData, method: Any) -> Pairs[Any]:
+def _open_prompts_or_pairs(data: ImageData, needs: Requirements, method: str) -> Pairs[Any]:
     """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
-    needs = Requirements() if method is None else requirements_of(method)
     path = locate(data.path)
     columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
     if needs.prompts_only:
@@ -66,49 +62,34 @@ def _open_prompts_or_pairs(data: ImageData, method: Any) -> Pairs[Any]:
         )
     why = None
     if needs.prompt_pairs:
-        why = f"method.name: {method.name} compares two images under two prompts; most methods take rows of one prompt"
+        why = f"method.name: {method} compares two images under two prompts; most methods take rows of one prompt"
     return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
 
 
 def build_data_module(
     family: TextToImage,
-    data: ImageData,
-    *,
-    output: Path,
-    batch_size: int,
-    seed: int,
+    recipe: Recipe,
+    splits: Splits,
     accelerator: Accelerator,
-    method: Any = None,
-    splits: Splits | None = None,
+    needs: Requirements,
+    *,
     spec: PrecomputeSpec | None = None,
     reward_model: RewardModel | None = None,
 ) -> DataModule:
     """Return the loaders of a recipe's image pairs or prompts, with filled caches of latents and text.
 
-    Args:
-        family: the model, whose frozen encoders fill the caches.
-        data: the recipe's section.
-        output: the run's folder, which holds the caches under `data.cache: auto`.
-        batch_size: pairs of a batch on each process.
-        seed: seed of order, crops, flips and the validation split.
-        accelerator: the accelerator, for this process's index.
-        method: configuration of the method that reads the batches; None if it needs only pairs.
-        splits: the result of `open_pairs`, if the caller has checked the data before loading the family.
-        spec: the tensors that are precomputed for the method; the command `cache` fills their cache.
-        reward_model: the model that scores images, for methods whose settings name one.
-
-    Raises:
-        ValueError: files, columns or caches do not fit, more than `data.max_bad_images` images are bad, or all are.
+    The arguments and errors are those of `DataModuleBuilder`.
     """
-    needs = Requirements() if method is None else requirements_of(method)
-    splits = splits or open_pairs(data, seed, method)
+    data, output, seed = recipe.data, Path(recipe.output), recipe.train.seed
+    assert isinstance(data, ImageData)
     sources = [pairs for pairs in splits if pairs is not None]
     is_cached = data.cache != "off" and (needs.prompts_only or data.crop == "center")
     unconditional = family.unconditional()
     text = _fill_text(family, sources, data, output, accelerator) if is_cached else None
     encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
     side = data.resolution or family.resolution
-    open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=batch_size, seed=seed)
+    size = recipe.train.batch_size
+    open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=size, seed=seed)
     _warn_truncated(family, sources)
     if needs.prompts_only:
         shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])

@@ -17,6 +17,7 @@ from mmalign import atomic_io
 from mmalign.config import EvaluateImages, ImageModel, Recipe, SamplingConfig
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
+from mmalign.data.data_module import Splits
 from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
@@ -33,16 +34,17 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, Any]  # prompt, seed, and the measurements of the images before and after
 
 
-def open_benchmark(recipe: Recipe, device: torch.device) -> Measure:
-    """Load the reward model, or open the pairs of the benchmark `implicit`; return the measure of a policy.
+def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) -> Measure:
+    """Load the reward model; return the measure of a policy, for the benchmark `implicit` on the validation split.
 
     Raises:
-        ValueError: the pairs or the reward model cannot be read.
+        ValueError: the reward model cannot be read.
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateImages)
     if section.benchmark == "implicit":
-        return implicit_reward_benchmark(recipe, implicit_reward.image_scores, section.num_noise_samples)
+        assert splits is not None
+        return implicit_reward_benchmark(recipe, splits, implicit_reward.image_scores, section.num_noise_samples)
     reward_model = loading.build_reward_model(section.reward, device) if section.reward else None
     return partial(compare_images, recipe, reward_model)
 

@@ -25,7 +25,7 @@ from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write
 logger = logging.getLogger(__name__)
 
 
-def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
+def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     """Generate images, score them with the reward model, and write the pairs to `data.path`.
 
     A pair is the best and the worst image of one prompt. It is written if the preference probability (the logistic
@@ -34,8 +34,11 @@ def prepare(recipe: Recipe, _: Writer | None = None) -> Path:
     Pick-a-Pic v2.
 
     Raises:
-        ValueError: the file exists, or no pair is sure enough; the next run then reuses the images.
+        ValueError: a function for responses is given, the file exists, or no pair is sure enough; the next run then
+            reuses the images.
     """
+    if writer is not None:
+        raise ValueError("prepare: text-to-image models generate images; they take no function for responses")
     section = recipe.prepare
     assert isinstance(section, PrepareImages)
     path = Path(recipe.data.path)

@@ -27,7 +27,6 @@ MODALITY = Modality(
         outputs="answers",
     ),
     prepare=prepare.prepare,
-    takes_writer=True,
     example_evaluation="{benchmark: crowds, num_images: 256}",
     example_preparation="for example {kind: povid, source: {path: answers.jsonl}}",
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mmalign.config import ResponseData
+from mmalign.config import Recipe, ResponseData
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.image_features import feature_dependencies, tokenizer_dependencies
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
@@ -14,9 +14,9 @@ from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.response_pairs import ResponsePairReader
 from mmalign.data.loaders.response_pairs import encode as encode_responses
-from mmalign.data.pairs import split_by_group
+from mmalign.data.pairs import split
 from mmalign.families.base import VisionLanguage
-from mmalign.methods import Requirements, requirements_of
+from mmalign.methods import Requirements
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
@@ -24,18 +24,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def open_pairs(data: ResponseData, seed: int, method: Any = None) -> Splits:
+def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     """Return the recipe's response pairs, (training split, validation split or None), without decoding an image.
-
-    Args:
-        data: the recipe's section.
-        seed: seed of the validation split.
-        method: configuration of the method that reads the pairs; None accepts any pairs.
 
     Raises:
         ValueError: files or columns are missing, no pair remains, or none has the other images that the method needs.
     """
-    needs = Requirements() if method is None else requirements_of(method)
+    data = recipe.data
+    assert isinstance(data, ResponseData)
     pairs = open_responses(
         data.format,
         locate(data.path),
@@ -47,48 +43,33 @@ def open_pairs(data: ResponseData, seed: int, method: Any = None) -> Splits:
     )
     if needs.other_images and not any(pair.other_images for pair in pairs):
         raise ValueError(
-            f"data.path: {pairs.source} has no other images, and method.name: {method.name} compares a response to an "
-            "image with the same response to another image; use data.format: realign, whose rows have a retrieved_image"
+            f"data.path: {pairs.source} has no other images, and method.name: {recipe.method.name} compares a response "
+            "to an image with the same response to another image; use data.format: realign, whose rows have a "
+            "retrieved_image"
         )
-    return split_by_group(pairs, data.validation_fraction, seed) if data.validation_fraction else (pairs, None)
+    return split(pairs, data.validation_fraction, recipe.train.seed)
 
 
 def build_data_module(
     family: VisionLanguage,
-    data: ResponseData,
-    *,
-    output: Path,
-    batch_size: int,
-    seed: int,
+    recipe: Recipe,
+    splits: Splits,
     accelerator: Accelerator,
-    method: Any = None,
-    splits: Splits | None = None,
+    needs: Requirements,
+    *,
     spec: PrecomputeSpec | None = None,
     reward_model: RewardModel | None = None,
 ) -> DataModule:
     """Return the loaders of a recipe's response pairs, with opened caches of features and precomputed tensors.
 
-    Args:
-        family: the model; its processor tokenizes the pairs.
-        data: the recipe's section.
-        output: the run's folder, which holds the caches under `data.cache: auto`.
-        batch_size: pairs of a batch on each process.
-        seed: seed of order and validation split.
-        accelerator: the accelerator, for this process's index.
-        method: configuration of the method that reads the batches; None if it needs only pairs.
-        splits: the result of `open_pairs`, if the caller has checked the data before loading the family.
-        spec: the tensors that are precomputed for the method; the command `cache` fills their cache.
-        reward_model: unused; no method of this modality scores images.
-
-    Raises:
-        ValueError: files, columns or caches do not fit, more than `data.max_bad_images` rows are bad, or all are.
+    The arguments and errors are those of `DataModuleBuilder`; no method of this modality scores images.
     """
-    needs = Requirements() if method is None else requirements_of(method)
-    splits = splits or open_pairs(data, seed, method)
+    data, seed = recipe.data, recipe.train.seed
+    assert isinstance(data, ResponseData)
     longest = min(family.processor.max_length, data.max_length or family.processor.max_length)
     precompute_cache = features = None
     if data.cache != "off":
-        folder = cache_folder(data, output)
+        folder = cache_folder(data, Path(recipe.output))
         features = ArrayCache.open(folder / "features", feature_dependencies(family))
         if spec is not None:
             of_tokens = {**tokenizer_dependencies(family), "max_length": longest}
@@ -98,7 +79,7 @@ def build_data_module(
         reader,
         splits,
         accelerator,
-        batch_size=batch_size,
+        batch_size=recipe.train.batch_size,
         seed=seed,
         num_workers=data.num_workers,
         max_bad_images=data.max_bad_images,

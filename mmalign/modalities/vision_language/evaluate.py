@@ -16,6 +16,7 @@ from mmalign import atomic_io
 from mmalign.config import EvaluateResponses, Files, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.answers import AnswerCache
+from mmalign.data.data_module import Splits
 from mmalign.data.formats.files import records
 from mmalign.data.pairs import format_rows
 from mmalign.evaluation.annotations import Question, image_id, read_objects, read_questions, read_responses
@@ -71,8 +72,8 @@ def read_benchmark(section: EvaluateResponses) -> Benchmark:
         raise ValueError(f"evaluate: {error}") from error
 
 
-def open_benchmark(recipe: Recipe, _: torch.device) -> Measure:
-    """Read the benchmark's questions, or open the pairs of the benchmark `implicit`; return the measure of a policy.
+def open_benchmark(recipe: Recipe, _: torch.device, splits: Splits | None) -> Measure:
+    """Read the benchmark's questions; return the measure of a policy, for `implicit` on the validation split.
 
     Raises:
         ValueError: a file or an image is missing, or a file is invalid.
@@ -80,7 +81,8 @@ def open_benchmark(recipe: Recipe, _: torch.device) -> Measure:
     section = recipe.evaluate
     assert isinstance(section, EvaluateResponses)
     if section.benchmark == "implicit":
-        return implicit_reward_benchmark(recipe, implicit_reward.response_scores)
+        assert splits is not None
+        return implicit_reward_benchmark(recipe, splits, implicit_reward.response_scores)
     return partial(compare_answers, recipe, read_benchmark(section))
 
 
