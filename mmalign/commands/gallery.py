@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmalign.atomic_io import folder_lock, make_folder
@@ -73,10 +74,16 @@ def _training(output: Path) -> dict[str, str]:
     pairs = int(identity["pairs of a batch"]) * int(identity["batches of an update"])
     settings = {
         "model": recipe.model.path,
-        "method": ", ".join(f"{key} {value}" for key, value in recipe.method.model_dump().items()),
+        "method": _words(recipe.method.model_dump()),
         "training": f"{recipe.model.tune}, {info.step} updates of {pairs} pairs, lr {recipe.train.lr:g}",
         "pairs": recipe.data.path,
     }
     if info.record.changes:
         settings["changed"] = "; ".join(map(str, info.record.changes))
     return settings
+
+
+def _words(settings: Mapping[str, object]) -> str:
+    """Return settings as "beta 3000.0, loss (name dpo, label_smoothing 0.0)"."""
+    values = {key: f"({_words(value)})" if isinstance(value, Mapping) else value for key, value in settings.items()}
+    return ", ".join(f"{key} {value}" for key, value in values.items())
