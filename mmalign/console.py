@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def on_main_process(_: logging.LogRecord) -> bool:
+def on_main_process(_: logging.LogRecord | None = None) -> bool:
     """Return whether this is the main process, by accelerate's state or the launcher's RANK (a log filter)."""
     if "accelerate.state" in sys.modules:  # without this test the import would load torch
         from accelerate.state import PartialState, is_initialized

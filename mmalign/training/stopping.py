@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import threading
 import time
@@ -10,11 +10,12 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
+from mmalign.console import on_main_process
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-logger = logging.getLogger(__name__)
-
+STDERR = 2  # file descriptor
 TIME_LIMIT_CODE = 75  # exit code of a run that reached its time limit ("temporary failure" of sysexits.h)
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
@@ -59,7 +60,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         again = "; once more stops at once" if number == signal.SIGINT else ""
-        logger.info(f"{self.signal.name}: saving after this update{again}")
+        if on_main_process():  # written past Python's buffers: logging may be in the middle of a line
+            os.write(STDERR, f"{self.signal.name}: saving after this update{again}\n".encode())
 
     def exit_code(self, accelerator: Accelerator) -> int:
         """Return the exit code of a run that was asked to stop, on any process; 0 if none was."""

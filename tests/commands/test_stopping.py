@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -97,6 +98,26 @@ def test_second_interrupt_stops_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signal_during_a_log_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """A stream that is being written to cannot be written to by the handler as well."""
+    lines = []
+
+    class Interrupted(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            signal.raise_signal(signal.SIGTERM)
+
+    root, handler = logging.getLogger("mmalign"), Interrupted()
+    root.addHandler(handler)
+    try:
+        with StopRequest():
+            root.error("update 1/4")
+    finally:
+        root.removeHandler(handler)
+    assert lines == ["update 1/4"]
+    assert "SIGTERM: saving after this update" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("interrupts")
