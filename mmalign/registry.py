@@ -66,6 +66,7 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"{key}: {name!r} is not a function; expected module:function, such as my_rules:mask")
+    # Import, announced before the code runs
     here = str(Path.cwd())
     if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)

@@ -49,6 +49,7 @@ def install(net: nn.Module, backend: str) -> None:
         sana.SanaAttnProcessor2_0: Single(backend, norm_before_heads=True),
         plain.JointAttnProcessor2_0: Joint(backend),
     }
+    # Modules with softmax attention, and those of unsupported types
     attention_modules = list(_attention(net))
     softmax_modules = [
         (name, module) for name, module in attention_modules if type(module.processor).__name__ not in _LINEAR
@@ -61,6 +62,7 @@ def install(net: nn.Module, backend: str) -> None:
     if unknown or not softmax_modules:
         more = f"{unknown[0]} and {len(unknown) - 1} more have unsupported types" if unknown else "it has no attention"
         raise ValueError(f"train.attention: {backend} does not support this {type(net).__name__}: {more}; use sdpa")
+    # Replacement of their processors
     for _, module in softmax_modules:
         if _uses_registry(module):
             _replace_registered(module, backend)

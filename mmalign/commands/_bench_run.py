@@ -111,6 +111,7 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
     batch = options.batch_size * num_processes
     update = batch * options.gradient_accumulation_steps
     limit = min(DISTINCT_UPDATES * update, data.limit or sys.maxsize)
+    # Distinct pairs for a few updates, all of them for training
     changes: dict[str, Any] = {"validation_fraction": 0.0, "limit": limit, "num_workers": 0}
     changes |= {"cache": "auto"} if data.cache != "off" else {}
     data = data.model_copy(update=changes)
@@ -121,6 +122,7 @@ def shorten(recipe: Recipe, folder: Path, updates: int, num_processes: int) -> R
             f"data.path: {pairs.source} has {len(pairs)} pairs, and a batch has {batch}; measure with more, "
             "or with a smaller train.batch_size"
         )
+    # Whole updates, so that no update has fewer pairs
     whole = update if len(pairs) >= update else batch
     return recipe.model_copy(
         update={

@@ -150,6 +150,7 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
     on_cpu, results = device.type == "cpu", dict[str, Measured]()
     planned = WARM_UP + 3 + 2 * repeats * (1 if on_cpu else MAX_UPDATES)
     with shared_folder(accelerator) as folder:
+        # On a CPU all runs take turns; on a GPU one at a time has the memory
         for names in [list(builds)] if on_cpu else [[name] for name in builds]:
             runs = dict[str, Run]()
             for name in names:
@@ -157,6 +158,7 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
                 before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
                 runs[name] = builds[name](folder / f"{len(results)}", planned)
                 results[name] = count(runs[name], before)
+            # Measurements in turn, every other time in reverse order
             updates = 1 if on_cpu else updates_per_second(runs[names[0]])
             for number in range(repeats):
                 logger.info(f"repeat {number + 1} of {repeats}")

@@ -57,6 +57,7 @@ def cache(recipe: Recipe) -> Path:
     reason = modality_of(recipe).uncacheable_reason(recipe.data)
     if reason is not None:
         raise ValueError(reason)
+    # Pairs and model, as for training
     begun = time.time()
     preflight.check(recipe, training=True)
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))

@@ -61,6 +61,7 @@ def evaluate(recipe: Recipe) -> Evaluation:
         needed = "needs a validation split; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
     preflight.check(recipe, data=of_pairs)
+    # Scores of answer files, or a trained model to generate with
     scored = modality.score_files(recipe)
     if scored is None:
         read_run_info(Path(recipe.output) / "model")  # nothing is written without a trained model
@@ -113,6 +114,7 @@ def _check_unseen(splits: Splits, info: RunInfo) -> None:
     recorded = info.identity["pairs"]
     if validation is None or fingerprint_pairs(train) == recorded:
         return
+    # Pairs of the training, opened again by its recipe
     trained = load_recipe(info.record.recipe)
     seen, _ = modality_of(trained).open_pairs(trained, requirements_of(trained.method))
     if fingerprint_pairs(seen) != recorded:

@@ -105,6 +105,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     if not isinstance(content, Mapping):
         raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
     tree = _override(dict(content), overrides)
+    # Schema of the method
     method = tree.get("method")
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise ValueError(
@@ -175,6 +176,7 @@ def _override(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, ob
         if not equals or not all(keys):
             raise ValueError(f"--set {assignment!r}: expected section.key=value, such as train.lr=1e-5")
         here = tree
+        # The section, copied on the way so that the source stays
         for depth, key in enumerate(keys[:-1], start=1):
             section = {} if here.get(key) is None else here[key]
             if not isinstance(section, Mapping):
@@ -258,6 +260,7 @@ def _explain(schema: type[BaseModel], parent: type[BaseModel], path: list[str], 
     """Return the sentence for one wrong key: the value, the expectation and the remedy."""
     error, key, got = errors[0], ".".join(path), _describe_value(errors[0]["input"])
     kind = error["type"]
+    # Unknown and missing keys
     if kind == "extra_forbidden":
         renamed = RENAMED.get(key)
         if renamed is not None and _exists(schema, renamed.split(".")):
@@ -271,6 +274,7 @@ def _explain(schema: type[BaseModel], parent: type[BaseModel], path: list[str], 
         return f"{key.removesuffix('.[key]')}: a key must be text, {got}; write it in quotes"
     if kind == "value_error":  # a section's own check, whose message has the value
         return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+    # Values of a wrong type, then those out of range
     if kind in _TYPES:
         expected = " or ".join(_TYPES[e["type"]] for e in errors)
         quotes = "; write it in quotes" if expected == "text" and not isinstance(error["input"], dict | list) else ""

@@ -33,6 +33,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file; choose a folder")
     check_precision(recipe.train)
+    # Device, precision and launch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if training:
@@ -43,6 +44,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
                 f"expected at least {needs.min_pairs}, got {recipe.train.batch_size}"
             )
+    # Files and models that the sections name
     modality.check(recipe)
     if data:
         if cache not in ("off", "auto") and Path(cache).exists() and not Path(cache).is_dir():

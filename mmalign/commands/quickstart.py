@@ -49,15 +49,18 @@ def quickstart(
     settings = [f"train.seed={seed}", *([f"output={json.dumps(str(output))}"] if output else [])]
     recipe = load_recipe(source, settings)
     folder = Path(recipe.output)
+    # Bundled pairs, or pairs generated here
     if draw:
         pairs = folder / f"pairs{Path(recipe.data.path).suffix}"
         recipe = load_recipe(source, [*settings, f"data.path={json.dumps(str(pairs))}"])
         if not pairs.is_file():
             prepare.prepare(recipe)
+    # The commands of any recipe
     trained = train.train(recipe)
     details = evaluate.evaluate(recipe).result
     with muted():  # the last line names the page
         page = gallery.gallery(recipe)
+    # Numbers, picture and closing lines
     numbers, sentences = (_image_summary if modality == "text_to_image" else _answer_summary)(details)
     result = {
         "seed": seed,

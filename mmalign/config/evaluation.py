@@ -117,12 +117,14 @@ class EvaluateResponses(Evaluate):
 
     @model_validator(mode="after")
     def _fits(self) -> EvaluateResponses:
+        # Options that the benchmark does not read
         takes = {"benchmark", "seed", *_TAKES[self.benchmark]}
         for name, field in type(self).model_fields.items():
             if name not in takes and getattr(self, name) != field.default:
                 raise ValueError(
                     f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
                 )
+        # Files that it needs, in the form that it reads
         if self.benchmark in ("chair", "object_halbench", "amber") and self.annotations is None:
             raise ValueError(f"benchmark {self.benchmark} needs the objects of the images; add annotations")
         if self.benchmark == "pope" and self.questions is None and self.annotations is None:

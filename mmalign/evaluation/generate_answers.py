@@ -115,4 +115,5 @@ def _prepare(
             left_out[image] = SkippedRow(image, str(error).removeprefix(f"{image}: "))
             continue
         prompts[image, text] = prompt
+    # An image left out later takes its earlier questions with it
     return {key: prompt for key, prompt in prompts.items() if key[0] not in left_out}, views

@@ -60,6 +60,7 @@ def check(device: torch.device) -> None:
                 "train.compile: needs a C compiler, and none was found; install gcc, set CC to one, or leave it out"
             )
         return
+    # A CPU needs a C++ compiler alone
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -29,6 +29,7 @@ def load_vocabulary(key: str, name: str) -> Vocabulary:
     for variant in get_args(Variant):
         if name == variant:
             return coco_vocabulary(variant)
+    # A file of words
     expected = f"{', '.join((*get_args(Variant), CROWDS))}, or a JSON file {{object: [synonyms]}}"
     try:
         content = json.loads(Path(name).read_text(encoding="utf-8"))

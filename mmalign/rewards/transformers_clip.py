@@ -69,6 +69,7 @@ def load_parts(path: str) -> ClipParts:
 
     resolved = resolve_model(path)
     try:
+        # Parts of the transformers model
         config = CLIPConfig.from_pretrained(resolved)
         clip_model, missing = CLIPModel.from_pretrained(resolved, dtype=torch.float32, output_loading_info=True)
         folder = _small_files(resolved)
@@ -76,6 +77,7 @@ def load_parts(path: str) -> ClipParts:
         network, preprocessing = _network(config, tokenize), _preprocessing(folder)
         if missing["missing_keys"] or missing["mismatched_keys"]:
             raise ValueError(f"weights are missing, such as {sorted(map(str, missing['missing_keys']))[:1]}")
+        # The same weights under the names of open_clip
         model = open_clip.CLIP(**copy.deepcopy(network))
         model.load_state_dict(renamed(clip_model.state_dict()))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

@@ -86,6 +86,7 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
     verdict = _VERDICT.match(text)
     if verdict:
         yield Segment("verdict", verdict[0].lower(), 0, verdict.end())
+    # Objects, except colours in front of an object ("orange cat")
     mentions = vocabulary.mentions(text)
     starts = {mention.start for mention in mentions}
     for mention in mentions:
@@ -95,6 +96,7 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
         )
         if not is_colour:
             yield Segment("object", mention.object, mention.start, mention.end)
+    # Relations, colours and numbers
     rest: tuple[tuple[Kind, re.Pattern[str]], ...] = (
         ("relation", _RELATION),
         ("colour", _COLOUR),

@@ -176,6 +176,7 @@ def _parse_group(text: str) -> Group:
 
 def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
     """Return the prompt with one random change: a colour, a shape, a number, a size, or the relation."""
+    # Property to change
     ways = ["colour", "shape"]
     ways += ["number"] if prompt.category == "count" else []
     ways += ["size"] if prompt.groups[0].size else []
@@ -185,6 +186,7 @@ def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
         return ScenePrompt(prompt.groups[::-1], prompt.relation)
     index = int(rng.integers(len(prompt.groups)))
     old = prompt.groups[index]
+    # Another value of this property
     options: dict[str, list[str] | list[int]] = {
         "colour": list(COLOURS),
         "shape": list(SHAPES),
@@ -251,6 +253,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
         ]
     else:
         raise ValueError(f"scenes: unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+    # Scaled to the square from -1 to 1
     xs, ys = zip(*points, strict=True)
     cx, cy = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
     sx, sy = (max(xs) - min(xs)) / 2, (max(ys) - min(ys)) / 2
@@ -335,12 +338,14 @@ def check(prompt: ScenePrompt, objects: list[Object]) -> Truth:
     and "relation" are present only if the prompt names one. "correct" needs every object to be right as a whole.
     """
     wanted = [group for group in prompt.groups for _ in range(group.number)]
+    # Properties of all prompts
     kinds = sorted((g.colour, g.shape) for g in wanted)
     truth: Truth = {
         "count": len(objects) == len(wanted),
         "colour": sorted(o.colour for o in objects) == sorted(g.colour for g in wanted),
         "shape": sorted(o.shape for o in objects) == sorted(g.shape for g in wanted),
     }
+    # Properties of some prompts
     exact = sorted((o.colour, o.shape) for o in objects) == kinds
     size = prompt.groups[0].size
     if size:

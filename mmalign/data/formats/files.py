@@ -62,6 +62,7 @@ def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Pa
         raise ValueError(f"data.path: {path} {came}; expected {expected}, a folder of them, or a glob{hub}")
     if split is None:
         return files
+    # Files of the split, by their names or folders
     of_split = [f for f in files if re.match(rf"{re.escape(split)}([-_.]|$)", f.name) or f.parent.name == split]
     if not of_split:
         examples = ", ".join(f.name for f in files[:5])

@@ -217,6 +217,7 @@ def _open_files(
             ties += row.ties
             group = row.prompt if group_by is None else str(record[group_by])
             for sides in row.sides:
+                # Pairs whose images both exist
                 paths = [find_image(file, side, location) for side in sides]
                 absent = [side for side, text in zip(sides, paths, strict=True) if not text]
                 if absent:

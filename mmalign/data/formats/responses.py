@@ -186,6 +186,7 @@ def open_responses(
         except UnusableRowError as error:
             dropped.append(SkippedRow(location, str(error)))
             continue
+        # Rows of the same images stay in one split
         group = str(record[group_by]) if group_by is not None else _images_group(parsed, location)
         entries.append(IndexedRow(parsed, location, group, number, paths))
     pairs = Pairs(path, ResponseRows(entries, table, folder), np.arange(len(entries)), dropped)

@@ -83,6 +83,7 @@ class ResponsePairReader:
         """
         if self.other_images and not pair.other_images:
             return [SkippedRow(pair.location, "has no other image, which the method compares with")]
+        # Images, from the cache where it has them
         decoded, views, skipped = dict[str, Image.Image](), dict[str, ImageView](), list[SkippedRow]()
         for ref in self.images_of(pair):
             view = cached_view(self.features, ref.key)
@@ -99,6 +100,7 @@ class ResponsePairReader:
             chosen, rejected, other = self._tokenize(pair, views)
         except ValueError as error:
             return [SkippedRow(pair.location, str(error))]
+        # Responses, if any token tells them apart
         if chosen == rejected:
             reason = f"the responses first differ after data.max_length = {self.max_length:,} tokens"
             return [SkippedRow(pair.location, reason)]

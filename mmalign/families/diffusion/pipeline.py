@@ -183,6 +183,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     Raises:
         ValueError: a file of the checkpoint is missing or cannot be read.
     """
+    # Parts that are replaced or left out, and dtypes
     options: dict[str, object] = {"revision": loading.revision}
     if loading.vae:
         options["vae"] = _load_vae(loading.vae, loading.vae_dtype)
@@ -199,6 +200,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
         pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
+    # All parts frozen; training unfreezes its own
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()

@@ -185,6 +185,7 @@ def _contrast(
     """Return a contrast of the pairs, with the reference's scores."""
     # Index of every pair's first and last start among all M starts
     device = batch.weights.device
+    # First and last row of every pair
     sizes = [len(pair.start) for pair in pairs]
     first = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
     last = first + torch.tensor(sizes) - 1

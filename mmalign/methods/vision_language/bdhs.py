@@ -203,6 +203,7 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     mixed = cfg.mixed
     annotate = _annotator(mixed.annotator, mixed.vocabulary)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
+    # Two answers of the policy to a share of the prompts
     is_replaced = (rng.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
     answerable = _answerable(sampler, batch, mixed.max_new_tokens, is_replaced, completing=False)
     rows, parts = list(answerable.values()), [WHOLE] * len(answerable)

@@ -83,6 +83,7 @@ def build_data_module(
     data, output, seed = recipe.data, Path(recipe.output), recipe.train.seed
     assert isinstance(data, ImageData)
     sources = [pairs for pairs in splits if pairs is not None]
+    # Text embeddings, cached or encoded in every batch
     is_cached = data.cache != "off" and (needs.prompts_only or data.crop == "center")
     unconditional = family.unconditional()
     text = _fill_text(family, sources, data, output, accelerator) if is_cached else None
@@ -91,12 +92,14 @@ def build_data_module(
     size = recipe.train.batch_size
     open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=size, seed=seed)
     _warn_truncated(family, sources)
+    # Prompts alone, for methods that generate their images
     if needs.prompts_only:
         shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
         encode = partial(encoder.encode_prompts, side=side, shape=shape)
         about = f"{len(splits[0]):,} prompts from {splits[0].source}."
         return DataModule(encode, *open_all(PromptReader()), about, text=text)
 
+    # Latents, cached or encoded in every batch
     transform = ImageTransform(side, data.crop, data.flip)
     latents = precompute_cache = None
     if text is not None:
@@ -165,6 +168,7 @@ def _fill_latents(
         bad.append(image)
         check_max_bad_images(bad, data.max_bad_images, sources[0].source)
 
+    # Each process encodes its share of what the cache lacks
     for pairs in sources:
         share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         images = uncached_images(pairs, transform, latents, **share)

@@ -61,6 +61,7 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
         recipes: the evaluated run of each recipe, by the recipe's name.
     """
     # The first images of distinct prompts
+    # Images of every recipe at the first prompts
     samples = {name: _read_samples(recipe) for name, recipe in recipes.items()}
     base, recipe = next(iter(samples.values())), next(iter(recipes.values()))
     indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]

@@ -67,6 +67,7 @@ def build_data_module(
     data, seed = recipe.data, recipe.train.seed
     assert isinstance(data, ResponseData)
     longest = min(family.processor.max_length, data.max_length or family.processor.max_length)
+    # Caches of image features and of precomputed values
     precompute_cache = features = None
     if data.cache != "off":
         folder = cache_folder(data, Path(recipe.output))
@@ -74,6 +75,7 @@ def build_data_module(
         if spec is not None:
             of_tokens = {**tokenizer_dependencies(family), "max_length": longest}
             precompute_cache = PrecomputeCache.open(folder, spec, {**features.fingerprint, **of_tokens, "seed": seed})
+    # Loaders of both splits
     reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images, features)
     loaders = open_loaders(
         reader,

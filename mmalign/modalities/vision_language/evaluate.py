@@ -54,6 +54,7 @@ def read_benchmark(section: EvaluateResponses) -> Benchmark:
         if section.benchmark == "crowds":
             return crowds.benchmark(section.num_images, section.split, section.seed)
         assert section.images is not None, "the section requires it"
+        # Yes-no questions, then AMBER, then captions scored by their objects
         if section.benchmark == "pope":
             by_split = _pope_questions(section)
             images = open_folder(section.images, [question for asked in by_split.values() for question in asked])

@@ -133,6 +133,7 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     assert isinstance(data, ResponseData)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("prepare: several processes would write one file; start one")
+    # The file to write
     layout = "realign" if section.kind == "realign" else "trl"
     if data.format != layout:
         raise ValueError(f"data.format: kind {section.kind} writes {layout}, got {data.format}; set it to {layout}")
@@ -143,6 +144,7 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
             f"data.path: {path} already exists; move it away, or set another with --set data.path=...: prepare never "
             "overwrites"
         )
+    # Settings that exclude one another
     if data.images is not None and not Path(data.images).is_dir():
         raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
     if writer is not None and section.kind in ("bdhs", "own"):
@@ -211,6 +213,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
         require_image_masking(sampler.family)
         return Work(partial(hallucinated, sampler, settings, similarity), dependencies)
     assert mask is not None
+    # Re-Align: answers misled by a similar image
     misled = ReAlign(
         sampler,
         _index(settings, pairs, device),
