@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from mmalign.console import configure_logging
+
+if TYPE_CHECKING:
+    from mmalign.config import Recipe
 
 
 class _Commands(TyperGroup):
@@ -43,8 +47,8 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Align text-to-image and vision-language models with human preferences.",
 )
@@ -52,7 +56,11 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe, e.g. train.lr=1e-5."),
+    typer.Option("--set", metavar="KEY=VALUE", help="The same as KEY=VALUE after the recipe; repeatable."),
+]
+Values = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values that override the recipe's, e.g. train.lr=1e-5."),
 ]
 
 
@@ -62,6 +70,21 @@ RecipeName = Annotated[
 
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # a path may hold brackets
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        console.print(f"mmalign {metadata.version('mmalign')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Align text-to-image and vision-language models with human preferences."""
 
 
 @app.command()
@@ -83,40 +106,40 @@ def quickstart(
 
 
 @app.command()
-def train(recipe: RecipeName, overrides: Overrides = None) -> None:
+def train(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Train by a recipe; the same command again goes on where it stopped."""
-    checked = _load(recipe, overrides)  # before torch is imported
+    checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.train import train as run
 
     run(checked)
 
 
 @app.command()
-def cache(recipe: RecipeName, overrides: Overrides = None) -> None:
+def cache(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Store what a recipe's training would work out again and again; the same command again goes on where it stopped.
 
-    Several processes share the work: accelerate launch -m mmalign.cli cache RECIPE. `mmalign train` does what is left.
+    Several processes share the work: accelerate launch -m mmalign cache RECIPE. `mmalign train` does what is left.
     """
 
-    checked = _load(recipe, overrides)  # before torch is imported
+    checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.cache import cache as run
 
     run(checked)
 
 
 @app.command()
-def evaluate(recipe: RecipeName, overrides: Overrides = None) -> None:
+def evaluate(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
-    checked = _load(recipe, overrides)  # before torch is imported
+    checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.evaluate import evaluate as run
 
     run(checked)
 
 
 @app.command()
-def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
+def gallery(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Make the before-and-after page, of what was evaluated."""
-    checked = _load(recipe, overrides)  # before torch is imported
+    checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.gallery import gallery as run
 
     run(checked)
@@ -124,7 +147,10 @@ def gallery(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 @app.command()
 def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files or names of bundled recipes.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE", help="YAML files or names of bundled recipes, and KEY=VALUE."),
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with seeds 0, 1, ...")] = 3,
     output: Annotated[Path, typer.Option(help="Folder for all outputs.")] = Path("runs/compare"),
     pairs: Annotated[
@@ -144,19 +170,19 @@ def compare(
     from mmalign.commands.compare import compare as run
 
     run(
-        recipes,
+        [name for name in recipes if "=" not in name],
         seeds=seeds,
         output=output,
         pairs=pairs or (),
-        overrides=overrides or (),
+        overrides=[*(overrides or ()), *(value for value in recipes if "=" in value)],
         table=table,
     )
 
 
 @app.command()
-def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
+def prepare(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Make the pairs that a recipe learns from, and write them to data.path."""
-    checked = _load(recipe, overrides)  # before torch is imported
+    checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.prepare import prepare as run
 
     run(checked)
@@ -165,6 +191,7 @@ def prepare(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def bench(
     recipe: RecipeName,
+    values: Values = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(metavar="'KEY=VALUE ...'", help="Also measure a variant with these overrides; repeatable."),
@@ -182,23 +209,40 @@ def bench(
 
     run(
         recipe,
-        overrides=overrides or (),
+        overrides=[*(overrides or ()), *(values or ())],
         variants=variant or (),
         repeats=repeats,
         json=json,
     )
 
 
+@app.command()
+def explain(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Such as train, train.lr or lr.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of all keys.")] = False,
+) -> None:
+    """Explain a key of recipes: its meaning, type, default and limits."""
+    from mmalign.commands import explain as command
+
+    if markdown:
+        print(command.markdown(), end="")
+        return
+    for line in command.explain(key):
+        console.print(line)
+
+
 @app.command("list")
 def list_() -> None:
     """List methods, model families, reward models and bundled recipes."""
+    from mmalign.commands.list import list_everything
+
     list_everything(console)
 
 
-def _load(name: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+def _load(name: str, values: list[str] | None, overrides: list[str] | None) -> Recipe:
     from mmalign.commands.load_recipe import load_recipe
 
-    return load_recipe(name, overrides or ())
+    return load_recipe(name, [*(overrides or ()), *(values or ())])
 
 
 def main() -> None:
@@ -236,26 +280,3 @@ def _silence_libraries() -> None:
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", level)
         logging.getLogger(library).setLevel(level.upper())
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-
-def list_everything(console: Any) -> None:
-    """Print all methods, families, reward models and shipped recipes."""
-    from mmalign import methods, rewards
-    from mmalign.families import loading
-    from mmalign.resources import roots
-
-    console.print("methods:  " + ", ".join(methods.names()))
-    pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
-    console.print(f"families: {pipelines}, vision_language (AutoModelForImageTextToText)")
-    console.print("rewards:  " + ", ".join(rewards.names()))
-    console.print("recipes:")
-    for root in roots():
-        for path in sorted((root / "configs").rglob("*.yaml")):
-            first = path.read_text().splitlines()[0].lstrip("# ")
-            console.print(f"  {path.relative_to(root)}  {first}", markup=False)
-        if (root / "configs").is_dir():
-            return
-
-
-if __name__ == "__main__":
-    main()

@@ -45,6 +45,30 @@ def resolve(name: str | Path) -> Path:
     raise ValueError(f"there is no file or folder {str(name)[:200]!r}{roots_text}; {hint}")
 
 
+def resolve_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe: a path, or a bundled recipe's name without folder and suffix.
+
+    Raises:
+        ValueError: there is no such file, or several bundled recipes have the name.
+    """
+    try:
+        return resolve(name)
+    except ValueError:
+        folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), Path())
+        files = [path for path in folder.rglob("*.yaml") if str(name) in _short_names(path.relative_to(folder))]
+        if len(files) > 1:
+            names = " or ".join(sorted(_short_names(path.relative_to(folder))[1] for path in files))
+            raise ValueError(f"{name}: several bundled recipes have this name; expected {names}") from None
+        if not files:
+            raise
+        return files[0]
+
+
+def _short_names(path: Path) -> tuple[str, str]:
+    """Return a recipe's name, and its name with its folder."""
+    return path.stem, path.with_suffix("").as_posix()
+
+
 def locate(name: str) -> str:
     """Return the path of data in the first of `roots` that has the name; else the name itself, a glob or a Hub id."""
     paths = (str(root / name) for root in roots() if os.path.exists(root / name))

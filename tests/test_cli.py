@@ -23,7 +23,18 @@ from mmalign.toy import scenes
 from tests.helpers import data_files, first_fast, recipes
 from tests.helpers.loading import load_diffusion
 
-COMMANDS = ("bench", "cache", "quickstart", "train", "evaluate", "gallery", "compare", "prepare", "list")
+COMMANDS = (
+    "bench",
+    "cache",
+    "quickstart",
+    "train",
+    "evaluate",
+    "gallery",
+    "compare",
+    "prepare",
+    "explain",
+    "list",
+)
 EVALUATE = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
 
 
@@ -68,9 +79,19 @@ def test_every_command_says_what_it_does() -> None:
     assert "--set" in run("train", "--help") and "KEY=VALUE" in run("train", "--help")
 
 
+def test_version_is_printed() -> None:
+    assert run("--version") == f"mmalign {mmalign.__version__}\n"
+
+
+def test_values_after_the_recipe_override_it(recipe: Path, tmp_path: Path) -> None:
+    run("train", recipe, "train.lr=1e-2", "train.steps=1")
+    settings = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["train"]
+    assert (settings["lr"], settings["steps"]) == (0.01, 1)
+
+
 def test_list_names_what_there_is() -> None:
     printed = run("list")
-    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "configs/text_to_image/quickstart.yaml"):
+    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "text_to_image/quickstart "):
         assert name in printed
 
 
@@ -104,6 +125,7 @@ def test_train_evaluate_gallery(tune: str, recipe: Path, tmp_path: Path) -> None
     assert len(before) == len(after) == 4 and before != after
 
 
+@pytest.mark.slow
 def test_adapters_are_read_back_as_they_were_trained(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +158,7 @@ def test_adapters_are_read_back_as_they_were_trained(
     assert torch.equal(actual, expected) and base is not None and not torch.equal(actual, base)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_stays_the_same(recipe: Path, tmp_path: Path) -> None:
     run("train", recipe)
     before = weights(tmp_path / "out" / "model")
@@ -146,6 +169,7 @@ def test_a_finished_run_says_so_and_stays_the_same(recipe: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out" / "model" / "trained.json").read_text())["step"] == 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_writes_a_lost_model_again(recipe: Path, tmp_path: Path) -> None:
     run("train", recipe)
     before = weights(tmp_path / "out" / "model")
@@ -168,6 +192,7 @@ def test_the_gallery_is_of_the_model_as_it_is(recipe: Path, tmp_path: Path) -> N
     assert len(json.loads(samples.read_text())["samples"]) == 5
 
 
+@pytest.mark.slow
 def test_prepare_writes_pairs_that_train_reads(recipe: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "new" / "drawn.parquet"
     settings = [
@@ -208,6 +233,7 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
     assert result and result <= {("a fox", "a hen"), ("one owl", "two owls")}
 
 
+@pytest.mark.slow
 def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after its second update, the run goes on from there, and ends as one that was never stopped."""
     run("train", recipe, "--set", f"output={tmp_path / 'whole'}", "--set", "train.steps=4")
@@ -249,7 +275,7 @@ def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_pa
     rows[0]["caption"] = "word " * 2000
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1]), "PYTHONWARNINGS": ""}
-    command = [sys.executable, "-m", "mmalign.cli", "train", str(recipe), "--set", "train.precision=bfloat16"]
+    command = [sys.executable, "-m", "mmalign", "train", str(recipe), "--set", "train.precision=bfloat16"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()

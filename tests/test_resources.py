@@ -40,6 +40,18 @@ def test_the_packed_copy_is_found_without_a_checkout(checkout: Path) -> None:
         resources.resolve("models/tiny_sd")
 
 
+@pytest.mark.parametrize("name", ["quickstart", "text_to_image/quickstart", "configs/text_to_image/quickstart.yaml"])
+def test_recipe_is_found_by_its_short_name(checkout: Path, name: str) -> None:
+    assert resources.resolve_recipe(name) == checkout / "configs/text_to_image/quickstart.yaml"
+
+
+def test_short_name_of_several_recipes_is_refused(checkout: Path) -> None:
+    (checkout / "configs/vision_language").mkdir()
+    (checkout / "configs/vision_language/quickstart.yaml").touch()
+    with pytest.raises(ValueError, match="expected text_to_image/quickstart or vision_language/quickstart"):
+        resources.resolve_recipe("quickstart")
+
+
 def test_home_is_expanded(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(checkout))
     assert resources.resolve("~/models") == checkout / "models"

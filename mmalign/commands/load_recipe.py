@@ -93,7 +93,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     """Read a recipe and check every key and value.
 
     Args:
-        source: a path, the name of a shipped recipe ("configs/text_to_image/quickstart.yaml"), or the content itself.
+        source: a path, the name of a bundled recipe ("diffusion_dpo_sdxl_lora"), or the content itself.
         overrides: assignments such as "train.lr=1e-5" with values in YAML, applied in order; another "method.name"
             resets its section to that method's defaults.
 
@@ -113,7 +113,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
             f"{_describe_value(method)}"
         )
     try:
-        schema = _schema(method["name"])
+        schema = recipe_class(method["name"])
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from None
     try:
@@ -128,7 +128,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 @cache  # one class for all recipes of a method, so that equal ones compare equal
-def _schema(method: str) -> type[Recipe]:
+def recipe_class(method: str) -> type[Recipe]:
+    """Return the recipe class of a method, whose sections depend on it.
+
+    Raises:
+        ValueError: there is no such method.
+    """
     modality, config = find_method(method)
     kinds = SECTIONS[modality]
     fields: dict[str, Any] = {
@@ -142,10 +147,10 @@ def _schema(method: str) -> type[Recipe]:
 
 
 def _read(name: str | Path) -> str:
-    from mmalign.resources import resolve
+    from mmalign.resources import resolve_recipe
 
     try:
-        with resolve(name).open("rb") as file:
+        with resolve_recipe(name).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"{name}: has more than {MAX_BYTES:,} bytes; expected a recipe, a short file in YAML")
@@ -174,20 +179,18 @@ def _override(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, ob
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise ValueError(f"--set {assignment!r}: expected section.key=value, such as train.lr=1e-5")
+            raise ValueError(f"{assignment!r}: expected section.key=value, such as train.lr=1e-5")
         here = tree
         # The section, copied on the way so that the source stays
         for depth, key in enumerate(keys[:-1], start=1):
             section = {} if here.get(key) is None else here[key]
             if not isinstance(section, Mapping):
                 section_key = ".".join(keys[:depth])
-                raise ValueError(
-                    f"--set {path}: {section_key} is no section but {_shown(section)}; set {section_key} itself"
-                )
+                raise ValueError(f"{path}: {section_key} is no section but {_shown(section)}; set {section_key} itself")
             inner = dict(section)
             here[key] = inner
             here = inner
-        value = _parse(text, f"--set {path}")
+        value = _parse(text, path)
         if keys == ["method", "name"] and value != here.get("name"):
             here.clear()  # hyper-parameters of another method have other meanings
         here[keys[-1]] = value

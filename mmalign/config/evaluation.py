@@ -14,8 +14,8 @@ Files = str | dict[str, str]  # a file, or several by name
 class RewardConfig(Section):
     """Reward model: a file in mmalign/rewards, and its weights."""
 
-    name: str = "open_clip"
-    path: str
+    name: str = Field("open_clip", description="file in mmalign/rewards")
+    path: str = Field(description="weights: a folder, a file or a Hub id")
     options: dict[str, object] = Field(
         {}, description="keyword arguments of the reward model, such as {pretrained: laion2b_s34b_b79k}"
     )
@@ -37,13 +37,17 @@ class Evaluate(Section):
     """Settings of the comparison of base and aligned model."""
 
     benchmark: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="seed of noise, sampling and choices of questions")
 
 
 class EvaluateImages(Evaluate):
     """Settings of the comparison of text-to-image models."""
 
-    benchmark: Literal["scenes", "preference", "implicit"] = "preference"
+    benchmark: Literal["scenes", "preference", "implicit"] = Field(
+        "preference",
+        description="win rate by a reward model, the bundled world's prompts read exactly (scenes), or accuracy of the "
+        "implicit reward on the validation split",
+    )
     prompts: int | str = Field(256, description="number of bundled prompts, or a text file with one prompt per line")
     split: Literal["validation", "test"] = Field("test", description="split of the bundled prompts")
     sampling: SamplingConfig = SamplingConfig()
@@ -66,8 +70,10 @@ class EvaluateImages(Evaluate):
 class EvaluateSteps(Evaluate):
     """Settings of a step judge's accuracy on the validation split, at several timesteps."""
 
-    benchmark: Literal["steps"] = "steps"
-    times: list[Annotated[int, Field(ge=0)]] = Field([0, 251, 501, 701, 951], min_length=1)
+    benchmark: Literal["steps"] = Field("steps", description="accuracy on noisy images")
+    times: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 251, 501, 701, 951], min_length=1, description="timesteps of the noise, of 1000"
+    )
 
 
 class DecodingConfig(Section):
@@ -95,7 +101,10 @@ class AnswerFiles(Section):
 class EvaluateResponses(Evaluate):
     """Settings of the comparison of vision-language models."""
 
-    benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"]
+    benchmark: Literal["crowds", "pope", "chair", "object_halbench", "amber", "implicit"] = Field(
+        description="bundled world (crowds), published benchmark, or accuracy of the implicit reward on the validation "
+        "split"
+    )
     num_images: int = Field(256, ge=2, description="crowds: number of bundled held-out images")
     split: Literal["validation", "test"] = Field("test", description="crowds: split of the bundled images")
     questions: Files | None = Field(
@@ -160,4 +169,4 @@ class Gallery(Section):
     """Settings of the gallery page."""
 
     images: int = Field(96, ge=1, description="number of image pairs on the page")
-    title: str = "Before and after"
+    title: str = Field("Before and after", description="heading of the page")

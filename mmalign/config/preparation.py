@@ -13,7 +13,7 @@ from mmalign.config.evaluation import DecodingConfig, RewardConfig, SamplingConf
 class Prepare(Section):
     """Settings for generating preference pairs."""
 
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, description="seed of noise and sampling")
 
 
 class PrepareImages(Prepare):
@@ -45,9 +45,9 @@ class AnswerSource(Section):
         "answers", description="answers only, or the format of pairs"
     )
     images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
-    split: str | None = None
+    split: str | None = Field(None, description="split of a Hub data set (default: train) or of a folder's files")
     columns: dict[str, str] = Field({}, description="mmalign's column name: the table's")
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="use the first rows only")
 
 
 class CompletionConfig(DecodingConfig):
@@ -115,7 +115,10 @@ class PreparePovid(Section):
 class PrepareResponses(Prepare):
     """Settings for rejected responses to true answers."""
 
-    kind: Literal["bdhs", "realign", "povid", "own"]
+    kind: Literal["bdhs", "realign", "povid", "own"] = Field(
+        description="origin of the rejected responses: the image mostly hidden, a similar image, changed words, or the "
+        "model's own answers"
+    )
     source: AnswerSource
     bdhs: PrepareBdhs | None = None
     realign: PrepareRealign | None = None

@@ -15,7 +15,7 @@ _OFF = BeforeValidator(lambda value: "off" if value is False else value)
 class Lora(Section):
     """Settings of low-rank adapters."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="rank of each adapter")
     alpha: float | None = Field(None, gt=0, description="adapter scale times rank; default: rank")
     targets: list[str] | None = Field(
         None,
@@ -28,8 +28,8 @@ class Model(Section):
     """Settings of the model to align."""
 
     path: str = Field(description="model of diffusers or transformers: a folder or a Hub id")
-    revision: str | None = None
-    tune: Literal["lora", "full"] = "lora"
+    revision: str | None = Field(None, description="commit, tag or branch on the Hub; default: main")
+    tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
     lora: Lora = Lora()
 
 
@@ -38,7 +38,7 @@ class ImageModel(Model):
 
     path: str = Field(description="diffusers pipeline: a folder or a Hub id")
     vae: str | None = Field(None, description="replacement autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
-    vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the autoencoder")
 
 
 class JudgeModel(Model):
@@ -46,9 +46,9 @@ class JudgeModel(Model):
 
     path: str = Field(description="CLIP to start from, or a step judge: a folder or a Hub id")
     denoiser: str = Field(description="frozen diffusers pipeline: a folder or a Hub id")
-    tune: Literal["full"] = "full"
+    tune: Literal["full"] = Field("full", description="all weights of the judge")
     vae: str | None = Field(None, description="replacement autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
-    vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the autoencoder")
 
     @model_validator(mode="after")
     def _takes(self) -> JudgeModel:
@@ -66,7 +66,7 @@ class Data(Section):
     """Settings of the preference pairs of any modality."""
 
     path: str = Field(description="file, folder or Hub id")
-    split: str | None = None
+    split: str | None = Field(None, description="split of a Hub data set (default: train) or of a folder's files")
     columns: dict[str, str] = Field({}, description="mmalign's column name: the table's")
     group_by: str | None = Field(
         None,
@@ -74,9 +74,9 @@ class Data(Section):
         "of response pairs",
     )
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the groups in the validation split")
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, description="use the first pairs only")
     max_bad_images: int | None = Field(None, ge=0, description="stop if more images are unreadable")
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, description="processes that read images; 0 reads in the training process")
     cache: Annotated[str, _OFF] = Field(
         "auto",
         description="cache of latents, text embeddings, image features and reference scores: auto (in the output), "
@@ -87,16 +87,20 @@ class Data(Section):
 class ImageData(Data):
     """Settings of image pairs, or of a text file with one prompt a line for methods that generate their images."""
 
-    format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = "pick_a_pic"
+    format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = Field(
+        "pick_a_pic", description="layout of the rows; docs/your_data.md shows each"
+    )
     resolution: int | None = Field(None, ge=8, description="pixels; default: the model's")
-    crop: Literal["center", "random"] = "center"
+    crop: Literal["center", "random"] = Field("center", description="square that is cut out of an image")
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair together")
 
 
 class ResponseData(Data):
     """Settings of pairs of a vision-language model's responses."""
 
-    format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = "trl"
+    format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = Field(
+        "trl", description="layout of the rows; docs/your_data.md shows each"
+    )
     images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
     max_length: int | None = Field(
         None, ge=2, description="maximum tokens of prompt, images and response together; default: the model's"
@@ -112,17 +116,25 @@ class Limits(Section):
 class Train(Section):
     """Settings of the optimization."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="updates of the weights")
     batch_size: int = Field(1, ge=1, description="pairs per micro-batch and device")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches per update")
-    lr: float = Field(gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0, description="updates")
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up: constant, or falling to 0"
+    )
+    warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate rises from 0")
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        "adamw", description="adamw_8bit needs bitsandbytes and a GPU; adafactor has the smallest state"
+    )
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="decay of AdamW's two moments"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the computation; trained weights are always float32"
+    )
     attention: Literal["auto", "xformers", "sdpa"] = Field(
         "auto", description="attention backend; auto uses xformers if supported, else PyTorch (sdpa)"
     )
@@ -141,8 +153,8 @@ class Train(Section):
         lt=1,
         description="decay of an exponential moving average of the weights, which is saved in their place",
     )
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(500, ge=1)
+    seed: int = Field(0, ge=0, description="seed of order, split, noise and new adapters")
+    log_every: int = Field(10, ge=1, description="updates between two log lines, each a mean over them")
+    save_every: int = Field(500, ge=1, description="updates between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of recent checkpoints to keep besides the best")
     trackers: list[str] = Field(["tensorboard"], description="accelerate's trackers, by name")

@@ -245,11 +245,11 @@ def test_an_unknown_method_is_answered_with_the_list() -> None:
 
 def test_an_override_that_is_none() -> None:
     for wrong in ("lr", "=3", "train..lr=3", ".=1"):
-        assert slip(wrong) == f"--set {wrong!r}: expected section.key=value, such as train.lr=1e-5"
-    assert slip("train.lr.x=3") == "--set train.lr.x: train.lr is no section but 1e-05; set train.lr itself"
-    assert slip("output.x=3") == "--set output.x: output is no section but the text 'runs/x'; set output itself"
+        assert slip(wrong) == f"{wrong!r}: expected section.key=value, such as train.lr=1e-5"
+    assert slip("train.lr.x=3") == "train.lr.x: train.lr is no section but 1e-05; set train.lr itself"
+    assert slip("output.x=3") == "output.x: output is no section but the text 'runs/x'; set output itself"
     assert slip("train.lr=[") == (
-        "--set train.lr: is not a recipe in YAML: line 1, column 2: expected the node content, but found '<stream end>'"
+        "train.lr: is not a recipe in YAML: line 1, column 2: expected the node content, but found '<stream end>'"
     )
 
 

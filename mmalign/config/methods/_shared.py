@@ -22,8 +22,10 @@ NumCachedDraws = Annotated[
 class PairMethodConfig(MethodConfig):
     """Pair loss of a method; the unit of `beta` is one over that of the method's scores."""
 
-    beta: float = Field(gt=0)
-    loss: Annotated[PairLossConfig, Choice()] = DPOLossConfig()
+    beta: float = Field(gt=0, description="strength of the constraint to the reference")
+    loss: Annotated[PairLossConfig, Choice()] = Field(
+        DPOLossConfig(), description="pair loss; docs/methods.md has their formulas"
+    )
 
 
 class ResponseMethodConfig(PairMethodConfig):

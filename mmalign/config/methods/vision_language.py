@@ -31,7 +31,11 @@ class BDHSMethodConfig(ResponseMethodConfig):
 
     name: Literal["bdhs"] = "bdhs"
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
-    mode: Literal["offline", "online", "mixed"] = "offline"
+    mode: Literal["offline", "online", "mixed"] = Field(
+        "offline",
+        description="the data's rejected responses, completions generated in training, or pairs of the policy's own "
+        "answers for a share of the data",
+    )
     gamma: float = Field(
         0.5, ge=0, le=1, description="weight of the rejected response, if there is a hallucinated one too"
     )

@@ -1,0 +1,5 @@
+"""`python -m mmalign`: the command line."""
+
+from mmalign.cli import main
+
+main()

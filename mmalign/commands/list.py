@@ -1,0 +1,52 @@
+"""`mmalign list`: methods, model families, reward models and bundled recipes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mmalign import methods, rewards
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import Recipe
+from mmalign.config.methods import METHODS
+from mmalign.families import loading
+from mmalign.resources import roots
+
+
+def list_everything(console: Console) -> None:
+    """Print the methods by modality, families, reward models and bundled recipes."""
+    folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), Path("configs"))
+    recipes = {path: load_recipe(path) for path in sorted(folder.rglob("*.yaml"))}
+    by_method = defaultdict[str, list[Recipe]](list)
+    for recipe in recipes.values():
+        by_method[recipe.method.name].append(recipe)
+    for modality, configs in METHODS.items():
+        table = Table("method", "reference", "data", "recipes", title=modality, title_justify="left", box=None)
+        for config in configs:
+            name = str(config.model_fields["name"].default)
+            table.add_row(name, *_needs(by_method[name]), str(len(by_method[name])))
+        console.print(table)
+    pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
+    console.print(f"\nfamilies: {pipelines}, vision_language (AutoModelForImageTextToText)")
+    console.print(f"rewards:  {', '.join(rewards.names())}\n\nrecipes:")
+    for path in recipes:
+        first_line = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        console.print(f"  {path.relative_to(folder).with_suffix('')}  {first_line}")
+
+
+def _needs(recipes: list[Recipe]) -> tuple[str, str]:
+    """Return whether a method has a reference, and the data that it takes, by its first recipe."""
+    if not recipes:
+        return "", ""
+    needs = methods.requirements_of(recipes[0].method)
+    data = "pairs"
+    if needs.prompts_only:
+        data = "prompts"
+    elif needs.prompt_pairs:
+        data = "pairs with two prompts"
+    elif needs.other_images:
+        data = "pairs with another image"
+    return ("yes" if needs.reference else "no"), data
