@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmalign.commands._bench_run import Report
-    from mmalign.commands.compare import TableRow
+    from mmalign.commands.bench import Report
     from mmalign.commands.evaluate import Evaluation
     from mmalign.commands.train import Trained
     from mmalign.config import Recipe
+    from mmalign.pages.comparison import TableRow
     from mmalign.synthesis.rejected_responses import Writer
 
 __version__ = "0.1.0"

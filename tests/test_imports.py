@@ -167,6 +167,7 @@ def test_no_module_shadows_a_public_function() -> None:
     assert [name for name in mmalign.__all__ if name in {room(path) for path in FILES}] == []
 
 
+@pytest.mark.slow
 def test_losses_need_torch_alone() -> None:
     heavy = {
         "diffusers",
@@ -185,11 +186,13 @@ def test_losses_need_torch_alone() -> None:
     assert not modules & heavy
 
 
+@pytest.mark.slow
 def test_command_line_imports_nothing_heavy() -> None:
     heavy = {"diffusers", "transformers", "datasets", "open_clip", "torchvision"}
     assert not loaded_by("import mmalign, mmalign.cli, mmalign.rewards.open_clip") & heavy
 
 
+@pytest.mark.slow
 def test_a_recipe_is_checked_without_torch() -> None:
     """Check also a mistake in the method's own settings, which its config refuses."""
     load = "from mmalign.commands.load_recipe import load_recipe"

@@ -44,6 +44,7 @@ def run(content: dict[str, Any], *overrides: str) -> tuple[list[str], dict[str, 
     return lines, load_file(last / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_who_computes_is_said_once_and_changes_no_number_here(content: dict[str, Any], tmp_path: Path) -> None:
     result = {}
     for wanted in ("auto", "sdpa"):
@@ -53,6 +54,7 @@ def test_who_computes_is_said_once_and_changes_no_number_here(content: dict[str,
     assert all(result["auto"][name].equal(weight) for name, weight in result["sdpa"].items())
 
 
+@pytest.mark.slow
 def test_a_run_by_the_reference_learns_the_same(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ def hotter(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, *, scale: float |
     return BACKENDS["sdpa"](q, k, v, mask, scale=1.1 * right, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", first_fast(attention_models.APART))
 @pytest.mark.parametrize("name", attention_models.MODELS)
 def test_a_model_says_and_learns_the_same_by_every_backend(

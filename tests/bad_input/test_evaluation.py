@@ -95,6 +95,7 @@ def test_unloadable_reward_is_refused_before_generation(
     contains(message, "reward open_clip: batchsize: ", "options: batch_size, pretrained")
 
 
+@pytest.mark.slow
 def test_a_damaged_trained_model(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
     damage(tmp_path / "out" / "model", UNET, keep=1000)

@@ -8,6 +8,7 @@ from tests.helpers import diffusion_models
 from tests.helpers.commands import Commands, Content, contains, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "differs"),
     [

@@ -31,6 +31,7 @@ def solid(width: int, height: int) -> bytes:
 BAD = {0: data_files.png(0)[:300], 1: b"", 2: solid(1, 1), 3: solid(20_000, 20_000)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_bad_image_drops_its_pair_counted_and_named(
     cache: str, mmalign: Commands, content: Content, pairs: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +64,7 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_too_many_bad_images_end_the_run(
     cache: str, mmalign: Commands, content: Content, pairs: Path, tmp_path: Path
@@ -89,6 +91,7 @@ def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, con
     contains(message, f"none of {len(validation)} pairs can be used")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_caption_of_10_000_characters_is_cut_and_that_is_said(
     cache: str, mmalign: Commands, content: Content, pairs: Path
@@ -103,6 +106,7 @@ def test_fewer_pairs_than_one_batch_are_enough(mmalign: Commands, content: Conte
     assert "8 pairs" in mmalign("train", content, "train.batch_size=32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content_of", ["model", "resolution"])
 def test_a_cache_of_another_model_or_resolution_is_left_as_it_is(
     content_of: str, mmalign: Commands, content: Content, tiny_sd2: Path, tmp_path: Path

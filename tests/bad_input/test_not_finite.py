@@ -19,6 +19,7 @@ def finite(folder: Path) -> bool:
     return all(x.isfinite().all() for x in load_file(folder / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_non_finite_loss_names_its_batch_and_keeps_checkpoint(
     mmalign: Commands, content: Content, tmp_path: Path
 ) -> None:
@@ -48,6 +49,7 @@ def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", ["1e30", "1e38"])
 @pytest.mark.parametrize("tune", first_fast(["full", "lora"]))
 def test_what_nobody_could_go_on_from_is_not_saved(

@@ -55,6 +55,7 @@ def test_bench_counts_repeated_operations_apart(report: Report) -> None:
     assert checkpointed.step_bytes < run.step_bytes
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_update(tiny_sd15: Path, tmp_path: Path) -> None:
     """Operations of the parts are those of an update without a meter, and no reading of a clock is lost."""
     recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train={"gradient_accumulation_steps": 2}))
@@ -83,6 +84,7 @@ def test_costs_and_ratios_by_hand() -> None:
     assert ratio["measured / by operations"] == pytest.approx(2 / (4 / 3))
 
 
+@pytest.mark.slow
 def test_bench_command_writes_numbers(tiny_sd15: Path, tmp_path: Path) -> None:
     file, numbers = tmp_path / "recipe.yaml", tmp_path / "numbers" / "bench.json"
     file.write_text(yaml.dump(recipes.diffusion_in(tiny_sd15, tmp_path)))
@@ -132,6 +134,7 @@ class Double:
         return getattr(self.inner, name)
 
 
+@pytest.mark.slow
 def test_bench_of_two_processes_counts_all_pairs(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_bench_of_two_processes_counts_all_pairs(
     assert report.runs[MMALIGN].num_pairs == 4
 
 
+@pytest.mark.slow
 def test_spo_is_measured_in_whole_batches(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """SPO makes two updates of a batch here, and only the process that generated it can continue with it."""
     method = {"name": "spo", "steps": 4, "start": 2, "threshold": 0.0, "reward": {"path": str(tiny_clip)}}

@@ -139,6 +139,7 @@ def test_operations_include_those_of_xformers() -> None:
         assert counter.get_total_flops() == 2 * 5 * (2 * 16 * 16 * 8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_are_counted_as_written() -> None:
     """A layer of 8 by 8 on 4 rows, and its weights, its input and the result: the same before and after."""

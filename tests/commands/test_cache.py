@@ -50,6 +50,7 @@ def no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageTextToText, "frozen_copy", lambda _: pytest.fail("the network was copied"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tune"), [*((name, "full") for name in KEEPING), ("dpo", "lora"), ("povid", "lora")]
 )
@@ -112,6 +113,7 @@ def test_cached_run_resumes_bit_for_bit(vlm_folders: Folders, tmp_path: Path) ->
     assert_resumes(responses(vlm_folders("llava"), tmp_path, "out", **sections, train={"steps": 6, "save_every": 3}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["responses", "images"])
 def test_cache_serves_every_batch_size(
     kind: str, vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path, asked: list[str]
@@ -134,6 +136,7 @@ def test_cache_serves_every_batch_size(
     assert_close(cached, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_unreadable_pairs_keep_their_places(seed: int, vlm_folders: Folders, tmp_path: Path) -> None:
     """Batches without a usable pair make no update, so training reads further ones; their scores are cached as well."""
@@ -194,6 +197,7 @@ def test_no_second_denoiser_is_loaded_where_its_errors_are_kept(
     assert [policy.reference for policy in built] == [None] and asked == []
 
 
+@pytest.mark.slow
 def test_cache_reports_writes_and_then_nothing_new(
     vlm_folders: Folders, tiny_sd15: Path, tmp_path: Path, log_lines: list[str]
 ) -> None:

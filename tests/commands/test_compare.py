@@ -59,6 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+@pytest.mark.slow
 def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path: Path, calls: list[str]) -> None:
     out, table = tmp_path / "compared", tmp_path / "assets" / "table.md"
     base, dpo, hinge = compare(sources, seeds=2, output=out, table=table)

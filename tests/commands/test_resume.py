@@ -28,6 +28,7 @@ def content(tiny_sd15: Path, tmp_path: Path) -> Content:
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"log_every": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -67,6 +68,7 @@ def change_a_prompt(rows: list[Content]) -> None:
     rows[3]["caption"] = "another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [swap_labels, drop_rows, change_an_image, change_a_prompt])
 def test_resume_refuses_changed_pairs(change: Any, content: Content) -> None:
     train(load_recipe(content, ["train.steps=2"]))
@@ -78,6 +80,7 @@ def test_resume_refuses_changed_pairs(change: Any, content: Content) -> None:
         train(load_recipe(content))
 
 
+@pytest.mark.slow
 def test_pairs_may_move_to_another_file(content: Content, tmp_path: Path) -> None:
     whole = train_weights({**content, "output": str(tmp_path / "whole")})
     train(load_recipe(content, ["train.steps=2"]))
@@ -85,6 +88,7 @@ def test_pairs_may_move_to_another_file(content: Content, tmp_path: Path) -> Non
     assert_same(train_weights(content, f"data.path={moved}"), whole)
 
 
+@pytest.mark.slow
 def test_changed_options_are_used_and_recorded(content: Content, tmp_path: Path, log_lines: list[str]) -> None:
     content["evaluate"] = {"benchmark": "scenes", "prompts": 2, "sampling": {"steps": 1, "resolution": 16}}
     train(load_recipe(content, ["train.steps=2"]))
@@ -112,6 +116,7 @@ def test_changed_options_are_used_and_recorded(content: Content, tmp_path: Path,
     assert "train.lr: 0.001 -> 0.0001 from update 3 on" in provenance["changed"]
 
 
+@pytest.mark.slow
 def test_history_after_a_resume_is_that_of_one_run(content: Content, tmp_path: Path) -> None:
     whole = train(load_recipe({**content, "output": str(tmp_path / "whole")}))
     train(load_recipe(content, ["train.steps=2"]))
@@ -119,6 +124,7 @@ def test_history_after_a_resume_is_that_of_one_run(content: Content, tmp_path: P
     assert resumed.history[-1] == whole.history[-1] and resumed.verdict == whole.verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
 def test_damaged_checkpoint_is_named_and_the_one_before_used(
     name: str, content: Content, tmp_path: Path, log_lines: list[str]

@@ -39,7 +39,7 @@ def start(content: Content, folder: Path) -> "subprocess.Popen[str]":
     file = folder / "recipe.yaml"
     file.write_text(yaml.dump({**content, "train": {**content["train"], "steps": UPDATES}}))
     environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1])}
-    command = [sys.executable, "-m", "mmalign.cli", "train", str(file)]
+    command = [sys.executable, "-m", "mmalign", "train", str(file)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores SIGINT
     return subprocess.Popen(command, env=environment, text=True, preexec_fn=heard, **pipes)
@@ -129,6 +129,7 @@ def test_ignored_signals_stay_ignored() -> None:
     assert stop.signal is None
 
 
+@pytest.mark.slow
 def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 

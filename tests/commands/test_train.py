@@ -45,6 +45,7 @@ def saved(output: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", first_fast(["diffusion_dpo", "cca", "inpo", "instruct_engine", "mapo", "sft", "spo"])
 )
@@ -88,6 +89,7 @@ def step_preference(denoiser: Path, judge: Path, pairs: Path, output: Path, **tr
     return {**content, "model": {"path": str(judge), "denoiser": str(denoiser)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", first_fast(["tiny_sd15", "tiny_sdxl"]))
 def test_a_judge_is_trained_by_the_same_loop_and_judges(
     model: str, tiny_clip: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -122,6 +124,7 @@ def test_a_judge_learns_to_tell_the_pairs_apart(tiny_sd15: Path, tiny_clip: Path
     assert sum(h["accuracy"] for h in late) / 10 > 0.75
 
 
+@pytest.mark.slow
 def test_reward_without_sure_pairs_stops_the_run(
     tiny_sd15: Path, tiny_clip: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +241,7 @@ def test_prompts_are_no_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
         train(load_recipe(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", first_fast(["diffusion_dpo", "instruct_engine"]))
 def test_workers_and_cache_do_not_change_the_result(method: str, tiny_sdxl: Path, pairs: Path, tmp_path: Path) -> None:
     """Latents and text from a cache, read here or by two workers, or encoded in every batch: bit for bit the same."""
@@ -269,6 +273,7 @@ def test_a_trained_model_is_a_pipeline_that_diffusers_loads(tiny_sd15: Path, pai
             assert len(loaded) == len(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", first_fast(RECIPES), ids=lambda p: p.stem)
 def test_every_shipped_recipe_takes_two_steps(
     path: Path,

@@ -17,6 +17,7 @@ from tests.helpers.loading import CPU, load_diffusion
 from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(flow_models.BUILDERS))
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_going_on_from_a_checkpoint_equals_never_stopping(

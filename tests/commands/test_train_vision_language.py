@@ -50,6 +50,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert_resumes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", first_fast(["mdpo", "povid", "realign", "response_sft"]))
 def test_resuming_keeps_the_draws_of_image_noise(
     method: str, vlm_folders: Folders, retrieved: Path, tmp_path: Path
@@ -65,6 +66,7 @@ def test_resuming_keeps_the_draws_of_image_noise(
     assert_same(whole, train_weights(stopped))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "start"), first_fast([("mdpo", 3), ("povid", 1), ("realign", 2)]))
 def test_methods_of_several_terms_learn_their_pairs(
     method: str, start: int, vlm_folders: Folders, retrieved: Path, tmp_path: Path
@@ -109,6 +111,7 @@ def test_nll_keeps_the_chosen_responses_likely(vlm_folders: Folders, rows: Path,
     assert ends[1] > ends[0] + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(STANDING_VLMS))
 def test_each_model_type_starts_at_ln_2_and_learns(name: str, vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
     options = {"steps": 12, "batch_size": 8, "save_every": 12, "lr": 1e-2}
@@ -176,6 +179,7 @@ def test_held_out_pairs_score_the_checkpoints(vlm_folders: Folders, rows: Path, 
     assert checkpoint.best(tmp_path / "out") is not None
 
 
+@pytest.mark.slow
 def test_over_long_prompts_are_counted_and_named_at_the_end(
     vlm_folders: Folders, rows: Path, tmp_path: Path, log_lines: list[str]
 ) -> None:

@@ -233,6 +233,7 @@ def test_different_runs_by_hand() -> None:
     assert (wide.low, wide.high) == (0, 1)  # 0.5 +- 1.24 reaches beyond the bounds
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_over_runs_and_rows() -> None:
     """Rows with rates of their own and three runs with effects of their own."""
     rng = np.random.default_rng(11)

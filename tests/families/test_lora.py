@@ -29,6 +29,7 @@ def masters(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loading", [None, HALF], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_qwen_image"])
 def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, request: pytest.FixtureRequest) -> None:
@@ -79,6 +80,7 @@ def test_in_half_precision_an_adapted_layer_keeps_its_input_once(tiny_sd15: Path
     assert inputs == {x.untyped_storage()._cdata: torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_adapters_depend_on_their_seed_only(tiny_sd15: Path) -> None:
     nets = [load(tiny_sd15).network for _ in range(3)]
     torch.manual_seed(123)

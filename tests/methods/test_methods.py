@@ -239,6 +239,7 @@ def test_sdxl_is_shown_each_side_s_own_sizes(tiny_sdxl: Path) -> None:
     assert torch.equal(view.cond.tensors["time_ids"], sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, views", [("diffusion_dpo", 2), ("instruct_engine", 4), ("mapo", 2), ("sft", 1)])
 def test_a_row_s_numbers_are_its_own_whatever_its_company(family: TextToImage, name: str, views: int) -> None:
     """Alone, in another order, with others: the networks see the same bits, and answer alike to rounding.
@@ -316,6 +317,7 @@ def test_a_pair_of_weight_zero_gives_no_gradient(sd: TextToImage, name: str) -> 
     assert (nothing == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cca", "diffusion_dpo", "instruct_engine", "mapo", "sft"])
 def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: str) -> None:
     """Also where the network answers in bfloat16."""

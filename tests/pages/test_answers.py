@@ -101,6 +101,7 @@ def test_picture_underlines_inventions_and_nothing_else(tmp_path: Path) -> None:
     assert num_red("marked", entry()) > heading + 2 * width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [1, 64, 640])
 def test_answers_of_any_length_and_images_of_any_size(side: int, tmp_path: Path) -> None:
     long = RatedAnswer("word " * 400, 1, "note " * 50, ((0, 4),))

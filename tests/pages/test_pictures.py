@@ -155,6 +155,7 @@ def test_images_of_any_size_and_mode(tmp_path: Path, size: tuple[int, int]) -> N
             assert grid.width < 2000 and grid.getpixel((0, 0)) != (200, 10, 10)
 
 
+@pytest.mark.slow
 def test_large_galleries_stay_small(tmp_path: Path) -> None:
     """256 entries of 64 pixels: below 3 MB, the script and styles below 50 kB of it."""
     path = write(tmp_path, [entry("a red circle", i % 3, i % 2, seed=i) for i in range(256)])

@@ -14,6 +14,7 @@ from mmalign.training.optim import schedule
 from tests.helpers.linear_runs import START, Batch, Regression, Run, by_hand, data, flat, of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contrasts", [1, 3])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_going_on_from_any_checkpoint_equals_never_stopping(

@@ -171,6 +171,7 @@ def test_errors_of_another_empty_prompt_are_not_taken(tiny_sdxl: Path, tmp_path:
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_an_image_that_was_changed_is_scored_again(vlm_folders: Folders, tmp_path: Path, asked: list[str]) -> None:
     content = responses(vlm_folders("llava"), tmp_path, "out")
     cache.cache(load_recipe(content))

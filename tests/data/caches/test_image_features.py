@@ -30,6 +30,7 @@ from tests.helpers.runs import EPOCH, assert_close, assert_same, numbers, respon
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(STANDING_VLMS))
 def test_the_tower_is_put_away_and_not_missed(
     name: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,6 +55,7 @@ def test_the_tower_is_put_away_and_not_missed(
     assert gone and left == sum(decoder.values()) + bare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "bad"), [(2, ["0.png"]), (1, ["0.png"])])
 def test_unreadable_pair_does_not_reload_the_tower(
     size: int, bad: list[str], vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +78,7 @@ def test_unreadable_pair_does_not_reload_the_tower(
     assert (0 in counted) if size == 1 else (1 in counted)
 
 
+@pytest.mark.slow
 def test_the_tower_stays_for_pictures_that_no_file_has(
     vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +119,7 @@ def test_kept_features_are_the_features(name: str, vlm_folders: Folders, tmp_pat
     ]
 
 
+@pytest.mark.slow
 def test_an_image_is_encoded_once_and_not_prepared_again(
     vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +151,7 @@ def test_what_goes_to_other_devices_item_by_item_is_whole(vlm_folders: Folders) 
 ONLINE = {"name": "bdhs", "mode": "online", "online": {"similarity": "trigrams", "tries": 1, "max_new_tokens": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 @pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "num_cached_draws": 1}, ONLINE])
 def test_training_on_features_decodes_no_image(

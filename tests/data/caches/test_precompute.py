@@ -53,6 +53,7 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_cache_changes_rounding_only_and_computes_each_draw_once(
     tune: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]
@@ -126,6 +127,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", first_fast([*OTHERS, "weights", "schedule", "prediction", "tokenizer"]))
 def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
     override: str, tiny_sd15: Path, tmp_path: Path, worked_out: list[tuple[int, int]]

@@ -43,6 +43,7 @@ def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp
         prepare.prepare(result)
 
 
+@pytest.mark.slow
 def test_step_accuracy_refuses(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     result = recipe(tiny_sd15, tiny_clip, tmp_path, times=[1000])
     with pytest.raises(ValueError, match="steps needs a validation split"):

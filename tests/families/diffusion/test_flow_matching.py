@@ -292,6 +292,7 @@ def test_usual_adapters_reach_every_stream(name: str, family: TextToImage) -> No
     assert ("to_qkv_mlp_proj" in adapted) is (name == "flux2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_what_is_saved_diffusers_loads_and_draws_alike(
     tune: str, name: str, path: Path, family: TextToImage, tmp_path: Path

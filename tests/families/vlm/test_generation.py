@@ -129,6 +129,7 @@ def own_answer(family: Any, asked: Asked, decoding: DecodingConfig) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding: DecodingConfig) -> None:
     """Features made once, left padding, a cache and company change nothing; nor does what was said already."""
@@ -138,6 +139,7 @@ def test_answers_are_those_of_the_model_s_own_forward_pass(family: Any, decoding
     assert all(results) and (results[0] != results[1] or decoding == GREEDY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(vlm_models.BUILDERS, 2))
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_is_the_same_alone_and_in_any_company(
@@ -167,6 +169,7 @@ def test_other_draws_give_another_answer_and_equal_ones_the_same(llava: Any) -> 
         assert answers(llava, requests[:1], SAMPLED, rng=rng) != [first]
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_softmax_of_the_logits(llava: Any) -> None:
     """The first token of 600 answers, against its probability at that temperature."""
     decoding = DecodingConfig(max_new_tokens=1, temperature=0.25, batch_size=600)

@@ -67,6 +67,7 @@ def test_published_errors_of_noise_and_image() -> None:
         torch.testing.assert_close(error, torch.tensor(given[name]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "weight"), [(1.0, 0.29338), (3.0, 0.11339)])
 def test_velocity_weight_is_the_mean_over_times(shift: float, weight: float) -> None:
     """E[(1 - t)^2]; unshifted it is E[t^2] = 1/4 + the variance of a logit-normal(0, 1), 0.0434."""

@@ -61,6 +61,7 @@ def test_fresh_noise_alone_is_diffusion_dpo(family: TextToImage, monkeypatch: py
     assert expected.norm() > 1e-2 and (actual - expected).norm() < 1e-3 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inverter", ["policy", "reference"])
 def test_a_row_s_numbers_are_its_own_whatever_its_company(family: TextToImage, inverter: Any) -> None:
     """Alone, in another order, with rows that need more hops; to the rounding of batches of another size."""

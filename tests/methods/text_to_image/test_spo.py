@@ -83,6 +83,7 @@ def walked(policy: Policy, batch: EncodedPrompts, cfg: spo.Config) -> list[spo.P
         return list(spo.preferred_steps(policy, batch, cfg, DRAWS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_steps", [0, 1])
 def test_trajectory_equals_diffusers_with_the_same_noise(family: TextToImage, inner_steps: int) -> None:
     """Every step that the pairs hold, done again by DDIMScheduler with eta 1, guidance, and the draws by their keys.
@@ -181,6 +182,7 @@ def _guided(family: TextToImage, policy: Policy, pair: spo.Preferred, cfg: spo.C
         )
 
 
+@pytest.mark.slow
 def test_the_company_of_a_prompt_does_not_change_its_way(sd: TextToImage) -> None:
     """Rounding differs between batch sizes, 1e-4 on latents of size 10; the draws and the judge's choice do not."""
     cfg, policy = spo.Config(**SHORT), full(sd)
@@ -207,6 +209,7 @@ def test_best_and_worst_are_the_release_s(result: dict[str, Any]) -> None:
     assert torch.stack([best, worst])[:, kept].tolist() == torch.tensor(result["indices_best_worst"])[:, kept].tolist()
 
 
+@pytest.mark.slow
 def test_padding_makes_no_contrast_pair(sd: TextToImage) -> None:
     """Empty contrasts come first, with one row of weight 0."""
     cfg, policy = spo.Config(**SHORT), full(sd)
@@ -253,6 +256,7 @@ def two_forwards(policy: Policy, contrast: spo.Contrast, cfg: spo.Config) -> Ten
     return pairwise.clipped_dpo(Pair(*scores), reference_scores, beta=cfg.beta, clip=cfg.clip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_steps", [0, 1])
 def test_one_forward_for_both_sides_is_two_in_loss_and_gradient(sd: TextToImage, inner_steps: int) -> None:
     """And it runs on one place a pair where a pair shares it. Float32 sums in another order: 1e-4 of the gradient."""

@@ -96,6 +96,7 @@ def test_without_hallucinated_responses_it_is_dpo(policy: Policy[Any], tmp_path:
     assert actual.metrics.keys() == expected.metrics.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge"])
 def test_equation_5(loss: str, policy: Policy[Any], tmp_path: Path) -> None:
     """gamma DPO(y+, y-) + (1 - gamma) DPO(y+, y~-), each of them DPO's own on pairs of just these two."""
@@ -142,6 +143,7 @@ def test_differences_beyond_max_length_are_ignored(policy: Policy[Any], tmp_path
     close(step.losses, stepped(dpo, policy, batch(policy.family, path, max_length=60))[1].losses)
 
 
+@pytest.mark.slow
 def test_the_policy_writes_what_it_learns_from(vlm_folders: Folders, tmp_path: Path) -> None:
     """Anew for every epoch and by what it has learned so far; the same again gives the same."""
     first, second = made(vlm_folders), made(vlm_folders, seed=1)
@@ -278,6 +280,7 @@ def test_the_bundled_annotator_takes_verdicts_for_what_they_are(tmp_path: Path) 
     assert bdhs.fewer_inventions(VOCABULARY, pair, [], "Yes!", "no") == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", "mixed"])
 def test_going_on_from_a_checkpoint_equals_never_stopping(mode: str, vlm_folders: Folders, tmp_path: Path) -> None:
     """Bit for bit, although the policy's own words depend on its weights."""

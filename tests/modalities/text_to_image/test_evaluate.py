@@ -59,6 +59,7 @@ def test_metrics_are_those_that_samples_have() -> None:
     assert (before[2].values, after[2].values) == ({"diversity": 0.25}, {"diversity": 0.5})
 
 
+@pytest.mark.slow
 def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_path: Path) -> None:
     """One evaluation holds the exact reader's numbers, the judge's, and the diversity; no two pictures share a seed."""
     evaluate = {
@@ -85,6 +86,7 @@ def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_cached_images_are_not_generated_again(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

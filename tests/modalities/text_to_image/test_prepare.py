@@ -41,6 +41,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return batches
 
 
+@pytest.mark.slow
 def test_a_stop_costs_the_batch_that_it_came_in(recipe: Recipe, drawn: list[list[int]], tmp_path: Path) -> None:
     path, unfinished = tmp_path / "drawn.parquet", tmp_path / "drawn.parquet.unfinished"
     run.prepare(recipe)
@@ -56,6 +57,7 @@ def test_a_stop_costs_the_batch_that_it_came_in(recipe: Recipe, drawn: list[list
     assert path.read_bytes() == whole and drawn == all_of_them[1:] and not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_generated_images_survive_low_confidence(recipe: Recipe, drawn: list[list[int]], tmp_path: Path) -> None:
     """A lower `sure` costs no drawing; other drawing does."""
 

@@ -101,6 +101,7 @@ def test_gallery_shows_the_answers_of_the_evaluation(content: Content, folder: P
         assert grid.width > 500
 
 
+@pytest.mark.slow
 def test_cached_answers_are_not_generated_again(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_module.evaluate(of(content, CROWDS))
     calls: list[int] = []
@@ -171,6 +172,7 @@ def test_amber_on_its_folder(content: Content, images: Path) -> None:
     assert list(results["measures"]) == ["AMBER, generative", "AMBER, discriminative"]
 
 
+@pytest.mark.slow
 def test_implicit_accuracy_of_responses(content: Content, tmp_path: Path) -> None:
     """Four updates at a high rate move the log-probabilities of held-out responses, one way or the other."""
     held = {**content, "data": {**content["data"], "validation_fraction": 0.5}, "evaluate": {"benchmark": "implicit"}}

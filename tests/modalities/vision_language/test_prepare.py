@@ -168,6 +168,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bdhs", "realign", "own"])
 def test_going_on_after_a_stop_gives_the_same_file(
     kind: str, content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -206,6 +207,7 @@ def corrupt(pair):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_gone_on_with_by_its_command(content: Any, tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text(KILLER)
     recipes = {}
@@ -216,7 +218,7 @@ def test_a_killed_run_is_gone_on_with_by_its_command(content: Any, tmp_path: Pat
 
     def command(name: str, **more: str) -> int:
         environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1]), **more}
-        line = [sys.executable, "-m", "mmalign.cli", "prepare", str(recipes[name])]
+        line = [sys.executable, "-m", "mmalign", "prepare", str(recipes[name])]
         return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, timeout=120).returncode
 
     assert command("whole") == 0
