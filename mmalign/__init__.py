@@ -143,21 +143,21 @@ def bench(
 
 
 def quickstart(
-    modality: str = "text_to_image", *, seed: int = 0, draw: bool = False, output: Path | None = None
+    modality: str = "text_to_image", *, seed: int = 0, generate: bool = False, output: Path | None = None
 ) -> dict[str, object]:
     """Align a bundled model on this machine, and return the numbers before and after.
 
     Args:
         modality: "text_to_image" or "vision_language".
         seed: seed of the training.
-        draw: true to generate the pairs instead of reading the bundled ones.
+        generate: true to generate the pairs instead of reading the bundled ones.
         output: folder of all files; the recipe's by default.
     """
     from mmalign.commands import quickstart as command
     from mmalign.console import configure_logging
 
     configure_logging()
-    return command.quickstart(modality, seed=seed, draw=draw, output=output)
+    return command.quickstart(modality, seed=seed, generate=generate, output=output)
 
 
 def explain(key: str | None = None) -> list[str]:

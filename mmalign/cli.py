@@ -93,8 +93,8 @@ def quickstart(
         str, typer.Argument(metavar="[MODALITY]", help="text_to_image or vision_language.", show_default=True)
     ] = "text_to_image",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    draw: Annotated[
-        bool, typer.Option("--draw", help="Generate new preference pairs instead of using the bundled ones.")
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Generate new preference pairs instead of using the bundled ones.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for all outputs.", show_default="the recipe's")] = None,
 ) -> None:
@@ -102,7 +102,7 @@ def quickstart(
 
     from mmalign.commands.quickstart import quickstart as run
 
-    run(modality, seed=seed, draw=draw, output=output)
+    run(modality, seed=seed, generate=generate, output=output)
 
 
 @app.command()

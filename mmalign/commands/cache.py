@@ -91,7 +91,7 @@ def build_filled_data_module(
     """
     # Settings that reference scores depend on
     options, needs = recipe.train, methods.requirements_of(recipe.method)
-    run = {"precision": options.precision, "executor": backend_name(family.network), "pack": options.pack_responses}
+    run = {"precision": options.precision, "attention": backend_name(family.network), "pack": options.pack_responses}
     run |= {"compile": "on"} if options.compile else {}  # compiled blocks round differently
     spec = needs.precompute
     if spec is not None and recipe.data.cache != "off":

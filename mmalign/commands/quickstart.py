@@ -23,7 +23,7 @@ def quickstart(
     modality: str = "text_to_image",
     *,
     seed: int,
-    draw: bool,
+    generate: bool,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Align a bundled model, evaluate it, and write the numbers and a gallery.
@@ -33,7 +33,7 @@ def quickstart(
     Args:
         modality: "text_to_image" (tiny_sd) or "vision_language" (tiny_llava).
         seed: seed of the training.
-        draw: true to generate the pairs instead of reading those in assets/.
+        generate: true to generate the pairs instead of reading those in assets/.
         output: folder of all files, instead of the recipe's; `result.json` there has the numbers.
 
     Returns:
@@ -50,7 +50,7 @@ def quickstart(
     recipe = load_recipe(source, settings)
     folder = Path(recipe.output)
     # Bundled pairs, or pairs generated here
-    if draw:
+    if generate:
         pairs = folder / f"pairs{Path(recipe.data.path).suffix}"
         recipe = load_recipe(source, [*settings, f"data.path={json.dumps(str(pairs))}"])
         if not pairs.is_file():

@@ -19,7 +19,7 @@ from mmalign.families.base import TextToImage
 def cache_settings(model: ImageModel, precision: str, sampling: SamplingConfig) -> dict[str, object]:
     """Return the settings that images depend on, apart from the denoiser's weights."""
     vae = {"vae": model.vae, "vae_dtype": model.vae_dtype}
-    return {"drawing": sampling.model_dump(), "precision": precision, **vae}
+    return {"sampling": sampling.model_dump(), "precision": precision, **vae}
 
 
 def generate_images(

@@ -315,6 +315,6 @@ def test_the_fingerprint_is_written_beside_the_scores(vlm_folders: Folders, tmp_
     caching.cache(load_recipe(content))
     (path,) = (tmp_path / "out" / "cache" / "reference").glob("*/fingerprint.json")
     output = json.loads(path.read_text())
-    assert output["method"] == "dpo" and output["executor"] == "cpu float32, mmalign_sdpa, sdpa"
+    assert output["method"] == "dpo" and output["attention"] == "cpu float32, mmalign_sdpa, sdpa"
     assert output["precision"] == "float32" and output["pack"] == "auto"
     assert output["seed"] == 0 and not {"batch_size", "processes", "pairs"} & output.keys()

@@ -43,7 +43,7 @@ def run(
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
     *,
-    draw: bool,
+    generate: bool,
     seed: int = 0,
     modality: str = "text_to_image",
     short: Sequence[str] = (*SHORT, *DRAWN),
@@ -55,11 +55,11 @@ def run(
 
     with monkeypatch.context() as patch, recorded_lines() as lines:
         patch.setattr(module, "load_recipe", shortened)
-        module.quickstart(modality, seed=seed, draw=draw, output=output)
+        module.quickstart(modality, seed=seed, generate=generate, output=output)
     return lines
 
 
-def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, *, draw: bool) -> None:
+def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, *, generate: bool) -> None:
     """The same, killed when the training is done and the measurement begins."""
 
     def kill(*_: object, **__: object) -> None:
@@ -67,7 +67,7 @@ def stopped(output: Path, monkeypatch: pytest.MonkeyPatch, *, draw: bool) -> Non
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr("mmalign.commands.evaluate.evaluate", kill)
-        run(output, monkeypatch, draw=draw)
+        run(output, monkeypatch, generate=generate)
 
 
 def weights(output: Path) -> dict[str, bytes]:
@@ -116,9 +116,9 @@ def assert_page(output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second command draws no pair and does no update again: it measures, and shows."""
-    stopped(tmp_path, monkeypatch, draw=True)
+def test_pairs_are_generated_and_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second command generates no pair and makes no update again: it evaluates, and shows."""
+    stopped(tmp_path, monkeypatch, generate=True)
     table = pq.read_table(tmp_path / "pairs.parquet")
     assert set(COLUMNS) <= set(table.column_names) and table.num_rows == 6
     for row in table.to_pylist():
@@ -126,24 +126,24 @@ def test_pairs_drawn_and_judged_anew_and_going_on_after_a_stop(tmp_path: Path, m
         assert scenes.split_of(scenes.parse(row["caption"])) == "train"
         for picture in ("jpg_0", "jpg_1"):
             assert Image.open(io.BytesIO(row[picture])).size == (64, 64)
-    drawn, trained = (tmp_path / "pairs.parquet").read_bytes(), weights(tmp_path)
+    generated, trained = (tmp_path / "pairs.parquet").read_bytes(), weights(tmp_path)
     assert len(trained) == STEPS and not (tmp_path / "result.json").exists()
-    lines = run(tmp_path, monkeypatch, draw=True)
+    lines = run(tmp_path, monkeypatch, generate=True)
     assert any(f"resuming from checkpoint-{STEPS:08d}" in line for line in lines)
     assert any("all updates were done already" in line for line in lines)
     assert any(line.startswith("prompts rendered correctly: ") for line in lines)
-    assert (tmp_path / "pairs.parquet").read_bytes() == drawn and weights(tmp_path) == trained
+    assert (tmp_path / "pairs.parquet").read_bytes() == generated and weights(tmp_path) == trained
     assert_complete(tmp_path, seed=0)
 
 
 @pytest.mark.slow
 def test_shipped_pairs_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "a folder, [new]: yes"  # no name that YAML or a console reads as more than a name
-    lines = run(output, monkeypatch, draw=False, seed=7)
+    lines = run(output, monkeypatch, generate=False, seed=7)
     assert not any("going on" in line for line in lines) and not (output / "pairs.parquet").exists()
     assert_complete(output, seed=7)
     first, trained = json.loads((output / "result.json").read_text()), weights(output)
-    lines = run(output, monkeypatch, draw=False, seed=7)
+    lines = run(output, monkeypatch, generate=False, seed=7)
     assert any("all updates were done already" in line for line in lines)
     again = json.loads((output / "result.json").read_text())
     assert weights(output) == trained
@@ -172,7 +172,7 @@ def tiny_answers(vlm_folders: Folders, tmp_path: Path) -> list[str]:
 def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs, alignment, measurement and page; the second command makes no pair and asks nothing again."""
     output = tmp_path / "out"
-    lines = run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
+    lines = run(output, monkeypatch, generate=True, modality="vision_language", short=tiny_answers)
     assert pq.read_table(output / "pairs.parquet").num_rows > 0
     assert any(line.startswith("descriptions with an invented object: ") for line in lines)
     assert any(line.startswith("yes/no questions answered correctly: ") for line in lines)
@@ -182,16 +182,16 @@ def test_answers_with_pairs_made_anew(tiny_answers: list[str], tmp_path: Path, m
         base, aligned, change = (result[name][key]["estimate"] for key in ("base", "aligned", "difference"))
         assert change == pytest.approx(aligned - base, abs=1e-12)
     assert_page(output)
-    drawn, trained = (output / "pairs.parquet").read_bytes(), weights(output)
-    run(output, monkeypatch, draw=True, modality="vision_language", short=tiny_answers)
+    generated, trained = (output / "pairs.parquet").read_bytes(), weights(output)
+    run(output, monkeypatch, generate=True, modality="vision_language", short=tiny_answers)
     again = json.loads((output / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
-    assert (output / "pairs.parquet").read_bytes() == drawn and weights(output) == trained
+    assert (output / "pairs.parquet").read_bytes() == generated and weights(output) == trained
 
 
 def test_an_unknown_modality_is_told_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'images' is not a modality; expected text_to_image or vision_language"):
-        module.quickstart("images", seed=0, draw=False)
+        module.quickstart("images", seed=0, generate=False)
 
 
 def test_shipped_pairs_ask_for_no_prompt_that_measures() -> None:
