@@ -72,7 +72,7 @@ def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Chec
                 f"train.steps: {path} has done {saved.step} updates already, more than the {steps} asked for; "
                 "raise train.steps, or use another output folder"
             )
-        if saved.step == steps or not saved.state["progress"]["pending"]:
+        if saved.step == steps or saved.resting:
             return saved
         logger.warning(f"{path.name} is of a run that ended inside a batch: updates after the one before are repeated")
     if damaged:

@@ -20,8 +20,8 @@ from mmalign.data.data_module import Splits
 from mmalign.data.pairs import fingerprint_pairs
 from mmalign.evaluation.metrics import Table
 from mmalign.methods import Requirements, requirements_of
-from mmalign.modalities import Result, loading, modality_of
-from mmalign.training.export import RunInfo, check_base_model, read_run_info
+from mmalign.modalities import SAMPLES, Result, loading, modality_of
+from mmalign.training.export import RUN_INFO, RunInfo, check_base_model, read_run_info
 
 RESULT = "result.json"  # in every folder of an evaluation
 PAIR_BENCHMARKS = ("implicit", "steps")  # on the validation split of the training data
@@ -90,7 +90,7 @@ def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Resul
     modality, splits = modality_of(recipe), None
     if section.benchmark in PAIR_BENCHMARKS:
         splits = modality.open_pairs(recipe, Requirements())
-        _check_unseen(splits, info)
+        _check_unseen(splits, trained, info)
     measure = modality.open_benchmark(recipe, device, splits)
     family = loading.load_model(recipe, device)
     check_base_model(info, trained, family)
@@ -98,14 +98,26 @@ def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Resul
 
     def measure_trained(folder: Path) -> Result:
         result, table = measure(policy, folder, _identity(section, info))
-        trained_by = load_recipe(info.record.recipe)  # not the recipe of this command
+        trained_by = trained_recipe(trained, info)  # not the recipe of this command
         return {**result, "model": trained_by.model.path, "method": trained_by.method.name}, table
 
     return measure_trained
 
 
-def _check_unseen(splits: Splits, info: RunInfo) -> None:
-    """Check that the trained model, of this run, has not seen the pairs of the validation split or their prompts.
+def trained_recipe(folder: Path, info: RunInfo) -> Recipe:
+    """Return the recipe that the model in `folder` was trained by.
+
+    Raises:
+        ValueError: the record of the recipe is damaged or of an earlier version.
+    """
+    try:
+        return load_recipe(info.record.recipe)
+    except ValueError as error:
+        raise ValueError(f"{folder / RUN_INFO}: {error}; train again") from error
+
+
+def _check_unseen(splits: Splits, folder: Path, info: RunInfo) -> None:
+    """Check that the trained model in `folder` has not seen the pairs of the validation split or their prompts.
 
     Raises:
         ValueError: validation pairs are among those of the training, or nobody can say whether they are.
@@ -115,7 +127,7 @@ def _check_unseen(splits: Splits, info: RunInfo) -> None:
     if validation is None or fingerprint_pairs(train) == recorded:
         return
     # Pairs of the training, opened again by its recipe
-    trained = load_recipe(info.record.recipe)
+    trained = trained_recipe(folder, info)
     seen, _ = modality_of(trained).open_pairs(trained, requirements_of(trained.method))
     if fingerprint_pairs(seen) != recorded:
         raise ValueError(
@@ -142,9 +154,10 @@ def is_evaluated(recipe: Recipe) -> bool:
     """Return whether the recipe's trained model has been evaluated with the recipe's settings.
 
     Raises:
-        ValueError: there is no trained model.
+        ValueError: there is no trained model, or a file of its evaluation is damaged.
     """
     assert recipe.evaluate is not None
-    file = Path(recipe.output) / "evaluation" / "samples.json"
+    folder, samples = Path(recipe.output) / "evaluation", modality_of(recipe).samples
+    assert samples is not None, "only evaluations with samples are asked for"
     wanted = json.loads(json.dumps(_identity(recipe.evaluate, read_run_info(Path(recipe.output) / "model"))))
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("of") == wanted
+    return (folder / SAMPLES).exists() and samples.read(folder)["of"] == wanted

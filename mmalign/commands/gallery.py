@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from mmalign.atomic_io import folder_lock, make_folder
-from mmalign.commands.evaluate import evaluate, is_evaluated
-from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.evaluate import evaluate, is_evaluated, trained_recipe
 from mmalign.config import Recipe
 from mmalign.modalities import Samples, modality_of
 from mmalign.pages.page import write_page
@@ -47,7 +45,7 @@ def _write_gallery(recipe: Recipe, parts: Samples) -> Path:
         evaluate(recipe)
     folder, target = Path(recipe.output) / "evaluation", Path(recipe.output) / "gallery"
     # The evaluation's samples
-    content = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    content = parts.read(folder)
     samples = content["samples"]
 
     # The page of those with the largest changes
@@ -70,12 +68,12 @@ def _write_gallery(recipe: Recipe, parts: Samples) -> Path:
 def _training(output: Path) -> dict[str, str]:
     """Return the settings of model, method and training, as the trained model records them."""
     info = read_run_info(output / "model")
-    recipe, identity = load_recipe(info.record.recipe), info.identity
-    pairs = int(identity["pairs of a batch"]) * int(identity["batches of an update"])
+    recipe = trained_recipe(output / "model", info)
+    done = f"{info.step} updates of {info.pairs_per_update} pairs"
     settings = {
         "model": recipe.model.path,
         "method": _words(recipe.method.model_dump()),
-        "training": f"{recipe.model.tune}, {info.step} updates of {pairs} pairs, lr {recipe.train.lr:g}",
+        "training": f"{recipe.model.tune}, {done}, lr {recipe.train.lr:g}",
         "pairs": recipe.data.path,
     }
     if info.record.changes:

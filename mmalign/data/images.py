@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mmalign.data.formats.files import check_image_file
+from mmalign.data.formats.files import MAX_IMAGE_BYTES
 from mmalign.data.pairs import ImageRef, SkippedRow
+from mmalign.reading import check_file
 
 MIN_SIDE = 8  # pixels; smaller images are placeholders for deleted ones
 MAX_PIXELS = 80_000_000  # 240 MB as RGB
@@ -45,7 +47,7 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
     """
     try:
         if ref.path:
-            check_image_file(ref.path)
+            check_file(ref.path, MAX_IMAGE_BYTES)
         data = ref.read()
     except OSError as error:
         raise BadImage(ref.location, f"cannot be read ({error.strerror or error})") from error
@@ -68,6 +70,15 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
         raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes ({error})") from error
     limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"
     raise BadImage(ref.location, f"is {width}x{height}; expected {limits}")
+
+
+def decode_file(path: Path, location: str) -> Image.Image:
+    """Read an image file as `decode` does; `location` names it in messages.
+
+    Raises:
+        BadImage: the image cannot be read.
+    """
+    return decode(ImageRef(str(path), lambda: location, path.read_bytes, str(path)))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

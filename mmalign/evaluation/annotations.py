@@ -57,7 +57,7 @@ def image_id(value: object) -> str:
     text = str(value)
     coco = _COCO_NAME.fullmatch(text)
     digits = coco.group(1) if coco else text
-    return str(int(digits)) if digits.isascii() and digits.isdigit() else text
+    return (digits.lstrip("0") or "0") if digits.isascii() and digits.isdigit() else text
 
 
 def take(location: str, record: Record, *names: str) -> object:
@@ -86,12 +86,17 @@ def take_number(location: str, record: Record, *names: str) -> int:
     return value
 
 
-def take_image_id(location: str, record: Record, *names: str) -> str:
-    """Return an image id, from a whole number or a nonempty string."""
+def take_id(location: str, record: Record, *names: str) -> int | str:
+    """Return an id or a file name: a whole number or a nonempty string."""
     value = take(location, record, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise ValueError(f"{location}: {' or '.join(names)} is {shorten(value)}; expected a number or a file name")
-    return image_id(value)
+        raise ValueError(f"{location}: {' or '.join(names)} is {shorten(value)}; expected a number or a name")
+    return value
+
+
+def take_image_id(location: str, record: Record, *names: str) -> str:
+    """Return an image id, from a whole number or a nonempty string."""
+    return image_id(take_id(location, record, *names))
 
 
 def take_names(location: str, record: Record, name: str) -> tuple[str, ...]:
@@ -137,7 +142,7 @@ def read_objects(path: str | Path) -> dict[str, tuple[str, ...]]:
     Image names are those of the file. An object listed twice for an image is returned once.
     """
     entries = (
-        (at, str(take(at, record, "image", "image_id")), tuple(dict.fromkeys(take_names(at, record, "objects"))))
+        (at, str(take_id(at, record, "image", "image_id")), tuple(dict.fromkeys(take_names(at, record, "objects"))))
         for at, record in records(path)
     )
     return index(path, "image", entries, 'records {"image": "1.jpg", "objects": ["dog", "ball"]}')

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmalign.families.base import TextToImage, VisionLanguage
 from mmalign.families.types import Loading
+from mmalign.reading import read_json
 
 # The pipeline class in a folder's model_index.json, and the file in diffusion/ that adapts it.
 PIPELINES = {
@@ -36,18 +37,12 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
         ValueError: the checkpoint is not a diffusers pipeline, a part is missing, or the class is not supported.
     """
     # Class name
-    file = _index_file(path, revision)
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        name = str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.path: {file} cannot be read as the index of a diffusers pipeline ({error}); copy the model again"
-        ) from error
+    index = _read_index(_index_file(path, revision), "_class_name", "the index of a diffusers pipeline")
+    name = index["_class_name"]
     if name not in PIPELINES:
         raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
     # Folders of all parts
-    parts = [part for part, of in index.items() if isinstance(of, list) and of[0] and part not in _UNUSED]
+    parts = [part for part, of in index.items() if isinstance(of, list) and of and of[0] and part not in _UNUSED]
     lacking = [part for part in parts if Path(path).is_dir() and not any(Path(path, part).glob("*"))]
     if lacking:
         raise ValueError(f"model.path: {path} has no {', no '.join(lacking)}; copy it again, with all its folders")
@@ -63,18 +58,22 @@ def model_type(path: str, revision: str | None = None) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
     file = _index_file(path, revision, "config.json", "a vision-language model of transformers")
-    try:
-        name = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.path: {file} cannot be read as the config of a model ({error}); copy the model again"
-        ) from error
+    name = _read_index(file, "model_type", "the config of a model")["model_type"]
     if name not in KNOWN:
         raise ValueError(
             f"model.path: {path} is a {name}, which has no vision tower; expected a vision-language model, such as "
             "llava-hf/llava-1.5-7b-hf"
         )
     return name
+
+
+def _read_index(file: Path, key: str, kind: str) -> dict[str, Any]:
+    """Read a dictionary of JSON with a text at `key`; its entries are of any type."""
+    remedy = f"expected {kind}; copy the model again"
+    index = read_json(file, remedy, f"model.path: {file}")
+    if not isinstance(index, dict) or not isinstance(index.get(key), str):
+        raise ValueError(f"model.path: {file} has no text {key!r}; {remedy}")
+    return index
 
 
 def _index_file(

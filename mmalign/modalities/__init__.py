@@ -6,9 +6,11 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
 import torch
+from annotated_types import Len
+from typing_extensions import TypedDict
 
 from mmalign.config import Data, Model, Recipe
 from mmalign.config.methods import find_method
@@ -20,16 +22,39 @@ from mmalign.families.types import Loading
 from mmalign.methods import Requirements
 from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.policy import Policy
+from mmalign.reading import read_as
 from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+SAMPLES = "samples.json"  # in the folder of an evaluation
+EVALUATE_AGAIN = "run `mmalign evaluate` with this recipe again"
+
 Result = tuple[dict[str, Any], Table]  # the content of result.json, and a table of it
 # Measures a policy, with a folder for files and the identity of the evaluation.
 Measure = Callable[[Policy[Any], Path, Mapping[str, Any]], Result]
 Sample = Mapping[str, Any]  # an entry of samples.json
+S = TypeVar("S", bound=Sample)
+
+
+class SamplesFile(TypedDict, Generic[S]):
+    """Content of samples.json: the evaluation's identity, the name of its score, a table, and at least one sample."""
+
+    of: dict[str, object]
+    score: str
+    table: Table
+    samples: Annotated[list[S], Len(min_length=1)]
+
+
+def read_samples(kind: type[SamplesFile[S]], evaluation: Path) -> SamplesFile[S]:
+    """Read the samples of an evaluation's folder.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged.
+    """
+    return read_as(kind, evaluation / SAMPLES, EVALUATE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,7 @@ class Samples:
     Attributes:
         unavailable_reason: the reason why the recipe's evaluation has no samples, or None.
         layout: layout of the page.
+        read: read the samples of an evaluation's folder; raises ValueError.
         entries: entries of these samples, given as (index, sample), from the evaluation's folder.
         provenance: settings behind the samples, of which there are so many.
         metrics: metrics of an evaluated run, before and after alignment.
@@ -48,6 +74,7 @@ class Samples:
 
     unavailable_reason: Callable[[Recipe], str | None]
     layout: PageLayout
+    read: Callable[[Path], SamplesFile[Any]]
     entries: Callable[[Recipe, Path, Sequence[tuple[int, Sample]]], list[GalleryEntry]]
     provenance: Callable[[Recipe, int], dict[str, str]]
     metrics: Callable[[Recipe], tuple[list[Metrics], list[Metrics]]]

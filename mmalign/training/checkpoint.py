@@ -20,20 +20,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write, hidden
+from mmalign.reading import check_file, parse_as
 from mmalign.training.record import Record
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
 
 _PREFIX = "checkpoint-"
-_ABOUT = "checkpoint.json"
+_ABOUT, _WEIGHTS, _STATE = "checkpoint.json", "model.safetensors", "state.pt"
+_HASHED = (_WEIGHTS, _STATE)
 _HIDDEN = re.compile(rf"\.{_PREFIX}\d{{8}}\.mmalign-(part|old)")
 
 
@@ -43,11 +46,12 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Content of a checkpoint."""
+    """Content of a checkpoint; `resting`: training can resume from it exactly."""
 
     weights: dict[str, Tensor]
     state: StateDict
     step: int
+    resting: bool
     record: Record
 
 
@@ -55,8 +59,8 @@ class Checkpoint:
 class _About:
     """Content of `checkpoint.json`; `resting`: training can resume exactly; `hashes`: of the other files, by name."""
 
-    step: int
-    score: float | None
+    step: Annotated[int, Field(ge=0)]
+    score: Annotated[float, Field(allow_inf_nan=False)] | None
     resting: bool
     identity: dict[str, str]
     record: Record
@@ -94,23 +98,26 @@ def write(
         ValueError: a folder of the checkpoint's name is not a checkpoint.
         CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints stay intact.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
+    final = folder / _name(step)
     score = score if score is not None and math.isfinite(score) else None
     _sweep(folder)
     with atomic_write(final, marker=_ABOUT) as part:
         part.mkdir(parents=True)
-        save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / "model.safetensors")
+        save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, part / _WEIGHTS)
         try:
-            torch.save(state, part / "state.pt")
+            torch.save(state, part / _STATE)
         except RuntimeError as error:  # torch's own error for a full disk
             raise OSError(str(error)) from error
         hashes = {path.name: _hash(path) for path in sorted(part.iterdir())}
         about = _About(step, score, resumable, dict(identity), record or Record(), hashes)
-        content = {**asdict(about), "record": about.record.as_dict()}
-        (part / _ABOUT).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (part / _ABOUT).write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
     _prune(folder, keep_checkpoints)
     _sweep(folder)
     return final
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def _prune(folder: Path, keep_checkpoints: int) -> None:
@@ -166,8 +173,8 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
         raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT} is missing)") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    except _DAMAGED as error:
-        raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {_first_line(error)})") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {error})") from error
     differs = [key for key in identity if about.identity.get(key) != identity[key]]
     if differs:
         saved_identity = ", ".join(f"{key} {about.identity.get(key, 'not recorded')}" for key in differs)
@@ -177,11 +184,11 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
             "folder, or the settings of that run"
         )
     try:
-        for name, expected in about.hashes.items():
-            if _hash(path / name) != expected:
+        for name in _HASHED:
+            if _hash(path / name) != about.hashes.get(name):
                 raise DamagedCheckpointError(f"{path}: is damaged ({name} does not have the hash that was written)")
-        weights = load_file(path / "model.safetensors")
-        state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+        weights = load_file(path / _WEIGHTS)
+        state = torch.load(path / _STATE, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path}: is damaged ({Path(error.filename or path).name} is missing)") from error
     except (OSError, MemoryError) as error:
@@ -194,30 +201,28 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise DamagedCheckpointError(f"{path}: is damaged ({broken} is not finite)")
-    return Checkpoint(weights, state, about.step, about.record)
+    return Checkpoint(weights, state, about.step, about.resting, about.record)
 
 
 def _about(path: Path) -> _About:
-    content = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
-    score = content["score"]
-    return _About(
-        int(content["step"]),
-        float(score) if score is not None else None,
-        bool(content["resting"]),
-        dict(content["identity"]),
-        Record.from_dict(content["record"]),
-        dict(content["hashes"]),
-    )
+    """Read `checkpoint.json`.
 
-
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # of `_about`
+    Raises:
+        OSError: the file is missing, or cannot be read now.
+        ValueError: it is damaged, or another checkpoint's.
+    """
+    check_file(path / _ABOUT)
+    about = parse_as(_About, (path / _ABOUT).read_bytes())
+    if path.name != _name(about.step):
+        raise ValueError(f"it is of update {about.step}")
+    return about
 
 
 def _is_resumable(path: Path) -> bool:
     """Return whether training can resume from a checkpoint; True for a damaged file, which `read` refuses."""
     try:
         return _about(path).resting
-    except _DAMAGED:
+    except (OSError, ValueError):
         return True
 
 
@@ -225,7 +230,7 @@ def _score(path: Path) -> float | None:
     """Return a checkpoint's score; None also for a damaged file, which must not stop a run from saving."""
     try:
         return _about(path).score
-    except _DAMAGED:
+    except (OSError, ValueError):
         return None
 
 

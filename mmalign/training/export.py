@@ -9,6 +9,7 @@ from pathlib import Path
 from mmalign.atomic_io import atomic_write
 from mmalign.data.caches import fingerprint
 from mmalign.families.base import Family
+from mmalign.reading import read_as
 from mmalign.training.record import Record
 from mmalign.training.run import TrainingRun
 
@@ -23,6 +24,18 @@ class RunInfo:
     seconds: float
     identity: dict[str, str]
     record: Record
+
+    def __post_init__(self) -> None:
+        needed = ("model", "pairs", "pairs of a batch", "batches of an update")
+        missing = [name for name in needed if name not in self.identity]
+        if missing:
+            raise ValueError(f"identity has no {missing[0]!r}")
+        _ = self.pairs_per_update
+
+    @property
+    def pairs_per_update(self) -> int:
+        """Number of pairs of an update, over all processes and batches."""
+        return int(self.identity["pairs of a batch"]) * int(self.identity["batches of an update"])
 
 
 def export(folder: Path, run: TrainingRun) -> None:
@@ -49,18 +62,9 @@ def read_run_info(folder: Path) -> RunInfo:
     Raises:
         ValueError: the folder has no trained model, or its file is damaged.
     """
-    file = folder / RUN_INFO
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        identity = {str(key): str(value) for key, value in content["identity"].items()}
-        record = Record.from_dict(content["record"])
-        return RunInfo(int(content["step"]), float(content["seconds"]), identity, record)
-    except OSError:
-        raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first") from None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{file}: is damaged or of an earlier version ({type(error).__name__}: {error}); train again"
-        ) from None
+    if not (folder / RUN_INFO).exists():
+        raise ValueError(f"{folder}: there is no trained model; run `mmalign train` with this recipe first")
+    return read_as(RunInfo, folder / RUN_INFO, "train again")
 
 
 def check_base_model(info: RunInfo, folder: Path, family: Family) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 # Options that decide nothing about the weights.
 _UNRECORDED: tuple[str, ...] = ("evaluate", "gallery", "prepare", "limits", "output", "data.cache", "data.num_workers")
@@ -51,22 +51,6 @@ class Record:
             if before.get(key) != now.get(key) and not key.startswith(_UNRECORDED)
         ]
         return Record(recipe, (*self.changes, *changed))
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the record for a JSON file."""
-        return {"recipe": dict(self.recipe), "changes": [asdict(change) for change in self.changes]}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, object]) -> Record:
-        """Return the record that `as_dict` wrote.
-
-        Raises:
-            TypeError: the content is no record.
-        """
-        recipe, changes = content["recipe"], content["changes"]
-        if not isinstance(recipe, Mapping) or not isinstance(changes, list):
-            raise TypeError("expected a recipe and a list of changes")
-        return cls(recipe, tuple(Change(**change) for change in changes))
 
 
 def _options(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import Train
+from mmalign.families.loading import intact
 from mmalign.methods import AnyMethod
 from mmalign.policy import Policy
 from mmalign.training import checkpoint, loop
@@ -80,11 +81,9 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
         ValueError: the checkpoint lacks the moving average or a weight, or has weights that the model lacks.
     """
     path = output / f"checkpoint-{saved.step:08d}"
-    ema, scaler = run.train_state.ema, run.train_state.accelerator.scaler
+    ema = run.train_state.ema
     if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no moving average; leave it out, or use another output folder")
-    if saved.state["progress"]["step"] != saved.step:
-        raise ValueError(f"{path}: state.pt is of update {saved.state['progress']['step']}; use another output folder")
     needed = trainable_weights(run.policy.unwrapped).keys()
     for problem, names in (
         ("lacks weights of", needed - saved.weights.keys()),
@@ -92,15 +91,28 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
     ):
         if names:
             raise ValueError(f"{path}: {problem} the model ({min(names)}, ...); use another output folder")
+    with intact("train", path, "a checkpoint of this run", "use another output folder"):
+        _load(run, saved)
+
+
+def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
+    """Load a checkpoint's weights and state.
+
+    Raises:
+        Exception: the state is of another optimizer or version, or the weights have other shapes.
+    """
+    state, ema, scaler = saved.state, run.train_state.ema, run.train_state.accelerator.scaler
+    progress = loop.Progress(**state["progress"])
+    if progress.step != saved.step:
+        raise ValueError(f"state.pt is of update {progress.step}")
     run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
-    _load_optimizer(run.train_state.optimizer, saved.state["optimizer"])
+    _load_optimizer(run.train_state.optimizer, state["optimizer"])
     if ema is not None:
-        ema.load(saved.state["average"])
-    if scaler is not None and "scaler" in saved.state:
-        scaler.load_state_dict(saved.state["scaler"])
-    torch.set_rng_state(saved.state["generator"])
-    run.progress = loop.Progress(**saved.state["progress"])
-    run.reports = saved.state["reports"]
+        ema.load(state["average"])
+    if scaler is not None and "scaler" in state:
+        scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["generator"])
+    run.progress, run.reports = progress, state["reports"]
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: StateDict) -> None:

@@ -19,12 +19,13 @@ class AnswerCache:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        self._journal = AppendLog(folder / f"{fingerprint_settings(settings)}.jsonl", settings)
+        file = folder / f"{fingerprint_settings(settings)}.jsonl"
+        self._journal = AppendLog(file, settings, list[tuple[str, str, str]])
         self.answers: dict[tuple[str, str], str] = {
             (image, question): answer for piece in self._journal.entries for image, question, answer in piece
         }
 
     def add(self, answers: Mapping[tuple[str, str], str]) -> None:
         """Add answers to the file."""
-        self._journal.append([[*key, answer] for key, answer in answers.items()])
+        self._journal.append([(*key, answer) for key, answer in answers.items()])
         self.answers.update(answers)

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write
 from mmalign.config import Data
 from mmalign.data.caches.fingerprint import fingerprint_settings
+from mmalign.reading import read_as
 
 _FINGERPRINT = "fingerprint.json"
 
@@ -151,10 +152,7 @@ def _check_fingerprint(folder: Path, expected: Fingerprint) -> None:
         with atomic_write(path, shared=True) as part:
             part.write_text(json.dumps(expected, indent=1))
         return
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"data.cache: {path} is not JSON; delete the folder to rebuild it") from error
+    stored = read_as(dict[str, str | int | float], path, "delete the folder to rebuild the cache")
     differing = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
     if differing:
         differences = "; ".join(f"{k} is {stored.get(k)!r} there and {expected.get(k)!r} here" for k in differing)
@@ -162,19 +160,22 @@ def _check_fingerprint(folder: Path, expected: Fingerprint) -> None:
 
 
 def _names(path: Path) -> list[str] | None:
-    """Return the tensor names in a shard's header; None if the file is truncated."""
+    """Return the tensor names in a shard's header; None if the file is truncated or its header damaged.
+
+    Raises:
+        ValueError: the file is not a shard of this cache.
+    """
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if length > size - 8:
-                return None
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError):
+        with safe_open(path, "pt") as shard:  # checks names, shapes, offsets and the file's length
+            names = list(shard.keys())
+    except SafetensorError:
         return None
-    return list(header) if 8 + length + end == size else None
+    split = [name.rpartition("|") for name in names]
+    fields = {field for _, _, field in split}
+    keys = {key for key, _, _ in split}
+    if not all(bar for _, bar, _ in split) or len(names) != len(keys) * len(fields):
+        raise ValueError(f"data.cache: {path} is not a file of this cache; move it away")
+    return names
 
 
 def cache_folder(data: Data, output: Path) -> Path:

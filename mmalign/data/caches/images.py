@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmalign.atomic_io import atomic_write
 from mmalign.data.caches.fingerprint import fingerprint_settings
+from mmalign.data.images import BadImage, decode_file
 from mmalign.data.pairs import stable_hash
 
 
@@ -27,8 +28,9 @@ class ImageCache:
 
     def get(self, prompt: str, seed: int) -> Image.Image | None:
         """Return the image of a prompt and a seed; None if it is missing or damaged."""
-        with contextlib.suppress(OSError), Image.open(self._path(prompt, seed)) as image:
-            return image.convert("RGB")
+        path = self._path(prompt, seed)
+        with contextlib.suppress(BadImage):
+            return decode_file(path, str(path))
         return None
 
     def put(self, prompt: str, seed: int, image: Image.Image) -> None:

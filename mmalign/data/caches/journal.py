@@ -10,12 +10,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
+
+from mmalign.reading import check_file, parse_as
 
 _END = b"\n"
 
 
-class AppendLog:
+Piece = TypeVar("Piece")
+
+
+class AppendLog(Generic[Piece]):
     """Log file of a job's finished pieces.
 
     Attributes:
@@ -25,22 +30,23 @@ class AppendLog:
     Args:
         path: the file; created if it does not exist.
         job: everything that the work depends on; JSON.
+        piece: the shape of a piece, which pydantic validates.
 
     Raises:
-        ValueError: the file belongs to another job; the message names the differences.
+        ValueError: the file belongs to another job, with the differences, or a line is damaged.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, object]) -> None:
-        self.path, self.entries = path, list[Any]()
+    def __init__(self, path: Path, job: Mapping[str, object], piece: type[Piece]) -> None:
+        self.path, self.entries = path, list[Piece]()
         head = json.loads(json.dumps(job))  # as it reads back from JSON
         lines = self._whole_lines()
         if lines:
             self._require(lines[0], head)
-            self.entries = [json.loads(line) for line in lines[1:]]
+            self.entries = [self._parse(piece, number, line) for number, line in enumerate(lines[1:], start=2)]
         else:
             self._write(head)
 
-    def append(self, piece: object) -> None:
+    def append(self, piece: Piece) -> None:
         """Append a piece and flush it to disk."""
         self._write(piece)
         self.entries.append(piece)
@@ -52,21 +58,31 @@ class AppendLog:
     def _whole_lines(self) -> list[bytes]:
         """Return the file's complete lines; truncate the file after the last one."""
         try:
+            check_file(self.path)
             content = self.path.read_bytes()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read ({error.strerror}); move it away to start over") from error
         whole = content[: content.rfind(_END) + 1]
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        return whole.splitlines()
+        return whole.split(_END)[:-1]
+
+    def _parse(self, kind: type[Piece], number: int, line: bytes) -> Piece:
+        try:
+            return parse_as(kind, line)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path}: line {number} is damaged ({error}); delete it and the lines after it to resume from "
+                "there, or move the file away to start over"
+            ) from error
 
     def _require(self, line: bytes, job: Mapping[str, object]) -> None:
         try:
-            began = json.loads(line)
+            began = parse_as(dict[str, object], line)
         except ValueError:
-            began = None
-        if not isinstance(began, dict):
-            raise ValueError(f"{self.path}: is not a record of unfinished work; move it away")
+            raise ValueError(f"{self.path}: is not a record of unfinished work; move it away") from None
         other = sorted(key for key in {*began, *job} if began.get(key) != job.get(key))
         if other:
             was, now = (_short(some.get(other[0])) for some in (began, job))

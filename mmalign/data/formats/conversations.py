@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
 from mmalign.data.formats.files import JSON, TABLES, Record, shorten
 from mmalign.data.formats.layouts import Layout, UnusableRowError
 from mmalign.language.chat import Turn
+from mmalign.reading import parse_json
 
 Image = str | tuple[str, int | None]  # a path, or a table's column and the index in its list
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -67,10 +68,20 @@ def _turn(location: str, name: str, message: object) -> Turn:
         raise ValueError(f"{location}: {name} holds {shorten(message)}; expected messages with a role and a content")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if isinstance(content, list):
-        content = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in content)
+        content = "".join(_part(location, name, part) for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{location}: {name} holds {shorten(message)}; expected messages with a role and a content")
     return Turn(ROLES.get(role, role), content)
+
+
+def _part(location: str, name: str, part: object) -> str:
+    """Return the text of a part of a message's content: a placeholder for an image."""
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+    if kind not in ("image", "text") or not isinstance(text, str | None):
+        raise ValueError(
+            f'{location}: {name} holds {shorten(part)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}'
+        )
+    return "<image>" if kind == "image" else text or ""
 
 
 def _turns(location: str, name: str, value: object) -> tuple[Turn, ...]:
@@ -130,12 +141,16 @@ def _mdpo(location: str, row: Record) -> ParsedRow:
 
 
 def _rlhfv(location: str, row: Record) -> ParsedRow:
-    record: Record = row
+    record: object = row
     if row.get("question") is None:
         try:
-            record = json.loads(str(row["text"]))
+            record = parse_json(str(row["text"]))
         except ValueError as error:
-            raise ValueError(f"{location}: text is {shorten(row['text'])}; expected JSON with a question") from error
+            raise ValueError(
+                f"{location}: text is {shorten(row['text'])}; expected JSON with a question ({error})"
+            ) from error
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{location}: text is {shorten(record)}; expected a record with question, chosen and rejected")
     lacking = [name for name in ("question", "chosen", "rejected") if name not in record]
     if lacking:
         raise ValueError(f"{location}: text has no {', no '.join(lacking)}; expected question, chosen and rejected")

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import bisect
 import codecs
-import errno
 import glob
 import json
 import os
 import re
-import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmalign.reading import check_file, parse_json, read_json
 from mmalign.resources import is_hub_id, resolve
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pyarrow import Schema
+    from pyarrow import DataType, Schema
 
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
+MAX_LINE = 2**26  # 64 MiB; the bytes of a line of JSON
 MAX_IMAGE_BYTES = 2**29  # 512 MiB; no encoded image of usable size is larger
 
 Record = Mapping[str, object]  # a row of JSON or of a table
@@ -131,6 +131,32 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
     return _undecoded(table), starts
 
 
+def is_text(kind: DataType) -> bool:
+    """Return whether a column holds texts."""
+    import pyarrow.types as pt
+
+    return bool(pt.is_string(kind) or pt.is_large_string(kind))
+
+
+def is_image(kind: DataType) -> bool:
+    """Return whether a column holds encoded images: bytes, or structs of bytes and perhaps a path."""
+    import pyarrow as pa
+    import pyarrow.types as pt
+
+    def is_bytes(kind: DataType) -> bool:
+        return bool(pt.is_binary(kind) or pt.is_large_binary(kind))
+
+    if not pt.is_struct(kind):
+        return is_bytes(kind)
+    types = {kind.field(n).name: kind.field(n).type for n in range(kind.num_fields)}
+    path = types.get("path", pa.null())
+    return (
+        "bytes" in types
+        and (is_bytes(types["bytes"]) or pt.is_null(types["bytes"]))
+        and (is_text(path) or pt.is_null(path))
+    )
+
+
 def load_hub(path: str, split: str | None) -> tuple[Dataset, RowStarts]:
     """Load a dataset of the Hub as a memory-mapped table with undecoded images.
 
@@ -177,6 +203,7 @@ def records(path: str | Path) -> Iterator[tuple[str, Record]]:
     """
     file = resolve(path)
     try:
+        check_file(file, None)
         with file.open("rb") as stream:
             is_list = stream.read(256).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         located = _lines(file) if file.suffix == ".jsonl" and not is_list else _entries(file, is_list)
@@ -185,14 +212,15 @@ def records(path: str | Path) -> Iterator[tuple[str, Record]]:
                 raise ValueError(f"{location} is {shorten(record)}; expected a record {{...}}")
             yield location, record
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected JSON, or JSON lines, in UTF-8") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}); expected JSON, or JSON lines, in UTF-8") from error
 
 
 def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, object]]:
     """Yield the records of a JSON file; read it as JSON lines if it is not valid JSON and not a list."""
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        check_file(file)
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
         if is_list:
             raise ValueError(f"{file.name} is not JSON ({error}); expected a list of records [{{...}}]") from error
         yield from _lines(file)
@@ -210,12 +238,14 @@ def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, object]]:
 
 def _lines(file: Path) -> Iterator[tuple[str, object]]:
     with file.open("rb") as lines:  # bytes, since a truncated file may end inside a character
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             if line.strip():
                 location = f"{file.name}: line {number}"
                 try:
-                    yield location, json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    if len(line) > MAX_LINE:
+                        raise ValueError(f"more than {MAX_LINE:,} bytes")
+                    yield location, parse_json(line)
+                except ValueError as error:
                     raise ValueError(f"{location} is not JSON ({error}); expected one record {{...}} a line") from error
 
 
@@ -225,13 +255,10 @@ def document(path: str | Path) -> dict[str, object]:
     Raises:
         ValueError: the file cannot be read, or its content is not a JSON dictionary.
     """
-    file = resolve(path)
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected one dictionary {{...}}") from error
+    file, expected = resolve(path), "expected one dictionary {...}"
+    content = read_json(file, expected, str(path))
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is {shorten(content)}; expected one dictionary {{...}}")
+        raise ValueError(f"{file.name} is {shorten(content)}; {expected}")
     return content
 
 
@@ -249,11 +276,11 @@ def find_image(file: Path, name: object, location: str, folder: Path | None = No
         candidates = [contained_path(folder, name, location)]
     else:
         candidates = [contained_path(file.parent, name, location), file.parent / file.stem / name]
-    path = next((c for c in candidates if _is_file(c)), None)
+    path = next((c for c in candidates if is_file(c)), None)
     if path is None:
         return ""
     try:
-        check_image_file(path)
+        check_file(path, MAX_IMAGE_BYTES)
     except OSError as error:
         raise ValueError(f"{location}: the image {shorten(name)} cannot be read ({error.strerror})") from error
     return str(path)
@@ -270,33 +297,32 @@ def contained_path(folder: Path, name: str, location: str) -> Path:
     path = folder / name
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(
-            f"{location}: the image {shorten(name)} is outside {folder}; move it there, or let data.images (of "
-            "prepare: prepare.source.images) name a folder that holds all images"
+            f"{location}: the image {shorten(name)} is outside {folder}; move it there, or name a folder "
+            "that holds all images (data.images, prepare.source.images, evaluate.images)"
         )
     return path
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Return whether a file exists, also for names that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name too long, or with a null character
         return False
 
 
-def check_image_file(path: str | Path) -> None:
-    """Check that a path is a regular file of at most `MAX_IMAGE_BYTES`; a pipe or device could be read for ever.
-
-    Raises:
-        OSError: the file does not exist, is not regular or is too large.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    if status.st_size > MAX_IMAGE_BYTES:
-        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+def as_text(value: object) -> str:
+    """Return a value of any type as text, such as the name of a group."""
+    try:
+        return str(value)
+    except RecursionError:
+        return shorten(value)
 
 
 def shorten(value: object) -> str:
     """Return a value as JSON of at most 60 characters, for messages."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:  # as deep as JSON may be where it is read, too deep where it is written
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -26,9 +26,12 @@ from mmalign.data.formats.files import (
     JSON,
     TABLES,
     Record,
+    as_text,
     find_files,
     find_image,
     is_hub_path,
+    is_image,
+    is_text,
     load_hub,
     load_tables,
     locate_row,
@@ -129,16 +132,21 @@ def _check_schema(layout: Layout[ParsedPairs], location: str, schema: Schema, gr
         if not any(test(kind) for test in tests):
             raise ValueError(f"{location}: {column} is {kind}; expected {expected}")
 
-    def has_bytes(kind: DataType) -> bool:
-        return bool(pt.is_struct(kind)) and int(kind.get_field_index("bytes")) >= 0
-
+    check("caption", "a prompt, as text", is_text, pt.is_null)
     for name in ("jpg_0", "jpg_1"):
-        check(name, "images as bytes, or as bytes and path", pt.is_binary, pt.is_large_binary, has_bytes)
-    if layout.column("rejected_caption") in schema.names:
-        texts = (pt.is_string, pt.is_large_string, pt.is_null)
-        check("rejected_caption", "the rejected image's prompt, as text", *texts)
+        check(name, "images as bytes, or as bytes and path", is_image)
     for name in ("label_0", "label_1"):
         check(name, "a number: 1 preferred, 0 not, 0.5 a tie", pt.is_floating, pt.is_integer)
+    optional = {
+        "rejected_caption": ("the rejected image's prompt, as text", (is_text, pt.is_null)),
+        "has_label": ("true or false", (pt.is_boolean, pt.is_null)),
+        "are_different": ("true or false", (pt.is_boolean, pt.is_null)),
+        "image_0_uid": ("the image's name, as text or a number", (is_text, pt.is_integer, pt.is_null)),
+        "image_1_uid": ("the image's name, as text or a number", (is_text, pt.is_integer, pt.is_null)),
+    }
+    for name, (expected, tests) in optional.items():
+        if layout.column(name) in schema.names:
+            check(name, expected, *tests)
 
 
 def _open_tables(
@@ -215,7 +223,7 @@ def _open_files(
                 dropped.append(SkippedRow(location, f"has no {layout.column(second)}"))
                 continue
             ties += row.ties
-            group = row.prompt if group_by is None else str(record[group_by])
+            group = row.prompt if group_by is None else as_text(record[group_by])
             for sides in row.sides:
                 # Pairs whose images both exist
                 paths = [find_image(file, side, location) for side in sides]
@@ -251,8 +259,8 @@ def _read_ranking(location: str, record: Record) -> ParsedPairs:
             f"{location}: image_path is {shorten(images)}, rank is {shorten(rank)} and human_preference is "
             f"{shorten(preference)}; expected a list of images, and one as long of ranks or preferences"
         )
-    if not all(isinstance(v, int | float) for v in values):
-        raise ValueError(f"{location}: the ranks are {values}; expected numbers")
+    if not all(isinstance(v, int | float) and v == v for v in values):
+        raise ValueError(f"{location}: the ranks are {shorten(values)}; expected numbers")
     worth = [-v if rank is not None else v for v in values]
     ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
     return ParsedPairs(prompt, ordered, ties=len(images) * (len(images) - 1) // 2 - len(ordered))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmalign.data.pairs import ImagePair, Pairs, stable_hash
+from mmalign.reading import read_text
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,8 @@ def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
     Raises:
         ValueError: the file cannot be read, is not UTF-8 text, or has no prompt; the message begins with `key`.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {path} cannot be read ({error}); expected a text file in UTF-8") from error
+    text = read_text(path, "expected a text file in UTF-8", f"{key}: {path}")
+    lines = [line.strip() for line in text.splitlines()]
     prompts = [(index, line) for index, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"{key}: {path} has none; expected one prompt a line")

@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 
 from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.files import (
+    MAX_IMAGE_BYTES,
     TABLES,
     Record,
-    check_image_file,
+    as_text,
     contained_path,
     find_files,
     find_image,
     is_hub_path,
+    is_image,
     load_hub,
     load_tables,
     locate_row,
@@ -45,6 +47,7 @@ from mmalign.data.formats.layouts import Layout, UnusableRowError, find_layout
 from mmalign.data.formats.rows import ImageKeys, file_ref
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, stable_hash
 from mmalign.language.chat import Turn
+from mmalign.reading import check_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,7 +145,7 @@ def _file_bytes(name: str, folder: Path | None, location: str) -> bytes:
         )
     path = contained_path(folder, name, location)
     try:
-        check_image_file(path)
+        check_file(path, MAX_IMAGE_BYTES)
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{location}: the image {name!r} cannot be read ({error.strerror or error})") from error
@@ -187,7 +190,7 @@ def open_responses(
             dropped.append(SkippedRow(location, str(error)))
             continue
         # Rows of the same images stay in one split
-        group = str(record[group_by]) if group_by is not None else _images_group(parsed, location)
+        group = as_text(record[group_by]) if group_by is not None else _images_group(parsed, location)
         entries.append(IndexedRow(parsed, location, group, number, paths))
     pairs = Pairs(path, ResponseRows(entries, table, folder), np.arange(len(entries)), dropped)
     pairs.require("with an image and two different responses")
@@ -211,30 +214,23 @@ def _light(table: Dataset) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    heavy = {n: f.type for n, f in ((f.name, f) for f in table.data.schema) if _holds_bytes(f.type)}
+    def is_list(kind: DataType) -> bool:
+        return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+    heavy = {f.name: f.type for f in table.data.schema if is_image(f.type.value_type if is_list(f.type) else f.type)}
     texts = table.select_columns([n for n in table.column_names if n not in heavy])
     # Count the images of each row from offsets and validity alone
     counts = {}
     for name, kind in heavy.items():
         column = table.data.column(name)
-        listed_ = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        counts[name] = (pc.list_value_length(column) if listed_ else pc.is_valid(column)).to_pylist(), listed_
+        lengths = pc.list_value_length(column) if is_list(kind) else pc.is_valid(column)
+        counts[name] = lengths.to_pylist(), is_list(kind)
     for number in range(len(table)):
         row = dict(texts[number]) if texts.column_names else {}
-        for name, (lengths, is_list) in counts.items():
-            many = lengths[number] or 0
-            row[name] = [(name, index) for index in range(many)] if is_list else ((name, None) if many else None)
+        for name, (numbers, listed) in counts.items():
+            many = numbers[number] or 0
+            row[name] = [(name, index) for index in range(many)] if listed else ((name, None) if many else None)
         yield row
-
-
-def _holds_bytes(kind: DataType) -> bool:
-    import pyarrow.types as pt
-
-    if pt.is_list(kind) or pt.is_large_list(kind):
-        return _holds_bytes(kind.value_type)
-    if pt.is_struct(kind):
-        return int(kind.get_field_index("bytes")) >= 0
-    return bool(pt.is_binary(kind) or pt.is_large_binary(kind))
 
 
 def _with_image_places(parsed: ParsedRow) -> ParsedRow:

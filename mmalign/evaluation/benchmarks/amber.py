@@ -37,6 +37,7 @@ from mmalign.evaluation.benchmarks.pope import Parse, parse_strict
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns, as_columns_by_kind, divide, f1, ratio
 from mmalign.evaluation.statistics import Values
 from mmalign.language.objects import singular, tokens
+from mmalign.reading import read_text
 from mmalign.resources import resolve
 
 Nouns = Callable[[str], Sequence[str]]
@@ -286,7 +287,7 @@ def read_amber(folder: str | Path) -> Annotations:
     path = place / "annotations.json"
     entries = ((at, _id(at, record), _read_item(at, record, associates)) for at, record in records(path))
     items = index(path, "id", entries, "the benchmark's annotations")
-    safe_words = resolve(place / "safe_words.txt").read_text(encoding="utf-8").split()
+    safe_words = read_text(resolve(place / "safe_words.txt"), "expected the benchmark's words, one a line").split()
     queries = place / "query" / "query_all.json"
     located = records(queries) if queries.is_file() else ()
     images = {_id(location, record): take_text(location, record, "image") for location, record in located}

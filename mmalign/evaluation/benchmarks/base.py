@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.data.formats.rows import ImageKeys, file_ref
-from mmalign.data.images import decode
+from mmalign.data.formats.files import contained_path, is_file
+from mmalign.data.images import decode_file
 from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id
 from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.metrics import Metrics
@@ -183,17 +183,16 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
     """Return a function that reads a folder's images by name.
 
     Raises:
-        ValueError: an image of these questions is missing.
+        ValueError: an image of these questions is missing, or outside the folder.
     """
-    names = {question.image for question in questions}
-    missing = sorted(name for name in names if not (Path(folder) / name).is_file())
+    names, place = {question.image for question in questions}, "images"
+    missing = sorted(name for name in names if not is_file(contained_path(Path(folder), name, place)))
     if missing:
         raise ValueError(
             f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are "
             "missing); expected every image of the questions, under the name given there"
         )
-    keys = ImageKeys()
-    return lambda name: decode(file_ref(keys, str(Path(folder) / name), lambda: name))
+    return lambda name: decode_file(contained_path(Path(folder), name, place), name)
 
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:

@@ -26,7 +26,7 @@ from mmalign.evaluation.annotations import (
     check_annotated,
     image_id,
     read_objects,
-    take,
+    take_id,
     take_image_id,
     take_text,
 )
@@ -162,11 +162,11 @@ def read_coco(
     for path in instances:
         file = document(path)
         objects = {
-            take(at, category, "id"): vocabulary.object_of(take_text(at, category, "name"))
+            take_id(at, category, "id"): vocabulary.object_of(take_text(at, category, "name"))
             for at, category in _coco_records(path, file, "categories")
         }
         for at, image, annotation in _coco_annotations(path, file, truth):
-            category = take(at, annotation, "category_id")
+            category = take_id(at, annotation, "category_id")
             if category not in objects:
                 raise ValueError(f"{at}: category_id is {shorten(category)}; expected one of `categories`")
             truth[image].add(objects[category])

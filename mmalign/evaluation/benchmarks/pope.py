@@ -248,12 +248,15 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         return _answers_in_order(path, rows, questions)
     known = {question.id for question in questions}
     for location, record in rows:
-        if record["question_id"] not in known:
+        if (number := take_number(location, record, "question_id")) not in known:
             raise ValueError(
-                f"{location}: question_id {shorten(record['question_id'])} is none of the {len(known)} questions "
-                f"({min(known)} to {max(known)}); expected the answers to this file of questions"
+                f"{location}: question_id {shorten(number)} is none of the {len(known)} questions ({min(known)} to "
+                f"{max(known)}); expected the answers to this file of questions"
             )
-    entries = ((w, record["question_id"], take_text(w, record, "text", "answer", "response")) for w, record in rows)
+    entries = (
+        (w, take_number(w, record, "question_id"), take_text(w, record, "text", "answer", "response"))
+        for w, record in rows
+    )
     answers = index(path, "question_id", entries, "one answer to each question")
     missing = sorted(known - set(answers))
     if missing:

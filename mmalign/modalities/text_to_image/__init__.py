@@ -21,6 +21,7 @@ MODALITY = Modality(
     samples=Samples(
         unavailable_reason=gallery.unavailable_reason,
         layout=pictures.LAYOUT,
+        read=gallery.read,
         entries=gallery.gallery_entries,
         provenance=gallery.provenance,
         metrics=gallery.read_metrics,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NotRequired
 
 from PIL import Image
+from typing_extensions import TypedDict
 
 from mmalign.atomic_io import atomic_write
 from mmalign.config import EvaluateImages, Recipe
+from mmalign.data.images import BadImage, decode_file
 from mmalign.evaluation.metrics import SIDES, Metrics
-from mmalign.modalities import Sample
+from mmalign.modalities import EVALUATE_AGAIN, SAMPLES, Sample, SamplesFile, read_samples
 from mmalign.modalities.text_to_image.evaluate import measure_samples
 from mmalign.pages.comparison import RatedImage, render_side_by_side, short_names
 from mmalign.pages.grid import encode_grid
@@ -19,6 +22,39 @@ from mmalign.pages.page import GalleryEntry
 from mmalign.pages.pictures import picture_entry
 
 SHOWN = 8  # prompts in the grid of several recipes
+
+
+class Side(TypedDict):
+    """Measurements of an image; which of the last three there are depends on the evaluation."""
+
+    score: float
+    note: str
+    judged: NotRequired[float]
+    apart: NotRequired[float]
+    parts: NotRequired[dict[str, bool]]
+
+
+class PictureSample(TypedDict):
+    """Prompt, seed, and the measurements of its images before and after alignment."""
+
+    prompt: str
+    seed: int
+    before: Side
+    after: Side
+
+
+def read(folder: Path) -> SamplesFile[PictureSample]:
+    """Read the samples of an evaluation's folder.
+
+    Raises:
+        ValueError: the file cannot be read or is damaged, or its samples differ in their measurements.
+    """
+    content = read_samples(SamplesFile[PictureSample], folder)
+    sides = [side for sample in content["samples"] for side in (sample["before"], sample["after"])]
+    measured = {frozenset(side) | frozenset(side.get("parts", {})) & {"correct"} for side in sides}
+    if len(measured) > 1 or any("parts" in some and "correct" not in some for some in measured):
+        raise ValueError(f"{folder / SAMPLES}: is damaged (its samples differ in their measures); {EVALUATE_AGAIN}")
+    return content
 
 
 def unavailable_reason(recipe: Recipe) -> str | None:
@@ -31,7 +67,7 @@ def gallery_entries(_: Recipe, folder: Path, samples: Sequence[tuple[int, Sample
     """Return the gallery's entries of an evaluation's samples, given as (index, sample)."""
     entries = []
     for index, sample in samples:
-        images = [Image.open(folder / side / f"{index:05d}.png").convert("RGB") for side in SIDES]
+        images = [_read_image(folder, side, index) for side in SIDES]
         before, after = (sample[side] for side in SIDES)
         scores, notes = (before["score"], after["score"]), (before["note"], after["note"])
         entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes))
@@ -50,7 +86,12 @@ def provenance(recipe: Recipe, num_samples: int) -> dict[str, str]:
 
 def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     """Return the metrics of an evaluated run, before and after alignment."""
-    return measure_samples(_read_samples(recipe))
+    folder = Path(recipe.output) / "evaluation"
+    samples = read(folder)["samples"]
+    try:
+        return measure_samples(samples)
+    except ValueError as error:  # a prompt that is not of the bundled world
+        raise ValueError(f"{folder / SAMPLES}: is damaged ({error}); {EVALUATE_AGAIN}") from error
 
 
 def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
@@ -62,7 +103,7 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
     """
     # The first images of distinct prompts
     # Images of every recipe at the first prompts
-    samples = {name: _read_samples(recipe) for name, recipe in recipes.items()}
+    samples = {name: read(Path(recipe.output) / "evaluation")["samples"] for name, recipe in recipes.items()}
     base, recipe = next(iter(samples.values())), next(iter(recipes.values()))
     indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
     columns = {"base": [_rated_image(Path(recipe.output), base[i], i, "before") for i in indices]}
@@ -90,15 +131,16 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
         part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _read_samples(recipe: Recipe) -> list[Sample]:
-    file = Path(recipe.output) / "evaluation" / "samples.json"
-    samples: list[Sample] = json.loads(file.read_text(encoding="utf-8"))["samples"]
-    return samples
+def _read_image(folder: Path, side: str, index: int) -> Image.Image:
+    path = folder / side / f"{index:05d}.png"
+    try:
+        return decode_file(path, str(path))
+    except BadImage as error:
+        raise ValueError(f"{error}; {EVALUATE_AGAIN}") from error
 
 
 def _rated_image(output: Path, sample: Sample, index: int, side: str) -> RatedImage:
-    with Image.open(output / "evaluation" / side / f"{index:05d}.png") as file:
-        image = file.convert("RGB")
+    image = _read_image(output / "evaluation", side, index)
     record = sample[side]
     if record["note"]:
         return RatedImage(image, record["note"], record["note"] == "correct")

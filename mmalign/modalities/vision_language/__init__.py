@@ -21,6 +21,7 @@ MODALITY = Modality(
     samples=Samples(
         unavailable_reason=gallery.unavailable_reason,
         layout=answers.LAYOUT,
+        read=gallery.read,
         entries=gallery.gallery_entries,
         provenance=gallery.provenance,
         metrics=evaluate.read_metrics,

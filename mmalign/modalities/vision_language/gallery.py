@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from mmalign.config import EvaluateResponses, Recipe
 from mmalign.evaluation.benchmarks.base import RatedAnswer
-from mmalign.modalities import Sample
+from mmalign.modalities import Sample, SamplesFile, read_samples
 from mmalign.modalities.vision_language.evaluate import read_benchmark
 from mmalign.pages.answers import answer_entry
 from mmalign.pages.page import GalleryEntry
+
+
+class Answer(TypedDict):
+    """Fields of a `RatedAnswer`."""
+
+    text: str
+    score: float
+    note: str
+    invented: tuple[tuple[int, int], ...]
+
+
+class AnswerSample(TypedDict):
+    """Question with its truth in words, and its answers before and after alignment."""
+
+    part: str
+    image: str
+    question: str
+    truth: str
+    before: Answer
+    after: Answer
+
+
+def read(folder: Path) -> SamplesFile[AnswerSample]:
+    """Read the samples of an evaluation's folder.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged.
+    """
+    return read_samples(SamplesFile[AnswerSample], folder)
 
 
 def unavailable_reason(recipe: Recipe) -> str | None:
@@ -31,18 +61,14 @@ def gallery_entries(recipe: Recipe, _: Path, samples: Sequence[tuple[int, Sample
     """
     assert isinstance(recipe.evaluate, EvaluateResponses)
     images = read_benchmark(recipe.evaluate).images
-
-    def answer(record: Mapping[str, Any]) -> RatedAnswer:
-        return RatedAnswer(**{**record, "invented": tuple(tuple(span) for span in record["invented"])})
-
     return [
         answer_entry(
             images(sample["image"]),
             sample["image"],
             sample["question"],
             sample["truth"],
-            answer(sample["before"]),
-            answer(sample["after"]),
+            RatedAnswer(**sample["before"]),
+            RatedAnswer(**sample["after"]),
         )
         for _, sample in samples
     ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
@@ -65,6 +66,15 @@ logger = logging.getLogger(__name__)
 RULES = "rules"
 
 
+class Entry(TypedDict):
+    """Result for a row: the rejected response with its origin, or the reason `why` there is none (else empty)."""
+
+    why: str
+    text: str
+    notes: dict[str, Any]
+    retrieved: str | None
+
+
 @dataclass(frozen=True)
 class Work:
     """Generator of rejected responses, with its dependencies.
@@ -101,7 +111,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
 
     # Rejected responses, in chunks of `save_every` rows
     work = _work(recipe, section, pairs, writer)
-    log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work))
+    log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work), list[Entry])
     num_done = len(log.entries) * section.save_every
     if num_done:
         logger.info(f"resuming after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
@@ -111,7 +121,9 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
 
     # The file of pairs
     entries = [one for piece in log.entries for one in piece]
-    dropped = [SkippedRow(pairs[n].location, one["why"]) for n, one in enumerate(entries) if "why" in one]
+    if len(entries) != len(pairs):
+        raise ValueError(f"{log.path}: has {len(entries)} results for {len(pairs)} rows; move it away to start over")
+    dropped = [SkippedRow(pairs[n].location, one["why"]) for n, one in enumerate(entries) if one["why"]]
     if len(dropped) == len(entries):
         log.remove()
         raise ValueError(
@@ -307,16 +319,16 @@ def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> d
     return {**_settings(section).model_dump(), **common, **work.dependencies}
 
 
-def _log_entry(result: RejectedResponse | str) -> dict[str, Any]:
+def _log_entry(result: RejectedResponse | str) -> Entry:
     """Return a result as an entry of the log."""
     if isinstance(result, str):
-        return {"why": result}
+        return Entry(why=result, text="", notes={}, retrieved=None)
     retrieved = result.retrieved.location if result.retrieved is not None else None
-    return {"text": result.text, "notes": dict(result.metadata), "retrieved": retrieved}
+    return Entry(why="", text=result.text, notes=dict(result.metadata), retrieved=retrieved)
 
 
 def _synthesized_pairs(
-    section: PrepareResponses, pairs: Pairs[ResponsePair], entries: Sequence[dict[str, Any]], work: Work
+    section: PrepareResponses, pairs: Pairs[ResponsePair], entries: Sequence[Entry], work: Work
 ) -> Iterator[SynthesizedPair]:
     """Yield the pairs to write."""
     images = {ref.location: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
@@ -324,22 +336,20 @@ def _synthesized_pairs(
     common = {"kind": section.kind, "seed": section.seed, **work.dependencies, "settings": settings}
     beside = section.bdhs is not None and section.bdhs.keep_rejected
     for number, entry in enumerate(entries):
-        if "why" not in entry:
+        if not entry["why"]:
             pair = pairs[number]
             rejected, hallucinated = (pair.rejected, entry["text"]) if beside else (entry["text"], "")
             retrieved = images[entry["retrieved"]] if entry["retrieved"] else None
             yield SynthesizedPair(pair, rejected, hallucinated, retrieved, {**entry["notes"], **common})
 
 
-def _summary(
-    pairs: Pairs[ResponsePair], entries: Sequence[dict[str, Any]], dropped: Sequence[SkippedRow], work: Work
-) -> str:
+def _summary(pairs: Pairs[ResponsePair], entries: Sequence[Entry], dropped: Sequence[SkippedRow], work: Work) -> str:
     text = f"{len(entries) - len(dropped):,} pairs of {len(entries):,} answers"
     if pairs.skipped:
         text += f"; {len(pairs.skipped):,} rows of the source cannot be used ({format_rows(pairs.skipped)})"
     if dropped:
         text += f"; {len(dropped):,} left out ({format_rows(dropped)})"
-    tries = Counter(one["notes"]["tries"] for one in entries if "tries" in one.get("notes", {}))
+    tries = Counter(one["notes"]["tries"] for one in entries if "tries" in one["notes"])
     if tries:
         text += "; taken at try " + ", ".join(f"{attempt}: {number:,}" for attempt, number in sorted(tries.items()))
     if "similarity by" in work.dependencies:

@@ -11,8 +11,8 @@ JOB = {"seed": 1, "settings": {"rho": 0.99}, "name": "ü"}
 PIECES: list[Any] = [[{"text": "A dög.\n"}], [], ["a\udcff", 0.1, None]]
 
 
-def filled(path: Path) -> AppendLog:
-    log = AppendLog(path, JOB)
+def filled(path: Path) -> AppendLog[Any]:
+    log = AppendLog(path, JOB, Any)
     for piece in PIECES:
         log.append(piece)
     return log
@@ -20,12 +20,12 @@ def filled(path: Path) -> AppendLog:
 
 def test_what_was_appended_is_there_again(tmp_path: Path) -> None:
     assert filled(tmp_path / "work").entries == PIECES
-    again = AppendLog(tmp_path / "work", JOB)
+    again = AppendLog(tmp_path / "work", JOB, Any)
     assert again.entries == PIECES
     again.append("more")
-    assert AppendLog(tmp_path / "work", JOB).entries == [*PIECES, "more"]
+    assert AppendLog(tmp_path / "work", JOB, Any).entries == [*PIECES, "more"]
     again.remove()
-    assert not (tmp_path / "work").exists() and AppendLog(tmp_path / "work", JOB).entries == []
+    assert not (tmp_path / "work").exists() and AppendLog(tmp_path / "work", JOB, Any).entries == []
 
 
 @pytest.mark.parametrize("kept", range(4))
@@ -39,7 +39,7 @@ def test_a_file_cut_anywhere_has_its_whole_lines(kept: int, tmp_path: Path) -> N
     for length in (begin, begin + 1, (begin + end) // 2, end - 1):
         path = tmp_path / f"cut {length}"
         path.write_bytes(content[:length])
-        log = AppendLog(path, JOB)
+        log = AppendLog(path, JOB, Any)
         assert log.entries == PIECES[: max(kept - 1, 0)]
         for piece in PIECES[len(log.entries) :]:
             log.append(piece)
@@ -50,7 +50,7 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
     filled(tmp_path / "work")
     before = (tmp_path / "work").read_bytes()
     with pytest.raises(ValueError) as raised:
-        AppendLog(tmp_path / "work", {**JOB, "seed": 2, "model": "x"})
+        AppendLog(tmp_path / "work", {**JOB, "seed": 2, "model": "x"}, Any)
     assert str(raised.value) == (
         f'{tmp_path / "work"}: was started with other settings (model, seed differ; model was null and is "x"); use '
         "the same settings to resume, or move that file away to start over"
@@ -62,5 +62,15 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
 def test_what_is_no_journal_is_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "work").write_bytes(content)
     with pytest.raises(ValueError, match="is not a record of unfinished work; move it away"):
-        AppendLog(tmp_path / "work", JOB)
+        AppendLog(tmp_path / "work", JOB, Any)
     assert (tmp_path / "work").read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [b"[[", b"\xff", b"[" * 3000, b"{}", b'["a", "b", "c"]', b"NaN"])
+def test_damaged_line_is_named(damage: bytes, tmp_path: Path) -> None:
+    kind = list[tuple[str, str, str]]
+    AppendLog(tmp_path / "work", JOB, kind).append([("a.png", "What?", "A dog.")])
+    with (tmp_path / "work").open("ab") as file:
+        file.write(damage + b"\n")
+    with pytest.raises(ValueError, match=r"work: line 3 is damaged .*; delete it and the lines after it"):
+        AppendLog(tmp_path / "work", JOB, kind)

@@ -1,0 +1,119 @@
+"""Bounded readers of files that others wrote; every error names the file, the reason and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+MAX_BYTES = 2**31  # 2 GiB; MSCOCO's and LLaVA's largest files have half of it
+
+T = TypeVar("T")
+
+
+def check_file(path: str | Path, max_bytes: int | None = MAX_BYTES) -> None:
+    """Check that a path is a regular file of at most `max_bytes`; a pipe or device could be read for ever.
+
+    Raises:
+        OSError: the file does not exist, is not regular or is too large.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {max_bytes:,}")
+
+
+def read_text(path: Path, remedy: str, place: str = "") -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: the file.
+        remedy: the end of the error message: what was expected, or what to do.
+        place: the beginning of the error message; the path if not given.
+
+    Raises:
+        ValueError: the file cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        check_file(path)
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{place or path} cannot be read ({error.strerror}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place or path} cannot be read ({error}); {remedy}") from error
+
+
+def parse_json(text: str | bytes) -> object:
+    """Parse JSON.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply; the message is a reason without a place.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
+def read_json(path: Path, remedy: str, place: str = "") -> object:
+    """Read a JSON file of any content; the arguments are those of `read_text`.
+
+    Raises:
+        ValueError: the file cannot be read, or is not JSON in UTF-8.
+    """
+    try:
+        check_file(path)
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{place or path} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{place or path} is not JSON in UTF-8 ({error}); {remedy}") from error
+
+
+def read_as(kind: type[T], path: Path, remedy: str) -> T:
+    """Read a JSON file that mmalign wrote, of a fixed shape.
+
+    Args:
+        kind: the shape: a dataclass, a TypedDict or another type that pydantic validates.
+        path: the file.
+        remedy: the end of the error message.
+
+    Raises:
+        ValueError: the file cannot be read, is damaged, or has another shape.
+    """
+    try:
+        check_file(path)
+        return parse_as(kind, path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged or of another version ({error}); {remedy}") from error
+
+
+def parse_as(kind: type[T], text: bytes) -> T:
+    """Parse JSON of a fixed shape.
+
+    Raises:
+        ValueError: the text is not JSON, or has another shape; the message is a reason without a place.
+    """
+    try:
+        value: T = _adapter(kind).validate_python(parse_json(text))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+    return value
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
