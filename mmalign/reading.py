@@ -105,13 +105,20 @@ def parse_as(kind: type[T], text: bytes) -> T:
     Raises:
         ValueError: the text is not JSON, or has another shape; the message is a reason without a place.
     """
+    shape: Any = kind  # mypy takes no class for hashable
     try:
-        value: T = _adapter(kind).validate_python(parse_json(text))
+        value: T = _adapter(shape).validate_python(parse_json(text))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, at most 200 characters of it."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 
 from mmalign.families.base import TextToImage, VisionLanguage
 from mmalign.families.types import Loading
-from mmalign.reading import read_json
+from mmalign.reading import first_line, read_json
 
 # The pipeline class in a folder's model_index.json, and the file in diffusion/ that adapts it.
 PIPELINES = {
@@ -38,7 +38,7 @@ def pipeline_class(path: str, revision: str | None = None) -> str:
     """
     # Class name
     index = _read_index(_index_file(path, revision), "_class_name", "the index of a diffusers pipeline")
-    name = index["_class_name"]
+    name: str = index["_class_name"]
     if name not in PIPELINES:
         raise ValueError(f"model.path: {path} is a {name}; supported are {', '.join(PIPELINES)}")
     # Folders of all parts
@@ -58,7 +58,7 @@ def model_type(path: str, revision: str | None = None) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
     file = _index_file(path, revision, "config.json", "a vision-language model of transformers")
-    name = _read_index(file, "model_type", "the config of a model")["model_type"]
+    name: str = _read_index(file, "model_type", "the config of a model")["model_type"]
     if name not in KNOWN:
         raise ValueError(
             f"model.path: {path} is a {name}, which has no vision tower; expected a vision-language model, such as "
@@ -95,12 +95,6 @@ def _index_file(
             f"model.path: {path} is not a local folder, and its {name} did not come from the Hub "
             f"({first_line(error)}); check the name and your connection, or give a local folder"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, at most 200 characters of it."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
-    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 @contextlib.contextmanager

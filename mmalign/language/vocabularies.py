@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from mmalign.language.objects import Variant, Vocabulary, coco_vocabulary, vocabulary
 from mmalign.reading import read_json
@@ -31,7 +31,7 @@ def load_vocabulary(key: str, name: str) -> Vocabulary:
             return coco_vocabulary(variant)
     # A file of words
     expected = f"{', '.join((*get_args(Variant), CROWDS))}, or a JSON file {{object: [synonyms]}}"
-    content = read_json(Path(name), f"expected {expected}", f"{key}: {name}")
+    content: Any = read_json(Path(name), f"expected {expected}", f"{key}: {name}")
     listed = isinstance(content, dict) and all(isinstance(words, list) for words in content.values())
     if not listed or not all(isinstance(word, str) for words in content.values() for word in words):
         raise ValueError(f"{key}: {name} does not hold lists of words by object; expected {expected}")

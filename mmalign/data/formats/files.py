@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.reading import check_file, parse_json, read_json
+from mmalign.reading import check_file, first_line, parse_json, read_json
 from mmalign.resources import is_hub_id, resolve
 
 if TYPE_CHECKING:
@@ -120,14 +120,19 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str | None
     try:
         # A single split, whatever the files' names. Only the needed columns are copied to the memory map.
         table = load_dataset("parquet", data_files={"train": [str(f) for f in files]}, split="train", columns=needed)
-    except DatasetGenerationError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        if isinstance(error.__cause__, OSError):  # a damaged Parquet page, or a full disk
+    except MemoryError:
+        raise
+    except Exception as error:  # for a damaged file datasets and pyarrow raise half a dozen kinds of error
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if isinstance(cause, OSError):  # a damaged Parquet page, or a full disk
             raise ValueError(
-                f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped ({cause}); check "
-                "that the file is complete, and free disk space there or set HF_DATASETS_CACHE to another folder"
+                f"data.path: {path} could not be copied to {config.HF_DATASETS_CACHE}, to be mapped "
+                f"({first_line(cause)}); check that the file is complete, and free disk space there or set "
+                "HF_DATASETS_CACHE to another folder"
             ) from error
-        raise ValueError(f"data.path: {path} could not be read as one table ({cause}); its files must agree") from error
+        raise ValueError(
+            f"data.path: {path} could not be read as one table ({first_line(cause)}); its files must agree"
+        ) from error
     return _undecoded(table), starts
 
 

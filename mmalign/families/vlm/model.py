@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
-from mmalign.families.loading import first_line, intact
+from mmalign.families.loading import intact
 from mmalign.families.lora import add_lora, linear_names
 from mmalign.families.types import ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
@@ -33,6 +33,7 @@ from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
 from mmalign.language.scores import log_probabilities, most_likely
 from mmalign.language.tokens import TokenizedResponse, Tokens
+from mmalign.reading import first_line
 from mmalign.rng import KeyedRNG
 
 if TYPE_CHECKING:

@@ -19,7 +19,15 @@ from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.data_module import Splits
 from mmalign.data.formats.files import records
 from mmalign.data.pairs import format_rows
-from mmalign.evaluation.annotations import Question, image_id, read_objects, read_questions, read_responses
+from mmalign.evaluation.annotations import (
+    Question,
+    image_id,
+    read_objects,
+    read_questions,
+    read_responses,
+    take_number,
+    take_text,
+)
 from mmalign.evaluation.benchmarks import amber, chair, crowds, implicit_reward, object_halbench, pope
 from mmalign.evaluation.benchmarks.base import (
     AnswersByPart,
@@ -34,7 +42,7 @@ from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table,
 from mmalign.families.base import VisionLanguage
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
-from mmalign.modalities import Measure, Result
+from mmalign.modalities import EVALUATE_AGAIN, Measure, Result
 from mmalign.modalities.validation import implicit_reward_benchmark
 from mmalign.policy import Policy
 
@@ -210,9 +218,7 @@ def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     assert isinstance(recipe.evaluate, EvaluateResponses)
     benchmark, folder = read_benchmark(recipe.evaluate), Path(recipe.output) / "evaluation"
     written = {
-        (side, part): {
-            record["question_id"]: str(record["text"]) for _, record in records(folder / side / f"{part}.jsonl")
-        }
+        (side, part): _read_answers(folder / side / f"{part}.jsonl")
         for side in SIDES
         for part, items in benchmark.parts.items()
         if items
@@ -225,13 +231,24 @@ def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
             if item.question.id not in written[SIDES[0], part]
         }
     )
+
+    def answer(side: str, part: str, number: int) -> str:
+        if number not in written[side, part]:
+            raise ValueError(f"{folder / side / part}.jsonl: has no answer to question {number}; {EVALUATE_AGAIN}")
+        return written[side, part][number]
+
     before, after = (
         benchmark.score(
-            {part: [written[side, part][item.question.id] for item in items] for part, items in benchmark.parts.items()}
+            {part: [answer(side, part, item.question.id) for item in items] for part, items in benchmark.parts.items()}
         )
         for side in SIDES
     )
     return before, after
+
+
+def _read_answers(file: Path) -> dict[int, str]:
+    """Read the answers that `_write_answers` wrote, by question."""
+    return {take_number(at, record, "question_id"): take_text(at, record, "text") for at, record in records(file)}
 
 
 # ---------------------------------------------------------------------------------------------------------- input files
