@@ -156,7 +156,7 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a mask to numbers added to logits; finite, since -inf gives NaN for a padding token that sees no key."""
     if mask.dtype != torch.bool:
         assert mask.is_floating_point(), f"a mask is bool or floating point, not {mask.dtype}"
-        return mask.to(dtype)
+        return mask.to(dtype).clamp(min=torch.finfo(dtype).min)  # float32's least number is -inf in half precision
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 

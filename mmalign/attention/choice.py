@@ -29,14 +29,13 @@ class SelectedBackend:
 def check(requested: str, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse xformers where it supports no model at all.
 
-    Call this before diffusers is imported: diffusers imports xformers, which may need a library loaded first.
+    Call this before diffusers is imported, whatever backend is requested: diffusers imports xformers, which may need a
+    library loaded first, warn without cause, or fail.
 
     Raises:
         ValueError: xformers is requested, and supports no model here.
     """
-    if requested == "sdpa":
-        return
-    why = platform_unsupported_reason(device, dtype)  # for "auto" too, since it loads that library
+    why = platform_unsupported_reason(device, dtype)
     if why and requested == "xformers":
         raise _unsupported(why)
 

@@ -99,7 +99,7 @@ def xformers_unsupported_reason(decoder: PreTrainedModel) -> str | None:
 
 def head_sizes(decoder: nn.Module) -> frozenset[int]:
     """Return the head dimensions of all attention layers that state one."""
-    sizes = (getattr(module, "head_dim", None) for module in decoder.modules() if hasattr(module, "q_proj"))
+    sizes = (getattr(module, "head_dim", None) for module in decoder.modules())
     return frozenset(size for size in sizes if isinstance(size, int))
 
 

@@ -2,11 +2,11 @@
 
 Workarounds for its wheels (xformers 0.0.35 on PyPI):
 
-* They are built for CUDA 12. With a PyTorch for CUDA 13 one of xformers' libraries fails to load. It then refuses all
+* They are built for CUDA 12 and one PyTorch. Beside others its compiled part may fail to load. It then refuses all
   attention, although the kernels that it would call are PyTorch's. The CUDA 12 runtime (nvidia-cuda-runtime-cu12) is
   loaded first if it is installed. Otherwise the flag that xformers derives from that failure is reset.
-* Later versions moved attention to another package, and still import without it. The check therefore looks for the
-  function, not at the version.
+* diffusers imports an installed xformers, and fails if that fails. One that cannot be imported is hidden from it.
+* Later versions moved attention to another package, and earlier ones were not tested.
 * Support for the gradients of a dtype and head dimension shows only in a trial run.
 """
 
@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 
 from mmalign.attention import backends
 from mmalign.attention.packed_mask import PackedPrefixMask, PrefixGroup
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256  # head dimension, also a multiple of 8: the table of operators in xformers' ops/fmha
+SUPPORTED = ">=0.0.35,<0.0.36"  # as in the extra `cuda`
 CUDA_12 = "nvidia/cuda_runtime/lib/libcudart.so.12*"
 
 
@@ -41,19 +43,22 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_sizes: fro
     """
     if wrong := sorted(size for size in head_sizes if size % 8 or size > LARGEST_HEAD):
         return f"the model's head dimension is {wrong[0]}; it supports multiples of 8 up to {LARGEST_HEAD}"
+    if not head_sizes:
+        return "the model does not state its head dimension"
     return platform_unsupported_reason(device, dtype) or _failure_reason(device, dtype, head_sizes)
 
 
 def platform_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return the reason why xformers supports no model here; None if it may.
 
-    This imports xformers, and does not touch the device.
+    This imports xformers on every device, and does not touch the device.
     """
+    package = _unusable_reason()
     if device.type != "cuda":
         return f"it has no kernels for a {device.type.upper()}"
     if dtype not in DTYPES:
         return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
-    return _unusable_reason()
+    return package
 
 
 @cache
@@ -62,20 +67,32 @@ def _unusable_reason() -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "it is not installed (pip install 'mmalign[cuda]')"
     _load_cuda_12()
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns about the CUDA version handled below
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns about the compiled part, which is handled below
     try:
+        version = str(importlib.import_module("xformers").__version__)
         ops = importlib.import_module("xformers.ops")
-        version = importlib.import_module("xformers").__version__
-        if not hasattr(ops, "memory_efficient_attention"):
-            return f"xformers {version} has no memory_efficient_attention (pip install 'xformers>=0.0.35,<0.0.36')"
-        fmha = importlib.import_module("xformers.ops.fmha")
-        common: Any = importlib.import_module("xformers.ops.fmha.common")
     except Exception as error:  # a broken compiled package raises many types
-        return f"it cannot be imported ({_first_line(error)})"
-    if not getattr(common, "_built_with_cuda", True):
-        if not (fmha.flash.FwOp.is_available() and fmha.cutlass.FwOp.is_available()):
-            return f"xformers {version} is built for another CUDA version than PyTorch's {torch.version.cuda}"
-        common._built_with_cuda = True
+        sys.modules["xformers"] = None  # type: ignore[assignment]  # Python's mark of a package that is not there
+        return f"it cannot be imported ({_first_line(error)}); pip install 'mmalign[cuda]' installs it again"
+    if not SpecifierSet(SUPPORTED).contains(version) or not hasattr(ops, "memory_efficient_attention"):
+        return f"xformers {version} is installed, expected xformers{SUPPORTED} (pip install 'xformers{SUPPORTED}')"
+    return _missing_kernels_reason(version)
+
+
+def _missing_kernels_reason(version: str) -> str | None:
+    """Return the reason why there are no kernels for CUDA; None if there are, also where xformers denies it."""
+    fmha = importlib.import_module("xformers.ops.fmha")
+    common: Any = importlib.import_module("xformers.ops.fmha.common")
+    if common._built_with_cuda:
+        return None
+    if not (fmha.flash.FwOp.is_available() and fmha.cutlass.FwOp.is_available()):
+        info = getattr(importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception, "build_info", None)
+        part = f"is built for PyTorch {info.torch_version}" if info else "has no compiled part"
+        return (
+            f"xformers {version} {part}, and PyTorch {torch.__version__} (CUDA {torch.version.cuda or 'none'}) has no "
+            "kernels in its place; install the PyTorch that it names, or reinstall xformers"
+        )
+    common._built_with_cuda = True
     return None
 
 

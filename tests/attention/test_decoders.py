@@ -1,6 +1,7 @@
 """transformers' decoders with our backends: unpacked rows as before, packed rows as unpacked rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Phi3Config, Phi3Model
 
-from mmalign.attention import PackedPrefixMask, PrefixGroup, decoders
-from tests.helpers import first_fast
-from tests.helpers.vlm_models import BUILDERS, NEWER
+from mmalign.attention import PackedPrefixMask, PrefixGroup, decoders, kernels
+from mmalign.config import DecodingConfig
+from mmalign.families.loading import load_vision_language
+from mmalign.families.types import Loading
+from mmalign.language.chat import Turn
+from mmalign.rng import KeyedRNG
+from tests.helpers import Folders, first_fast, response_batches
+from tests.helpers.loading import load_vlm
+from tests.helpers.vlm_models import BUILDERS, NEWER, TEXT, llava
+from tests.helpers.xformers_kernel import Kernel
 
 PACKED = PackedPrefixMask((PrefixGroup(5, (4, 3)), PrefixGroup(4, (2, 5, 1))))
 LENGTHS = [length for tree in PACKED.prefix_groups for length in tree.branches]
@@ -192,3 +201,69 @@ def test_a_layer_that_does_not_take_the_packed_mask_fails() -> None:
     del given["mmalign_packed_mask"]
     with pytest.raises(RuntimeError, match="must match"):
         states(decoder, packed, position_ids=PACKED.positions, **given)
+
+
+def scored(family: Any) -> tuple[Tensor, Tensor]:
+    """Scores of six responses to three prompts, and the gradient of all that learns."""
+    batch = response_batches.batch(family)
+    weights = [p for p in family.network.parameters() if p.requires_grad]
+    logps = family.token_logps(family.network, batch.tokens, batch.features)
+    grads = torch.autograd.grad(logps.square().sum(), weights, allow_unused=True)
+    return logps.detach(), torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+
+def apart(family: Any) -> Any:
+    """The same network, each response with its own prompt."""
+    return replace(family, loading=replace(family.loading, pack_responses=False))
+
+
+@pytest.mark.parametrize("name", first_fast([*BUILDERS, *NEWER]))
+def test_every_family_calls_xformers_as_its_kernels_need(name: str, vlm_folders: Folders, kernel: Kernel) -> None:
+    """Shapes, strides, dtypes and masks are checked by the stand-in; here the scores, recomputed for the gradient."""
+    family: Any = load_vlm(vlm_folders(name))
+    family.unfreeze()
+    decoder = family.network.model.get_decoder()
+    stock, grad = scored(apart(family))
+    decoders.install(decoder, "xformers")
+    family.enable_gradient_checkpointing()
+    family.network.train()
+    for packed in (True, False):
+        actual, our_grad = scored(family if packed else apart(family))
+        rows = 1 if packed and not decoders.packing_unsupported_reason(decoder, 0) else len(stock)
+        assert {call.query.shape[0] for call in kernel.calls} == {rows}
+        assert {call.query.shape[-1] for call in kernel.calls} == decoders.head_sizes(decoder)
+        torch.testing.assert_close(actual, stock, rtol=0, atol=5e-6)  # float32, of log-probabilities of about 6
+        assert (our_grad - grad).norm() < 1e-5 * grad.norm()
+        kernel.calls.clear()
+
+
+@pytest.mark.parametrize("name", first_fast([*BUILDERS, *NEWER]))
+def test_half_precision_calls_xformers_in_one_dtype(name: str, vlm_folders: Folders, kernel: Kernel) -> None:
+    """In bfloat16 under autocast, in training and in generation: each call is compared with the formula."""
+    half = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
+    family: Any = load_vision_language(str(vlm_folders(name)), half)
+    family.unfreeze()
+    decoders.install(family.network.model.get_decoder(), "xformers")
+    scored(family)
+    assert {call.query.dtype for call in kernel.calls} == {torch.bfloat16}
+    kernel.calls.clear()
+    views = {"image": family.processor.preprocess_image(response_batches.picture(0))}
+    asked = [[Turn("user", f"<image>{text}")] for text in ("What is it?", "Is there a dog in the image?")]
+    rows = [family.processor.tokenize_prompt(turns, list(views.items()), "") for turns in asked]
+    short, features = DecodingConfig(max_new_tokens=3), family.encode_images(views)
+    family.generate(family.network, rows, features, short, rows=[0, 1], rng=KeyedRNG(0))
+    assert {call.query.dtype for call in kernel.calls} == {torch.bfloat16}
+    assert {1, max(len(row.ids) for row in rows)} == {call.query.shape[1] for call in kernel.calls}
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_heads_of_any_size_are_measured(heads: int) -> None:
+    """No kernel takes a head of 12 numbers; heads in one projection with queries and values are measured as well."""
+    decoder = llava({**TEXT, "hidden_size": 12 * heads, "num_attention_heads": heads})[0].get_decoder()
+    config = Phi3Config(
+        vocab_size=8, pad_token_id=0, **{**TEXT, "hidden_size": 12 * heads, "num_attention_heads": heads}
+    )
+    for model in (decoder, Phi3Model(config)):
+        sizes = decoders.head_sizes(model)
+        assert sizes == {12}
+        assert "head dimension is 12" in str(kernels.unsupported_reason(torch.device("cuda"), torch.float32, sizes))

@@ -15,6 +15,7 @@ from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading
 from tests.helpers import Folders, first_fast, flow_models
 from tests.helpers.loading import load_diffusion
+from tests.helpers.xformers_kernel import Kernel
 
 UNETS = ["tiny_sd15", "tiny_sd2", "tiny_sdxl"]
 SIDE = 32  # Sana takes multiples of 32 alone
@@ -66,6 +67,18 @@ def test_every_family_is_what_it_was(family: TextToImage, name: str, monkeypatch
     denoisers.install(family.network, name)
     actual, our_grad = answer(family, family.network)
     assert counting.calls == len(softmax_attention(family.network))
+    torch.testing.assert_close(actual, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
+    assert (our_grad - grad).norm() < 1e-5 * grad.norm()
+
+
+def test_every_family_calls_xformers_as_its_kernels_need(family: TextToImage, kernel: Kernel) -> None:
+    """Shapes, strides, dtypes and masks are checked by the stand-in; here the answer, recomputed for the gradient."""
+    stock, grad = answer(family, family.network)
+    denoisers.install(family.network, "xformers")
+    family.enable_gradient_checkpointing()
+    actual, our_grad = answer(family, family.network.train())
+    assert len(kernel.calls) >= len(softmax_attention(family.network))
+    assert {call.query.shape[-1] for call in kernel.calls} == denoisers.head_sizes(family.network)
     torch.testing.assert_close(actual, stock, rtol=1e-5, atol=1e-5 * float(stock.abs().max()))
     assert (our_grad - grad).norm() < 1e-5 * grad.norm()
 
@@ -126,6 +139,19 @@ def test_half_precision_is_that_of_autocast(flow_folders: Folders) -> None:
         denoisers.install(family.network, "dense")
         actual = family.predict(family.network, x_t, t, cond)
     torch.testing.assert_close(actual.float(), stock.float(), rtol=0.05, atol=0.05)  # of bfloat16's 8 bits
+
+
+@pytest.mark.parametrize("name", first_fast([*UNETS, *flow_models.BUILDERS]))
+def test_half_precision_calls_xformers_in_one_dtype(
+    name: str, request: pytest.FixtureRequest, flow_folders: Folders, kernel: Kernel
+) -> None:
+    """Of all families in bfloat16 under autocast: each call is compared with the formula, to one rounding."""
+    folder = request.getfixturevalue(name) if name in UNETS else flow_folders(name)
+    family = load_family(str(folder), Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True))
+    family.unfreeze()
+    denoisers.install(family.network, "xformers")
+    family.predict(family.network, *given(family)).sum().backward()
+    assert {call.query.dtype for call in kernel.calls} == {torch.bfloat16}
 
 
 def test_heads_are_measured(family: TextToImage) -> None:

@@ -1,12 +1,16 @@
 """Whether xformers can serve, and the sentence that says why not; a small package stands in for every broken one."""
 
 import ctypes
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mmalign.attention import choice, decoders, kernels
 from mmalign.attention.choice import SelectedBackend, check, select_backend
@@ -15,12 +19,17 @@ from tests.helpers.vlm_models import BUILDERS
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 HEADS = frozenset({64})
 WHOLE = {
-    "__init__.py": "__version__ = '9.9'",
+    "__init__.py": "__version__ = '0.0.35'",
     "ops/__init__.py": "from xformers.ops.fmha import memory_efficient_attention",
     "ops/fmha/__init__.py": "from xformers.ops.fmha import cutlass, flash\ndef memory_efficient_attention(): ...",
     "ops/fmha/common.py": "_built_with_cuda = True",
+    "_cpp_lib.py": "_cpp_library_load_exception = None",
     "ops/fmha/flash.py": "class FwOp:\n    is_available = staticmethod(lambda: True)",
     "ops/fmha/cutlass.py": "class FwOp:\n    is_available = staticmethod(lambda: True)",
+}
+NO_KERNELS = {  # neither of its own, nor of PyTorch
+    "ops/fmha/common.py": "_built_with_cuda = False",
+    "ops/fmha/flash.py": "class FwOp:\n    is_available = staticmethod(lambda: False)",
 }
 
 
@@ -75,13 +84,21 @@ def test_a_package_that_is_whole_is_used(package: Callable[[dict[str, str]], Non
             "it cannot be imported (OSError: no lib",
         ),
         ({"ops/__init__.py": "1 / 0"}, "it cannot be imported (ZeroDivisionError: "),
-        ({"ops/__init__.py": "def unbind(): ..."}, "xformers 9.9 has no memory_efficient_attention (pip install"),
+        ({"__init__.py": "raise ImportError('needs PyTorch 1.13')"}, "it cannot be imported (ImportError: needs"),
+        ({"ops/__init__.py": "def unbind(): ..."}, "xformers 0.0.35 is installed, expected xformers>=0.0.35,<0.0.36 "),
+        ({"__init__.py": "__version__ = '0.0.28.post3'"}, "xformers 0.0.28.post3 is installed, expected xformers>=0"),
+        ({"__init__.py": "__version__ = '0.0.36'"}, "xformers 0.0.36 is installed, expected xformers>=0.0.35,<0.0.36"),
+        (
+            {**NO_KERNELS, "_cpp_lib.py": "_cpp_library_load_exception = RuntimeError('not built')"},
+            f"xformers 0.0.35 has no compiled part, and PyTorch {torch.__version__} (CUDA ",
+        ),
         (
             {
-                "ops/fmha/common.py": "_built_with_cuda = False",
-                "ops/fmha/flash.py": "class FwOp:\n    is_available = staticmethod(lambda: False)",
+                **NO_KERNELS,
+                "_cpp_lib.py": "class info: torch_version = '2.10.0+cu128'\n"
+                "class _cpp_library_load_exception: build_info = info",
             },
-            "xformers 9.9 is built for another CUDA version",
+            "xformers 0.0.35 is built for PyTorch 2.10.0+cu128, and PyTorch",
         ),
     ],
 )
@@ -93,7 +110,56 @@ def test_a_broken_package_is_named(
     with pytest.raises(ValueError, match=r"^train.attention: xformers"):
         check("xformers", CUDA, torch.bfloat16)
     check("auto", CUDA, torch.bfloat16)
+    check("sdpa", CUDA, torch.bfloat16)
     assert why in str(select_backend("auto", CUDA, torch.bfloat16, HEADS))
+
+
+def test_a_package_that_cannot_be_imported_is_hidden_from_diffusers(
+    package: Callable[[dict[str, str]], None], tmp_path: Path
+) -> None:
+    """diffusers looks for it as here, then imports it, and would fail with its error in any text-to-image run."""
+    from diffusers.utils.import_utils import _is_package_available
+
+    package({**WHOLE, "ops/__init__.py": "raise OSError('no libcudart.so.12')"})
+    (tmp_path / "xformers-0.0.35.dist-info").mkdir()
+    (tmp_path / "xformers-0.0.35.dist-info/METADATA").write_text("Name: xformers\nVersion: 0.0.35\n")
+    assert _is_package_available("xformers") == (True, "0.0.35")
+    check("sdpa", CPU, torch.float32)
+    assert not _is_package_available("xformers")[0]
+
+
+LOADING = """
+import torch, sys
+from mmalign.attention.choice import check
+check("auto", torch.device("cpu"), torch.float32)
+from diffusers import UNet2DConditionModel
+print([name for name in sys.modules if name == "xformers.ops"])
+"""
+
+
+@pytest.mark.slow
+def test_diffusers_loads_the_real_package_without_a_warning() -> None:
+    """On a CPU its compiled part does not fit, and it would advise on each command to install it again."""
+    pytest.importorskip("xformers", reason="xformers is not installed: pip install 'mmalign[dev]'")
+    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "['xformers.ops']\n")
+
+
+def test_the_real_package_can_be_used_beside_any_cuda() -> None:
+    """Whether its compiled part loads or not; its mask classes and PyTorch's kernels are all that is called."""
+    pytest.importorskip("xformers", reason="xformers is not installed: pip install 'mmalign[dev]'")
+    assert kernels.platform_unsupported_reason(CUDA, torch.bfloat16) is None
+    assert kernels.platform_unsupported_reason(CPU, torch.bfloat16) == "it has no kernels for a CPU"
+
+
+def test_supported_versions_are_those_of_the_extra() -> None:
+    """The tests run on one of them."""
+    ranges = [line for line in requires("mmalign") or () if line.startswith("xformers")]
+    assert ranges and all(Requirement(line).specifier == SpecifierSet(kernels.SUPPORTED) for line in ranges)
+
+
+def test_a_model_that_states_no_head_size_is_not_tried() -> None:
+    assert select_backend("auto", CUDA, torch.bfloat16, frozenset()).backend == "sdpa"
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Rows that share a prefix: worked out by hand, and for random lengths against the mask's definition."""
 
-import random
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from torch import Tensor
 from mmalign.attention import BACKENDS, Backend, PackedPrefixMask, PrefixGroup
 from mmalign.attention.backends import attend_by_group
 from mmalign.attention.packed_mask import BlockGroup, RangeGather
+from tests.helpers.packed_masks import random_mask
 
 SMALL = PackedPrefixMask((PrefixGroup(2, (1, 2)), PrefixGroup(1, (1,))))
 # Rows of the hand-written masks: a letter for each token that is seen.
@@ -19,17 +19,6 @@ CAUSAL = ["P", "PQ", "PQa", "PQx", "PQxy", "R", "Rb"]
 
 def by_hand(rows: list[str]) -> Tensor:
     return torch.tensor([[letter in row for letter in LETTERS] for row in rows])
-
-
-def random_mask(seed: int) -> PackedPrefixMask:
-    """One to four trees of up to 20 tokens a part, with and without prefixes that see both ways."""
-    draw = random.Random(seed)
-
-    def tree() -> PrefixGroup:
-        branches = tuple(draw.randint(1, 20) for _ in range(draw.randint(1, 4)))
-        return PrefixGroup(draw.randint(1, 20), branches, bidirectional_prefix=draw.random() < 0.4)
-
-    return PackedPrefixMask(tuple(tree() for _ in range(draw.randint(1, 4))))
 
 
 def by_definition(packed_mask: PackedPrefixMask) -> Tensor:
