@@ -16,7 +16,7 @@ from mmalign.families.types import Loading
 from mmalign.modalities import modality_of
 from mmalign.modalities.prompts import located
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
-from mmalign.rewards import RewardModel, load_reward_model, reward_module
+from mmalign.rewards import RewardModel, load_reward_model, reward_config
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,11 @@ def build_reward_model(config: RewardConfig, device: torch.device) -> RewardMode
 
 
 def check_reward_model(key: str, config: RewardConfig) -> None:
-    """Check the name and the files of the reward model that a recipe names at `key`.
+    """Check the name, the options and the folder of the reward model that a recipe names at `key`.
 
     Raises:
-        ValueError: there is no such reward model, or its folder is missing.
+        ValueError: there is no such reward model, an option is invalid, or its folder is missing.
     """
-    reward_module(config.name)
+    reward_config(config.name, config.options)
     if "/" in config.path:  # else the name of a model in the reward model's library
         located(f"{key}.path", config.path)

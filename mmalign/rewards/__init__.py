@@ -6,7 +6,7 @@ A reward model's file has a `Config` (a frozen pydantic model of its options in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -64,15 +64,15 @@ def reward_module(name: str) -> RewardModule:
     return cast(RewardModule, registry.find([__name__], name, "reward: there is no"))
 
 
-def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
-    """Load a reward model by its file's name, and wrap it in `checked_reward_model`; `options` are of its `Config`.
+def reward_config(name: str, options: Mapping[str, object]) -> BaseModel:
+    """Check the options of a reward model.
 
     Raises:
-        ValueError: the name or an option is unknown, or the weights are missing or do not fit.
+        ValueError: the name or an option is unknown, or an option has an invalid value.
     """
     module = reward_module(name)
     try:
-        cfg = module.Config(**options)
+        return module.Config(**options)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -80,7 +80,16 @@ def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", 
         raise ValueError(
             f"reward {name}: {key}: {first['msg'].lower()}, got {first['input']!r}; options: {known}"
         ) from None
-    return checked_reward_model(name, module.load(path, torch.device(device), cfg))
+
+
+def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
+    """Load a reward model by its file's name, and wrap it in `checked_reward_model`; `options` are of its `Config`.
+
+    Raises:
+        ValueError: the name or an option is unknown, or the weights are missing or do not fit.
+    """
+    cfg = reward_config(name, options)
+    return checked_reward_model(name, reward_module(name).load(path, torch.device(device), cfg))
 
 
 def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:

@@ -14,7 +14,7 @@ original CLIP at every t. (The release's constructor sets every bias to 1; its c
 tower is unchanged. A clean image has t = 0.
 
 The folder of a step-aware reward model has open_clip's config and tokenizer, and all weights in
-`step_aware.safetensors`.
+`step_aware.safetensors`. The files that SPO's authors published are loaded with the option `weights`.
 
 Shapes: N images, L tokens of a prompt, side S of an image, width E of the embedding and D of the vision tower.
 """
@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig as Config
-from mmalign.rewards import transformers_clip
+from mmalign.rewards import BatchConfig, _spo_release, transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
 
 if TYPE_CHECKING:
@@ -49,6 +48,19 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "open_clip_config.json", "step_aware.safetensors"
 FREQUENCIES = 256  # width of the sinusoid
 STD = 0.02  # of the time MLP's initial weights, as in the release
+
+
+class Config(BatchConfig):
+    """Options of the reward model."""
+
+    weights: str | None = None
+    """File of a judge as SPO's authors published them, in the folder or Hub repository `path`; default: a folder as
+    mmalign writes it."""
+    clip: str = "yuvalkirstain/PickScore_v1"
+    """With `weights`: the CLIPModel that the published judge was trained from. Its own weights are not read."""
+    preprocessing: Literal["folder", "release"] | None = None
+    """Resizing of images: as the folder's or CLIP's config says, or without antialiasing as in the release; default:
+    release with `weights`, else folder."""
 
 
 class TimeConditioned(nn.Module):
@@ -149,7 +161,7 @@ class Parts:
     net: TimeConditioned
     preprocess: Callable[[Image.Image], Tensor]
     tokenize: Callable[[list[str]], Tensor]
-    config: Mapping[str, object]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -176,14 +188,19 @@ class StepAware:
 
 
 def load(path: str, device: torch.device, cfg: Config) -> StepAware:
-    """Load the reward model from a folder that `save` wrote.
+    """Load the reward model from a folder that `save` wrote, or from a file that SPO's authors published.
 
     Raises:
-        ValueError: the folder has no such model, or its weights are incomplete or do not fit its config.
+        ValueError: there is no such model, or its weights are incomplete or do not fit its config.
     """
-    parts = read(path)
-    net = parts.net.eval().requires_grad_(False).to(device)
-    return StepAware(net, parts.preprocess, TextFeatures(net.clip, parts.tokenize, device), device, cfg.batch_size)
+    from open_clip.transform import PreprocessCfg
+
+    parts = read(path) if cfg.weights is None else read_release(path, cfg.weights, cfg.clip)
+    net, preprocess = parts.net.eval().requires_grad_(False).to(device), parts.preprocess
+    if (cfg.preprocessing or ("folder" if cfg.weights is None else "release")) == "release":
+        about = PreprocessCfg(**parts.config["preprocess_cfg"])
+        preprocess = _spo_release.preprocessing(net.clip.visual.image_size[0], about.mean, about.std)
+    return StepAware(net, preprocess, TextFeatures(net.clip, parts.tokenize, device), device, cfg.batch_size)
 
 
 def begin(path: str) -> Parts:
@@ -237,6 +254,29 @@ def read(path: str) -> Parts:
             "copy it again"
         ) from error
     return Parts(net, preprocess, tokenize, config)
+
+
+def read_release(path: str, weights: str, clip: str) -> Parts:
+    """Load a network that SPO's authors published; `save` then writes it as a folder of mmalign.
+
+    Args:
+        path: the folder of the file, or its repository on the Hub.
+        weights: the file's name.
+        clip: the CLIPModel that the network was trained from: a folder or a Hub id.
+
+    Raises:
+        ValueError: there is no such file or CLIP, or the names or shapes of the weights do not fit the CLIP.
+    """
+    try:
+        config, parts = transformers_clip.random_parts(clip)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"reward step_aware: clip: cannot read the config of {clip!r} ({' '.join(str(error).split())[:300]}); "
+            "expected the CLIPModel that the judge was trained from, such as yuvalkirstain/PickScore_v1"
+        ) from error
+    net = _conditioned(clip, parts.model)
+    net.load_state_dict(_spo_release.read_weights(path, weights, config, FREQUENCIES))
+    return Parts(net, parts.preprocess, parts.tokenize, parts.config)
 
 
 @contextlib.contextmanager

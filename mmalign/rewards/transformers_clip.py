@@ -63,30 +63,43 @@ def load_parts(path: str) -> ClipParts:
     Raises:
         ValueError: there is no such model, its weights are missing, or it is not a CLIP.
     """
-    import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-    from transformers import CLIPConfig, CLIPModel
+    from transformers import CLIPModel
 
-    resolved = resolve_model(path)
     try:
-        # Parts of the transformers model
-        config = CLIPConfig.from_pretrained(resolved)
-        clip_model, missing = CLIPModel.from_pretrained(resolved, dtype=torch.float32, output_loading_info=True)
-        folder = _small_files(resolved)
-        tokenize = _tokenizer(folder, config)
-        network, preprocessing = _network(config, tokenize), _preprocessing(folder)
+        _, parts = random_parts(path)
+        source, missing = CLIPModel.from_pretrained(resolve_model(path), dtype=torch.float32, output_loading_info=True)
         if missing["missing_keys"] or missing["mismatched_keys"]:
             raise ValueError(f"weights are missing, such as {sorted(map(str, missing['missing_keys']))[:1]}")
-        # The same weights under the names of open_clip
-        model = open_clip.CLIP(**copy.deepcopy(network))
-        model.load_state_dict(renamed(clip_model.state_dict()))
+        parts.model.load_state_dict(renamed(source.state_dict()))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(
             f"reward transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder "
             "with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
         ) from error
+    return parts
+
+
+def random_parts(path: str) -> tuple[CLIPConfig, ClipParts]:
+    """Return a model's config, and an open_clip network of its shape with random weights; the model's are not read.
+
+    Raises:
+        ValueError: it is not a CLIP of a supported form.
+        OSError: there is no such model.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from transformers import CLIPConfig
+
+    resolved = resolve_model(path)
+    folder = _small_files(resolved)
+    if not (folder / "config.json").is_file():  # transformers would take the defaults of a CLIPConfig
+        raise ValueError("it has no config.json")
+    config = CLIPConfig.from_pretrained(folder)
+    tokenize = _tokenizer(folder, config)
+    network, preprocessing = _network(config, tokenize), _preprocessing(folder)
     preprocess = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
-    return ClipParts(model, preprocess, tokenize, {"model_cfg": network, "preprocess_cfg": preprocessing})
+    model = open_clip.CLIP(**copy.deepcopy(network))
+    return config, ClipParts(model, preprocess, tokenize, {"model_cfg": network, "preprocess_cfg": preprocessing})
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

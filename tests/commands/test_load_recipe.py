@@ -1,6 +1,7 @@
 """Recipes: every shipped one loads, numbers are numbers, and each slip is answered with one sentence."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import yaml
 from mmalign import methods
 from mmalign.commands.load_recipe import RENAMED, dump_recipe, load_recipe
 from mmalign.config import Recipe
+from mmalign.config.evaluation import RewardConfig
 from mmalign.config.losses import DPOLossConfig, IPOLossConfig, RobustLossConfig
+from mmalign.modalities.loading import check_reward_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 LEAST: dict[str, Any] = {
@@ -42,6 +45,29 @@ def test_a_shipped_recipe_loads_and_survives_its_own_dump(path: Path) -> None:
     recipe = load_recipe(path)
     assert load_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert path.stem.startswith(f"{recipe.method.name}_") or path.stem in ("quickstart", "emoji")
+
+
+def test_recipes_measure_the_scores_that_they_expect() -> None:
+    """A published PickScore can be compared with PickScore only."""
+    quoting = [path for path in CONFIGS if re.search(r"# Expect \(published.*PickScore", path.read_text())]
+    assert len(quoting) >= 5
+    for path in quoting:
+        reward = load_recipe(path).evaluate.reward
+        assert (reward.name, reward.path) == ("transformers_clip", "yuvalkirstain/PickScore_v1"), path.stem
+
+
+def test_published_reward_models_of_comments_have_valid_options() -> None:
+    lines = [line for path in CONFIGS for line in path.read_text().splitlines() if re.match(r" *# reward: \{", line)]
+    assert len(lines) == 2
+    for line in lines:
+        reward = yaml.safe_load(line.replace("# ", "", 1).strip())["reward"]
+        check_reward_model("method.reward", RewardConfig(**reward))
+
+
+def test_unknown_options_of_a_reward_model_are_refused_before_it_loads() -> None:
+    reward = RewardConfig(name="step_aware", path="models/tiny_clip_steps", options={"weight": "judge.bin"})
+    with pytest.raises(ValueError, match=r"reward step_aware: weight: .* options: batch_size, weights, clip"):
+        check_reward_model("method.reward", reward)
 
 
 METHOD_WITH = {  # a method whose recipes have the option, where not all have it

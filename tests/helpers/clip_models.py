@@ -61,3 +61,26 @@ def step_aware(folder: Path, clip_folder: Path) -> Path:
             p.add_(0.2 * torch.randn_like(p))
     step_aware.save(parts, folder)
     return folder
+
+
+def spo_release(file: Path, clip_folder: Path) -> dict[str, torch.Tensor]:
+    """Write a random judge with the names and shapes of the file that SPO's authors published, for a CLIPModel."""
+    torch.manual_seed(5)
+    model = CLIPModel.from_pretrained(clip_folder)
+    width, frequencies = model.config.vision_config.hidden_size, 256
+    linears = {"t_embedder.mlp.0": (width, frequencies), "t_embedder.mlp.2": (width, width)}
+    linears |= {
+        f"vision_model.encoder.layers.{i}.adaLN_modulation.1": (6 * width, width)
+        for i in range(model.config.vision_config.num_hidden_layers)
+    }
+    linears["vision_model.adaLN_modulation.1"] = (2 * width, width)
+    weights = {name: x + 0.05 * torch.randn_like(x) for name, x in model.state_dict().items()}
+    for name, shape in linears.items():
+        weights |= {f"{name}.weight": 0.2 * torch.randn(shape), f"{name}.bias": 0.3 * torch.randn(shape[0])}
+    positions = {"text": model.config.text_config.max_position_embeddings}
+    positions |= {"vision": (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2 + 1}
+    weights |= {f"{tower}_model.embeddings.position_ids": torch.arange(n)[None] for tower, n in positions.items()}
+    weights = {f"model.{name}": x for name, x in weights.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file) if file.suffix == ".safetensors" else torch.save(weights, file)
+    return weights

@@ -1,0 +1,163 @@
+"""Weights and preprocessing of the step-aware reward models that SPO's authors published (arXiv:2406.04314).
+
+A file has the weights of a CLIPModel of transformers and of the layers that condition it on the timestep:
+
+    t_embedder.mlp.{0,2}                                    the MLP of the timestep
+    vision_model.encoder.layers.N.adaLN_modulation.1        shifts, scales and gates of block N
+    vision_model.adaLN_modulation.1                         shift and scale of the class token
+
+All names may begin with `model.`. Files of old versions of transformers also hold `position_ids`: 0, 1, 2, ...
+
+The release resizes images to a shorter side S by bicubic interpolation without antialiasing, and crops the center.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmalign.resources import resolve_model
+from mmalign.rewards.transformers_clip import renamed
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
+
+PREFIX = "model."
+NAMES = (  # a pattern of the release's names, and its replacement in those of `TimeConditioned`
+    (r"^t_embedder\.mlp\.", "time."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.adaLN_modulation\.1\.", r"blocks.\1."),
+    (r"^vision_model\.adaLN_modulation\.1\.", "final."),
+)
+
+
+def read_weights(path: str, name: str, config: CLIPConfig, frequencies: int) -> dict[str, Tensor]:
+    """Read a published file as weights of `TimeConditioned`, in float32.
+
+    Args:
+        path: the folder of the file, or its repository on the Hub.
+        name: the file's name: `.safetensors`, or a pickle of tensors.
+        config: the CLIP's.
+        frequencies: the width of the timestep's sinusoid.
+
+    Raises:
+        ValueError: there is no such file, it is not a file of tensors, or their names or shapes do not fit the config.
+    """
+    file = _located(path, name)
+    weights = _tensors(file)
+    if weights and all(key.startswith(PREFIX) for key in weights):
+        weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
+    positions = [key for key in weights if key.endswith(".position_ids")]
+    for key in positions:
+        if not torch.equal(weights[key].flatten(), torch.arange(weights[key].numel())):
+            raise ValueError(f"reward step_aware: {file}: {key} is not 0, 1, 2, ...; no other order is supported")
+    weights = {key: weight.float() for key, weight in weights.items() if key not in positions}
+    _check_shapes(file, weights, expected_shapes(config, frequencies))
+    conditioning = {new: weight for key, weight in weights.items() if (new := _conditioning_name(key))}
+    clip = renamed({key: weight for key, weight in weights.items() if not _conditioning_name(key)})
+    return {**{f"clip.{key}": weight for key, weight in clip.items()}, **conditioning}
+
+
+def expected_shapes(config: CLIPConfig, frequencies: int) -> dict[str, torch.Size]:
+    """Return the shape of every weight of a published file, by its name without the prefix."""
+    from transformers import CLIPModel
+
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in CLIPModel(config).state_dict().items()}
+    width, layers = config.vision_config.hidden_size, config.vision_config.num_hidden_layers
+    linears = {"t_embedder.mlp.0": (width, frequencies), "t_embedder.mlp.2": (width, width)}
+    linears |= {f"vision_model.encoder.layers.{i}.adaLN_modulation.1": (6 * width, width) for i in range(layers)}
+    linears["vision_model.adaLN_modulation.1"] = (2 * width, width)
+    for name, (rows, columns) in linears.items():
+        shapes |= {f"{name}.weight": torch.Size([rows, columns]), f"{name}.bias": torch.Size([rows])}
+    return shapes
+
+
+def preprocessing(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Image.Image], Tensor]:
+    """Return the release's preprocessing, from an image to [3, size, size]."""
+    from torchvision.transforms import functional as transforms
+
+    def preprocess(image: Image.Image) -> Tensor:
+        pixels: Tensor = transforms.to_tensor(image.convert("RGB"))
+        scale = size / min(pixels.shape[1:])
+        sides = [math.floor(side * scale + 0.5) for side in pixels.shape[1:]]
+        resized = F.interpolate(pixels[None], sides, mode="bicubic", align_corners=False)[0]
+        cropped = transforms.center_crop(resized.clamp(0, 1), [size, size])
+        normalized: Tensor = transforms.normalize(cropped, list(mean), list(std))
+        return normalized
+
+    return preprocess
+
+
+def _conditioning_name(name: str) -> str | None:
+    """Return the name in `TimeConditioned` of a weight that reads the timestep; None for those of the CLIP."""
+    return next((re.sub(pattern, by, name) for pattern, by in NAMES if re.match(pattern, name)), None)
+
+
+def _located(path: str, name: str) -> Path:
+    resolved = resolve_model(path)
+    if Path(resolved).exists():
+        file = Path(resolved) / name
+        if not file.is_file():
+            raise ValueError(f"reward step_aware: weights: {path} has no file {name!r}; expected a file of this folder")
+        return file
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(resolved, name))
+    except OSError as error:
+        raise ValueError(
+            f"reward step_aware: cannot download {name!r} of {path} ({' '.join(str(error).split())[:200]}); check both "
+            "names and your connection, or give a local folder"
+        ) from error
+
+
+def _tensors(file: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a safetensors file, or of a pickle that holds nothing else."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"reward step_aware: cannot read {file} ({error}); copy it again") from error
+    except Exception as error:  # a damaged pickle can raise any
+        raise ValueError(
+            f"reward step_aware: {file} is damaged, or a pickle of more than tensors, which is not read because it "
+            "could run code; copy it again, or convert its weights to safetensors"
+        ) from error
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"reward step_aware: {file} holds no weights by name; expected tensors such as {PREFIX}...")
+    return weights
+
+
+def _check_shapes(file: Path, weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError if names or shapes of the weights are not the expected ones."""
+    misshaped = [
+        f"{name} {list(weights[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "of another shape": misshaped,
+    }
+    parts = [
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for problem, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            f"reward step_aware: {file} does not fit its CLIP: of the weights, {'; '.join(parts)}; expected the file "
+            "of an SPO step-aware preference model, and options.clip with the CLIP that it was trained from"
+        )
