@@ -201,7 +201,9 @@ def check_python_call(piece: Piece, arguments: Sequence[str]) -> None:
         return
     if arguments[0] == "-m":
         program = importlib.import_module(arguments[1])
-        load_requested(program, program.parse(arguments[2:]))
+        assert callable(program.main)
+        if arguments[2:]:
+            load_requested(program, program.parse(arguments[2:]))
         return
     name, *options = arguments
     assert (ROOT / name).is_file(), f"{piece}: there is no {name}"

@@ -53,6 +53,9 @@ class InPOConfig(PairMethodConfig):
     steps: int = Field(
         10, ge=1, le=1000, description="steps of an inversion through all times; one to t takes its share of them"
     )
+    order: Literal[1, 2] = Field(
+        1, description="of an exact inversion's steps: 1 as published, 2 takes two network calls a step and errs less"
+    )
     eta: float = Field(0.1, ge=0, le=1, description="fraction of fresh noise; 0 inverts without any")
     num_cached_draws: NumCachedDraws = 0
 
@@ -62,6 +65,11 @@ class InPOConfig(PairMethodConfig):
             raise ValueError(
                 f"num_cached_draws: {self.num_cached_draws} cannot be cached, since the inverter (the policy) changes; "
                 "use inverter: reference, or leave num_cached_draws out"
+            )
+        if self.order != 1 and self.inversion == "release":
+            raise ValueError(
+                f"order: {self.order} does not fit inversion: release, whose steps are of order 1; leave order out, or "
+                "use inversion: exact"
             )
         return self
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -127,14 +127,15 @@ class Counted(nn.Module):
         return self.net(x, t, **more)
 
 
-def test_inversion_runs_two_forwards_per_hop_and_pair(sd: TextToImage) -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_inversion_runs_two_forwards_per_hop_and_pair(sd: TextToImage, order: Literal[1, 2]) -> None:
     policy, batch = full(sd), pairs(sd)
     assert isinstance(policy.reference, FrozenCopy)
     policy_net, reference_net = Counted(policy.unwrapped), Counted(policy.reference.model)
     counted = Policy(sd, policy_net, policy_net, FrozenCopy(reference_net))
-    result = contrast(counted, batch, inpo.Config(caption_dropout=0.5))
+    result = contrast(counted, batch, inpo.Config(caption_dropout=0.5, order=order))
     hops = [-(-int(t) // 100) for t in result.view.t]
-    assert policy_net.rows == sum(hops) and reference_net.rows == 8
+    assert policy_net.rows == order * sum(hops) and reference_net.rows == 8
     # Both images of a pair are inverted under the caption, dropped or not, that they are scored under.
     assert torch.equal(policy_net.embeds[0], reference_net.embeds[0])
 
@@ -224,3 +225,13 @@ def test_exact_inversion_differs_from_the_release_off_grid(sd: TextToImage) -> N
     assert float(last.direction / sd.schedule.levels(t)[1]) == pytest.approx(6.5, abs=0.1)
     (*_, last) = inversion.exact(sd.schedule, t, steps=10)
     assert float(last.direction / sd.schedule.levels(t)[1]) == 1.0
+
+
+def test_order_2_is_refused_with_the_release_s_grid() -> None:
+    with pytest.raises(ValueError, match="order: 2 does not fit inversion: release"):
+        inpo.Config(inversion="release", order=2)
+
+
+def test_order_is_a_setting_of_cached_inversions() -> None:
+    specs = [inpo.requirements(inpo.Config(inverter="reference", num_cached_draws=1, order=order)) for order in (1, 2)]
+    assert specs[0].precompute != specs[1].precompute
