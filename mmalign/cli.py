@@ -7,7 +7,7 @@ import os
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -186,6 +186,50 @@ def prepare(recipe: RecipeName, values: Values = None, overrides: Overrides = No
     from mmalign.commands.prepare import prepare as run
 
     run(checked)
+
+
+@app.command()
+def doctor(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="RECIPE|FILES", help="A recipe and KEY=VALUE, or files of preference pairs.")
+    ],
+    format: Annotated[
+        str | None, typer.Option(help="data.format of the files.", show_default="guessed from their columns")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the images of response files.", show_default=False)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="CHECK", help="Leave out a check by its name; repeatable.")
+    ] = None,
+    fail_on: Annotated[
+        Literal["error", "warning", "none"], typer.Option(help="Lowest level of findings that gives exit code 1.")
+    ] = "warning",
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all findings to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures to this file.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Find defects of preference data: unreadable images, contradictions, shared images, length bias, and others.
+
+    Exit code: 0 if nothing was found, 1 for findings of the level --fail-on, 2 if the data cannot be read.
+    """
+    from mmalign.commands.doctor import doctor as run
+
+    try:
+        code = run(
+            sources,
+            overrides=overrides or (),
+            format=format,
+            images=images,
+            ignore=ignore or (),
+            fail_on=fail_on,
+            json=json,
+            html=html,
+        )
+    except (ValueError, OSError) as error:
+        _print_error(f"error: {_error_message(error)}")
+        raise SystemExit(2) from None
+    raise typer.Exit(code or 0)
 
 
 @app.command()

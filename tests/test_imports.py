@@ -23,6 +23,7 @@ LAYERS = (
     {"synthesis"},
     {"methods"},
     {"training", "evaluation", "pages"},
+    {"doctor"},
     {"modalities"},
     {"commands"},
     {"cli"},

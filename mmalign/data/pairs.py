@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, NoReturn, Protocol, overload
+from typing import Generic, Literal, NoReturn, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,12 +132,16 @@ class ResponsePair:
 P = TypeVar("P", default=ImagePair, covariant=True)
 
 
+Defect = Literal["missing image", "same sides", "two prompts", "unusable"]  # kind of a skipped row
+
+
 @dataclass(frozen=True)
 class SkippedRow:
-    """Location of skipped data, and the reason."""
+    """Location of skipped data, the reason, and its kind."""
 
     location: str
     reason: str
+    defect: Defect = "unusable"
 
     def __str__(self) -> str:
         return f"{self.location}: {self.reason}"
@@ -174,13 +178,18 @@ class Pairs(Sequence[P], Generic[P]):
     Attributes:
         source: the source's name, for messages.
         skipped: the rows that indexing skipped.
-        ties: number of pairs skipped because neither image is preferred.
+        tied: locations of the pairs skipped because neither image is preferred; one for each pair.
     """
 
     def __init__(
-        self, source: str, rows: Rows[P], numbers: NDArray[np.int64], dropped: Sequence[SkippedRow] = (), ties: int = 0
+        self,
+        source: str,
+        rows: Rows[P],
+        numbers: NDArray[np.int64],
+        dropped: Sequence[SkippedRow] = (),
+        tied: Sequence[str] = (),
     ) -> None:
-        self.source, self.skipped, self.ties = source, tuple(dropped), ties
+        self.source, self.skipped, self.tied = source, tuple(dropped), tuple(tied)
         self._rows, self._numbers = rows, numbers
 
     def __len__(self) -> int:
@@ -198,7 +207,12 @@ class Pairs(Sequence[P], Generic[P]):
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
         """Return the pairs with these numbers, in this order."""
         chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
-        return Pairs(self.source, self._rows, chosen, self.skipped, self.ties)
+        return Pairs(self.source, self._rows, chosen, self.skipped, self.tied)
+
+    @property
+    def ties(self) -> int:
+        """Number of pairs skipped because neither image is preferred."""
+        return len(self.tied)
 
     def groups(self) -> list[str]:
         """Return the group of every pair."""

@@ -162,6 +162,12 @@ class PromptProcessor(Protocol):
             ValueError: the placeholders do not match the images.
         """
 
+    def template_problem(self, turns: Sequence[Turn], responses: Sequence[str]) -> str | None:
+        """Return what keeps the responses from being trained as they are, after one prompt; None if nothing does.
+
+        The chat template may change a response or the prompt before it, and a response may hold special tokens.
+        """
+
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """Decode tokens to text without special tokens.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmalign.families.base import TextToImage, VisionLanguage
+from mmalign.families.base import PromptProcessor, TextToImage, VisionLanguage
 from mmalign.families.types import Loading
 from mmalign.reading import first_line, read_json
 
@@ -120,6 +120,43 @@ def load_family(path: str, loading: Loading) -> TextToImage:
     module = importlib.import_module(f"mmalign.families.diffusion.{PIPELINES[pipeline_class(path, loading.revision)]}")
     family: TextToImage = module.load(path, loading)
     return family
+
+
+def load_tokenizers(path: str, revision: str | None = None) -> TextToImage:
+    """Load a checkpoint's adapter without any network, to count the tokens of prompts.
+
+    Raises:
+        ValueError: the class is not supported, or a file is missing.
+    """
+    # Without a network the resolution is unknown; tokens do not depend on it
+    options = Loading(torch.device("cpu"), revision=revision, resolution=512, tokenizers_only=True)
+    return load_family(path, options)
+
+
+def load_processor(path: str, revision: str | None = None) -> PromptProcessor:
+    """Load a vision-language checkpoint's tokenizer and image preprocessor, without its network.
+
+    Raises:
+        ValueError: the type is not supported, or a file is missing.
+    """
+    kind = model_type(path, revision)
+    processor: PromptProcessor = importlib.import_module("mmalign.families.vlm.model").load_processor(
+        path, kind, revision
+    )
+    return processor
+
+
+def local_folder(name: str, revision: str | None = None) -> str | None:
+    """Return the folder of a model that needs no download: a path, or a Hub id in the local cache; else None."""
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def load_vision_language(path: str, loading: Loading) -> VisionLanguage:

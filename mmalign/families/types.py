@@ -96,6 +96,7 @@ class Loading:
         revision: the Hub revision.
         resolution: the side of training images in pixels; None is the model's own.
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
+        tokenizers_only: True to load a text-to-image model without its networks.
     """
 
     device: torch.device
@@ -106,6 +107,7 @@ class Loading:
     revision: str | None = None
     resolution: int | None = None
     pack_responses: bool = True
+    tokenizers_only: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return autocast to `half`; a context without effect in float32."""

@@ -16,6 +16,7 @@ from mmalign.config import Data, Model, Recipe
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits
+from mmalign.doctor.corpus import RecipeInputs
 from mmalign.evaluation.metrics import Metrics, Table
 from mmalign.families.base import Family
 from mmalign.families.types import Loading
@@ -130,6 +131,7 @@ class Modality:
         open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy. A benchmark
             on the validation split gets both splits.
         score_files: score existing answers that a section names without a model; None where it names none.
+        doctor_inputs: inputs of data checks that the recipe names: its evaluation's prompts and images, the tokenizers.
         samples: samples of an evaluation; None for a modality that has only numbers.
         prepare: write preference pairs to `data.path`, perhaps with a user function for rejected responses; None for a
             model that generates nothing.
@@ -148,6 +150,7 @@ class Modality:
     unusable_rows: str
     open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]
     score_files: Callable[[Recipe], Result | None]
+    doctor_inputs: Callable[[Recipe], RecipeInputs]
     samples: Samples | None
     prepare: Callable[[Recipe, Writer | None], Path] | None
     example_evaluation: str

@@ -40,7 +40,7 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
     """
     model, options = recipe.model, recipe.train
     choice.check(options.attention, device, DTYPES[options.precision])
-    _disable_progress_bars()
+    disable_progress_bars()
     family = modality_of(recipe).load_family(
         model,
         Loading(
@@ -70,7 +70,7 @@ def load_for_training(recipe: Recipe, device: torch.device) -> Any:
     return family
 
 
-def _disable_progress_bars() -> None:
+def disable_progress_bars() -> None:
     """Disable the libraries' progress bars of loading, one for every component of a pipeline."""
     from diffusers.utils.logging import disable_progress_bar as diffusers_off
     from transformers.utils.logging import disable_progress_bar as transformers_off
@@ -96,7 +96,7 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
 
 def build_reward_model(config: RewardConfig, device: torch.device) -> RewardModel:
     """Load the recipe's reward model."""
-    _disable_progress_bars()
+    disable_progress_bars()
     return load_reward_model(config.name, config.path, device, **config.options)
 
 

@@ -11,6 +11,7 @@ from mmalign.config import EvaluateSteps, JudgeModel, Model, Recipe
 from mmalign.config.methods import StepPreferenceConfig
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits
+from mmalign.doctor.corpus import NotChecked, RecipeInputs
 from mmalign.evaluation.benchmarks import step_accuracy
 from mmalign.families import loading, step_judge
 from mmalign.families.step_judge import StepJudge
@@ -19,7 +20,7 @@ from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
-from mmalign.modalities.text_to_image import check, data
+from mmalign.modalities.text_to_image import check, data, doctor
 from mmalign.modalities.validation import validation_batches
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
@@ -99,6 +100,13 @@ def open_benchmark(recipe: Recipe, _: torch.device, splits: Splits | None) -> Me
     return measure
 
 
+def doctor_inputs(recipe: Recipe) -> RecipeInputs:
+    """Return the count of prompts that the frozen model's text encoder cuts."""
+    assert isinstance(recipe.model, JudgeModel)
+    count = doctor.count_truncated(recipe.model.denoiser, None)
+    return RecipeInputs(NotChecked("the recipe has no validation split"), count, NotChecked("a judge has no responses"))
+
+
 MODALITY = Modality(
     check=check_recipe,
     check_data=check.check_data,
@@ -111,6 +119,7 @@ MODALITY = Modality(
     unusable_rows="images could not be read",
     open_benchmark=open_benchmark,
     score_files=lambda _: None,
+    doctor_inputs=doctor_inputs,
     samples=None,
     prepare=None,
     example_evaluation="{benchmark: steps}",

@@ -186,9 +186,6 @@ def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, object]:
 
 def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[Kind, int], **texts: object) -> str:
     """Return the HTML of the page; `texts` are further variables of the template."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
-    environment.filters["sha256"] = _sha256
     measured = [entry.scores for entry in entries]
     sections = [
         {
@@ -202,9 +199,17 @@ def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[K
         }
         for name, heading, anchor, order in SECTIONS
     ]
-    return environment.get_template(layout.template).render(
-        lead=layout.lead, noun=layout.noun, sections=sections, small=_is_small(entries), **texts
+    return render(
+        layout.template, lead=layout.lead, noun=layout.noun, sections=sections, small=_is_small(entries), **texts
     )
+
+
+def render(template: str, **variables: object) -> str:
+    """Return the HTML of a template in this folder; texts are escaped, and every variable must be given."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    environment.filters["sha256"] = _sha256
+    return environment.get_template(template).render(**variables)
 
 
 def _sha256(text: str) -> str:
@@ -226,11 +231,11 @@ def _card(entry: GalleryEntry, index: int) -> dict[str, object]:
         "height": first.height,
         **{"before_score": before, "after_score": after, "before_note": before_note, "after_note": after_note},
         **{"before_text": format_score(before), "after_text": format_score(after)},
-        **{key: _data_uri(image) for key, image in entry.images.items()},
+        **{key: data_uri(image) for key, image in entry.images.items()},
     }
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """Return an image as a data URI in WebP: small images lossless (a third smaller than PNG), large ones reduced."""
     if max(image.size) <= SMALL:
         content = _encode(image, "WEBP", lossless=True)

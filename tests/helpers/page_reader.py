@@ -33,9 +33,9 @@ class Page(HTMLParser):
         values = dict(attrs)
         self.tags.append((tag, values))
         if tag == "section":
-            self.section = values["id"]
+            self.section = values.get("id")
         if tag == "article":
-            self.cards.append((self.section, values["data-title"]))
+            self.cards.append((self.section, values.get("data-title")))
 
     def values(self, tag: str, name: str) -> list[str]:
         """Return an attribute's values over the tags of one kind that have it."""

@@ -102,9 +102,9 @@ def _split_conversations(location: str, chosen: object, rejected: object) -> tup
     while shared < min(len(chosen_turns), len(rejected_turns)) and chosen_turns[shared] == rejected_turns[shared]:
         shared += 1
     if shared == min(len(chosen_turns), len(rejected_turns)):
-        raise UnusableRowError("the chosen and the rejected response are the same")
+        raise UnusableRowError("the chosen and the rejected response are the same", "same sides")
     if chosen_turns[shared].role != "assistant" or rejected_turns[shared].role != "assistant" or not shared:
-        raise UnusableRowError("the chosen and the rejected conversation have different prompts")
+        raise UnusableRowError("the chosen and the rejected conversation have different prompts", "two prompts")
     return chosen_turns[:shared], chosen_turns[shared].text, rejected_turns[shared].text
 
 

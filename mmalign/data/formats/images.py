@@ -41,7 +41,7 @@ from mmalign.data.formats.files import (
 )
 from mmalign.data.formats.layouts import Layout, find_layout
 from mmalign.data.formats.rows import FilePair, FileRows, TableRows
-from mmalign.data.pairs import Pairs, SkippedRow
+from mmalign.data.pairs import Defect, Pairs, SkippedRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,16 +160,16 @@ def _open_tables(
         files = _check_tables(layout, path, split, group_by)
         table, starts = load_tables(path, files, {*names.values(), group_by})
     present = {name: column for name, column in names.items() if column in table.column_names}
-    usable, chosen_is_1, reasons, ties = _read_labels(table, names, table.column_names, prompt_pairs)
+    usable, chosen_is_1, skipped, ties = _read_labels(table, names, table.column_names, prompt_pairs)
     rows = TableRows(table, present, group_by or names["caption"], starts, chosen_is_1)
-    dropped = [SkippedRow(locate_row(starts, int(n)), why) for n, why in sorted(reasons.items())]
-    return Pairs(path, rows, np.flatnonzero(usable), dropped, ties)
+    dropped = [SkippedRow(locate_row(starts, row), *why) for row, why in sorted(skipped.items())]
+    return Pairs(path, rows, np.flatnonzero(usable), dropped, [locate_row(starts, row) for row in ties])
 
 
 def _read_labels(
     table: Dataset, names: Columns, columns: Sequence[str], prompt_pairs: bool
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[int, str], int]:
-    """Read the labels: usable rows [N], rows with jpg_1 chosen [N], reasons for skipped rows, and the number of ties.
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[int, tuple[str, Defect]], list[int]]:
+    """Read the labels: usable rows [N], rows with jpg_1 chosen [N], reasons for skipped rows, and the rows of ties.
 
     With `prompt_pairs`, rows without a prompt for the rejected image are skipped.
     """
@@ -180,16 +180,20 @@ def _read_labels(
     first, second = (
         np.array(column(c).to_numpy(zero_copy_only=False), dtype=np.float64) for c in ("label_0", "label_1")
     )
-    reasons = dict[int, str]()
+    reasons = dict[int, tuple[str, Defect]]()
 
-    def drop(rows: ArrayLike, why: str) -> None:
+    def drop(rows: ArrayLike, why: str, defect: Defect = "unusable") -> None:
         for row in np.flatnonzero(rows).tolist():
-            reasons.setdefault(row, why.format(first[row], second[row]))
+            reasons.setdefault(row, (why.format(first[row], second[row]), defect))
 
     # Skip rows with flags, labels or prompts that are unusable
-    for flag, why in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
+    flags: list[tuple[str, str, Defect]] = [
+        ("has_label", "has_label is false", "unusable"),
+        ("are_different", "both images are the same", "same sides"),
+    ]
+    for flag, why, defect in flags:
         if names[flag] in columns:
-            drop([value is False for value in column(flag).to_pylist()], why)
+            drop([value is False for value in column(flag).to_pylist()], why, defect)
     named = f"{names['label_0']} is {{0:g}} and {names['label_1']} is {{1:g}}"
     drop(~np.isfinite(first + second), f"{named}; expected numbers")
     with np.errstate(invalid="ignore"):
@@ -204,7 +208,7 @@ def _read_labels(
     sound = np.ones(len(first), dtype=bool)
     sound[list(reasons)] = False
     ties = sound & (first == second)
-    return sound & ~ties, second > first, reasons, int(ties.sum())
+    return sound & ~ties, second > first, reasons, np.flatnonzero(ties).tolist()
 
 
 # ------------------------------------------------------------------------------------------------- folder and rankings
@@ -213,7 +217,7 @@ def _read_labels(
 def _open_files(
     layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None, prompt_pairs: bool
 ) -> Pairs:
-    pairs, dropped, ties = list[FilePair](), list[SkippedRow](), 0
+    pairs, dropped, tied = list[FilePair](), list[SkippedRow](), list[str]()
     for file in find_files(path, split, layout.suffixes):
         for location, record in records(file):
             layout.check_columns(location, record, group_by)
@@ -222,18 +226,18 @@ def _open_files(
                 second = "rejected_prompt" if "rejected_prompt" in layout.columns else "second prompt"
                 dropped.append(SkippedRow(location, f"has no {layout.column(second)}"))
                 continue
-            ties += row.ties
+            tied += [location] * row.ties
             group = row.prompt if group_by is None else as_text(record[group_by])
             for sides in row.sides:
                 # Pairs whose images both exist
                 paths = [find_image(file, side, location) for side in sides]
                 absent = [side for side, text in zip(sides, paths, strict=True) if not text]
                 if absent:
-                    dropped.append(SkippedRow(location, f"{' and '.join(absent)} does not exist"))
+                    dropped.append(SkippedRow(location, f"{' and '.join(absent)} does not exist", "missing image"))
                 else:
                     pair = FilePair(row.prompt, *sides, paths[0], paths[1], location, group, row.rejected_prompt)
                     pairs.append(pair)
-    return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, ties)
+    return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, tied)
 
 
 def _text(location: str, name: str, value: object) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mmalign.data.formats.files import TABLES, Record, find_files, is_hub_path, read_schema, records
+from mmalign.data.pairs import Defect
 from mmalign.registry import check_known
 
 Row = TypeVar("Row")
@@ -112,5 +113,40 @@ def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str,
     return by_name[name].with_columns(columns)
 
 
+def guess_format(layouts: Sequence[Layout[Any]], path: str) -> str:
+    """Return the name of the format with the most columns in the first file of a path.
+
+    Raises:
+        ValueError: there is no file, or its columns fit no format, or several equally well.
+    """
+    suffixes = sorted({suffix for layout in layouts for suffix in layout.suffixes})
+    file = find_files(path, None, suffixes)[0]
+    if file.suffix in TABLES:
+        columns = set(read_schema(file).names)
+    else:
+        columns = set(next((record for _, record in records(file)), {}))
+    fitting = {
+        layout.name: len(columns & set(layout.columns))
+        for layout in layouts
+        if file.suffix in layout.suffixes and all(columns & set(names.split("|")) for names in layout.required)
+    }
+    best = [name for name, number in fitting.items() if number == max(fitting.values())]
+    if len(best) != 1:
+        known = ", ".join(layout.name for layout in layouts)
+        raise ValueError(
+            f"{file}: its columns ({', '.join(sorted(columns)) or 'none'}) fit {' and '.join(best) or 'no format'}; "
+            f"name one of {known} with --format, or rename columns in a recipe with data.columns"
+        )
+    return best[0]
+
+
 class UnusableRowError(ValueError):
-    """Error for a row that cannot be used for training; the row is skipped, counted and named."""
+    """Error for a row that cannot be used for training; the row is skipped, counted and named.
+
+    Attributes:
+        defect: the kind of the reason.
+    """
+
+    def __init__(self, reason: str, defect: Defect = "unusable") -> None:
+        super().__init__(reason)
+        self.defect = defect

@@ -187,7 +187,7 @@ def open_responses(
             parsed = _with_image_places(layout.read(location, record))
             paths = _paths(parsed, file, location, images, path)
         except UnusableRowError as error:
-            dropped.append(SkippedRow(location, str(error)))
+            dropped.append(SkippedRow(location, str(error), error.defect))
             continue
         # Rows of the same images stay in one split
         group = as_text(record[group_by]) if group_by is not None else _images_group(parsed, location)
@@ -246,14 +246,14 @@ def _with_image_places(parsed: ParsedRow) -> ParsedRow:
         if text is not None and IMAGE in text:
             raise UnusableRowError(f"the {side} response holds {IMAGE}")
     if not parsed.images:
-        raise UnusableRowError("has no image")
+        raise UnusableRowError("has no image", "missing image")
     if parsed.rejected_images is not None and len(parsed.rejected_images) != len(parsed.images):
         raise UnusableRowError(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
     # Responses must differ, unless their images do
     same_images = parsed.rejected_images is None or parsed.rejected_images == parsed.images
     for side, text in list(texts.items())[1:]:
         if text is not None and parsed.chosen.strip() == text.strip() and same_images:
-            raise UnusableRowError(f"the chosen and the {side} response are the same")
+            raise UnusableRowError(f"the chosen and the {side} response are the same", "same sides")
     # Without placeholders, the images come first in the first user turn
     places = sum(turn.text.count(IMAGE) for turn in parsed.turns)
     if places == len(parsed.images):
@@ -283,7 +283,7 @@ def _paths(parsed: ParsedRow, file: Path | None, location: str, images: Path | N
         paths[image] = find_image(file or Path(source), image, location, images)
     absent = [name for name, text in paths.items() if not text]
     if absent:
-        raise UnusableRowError(f"{' and '.join(absent)} does not exist")
+        raise UnusableRowError(f"{' and '.join(absent)} does not exist", "missing image")
     return paths
 
 

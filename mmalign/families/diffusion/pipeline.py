@@ -198,6 +198,9 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     with intact("model.path", path, f"a {cls.__name__}"):
         index = cls.load_config(path, revision=loading.revision)
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
+        left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
+        if loading.tokenizers_only:
+            left_out += [denoiser_name(cls), "vae", *(part for part in TEXT_ENCODERS if part in index)]
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
         pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
     # All parts frozen; training unfreezes its own

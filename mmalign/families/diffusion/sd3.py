@@ -41,7 +41,7 @@ class StableDiffusion3(LatentModel):
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """Count prompts over the limit of the encoder with the highest one."""
-        if self.pipeline.text_encoder_3 is None:
+        if self.pipeline.tokenizer_3 is None:
             return latents.count_truncated(self.pipeline.tokenizer, prompts)
         return latents.count_truncated(self.pipeline.tokenizer_3, prompts, TOKENS)
 

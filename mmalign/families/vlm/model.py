@@ -37,7 +37,7 @@ from mmalign.reading import first_line
 from mmalign.rng import KeyedRNG
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 ADAPTERS = "adapter_config.json"  # peft's name of the file
@@ -287,19 +287,16 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     Raises:
         ValueError: a file is missing or damaged, the processor is another model's, or the model cannot be trained here.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     # Model and processor, checked against each other
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
     with intact("model.path", path, f"a vision-language model ({model_type})"):
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, revision=loading.revision)
-    with intact("model.path", path, f"the processor of a {model_type}"):
-        processor = AutoProcessor.from_pretrained(path, revision=loading.revision)
+    prompt_processor = load_processor(path, model_type, loading.revision, model.config)
+    processor = prompt_processor.processor
     _check_type(path, model_type, model, processor)
     _check_processor(path, model, processor)
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", sys.maxsize)  # no limit without this entry
-    prompt_processor = HFProcessor(processor, quirks_of(model_type), model.config.image_token_id, longest)
     # Network, frozen, and one image as a test
     _without_dropout(model)
     if loading.pack_responses:
@@ -308,6 +305,24 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     family = ImageTextToText(path, network, prompt_processor, loading)
     _check_one_image(family)
     return family
+
+
+def load_processor(
+    path: str, model_type: str, revision: str | None = None, config: PreTrainedConfig | None = None
+) -> HFProcessor:
+    """Load the tokenizer and image preprocessor of a model, without its weights; `config` None loads that too.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    with intact("model.path", path, f"the processor of a {model_type}"):
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
+        config = config or AutoConfig.from_pretrained(path, revision=revision)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)  # no limit without this entry
+    # A model that is not supported may have no image token; loading its weights refuses it
+    return HFProcessor(processor, quirks_of(model_type), getattr(config, "image_token_id", -1), longest)
 
 
 def _without_dropout(model: nn.Module) -> None:

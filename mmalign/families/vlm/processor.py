@@ -77,6 +77,19 @@ class HFProcessor:
         start, keys = common_prefix(ids), tuple(key for key, _ in images)
         return [TokenizedResponse(tuple(row), start, keys) for row in ids[1:]]
 
+    def template_problem(self, turns: Sequence[Turn], responses: Sequence[str]) -> str | None:
+        rendered = set[str]()
+        for response in (response.strip() for response in responses):
+            special = [token for token in self.processor.tokenizer.all_special_tokens if token in response]
+            if special:
+                return f"a response holds the model's special token {special[0]}"
+            if self._template:
+                before, same, _ = self._render(turns, response).rpartition(response)
+                if not same:
+                    return "the chat template changes a response"
+                rendered.add(before)
+        return "the chat template renders another prompt for each response" if len(rendered) > 1 else None
+
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         # Without tokens before it some tokenizers (SentencePiece) drop the first word's space.
         before = list(after[-_BEFORE:])

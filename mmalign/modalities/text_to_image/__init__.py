@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmalign.modalities import Modality, Samples
-from mmalign.modalities.text_to_image import check, data, evaluate, gallery, model, prepare
+from mmalign.modalities.text_to_image import check, data, doctor, evaluate, gallery, model, prepare
 from mmalign.pages import pictures
 
 MODALITY = Modality(
@@ -18,6 +18,7 @@ MODALITY = Modality(
     unusable_rows="images could not be read",
     open_benchmark=evaluate.open_benchmark,
     score_files=lambda _: None,
+    doctor_inputs=doctor.doctor_inputs,
     samples=Samples(
         unavailable_reason=gallery.unavailable_reason,
         layout=pictures.LAYOUT,

@@ -1,0 +1,1 @@
+"""Checks of preference data before training, and reports of their findings."""

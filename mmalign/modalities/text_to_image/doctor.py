@@ -1,0 +1,42 @@
+"""Inputs of the data doctor from a text-to-image recipe: evaluation prompts, the text encoder's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mmalign.config import EvaluateImages, Recipe
+from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs
+from mmalign.families import loading
+from mmalign.modalities.loading import disable_progress_bars
+from mmalign.modalities.prompts import load_prompts
+from mmalign.resources import resolve_model
+
+
+def doctor_inputs(recipe: Recipe) -> RecipeInputs:
+    """Return the prompts of the recipe's evaluation, and the count of prompts that its text encoder cuts."""
+    no_responses = NotChecked("the pairs have no responses")
+    return RecipeInputs(_evaluation(recipe), count_truncated(recipe.model.path, recipe.model.revision), no_responses)
+
+
+def count_truncated(name: str, revision: str | None) -> Callable[[Sequence[str]], int] | NotChecked:
+    """Return a function that counts the prompts that a pipeline's text encoder cuts, if the pipeline is local."""
+    try:
+        disable_progress_bars()
+        folder = loading.local_folder(resolve_model(name), revision)
+        if folder is None:
+            return NotChecked(f"{name} is on the Hub and not in the local cache; download it")
+        return loading.load_tokenizers(folder, revision).count_truncated
+    except ValueError as error:
+        return NotChecked(str(error))
+
+
+def _evaluation(recipe: Recipe) -> EvaluationInputs | NotChecked:
+    section = recipe.evaluate
+    if not isinstance(section, EvaluateImages):
+        return NotChecked("the recipe has no validation split and no evaluation with prompts")
+    if section.benchmark == "implicit":
+        return EvaluationInputs()
+    try:
+        return EvaluationInputs(load_prompts("evaluate.prompts", section.prompts, section.split, section.seed))
+    except ValueError as error:
+        return NotChecked(str(error))

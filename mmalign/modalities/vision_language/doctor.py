@@ -1,0 +1,48 @@
+"""Inputs of the data doctor from a vision-language recipe: evaluation images, the model's tokenizer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mmalign.config import EvaluateResponses, Recipe, ResponseData
+from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs, ResponseTokens
+from mmalign.families import loading
+from mmalign.modalities.loading import disable_progress_bars
+from mmalign.modalities.vision_language.evaluate import read_benchmark
+from mmalign.resources import resolve_model
+
+
+def doctor_inputs(recipe: Recipe) -> RecipeInputs:
+    """Return the images of the recipe's evaluation, and the model's tokenizer if the model is local."""
+    return RecipeInputs(_evaluation(recipe), NotChecked("responses have no captions"), _tokens(recipe))
+
+
+def _tokens(recipe: Recipe) -> ResponseTokens | NotChecked:
+    assert isinstance(recipe.data, ResponseData)
+    model = recipe.model
+    try:
+        disable_progress_bars()
+        folder = loading.local_folder(resolve_model(model.path), model.revision)
+        if folder is None:
+            return NotChecked(f"{model.path} is on the Hub and not in the local cache; download it")
+        processor = loading.load_processor(folder, model.revision)
+    except ValueError as error:
+        return NotChecked(str(error))
+    return ResponseTokens(processor, min(processor.max_length, recipe.data.max_length or processor.max_length))
+
+
+def _evaluation(recipe: Recipe) -> EvaluationInputs | NotChecked:
+    section = recipe.evaluate
+    if section is None:
+        return NotChecked("the recipe has no validation split and no evaluation")
+    assert isinstance(section, EvaluateResponses)
+    if section.benchmark == "implicit":
+        return EvaluationInputs()
+    if section.answers is not None and section.images is None:
+        return NotChecked("evaluate.answers are scored without images")
+    try:
+        benchmark = read_benchmark(section)
+    except ValueError as error:
+        return NotChecked(str(error))
+    names = dict.fromkeys(question.image for question in benchmark.questions)
+    return EvaluationInputs(images=[(name, partial(benchmark.images, name)) for name in names])
