@@ -114,13 +114,19 @@ def test_a_wrong_call_is_told_how_it_goes(arguments: list[str], sentence: str) -
 def test_train_evaluate_gallery(tune: str, recipe: Path, tmp_path: Path) -> None:
     settings = ("--set", f"model.tune={tune}", "--set", "model.lora={rank: 4, alpha: 32.0}", "--set", "train.lr=1e-2")
     out = tmp_path / "out"
-    assert "diffusion_dpo: 0.0" in run("train", recipe, *settings)
+    printed = run("train", recipe, *settings)
+    assert "diffusion_dpo: 0.0" in printed
+    call = "pipeline.load_lora_weights" if tune == "lora" else "DiffusionPipeline.from_pretrained"
+    assert printed.splitlines()[-2:] == [
+        f'{out / "model"}: the trained model; load it with {call}("{out / "model"}")',
+        f"next: mmalign evaluate {out / 'recipe.yaml'}",
+    ]
     assert yaml.safe_load((out / "recipe.yaml").read_text())["train"]["lr"] == 0.01
     table = run("evaluate", recipe, *settings)
     assert "prompts fulfilled" in table and "before, %" in table
     result = json.loads((out / "evaluation" / "result.json").read_text())
     assert {"before", "after", "difference"} <= result["overall"].keys()
-    assert str(out / "gallery" / "index.html") in run("gallery", recipe, *settings)
+    assert str(out / "gallery" / "index.html") in run("gallery", out / "recipe.yaml")
     assert Image.open(out / "gallery" / "gallery.png").size[0] > 0
     before, after = ([p.read_bytes() for p in sorted((out / "evaluation" / s).iterdir())] for s in ("before", "after"))
     assert len(before) == len(after) == 4 and before != after

@@ -86,7 +86,7 @@ def build(
         ValueError: `mmalign train` would refuse the recipe, or its pairs do not fill a batch.
     """
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
-    preflight.check(recipe, training=True)
+    preflight.check(recipe, "training")
     method, reward = methods.find(recipe.method.name), methods.requirements_of(recipe.method).reward
     reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
     with muted():

@@ -59,7 +59,7 @@ def cache(recipe: Recipe) -> Path:
         raise ValueError(reason)
     # Pairs and model, as for training
     begun = time.time()
-    preflight.check(recipe, training=True)
+    preflight.check(recipe, "training")
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     output = atomic_io.make_folder("output", Path(recipe.output))
     accelerator = Accelerator()

@@ -60,7 +60,7 @@ def evaluate(recipe: Recipe) -> Evaluation:
     if of_pairs and not recipe.data.validation_fraction:
         needed = "needs a validation split; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
-    preflight.check(recipe, data=of_pairs)
+    preflight.check(recipe, "evaluation", data=of_pairs)
     # Scores of answer files, or a trained model to generate with
     scored = modality.score_files(recipe)
     if scored is None:

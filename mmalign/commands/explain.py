@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -202,7 +203,7 @@ def _default(field: FieldInfo) -> str:
     default = field.default
     if default is PydanticUndefined:
         return ""
-    if isinstance(default, Section):
+    if isinstance(default, BaseModel):
         return "{}"
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 

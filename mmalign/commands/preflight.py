@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,14 +18,19 @@ from mmalign.modalities import modality_of
 from mmalign.modalities.loading import DTYPES, check_reward_model
 from mmalign.training.optim import build_optimizer
 
+logger = logging.getLogger(__name__)
 
-def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
-    """Check all that needs no model: files, columns, classes, devices, packages.
+Purpose = Literal["training", "evaluation", "preparation"]
+
+
+def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
+    """Check all that a command needs besides a model: files, columns, classes, devices, packages.
 
     Args:
         recipe: the recipe to check.
+        purpose: the use of the recipe. Training checks batch size, compilation, optimizer and trackers, and warns of an
+            `evaluate` section that would fail afterwards.
         data: true to check the preference pairs too; generating images needs none.
-        training: true to check what only training needs: batch size, compilation, optimizer and trackers.
 
     Raises:
         ValueError: a check fails; the message names the key, the value, the expectation and the remedy.
@@ -36,7 +43,7 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     # Device, precision and launch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
-    if training:
+    if purpose == "training":
         _check_launch()
         _check_training(recipe.train, device)
         if recipe.train.batch_size < needs.min_pairs:
@@ -46,6 +53,10 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
             )
     # Files and models that the sections name
     modality.check(recipe)
+    if purpose == "preparation":
+        modality.check_preparation(recipe)
+    else:
+        _check_evaluation(recipe, fails=purpose == "evaluation")
     if data:
         if cache not in ("off", "auto") and Path(cache).exists() and not Path(cache).is_dir():
             raise ValueError(f"data.cache: {cache} is a file; choose a folder")
@@ -53,6 +64,16 @@ def check(recipe: Recipe, *, data: bool = True, training: bool = False) -> None:
     if needs.reward is not None:
         check_reward_model("method.reward", needs.reward)
     modality.check_model(recipe.model)  # last, since it may query the Hub
+
+
+def _check_evaluation(recipe: Recipe, *, fails: bool) -> None:
+    """Check the `evaluate` section; if it `fails` no command, only warn."""
+    try:
+        modality_of(recipe).check_evaluation(recipe)
+    except ValueError as error:
+        if fails:
+            raise
+        logger.warning(f"warning: `mmalign evaluate` cannot run yet: {error}")
 
 
 def check_precision(options: Train) -> None:

@@ -28,5 +28,5 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
         raise ValueError("prepare: a step judge generates no images; use a recipe of a model that does")
     if recipe.prepare is None:
         raise ValueError(f"prepare: the recipe has no such section; add one: {modality.example_preparation}")
-    preflight.check(recipe, data=False)
+    preflight.check(recipe, "preparation", data=False)
     return modality.prepare(recipe, writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def train(recipe: Recipe) -> Trained:
         FloatingPointError: a loss is not finite; the last checkpoint stays.
         CheckpointError: a checkpoint could not be written; earlier ones stay.
     """
-    preflight.check(recipe, training=True)
+    preflight.check(recipe, "training")
     output = atomic_io.make_folder("output", Path(recipe.output))
     with atomic_io.folder_lock(output):
         return _train_locked(recipe, output)
@@ -140,7 +141,17 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     _end(recipe, data_module, accelerator)
     verdict = reporter.verdict()
     logger.info(f"{recipe.method.name}: {verdict}")
+    _describe_result(recipe, folder)
     return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
+
+
+def _describe_result(recipe: Recipe, folder: Path) -> None:
+    """Log where the weights are, how other programs load them, and the next command."""
+    logger.info(
+        f"{folder}: the trained model; load it with {modality_of(recipe).loading_hint(recipe.model.tune, folder)}"
+    )
+    if recipe.evaluate is not None:
+        logger.info(f"next: mmalign evaluate {shlex.quote(str(folder.with_name('recipe.yaml')))}")
 
 
 def _describe_updates(recipe: Recipe, data_module: DataModule, num_processes: int) -> str:

@@ -255,22 +255,23 @@ def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P
     """Split the pairs by group into (training, validation).
 
     A group's side depends on its name and the seed alone. Adding data therefore moves no pair to the other side, and
-    the validation share is `fraction` only on average.
+    the validation share is `fraction` only on average. A side that would be empty gets one group.
 
     Raises:
-        ValueError: `fraction` is not between 0 and 1, or one side would be empty.
+        ValueError: `fraction` is not between 0 and 1, or there is one group only.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"data.validation_fraction: {fraction} is not a share; expected a number between 0 and 1")
     groups = pairs.groups()
-    held_groups = {g for g in set(groups) if stable_hash(str(seed), "hold out", g) < fraction * 2**63}
-    held = np.array([g in held_groups for g in groups], dtype=bool)
-    if held.all() or not held.any():
-        side = "training" if held.all() else "evaluation"
+    hashes = {g: stable_hash(str(seed), "hold out", g) for g in groups}
+    if len(hashes) < 2:
         raise ValueError(
-            f"data.validation_fraction: {fraction} of {_count(len(set(groups)), 'group')} in {pairs.source} leaves "
-            f"none for {side}; use another share, or data.group_by with a column of more values"
+            f"data.validation_fraction: {pairs.source} has {_count(len(hashes), 'group')}, which cannot be split; "
+            "expected data.group_by with a column of more values, or a fraction of 0"
         )
+    first, *middle, _ = sorted(hashes, key=lambda g: (hashes[g], g))  # the last one is always for training
+    held_groups = {first, *(g for g in middle if hashes[g] < fraction * 2**63)}
+    held = np.array([g in held_groups for g in groups], dtype=bool)
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
 
 

@@ -118,7 +118,10 @@ class Modality:
     """Functions and texts of one modality.
 
     Attributes:
-        check: check the recipe's sections without loading a model; raises ValueError.
+        check: check the settings of training without loading a model; raises ValueError.
+        check_evaluation: check the section `evaluate`; raises ValueError.
+        check_preparation: check the section `prepare`; raises ValueError.
+        loading_hint: the call that loads a trained model from its folder in other programs, by `model.tune`.
         check_data: check that the pairs' files exist and have their columns; raises ValueError.
         check_model: check the model's paths and class, perhaps with a query to the Hub; raises ValueError.
         uncacheable_reason: the reason why nothing of this data can be cached, or None.
@@ -140,6 +143,9 @@ class Modality:
     """
 
     check: Callable[[Recipe], None]
+    check_evaluation: Callable[[Recipe], None]
+    check_preparation: Callable[[Recipe], None]
+    loading_hint: Callable[[str, Path], str]
     check_data: Callable[[Data], None]
     check_model: Callable[[Model], None]
     uncacheable_reason: Callable[[Data], str | None]

@@ -7,7 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mmalign import cli
+from mmalign.commands import preflight
+from mmalign.commands.load_recipe import load_recipe
 from tests.helpers.commands import Commands, Content, contains
+from tests.helpers.logged import recorded_lines
 
 
 @pytest.mark.usefixtures("no_model")
@@ -18,7 +21,7 @@ from tests.helpers.commands import Commands, Content, contains
         ("train.lrr=1e-5", "train has no 'lrr'; did you mean 'lr'?"),
         ("train.lr=fast", "train.lr: expected a number, got the text 'fast'"),
         ("method.name=difusion_dpo", "there is no method 'difusion_dpo'; did you mean 'diffusion_dpo'?"),
-        ("train.lr", "--set 'train.lr': expected section.key=value, such as train.lr=1e-5"),
+        ("train.lr", "'train.lr': expected section.key=value, such as train.lr=1e-5"),
         # Pairs.
         ("data.path=W/pair.parquet", "data.path: W/pair.parquet does not exist; expected *.parquet"),
         (
@@ -32,8 +35,6 @@ from tests.helpers.commands import Commands, Content, contains
         ("data={format: folder, path: W}", "lines.jsonl: line 1 has no 'rejected' (found prompt, chosen)"),
         ("data.path=W/empty.parquet", "data.path: W/empty.parquet has no rows; expected one a pair"),
         ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
-        ("data.validation_fraction=0.0001", "data.validation_fraction: 0.0001 of 8 groups in "),
-        ("data.validation_fraction=0.9999", "leaves none for training; use another share"),
         ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; choose a folder"),
         ("data={crop: random, cache: W, path: W/good.parquet}", "data.cache: W cannot be used with data.crop: random"),
         # Models.
@@ -56,8 +57,6 @@ from tests.helpers.commands import Commands, Content, contains
         ("model.vae=W/vae", "model.vae: there is no file or folder 'W/vae'"),
         # Everything else.
         ("train.trackers=[tensorbord]", "train.trackers: tensorbord is unknown; correct it, or leave it out"),
-        ("evaluate.prompts=0", "evaluate.prompts: expected at least 1, or a file with one prompt a line, got 0"),
-        ("evaluate.sampling.resolution=20", "evaluate.sampling.resolution: expected a multiple of 8 pixels, got 20"),
         ("output=W/good.parquet", "output: W/good.parquet is a file; choose a folder"),
         (
             "output=W/good.parquet/run",
@@ -70,6 +69,27 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
 ) -> None:
     message = mmalign.refused("train", content, setting.replace("W", str(world)))
     contains(message, sentence.replace("W", str(world)))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("evaluate.prompts=0", "evaluate.prompts: expected at least 1, or a file with one prompt a line, got 0"),
+        ("evaluate.sampling.resolution=20", "evaluate.sampling.resolution: expected a multiple of 8 pixels, got 20"),
+        ("evaluate.prompts=no-such.txt", "evaluate.prompts: there is no file or folder 'no-such.txt'"),
+    ],
+)
+def test_wrong_evaluation_is_refused_by_evaluate_alone(
+    setting: str, sentence: str, mmalign: Commands, content: Content
+) -> None:
+    """Training says it beforehand, and goes on."""
+    reward = {"path": "models/tiny_clip"}
+    content = {**content, "evaluate": {**content["evaluate"], "benchmark": "preference", "reward": reward}}
+    contains(mmalign.refused("evaluate", content, setting), sentence)
+    with recorded_lines() as lines:
+        preflight.check(load_recipe(content, [setting]), "training")
+    assert [line for line in lines if line.startswith(f"warning: `mmalign evaluate` cannot run yet: {sentence}")]
 
 
 @pytest.mark.usefixtures("no_model")

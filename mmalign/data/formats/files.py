@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TABLES = (".parquet",)
 JSON = (".json", ".jsonl")
 MAX_LINE = 2**26  # 64 MiB; the bytes of a line of JSON
+SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
 MAX_IMAGE_BYTES = 2**29  # 512 MiB; no encoded image of usable size is larger
 
 Record = Mapping[str, object]  # a row of JSON or of a table
@@ -39,11 +40,12 @@ def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Pa
 
     Args:
         path: a file, a folder or a glob.
-        split: the start of the files' names, or the name of their folder; None takes all files.
+        split: the start of the files' names, or the name of their folder; None takes all files of a single split. In a
+            folder without splits it has no meaning.
         suffixes: the suffixes of the files in a folder.
 
     Raises:
-        ValueError: no file matches.
+        ValueError: no file matches, or a folder has files of several splits and none is named.
     """
     folder, tables = Path(path), set(suffixes) & set(TABLES)
     if folder.is_file():
@@ -60,16 +62,24 @@ def find_files(path: str, split: str | None, suffixes: Sequence[str]) -> list[Pa
         )
         hub = ", or a Hub id (owner/name)" if tables else ""
         raise ValueError(f"data.path: {path} {came}; expected {expected}, a folder of them, or a glob{hub}")
+    return files if split is None and not folder.is_dir() else _of_split(path, files, split)
+
+
+def _of_split(path: str, files: list[Path], split: str | None) -> list[Path]:
+    """Return the files of a split, by their names or folders; all files of a folder without splits."""
+    names = sorted({name for f in files for name in SPLIT_NAMES if _is_of_split(f, name)})
     if split is None:
+        if len(names) > 1:
+            raise ValueError(f"data.split: {path} has files of several splits; expected one of {', '.join(names)}")
         return files
-    # Files of the split, by their names or folders
-    of_split = [f for f in files if re.match(rf"{re.escape(split)}([-_.]|$)", f.name) or f.parent.name == split]
-    if not of_split:
-        examples = ", ".join(f.name for f in files[:5])
-        raise ValueError(
-            f"data.split: {path} has no file of split {split!r} (found {examples}); name one that is there"
-        )
-    return of_split
+    of_split = [f for f in files if _is_of_split(f, split)]
+    if not of_split and names:
+        raise ValueError(f"data.split: {path} has no file of split {split!r}; expected one of {', '.join(names)}")
+    return of_split or files
+
+
+def _is_of_split(file: Path, split: str) -> bool:
+    return bool(re.match(rf"{re.escape(split)}([-_.]|$)", file.name)) or file.parent.name == split
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

@@ -8,6 +8,9 @@ from mmalign.pages import pictures
 
 MODALITY = Modality(
     check=check.check,
+    check_evaluation=check.check_evaluation,
+    check_preparation=check.check_preparation,
+    loading_hint=model.loading_hint,
     check_data=check.check_data,
     check_model=model.check_model,
     uncacheable_reason=check.uncacheable_reason,

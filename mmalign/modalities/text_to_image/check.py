@@ -11,15 +11,31 @@ from mmalign.resources import locate
 
 
 def check(recipe: Recipe) -> None:
-    """Check the settings that depend on the modality.
+    """Check the settings of training that depend on the modality.
 
     Raises:
-        ValueError: a setting does not fit the method, or a file, a reward model or a size is invalid.
+        ValueError: a setting does not fit the method.
     """
     check_packing(recipe)
     _check_prompts_only(recipe)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Check the `evaluate` section.
+
+    Raises:
+        ValueError: a file, a reward model or a size is invalid.
+    """
     if isinstance(recipe.evaluate, EvaluateImages):
         _check_sampling("evaluate", recipe.evaluate)
+
+
+def check_preparation(recipe: Recipe) -> None:
+    """Check the `prepare` section.
+
+    Raises:
+        ValueError: a file, a reward model or a size is invalid.
+    """
     if isinstance(recipe.prepare, PrepareImages):
         _check_sampling("prepare", recipe.prepare)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from mmalign.config import ImageModel, Model
 from mmalign.families import loading
@@ -35,3 +36,12 @@ def load_family(model: Model, options: Loading) -> TextToImage:
     assert isinstance(model, ImageModel)
     vae = resolve_model(model.vae) if model.vae is not None else None
     return loading.load_family(resolve_model(model.path), replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype]))
+
+
+def loading_hint(tune: str, folder: Path) -> str:
+    """Return the call that loads a trained model in other programs."""
+    return (
+        f'pipeline.load_lora_weights("{folder}")'
+        if tune == "lora"
+        else f'DiffusionPipeline.from_pretrained("{folder}")'
+    )

@@ -7,7 +7,10 @@ from mmalign.modalities.vision_language import check, data, doctor, evaluate, ga
 from mmalign.pages import answers
 
 MODALITY = Modality(
-    check=check.check,
+    check=lambda _: None,
+    check_evaluation=check.check_evaluation,
+    check_preparation=lambda _: None,
+    loading_hint=model.loading_hint,
     check_data=check.check_data,
     check_model=model.check_model,
     uncacheable_reason=lambda _: None,

@@ -11,7 +11,7 @@ from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
 
 
-def check(recipe: Recipe) -> None:
+def check_evaluation(recipe: Recipe) -> None:
     """Check the files of the `evaluate` section.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mmalign.config import Model
 from mmalign.families import loading
 from mmalign.families.base import VisionLanguage
@@ -26,3 +28,12 @@ def load_family(model: Model, options: Loading) -> VisionLanguage:
         ValueError: the model cannot be loaded.
     """
     return loading.load_vision_language(resolve_model(model.path), options)
+
+
+def loading_hint(tune: str, folder: Path) -> str:
+    """Return the call that loads a trained model in other programs."""
+    return (
+        f'PeftModel.from_pretrained(base_model, "{folder}")'
+        if tune == "lora"
+        else f'AutoModelForImageTextToText.from_pretrained("{folder}")'
+    )

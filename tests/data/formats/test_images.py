@@ -99,7 +99,8 @@ def test_images_may_be_structs_of_bytes_and_path(tmp_path: Path) -> None:
 def test_a_folder_a_glob_and_a_split(tmp_path: Path) -> None:
     for i, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
         write(tmp_path / "data" / f"{name}.parquet", [(1.0, 0.0)] * (i + 1))
-    assert len(open_pairs("pick_a_pic", str(tmp_path))) == 6
+    with pytest.raises(ValueError, match=r"data.split: .* has files of several splits; expected one of test, train"):
+        open_pairs("pick_a_pic", str(tmp_path))
     train = open_pairs("pick_a_pic", str(tmp_path), split="train")
     assert [p.location for p in train] == [
         "data/train-00000-of-00002.parquet: row 0",
@@ -107,9 +108,24 @@ def test_a_folder_a_glob_and_a_split(tmp_path: Path) -> None:
         "data/train-00001-of-00002.parquet: row 1",
     ]
     assert len(open_pairs("pick_a_pic", str(tmp_path / "data" / "test-*.parquet"))) == 3
-    assert len(open_pairs("pick_a_pic", str(tmp_path), limit=2)) == 2
-    with pytest.raises(ValueError, match=r"no file of split 'val' \(found test-00000-of-00001.parquet, "):
+    assert len(open_pairs("pick_a_pic", str(tmp_path), split="test", limit=2)) == 2
+    with pytest.raises(ValueError, match=r"no file of split 'val'; expected one of test, train"):
         check_source("pick_a_pic", str(tmp_path), split="val")
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+def test_split_of_a_hub_recipe_takes_a_folder_without_splits(split: str | None, tmp_path: Path) -> None:
+    for name in ("mine", "more"):
+        write(tmp_path / "data" / f"{name}.parquet", [(1.0, 0.0)])
+    assert len(open_pairs("pick_a_pic", str(tmp_path / "data"), split=split)) == 2
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_either_side_of_a_split_has_a_group(fraction: float, tmp_path: Path) -> None:
+    pairs = open_pairs("pick_a_pic", str(write(tmp_path / "a.parquet", [(1.0, 0.0)] * 7, caption=list("abcdefg"))))
+    for seed in range(5):
+        sides = split_by_group(pairs, fraction, seed)
+        assert sorted(len(side) for side in sides) == [1, 6]
 
 
 def test_columns_can_have_other_names_and_groups_other_columns(tmp_path: Path) -> None:
@@ -338,7 +354,7 @@ def test_split_keeps_groups_together_when_data_grows(tmp_path: Path) -> None:
     assert set(split_by_group(few, 0.2, seed=1)[1].groups()) <= set(validation.groups())
     assert set(split_by_group(many, 0.2, seed=2)[1].groups()) != set(validation.groups())
     assert train[0].prompt == train[:1][0].prompt and len(train[5:7]) == 2
-    with pytest.raises(ValueError, match=r"of 1 group in .* leaves none for"):
+    with pytest.raises(ValueError, match="has 1 group, which cannot be split"):
         split_by_group(many[:2], 0.2, seed=1)
 
 
