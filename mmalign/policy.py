@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
+
+from mmalign import sharding
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,6 +48,7 @@ class Policy(Generic[F]):
         model: the network that `Method.loss` must call; wrapped for distributed training once the loop starts.
         unwrapped: the bare network, for generation, saving, and switching adapters.
         reference: the reference; None for methods without one.
+        skeleton: the bare network without weights, if it is sharded; None if every process holds all weights.
 
     Raises:
         ValueError: the reference is the model without its adapters, but other weights are trained and would change it.
@@ -55,6 +58,7 @@ class Policy(Generic[F]):
     model: nn.Module
     unwrapped: nn.Module
     reference: Reference
+    skeleton: nn.Module | None = None
 
     def __post_init__(self) -> None:
         outside = _trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []
@@ -77,9 +81,29 @@ class Policy(Generic[F]):
             case None:
                 return None
 
+    def gathered(self, net: nn.Module) -> AbstractContextManager[None]:
+        """Hold all weights of `net`, policy or reference, so that processes may run it unequally often.
+
+        Does nothing if the policy is not sharded.
+        """
+        return nullcontext() if self.skeleton is None else sharding.gathered(net)
+
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer updates."""
         return [p for p in self.unwrapped.parameters() if p.requires_grad]
+
+
+def shard_policy(policy: Policy[F], device: torch.device) -> Policy[F]:
+    """Shard the networks of policy and reference over all processes, in place, and return the policy with a skeleton.
+
+    Raises:
+        ValueError: the family's network cannot be sharded.
+    """
+    family, net = policy.family, policy.unwrapped
+    skeleton = sharding.skeleton(net)
+    for each in (net, *([policy.reference.model] if isinstance(policy.reference, FrozenCopy) else [])):
+        sharding.shard(each, family.shard_plan(each), device)
+    return replace(policy, skeleton=skeleton)
 
 
 @contextmanager

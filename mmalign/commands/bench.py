@@ -28,9 +28,9 @@ from mmalign.commands import preflight
 from mmalign.commands._bench_meters import PARTS, Meter, machine, now, peak_rate
 from mmalign.commands._bench_run import Run, build, count_operations, peak_bytes, weights
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.commands.train import open_accelerator
 from mmalign.config import Recipe
 from mmalign.modalities import loading
+from mmalign.training.launch import open_accelerator
 
 logger = logging.getLogger(__name__)
 

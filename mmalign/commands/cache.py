@@ -32,7 +32,8 @@ from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
-from mmalign.training.run import MAX_VALIDATION_BATCHES, require_all
+from mmalign.training.launch import connect
+from mmalign.training.run import MAX_VALIDATION_BATCHES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,8 +51,6 @@ def cache(recipe: Recipe) -> Path:
         ValueError: the recipe or the data is invalid, nothing can be cached, or the launched processes do not know of
             one another.
     """
-    from accelerate import Accelerator
-
     if recipe.data.cache == "off":
         raise ValueError("data.cache: off writes no cache; leave it out, or give a folder")
     reason = modality_of(recipe).uncacheable_reason(recipe.data)
@@ -62,8 +61,7 @@ def cache(recipe: Recipe) -> Path:
     preflight.check(recipe, "training")
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     output = atomic_io.make_folder("output", Path(recipe.output))
-    accelerator = Accelerator()
-    require_all(accelerator)
+    accelerator = connect()
     with atomic_io.folder_lock(output):
         family = loading.load_for_training(recipe, accelerator.device)
         data_module = build_filled_data_module(recipe, family, accelerator=accelerator, splits=splits)
@@ -103,7 +101,9 @@ def build_filled_data_module(
     data_module = _fill_caches(data_module, recipe, family, accelerator)
     if replaces_reference(data_module):
         assert data_module.precompute_cache is not None
-        needed = _stop_decoding_images(data_module, recipe) or recipe.model.tune == "full"
+        # A sharded reference cannot compute missing scores on one process alone
+        no_reference = recipe.model.tune == "full" or recipe.train.sharding != "none"
+        needed = _stop_decoding_images(data_module, recipe) or no_reference
         data_module = replace(data_module, precompute_cache=replace(data_module.precompute_cache, required=needed))
     return data_module
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ from mmalign.config import Recipe, Train
 from mmalign.families import compile
 from mmalign.modalities import modality_of
 from mmalign.modalities.loading import DTYPES, check_reward_model
+from mmalign.training.launch import check_launch
 from mmalign.training.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
     if purpose == "training":
-        _check_launch()
+        check_launch(recipe.train)
         _check_training(recipe.train, device)
         if recipe.train.batch_size < needs.min_pairs:
             raise ValueError(
@@ -86,15 +86,14 @@ def check_precision(options: Train) -> None:
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
 
 
-def _check_launch() -> None:
-    """Refuse launchers' settings that are not supported and would be ignored, or fail with a library's error."""
-    unsupported = {"FSDP": "sharded training", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
-    for name, words in unsupported.items():
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                f"train: accelerate is set to {words} (ACCELERATE_USE_{name}), which is not supported; launch plain "
-                "data parallelism (accelerate launch --multi_gpu)"
-            )
+def _check_sharding(train: Train) -> None:
+    """Refuse options that sharded tensors do not support."""
+    if train.optimizer != "adamw":
+        raise ValueError(f"train.optimizer: {train.optimizer} does not support train.sharding: fsdp2; use adamw")
+    if train.precision == "float16":
+        raise ValueError("train.precision: float16 does not support train.sharding: fsdp2; use bfloat16 or float32")
+    if train.compile:
+        raise ValueError("train.compile: does not support train.sharding: fsdp2; leave one of them out")
 
 
 def _check_training(train: Train, device: torch.device) -> None:
@@ -106,6 +105,8 @@ def _check_training(train: Train, device: torch.device) -> None:
             advice = "is not installed; install it" if name in LOGGER_TYPE_TO_CLASS else "is unknown; correct it"
             installed = ", ".join(available) or "none"
             raise ValueError(f"train.trackers: {name} {advice}, or leave it out (there are: {installed})")
+    if train.sharding != "none":
+        _check_sharding(train)
     if train.compile:
         compile.check(device)
     parameters = [nn.Parameter(torch.zeros(1))]  # the optimizer checks for its package

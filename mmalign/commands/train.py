@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmalign import atomic_io, methods
+from mmalign import atomic_io, methods, sharding
 from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import _resume, cache, preflight
 from mmalign.commands.load_recipe import dump_recipe
-from mmalign.config import Recipe, Train
+from mmalign.config import Recipe
 from mmalign.data.data_module import DataModule
 from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
@@ -30,6 +30,7 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.rng import KeyedRNG
 from mmalign.training import checkpoint, loop
 from mmalign.training.export import RUN_INFO, export
+from mmalign.training.launch import open_accelerator
 from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
@@ -37,10 +38,8 @@ from mmalign.training.run import (
     TrainingRun,
     build_train_state,
     last_saved,
-    require_all,
     resume,
     save,
-    trainable_weights,
 )
 from mmalign.training.stopping import StopRequest
 
@@ -165,22 +164,6 @@ def _describe_updates(recipe: Recipe, data_module: DataModule, num_processes: in
     )
 
 
-def open_accelerator(options: Train, **tracking: Any) -> Accelerator:
-    """Return the accelerator, and seed the libraries' random numbers; `tracking` goes to accelerate.
-
-    Raises:
-        ValueError: the launched processes do not know of one another.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-
-    precision = "fp16" if options.precision == "float16" else "no"  # other precisions are the family's own autocast
-    accelerator = Accelerator(mixed_precision=precision, **tracking)
-    require_all(accelerator)
-    set_seed(options.seed)
-    return accelerator
-
-
 def _end(recipe: Recipe, data_module: DataModule, accelerator: Accelerator) -> None:
     """Close the trackers and the process group, and log the rows that no process could use."""
     from accelerate.utils import gather_object
@@ -259,9 +242,8 @@ class _Hook:
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, score)
             self.run.reports = self.reporter.state()
-            if self.run.train_state.accelerator.is_main_process:
-                keep_checkpoints = self.recipe.train.keep_checkpoints
-                save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
+            keep_checkpoints = self.recipe.train.keep_checkpoints
+            save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
             self.run.train_state.accelerator.wait_for_everyone()
             if code:
                 raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
@@ -275,11 +257,16 @@ class _Hook:
         loss, draws = score, methods.requirements_of(self.recipe.method).prompts_only
         if loss is None and not draws:
             loss = _mean_loss(self.recipe, self.run, islice(self.data_module.batches(0), 1))
-        whole = all(torch.isfinite(x).all() for x in trainable_weights(self.run.policy.unwrapped).values())
-        if not whole or (loss is not None and not math.isfinite(loss)):
+        parameters = sharding.local(self.run.policy.trainable())
+        whole = all(torch.isfinite(x).all() for x in parameters)
+        broken = torch.tensor([not whole, loss is not None and not math.isfinite(loss)], dtype=torch.float32)
+        accelerator = self.run.train_state.accelerator
+        weights_broken, loss_broken = accelerator.reduce(broken.to(accelerator.device), reduction="sum").tolist()
+        if weights_broken or loss_broken:
+            what = "weights are" if weights_broken else "loss is"
             raise atomic_io.CheckpointError(
-                f"train: after update {progress.step} the {'loss is' if whole else 'weights are'} not finite, so that "
-                f"update was not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
+                f"train: after update {progress.step} the {what} not finite, so that update was "
+                f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
             )
 
 
@@ -287,7 +274,7 @@ class _Hook:
 def _mean_loss(recipe: Recipe, run: TrainingRun, batches: Iterable[Any]) -> float | None:
     """Return the method's mean loss on batches with fixed random numbers, lower is better; None without a pair."""
     total, weight = 0.0, 0.0
-    bare = Policy(run.policy.family, run.policy.unwrapped, run.policy.unwrapped, run.policy.reference)
+    bare = replace(run.policy, model=run.policy.unwrapped)
     for batch in batches:
         for contrast in loop.make_contrasts(run.method, bare, batch, recipe.method, KeyedRNG(recipe.train.seed)):
             step = run.method.loss(bare, contrast, recipe.method)
@@ -346,6 +333,8 @@ def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -
         family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=options.seed)
         reference = AdaptersOff() if needed else None
     else:
+        if options.sharding != "none":  # a device need not hold the whole policy and the whole reference
+            sharding.move_to_host(family.network, family.shard_plan(family.network))
         if needed and not reference_cached:
             reference = FrozenCopy(family.frozen_copy())
         family.unfreeze()

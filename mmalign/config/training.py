@@ -147,6 +147,10 @@ class Train(Section):
         description="compile the network's blocks with torch.compile; slower first updates, gain depends on the device "
         "(docs/performance.md)",
     )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="fsdp2 splits policy, reference and optimizer over the processes of the launch (docs/clusters.md)",
+    )
     ema: float | None = Field(
         None,
         gt=0,

@@ -17,6 +17,7 @@ from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Momen
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.rng import KeyedRNG
+from mmalign.sharding import ShardPlan
 
 
 class Family(Protocol):
@@ -55,6 +56,13 @@ class Family(Protocol):
 
         Raises:
             ValueError: the blocks are not known.
+        """
+
+    def shard_plan(self, net: nn.Module) -> ShardPlan:
+        """Return the division of `network`, or of a copy of it, into shards (`train.sharding`).
+
+        Raises:
+            ValueError: the network cannot be sharded.
         """
 
     def use_attention(self, wanted: str) -> SelectedBackend:

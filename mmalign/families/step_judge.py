@@ -22,8 +22,11 @@ from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Loading
 from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
+from mmalign.sharding import ShardPlan
 
 NOT_COMPILED = "train.compile: not supported for step judges, whose steps mostly run frozen networks; leave it out"
+
+NOT_SHARDED = "train.sharding: not supported for step judges, which fit on one device; leave it out"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class StepJudge:
             ValueError: always; the frozen model, which makes the images, does most of the work.
         """
         raise ValueError(NOT_COMPILED)
+
+    def shard_plan(self, net: nn.Module) -> ShardPlan:
+        """Refuse sharding.
+
+        Raises:
+            ValueError: always; the network is small, and its temperature is a scalar.
+        """
+        raise ValueError(NOT_SHARDED)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
         """Set the frozen model's attention, which is most of the work; the reward model's own attention is fixed."""

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mmalign import sharding
 from mmalign.atomic_io import atomic_write
 from mmalign.data.caches import fingerprint
 from mmalign.families.base import Family
@@ -41,19 +42,22 @@ class RunInfo:
 def export(folder: Path, run: TrainingRun) -> None:
     """Write the trained model in its library's format, with its steps, seconds, identity and record.
 
-    The weights are their moving average, if the run has one.
+    The weights are their moving average, if the run has one. All processes call it together; the main one writes.
     """
-    if run.train_state.accelerator.is_main_process:
-        parameters, ema = run.policy.trainable(), run.train_state.ema
-        if ema is not None:
-            ema.swap(parameters)
+    policy, ema, accelerator = run.policy, run.train_state.ema, run.train_state.accelerator
+    net = policy.unwrapped if policy.skeleton is None else policy.skeleton
+    if ema is not None:
+        ema.swap(policy.trainable())
+    if policy.skeleton is not None:
+        sharding.fill(policy.skeleton, policy.unwrapped, keep=accelerator.is_main_process)
+    if accelerator.is_main_process:
         with atomic_write(folder, marker=RUN_INFO) as part:
-            run.policy.family.save(part, run.policy.unwrapped)
+            policy.family.save(part, net)
             info = RunInfo(run.progress.step, run.progress.seconds, run.identity, run.record)
             (part / RUN_INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
-        if ema is not None:
-            ema.swap(parameters)
-    run.train_state.accelerator.wait_for_everyone()
+    if ema is not None:
+        ema.swap(policy.trainable())
+    accelerator.wait_for_everyone()
 
 
 def read_run_info(folder: Path) -> RunInfo:

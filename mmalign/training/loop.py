@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from mmalign import sharding
 from mmalign.config import MethodConfig
 from mmalign.methods import AnyMethod, Step, epoch_rng
 from mmalign.policy import Policy
@@ -198,6 +199,7 @@ class _GradientAccumulator:
 
     def __init__(self, policy: Policy, train_state: TrainState) -> None:
         self.model, self.train_state = policy.model, train_state
+        self.sharded = policy.skeleton is not None
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: an exhausted iterator would never be clipped
         self.used, self.empty = False, 0
         self._clear()
@@ -252,9 +254,10 @@ class _GradientAccumulator:
         # Weighted mean of the gradients: accelerate averages them over processes, the weights are summed.
         total = packed[1]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, accelerator.num_processes / total)
+        torch._foreach_mul_(sharding.local(gradients) if self.sharded else gradients, accelerator.num_processes / total)
         limit = train_state.max_grad_norm if train_state.max_grad_norm is not None else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        norm = sharding.whole(norm).to(total.device) if self.sharded else norm
         if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update
             raise FloatingPointError(
                 f"train: the gradient of update {step + 1} is not finite; no weight was changed, and the last "

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from mmalign import sharding
 from mmalign.config import Train
 from mmalign.families.loading import intact
 from mmalign.methods import AnyMethod
-from mmalign.policy import Policy
+from mmalign.policy import Policy, shard_policy
 from mmalign.training import checkpoint, loop
 from mmalign.training.optim import EMA, build_optimizer, schedule
 from mmalign.training.record import Record
@@ -41,28 +41,20 @@ class TrainingRun:
     reports: dict[str, object] = field(default_factory=dict)
 
 
-def require_all(accelerator: Accelerator) -> None:
-    """Refuse processes that do not know of one another.
-
-    Raises:
-        ValueError: the number of launched processes differs from the number that the accelerator knows.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"train: {launched} processes were launched, but accelerate connects {accelerator.num_processes}; they "
-            "would all write to one folder; on CPUs set ACCELERATE_USE_CPU=true"
-        )
-
-
 def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) -> tuple[Policy, loop.TrainState]:
-    """Return the policy prepared by the accelerator, with its optimizer, schedule, clipping and moving average."""
+    """Return the policy, prepared by the accelerator or sharded, with its optimizer, schedule, clipping and average."""
+    if options.sharding == "fsdp2":
+        policy = shard_policy(policy, accelerator.device)
     parameters = policy.trainable()
     betas = (options.betas[0], options.betas[1])
     optimizer = build_optimizer(
         parameters, options.optimizer, lr=options.lr, betas=betas, weight_decay=options.weight_decay
     )
-    model, optimizer = accelerator.prepare(policy.model, optimizer)
+    if policy.skeleton is None:
+        model, optimizer = accelerator.prepare(policy.model, optimizer)
+        policy = replace(policy, model=model)
+    else:
+        optimizer = accelerator.prepare(optimizer)
     train_state = loop.TrainState(
         accelerator,
         optimizer,
@@ -71,7 +63,7 @@ def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) 
         options.max_grad_norm,
         EMA(parameters, options.ema) if options.ema else None,
     )
-    return Policy(policy.family, model, policy.unwrapped, policy.reference), train_state
+    return policy, train_state
 
 
 def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None:
@@ -92,7 +84,18 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
         if names:
             raise ValueError(f"{path}: {problem} the model ({min(names)}, ...); use another output folder")
     with intact("train", path, "a checkpoint of this run", "use another output folder"):
-        _load(run, saved)
+        _load(run, saved if run.policy.skeleton is None else _split(run, saved))
+
+
+def _split(run: TrainingRun, saved: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
+    """Return the checkpoint with this process's parts of its tensors."""
+    parameters, own, state = run.policy.trainable(), trainable_weights(run.policy.unwrapped), dict(saved.state)
+    weights = {name: sharding.split(tensor, own[name]) for name, tensor in saved.weights.items()}
+    moments = {i: _split_moments(moments, parameters[i]) for i, moments in state["optimizer"]["state"].items()}
+    state["optimizer"] = {**state["optimizer"], "state": moments}
+    if "average" in state:
+        state["average"] = [sharding.split(*each) for each in zip(state["average"], parameters, strict=True)]
+    return replace(saved, weights=weights, state=state)
 
 
 def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
@@ -123,8 +126,16 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: StateDict) -> None:
         group.update(kept)
 
 
+def _split_moments(moments: StateDict, parameter: Tensor) -> StateDict:
+    """Return this process's part of the optimizer's tensors for one parameter; other tensors are counts of updates."""
+    alike = {name for name, value in moments.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+    return {name: sharding.split(x, parameter) if name in alike else x for name, x in moments.items()}
+
+
 def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoints: int) -> None:
     """Write a checkpoint to the folder `output`, with the run's score (lower is better), if it has one.
+
+    All processes call it together; the main one writes. A sharded run's checkpoint is that of one that is not sharded.
 
     Raises:
         CheckpointError: the checkpoint could not be written.
@@ -140,10 +151,15 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         state["average"] = train_state.ema.state()
     if train_state.accelerator.scaler is not None:
         state["scaler"] = train_state.accelerator.scaler.state_dict()
+    weights, is_main = trainable_weights(run.policy.unwrapped), train_state.accelerator.is_main_process
+    if run.policy.skeleton is not None:
+        weights, state = (sharding.whole(tree, keep=is_main) for tree in (weights, state))
+    if not is_main:
+        return
     checkpoint.write(
         output,
         run.progress.step,
-        trainable_weights(run.policy.unwrapped),
+        weights,
         state,
         run.identity,
         keep_checkpoints=keep_checkpoints,

@@ -193,10 +193,3 @@ def test_exported_files_have_the_permissions_of_the_umask(content: Content, tmp_
         os.umask(previous)
     files = [path for path in (tmp_path / "out").rglob("*.safetensors") if "cache" not in path.parts]
     assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
-
-
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_unsupported_launchers_are_refused(name: str, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name}.*not supported"):
-        train(load_recipe(content))

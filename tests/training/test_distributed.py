@@ -4,10 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,96 +11,19 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-from torch import Tensor
 
-from mmalign.commands.cache import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
-from tests.helpers import Folders, data_files, recipes
+from tests.helpers import Folders, data_files, processes, recipes
 from tests.helpers.logged import recorded_lines
+from tests.helpers.processes import GRADIENTS, WEIGHTS
 
 pytestmark = pytest.mark.slow
 
 Content = dict[str, Any]
 STEPS = 3
 UNSURE = 0.01  # a threshold at which the tiny judge is sure of some comparisons, and of others not
-
-# Float32: a sum over four pairs rounds otherwise than two sums over two. Gradients differ by about 4e-6 of their norm
-# for that, and so does AdamW's mean of them, which is linear in them; another batch moves it by more than a half.
-GRADIENTS = 5e-5
-# AdamW divides a gradient by its own size: where that is nothing but rounding, the update is the learning rate in any
-# direction. That came to at most 6e-4 of the way that the weights have gone; another batch makes it more than 0.1.
-WEIGHTS = 5e-3
 METRICS = {"rel": 1e-3, "abs": 1e-4}  # a logit is beta = 100 times a difference of errors, each rounded by 1e-7
-
-
-def work(jobs: Path) -> None:
-    """What each of two processes does: the trainings of a file, one after the other, with a record of each.
-
-    Some of the file are no trainings, but only fill the caches of one.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    rank, touched, exchanges = int(os.environ["RANK"]), list[str](), list[int]()
-    sys.addaudithook(lambda event, arguments: touched.extend(_written(event, arguments)))
-    prepare = Accelerator.prepare
-
-    def watched(accelerator: Accelerator, model: Any, optimizer: Any) -> Any:
-        model, optimizer = prepare(accelerator, model, optimizer)
-        model.register_comm_hook(exchanges, _counted)
-        return model, optimizer
-
-    Accelerator.prepare = watched
-    for name, does, content in json.loads(jobs.read_text()):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.distributed.init_process_group(  # by a file, where a port might be taken
-            "gloo", init_method=f"file://{jobs}.{name}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
-        )
-        touched.clear()
-        exchanges.clear()
-        with recorded_lines() as lines:
-            if does == "cache":
-                cache(load_recipe(content))
-                history = []
-            else:
-                history = train(load_recipe(content)).history
-        record = {"history": history, "lines": lines, "touched": touched, "exchanges": len(exchanges)}
-        jobs.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
-
-
-def _written(event: str, arguments: Sequence[Any]) -> list[str]:
-    """The paths that a call writes to, by the name of Python's audit event."""
-    if event == "open":
-        path, _, flags = arguments
-        return [str(path)] if isinstance(path, str | Path) and flags & (os.O_WRONLY | os.O_RDWR) else []
-    return [str(arguments[0])] if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") else []
-
-
-def _counted(exchanges: list[int], bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    if bucket.is_last():
-        exchanges.append(1)
-    return allreduce_hook(None, bucket)  # what happens without a hook: the mean over the processes
-
-
-def launch(jobs: Path) -> None:
-    """Run `work` in two processes on this machine's CPU."""
-    logs = [jobs.with_suffix(f".{rank}.log") for rank in range(2)]
-    shared = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        with log.open("w") as file:
-            command = [sys.executable, __file__, str(jobs)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-4000:] for log in logs)
 
 
 class Runs:
@@ -162,9 +81,9 @@ class Runs:
         judge = {"name": "step_aware", "path": str(self.judge)}
         drawing = {"name": "spo", "reward": judge, "steps": 6, "start": 2, "threshold": UNSURE}
         jobs.append(("spo", self.content("two", "few", "spo", batch_size=1) | {"method": drawing}))
-        done = [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
-        (self.folder / "jobs.json").write_text(json.dumps(done))
-        launch(self.folder / "jobs.json")
+        processes.launch(
+            self.folder, [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
+        )
 
     def content(self, location: str, name: str, output: str = "", **options: Any) -> Content:
         pairs, sections = self.recipes[name]
@@ -185,28 +104,10 @@ class Runs:
 
     def record(self, name: str, who: str | int) -> dict[str, Any]:
         """What was written down of a training: by one of two processes (0 or 1), or by the only one ("one")."""
-        return json.loads((self.folder / f"{name}-{who}.json").read_text())  # type: ignore[no-any-return]
-
-    def weights(self, run: str, step: int = STEPS) -> dict[str, Tensor]:
-        return load_file(self.folder / run / f"checkpoint-{step:08d}" / "model.safetensors")
+        return processes.read(self.folder, name, who)
 
     def distance(self, run: str, other_run: str) -> tuple[float, float]:
-        """How far apart two runs end: their weights, over the way gone since the first update, and their gradients."""
-        start, a, b = (flat(self.weights(*where)) for where in ((run, 1), (run,), (other_run,)))
-        actual, expected = self.mean_gradient(run), self.mean_gradient(other_run)
-        return relative(a - b, a - start), relative(actual - expected, actual)
-
-    def mean_gradient(self, run: str) -> Tensor:
-        state = torch.load(self.folder / run / f"checkpoint-{STEPS:08d}" / "state.pt", weights_only=True)
-        return flat({str(name): moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()})
-
-
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
-
-
-def relative(difference: Tensor, scale: Tensor) -> float:
-    return float(difference.norm() / scale.norm())
+        return processes.distance(self.folder / run, self.folder / other_run, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +269,3 @@ def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
     assert runs.record("grown", 0)["lines"][1] == "resuming from checkpoint-00000001"
     weights, gradients = runs.distance("one/full", "two/grown")
     assert weights < WEIGHTS and gradients < GRADIENTS
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

@@ -27,6 +27,7 @@ from mmalign.families.compile import denoiser_blocks
 from mmalign.families.loading import intact
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.families.types import Conditioning, Loading, Moments
+from mmalign.sharding import ShardPlan
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -102,8 +103,7 @@ class LatentModel(ABC):
         return encode(self.pipeline.vae, images)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
-        """Return the text unchanged: most families have no size conditioning."""
-        return text
+        return text  # most families have no size conditioning
 
     def encoders(self) -> list[tuple[str, nn.Module]]:
         """Return the autoencoder and the checkpoint's text encoders, by name."""
@@ -134,6 +134,10 @@ class LatentModel(ABC):
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """Return the blocks to compile: a UNet's transformer blocks, without its convolutions."""
         return denoiser_blocks(net)
+
+    def shard_plan(self, net: nn.Module) -> ShardPlan:
+        """Return the transformer blocks as shards; a UNet's convolutions are gathered for a whole pass."""
+        return ShardPlan(denoiser_blocks(net))
 
     def use_attention(self, wanted: str) -> SelectedBackend:
         """Select and install the denoiser's attention backend; sdpa keeps diffusers' own code."""

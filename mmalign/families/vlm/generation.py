@@ -103,6 +103,7 @@ def _generate_batch(
     output = model.generate(
         **inputs,
         max_new_tokens=decoding.max_new_tokens,
+        synced_gpus=False,  # processes generate independently; transformers would join those of a sharded network
         logits_processor=[_Noise(prompts, rng, width, decoding.temperature)] if decoding.temperature else [],
         stopping_criteria=[_Stop(processor, rows, width, stop)] if stop else [],
     )

@@ -31,55 +31,17 @@ from mmalign.families.vlm.image_features import frozen_parts, move_parameters, p
 from mmalign.families.vlm.packing import build_packed_mask, enable_packing, packed_inputs, unpacked_reason
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
-from mmalign.language.scores import log_probabilities, most_likely
+from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.reading import first_line
 from mmalign.rng import KeyedRNG
+from mmalign.sharding import ShardPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 ADAPTERS = "adapter_config.json"  # peft's name of the file
-
-
-class TokenScorer(nn.Module):
-    """Transformers model that returns log-probabilities of tokens instead of logits.
-
-    `forward` does all of the work, so that a wrapper for distributed training sees it.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, positions: Tensor, targets: Tensor, **inputs: object) -> Tensor:
-        """Return the log-probabilities of the tokens `targets`, [M] or [M, K].
-
-        They are predicted at the indices `positions` [M] of the flattened rows.
-        """
-        text = self.model.config.get_text_config()
-        return log_probabilities(
-            self._hidden(positions, inputs),
-            self.model.get_output_embeddings(),
-            targets,
-            vocabulary=text.vocab_size,
-            softcap=getattr(text, "final_logit_softcapping", None),
-        )
-
-    @torch.no_grad()
-    def argmax(self, positions: Tensor, **inputs: object) -> Tensor:
-        """Return the most likely tokens [M], predicted at the indices `positions` [M] of the flattened rows.
-
-        A soft cap on the logits would not change their order, so it is left out.
-        """
-        head, text = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        return most_likely(self._hidden(positions, inputs), head, vocabulary=text.vocab_size)
-
-    def _hidden(self, positions: Tensor, inputs: dict[str, object]) -> Tensor:
-        """Return the last hidden states [M, D] at the indices `positions` [M] of the flattened rows."""
-        hidden: Tensor = self.model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        return hidden.flatten(0, 1)[positions]
 
 
 @dataclass(frozen=True)
@@ -134,8 +96,7 @@ class ImageTextToText:
 
     @cached_property
     def _encoders(self) -> Sequence[tuple[str, nn.Module]]:
-        learning = (self._model.get_decoder(), self._model.get_output_embeddings())
-        return tuple(frozen_parts(self.network, {id(p) for part in learning for p in part.parameters()}))
+        return tuple(frozen_parts(self.network, {id(p) for p in _learning(self._model)}))
 
     def _encode(self, view: ImageView) -> BaseModelOutputWithPooling:
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
@@ -193,7 +154,7 @@ class ImageTextToText:
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
         positions, inputs = self._inputs(tokens, features)
         with self.loading.autocast():
-            tokens_found = _unwrap(net).argmax(positions, **inputs)
+            tokens_found = unwrap(net).argmax(positions, **inputs)
         return tokens.responses.masked_scatter(tokens.response_mask, tokens_found)
 
     @property
@@ -217,7 +178,7 @@ class ImageTextToText:
         masks = [None] * len(prompts) if hidden is None else hidden
         asked = [GenerationPrompt(*one) for one in zip(prompts, rows, masks, strict=True)]
         with self.loading.autocast():
-            return generate(_unwrap(net).model, self.processor, asked, features, decoding, rng, stop)
+            return unwrap(net).run(lambda model: generate(model, self.processor, asked, features, decoding, rng, stop))
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
@@ -231,14 +192,13 @@ class ImageTextToText:
 
     def unfreeze(self) -> None:
         """Unfreeze the decoder and its head; images are encoded once, since the parts that encode them stay frozen."""
-        self._model.get_decoder().requires_grad_(True)
-        self._model.get_output_embeddings().requires_grad_(True)
+        for parameter in _learning(self._model):
+            parameter.requires_grad_(True)
 
     def frozen_copy(self) -> nn.Module:
         """Copy the decoder and its head; parameters that are never trained are shared with the original."""
-        decoder, head = self._model.get_decoder(), self._model.get_output_embeddings()
-        learns = {id(p) for part in (decoder, head) for p in part.parameters()}
-        shared = {id(p): p for p in self.network.parameters() if id(p) not in learns}
+        learning = _learning(self._model)
+        shared = {id(p): p for p in self.network.parameters() if p not in learning}
         return copy.deepcopy(self.network, shared).requires_grad_(False).eval()
 
     def enable_gradient_checkpointing(self) -> None:
@@ -246,7 +206,13 @@ class ImageTextToText:
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
         """Return the decoder's layers."""
-        return list(_unwrap(net).model.get_decoder().layers)
+        return list(unwrap(net).model.get_decoder().layers)
+
+    def shard_plan(self, net: nn.Module) -> ShardPlan:
+        """Return the decoder's layers as shards; all that encodes images stays whole, since it runs by itself."""
+        sharded = _learning(unwrap(net).model)
+        whole = [p for p in net.parameters() if p not in sharded]
+        return ShardPlan(self.blocks(net), whole, methods=("argmax", "run"))
 
     def use_attention(self, wanted: str) -> SelectedBackend:
         """Set the decoder's attention; the vision tower stays unchanged, and with sdpa the decoder too."""
@@ -260,7 +226,7 @@ class ImageTextToText:
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write adapters for peft if the network has them, else the model with its processor for transformers."""
-        model = _unwrap(net).model
+        model = unwrap(net).model
         model.save_pretrained(folder)
         if not getattr(model, "peft_config", None):
             self.processor.processor.save_pretrained(folder)
@@ -276,9 +242,9 @@ class ImageTextToText:
         return TokenScorer(model.to(self.loading.device).requires_grad_(False).eval())
 
 
-def _unwrap(net: nn.Module) -> TokenScorer:
-    """Return the network itself, without a wrapper for distributed training."""
-    return next(part for part in net.modules() if isinstance(part, TokenScorer))
+def _learning(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Return the parameters that full fine-tuning trains: those of the decoder and its head."""
+    return {p for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
 
 
 def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:

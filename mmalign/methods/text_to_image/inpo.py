@@ -95,7 +95,8 @@ def invert_pairs(
             return policy.family.predict(net, x, t, clean.cond[rows])
 
         hops = ways[cfg.inversion](schedule, clean.t, steps=cfg.steps, eta=cfg.eta)
-        return inversion.invert(predict, schedule, clean.x_0, hops, fresh)
+        with policy.gathered(net):  # processes have unequally many hops
+            return inversion.invert(predict, schedule, clean.x_0, hops, fresh)
 
     x_t = run(policy.unwrapped) if cfg.inverter == "policy" else policy.on_reference(run)
     assert x_t is not None, "inpo needs a reference"

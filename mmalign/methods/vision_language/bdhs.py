@@ -180,7 +180,8 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
     masking, similarity = cfg.online, _similarity(cfg.online.similarity)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
     answerable = _answerable(sampler, batch, masking.max_new_tokens, [True] * len(batch.rows), completing=True)
-    completions = bdhs(sampler, list(answerable.values()), batch.features, masking, similarity)
+    with policy.gathered(policy.unwrapped):  # processes generate answers of unequal length
+        completions = bdhs(sampler, list(answerable.values()), batch.features, masking, similarity)
     answers = dict(zip(answerable, completions, strict=True))
     # Responses of every pair; with gamma 0 a pair without a usable completion has weight 0
     texts, weights, tries = list[_Texts](), batch.weights.clone(), torch.zeros_like(batch.weights)
@@ -207,7 +208,8 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     is_replaced = (rng.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
     answerable = _answerable(sampler, batch, mixed.max_new_tokens, is_replaced, completing=False)
     rows, parts = list(answerable.values()), [WHOLE] * len(answerable)
-    first, second = (sampler.sample(rows, parts, batch.features, mixed, attempt) for attempt in (1, 2))
+    with policy.gathered(policy.unwrapped):
+        first, second = (sampler.sample(rows, parts, batch.features, mixed, attempt) for attempt in (1, 2))
     # Annotated answers replace the data's responses
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)

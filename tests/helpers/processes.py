@@ -1,0 +1,146 @@
+"""Trainings in two processes of this machine's CPU, joined by gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmalign.commands.cache import cache
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
+from tests.helpers.logged import recorded_lines
+
+Content = dict[str, Any]
+Job = tuple[str, str, Content]  # name, "train" or "cache", and the recipe
+
+# Float32: a sum over four pairs rounds otherwise than two sums over two. Gradients differ by about 4e-6 of their norm
+# for that, and so does AdamW's mean of them, which is linear in them; another batch moves it by more than a half.
+GRADIENTS = 5e-5
+# AdamW divides a gradient by its own size: where that is nothing but rounding, the update is the learning rate in any
+# direction. That came to at most 6e-4 of the way that the weights have gone; another batch makes it more than 0.1.
+WEIGHTS = 5e-3
+
+
+def launch(folder: Path, jobs: Sequence[Job], timeout: float = 300) -> None:
+    """Run `work` in two processes, which write the record of each job to NAME-RANK.json in the folder.
+
+    Raises:
+        RuntimeError: a process failed; the message has the ends of both logs.
+    """
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    logs = [file.with_suffix(f".{rank}.log") for rank in range(2)]
+    shared = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        with log.open("w") as output:
+            command = [sys.executable, "-m", __name__, str(file)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if codes != [0, 0]:
+        names = [
+            [line for line in log.read_text().splitlines() if line.endswith((": train", ": cache"))] for log in logs
+        ]
+        ends = [f"{each[-1:]}\n{log.read_text()[-4000:]}" for log, each in zip(logs, names, strict=True)]
+        raise RuntimeError("\n".join(ends))
+
+
+def work(file: Path) -> None:
+    """Do the jobs of a file one after the other, and write down what each logged and wrote."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    rank, touched, exchanges = int(os.environ["RANK"]), list[str](), list[int]()
+    sys.addaudithook(lambda event, arguments: touched.extend(_written(event, arguments)))
+    prepare = Accelerator.prepare
+
+    def watched(accelerator: Accelerator, *parts: Any) -> Any:
+        prepared = prepare(accelerator, *parts)
+        if len(parts) == 2:  # a sharded model is not prepared
+            prepared[0].register_comm_hook(exchanges, _counted)
+        return prepared
+
+    Accelerator.prepare = watched
+    for name, does, content in json.loads(file.read_text()):
+        print(f"{name}: {does}", flush=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.distributed.init_process_group(  # by a file, where a port might be taken
+            "gloo", init_method=f"file://{file}.{name}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+        )
+        touched.clear()
+        exchanges.clear()
+        with recorded_lines() as lines:
+            if does == "cache":
+                cache(load_recipe(content))
+                history = []
+            else:
+                history = train(load_recipe(content)).history
+        record = {"history": history, "lines": lines, "touched": touched, "exchanges": len(exchanges)}
+        file.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
+
+
+def _written(event: str, arguments: Sequence[Any]) -> list[str]:
+    """Return the paths that a call writes to, by the name of Python's audit event."""
+    if event == "open":
+        path, _, flags = arguments
+        return [str(path)] if isinstance(path, str | Path) and flags & (os.O_WRONLY | os.O_RDWR) else []
+    return [str(arguments[0])] if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") else []
+
+
+def _counted(exchanges: list[int], bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    if bucket.is_last():
+        exchanges.append(1)
+    return allreduce_hook(None, bucket)  # as without a hook: the mean over the processes
+
+
+def read(folder: Path, name: str, rank: int | str) -> dict[str, Any]:
+    """Read what a process recorded of a job."""
+    record: dict[str, Any] = json.loads((folder / f"{name}-{rank}.json").read_text())
+    return record
+
+
+def weights(run: Path, step: int) -> dict[str, Tensor]:
+    """Return the weights of a run's checkpoint."""
+    return load_file(run / f"checkpoint-{step:08d}" / "model.safetensors")
+
+
+def distance(run: Path, other_run: Path, steps: int) -> tuple[float, float]:
+    """Return two relative distances of runs that saved after every update.
+
+    They are the distance of their weights over the way gone since the first update, and that of their mean gradients.
+    """
+    start, a, b = (_flat(weights(*where)) for where in ((run, 1), (run, steps), (other_run, steps)))
+    actual, expected = (_mean_gradient(folder, steps) for folder in (run, other_run))
+    return _relative(a - b, a - start), _relative(actual - expected, actual)
+
+
+def _mean_gradient(run: Path, step: int) -> Tensor:
+    state = torch.load(run / f"checkpoint-{step:08d}" / "state.pt", weights_only=True)
+    return _flat({str(name): moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()})
+
+
+def _flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def _relative(difference: Tensor, scale: Tensor) -> float:
+    return float(difference.norm() / scale.norm())
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
