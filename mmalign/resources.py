@@ -13,6 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 SHARED = ("configs", "models", "assets")
+RECIPES = "*_*/*.yaml"  # the recipes in configs/, by modality; configs/accelerate/ holds no recipes
 
 # A Hub id: ORG/NAME, of the characters that the Hub allows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -55,7 +56,7 @@ def resolve_recipe(name: str | Path) -> Path:
         return resolve(name)
     except ValueError:
         folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), Path())
-        files = [path for path in folder.rglob("*.yaml") if str(name) in _short_names(path.relative_to(folder))]
+        files = [path for path in folder.glob(RECIPES) if str(name) in _short_names(path.relative_to(folder))]
         if len(files) > 1:
             names = " or ".join(sorted(_short_names(path.relative_to(folder))[1] for path in files))
             raise ValueError(f"{name}: several bundled recipes have this name; expected {names}") from None

@@ -13,7 +13,7 @@ from mmalign.config.methods import METHODS
 from mmalign.modalities import modality_of
 
 PACKAGE = Path(mmalign.__file__).parent
-RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*_*/*.yaml"))
 NAMES = {name for name, item in vars(config).items() if isinstance(item, type) and issubclass(item, Section)}
 
 

@@ -13,13 +13,13 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.config.methods import METHODS
 from mmalign.families import loading
-from mmalign.resources import roots
+from mmalign.resources import RECIPES, roots
 
 
 def list_everything(console: Console) -> None:
     """Print the methods by modality, families, reward models and bundled recipes."""
     folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), Path("configs"))
-    recipes = {path: load_recipe(path) for path in sorted(folder.rglob("*.yaml"))}
+    recipes = {path: load_recipe(path) for path in sorted(folder.glob(RECIPES))}
     by_method = defaultdict[str, list[Recipe]](list)
     for recipe in recipes.values():
         by_method[recipe.method.name].append(recipe)

@@ -15,7 +15,7 @@ from mmalign.config.evaluation import RewardConfig
 from mmalign.config.losses import DPOLossConfig, IPOLossConfig, RobustLossConfig
 from mmalign.modalities.loading import check_reward_model
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*_*/*.yaml"))  # by modality
 LEAST: dict[str, Any] = {
     "method": {"name": "diffusion_dpo"},
     "model": {"path": "somewhere/model"},
