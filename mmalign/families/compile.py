@@ -38,9 +38,7 @@ def denoiser_blocks(net: nn.Module) -> list[nn.Module]:
         if type(module).__name__ in names and not inside:
             blocks.append((name, module))
     if not blocks:
-        raise ValueError(
-            f"train.compile, train.sharding: diffusers lists no blocks of a {type(net).__name__}; leave them out"
-        )
+        raise ValueError(f"train.compile: diffusers does not list the blocks of a {type(net).__name__}; leave it out")
     return [module for _, module in blocks]
 
 

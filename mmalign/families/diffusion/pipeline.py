@@ -5,7 +5,6 @@ A denoiser is a UNet or a transformer; a pipeline has one of them, under that na
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ from mmalign.config import SamplingConfig
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.compile import denoiser_blocks
+from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.loading import intact
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.families.types import Conditioning, Loading, Moments
@@ -227,54 +227,6 @@ def resolution(pipeline: DiffusionPipeline) -> int:
     latent_side = getattr(pipeline, "default_sample_size", None)  # for denoisers without a configured size
     latent_side = latent_side or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
     return int(latent_side * pipeline.vae_scale_factor)
-
-
-@torch.no_grad()
-def encode(vae: ModelMixin, images: Tensor) -> Moments:
-    """Return the posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
-    with _own_dtype(vae):
-        encoded = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype)))
-    scale, shift = _scale_and_shift(vae)
-    if not hasattr(encoded, "latent_dist"):  # Sana's autoencoder is deterministic
-        mean = encoded.latent.float()
-        return Moments((mean - shift) * scale, torch.zeros_like(mean))
-    mean, std = (_without_frames(x.float()) for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
-    return Moments((mean - shift) * scale, std * scale)
-
-
-@torch.no_grad()
-def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
-    """Decode latents in the denoiser's scale to images [N, 3, H, W] in [-1, 1], float32."""
-    scale, shift = _scale_and_shift(vae)
-    with _own_dtype(vae):
-        unscaled = (latents.float() / scale + shift).to(vae.device, vae.dtype)
-        return _without_frames(vae.decode(_as_frames(vae, unscaled)).sample.float())
-
-
-def _as_frames(vae: ModelMixin, images: Tensor) -> Tensor:
-    """Return [N, C, H, W] unchanged, or as [N, C, 1, H, W] for a video autoencoder."""
-    return images.unsqueeze(2) if hasattr(vae.config, "temperal_downsample") else images
-
-
-def _without_frames(images: Tensor) -> Tensor:
-    """Return [N, C, H, W] unchanged, or the only frame of [N, C, 1, H, W]."""
-    return images.squeeze(2) if images.dim() == 5 else images
-
-
-def _own_dtype(vae: ModelMixin) -> contextlib.AbstractContextManager[object]:
-    """Turn autocast off: SDXL's autoencoder overflows in float16."""
-    return torch.autocast(vae.device.type, enabled=False)
-
-
-def _scale_and_shift(vae: ModelMixin) -> tuple[float | Tensor, float | Tensor]:
-    """Return s and m of `(latents - m) * s`, numbers or [1, C, 1, 1], which gives the denoiser's scale."""
-    config = vae.config
-    scale: float | Tensor = getattr(config, "scaling_factor", 1.0)
-    shift: float | Tensor = getattr(config, "shift_factor", None) or 0.0
-    if getattr(config, "latents_std", None) is not None:
-        std, mean = (torch.tensor(x, device=vae.device) for x in (config.latents_std, config.latents_mean))
-        scale, shift = scale / std.view(1, -1, 1, 1), mean.view(1, -1, 1, 1)
-    return scale, shift
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
