@@ -105,7 +105,7 @@ def _check_processes() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not started:
         raise ValueError(
             "train: accelerate was asked for several processes and started one (MASTER_ADDR is set, and WORLD_SIZE is "
-            "not); on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m mmalign.cli, on GPUs accelerate "
+            "not); on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m mmalign, on GPUs accelerate "
             "launch --multi_gpu, or ask for --num_processes 1"
         )
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()

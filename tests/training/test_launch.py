@@ -104,7 +104,7 @@ def test_sharding_one_process_is_refused() -> None:
 
 @pytest.mark.slow
 def test_accelerate_that_starts_one_process_of_two_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mmalign.cli"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mmalign"]
     recipe = ["train", "configs/text_to_image/sft_tiny_sd.yaml", "--set", f"output={tmp_path}/out"]
     done = subprocess.run([*command, *recipe], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode and "several processes and started one" in done.stderr
@@ -121,7 +121,7 @@ def test_accelerate_reads_its_config_and_the_launch_is_taken(path: Path, monkeyp
     config = load_config_from_file(str(path))
     assert config.num_processes > 1 and (config.num_machines > 1) == (path.stem == "several_nodes")
     options = SHARDED if path.stem == "fsdp2" else PLAIN
-    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "mmalign.cli", "train"])
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "mmalign", "train"])
     environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (path.stem == "fsdp2")
     for name, value in environment.items():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmalign.config import SamplingConfig
-from mmalign.families.diffusion import flow_matching
+from mmalign.families.diffusion import autoencoder, flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.types import Conditioning, Loading, Moments
@@ -39,7 +39,7 @@ class Flux2(LatentModel):
 
     def decode(self, x: Tensor) -> Tensor:
         mean, std = self._statistics()
-        return latents.decode(self.pipeline.vae, F.pixel_shuffle(x.float() * std + mean, 2))
+        return autoencoder.decode(self.pipeline.vae, F.pixel_shuffle(x.float() * std + mean, 2))
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation per channel, each [1, C, 1, 1]."""
