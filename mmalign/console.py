@@ -6,16 +6,18 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress, track
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from rich.progress import track
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 30
+
+logger = logging.getLogger(__name__)
 
 
 def on_main_process(_: logging.LogRecord | None = None) -> bool:
@@ -78,14 +80,33 @@ def muted() -> Iterator[None]:
         _ROOT.setLevel(level)
 
 
-def tracked(items: Sequence[T], description: str) -> Iterable[T]:
-    """Yield the items, with a progress bar if there is a terminal and more than one item."""
+def tracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items, with a progress bar on a terminal and else with a log line every half minute.
+
+    Only the main process shows them, for more than one item.
+
+    Args:
+        items: the items.
+        description: the work, in the imperative.
+        total: number of items, if they have no length.
+    """
+    number = len(items) if isinstance(items, Sized) else total
+    assert number is not None, "items without a length need a total"
     console = Console(stderr=True)
-    quiet = len(items) < 2 or not console.is_terminal
-    return track(items, description=description, transient=True, console=console, disable=quiet)
+    if number < 2 or not on_main_process():
+        yield from items
+    elif console.is_terminal:
+        yield from track(items, description=description, total=number, transient=True, console=console)
+    else:
+        yield from _logged(items, description, number)
 
 
-def progress_bar(accelerator: Accelerator) -> Progress:
-    """Return a progress bar that only the main process shows, and only on a terminal."""
-    console = Console(stderr=True)
-    return Progress(transient=True, console=console, disable=not (accelerator.is_main_process and console.is_terminal))
+def _logged(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    started = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= SECONDS_BETWEEN_LINES:
+            rate, last = done / (now - started), now
+            minutes = (total - done) / rate / 60
+            logger.info(f"{description}: {done:,} of {total:,}, {rate:.3g} a second, {minutes:,.0f} minutes left")
+        yield item

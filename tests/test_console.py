@@ -114,3 +114,17 @@ def test_rank_of_accelerate_decides_once_known(index: int, monkeypatch: pytest.M
 
 def test_items_pass_a_bar_unchanged() -> None:
     assert list(console.tracked([3, 1, 2], "count")) == [3, 1, 2]
+
+
+def test_progress_is_logged_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO, "mmalign"):
+        assert list(console.tracked((i for i in range(6)), "encode images", 6)) == list(range(6))
+    assert caplog.messages == [
+        "encode images: 1 of 6, 0.025 a second, 3 minutes left",
+        "encode images: 3 of 6, 0.0375 a second, 1 minutes left",
+        "encode images: 5 of 6, 0.0417 a second, 0 minutes left",
+    ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mmalign.console import progress_bar
+from mmalign.console import tracked
 from mmalign.data.caches.array_cache import ArrayCache
 
 if TYPE_CHECKING:
@@ -27,26 +27,23 @@ def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str
     Args:
         cache: the cache to fill.
         steps: the items that each step has computed.
-        total: number of steps, for the progress bar.
-        description: text of the progress bar.
+        total: number of steps, for the progress.
+        description: text of the progress.
         accelerator: the accelerator, whose processes fill the cache together.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier shards stay.
     """
     shard: dict[str, Mapping[str, Tensor]] = {}
-    with progress_bar(accelerator) as bar:
-        task = bar.add_task(description, total=total)
-        for items in steps:
-            if shard and items and _fields(items) != _fields(shard):
-                cache.put(shard)
-                shard = {}
-            shard |= items
-            if len(shard) >= SHARD_ITEMS or num_bytes(shard) >= SHARD_BYTES:
-                cache.put(shard)
-                shard = {}
-            bar.advance(task)
-        cache.put(shard)
+    for items in tracked(steps, description, total):
+        if shard and items and _fields(items) != _fields(shard):
+            cache.put(shard)
+            shard = {}
+        shard |= items
+        if len(shard) >= SHARD_ITEMS or num_bytes(shard) >= SHARD_BYTES:
+            cache.put(shard)
+            shard = {}
+    cache.put(shard)
     accelerator.wait_for_everyone()
     cache.refresh()
 
