@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 LOCK = ".mmalign-lock"
+_STALE = 3600.0  # seconds after which an unfinished file counts as left by a killed process
 _held: set[Path] = set()  # folders that this process has locked
 
 
@@ -57,6 +59,14 @@ def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Itera
     finally:
         _remove(part)
     _remove(aside)
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Delete the unfinished files of killed processes: those that nobody has written for an hour, by any clock."""
+    for part in folder.glob(".*.mmalign-*part"):
+        with contextlib.suppress(FileNotFoundError):
+            if abs(time.time() - part.stat().st_mtime) > _STALE:
+                part.unlink()
 
 
 def hidden(path: Path, kind: str) -> Path:

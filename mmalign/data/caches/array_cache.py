@@ -8,10 +8,8 @@ own shards and those that were there at its last `open` or `refresh`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,15 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmalign.atomic_io import atomic_write
+from mmalign.atomic_io import atomic_write, remove_stale_parts
 from mmalign.config import Data
 from mmalign.data.caches.fingerprint import fingerprint_settings
 from mmalign.reading import read_as
 
 _FINGERPRINT = "fingerprint.json"
-
-
-_STALE = 3600.0  # seconds after which an unfinished file counts as left by a crash
 
 
 Fingerprint = Mapping[str, str | int | float]
@@ -69,10 +64,7 @@ class ArrayCache:
 
     def refresh(self) -> None:
         """Index the shards that other processes have added; delete incomplete ones and stale partial files."""
-        for unfinished in self.folder.glob(".*-part"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - unfinished.stat().st_mtime > _STALE:
-                    unfinished.unlink()
+        remove_stale_parts(self.folder)
         known = set(self._shards)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in known:

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mmalign.atomic_io import CheckpointError
 from mmalign.data.caches.array_cache import ArrayCache
+from mmalign.data.caches.images import ImageCache
 from tests.helpers.disk import full_disk
 
 MODEL: dict[str, str | int | float] = {"model": "abc", "resolution": 64}
@@ -120,14 +122,17 @@ def test_a_shard_cut_short_is_removed_and_the_others_kept(tmp_path: Path, kept: 
     assert set(again) == {"a"} and not cut.exists() and whole.exists()
 
 
-def test_unfinished_file_is_ignored_and_later_removed(tmp_path: Path) -> None:
-    folder = ArrayCache.open(tmp_path, MODEL).folder
-    fresh, old = folder / ".fresh.mmalign-part", folder / ".old.mmalign-part"
-    for path in (fresh, old):
+@pytest.mark.parametrize("kind", [ArrayCache.open, ImageCache])
+def test_unfinished_file_is_ignored_and_later_removed(kind: Any, tmp_path: Path) -> None:
+    """Also one that a clock ahead of ours has dated."""
+    folder = kind(tmp_path, MODEL).folder
+    fresh, *old = (folder / f".{n}.mmalign-0a-part" for n in range(3))
+    for path in (fresh, *old):
         path.write_bytes(b"half a shard")
-    os.utime(old, (0, 0))
-    assert len(ArrayCache.open(tmp_path, MODEL)) == 0
-    assert fresh.exists() and not old.exists()
+    for path, date in zip(old, (0, 2**32), strict=True):
+        os.utime(path, (date, date))
+    kind(tmp_path, MODEL)
+    assert fresh.exists() and not any(path.exists() for path in old)
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
