@@ -84,7 +84,6 @@ def invert_pairs(
 ) -> Tensor:
     """Invert the images to x_t [2B, C, H, W] with the bare network of the policy or of the reference."""
     schedule = policy.family.schedule
-    ways = {"exact": partial(inversion.exact, order=cfg.order), "release": inversion.release}
 
     def fresh(number: int) -> Tensor:
         z = rng.normal(batch.rows, (2, *clean.x_0.shape[1:]), "inversion", number)
@@ -94,7 +93,10 @@ def invert_pairs(
         def predict(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             return policy.family.predict(net, x, t, clean.cond[rows])
 
-        hops = ways[cfg.inversion](schedule, clean.t, steps=cfg.steps, eta=cfg.eta)
+        if cfg.inversion == "exact":
+            hops = inversion.exact(schedule, clean.t, steps=cfg.steps, eta=cfg.eta, order=cfg.order)
+        else:
+            hops = inversion.release(schedule, clean.t, steps=cfg.steps, eta=cfg.eta)
         with policy.gathered(net):  # processes have unequally many hops
             return inversion.invert(predict, schedule, clean.x_0, hops, fresh)
 
