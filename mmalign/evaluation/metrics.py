@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mmalign.evaluation.statistics import Interval, Values, cluster_bootstrap, paired, paired_difference
+from mmalign.evaluation.statistics import RATE, Interval, Values, cluster_jackknife, paired, paired_difference
 
 Sums = Mapping[str, Values]
 Ratio = Callable[[Sums], Values]  # from sums of columns to a metric in [0, 1]
@@ -95,12 +95,12 @@ class Metrics:
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """Every metric with its interval over groups: bootstrap for ratios, Student's t for means.
+        """Every metric with its interval over groups: jackknife for ratios, Student's t for means.
 
         Raises:
             ValueError: there are fewer than two groups.
         """
-        ratios = cluster_bootstrap([self.matrix], self.measure, self.groups, bounds=[(0.0, 1.0)] * len(self.ratios))
+        ratios = cluster_jackknife([self.matrix], self.measure, self.groups, bounds=[RATE] * len(self.ratios))
         zeros = np.zeros(len(self.keys))
         means = {name: paired_difference(zeros, self.columns[name], self.groups) for name in self.means}
         return {**dict(zip(self.ratios, ratios, strict=True)), **means}
@@ -186,10 +186,10 @@ def compare(before: Metrics, after: Metrics) -> MetricsComparison:
         ValueError: the benchmarks or the questions differ, or there are fewer than two groups.
     """
     _check_comparable(before, after)
-    # Ratios: bootstrap over the columns of both models side by side
+    # Ratios: jackknife over the columns of both models side by side
     first, second, bounds = before.matrix, after.matrix_of(before.keys), [(-1.0, 1.0)] * len(before.ratios)
     both = np.concatenate([first, second], axis=-1)
-    ratios = cluster_bootstrap([both], paired(before.measure), before.groups, bounds=bounds)
+    ratios = cluster_jackknife([both], paired(before.measure), before.groups, bounds=bounds)
     # Means: paired differences
     indices = {name: list(before.columns).index(name) for name in before.means}
     means = {name: paired_difference(first[:, i], second[:, i], before.groups) for name, i in indices.items()}
@@ -202,7 +202,7 @@ class RunStatistics:
 
     Attributes:
         values: the values [R] of every metric.
-        means: the mean of every metric over runs, with an interval over questions and runs (`cluster_bootstrap`).
+        means: the mean of every metric over runs, with an interval over questions and runs (`cluster_jackknife`).
         changes: the mean paired difference of every metric from the base model, with such an interval.
     """
 
@@ -236,11 +236,11 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
     # Bounds of the metrics and of their changes
     greatest = [float(run_counts[..., index].max()) for index in averaged]
     spans = [max(1.0, float(np.ptp(paired_counts[..., [i, i + base_counts.shape[1]]]))) for i in averaged]
-    bounds = [(0.0, 1.0)] * num_ratios + [(0.0, value) for value in greatest]
+    bounds = [RATE] * num_ratios + [(0.0, value) for value in greatest]
     change_bounds = [(-1.0, 1.0)] * num_ratios + [(-span, span) for span in spans]
     # Intervals of the means and changes, and every run's own values
-    means = cluster_bootstrap(run_counts, measures, base.groups, bounds=bounds)
-    changes = cluster_bootstrap(paired_counts, paired(measures), base.groups, bounds=change_bounds)
+    means = cluster_jackknife(run_counts, measures, base.groups, bounds=bounds)
+    changes = cluster_jackknife(paired_counts, paired(measures), base.groups, bounds=change_bounds)
     values = np.stack([measures(run.sum(0)) for run in run_counts], axis=-1)
     names = (*base.ratios, *base.means)
     return RunStatistics(

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 LEVEL = 0.95  # coverage
+RATE = (0.0, 1.0)  # the bounds of a rate
 Values = NDArray[np.float64]
 Measures = Callable[[Values], Values]  # from sums of counts [..., K] to measures [M, ...]
 
@@ -42,21 +44,38 @@ class Interval:
         return asdict(self)
 
 
-def proportion(successes: int, total: int) -> Interval:
-    """Return the ratio of successes with Wilson's score interval (Wilson 1927).
+def ties(first: ArrayLike, second: ArrayLike, scale: ArrayLike = 0.0) -> NDArray[np.bool_]:
+    """Return where two scores tie: they agree to within float32 rounding, 1e-6 of the largest size.
 
-    The interval stays in [0, 1] and never has width 0. Trials are taken as independent, so with several seeds of a
-    prompt it is too narrow.
+    Scores of equal images or texts differ by as much from batch to batch. If the scores are differences of larger
+    numbers, `scale` is the size of those. Differences below 1e-8 always tie.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    size = np.maximum(np.maximum(abs(a), abs(b)), scale)
+    within: NDArray[np.bool_] = abs(a - b) <= np.maximum(1e-6 * size, 1e-8)
+    return within
+
+
+def proportion(outcomes: ArrayLike, groups: Sequence[Hashable] | None = None) -> Interval:
+    """Return the mean of N outcomes in [0, 1], with the interval of a rate (`cluster_jackknife`).
+
+    A single group has the interval [0, 1].
+
+    Args:
+        outcomes: [N] 1 for a success, 0 for a failure, 0.5 for a tie.
+        groups: [N] a key that dependent outcomes share, such as the prompt; each its own group by default.
 
     Raises:
-        ValueError: there is no trial, or the successes are not in [0, total].
+        ValueError: there is no outcome, one is not in [0, 1], or the lengths differ.
     """
-    if not 0 <= successes <= total or total < 1:
-        raise ValueError(
-            f"proportion: got {successes} successes of {total}; expected at least one trial and successes among them"
-        )
-    ends = stats.binomtest(successes, total).proportion_ci(confidence_level=LEVEL, method="wilson")
-    return Interval(successes / total, float(ends.low), float(ends.high))
+    values = _scores("proportion", outcomes)
+    if not values.size or values.min() < 0 or values.max() > 1:
+        raise ValueError(f"proportion: {values.size} outcomes; expected at least one, all in [0, 1]")
+    if len(set(range(values.size) if groups is None else groups)) == 1:
+        return Interval(float(values.mean()), 0.0, 1.0)
+    counts = np.stack([values, np.ones(values.size)], axis=-1)
+    (interval,) = cluster_jackknife([counts], lambda sums: sums[None, ..., 0] / sums[..., 1], groups, bounds=[RATE])
+    return interval
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hashable] | None = None) -> Interval:
@@ -98,71 +117,66 @@ def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hash
     return Interval(mean, max(mean - reach, -span), min(mean + reach, span))
 
 
-def cluster_bootstrap(
+def cluster_jackknife(
     counts: ArrayLike,
     measures: Measures,
     groups: Sequence[Hashable] | None = None,
     *,
     bounds: Sequence[tuple[float, float]],
-    resamples: int = 2000,
 ) -> list[Interval]:
     r"""Return the mean of each measure over R training runs, with an interval over rows and runs.
 
-    Groups are drawn with replacement, the same ones for all runs. The measures are computed from the sums of every
-    sample (`scipy.stats.bootstrap`; Efron 1979; Efron and Tibshirani 1993, chapter 13). The seed is fixed, so repeated
-    calls agree. A single run has the percentile interval. With the measure m_r of run r and the mean m over R > 1 runs,
+    The jackknife (Efron and Tibshirani 1993, chapter 11) leaves out one of G groups at a time, in all runs. With the
+    measure m_r of run r, the mean m over runs, and a left-out group in parentheses,
 
-        v_rows = variance of m over the samples,      v_runs = sum_r (m_r - m)^2 / (R (R - 1)),
-        m +- t_df * sqrt(v_rows + v_runs),   df = (v_rows + v_runs)^2 / (v_rows^2 / (G - 1) + v_runs^2 / (R - 1)).
+        v_rows  = (G - 1) / G * sum_g (m_(g) - m)^2,
+        v_runs  = sum_r (m_r - m)^2 / (R (R - 1)),
+        v_noise = sum_r (G - 1) / G * sum_g ((m_r - m)_(g) - (m_r - m))^2 / (R (R - 1)),
+        v_seeds = max(0, v_runs - v_noise),
+        reach^2 = t_df^2 v_rows + t_{R-1}^2 v_seeds.
 
-    The two variances estimate the effect of other rows and of other seeds. Both include the interaction of runs and
-    rows, so the interval is a little too wide. df is Satterthwaite's (1946): if three seeds differ much, t has about
-    two degrees of freedom and is 4.3. If a measure is equal in all samples and runs, its interval follows the rule of
-    three (`_rule_of_three`).
+    v_noise is the part of v_runs that stems from the rows, and is in v_rows already. Each variance has the quantile of
+    its own degrees of freedom (Cochran 1964). A rate, with bounds 0 and 1, has the interval of its logit, and the df
+    of `_rate_df`. Other measures have m +- reach, cut to their bounds, and df = G - 1. If a measure is equal in all
+    groups and runs, its interval follows the rule of three (`_rule_of_three`). docs/statistics.md has the coverage.
 
     Args:
         counts: [R, N, K] the counts of each row of each run.
         measures: a function from sums [..., K] to measures [M, ...].
         groups: [N] a key that dependent rows share, such as the image; each row its own group by default.
         bounds: [M] the smallest and largest value that each measure can have.
-        resamples: number of samples.
 
     Raises:
         ValueError: there are fewer than two groups, or a count is not finite.
     """
     runs = np.asarray(counts, dtype=np.float64)
     if runs.ndim != 3 or not np.isfinite(runs).all():
-        raise ValueError(f"bootstrap: counts of shape {list(runs.shape)}; expected finite numbers [runs, rows, counts]")
-    # Sums of the counts of each group [G, R K]
+        raise ValueError(f"jackknife: counts of shape {list(runs.shape)}; expected finite numbers [runs, rows, counts]")
     num_runs, num_rows, num_counts = runs.shape
-    labels, num_groups = _number_groups("bootstrap", groups, num_rows)
-    rows = runs.transpose(1, 0, 2).reshape(num_rows, num_runs * num_counts)
-    group_sums = np.zeros((num_groups, rows.shape[1]))
-    np.add.at(group_sums, labels, rows)
-
-    def measure_runs(sums: Values) -> Values:
-        return np.stack([measures(run_sums) for run_sums in np.split(sums, num_runs, axis=-1)])
-
-    # Variances over samples and over runs
-    samples = _resample(group_sums, lambda sums: measure_runs(sums).mean(0), resamples)
-    estimates = measure_runs(group_sums.sum(0)).mean(0).tolist()
-    row_variances = samples.var(-1, ddof=1)
-    run_variances = measure_runs(rows.sum(0)).var(0, ddof=1) / num_runs if num_runs > 1 else np.zeros(len(samples))
+    labels, num_groups = _number_groups("jackknife", groups, num_rows)
+    # Measures [M, R], and their deviations without each group [M, R, G]
+    group_sums = np.zeros((num_runs, num_groups, num_counts))
+    np.add.at(group_sums, (slice(None), labels), runs)
+    sums = runs.sum(1)
+    by_run = measures(sums)
+    deviations = measures(sums[:, None] - group_sums) - by_run[..., None]
+    # Variances over rows and over runs [M]
+    scale, pairs_of_runs = (num_groups - 1) / num_groups, max(1, num_runs * (num_runs - 1))
+    means, row_deviations = by_run.mean(1), deviations.mean(1)
+    v_rows = scale * np.square(row_deviations).sum(-1)
+    v_runs = np.square(by_run - means[:, None]).sum(-1) / pairs_of_runs
+    v_noise = scale * np.square(deviations - row_deviations[:, None]).sum((1, 2)) / pairs_of_runs
+    v_seeds = np.maximum(0, v_runs - v_noise)
     # An interval for each measure
     intervals = []
-    for estimate, sample, v_rows, v_runs, ends in zip(
-        estimates, samples, row_variances, run_variances, bounds, strict=True
+    for mean, rows, seeds, groups_moved, ends in zip(
+        means.tolist(), v_rows.tolist(), v_seeds.tolist(), row_deviations, bounds, strict=True
     ):
-        if np.ptp(sample) <= 1e-12 and v_runs <= 1e-24:
-            intervals.append(_rule_of_three(estimate, ends, num_groups))
+        if mean in ends or max(rows, seeds) <= 1e-24:  # at a bound, only a quotient 0 / 0 moves a measure
+            intervals.append(_rule_of_three(mean, ends, num_groups))
             continue
-        if num_runs == 1:
-            low, high = np.quantile(sample, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        else:
-            df = (v_rows + v_runs) ** 2 / (v_rows**2 / (num_groups - 1) + v_runs**2 / (num_runs - 1))
-            reach = float(stats.t.ppf((1 + LEVEL) / 2, df)) * math.sqrt(v_rows + v_runs)
-            low, high = max(ends[0], estimate - reach), min(ends[1], estimate + reach)
-        intervals.append(Interval(estimate, float(low), float(high)))
+        df = _rate_df(groups_moved) if ends == RATE else num_groups - 1
+        intervals.append(_interval(mean, Spread(rows, df, seeds, num_runs - 1), ends))
     return intervals
 
 
@@ -176,28 +190,48 @@ def paired(measures: Measures) -> Measures:
     return difference
 
 
-def _resample(group_sums: Values, measures: Measures, resamples: int) -> Values:
-    """Return the measures of samples of groups drawn with replacement, [M, resamples]."""
-    num_groups = len(group_sums)
+class Spread(NamedTuple):
+    """Variances of an estimate over rows and over seeds, with their degrees of freedom."""
 
-    def statistic(indices: NDArray[np.intp], axis: int) -> Values:
-        samples = indices.reshape(-1, num_groups)
-        offsets = num_groups * np.arange(len(samples))[:, None]
-        times_drawn = np.bincount((samples + offsets).ravel(), minlength=samples.size).reshape(samples.shape)
-        return measures(times_drawn @ group_sums)
+    v_rows: float
+    df_rows: float
+    v_seeds: float = 0.0
+    df_seeds: int = 0
 
-    result = stats.bootstrap(
-        (np.arange(num_groups),),
-        statistic,
-        n_resamples=resamples,
-        batch=max(1, (1 << 22) // num_groups),  # 2^22 indices take a few dozen megabytes
-        vectorized=True,
-        axis=-1,
-        method="percentile",
-        random_state=np.random.default_rng(0),  # `rng` only since scipy 1.15
-    )
-    samples: Values = result.bootstrap_distribution
-    return samples
+    def reach(self, level: float) -> float:
+        """Return half the width of the interval of this coverage."""
+        square: float = stats.t.ppf((1 + level) / 2, self.df_rows) ** 2 * self.v_rows
+        if self.v_seeds:
+            square += stats.t.ppf((1 + level) / 2, self.df_seeds) ** 2 * self.v_seeds
+        return math.sqrt(square)
+
+
+def _interval(estimate: float, spread: Spread, bounds: tuple[float, float]) -> Interval:
+    """Return the interval of a rate's logit, or estimate +- reach, cut to the bounds."""
+    reach = spread.reach(LEVEL)
+    if bounds == RATE:
+        logit, half_width = special.logit(estimate), reach / (estimate * (1 - estimate))
+        return Interval(estimate, float(special.expit(logit - half_width)), float(special.expit(logit + half_width)))
+    return Interval(estimate, max(bounds[0], estimate - reach), min(bounds[1], estimate + reach))
+
+
+def _rate_df(deviations: Values) -> float:
+    """Return Satterthwaite's (1946) degrees of freedom of a rate's variance, from the groups' deviations u [G].
+
+    df = 2 v^2 / var(v) with v = sum u^2. As with single outcomes, the rate itself explains a part of the variance's
+    variation, which the logit accounts for. So var(v) is that of the residuals of u^2 after regression on u. A normal u
+    has df = G, and a binary u has no residuals. df is at most (G - 1)^2 / 2, since few groups can agree by chance.
+    """
+    num_groups, most = len(deviations), max(1.0, (len(deviations) - 1) ** 2 / 2)
+    centered = deviations - deviations.mean()
+    total = float(np.square(centered).sum())
+    if num_groups == 2 or total <= 1e-24:
+        return most
+    squares = np.square(centered) - total / num_groups
+    residuals = squares - centered * (squares @ centered) / total
+    variation = num_groups * float(np.square(residuals).sum())
+    square = 2 * total**2 * (num_groups - 2)
+    return max(1.0, square / variation) if square < most * variation else most
 
 
 def _rule_of_three(estimate: float, bounds: tuple[float, float], num_groups: int) -> Interval:

@@ -21,7 +21,7 @@ from mmalign.modalities import Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check, data, doctor
-from mmalign.modalities.validation import validation_batches
+from mmalign.modalities.validation import groups_by_row, validation_batches
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
 from mmalign.rewards import RewardModel
@@ -94,7 +94,9 @@ def open_benchmark(recipe: Recipe, _: torch.device, splits: Splits | None) -> Me
 
     def measure(policy: Policy[StepJudge], *_: object) -> Result:
         batches = validation_batches(recipe, policy, splits, requirements_of(cfg))
-        accuracy = step_accuracy.accuracy(policy, batches, section.times, guidance=cfg.guidance, seed=section.seed)
+        accuracy = step_accuracy.accuracy(
+            policy, batches, section.times, groups=groups_by_row(splits), guidance=cfg.guidance, seed=section.seed
+        )
         return accuracy.as_dict(), accuracy.table()
 
     return measure

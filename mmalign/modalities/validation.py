@@ -33,12 +33,18 @@ def implicit_reward_benchmark(
             policy,
             validation_batches(recipe, policy, splits, Requirements()),
             scores(policy.family),
+            groups=groups_by_row(splits),
             num_noise_samples=num_noise_samples,
             seed=seed,
         )
         return report.as_dict(), report.table()
 
     return measure
+
+
+def groups_by_row(splits: Splits) -> dict[int, str]:
+    """Return the group of each validation pair by the pair's id."""
+    return {pair.row: pair.group for pair in splits[1] or ()}
 
 
 def validation_batches(recipe: Recipe, policy: Policy[Any], splits: Splits, needs: Requirements) -> Iterator[Any]:

@@ -5,10 +5,11 @@ Scores are pairs (before, after); higher is better.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
+
+from mmalign.evaluation.statistics import ties
 
 Kind = Literal["gained", "lost", "unchanged"]
 Scores = tuple[float, float]
@@ -24,7 +25,7 @@ SECTIONS: tuple[tuple[Kind, str, str, str], ...] = (  # kind, heading, anchor, o
 def kind(scores: Scores) -> Kind:
     """Return `gained`, `lost`, or `unchanged` if the scores agree to within float32 rounding."""
     before, after = scores
-    if math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-8):
+    if ties(before, after):
         return "unchanged"
     return "gained" if after > before else "lost"
 

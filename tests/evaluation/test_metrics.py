@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmalign.evaluation.metrics import Metrics, as_columns, compare, divide, f1, ratio, summarize_runs
-from mmalign.evaluation.statistics import cluster_bootstrap, paired, paired_difference
+from mmalign.evaluation.statistics import cluster_jackknife, paired, paired_difference
 
 
 def metrics(*rows: tuple[int, int, int, str, str], benchmark: str = "toy") -> Metrics:
@@ -41,7 +41,7 @@ def test_compare_matches_questions_in_any_order() -> None:
     assert differences["rate"].estimate == pytest.approx(1 / 6 - 3 / 6)
     assert differences["words"] == paired_difference([10, 5, 0], [8, 7, 0], ["1", "2", "2"])
     both = np.concatenate([BEFORE.matrix, AFTER.matrix[[1, 2, 0]]], axis=-1)
-    (expected,) = cluster_bootstrap([both], paired(BEFORE.measure), ["1", "2", "2"], bounds=[(-1, 1)])
+    (expected,) = cluster_jackknife([both], paired(BEFORE.measure), ["1", "2", "2"], bounds=[(-1, 1)])
     assert differences["rate"] == expected
 
 

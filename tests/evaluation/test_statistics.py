@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmalign.evaluation.statistics import Interval, cluster_bootstrap, paired, paired_difference, proportion
+from mmalign.evaluation.statistics import Interval, cluster_jackknife, paired, paired_difference, proportion, ties
 
 
 def test_interval_formats() -> None:
@@ -18,21 +18,34 @@ def test_interval_formats() -> None:
     assert Interval(-0.01, -0.04, 0.02).points() == "-1.0 [-4.0, 2.0]"
 
 
-def test_proportion_is_wilsons_by_hand() -> None:
-    """For k of n and z = 1.96: centre (k + z^2 / 2) / (n + z^2), reach z sqrt(k (n - k) / n + z^2 / 4) / (n + z^2)."""
-    k, n, z = 8, 10, 1.959964
-    centre = (k + z * z / 2) / (n + z * z)
-    reach = z * np.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    interval = proportion(k, n)
-    assert interval.estimate == 0.8
-    assert (interval.low, interval.high) == pytest.approx((centre - reach, centre + reach), abs=1e-6)
-    assert proportion(0, 10).high == pytest.approx(z * z / (10 + z * z), abs=1e-6)  # not zero
+def test_proportion_by_hand() -> None:
+    """8 of 10 have the logit ln 4 and the variance p (1 - p) / 9; single outcomes have (10 - 1)^2 / 2 = 40.5 df."""
+    interval = proportion([1] * 8 + [0] * 2)
+    reach = 2.020307 / np.sqrt(0.8 * 0.2 * 9)  # t_40.5
+    ends = [1 / (1 + np.exp(-shift) / 4) for shift in (-reach, reach)]
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((0.8, *ends), abs=1e-5)
+    assert proportion([0] * 10).high == pytest.approx(1 - 0.05**0.1)  # not zero
 
 
-@pytest.mark.parametrize(("successes", "total"), [(0, 0), (3, 2), (-1, 4)])
-def test_proportion_refuses_counts(successes: int, total: int) -> None:
-    with pytest.raises(ValueError, match=f"{successes} successes of {total}"):
-        proportion(successes, total)
+def test_proportion_of_groups() -> None:
+    """Copies of an outcome add nothing, equal sums of groups do not make it certain, and one group says nothing."""
+    outcomes = [1, 1, 1, 0, 1, 0, 0, 1]
+    assert proportion(np.repeat(outcomes, 5), np.repeat(range(8), 5)).as_dict() == pytest.approx(
+        proportion(outcomes).as_dict()
+    )
+    assert proportion([1, 0, 1, 0], [0, 0, 1, 1]).low < 0.2
+    assert proportion([1, 0, 0.5], ["a"] * 3).as_dict() == {"estimate": 0.5, "low": 0.0, "high": 1.0}
+
+
+@pytest.mark.parametrize("outcomes", [[], [0.0, 1.5], [-1.0, 0.0]])
+def test_proportion_refuses_outcomes(outcomes: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected at least one, all in"):
+        proportion(outcomes)
+
+
+def test_ties_agree_to_rounding() -> None:
+    assert ties([21.5, 21.5, 0.0, 1e-9], [21.50001, 21.6, 0.0, 0.0]).tolist() == [True, False, True, True]
+    assert ties(1e-5, 0.0, scale=100.0) and not ties(1e-5, 0.0)
 
 
 def test_paired_difference_by_hand() -> None:
@@ -131,72 +144,74 @@ def rate(sums: np.ndarray) -> np.ndarray:
     return np.stack([sums[..., 0] / np.maximum(sums[..., 1], 1e-9)])
 
 
-def bootstrap(*runs: Any, groups: Sequence[int] | None = None, resamples: int = 2000) -> Interval:
-    (interval,) = cluster_bootstrap(runs, rate, groups, bounds=[(0.0, 1.0)], resamples=resamples)
+def jackknife(*runs: Any, groups: Sequence[int] | None = None) -> Interval:
+    (interval,) = cluster_jackknife(runs, rate, groups, bounds=[(0.0, 1.0)])
     return interval
 
 
-def bootstrap_pairs(before: Any, after: Any) -> Interval:
+def jackknife_pairs(before: Any, after: Any) -> Interval:
     counts = [np.concatenate([before, after], axis=-1)]
-    (interval,) = cluster_bootstrap(counts, paired(rate), bounds=[(-1.0, 1.0)])
+    (interval,) = cluster_jackknife(counts, paired(rate), bounds=[(-1.0, 1.0)])
     return interval
 
 
-def test_bootstrap_by_hand() -> None:
-    """Of two rows, 0 of 1 and 1 of 3, the samples are (0, 0), (0, 1), (1, 0), (1, 1): rates 0, 1/4, 1/4, 1/3."""
-    interval = bootstrap([[0, 1], [1, 3]])
-    assert (interval.estimate, interval.low, interval.high) == pytest.approx((1 / 4, 0, 1 / 3))
+def test_jackknife_of_a_rate_by_hand() -> None:
+    """Of the rows 0 of 1 and 1 of 3 the rate is 1/4, without one of them 1/3 or 0, and t_1 = 12.7062."""
+    reach = 12.7062 * np.sqrt((1 / 12**2 + 1 / 4**2) / 2) / (1 / 4 * 3 / 4)
+    interval = jackknife([[0, 1], [1, 3]])
+    ends = [1 / (1 + 3 * np.exp(-shift)) for shift in (-reach, reach)]
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((1 / 4, *ends), abs=1e-5)
 
 
-def test_bootstrap_draws_whole_groups() -> None:
+def test_jackknife_of_a_difference_by_hand() -> None:
+    """Differences 1/2, 0, 1 of rates of equal rows: their mean and Student's error with t_2 = 4.302653."""
+    before, after = [[0, 2], [1, 2], [0, 2]], [[1, 2], [1, 2], [2, 2]]
+    interval = jackknife_pairs(before, after)
+    reach = 4.302653 * np.sqrt(0.25 / 3)
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((0.5, 0.5 - reach, 1.0), abs=1e-6)
+
+
+def test_rate_at_its_bound_has_an_interval() -> None:
+    """The only mention is invented; without its image the quotient is 0 / 0."""
+    interval = jackknife([[1, 1], [0, 0], [0, 0]])
+    assert (interval.estimate, interval.high) == (1, 1) and 0 < interval.low < 1
+
+
+def test_jackknife_leaves_out_whole_groups() -> None:
     rng = np.random.default_rng(4)
     rows = np.stack([rng.integers(0, 3, 30), rng.integers(3, 6, 30)], axis=-1)
-    thrice = bootstrap(np.repeat(rows, 3, axis=0), groups=np.repeat(np.arange(30), 3).tolist())
-    assert thrice == bootstrap(rows * 3)
-    ungrouped = bootstrap(np.repeat(rows, 3, axis=0))
+    thrice = jackknife(np.repeat(rows, 3, axis=0), groups=np.repeat(np.arange(30), 3).tolist())
+    assert thrice == jackknife(rows * 3)
+    ungrouped = jackknife(np.repeat(rows, 3, axis=0))
     assert ungrouped.high - ungrouped.low < 0.7 * (thrice.high - thrice.low)
 
 
-def test_bootstrap_of_swapped_sides_mirrors() -> None:
+def test_jackknife_of_swapped_sides_mirrors() -> None:
     rng = np.random.default_rng(5)
     before = np.stack([rng.integers(0, 3, 40), rng.integers(3, 6, 40)], axis=-1)
     after = np.stack([rng.integers(0, 2, 40), rng.integers(3, 6, 40)], axis=-1)
-    forward, backward = bootstrap_pairs(before, after), bootstrap_pairs(after, before)
+    forward, backward = jackknife_pairs(before, after), jackknife_pairs(after, before)
     assert (backward.estimate, backward.low, backward.high) == pytest.approx(
         (-forward.estimate, -forward.high, -forward.low)
     )
 
 
-def test_bootstrap_is_narrower_for_pairs() -> None:
+def test_jackknife_is_narrower_for_pairs() -> None:
     rng = np.random.default_rng(6)
     before = np.stack([rng.binomial(8, rng.beta(1, 1, 100)), np.full(100, 8)], axis=-1)
     after = before - np.stack([rng.random(100) < 0.2, np.zeros(100)], axis=-1) * (before[:, :1] > 0)
-    matched, shuffled = (bootstrap_pairs(before, other) for other in (after, rng.permutation(after)))
+    matched, shuffled = (jackknife_pairs(before, other) for other in (after, rng.permutation(after)))
     assert matched.estimate == pytest.approx(shuffled.estimate)
     assert matched.high - matched.low < 0.3 * (shuffled.high - shuffled.low)
 
 
-def test_bootstrap_without_change_follows_the_rule_of_three() -> None:
+def test_jackknife_without_change_follows_the_rule_of_three() -> None:
     rows = np.ones((60, 2))
-    assert bootstrap_pairs(rows, rows) == paired_difference(np.ones(60), np.ones(60))
-    interval = bootstrap(rows * [0, 1])
+    assert jackknife_pairs(rows, rows) == paired_difference(np.ones(60), np.ones(60))
+    interval = jackknife(rows * [0, 1])
     assert (interval.estimate, interval.low) == (0, 0)
     assert interval.high == pytest.approx(1 - 0.05 ** (1 / 60))
-    assert bootstrap(*[rows * [0, 1]] * 3) == interval  # three runs
-
-
-def test_bootstrap_covers() -> None:
-    """A ratio of mentions that come in descriptions, each with a rate of its own."""
-    rng = np.random.default_rng(8)
-    covered = 0
-    for _ in range(300):
-        mentions = rng.poisson(4, 80)
-        rows = np.stack([rng.binomial(mentions, rng.beta(1, 4, 80)), mentions], axis=-1)
-        interval = bootstrap(rows, resamples=400)
-        covered += interval.low <= 0.2 <= interval.high
-    assert (
-        covered >= 266
-    )  # 285 expected; a percentile bootstrap of 80 covers 1 to 2 % less, two standard deviations are 8
+    assert jackknife(*[rows * [0, 1]] * 3) == interval  # three runs
 
 
 @pytest.mark.parametrize(
@@ -208,38 +223,41 @@ def test_bootstrap_covers() -> None:
         ([[1, 2], [1, float("inf")]], None, "expected finite numbers"),
     ],
 )
-def test_bootstrap_refuses(counts: Any, groups: list[int] | None, error: str) -> None:
+def test_jackknife_refuses(counts: Any, groups: list[int] | None, error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        bootstrap(counts, groups=groups)
+        jackknife(counts, groups=groups)
 
 
 def test_equal_runs_are_as_uncertain_as_their_rows() -> None:
-    """Three equal runs: no variance between them, and the interval is Student's around the bootstrap's own spread."""
-    rng = np.random.default_rng(10)
-    run = np.stack([rng.integers(0, 2, 400), np.ones(400)], axis=-1)
-    single, triple = bootstrap(run), bootstrap(run, run, run)
-    assert triple.estimate == pytest.approx(single.estimate)
-    assert triple.high - triple.low == pytest.approx(
-        single.high - single.low, rel=0.05
-    )  # 2,000 samples: quantiles wobble
+    run = np.stack([np.random.default_rng(10).integers(0, 2, 400), np.ones(400)], axis=-1)
+    assert jackknife(run, run, run).as_dict() == pytest.approx(jackknife(run).as_dict())
 
 
 def test_different_runs_by_hand() -> None:
-    """Rates 0.2, 0.3 and 0.4, the same in every row: 0.3 +- t sqrt(0.01 / 3), with the t of two degrees of freedom."""
-    interval = bootstrap(*(np.tile([share, 1.0], (50, 1)) for share in (0.2, 0.3, 0.4)))
-    reach = 4.302653 * (0.01 / 3) ** 0.5
-    assert (interval.estimate, interval.low, interval.high) == pytest.approx((0.3, 0.3 - reach, 0.3 + reach))
-    wide = bootstrap(*(np.tile([share, 1.0], (50, 1)) for share in (0.0, 0.5, 1.0)))
-    assert (wide.low, wide.high) == (0, 1)  # 0.5 +- 1.24 reaches beyond the bounds
+    """Rates 0.2, 0.3, 0.4, the same in every row: a logit's error sqrt(0.01 / 3) / 0.21, with t_2 = 4.302653."""
+    interval = jackknife(*(np.tile([share, 1.0], (50, 1)) for share in (0.2, 0.3, 0.4)))
+    reach = 4.302653 * (0.01 / 3) ** 0.5 / 0.21
+    ends = [1 / (1 + 7 / 3 * np.exp(-shift)) for shift in (-reach, reach)]
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((0.3, *ends), abs=1e-6)
 
 
-@pytest.mark.slow
-def test_bootstrap_covers_over_runs_and_rows() -> None:
+def test_noise_of_rows_is_not_a_difference_of_runs() -> None:
+    """Rows without an effect of their own: the interval is about that of all rows together, not with t_2."""
+    rng = np.random.default_rng(12)
+    widths = []
+    for _ in range(50):
+        runs = [np.stack([rng.binomial(1, 0.4, 200), np.ones(200)], axis=-1) for _ in range(3)]
+        together = jackknife(np.concatenate(runs))
+        widths.append((jackknife(*runs).high - jackknife(*runs).low) / (together.high - together.low))
+    assert np.median(widths) < 1.1
+
+
+def test_jackknife_covers_over_runs_and_rows() -> None:
     """Rows with rates of their own and three runs with effects of their own."""
     rng = np.random.default_rng(11)
     covered, tries, rows = 0, 300, 120
     for _ in range(tries):
         rates = np.clip(rng.beta(4, 8, rows)[None] + rng.normal(0, 0.05, (3, 1)), 0, 1)
-        interval = bootstrap(*np.stack([rng.binomial(1, rates), np.ones((3, rows))], axis=-1), resamples=300)
+        interval = jackknife(*np.stack([rng.binomial(1, rates), np.ones((3, rows))], axis=-1))
         covered += interval.low <= 1 / 3 <= interval.high
     assert covered >= 277  # 285 expected and two standard deviations are 8: it must not promise too much

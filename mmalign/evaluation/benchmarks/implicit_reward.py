@@ -2,22 +2,24 @@
 
 As in arXiv:2311.12908, section 5.3, a pair is right if the model's score prefers the chosen image or response by more
 than the base model's does. An image has the denoising score, averaged over several draws of time and noise. A response
-has its log-probability. An exact tie is wrong: an unchanged model has accuracy 0, not one half.
+has its log-probability. A tie (`statistics.ties`) is half right, as in the training log, so an
+unchanged model has accuracy 1/2. The ratio of ties is reported beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmalign.data.loaders.batches import EncodedPairs, EncodedResponses
 from mmalign.evaluation.metrics import Table
-from mmalign.evaluation.statistics import Interval, proportion
+from mmalign.evaluation.statistics import Interval, proportion, ties
 from mmalign.families.base import TextToImage, VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods.text_to_image import _denoising
@@ -27,7 +29,12 @@ from mmalign.rng import KeyedRNG
 
 
 class Weighted(Protocol):
-    """Batch with a weight for each pair; 0 for padding."""
+    """Batch with the id of each pair, and a weight; 0 for padding."""
+
+    @property
+    def rows(self) -> list[int]:
+        """The ids [B]."""
+        ...
 
     @property
     def weights(self) -> Tensor:
@@ -44,24 +51,31 @@ Score = Callable[[B, KeyedRNG, int], Callable[[nn.Module], Scores]]
 class ImplicitAccuracy:
     """Accuracy over held-out pairs, and both sides' gains over the base (score units, mean over pairs and draws)."""
 
-    right: int
-    number: int
+    outcomes: tuple[float, ...]  # of each pair: 1 right, 0 wrong, 0.5 a tie
+    groups: tuple[Hashable, ...]
     chosen_gain: float
     rejected_gain: float
     num_noise_samples: int
 
     @property
     def accuracy(self) -> Interval:
-        """The ratio of right pairs, with Wilson's interval."""
-        return proportion(self.right, self.number)
+        """The ratio of right pairs, a tie half, with an interval clustered by group."""
+        return proportion(self.outcomes, self.groups)
+
+    @property
+    def ties(self) -> float:
+        """The ratio of ties."""
+        return self.outcomes.count(0.5) / len(self.outcomes)
 
     def as_dict(self) -> dict[str, object]:
         """Return the numbers for result.json."""
         return {
             "benchmark": "implicit",
-            "pairs": self.number,
+            "pairs": len(self.outcomes),
+            "groups": len(set(self.groups)),
             "draws": self.num_noise_samples,
             "accuracy": self.accuracy.as_dict(),
+            "ties": self.ties,
             "chosen gain": self.chosen_gain,
             "rejected gain": self.rejected_gain,
         }
@@ -70,8 +84,8 @@ class ImplicitAccuracy:
         """Return a table of the numbers."""
         gains = f"{self.chosen_gain:+.3g}", f"{self.rejected_gain:+.3g}"
         return [
-            ("held-out pairs", "implicit accuracy", "chosen gain", "rejected gain"),
-            (str(self.number), self.accuracy.points(signed=False), *gains),
+            ("held-out pairs", "implicit accuracy", "ties, %", "chosen gain", "rejected gain"),
+            (str(len(self.outcomes)), self.accuracy.points(signed=False), f"{100 * self.ties:.1f}", *gains),
         ]
 
 
@@ -92,32 +106,44 @@ def response_scores(family: VisionLanguage) -> Score[EncodedResponses]:
 
 @torch.no_grad()
 def accuracy(
-    policy: Policy, batches: Iterable[B], score: Score[B], *, num_noise_samples: int, seed: int
+    policy: Policy,
+    batches: Iterable[B],
+    score: Score[B],
+    *,
+    groups: Mapping[int, Hashable],
+    num_noise_samples: int,
+    seed: int,
 ) -> ImplicitAccuracy:
     """Score every held-out pair with policy and reference, as often as `num_noise_samples`; 1 without random numbers.
+
+    `groups` has the group of each pair by its id, such as the prompt; pairs of a group depend on each other.
 
     Raises:
         ValueError: there is no pair.
     """
-    right, number, gains = 0, 0, torch.zeros(2, dtype=torch.float64)
+    outcomes: list[float] = []
+    names: list[Hashable] = []
+    gains = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        margins, moved = [], []
+        margins, moved, sizes = [], [], []
         for index in range(num_noise_samples):
             run = score(batch, KeyedRNG(seed), index)
             reference_scores, policy_scores = policy.on_reference(run), run(policy.unwrapped)
             assert reference_scores is not None
             # Margins and gains over the reference, each [N]
             reference, trained = (Pair(s["chosen"], s["rejected"]) for s in (reference_scores, policy_scores))
+            sizes.append(torch.stack([reference.chosen, reference.rejected]).abs().amax(0))
             margins.append(trained.margin - reference.margin)
             moved.append(torch.stack([trained.chosen - reference.chosen, trained.rejected - reference.rejected]))
         # Means over the draws, without padding
         is_pair = batch.weights > 0
-        right += int((torch.stack(margins).mean(0) > 0)[is_pair].sum())
-        number += int(is_pair.sum())
+        margin, size = (torch.stack(values).mean(0)[is_pair].double().cpu().numpy() for values in (margins, sizes))
+        outcomes += np.where(ties(margin, 0.0, size), 0.5, margin > 0).tolist()
+        names += [groups[row] for row, kept in zip(batch.rows, is_pair.tolist(), strict=True) if kept]
         gains += torch.stack(moved).mean(0)[:, is_pair].sum(1).double().cpu()
-    if not number:
+    if not outcomes:
         raise ValueError(
             "implicit: the validation split has no pair to score; raise data.validation_fraction, or give more pairs"
         )
-    chosen, rejected = (gains / number).tolist()
-    return ImplicitAccuracy(right, number, chosen, rejected, num_noise_samples)
+    chosen, rejected = (gains / len(outcomes)).tolist()
+    return ImplicitAccuracy(tuple(outcomes), tuple(names), chosen, rejected, num_noise_samples)

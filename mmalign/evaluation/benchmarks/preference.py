@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmalign.evaluation.metrics import Metrics, Table, ratio
-from mmalign.evaluation.statistics import Interval, paired_difference
+from mmalign.evaluation.statistics import paired_difference, proportion, ties
 
 
 def measure_scores(
@@ -19,12 +19,11 @@ def measure_scores(
 ) -> Metrics:
     """Return the win rate over the base model and the mean score.
 
-    A win is a higher score, and a tie is half a win. Scores that agree to within float32 rounding tie, because the
-    scores of equal images differ by as much from batch to batch. All arguments are [N]. Keys are prompt and seed, and
-    groups are prompts.
+    A win is a higher score, and a tie is half a win. Scores tie as in `statistics.ties`. All arguments
+    are [N]. Keys are prompt and seed, and groups are prompts.
     """
     own, base = np.asarray(scores, dtype=np.float64), np.asarray(base_scores, dtype=np.float64)
-    wins = np.where(np.isclose(own, base, rtol=1e-6, atol=1e-8), 0.5, 0.5 + 0.5 * np.sign(own - base))
+    wins = np.where(ties(own, base), 0.5, 0.5 + 0.5 * np.sign(own - base))
     columns = {"images": np.ones(len(own)), "wins": wins, "mean score": own}
     return Metrics("preference", keys, groups, columns, {"win rate": ratio("wins", "images")}, ("mean score",))
 
@@ -32,19 +31,12 @@ def measure_scores(
 def compare_scores(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:
     """Return the result of benchmark preference for result.json, and its table.
 
-    With s = +1, 0, -1 for a win, a tie, a loss, the win rate is (1 + mean(s)) / 2. Its interval comes from that of the
-    paired difference mean(s). Wilson's interval over decisive pairs would ignore the ties, and the dependence of
-    several seeds of one prompt.
-
     Raises:
         ValueError: a score is not finite, or there are fewer than two groups.
     """
-    # Win rate from the signs of the changes
     wins, groups = after.columns["wins"], after.groups
-    signs = paired_difference(wins == 0, wins == 1, groups)
-    win_rate = Interval(*((1 + end) / 2 for end in (signs.estimate, signs.low, signs.high)))
-    # Mean change of score, and numbers of wins, losses and ties
     difference = paired_difference(before.columns["mean score"], after.columns["mean score"], groups)
+    win_rate = proportion(wins, groups)
     counts: dict[str, object] = {"wins": int((wins == 1).sum()), "losses": int((wins == 0).sum())}
     counts["ties"] = int((wins == 0.5).sum())
     table = [

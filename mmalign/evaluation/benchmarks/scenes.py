@@ -71,8 +71,8 @@ def measure_scenes(truths: Sequence[Truth], keys: tuple[Hashable, ...], prompts:
 def compare_scenes(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:
     """Return the result of benchmark scenes for result.json, and its table.
 
-    Accuracies have Wilson's interval, which takes images as independent. Differences have a paired interval clustered
-    by prompt; a category or attribute with a single prompt has none.
+    Accuracies and paired differences have intervals clustered by prompt. A category or attribute with a
+    single prompt has no difference.
 
     Raises:
         ValueError: there are fewer than two prompts.
@@ -84,8 +84,8 @@ def compare_scenes(before: Metrics, after: Metrics) -> tuple[dict[str, object], 
         """Add a row to the table, and return its numbers."""
         rows = np.flatnonzero(before.columns[whole])
         outcomes = before.columns[part][rows], after.columns[part][rows]
-        accuracies = [proportion(int(outcome.sum()), len(rows)) for outcome in outcomes]
         groups = [prompts[row] for row in rows]
+        accuracies = [proportion(outcome, groups) for outcome in outcomes]
         several = label == "all" or len(set(groups)) > 1
         difference = paired_difference(*outcomes, groups=groups) if several else None
         cells = [accuracy.points(signed=False) for accuracy in accuracies]

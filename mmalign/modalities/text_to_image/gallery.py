@@ -20,6 +20,7 @@ from mmalign.pages.comparison import RatedImage, render_side_by_side, short_name
 from mmalign.pages.grid import encode_grid
 from mmalign.pages.page import GalleryEntry
 from mmalign.pages.pictures import picture_entry
+from mmalign.pages.ranking import kind
 
 SHOWN = 8  # prompts in the grid of several recipes
 
@@ -144,4 +145,4 @@ def _rated_image(output: Path, sample: Sample, index: int, side: str) -> RatedIm
     record = sample[side]
     if record["note"]:
         return RatedImage(image, record["note"], record["note"] == "correct")
-    return RatedImage(image, f"{record['score']:.3g}", record["score"] > sample["before"]["score"])
+    return RatedImage(image, f"{record['score']:.3g}", kind((sample["before"]["score"], record["score"])) == "gained")

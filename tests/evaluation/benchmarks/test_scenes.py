@@ -73,8 +73,8 @@ def test_scene_comparison_by_hand(result: dict[str, Any]) -> None:
 
     assert result["overall"] == {
         "number": 6,
-        "before": proportion(1, 6).as_dict(),
-        "after": proportion(6, 6).as_dict(),
+        "before": proportion([1, 0, 0, 0, 0, 0]).as_dict(),
+        "after": proportion([1] * 6).as_dict(),
         "difference": difference([0, 0, 0, 1, 0, 0], [1] * 6),
     }
     assert list(result["by_category"]) == ["single", "count", "two", "relation"]
@@ -83,8 +83,8 @@ def test_scene_comparison_by_hand(result: dict[str, Any]) -> None:
     assert result["by_attribute"]["colour"]["difference"] == difference([0, 1, 0, 1, 1, 1], [1] * 6)
     assert result["by_attribute"]["size"] == {
         "number": 1,
-        "before": proportion(0, 1).as_dict(),
-        "after": proportion(1, 1).as_dict(),
+        "before": proportion([0]).as_dict(),
+        "after": proportion([1]).as_dict(),
         "difference": None,
     }
     assert json.loads(json.dumps(result, allow_nan=False)) == result

@@ -36,7 +36,7 @@ def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp
     assert evaluation.result == json.loads((evaluation.folder / "result.json").read_text())
     before, after = (evaluation.result[side]["1"]["estimate"] for side in ("before", "after"))
     assert after > 0.8 and after > before
-    assert evaluation.table[0][1:] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
+    assert evaluation.table[0][1:3] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
     with pytest.raises(ValueError, match="a step judge generates no images"):
         gallery.gallery(result)
     with pytest.raises(ValueError, match="prepare: a step judge generates"):
@@ -56,7 +56,14 @@ def test_step_accuracy_refuses(tiny_sd15: Path, tiny_clip: Path, tmp_path: Path)
 
 
 def test_step_accuracy_by_hand() -> None:
-    step_accuracy = StepAccuracy((1, 501), 10, {"before": (5, 4), "after": (9, 6)})
-    assert step_accuracy.accuracy("after", 501).estimate == 0.6
-    assert step_accuracy.as_dict()["before"]["1"]["estimate"] == 0.5
-    assert step_accuracy.table()[0] == ("timestep (10 pairs)", "before", "after")
+    step_accuracy = StepAccuracy(
+        (1, 501),
+        ("a", "a", "b", "c"),
+        {"before": ((0.5, 0.5, 0.5, 0.5), (1, 0, 0, 1)), "after": ((1, 1, 0, 1), (1, 0, 0.5, 1))},
+    )
+    assert step_accuracy.accuracy("after", 501).estimate == 0.625
+    result = step_accuracy.as_dict()
+    assert result["before"]["1"]["estimate"] == 0.5
+    assert result["ties"] == {"before": {"1": 1.0, "501": 0.0}, "after": {"1": 0.0, "501": 0.25}}
+    assert result["difference"]["1"]["estimate"] == 0.25
+    assert step_accuracy.table()[0][:3] == ("timestep (4 pairs)", "before", "after")
