@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mmalign import atomic_io, methods, sharding
 from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import _resume, cache, preflight
+from mmalign.commands._after_update import AfterUpdate
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import Recipe
 from mmalign.data.data_module import DataModule
@@ -27,19 +22,16 @@ from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
-from mmalign.rng import KeyedRNG
-from mmalign.training import checkpoint, loop
+from mmalign.training import checkpoint, loop, verdict
 from mmalign.training.export import RUN_INFO, export
 from mmalign.training.launch import open_accelerator
 from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
-    MAX_VALIDATION_BATCHES,
     TrainingRun,
     build_train_state,
     last_saved,
     resume,
-    save,
 )
 from mmalign.training.stopping import StopRequest
 
@@ -135,13 +127,14 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     reporter = Reporter(accelerator, options.steps, options.log_every, first=run.progress.step)
     reporter.load(run.reports)
     with reporter, StopRequest(recipe.limits.hours) as stop:
-        _train(recipe, run, data_module, _Hook(recipe, run, data_module, reporter, stop))
+        hook = AfterUpdate(recipe, run, data_module, reporter, stop)
+        _train(recipe, run, data_module, hook)
     export(folder, run)
     _end(recipe, data_module, accelerator)
-    verdict = reporter.verdict()
-    logger.info(f"{recipe.method.name}: {verdict}")
+    sentence = verdict.judge(hook.evidence())
+    logger.info(f"{recipe.method.name}: {sentence}")
     _describe_result(recipe, folder)
-    return Trained(folder, run.progress.step, time.time() - started, verdict, reporter.history)
+    return Trained(folder, run.progress.step, time.time() - started, sentence, reporter.history)
 
 
 def _describe_result(recipe: Recipe, folder: Path) -> None:
@@ -175,7 +168,7 @@ def _end(recipe: Recipe, data_module: DataModule, accelerator: Accelerator) -> N
         logger.warning(f"{len(dropped)} {reason}; their pairs were left out: {format_rows(dropped)}")
 
 
-def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: _Hook) -> None:
+def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: AfterUpdate) -> None:
     """Run the loop; if a loss is not finite, name its pairs in the error."""
     options = recipe.train
     try:
@@ -213,74 +206,6 @@ def _failed_batch(error: FloatingPointError, run: TrainingRun, data_module: Data
         mine = [(location.epoch, location.batch, data_module.batch_locations(location.epoch, location.batch - 1))]
     gathered: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise the error in the same update
     return gathered[0]
-
-
-class _Hook:
-    """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end.
-
-    A run that was asked to stop ends after the first checkpoint that it can resume from.
-    """
-
-    def __init__(
-        self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter, stop: StopRequest
-    ) -> None:
-        self.recipe, self.run, self.data_module, self.reporter = recipe, run, data_module, reporter
-        self.stop, self.due = stop, False
-
-    def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
-        self.reporter.update(progress.step, metrics)
-        last = progress.step == self.recipe.train.steps
-        code = 0 if last else self.stop.exit_code(self.run.train_state.accelerator)
-        self.due |= last or code != 0 or progress.step % self.recipe.train.save_every == 0
-        if self.due and (last or not progress.pending):
-            self.due = False
-            score = _mean_loss(
-                self.recipe, self.run, islice(self.data_module.validation_batches(), MAX_VALIDATION_BATCHES)
-            )
-            if score is not None:
-                self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
-                logger.info(f"update {progress.step}  held-out loss {score:.4g}")
-            self._require_finite(progress, score)
-            self.run.reports = self.reporter.state()
-            keep_checkpoints = self.recipe.train.keep_checkpoints
-            save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
-            self.run.train_state.accelerator.wait_for_everyone()
-            if code:
-                raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
-
-    def _require_finite(self, progress: loop.Progress, score: float | None) -> None:
-        """Refuse to save weights or a loss that are not finite: an update can break a model after a finite loss.
-
-        Without a validation loss, the loss of one training batch is checked, except for methods that would have to
-        generate its images.
-        """
-        loss, draws = score, methods.requirements_of(self.recipe.method).prompts_only
-        if loss is None and not draws:
-            loss = _mean_loss(self.recipe, self.run, islice(self.data_module.batches(0), 1))
-        parameters = sharding.local(self.run.policy.trainable())
-        whole = all(torch.isfinite(x).all() for x in parameters)
-        broken = torch.tensor([not whole, loss is not None and not math.isfinite(loss)], dtype=torch.float32)
-        accelerator = self.run.train_state.accelerator
-        weights_broken, loss_broken = accelerator.reduce(broken.to(accelerator.device), reduction="sum").tolist()
-        if weights_broken or loss_broken:
-            what = "weights are" if weights_broken else "loss is"
-            raise atomic_io.CheckpointError(
-                f"train: after update {progress.step} the {what} not finite, so that update was "
-                f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
-            )
-
-
-@torch.no_grad()
-def _mean_loss(recipe: Recipe, run: TrainingRun, batches: Iterable[Any]) -> float | None:
-    """Return the method's mean loss on batches with fixed random numbers, lower is better; None without a pair."""
-    total, weight = 0.0, 0.0
-    bare = replace(run.policy, model=run.policy.unwrapped)
-    for batch in batches:
-        for contrast in loop.make_contrasts(run.method, bare, batch, recipe.method, KeyedRNG(recipe.train.seed)):
-            step = run.method.loss(bare, contrast, recipe.method)
-            total += float((step.losses * step.weights).sum())
-            weight += float(step.weights.sum())
-    return total / weight if weight else None
 
 
 def start_run(

@@ -56,6 +56,7 @@ class Requirements:
         min_pairs: the smallest batch size, in pairs.
         reward: the reward model that scores the images of a batch.
         precompute: tensors to compute once per pair and draw; None for none.
+        measured_by: settings for measuring a run, if contrasts of the method's own follow the policy; None for its own.
         hint_if_empty: advice for a run whose batches all gave nothing to learn from.
         check: a check, before loading, of the packages and files that the hyper-parameters name. It raises ValueError
             if one is missing and returns lines for the log.
@@ -71,6 +72,7 @@ class Requirements:
     min_pairs: int = 1
     reward: RewardConfig | None = None
     precompute: PrecomputeSpec | None = None
+    measured_by: MethodConfig | None = None
     hint_if_empty: str = ""
     check: Callable[[], Sequence[str]] = tuple
 

@@ -14,6 +14,8 @@ from mmalign.methods import Step
 from mmalign.policy import Scores
 from mmalign.registry import import_callable
 
+SATURATED = 7.0  # size of a logit beyond which the loss has a thousandth of its first gradient, or twice of it
+
 
 @cache  # one function for all batches of a run
 def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
@@ -53,9 +55,14 @@ def preference_step(
 
 
 def preference_metrics(z: Tensor) -> dict[str, Tensor]:
-    """Return a comparison's metrics from its logits [B]: accuracy (a tie is half right), logit, and gradient factor."""
+    """Return a comparison's metrics from its logits [B].
+
+    They are accuracy (a tie is half right), the logit and its size, saturation, and the gradient factor.
+    """
     return {
         "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
         "logit": z.detach(),
+        "logit size": z.detach().abs(),
+        "saturated": (z.abs() > SATURATED).float(),
         "gradient factor": torch.sigmoid(-z).detach(),
     }

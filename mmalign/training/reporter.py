@@ -1,8 +1,9 @@
-"""Progress bar, trackers and final verdict of a training run."""
+"""Progress bar, trackers and warnings of a training run."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mmalign.console import print_through
+from mmalign.training import verdict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,13 +33,18 @@ SHOWN = {
     "rejected log-probability": "rejected",
     "gradient norm": "grad",
 }
-SATURATED, UNMOVED = 1e-3, 0.499  # bounds of the mean gradient factor sigma(-z) of a pair loss that learns
+NUM_FRESH = 64  # updates whose means a verdict may read
 
 
 class Reporter:
-    """Reports of mean metrics to the progress bar and the trackers, with a history for the verdict.
+    """Reports of mean metrics to the progress bar and the trackers.
 
     If the output is not a terminal, each report is a line instead of a bar. Log lines appear above the bar.
+
+    Attributes:
+        history: the mean metrics of every report.
+        start: metrics of single pairs before the first update, for a verdict.
+        num_measured: training batches that a verdict measures; a run that is extended keeps the number.
     """
 
     def __init__(self, accelerator: Accelerator, steps: int, every: int, *, first: int = 0) -> None:
@@ -54,11 +61,15 @@ class Reporter:
         self.task = self.bar.add_task("train", total=steps, completed=first, note="")
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
+        self.start: dict[str, list[float]] = {}
+        self.num_measured = 0
+        self._fresh = deque[dict[str, Tensor]](maxlen=NUM_FRESH)
 
     def state(self) -> dict[str, object]:
-        """Return the state for a checkpoint: history, and sums of the metrics since the last report."""
-        sums = {name: value.cpu() for name, value in self.sums.items()}
-        return {"sums": sums, "count": self.count, "history": self.history, "warned": self.warned}
+        """Return the state for a checkpoint: history, fresh updates, and sums of metrics since the last report."""
+        sums, *fresh = ({name: x.cpu() for name, x in each.items()} for each in (self.sums, *self._fresh))
+        reports = {"count": self.count, "history": self.history, "warned": self.warned, "start": self.start}
+        return {**reports, "num_measured": self.num_measured, "sums": sums, "fresh": fresh}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Load the state of a checkpoint; nothing for an empty one."""
@@ -66,6 +77,8 @@ class Reporter:
             device = self.accelerator.device
             self.sums = {name: value.to(device) for name, value in state["sums"].items()}
             self.count, self.history, self.warned = state["count"], list(state["history"]), state["warned"]
+            self.start, self.num_measured = dict(state["start"]), state["num_measured"]
+            self._fresh = deque(state["fresh"], maxlen=NUM_FRESH)
 
     def __enter__(self) -> Reporter:
         self.bar.start()
@@ -78,10 +91,16 @@ class Reporter:
         print_through(None)
         self.bar.stop()
 
-    def update(self, step: int, metrics: Mapping[str, Tensor]) -> None:
-        """Add an update's metrics; report after every `every` updates and after the last."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # on its device: no wait for a GPU
+    def update(self, step: int, metrics: Mapping[str, Tensor], *, is_fresh: bool = True) -> None:
+        """Add an update's metrics; report after every `every` updates and after the last.
+
+        The metrics of the last updates with fresh pairs, which were not trained on before, are kept for the verdict.
+        """
+        means = {name: value.detach().float() for name, value in metrics.items()}  # on its device: no wait for a GPU
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        if is_fresh:
+            self._fresh.append(means)
         self.count += 1
         if step % self.every == 0 or step == self.steps:
             self._report(step)
@@ -98,8 +117,17 @@ class Reporter:
             self.console.print(f"update {step}/{self.steps}  {note}", highlight=False, soft_wrap=True)
         self._warn(step, means)
 
+    def fresh(self) -> dict[str, list[float]]:
+        """Return the mean metrics of each of the last updates with fresh pairs: 16, or half of them if these are more.
+
+        At most 64 updates are known.
+        """
+        means = list(self._fresh)[-max(16, len(self._fresh) // 2) :]
+        names = set.intersection(*(set(each) for each in means)) if means else set()
+        return {name: [float(each[name]) for each in means] for name in sorted(names)}
+
     def _warn(self, step: int, means: Mapping[str, float]) -> None:
-        """Warn once if a pair loss is saturated or has hardly moved.
+        """Warn once of a pair loss that is broken, saturated, or has hardly moved.
 
         The first update says nothing, since every logit is 0. A loss that has hardly moved counts only in the second
         half of the run: before, the learning rate may still be warming up.
@@ -107,59 +135,15 @@ class Reporter:
         factor = means.get("gradient factor")
         if factor is None or self.warned or step == 1:
             return
-        if factor < SATURATED:
-            problem = "is saturated: beta is too large"
-        elif unmoved(factor) and step >= self.steps // 2:
-            problem = "has hardly moved: beta or the learning rate is too small"
+        side = "chosen" if "chosen gain" in means else "matched"
+        broken = verdict.broken({name: [value] for name, value in means.items()}, side)
+        if broken:
+            problem = f"the model is breaking, {broken}: lower train.lr"
+        elif means["saturated"] >= verdict.MANY:
+            problem = "the loss is saturated: method.beta or train.lr is too large"
+        elif means["logit size"] < verdict.UNMOVED and step >= self.steps // 2:
+            problem = "the loss has hardly moved: method.beta or train.lr is too small"
         else:
             return
         self.warned = True
-        logger.warning(f"warning: gradient factor {factor:.2g}, mean logit {means['logit']:.2g}: the loss {problem}")
-
-    def verdict(self) -> str:
-        """Return a sentence on the run's outcome, from the last tenth of its reports."""
-        tail = self.history[-max(1, len(self.history) // 10) :]
-        if not tail:
-            return "nothing was trained"
-        mean = {name: sum(h[name] for h in tail) / len(tail) for name in tail[-1]}
-        sides = next((s for s in (("chosen", "rejected"), ("matched", "mismatched")) if f"{s[0]} gain" in mean), None)
-        if sides is None:
-            if "chosen error" not in mean:
-                first, last = self.history[0]["loss"], mean["loss"]
-                return f"loss {first:.4g} at the start, {last:.4g} at the end (on other pairs)"
-            first, last = self.history[0]["chosen error"], mean["chosen error"]
-            return f"chosen error {first:.4g} at the start, {last:.4g} at the end (on other noise)"
-        noun = "images" if {f"{sides[0]} error", "clipped"} & mean.keys() else "responses"
-        better, worse = (mean[f"{side} gain"] for side in sides)
-        return preference_verdict(better, worse, mean["gradient factor"], noun, sides)
-
-
-def unmoved(factor: float) -> bool:
-    """Return whether a mean gradient factor sigma(-z) is near 1/2, its value for a policy equal to its reference."""
-    return abs(factor - 0.5) < 0.5 - UNMOVED
-
-
-def preference_verdict(
-    chosen: float, rejected: float, factor: float, noun: str = "images", sides: tuple[str, str] = ("chosen", "rejected")
-) -> str:
-    """Return a sentence on a preference run's outcome.
-
-    Args:
-        chosen: mean gain of the policy over the reference on the chosen side, in score units.
-        rejected: likewise for the rejected side.
-        factor: the mean gradient factor sigma(-z).
-        noun: "images" or "responses".
-        sides: names of the two sides; images are "matched" with their own prompts and "mismatched" with others.
-    """
-    better, worse = sides
-    numbers = f"({better} {chosen:+.2g}, {worse} {rejected:+.2g} against the reference; gradient factor {factor:.2f})"
-    if unmoved(factor):
-        return f"nothing moved {numbers}: train longer, or raise the learning rate"
-    if chosen <= rejected:
-        return f"the preference was not learned {numbers}"
-    if chosen < 0:
-        displaced = f"likelihood displacement; look at the {noun} before you use it"
-        return f"both sides got worse, the {worse} one more {numbers}: {displaced}"
-    if rejected > 0:
-        return f"both sides improved, the {better} one more {numbers}"
-    return f"{better} {noun} improved and {worse} ones got worse {numbers}"
+        logger.warning(f"warning: gradient factor {factor:.2g}, mean |logit| {means['logit size']:.2g}: {problem}")

@@ -50,7 +50,9 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
     with pytest.raises(Image.DecompressionBombError, match="400000000 pixels"):
         Image.open(io.BytesIO(BAD[3]))
     printed = mmalign("train", content, f"data.cache='{cache}'", "data.max_bad_images=4", "train.steps=4")
-    contains(printed, "4 images could not be read; their pairs were left out: pairs.parquet: row ", "and 1 more")
+    contains(
+        printed, "4 images or pairs could not be used; their pairs were left out: pairs.parquet: row ", "and 1 more"
+    )
     assert decoded and max(decoded) <= 400
     shutil.rmtree(content["output"])
     for row, reason in enumerate(

@@ -18,6 +18,8 @@ from mmalign.data.pairs import ImagePair, SkippedRow, pair_key
 from mmalign.rng import KeyedRNG
 
 PIXELS = "pixels"
+SAME_SIDES = "both images are the same"
+SAME_LATENTS = 1e-4  # bound of differences in rounding between batches of the encoder
 SIZES = "sizes"  # cache field with an image's micro-conditioning
 
 ImageExample = dict[str, Tensor]  # every field of both images, pixels or cached ones, [2, ...]
@@ -87,7 +89,7 @@ class ImagePairReader:
             raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
 
     def read(self, pair: ImagePair, epoch: int) -> ImageExample | list[SkippedRow]:
-        """Return both images of a pair, cropped and flipped for the epoch, or the images that cannot be read.
+        """Return both images of a pair, cropped and flipped for the epoch, or the reasons to skip the pair.
 
         Raises:
             ValueError: the cache lacks a good image.
@@ -103,6 +105,8 @@ class ImagePairReader:
                 images.append(decode(ref))
             except BadImage as error:
                 skipped.append(error.skipped)
+        if not skipped and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+            skipped = [SkippedRow(pair.location, SAME_SIDES)]
         if skipped:
             return skipped
         crop, flip = self.transform.crop, self.transform.flip
@@ -116,6 +120,9 @@ class ImagePairReader:
         absent = [ref for ref, key in zip(refs, keys, strict=True) if key not in cache]
         if not absent:
             sides = [cache.get(key) for key in keys]
+            latents = ((x, sides[1][name]) for name, x in sides[0].items() if name != SIZES)
+            if all(torch.allclose(chosen, rejected, 0.0, SAME_LATENTS) for chosen, rejected in latents):
+                return [SkippedRow(pair.location, SAME_SIDES)]
             return {field: torch.stack([side[field] for side in sides]) for field in sides[0]}
         skipped = list[SkippedRow]()
         for ref in absent:  # only bad images may be missing from the cache

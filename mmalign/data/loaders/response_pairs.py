@@ -102,7 +102,9 @@ class ResponsePairReader:
             return [SkippedRow(pair.location, str(error))]
         # Responses, if any token tells them apart
         if chosen == rejected:
-            reason = f"the responses first differ after data.max_length = {self.max_length:,} tokens"
+            reason = "the chosen and the rejected response are the same tokens"
+            if len(chosen.ids) == self.max_length:
+                reason = f"the responses first differ after data.max_length = {self.max_length:,} tokens"
             return [SkippedRow(pair.location, reason)]
         images = decoded if self.decoded_images else {}
         return ResponseExample(_without_loaders(pair), chosen, rejected, other, views, images)

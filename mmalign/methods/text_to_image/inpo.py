@@ -51,10 +51,13 @@ from mmalign.rng import KeyedRNG
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: a reference, and cached inversions if `num_cached_draws` is set."""
+    """Return the method's needs: a reference, and cached inversions if `num_cached_draws` is set.
+
+    A policy finds its own inversions easy, however broken it is, so a run is measured on the reference's.
+    """
     settings = cfg.model_dump(include={"caption_dropout", "inversion", "steps", "order", "eta"})
     cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
-    return Requirements(precompute=cached)
+    return Requirements(precompute=cached, measured_by=cfg.model_copy(update={"inverter": "reference"}))
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -96,6 +96,7 @@ def response_step(
     views = [view for view in policy_scores if view != TOKEN]
     more = {f"{view} log-probability": policy_scores[view].detach() for view in views}
     more |= {"chosen tokens": counts[:pairs], "rejected tokens": counts[pairs : 2 * pairs]}
+    more["chosen token gain"] = (policy_scores[TOKEN] - reference_scores[TOKEN]).detach()
     more |= {
         f"{view} gain": (policy_scores[view] - reference_scores[view]).detach() for view in views if view not in PAIR
     }

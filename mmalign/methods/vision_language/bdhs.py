@@ -107,11 +107,12 @@ def check(cfg: Config) -> list[str]:
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs under the mode."""
+    """Return the method's needs under the mode; a run is measured on the responses of the data."""
     settings = {"mean": cfg.loss.per_token, "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
     return Requirements(
         decoded_images=cfg.mode == "mixed",  # for the annotator
         precompute=cached_scores(1 if cfg.mode == "offline" else 0, settings, compute=precompute),
+        measured_by=cfg.model_copy(update={"mode": "offline"}) if cfg.mode != "offline" else None,
         check=partial(check, cfg),
     )
 

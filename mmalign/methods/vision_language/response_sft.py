@@ -34,6 +34,7 @@ def loss(policy: Policy[VisionLanguage], contrast: EncodedResponses, cfg: Config
     metrics = {
         "loss": losses.detach(),
         "chosen log-probability": scores.total(logps, mask).detach(),
+        "chosen token log-probability": -losses.detach(),
         "chosen tokens": chosen.num_tokens.float(),
     }
     return Step(losses, contrast.weights, metrics)

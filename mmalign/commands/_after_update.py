@@ -1,0 +1,111 @@
+"""Callback of a training run after every update: reports, checkpoints, and the measurements for a verdict."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from mmalign import atomic_io, methods, sharding
+from mmalign.config import Recipe
+from mmalign.data.data_module import DataModule
+from mmalign.training import loop, verdict
+from mmalign.training.measure import NUM_PAIRS, measure_held_out, measure_training
+from mmalign.training.reporter import Reporter
+from mmalign.training.run import TrainingRun, last_saved, save
+from mmalign.training.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class AfterUpdate:
+    """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end.
+
+    A run that was asked to stop ends after the first checkpoint that it can resume from. A method without a reference
+    is measured before the first update.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter, stop: StopRequest
+    ) -> None:
+        self.recipe, self.run, self.data_module, self.reporter = recipe, run, data_module, reporter
+        self.stop, self.due = stop, False
+        self.needs = methods.requirements_of(recipe.method)
+        self.values = dict[str, list[float]]()
+        if run.progress.step == 0:
+            options = recipe.train
+            pairs = options.batch_size * run.train_state.accelerator.num_processes
+            reporter.num_measured = math.ceil(NUM_PAIRS / pairs)
+            if data_module.features is not None or data_module.precompute_cache is not None:  # no others are cached
+                read = options.steps * options.gradient_accumulation_steps
+                reporter.num_measured = min(reporter.num_measured, read)
+            reporter.start = {} if self.needs.reference else self._measure(last=True)
+
+    def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
+        is_fresh = progress.epoch == 0 or self.needs.prompts_only  # generated images are always new
+        self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
+        last = progress.step == self.recipe.train.steps
+        code = 0 if last else self.stop.exit_code(self.run.train_state.accelerator)
+        self.due |= last or code != 0 or progress.step % self.recipe.train.save_every == 0
+        if self.due and (last or not progress.pending):
+            self.due = False
+            self.values = self._measure(last)
+            loss = fmean(self.values["loss"]) if self.values.get("loss") else None
+            score = loss if self.data_module.validation_loader is not None else None
+            if score is not None:
+                self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
+                logger.info(f"update {progress.step}  held-out loss {score:.4g}")
+            self._require_finite(progress, loss)
+            self.run.reports = self.reporter.state()
+            keep_checkpoints = self.recipe.train.keep_checkpoints
+            save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
+            self.run.train_state.accelerator.wait_for_everyone()
+            if code:
+                raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
+
+    def _measure(self, last: bool) -> dict[str, list[float]]:
+        """Measure the validation split; without one some training pairs, except for methods that generate their images.
+
+        Between the first and the last update, one batch of training pairs shows whether the loss is finite.
+        """
+        data_module = self.data_module
+        common = (self.run, self.recipe.method, data_module, self.recipe.train.seed)
+        if data_module.validation_loader is not None:
+            return measure_held_out(*common)
+        if self.needs.prompts_only:
+            return {}
+        return measure_training(*common, self.reporter.num_measured if last else 1)
+
+    def _require_finite(self, progress: loop.Progress, loss: float | None) -> None:
+        """Refuse to save weights or a loss that are not finite: an update can break a model after a finite loss."""
+        parameters = sharding.local(self.run.policy.trainable())
+        whole = all(torch.isfinite(x).all() for x in parameters)
+        broken = torch.tensor([not whole, loss is not None and not math.isfinite(loss)], dtype=torch.float32)
+        accelerator = self.run.train_state.accelerator
+        weights_broken, loss_broken = accelerator.reduce(broken.to(accelerator.device), reduction="sum").tolist()
+        if weights_broken or loss_broken:
+            what = "weights are" if weights_broken else "loss is"
+            raise atomic_io.CheckpointError(
+                f"train: after update {progress.step} the {what} not finite, so that update was "
+                f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
+            )
+
+    def evidence(self) -> verdict.Evidence:
+        """Return what the verdict rests on.
+
+        Pairs of the training may be known by heart. In the first epoch the loop's own metrics precede a pair's first
+        update, so they show what holds for other pairs, unless they follow the policy.
+        """
+        needs, fresh = self.needs, self.reporter.fresh()
+        if needs.prompts_only:
+            return verdict.Evidence(fresh)
+        held_out = self.data_module.validation_loader is not None
+        if held_out or needs.measured_by is not None or not needs.reference:
+            fresh = {}
+        seen = not held_out and (self.run.progress.epoch > 0 or not fresh)
+        return verdict.Evidence(self.values, self.reporter.start, fresh, seen)
