@@ -66,7 +66,7 @@ def place(case: Case, detail: str) -> Place:
     images = [("chosen", ref) for ref in case.chosen.images]
     if case.rejected.images != case.chosen.images:
         images += [("rejected", ref) for ref in case.rejected.images]
-    elif case.chosen.text:
-        images = [("image", ref) for ref in case.chosen.images]
+    else:
+        images = [("shared", ref) for ref in case.chosen.images]
     texts = [("prompt", case.prompt), ("chosen", case.chosen.text), ("rejected", case.rejected.text)]
     return Place(case.location, detail, tuple(text for text in texts if text[1]), tuple(images))

@@ -52,7 +52,7 @@ class Report:
         lines = [f"{self.rows} from {self.source}"]
         for one in self.found:
             check, number = one.check, len(one.places)
-            lines.append(f"{check.level}: {check.name}: {number:,} {check.title}")
+            lines.append(f"{check.level}: {check.name} ({number:,}): {check.title}")
             lines += [f"  {place.location}: {place.detail}" for place in one.places[:_SHOWN]]
             lines += [f"  and {number - _SHOWN:,} more"] if number > _SHOWN else []
             lines.append(f"  {check.advice}")

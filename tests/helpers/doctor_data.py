@@ -106,10 +106,10 @@ def _plant_images(corpus: Corpus) -> None:
     _rank(corpus, "a lost page", "lost.png", new(), "missing")
     _rank(corpus, "two twins", whole, new(corpus.bytes_of(whole)), "identical")
     _rank(corpus, "a copy", twin := new(), new(jpeg(Image.open(corpus.folder / twin))), "near_identical")
-    # Both labels; and a cycle of three, named at its first row
+    # Both labels, and a cycle of three; both are named at their first rows
     _rank(corpus, "a quarrel", first := new(), second := new())
     _rank(corpus, "A quarrel.", second, first)
-    corpus.planted["contradictions"] = [len(corpus.rows) - 1, len(corpus.rows)]
+    corpus.planted["contradictions"] = [len(corpus.rows) - 1]
     a, b, c = new(), new(), new()
     for better, worse in ((a, b), (b, c), (c, a)):
         _rank(corpus, "a circle", better, worse)
@@ -165,7 +165,7 @@ def _plant_responses(corpus: Corpus, evaluated: str) -> None:
     image = new()
     _answer(corpus, image, "A tree stands in the yard.", "A car.")
     _answer(corpus, image, "A car.", "A tree stands in the yard.")
-    corpus.planted["contradictions"] = [len(corpus.rows) - 1, len(corpus.rows)]
+    corpus.planted["contradictions"] = [len(corpus.rows) - 1]
     image, texts = new(), ("A tree stands in the yard.", "A bird sits on the roof.", "A dog sleeps on the mat.")
     for n in range(3):
         _answer(corpus, image, texts[n], texts[(n + 1) % 3])

@@ -66,7 +66,7 @@ CHECKS = (
         "ties",
         "warning",
         "ties",
-        "Nothing, if you expect ties; training skips them.",
+        "Training skips them; remove them if you expected none.",
         PAIRS,
         preferences.ties,
     ),

@@ -35,9 +35,10 @@ def contradictions(corpus: Corpus) -> list[Place]:
     """Return one place for each two sides of a prompt of which either is preferred in some row."""
     places = []
     for edges in _preferences(corpus).values():
+        order = {edge: number for number, edge in enumerate(edges)}
         for (better, worse), cases in edges.items():
-            opposite = edges.get((worse, better))
-            if opposite and better < worse:
+            opposite = edges.get((worse, better), [])
+            if order.get((worse, better), -1) > order[better, worse]:
                 others = ", ".join(case.location for case in [*cases[1:], *opposite])
                 places.append(place(cases[0], f"labelled the other way: {others}"))
     return places
