@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmalign import sharding
 from mmalign.commands.cache import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
+from mmalign.policy import FrozenCopy, Policy
+from mmalign.training import run
 from tests.helpers.logged import recorded_lines
 
 Content = dict[str, Any]
@@ -29,7 +32,7 @@ GRADIENTS = 5e-5
 WEIGHTS = 5e-3
 
 
-def launch(folder: Path, jobs: Sequence[Job], timeout: float = 300) -> None:
+def launch(folder: Path, jobs: Sequence[Job], timeout: float = 600) -> None:
     """Run `work` in two processes, which write the record of each job to NAME-RANK.json in the folder.
 
     Raises:
@@ -63,7 +66,7 @@ def work(file: Path) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    rank, touched, exchanges = int(os.environ["RANK"]), list[str](), list[int]()
+    rank, touched, exchanges, held = int(os.environ["RANK"]), list[str](), list[int](), list[float]()
     sys.addaudithook(lambda event, arguments: touched.extend(_written(event, arguments)))
     prepare = Accelerator.prepare
 
@@ -73,23 +76,40 @@ def work(file: Path) -> None:
             prepared[0].register_comm_hook(exchanges, _counted)
         return prepared
 
-    Accelerator.prepare = watched
+    shard = run.shard_policy
+
+    def measured(policy: Policy, device: torch.device) -> Policy:
+        policy = shard(policy, device)
+        held.extend(map(_held, [policy.unwrapped, *_copies(policy)]))
+        return policy
+
+    Accelerator.prepare, run.shard_policy = watched, measured
     for name, does, content in json.loads(file.read_text()):
         print(f"{name}: {does}", flush=True)
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.distributed.init_process_group(  # by a file, where a port might be taken
             "gloo", init_method=f"file://{file}.{name}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
         )
-        touched.clear()
-        exchanges.clear()
+        for record in (touched, exchanges, held):
+            record.clear()
         with recorded_lines() as lines:
             if does == "cache":
                 cache(load_recipe(content))
                 history = []
             else:
                 history = train(load_recipe(content)).history
-        record = {"history": history, "lines": lines, "touched": touched, "exchanges": len(exchanges)}
-        file.with_name(f"{name}-{rank}.json").write_text(json.dumps(record))
+        records = {"lines": lines, "touched": touched, "exchanges": len(exchanges), "held": held}
+        file.with_name(f"{name}-{rank}.json").write_text(json.dumps({"history": history, **records}))
+
+
+def _copies(policy: Policy) -> list[torch.nn.Module]:
+    return [policy.reference.model] if isinstance(policy.reference, FrozenCopy) else []
+
+
+def _held(net: torch.nn.Module) -> float:
+    """Return the share of a network's parameters that this process holds."""
+    parameters = list(net.parameters())
+    return sum(p.numel() for p in sharding.local(parameters)) / sum(p.numel() for p in parameters)
 
 
 def _written(event: str, arguments: Sequence[Any]) -> list[str]:
@@ -114,23 +134,23 @@ def read(folder: Path, name: str, rank: int | str) -> dict[str, Any]:
     return record
 
 
-def weights(run: Path, step: int) -> dict[str, Tensor]:
+def weights(folder: Path, step: int) -> dict[str, Tensor]:
     """Return the weights of a run's checkpoint."""
-    return load_file(run / f"checkpoint-{step:08d}" / "model.safetensors")
+    return load_file(folder / f"checkpoint-{step:08d}" / "model.safetensors")
 
 
-def distance(run: Path, other_run: Path, steps: int) -> tuple[float, float]:
+def distance(folder: Path, other_folder: Path, steps: int) -> tuple[float, float]:
     """Return two relative distances of runs that saved after every update.
 
     They are the distance of their weights over the way gone since the first update, and that of their mean gradients.
     """
-    start, a, b = (_flat(weights(*where)) for where in ((run, 1), (run, steps), (other_run, steps)))
-    actual, expected = (_mean_gradient(folder, steps) for folder in (run, other_run))
+    start, a, b = (_flat(weights(*where)) for where in ((folder, 1), (folder, steps), (other_folder, steps)))
+    actual, expected = (_mean_gradient(each, steps) for each in (folder, other_folder))
     return _relative(a - b, a - start), _relative(actual - expected, actual)
 
 
-def _mean_gradient(run: Path, step: int) -> Tensor:
-    state = torch.load(run / f"checkpoint-{step:08d}" / "state.pt", weights_only=True)
+def _mean_gradient(folder: Path, step: int) -> Tensor:
+    state = torch.load(folder / f"checkpoint-{step:08d}" / "state.pt", weights_only=True)
     return _flat({str(name): moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()})
 
 

@@ -81,9 +81,24 @@ class Runs:
         judge = {"name": "step_aware", "path": str(self.judge)}
         drawing = {"name": "spo", "reward": judge, "steps": 6, "start": 2, "threshold": UNSURE}
         jobs.append(("spo", self.content("two", "few", "spo", batch_size=1) | {"method": drawing}))
+        jobs += self.sharded(small)
         processes.launch(
             self.folder, [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
         )
+
+    def sharded(self, small: Content) -> list[tuple[str, Content]]:
+        """The trainings of two processes that split the model."""
+        half: Content = {"batch_size": 2, "sharding": "fsdp2"}
+        shutil.copytree(self.folder / "two" / "grown", self.folder / "sharded" / "grown")
+        names = {"full": half, "lora": {**small, "sharding": "fsdp2"}, "inverted": half, "responses": half}
+        jobs = [(f"{name} sharded", self.content("sharded", name, **options)) for name, options in names.items()]
+        for name, output, options in (
+            ("stopped", "stopped", {"steps": 1}),
+            ("resumed", "stopped", {}),
+            ("grown", "grown", {}),
+        ):
+            jobs.append((f"{name} sharded", self.content("sharded", "full", output, **half, **options)))
+        return jobs
 
     def content(self, location: str, name: str, output: str = "", **options: Any) -> Content:
         pairs, sections = self.recipes[name]
@@ -263,6 +278,51 @@ def test_processes_that_do_not_know_of_each_other_are_refused(runs: Runs, monkey
     with pytest.raises(ValueError, match="ACCELERATE_USE_CPU"):
         runs.alone("few", "unaware", batch_size=2)
     assert not list((runs.folder / "unaware" / "few").glob("checkpoint-*"))
+
+
+SHARDED = ["full", "lora", "inverted", "responses"]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_and_numbers_are_those_of_one_process(name: str, runs: Runs) -> None:
+    """Also with adapters, accumulation, recomputed activations, unequally long inversions, and a model of text."""
+    weights, gradients = runs.distance(f"one/{name}", f"sharded/{name}")
+    assert weights < WEIGHTS and gradients < GRADIENTS
+    alone, first, second = (runs.record(*where) for where in ((name, "one"), *((f"{name} sharded", i) for i in (0, 1))))
+    assert first["history"] == second["history"] and second["lines"] == []
+    for actual, expected in zip(alone["history"], first["history"], strict=True):
+        assert actual == pytest.approx(expected, **METRICS)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_each_process_holds_half_of_policy_and_reference(name: str, runs: Runs) -> None:
+    """All but the vision tower: with LoRA the policy without its adapters is the reference."""
+    shares = [runs.record(f"{name} sharded", rank)["held"] for rank in (0, 1)]
+    assert [len(held) for held in shares] == [1 if name == "lora" else 2] * 2
+    most = 0.7 if name == "responses" else 0.51  # the tiny vision tower is a third of its model
+    assert all(0.49 <= share <= most for held in shares for share in held)
+
+
+def test_sharded_runs_resume_bit_for_bit_and_export_a_whole_model(runs: Runs) -> None:
+    """The average is exported by the first process, as files that one process would have written."""
+    assert runs.record("resumed sharded", 0)["lines"][1] == "resuming from checkpoint-00000001"
+    exported = "model/unet/diffusion_pytorch_model.safetensors"
+    for file in (f"checkpoint-{STEPS:08d}/model.safetensors", exported):
+        whole, stopped = (load_file(runs.folder / "sharded" / name / file) for name in ("full", "stopped"))
+        assert whole.keys() == stopped.keys() and all(torch.equal(whole[n], stopped[n]) for n in whole)
+    outputs = [runs.folder / location / "full" for location in ("one", "sharded")]
+    assert listed(outputs[0]) == listed(outputs[1])
+    alone, sharded = (load_file(output / exported) for output in outputs)
+    assert {name: x.shape for name, x in alone.items()} == {name: x.shape for name, x in sharded.items()}
+    assert all(torch.allclose(alone[name], sharded[name], atol=1e-4) for name in alone)
+    configs = [json.loads((output / "model" / "model_index.json").read_text()) for output in outputs]
+    assert configs[0] == configs[1]
+
+
+def test_sharded_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
+    assert runs.record("grown sharded", 0)["lines"][1] == "resuming from checkpoint-00000001"
+    weights, gradients = runs.distance("one/full", "sharded/grown")
+    assert weights < WEIGHTS and gradients < GRADIENTS
 
 
 def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
