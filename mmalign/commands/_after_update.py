@@ -61,12 +61,16 @@ class AfterUpdate:
                 self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, loss)
-            self.run.reports = self.reporter.state()
-            keep_checkpoints = self.recipe.train.keep_checkpoints
-            save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
-            self.run.train_state.accelerator.wait_for_everyone()
+            self.save(score)
             if code:
                 raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
+
+    def save(self, score: float | None) -> None:
+        """Write a checkpoint of the run as it is, with a score; all processes call it together."""
+        self.run.reports = self.reporter.state()
+        keep_checkpoints = self.recipe.train.keep_checkpoints
+        save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
+        self.run.train_state.accelerator.wait_for_everyone()
 
     def _measure(self, last: bool) -> dict[str, list[float]]:
         """Measure the validation split; without one some training pairs, except for methods that generate their images.
@@ -82,14 +86,18 @@ class AfterUpdate:
         return measure_training(*common, self.reporter.num_measured if last else 1)
 
     def _require_finite(self, progress: loop.Progress, loss: float | None) -> None:
-        """Refuse to save weights or a loss that are not finite: an update can break a model after a finite loss."""
-        parameters = sharding.local(self.run.policy.trainable())
-        whole = all(torch.isfinite(x).all() for x in parameters)
+        """Refuse to save a state or a loss that is not finite: an update can break a model after a finite loss."""
+        train_state, accelerator = self.run.train_state, self.run.train_state.accelerator
+        kept = [*self.run.policy.trainable(), *(train_state.ema.state() if train_state.ema is not None else ())]
+        kept += [x for state in train_state.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        whole = all(torch.isfinite(x).all() for x in sharding.local(kept))
         broken = torch.tensor([not whole, loss is not None and not math.isfinite(loss)], dtype=torch.float32)
-        accelerator = self.run.train_state.accelerator
         weights_broken, loss_broken = accelerator.reduce(broken.to(accelerator.device), reduction="sum").tolist()
         if weights_broken or loss_broken:
             what = "weights are" if weights_broken else "loss is"
+            if train_state.guard.action == "rollback":
+                location = loop.BatchLocation(progress.epoch, progress.batch, ())
+                raise loop.BadUpdateError(f"the {what} not finite", location, progress.step)
             raise atomic_io.CheckpointError(
                 f"train: after update {progress.step} the {what} not finite, so that update was "
                 f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"

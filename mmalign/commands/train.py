@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.training import checkpoint, loop, verdict
 from mmalign.training.export import RUN_INFO, export
+from mmalign.training.guard import MAX_BAD
 from mmalign.training.launch import open_accelerator
 from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
@@ -131,6 +132,8 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
         _train(recipe, run, data_module, hook)
     export(folder, run)
     _end(recipe, data_module, accelerator)
+    if run.train_state.guard.left_out:
+        logger.warning(f"train.guard: {run.train_state.guard.left_out} bad updates were left out")
     sentence = verdict.judge(hook.evidence())
     logger.info(f"{recipe.method.name}: {sentence}")
     _describe_result(recipe, folder)
@@ -169,36 +172,57 @@ def _end(recipe: Recipe, data_module: DataModule, accelerator: Accelerator) -> N
 
 
 def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: AfterUpdate) -> None:
-    """Run the loop; if a loss is not finite, name its pairs in the error."""
-    options = recipe.train
-    try:
-        loop.train(
-            run.method,
-            recipe.method,
-            run.policy,
-            data_module.batches,
-            run.train_state,
-            steps=options.steps,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            seed=options.seed,
-            progress=run.progress,
-            after_update=hook,
-        )
-    except FloatingPointError as error:
-        epoch, batch, pairs = _failed_batch(error, run, data_module)
-        pair_locations = ", ".join(pairs[:8])
-        wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
-        raise FloatingPointError(
-            f"train: the loss is not finite after update {run.progress.step}, in batch {batch} of epoch {epoch} "
-            f"({pair_locations}); {last_saved(Path(recipe.output))}: lower train.lr{wider}"
-        ) from error
+    """Run the loop; roll back bad updates if the guard says so, and name their pairs in the error if not."""
+    options, output, targets = recipe.train, Path(recipe.output), list[str]()
+    if options.guard.action == "rollback" and run.progress.step == 0:
+        hook.save(None)  # a first bad update goes back to the start
+    while True:
+        try:
+            loop.train(
+                run.method,
+                recipe.method,
+                run.policy,
+                data_module.batches,
+                run.train_state,
+                steps=options.steps,
+                gradient_accumulation_steps=options.gradient_accumulation_steps,
+                seed=options.seed,
+                progress=run.progress,
+                after_update=hook,
+            )
+            return
+        except loop.BadUpdateError as error:
+            epoch, batch, pairs = _failed_batch(error, data_module)
+            what = f"{error.reason} after update {run.progress.step}, in batch {batch} of epoch {epoch}"
+            what += f" ({', '.join(pairs[:8])})"
+            target = _rollback_target(output, options.save_every) if options.guard.action == "rollback" else None
+            if target is None or targets.count(target.name) >= MAX_BAD:
+                wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
+                raise FloatingPointError(f"train: {what}; {last_saved(output)}: lower train.lr{wider}") from error
+            targets.append(target.name)
+            logger.warning(f"{what}: back to {target.name}, and on with the next batch")
+            _roll_back(run, checkpoint.read(target, run.identity), output)
+            hook.reporter.load(run.reports)
 
 
-def _failed_batch(error: FloatingPointError, run: TrainingRun, data_module: DataModule) -> tuple[int, int, list[str]]:
+def _rollback_target(output: Path, save_every: int) -> Path | None:
+    """Return the last checkpoint at a multiple of `save_every`, else the last: a stop in between changes nothing."""
+    paths = checkpoint.complete(output)
+    regular = [path for path in paths if int(path.name.rpartition("-")[2]) % save_every == 0]
+    return (regular or paths or [None])[-1]
+
+
+def _roll_back(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None:
+    """Load a checkpoint, and keep the position in the data, so that random numbers and pairs go on."""
+    position, left_out = run.progress, run.train_state.guard.left_out + 1
+    run.train_state.optimizer.zero_grad()
+    resume(run, saved, output)
+    run.progress = replace(run.progress, epoch=position.epoch, batch=position.batch, seconds=position.seconds)
+    run.train_state.guard.left_out = left_out
+
+
+def _failed_batch(error: loop.BadUpdateError, data_module: DataModule) -> tuple[int, int, list[str]]:
     """Return the epoch, the batch and the locations of the pairs that failed, on whichever process."""
-    if not isinstance(error, loop.NonFiniteLossError):
-        epoch, batch = run.progress.epoch, run.progress.batch
-        return epoch, batch, data_module.batch_locations(epoch, batch - 1)
     from accelerate.utils import gather_object
 
     location, mine = error.location, list[tuple[int, int, list[str]]]()

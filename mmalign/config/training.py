@@ -113,6 +113,19 @@ class Limits(Section):
     hours: float | None = Field(None, gt=0, description="hours of training, from the first update of this command on")
 
 
+class GuardConfig(Section):
+    """Guard against bad updates; a loss or gradient that is not finite is always bad."""
+
+    action: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="stop with an error, skip the update, or go back to the last checkpoint and on with the next batch",
+    )
+    max_loss: float | None = Field(None, description="largest mean loss of a good update")
+    max_grad_norm_ratio: float | None = Field(
+        None, gt=1, description="largest gradient norm of a good update, relative to its moving mean"
+    )
+
+
 class Train(Section):
     """Settings of the optimization."""
 
@@ -132,6 +145,7 @@ class Train(Section):
     )
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    guard: GuardConfig = GuardConfig()
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the computation; trained weights are always float32"
     )

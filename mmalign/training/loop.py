@@ -7,6 +7,7 @@ cannot resume while contrasts of the last batch are `pending`: the new process w
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from mmalign.config import MethodConfig
 from mmalign.methods import AnyMethod, Step, epoch_rng
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
+from mmalign.training.guard import Guard
 from mmalign.training.optim import EMA
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Batch(Protocol):
         """The ids."""
         ...
 
+
+logger = logging.getLogger(__name__)
 
 Batches = Callable[[int, int], Iterator[Batch]]  # (epoch, first batch) -> batches
 Metrics = dict[str, Tensor]  # scalars, on the model's device
@@ -62,7 +66,7 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """Accelerator, optimizer, learning rate, clipping and moving average of a run."""
+    """Accelerator, optimizer, learning rate, clipping, moving average and guard of a run."""
 
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
@@ -70,6 +74,7 @@ class TrainState:
     lr_factor: Callable[[int], float]
     max_grad_norm: float | None
     ema: EMA | None = None
+    guard: Guard = field(default_factory=Guard)
 
 
 def train(
@@ -101,7 +106,8 @@ def train(
             if nothing is pending.
 
     Raises:
-        FloatingPointError: a loss is not finite; the error names the batch, and no weight has changed.
+        BadUpdateError: an update is bad and the guard does not skip it; the error names the batch, and no weight has
+            changed.
         ValueError: an epoch, or `MAX_EMPTY_BATCHES` batches in a row, had nothing to learn from.
     """
     assert not progress.pending, "pending contrasts cannot be recomputed"
@@ -120,7 +126,7 @@ def train(
                     window.add(
                         method.loss(policy, contrast, config), BatchLocation(progress.epoch, progress.batch, batch.rows)
                     )
-                metrics = window.update(progress.step) if last else None
+                metrics = window.guarded_update(progress.step) if last else None
                 if metrics is not None:
                     progress.step += 1
                     progress.seconds += clock() - since
@@ -173,19 +179,25 @@ class BatchLocation:
     rows: Sequence[int]
 
 
-class NonFiniteLossError(FloatingPointError):
-    """Error for a loss that is not finite; `location` is None if the loss is another process's."""
+class BadUpdateError(FloatingPointError):
+    """Error for an update whose loss or gradient is not finite, or beyond the guard's limits.
 
-    def __init__(self, location: BatchLocation | None, step: int) -> None:
-        self.location = location
-        origin = "on another process"
-        if location is not None:
-            rows = ", ".join(str(row) for row in location.rows[:8])
-            origin = f"in batch {location.batch} of epoch {location.epoch} (rows {rows})"
-        super().__init__(
-            f"train: the loss is not finite after update {step}, {origin}; the last checkpoint is intact; lower "
-            "train.lr, or use train.precision: bfloat16 or float32"
-        )
+    Attributes:
+        reason: what is bad, as a clause.
+        location: the batch; None if it is another process's.
+    """
+
+    def __init__(self, reason: str, location: BatchLocation | None, step: int) -> None:
+        self.reason, self.location = reason, location
+        super().__init__(f"train: {reason} after update {step}, {self.origin}; the last checkpoint is intact")
+
+    @property
+    def origin(self) -> str:
+        """The batch and its rows, as the end of a sentence."""
+        if self.location is None:
+            return "on another process"
+        rows = ", ".join(str(row) for row in self.location.rows[:8])
+        return f"in batch {self.location.batch} of epoch {self.location.epoch} (rows {rows})"
 
 
 class _GradientAccumulator:
@@ -228,13 +240,33 @@ class _GradientAccumulator:
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
 
+    def guarded_update(self, step: int) -> Metrics | None:
+        """Update, or leave a bad update out if the guard skips it: log it, drop its gradients, and return None.
+
+        Raises:
+            BadUpdateError: the update is bad and not skipped, or one of too many in a row.
+        """
+        guard = self.train_state.guard
+        try:
+            metrics = self.update(step)
+        except BadUpdateError as error:
+            if guard.action != "skip" or not guard.leave_out():
+                raise
+            logger.warning(f"update {step + 1} was left out: {error.reason}, {error.origin}; {guard.left_out} so far")
+            self.train_state.optimizer.zero_grad()
+            self._clear()
+            self.used, self.empty = True, -1  # the batch was not empty
+            return None
+        guard.in_a_row = 0
+        return metrics
+
     def update(self, step: int) -> Metrics | None:
         """Divide by the global weight, clip and step; return the update's mean metrics over all processes.
 
         If no row of any process has weight, return None without a step, which would follow momentum alone.
 
         Raises:
-            FloatingPointError: a loss of any process, or the gradient, is not finite.
+            BadUpdateError: a loss of any process, or the gradient, is not finite or beyond the guard's limits.
         """
         train_state, accelerator = self.train_state, self.train_state.accelerator
         # Flag for non-finite losses, weight and sums of metrics, reduced in one call
@@ -245,7 +277,8 @@ class _GradientAccumulator:
         packed = accelerator.reduce(mine, reduction="sum")
         broken, weight = packed[:2].tolist()
         if broken:
-            raise NonFiniteLossError(next((location for location, finite in self.locations if not finite), None), step)
+            location = next((location for location, finite in self.locations if not finite), None)
+            raise BadUpdateError("the loss is not finite", location, step)
         if not weight:
             train_state.optimizer.zero_grad()
             self._clear()
@@ -258,11 +291,16 @@ class _GradientAccumulator:
         limit = train_state.max_grad_norm if train_state.max_grad_norm is not None else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
         norm = sharding.whole(norm).to(total.device) if self.sharded else norm
+        reason = ""
         if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update
-            raise FloatingPointError(
-                f"train: the gradient of update {step + 1} is not finite; no weight was changed, and the last "
-                "checkpoint is intact; lower train.lr, or use train.precision: bfloat16 or float32"
-            )
+            reason = "the gradient is not finite"
+        elif train_state.guard.is_active and torch.isfinite(norm):
+            # The same numbers on every process: losses and gradients are reduced
+            reason = train_state.guard.problem(float(packed[2 + names.index("loss")] / total), float(norm))
+        if reason:
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()  # it has unscaled these gradients
+            raise BadUpdateError(reason, self.locations[-1][0], step)
 
         # Optimizer and moving average
         rate = train_state.lr * train_state.lr_factor(step)

@@ -15,6 +15,7 @@ from mmalign.families.loading import intact
 from mmalign.methods import AnyMethod
 from mmalign.policy import Policy, shard_policy
 from mmalign.training import checkpoint, loop
+from mmalign.training.guard import Guard
 from mmalign.training.optim import EMA, build_optimizer, schedule
 from mmalign.training.record import Record
 
@@ -62,6 +63,7 @@ def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) 
         schedule(options.schedule, warmup_steps=options.warmup_steps, steps=options.steps),
         options.max_grad_norm,
         EMA(parameters, options.ema) if options.ema else None,
+        Guard(**options.guard.model_dump()),
     )
     return policy, train_state
 
@@ -115,6 +117,7 @@ def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["generator"])
+    run.train_state.guard.load(state["guard"])
     run.progress, run.reports = progress, state["reports"]
 
 
@@ -146,6 +149,7 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         "progress": asdict(run.progress),
         "generator": torch.get_rng_state(),
         "reports": run.reports,
+        "guard": train_state.guard.state(),
     }
     if train_state.ema is not None:
         state["average"] = train_state.ema.state()

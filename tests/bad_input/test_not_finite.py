@@ -39,14 +39,10 @@ def test_a_loss_of_another_process_has_that_process_s_pairs(monkeypatch: pytest.
     """And not those that this one has just read."""
     remote_rows = (2, 3, ["pairs.parquet: row 7"])
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, remote_rows])
-    run: Any = SimpleNamespace(progress=loop.Progress(5, 2, 3))
     feed: Any = SimpleNamespace(batch_locations=lambda epoch, batch: [f"this one's of {epoch}, {batch}"])
-    assert train._failed_batch(loop.NonFiniteLossError(None, 5), run, feed) == remote_rows
-    assert train._failed_batch(loop.NonFiniteLossError(loop.BatchLocation(1, 4, ()), 5), run, feed) == (
-        1,
-        4,
-        ["this one's of 1, 3"],
-    )
+    assert train._failed_batch(loop.BadUpdateError("the loss is not finite", None, 5), feed) == remote_rows
+    error = loop.BadUpdateError("the loss is not finite", loop.BatchLocation(1, 4, ()), 5)
+    assert train._failed_batch(error, feed) == (1, 4, ["this one's of 1, 3"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""Guard of a training run: which updates are bad, and how many were left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+MAX_BAD = 10  # bad updates in a row, after which a run stops
+DECAY = 0.9  # of the mean gradient norm
+FIRST = 10  # updates that the mean is made of before it judges
+
+
+@dataclass
+class Guard:
+    """Limits of an update, and the state that a checkpoint holds.
+
+    Attributes:
+        action: what happens to a bad update.
+        max_loss: largest mean loss of an update; None for no limit.
+        max_grad_norm_ratio: largest gradient norm, relative to its moving mean; None for no limit.
+        mean_norm: moving mean of the gradient norm, over good updates.
+        number: good updates in the mean.
+        left_out: updates that were left out.
+        in_a_row: bad updates since the last good one.
+    """
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    max_loss: float | None = None
+    max_grad_norm_ratio: float | None = None
+    mean_norm: float = 0.0
+    number: int = 0
+    left_out: int = 0
+    in_a_row: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether finite updates can be bad; the test costs a wait for the GPU."""
+        return self.max_loss is not None or self.max_grad_norm_ratio is not None
+
+    def problem(self, loss: float, norm: float) -> str:
+        """Return what is bad about a finite update; empty for a good one, which enters the mean norm."""
+        if self.max_loss is not None and loss > self.max_loss:
+            return f"the loss of {loss:.4g} is above train.guard.max_loss: {self.max_loss:g}"
+        if self.max_grad_norm_ratio is not None and self.number >= FIRST:
+            ratio = norm / self.mean_norm if self.mean_norm else math.inf
+            if ratio > self.max_grad_norm_ratio:
+                return (
+                    f"the gradient norm of {norm:.4g} is {ratio:.3g} times its mean (train.guard.max_grad_norm_ratio)"
+                )
+        decay = min(DECAY, self.number / (self.number + 1))
+        self.mean_norm, self.number = decay * self.mean_norm + (1 - decay) * norm, self.number + 1
+        return ""
+
+    def leave_out(self) -> bool:
+        """Count a bad update; return False after too many in a row."""
+        self.left_out, self.in_a_row = self.left_out + 1, self.in_a_row + 1
+        return self.in_a_row < MAX_BAD
+
+    def state(self) -> dict[str, float]:
+        """Return the state for a checkpoint."""
+        names = ("mean_norm", "number", "left_out", "in_a_row")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Load the state of a checkpoint."""
+        self.mean_norm = state["mean_norm"]
+        self.number, self.left_out, self.in_a_row = (int(state[name]) for name in ("number", "left_out", "in_a_row"))
