@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,7 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 LOCK = ".mmalign-lock"
-_STALE = 3600.0  # seconds after which an unfinished file counts as left by a killed process
-_held: set[Path] = set()  # folders that this process has locked
+_held: set[Path] = set()  # locks of this process
 
 
 @contextlib.contextmanager
@@ -41,19 +39,12 @@ def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Itera
     check_owned(path, marker)
     part, aside = hidden(path, f"{uuid.uuid4().hex}-part" if shared else "part"), hidden(path, "old")
     try:
-        _remove(part)
-        yield part
-        _apply_umask(part)
-        _flush(part)
-        if path.is_dir():
-            _remove(aside)
-            path.replace(aside)
-        try:
-            part.replace(path)
-        except OSError:
-            if aside.exists():
-                aside.replace(path)
-            raise
+        with _system_lock(path.parent, fcntl.LOCK_SH) if shared else contextlib.nullcontext():
+            _remove(part)
+            yield part
+            _apply_umask(part)
+            _flush(part)
+            _replace(part, path, aside)
     except (OSError, SafetensorError) as error:
         raise _write_error(path, error) from error
     finally:
@@ -61,12 +52,39 @@ def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Itera
     _remove(aside)
 
 
-def remove_stale_parts(folder: Path) -> None:
-    """Delete the unfinished files of killed processes: those that nobody has written for an hour, by any clock."""
-    for part in folder.glob(".*.mmalign-*part"):
-        with contextlib.suppress(FileNotFoundError):
-            if abs(time.time() - part.stat().st_mtime) > _STALE:
-                part.unlink()
+def _replace(part: Path, path: Path, aside: Path) -> None:
+    """Move `part` to `path`; an existing folder goes to `aside`, and back if that fails."""
+    if path.is_dir():
+        _remove(aside)
+        path.replace(aside)
+    try:
+        part.replace(path)
+    except OSError:
+        if aside.exists():
+            aside.replace(path)
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of shared writes to a folder, unless another process writes there now."""
+    with _system_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_alone:
+        for part in folder.glob(".*.mmalign-*-part") if is_alone else ():
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _system_lock(folder: Path, kind: int) -> Iterator[bool]:
+    """Hold the system's lock on a folder itself; yield False if another process or the file system refuses it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, kind)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(descriptor)
 
 
 def hidden(path: Path, kind: str) -> Path:
@@ -128,21 +146,42 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
-    resolved = folder.resolve()
+    with _lock(folder, folder / LOCK):
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that is written once, as `folder_lock` does; the lock's own file is removed at the end.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    lock = hidden(path, "lock")
+    with _lock(path, lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(target: Path, lock: Path) -> Iterator[None]:
+    resolved = lock.resolve()
     if resolved in _held or os.environ.get("RANK", "0") != "0":
         yield
         return
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    with lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{folder}: another mmalign ({file.read().strip() or 'just started'}) is writing here; wait until it "
+                f"{target}: another mmalign ({file.read().strip() or 'just started'}) is writing here; wait until it "
                 "has ended, or name another output"
             ) from None
         except OSError as error:  # a file system without locks
-            logger.warning(f"{folder}: cannot be locked ({error.strerror}); start no second command on it")
+            logger.warning(f"{target}: cannot be locked ({error.strerror}); start no second command on it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

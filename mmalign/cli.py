@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -290,7 +292,10 @@ def _load(name: str, values: list[str] | None, overrides: list[str] | None) -> R
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; what a terminal cannot show is written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +15,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 MAX_BYTES = 2**31  # 2 GiB; MSCOCO's and LLaVA's largest files have half of it
+
+_HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate in a text
+_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # a surrogate in JSON, escaped or encoded
 
 T = TypeVar("T")
 
@@ -56,12 +61,17 @@ def parse_json(text: str | bytes) -> object:
     """Parse JSON.
 
     Raises:
-        ValueError: the text is not JSON, or is nested too deeply; the message is a reason without a place.
+        ValueError: the text is not JSON, is nested too deeply, or has half of a character; the message is a reason
+            without a place.
     """
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
+    is_suspect = _SURROGATES.search(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    if is_suspect and (reason := broken_text(content)):
+        raise ValueError(reason)
+    return content
 
 
 def read_json(path: Path, remedy: str, place: str = "") -> object:
@@ -116,9 +126,38 @@ def parse_as(kind: type[T], text: bytes) -> T:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, at most 200 characters of it."""
+    """Return the first line of a library's error, at most 200 characters; not torch's advice to trust a pickle."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")
+    if "weights_only" in str(error):
+        line = "damaged, or more than tensors in it"
     return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+def broken_text(value: object) -> str | None:
+    """Return a sentence about the first text with half of a character (a lone surrogate); None if there is none.
+
+    Args:
+        value: a text, or texts in lists and mappings, as JSON and YAML give them; other values are skipped.
+    """
+    left: list[tuple[tuple[object, ...], object]] = [((), value)]
+    while left:
+        path, here = left.pop()
+        if isinstance(here, str) and (half := _HALF.search(here)):
+            name = f"{printable('.'.join(map(str, path)))} has" if path else "has"
+            return (
+                f"{name} half of a character (\\u{ord(half[0]):x}), which no file can hold; write the whole character"
+            )
+        if isinstance(here, Mapping):
+            left += [((*path, "a key"), key) for key in here]
+            left += [((*path, key), inner) for key, inner in here.items() if not isinstance(inner, int | float)]
+        elif isinstance(here, list | tuple):
+            left += [((*path, index), inner) for index, inner in enumerate(here) if not isinstance(inner, int | float)]
+    return None
+
+
+def printable(text: str) -> str:
+    """Return a text with halves of characters written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @cache

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import reduce, wraps
+from importlib.machinery import PathFinder
+from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import BuiltinFunctionType, ModuleType
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +64,11 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
             notebook are in the module `__main__`.
 
     Raises:
-        ValueError: the module or function does not exist, or is not callable.
+        ValueError: the module cannot be imported, or the function does not exist or is not callable.
     """
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"{key}: {name!r} is not a function; expected module:function, such as my_rules:mask")
-    # Import, announced before the code runs
     here = str(Path.cwd())
     if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)
@@ -74,9 +76,10 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
         if not module.startswith("mmalign."):
             logger.info(f"{key}: this recipe runs {name} from {_origin(module)}")
         imported: object = reduce(getattr, function.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # the module's own code runs here
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{key}: {name} cannot be imported ({error}); expected module:function, of an installed module or one in "
+            f"{key}: {name} cannot be imported ({reason}); expected module:function, of an installed module or one in "
             "the current folder"
         ) from error
     if not callable(imported):
@@ -85,13 +88,66 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
 
 
 def _origin(module: str) -> str:
-    """Return the file of a module, which is not imported; only the packages around it are."""
+    """Return the file of a module; neither it nor the packages around it are imported."""
     if module in sys.modules:
         return str(vars(sys.modules[module]).get("__file__", "Python itself"))
-    spec = importlib.util.find_spec(module)
+    top, *inner = accumulate(module.split("."), "{}.{}".format)
+    spec = importlib.util.find_spec(top)
+    for name in inner:
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations or []) if spec else None
     if spec is None:
         raise ModuleNotFoundError(f"No module named {module!r}")
     return spec.origin or "a package without a file"
+
+
+class Located(Protocol):
+    """Row of data with its location."""
+
+    @property
+    def location(self) -> str:
+        """The row's location, for messages."""
+        ...
+
+
+def user_function(
+    key: str, name: str, arguments: Sequence[str], result: str, is_valid: Callable[[Any], bool]
+) -> Callable[..., Any]:
+    """Import a user's function that maps a row, and perhaps more, to a result, and check each of its results.
+
+    Args:
+        key: the recipe's key, for messages.
+        name: "module:function".
+        arguments: the names of its positional arguments, the row first.
+        result: the result in words.
+        is_valid: a check of a result.
+
+    Raises:
+        ValueError: the function cannot be imported, is built into Python, is a class or takes other arguments; or, when
+            called, it raises an error or returns something else. The message names the function and the row.
+    """
+    function, expected = import_callable(key, name), f"expected a function from ({', '.join(arguments)}) to {result}"
+    if isinstance(function, BuiltinFunctionType | type):
+        kind = "a class" if isinstance(function, type) else "built into Python"
+        raise ValueError(f"{key}: {name} is {kind}; {expected}")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {name} takes other arguments ({error}); {expected}") from error
+
+    @wraps(function)
+    def call(row: Located, *others: object) -> Any:
+        try:
+            value = function(row, *others)
+        except Exception as error:
+            raise ValueError(
+                f"{key}: {name} failed at {row.location} ({type(error).__name__}: {error}); correct it, or leave this "
+                "row out (MMALIGN_TRACEBACK=1 shows the line)"
+            ) from error
+        if not is_valid(value):
+            raise ValueError(f"{key}: {name} gave {value!r:.60} at {row.location}; {expected}")
+        return value
+
+    return call
 
 
 def qualified_name(function: Callable[..., object]) -> str:

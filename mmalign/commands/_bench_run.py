@@ -88,7 +88,8 @@ def build(
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
     preflight.check(recipe, "training")
     method, reward = methods.find(recipe.method.name), methods.requirements_of(recipe.method).reward
-    reward_model = loading.build_reward_model(reward, accelerator.device) if reward is not None else None
+    device, allow = accelerator.device, recipe.allow_pickle
+    reward_model = loading.build_reward_model(reward, device, allow_pickle=allow) if reward is not None else None
     with muted():
         family = loading.load_for_training(recipe, accelerator.device)
         splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))

@@ -106,7 +106,7 @@ def list_options() -> list[Option]:
     ]
 
 
-_ORDER = ["method", "model", "data", "train", "limits", "evaluate", "gallery", "prepare", "output"]
+_ORDER = ["method", "model", "data", "train", "limits", "evaluate", "gallery", "prepare", "allow_pickle", "output"]
 
 
 def _method_names() -> list[str]:

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from mmalign.config import SECTIONS, Recipe
 from mmalign.config.base import Choice
 from mmalign.config.methods import find_method
+from mmalign.reading import broken_text
 
 RENAMED = {  # former paths of options
     "train.accumulate": "train.gradient_accumulation_steps",
@@ -106,6 +107,8 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
         raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
     tree = _override(dict(content), overrides)
     # Schema of the method
+    if (reason := broken_text(tree)) is not None:
+        raise ValueError(f"{location}: {reason}")
     method = tree.get("method")
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmalign.atomic_io import file_lock, make_folder
 from mmalign.commands import preflight
 from mmalign.config import Recipe
 from mmalign.modalities import modality_of
@@ -21,7 +22,7 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
         writer: a user function for rejected responses (see `prepare_responses`).
 
     Raises:
-        ValueError: there is no `prepare` section, the file exists, or no pair was found.
+        ValueError: there is no `prepare` section, the file exists, another process writes it, or no pair was found.
     """
     modality = modality_of(recipe)
     if modality.prepare is None:
@@ -29,4 +30,7 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     if recipe.prepare is None:
         raise ValueError(f"prepare: the recipe has no such section; add one: {modality.example_preparation}")
     preflight.check(recipe, "preparation", data=False)
-    return modality.prepare(recipe, writer)
+    path = Path(recipe.data.path)
+    make_folder("data.path", path.parent)
+    with file_lock(path):
+        return modality.prepare(recipe, writer)

@@ -90,7 +90,8 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
 
     # Models and the last checkpoint
     named = methods.requirements_of(recipe.method).reward
-    reward_model = loading.build_reward_model(named, accelerator.device) if named is not None else None
+    device, allow = accelerator.device, recipe.allow_pickle
+    reward_model = loading.build_reward_model(named, device, allow_pickle=allow) if named is not None else None
     family = loading.load_for_training(recipe, accelerator.device)
     identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)
     saved, folder = _resume.last_checkpoint(recipe, identity), output / "model"

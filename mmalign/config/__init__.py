@@ -82,6 +82,11 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     gallery: Gallery = Gallery()
     prepare: Prepare | None = None
+    allow_pickle: bool = Field(
+        False,
+        description="read weights from pickles too (.bin, .pt, .pth, .ckpt), of every model that the recipe names; "
+        "docs/trust.md",
+    )
     output: str = Field(description="folder for all outputs")
 
 

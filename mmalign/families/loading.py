@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +93,6 @@ def _index_file(
             f"model.path: {path} is not a local folder, and its {name} did not come from the Hub "
             f"({first_line(error)}); check the name and your connection, or give a local folder"
         ) from error
-
-
-@contextlib.contextmanager
-def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> Iterator[None]:
-    """Turn any error of a library that loads damaged or incomplete files into a ValueError of one sentence."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    # For damaged files diffusers, transformers and safetensors raise half a dozen kinds of error.
-    except Exception as error:
-        here = "it may be incomplete: copy it again"
-        mend = mend or (here if Path(path).exists() else "check the name and your connection, or give a local folder")
-        raise ValueError(f"{key}: {path} could not be loaded as {kind} ({first_line(error)}); {mend}") from error
 
 
 def load_family(path: str, loading: Loading) -> TextToImage:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mmalign.weights import sort_metadata
+
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
+    from diffusers import DiffusionPipeline, ModelMixin
     from transformers import PreTrainedModel
 
+ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' file name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' own preference scripts adapt
 
 
@@ -60,6 +64,17 @@ def add_lora(
         if parameter.requires_grad:
             # Half-precision weights would lose updates of 1e-5.
             parameter.data = parameter.data.float()
+
+
+def save_lora(pipeline: type[DiffusionPipeline], part: str, net: ModelMixin, folder: Path) -> None:
+    """Write the adapters of a pipeline's `part` in diffusers' layout, with the same bytes every time."""
+    from peft.utils import get_peft_model_state_dict
+
+    # Without the config, diffusers would assume that alpha equals the rank. A set has another order in every process.
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in net.peft_config["default"].to_dict().items()}
+    weights = {f"{part}_lora_layers": get_peft_model_state_dict(net), f"{part}_lora_adapter_metadata": config}
+    pipeline.save_lora_weights(folder, **weights)
+    sort_metadata(folder / ADAPTERS)
 
 
 def linear_names(net: nn.Module, within: str) -> list[str]:

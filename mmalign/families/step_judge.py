@@ -23,6 +23,7 @@ from mmalign.families.types import Loading
 from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
 from mmalign.sharding import ShardPlan
+from mmalign.weights import tensors_only
 
 NOT_COMPILED = "train.compile: not supported for step judges, whose steps mostly run frozen networks; leave it out"
 
@@ -105,7 +106,8 @@ class StepJudge:
         step_aware.save(replace(self.parts, net=net), folder)
 
     def load_trained(self, folder: Path) -> nn.Module:
-        return step_aware.read(str(folder)).net.requires_grad_(False).eval().to(self.loading.device)
+        with tensors_only():
+            return step_aware.read(str(folder)).net.requires_grad_(False).eval().to(self.loading.device)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Clip and preprocess images [N, 3, H, W] in [-1, 1] for the reward model: [N, 3, S, S]."""
@@ -129,6 +131,7 @@ def load(path: str, denoiser: TextToImage, loading: Loading) -> StepJudge:
     Raises:
         ValueError: the path has neither, or its vision tower cannot be conditioned on the timestep.
     """
-    parts = step_aware.begin(path)
+    with tensors_only(loading.allow_pickle):
+        parts = step_aware.begin(path)
     parts.net.requires_grad_(False).eval().to(loading.device)
     return StepJudge(path, parts, denoiser, loading)

@@ -95,6 +95,7 @@ class Loading:
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
         resolution: the side of training images in pixels; None is the model's own.
+        allow_pickle: True reads weights from pickles too (see `mmalign.weights`).
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
         tokenizers_only: True to load a text-to-image model without its networks.
     """
@@ -106,6 +107,7 @@ class Loading:
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
     resolution: int | None = None
+    allow_pickle: bool = False
     pack_responses: bool = True
     tokenizers_only: bool = False
 

@@ -13,9 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,19 @@ class TokenizedResponse:
     def response(self) -> tuple[int, ...]:
         """The response's tokens."""
         return self.ids[self.start :]
+
+
+def forget_padding(part: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """Remove the padding and truncation of the last call from a tokenizer, or from that of a processor.
+
+    Its files then do not depend on calls. Every call of a tokenizer of transformers sets both again.
+    """
+    from transformers import ProcessorMixin
+
+    tokenizer = part.tokenizer if isinstance(part, ProcessorMixin) else part
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -49,6 +49,7 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
             network_half=model.tune == "lora",
             revision=model.revision,
             resolution=recipe.data.resolution if isinstance(recipe.data, ImageData) else None,
+            allow_pickle=recipe.allow_pickle,
             pack_responses=options.pack_responses != "off",
         ),
     )
@@ -94,10 +95,10 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
     return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
 
 
-def build_reward_model(config: RewardConfig, device: torch.device) -> RewardModel:
+def build_reward_model(config: RewardConfig, device: torch.device, *, allow_pickle: bool) -> RewardModel:
     """Load the recipe's reward model."""
     disable_progress_bars()
-    return load_reward_model(config.name, config.path, device, **config.options)
+    return load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
 
 
 def check_reward_model(key: str, config: RewardConfig) -> None:

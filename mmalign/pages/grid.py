@@ -23,6 +23,7 @@ SMALL = 192  # images up to this side are enlarged by whole factors without smoo
 PAGE, SURFACE, TEXT, MUTED, LINE = "#f8f7f5", "#ffffff", "#1f1c19", "#68625b", "#e6e3de"
 INK = {"gained": "#0b6b5f", "lost": "#a93a22", "unchanged": "#68625b"}
 MARGIN, GUTTER, GAP, FRAME = 48, 28, 12, 2  # around the grid, between tiles, between cells, around an image
+NARROWEST = 0.15  # width of the narrowest letter in units of the font's size
 _ASCII = str.maketrans({"–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"'})  # noqa: RUF001
 
 
@@ -98,17 +99,22 @@ def render_grid(
                 y += GUTTER - GAP
         return y + MARGIN - GUTTER
 
-    height = draw(_Canvas(1, 1, unit))  # drawn on a canvas of one pixel to measure the height
-    canvas = _Canvas(room + 2 * MARGIN, height, unit)
+    known: _Lines = {}
+    height = draw(_Canvas(1, 1, unit, known))  # drawn on a canvas of one pixel to measure the height
+    canvas = _Canvas(room + 2 * MARGIN, height, unit, known)
     draw(canvas)
     return canvas.image
 
 
-class _Canvas:
-    """An image to draw on, in pixels before scaling."""
+# Wrapped lines by pieces, size, maximum number of lines and room
+_Lines = dict[tuple[tuple[Piece, ...], int, int, int], list[list[Piece]]]
 
-    def __init__(self, width: int, height: int, unit: int) -> None:
-        self.unit = unit
+
+class _Canvas:
+    """An image to draw on, in pixels before scaling; `known` keeps the lines of texts that were wrapped before."""
+
+    def __init__(self, width: int, height: int, unit: int, known: _Lines) -> None:
+        self.unit, self._known = unit, known
         self.image = Image.new("RGB", (width * unit, height * unit), PAGE)
         self.brush = ImageDraw.Draw(self.image)
 
@@ -131,15 +137,15 @@ class _Canvas:
 
     def measure(self, texts: Sequence[Text], room: int) -> int:
         """Return the height of texts, one below the other."""
-        return sum(_line_height(text) * len(self._wrap(text, room)) for text in texts)
+        return sum(_line_height(text) * len(self._lines(text, room)) for text in texts)
 
     def write(self, texts: Sequence[Text], x: int, y: int, room: int) -> int:
         """Write texts, one below the other, and return the bottom of the last."""
         for text in texts:
             font = ImageFont.load_default(text.size * self.unit)
-            for line in self._wrap(text, room):
+            for line in self._lines(text, room):
                 left, top, underline = float(x * self.unit), y * self.unit, (y + 1.2 * text.size) * self.unit
-                for word in line:
+                for word in line if self.image.height > 1 else ():  # nothing is drawn to measure the height
                     self.brush.text((left, top), word.text, fill=word.ink, font=font)
                     right = left + font.getlength(word.text)
                     if word.is_marked:
@@ -148,6 +154,12 @@ class _Canvas:
                 y += _line_height(text)
         return y
 
+    def _lines(self, text: Text, room: int) -> list[list[Piece]]:
+        key = tuple(text.pieces), text.size, text.num_lines, room
+        if key not in self._known:
+            self._known[key] = self._wrap(text, room)
+        return self._known[key]
+
     def _wrap(self, text: Text, room: int) -> list[list[Piece]]:
         """Wrap a text into lines of words and spaces; a text that is too long ends in dots."""
         font, width, lines = ImageFont.load_default(text.size * self.unit), room * self.unit, list[list[Piece]]()
@@ -155,7 +167,8 @@ class _Canvas:
         def is_too_wide(pieces: Sequence[Piece]) -> bool:
             return font.getlength("".join(piece.text for piece in pieces)) > width
 
-        for is_space, group in itertools.groupby(_words(text.pieces), lambda word: word.text == " "):
+        most = math.ceil((text.num_lines + 1) * room / (NARROWEST * text.size))
+        for is_space, group in itertools.groupby(_words(text.pieces, most), lambda word: word.text == " "):
             word = list(group)
             word = _cut(word, is_too_wide)
             if len(lines) > text.num_lines:
@@ -170,17 +183,21 @@ class _Canvas:
         return lines
 
 
-def _words(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Yield words and single spaces; adjacent pieces can form one word, such as "cross" and the full stop after it."""
+def _words(pieces: Sequence[Piece], most: int) -> Iterator[Piece]:
+    """Yield words and single spaces of the first `most` letters.
+
+    Adjacent pieces can form one word, such as "cross" and the full stop after it.
+    """
     for piece in pieces:
-        for word in re.findall(r"\S+|\s+", plain(piece.text[:2000])):
+        for word in re.findall(r"\S+|\s+", plain(piece.text[: max(most, 0)])):
             yield piece._replace(text=" " if word.isspace() else word)
+        most -= len(piece.text)
+        if most <= 0:
+            break
 
 
 def _cut(word: list[Piece], is_too_wide: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
-    """Return the start of a word that fits a line, by bisection over its number of letters."""
-    if not is_too_wide(word):
-        return word
+    """Return the start of a word that fits a line, by bisection; longer starts are tried only if shorter ones fit."""
 
     def first(num_letters: int) -> list[Piece]:
         cut = list[Piece]()
@@ -190,7 +207,13 @@ def _cut(word: list[Piece], is_too_wide: Callable[[Sequence[Piece]], bool]) -> l
         return cut
 
     num_letters = sum(len(piece.text) for piece in word)
-    return first(bisect.bisect_left(range(num_letters), True, key=lambda n: is_too_wide(first(n + 1))))
+    most = 16
+    while most < num_letters and not is_too_wide(first(most)):
+        most *= 2
+    if most >= num_letters and not is_too_wide(word):
+        return word
+    most = min(most, num_letters)
+    return first(bisect.bisect_left(range(most), True, key=lambda n: is_too_wide(first(n + 1))))
 
 
 def _line_height(text: Text) -> int:

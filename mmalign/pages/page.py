@@ -22,6 +22,7 @@ from PIL import Image
 from mmalign import atomic_io
 from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, encode_grid, render_grid
 from mmalign.pages.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
+from mmalign.reading import broken_text
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ def write_page(
         measured: [M] the scores of all samples, if the entries are only some of them.
 
     Raises:
-        ValueError: there is no entry, an entry's images differ in size, a score is not finite, or summary rows differ
-            in length.
+        ValueError: there is no entry, an entry's images differ in size, a score is not finite, a text has half of a
+            character, or summary rows differ in length.
         CheckpointError: a file cannot be written; its old content stays.
     """
     _check(entries, summary)
+    texts = {"title": title, "score": score_name, "summary": summary, "provenance": provenance}
+    if (reason := broken_text(texts)) is not None:
+        raise ValueError(f"gallery: {reason}")
     counts = tally(measured or [entry.scores for entry in entries])
     atomic_io.make_folder("gallery", folder / "images")
     # Images
@@ -130,6 +134,9 @@ def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) ->
         raise ValueError("gallery: no entries; expected at least one that was measured before and after")
     for index, entry in enumerate(entries):
         place = f"gallery: entry {index} ({entry.title[:60]!r}, {entry.label})"
+        texts = {"title": entry.title, "label": entry.label, "notes": entry.notes, **entry.details}
+        if (reason := broken_text(texts)) is not None:
+            raise ValueError(f"gallery: entry {index}: {reason}")
         sizes = [image.size for image in entry.images.values()]
         if len(set(sizes)) > 1:
             raise ValueError(f"{place}: {sizes[0]} before but {sizes[1]} after; expected images of one size")

@@ -6,7 +6,8 @@ A reward model's file has a `Config` (a frozen pydantic model of its options in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from mmalign import registry
+from mmalign.weights import explain, tensors_only
 
 
 class BatchConfig(BaseModel):
@@ -82,14 +84,30 @@ def reward_config(name: str, options: Mapping[str, object]) -> BaseModel:
         ) from None
 
 
-def load_reward_model(name: str, path: str, device: torch.device | str = "cpu", **options: object) -> RewardModel:
+def load_reward_model(
+    name: str, path: str, device: torch.device | str = "cpu", *, allow_pickle: bool = False, **options: object
+) -> RewardModel:
     """Load a reward model by its file's name, and wrap it in `checked_reward_model`; `options` are of its `Config`.
 
+    `allow_pickle` reads weights from pickles too (see `mmalign.weights`).
+
     Raises:
-        ValueError: the name or an option is unknown, or the weights are missing or do not fit.
+        ValueError: the name or an option is unknown, or the weights are missing, refused or do not fit.
     """
     cfg = reward_config(name, options)
-    return checked_reward_model(name, reward_module(name).load(path, torch.device(device), cfg))
+    with tensors_only(allow_pickle):
+        return checked_reward_model(name, reward_module(name).load(path, torch.device(device), cfg))
+
+
+@contextlib.contextmanager
+def readable(name: str, path: str, mend: str) -> Iterator[None]:
+    """Turn any error of a library that loads a reward model into a ValueError of one sentence; `mend` is its end."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # open_clip, transformers, torch and safetensors each have their own kinds
+        raise ValueError(f"reward {name}: cannot load {path!r} {explain(error, path, mend)}") from error
 
 
 def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mmalign.resources import resolve_model
 from mmalign.rewards.transformers_clip import renamed
+from mmalign.weights import RefusedFileError
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
@@ -129,6 +130,8 @@ def _tensors(file: Path) -> Mapping[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"reward step_aware: cannot read {file} ({error}); copy it again") from error
+    except RefusedFileError as error:
+        raise ValueError(f"reward step_aware: {error}") from error
     except Exception as error:  # a damaged pickle can raise any
         raise ValueError(
             f"reward step_aware: {file} is damaged, or a pickle of more than tensors, which is not read because it "

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig
+from mmalign.rewards import BatchConfig, readable
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -128,17 +127,15 @@ def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
     """
     import open_clip
 
-    try:
+    expected = (
+        "expected a folder with open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an "
+        "architecture of open_clip with `pretrained`"
+    )
+    with readable("open_clip", path, expected):
         name = _open_clip_name(path, pretrained)
         # `create_model` would return random weights if it finds none.
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, precision="fp32")
         tokenize = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ValueError(
-            f"reward open_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder with "
-            "open_clip_config.json, weights and tokenizer, a Hub id of such a folder, or an architecture of open_clip "
-            "with `pretrained`"
-        ) from error
     return ClipParts(model, preprocess, tokenize, {})
 
 

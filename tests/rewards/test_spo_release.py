@@ -81,11 +81,13 @@ def published_pixels(images: list[Image.Image], size: int) -> Tensor:
 def test_published_judge_scores_as_published(
     weights: dict[str, Tensor], clip: str, tmp_path: Path, images: list[Image.Image]
 ) -> None:
-    judge = load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip)
+    judge = load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip, allow_pickle=True)
     expected = published_scores(weights, clip, published_pixels(images, clip_models.SIDE), PROMPTS, TIMES)
     assert expected.std() > 0.1
     torch.testing.assert_close(judge(images, PROMPTS, TIMES), expected, rtol=1e-5, atol=1e-5)
-    antialiased = load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip, preprocessing="folder")
+    antialiased = load_reward_model(
+        "step_aware", str(tmp_path), weights=FILE, clip=clip, preprocessing="folder", allow_pickle=True
+    )
     assert (antialiased(images, PROMPTS, TIMES) - expected).abs().max() > 0.01
 
 
@@ -93,7 +95,9 @@ def test_safetensors_and_saved_folder_score_as_the_pickle(
     weights: dict[str, Tensor], clip: str, tmp_path: Path, images: list[Image.Image]
 ) -> None:
     """Without the prefix and the positions, and once it is a folder of mmalign that can be trained further."""
-    expected = load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip)(images, PROMPTS, TIMES)
+    expected = load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip, allow_pickle=True)(
+        images, PROMPTS, TIMES
+    )
     bare = {name.removeprefix("model."): x for name, x in weights.items() if "position_ids" not in name}
     save_file(bare, tmp_path / "judge.safetensors")
     judge = load_reward_model("step_aware", str(tmp_path), weights="judge.safetensors", clip=clip)
@@ -124,7 +128,7 @@ def drop(name: str) -> Callable[[dict[str, Tensor]], object]:
             "text_model.embeddings.position_ids is not 0, 1, 2",
         ),
         (lambda weights: {"state_dict": weights}, "holds no weights by name"),
-        (lambda weights: {**weights, "model.x": Path("x")}, "a pickle of more than tensors"),
+        (lambda weights: {**weights, "model.x": Path("x")}, "holds more than tensors"),
         (lambda weights: [1, 2], "holds no weights by name"),
     ],
 )
@@ -133,7 +137,7 @@ def test_other_weights_are_refused_by_name(
 ) -> None:
     torch.save(change(weights), tmp_path / FILE)
     with pytest.raises(ValueError, match="reward step_aware") as raised:
-        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip)
+        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip, allow_pickle=True)
     assert named in str(raised.value)
 
 
@@ -149,9 +153,11 @@ class Thief:
 
 def test_a_pickle_runs_no_code(weights: dict[str, Tensor], clip: str, tmp_path: Path) -> None:
     torch.save({**weights, "model.x": Thief(tmp_path / "stolen")}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="a pickle of more than tensors"):
-        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip, allow_pickle=True)
     assert not (tmp_path / "stolen").exists()
+    with pytest.raises(ValueError, match=rf"{FILE} is a pickle, .*set allow_pickle: true"):
+        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip)
 
 
 def test_files_that_are_missing_or_damaged_are_named(weights: dict[str, Tensor], clip: str, tmp_path: Path) -> None:
@@ -159,13 +165,13 @@ def test_files_that_are_missing_or_damaged_are_named(weights: dict[str, Tensor],
     for name, content in {"half.bin": whole[: len(whole) // 2], "text.bin": b"no", "text.safetensors": b"no"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"reward step_aware: .*{name}.* copy it again"):
-            load_reward_model("step_aware", str(tmp_path), weights=name, clip=clip)
+            load_reward_model("step_aware", str(tmp_path), weights=name, clip=clip, allow_pickle=True)
     with pytest.raises(ValueError, match=r"has no file 'gone\.bin'"):
-        load_reward_model("step_aware", str(tmp_path), weights="gone.bin", clip=clip)
+        load_reward_model("step_aware", str(tmp_path), weights="gone.bin", clip=clip, allow_pickle=True)
     with pytest.raises(ValueError, match=r"cannot download 'gone\.bin' of nobody/nothing"):  # the tests are offline
-        load_reward_model("step_aware", "nobody/nothing", weights="gone.bin", clip=clip)
+        load_reward_model("step_aware", "nobody/nothing", weights="gone.bin", clip=clip, allow_pickle=True)
     with pytest.raises(ValueError, match=r"reward step_aware: clip: cannot read"):
-        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=str(tmp_path))
+        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=str(tmp_path), allow_pickle=True)
     other = clip_models.clip(tmp_path / "open_clip")
     with pytest.raises(ValueError, match=r"reward step_aware: clip: cannot read"):
-        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=str(other))
+        load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=str(other), allow_pickle=True)

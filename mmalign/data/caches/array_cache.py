@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmalign.atomic_io import atomic_write, remove_stale_parts
+from mmalign.atomic_io import atomic_write, remove_unfinished
 from mmalign.config import Data
 from mmalign.data.caches.fingerprint import fingerprint_settings
 from mmalign.reading import read_as
@@ -63,8 +63,8 @@ class ArrayCache:
         return cache
 
     def refresh(self) -> None:
-        """Index the shards that other processes have added; delete incomplete ones and stale partial files."""
-        remove_stale_parts(self.folder)
+        """Index the shards that other processes have added; delete incomplete ones and what killed processes left."""
+        remove_unfinished(self.folder)
         known = set(self._shards)
         for path in sorted(self.folder.glob("*.safetensors")):
             if path in known:
@@ -87,7 +87,7 @@ class ArrayCache:
         tensors = {f"{key}|{f}": x.detach().cpu().contiguous() for key, item in items.items() for f, x in item.items()}
         assert len({frozenset(item) for item in items.values()}) == 1, "items of one shard have the same fields"
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        with atomic_write(path) as part:
+        with atomic_write(path, shared=True) as part:
             save_file(tensors, part)
         self._add(path, list(tensors))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.atomic_io import atomic_write, remove_stale_parts
+from mmalign.atomic_io import atomic_write, remove_unfinished
 from mmalign.data.caches.fingerprint import fingerprint_settings
 from mmalign.data.images import BadImage, decode_file
 from mmalign.data.pairs import stable_hash
@@ -25,7 +25,7 @@ class ImageCache:
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.folder = folder / fingerprint_settings(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(self.folder)
+        remove_unfinished(self.folder)
 
     def get(self, prompt: str, seed: int) -> Image.Image | None:
         """Return the image of a prompt and a seed; None if it is missing or damaged."""

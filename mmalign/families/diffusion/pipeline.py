@@ -24,10 +24,11 @@ from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.compile import denoiser_blocks
 from mmalign.families.diffusion.autoencoder import decode, encode
-from mmalign.families.loading import intact
-from mmalign.families.lora import ATTENTION, add_lora
+from mmalign.families.lora import ADAPTERS, ATTENTION, add_lora, save_lora
 from mmalign.families.types import Conditioning, Loading, Moments
+from mmalign.language.tokens import forget_padding
 from mmalign.sharding import ShardPlan
+from mmalign.weights import intact, tensors_only, use_safetensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("default", "ddim", "dpmsolver++")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # names in pipelines
-ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' file name
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     # Parts that are replaced or left out, and dtypes
     options: dict[str, object] = {"revision": loading.revision}
     if loading.vae:
-        options["vae"] = _load_vae(loading.vae, loading.vae_dtype)
+        options["vae"] = _load_vae(loading.vae, loading)
     if "SafetyChecker" in str(cls.__init__.__annotations__):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     frozen = loading.half or torch.float32
@@ -199,7 +199,8 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         denoiser_name(cls): frozen if loading.network_half else torch.float32,
         "vae": loading.vae_dtype,
     }
-    with intact("model.path", path, f"a {cls.__name__}"):
+    options["use_safetensors"] = use_safetensors(path, loading.allow_pickle)
+    with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle):
         index = cls.load_config(path, revision=loading.revision)
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
@@ -215,11 +216,12 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     return pipeline
 
 
-def _load_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
+def _load_vae(path: str, loading: Loading) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    with intact("model.vae", path, "an AutoencoderKL"):
-        return AutoencoderKL.from_pretrained(path, dtype=dtype)
+    with intact("model.vae", path, "an AutoencoderKL"), tensors_only(loading.allow_pickle):
+        safe = use_safetensors(path, loading.allow_pickle)
+        return AutoencoderKL.from_pretrained(path, dtype=loading.vae_dtype, use_safetensors=safe)
 
 
 def resolution(pipeline: DiffusionPipeline) -> int:
@@ -323,16 +325,13 @@ def save(pipeline: DiffusionPipeline, folder: Path, net: ModelMixin) -> None:
     """Save LoRA weights in diffusers' layout if `net` has adapters, else the whole pipeline with `net`."""
     part = denoiser_name(pipeline)
     if getattr(net, "peft_config", None):
-        from peft.utils import get_peft_model_state_dict
-
-        # Without the config, diffusers would assume that alpha equals the rank.
-        config = net.peft_config["default"].to_dict()
-        weights = get_peft_model_state_dict(net)
-        named = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
-        type(pipeline).save_lora_weights(folder, **named)
+        save_lora(type(pipeline), part, net, folder)
     else:
         pipeline = copy.copy(pipeline)
         setattr(pipeline, part, net)
+        for name, component in pipeline.components.items():
+            if name.startswith("tokenizer") and component is not None:
+                forget_padding(component)
         pipeline.save_pretrained(folder)
 
 
@@ -342,7 +341,7 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     Raises:
         ValueError: the files are damaged.
     """
-    with intact("output", folder, "a trained model", "`mmalign train` writes it again"):
+    with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
         if (folder / ADAPTERS).is_file():
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
             return base

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
-from mmalign.families.loading import intact
 from mmalign.families.lora import add_lora, linear_names
 from mmalign.families.types import ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
@@ -32,10 +31,11 @@ from mmalign.families.vlm.packing import build_packed_mask, enable_packing, pack
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
 from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
-from mmalign.language.tokens import TokenizedResponse, Tokens
+from mmalign.language.tokens import TokenizedResponse, Tokens, forget_padding
 from mmalign.reading import first_line
 from mmalign.rng import KeyedRNG
 from mmalign.sharding import ShardPlan
+from mmalign.weights import intact, tensors_only, use_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -229,10 +229,11 @@ class ImageTextToText:
         model = unwrap(net).model
         model.save_pretrained(folder)
         if not getattr(model, "peft_config", None):
+            forget_padding(self.processor.processor)
             self.processor.processor.save_pretrained(folder)
 
     def load_trained(self, folder: Path) -> nn.Module:
-        with intact("output", folder, "a trained model", "`mmalign train` writes it again"):
+        with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
             if (folder / ADAPTERS).is_file():
                 self._model.load_adapter(str(folder))
                 return self.network
@@ -257,8 +258,11 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
 
     # Model and processor, checked against each other
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
-    with intact("model.path", path, f"a vision-language model ({model_type})"):
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, revision=loading.revision)
+    safe, options = use_safetensors(path, loading.allow_pickle), {"trust_remote_code": False, "dtype": dtype}
+    with intact("model.path", path, f"a vision-language model ({model_type})"), tensors_only(loading.allow_pickle):
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, revision=loading.revision, use_safetensors=safe, **options
+        )
     prompt_processor = load_processor(path, model_type, loading.revision, model.config)
     processor = prompt_processor.processor
     _check_type(path, model_type, model, processor)
@@ -283,9 +287,9 @@ def load_processor(
     """
     from transformers import AutoConfig, AutoProcessor
 
-    with intact("model.path", path, f"the processor of a {model_type}"):
-        processor = AutoProcessor.from_pretrained(path, revision=revision)
-        config = config or AutoConfig.from_pretrained(path, revision=revision)
+    with intact("model.path", path, f"the processor of a {model_type}"), tensors_only():
+        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+        config = config or AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     longest = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)  # no limit without this entry
     # A model that is not supported may have no image token; loading its weights refuses it
     return HFProcessor(processor, quirks_of(model_type), getattr(config, "image_token_id", -1), longest)

@@ -22,9 +22,11 @@ one contrast per batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ from mmalign.methods.vision_language._responses import (
     response_step,
 )
 from mmalign.policy import Policy, Scores
-from mmalign.registry import import_callable
+from mmalign.registry import user_function
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import (
     Completion,
@@ -298,8 +300,13 @@ def _similarity(name: str) -> Similarity:
 @cache
 def _annotator(name: str, vocabulary: str) -> Annotator:
     if name != RULES:
-        return import_callable("method.mixed.annotator", name)
+        arguments = ("pair", "images", "first", "second")
+        return user_function("method.mixed.annotator", name, arguments, "a number", _is_number)
     return partial(fewer_inventions, load_vocabulary("method.mixed.vocabulary", vocabulary))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not math.isnan(value)
 
 
 def fewer_inventions(

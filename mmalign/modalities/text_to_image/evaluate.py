@@ -45,7 +45,9 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     if section.benchmark == "implicit":
         assert splits is not None
         return implicit_reward_benchmark(recipe, splits, implicit_reward.image_scores, section.num_noise_samples)
-    reward_model = loading.build_reward_model(section.reward, device) if section.reward else None
+    reward_model = (
+        loading.build_reward_model(section.reward, device, allow_pickle=recipe.allow_pickle) if section.reward else None
+    )
     return partial(compare_images, recipe, reward_model)
 
 

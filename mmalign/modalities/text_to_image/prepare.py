@@ -6,13 +6,11 @@ Every image is saved at once in an unfinished folder beside the final file. The 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from mmalign import atomic_io
 from mmalign.config import ImageModel, PrepareImages, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
@@ -20,6 +18,7 @@ from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.modalities import loading
 from mmalign.modalities.prompts import load_prompt_pairs, load_prompts
 from mmalign.synthesis.rejected_responses import Writer
+from mmalign.synthesis.unfinished import is_written, unfinished
 from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 
 logger = logging.getLogger(__name__)
@@ -44,24 +43,19 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     path = Path(recipe.data.path)
     if path.is_dir():
         raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
-    if path.exists():
-        raise ValueError(
-            f"data.path: {path} already exists; move it away, or set another with --set data.path=...: prepare never "
-            "overwrites"
-        )
-    atomic_io.make_folder("data.path", path.parent)
+    if is_written(path):
+        return path
 
     # Images and rewards
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
     family = loading.load_model(recipe, device)
-    reward_model = loading.build_reward_model(section.reward, device)
+    reward_model = loading.build_reward_model(section.reward, device, allow_pickle=recipe.allow_pickle)
     asked_for = _requested_prompts(section)
     prompts = [p for p in asked_for for _ in range(section.images_per_prompt)]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
-    folder = path.with_name(f"{path.name}.unfinished")
     assert isinstance(recipe.model, ImageModel)
     settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
-    cache = ImageCache(folder, {**settings, "model": fingerprint.fingerprint_weights(family.network)})
+    cache = ImageCache(unfinished(path), {**settings, "model": fingerprint.fingerprint_weights(family.network)})
     images = generate_images(family, family.network, prompts, seeds, section.sampling, cache)
     scores = reward_model(images, prompts).tolist()
 
@@ -79,7 +73,6 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         num_kept, num_groups = write_pairs(
             path, prompts, images, scores, group=section.images_per_prompt, min_confidence=section.min_confidence
         )
-    shutil.rmtree(folder)
     noun = "prompt pairs" if section.prompt_pairs else "prompts"
     logger.info(
         f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"

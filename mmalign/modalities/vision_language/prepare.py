@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from typing_extensions import TypedDict
 
-from mmalign import atomic_io
-from mmalign.atomic_io import atomic_write
 from mmalign.config import (
     AnswerSource,
     CompletionConfig,
@@ -41,7 +39,7 @@ from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, sta
 from mmalign.families.base import VisionLanguage
 from mmalign.language.vocabularies import CROWDS, load_vocabulary
 from mmalign.modalities import loading
-from mmalign.registry import import_callable, qualified_name
+from mmalign.registry import qualified_name, user_function
 from mmalign.resources import locate
 from mmalign.rewards import open_clip
 from mmalign.rng import KeyedRNG
@@ -59,7 +57,9 @@ from mmalign.synthesis.rejected_responses import (
 )
 from mmalign.synthesis.segments import masker
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
+from mmalign.synthesis.unfinished import is_written, unfinished, write_final
 from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
+from mmalign.weights import tensors_only
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +104,15 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     assert isinstance(section, PrepareResponses) and isinstance(recipe.data, ResponseData)
     # Checks before any model is loaded
     path = _check(recipe, section, writer)
+    if is_written(path):
+        return path
     pairs = _open(section.source)
     images = Path(recipe.data.images or path.parent)
     _check_rows(section, pairs, path, images)
-    atomic_io.make_folder("data.path", path.parent)
 
     # Rejected responses, in chunks of `save_every` rows
     work = _work(recipe, section, pairs, writer)
-    log = AppendLog(path.with_name(f"{path.name}.unfinished"), _job(section, pairs, work), list[Entry])
+    log = AppendLog(unfinished(path), _job(section, pairs, work), list[Entry])
     num_done = len(log.entries) * section.save_every
     if num_done:
         logger.info(f"resuming after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
@@ -129,9 +130,8 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         raise ValueError(
             f"prepare: none of {len(entries):,} answers of {pairs.source} gave a pair: {format_rows(dropped)}"
         )
-    with atomic_write(path) as part:
-        write_pairs(part, _synthesized_pairs(section, pairs, entries, work), suffix=path.suffix, images=images)
-    log.remove()
+    final = _synthesized_pairs(section, pairs, entries, work)
+    write_final(path, lambda part: write_pairs(part, final, suffix=path.suffix, images=images))
     logger.info(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
     return path
 
@@ -151,11 +151,6 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
         raise ValueError(f"data.format: kind {section.kind} writes {layout}, got {data.format}; set it to {layout}")
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ValueError(f"data.path: expected the file that prepare is to write, *.jsonl or *.parquet, got {path}")
-    if path.exists():
-        raise ValueError(
-            f"data.path: {path} already exists; move it away, or set another with --set data.path=...: prepare never "
-            "overwrites"
-        )
     # Settings that exclude one another
     if data.images is not None and not Path(data.images).is_dir():
         raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
@@ -217,7 +212,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
         sampler, dependencies = _sampler(recipe, device, rng)
         return Work(partial(self_generated, sampler, settings), dependencies)
     # What may be missing is loaded before the model's gigabytes.
-    similarity = _similarity(f"prepare.{section.kind}.similarity", settings)
+    similarity = _similarity(f"prepare.{section.kind}.similarity", settings, recipe.allow_pickle)
     mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
     sampler, dependencies = _sampler(recipe, device, rng)
     dependencies["similarity by"] = similarity.name
@@ -228,7 +223,7 @@ def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair],
     # Re-Align: answers misled by a similar image
     misled = ReAlign(
         sampler,
-        _index(settings, pairs, device),
+        _index(settings, pairs, device, recipe.allow_pickle),
         mask,
         settings,
         similarity,
@@ -249,8 +244,8 @@ def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[Respo
     return ResponseSampler(family, family.network, rng), dependencies
 
 
-def _similarity(key: str, settings: CompletionConfig) -> Similarity:
-    similarity = load_similarity(key, settings.similarity)
+def _similarity(key: str, settings: CompletionConfig, allow_pickle: bool) -> Similarity:
+    similarity = load_similarity(key, settings.similarity, allow_pickle=allow_pickle)
     if is_fallback(settings.similarity, similarity):
         logger.warning(f"similarity: {similarity.name}, since no sentence-transformers model is installed")
     return similarity
@@ -260,14 +255,17 @@ def _mask(settings: PrepareRealign, writer: Writer | None) -> Writer:
     if writer is not None:
         return writer
     if settings.masker != RULES:
-        return import_callable("prepare.realign.masker", settings.masker)
+        return _writer("prepare.realign.masker", settings.masker)
     mask = masker(load_vocabulary("prepare.realign.vocabulary", settings.vocabulary))
     return lambda pair: mask(pair.chosen.strip())
 
 
-def _index(settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.device) -> ImageIndex:
+def _index(
+    settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.device, allow_pickle: bool
+) -> ImageIndex:
     try:
-        retriever = open_clip.load(settings.retriever, device, open_clip.Config(pretrained=settings.pretrained))
+        with tensors_only(allow_pickle):
+            retriever = open_clip.load(settings.retriever, device, open_clip.Config(pretrained=settings.pretrained))
     except ValueError as error:
         raise ValueError(f"prepare.realign.retriever: {str(error).removeprefix('reward open_clip: ')}") from error
     return ImageIndex(tracked(pairs, "compare images"), retriever.embed, settings.candidates)
@@ -275,7 +273,7 @@ def _index(settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.d
 
 def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, writer: Writer | None) -> Work:
     if writer is None and settings.corruptor != RULES:
-        writer = import_callable("prepare.povid.corruptor", settings.corruptor)
+        writer = _writer("prepare.povid.corruptor", settings.corruptor)
     if writer is not None:
         return Work(partial(rule_corrupted, writer), {"corruptor": qualified_name(writer)})
     vocabulary = load_vocabulary("prepare.povid.vocabulary", settings.vocabulary)
@@ -289,6 +287,11 @@ def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, wr
     corrupt = Corruptor(vocabulary, together, settings.share, settings.beside)
     rules = partial(rule_corrupted, lambda pair: corrupt(pair.chosen.strip(), pair.row, rng))
     return Work(rules, {"corruptor": RULES})
+
+
+def _writer(key: str, name: str) -> Writer:
+    """Return the function that the recipe names at `key`."""
+    return user_function(key, name, ["pair"], "text, or None", lambda text: text is None or isinstance(text, str))
 
 
 def _named(name: str, writer: Writer | None) -> str:

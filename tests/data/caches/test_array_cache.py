@@ -4,16 +4,16 @@ import json
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmalign.atomic_io import CheckpointError
+from mmalign.atomic_io import CheckpointError, atomic_write
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.images import ImageCache
 from tests.helpers.disk import full_disk
@@ -122,17 +122,28 @@ def test_a_shard_cut_short_is_removed_and_the_others_kept(tmp_path: Path, kept: 
     assert set(again) == {"a"} and not cut.exists() and whole.exists()
 
 
-@pytest.mark.parametrize("kind", [ArrayCache.open, ImageCache])
-def test_unfinished_file_is_ignored_and_later_removed(kind: Any, tmp_path: Path) -> None:
-    """Also one that a clock ahead of ours has dated."""
-    folder = kind(tmp_path, MODEL).folder
-    fresh, *old = (folder / f".{n}.mmalign-0a-part" for n in range(3))
-    for path in (fresh, *old):
-        path.write_bytes(b"half a shard")
-    for path, date in zip(old, (0, 2**32), strict=True):
-        os.utime(path, (date, date))
-    kind(tmp_path, MODEL)
-    assert fresh.exists() and not any(path.exists() for path in old)
+@pytest.mark.parametrize("age", [-(10**6), 0, 10**6])
+def test_what_a_killed_process_left_is_removed_at_any_time(age: int, tmp_path: Path) -> None:
+    """Clocks do not matter: the part is removed as soon as no process writes to the folder."""
+    cache = ArrayCache.open(tmp_path, MODEL)
+    with pytest.raises(KeyboardInterrupt), atomic_write(cache.folder / "a.safetensors", shared=True) as part:
+        part.write_bytes(b"half a shard")
+        left = part.read_bytes()
+        os.utime(part, (time.time() + age,) * 2)
+        assert len(ArrayCache.open(tmp_path, MODEL)) == 0 and part.exists()  # its writer is alive
+        raise KeyboardInterrupt
+    part.write_bytes(left)
+    os.utime(part, (time.time() + age,) * 2)
+    assert len(ArrayCache.open(tmp_path, MODEL)) == 0 and not part.exists()
+
+
+def test_an_image_cache_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path, {"model": "abc"})
+    left, other = cache.folder / ".00.png.mmalign-0123-part", cache.folder / "mine.part"
+    for path in (left, other):
+        path.write_bytes(b"half an image")
+    ImageCache(tmp_path, {"model": "abc"})
+    assert not left.exists() and other.exists()
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
