@@ -21,6 +21,7 @@ LUMA, CHROMA = 16, 24  # highest tolerances, of 255 levels
 _NOISE, _OF_CONTRAST = 6, 0.45  # a tolerance is this many levels, and this share of the channel's standard deviation
 _CELL = 4  # pixels of a cell's side in small images
 _GRIDS = (64, 32, 16)  # cells of a side; each divides the others
+_PLAIN = 2  # levels; the highest standard deviation of a channel in a plain image
 _COARSE = 4  # cells of a descriptor's side
 
 
@@ -74,6 +75,11 @@ def look(ref: ImageRef) -> tuple[Picture, Image.Image | None]:
 def describe(small: Image.Image) -> NDArray[np.float32]:
     """Return the descriptor [48] of a thumbnail."""
     return _cells(small, _COARSE).ravel()
+
+
+def is_plain(small: Image.Image) -> bool:
+    """Return whether a thumbnail shows one colour alone, as failed generations do."""
+    return float(_cells(small, small.width).std((0, 1)).max()) < _PLAIN
 
 
 def same_picture(first: ImageRef, second: ImageRef) -> bool:

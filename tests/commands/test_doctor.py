@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from mmalign import cli
 from mmalign.commands.doctor import open_files, open_recipe
 from mmalign.doctor.checks import CHECKS
 from mmalign.doctor.report import Report, examine
-from tests.helpers import Folders, data_files, doctor_data
+from tests.helpers import Folders, data_files, doctor_data, recipes
 from tests.helpers.chromium import rendered
 from tests.helpers.page_reader import Page
 
@@ -155,6 +156,17 @@ def test_images_of_both_sides_are_compared(tmp_path: Path) -> None:
         corpus.add(images=images, messages=messages, rejected_images=[corpus.image(other)])
     report = examine(open_files([str(corpus.write())]), "test")
     assert rows_found(report) == {"image_sizes": [2], "near_identical": [3]}
+
+
+def test_plain_images_are_shared_only_if_equal(tmp_path: Path) -> None:
+    """Failed generations of one colour are no leak; a copy of the file is one."""
+    corpus = doctor_data.Corpus(tmp_path / "corpus")
+    for number, colour in enumerate([(200, 0, 0), (201, 0, 0), (200, 0, 0)]):
+        plain = corpus.image(Image.new("RGB", (64, 64), colour))
+        corpus.add(prompt=f"thing {number}", chosen=corpus.image(), rejected=plain, held_out=number == 0)
+    data = {"format": "folder", "group_by": "group", "validation_fraction": doctor_data.FRACTION}
+    recipe = recipes.diffusion(Path("models/tiny_sd"), corpus.write(), tmp_path / "out", data=data)
+    assert rows_found(examined(recipe, tmp_path)) == {"shared_images": [3]}
 
 
 def test_a_prompt_file_is_examined(tmp_path: Path) -> None:

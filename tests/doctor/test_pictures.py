@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmalign.doctor.pictures import CHROMA, describe, nearly_equal, thumbnail
+from mmalign.doctor.pictures import CHROMA, describe, is_plain, nearly_equal, thumbnail
 from tests.helpers.doctor_data import drawing, jpeg
 
 
@@ -51,3 +51,8 @@ def test_a_changed_detail_is_seen() -> None:
         changed.paste(colour, box)
         assert not nearly_equal(thumbnail(image), thumbnail(changed))
         assert nearly_equal(thumbnail(image), thumbnail(recompressed(image)))
+
+
+def test_plain_images_are_known(pictures: list[Image.Image]) -> None:
+    assert not any(is_plain(thumbnail(image)) for image in pictures)
+    assert is_plain(thumbnail(Image.new("RGB", (64, 48), "teal")))

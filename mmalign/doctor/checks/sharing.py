@@ -13,7 +13,7 @@ from mmalign.data.images import BadImage
 from mmalign.data.pairs import ImageRef
 from mmalign.doctor.corpus import TRAINING, VALIDATION, Corpus, EvaluationInputs, NotChecked, Prompt, normalize
 from mmalign.doctor.findings import Place
-from mmalign.doctor.pictures import CHROMA, describe, look, nearly_equal, thumbnail
+from mmalign.doctor.pictures import CHROMA, describe, is_plain, look, nearly_equal, thumbnail
 
 
 def shared_prompts(corpus: Corpus) -> list[Place] | NotChecked:
@@ -63,7 +63,7 @@ class _Held(NamedTuple):
 
 
 def _matches(training: list[ImageRef], descriptors: list[NDArray[np.float32]], held: list[_Held]) -> list[Place]:
-    """Return the training images that nearly equal one of the evaluation."""
+    """Return the training images that nearly equal one of the evaluation; plain ones must equal it exactly."""
     if not training:
         return []
     # Nearly equal images have descriptors that differ by at most the tolerance, and the rounding of thumbnails
@@ -72,11 +72,17 @@ def _matches(training: list[ImageRef], descriptors: list[NDArray[np.float32]], h
     places = []
     for ref, candidates in zip(training, near, strict=True):
         small = look(ref)[1] if candidates else None
-        match = next((held[n] for n in candidates if small is not None and nearly_equal(small, held[n].small)), None)
+        match = next((held[n] for n in candidates if small is not None and _same(ref, small, held[n])), None)
         if match is not None:
             shown = [("training", ref), *([("evaluation", match.ref)] if match.ref is not None else [])]
             places.append(Place(ref.location, f"also in the {match.split}: {match.location}", images=tuple(shown)))
     return places
+
+
+def _same(ref: ImageRef, small: Image.Image, held: _Held) -> bool:
+    if held.ref is not None and held.ref.key == ref.key:
+        return True
+    return not is_plain(small) and nearly_equal(small, held.small)
 
 
 def _images(corpus: Corpus, split: str) -> list[ImageRef]:
