@@ -210,7 +210,7 @@ def _rollback_target(output: Path, save_every: int) -> Path | None:
     """Return the last checkpoint at a multiple of `save_every`, else the last: a stop in between changes nothing."""
     paths = checkpoint.complete(output)
     regular = [path for path in paths if int(path.name.rpartition("-")[2]) % save_every == 0]
-    return (regular or paths or [None])[-1]
+    return (regular or paths)[-1] if paths else None
 
 
 def _roll_back(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None:

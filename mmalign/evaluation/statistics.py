@@ -155,8 +155,9 @@ def cluster_jackknife(
     num_runs, num_rows, num_counts = runs.shape
     labels, num_groups = _number_groups("jackknife", groups, num_rows)
     # Measures [M, R], and their deviations without each group [M, R, G]
-    group_sums = np.zeros((num_runs, num_groups, num_counts))
-    np.add.at(group_sums, (slice(None), labels), runs)
+    group_sums = np.zeros((num_groups, num_runs, num_counts))
+    np.add.at(group_sums, labels, runs.swapaxes(0, 1))
+    group_sums = group_sums.swapaxes(0, 1)
     sums = runs.sum(1)
     by_run = measures(sums)
     deviations = measures(sums[:, None] - group_sums) - by_run[..., None]
