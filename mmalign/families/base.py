@@ -224,10 +224,11 @@ class VisionLanguage(Family, Protocol):
         still the response's own, and the network runs once.
         """
 
-    def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
+    def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures, avoided: Tensor | None = None) -> Tensor:
         """Return the most likely token [N, R] at every response position, given the row's own history.
 
-        After a response's end it is the row's first token, as in `Tokens.responses`. There are no gradients.
+        With `avoided` [N, R], it is the most likely token other than the avoided one. After a response's end it is the
+        row's first token, as in `Tokens.responses`. There are no gradients.
         """
 
     @property

@@ -56,10 +56,25 @@ def log_probabilities(
 
 
 def most_likely(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], *, vocabulary: int, chunk: int | None = None
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    avoided: Tensor | None = None,
+    *,
+    vocabulary: int,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Return the most likely token [M] after each hidden state [M, D], in chunks as in `log_probabilities`."""
-    return torch.cat([head(hidden[at]).argmax(1) for at in _chunks(len(hidden), vocabulary, chunk or _chunk(hidden))])
+    """Return the most likely token [M] after each hidden state [M, D], in chunks as in `log_probabilities`.
+
+    With `avoided` [M], return the most likely token other than the avoided one.
+    """
+
+    def some(at: slice) -> Tensor:
+        logits = head(hidden[at])
+        if avoided is not None:
+            logits = logits.scatter(1, avoided[at, None], -torch.inf)
+        return logits.argmax(1)
+
+    return torch.cat([some(at) for at in _chunks(len(hidden), vocabulary, chunk or _chunk(hidden))])
 
 
 def _chunk(hidden: Tensor) -> int:

@@ -39,7 +39,7 @@ KEEPING: dict[str, dict[str, Any]] = {
     "rlhfv": {},
     "realign": {},
     "mdpo": {"num_cached_draws": 2},
-    "povid": {"num_cached_draws": 2},
+    "povid": {"num_cached_draws": 2, "tokens": "reference"},
     "bdhs": {},
 }
 
@@ -109,7 +109,7 @@ def test_cached_draws_change_nothing_until_they_repeat(method: str, tune: str, t
 
 
 def test_cached_run_resumes_bit_for_bit(vlm_folders: Folders, tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"method": {"name": "povid", "num_cached_draws": 2}, "model": {"tune": "full"}}
+    sections: dict[str, Any] = {"method": {"name": "povid", **KEEPING["povid"]}, "model": {"tune": "full"}}
     assert_resumes(responses(vlm_folders("llava"), tmp_path, "out", **sections, train={"steps": 6, "save_every": 3}))
 
 

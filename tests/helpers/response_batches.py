@@ -87,8 +87,11 @@ class Table:
         result = self._logits(net, tokens).log_softmax(-1).gather(2, wanted) * tokens.response_mask[..., None]
         return result[..., 0] if targets is None else result
 
-    def argmax(self, net: Any, tokens: Tokens, features: Any) -> Tensor:
-        return self._logits(net, tokens).argmax(-1).where(tokens.response_mask, tokens.ids[:, :1])
+    def argmax(self, net: Any, tokens: Tokens, features: Any, avoided: Tensor | None = None) -> Tensor:
+        logits = self._logits(net, tokens)
+        if avoided is not None:
+            logits = logits.scatter(2, avoided[..., None], -torch.inf)
+        return logits.argmax(-1).where(tokens.response_mask, tokens.ids[:, :1])
 
     def _logits(self, net: Any, tokens: Tokens) -> Tensor:
         """Return the logits [N, R, V] before the tokens of the responses."""

@@ -95,8 +95,10 @@ class POVIDConfig(ResponseMethodConfig):
     overflow: Literal["clamp", "wrap"] = Field(
         "clamp", description="handling of noisy pixels out of range; wrap as in the release"
     )
-    tokens: Literal["reference", "policy", "own"] = Field(
-        "reference", description="model whose noisy tokens both score; own: each model its own, as in the release"
+    tokens: Literal["policy", "reference", "own"] = Field(
+        "policy",
+        description="model whose noisy tokens both score: policy follows the paper, reference can be cached; own: each "
+        "model its own, as in the release",
     )
     combine: Literal["average", "paper"] = Field(
         "average", description="mean of two losses, or one loss of a weighted sum"
@@ -120,6 +122,11 @@ class ReAlignConfig(ResponseMethodConfig):
     beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
     image_weight: float = Field(
         1.0, ge=0, description="weight of the term that prefers the right image; w_v in the paper"
+    )
+    rejected_scoring: Literal["written", "competitor"] = Field(
+        "written",
+        description="tokens scored for the rejected response and under the retrieved image: the written ones, or each "
+        "model's likeliest others, as in the release",
     )
 
 

@@ -9,16 +9,21 @@ Discriminative, where **"no" is the positive class**, since a hallucinating mode
 
     precision = right no / all no    recall = right no / true no    F1 = 2 right no / (all no + true no)
 
+Both, where descriptions and answers are in one file, in percent as in the paper's table:
+
+    AMBER Score = (100 - CHAIR + F1) / 2
+
 As in the release (inference.py of https://github.com/junyangwang0410/AMBER), a mention is a noun among the words of
 relation.json. It is true if it is one of the image's objects or associated with one in relation.json. It then covers
 the first such object alone, so only one of two objects with the same name can be covered. The nine words of
 safe_words.txt are mentions but never invented.
 
 Differences from the release: denominators do not begin at 0.001, and F1 is not computed from rounded numbers. Together
-they change a metric by about 0.1 points at most. Two tools of the release are arguments here, because they need models
-that this package does not include. `nouns` returns the nouns of a text, by default `nouns_by_rule`; the release uses
-NLTK's tagger and lemmatizer. `similar` compares two words; the release asks for a similarity above 0.8 in spaCy's
-en_core_web_lg. By default only equal words are similar, so CHAIR and Hal are higher than published ones.
+they change a metric by about 0.1 points at most. The release does not print the AMBER Score. Two tools of the release
+are arguments here, because they need models that this package does not include. `nouns` returns the nouns of a text, by
+default `nouns_by_rule`; the release uses NLTK's tagger and lemmatizer. `similar` compares two words; the release asks
+for a similarity above 0.8 in spaCy's en_core_web_lg. By default only equal words are similar, so CHAIR and Hal are
+higher than published ones.
 """
 
 from __future__ import annotations
@@ -219,11 +224,24 @@ def score_generative(
 
 
 def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:
-    """Return the metrics of the descriptions and of the answers in `responses`, descriptions first."""
+    """Return the metrics of the descriptions and of the answers in `responses`, and of both together: [1 or 3]."""
     _check_ids(responses, annotations)
     kinds = {type(annotations.items[number]) for number in responses}
     metrics = [score_generative(responses, annotations)] if GenerativeItem in kinds else []
-    return [*metrics, score_discriminative(responses, annotations)] if DiscriminativeItem in kinds else metrics
+    if DiscriminativeItem in kinds:
+        metrics.append(score_discriminative(responses, annotations))
+    return [*metrics, score_both(*metrics)] if len(metrics) == 2 else metrics
+
+
+def score_both(generative: Metrics, discriminative: Metrics) -> Metrics:
+    """Return the AMBER Score of descriptions and answers; its interval is over the images of both."""
+    numbers = [len(metrics.keys) for metrics in (generative, discriminative)]
+    columns = {name: np.pad(values, (0, numbers[1])) for name, values in generative.columns.items()}
+    columns |= {name: np.pad(values, (numbers[0], 0)) for name, values in discriminative.columns.items()}
+    chair, f1_of_no = generative.ratios["CHAIR"], discriminative.ratios["all: F1"]
+    ratios: dict[str, Ratio] = {"AMBER Score": lambda sums: (1 - chair(sums) + f1_of_no(sums)) / 2}
+    keys, groups = generative.keys + discriminative.keys, generative.groups + discriminative.groups
+    return Metrics("AMBER", keys, groups, columns, ratios)
 
 
 def parse_published(answer: str) -> bool | None:

@@ -151,10 +151,11 @@ class ImageTextToText:
         unless = f", unless rows are too long: {why}" if why else ""
         return f"packing: the responses to a prompt share one run of it and its images{unless}"
 
-    def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures) -> Tensor:
+    def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures, avoided: Tensor | None = None) -> Tensor:
         positions, inputs = self._inputs(tokens, features)
+        targets = None if avoided is None else avoided[tokens.response_mask]
         with self.loading.autocast():
-            tokens_found = unwrap(net).argmax(positions, **inputs)
+            tokens_found = unwrap(net).argmax(positions, targets, **inputs)
         return tokens.responses.masked_scatter(tokens.response_mask, tokens_found)
 
     @property

@@ -44,13 +44,14 @@ class TokenScorer(nn.Module):
         )
 
     @torch.no_grad()
-    def argmax(self, positions: Tensor, **inputs: object) -> Tensor:
+    def argmax(self, positions: Tensor, avoided: Tensor | None, **inputs: object) -> Tensor:
         """Return the most likely tokens [M], predicted at the indices `positions` [M] of the flattened rows.
 
-        A soft cap on the logits would not change their order, so it is left out.
+        With `avoided` [M], they are the most likely ones other than these. A soft cap on the logits would not change
+        their order, so it is left out.
         """
         head, text = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        return most_likely(self._hidden(positions, inputs), head, vocabulary=text.vocab_size)
+        return most_likely(self._hidden(positions, inputs), head, avoided, vocabulary=text.vocab_size)
 
     def run(self, function: Callable[[PreTrainedModel], R]) -> R:
         """Return the result of a function that runs the model in its own way, such as generation."""

@@ -25,11 +25,19 @@ TOKEN = "chosen token"  # the view that always scores the mean over the chosen r
 
 @dataclass(frozen=True)
 class Contrast:
-    """Responses to every prompt, the reference's scores of them, and token weights [kB, R] if these are not uniform."""
+    """Responses to every prompt, and the reference's scores of them.
+
+    Attributes:
+        batch: the pairs, with tokens [kB] for k views.
+        reference: the reference's scores; None without a reference.
+        token_weights: weights of the response tokens [kB, R]; None for 1.
+        targets: the tokens [kB, R] that the policy scores; None for the responses' own.
+    """
 
     batch: EncodedResponses
     reference: Scores | None
     token_weights: Tensor | None = None
+    targets: Tensor | None = None
 
 
 def response_scores(
@@ -40,6 +48,7 @@ def response_scores(
     views: Sequence[str] = PAIR,
     mean: bool = False,
     weights: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Scores:
     """Return the log-probabilities [B] of the chosen responses, the rejected ones and any further views, in nats.
 
@@ -50,8 +59,12 @@ def response_scores(
         views: the names of the k views, "chosen" and "rejected" first.
         mean: the mean over a response's tokens, not the sum.
         weights: weights of the response tokens [kB, R]; None for 1.
+        targets: tokens [kB, R] to score in place of the responses' own, along the same history.
     """
-    logps = family.token_logps(net, batch.tokens, batch.features)
+    if targets is None:
+        logps = family.token_logps(net, batch.tokens, batch.features)
+    else:
+        logps = family.token_logps(net, batch.tokens, batch.features, targets[..., None])[..., 0]
     return view_scores(logps, batch.tokens.response_mask, views, mean=mean, weights=weights)
 
 

@@ -1,7 +1,7 @@
 """POVID (arXiv:2402.11411): prefer the chosen response to an altered one, and to what a noisy image makes of it.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                      noise in the image, t = 500 of 1000
-    n_t = argmax_v p_ref(v | x_t, prompt, y_<t)                        the noisy tokens, on the chosen history
+    n_t = argmax_v p(v | x_t, prompt, y_<t)                            the policy's noisy tokens, on the chosen history
     score(noisy) = sum_t log p(n_t | x_0, prompt, y_<t)                by policy and reference, on the clean image
     loss = gamma * -log sigma(beta * (chosen against rejected))
            + (1 - gamma) * -log sigma(beta * (chosen against noisy))
@@ -16,12 +16,13 @@ The options reproduce the paper or the release:
   -log sigma(beta * (chosen against the weighted mean of rejected and noisy)). Footnote 1 of arXiv:2407.02477 describes
   both.
 * In the release each network scores its own noisy tokens, so the ratio compares two different texts: `tokens: own`. By
-  default both networks score the reference's tokens, which never change.
+  default both networks score the policy's tokens, the hallucinations of the model as it is now. `tokens: reference`
+  takes the reference's, which never change and equal the policy's at first.
 * The release's noisy pixels wrap around: `overflow: wrap`.
 
-With the reference's tokens and `num_cached_draws: K` a pair cycles through K noises, one per epoch. Tokens and
-reference scores are precomputed once and cached on disk, and an update costs as much as DPO's. A policy's tokens cannot
-be cached.
+With `tokens: reference` and `num_cached_draws: K` a pair cycles through K noises, one per epoch. Tokens and reference
+scores are precomputed once and cached on disk, and an update costs as much as DPO's. A policy's tokens cannot be
+cached.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
            + image_weight * -log sigma(beta * (chosen | v  against  chosen | v_l))   visual DPO
 
 v_l is the retrieved image that the rejected response was generated from. All scores are of the written tokens. For the
-rejected response, and for the chosen one under v_l, the released trainer instead scores the network's likeliest token
-other than the written one. The paper does not mention this, and we do not do it.
+rejected response, and for the chosen one under v_l, the released trainer instead scores each network's likeliest token
+other than the written one, along the written history. The paper does not mention this. `rejected_scoring: competitor`
+does it, for one more forward pass of the policy.
 
 3B rows: chosen, rejected, chosen with the retrieved image. Both terms accept any pair loss, as in `dpo`.
 """
@@ -14,7 +15,9 @@ other than the written one. The paper does not mention this, and we do not do it
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+
+import torch
+from torch import Tensor, nn
 
 from mmalign.config.methods import ReAlignConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
@@ -29,7 +32,7 @@ from mmalign.methods.vision_language._responses import (
     response_scores,
     response_step,
 )
-from mmalign.policy import Policy
+from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
 VIEWS = (*PAIR, "retrieved")
@@ -37,23 +40,43 @@ VIEWS = (*PAIR, "retrieved")
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the pairs' other images, and a reference or its cached scores."""
-    return Requirements(other_images=True, precompute=cached_scores(1, {"mean": cfg.loss.per_token}))
+    settings = {"mean": cfg.loss.per_token, "rejected_scoring": cfg.rejected_scoring}
+    return Requirements(other_images=True, precompute=cached_scores(1, settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the pairs, and the chosen responses again under the retrieved images."""
     assert batch.other_images is not None, "realign needs other images"
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.other_images]))
-    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss.per_token)
-    return [Contrast(whole, reference_scores(policy, batch, score))]
+
+    def score(net: nn.Module) -> Scores:
+        targets = scored_tokens(policy.family, net, whole, cfg)
+        return response_scores(policy.family, net, whole, views=VIEWS, mean=cfg.loss.per_token, targets=targets)
+
+    targets = scored_tokens(policy.family, policy.unwrapped, whole, cfg)
+    return [Contrast(whole, reference_scores(policy, batch, score), targets=targets)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return L_DPO + w_v * L_vDPO."""
     batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
     assert reference_scores is not None, "realign needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss.per_token)
+    policy_scores = response_scores(
+        policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss.per_token, targets=contrast.targets
+    )
     text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "retrieved"))
     return response_step(
         cfg, policy_scores, reference_scores, batch, {"text loss": text, "image loss": cfg.image_weight * image}
     )
+
+
+def scored_tokens(family: VisionLanguage, net: nn.Module, batch: EncodedResponses, cfg: Config) -> Tensor | None:
+    """Return the tokens [3B, R] that a network scores: the network's competitors of all but the chosen responses.
+
+    None if they are the written ones.
+    """
+    if cfg.rejected_scoring == "written":
+        return None
+    written, pairs = batch.tokens.responses, len(batch.rows)
+    competitors = family.argmax(net, batch.tokens, batch.features, written)
+    return torch.cat([written[:pairs], competitors[pairs:]])

@@ -86,7 +86,7 @@ def test_the_tower_stays_for_pictures_that_no_file_has(
     monkeypatch.setattr(cache, "move_parameters", lambda *_: pytest.fail("the tower was put away"))
     for name, method in enumerate([{"name": "mdpo", "num_cached_draws": 1}, {"name": "mdpo"}, {"name": "povid"}]):
         trained(responses(vlm_folders("llava"), tmp_path, str(name), method=method, train={"steps": 2}))
-    assert not povid.requirements(povid.Config(num_cached_draws=1)).vision_tower
+    assert not povid.requirements(povid.Config(num_cached_draws=1, tokens="reference")).vision_tower
 
 
 @pytest.mark.parametrize("name", first_fast([*vlm_models.BUILDERS, *vlm_models.NEWER], 2))
@@ -153,7 +153,9 @@ ONLINE = {"name": "bdhs", "mode": "online", "online": {"similarity": "trigrams",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
-@pytest.mark.parametrize("method", [{"name": "dpo"}, {"name": "povid", "num_cached_draws": 1}, ONLINE])
+@pytest.mark.parametrize(
+    "method", [{"name": "dpo"}, {"name": "povid", "num_cached_draws": 1, "tokens": "reference"}, ONLINE]
+)
 def test_training_on_features_decodes_no_image(
     method: dict[str, Any], tune: str, vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

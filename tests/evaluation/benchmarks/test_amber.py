@@ -15,6 +15,7 @@ from mmalign.evaluation.benchmarks.amber import (
     match_objects,
     nouns_by_rule,
 )
+from mmalign.evaluation.metrics import compare
 
 ASSOCIATES: dict[str, tuple[str, ...]] = {
     "sky": (),
@@ -174,6 +175,28 @@ def test_scores_of_both_tasks_in_one_file() -> None:
     both = {**RESPONSES, **ANSWERS}
     assert amber.score_generative(both, BENCHMARK).values == amber.score_generative(RESPONSES, BENCHMARK).values
     assert amber.score_discriminative(both, BENCHMARK).keys == tuple(ANSWERS)
+
+
+def test_amber_score_is_of_both_tasks() -> None:
+    """(100 - CHAIR + F1) / 2, as in the paper's table; its interval is over the images, each with its answers."""
+    images = {number: f"AMBER_{1 + number % 2}.jpg" for number in ITEMS}
+    pictured = Annotations(ITEMS, ASSOCIATES, images=images)
+    generative, discriminative, overall = amber.score({**RESPONSES, **ANSWERS}, pictured)
+    chair, f1 = generative.values["CHAIR"], discriminative.values["all: F1"]
+    assert 0 < chair < 1 and 0 < f1 < 1
+    assert overall.values == {"AMBER Score": pytest.approx((1 - chair + f1) / 2)}
+    assert set(overall.groups) == set(images.values()) and len(overall.keys) == len(ITEMS)
+    interval = overall.intervals["AMBER Score"]
+    assert interval.estimate == overall.values["AMBER Score"] and interval.low < interval.estimate < interval.high
+    assert [metrics.benchmark for metrics in amber.score(RESPONSES, pictured)] == ["AMBER, generative"]
+    assert [metrics.benchmark for metrics in amber.score(ANSWERS, pictured)] == ["AMBER, discriminative"]
+
+
+def test_amber_score_of_two_models_is_a_paired_difference() -> None:
+    before, after = ({**RESPONSES, **ANSWERS}, {**RESPONSES, **ANSWERS, 1: "People on a boat."})
+    base, changed = (amber.score(responses, BENCHMARK) for responses in (before, after))
+    difference = compare(base[2], changed[2]).differences["AMBER Score"].estimate
+    assert difference == pytest.approx((base[0].values["CHAIR"] - changed[0].values["CHAIR"]) / 2)
 
 
 def test_score_refuses() -> None:

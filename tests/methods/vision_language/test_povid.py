@@ -38,8 +38,8 @@ def test_each_network_s_own_tokens_give_the_release_s_losses() -> None:
         )
 
 
-def test_policy_tokens_scored_by_both_models() -> None:
-    step = run(povid, *published(GOLDEN), povid.Config(tokens="policy"))
+def test_by_default_both_models_score_the_policy_s_tokens() -> None:
+    step = run(povid, *published(GOLDEN), povid.Config())
     close(step.losses.mean(), EXPECTED["loss_if_ref_scores_policy_tokens"])
     reference_logps = step.metrics["noisy log-probability"] - step.metrics["noisy gain"]
     close(reference_logps, EXPECTED["ref_logps_of_policy_noisy_tokens"])
@@ -55,8 +55,8 @@ def by_hand(who: str, tokens: str) -> torch.Tensor:
     return torch.stack(results)
 
 
-def test_by_default_both_score_the_reference_s_tokens() -> None:
-    step = run(povid, *published(GOLDEN), povid.Config())
+def test_reference_tokens_are_scored_by_both_models() -> None:
+    step = run(povid, *published(GOLDEN), povid.Config(tokens="reference"))
     policy_logps, reference_logps = by_hand("policy", "ref"), by_hand("ref", "ref")
     close(step.metrics["noisy log-probability"], policy_logps)
     close(step.metrics["noisy gain"], policy_logps - reference_logps)
@@ -138,8 +138,8 @@ def test_whose_tokens_they_are(llava: VisionLanguage, tokens: str) -> None:
     policy, given = adapted(llava, moved=1.0), batch(llava)
     (contrast,) = povid.contrasts(policy, given, povid.Config(tokens=tokens), DRAWS)
     shared_policy = replace(policy, reference=FrozenCopy(policy.model))
-    (reference,) = povid.contrasts(policy, given, povid.Config(), DRAWS)
-    (own,) = povid.contrasts(shared_policy, given, povid.Config(), DRAWS)
+    cfg = povid.Config(tokens="reference")
+    (reference,), (own,) = (povid.contrasts(each, given, cfg, DRAWS) for each in (policy, shared_policy))
     assert not torch.equal(reference.noisy, own.noisy)
     assert torch.equal(contrast.noisy, (reference if tokens == "reference" else own).noisy)
     scored = own.noisy if tokens == "policy" else reference.noisy

@@ -27,9 +27,9 @@ TERMS = {
 DEFAULTS: dict[Any, dict[str, Any]] = {
     dpo: {"beta": 0.1, "loss": DPOLossConfig(), "nll": 0.0},
     mdpo: {"beta": 0.1, "delta": 0.0, "crop_area": [0.01, 0.2], "nll": 0.0},
-    povid: {"beta": 0.1, "gamma": 0.5, "noise_step": 500, "overflow": "clamp", "tokens": "reference"}
+    povid: {"beta": 0.1, "gamma": 0.5, "noise_step": 500, "overflow": "clamp", "tokens": "policy"}
     | {"combine": "average", "nll": 0.0},
-    realign: {"beta": 0.1, "image_weight": 1.0, "nll": 0.0},
+    realign: {"beta": 0.1, "image_weight": 1.0, "rejected_scoring": "written", "nll": 0.0},
     rlhfv: {"beta": 0.5, "gamma": 5.0, "min_block": 3, "nll": 0.0},
 }
 
