@@ -26,14 +26,14 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.evaluation.metrics import summarize_runs
 from mmalign.modalities import Samples, modality_of
-from mmalign.pages.comparison import TableRow, as_markdown, plot_curve
+from mmalign.pages.comparison import TableRow, add_differences, as_markdown, plot_curve
 from mmalign.resources import locate
 from mmalign.training import checkpoint
 from mmalign.training.export import read_run_info
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # prompts in the grid of images
+BASELINES = ("sft", "response_sft")  # methods that learn from the chosen side alone
 
 
 class Stage(NamedTuple):
@@ -60,6 +60,9 @@ def compare(
     table: Path | None = None,
 ) -> list[TableRow]:
     """Train every recipe with seeds 0, 1, ..., evaluate each run, and write the results.
+
+    Every method is compared with the base model, with the best baseline (fine-tuning) and with every other method,
+    paired by question and seed. Each of these tables is corrected for its number of comparisons by Holm's method.
 
     `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training.
     For image models `comparison-pictures.png` shows some images of the first seed, with a manifest beside it. If a
@@ -245,13 +248,18 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
     metrics = [[_samples_of(recipe).metrics(recipe) for recipe in stage.runs] for stage in plan]
     base = metrics[0][0][0]
     rows = [TableRow("base", "", None, 1, 0, 0.0, [(some, summarize_runs(some, [some])) for some in base])]
-    for length, (stage, runs) in itertools.product(lengths, zip(plan, metrics, strict=True)):
-        if length in stage.lengths:
+    for length in lengths:
+        of_length: list[TableRow] = []
+        stages = [(stage, runs) for stage, runs in zip(plan, metrics, strict=True) if length in stage.lengths]
+        for stage, runs in stages:
             first, number = stage.runs[0], len(runs)
             seconds = sum(read_run_info(Path(recipe.output) / "model").seconds for recipe in stage.runs) / number
             by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
             measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
-            rows.append(TableRow(stage.name, first.method.name, length, number, _num_pairs(first), seconds, measured))
+            name, pairs = stage.name, _num_pairs(first)
+            of_length.append(TableRow(name, first.method.name, length, number, pairs, seconds, measured))
+        trained = [[after for _, after in runs] for _, runs in stages]
+        rows += add_differences(rows[0], of_length, trained, BASELINES)
     return rows
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from mmalign.evaluation.statistics import RATE, Interval, Values, cluster_jackknife, paired, paired_difference
+from mmalign.evaluation.statistics import RATE, Interval, Measures, Values, cluster_jackknife, paired, paired_difference
 
 Sums = Mapping[str, Values]
 Ratio = Callable[[Sums], Values]  # from sums of columns to a metric in [0, 1]
@@ -65,6 +65,7 @@ class Metrics:
         ratios: functions of the columns' sums, by the name of the metric in [0, 1].
         means: the columns whose mean is a metric.
         headline: the metrics of a short table; all of them by default.
+        errors: the metrics that are better when lower.
 
     Raises:
         ValueError: there is no response, or two have the same key.
@@ -77,6 +78,7 @@ class Metrics:
     ratios: Mapping[str, Ratio]
     means: tuple[str, ...] = ()
     headline: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -102,7 +104,9 @@ class Metrics:
         """
         ratios = cluster_jackknife([self.matrix], self.measure, self.groups, bounds=[RATE] * len(self.ratios))
         zeros = np.zeros(len(self.keys))
-        means = {name: paired_difference(zeros, self.columns[name], self.groups) for name in self.means}
+        means = {
+            name: replace(paired_difference(zeros, self.columns[name], self.groups), p=None) for name in self.means
+        }
         return {**dict(zip(self.ratios, ratios, strict=True)), **means}
 
     @property
@@ -217,37 +221,55 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
     Raises:
         ValueError: there is no run, the benchmarks or the questions differ, or there are fewer than two groups.
     """
-    if not runs:
-        raise ValueError(f"{base.benchmark}: there is no run to measure; expected at least one")
-    for run in runs:
-        _check_comparable(base, run)
-    # Counts of the runs and a one for every row [R, N, K + 1], and those of base and run side by side [R, N, 2 K + 2]
+    changes = compare_runs([base] * len(runs), runs)
+    counts, measures = _counts(base, runs), _run_measures(base)
+    greatest = [float(counts[..., list(base.columns).index(name)].max()) for name in base.means]
+    bounds = [RATE] * len(base.ratios) + [(0.0, value) for value in greatest]
+    means = cluster_jackknife(counts, measures, base.groups, bounds=bounds)
+    values = np.stack([measures(run.sum(0)) for run in counts], axis=-1)
+    names = (*base.ratios, *base.means)
+    return RunStatistics(
+        {name: tuple(row.tolist()) for name, row in zip(names, values, strict=True)},
+        {name: replace(mean, p=None) for name, mean in zip(names, means, strict=True)},
+        changes,
+    )
+
+
+def compare_runs(before: Sequence[Metrics], after: Sequence[Metrics]) -> dict[str, Interval]:
+    """Return the mean difference of every metric, after - before, of R training runs each, paired by question and run.
+
+    Raises:
+        ValueError: there is no run, the benchmarks or the questions differ, or there are fewer than two groups.
+    """
+    if not after:
+        raise ValueError("compare: there is no run to measure; expected at least one")
+    first = before[0]
+    for run in (*before, *after):
+        _check_comparable(first, run)
+    # Counts of both sides, side by side [R, N, 2 K + 2]
+    counts = np.concatenate([_counts(first, before), _counts(first, after)], axis=-1)
+    indices = [list(first.columns).index(name) for name in first.means]
+    spans = [max(1.0, float(np.ptp(counts[..., [i, i + counts.shape[-1] // 2]]))) for i in indices]
+    bounds = [(-1.0, 1.0)] * len(first.ratios) + [(-span, span) for span in spans]
+    changes = cluster_jackknife(counts, paired(_run_measures(first)), first.groups, bounds=bounds)
+    return dict(zip((*first.ratios, *first.means), changes, strict=True))
+
+
+def _counts(base: Metrics, runs: Sequence[Metrics]) -> Values:
+    """Return the columns of the runs in the order of the base model's keys, and a one for every row [R, N, K + 1]."""
     ones = np.ones((len(base.keys), 1))
-    base_counts = np.concatenate([base.matrix, ones], axis=1)
-    run_counts = np.stack([np.concatenate([run.matrix_of(base.keys), ones], axis=1) for run in runs])
-    paired_counts = np.concatenate([np.broadcast_to(base_counts, run_counts.shape), run_counts], axis=-1)
-    columns, num_ratios = list(base.columns), len(base.ratios)
-    averaged = [columns.index(name) for name in base.means]
+    return np.stack([np.concatenate([run.matrix_of(base.keys), ones], axis=1) for run in runs])
+
+
+def _run_measures(base: Metrics) -> Measures:
+    """Return a function from sums of `_counts` to the ratios and means."""
+    averaged = [list(base.columns).index(name) for name in base.means]
 
     def measures(sums: Values) -> Values:
         means = [divide(sums[..., index], sums[..., -1]) for index in averaged]
         return np.concatenate([base.measure(sums[..., :-1]), *([mean] for mean in means)])
 
-    # Bounds of the metrics and of their changes
-    greatest = [float(run_counts[..., index].max()) for index in averaged]
-    spans = [max(1.0, float(np.ptp(paired_counts[..., [i, i + base_counts.shape[1]]]))) for i in averaged]
-    bounds = [RATE] * num_ratios + [(0.0, value) for value in greatest]
-    change_bounds = [(-1.0, 1.0)] * num_ratios + [(-span, span) for span in spans]
-    # Intervals of the means and changes, and every run's own values
-    means = cluster_jackknife(run_counts, measures, base.groups, bounds=bounds)
-    changes = cluster_jackknife(paired_counts, paired(measures), base.groups, bounds=change_bounds)
-    values = np.stack([measures(run.sum(0)) for run in run_counts], axis=-1)
-    names = (*base.ratios, *base.means)
-    return RunStatistics(
-        {name: tuple(row.tolist()) for name, row in zip(names, values, strict=True)},
-        dict(zip(names, means, strict=True)),
-        dict(zip(names, changes, strict=True)),
-    )
+    return measures
 
 
 def _check_comparable(before: Metrics, after: Metrics) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mmalign.evaluation.metrics import Metrics, RunStatistics
-from mmalign.evaluation.statistics import Interval
+from mmalign.evaluation.metrics import Metrics, RunStatistics, compare_runs
+from mmalign.evaluation.statistics import Interval, correct
 from mmalign.pages.grid import INK, Cell, Piece, Section, Text, Tile, render_grid
 
 # Okabe and Ito's colours for colour-blind readers, and markers that distinguish the recipes without colour
@@ -50,6 +50,9 @@ class TableRow:
         pairs: the number of pairs that each run was trained on, with repetition.
         seconds: the training time until then, averaged over the runs (`loop.Progress`).
         measured: the base model's metrics and the statistics of the runs, for each benchmark.
+        changes: the changes of the headline metrics from the base model, corrected by Holm over the table's cells.
+        against: the differences from other recipes of the same length, by name, corrected over all such pairs.
+        baseline: the name of the best baseline, and the differences from it, corrected over the baseline's table.
     """
 
     name: str
@@ -59,20 +62,31 @@ class TableRow:
     pairs: int
     seconds: float
     measured: list[tuple[Metrics, RunStatistics]]
+    changes: tuple[Interval, ...] = ()
+    against: Mapping[str, tuple[Interval, ...]] = field(default_factory=dict)
+    baseline: tuple[str, tuple[Interval, ...]] | None = None
 
     @property
     def metrics(self) -> list[HeadlineMetric]:
         """The headline metrics of all benchmarks."""
-        return [
+        metrics = [
             HeadlineMetric(
                 base.label(name), name in base.ratios, runs.values[name], runs.means[name], runs.changes[name]
             )
             for base, runs in self.measured
             for name in base.headline_names
         ]
+        if not self.changes:
+            return metrics
+        return [metric._replace(change=change) for metric, change in zip(metrics, self.changes, strict=True)]
 
     def as_dict(self) -> dict[str, object]:
-        """Return the numbers for JSON: every headline metric with its runs and its change from the base model."""
+        """Return the numbers for JSON: every headline metric with its runs, its change and its other differences."""
+        metrics = self.metrics
+
+        def by_label(differences: Sequence[Interval]) -> dict[str, object]:
+            return {m.label: difference.as_dict() for m, difference in zip(metrics, differences, strict=True)}
+
         return {
             "name": self.name,
             "method": self.method,
@@ -81,9 +95,10 @@ class TableRow:
             "pairs": self.pairs,
             "seconds": self.seconds,
             "measures": {
-                m.label: {**m.mean.as_dict(), "runs": list(m.values), "change": m.change.as_dict()}
-                for m in self.metrics
+                m.label: {**m.mean.as_dict(), "runs": list(m.values), "change": m.change.as_dict()} for m in metrics
             },
+            "against": {name: by_label(differences) for name, differences in self.against.items()},
+            "against_baseline": {self.baseline[0]: by_label(self.baseline[1])} if self.baseline else {},
         }
 
 
@@ -107,6 +122,8 @@ def as_markdown(rows: Sequence[TableRow], command: str) -> str:
         [
             *lines,
             f"Means over runs that differ in their seed, with 95 % intervals over questions ({asked}) and runs.",
+            "Differences are paired by question and seed. Intervals are those of single comparisons; bold ones survive",
+            "Holm's correction for all comparisons of their table, at 5 %.",
             "Seconds are those of the updates, without loading and encoding: CPU time, or wall-clock time of a GPU.",
             f"Made by `{command}`.",
             "",
@@ -115,22 +132,94 @@ def as_markdown(rows: Sequence[TableRow], command: str) -> str:
 
 
 def _tables(base: TableRow, rows: Sequence[TableRow]) -> list[str]:
-    """Return a table of every row's means, and one of the changes, bold if the interval excludes 0."""
+    """Return tables of every row's means, changes, and differences from the best baseline and each other."""
     headers = [metric.header for metric in base.metrics]
-    values, changes = [[base.name, *[""] * 4, *(metric.format(metric.mean) for metric in base.metrics)]], []
+    values = [[base.name, *[""] * 4, *(metric.format(metric.mean) for metric in base.metrics)]]
     for row in rows:
         facts = [row.name, row.method, str(row.runs), f"{row.pairs:,}", f"{row.seconds:,.0f}"]
         values.append([*facts, *(metric.format(metric.mean) for metric in row.metrics)])
-        cells = [metric.format(metric.change, signed=True) for metric in row.metrics]
-        certain = [metric.change.low > 0 or metric.change.high < 0 for metric in row.metrics]
-        changes.append([row.name, *(f"**{c}**" if bold else c for c, bold in zip(cells, certain, strict=True))])
+    changes = {row.name: [metric.change for metric in row.metrics] for row in rows}
+    baseline = {row.name: row.baseline[1] for row in rows if row.baseline}
+    against = {f"{row.name} - {name}": cells for row in rows for name, cells in row.against.items()}
+    lines = [*_markdown_table(["", "method", "runs", "pairs seen", "seconds", *headers], values), ""]
+    name = next((row.baseline[0] for row in rows if row.baseline), "")
+    for title, differences in (
+        ("Change from the base model", changes),
+        (f"Difference from the best baseline, {name}", baseline),
+        ("Differences of the methods from each other", against),
+    ):
+        if differences:
+            lines += _difference_table(title, headers, base.metrics, differences)
+    return lines
+
+
+def _difference_table(
+    title: str, headers: Sequence[str], metrics: Sequence[HeadlineMetric], rows: Mapping[str, Sequence[Interval]]
+) -> list[str]:
+    """Return a table of differences with its title, bold where they survive the correction."""
+    number = len(rows) * len(metrics)
+    cells = [
+        [
+            name,
+            *(
+                f"**{metric.format(difference, signed=True)}**"
+                if difference.is_certain
+                else metric.format(difference, signed=True)
+                for metric, difference in zip(metrics, differences, strict=True)
+            ),
+        ]
+        for name, differences in rows.items()
+    ]
+    heading = f"{title}; bold where it survives Holm's correction for {number} comparisons, at 5 %:"
+    return [heading, "", *_markdown_table(["", *headers], cells), ""]
+
+
+def add_differences(
+    base: TableRow, rows: Sequence[TableRow], runs: Sequence[Sequence[Sequence[Metrics]]], baselines: Sequence[str]
+) -> list[TableRow]:
+    """Return rows of one length with corrected changes, and their differences from the best baseline and each other.
+
+    Args:
+        base: the base model's row.
+        rows: the recipes' rows, all of one length.
+        runs: the metrics of each row's runs, by run and benchmark.
+        baselines: methods that are baselines; the best recipe of them has the best first headline metric.
+    """
+    num_metrics = len(base.metrics)
+
+    def differences(before: int, after: int) -> list[Interval]:
+        sides = (zip(*runs[index], strict=True) for index in (before, after))
+        by_benchmark = [compare_runs(*benchmark) for benchmark in zip(*sides, strict=True)]
+        return [
+            changes[name]
+            for (metrics, _), changes in zip(base.measured, by_benchmark, strict=True)
+            for name in metrics.headline_names
+        ]
+
+    def families(cells: Sequence[Sequence[Interval]]) -> list[tuple[Interval, ...]]:
+        """Correct all cells of a table together."""
+        corrected = iter(correct([cell for row in cells for cell in row]))
+        return [tuple(next(corrected) for _ in range(num_metrics)) for _ in cells]
+
+    # Changes from the base model, and all pairs of recipes
+    changes = families([[metric.change for metric in row.metrics] for row in rows])
+    pairs = [(before, after) for after in range(len(rows)) for before in range(after)]
+    by_pair = dict(zip(pairs, families([differences(*pair) for pair in pairs]), strict=True))
+    # The best baseline
+    first = base.measured[0][0]
+    sign = -1 if first.headline_names[0] in first.errors else 1
+    scores = {i: sign * row.metrics[0].mean.estimate for i, row in enumerate(rows) if row.method in baselines}
+    best = max(scores, key=lambda index: scores[index]) if scores else None
+    others = [index for index in range(len(rows)) if best is not None and index != best]
+    from_best = dict(zip(others, families([differences(best, i) for i in others if best is not None]), strict=True))
     return [
-        *_markdown_table(["", "method", "runs", "pairs seen", "seconds", *headers], values),
-        "",
-        "Change from the base model, paired by question; bold where the interval leaves out 0:",
-        "",
-        *_markdown_table(["", *headers], changes),
-        "",
+        replace(
+            row,
+            changes=changes[index],
+            against={rows[before].name: by_pair[before, index] for before in range(index)},
+            baseline=(rows[best].name, from_best[index]) if best is not None and index in from_best else None,
+        )
+        for index, row in enumerate(rows)
     ]
 
 

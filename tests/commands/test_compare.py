@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from mmalign import cli
 from mmalign.commands import evaluate, prepare, train
-from mmalign.commands.compare import SHOWN, compare
+from mmalign.commands.compare import compare
+from mmalign.modalities.text_to_image.gallery import SHOWN
 from mmalign.pages.comparison import short_names
 from mmalign.pages.grid import fit
 from mmalign.training import checkpoint

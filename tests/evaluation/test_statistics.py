@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mmalign.evaluation.statistics import Interval, cluster_jackknife, paired, paired_difference, proportion, ties
+from mmalign.evaluation.statistics import (
+    Interval,
+    cluster_jackknife,
+    correct,
+    paired,
+    paired_difference,
+    proportion,
+    ties,
+)
 
 
 def test_interval_formats() -> None:
@@ -261,3 +269,26 @@ def test_jackknife_covers_over_runs_and_rows() -> None:
         interval = jackknife(*np.stack([rng.binomial(1, rates), np.ones((3, rows))], axis=-1))
         covered += interval.low <= 1 / 3 <= interval.high
     assert covered >= 277  # 285 expected and two standard deviations are 8: it must not promise too much
+
+
+def test_holm_by_hand() -> None:
+    """Of 0.04, 0.01 and 0.03 the smallest counts thrice, the next twice, and none less than one before it."""
+    differences = [Interval(1, 0, 2, p) for p in (0.04, 0.01, 0.03)]
+    assert [d.p_holm for d in correct(differences)] == pytest.approx([0.06, 0.03, 0.06])
+    assert [d.is_certain for d in correct(differences)] == [False, True, False]
+
+
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_p_value_is_where_the_interval_ends_at_0(num_runs: int) -> None:
+    """Shift a difference until the end of its 95 % interval is 0: p is then 5 %."""
+    rng = np.random.default_rng(13)
+    before, after = rng.normal(0, 1, (2, num_runs, 40))
+    after += rng.normal(0, 0.5, (num_runs, 1))
+
+    def difference(shift: float) -> Interval:
+        counts = np.stack([before, np.ones_like(before), after + shift, np.ones_like(after)], axis=-1)
+        (interval,) = cluster_jackknife(counts, paired(rate), bounds=[(-9.0, 9.0)])
+        return interval
+
+    assert difference(-difference(0).low).p == pytest.approx(0.05)
+    assert difference(-difference(0).estimate).p == pytest.approx(1)

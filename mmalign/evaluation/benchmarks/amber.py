@@ -220,7 +220,8 @@ def score_generative(
         "Cog": ratio("expected objects mentioned", "expected objects"),
     }
     groups = _groups(items, annotations)
-    return Metrics("AMBER, generative", tuple(items), groups, as_columns(rows), ratios, ("words per response",))
+    columns, errors = as_columns(rows), ("CHAIR", "Hal", "Cog")
+    return Metrics("AMBER, generative", tuple(items), groups, columns, ratios, ("words per response",), errors=errors)
 
 
 def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:

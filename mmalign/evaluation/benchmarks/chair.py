@@ -80,7 +80,7 @@ def description_metrics(
     keys = tuple((response.image, response.question) for response in responses)
     images = tuple(response.image for response in responses)
     ratios = {**rates, "recall": ratio("found objects", "true objects")}
-    return Metrics(benchmark, keys, images, columns, ratios, ("words per response",), headline)
+    return Metrics(benchmark, keys, images, columns, ratios, ("words per response",), headline, errors=tuple(rates))
 
 
 def count_mentions(
