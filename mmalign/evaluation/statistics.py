@@ -135,12 +135,12 @@ def paired_difference(before: ArrayLike, after: ArrayLike, groups: Sequence[Hash
     difference = second - first
     labels, num_groups = _number_groups("paired_difference", groups, difference.size)
     mean, span = float(difference.mean()), max(1.0, float(np.ptp([first, second])))
-    if np.ptp(difference) <= 1e-12 * span:  # equal up to rounding
-        return _rule_of_three(mean, (-span, span), num_groups)
-    # Cluster-robust standard error
+    # Cluster-robust variance; changes that are equal, or cancel in every group, have none
     group_sums = np.bincount(labels, weights=difference - mean)
-    error = float(np.sqrt(num_groups / (num_groups - 1) * (group_sums**2).sum())) / difference.size
-    return _interval(mean, Spread(error**2, num_groups - 1), (-span, span))
+    variance = num_groups / (num_groups - 1) * float((group_sums**2).sum()) / difference.size**2
+    if variance <= (1e-12 * span) ** 2:
+        return _rule_of_three(mean, (-span, span), num_groups)
+    return _interval(mean, Spread(variance, num_groups - 1), (-span, span))
 
 
 def cluster_jackknife(

@@ -292,3 +292,8 @@ def test_p_value_is_where_the_interval_ends_at_0(num_runs: int) -> None:
 
     assert difference(-difference(0).low).p == pytest.approx(0.05)
     assert difference(-difference(0).estimate).p == pytest.approx(1)
+
+
+def test_changes_that_cancel_in_every_group_are_not_certain() -> None:
+    interval = paired_difference([0, 1] * 6, [1, 0] * 6, np.repeat(range(6), 2).tolist())
+    assert interval.low < -0.1 and interval.high > 0.1 and interval.p == 1
