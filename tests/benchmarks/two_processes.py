@@ -42,16 +42,21 @@ RESPONSE_DATA = [
 LORA, FULL = ["model.tune=lora"], ["model.tune=full"]
 GENERATED = ["method.online.similarity=trigrams", "method.online.max_new_tokens=8", "method.online.tries=2"]
 MIXED = ["method.mixed.vocabulary=crowds", "method.mixed.max_new_tokens=8"]
+WHOLE_BATCH = "train.gradient_accumulation_steps=3"  # SPO's contrasts of a batch, whose pairs each process orders alone
 BDHS = "configs/vision_language/quickstart.yaml"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A short run: its recipe, and the overrides of its method, data and tuning."""
+    """A short run: its recipe, and the overrides of its method, data and tuning.
+
+    The pairs of a `coupled` method depend on their batch, so one process accumulates two batches of the size of two.
+    """
 
     recipe: str
     overrides: Sequence[str]
     sharded: bool = True
+    coupled: bool = False
 
     def content(self, output: Path, *more: str) -> Content:
         recipe = load_recipe(self.recipe, [*self.overrides, *TRAIN, f"output={output}", *more])
@@ -75,10 +80,10 @@ CASES = {
     "inpo cached": _image("inpo", *FULL, "method.inverter=reference", "method.num_cached_draws=1"),
     "mapo": _image("mapo", *FULL),
     "sft": _image("sft", *FULL, "train.max_grad_norm=null"),
-    "cca": _image("cca", *FULL),
-    "cca lora": _image("cca", *LORA),
+    "cca": replace(_image("cca", *FULL), coupled=True),
+    "cca lora": replace(_image("cca", *LORA), coupled=True),
     "instruct_engine": _image("instruct_engine", *FULL),
-    "spo": _image("spo", "data.limit=12", "method.steps=4", "method.start=1"),
+    "spo": _image("spo", "data.limit=12", "method.steps=4", "method.start=1", WHOLE_BATCH),
     "step_preference": replace(_image("step_preference", "data.limit=60"), sharded=False),
     "dpo": _response("dpo", *FULL, "train.ema=0.9"),
     "dpo lora": _response("dpo", *LORA, "train.gradient_checkpointing=true"),
@@ -121,7 +126,8 @@ def compare(names: Sequence[str], folder: Path) -> dict[tuple[str, str], Result]
         cases["realign"] = Case(CASES["realign"].recipe, overrides)
     histories = {}
     for name, case in cases.items():
-        histories[name] = train(load_recipe(case.content(folder / "one" / name))).history
+        same = ["train.batch_size=2", "train.gradient_accumulation_steps=2"] if case.coupled else []
+        histories[name] = train(load_recipe(case.content(folder / "one" / name, *same))).history
     processes.launch(folder, jobs(cases, folder), timeout=3600)
     results = {}
     for name, case in cases.items():
