@@ -37,19 +37,20 @@ def check_file(path: str | Path, max_bytes: int | None = MAX_BYTES) -> None:
         raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {max_bytes:,}")
 
 
-def read_text(path: Path, remedy: str, place: str = "") -> str:
+def read_text(path: Path, remedy: str, place: str = "", max_bytes: int = MAX_BYTES) -> str:
     """Read a text file in UTF-8.
 
     Args:
         path: the file.
         remedy: the end of the error message: what was expected, or what to do.
         place: the beginning of the error message; the path if not given.
+        max_bytes: the largest size.
 
     Raises:
         ValueError: the file cannot be read, is too large, or is not UTF-8.
     """
     try:
-        check_file(path)
+        check_file(path, max_bytes)
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{place or path} cannot be read ({error.strerror}); {remedy}") from error

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from mmalign.config import SECTIONS, Recipe
 from mmalign.config.base import Choice
 from mmalign.config.methods import find_method
-from mmalign.reading import broken_text
+from mmalign.reading import broken_text, read_text
 
 RENAMED = {  # former paths of options
     "train.accumulate": "train.gradient_accumulation_steps",
@@ -152,16 +152,7 @@ def recipe_class(method: str) -> type[Recipe]:
 def _read(name: str | Path) -> str:
     from mmalign.resources import resolve_recipe
 
-    try:
-        with resolve_recipe(name).open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"{name}: has more than {MAX_BYTES:,} bytes; expected a recipe, a short file in YAML")
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{name}: is not text in UTF-8; expected a recipe in YAML") from None
-    except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror}); expected a recipe, a file in YAML") from None
+    return read_text(resolve_recipe(name), "expected a recipe, a short file in YAML", f"{name}:", MAX_BYTES)
 
 
 def _parse(text: str, location: str) -> object:
@@ -221,7 +212,7 @@ def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[tuple[st
         if part in branches and len(branches) > 1:
             section, branches = next(_sections([branches[part]]), section), {}
             continue
-        path.append(part)
+        path.append(part if len(part) <= SHOWN else f"{part[:SHOWN]}...")
         parent, field = section, section.model_fields.get(part)
         branches = _branches(field) if field is not None else {}
         section = next(_sections(branches.values()), section)

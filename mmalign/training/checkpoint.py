@@ -139,6 +139,7 @@ def _sweep(folder: Path) -> None:
 
 def _hash(path: Path) -> str:
     """Return the hash of a file's content."""
+    check_file(path, None)
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

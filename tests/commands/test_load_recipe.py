@@ -307,7 +307,7 @@ def test_a_file_that_is_no_recipe(text: str, sentence: str, tmp_path: Path) -> N
 
 def test_a_file_that_is_no_text_or_no_file(tmp_path: Path) -> None:
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match=r"image\.yaml: is not text in UTF-8; expected a recipe in YAML"):
+    with pytest.raises(ValueError, match=r"image\.yaml: cannot be read .*; expected a recipe"):
         load_recipe(tmp_path / "image.yaml")
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); expected a recipe, a file in YAML"):
         load_recipe(tmp_path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Schedule
+from mmalign.reading import first_line
 
 TEMPLATE = "chat_template"  # common part of the names of chat template files
 
@@ -71,7 +72,13 @@ def fingerprint_config(net: nn.Module) -> str:
 def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
     """Return a fingerprint of all files that a tokenizer or processor saves; `template` includes its chat template."""
     with tempfile.TemporaryDirectory() as folder:
-        part.save_pretrained(folder)
+        try:
+            part.save_pretrained(folder)
+        except Exception as error:  # for a full disk the library tokenizers raises Exception itself
+            raise ValueError(
+                f"{tempfile.gettempdir()}: a tokenizer could not be written there ({first_line(error)}); free some "
+                "space, or set TMPDIR to another folder"
+            ) from error
         files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
         return fingerprint_settings(
             {name: _content(path) for name, path in files.items() if template or TEMPLATE not in name}
