@@ -22,7 +22,7 @@ from torch import Tensor
 from mmalign.atomic_io import atomic_write, remove_unfinished
 from mmalign.config import Data
 from mmalign.data.caches.fingerprint import fingerprint_settings
-from mmalign.reading import read_as
+from mmalign.reading import check_file, read_as
 
 _FINGERPRINT = "fingerprint.json"
 
@@ -158,10 +158,15 @@ def _names(path: Path) -> list[str] | None:
         ValueError: the file is not a shard of this cache.
     """
     try:
+        check_file(path, None)  # a pipe would be read for ever
         with safe_open(path, "pt") as shard:  # checks names, shapes, offsets and the file's length
             names = list(shard.keys())
     except SafetensorError:
         return None
+    except OSError as error:
+        raise ValueError(
+            f"data.cache: {path} cannot be read ({error.strerror or error}); look at its permissions, or move it away"
+        ) from error
     split = [name.rpartition("|") for name in names]
     fields = {field for _, _, field in split}
     keys = {key for key, _, _ in split}

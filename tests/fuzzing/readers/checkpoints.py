@@ -46,7 +46,7 @@ def read_hashed(folder: Path) -> None:
     files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
     about["hashes"] = {file.name: checkpoint._hash(file) for file in files}
     path.mkdir(exist_ok=True)
-    if files == [file for file in files if file.name != "checkpoint.json"]:
+    if (path / "checkpoint.json") in files:
         (path / "checkpoint.json").write_text(json.dumps(about))
     checkpoint.read(path, IDENTITY)
 
