@@ -6,6 +6,7 @@ import logging
 import shlex
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
 from mmalign.training import checkpoint, loop, verdict
 from mmalign.training.export import RUN_INFO, export
 from mmalign.training.guard import MAX_BAD
-from mmalign.training.launch import open_accelerator
+from mmalign.training.launch import open_accelerator, process_lost
 from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import (
@@ -70,21 +71,31 @@ def train(recipe: Recipe) -> Trained:
         ValueError: the recipe, the data or a checkpoint does not fit.
         FloatingPointError: a loss is not finite; the last checkpoint stays.
         CheckpointError: a checkpoint could not be written; earlier ones stay.
+        ConnectionError: another process of the launch ended or stopped answering.
     """
     preflight.check(recipe, "training")
     output = atomic_io.make_folder("output", Path(recipe.output))
     with atomic_io.folder_lock(output):
-        return _train_locked(recipe, output)
+        try:
+            return _train_locked(recipe, output)
+        except RuntimeError as error:
+            lost = process_lost(error, recipe.limits.rank_timeout, last_saved(output))
+            if lost is None:
+                raise
+            raise lost from error
 
 
 def _train_locked(recipe: Recipe, output: Path) -> Trained:
     """Train in the locked folder `output`."""
+    from accelerate.utils import InitProcessGroupKwargs
+
     # Checks, data and processes, before any model is loaded
     started, options = time.time(), recipe.train
     check_owned(output / "model", RUN_INFO)
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     trackers = options.trackers if options.trackers else None
-    accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output)
+    limit = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.limits.rank_timeout))
+    accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output, kwargs_handlers=[limit])
     for line in methods.requirements_of(recipe.method).check():
         logger.info(line)
 

@@ -111,6 +111,9 @@ class Limits(Section):
     """Limits of a run, after which it saves its state and stops; the same command resumes it."""
 
     hours: float | None = Field(None, gt=0, description="hours of training, from the first update of this command on")
+    rank_timeout: float = Field(
+        30.0, gt=0, description="minutes after which the others stop waiting for a process that does not answer"
+    )
 
 
 class GuardConfig(Section):

@@ -157,3 +157,26 @@ def connect(**options: Any) -> Accelerator:
     if kind not in DISTRIBUTED:
         raise ValueError(f"train: accelerate is set to {kind}, which is not supported; use GPUs or CPUs")
     return accelerator
+
+
+# Words of gloo and NCCL for a process that has ended, or that was waited for in vain
+_LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe", "watchdog caught")
+
+
+def process_lost(error: RuntimeError, minutes: float, saved: str) -> ConnectionError | None:
+    """Return the error for a process that ended or stopped answering; None for any other error.
+
+    Args:
+        error: the error of a collective operation.
+        minutes: the limit of a process's silence.
+        saved: how to resume, as the end of a sentence.
+    """
+    is_library = isinstance(error, torch.distributed.DistError)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not (is_library or any(x in str(error).lower() for x in _LOST)):
+        return None
+    rank, size = os.environ.get("RANK", "0"), int(os.environ["WORLD_SIZE"])
+    who = f"process {1 - int(rank)}" if size == 2 else f"another of {size} processes"
+    return ConnectionError(
+        f"train: {who} ended or stopped answering (process {rank} waits at most limits.rank_timeout: {minutes:g} "
+        f"minutes); {saved}"
+    )

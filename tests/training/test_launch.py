@@ -131,3 +131,17 @@ def test_accelerate_reads_its_config_and_the_launch_is_taken(path: Path, monkeyp
 
 def test_there_is_a_config_of_each_kind() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"one_node", "several_nodes", "fsdp2"}
+
+
+def test_lost_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmalign.training.launch import process_lost
+
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")
+    assert process_lost(gloo, 0.5, "") is None  # one process
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    lost = process_lost(gloo, 0.5, "the same command resumes from checkpoint-00000002")
+    assert (
+        lost is not None and "process 1 ended or stopped answering" in str(lost) and "checkpoint-00000002" in str(lost)
+    )
+    assert process_lost(RuntimeError("shapes differ"), 0.5, "") is None
