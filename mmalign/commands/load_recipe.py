@@ -164,7 +164,8 @@ def _parse(text: str, location: str) -> object:
         raise ValueError(f"{location}: is not a recipe in YAML: {position}{error.problem}") from None
     except RecursionError:
         raise ValueError(f"{location}: is not a recipe in YAML: its brackets are nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # control characters; a date in month 13
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # Control characters, a date in month 13, or a tag on a value of another kind
         raise ValueError(f"{location}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
 
 

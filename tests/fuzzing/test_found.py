@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmalign.commands.gallery import gallery
-from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.load_recipe import _parse, load_recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.caches.array_cache import ArrayCache
@@ -54,6 +54,18 @@ def test_texts_of_rlhfv(text: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", {**RLHFV, "text": text})
     with pytest.raises(ValueError, match=r"rows.jsonl: line 1: text is"):
         responses.open_responses("rlhfv", str(path))
+
+
+def test_rlhfv_without_question_and_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", {"image": "a.png", "question": None})
+    with pytest.raises(ValueError, match=r"rows.jsonl: line 1: text is null"):
+        responses.open_responses("rlhfv", str(path))
+
+
+@pytest.mark.parametrize("tagged", ["!!timestamp a", "!!int a", "!!float []", "!!bool maybe", "!!binary é", "!!set 3"])
+def test_tags_on_other_values(tagged: str) -> None:
+    with pytest.raises(ValueError, match=r"r\.yaml: "):
+        _parse(f"a: {tagged}", "r.yaml")
 
 
 @pytest.mark.parametrize("ranks", [[1, None], [1, "2"], [1, float("nan")], [1, [2]], {"a": 1}])

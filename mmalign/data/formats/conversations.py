@@ -144,10 +144,10 @@ def _rlhfv(location: str, row: Record) -> ParsedRow:
     record: object = row
     if row.get("question") is None:
         try:
-            record = parse_json(str(row["text"]))
+            record = parse_json(str(row.get("text")))
         except ValueError as error:
             raise ValueError(
-                f"{location}: text is {shorten(row['text'])}; expected JSON with a question ({error})"
+                f"{location}: text is {shorten(row.get('text'))}; expected JSON with a question ({error})"
             ) from error
     if not isinstance(record, Mapping):
         raise ValueError(f"{location}: text is {shorten(record)}; expected a record with question, chosen and rejected")
