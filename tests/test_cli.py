@@ -292,6 +292,8 @@ def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_pa
         "diffusion_dpo",
         "update",
         "diffusion_dpo",
+        str(tmp_path / "out" / "model"),
+        "next",
     ]
     expected = ("update ", "warning: gradient factor")
     assert not [line for line in ended.stderr.splitlines() if not line.startswith(expected)]

@@ -61,6 +61,7 @@ class AfterUpdate:
                 self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, loss)
+            self.reporter.verdict = verdict.judge(self._evidence()) if last else ""
             self.save(score)
             if code:
                 raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
@@ -103,7 +104,7 @@ class AfterUpdate:
                 f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
             )
 
-    def evidence(self) -> verdict.Evidence:
+    def _evidence(self) -> verdict.Evidence:
         """Return what the verdict rests on.
 
         Pairs of the training may be known by heart. In the first epoch the loop's own metrics precede a pair's first

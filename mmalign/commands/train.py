@@ -23,7 +23,7 @@ from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
-from mmalign.training import checkpoint, loop, verdict
+from mmalign.training import checkpoint, loop
 from mmalign.training.export import RUN_INFO, export
 from mmalign.training.guard import MAX_BAD
 from mmalign.training.launch import open_accelerator, process_lost
@@ -106,15 +106,17 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     family = loading.load_for_training(recipe, accelerator.device)
     identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)
     saved, folder = _resume.last_checkpoint(recipe, identity), output / "model"
+    reporter = Reporter(accelerator, options.steps, options.log_every, first=saved.step if saved is not None else 0)
     if saved is not None and saved.step == options.steps:
         run = start_run(
             recipe, family, identity, saved, accelerator, reference_cached=True
         )  # no reference: nothing is trained
         export(folder, run)
         accelerator.end_training()
+        reporter.load(run.reports)
         done = "all updates were done already: nothing was trained"
         logger.info(f"{folder}: {done}; raise train.steps to continue, or name another output to begin anew")
-        return Trained(folder, run.progress.step, time.time() - started, done, [])
+        return _result(recipe, run, reporter, started)
     if accelerator.is_main_process:  # only now is the folder known to be this run's
         with atomic_write(output / "recipe.yaml") as part:
             part.write_text(dump_recipe(recipe), encoding="utf-8")
@@ -137,7 +139,6 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
 
     # Training, export and verdict
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
-    reporter = Reporter(accelerator, options.steps, options.log_every, first=run.progress.step)
     reporter.load(run.reports)
     with reporter, StopRequest(recipe.limits.hours) as stop:
         hook = AfterUpdate(recipe, run, data_module, reporter, stop)
@@ -146,19 +147,18 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     _end(recipe, data_module, accelerator)
     if run.train_state.guard.left_out:
         logger.warning(f"train.guard: {run.train_state.guard.left_out} bad updates were left out")
-    sentence = verdict.judge(hook.evidence())
-    logger.info(f"{recipe.method.name}: {sentence}")
-    _describe_result(recipe, folder)
-    return Trained(folder, run.progress.step, time.time() - started, sentence, reporter.history)
+    return _result(recipe, run, reporter, started)
 
 
-def _describe_result(recipe: Recipe, folder: Path) -> None:
-    """Log where the weights are, how other programs load them, and the next command."""
-    logger.info(
-        f"{folder}: the trained model; load it with {modality_of(recipe).loading_hint(recipe.model.tune, folder)}"
-    )
+def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float) -> Trained:
+    """Log the verdict, where the weights are, how other programs load them and the next command; return the result."""
+    folder = Path(recipe.output) / "model"
+    logger.info(f"{recipe.method.name}: {reporter.verdict}")
+    hint = modality_of(recipe).loading_hint(recipe.model.tune, folder)
+    logger.info(f"{folder}: the trained model; load it with {hint}")
     if recipe.evaluate is not None:
         logger.info(f"next: mmalign evaluate {shlex.quote(str(folder.with_name('recipe.yaml')))}")
+    return Trained(folder, run.progress.step, time.time() - started, reporter.verdict, reporter.history)
 
 
 def _describe_updates(recipe: Recipe, data_module: DataModule, num_processes: int) -> str:

@@ -45,6 +45,7 @@ class Reporter:
         history: the mean metrics of every report.
         start: metrics of single pairs before the first update, for a verdict.
         num_measured: training batches that a verdict measures; a run that is extended keeps the number.
+        verdict: a sentence on the run's outcome, after its last update.
     """
 
     def __init__(self, accelerator: Accelerator, steps: int, every: int, *, first: int = 0) -> None:
@@ -62,14 +63,15 @@ class Reporter:
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
         self.start: dict[str, list[float]] = {}
-        self.num_measured = 0
+        self.num_measured, self.verdict = 0, ""
         self._fresh = deque[dict[str, Tensor]](maxlen=NUM_FRESH)
 
     def state(self) -> dict[str, object]:
         """Return the state for a checkpoint: history, fresh updates, and sums of metrics since the last report."""
         sums, *fresh = ({name: x.cpu() for name, x in each.items()} for each in (self.sums, *self._fresh))
         reports = {"count": self.count, "history": self.history, "warned": self.warned, "start": self.start}
-        return {**reports, "num_measured": self.num_measured, "sums": sums, "fresh": fresh}
+        reports |= {"num_measured": self.num_measured, "verdict": self.verdict}
+        return {**reports, "sums": sums, "fresh": fresh}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Load the state of a checkpoint; nothing for an empty one."""
@@ -78,6 +80,7 @@ class Reporter:
             self.sums = {name: value.to(device) for name, value in state["sums"].items()}
             self.count, self.history, self.warned = state["count"], list(state["history"]), state["warned"]
             self.start, self.num_measured = dict(state["start"]), state["num_measured"]
+            self.verdict = state["verdict"]
             self._fresh = deque(state["fresh"], maxlen=NUM_FRESH)
 
     def __enter__(self) -> Reporter:

@@ -83,8 +83,7 @@ def killed(case: Case, models: Path, folder: Path, steps: dict[str, Step], targe
             assert kill is not None
             done.append((command, kill))
         assert ended is not None
-        # After its last checkpoint a run has nothing to train, and does not repeat its verdict
-        if ended.result != steps[command].result and not (done and ended.result["history"] == []):
+        if ended.result != steps[command].result:
             differs.append(f"result of {command}: {ended.result} for {steps[command].result}")
     left, expected = state(folder), steps[command].files
     differs += sorted(file for file in {*left, *expected} if left.get(file) != expected.get(file))
