@@ -201,10 +201,12 @@ def check_python_call(piece: Piece, arguments: Sequence[str]) -> None:
         return
     if arguments[0] == "-m":
         program = importlib.import_module(arguments[1])
-        assert callable(program.main)
-        if arguments[2:]:
-            load_requested(program, program.parse(arguments[2:]))
-        return
+        if program.__name__ != program.__package__:
+            assert callable(program.main)
+            if arguments[2:]:
+                load_requested(program, program.parse(arguments[2:]))
+            return
+        arguments = [f"{arguments[1].replace('.', '/')}/__main__.py", *arguments[2:]]
     name, *options = arguments
     assert (ROOT / name).is_file(), f"{piece}: there is no {name}"
     for option in (word for word in options if word.startswith("--")):

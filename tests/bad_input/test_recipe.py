@@ -109,7 +109,7 @@ def test_missing_tracker_is_refused(tracker: str, mmalign: Commands, content: Co
         ("quickstrat", "did you mean 'configs/text_to_image/quickstart.yaml'"),
         ("configs/text_to_image/quickstrat.yaml", "did you mean 'configs/text_to_image/quickstart.yaml'"),
         ("/nowhere/recipe.yaml", "there is no file or folder '/nowhere/recipe.yaml'"),
-        ("configs", "cannot be read (Is a directory); expected a recipe, a file in YAML"),
+        ("configs", "cannot be read (Is a directory); expected a recipe, a short file in YAML"),
     ],
 )
 def test_a_recipe_that_is_not_there(name: str, sentence: str) -> None:

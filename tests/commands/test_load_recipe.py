@@ -309,7 +309,7 @@ def test_a_file_that_is_no_text_or_no_file(tmp_path: Path) -> None:
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(ValueError, match=r"image\.yaml: cannot be read .*; expected a recipe"):
         load_recipe(tmp_path / "image.yaml")
-    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); expected a recipe, a file in YAML"):
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); expected a recipe, a short file in YAML"):
         load_recipe(tmp_path)
     with pytest.raises(ValueError, match="there is no file or folder"):
         load_recipe(tmp_path / "absent.yaml")

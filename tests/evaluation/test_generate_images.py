@@ -28,7 +28,7 @@ class Painter:
             raise KeyboardInterrupt
         self.calls.append(list(seeds))
         rngs = [np.random.default_rng([seed, len(prompt)]) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for rng in rngs]
+        return [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for rng in rngs]
 
 
 def generate(painter: Any, cache: ImageCache | None) -> list[bytes]:

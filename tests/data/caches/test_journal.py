@@ -8,7 +8,7 @@ import pytest
 from mmalign.data.caches.journal import AppendLog
 
 JOB = {"seed": 1, "settings": {"rho": 0.99}, "name": "ü"}
-PIECES: list[Any] = [[{"text": "A dög.\n"}], [], ["a\udcff", 0.1, None]]
+PIECES: list[Any] = [[{"text": "A dög.\n"}], [], ["a\u2028\U0001f415", 0.1, None]]
 
 
 def filled(path: Path) -> AppendLog[Any]:

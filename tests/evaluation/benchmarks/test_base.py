@@ -79,7 +79,7 @@ def test_amber_scores_and_rates_both_kinds() -> None:
         "questions": [2],
     }
     caption = "A dog in the forest. Two cats!"
-    generative, discriminative = benchmark.score({"descriptions": [caption], "questions": ["No."]})
+    generative, discriminative, _ = benchmark.score({"descriptions": [caption], "questions": ["No."]})
     assert generative.values["CHAIR"] == 1 / 3 and generative.values["Cover"] == 1
     assert discriminative.values["all: accuracy"] == 1 and discriminative.values["all: yes rate"] == 0
     caption_item, claim_item = (items[0] for items in benchmark.parts.values())

@@ -133,7 +133,7 @@ def test_read_responses_beside_their_questions(tmp_path: Path) -> None:
         ('[{"caption": "a"}]', r"""entry 1 has \["caption"\]; expected 'image_id' or 'image'"""),
         ('[{"image_id": 1, "said": "a"}]', "expected 'caption' or 'text' or 'answer' or 'response'"),
         ('[{"image_id": 1, "caption": null}]', "is null; expected a string"),
-        ('[{"image_id": true, "caption": ""}]', "is true; expected a number or a file name"),
+        ('[{"image_id": true, "caption": ""}]', "is true; expected a number or a name"),
         ('[{"image_id": 1, "caption": ""}, {"image_id": "1", "caption": ""}]', "entry 2: duplicate image and question"),
     ],
 )

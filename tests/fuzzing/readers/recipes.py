@@ -8,7 +8,7 @@ from mmalign.commands.load_recipe import load_recipe
 from tests.fuzzing.mutations import ODD_TEXTS
 from tests.fuzzing.rule import Files, Reader
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*_*/*.yaml"))
 VALID = b"method: {name: diffusion_dpo}\nmodel: {path: models/tiny_sd}\ndata: {path: a.parquet, resolution: 32}\n"
 VALID += b"train: {steps: 1, lr: 1e-5}\noutput: runs/x\n"
 KEYS = ["method", "name", "dpo", "spo", "model", "path", "data", "train", "lr", "betas", "evaluate", "loss", "output"]

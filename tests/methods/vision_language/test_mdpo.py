@@ -12,7 +12,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageFeatures
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.methods.vision_language import dpo, mdpo
-from mmalign.methods.vision_language._responses import Contrast
+from mmalign.methods.vision_language._responses import TOKEN, Contrast
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
@@ -34,12 +34,13 @@ def published(cfg: mdpo.Config) -> Any:
     """The published scores of two pairs; the crops have been made."""
     views = ("chosen", "rejected", "chosen_cropped")
     policy_logps = torch.tensor([x for view in views for x in GOLDEN["inputs"]["policy_logps"][view]])
-    reference_logps = (torch.tensor(GOLDEN["inputs"]["ref_logps"][view]) for view in views)
+    reference_logps = [torch.tensor(GOLDEN["inputs"]["ref_logps"][view]) for view in views]
+    reference_scores = dict(zip((*mdpo.VIEWS, TOKEN), (*reference_logps, reference_logps[0]), strict=True))
     given = EncodedResponses(
         [0, 1], Tokens.from_rows([TokenizedResponse((1, 2), 1)] * 6, 0), ImageFeatures({}), torch.ones(2)
     )
     policy: Any = Policy(Given(), policy_logps, policy_logps, None)  # type: ignore[arg-type]
-    return mdpo.loss(policy, Contrast(given, dict(zip(mdpo.VIEWS, reference_logps, strict=True))), cfg)
+    return mdpo.loss(policy, Contrast(given, reference_scores), cfg)
 
 
 def test_the_three_terms_are_the_published_ones() -> None:
