@@ -16,7 +16,7 @@ PACKAGE = Path(mmalign.__file__).parent
 
 # From the bottom to the top. A module of mmalign/ (a file or a folder) imports from its own layer and from lower ones.
 LAYERS = (
-    {"config", "losses", "rng", "registry", "reading", "resources", "atomic_io", "console", "sharding", "weights"},
+    {"config", "losses", "rng", "registry", "reading", "resources", "atomic_io", "console"},
     {"policy", "attention", "diffusion", "language", "rewards", "toy"},
     {"families"},
     {"data"},

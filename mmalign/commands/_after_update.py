@@ -11,9 +11,10 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from mmalign import atomic_io, methods, sharding
+from mmalign import atomic_io, methods
 from mmalign.config import Recipe
 from mmalign.data.data_module import DataModule
+from mmalign.policy import sharding
 from mmalign.training import loop, verdict
 from mmalign.training.measure import NUM_PAIRS, measure_held_out, measure_training
 from mmalign.training.reporter import Reporter

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign import atomic_io, methods, sharding
+from mmalign import atomic_io, methods
 from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import _resume, cache, preflight
 from mmalign.commands._after_update import AfterUpdate
@@ -22,7 +22,7 @@ from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference
+from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference, sharding
 from mmalign.training import checkpoint, loop
 from mmalign.training.export import RUN_INFO, export
 from mmalign.training.guard import MAX_BAD

@@ -16,8 +16,8 @@ from mmalign.diffusion.noise import Schedule
 from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
+from mmalign.policy.sharding import ShardPlan
 from mmalign.rng import KeyedRNG
-from mmalign.sharding import ShardPlan
 
 
 class Family(Protocol):

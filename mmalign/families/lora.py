@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mmalign.weights import sort_metadata
+from mmalign.reading.weights import sort_metadata
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

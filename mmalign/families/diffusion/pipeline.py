@@ -27,8 +27,8 @@ from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.lora import ADAPTERS, ATTENTION, add_lora, save_lora
 from mmalign.families.types import Conditioning, Loading, Moments
 from mmalign.language.tokens import forget_padding
-from mmalign.sharding import ShardPlan
-from mmalign.weights import intact, tensors_only, use_safetensors
+from mmalign.policy.sharding import ShardPlan
+from mmalign.reading.weights import intact, tensors_only, use_safetensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin

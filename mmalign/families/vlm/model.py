@@ -32,10 +32,10 @@ from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
 from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
 from mmalign.language.tokens import TokenizedResponse, Tokens, forget_padding
+from mmalign.policy.sharding import ShardPlan
 from mmalign.reading import first_line
+from mmalign.reading.weights import intact, tensors_only, use_safetensors
 from mmalign.rng import KeyedRNG
-from mmalign.sharding import ShardPlan
-from mmalign.weights import intact, tensors_only, use_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin

@@ -39,6 +39,7 @@ from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, sta
 from mmalign.families.base import VisionLanguage
 from mmalign.language.vocabularies import CROWDS, load_vocabulary
 from mmalign.modalities import loading
+from mmalign.reading.weights import tensors_only
 from mmalign.registry import qualified_name, user_function
 from mmalign.resources import locate
 from mmalign.rewards import open_clip
@@ -59,7 +60,6 @@ from mmalign.synthesis.segments import masker
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 from mmalign.synthesis.unfinished import is_written, unfinished, write_final
 from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
-from mmalign.weights import tensors_only
 
 logger = logging.getLogger(__name__)
 

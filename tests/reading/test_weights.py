@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from mmalign.config import Recipe
 from mmalign.families.loading import load_family, load_vision_language
 from mmalign.families.types import Loading
+from mmalign.reading.weights import RefusedFileError, tensors_only
 from mmalign.rewards import load_reward_model
-from mmalign.weights import RefusedFileError, tensors_only
 from tests.helpers import Folders
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from mmalign import sharding
+from mmalign.policy import sharding
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
