@@ -113,7 +113,8 @@ def _prepared_responses(kind: str, layout: str = "trl", /, **prepare: Any) -> Ca
     def content(models: Path, run: Path) -> Content:
         source = {"path": str(models / "answers/answers.jsonl")}
         section = {"kind": kind, "source": source, "save_every": 2, **prepare}
-        return recipes.vlm(models / "llava", run / "made.jsonl", run / "out", prepare=section, data={"format": layout})
+        data = {"format": layout, "images": str(models / "answers")}
+        return recipes.vlm(models / "llava", run / "made.jsonl", run / "out", prepare=section, data=data)
 
     return Case(content, ("prepare",))
 

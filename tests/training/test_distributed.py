@@ -178,8 +178,11 @@ def test_numbers_and_sentences_are_those_of_one_process(name: str, runs: Runs) -
     counts, numbers = re.compile(r"^\d+ images"), re.compile(r"[-+]?\d+(\.\d+)?(e-\d+)?")
     assert [counts.findall(line) for line in first["lines"]] == [counts.findall(line) for line in lines]
     # The order of the bad images is that in which they were met, and a verdict's last digit may be rounded.
-    # The line "update: 2 processes x 1 pairs ..." tells of the processes.
-    both = ([line.replace("processes", "process") for line in some] for some in (first["lines"], lines))
+    # The line "update: 2 processes x 1 pairs ..." tells of the processes, the last ones of the folder.
+    both = (
+        [line.replace("processes", "process").replace(str(runs.folder / where), "") for line in some]
+        for where, some in (("two", first["lines"]), ("one", lines))
+    )
     assert len({str([sorted(numbers.sub("", line)) for line in some]) for some in both}) == 1
 
 
