@@ -27,10 +27,10 @@ quickstart: $(READY)
 	$(BIN)/mmalign quickstart
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu" --ignore=tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu" --ignore=tests/benchmarks
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(READY)
 	@$(BIN)/ruff check || { echo "lint: mend the lines above; 'make format' mends what can be mended by rule."; exit 1; }

@@ -15,6 +15,8 @@ from packaging.utils import canonicalize_name
 
 import mmalign
 
+pytestmark = pytest.mark.xdist_group("packaging")  # its fixture runs once
+
 ROOT = Path(mmalign.__file__).parent.parent
 MEGABYTE = 1 << 20
 

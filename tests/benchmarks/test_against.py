@@ -25,6 +25,8 @@ from tests.benchmarks.equality import LIMIT, apart_in_float32, first_gradient, r
 from tests.benchmarks.peers import diffusers, trl, use_peer
 from tests.helpers import recipes
 
+pytestmark = pytest.mark.xdist_group("against")  # its fixture runs once
+
 OFF, KEPT = "data.cache='off'", "method.num_cached_draws=2"
 RELEASED = {"name": "diffusion_dpo", "beta": 5000.0}
 

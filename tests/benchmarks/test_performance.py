@@ -38,6 +38,8 @@ from tests.benchmarks.performance import (
 )
 from tests.helpers import data_files, recipes
 
+pytestmark = pytest.mark.xdist_group("performance")  # its fixture runs once
+
 PLAIN = Variant(MMALIGN, "")
 LORA_VARIANTS, FULL_VARIANTS = (COPIED, UNCACHED, CACHED, SEQUENCE, LAST), (MAPO, LOOPED, CHECKPOINTED)
 

@@ -19,6 +19,8 @@ from mmalign.commands.bench import MMALIGN, Measured, Report, bench, costs, rati
 from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import recipes
 
+pytestmark = pytest.mark.xdist_group("bench")  # its fixture runs once
+
 OFF, CHECKPOINTED, NO_REFERENCE = "data.cache='off'", "train.gradient_checkpointing=true", "method.name=mapo"
 
 

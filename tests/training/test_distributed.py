@@ -18,7 +18,7 @@ from tests.helpers import Folders, data_files, processes, recipes
 from tests.helpers.logged import recorded_lines
 from tests.helpers.processes import GRADIENTS, WEIGHTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # its runs are made once
 
 Content = dict[str, Any]
 STEPS = 3
