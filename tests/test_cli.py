@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import mmalign
 from mmalign import cli
 from mmalign.commands import train
+from mmalign.commands._after_update import AfterUpdate
 from mmalign.methods import names
 from mmalign.toy import scenes
 from tests.helpers import data_files, first_fast, recipes
@@ -244,7 +245,7 @@ def test_prepare_writes_pairs_with_two_prompts_that_train_reads(recipe: Path, tm
 def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after its second update, the run goes on from there, and ends as one that was never stopped."""
     run("train", recipe, "--set", f"output={tmp_path / 'whole'}", "--set", "train.steps=4")
-    update = train._Hook.__call__
+    update = AfterUpdate.__call__
 
     def stopped(hook: Any, progress: Any, metrics: Any) -> None:
         update(hook, progress, metrics)
@@ -252,7 +253,7 @@ def test_control_c_says_how_to_go_on(recipe: Path, tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Hook, "__call__", stopped)
+        patch.setattr(AfterUpdate, "__call__", stopped)
         code, printed = refused("train", recipe, "--set", "train.steps=4")
     assert code == 130 and printed.endswith("stopped; the same command resumes from what was saved, if anything was\n")
     assert "resuming from checkpoint-00000002" in run("train", recipe, "--set", "train.steps=4")

@@ -163,7 +163,7 @@ def test_runs_are_evaluated_at_equal_numbers_of_pairs(sources: list[str], tmp_pa
     compare(sources[:1], seeds=1, output=long, overrides=["train.steps=3"])
     assert weights(long / "dpo" / "seed-0") == weights(out / "dpo" / "seed-0-6-pairs")
     text = (out / "comparison.md").read_text()
-    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith("Change")]
+    headings = [line for line in text.splitlines() if re.match("(At the end|After).*:$", line)]
     assert headings == ["At the end of each recipe:", *(f"After {n} pairs each:" for n in (2, 4, 6))]
     assert " --seeds 1 --pairs 6 --pairs 2 --pairs 4`" in text
     calls.clear()

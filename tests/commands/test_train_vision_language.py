@@ -77,7 +77,7 @@ def test_methods_of_several_terms_learn_their_pairs(
         vlm_folders("llava"),
         retrieved,
         tmp_path / "out",
-        method={"name": method},
+        method={"name": method, **({"tokens": "reference"} if method == "povid" else {})},  # the policy's own follow it
         data={"format": "realign"},
         train=options,
     )

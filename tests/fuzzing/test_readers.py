@@ -6,7 +6,7 @@ from tests.fuzzing.mutations import DEVICE, FOLDER, PIPE
 from tests.fuzzing.rule import Reader, check
 from tests.fuzzing.suite import READERS, fuzz
 
-INPUTS = 20
+INPUTS = 12
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)

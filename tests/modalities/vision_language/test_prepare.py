@@ -1,17 +1,12 @@
 """True answers become files of pairs that the readers read, and a stop in the middle changes nothing."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 import mmalign
 from mmalign.commands import prepare
@@ -194,39 +189,6 @@ def test_going_on_after_a_stop_gives_the_same_file(
     assert calls == [2, 2, 2, 2, 1] and "resuming after 4 of 7 rows" in responses
     assert (tmp_path / "made.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not unfinished.exists()
-
-
-KILLER = """
-import os, signal
-calls = []
-def corrupt(pair):
-    calls.append(pair)
-    if len(calls) == 6 and os.environ.get("KILL"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return pair.chosen.replace("a ", "no ") + f" {pair.row % 97}"
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_gone_on_with_by_its_command(content: Any, tmp_path: Path) -> None:
-    (tmp_path / "killer.py").write_text(KILLER)
-    recipes = {}
-    for name in ("whole", "killed"):
-        recipes[name] = tmp_path / f"{name}.yaml"
-        settings = content("povid", f"{name}.jsonl", povid={"corruptor": "killer:corrupt"})
-        recipes[name].write_text(yaml.safe_dump(settings))
-
-    def command(name: str, **more: str) -> int:
-        environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1]), **more}
-        line = [sys.executable, "-m", "mmalign", "prepare", str(recipes[name])]
-        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, timeout=120).returncode
-
-    assert command("whole") == 0
-    assert command("killed", KILL="1") == -signal.SIGKILL
-    assert not (tmp_path / "killed.jsonl").exists()
-    assert len((tmp_path / "killed.jsonl.unfinished").read_text().splitlines()) == 1 + 2
-    assert command("killed") == 0
-    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_unfinished_work_of_other_settings_is_refused(content: Any, tmp_path: Path) -> None:
