@@ -111,8 +111,8 @@ def test_make_knows_its_targets(target: str) -> None:
     assert done.returncode == 0, done.stderr
     wanted = {
         "quickstart": "mmalign quickstart",
-        "check": 'pytest -n 2 -m "not slow and not gpu"',
-        "test": "pytest -n 2",
+        "check": 'pytest -n 2 --dist loadgroup -m "not slow and not gpu"',
+        "test": "pytest -n 2 --dist loadgroup",
         "lint": "/mypy ",
         "docs": "mkdocs build --strict",
         "clean": "rm -rf .venv",
