@@ -70,11 +70,11 @@ def _unusable_reason() -> str | None:
     logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns about the compiled part, which is handled below
     try:
         version = str(importlib.import_module("xformers").__version__)
-        ops = importlib.import_module("xformers.ops")
+        importlib.import_module("xformers.ops")
     except Exception as error:  # a broken compiled package raises many types
         sys.modules["xformers"] = None  # type: ignore[assignment]  # Python's mark of a package that is not there
         return f"it cannot be imported ({_first_line(error)}); pip install 'mmalign[cuda]' installs it again"
-    if not SpecifierSet(SUPPORTED).contains(version) or not hasattr(ops, "memory_efficient_attention"):
+    if not SpecifierSet(SUPPORTED).contains(version):
         return f"xformers {version} is installed, expected xformers{SUPPORTED} (pip install 'xformers{SUPPORTED}')"
     return _missing_kernels_reason(version)
 
@@ -86,8 +86,10 @@ def _missing_kernels_reason(version: str) -> str | None:
     if common._built_with_cuda:
         return None
     if not (fmha.flash.FwOp.is_available() and fmha.cutlass.FwOp.is_available()):
-        info = getattr(importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception, "build_info", None)
-        part = f"is built for PyTorch {info.torch_version}" if info else "has no compiled part"
+        library: Any = importlib.import_module("xformers._cpp_lib")
+        error, part = library._cpp_library_load_exception, "has no compiled part"
+        if isinstance(error, library.xFormersInvalidLibException) and error.build_info is not None:
+            part = f"is built for PyTorch {error.build_info.torch_version}"
         return (
             f"xformers {version} {part}, and PyTorch {torch.__version__} (CUDA {torch.version.cuda or 'none'}) has no "
             "kernels in its place; install the PyTorch that it names, or reinstall xformers"

@@ -53,8 +53,8 @@ class Stage(NamedTuple):
 def compare(
     sources: Sequence[str],
     *,
-    seeds: int,
-    output: Path,
+    seeds: int = 3,
+    output: Path = Path("runs/compare"),
     pairs: Sequence[int] = (),
     overrides: Sequence[str] = (),
     table: Path | None = None,

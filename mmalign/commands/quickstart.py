@@ -22,8 +22,8 @@ RECIPE = "configs/{}/quickstart.yaml"
 def quickstart(
     modality: str = "text_to_image",
     *,
-    seed: int,
-    generate: bool,
+    seed: int = 0,
+    generate: bool = False,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Align a bundled model, evaluate it, and write the numbers and a gallery.

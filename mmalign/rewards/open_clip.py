@@ -28,7 +28,7 @@ class Config(BatchConfig):
     """Options of the reward model."""
 
     pretrained: str | None = None
-    """Where `path` is an architecture of open_clip (`ViT-B-32`): the tag or the file of its weights."""
+    """Tag or file of the weights, if `path` is an architecture of open_clip such as `ViT-B-32`."""
 
 
 class ClipParts(NamedTuple):

@@ -35,7 +35,7 @@ class Guard:
 
     @property
     def is_active(self) -> bool:
-        """Whether finite updates can be bad; the test costs a wait for the GPU."""
+        """True if finite updates can be bad, which costs a wait for the GPU at every update."""
         return self.max_loss is not None or self.max_grad_norm_ratio is not None
 
     def problem(self, loss: float, norm: float) -> str:

@@ -6,7 +6,8 @@ N is the number of images, C a latent's channels, H and W height and width.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def encode(vae: ModelMixin, images: Tensor) -> Moments:
     """Return the posterior of images [N, 3, H, W] in [-1, 1], in the denoiser's scale."""
+    from diffusers.models.autoencoders.vae import EncoderOutput
+
     with _own_dtype(vae):
         encoded = vae.encode(_as_frames(vae, images.to(vae.device, vae.dtype)))
     scale, shift = _scale_and_shift(vae)
-    if not hasattr(encoded, "latent_dist"):  # Sana's autoencoder is deterministic
+    if isinstance(encoded, EncoderOutput):  # Sana's autoencoder is deterministic
         mean = encoded.latent.float()
         return Moments((mean - shift) * scale, torch.zeros_like(mean))
     mean, std = (_without_frames(x.float()) for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
@@ -41,7 +44,7 @@ def decode(vae: ModelMixin, latents: Tensor) -> Tensor:
 
 def _as_frames(vae: ModelMixin, images: Tensor) -> Tensor:
     """Return [N, C, H, W] unchanged, or as [N, C, 1, H, W] for a video autoencoder."""
-    return images.unsqueeze(2) if hasattr(vae.config, "temperal_downsample") else images
+    return images.unsqueeze(2) if "temperal_downsample" in vae.config else images
 
 
 def _without_frames(images: Tensor) -> Tensor:
@@ -56,10 +59,10 @@ def _own_dtype(vae: ModelMixin) -> contextlib.AbstractContextManager[object]:
 
 def _scale_and_shift(vae: ModelMixin) -> tuple[float | Tensor, float | Tensor]:
     """Return s and m of `(latents - m) * s`, numbers or [1, C, 1, 1], which gives the denoiser's scale."""
-    config = vae.config
-    scale: float | Tensor = getattr(config, "scaling_factor", 1.0)
-    shift: float | Tensor = getattr(config, "shift_factor", None) or 0.0
-    if getattr(config, "latents_std", None) is not None:
-        std, mean = (torch.tensor(x, device=vae.device) for x in (config.latents_std, config.latents_mean))
+    config: Mapping[str, Any] = vae.config
+    scale: float | Tensor = config.get("scaling_factor", 1.0)
+    shift: float | Tensor = config.get("shift_factor") or 0.0
+    if config.get("latents_std") is not None:
+        std, mean = (torch.tensor(config[name], device=vae.device) for name in ("latents_std", "latents_mean"))
         scale, shift = scale / std.view(1, -1, 1, 1), mean.view(1, -1, 1, 1)
     return scale, shift
