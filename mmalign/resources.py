@@ -55,19 +55,20 @@ def resolve_recipe(name: str | Path) -> Path:
     try:
         return resolve(name)
     except ValueError:
-        folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), Path())
-        files = [path for path in folder.glob(RECIPES) if str(name) in _short_names(path.relative_to(folder))]
+        files = {short: path for short, path in bundled_recipes().items() if str(name) in (short, path.stem)}
         if len(files) > 1:
-            names = " or ".join(sorted(_short_names(path.relative_to(folder))[1] for path in files))
-            raise ValueError(f"{name}: several bundled recipes have this name; expected {names}") from None
+            expected = " or ".join(files)
+            raise ValueError(f"{name}: several bundled recipes have this name; expected {expected}") from None
         if not files:
             raise
-        return files[0]
+        return next(iter(files.values()))
 
 
-def _short_names(path: Path) -> tuple[str, str]:
-    """Return a recipe's name, and its name with its folder."""
-    return path.stem, path.with_suffix("").as_posix()
+def bundled_recipes() -> dict[str, Path]:
+    """Return the files of all bundled recipes by name, such as "text_to_image/quickstart", sorted."""
+    folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), None)
+    paths = sorted(folder.glob(RECIPES)) if folder is not None else []
+    return {path.relative_to(path.parents[1]).with_suffix("").as_posix(): path for path in paths}
 
 
 def locate(name: str) -> str:

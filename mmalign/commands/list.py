@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -13,15 +12,13 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.config.methods import METHODS
 from mmalign.families import loading
-from mmalign.resources import RECIPES, roots
+from mmalign.resources import bundled_recipes
 
 
 def list_everything(console: Console) -> None:
     """Print the methods by modality, families, reward models and bundled recipes."""
-    folder = next((root / "configs" for root in roots()[1:] if (root / "configs").is_dir()), Path("configs"))
-    recipes = {path: load_recipe(path) for path in sorted(folder.glob(RECIPES))}
-    by_method = defaultdict[str, list[Recipe]](list)
-    for recipe in recipes.values():
+    files, by_method = bundled_recipes(), defaultdict[str, list[Recipe]](list)
+    for recipe in map(load_recipe, files.values()):
         by_method[recipe.method.name].append(recipe)
     for modality, configs in METHODS.items():
         table = Table("method", "reference", "data", "recipes", title=modality, title_justify="left", box=None)
@@ -32,9 +29,8 @@ def list_everything(console: Console) -> None:
     pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
     console.print(f"\nfamilies: {pipelines}, vision_language (AutoModelForImageTextToText)")
     console.print(f"rewards:  {', '.join(rewards.names())}\n\nrecipes:")
-    for path in recipes:
-        first_line = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        console.print(f"  {path.relative_to(folder).with_suffix('')}  {first_line}")
+    for name, path in files.items():
+        console.print(f"  {name}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 def _needs(recipes: list[Recipe]) -> tuple[str, str]:
