@@ -223,8 +223,8 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
     """
     changes = compare_runs([base] * len(runs), runs)
     counts, measures = _counts(base, runs), _run_measures(base)
-    greatest = [float(counts[..., list(base.columns).index(name)].max()) for name in base.means]
-    bounds = [RATE] * len(base.ratios) + [(0.0, value) for value in greatest]
+    averaged = [counts[..., list(base.columns).index(name)] for name in base.means]
+    bounds = [RATE] * len(base.ratios) + [(min(0.0, float(x.min())), float(x.max())) for x in averaged]
     means = cluster_jackknife(counts, measures, base.groups, bounds=bounds)
     values = np.stack([measures(run.sum(0)) for run in counts], axis=-1)
     names = (*base.ratios, *base.means)

@@ -281,7 +281,8 @@ def _rule_of_three(estimate: float, bounds: tuple[float, float], num_groups: int
     """
     share = 1 - (1 - LEVEL) ** (1 / num_groups)
     low, high = ((1 - share) * estimate + share * bound for bound in bounds)
-    p_value = None if bounds == RATE else (bounds[1] / (bounds[1] + abs(estimate))) ** num_groups
+    is_difference = bounds[0] < 0 < bounds[1]
+    p_value = (bounds[1] / (bounds[1] + abs(estimate))) ** num_groups if is_difference else None
     return Interval(estimate, low, high, p_value)
 
 

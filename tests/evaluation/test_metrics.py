@@ -92,6 +92,19 @@ def test_one_run_has_the_intervals_of_a_comparison() -> None:
     assert statistics.means["rate"] == AFTER.intervals["rate"]
 
 
+def test_mean_of_negative_scores_lies_in_its_interval() -> None:
+    """Four scores each of -2.1, -2 and -1.9 have the mean -2 and the error sqrt(0.08 / 132), with t_11 = 2.200985."""
+    keys, columns = tuple(range(12)), {"score": np.array([-2.1, -2.0, -1.9] * 4), "all": np.ones(12)}
+    toy = Metrics("toy", keys, keys, columns, {"rate": ratio("all", "all")}, ("score",))
+    mean, reach = summarize_runs(toy, [toy]).means["score"], 2.200985 * (0.08 / 132) ** 0.5
+    assert (mean.estimate, mean.low, mean.high) == pytest.approx((-2, -2 - reach, -2 + reach))
+
+
+def test_runs_without_any_word_have_a_mean() -> None:
+    silent = replace(BEFORE, columns={**BEFORE.columns, "words": np.zeros(3)})
+    assert summarize_runs(BEFORE, [silent, silent]).means["words"].as_dict() == {"estimate": 0, "low": 0, "high": 0}
+
+
 def test_short_table_has_the_headline_metrics() -> None:
     before, after = (replace(side, headline=("words",)) for side in (BEFORE, AFTER))
     assert [row[0] for row in compare(before, after).table(short=True)] == ["toy", "words"]
