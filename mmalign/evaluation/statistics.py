@@ -83,6 +83,11 @@ def ties(first: ArrayLike, second: ArrayLike, scale: ArrayLike = 0.0) -> NDArray
     return within
 
 
+def outcomes(scores: ArrayLike, others: ArrayLike, scale: ArrayLike = 0.0) -> Values:
+    """Return 1 where the first score is higher, 0 where it is lower, and 0.5 where both tie as in `ties`."""
+    return np.where(ties(scores, others, scale), 0.5, np.greater(scores, others))
+
+
 def proportion(outcomes: ArrayLike, groups: Sequence[Hashable] | None = None) -> Interval:
     """Return the mean of N outcomes in [0, 1], with the interval of a rate (`cluster_jackknife`).
 

@@ -11,6 +11,7 @@ from mmalign.evaluation.statistics import (
     Interval,
     cluster_jackknife,
     correct,
+    outcomes,
     paired,
     paired_difference,
     proportion,
@@ -54,6 +55,7 @@ def test_proportion_refuses_outcomes(outcomes: list[float]) -> None:
 def test_ties_agree_to_rounding() -> None:
     assert ties([21.5, 21.5, 0.0, 1e-9], [21.50001, 21.6, 0.0, 0.0]).tolist() == [True, False, True, True]
     assert ties(1e-5, 0.0, scale=100.0) and not ties(1e-5, 0.0)
+    assert outcomes([21.5, 21.6, 21.4], [21.50001, 21.5, 21.5]).tolist() == [0.5, 1, 0]
 
 
 def test_paired_difference_by_hand() -> None:

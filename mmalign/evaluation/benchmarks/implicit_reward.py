@@ -2,8 +2,8 @@
 
 As in arXiv:2311.12908, section 5.3, a pair is right if the model's score prefers the chosen image or response by more
 than the base model's does. An image has the denoising score, averaged over several draws of time and noise. A response
-has its log-probability. A tie (`statistics.ties`) is half right, as in the training log, so an
-unchanged model has accuracy 1/2. The ratio of ties is reported beside it.
+has its log-probability. A tie (`statistics.ties`) is half right, as in the training log, so an unchanged model has
+accuracy 1/2. The ratio of ties is reported beside it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmalign.data.loaders.batches import EncodedPairs, EncodedResponses
 from mmalign.evaluation.metrics import Table
-from mmalign.evaluation.statistics import Interval, proportion, ties
+from mmalign.evaluation.statistics import Interval, outcomes, proportion
 from mmalign.families.base import TextToImage, VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods.text_to_image import _denoising
@@ -121,7 +120,7 @@ def accuracy(
     Raises:
         ValueError: there is no pair.
     """
-    outcomes: list[float] = []
+    is_right: list[float] = []
     names: list[Hashable] = []
     gains = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
@@ -138,12 +137,12 @@ def accuracy(
         # Means over the draws, without padding
         is_pair = batch.weights > 0
         margin, size = (torch.stack(values).mean(0)[is_pair].double().cpu().numpy() for values in (margins, sizes))
-        outcomes += np.where(ties(margin, 0.0, size), 0.5, margin > 0).tolist()
+        is_right += outcomes(margin, 0.0, size).tolist()
         names += [groups[row] for row, kept in zip(batch.rows, is_pair.tolist(), strict=True) if kept]
         gains += torch.stack(moved).mean(0)[:, is_pair].sum(1).double().cpu()
-    if not outcomes:
+    if not names:
         raise ValueError(
             "implicit: the validation split has no pair to score; raise data.validation_fraction, or give more pairs"
         )
-    chosen, rejected = (gains / len(outcomes)).tolist()
-    return ImplicitAccuracy(tuple(outcomes), tuple(names), chosen, rejected, num_noise_samples)
+    chosen, rejected = (gains / len(names)).tolist()
+    return ImplicitAccuracy(tuple(is_right), tuple(names), chosen, rejected, num_noise_samples)

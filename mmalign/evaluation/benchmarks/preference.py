@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mmalign.evaluation.metrics import Metrics, Table, ratio
-from mmalign.evaluation.statistics import paired_difference, proportion, ties
+from mmalign.evaluation.statistics import outcomes, paired_difference, proportion
 
 
 def measure_scores(
@@ -19,12 +19,10 @@ def measure_scores(
 ) -> Metrics:
     """Return the win rate over the base model and the mean score.
 
-    A win is a higher score, and a tie is half a win. Scores tie as in `statistics.ties`. All arguments
-    are [N]. Keys are prompt and seed, and groups are prompts.
+    A tie is half a win (`statistics.outcomes`). All arguments are [N]. Keys are prompt and seed, groups are prompts.
     """
     own, base = np.asarray(scores, dtype=np.float64), np.asarray(base_scores, dtype=np.float64)
-    wins = np.where(ties(own, base), 0.5, 0.5 + 0.5 * np.sign(own - base))
-    columns = {"images": np.ones(len(own)), "wins": wins, "mean score": own}
+    columns = {"images": np.ones(len(own)), "wins": outcomes(own, base), "mean score": own}
     return Metrics("preference", keys, groups, columns, {"win rate": ratio("wins", "images")}, ("mean score",))
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
 from mmalign.evaluation.metrics import SIDES, Table
-from mmalign.evaluation.statistics import Interval, paired_difference, proportion, ties
+from mmalign.evaluation.statistics import Interval, outcomes, paired_difference, proportion
 from mmalign.families.step_judge import StepJudge
 from mmalign.methods.text_to_image.step_preference import predict_images
 from mmalign.policy import Policy
@@ -93,7 +92,7 @@ def accuracy(
     last, is_flow = family.denoiser.schedule.num_timesteps - 1, isinstance(family.denoiser.schedule, Flow)
     if not all(0 <= time <= last for time in times):
         raise ValueError(f"evaluate.times: expected timesteps from 0 to {last}, got {list(times)}")
-    outcomes: dict[str, list[list[float]]] = {side: [[] for _ in times] for side in SIDES}
+    is_right: dict[str, list[list[float]]] = {side: [[] for _ in times] for side in SIDES}
     names: list[Hashable] = []
     for batch in batches:
         ids, is_pair = family.tokens(batch.prompts), batch.weights > 0
@@ -109,12 +108,12 @@ def accuracy(
             assert before is not None
             for side, scores in zip(SIDES, (before, family.score(policy.unwrapped, pixels, ids, t)), strict=True):
                 chosen, rejected = (part[is_pair].double().cpu().numpy() for part in scores.chunk(2))
-                outcomes[side][index] += np.where(ties(chosen, rejected), 0.5, chosen > rejected).tolist()
+                is_right[side][index] += outcomes(chosen, rejected).tolist()
         names += [groups[row] for row, kept in zip(batch.rows, is_pair.tolist(), strict=True) if kept]
     if not names:
         raise ValueError(
             "steps: the validation split has no pair to score; raise data.validation_fraction, or give more pairs"
         )
     return StepAccuracy(
-        tuple(times), tuple(names), {side: tuple(map(tuple, lists)) for side, lists in outcomes.items()}
+        tuple(times), tuple(names), {side: tuple(map(tuple, lists)) for side, lists in is_right.items()}
     )
