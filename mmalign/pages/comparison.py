@@ -37,6 +37,11 @@ class HeadlineMetric(NamedTuple):
         """Format a mean, or a signed change; ratios in percent."""
         return interval.points(signed=signed) if self.is_ratio else str(interval)
 
+    def format_difference(self, difference: Interval) -> str:
+        """Format a difference in Markdown, bold if it survives the correction."""
+        text = self.format(difference, signed=True)
+        return f"**{text}**" if difference.is_certain else text
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -159,15 +164,7 @@ def _difference_table(
     """Return a table of differences with its title, bold where they survive the correction."""
     number = len(rows) * len(metrics)
     cells = [
-        [
-            name,
-            *(
-                f"**{metric.format(difference, signed=True)}**"
-                if difference.is_certain
-                else metric.format(difference, signed=True)
-                for metric, difference in zip(metrics, differences, strict=True)
-            ),
-        ]
+        [name, *(metric.format_difference(cell) for metric, cell in zip(metrics, differences, strict=True))]
         for name, differences in rows.items()
     ]
     heading = f"{title}; bold where it survives Holm's correction for {number} comparisons, at 5 %:"
@@ -209,15 +206,18 @@ def add_differences(
     first = base.measured[0][0]
     sign = -1 if first.headline_names[0] in first.errors else 1
     scores = {i: sign * row.metrics[0].mean.estimate for i, row in enumerate(rows) if row.method in baselines}
-    best = max(scores, key=lambda index: scores[index]) if scores else None
-    others = [index for index in range(len(rows)) if best is not None and index != best]
-    from_best = dict(zip(others, families([differences(best, i) for i in others if best is not None]), strict=True))
+    from_best: dict[int, tuple[str, tuple[Interval, ...]]] = {}
+    if scores:
+        best = max(scores, key=lambda index: scores[index])
+        others = [index for index in range(len(rows)) if index != best]
+        corrected = families([differences(best, index) for index in others])
+        from_best = {index: (rows[best].name, cells) for index, cells in zip(others, corrected, strict=True)}
     return [
         replace(
             row,
             changes=changes[index],
             against={rows[before].name: by_pair[before, index] for before in range(index)},
-            baseline=(rows[best].name, from_best[index]) if best is not None and index in from_best else None,
+            baseline=from_best.get(index),
         )
         for index, row in enumerate(rows)
     ]
