@@ -12,10 +12,12 @@ from mmalign.attention import choice
 from mmalign.config import ImageData, Recipe, RewardConfig
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
+from mmalign.families.loading import local_folder
 from mmalign.families.types import Loading
 from mmalign.modalities import modality_of
 from mmalign.modalities.prompts import located
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
+from mmalign.resources import resolve_model
 from mmalign.rewards import RewardModel, load_reward_model, reward_config
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,18 @@ def load_for_training(recipe: Recipe, device: torch.device) -> Any:
     if recipe.train.compile:
         compile_blocks(family.blocks(family.network))
     return family
+
+
+def find_local(name: str, revision: str | None) -> str:
+    """Return the folder of a model that needs no download.
+
+    Raises:
+        ValueError: the model is on the Hub and not in the local cache.
+    """
+    folder = local_folder(resolve_model(name), revision)
+    if folder is None:
+        raise ValueError(f"{name} is on the Hub and not in the local cache; download it")
+    return folder
 
 
 def disable_progress_bars() -> None:

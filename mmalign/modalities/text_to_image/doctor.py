@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 from mmalign.config import EvaluateImages, Recipe
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs
-from mmalign.families import loading
-from mmalign.modalities.loading import disable_progress_bars
+from mmalign.families.loading import load_tokenizers
+from mmalign.modalities.loading import disable_progress_bars, find_local
 from mmalign.modalities.prompts import load_prompts
-from mmalign.resources import resolve_model
 
 
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:
@@ -22,10 +21,7 @@ def count_truncated(name: str, revision: str | None) -> Callable[[Sequence[str]]
     """Return a function that counts the prompts that a pipeline's text encoder cuts, if the pipeline is local."""
     try:
         disable_progress_bars()
-        folder = loading.local_folder(resolve_model(name), revision)
-        if folder is None:
-            return NotChecked(f"{name} is on the Hub and not in the local cache; download it")
-        return loading.load_tokenizers(folder, revision).count_truncated
+        return load_tokenizers(find_local(name, revision), revision).count_truncated
     except ValueError as error:
         return NotChecked(str(error))
 

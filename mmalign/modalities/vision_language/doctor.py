@@ -6,10 +6,9 @@ from functools import partial
 
 from mmalign.config import EvaluateResponses, Recipe, ResponseData
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs, ResponseTokens
-from mmalign.families import loading
-from mmalign.modalities.loading import disable_progress_bars
+from mmalign.families.loading import load_processor
+from mmalign.modalities.loading import disable_progress_bars, find_local
 from mmalign.modalities.vision_language.evaluate import read_benchmark
-from mmalign.resources import resolve_model
 
 
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:
@@ -22,10 +21,7 @@ def _tokens(recipe: Recipe) -> ResponseTokens | NotChecked:
     model = recipe.model
     try:
         disable_progress_bars()
-        folder = loading.local_folder(resolve_model(model.path), model.revision)
-        if folder is None:
-            return NotChecked(f"{model.path} is on the Hub and not in the local cache; download it")
-        processor = loading.load_processor(folder, model.revision)
+        processor = load_processor(find_local(model.path, model.revision), model.revision)
     except ValueError as error:
         return NotChecked(str(error))
     return ResponseTokens(processor, min(processor.max_length, recipe.data.max_length or processor.max_length))
