@@ -6,7 +6,7 @@ B pairs; rows are the prompts with the chosen responses first, then with the rej
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -113,16 +113,8 @@ class ResponsePairReader:
         self, pair: ResponsePair, views: dict[str, ImageView]
     ) -> tuple[TokenizedResponse, TokenizedResponse, TokenizedResponse | None]:
         """Return the rows of the chosen, the rejected, and with the other images again the chosen response."""
-
-        def rows(refs: Sequence[ImageRef]) -> list[TokenizedResponse]:
-            """Tokenize the prompt with these images, once with either response."""
-            named = [(ref.key, views[ref.key]) for ref in refs]
-            return self.processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected], named)
-
-        chosen, rejected = rows(pair.images)
-        if pair.rejected_images != pair.images:
-            _, rejected = rows(pair.rejected_images)
-        other = rows(pair.other_images)[0] if self.other_images else None
+        chosen, rejected = tokenize_sides(self.processor, pair, views)
+        other = _tokenize_with(self.processor, pair, pair.other_images, views)[0] if self.other_images else None
         chosen, rejected = cut_tail(chosen, self.max_length), cut_tail(rejected, self.max_length)
         if other is not None:
             chosen, other = _equal_lengths(chosen, cut_tail(other, self.max_length))
@@ -147,6 +139,29 @@ class ResponsePairReader:
 
 
 ResponsePairLoader = Loader[ResponsePair, ResponseExample, ResponsePairBatch]
+
+
+def tokenize_sides(
+    processor: PromptProcessor, pair: ResponsePair, views: Mapping[str, ImageView]
+) -> tuple[TokenizedResponse, TokenizedResponse]:
+    """Return the rows of the chosen and of the rejected response, uncut, each with its own images.
+
+    Raises:
+        KeyError: an image has no view.
+        ValueError: the placeholders do not match the images.
+    """
+    chosen, rejected = _tokenize_with(processor, pair, pair.images, views)
+    if pair.rejected_images != pair.images:
+        _, rejected = _tokenize_with(processor, pair, pair.rejected_images, views)
+    return chosen, rejected
+
+
+def _tokenize_with(
+    processor: PromptProcessor, pair: ResponsePair, images: Sequence[ImageRef], views: Mapping[str, ImageView]
+) -> list[TokenizedResponse]:
+    """Return the rows of the prompt with these images, once with either response."""
+    named = [(ref.key, views[ref.key]) for ref in images]
+    return processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected], named)
 
 
 def _equal_lengths(first: TokenizedResponse, second: TokenizedResponse) -> tuple[TokenizedResponse, TokenizedResponse]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from mmalign.data.loaders.response_pairs import tokenize_sides
 from mmalign.data.pairs import ResponsePair
 from mmalign.doctor.checks.rows import skipped
 from mmalign.doctor.corpus import Case, Corpus, NotChecked, ResponseTokens
@@ -58,14 +59,9 @@ def _budget_problem(case: Case, views: Mapping[str, ImageView], tokens: Response
         ValueError: the placeholders do not match the images.
     """
     assert isinstance(case.pair, ResponsePair)
-    limit, rows = tokens.max_length, []
-    for number, side in enumerate((case.chosen, case.rejected)):
-        named = [(ref.key, views[ref.key]) for ref in side.images]
-        rows.append(
-            tokens.processor.tokenize_responses(case.pair.turns, [case.pair.chosen, case.pair.rejected], named)[number]
-        )
-    chosen, rejected = rows
-    start, longest = max(row.start for row in rows), max(len(row.ids) for row in rows)
+    limit = tokens.max_length
+    chosen, rejected = tokenize_sides(tokens.processor, case.pair, views)
+    start, longest = max(chosen.start, rejected.start), max(len(chosen.ids), len(rejected.ids))
     if start >= limit:
         return f"the prompt with its images has {start:,} tokens, the limit is {limit:,}; the pair is skipped"
     if longest <= limit:
