@@ -1,5 +1,7 @@
 """Reader of a gallery's page, for tests."""
 
+import base64
+import hashlib
 import html
 import re
 from html.parser import HTMLParser
@@ -40,6 +42,11 @@ class Page(HTMLParser):
     def values(self, tag: str, name: str) -> list[str]:
         """Return an attribute's values over the tags of one kind that have it."""
         return [str(values[name]) for text, values in self.tags if text == tag and name in values]
+
+
+def digest(text: str) -> str:
+    """Return the source by which a content policy allows an inline style or script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def visible(markup: str) -> str:

@@ -1,7 +1,5 @@
 """Content policy of the pages: their own style and script run, and nothing that a caption or an answer brings."""
 
-import base64
-import hashlib
 import re
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from mmalign.evaluation.benchmarks.base import RatedAnswer
 from mmalign.pages import answers, pictures
 from mmalign.pages.page import GalleryEntry, PageLayout, write_page
 from tests.helpers.chromium import rendered
-from tests.helpers.page_reader import Page
+from tests.helpers.page_reader import Page, digest
 
 RUN = "document.documentElement.dataset.run=1"
 HOSTILE = (
@@ -49,10 +47,6 @@ def write(folder: Path, layout: PageLayout, entry: object) -> Path:
     return write_page(
         folder, entries, layout, title=text, summary=summary, score_name=text, provenance={"model": text, text: text}
     )
-
-
-def digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @pytest.mark.parametrize(("layout", "entry"), KINDS, ids=NAMES)
