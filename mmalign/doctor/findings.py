@@ -10,7 +10,6 @@ from mmalign.data.pairs import ImageRef
 from mmalign.doctor.corpus import Case, Corpus, Kind, NotChecked
 
 Level = Literal["error", "warning"]
-ALL: tuple[Kind, ...] = ("image pairs", "response pairs", "prompts")
 PAIRS: tuple[Kind, ...] = ("image pairs", "response pairs")
 
 
@@ -63,10 +62,10 @@ class Finding:
 
 def place(case: Case, detail: str) -> Place:
     """Return the place of a pair, with its texts and images to show."""
-    images = [("chosen", ref) for ref in case.chosen.images]
-    if case.rejected.images != case.chosen.images:
-        images += [("rejected", ref) for ref in case.rejected.images]
-    else:
+    if case.rejected.images == case.chosen.images:
         images = [("shared", ref) for ref in case.chosen.images]
+    else:
+        sides = (("chosen", case.chosen), ("rejected", case.rejected))
+        images = [(name, ref) for name, side in sides for ref in side.images]
     texts = [("prompt", case.prompt), ("chosen", case.chosen.text), ("rejected", case.rejected.text)]
     return Place(case.location, detail, tuple(text for text in texts if text[1]), tuple(images))

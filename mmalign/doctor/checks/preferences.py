@@ -22,23 +22,23 @@ def identical(corpus: Corpus) -> list[Place]:
 
 def near_identical(corpus: Corpus) -> list[Place]:
     """Return the other pairs whose sides differ by compression, scaling, case, punctuation or slips of the pen."""
-    return [
-        place(
-            case, f"the {'images' if case.chosen.images != case.rejected.images else 'responses'} are nearly the same"
-        )
-        for case in corpus.cases
-        if case.same_pictures and nearly_same_text(case.chosen.text, case.rejected.text) and not _equal(case)
-    ]
+    places = []
+    for case in corpus.cases:
+        if case.same_pictures and nearly_same_text(case.chosen.text, case.rejected.text) and not _equal(case):
+            differing = "images" if case.chosen.images != case.rejected.images else "responses"
+            places.append(place(case, f"the {differing} are nearly the same"))
+    return places
 
 
 def contradictions(corpus: Corpus) -> list[Place]:
     """Return one place for each two sides of a prompt of which either is preferred in some row."""
     places = []
     for edges in _preferences(corpus).values():
-        order = {edge: number for number, edge in enumerate(edges)}
+        seen = set[tuple[Node, Node]]()
         for (better, worse), cases in edges.items():
-            opposite = edges.get((worse, better), [])
-            if order.get((worse, better), -1) > order[better, worse]:
+            seen.add((better, worse))
+            opposite = edges.get((worse, better))
+            if opposite and (worse, better) not in seen:
                 others = ", ".join(case.location for case in [*cases[1:], *opposite])
                 places.append(place(cases[0], f"labelled the other way: {others}"))
     return places
