@@ -20,7 +20,7 @@ from mmalign.doctor.corpus import TRAINING, VALIDATION, Corpus, NotChecked, Reci
 from mmalign.doctor.report import FailOn, examine
 from mmalign.modalities import modality_of
 from mmalign.registry import check_known
-from mmalign.resources import resolve_recipe
+from mmalign.resources import bundled_recipes
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,7 @@ def _is_recipe(source: str) -> bool:
     """Return whether an argument is a recipe: a YAML file, or the short name of a bundled one."""
     if source.endswith((".yaml", ".yml")) or os.path.exists(source):
         return source.endswith((".yaml", ".yml"))
-    try:
-        resolve_recipe(source)
-    except ValueError:
-        return False
-    return True
+    return any(source in (name, path.stem) for name, path in bundled_recipes().items())
 
 
 def open_recipe(name: str, overrides: Sequence[str] = ()) -> Corpus:

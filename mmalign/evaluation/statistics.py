@@ -84,7 +84,13 @@ def ties(first: ArrayLike, second: ArrayLike, scale: ArrayLike = 0.0) -> NDArray
 
 
 def outcomes(scores: ArrayLike, others: ArrayLike, scale: ArrayLike = 0.0) -> Values:
-    """Return 1 where the first score is higher, 0 where it is lower, and 0.5 where both tie as in `ties`."""
+    """Return 1 where the first score is higher, 0 where it is lower, and 0.5 where both tie as in `ties`.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    if not (np.isfinite(scores).all() and np.isfinite(others).all()):
+        raise ValueError("outcomes: a score is not finite, so nobody can say which side is better; check the models")
     return np.where(ties(scores, others, scale), 0.5, np.greater(scores, others))
 
 

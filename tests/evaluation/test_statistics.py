@@ -299,3 +299,10 @@ def test_p_value_is_where_the_interval_ends_at_0(num_runs: int) -> None:
 def test_changes_that_cancel_in_every_group_are_not_certain() -> None:
     interval = paired_difference([0, 1] * 6, [1, 0] * 6, np.repeat(range(6), 2).tolist())
     assert interval.low < -0.1 and interval.high > 0.1 and interval.p == 1
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_score_that_is_not_finite_has_no_outcome(score: float) -> None:
+    """A comparison with NaN is false, which would count as a loss."""
+    with pytest.raises(ValueError, match="a score is not finite"):
+        outcomes([1.0, score], [0.0, 0.0])
