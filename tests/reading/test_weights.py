@@ -1,11 +1,9 @@
 """Files of models that could run code: refused, or read as tensors alone, for every kind of model."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,20 +15,11 @@ from mmalign.families.types import Loading
 from mmalign.reading.weights import RefusedFileError, tensors_only
 from mmalign.rewards import load_reward_model
 from tests.helpers import Folders
+from tests.helpers.hostile import Hostile
 
 CPU = torch.device("cpu")
 ALLOW = "set allow_pickle: true in the recipe"
 Load = Callable[[Path, bool], object]
-
-
-class Hostile:
-    """Object whose pickle writes a file when it is read without care."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
 
 
 def family(path: Path, allow: bool) -> object:

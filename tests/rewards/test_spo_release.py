@@ -4,7 +4,6 @@ The release's files have 4 GB, so the tests write random weights with its names 
 """
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from mmalign.rewards import load_reward_model, step_aware
 from tests.helpers import clip_models, diffusion_models
+from tests.helpers.hostile import Hostile
 
 PROMPTS = ["a red circle", "two blue stars", "a red circle", "", "green"]
 TIMES = torch.tensor([0, 301, 301, 951, 1])
@@ -141,18 +141,8 @@ def test_other_weights_are_refused_by_name(
     assert named in str(raised.value)
 
 
-class Thief:
-    """An object that runs a command where it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.file),)
-
-
 def test_a_pickle_runs_no_code(weights: dict[str, Tensor], clip: str, tmp_path: Path) -> None:
-    torch.save({**weights, "model.x": Thief(tmp_path / "stolen")}, tmp_path / FILE)
+    torch.save({**weights, "model.x": Hostile(tmp_path / "stolen")}, tmp_path / FILE)
     with pytest.raises(ValueError, match="holds more than tensors"):
         load_reward_model("step_aware", str(tmp_path), weights=FILE, clip=clip, allow_pickle=True)
     assert not (tmp_path / "stolen").exists()
