@@ -77,19 +77,32 @@ def use_safetensors(path: str | Path, allow_pickle: bool) -> bool | None:
 
 @contextlib.contextmanager
 def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> Iterator[None]:
-    """Turn any error of a library that loads damaged, incomplete or refused files into a ValueError of one sentence."""
+    """Turn errors of loading into a sentence, as `one_sentence` does; `kind` is what the path should hold."""
+    here = "it may be incomplete: copy it again"
+    mend = mend or (here if Path(path).exists() else "check the name and your connection, or give a local folder")
+    with one_sentence(f"{key}: {path} could not be loaded as {kind}", path, mend):
+        yield
+
+
+@contextlib.contextmanager
+def one_sentence(problem: str, path: str | Path, mend: str) -> Iterator[None]:
+    """Turn any error of a library that loads damaged, incomplete or refused files into a ValueError of one sentence.
+
+    Args:
+        problem: the beginning of the sentence.
+        path: the files.
+        mend: the end of the sentence, unless the error has its own remedy.
+    """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    # For damaged files diffusers, transformers and safetensors raise half a dozen kinds of error.
+    # For damaged files diffusers, transformers, open_clip and safetensors raise half a dozen kinds of error.
     except Exception as error:
-        here = "it may be incomplete: copy it again"
-        mend = mend or (here if Path(path).exists() else "check the name and your connection, or give a local folder")
-        raise ValueError(f"{key}: {path} could not be loaded as {kind} {explain(error, path, mend)}") from error
+        raise ValueError(f"{problem} {_explain(error, path, mend)}") from error
 
 
-def explain(error: BaseException, path: str | Path, mend: str) -> str:
+def _explain(error: BaseException, path: str | Path, mend: str) -> str:
     """Return "(reason); remedy" of an error of loading: the file that was refused or is damaged, else `mend`."""
     causes = list(_causes(error))
     refused = next((cause for cause in causes if isinstance(cause, RefusedFileError)), None)

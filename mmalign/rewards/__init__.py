@@ -6,8 +6,8 @@ A reward model's file has a `Config` (a frozen pydantic model of its options in 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from mmalign import registry
-from mmalign.reading.weights import explain, tensors_only
+from mmalign.reading.weights import one_sentence, tensors_only
 
 
 class BatchConfig(BaseModel):
@@ -99,15 +99,9 @@ def load_reward_model(
         return checked_reward_model(name, reward_module(name).load(path, torch.device(device), cfg))
 
 
-@contextlib.contextmanager
-def readable(name: str, path: str, mend: str) -> Iterator[None]:
+def readable(name: str, path: str, mend: str) -> AbstractContextManager[None]:
     """Turn any error of a library that loads a reward model into a ValueError of one sentence; `mend` is its end."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # open_clip, transformers, torch and safetensors each have their own kinds
-        raise ValueError(f"reward {name}: cannot load {path!r} {explain(error, path, mend)}") from error
+    return one_sentence(f"reward {name}: cannot load {path!r}", path, mend)
 
 
 def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:

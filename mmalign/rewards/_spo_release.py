@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmalign.reading.weights import RefusedFileError
 from mmalign.resources import resolve_model
+from mmalign.rewards import readable
 from mmalign.rewards.transformers_clip import renamed
 
 if TYPE_CHECKING:
@@ -124,19 +123,10 @@ def _located(path: str, name: str) -> Path:
 
 def _tensors(file: Path) -> Mapping[str, Tensor]:
     """Return the tensors of a safetensors file, or of a pickle that holds nothing else."""
-    try:
+    with readable("step_aware", str(file), "copy it again"):
         if file.suffix == ".safetensors":
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"reward step_aware: cannot read {file} ({error}); copy it again") from error
-    except RefusedFileError as error:
-        raise ValueError(f"reward step_aware: {error}") from error
-    except Exception as error:  # a damaged pickle can raise any
-        raise ValueError(
-            f"reward step_aware: {file} is damaged, or a pickle of more than tensors, which is not read because it "
-            "could run code; copy it again, or convert its weights to safetensors"
-        ) from error
     if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"reward step_aware: {file} holds no weights by name; expected tensors such as {PREFIX}...")
     return weights
