@@ -106,7 +106,7 @@ class ImagePairReader:
             except BadImage as error:
                 skipped.append(error.skipped)
         if not skipped and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
-            skipped = [SkippedRow(pair.location, SAME_SIDES)]
+            skipped = [SkippedRow(pair.location, SAME_SIDES, "same sides")]
         if skipped:
             return skipped
         crop, flip = self.transform.crop, self.transform.flip
@@ -122,7 +122,7 @@ class ImagePairReader:
             sides = [cache.get(key) for key in keys]
             latents = ((x, sides[1][name]) for name, x in sides[0].items() if name != SIZES)
             if all(torch.allclose(chosen, rejected, 0.0, SAME_LATENTS) for chosen, rejected in latents):
-                return [SkippedRow(pair.location, SAME_SIDES)]
+                return [SkippedRow(pair.location, SAME_SIDES, "same sides")]
             return {field: torch.stack([side[field] for side in sides]) for field in sides[0]}
         skipped = list[SkippedRow]()
         for ref in absent:  # only bad images may be missing from the cache
