@@ -124,8 +124,8 @@ class ResponsePair:
     @property
     def content(self) -> tuple[str, ...]:
         """Conversation, responses and images."""
-        images = (self.images, self.rejected_images, self.other_images)
-        keys = ("|".join(image.key for image in images) for images in images)
+        roles = (self.images, self.rejected_images, self.other_images)
+        keys = ("|".join(image.key for image in images) for images in roles)
         return (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *keys)
 
 
