@@ -21,7 +21,7 @@ from mmalign.commands.train import Trained
 from tests.fault_injection.cases import Case, Content
 from tests.fault_injection.killing import KINDS, Kill, moment, run
 
-SCRATCH = {".mmalign-lock", "cache"}  # a cache's shards have random names, and other rows after a kill
+CACHE = "cache"  # its shards have random names, and other rows after a kill
 SECONDS = re.compile(rb'"seconds": [0-9.e-]+')
 MORE_KILLS = 0.5  # probability that a continued command is killed again
 WEIGHT = {"train": 3}  # of a command among those that a kill is drawn from
@@ -79,12 +79,13 @@ def killed(case: Case, models: Path, folder: Path, steps: dict[str, Step], targe
         for kill in [*kills, None] if command == target else [None]:
             ended = run(partial(_call, command, content), folder, kill)
             if ended is not None:
+                if ended.result != steps[command].result:
+                    differs.append(f"result of {command}: {ended.result} for {steps[command].result}")
                 break
             assert kill is not None
             done.append((command, kill))
-        assert ended is not None
-        if ended.result != steps[command].result:
-            differs.append(f"result of {command}: {ended.result} for {steps[command].result}")
+            if command == "prepare" and state(folder) == steps[command].files:
+                break  # killed after its last change: it never writes a file again
     left, expected = state(folder), steps[command].files
     differs += sorted(file for file in {*left, *expected} if left.get(file) != expected.get(file))
     return Trial(done, differs)
@@ -99,9 +100,8 @@ def _call(command: str, content: Content) -> Any:
 
 def state(folder: Path) -> dict[str, str]:
     """Return a hash of each file under a folder; of a file of PyTorch, of the numbers in it."""
-    every = [path for path in sorted(folder.rglob("*")) if path.is_file() and not SCRATCH & {*path.parts}]
-    files = [path for path in every if not path.name.endswith("-part")]  # of a killed process, removed an hour later
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and CACHE not in path.parts]
+    return {str(path.relative_to(folder)): _digest(path) for path in files if not path.name.endswith("mmalign-lock")}
 
 
 def _digest(path: Path) -> str:
