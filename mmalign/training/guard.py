@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 MAX_BAD = 10  # bad updates in a row, after which a run stops
@@ -58,11 +58,10 @@ class Guard:
         return self.in_a_row < MAX_BAD
 
     def state(self) -> dict[str, float]:
-        """Return the state for a checkpoint."""
-        names = ("mean_norm", "number", "left_out", "in_a_row")
-        return {name: value for name, value in asdict(self).items() if name in names}
+        """Return the state for a checkpoint, which follows a good update."""
+        return {"mean_norm": self.mean_norm, "number": self.number, "left_out": self.left_out}
 
     def load(self, state: dict[str, float]) -> None:
         """Load the state of a checkpoint."""
-        self.mean_norm = state["mean_norm"]
-        self.number, self.left_out, self.in_a_row = (int(state[name]) for name in ("number", "left_out", "in_a_row"))
+        self.mean_norm, self.number, self.left_out = state["mean_norm"], int(state["number"]), int(state["left_out"])
+        self.in_a_row = 0

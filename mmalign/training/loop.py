@@ -210,7 +210,6 @@ class _GradientAccumulator:
 
     def __init__(self, policy: Policy, train_state: TrainState) -> None:
         self.model, self.train_state = policy.model, train_state
-        self.sharded = policy.skeleton is not None
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: an exhausted iterator would never be clipped
         self.used, self.empty = False, 0
         self._clear()
@@ -286,10 +285,9 @@ class _GradientAccumulator:
         # Weighted mean of the gradients: accelerate averages them over processes, the weights are summed.
         total = packed[1]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(sharding.local(gradients) if self.sharded else gradients, accelerator.num_processes / total)
+        torch._foreach_mul_(sharding.local(gradients), accelerator.num_processes / total)
         limit = train_state.max_grad_norm if train_state.max_grad_norm is not None else float("inf")
-        norm = accelerator.clip_grad_norm_(self.parameters, limit)
-        norm = sharding.whole(norm).to(total.device) if self.sharded else norm
+        norm = sharding.whole(accelerator.clip_grad_norm_(self.parameters, limit)).to(total.device)
         reason = ""
         if accelerator.scaler is None and not torch.isfinite(norm):  # a scaler skips such an update
             reason = "the gradient is not finite"
