@@ -15,8 +15,8 @@ from mmalign import atomic_io, methods
 from mmalign.config import Recipe
 from mmalign.data.data_module import DataModule
 from mmalign.policy import sharding
-from mmalign.training import loop, verdict
-from mmalign.training.measure import NUM_PAIRS, measure_held_out, measure_training
+from mmalign.training import checkpoint, loop, verdict
+from mmalign.training.measure import NUM_PAIRS, Values, measure_held_out, measure_training
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import TrainingRun, last_saved, save
 from mmalign.training.stopping import StopRequest
@@ -37,7 +37,6 @@ class AfterUpdate:
         self.recipe, self.run, self.data_module, self.reporter = recipe, run, data_module, reporter
         self.stop, self.due = stop, False
         self.needs = methods.requirements_of(recipe.method)
-        self.values = dict[str, list[float]]()
         if run.progress.step == 0:
             options = recipe.train
             pairs = options.batch_size * run.train_state.accelerator.num_processes
@@ -55,17 +54,17 @@ class AfterUpdate:
         self.due |= last or code != 0 or progress.step % self.recipe.train.save_every == 0
         if self.due and (last or not progress.pending):
             self.due = False
-            self.values = self._measure(last)
-            loss = fmean(self.values["loss"]) if self.values.get("loss") else None
+            values = self._measure(last)
+            loss = fmean(values["loss"]) if values.get("loss") else None
             score = loss if self.data_module.validation_loader is not None else None
             if score is not None:
                 self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, loss)
-            self.reporter.verdict = verdict.judge(self._evidence()) if last else ""
+            self.reporter.verdict = verdict.judge(self._evidence(values)) if last else ""
             self.save(score)
             if code:
-                raise self.stop.stopped(code, progress.step, f"checkpoint-{progress.step:08d}")
+                raise self.stop.stopped(code, progress.step, checkpoint.name(progress.step))
 
     def save(self, score: float | None) -> None:
         """Write a checkpoint of the run as it is, with a score; all processes call it together."""
@@ -74,7 +73,7 @@ class AfterUpdate:
         save(self.run, Path(self.recipe.output), score, keep_checkpoints=keep_checkpoints)
         self.run.train_state.accelerator.wait_for_everyone()
 
-    def _measure(self, last: bool) -> dict[str, list[float]]:
+    def _measure(self, last: bool) -> Values:
         """Measure the validation split; without one some training pairs, except for methods that generate their images.
 
         Between the first and the last update, one batch of training pairs shows whether the loss is finite.
@@ -105,8 +104,8 @@ class AfterUpdate:
                 f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
             )
 
-    def _evidence(self) -> verdict.Evidence:
-        """Return what the verdict rests on.
+    def _evidence(self, values: Values) -> verdict.Evidence:
+        """Return the evidence of a verdict, with the values after the last update.
 
         Pairs of the training may be known by heart. In the first epoch the loop's own metrics precede a pair's first
         update, so they show what holds for other pairs, unless they follow the policy.
@@ -118,4 +117,4 @@ class AfterUpdate:
         if held_out or needs.measured_by is not None or not needs.reference:
             fresh = {}
         seen = not held_out and (self.run.progress.epoch > 0 or not fresh)
-        return verdict.Evidence(self.values, self.reporter.start, fresh, seen)
+        return verdict.Evidence(values, self.reporter.start, fresh, seen)

@@ -29,12 +29,7 @@ from mmalign.training.guard import MAX_BAD
 from mmalign.training.launch import open_accelerator, process_lost
 from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
-from mmalign.training.run import (
-    TrainingRun,
-    build_train_state,
-    last_saved,
-    resume,
-)
+from mmalign.training.run import TrainingRun, build_train_state, last_saved, resume
 from mmalign.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -92,25 +87,26 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     # Checks, data and processes, before any model is loaded
     started, options = time.time(), recipe.train
     check_owned(output / "model", RUN_INFO)
-    splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
+    needs = methods.requirements_of(recipe.method)
+    splits = modality_of(recipe).open_pairs(recipe, needs)
     trackers = options.trackers if options.trackers else None
     limit = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.limits.rank_timeout))
     accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output, kwargs_handlers=[limit])
-    for line in methods.requirements_of(recipe.method).check():
+    for line in needs.check():
         logger.info(line)
 
     # Models and the last checkpoint
-    named = methods.requirements_of(recipe.method).reward
     device, allow = accelerator.device, recipe.allow_pickle
-    reward_model = loading.build_reward_model(named, device, allow_pickle=allow) if named is not None else None
-    family = loading.load_for_training(recipe, accelerator.device)
+    reward_model = None
+    if needs.reward is not None:
+        reward_model = loading.build_reward_model(needs.reward, device, allow_pickle=allow)
+    family = loading.load_for_training(recipe, device)
     identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)
     saved, folder = _resume.last_checkpoint(recipe, identity), output / "model"
     reporter = Reporter(accelerator, options.steps, options.log_every, first=saved.step if saved is not None else 0)
     if saved is not None and saved.step == options.steps:
-        run = start_run(
-            recipe, family, identity, saved, accelerator, reference_cached=True
-        )  # no reference: nothing is trained
+        # No reference, since nothing is trained
+        run = start_run(recipe, family, identity, saved, accelerator, reference_cached=True)
         export(folder, run)
         accelerator.end_training()
         reporter.load(run.reports)
@@ -272,7 +268,7 @@ def start_run(
     run = TrainingRun(method, policy, train_state, identity, loop.Progress(), Record(recipe.model_dump()))
     if saved is not None:
         resume(run, saved, Path(recipe.output))
-        logger.info(f"resuming from checkpoint-{saved.step:08d}")
+        logger.info(f"resuming from {checkpoint.name(saved.step)}")
         run.record = saved.record.resumed(recipe.model_dump(), saved.step + 1)
         for change in run.record.changes[len(saved.record.changes) :]:
             logger.warning(str(change))

@@ -98,7 +98,7 @@ def write(
         ValueError: a folder of the checkpoint's name is not a checkpoint.
         CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints stay intact.
     """
-    final = folder / _name(step)
+    final = folder / name(step)
     score = score if score is not None and math.isfinite(score) else None
     _sweep(folder)
     with atomic_write(final, marker=_ABOUT) as part:
@@ -116,7 +116,8 @@ def write(
     return final
 
 
-def _name(step: int) -> str:
+def name(step: int) -> str:
+    """Return the name of the checkpoint after update `step`."""
     return f"{_PREFIX}{step:08d}"
 
 
@@ -214,7 +215,7 @@ def _about(path: Path) -> _About:
     """
     check_file(path / _ABOUT)
     about = parse_as(_About, (path / _ABOUT).read_bytes())
-    if path.name != _name(about.step):
+    if path.name != name(about.step):
         raise ValueError(f"it is of update {about.step}")
     return about
 

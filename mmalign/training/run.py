@@ -73,7 +73,7 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
     Raises:
         ValueError: the checkpoint lacks the moving average or a weight, or has weights that the model lacks.
     """
-    path = output / f"checkpoint-{saved.step:08d}"
+    path = output / checkpoint.name(saved.step)
     ema = run.train_state.ema
     if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no moving average; leave it out, or use another output folder")
