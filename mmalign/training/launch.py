@@ -25,7 +25,6 @@ UNSUPPORTED = {
 FSDP_OPTIONS = {
     "FSDP_OFFLOAD_PARAMS": ("false",),
     "FSDP_RESHARD_AFTER_FORWARD": ("true", "full_shard"),  # accelerate's default has the name of version 1
-    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
     "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap",),
 }
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}  # accelerate's names, and those of `train.precision`
@@ -69,12 +68,13 @@ def _check_fsdp(options: Train) -> None:
         )
     for name, satisfied in FSDP_OPTIONS.items():
         value = os.environ.get(name, satisfied[0])
-        checkpointing = name == "FSDP_ACTIVATION_CHECKPOINTING" and options.gradient_checkpointing
-        if value.lower() not in satisfied and not checkpointing:
-            advice = (
-                "set train.gradient_checkpointing: true" if "CHECKPOINTING" in name else f"use {satisfied[0]}, or none"
-            )
-            raise ValueError(f"train.sharding: fsdp2 does not do {name}={value}; {advice}")
+        if value.lower() not in satisfied:
+            raise ValueError(f"train.sharding: fsdp2 does not do {name}={value}; use {satisfied[0]}, or none")
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING") and not options.gradient_checkpointing:
+        raise ValueError(
+            "train.gradient_checkpointing: the launch asks for it (FSDP_ACTIVATION_CHECKPOINTING), and the recipe does "
+            "not; set train.gradient_checkpointing: true"
+        )
 
 
 def _check_accelerate(options: Train) -> None:

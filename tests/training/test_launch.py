@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.config import Train
-from mmalign.training.launch import SIZES, UNSUPPORTED, check_launch, connect, open_accelerator
+from mmalign.training.launch import SIZES, UNSUPPORTED, check_launch, connect, open_accelerator, process_lost
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 PLAIN, SHARDED = Train(steps=1, lr=0.1), Train(steps=1, lr=0.1, sharding="fsdp2")
@@ -134,8 +134,6 @@ def test_there_is_a_config_of_each_kind() -> None:
 
 
 def test_lost_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmalign.training.launch import process_lost
-
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")
     assert process_lost(gloo, 0.5, "") is None  # one process
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
