@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 Values = Mapping[str, Sequence[float]]  # metric -> a value for each pair, or for each update
 SIDES = (("chosen", "rejected"), ("matched", "mismatched"))
+SCORES = ((" error", -0.5), (" log-probability", 1.0))  # metrics of a side, with the factor that makes them scores
 
 BROKEN_RATIO = 2.0  # error of the preferred side, relative to the base model's
 BROKEN_NATS = 3.0  # nats per token that the preferred side lost
@@ -63,7 +64,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 def with_gains(values: Values, start: Values) -> dict[str, Sequence[float]]:
     """Return values with gains over those of the start, for errors and log-probabilities without a reference."""
     gains = dict[str, Sequence[float]]()
-    for suffix, factor in ((" error", -0.5), (" log-probability", 1.0)):
+    for suffix, factor in SCORES:
         for name in values:
             gain = name.removesuffix(suffix) + " gain"
             if name.endswith(suffix) and name in start and gain not in values:
@@ -207,7 +208,7 @@ def _judge_loss(values: Values, evidence: Evidence) -> str:
 
 def _equal_share(values: Values, sides: tuple[str, str]) -> float:
     """Return the share of pairs whose sides have the same score under the base model; 0 if it is not known."""
-    for suffix, factor in ((" error", -0.5), (" log-probability", 1.0)):
+    for suffix, factor in SCORES:
         if sides[1] + suffix in values:
             first, second = (
                 [factor * x - gain for x, gain in zip(values[side + suffix], values[f"{side} gain"], strict=True)]
