@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -66,27 +64,24 @@ def test_limits_of_loss_and_gradient() -> None:
 
 @pytest.fixture
 def content(tiny_sd15: Path, tmp_path: Path) -> Content:
-    """A recipe with one pair whose loss is far above those of the others."""
+    """Return a recipe of six updates with a checkpoint after every second one."""
     path = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     options = {"steps": 6, "save_every": 2, "keep_checkpoints": 9, "ema": 0.9}
     return recipes.diffusion(tiny_sd15, path, tmp_path / "out", method={"name": "sft"}, train=options)
 
 
 @pytest.fixture
-def bad_row(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spoil the loss of one pair, in batch 4 of epoch 0."""
+def bad_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spoil the losses of the rows in batch 4 of epoch 0, when they are trained on together."""
     from mmalign.methods.text_to_image import sft
 
-    pairs = pq.read_table(content["data"]["path"])
-    assert isinstance(pairs, pa.Table)
-    seen, loss = list[tuple[int, ...]](), sft.loss
-    contrasts = sft.contrasts
-    rows = dict[int, tuple[int, ...]]()
+    contrasts, loss = sft.contrasts, sft.loss
+    seen, rows = list[tuple[int, ...]](), dict[int, tuple[int, ...]]()  # batches in order; rows of each contrast
 
     def watched(policy: Any, batch: Any, *rest: Any) -> Any:
         result = contrasts(policy, batch, *rest)
         rows[id(result[0])] = tuple(batch.rows)
-        if policy.model.training is False and tuple(batch.rows) not in seen:
+        if tuple(batch.rows) not in seen:
             seen.append(tuple(batch.rows))
         return result
 
@@ -101,19 +96,22 @@ def bad_row(content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("bad_row")
+@pytest.mark.usefixtures("bad_batch")
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_guarded_run_resumes_exactly(action: str, content: Content, tmp_path: Path, log_lines: list[str]) -> None:
     guard = f"train.guard.action={action}"
     whole = train_weights(content, guard)
-    assert any("bad updates were left out" in line for line in log_lines)
-    shutil.copytree(tmp_path / "out", tmp_path / "killed")
-    for late in checkpoint.complete(tmp_path / "killed")[-1:]:
-        shutil.rmtree(late)
-    assert_same(train_weights({**content, "output": str(tmp_path / "killed")}, guard), whole)
+    for first_removed in (1, -1):  # before the bad update, and after it
+        killed = tmp_path / f"killed{first_removed}"
+        shutil.copytree(tmp_path / "out", killed)
+        for late in checkpoint.complete(killed)[first_removed:]:
+            shutil.rmtree(late)
+        assert_same(train_weights({**content, "output": str(killed)}, guard), whole)
+    counts = [line for line in log_lines if "bad updates were left out" in line]
+    assert len(counts) == 3 and len(set(counts)) == 1
 
 
-@pytest.mark.usefixtures("bad_row")
+@pytest.mark.usefixtures("bad_batch")
 def test_rollback_goes_on_past_the_bad_batch(content: Content, log_lines: list[str]) -> None:
     train(load_recipe(content, ["train.guard.action=rollback", "train.steps=4"]))
     (line,) = [line for line in log_lines if ": back to " in line]
