@@ -1,4 +1,4 @@
-"""What `train.compile` compiles computes what it computes otherwise; how fast is in docs/performance.md."""
+"""Compiled blocks (`train.compile`) compute what they compute otherwise; docs/performance.md has their speed."""
 
 import math
 import shutil
@@ -27,7 +27,7 @@ def fresh() -> Iterator[None]:
 
 
 def learned(recipe: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
-    """The losses of a training, and how often PyTorch compiled something for it."""
+    """Return the losses of a training, and how often PyTorch compiled something for it."""
     before = dict(torch._dynamo.utils.counters["stats"])
     history = train(load_recipe(recipe)).history
     after = torch._dynamo.utils.counters["stats"]

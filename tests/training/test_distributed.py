@@ -87,7 +87,7 @@ class Runs:
         )
 
     def sharded(self, small: Content) -> list[tuple[str, Content]]:
-        """The trainings of two processes that split the model."""
+        """Return the trainings of two processes that split the model."""
         half: Content = {"batch_size": 2, "sharding": "fsdp2"}
         shutil.copytree(self.folder / "two" / "grown", self.folder / "sharded" / "grown")
         names = {"full": half, "lora": {**small, "sharding": "fsdp2"}, "inverted": half, "responses": half}
@@ -118,7 +118,7 @@ class Runs:
         (self.folder / f"{name}-{location}.json").write_text(json.dumps(record))
 
     def record(self, name: str, who: str | int) -> dict[str, Any]:
-        """What was written down of a training: by one of two processes (0 or 1), or by the only one ("one")."""
+        """Read the record of a training: of one of two processes (0 or 1), or of the only one ("one")."""
         return processes.read(self.folder, name, who)
 
     def distance(self, run: str, other_run: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Where the loop is: epochs and their ends, going on, and data of which nothing counts; on a linear network."""
+"""Progress of the loop on a linear network: ends of epochs, resuming, and data of which nothing counts."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -10,7 +10,7 @@ from mmalign.training.reporter import NUM_FRESH, Reporter
 
 
 class Tracker:
-    """What the reporter asks of an accelerator."""
+    """Stand-in for an accelerator, with all that the reporter asks of it."""
 
     is_main_process, device = True, torch.device("cpu")
 

@@ -84,7 +84,7 @@ def own(name: str, path: Path) -> Any:
 
 
 def by_hand(pipeline: Any, steps: int, **how: Any) -> tuple[list[Image.Image], list[Tensor]]:
-    """What the pipeline draws of the text, and its latents after each step, as it holds them."""
+    """Return what the pipeline draws of the text, and its latents after each step, as it holds them."""
     seen: list[Tensor] = []
 
     def watch(_: Any, __: int, ___: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

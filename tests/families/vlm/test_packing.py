@@ -76,7 +76,7 @@ def scored(family: Any, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor
 
 @contextmanager
 def given(family: Any) -> Iterator[list[dict[str, Any]]]:
-    """What the decoder is given in each forward pass."""
+    """Record the decoder's inputs in each forward pass."""
     seen: list[dict[str, Any]] = []
     hook = family._model.get_decoder().register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
     yield seen
