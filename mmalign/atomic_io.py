@@ -182,6 +182,8 @@ def _lock(target: Path, lock: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             logger.warning(f"{target}: cannot be locked ({error.strerror}); start no second command on it")
+        if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise ValueError(f"{target}: another mmalign has just ended its work here; run the command again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -32,7 +32,7 @@ from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
-from mmalign.training.launch import connect
+from mmalign.training.launch import connect, name_lost_processes
 from mmalign.training.run import MAX_VALIDATION_BATCHES
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ def cache(recipe: Recipe) -> Path:
     preflight.check(recipe, "training")
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     output = atomic_io.make_folder("output", Path(recipe.output))
-    accelerator = connect()
-    with atomic_io.folder_lock(output):
+    accelerator = connect(recipe.limits.rank_timeout)
+    resume = "the same command goes on from the stored pieces"
+    with atomic_io.folder_lock(output), name_lost_processes(recipe.limits.rank_timeout, lambda: resume):
         family = loading.load_for_training(recipe, accelerator.device)
         data_module = build_filled_data_module(recipe, family, accelerator=accelerator, splits=splits)
     folder = cache_folder(recipe.data, output)

@@ -6,7 +6,6 @@ import logging
 import shlex
 import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference, sharding
 from mmalign.training import checkpoint, loop
 from mmalign.training.export import RUN_INFO, export
 from mmalign.training.guard import MAX_BAD
-from mmalign.training.launch import open_accelerator, process_lost
+from mmalign.training.launch import name_lost_processes, open_accelerator
 from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import TrainingRun, build_train_state, last_saved, resume
@@ -70,28 +69,22 @@ def train(recipe: Recipe) -> Trained:
     """
     preflight.check(recipe, "training")
     output = atomic_io.make_folder("output", Path(recipe.output))
-    with atomic_io.folder_lock(output):
-        try:
-            return _train_locked(recipe, output)
-        except RuntimeError as error:
-            lost = process_lost(error, recipe.limits.rank_timeout, last_saved(output))
-            if lost is None:
-                raise
-            raise lost from error
+    lost = name_lost_processes(recipe.limits.rank_timeout, lambda: last_saved(output))
+    with atomic_io.folder_lock(output), lost:
+        return _train_locked(recipe, output)
 
 
 def _train_locked(recipe: Recipe, output: Path) -> Trained:
     """Train in the locked folder `output`."""
-    from accelerate.utils import InitProcessGroupKwargs
-
     # Checks, data and processes, before any model is loaded
     started, options = time.time(), recipe.train
     check_owned(output / "model", RUN_INFO)
     needs = methods.requirements_of(recipe.method)
     splits = modality_of(recipe).open_pairs(recipe, needs)
     trackers = options.trackers if options.trackers else None
-    limit = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.limits.rank_timeout))
-    accelerator = open_accelerator(options, log_with=trackers, project_dir=recipe.output, kwargs_handlers=[limit])
+    accelerator = open_accelerator(
+        options, log_with=trackers, project_dir=recipe.output, rank_timeout=recipe.limits.rank_timeout
+    )
     for line in needs.check():
         logger.info(line)
 

@@ -89,8 +89,8 @@ def outcomes(scores: ArrayLike, others: ArrayLike, scale: ArrayLike = 0.0) -> Va
     Raises:
         ValueError: a score is not finite.
     """
-    if not (np.isfinite(scores).all() and np.isfinite(others).all()):
-        raise ValueError("outcomes: a score is not finite, so nobody can say which side is better; check the models")
+    for values in (scores, others):
+        _scores("outcomes", np.atleast_1d(values))
     return np.where(ties(scores, others, scale), 0.5, np.greater(scores, others))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,16 +138,22 @@ def open_accelerator(options: Train, **tracking: Any) -> Accelerator:
     return accelerator
 
 
-def connect(**options: Any) -> Accelerator:
+def connect(rank_timeout: float | None = None, **options: Any) -> Accelerator:
     """Return an accelerator of all launched processes.
+
+    Args:
+        rank_timeout: minutes for which a process waits for the others; the library's limit by default.
+        options: further arguments of the accelerator.
 
     Raises:
         ValueError: the number of launched processes differs from the number that the accelerator knows, or they run on
             an unsupported kind of device.
     """
     from accelerate import Accelerator
-    from accelerate.utils import patch_environment
+    from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
+    if rank_timeout is not None:
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout))]
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # `mmalign.policy.sharding` does what accelerate's FSDP would
         accelerator = Accelerator(**options)
     launched = int(next((os.environ[name] for name in SIZES if name in os.environ), "1"))
@@ -163,6 +172,22 @@ def connect(**options: Any) -> Accelerator:
 _LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe", "watchdog caught")
 
 
+@contextlib.contextmanager
+def name_lost_processes(minutes: float, how_to_resume: Callable[[], str]) -> Iterator[None]:
+    """Replace the error for a process that ended or stopped answering by one sentence.
+
+    Raises:
+        ConnectionError: another process of the launch ended or stopped answering.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = process_lost(error, minutes, how_to_resume())
+        if lost is None:
+            raise
+        raise lost from error
+
+
 def process_lost(error: RuntimeError, minutes: float, saved: str) -> ConnectionError | None:
     """Return the error for a process that ended or stopped answering; None for any other error.
 
@@ -177,6 +202,6 @@ def process_lost(error: RuntimeError, minutes: float, saved: str) -> ConnectionE
     rank, size = os.environ.get("RANK", "0"), int(os.environ["WORLD_SIZE"])
     who = f"process {1 - int(rank)}" if size == 2 else f"another of {size} processes"
     return ConnectionError(
-        f"train: {who} ended or stopped answering (process {rank} waits at most limits.rank_timeout: {minutes:g} "
+        f"launch: {who} ended or stopped answering (process {rank} waits at most limits.rank_timeout: {minutes:g} "
         f"minutes); {saved}"
     )

@@ -231,7 +231,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(
 ) -> None:
     """Each would do all of the work, and keep it as one process's."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=1, device=CPU))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(num_processes=1, device=CPU))
     with pytest.raises(ValueError, match="2 processes were launched, but accelerate connects 1"):
         caching.cache(load_recipe(responses(vlm_folders("llava"), tmp_path, "out")))
     assert not list((tmp_path / "out").iterdir())

@@ -304,5 +304,5 @@ def test_changes_that_cancel_in_every_group_are_not_certain() -> None:
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_score_that_is_not_finite_has_no_outcome(score: float) -> None:
     """A comparison with NaN is false, which would count as a loss."""
-    with pytest.raises(ValueError, match="a score is not finite"):
+    with pytest.raises(ValueError, match="outcomes: score 1 of 2 is"):
         outcomes([1.0, score], [0.0, 0.0])

@@ -60,5 +60,5 @@ def test_win_rate_is_wider_with_groups() -> None:
 
 
 def test_win_rate_refuses_a_score_that_is_not_finite() -> None:
-    with pytest.raises(ValueError, match="after: score 0 of 2 is nan"):
+    with pytest.raises(ValueError, match="score 0 of 2 is nan"):
         compare([1.0, 2.0], [float("nan"), 1.0])
