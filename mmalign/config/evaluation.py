@@ -119,7 +119,11 @@ class EvaluateResponses(Evaluate):
     vocabulary: str = Field(
         "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [synonyms]}"
     )
-    parse: Literal["published", "strict"] = Field("published", description="pope: parser of yes and no")
+    parse: Literal["published", "strict"] | None = Field(
+        None,
+        description="pope, amber: parser of yes and no: the release's (default for pope), or one to which a hedge, a "
+        "refusal or another unclear answer is neither (default for amber)",
+    )
     answers: AnswerFiles | None = None
     decoding: DecodingConfig = DecodingConfig()
     cache: str = Field("auto", description="folder for generated answers, or auto (in the output)")
@@ -160,7 +164,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "pope": (*_ASKED, "questions", "parse"),
     "chair": (*_ASKED, "questions", "prompt", "vocabulary"),
     "object_halbench": (*_ASKED, "questions", "prompt", "vocabulary"),
-    "amber": _ASKED,
+    "amber": (*_ASKED, "parse"),
     "implicit": (),
 }
 

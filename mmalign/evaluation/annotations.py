@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmalign.data.formats.files import records, shorten
+from mmalign.evaluation.yes_no import final_answer
 
 Record = Mapping[str, object]
 K = TypeVar("K")
@@ -175,7 +176,7 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
     `prompt` distinguishes several responses to an image.
 
     Args:
-        path: the answers; a leading "Assistant:" is removed.
+        path: the answers; thinking and a leading "Assistant:" are removed.
         images: the file of questions, for answers that do not name their image. It has as many records in the same
             order, each with `image_id` or `image`.
     """
@@ -195,9 +196,10 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
                 f"{location} answers question_id {shorten(record['question_id'])}, but {there} is "
                 f"{shorten(question['question_id'])}; expected the answers in the order of the questions"
             )
-        text = take_text(location, record, "caption", "text", "answer", "response").strip().removeprefix("Assistant:")
+        text = final_answer(take_text(location, record, "caption", "text", "answer", "response"))
         prompt = next((str(record[name]) for name in ("question", "prompt") if name in record), "")
-        response = Response(take_image_id(there, question, "image_id", "image"), text.strip(), prompt)
+        text = text.removeprefix("Assistant:").strip()
+        response = Response(take_image_id(there, question, "image_id", "image"), text, prompt)
         return location, (response.image, prompt), response
 
     entries = (read_response(*answer, *question) for answer, question in zip(answers, questions, strict=True))

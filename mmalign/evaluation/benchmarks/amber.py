@@ -38,9 +38,10 @@ import numpy as np
 
 from mmalign.data.formats.files import document, records, shorten
 from mmalign.evaluation.annotations import Record, index, take_names, take_number, take_text
-from mmalign.evaluation.benchmarks.pope import Parse, parse_strict
+from mmalign.evaluation.benchmarks.pope import Parse
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns, as_columns_by_kind, divide, f1, ratio
 from mmalign.evaluation.statistics import Values
+from mmalign.evaluation.yes_no import final_answer, parse_strict
 from mmalign.language.objects import singular, tokens
 from mmalign.reading import read_text
 from mmalign.resources import resolve
@@ -67,13 +68,14 @@ _DIMENSIONS = {
     "action": ("action",),
     "relation": ("relation",),
 }
-_COUNTS = ("questions", "true no", "said yes", "said no", "right no", "right")
+_COUNTS = ("questions", "true no", "said yes", "said no", "right no", "right", "unclear")
 _PARTS = {
     "accuracy": ("right", "questions"),
     "precision": ("right no", "said no"),
     "recall": ("right no", "true no"),
     "F1": ("right no", "said no", "true no"),
     "yes rate": ("said yes", "questions"),
+    "unclear": ("unclear", "questions"),
 }
 
 
@@ -224,13 +226,13 @@ def score_generative(
     return Metrics("AMBER, generative", tuple(items), groups, columns, ratios, ("words per response",), errors=errors)
 
 
-def score(responses: Mapping[int, str], annotations: Annotations) -> list[Metrics]:
+def score(responses: Mapping[int, str], annotations: Annotations, parse: Parse = parse_strict) -> list[Metrics]:
     """Return the metrics of the descriptions and of the answers in `responses`, and of both together: [1 or 3]."""
     _check_ids(responses, annotations)
     kinds = {type(annotations.items[number]) for number in responses}
     metrics = [score_generative(responses, annotations)] if GenerativeItem in kinds else []
     if DiscriminativeItem in kinds:
-        metrics.append(score_discriminative(responses, annotations))
+        metrics.append(score_discriminative(responses, annotations, parse))
     return [*metrics, score_both(*metrics)] if len(metrics) == 2 else metrics
 
 
@@ -253,14 +255,14 @@ def parse_published(answer: str) -> bool | None:
 def score_discriminative(
     responses: Mapping[int, str], annotations: Annotations, parse: Parse = parse_strict
 ) -> Metrics:
-    """Return accuracy, precision, recall and F1 of "no", and the yes rate: of all questions, by dimension and by kind.
+    """Return accuracy, precision, recall and F1 of "no", yes rate and unclear rate: overall, by dimension and by kind.
 
     All existence questions ask for absent objects, so their precision is 1 as soon as one answer is right.
 
     Args:
         responses: the answer to each id; ids of descriptions are left out.
         annotations: annotations of these ids.
-        parse: `pope.parse_strict`, or `parse_published`; an answer that is neither yes nor no is wrong.
+        parse: `yes_no.parse_strict`, or `parse_published`; an answer that is neither yes nor no is wrong.
 
     Raises:
         ValueError: an id is unknown, or none belongs to a yes/no question.
@@ -268,7 +270,7 @@ def score_discriminative(
     _check_ids(responses, annotations)
     items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
     present = {item.kind for item in items.values()}
-    rows = [(item.kind, _count(item, parse(responses[number]))) for number, item in items.items()]
+    rows = [(item.kind, _count(item, responses[number], parse)) for number, item in items.items()]
     kinds = {name: [kind for kind in of_name if kind in present] for name, of_name in _DIMENSIONS.items()}
     ratios: dict[str, Ratio] = {
         f"{dimension}: {name}": partial(_over_kinds, kinds_present, parts)
@@ -277,13 +279,15 @@ def score_discriminative(
         if kinds_present
     }
     columns, groups = as_columns_by_kind(kinds["all"], rows), _groups(items, annotations)
-    headline = ("all: accuracy", "all: F1", "all: yes rate")
+    headline = ("all: accuracy", "all: F1", "all: yes rate", "all: unclear")
     return Metrics("AMBER, discriminative", tuple(items), groups, columns, ratios, headline=headline)
 
 
-def _count(item: DiscriminativeItem, said: bool | None) -> dict[str, bool]:
+def _count(item: DiscriminativeItem, answer: str, parse: Parse) -> dict[str, bool]:
+    said, unclear = parse(answer), parse_strict(answer) is None
     no, true_no = said is False, not item.answer
-    return dict(zip(_COUNTS, (True, true_no, said is True, no, no and true_no, said is item.answer), strict=True))
+    values = (True, true_no, said is True, no, no and true_no, said is item.answer, unclear)
+    return dict(zip(_COUNTS, values, strict=True))
 
 
 def _over_kinds(kinds: Sequence[str], parts: Sequence[str], sums: Sums) -> Values:
@@ -319,7 +323,7 @@ def read_responses(path: str | Path) -> dict[int, str]:
     As in other benchmarks' files, the id may be called `question_id`, and the response `text` or `answer`.
     """
     entries = (
-        (location, _id(location, record), take_text(location, record, "response", "text", "answer"))
+        (location, _id(location, record), final_answer(take_text(location, record, "response", "text", "answer")))
         for location, record in records(path)
     )
     return index(path, "id", entries, 'records {"id": 1, "response": "A lake in a forest."}')

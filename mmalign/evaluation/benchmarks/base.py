@@ -18,13 +18,14 @@ from mmalign.data.images import decode_file
 from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id
 from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.metrics import Metrics
+from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import Vocabulary, singular, tokens
 
 AnswersByPart = Mapping[str, Sequence[str]]  # the answers to each part's items, in the order of the items
 Images = Callable[[str], Image.Image]  # an image by its name; raises BadImage if it cannot be read
 CAPTIONS = "descriptions"  # the part of a benchmark that asks for descriptions
 CAPTION_SCORE = "objects of the image that are named, less mentions of invented ones"
-YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong one"
+YES_NO_SCORE = "1 for a right yes or no, 0 for a wrong or unclear one"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def yes_no_benchmark(
     return Benchmark(parts, images, YES_NO_SCORE, measure)
 
 
-def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotations, images: Images) -> Benchmark:
+def amber_benchmark(
+    questions: Sequence[Question], annotations: amber.Annotations, images: Images, parse: pope.Parse = parse_strict
+) -> Benchmark:
     """Return AMBER: descriptions, and yes/no questions on existence, attributes and relations.
 
     Raises:
@@ -143,7 +146,7 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
         by_item = (pair for part, items in parts.items() for pair in zip(items, answers[part], strict=True))
-        return amber.score({item.question.id: answer for item, answer in by_item}, annotations)
+        return amber.score({item.question.id: answer for item, answer in by_item}, annotations, parse)
 
     def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
         def rate(answer: str) -> RatedAnswer:
@@ -160,7 +163,7 @@ def amber_benchmark(questions: Sequence[Question], annotations: amber.Annotation
         if isinstance(annotation, amber.GenerativeItem):
             parts[CAPTIONS].append(caption_item(question, annotation))
         else:
-            parts["questions"].append(_yes_no_item(replace(question, answer=annotation.answer), pope.parse_strict))
+            parts["questions"].append(_yes_no_item(replace(question, answer=annotation.answer), parse))
     parts = {part: items for part, items in parts.items() if items}
     return Benchmark(parts, images, f"{CAPTION_SCORE}; {YES_NO_SCORE}", measure)
 
@@ -197,11 +200,13 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
     def rate(answer: str) -> RatedAnswer:
-        said = parse(answer)
+        # A person cannot read an unclear answer, whatever the parser takes it for
+        said, is_clear = parse(answer), parse_strict(answer) is not None
+        is_right = is_clear and said is question.answer
         # A yes about an absent object is an invention as a whole
-        invented = ((0, len(answer)),) if said and not question.answer and answer else ()
-        note = "neither yes nor no" if said is None else "right" if said is question.answer else "wrong"
-        return RatedAnswer(answer, float(said is question.answer), note, invented)
+        invented = ((0, len(answer)),) if is_clear and said and not question.answer else ()
+        note = "right" if is_right else "wrong" if is_clear else "unclear"
+        return RatedAnswer(answer, float(is_right), note, invented)
 
     return Item(question, "yes" if question.answer else "no", rate)
 

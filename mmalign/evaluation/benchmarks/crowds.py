@@ -16,6 +16,7 @@ from PIL.Image import Image
 from mmalign.evaluation.annotations import Question
 from mmalign.evaluation.benchmarks import pope
 from mmalign.evaluation.benchmarks.base import Benchmark, caption_benchmark, combine, yes_no_benchmark
+from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import Vocabulary, vocabulary
 from mmalign.toy import crowds
 from mmalign.toy.scenes import COLOURS, SHAPES
@@ -49,7 +50,7 @@ def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) ->
 
     return combine(
         caption_benchmark(questions, objects, words(), draw),
-        yes_no_benchmark(yes_no_questions, draw, pope.parse_strict),
+        yes_no_benchmark(yes_no_questions, draw, parse_strict),
     )
 
 

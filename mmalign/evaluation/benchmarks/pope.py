@@ -8,13 +8,12 @@ question's object. "Yes" is the positive class:
     recall   = right yes / true yes               F1 = 2 right yes / (all yes + true yes)
 
 Papers report the mean of F1 or of accuracy over the splits, so both are here. The yes rate exposes a model that says
-yes to everything. An answer that `parse_strict` reads as neither yes nor no is unclear, whatever the parser in use.
+yes to everything. An answer that `yes_no.parse_strict` cannot read is unclear, whatever the parser in use.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from mmalign.data.formats.files import records, shorten
 from mmalign.evaluation.annotations import Question, Record, index, take, take_number, take_text
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
 from mmalign.evaluation.statistics import Values
+from mmalign.evaluation.yes_no import final_answer, parse_strict
 from mmalign.language.objects import article
 from mmalign.rng import KeyedRNG
 
@@ -36,9 +36,6 @@ Parse = Callable[[str], bool | None]
 SPLITS: tuple[Split, ...] = get_args(Split)
 TEMPLATE = "Is there {} in the image?"
 
-_SENTENCE_END = re.compile(r"[.!?\n]")
-_NO = {"no", "not", "nope", "cannot", "none", "nothing", "never", "neither", "without"}
-_AFFIRMS = re.compile(r"(there (is|are|was|were)|there's|i (can |do )?see)\b")
 _COUNTS = ("questions", "true yes", "said yes", "right yes", "right", "unclear")
 _RATIOS: dict[str, Ratio] = {
     "accuracy": ratio("right", "questions"),
@@ -48,7 +45,7 @@ _RATIOS: dict[str, Ratio] = {
     "yes rate": ratio("said yes", "questions"),
     "unclear": ratio("unclear", "questions"),
 }
-_MEANS = ("accuracy", "F1", "yes rate")
+_MEANS = ("accuracy", "F1", "yes rate", "unclear")
 
 
 def build(
@@ -129,24 +126,6 @@ def parse_published(answer: str) -> bool:
     return not {"No", "not", "no"} & set(first.split(" "))
 
 
-def parse_strict(answer: str) -> bool | None:
-    """Parse yes or no from the first sentence; return None if it says neither.
-
-    A yes or no at its beginning decides ("Yes, there is no doubt"). Otherwise a negation anywhere is a no ("I cannot
-    see one", "there isn't"). Without a negation, a yes anywhere is a yes, and so is "there is" or "I see" at the
-    beginning.
-    """
-    sentence = next((part for part in _SENTENCE_END.split(answer.lower().replace("\u2019", "'")) if part.strip()), "")
-    words: list[str] = re.findall(r"[a-z']+", sentence)
-    if not words:
-        return None
-    if words[0] in ("yes", "no"):
-        return words[0] == "yes"
-    if any(word in _NO or word.endswith("n't") for word in words):
-        return False
-    return True if "yes" in words or _AFFIRMS.match(" ".join(words)) else None
-
-
 def score(
     questions: Mapping[str, Sequence[Question]],
     answers: Mapping[str, Sequence[str]],
@@ -154,13 +133,13 @@ def score(
 ) -> Metrics:
     """Return accuracy, precision, recall, F1, yes rate and unclear rate of every split.
 
-    With several splits, the means of accuracy, F1 and yes rate over the splits follow.
+    With several splits, the means of accuracy, F1, yes rate and unclear rate over the splits follow.
 
     Args:
         questions: the questions of each split.
         answers: the answers of each split, in the order of its questions.
-        parse: `parse_published`, for comparison with published numbers, or `parse_strict`, with which an unclear answer
-            is neither yes nor no, and wrong.
+        parse: `parse_published`, for comparison with published numbers, or `yes_no.parse_strict`, with which an unclear
+            answer is neither yes nor no, and wrong.
 
     Raises:
         ValueError: there is no question, the splits or the numbers differ, or a split repeats a question.
@@ -264,7 +243,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
             f"{path} has no answer to {len(missing)} of {len(known)} questions ({', '.join(map(str, missing[:3]))}); "
             "expected one to each, an empty one for an empty answer"
         )
-    return [answers[question.id] for question in questions]
+    return [final_answer(answers[question.id]) for question in questions]
 
 
 def _answers_in_order(path: str | Path, rows: Sequence[tuple[str, Record]], questions: Sequence[Question]) -> list[str]:
@@ -280,7 +259,7 @@ def _answers_in_order(path: str | Path, rows: Sequence[tuple[str, Record]], ques
                 f"{location} answers {shorten(text)}, but question {question.id} is {shorten(question.text)}; expected "
                 "the answers in the order of the questions, or their question_id"
             )
-        answers.append(take_text(location, record, "answer", "text", "response"))
+        answers.append(final_answer(take_text(location, record, "answer", "text", "response")))
     return answers
 
 

@@ -39,6 +39,7 @@ from mmalign.evaluation.benchmarks.base import (
 )
 from mmalign.evaluation.generate_answers import Answers, generate_answers
 from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table, compare
+from mmalign.evaluation.yes_no import final_answer, parse_strict
 from mmalign.families.base import VisionLanguage
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
@@ -49,7 +50,6 @@ from mmalign.policy import Policy
 logger = logging.getLogger(__name__)
 
 _CAPTION_SCORES = {"chair": chair.score, "object_halbench": object_halbench.score}
-_PARSERS: dict[str, pope.Parse] = {"published": pope.parse_published, "strict": pope.parse_strict}
 
 
 def read_benchmark(section: EvaluateResponses) -> Benchmark:
@@ -66,12 +66,12 @@ def read_benchmark(section: EvaluateResponses) -> Benchmark:
         if section.benchmark == "pope":
             by_split = _pope_questions(section)
             images = open_folder(section.images, [question for asked in by_split.values() for question in asked])
-            return yes_no_benchmark(by_split, images, _PARSERS[section.parse])
+            return yes_no_benchmark(by_split, images, _parser(section))
         if section.benchmark == "amber":
             assert isinstance(section.annotations, str)
             questions = read_questions(Path(section.annotations) / "query" / "query_all.json", section.prompt)
             images = open_folder(section.images, questions)
-            return amber_benchmark(questions, amber.read_amber(section.annotations), images)
+            return amber_benchmark(questions, amber.read_amber(section.annotations), images, _parser(section))
         questions = read_questions(_question_file(section), section.prompt)
         words = load_vocabulary("vocabulary", section.vocabulary)
         objects = _objects(section, words, [question.image for question in questions])
@@ -130,7 +130,7 @@ def compare_answers(
 
     by_side: dict[str, AnswersByPart] = {
         side: {
-            part: [texts[item.question.image, item.question.text] for item in items]
+            part: [final_answer(texts[item.question.image, item.question.text]) for item in items]
             for part, items in benchmark.parts.items()
         }
         for side, texts in zip(SIDES, (answers.before, answers.after), strict=True)
@@ -138,7 +138,10 @@ def compare_answers(
     num_empty = {side: sum(not text for texts in parts.values() for text in texts) for side, parts in by_side.items()}
     for side, number in num_empty.items():
         if number:
-            logger.warning(f"{number:,} answers {side} alignment are empty; check the model's chat template")
+            logger.warning(
+                f"{number:,} answers {side} alignment are empty; check the model's chat template; a model that thinks "
+                "first needs a larger evaluate.decoding.max_new_tokens"
+            )
 
     # Metrics and files
     comparisons = _compare(*map(benchmark.score, by_side.values()))
@@ -254,6 +257,13 @@ def _read_answers(file: Path) -> dict[int, str]:
 # ---------------------------------------------------------------------------------------------------------- input files
 
 
+def _parser(section: EvaluateResponses) -> pope.Parse:
+    """Return the parser of yes and no; the default is the release's for POPE, and the strict one for AMBER."""
+    if section.parse == "strict" or (section.parse is None and section.benchmark == "amber"):
+        return parse_strict
+    return amber.parse_published if section.benchmark == "amber" else pope.parse_published
+
+
 def _pope_questions(section: EvaluateResponses) -> dict[str, list[Question]]:
     """Return the questions of each split, read from files or built from annotations."""
     if isinstance(section.questions, str):
@@ -292,7 +302,7 @@ def _score_pope(section: EvaluateResponses, files: Files) -> list[Metrics]:
             f"answers: got files for {', '.join(by_split)}; expected a file for each split: {', '.join(questions)}"
         )
     answers = {split: pope.read_answers(by_split[split], asked) for split, asked in questions.items()}
-    return [pope.score(questions, answers, _PARSERS[section.parse])]
+    return [pope.score(questions, answers, _parser(section))]
 
 
 def _score_amber(section: EvaluateResponses, files: Files) -> list[Metrics]:
@@ -304,7 +314,7 @@ def _score_amber(section: EvaluateResponses, files: Files) -> list[Metrics]:
         if responses.keys() & file_responses:
             raise ValueError(f"answers: {', '.join(paths)} answer some questions twice; expected one answer to each")
         responses |= file_responses
-    return amber.score(responses, amber.read_amber(section.annotations))
+    return amber.score(responses, amber.read_amber(section.annotations), _parser(section))
 
 
 def _score_captions(section: EvaluateResponses, files: Files) -> list[Metrics]:

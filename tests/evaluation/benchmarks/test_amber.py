@@ -134,17 +134,17 @@ ANSWERS = {11: "No", 12: "Yes", 13: "maybe", 14: "Yes", 15: "Yes", 16: "No", 17:
 def test_discriminative_by_hand() -> None:
     """No is the positive class. Existence: one of three true no is said, F1 2 / (1 + 3). State: no is never said.
     Relation: no is said twice, once rightly. All: 3 of 7 right; no said 3 times, 2 rightly, of 5; F1 4 / (3 + 5);
-    yes said once of existence (one answer is neither) and twice of state.
+    yes said once of existence (one answer is unclear) and twice of state.
     """
     metrics = amber.score_discriminative(ANSWERS, BENCHMARK).values
     expected = {
-        "all": (3 / 7, 2 / 3, 2 / 5, 4 / 8, 3 / 7),
-        "existence": (1 / 3, 1, 1 / 3, 2 / 4, 1 / 3),
-        "attribute": (1 / 2, 0, 0, 0, 1),
-        "state": (1 / 2, 0, 0, 0, 1),
-        "relation": (1 / 2, 1 / 2, 1, 2 / 3, 0),
+        "all": (3 / 7, 2 / 3, 2 / 5, 4 / 8, 3 / 7, 1 / 7),
+        "existence": (1 / 3, 1, 1 / 3, 2 / 4, 1 / 3, 1 / 3),
+        "attribute": (1 / 2, 0, 0, 0, 1, 0),
+        "state": (1 / 2, 0, 0, 0, 1, 0),
+        "relation": (1 / 2, 1 / 2, 1, 2 / 3, 0, 0),
     }
-    names = ("accuracy", "precision", "recall", "F1", "yes rate")
+    names = ("accuracy", "precision", "recall", "F1", "yes rate", "unclear")
     assert metrics == {
         f"{dimension}: {name}": pytest.approx(value)
         for dimension, values in expected.items()
@@ -160,9 +160,20 @@ def test_published_parser_is_exact() -> None:
     assert metrics["relation: precision"] == 0
 
 
-def test_empty_answer_is_wrong() -> None:
-    metrics = amber.score_discriminative(dict.fromkeys(ANSWERS, ""), BENCHMARK).values
-    assert set(metrics.values()) == {0}
+@pytest.mark.parametrize("answer", ["", "I am not sure.", "I'm sorry, I cannot answer that.", "There may be one."])
+def test_model_that_never_answers_is_wrong(answer: str) -> None:
+    metrics = amber.score_discriminative(dict.fromkeys(ANSWERS, answer), BENCHMARK).values
+    assert {name: value for name, value in metrics.items() if value} == {
+        name: 1 for name in metrics if name.endswith(": unclear")
+    }
+
+
+def test_parser_of_the_whole_benchmark() -> None:
+    """ "No." is right to the strict parser alone; an unclear answer is counted by both."""
+    strict, published = (amber.score(ANSWERS, BENCHMARK, *parser)[0] for parser in ((), (amber.parse_published,)))
+    assert (strict.values["all: accuracy"], published.values["all: accuracy"]) == (3 / 7, 2 / 7)
+    assert strict.values["all: unclear"] == published.values["all: unclear"] == 1 / 7
+    assert "all: unclear" in strict.headline_names
 
 
 def test_questions_about_an_image_are_one_group() -> None:
@@ -269,6 +280,8 @@ def test_read_amber_refuses_missing_files(tmp_path: Path) -> None:
 def test_read_responses(tmp_path: Path) -> None:
     file = written(tmp_path / "r.json", [{"id": 1, "response": "A sky."}, {"id": 2, "response": "No"}])
     assert amber.read_responses(file) == {1: "A sky.", 2: "No"}
+    thought = [{"id": 1, "response": "<think>A bird?</think>\nA sky."}, {"id": 2, "response": "<think>Yes, I"}]
+    assert amber.read_responses(written(tmp_path / "r.json", thought)) == {1: "A sky.", 2: ""}
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,16 @@ import pytest
 
 from mmalign.data.images import BadImage
 from mmalign.evaluation.annotations import Question, read_questions
-from mmalign.evaluation.benchmarks import amber, object_halbench
+from mmalign.evaluation.benchmarks import amber, object_halbench, pope
 from mmalign.evaluation.benchmarks.base import (
     CAPTIONS,
+    RatedAnswer,
     amber_benchmark,
     caption_benchmark,
     open_folder,
     yes_no_benchmark,
 )
+from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import vocabulary
 from tests.helpers import data_files
 from tests.helpers.data_files import write_jsonl
@@ -62,6 +64,14 @@ def test_yes_no_answers_are_scored_and_rated() -> None:
     assert benchmark.parts["random"][1].rate("Yes, there is a cat.").invented == ((0, 20),)
     assert [item.truth for item in benchmark.parts["random"]] == ["yes", "no"]
     assert benchmark.without_images({"b"}).questions == questions[:1]
+
+
+@pytest.mark.parametrize("answer", ["8s a", "I am not sure.", ""])
+@pytest.mark.parametrize("parse", [pope.parse_published, parse_strict])
+def test_unclear_answer_has_a_label_of_its_own(answer: str, parse: pope.Parse) -> None:
+    """The published parser takes it for a yes or a no; a person who reads the page sees neither."""
+    benchmark = yes_no_benchmark({"random": [Question(1, "a", "Is there a dog?", True)]}, no_images, parse)
+    assert benchmark.parts["random"][0].rate(answer) == RatedAnswer(answer, 0, "unclear")
 
 
 ITEMS: dict[int, amber.AnyItem] = {

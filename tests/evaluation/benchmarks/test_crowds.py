@@ -101,7 +101,7 @@ def test_verdicts_mark_inventions(benchmark: Benchmark) -> None:
     no_item = next(item for item in benchmark.parts["random"] if item.truth == "no")
     assert no_item.rate("Yes.") == RatedAnswer("Yes.", 0.0, "wrong", ((0, 4),))
     assert no_item.rate("No.") == RatedAnswer("No.", 1.0, "right")
-    assert no_item.rate("A circle.").note == "neither yes nor no"
+    assert no_item.rate("A circle.").note == "unclear"
 
 
 def test_benchmark_without_an_image(benchmark: Benchmark) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from mmalign.evaluation.annotations import Question, read_objects
 from mmalign.evaluation.benchmarks import pope
-from mmalign.evaluation.benchmarks.pope import SPLITS, build, parse_published, parse_strict
+from mmalign.evaluation.benchmarks.pope import SPLITS, build, parse_published
+from mmalign.evaluation.yes_no import parse_strict
 from tests.helpers.data_files import write_jsonl
 
 # dog 3, cat 2, ball 2, tree 1, hat 1; with a dog: cat 2, ball 2, tree 1, hat 1; with a cat: dog 2, ball 1, tree 1
@@ -205,6 +206,7 @@ def test_score_averages_splits_without_pooling() -> None:
     assert values["mean: accuracy"] == pytest.approx((5 / 12 + 1) / 2)
     assert values["mean: F1"] == pytest.approx((6 / 13 + 1) / 2)
     assert values["mean: yes rate"] == pytest.approx((7 / 12 + 1) / 2)
+    assert values["mean: unclear"] == pytest.approx(1 / 12)
 
 
 def test_score_refuses() -> None:
@@ -267,6 +269,8 @@ def test_read_answers(tmp_path: Path) -> None:
         {"prompt": f"{QUESTIONS[1].text}\nAnswer with one word.", "answer": ""},
     ]
     assert pope.read_answers(write_jsonl(file, *in_order), QUESTIONS) == ["yes", ""]
+    thought = [{"question_id": 1, "text": "<think>No?</think>\nYes"}, {"question_id": 2, "text": "<think>There is"}]
+    assert pope.read_answers(write_jsonl(file, *thought), QUESTIONS) == ["Yes", ""]
 
 
 @pytest.mark.parametrize(

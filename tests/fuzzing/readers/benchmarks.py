@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mmalign.evaluation.annotations import read_objects, read_questions, read_responses
 from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.benchmarks.base import open_folder
+from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import coco_vocabulary
 from mmalign.language.vocabularies import load_vocabulary
 from tests.fuzzing.mutations import VALUES
@@ -56,7 +57,7 @@ def existing(folder: Path, *names: str) -> list[str]:
 def read_pope(folder: Path) -> None:
     questions = pope.read_questions(folder / "questions.jsonl")
     answers = pope.read_answers(folder / "answers.jsonl", questions)
-    pope.score({"random": questions}, {"random": answers}, pope.parse_strict).as_dict()
+    pope.score({"random": questions}, {"random": answers}, parse_strict).as_dict()
     read_questions(folder / "questions.jsonl", "Say.")
     images = open_folder(folder, questions)
     for question in questions:
