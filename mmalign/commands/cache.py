@@ -53,9 +53,6 @@ def cache(recipe: Recipe) -> Path:
     """
     if recipe.data.cache == "off":
         raise ValueError("data.cache: off writes no cache; leave it out, or give a folder")
-    reason = modality_of(recipe).uncacheable_reason(recipe.data)
-    if reason is not None:
-        raise ValueError(reason)
     # Pairs and model, as for training
     begun = time.time()
     preflight.check(recipe, "training")
@@ -185,7 +182,7 @@ def _fill_precomputed(
     for loader, number in _loaders(data_module, num_batches):
         required = store.required_keys(loader, number)
         missing = store.missing(required, rank=accelerator.process_index, world_size=accelerator.num_processes)
-        total = sum(-(-len(numbers) // loader.sampler.batch_size) for numbers in missing.values())
+        total = sum(len(loader.sampler.split(numbers)) for numbers in missing.values())
         fill(store.cache, store.compute(loader, missing, compute), total, "precompute", accelerator)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from mmalign.config.base import MethodConfig, Section
+from mmalign.config.base import ImageSize, MethodConfig, Section
 from mmalign.config.evaluation import (
     AnswerFiles,
     Coco,
@@ -50,6 +50,7 @@ __all__ = [
     "Gallery",
     "ImageData",
     "ImageModel",
+    "ImageSize",
     "JudgeModel",
     "Limits",
     "Lora",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from mmalign.registry import check_known
@@ -14,6 +16,38 @@ class Section(BaseModel):
     """Immutable part of a recipe, without unknown keys or silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ImageSize(NamedTuple):
+    """Width and height of an image in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, resolution: int | str) -> ImageSize:
+        """Return the size of a resolution in a recipe: the side of a square, or "WIDTHxHEIGHT".
+
+        Raises:
+            ValueError: it is neither, or a side is shorter than 8 pixels.
+        """
+        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", str(resolution).lower())
+        sides = [int(side) for side in match.groups(match[1])] if match else [0]
+        if min(sides) < 8:
+            raise ValueError(f"expected pixels, such as 1024 or 1216x832 (width x height), got {resolution!r}")
+        return cls(*sides)
+
+
+def _check_resolution(resolution: int | str | None) -> int | str | None:
+    if resolution is not None:
+        ImageSize.parse(resolution)
+    return resolution
+
+
+Resolution = Annotated[int | str | None, AfterValidator(_check_resolution)]
 
 
 class MethodConfig(Section):

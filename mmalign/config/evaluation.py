@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import Section
+from mmalign.config.base import Resolution, Section
 
 Files = str | dict[str, str]  # a file, or several by name
 
@@ -26,7 +26,9 @@ class SamplingConfig(Section):
 
     steps: int = Field(30, ge=1, description="denoising steps")
     guidance: float = Field(7.5, ge=1, description="scale of classifier-free guidance; 1 turns it off")
-    resolution: int | None = Field(None, ge=8, description="side of an image in pixels; default: the model's")
+    resolution: Resolution = Field(
+        None, description="pixels of an image: a side, or WIDTHxHEIGHT; default: the model's"
+    )
     sampler: Literal["default", "ddim", "dpmsolver++"] = Field(
         "default", description="default: the checkpoint's scheduler"
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmalign.config.base import Section
+from mmalign.config.base import Resolution, Section
 
 # YAML reads a bare `off` as false.
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)
@@ -90,8 +90,15 @@ class ImageData(Data):
     format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = Field(
         "pick_a_pic", description="layout of the rows; docs/your_data.md shows each"
     )
-    resolution: int | None = Field(None, ge=8, description="pixels; default: the model's")
-    crop: Literal["center", "random"] = Field("center", description="square that is cut out of an image")
+    resolution: Resolution = Field(
+        None, description="pixels of an image: a side, or WIDTHxHEIGHT; default: the model's"
+    )
+    fit: Literal["crop", "pad", "buckets"] = Field(
+        "crop",
+        description="crop images to the resolution, pad them with white, or crop each pair to the bucket of the "
+        "resolution's area that cuts the least (docs/your_data.md)",
+    )
+    crop: Literal["center", "random"] = Field("center", description="place of the part that is cut out of an image")
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair together")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +82,12 @@ def open_loaders(
     seed: int,
     num_workers: int = 0,
     max_bad_images: int | None = None,
+    shapes_of: Callable[[Pairs[Any]], Sequence[Hashable] | None] = lambda _: None,
 ) -> tuple[AnyLoader, AnyLoader | None]:
     """Return this process's loaders of the training and the validation split, checked for a readable pair.
+
+    `shapes_of` returns the size of each pair's images, which a batch has in common, or None for one size. The other
+    arguments are those of `Loader`.
 
     Raises:
         ValueError: a split has no readable pair, or too many bad rows.
@@ -91,7 +95,7 @@ def open_loaders(
 
     def open_loader(pairs: Pairs[Any], **options: Any) -> AnyLoader:
         common = {"num_workers": num_workers, "max_bad_images": max_bad_images, **options}
-        loader = Loader(pairs, reader, batch_size=batch_size, seed=seed, **common)
+        loader = Loader(pairs, reader, batch_size=batch_size, seed=seed, shapes=shapes_of(pairs), **common)
         loader.check_readable()
         return loader
 

@@ -1,12 +1,16 @@
 """Safe decoding of images, and crops and flips shared by both images of a pair.
 
-R resolution. Pixels are float32 in [-1, 1]; sizes are the six numbers of SDXL's micro-conditioning.
+H, W are the height and width of a training image. Pixels are float32 in [-1, 1]; sizes are the six numbers of SDXL's
+micro-conditioning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from mmalign.config import ImageSize
 from mmalign.data.formats.files import MAX_IMAGE_BYTES
 from mmalign.data.pairs import ImageRef, SkippedRow
 from mmalign.reading import check_file
@@ -45,6 +50,31 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
     Raises:
         BadImage: the image cannot be read, has a side below `min_side`, or has more than `max_pixels` pixels.
     """
+    with _opened(ref, min_side, max_pixels) as image:
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def image_size(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> ImageSize:
+    """Return an image's size after the rotation of its EXIF; only the header is decoded.
+
+    Raises:
+        BadImage: as `decode` does; damage behind the header is not noticed.
+    """
+    with _opened(ref, min_side, max_pixels) as image:
+        width, height = image.size
+        return ImageSize(height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else ImageSize(width, height)
+
+
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
+
+
+@contextlib.contextmanager
+def _opened(ref: ImageRef, min_side: int, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield an image whose header is read and allowed; errors of the block are errors of the image.
+
+    Raises:
+        BadImage: the image cannot be read, or its size is not allowed.
+    """
     try:
         if ref.path:
             check_file(ref.path, MAX_IMAGE_BYTES)
@@ -59,7 +89,8 @@ def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIX
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height <= max_pixels and min(width, height) >= min_side:
-                return _rgb(ImageOps.exif_transpose(image))
+                yield image
+                return
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
@@ -97,61 +128,100 @@ def is_flipped(flip: bool, u: Tensor) -> bool:
     return flip and bool(u[2] < 0.5)
 
 
+@dataclass(frozen=True)
+class ImageTransform:
+    """Settings of the cut to training images.
+
+    Attributes:
+        crop: "center" or "random".
+        flip: mirror half of the pairs.
+        pad: pad the whole image with white instead of cropping it.
+    """
+
+    crop: str = "center"
+    flip: bool = False
+    pad: bool = False
+
+
 def prepare_pair(
-    chosen: Image.Image, rejected: Image.Image, resolution: int, *, crop: str, flip: bool, u: Tensor
+    chosen: Image.Image, rejected: Image.Image, size: ImageSize, transform: ImageTransform, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return both images at R x R, with the same relative crop and the same flip: pixels [2, 3, R, R], sizes [2, 6].
+    """Return both images in one size, with the same relative crop and the same flip: pixels [2, 3, H, W], sizes [2, 6].
 
     Args:
         chosen: RGB.
         rejected: RGB; may have another size.
-        resolution: R, pixels.
-        crop: "center" or "random".
-        flip: mirror half of the pairs.
+        size: W and H.
+        transform: crop, flip and padding.
         u: the pair's draws [3] in [0, 1): top, left, flip.
     """
-    crop_position = (float(u[0]), float(u[1])) if crop == "random" else (0.5, 0.5)
+    crop_position = (float(u[0]), float(u[1])) if transform.crop == "random" else (0.5, 0.5)
+    mirror = is_flipped(transform.flip, u)
     sides = [
-        prepare(image, resolution, crop_position=crop_position, mirror=is_flipped(flip, u))
+        prepare(image, size, crop_position=crop_position, mirror=mirror, pad=transform.pad)
         for image in (chosen, rejected)
     ]
     return torch.stack([pixels for pixels, _ in sides]), torch.stack([sizes for _, sizes in sides])
 
 
 def prepare(
-    image: Image.Image, resolution: int, *, crop_position: tuple[float, float] = (0.5, 0.5), mirror: bool = False
+    image: Image.Image,
+    size: ImageSize,
+    *,
+    crop_position: tuple[float, float] = (0.5, 0.5),
+    mirror: bool = False,
+    pad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Scale an image's short side to R, crop it to a square, and optionally mirror it.
+    """Scale an image until it covers W x H, crop it, and optionally mirror it; or scale it into W x H, and pad it.
 
     Args:
         image: RGB.
-        resolution: R, pixels.
+        size: W and H.
         crop_position: vertical and horizontal position of the crop, from 0 (top, left) to 1 (bottom, right).
         mirror: flip horizontally.
+        pad: pad with white instead of cropping.
 
     Returns:
-        Pixels [3, R, R] and sizes [6]. The crop's corner is given in the scaled (and mirrored) image.
+        Pixels [3, H, W] and sizes [6]. The crop's corner is given in the scaled (and mirrored) image; it is 0, 0 with
+        padding.
     """
+    if pad:
+        top = left = 0
+        cut = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color="white")
+        cut = ImageOps.mirror(cut) if mirror else cut
+    else:
+        cut, top, left = _crop(image, size, crop_position, mirror=mirror)
+    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+    return pixels, torch.tensor([image.height, image.width, top, left, size.height, size.width])
+
+
+def _crop(
+    image: Image.Image, size: ImageSize, crop_position: tuple[float, float], *, mirror: bool
+) -> tuple[Image.Image, int, int]:
+    """Return the scaled crop, and its corner's top and left in the scaled image."""
+    # Largest part of the image with the aspect ratio of the size
+    box = (float(image.width), size.height * image.width / size.width)
+    if box[1] > image.height:
+        box = (size.width * image.height / size.height, float(image.height))
+    scale = max(size.width / image.width, size.height / image.height)
+
     # Crop corner in the scaled image
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    rooms = (height - resolution, width - resolution)
+    scaled = [max(least, round(side * scale)) for side, least in zip(image.size, size, strict=True)]
+    rooms = (scaled[1] - size.height, scaled[0] - size.width)
     top, left = (int(share * (room + 1 - 1e-6)) for share, room in zip(crop_position, rooms, strict=True))
     if scale == 1:
-        square = image.crop((left, top, left + resolution, top + resolution))
+        cut = image.crop((left, top, left + size.width, top + size.height))
     else:
         # Scale only the crop: an image of 8 x 1,000,000 must not become one of 1024 x 128,000,000.
-        x, y, side = left / width * image.width, top / height * image.height, min(image.size)
-        x, y = min(x, image.width - side), min(y, image.height - side)
+        x, y = left / scaled[0] * image.width, top / scaled[1] * image.height
+        x, y = min(x, image.width - box[0]), min(y, image.height - box[1])
         method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-        square = image.resize((resolution, resolution), method, box=(x, y, x + side, y + side))
+        cut = image.resize(size, method, box=(x, y, x + box[0], y + box[1]))
     if mirror:
-        square, left = ImageOps.mirror(square), width - resolution - left
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
-    sizes = torch.tensor([image.height, image.width, top, left, resolution, resolution])
-    return pixels, sizes
+        return ImageOps.mirror(cut), top, rooms[1] - left
+    return cut, top, left
 
 
-def image_key(ref: ImageRef, resolution: int, *, mirror: bool) -> str:
-    """Return the cache key of an image: its content, its crop and its flip; random crops are not cached."""
-    return f"{ref.key}/{resolution}-center" + ("-mirrored" if mirror else "")
+def image_key(ref: ImageRef, size: ImageSize, *, mirror: bool) -> str:
+    """Return the cache key of an image: its content, its size and its flip; random crops are not cached."""
+    return f"{ref.key}/{size}" + ("-mirrored" if mirror else "")

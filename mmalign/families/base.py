@@ -103,6 +103,10 @@ class TextToImage(Family, Protocol):
     def resolution(self) -> int:
         """The side, in pixels, of the square images that the model was trained on."""
 
+    @property
+    def size_multiple(self) -> int:
+        """Number of pixels that the sides of an image are multiples of."""
+
     def encode_images(self, images: Tensor) -> Moments:
         """Return the latent posterior of images [N, 3, H, W] in [-1, 1]."""
 

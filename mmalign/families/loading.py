@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmalign.config import ImageSize
 from mmalign.families.base import PromptProcessor, TextToImage, VisionLanguage
 from mmalign.families.types import Loading
 from mmalign.reading import first_line, read_json
@@ -113,7 +114,7 @@ def load_tokenizers(path: str, revision: str | None = None) -> TextToImage:
         ValueError: the class is not supported, or a file is missing.
     """
     # Without a network the resolution is unknown; tokens do not depend on it
-    options = Loading(torch.device("cpu"), revision=revision, resolution=512, tokenizers_only=True)
+    options = Loading(torch.device("cpu"), revision=revision, size=ImageSize(512, 512), tokenizers_only=True)
     return load_family(path, options)
 
 

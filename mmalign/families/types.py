@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmalign.config import ImageSize
+
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -94,7 +96,7 @@ class Loading:
         vae: a folder or Hub id with another autoencoder.
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
-        resolution: the side of training images in pixels; None is the model's own.
+        size: the size of training images; None is a square of the model's own resolution.
         allow_pickle: True reads weights from pickles too (see `mmalign.reading.weights`).
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
         tokenizers_only: True to load a text-to-image model without its networks.
@@ -106,7 +108,7 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
-    resolution: int | None = None
+    size: ImageSize | None = None
     allow_pickle: bool = False
     pack_responses: bool = True
     tokenizers_only: bool = False

@@ -124,7 +124,6 @@ class Modality:
         loading_hint: the call that loads a trained model from its folder in other programs, by `model.tune`.
         check_data: check that the pairs' files exist and have their columns; raises ValueError.
         check_model: check the model's paths and class, perhaps with a query to the Hub; raises ValueError.
-        uncacheable_reason: the reason why nothing of this data can be cached, or None.
         load_family: load a model with these options.
         frozen_models: paths of the models besides `model.path` that a run depends on, by key.
         open_pairs: open pairs that meet the requirements, without decoding an image: (training split, validation split
@@ -148,7 +147,6 @@ class Modality:
     loading_hint: Callable[[str, Path], str]
     check_data: Callable[[Data], None]
     check_model: Callable[[Model], None]
-    uncacheable_reason: Callable[[Data], str | None]
     load_family: Callable[[Model, Loading], Family]
     frozen_models: Callable[[Model], dict[str, str]]
     open_pairs: Callable[[Recipe, Requirements], Splits]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from mmalign.attention import choice
-from mmalign.config import ImageData, Recipe, RewardConfig
+from mmalign.config import ImageData, ImageSize, Recipe, RewardConfig
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
@@ -41,6 +41,7 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
         ValueError: the model cannot be loaded, or the attention backend is unavailable.
     """
     model, options = recipe.model, recipe.train
+    size = recipe.data.resolution if isinstance(recipe.data, ImageData) else None
     choice.check(options.attention, device, DTYPES[options.precision])
     disable_progress_bars()
     family = modality_of(recipe).load_family(
@@ -50,7 +51,7 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
             half=None if options.precision == "float32" else DTYPES[options.precision],
             network_half=model.tune == "lora",
             revision=model.revision,
-            resolution=recipe.data.resolution if isinstance(recipe.data, ImageData) else None,
+            size=ImageSize.parse(size) if size is not None else None,
             allow_pickle=recipe.allow_pickle,
             pack_responses=options.pack_responses != "off",
         ),

@@ -116,7 +116,6 @@ MODALITY = Modality(
     loading_hint=lambda _, folder: f"reward: {{name: step_aware, path: {folder}}}",
     check_data=check.check_data,
     check_model=check_model,
-    uncacheable_reason=check.uncacheable_reason,
     load_family=load_family,
     frozen_models=frozen_models,
     open_pairs=data.open_pairs,

@@ -36,7 +36,9 @@ from tests.helpers.logged import recorded_lines
         ("data.path=W/empty.parquet", "data.path: W/empty.parquet has no rows; expected one a pair"),
         ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
         ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; choose a folder"),
-        ("data={crop: random, cache: W, path: W/good.parquet}", "data.cache: W cannot be used with data.crop: random"),
+        ("data={crop: random, fit: pad, path: W/good.parquet}", "data.crop: random has no meaning with data.fit: pad"),
+        ("data={resolution: 64x, path: W/good.parquet}", "data.resolution: expected pixels, such as 1024 or 1216x832"),
+        ("data={resolution: 4, path: W/good.parquet}", "(width x height), got 4"),
         # Models.
         ("model.path=W/sd15", "model.path: there is no file or folder 'W/sd15'"),
         ("model.path=models/tiny_sdd", "did you mean 'models/tiny_sd'"),
@@ -76,7 +78,11 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
     ("setting", "sentence"),
     [
         ("evaluate.prompts=0", "evaluate.prompts: expected at least 1, or a file with one prompt a line, got 0"),
-        ("evaluate.sampling.resolution=20", "evaluate.sampling.resolution: expected a multiple of 8 pixels, got 20"),
+        ("evaluate.sampling.resolution=20", "evaluate.sampling.resolution: expected multiples of 8 pixels, got 20"),
+        (
+            "evaluate.sampling.resolution=64x20",
+            "evaluate.sampling.resolution: expected multiples of 8 pixels, got 64x20",
+        ),
         ("evaluate.prompts=no-such.txt", "evaluate.prompts: there is no file or folder 'no-such.txt'"),
     ],
 )

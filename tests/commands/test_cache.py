@@ -1,13 +1,17 @@
 """Training from full caches: the same losses, one network in memory, and nothing from another's cache."""
 
+import io
 import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from mmalign.commands import cache as caching
 from mmalign.commands import train
@@ -219,11 +223,40 @@ def test_cache_reports_writes_and_then_nothing_new(
         assert log_lines[-1].endswith(f" of other settings in {', '.join(useless)}")
 
 
-def test_random_crops_are_refused_before_a_model_is_loaded(tiny_sd15: Path, tmp_path: Path) -> None:
-    content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"}, model={"path": "nobody/nothing"})
-    with pytest.raises(ValueError, match=r"data\.crop: random changes every epoch"):
-        caching.cache(load_recipe(content))
-    assert not (tmp_path / "out").exists()
+def test_random_crops_cache_text_alone(tiny_sd15: Path, tmp_path: Path) -> None:
+    content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"})
+    folder = caching.cache(load_recipe(content))
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["text"]
+    cached, _ = trained(content)
+    assert_close(cached, trained({**content, "output": str(tmp_path / "plain")}, "data.cache='off'")[0])
+
+
+def resized(data: bytes, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).resize(size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "buckets": {"fit": "buckets", "flip": True},
+    "pad": {"fit": "pad"},
+    "wide": {"resolution": "24x16"},
+}
+
+
+@pytest.mark.parametrize("shape", first_fast(SHAPES))
+def test_cached_shapes_equal_decoded_ones(shape: str, tiny_sd15: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"data": {"resolution": 16, **SHAPES[shape]}, "train": {"steps": 3, "batch_size": 2}}
+    path = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    rows = pq.read_table(path).to_pylist()
+    for number, row in enumerate(rows):
+        size = ((48, 16), (20, 40), (24, 24))[number % 3]
+        row |= {side: resized(row[side], size) for side in ("jpg_0", "jpg_1")}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    cached, _ = trained(pictures(tiny_sd15, tmp_path, "cached", **sections))
+    assert_close(cached, trained(pictures(tiny_sd15, tmp_path, "plain", **sections), "data.cache='off'")[0])
+    square, _ = trained(pictures(tiny_sd15, tmp_path, "square", **sections), "data.resolution=16", "data.fit=crop")
+    assert square.history[0]["chosen error"] != pytest.approx(cached.history[0]["chosen error"], abs=BOUND)
 
 
 def test_processes_that_do_not_know_of_one_another_are_refused(

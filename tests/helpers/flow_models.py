@@ -100,7 +100,7 @@ def _sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
             joint_attention_dim=32,
             caption_projection_dim=16,
             pooled_projection_dim=32,
-            pos_embed_max_size=8,
+            pos_embed_max_size=16,
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),

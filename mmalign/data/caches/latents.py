@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import Items
-from mmalign.data.images import BadImage, decode, image_key, prepare
+from mmalign.data.images import BadImage, ImageTransform, decode, image_key, prepare
 from mmalign.data.loaders.encoder import encode_images, encode_prompts, text_key
-from mmalign.data.loaders.image_pairs import ImageTransform
-from mmalign.data.pairs import ImagePair, Pairs, SkippedRow
+from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow
+from mmalign.data.shapes import Shapes
 from mmalign.families.base import TextToImage
 
-Views = dict[str, tuple[Tensor, Tensor]]  # key -> pixels [3, R, R] in [-1, 1], sizes [6]
+Views = dict[str, tuple[Tensor, Tensor]]  # key -> pixels [3, H, W] in [-1, 1], sizes [6]
 ImageNumber = tuple[int, int]  # number of the pair, side
 
 
@@ -41,63 +42,74 @@ def encode_texts(family: TextToImage, prompts: Sequence[str]) -> Iterator[Items]
         yield {text_key(prompt): {name: x[0].cpu() for name, x in encode_prompts(family, [prompt]).tensors.items()}}
 
 
-def uncached_images(
-    pairs: Pairs[ImagePair], transform: ImageTransform, cache: ArrayCache, *, rank: int = 0, world_size: int = 1
-) -> list[ImageNumber]:
-    """Return each image in this process's share that lacks a view in the cache, once.
+@dataclass(frozen=True)
+class ImageViews:
+    """Views of pairs' images that training reads: each image in its pair's size, plain and with `flip` also mirrored.
 
-    With `transform.flip` an image has two views, plain and mirrored. The process that decodes it makes both.
+    Attributes:
+        pairs: the pairs.
+        shapes: the size of every pair's images.
+        transform: the cut to that size; random crops are not cached.
     """
-    assert transform.crop == "center", "random crops are not cached"
-    seen, uncached = set[str](), list[ImageNumber]()
-    for number, pair in enumerate(pairs):
-        for side, ref in enumerate((pair.chosen, pair.rejected)):
-            if ref.key in seen:
-                continue
-            # Share images as `ArrayCache.share` shares keys
-            mine = len(seen) % world_size == rank
-            seen.add(ref.key)
-            if mine and cache.missing(image_key(ref, transform.resolution, mirror=m) for m in _mirrors(transform)):
-                uncached.append((number, side))
-    return uncached
 
+    pairs: Pairs[ImagePair]
+    shapes: Shapes
+    transform: ImageTransform
 
-def read_images(
-    pairs: Pairs[ImagePair],
-    transform: ImageTransform,
-    cache: ArrayCache,
-    images: Sequence[ImageNumber],
-    *,
-    num_workers: int = 0,
-) -> Iterator[Views | SkippedRow]:
-    """Yield each image's views that the cache lacks, or a SkippedRow for an unreadable image."""
-    loader: Iterable[Views | SkippedRow] = DataLoader(
-        _Images(pairs, transform, cache),
-        sampler=images,
-        batch_size=None,
-        num_workers=num_workers,
-        generator=Generator().manual_seed(0),
-    )
-    yield from loader
+    def keys(self, pair: ImagePair, ref: ImageRef) -> dict[str, bool]:
+        """Return the cache keys of a pair's image, and whether each is of the mirrored view."""
+        size = self.shapes.of(pair)
+        return {
+            image_key(ref, size, mirror=mirror): mirror
+            for mirror in ((False, True) if self.transform.flip else (False,))
+        }
 
+    def uncached(self, cache: ArrayCache, *, rank: int = 0, world_size: int = 1) -> list[ImageNumber]:
+        """Return each image in this process's share that lacks a view in the cache, once.
 
-def _mirrors(transform: ImageTransform) -> tuple[bool, ...]:
-    return (False, True) if transform.flip else (False,)
+        The process that decodes an image makes both of its views.
+        """
+        assert self.transform.crop == "center", "random crops are not cached"
+        seen, uncached = set[str](), list[ImageNumber]()
+        for number, pair in enumerate(self.pairs):
+            for side, ref in enumerate((pair.chosen, pair.rejected)):
+                keys = self.keys(pair, ref)
+                if next(iter(keys)) in seen:
+                    continue
+                # Share images as `ArrayCache.share` shares keys
+                mine = len(seen) % world_size == rank
+                seen.add(next(iter(keys)))
+                if mine and cache.missing(keys):
+                    uncached.append((number, side))
+        return uncached
+
+    def read(
+        self, cache: ArrayCache, images: Sequence[ImageNumber], *, num_workers: int = 0
+    ) -> Iterator[Views | SkippedRow]:
+        """Yield each image's views that the cache lacks, or a SkippedRow for an unreadable image."""
+        loader: Iterable[Views | SkippedRow] = DataLoader(
+            _Images(self, cache),
+            sampler=images,
+            batch_size=None,
+            num_workers=num_workers,
+            generator=Generator().manual_seed(0),
+        )
+        yield from loader
 
 
 class _Images(Dataset[Views | SkippedRow]):
     """Dataset that maps an image to its views that the cache lacks."""
 
-    def __init__(self, pairs: Pairs[ImagePair], transform: ImageTransform, cache: ArrayCache) -> None:
-        self.pairs, self.transform, self.cache = pairs, transform, cache
+    def __init__(self, views: ImageViews, cache: ArrayCache) -> None:
+        self.views, self.cache = views, cache
 
     def __getitem__(self, image: ImageNumber) -> Views | SkippedRow:
         number, side = image
-        pair = self.pairs[number]
-        ref, resolution = (pair.chosen, pair.rejected)[side], self.transform.resolution
+        pair = self.views.pairs[number]
+        ref = (pair.chosen, pair.rejected)[side]
         try:
             decoded = decode(ref)
         except BadImage as error:
             return error.skipped
-        mirrors = {image_key(ref, resolution, mirror=mirror): mirror for mirror in _mirrors(self.transform)}
-        return {key: prepare(decoded, resolution, mirror=mirrors[key]) for key in self.cache.missing(mirrors)}
+        size, mirrors, pad = self.views.shapes.of(pair), self.views.keys(pair, ref), self.views.transform.pad
+        return {key: prepare(decoded, size, mirror=mirrors[key], pad=pad) for key in self.cache.missing(mirrors)}

@@ -105,8 +105,9 @@ class PrecomputeCache:
 
         A batch of pairs that cannot be read makes no update, so the training reads a further batch.
         """
-        num_unusable = len(self.cache.missing(required))
-        return num_batches + num_unusable // (loader.sampler.batch_size * loader.sampler.world_size)
+        num_unusable, sampler = len(self.cache.missing(required)), loader.sampler
+        smallest = sampler.batch_size * sampler.world_size if sampler.shapes is None else 1  # the rest is padding
+        return num_batches + num_unusable // smallest
 
     def missing(self, required: RequiredKeys, *, rank: int, world_size: int) -> dict[int, list[int]]:
         """Return the numbers of the pairs that lack tensors, by draw, in this process's share of the required keys."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmalign.config import ImageSize
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts
 from mmalign.data.loaders.image_pairs import ImagePairBatch
@@ -60,15 +61,15 @@ class Encoder:
             reward_model=self.reward_model,
         )
 
-    def encode_prompts(self, batch: PromptBatch, side: int, shape: tuple[int, ...]) -> EncodedPrompts:
-        """Return an encoded batch of prompts for square images of `side` pixels with latents of this shape."""
-        device = next(self.family.network.parameters()).device
+    def encode_prompts(self, batch: PromptBatch, size: ImageSize, shape: tuple[int, ...]) -> EncodedPrompts:
+        """Return an encoded batch of prompts for images of one size, with latents of this shape."""
+        device, (width, height) = next(self.family.network.parameters()).device, size
         return EncodedPrompts(
             rows=batch.rows,
             prompts=batch.prompts,
             text=self._text(batch.prompts).to(device),
             unconditional=self.unconditional.to(device),
-            sizes=torch.tensor([[side, side, 0, 0, side, side]] * len(batch.rows), device=device),
+            sizes=torch.tensor([[height, width, 0, 0, height, width]] * len(batch.rows), device=device),
             shape=shape,
             weights=batch.weights.to(device),
             reward_model=self.reward_model,

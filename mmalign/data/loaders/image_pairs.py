@@ -1,6 +1,6 @@
 """Reading of image pairs, decoded or from the cache of latents.
 
-B pairs per batch; R resolution. Images come chosen first, then rejected: [2B].
+B pairs per batch, with images of H x W pixels. Images come chosen first, then rejected: [2B].
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.images import BadImage, decode, image_key, is_flipped, prepare_pair
+from mmalign.data.images import BadImage, ImageTransform, decode, image_key, is_flipped, prepare_pair
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImagePair, SkippedRow, pair_key
+from mmalign.data.shapes import Shapes
 from mmalign.rng import KeyedRNG
 
 PIXELS = "pixels"
@@ -26,21 +27,6 @@ ImageExample = dict[str, Tensor]  # every field of both images, pixels or cached
 
 
 @dataclass(frozen=True)
-class ImageTransform:
-    """Settings of the crop to squares.
-
-    Attributes:
-        resolution: R, pixels.
-        crop: "center" or "random".
-        flip: mirror half of the pairs.
-    """
-
-    resolution: int
-    crop: str = "center"
-    flip: bool = False
-
-
-@dataclass(frozen=True)
 class ImagePairBatch:
     """Batch of B image pairs, not yet encoded.
 
@@ -49,7 +35,7 @@ class ImagePairBatch:
         prompts: [B].
         rejected_prompts: the rejected images' prompts [B]; empty in a pair with one prompt.
         keys: the keys of the pairs' content [B], by `pair_key`.
-        pixels: [2B, 3, R, R] in [-1, 1]; None if the images come from a cache.
+        pixels: [2B, 3, H, W] in [-1, 1]; None if the images come from a cache.
         arrays: every field of the cached images, [2B, ...]; None if the images were decoded.
         sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
         weights: [B] float32; 0 for padding and for a pair with a bad image.
@@ -70,7 +56,8 @@ class ImagePairReader:
     """Reader of image pairs.
 
     Attributes:
-        transform: the crop to squares.
+        shapes: the size of every pair's images.
+        transform: the cut to that size.
         seed: the seed of crops and flips.
         cache: the tensors of every good image, with a field "sizes", by `image_key`; None decodes the images.
         repeat: epochs after which a pair's crops and flips repeat; None draws new ones in every epoch.
@@ -79,6 +66,7 @@ class ImagePairReader:
         ValueError: random crops would have to come from a cache.
     """
 
+    shapes: Shapes
     transform: ImageTransform
     seed: int
     cache: ArrayCache | None = None
@@ -109,14 +97,14 @@ class ImagePairReader:
             skipped = [SkippedRow(pair.location, SAME_SIDES, "same sides")]
         if skipped:
             return skipped
-        crop, flip = self.transform.crop, self.transform.flip
-        pixels, sizes = prepare_pair(images[0], images[1], self.transform.resolution, crop=crop, flip=flip, u=u)
+        pixels, sizes = prepare_pair(images[0], images[1], self.shapes.of(pair), self.transform, u)
         return {PIXELS: pixels, SIZES: sizes}
 
     def _look_up(self, pair: ImagePair, u: Tensor, cache: ArrayCache) -> ImageExample | list[SkippedRow]:
         mirror = is_flipped(self.transform.flip, u)
         refs = (pair.chosen, pair.rejected)
-        keys = [image_key(ref, self.transform.resolution, mirror=mirror) for ref in refs]
+        size = self.shapes.of(pair)
+        keys = [image_key(ref, size, mirror=mirror) for ref in refs]
         absent = [ref for ref, key in zip(refs, keys, strict=True) if key not in cache]
         if not absent:
             sides = [cache.get(key) for key in keys]

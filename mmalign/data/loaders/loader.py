@@ -8,7 +8,7 @@ A pair that cannot be used stays in its batch with weight 0, so that no other pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -68,6 +68,7 @@ class Loader(Generic[P, E, B]):
         world_size: number of processes that share an epoch.
         max_bad_images: most bad images and rows that a run may meet; None allows any number.
         keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
+        shapes: the size of each pair's images [N], which a batch has in common; None for one size.
 
     Raises:
         ValueError: there are no pairs.
@@ -85,11 +86,12 @@ class Loader(Generic[P, E, B]):
         world_size: int = 1,
         max_bad_images: int | None = None,
         keep_last: bool = False,
+        shapes: Sequence[Hashable] | None = None,
     ) -> None:
         if not len(pairs):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
         self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
-        self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last)
+        self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last, shapes)
         self._max_bad_images, self._skipped = max_bad_images, dict[str, SkippedRow]()
         self._first = 0  # number of the first pair that is not known to be bad
         self._keys = dict[int, str]()
@@ -122,10 +124,8 @@ class Loader(Generic[P, E, B]):
         return self._read(epoch, self.sampler.plan(epoch)[start:])
 
     def read_pairs(self, epoch: int, numbers: Sequence[int]) -> Iterator[B]:
-        """Yield batches of the pairs with these numbers, in this order, as that epoch reads them."""
-        size = self.sampler.batch_size
-        planned = [(number, 1.0) for number in numbers]
-        return self._read(epoch, [planned[start : start + size] for start in range(0, len(planned), size)])
+        """Yield batches of the pairs with these numbers as that epoch reads them, in this order per image size."""
+        return self._read(epoch, self.sampler.split(numbers))
 
     def _read(self, epoch: int, plan: Plan) -> Iterator[B]:
         examples: _Examples[P, E, B] = _Examples(self.pairs, self.reader, epoch)

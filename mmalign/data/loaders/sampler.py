@@ -1,12 +1,13 @@
 """Deterministic order of an epoch and its batches, and the limit of bad images.
 
 The order depends on the seed, the epoch and the number of pairs, not on workers or on the starting batch. B pairs per
-process and batch; a global batch has B pairs for every process.
+process and batch; a global batch has B pairs for every process. All pairs of a global batch have images of one size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ class EpochSampler:
         seed: the seed of the order.
         rank: index of this process.
         world_size: number of processes that share an epoch.
-        keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
+        keep_last: pad the last batch of each size with pairs of weight 0 instead of dropping it, as evaluation needs.
+        shapes: the size of each pair's images [num_pairs]; None for one size.
     """
 
     num_pairs: int
@@ -35,10 +37,16 @@ class EpochSampler:
     rank: int = 0
     world_size: int = 1
     keep_last: bool = False
+    shapes: Sequence[Hashable] | None = None
 
     def __len__(self) -> int:
-        """Return the batches per epoch; a partial last batch counts with `keep_last`, or if it is the only one."""
-        full, rest = divmod(self.num_pairs, self.batch_size * self.world_size)
+        """Return the batches per epoch; the partial last batch of a size counts with `keep_last`, or if it is alone."""
+        sizes = Counter(self.shapes).values() if self.shapes is not None else [self.num_pairs]
+        return sum(self._num_batches(number) for number in sizes)
+
+    def _num_batches(self, number: int) -> int:
+        """Return the batches of `number` pairs of one size."""
+        full, rest = divmod(number, self.batch_size * self.world_size)
         return full + 1 if rest and (self.keep_last or not full) else full
 
     def order(self, epoch: int) -> list[int]:
@@ -49,26 +57,56 @@ class EpochSampler:
 
     def plan(self, epoch: int) -> list[list[tuple[int, float]]]:
         """Return (number, weight) of each pair, for every batch of this process."""
-        order = self.order(epoch)
-        size = self.batch_size * self.world_size
-        planned = [(number, 1.0) for number in order]
-        # Pad the last batch with pairs from the start, of weight 0
-        planned += [(order[i % len(order)], 0.0) for i in range(len(self) * size - len(order))]
-        first = [b * size + self.rank * self.batch_size for b in range(len(self))]
-        return [planned[index : index + self.batch_size] for index in first]
+        first = self.rank * self.batch_size
+        return [batch[first : first + self.batch_size] for batch in self._global_plan(epoch)]
 
     def taken(self, num_batches: int, cycle: int = 1) -> list[tuple[int, int]]:
         """Return (epoch, number) of each pair in the first `num_batches` batches of every process, sorted.
 
         Epochs repeat after `cycle` of them. More than one cycle takes every pair.
         """
-        size, pairs = self.batch_size * self.world_size, set[tuple[int, int]]()
+        pairs = set[tuple[int, int]]()
         for epoch in range(-(-num_batches // len(self))):
             if epoch == cycle:
                 return [(epoch, number) for epoch in range(cycle) for number in range(self.num_pairs)]
-            left = min(len(self), num_batches - epoch * len(self))
-            pairs.update((epoch, number) for number in self.order(epoch)[: left * size])
+            batches = self._global_plan(epoch)[: num_batches - epoch * len(self)]
+            pairs.update((epoch, number) for batch in batches for number, weight in batch if weight)
         return sorted(pairs)
+
+    def split(self, numbers: Sequence[int]) -> list[list[tuple[int, float]]]:
+        """Return (number, weight) of these pairs in batches of one size each, in the order of their first pairs."""
+        by_shape = defaultdict[Hashable, list[tuple[int, float]]](list)
+        for number in numbers:
+            by_shape[self._shape(number)].append((number, 1.0))
+        return [
+            pairs[start : start + self.batch_size]
+            for pairs in by_shape.values()
+            for start in range(0, len(pairs), self.batch_size)
+        ]
+
+    def _shape(self, number: int) -> Hashable:
+        return self.shapes[number] if self.shapes is not None else None
+
+    def _global_plan(self, epoch: int) -> list[list[tuple[int, float]]]:
+        """Return (number, weight) of each pair, for every global batch; a batch is where its last pair is in order."""
+        size, batches = self.batch_size * self.world_size, list[list[tuple[int, float]]]()
+        waiting, taken, first = defaultdict[Hashable, list[int]](list), Counter[Hashable](), dict[Hashable, list[int]]()
+        order = self.order(epoch)
+        totals = Counter(map(self._shape, order))
+        for number in order:
+            shape = self._shape(number)
+            batch = waiting[shape]
+            batch.append(number)
+            taken[shape] += 1
+            is_last = taken[shape] == totals[shape] and (self.keep_last or totals[shape] < size)
+            if len(batch) < size and not is_last:
+                continue
+            # Pad the last batch with pairs of the same size from the start, of weight 0
+            pads = first.setdefault(shape, list(batch))
+            planned = [(pair, 1.0) for pair in batch]
+            batches.append(planned + [(pads[i % len(pads)], 0.0) for i in range(size - len(batch))])
+            batch.clear()
+        return batches
 
 
 def check_max_bad_images(bad: Sequence[SkippedRow], max_bad_images: int | None, source: str) -> None:

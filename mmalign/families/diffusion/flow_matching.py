@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmalign.config import SamplingConfig
+from mmalign.config import ImageSize
 from mmalign.diffusion.flow import Flow
 from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.families.lora import ATTENTION
@@ -33,7 +33,7 @@ JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 def schedule(
     pipeline: DiffusionPipeline,
     path: str,
-    resolution: int,
+    size: ImageSize,
     *,
     mu: Callable[[int, int], float] | None = None,
     even: bool = True,
@@ -43,7 +43,7 @@ def schedule(
     Args:
         pipeline: the pipeline.
         path: its name in error messages.
-        resolution: the side of training images in pixels.
+        size: the size of training images.
         mu: the shift in logits by an image's tokens and the sampler's steps; None for a line in the tokens, as in
             most pipelines.
         even: True if the pipeline gives its scheduler even times from 1 to 1 / steps; otherwise the scheduler's own.
@@ -53,7 +53,8 @@ def schedule(
     """
     scheduler = pipeline.scheduler
     of_tokens = mu or partial(linear_mu, scheduler.config)
-    of_steps = partial(of_tokens, (resolution // pipeline.vae_scale_factor // 2) ** 2)
+    width, height = (side // pipeline.vae_scale_factor // 2 for side in size)
+    of_steps = partial(of_tokens, width * height)
     times = partial(scheduler_times, copy.deepcopy(scheduler), of_steps, even)
     return Flow.from_scheduler(scheduler, of_steps(STEPS), times, path)
 
@@ -92,10 +93,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 class PackedModel(LatentModel):
     """A model whose pipeline samples tokens, one per 2 x 2 patch of its latents."""
 
-    def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
-        """Return image side and latent shape; the network's channels are those of a 2 x 2 patch."""
-        side, (packed, height, width) = super().latent_shape(sampling)
-        return side, (packed // 4, height, width)
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """Return a latent's shape; the network's channels are those of a 2 x 2 patch."""
+        packed, height, width = super().latent_shape(size)
+        return packed // 4, height, width
 
     def pack(self, latents: Tensor) -> Tensor:
         """Convert latents to the pipeline's tokens."""

@@ -73,5 +73,5 @@ def load(path: str, loading: Loading) -> Flux:
     from diffusers import FluxPipeline
 
     pipeline = latents.load_pipeline(FluxPipeline, path, loading)
-    side = loading.resolution or latents.resolution(pipeline)
-    return Flux(path, pipeline, flow_matching.schedule(pipeline, path, side), loading)
+    size = latents.training_size(pipeline, loading)
+    return Flux(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmalign.config import SamplingConfig
+from mmalign.config import ImageSize, SamplingConfig
 from mmalign.families.diffusion import autoencoder, flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
@@ -83,10 +83,10 @@ class Flux2(LatentModel):
         embeds = self.encode_prompts(prompts).tensors["embeds"]
         return {"prompt_embeds": embeds, "guidance_scale": sampling.guidance}
 
-    def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
-        """Return image side and latent shape; a latent pixel covers 2 x 2 of the autoencoder's."""
-        side, (channels, height, width) = super().latent_shape(sampling)
-        return side, (channels, height // 2, width // 2)
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """Return a latent's shape; a latent pixel covers 2 x 2 of the autoencoder's."""
+        channels, height, width = super().latent_shape(size)
+        return channels, height // 2, width // 2
 
     def unpack(self, sampled: Tensor, height: int, width: int) -> Tensor:
         """Convert the pipeline's tokens to latents."""
@@ -104,5 +104,5 @@ def load(path: str, loading: Loading) -> Flux2:
 
     pipeline = latents.load_pipeline(Flux2Pipeline, path, loading)
     # This pipeline computes the shift by its own empirical fit, not from the scheduler's fields.
-    side = loading.resolution or latents.resolution(pipeline)
-    return Flux2(path, pipeline, flow_matching.schedule(pipeline, path, side, mu=compute_empirical_mu), loading)
+    size = latents.training_size(pipeline, loading)
+    return Flux2(path, pipeline, flow_matching.schedule(pipeline, path, size, mu=compute_empirical_mu), loading)

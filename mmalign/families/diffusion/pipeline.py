@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmalign.attention import denoisers
 from mmalign.attention.choice import SelectedBackend, select_backend
-from mmalign.config import SamplingConfig
+from mmalign.config import ImageSize, SamplingConfig
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.compile import denoiser_blocks
@@ -65,9 +65,10 @@ class LatentModel(ABC):
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Image.Image]:
         text = self.pipeline_kwargs(prompts, sampling)
-        side, shape = self.latent_shape(sampling)
+        size = ImageSize.parse(sampling.resolution or self.resolution)
+        shape = self.latent_shape(size)
         with self.loading.autocast():
-            sampled = sample(self.pipeline, net, text, seeds, sampling, side, shape, self.pack)
+            sampled = sample(self.pipeline, net, text, seeds, sampling, size, shape, self.pack)
         return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
 
     @abstractmethod
@@ -82,16 +83,20 @@ class LatentModel(ABC):
         """Convert the pipeline's output to latents [N, C, height, width]."""
         return sampled
 
-    def latent_shape(self, sampling: SamplingConfig) -> tuple[int, tuple[int, int, int]]:
-        """Return the side of generated images, in pixels, and their latents' shape (C, H, W).
+    @property
+    def size_multiple(self) -> int:
+        """Number of pixels that an image's sides are multiples of."""
+        return size_multiple(self.pipeline)
+
+    def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the latents of images of this size.
 
         Raises:
             ValueError: the pipeline does not support that size.
         """
-        side = sampling.resolution or self.resolution
-        check_side(self.pipeline, side)
-        latent = side // self.pipeline.vae_scale_factor
-        return side, (self.network.config.in_channels, latent, latent)
+        check_size(self.pipeline, size)
+        width, height = (side // self.pipeline.vae_scale_factor for side in size)
+        return self.network.config.in_channels, height, width
 
     def encode_images(self, images: Tensor) -> Moments:
         """Return the posterior of images [N, 3, H, W] in [-1, 1].
@@ -99,7 +104,7 @@ class LatentModel(ABC):
         Raises:
             ValueError: the pipeline does not support the images' size.
         """
-        check_side(self.pipeline, images.shape[-1])
+        check_size(self.pipeline, ImageSize(images.shape[-1], images.shape[-2]))
         return encode(self.pipeline.vae, images)
 
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
@@ -166,17 +171,29 @@ def denoiser_name(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> str:
     return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
 
 
-def check_side(pipeline: DiffusionPipeline, side: int) -> None:
-    """Check that an image's side is a multiple of the autoencoder's and the denoiser's patch size.
+def size_multiple(pipeline: DiffusionPipeline) -> int:
+    """Return the number of pixels that a side is a multiple of: a patch of the autoencoder and the denoiser."""
+    patches = pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1)
+    return int(max(patches, pipeline.image_processor.config.vae_scale_factor))
+
+
+def check_size(pipeline: DiffusionPipeline, size: ImageSize) -> None:
+    """Check that an image's sides are multiples of the pipeline's patches, and within its table of positions.
 
     Raises:
-        ValueError: the side is not a multiple.
+        ValueError: a side is not a multiple, or too long.
     """
-    patches = pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1)
-    multiple = max(patches, pipeline.image_processor.config.vae_scale_factor)
-    if side % multiple:
+    multiple = size_multiple(pipeline)
+    if any(side % multiple for side in size):
         raise ValueError(
-            f"resolution: got {side}; expected a multiple of {multiple} pixels for a {type(pipeline).__name__}; "
+            f"resolution: got {size}; expected multiples of {multiple} pixels for a {type(pipeline).__name__}; "
+            "change data.resolution or sampling.resolution"
+        )
+    config = getattr(pipeline, denoiser_name(pipeline)).config
+    longest = config.get("pos_embed_max_size", max(size)) * config.get("patch_size", 1) * pipeline.vae_scale_factor
+    if max(size) > longest:
+        raise ValueError(
+            f"resolution: got {size}; {type(pipeline).__name__} has positions for sides of at most {longest} pixels; "
             "change data.resolution or sampling.resolution"
         )
 
@@ -231,6 +248,11 @@ def resolution(pipeline: DiffusionPipeline) -> int:
     return int(latent_side * pipeline.vae_scale_factor)
 
 
+def training_size(pipeline: DiffusionPipeline, loading: Loading) -> ImageSize:
+    """Return the size of training images: the given one, or a square of the pipeline's own resolution."""
+    return loading.size or ImageSize(resolution(pipeline), resolution(pipeline))
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert [N, 3, H, W] in [-1, 1] to RGB images."""
     pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -244,7 +266,7 @@ def sample(
     text: dict[str, object],
     seeds: Sequence[int],
     sampling: SamplingConfig,
-    side: int,
+    size: ImageSize,
     shape: tuple[int, int, int],
     pack: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Tensor:
@@ -256,7 +278,7 @@ def sample(
         text: arguments of the pipeline: embeddings and guidance scale.
         seeds: seeds of the initial noise and of the sampler's later noise, one per image.
         sampling: settings of sampling.
-        side: side of the images, in pixels.
+        size: size of the images.
         shape: (C, H, W) of a latent as methods see it.
         pack: conversion of the noise [N, C, H, W] to the pipeline's layout.
 
@@ -269,8 +291,8 @@ def sample(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     latents: Tensor = pipeline(
-        height=side,
-        width=side,
+        height=size.height,
+        width=size.width,
         num_inference_steps=sampling.steps,
         latents=pack(noise.to(pipeline.device)),
         generator=generators,

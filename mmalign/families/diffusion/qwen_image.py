@@ -78,5 +78,5 @@ def load(path: str, loading: Loading) -> QwenImage:
     from diffusers import QwenImagePipeline
 
     pipeline = latents.load_pipeline(QwenImagePipeline, path, loading)
-    side = loading.resolution or latents.resolution(pipeline)
-    return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path, side), loading)
+    size = latents.training_size(pipeline, loading)
+    return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)

@@ -73,5 +73,5 @@ def load(path: str, loading: Loading) -> Sana:
     from diffusers import SanaPipeline
 
     pipeline = latents.load_pipeline(SanaPipeline, path, loading)
-    side = loading.resolution or latents.resolution(pipeline)
-    return Sana(path, pipeline, flow_matching.schedule(pipeline, path, side, even=False), loading)
+    size = latents.training_size(pipeline, loading)
+    return Sana(path, pipeline, flow_matching.schedule(pipeline, path, size, even=False), loading)

@@ -60,5 +60,5 @@ def load(path: str, loading: Loading) -> StableDiffusion3:
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = latents.load_pipeline(StableDiffusion3Pipeline, path, loading)
-    side = loading.resolution or latents.resolution(pipeline)
-    return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path, side, even=False), loading)
+    size = latents.training_size(pipeline, loading)
+    return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path, size, even=False), loading)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmalign.config import SamplingConfig
+from mmalign.config import ImageSize, SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
@@ -69,4 +69,9 @@ def load(path: str, loading: Loading) -> ZImage:
     from diffusers import ZImagePipeline
 
     pipeline = latents.load_pipeline(ZImagePipeline, path, loading)
-    return ZImage(path, pipeline, flow_matching.schedule(pipeline, path, loading.resolution or RESOLUTION), loading)
+    return ZImage(
+        path,
+        pipeline,
+        flow_matching.schedule(pipeline, path, loading.size or ImageSize(RESOLUTION, RESOLUTION)),
+        loading,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmalign.config import Data, EvaluateImages, ImageData, PrepareImages, Recipe
+from mmalign.config import Data, EvaluateImages, ImageData, ImageSize, PrepareImages, Recipe
 from mmalign.data.formats import images, prompts
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
@@ -54,35 +54,25 @@ def check_packing(recipe: Recipe) -> None:
 
 
 def check_data(data: Data) -> None:
-    """Check the pairs' files and columns, and that the crop can be cached.
+    """Check the pairs' files and columns.
 
     Raises:
-        ValueError: a file or column is missing, or the cache does not fit the crop.
+        ValueError: a file or column is missing, or padding would be cropped.
     """
     assert isinstance(data, ImageData)
     if data.format == "prompts":
         prompts.open_prompts(locate(data.path))
         return
     images.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
-    if data.crop == "random" and data.cache not in ("off", "auto"):
-        raise ValueError(
-            f"data.cache: {data.cache} cannot be used with data.crop: random, which changes every epoch; use cache: off"
-        )
-
-
-def uncacheable_reason(data: Data) -> str | None:
-    """Return the reason why nothing of this data can be cached, or None."""
-    assert isinstance(data, ImageData)
-    if data.crop != "random":
-        return None
-    return "data.crop: random changes every epoch and cannot be cached; use crop: center, or train without a cache"
+    if data.fit == "pad" and data.crop == "random":
+        raise ValueError("data.crop: random has no meaning with data.fit: pad, which shows whole images; leave it out")
 
 
 def _check_prompts_only(recipe: Recipe) -> None:
     """Refuse settings of `data` that a method that generates its images does not read."""
     if not requirements_of(recipe.method).prompts_only:
         return
-    data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "crop", "flip"]
+    data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "fit", "crop", "flip"]
     from_text = isinstance(data, ImageData) and data.format == "prompts"
     unread += ["split", "columns"] if from_text else []
     given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
@@ -107,6 +97,6 @@ def _check_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
         raise ValueError(
             f"{name}.prompts: expected at least 1, or a file with one prompt a line, got {section.prompts}"
         )
-    side = section.sampling.resolution or 0
-    if side % 8:
-        raise ValueError(f"{name}.sampling.resolution: expected a multiple of 8 pixels, got {side}")
+    resolution = section.sampling.resolution
+    if resolution is not None and any(side % 8 for side in ImageSize.parse(resolution)):
+        raise ValueError(f"{name}.sampling.resolution: expected multiples of 8 pixels, got {resolution}")

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.config import ImageData, Recipe
+from mmalign.config import ImageData, ImageSize, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
-from mmalign.data.caches.latents import encode_latents, encode_texts, read_images, uncached_images
+from mmalign.data.caches.latents import ImageViews, encode_latents, encode_texts
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.images import open_pairs as open_image_pairs
 from mmalign.data.formats.prompts import open_prompts, unique_prompts
+from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.encoder import Encoder, text_key
-from mmalign.data.loaders.image_pairs import ImagePairReader, ImageTransform
+from mmalign.data.loaders.image_pairs import ImagePairReader
 from mmalign.data.loaders.prompts import PromptReader
 from mmalign.data.loaders.sampler import check_max_bad_images
 from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split
+from mmalign.data.shapes import Shapes, buckets, measure, summarize_cuts
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements
 from mmalign.resources import locate
@@ -84,39 +86,53 @@ def build_data_module(
     assert isinstance(data, ImageData)
     sources = [pairs for pairs in splits if pairs is not None]
     # Text embeddings, cached or encoded in every batch
-    is_cached = data.cache != "off" and (needs.prompts_only or data.crop == "center")
     unconditional = family.unconditional()
-    text = _fill_text(family, sources, data, output, accelerator) if is_cached else None
+    text = _fill_text(family, sources, data, output, accelerator) if data.cache != "off" else None
     encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
-    side = data.resolution or family.resolution
-    size = recipe.train.batch_size
-    open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=size, seed=seed)
+    size, batch_size = ImageSize.parse(data.resolution or family.resolution), recipe.train.batch_size
+    open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=batch_size, seed=seed)
     _warn_truncated(family, sources)
     # Prompts alone, for methods that generate their images
     if needs.prompts_only:
-        shape = tuple(family.encode_images(torch.zeros(1, 3, side, side)).mean.shape[1:])
-        encode = partial(encoder.encode_prompts, side=side, shape=shape)
+        shape = tuple(family.encode_images(torch.zeros(1, 3, size.height, size.width)).mean.shape[1:])
+        encode = partial(encoder.encode_prompts, size=size, shape=shape)
         about = f"{len(splits[0]):,} prompts from {splits[0].source}."
         return DataModule(encode, *open_all(PromptReader()), about, text=text)
 
     # Latents, cached or encoded in every batch
-    transform = ImageTransform(side, data.crop, data.flip)
+    transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
+    is_cached = text is not None and data.crop == "center"  # random crops change every epoch
+    shapes = _shapes(sources, data, size, family.size_multiple, measured=is_cached)
     latents = precompute_cache = None
-    if text is not None:
-        latents = _fill_latents(family, sources, transform, data, output, accelerator, vae_decoder=needs.vae_decoder)
+    if text is not None and is_cached:
+        views = [ImageViews(pairs, shapes, transform) for pairs in sources]
+        latents = _fill_latents(family, views, data, output, accelerator, vae_decoder=needs.vae_decoder)
         if spec is not None:
             schedule = fingerprint.fingerprint_schedule(family.schedule)
             of_images = {**latents.fingerprint, **text.fingerprint, "schedule": schedule, "flip": data.flip}
             precompute_cache = PrecomputeCache.open(cache_folder(data, output), spec, {**of_images, "seed": seed})
-    reader = ImagePairReader(transform, seed, latents, spec.num_draws if spec is not None else None)
+    reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
     return DataModule(
         encoder.encode,
-        *open_all(reader, num_workers=data.num_workers, max_bad_images=data.max_bad_images),
+        *open_all(reader, num_workers=data.num_workers, max_bad_images=data.max_bad_images, shapes_of=shapes.of_all),
         summarize(splits),
         precompute_cache,
         latents=latents,
         text=text,
     )
+
+
+def _shapes(
+    sources: Sequence[Pairs[ImagePair]], data: ImageData, size: ImageSize, multiple: int, *, measured: bool
+) -> Shapes:
+    """Return the size of every pair's images, and log what is cut off where the images are measured."""
+    options = buckets(size, multiple) if data.fit == "buckets" else (size,)
+    if not measured and data.fit != "buckets":
+        return Shapes(options, {})
+    shapes = Shapes(options, {key: own for pairs in sources for key, own in measure(pairs).items()})
+    for line in summarize_cuts(shapes, sources, pad=data.fit == "pad"):
+        logger.info(line)
+    return shapes
 
 
 def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
@@ -145,8 +161,7 @@ def _fill_text(
 
 def _fill_latents(
     family: TextToImage,
-    sources: Sequence[Pairs[ImagePair]],
-    transform: ImageTransform,
+    sources: Sequence[ImageViews],
     data: ImageData,
     output: Path,
     accelerator: Accelerator,
@@ -161,21 +176,22 @@ def _fill_latents(
     from accelerate.utils import gather_object
 
     vae = dict(family.encoders())["vae"]
-    depends: Fingerprint = {"resolution": transform.resolution, "vae": fingerprint.fingerprint_network(vae)}
+    size = str(sources[0].shapes.options[0])
+    depends: Fingerprint = {"size": size, "fit": data.fit, "vae": fingerprint.fingerprint_network(vae)}
     latents, bad = ArrayCache.open(cache_folder(data, output) / "latents", depends), list[SkippedRow]()
+    source = sources[0].pairs.source
 
     def on_bad(image: SkippedRow) -> None:
         bad.append(image)
-        check_max_bad_images(bad, data.max_bad_images, sources[0].source)
+        check_max_bad_images(bad, data.max_bad_images, source)
 
     # Each process encodes its share of what the cache lacks
-    for pairs in sources:
-        share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        images = uncached_images(pairs, transform, latents, **share)
-        views = read_images(pairs, transform, latents, images, num_workers=data.num_workers)
-        fill(latents, encode_latents(family, views, on_bad), len(images), "encode images", accelerator)
+    for views in sources:
+        images = views.uncached(latents, rank=accelerator.process_index, world_size=accelerator.num_processes)
+        decoded = views.read(latents, images, num_workers=data.num_workers)
+        fill(latents, encode_latents(family, decoded, on_bad), len(images), "encode images", accelerator)
     bad = gather_object(bad)  # each process knows those of its own share
-    check_max_bad_images(bad, data.max_bad_images, sources[0].source)
+    check_max_bad_images(bad, data.max_bad_images, source)
     if bad:
         logger.warning(f"{len(bad)} images cannot be read; their pairs are skipped: {format_rows(bad)}")
     if not vae_decoder:

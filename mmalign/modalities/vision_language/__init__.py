@@ -13,7 +13,6 @@ MODALITY = Modality(
     loading_hint=model.loading_hint,
     check_data=check.check_data,
     check_model=model.check_model,
-    uncacheable_reason=lambda _: None,
     load_family=model.load_family,
     frozen_models=lambda _: {},
     open_pairs=data.open_pairs,

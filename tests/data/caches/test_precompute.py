@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmalign.config import ImageSize
 from mmalign.data.caches import fill
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.loaders.image_pairs import ImagePairLoader, ImagePairReader, ImageTransform
+from mmalign.data.images import ImageTransform
+from mmalign.data.loaders.image_pairs import ImagePairLoader, ImagePairReader
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.sampler import EpochSampler
+from mmalign.data.shapes import Shapes
 from mmalign.methods.text_to_image import inpo
 from mmalign.rng import KeyedRNG
 from mmalign.training.loop import make_contrasts
@@ -177,7 +180,7 @@ def test_a_pair_with_a_bad_image_keeps_its_place_without_weight(tiny_sd15: Path,
 def loader(tmp_path: Path, **more: Any) -> ImagePairLoader:
     data_files.pick_a_pic(tmp_path / "pairs.parquet", 7)
     source = open_pairs("pick_a_pic", str(tmp_path / "pairs.parquet"))
-    reader = ImagePairReader(ImageTransform(16, flip=True), seed=0, repeat=2)
+    reader = ImagePairReader(Shapes((ImageSize(16, 16),), {}), ImageTransform(flip=True), seed=0, repeat=2)
     return Loader(source, reader, batch_size=2, seed=0, **more)
 
 

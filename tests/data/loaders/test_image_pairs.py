@@ -11,18 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
+from mmalign.config import ImageSize
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.latents import read_images, uncached_images
+from mmalign.data.caches.latents import ImageViews
 from mmalign.data.formats import rows
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.images import decode
-from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader, ImagePairReader, ImageTransform
+from mmalign.data.images import ImageTransform, decode
+from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader, ImagePairReader
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImageRef, Pairs, SkippedRow
+from mmalign.data.shapes import Shapes
 from tests.helpers import data_files
 
-VIEW = ImageTransform(16, "random", flip=True)
-CENTER = ImageTransform(16, "center", flip=True)
+VIEW = ImageTransform("random", flip=True)
+CENTER = ImageTransform("center", flip=True)
+SQUARE = Shapes((ImageSize(16, 16),), {})
 
 
 def make(folder: Path, number: int, bad: tuple[int, ...] = ()) -> Pairs:
@@ -44,8 +47,8 @@ def uncached(
     pairs: Pairs, transform: ImageTransform, cache: ArrayCache, *, num_workers: int = 0, **share: int
 ) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]] | SkippedRow]:
     """Each image's views that the cache lacks."""
-    images = uncached_images(pairs, transform, cache, **share)
-    return read_images(pairs, transform, cache, images, num_workers=num_workers)
+    views = ImageViews(pairs, SQUARE, transform)
+    return views.read(cache, views.uncached(cache, **share), num_workers=num_workers)
 
 
 def keys_of(*given: Any, **options: Any) -> list[str]:
@@ -66,7 +69,7 @@ def fill(folder: Path, pairs: Pairs, transform: ImageTransform) -> tuple[ArrayCa
 def load(
     pairs: Pairs, *, seed: int, transform: ImageTransform, cache: ArrayCache | None = None, **options: Any
 ) -> ImagePairLoader:
-    return Loader(pairs, ImagePairReader(transform, seed, cache), seed=seed, **options)
+    return Loader(pairs, ImagePairReader(SQUARE, transform, seed, cache), seed=seed, **options)
 
 
 def images(batch: ImagePairBatch) -> torch.Tensor:
@@ -96,7 +99,7 @@ def test_an_epoch_shows_every_pair_once_in_an_order_of_its_own(tmp_path: Path) -
 
 
 def test_a_batch_has_chosen_images_first(tmp_path: Path) -> None:
-    (batch,) = load(make(tmp_path, 3), batch_size=3, seed=0, transform=ImageTransform(16)).batches(0)
+    (batch,) = load(make(tmp_path, 3), batch_size=3, seed=0, transform=ImageTransform()).batches(0)
     assert batch.pixels is not None and batch.pixels.shape == (6, 3, 16, 16) and batch.arrays is None
     assert batch.sizes.tolist() == [[16, 20, 0, 2, 16, 16]] * 3 + [[24, 16, 4, 0, 16, 16]] * 3
     first = Image.open(tmp_path / f"{batch.prompts[0].split()[1]}-rejected.png").crop((0, 4, 16, 20))
@@ -164,7 +167,7 @@ def test_evaluation_keeps_the_last_batch(tmp_path: Path) -> None:
 
 def test_flip_is_shared_by_a_pair_and_hits_half(tmp_path: Path) -> None:
     pairs = make(tmp_path, 16)
-    plain = {r: b for b in load(pairs, batch_size=1, seed=0, transform=ImageTransform(16)).batches(0) for r in b.rows}
+    plain = {r: b for b in load(pairs, batch_size=1, seed=0, transform=ImageTransform()).batches(0) for r in b.rows}
     flipped = 0
     for batch in load(pairs, batch_size=1, seed=0, transform=CENTER).batches(0):
         as_is = plain[batch.rows[0]].pixels
@@ -230,9 +233,9 @@ def test_images_without_ids_are_hashed_once(tmp_path: Path, monkeypatch: pytest.
     pairs, reads = open_pairs("pick_a_pic", str(path)), list[int]()
     cell = rows.cell
     monkeypatch.setattr(rows, "cell", lambda *given: reads.append(given[2]) or cell(*given))
-    cache, _ = fill(tmp_path / "cache", pairs, ImageTransform(16))
+    cache, _ = fill(tmp_path / "cache", pairs, ImageTransform())
     assert sorted(reads) == sorted([*range(8)] * 4)
-    loader = load(pairs, batch_size=2, seed=0, transform=ImageTransform(16), cache=cache)
+    loader = load(pairs, batch_size=2, seed=0, transform=ImageTransform(), cache=cache)
     loader.check_readable()
     keys = [{key for batch in loader.batches(epoch) for key in batch.keys} for epoch in range(3)]
     assert len(keys[0]) == 8 and keys[0] == keys[1] == keys[2] and len(reads) == 4 * 8
@@ -259,7 +262,7 @@ def test_an_image_of_many_pairs_is_encoded_once(tmp_path: Path) -> None:
     (tmp_path / "ranks.jsonl").write_text(json.dumps(record))
     pairs = open_pairs("rankings", str(tmp_path / "ranks.jsonl"))
     cache = ArrayCache.open(tmp_path / "cache", {})
-    assert len(pairs) == 3 and len(keys_of(pairs, ImageTransform(16), cache)) == 3
+    assert len(pairs) == 3 and len(keys_of(pairs, ImageTransform(), cache)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -15,7 +15,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
 
-from mmalign.config import SamplingConfig
+from mmalign.config import ImageSize, SamplingConfig
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.steps import grid
 from mmalign.families.base import TextToImage
@@ -29,7 +29,7 @@ from tests.helpers.loading import CPU, load_diffusion
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
 PROMPTS = ["a red fox in the long grass", "a hen"]
 SEEDS = [3, 4]
-SIDE = 32  # Sana draws multiples of 32 alone
+SIZE = ImageSize(64, 32)  # Sana generates multiples of 32 alone
 # How each pipeline is told that it should guide with scale 3, in our unit, against what the family has for no prompt.
 GUIDED: dict[str, dict[str, Any]] = {
     "sd3": {"guidance_scale": 3.0},
@@ -71,9 +71,15 @@ def family(path: Path) -> TextToImage:
     return load_diffusion(path)
 
 
+@pytest.fixture
+def sd3(flow_folders: Folders) -> TextToImage:
+    return load_diffusion(flow_folders("sd3"))
+
+
 def given(family: TextToImage, prompts: list[str] = PROMPTS) -> tuple[Tensor, Tensor, Conditioning]:
     """Noisy latents, their times, and the conditioning of two prompts."""
-    moments = family.encode_images(torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    shape, generator = (2, 3, SIZE.height, SIZE.width), torch.Generator().manual_seed(0)
+    moments = family.encode_images(torch.rand(shape, generator=generator) * 2 - 1)
     return moments.mean, torch.tensor([0.3, 0.9]), family.condition(family.encode_prompts(prompts), torch.ones(2, 6))
 
 
@@ -93,8 +99,8 @@ def by_hand(pipeline: Any, steps: int, **how: Any) -> tuple[list[Image.Image], l
 
     images = pipeline(
         prompt=list(PROMPTS),
-        height=SIDE,
-        width=SIDE,
+        height=SIZE.height,
+        width=SIZE.width,
         num_inference_steps=steps,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         callback_on_step_end=watch,
@@ -138,13 +144,13 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
 
 def test_samples_equal_the_pipelines_own(name: str, path: Path, family: TextToImage) -> None:
     expected, _ = by_hand(own(name, path), 3, **GUIDED[name])
-    actual = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=SIDE))
+    actual = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=str(SIZE)))
     assert np.abs(pixels(actual) - pixels(expected)).max() <= 1  # both round to eight bits
     assert pixels(actual).std() > 5
 
 
 def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
-    sampling = SamplingConfig(steps=2, guidance=2.0, resolution=SIDE)
+    sampling = SamplingConfig(steps=2, guidance=2.0, resolution=str(SIZE))
     both = family.sample(family.network, PROMPTS, SEEDS, sampling)
     alone = family.sample(family.network, PROMPTS[1:], SEEDS[1:], sampling)
     assert np.abs(pixels(both[1:]) - pixels(alone)).max() <= 1
@@ -173,7 +179,7 @@ def standardised(name: str, pipeline: Any, images: Tensor) -> tuple[Tensor, Tens
 
 def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToImage) -> None:
     pipeline = family.pipeline
-    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images = torch.rand(2, 3, SIZE.height, SIZE.width, generator=torch.Generator().manual_seed(1)) * 2 - 1
     moments = family.encode_images(images)
     with torch.no_grad():
         mean, std = standardised(name, pipeline, images)
@@ -297,7 +303,7 @@ def test_usual_adapters_reach_every_stream(name: str, family: TextToImage) -> No
 def test_what_is_saved_diffusers_loads_and_draws_alike(
     tune: str, name: str, path: Path, family: TextToImage, tmp_path: Path
 ) -> None:
-    sampling = SamplingConfig(steps=2, guidance=3.0, resolution=SIDE)
+    sampling = SamplingConfig(steps=2, guidance=3.0, resolution=str(SIZE))
     if tune == "lora":
         with_adapters(family)
     else:
@@ -349,7 +355,7 @@ def test_half_precision(path: Path) -> None:
         actual, expected = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
     # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
     assert (actual - expected).norm() < 0.3 * expected.norm()
-    assert len(family.sample(net, PROMPTS, SEEDS, SamplingConfig(steps=2, resolution=SIDE))) == 2
+    assert len(family.sample(net, PROMPTS, SEEDS, SamplingConfig(steps=2, resolution=str(SIZE)))) == 2
 
 
 def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name: str) -> None:
@@ -373,16 +379,17 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
 
 def test_times_equal_the_pipelines_at_each_size(name: str, path: Path) -> None:
     """The pipeline itself generates images of that size; its scheduler then holds its shift and its times."""
-    steps, side, pipeline = 5, SIDE, own(name, path)
+    steps, pipeline = 5, own(name, path)
     guided = copy.deepcopy(PLAIN[name])
-    pipeline(prompt=["fox"], height=side, width=side, num_inference_steps=steps, output_type="latent", **guided)
+    size = {"height": SIZE.height, "width": SIZE.width}
+    pipeline(prompt=["fox"], num_inference_steps=steps, output_type="latent", **size, **guided)
     expected = pipeline.scheduler.sigmas.clone()
     expected[0] = 1
-    schedule = load_family(str(path), replace(CPU, resolution=side)).schedule
+    schedule = load_family(str(path), replace(CPU, size=SIZE)).schedule
     assert torch.equal(grid(schedule, steps), expected)
     if name in ("flux", "flux2", "qwen_image"):
         shifts = pipeline.scheduler.config
-        tokens = (side // 4) ** 2
+        tokens = SIZE.width // 4 * (SIZE.height // 4)
         mu = (
             compute_empirical_mu(tokens, 50)
             if name == "flux2"
@@ -404,15 +411,20 @@ def test_published_flow_times_by_hand() -> None:
 def test_a_sampler_of_diffusion_is_refused(family: TextToImage, sampler: str) -> None:
     own = type(family.pipeline.scheduler).__name__
     with pytest.raises(ValueError, match=rf"^sampler: .*, the checkpoint's own {own}"):
-        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, sampler=sampler, resolution=SIDE))
+        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, sampler=sampler, resolution=str(SIZE)))
 
 
 def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> None:
-    sentence = r"^resolution: got 18; expected a multiple of 4 pixels"
+    sentence = r"^resolution: got (18x32|32x18); expected multiples of (4|32) pixels"
     with pytest.raises(ValueError, match=sentence):
-        family.encode_images(torch.zeros(1, 3, 18, 18))
+        family.encode_images(torch.zeros(1, 3, 32, 18))
     with pytest.raises(ValueError, match=sentence):
-        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, resolution=18))
+        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, resolution="32x18"))
+
+
+def test_a_side_beyond_the_positions_is_refused(sd3: TextToImage) -> None:
+    with pytest.raises(ValueError, match="resolution: got 64x128; StableDiffusion3Pipeline has positions for sides of"):
+        sd3.sample(sd3.network, ["fox"], [0], SamplingConfig(steps=1, resolution="64x128"))
 
 
 def test_a_scheduler_of_diffusion_is_refused(tmp_path: Path) -> None:
