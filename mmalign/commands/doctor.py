@@ -10,9 +10,11 @@ from typing import Any
 
 from mmalign import methods
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.data.formats import conversations, images
-from mmalign.data.formats.layouts import Layout, guess_format
+from mmalign.data.formats import conversations, image_layouts
+from mmalign.data.formats.images import open_pairs
+from mmalign.data.formats.layouts import Layout, recognize
 from mmalign.data.formats.responses import open_responses
+from mmalign.data.formats.sources import open_source
 from mmalign.data.pairs import Pairs
 from mmalign.doctor import page
 from mmalign.doctor.checks import NAMES
@@ -25,7 +27,7 @@ from mmalign.resources import bundled_recipes
 logger = logging.getLogger(__name__)
 
 _RESPONSES = [layout for layout in conversations.LAYOUTS if layout.name != "answers"]  # reference answers are no pairs
-_LAYOUTS: list[Layout[Any]] = [*images.LAYOUTS, *_RESPONSES]
+_LAYOUTS: list[Layout[Any]] = [*image_layouts.LAYOUTS, *_RESPONSES]
 _NO_RECIPE = NotChecked("no recipe is given")
 
 
@@ -110,8 +112,9 @@ def open_files(paths: Sequence[str], format: str | None = None, images: Path | N
 
 def _open_file(path: str, format: str | None, folder: Path | None) -> Pairs[Any]:
     if format is None:
-        format = guess_format(_LAYOUTS, path)
+        source = open_source(path, None)
+        format = recognize(_LAYOUTS, source.columns, source.sample, f"doctor: {path}").name
     check_known("--format: there is no", format, [layout.name for layout in _LAYOUTS])
     if any(layout.name == format for layout in _RESPONSES):
         return open_responses(format, path, images=folder)
-    return images.open_pairs(format, path)
+    return open_pairs(format, path)

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmalign.config import ImageSize
-from mmalign.data.formats.files import MAX_IMAGE_BYTES
+from mmalign.data.formats.image_files import MAX_IMAGE_BYTES
 from mmalign.data.pairs import ImageRef, SkippedRow
 from mmalign.reading import check_file
 

@@ -13,6 +13,8 @@ There are three identities:
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -147,6 +149,18 @@ class SkippedRow:
         return f"{self.location}: {self.reason}"
 
 
+class UnusableRowError(ValueError):
+    """Error for a row that cannot be used for training; the row is skipped, counted and named.
+
+    Attributes:
+        defect: the kind of the reason.
+    """
+
+    def __init__(self, reason: str, defect: Defect = "unusable") -> None:
+        super().__init__(reason)
+        self.defect = defect
+
+
 class Row(Protocol):
     """Pair or prompt with an id and with texts that stand for all of its content."""
 
@@ -231,8 +245,8 @@ class Pairs(Sequence[P], Generic[P]):
         if not len(self):
             why = f": {format_rows(self.skipped)}" if self.skipped else ""
             raise ValueError(
-                f"data.path: {self.source} has no pair to learn from ({self.ties:,} ties, {len(self.skipped):,} rows "
-                f"dropped{why}); expected rows {expected}"
+                f"data.path: {self.source} has no pair to learn from ({_count(self.ties, 'tie')}, "
+                f"{_count(len(self.skipped), 'row')} dropped{why}); expected rows {expected}"
             )
 
     def summary(self) -> str:
@@ -297,10 +311,17 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
+_DETAIL = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'[^']*'|\S*\d\S*")  # names and numbers in a reason
+
+
 def format_rows(dropped: Sequence[SkippedRow], most: int = 3) -> str:
-    """Format the first `most` skipped rows for a message."""
-    more = len(dropped) - most
-    return "; ".join(str(d) for d in dropped[:most]) + (f"; and {more:,} more" if more > 0 else "")
+    """Format `most` skipped rows for a message, those of the commonest reason first, with the number of these."""
+    reasons = [_DETAIL.sub("", row.reason) for row in dropped]
+    numbers = Counter(reasons)
+    order = sorted(range(len(dropped)), key=lambda n: -numbers[reasons[n]])
+    more, same = len(dropped) - most, numbers[reasons[order[0]]] if dropped else 0
+    text = "; ".join(str(dropped[n]) for n in order[:most]) + (f"; and {more:,} more" if more > 0 else "")
+    return f"{same:,} for one reason: {text}" if more > 0 and len(numbers) > 1 else text
 
 
 def _count(number: int, word: str) -> str:

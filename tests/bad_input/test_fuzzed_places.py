@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from mmalign.commands.load_recipe import MAX_BYTES, load_recipe
-from mmalign.data.formats.files import document, find_image, records
+from mmalign.data.formats.files import document, records
+from mmalign.data.formats.image_files import ImageReader
+from mmalign.data.pairs import UnusableRowError
 from mmalign.pages.grid import Cell, Piece, Section, Text, Tile, render_grid
 from mmalign.registry import import_callable
 
@@ -40,7 +42,8 @@ def test_nested_json(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
 def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
-    assert find_image(tmp_path / "rows.jsonl", name, "rows.jsonl: line 1") == ""
+    with pytest.raises(UnusableRowError, match="does not exist"):
+        ImageReader().check(name, [tmp_path])
 
 
 def test_user_function_is_named_before_its_module_runs(

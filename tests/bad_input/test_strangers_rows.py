@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmalign.data.formats.files import MAX_IMAGE_BYTES
+from mmalign.data.formats.image_files import MAX_IMAGE_BYTES
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import BadImage, decode

@@ -101,7 +101,7 @@ def test_unreadable_data_give_exit_code_2(tmp_path: Path) -> None:
     recipe = "configs/text_to_image/quickstart.yaml"
     for arguments, words in (
         ([torn], "is not JSON"),
-        ([colours], "fit no format"),
+        ([colours], "of no known layout"),
         ([tmp_path / "none.jsonl"], "does not exist"),
         ([tmp_path / "none.yaml"], "there is no file"),
         ([pairs, rows], "image pairs and response pairs"),
@@ -128,7 +128,7 @@ def test_tables_of_image_pairs_are_examined(tmp_path: Path) -> None:
     clean = data_files.pick_a_pic(tmp_path / "clean.parquet")
     rows = pq.read_table(clean).to_pylist()
     rows[1] |= {"label_0": 0.5, "label_1": 0.5}
-    rows[2] |= {"label_0": 1.0, "label_1": 1.0}
+    rows[2] |= {"label_0": 1.0, "label_1": None}
     rows[3] |= {"jpg_0": rows[3]["jpg_1"]}
     rows[4] |= {"jpg_1": b""}
     rows[5] |= {"jpg_0": rows[5]["jpg_0"][:-30]}

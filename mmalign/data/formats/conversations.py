@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
-from mmalign.data.formats.files import JSON, TABLES, Record, shorten
-from mmalign.data.formats.layouts import Layout, UnusableRowError
+from mmalign.data.formats.files import Record, shorten
+from mmalign.data.formats.image_files import Image, as_image
+from mmalign.data.formats.layouts import Layout
+from mmalign.data.pairs import UnusableRowError
 from mmalign.language.chat import Turn
 from mmalign.reading import parse_json
 
-Image = str | tuple[str, int | None]  # a path, or a table's column and the index in its list
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -43,12 +43,10 @@ class ParsedRow:
 
 
 def _images(value: object) -> tuple[Image, ...]:
-    """Return the images of a row from nothing, one image or a list; a struct with a path becomes the path."""
+    """Return the images of a row from nothing, one image or a list."""
     if value is None or value == "":
         return ()
-    several = value if isinstance(value, list) else [value]
-    names = tuple(one["path"] if isinstance(one, dict) and one.get("path") else one for one in several)
-    return cast(tuple[Image, ...], names)  # `find_image` refuses anything but a text
+    return tuple(as_image(one) for one in (value if isinstance(value, list) else [value]))
 
 
 def _text(location: str, name: str, value: object) -> str:
@@ -181,13 +179,12 @@ def _answers(location: str, row: Record) -> ParsedRow:
     return ParsedRow(turns[:last], turns[last].text, None, images)
 
 
-_SUFFIXES = (*TABLES, *JSON)
 LAYOUTS = (
-    Layout("trl", _SUFFIXES, ("images|image", "chosen", "rejected"), ("prompt", "hallucinated"), _trl),
-    Layout("povid", _SUFFIXES, ("image", "conversations", "rejected_conversations"), (), _povid),
-    Layout("realign", _SUFFIXES, ("image", "retrieved_image", "chosen", "rejected"), (), _realign),
-    Layout("mdpo", _SUFFIXES, ("img_path", "prompt", "chosen", "rejected"), (), _mdpo),
-    Layout("rlhfv", _SUFFIXES, ("image", "question|text"), ("chosen", "rejected"), _rlhfv),
-    Layout("swift", _SUFFIXES, ("images", "messages"), ("rejected_response", "rejected_images"), _swift),
-    Layout("answers", _SUFFIXES, ("images|image", "prompt|messages|conversations"), ("answer",), _answers),
+    Layout("trl", ("images|image", "chosen", "rejected"), ("prompt", "hallucinated"), _trl),
+    Layout("povid", ("image", "conversations", "rejected_conversations"), (), _povid),
+    Layout("realign", ("image", "retrieved_image", "chosen", "rejected"), (), _realign),
+    Layout("mdpo", ("img_path", "prompt", "chosen", "rejected"), (), _mdpo),
+    Layout("rlhfv", ("image", "question|text"), ("chosen", "rejected"), _rlhfv),
+    Layout("swift", ("images", "messages"), ("rejected_response", "rejected_images"), _swift),
+    Layout("answers", ("images|image", "prompt|messages|conversations"), ("answer",), _answers),
 )

@@ -1,69 +1,34 @@
-"""Formats of image preference pairs: pick_a_pic, folder and rankings.
+"""Pairs of images from any source, indexed without decoding an image.
 
-pick_a_pic  Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, optionally `image_0_uid, image_1_uid,
-            are_different, has_label`. A Parquet file, a folder or a glob of them, or a dataset on the Hub. Images are
-            bytes, or structs with bytes. The image with the larger label is chosen; equal labels are a tie.
-            An optional `rejected_caption` is the rejected image's prompt; `caption` is then the chosen one's.
-folder      JSON lines `prompt, chosen, rejected`: paths of images, relative to the file. An optional `rejected_prompt`
-            is the rejected image's prompt.
-rankings    HPDv2: JSON or JSON lines `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
-            (larger is better). Every two images of different rank are a pair. Paths are relative to the file, or to the
-            folder beside it with the file's name (HPDv2 has the images of test.json in test/).
-
-`columns` maps a name above to the name in the files.
+`mmalign.data.formats.image_layouts` has the layouts of their rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from mmalign.data.formats.files import (
-    JSON,
-    TABLES,
-    Record,
-    as_text,
-    find_files,
-    find_image,
-    is_hub_path,
-    is_image,
-    is_text,
-    load_hub,
-    load_tables,
-    locate_row,
-    read_schema,
-    records,
-    shorten,
-)
-from mmalign.data.formats.layouts import Layout, find_layout
-from mmalign.data.formats.rows import FilePair, FileRows, TableRows
-from mmalign.data.pairs import Defect, Pairs, SkippedRow
+from mmalign.data.formats.image_files import Image, ImageReader, describe_image
+from mmalign.data.formats.image_layouts import LAYOUTS, RANKINGS, SCORES, Parsed, ParsedPairs, group_scores
+from mmalign.data.formats.layouts import AUTO, Layout, check_columns, open_layout
+from mmalign.data.formats.rows import ListRows, Rows, SourceRow
+from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, UnusableRowError, stable_hash
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from pyarrow import ChunkedArray, DataType, Schema
+logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, str]
-Sides = list[tuple[str, str]]  # (chosen, rejected) images of pairs
-
-
-class ParsedPairs(NamedTuple):
-    """Pairs of a row: their prompt, their images' names, the rejected images' prompt or "", and the number of ties."""
-
-    prompt: str
-    sides: Sides
-    rejected_prompt: str = ""
-    ties: int = 0
 
 
 def open_pairs(
     format: str,
     path: str,
     *,
+    images: Path | None = None,
     split: str | None = None,
     columns: Columns | None = None,
     group_by: str | None = None,
@@ -73,8 +38,9 @@ def open_pairs(
     """Index the pairs of a source without decoding its images.
 
     Args:
-        format: "pick_a_pic", "folder" or "rankings".
-        path: a file, a folder, a glob, or for pick_a_pic a Hub id.
+        format: a layout of images, or "auto".
+        path: a file, a folder, a glob or a Hub id.
+        images: the folder that image paths are relative to; the file's folder if not given.
         split: the start of the files' names, or the name of their folder; on the Hub, the split ("train").
         columns: map from the format's column names (or "prompt") to those in the files.
         group_by: the column whose groups stay on one side of a validation split; the prompt if not given.
@@ -83,11 +49,18 @@ def open_pairs(
             without one are skipped. None needs no such prompt.
 
     Raises:
-        ValueError: a file or column is missing, a row does not match the format, or no pair is left.
+        ValueError: a file or column is missing, no layout fits, or no pair is left.
     """
-    layout = find_layout(LAYOUTS, format, columns or {})
-    open_format = _open_tables if layout.suffixes == TABLES else _open_files
-    pairs = open_format(layout, path, split, group_by, prompt_pairs is not None)
+    source, layout = open_layout(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
+    if format == AUTO:
+        logger.info(layout.describe(path))
+    needed = {layout.column(name) for name in layout.columns}
+    rows = source.rows({*needed, group_by} if group_by is not None else needed)
+    if layout.name == SCORES.name:
+        rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS
+    indexed = ImageRows(rows, layout, ImageReader(images), group_by)
+    skipped, tied = indexed.index(limit, prompt_pairs is not None)
+    pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied)
     expected = "in which one image is preferred"
     if prompt_pairs is not None:
         expected = f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
@@ -101,188 +74,106 @@ def check_source(
     """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
 
     Raises:
-        ValueError: the format is unknown, or a file or column is missing.
+        ValueError: the format is unknown, a file or column is missing, or no layout fits.
     """
-    layout = find_layout(LAYOUTS, format, columns or {})
-    if layout.suffixes != TABLES:
-        layout.check_files(path, split, group_by)
-    elif not is_hub_path(path):
-        _check_tables(layout, path, split, group_by)
+    check_columns(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
 
 
-# --------------------------------------------------------------------------------------------------------- pick_a_pic
+class ImageRows:
+    """Image pairs of a source's rows, which are parsed again on access.
 
-
-def _check_tables(layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None) -> list[Path]:
-    """Return the Parquet files that a path matches, after a check of their columns."""
-    files = find_files(path, split, TABLES)
-    for file in files:
-        _check_schema(layout, str(file), read_schema(file), group_by)
-    return files
-
-
-def _check_schema(layout: Layout[ParsedPairs], location: str, schema: Schema, group_by: str | None) -> None:
-    import pyarrow.types as pt
-
-    layout.check_columns(location, schema.names, group_by)
-
-    def check(name: str, expected: str, *tests: Callable[[DataType], bool]) -> None:
-        column = layout.column(name)
-        kind = schema.field(column).type
-        if not any(test(kind) for test in tests):
-            raise ValueError(f"{location}: {column} is {kind}; expected {expected}")
-
-    check("caption", "a prompt, as text", is_text, pt.is_null)
-    for name in ("jpg_0", "jpg_1"):
-        check(name, "images as bytes, or as bytes and path", is_image)
-    for name in ("label_0", "label_1"):
-        check(name, "a number: 1 preferred, 0 not, 0.5 a tie", pt.is_floating, pt.is_integer)
-    optional = {
-        "rejected_caption": ("the rejected image's prompt, as text", (is_text, pt.is_null)),
-        "has_label": ("true or false", (pt.is_boolean, pt.is_null)),
-        "are_different": ("true or false", (pt.is_boolean, pt.is_null)),
-        "image_0_uid": ("the image's name, as text or a number", (is_text, pt.is_integer, pt.is_null)),
-        "image_1_uid": ("the image's name, as text or a number", (is_text, pt.is_integer, pt.is_null)),
-    }
-    for name, (expected, tests) in optional.items():
-        if layout.column(name) in schema.names:
-            check(name, expected, *tests)
-
-
-def _open_tables(
-    layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None, prompt_pairs: bool
-) -> Pairs:
-    names = {name: layout.column(name) for name in layout.columns}
-    if is_hub_path(path):
-        table, starts = load_hub(path, split)
-        _check_schema(layout, f"data.path: {path}", table.features.arrow_schema, group_by)
-    else:
-        files = _check_tables(layout, path, split, group_by)
-        table, starts = load_tables(path, files, {*names.values(), group_by})
-    present = {name: column for name, column in names.items() if column in table.column_names}
-    usable, chosen_is_1, skipped, ties = _read_labels(table, names, table.column_names, prompt_pairs)
-    rows = TableRows(table, present, group_by or names["caption"], starts, chosen_is_1)
-    dropped = [SkippedRow(locate_row(starts, row), *why) for row, why in sorted(skipped.items())]
-    return Pairs(path, rows, np.flatnonzero(usable), dropped, [locate_row(starts, row) for row in ties])
-
-
-def _read_labels(
-    table: Dataset, names: Columns, columns: Sequence[str], prompt_pairs: bool
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[int, tuple[str, Defect]], list[int]]:
-    """Read the labels: usable rows [N], rows with jpg_1 chosen [N], reasons for skipped rows, and the rows of ties.
-
-    With `prompt_pairs`, rows without a prompt for the rejected image are skipped.
+    Args:
+        rows: the rows.
+        layout: their layout.
+        reader: the reader of their images.
+        group_by: the column with a pair's group; the prompt if None.
     """
 
-    def column(name: str) -> ChunkedArray:
-        return table.data.column(names[name])
+    def __init__(self, rows: Rows, layout: Layout[Parsed], reader: ImageReader, group_by: str | None) -> None:
+        self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
+        self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
+        self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
 
-    first, second = (
-        np.array(column(c).to_numpy(zero_copy_only=False), dtype=np.float64) for c in ("label_0", "label_1")
-    )
-    reasons = dict[int, tuple[str, Defect]]()
+    def __len__(self) -> int:
+        return len(self._index)
 
-    def drop(rows: ArrayLike, why: str, defect: Defect = "unusable") -> None:
-        for row in np.flatnonzero(rows).tolist():
-            reasons.setdefault(row, (why.format(first[row], second[row]), defect))
+    def index(self, limit: int | None, prompt_pairs: bool) -> tuple[list[SkippedRow], list[str]]:
+        """Find the usable pairs, at least `limit` if there are; return the skipped rows and the locations of ties.
 
-    # Skip rows with flags, labels or prompts that are unusable
-    flags: list[tuple[str, str, Defect]] = [
-        ("has_label", "has_label is false", "unusable"),
-        ("are_different", "both images are the same", "same sides"),
-    ]
-    for flag, why, defect in flags:
-        if names[flag] in columns:
-            drop([value is False for value in column(flag).to_pylist()], why, defect)
-    named = f"{names['label_0']} is {{0:g}} and {names['label_1']} is {{1:g}}"
-    drop(~np.isfinite(first + second), f"{named}; expected numbers")
-    with np.errstate(invalid="ignore"):
-        drop((np.minimum(first, second) < 0) | (np.maximum(first, second) > 1), f"{named}; expected 0 to 1")
-        drop(np.abs(first + second - 1) > 1e-6, f"{named}; expected a sum of 1")
-    drop(column("caption").is_null().to_numpy(zero_copy_only=False), "has no caption")
-    if prompt_pairs:
-        other = names["rejected_caption"]
-        prompts = column("rejected_caption").to_pylist() if other in columns else [None] * len(first)
-        drop([not prompt for prompt in prompts], f"has no {other}")
-    # Ties are usable labels without a preference
-    sound = np.ones(len(first), dtype=bool)
-    sound[list(reasons)] = False
-    ties = sound & (first == second)
-    return sound & ~ties, second > first, reasons, np.flatnonzero(ties).tolist()
-
-
-# ------------------------------------------------------------------------------------------------- folder and rankings
-
-
-def _open_files(
-    layout: Layout[ParsedPairs], path: str, split: str | None, group_by: str | None, prompt_pairs: bool
-) -> Pairs:
-    pairs, dropped, tied = list[FilePair](), list[SkippedRow](), list[str]()
-    for file in find_files(path, split, layout.suffixes):
-        for location, record in records(file):
-            layout.check_columns(location, record, group_by)
-            row = layout.read(location, record)
-            if prompt_pairs and not row.rejected_prompt:
-                second = "rejected_prompt" if "rejected_prompt" in layout.columns else "second prompt"
-                dropped.append(SkippedRow(location, f"has no {layout.column(second)}"))
+        With `prompt_pairs`, rows without a prompt for the rejected image are skipped.
+        """
+        places, skipped, tied, texts = list[tuple[int, int]](), list[SkippedRow](), list[str](), dict[str, str]()
+        names = (name for name in ("rejected_caption", "rejected_prompt") if name in self._layout.columns)
+        second = self._layout.column(next(names, "second prompt"))
+        for number, row in enumerate(self._rows):
+            if limit is not None and len(places) >= limit:
+                break
+            if isinstance(row, SkippedRow):
+                skipped.append(row)
                 continue
-            tied += [location] * row.ties
-            group = row.prompt if group_by is None else as_text(record[group_by])
-            for sides in row.sides:
-                # Pairs whose images both exist
-                paths = [find_image(file, side, location) for side in sides]
-                absent = [side for side, text in zip(sides, paths, strict=True) if not text]
-                if absent:
-                    dropped.append(SkippedRow(location, f"{' and '.join(absent)} does not exist", "missing image"))
-                else:
-                    pair = FilePair(row.prompt, *sides, paths[0], paths[1], location, group, row.rejected_prompt)
-                    pairs.append(pair)
-    return Pairs(path, FileRows(pairs), np.arange(len(pairs)), dropped, tied)
+            try:
+                parsed = self._parse(row)
+                group = parsed.prompt if self._group_by is None else self._layout.group(row.record, self._group_by)
+                if prompt_pairs and not parsed.rejected_prompt:
+                    raise UnusableRowError(f"has no {second}")
+            except UnusableRowError as error:
+                skipped.append(SkippedRow(row.location, str(error), error.defect))
+                continue
+            tied += [row.location] * parsed.ties
+            bad = self._bad_images(parsed, row)
+            if bad:
+                defect = next(iter(bad.values())).defect
+                skipped.append(SkippedRow(row.location, " and ".join(map(str, bad.values())), defect))
+            for which, sides in enumerate(parsed.sides):
+                if any(side.image in bad for side in sides):
+                    continue
+                places.append((number, which))
+                # Equal texts are one object
+                for values, text in zip(
+                    (self._prompts, self._rejected_prompts, self._groups),
+                    (parsed.prompt, parsed.rejected_prompt, group),
+                    strict=True,
+                ):
+                    values.append(texts.setdefault(text, text))
+        self._index = np.array(places, dtype=np.int64).reshape(-1, 2)
+        return skipped, tied
 
+    def _parse(self, row: SourceRow) -> ParsedPairs:
+        parsed = self._layout.read(row.location, row.record)
+        assert isinstance(parsed, ParsedPairs), "rows of one image were grouped before"
+        return parsed
 
-def _text(location: str, name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{location}: {name} is {shorten(value)}; expected a text")
-    return value
+    def _bad_images(self, parsed: ParsedPairs, row: SourceRow) -> dict[Image, UnusableRowError]:
+        bad = dict[Image, UnusableRowError]()
+        for image in dict.fromkeys(side.image for sides in parsed.sides for side in sides):
+            try:
+                self._reader.check(image, row.folders)
+            except UnusableRowError as error:
+                bad[image] = error
+        return bad
 
-
-def _read_sides(location: str, record: Record) -> ParsedPairs:
-    prompt = _text(location, "prompt", record["prompt"])
-    rejected_prompt = _text(location, "rejected_prompt", record.get("rejected_prompt") or "")
-    chosen, rejected = (_text(location, side, record[side]) for side in ("chosen", "rejected"))
-    return ParsedPairs(prompt, [(chosen, rejected)], rejected_prompt)
-
-
-def _read_ranking(location: str, record: Record) -> ParsedPairs:
-    """Return (better, worse) for every two images of different rank, and the number of ties."""
-    prompt = _text(location, "prompt", record["prompt"])
-    images, rank, preference = (record.get(name) for name in ("image_path", "rank", "human_preference"))
-    values = rank if rank is not None else preference
-    if not isinstance(images, list) or not isinstance(values, list) or len(images) != len(values):
-        raise ValueError(
-            f"{location}: image_path is {shorten(images)}, rank is {shorten(rank)} and human_preference is "
-            f"{shorten(preference)}; expected a list of images, and one as long of ranks or preferences"
+    def pair(self, number: int) -> ImagePair:
+        """Return the pair of that number; its images are read once, for their keys."""
+        place, which = self._index[number].tolist()
+        row = self._rows.row(place)
+        parsed = self._parse(row)
+        refs, names = [], []
+        for side, role in zip(parsed.sides[which], ("chosen", "rejected"), strict=True):
+            locate = partial("{}, {}".format, row.location, describe_image(side.image, role))
+            refs.append(self._reader.ref(side.image, row.folders, locate))
+            # Row ids use names instead of keys: re-encoded images keep their random numbers
+            names.append(side.name or refs[-1].key)
+        second = parsed.rejected_prompt
+        row_id = stable_hash(parsed.prompt, *names, *filter(None, [second]))
+        return ImagePair(
+            row_id, parsed.prompt, refs[0], refs[1], partial(str, row.location), self._groups[number], second
         )
-    if not all(isinstance(v, int | float) and v == v for v in values):
-        raise ValueError(f"{location}: the ranks are {shorten(values)}; expected numbers")
-    worth = [-v if rank is not None else v for v in values]
-    ordered = [(images[i], images[j]) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
-    return ParsedPairs(prompt, ordered, ties=len(images) * (len(images) - 1) // 2 - len(ordered))
 
+    def groups(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Return the groups of these pairs."""
+        return [self._groups[n] for n in numbers.tolist()]
 
-def _unread(location: str, record: Record) -> ParsedPairs:
-    raise AssertionError(f"{location}: tables are read by column")
-
-
-LAYOUTS = (
-    Layout(
-        "pick_a_pic",
-        TABLES,
-        ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
-        ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
-        _unread,
-        {"prompt": "caption", "rejected_prompt": "rejected_caption"},
-    ),
-    Layout("folder", (".jsonl",), ("prompt", "chosen", "rejected"), ("rejected_prompt",), _read_sides),
-    Layout("rankings", JSON, ("prompt", "image_path"), ("rank", "human_preference"), _read_ranking),
-)
+    def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Return the prompts of these pairs, then those of their rejected images."""
+        seconds = (self._rejected_prompts[n] for n in numbers.tolist())
+        return [*(self._prompts[n] for n in numbers.tolist()), *filter(None, seconds)]

@@ -1,16 +1,24 @@
-"""Layouts of preference data: the columns of a format, and their names in the files."""
+"""Layouts of preference data: the columns of a format, their names in the files, and the recognition of a layout."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from mmalign.data.formats.files import TABLES, Record, find_files, is_hub_path, read_schema, records
-from mmalign.data.pairs import Defect
+from mmalign.data.formats.files import Record, as_text
+from mmalign.data.formats.sources import Source, is_hub_path, open_source
+from mmalign.data.pairs import UnusableRowError
 from mmalign.registry import check_known
 
-Row = TypeVar("Row")
+AUTO = "auto"  # name of the format that is recognized
+
+Row = TypeVar("Row", covariant=True)
+
+
+def _any(record: Record) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -19,21 +27,23 @@ class Layout(Generic[Row]):
 
     Attributes:
         name: the format's name in a recipe.
-        suffixes: the suffixes of its files.
         required: the required columns; "images|image" requires one of the two.
         optional: further columns.
         parse: maps a row's location and its record, with the format's own column names, to the row's content.
         aliases: other names by which `data.columns` may call a column.
         names: the files' names of renamed columns.
+        synonyms: other names by which columns are recognized in files.
+        fits: whether a sample of the values, with the format's own column names, can be of this layout.
     """
 
     name: str
-    suffixes: Sequence[str]
     required: tuple[str, ...]
     optional: tuple[str, ...]
     parse: Callable[[str, Record], Row]
     aliases: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    fits: Callable[[Record], bool] = _any
 
     @property
     def columns(self) -> list[str]:
@@ -48,58 +58,120 @@ class Layout(Generic[Row]):
         """Return the layout of files with renamed columns.
 
         Raises:
-            ValueError: the format has no such column.
+            ValueError: the format has no such column, or two columns have one name in the files.
         """
         for name in columns:
             if self.aliases.get(name, name) not in self.columns:
                 raise ValueError(
                     f"data.columns: {self.name} has no column {name!r} to rename; it has {', '.join(self.columns)}"
                 )
-        return replace(self, names={self.aliases.get(name, name): column for name, column in columns.items()})
+        names = {self.aliases.get(name, name): column for name, column in columns.items()}
+        # Two required columns cannot be one column of the files
+        for name, column in names.items():
+            others = [
+                other for other in (*names, *self.required) if other != name and names.get(other, other) == column
+            ]
+            if others:
+                raise ValueError(
+                    f"data.columns: {self.name} would read both {name} and {others[0]} from {column!r}; name another "
+                    "column for one of them"
+                )
+        return replace(self, names=names)
 
     def read(self, location: str, record: Record) -> Row:
         """Parse a row of a file.
 
         Raises:
-            ValueError: a value is not what the format says.
-            UnusableRowError: the row cannot be used.
+            UnusableRowError: the row cannot be used, since a column is missing or a value is not what the format says.
         """
+        missing = self.missing(record)
+        if missing:
+            raise UnusableRowError(f"has no {' and no '.join(map(repr, missing))} (found {_listed(record)})")
+        try:
+            return self.parse(location, self.own_names(record))
+        except UnusableRowError:
+            raise
+        except ValueError as error:
+            raise UnusableRowError(str(error).removeprefix(f"{location}: ")) from error
+
+    def own_names(self, record: Record) -> Record:
+        """Return a record by the format's own column names."""
         own = {column: name for name, column in self.names.items()}
-        return self.parse(location, {own.get(name, name): value for name, value in record.items()})
+        return {own.get(name, name): value for name, value in record.items() if name in own or name not in self.names}
+
+    def missing(self, columns: Collection[str]) -> list[str]:
+        """Return the required columns that files do not have, by the files' names."""
+        needed = [[self.column(name) for name in names.split("|")] for names in self.required]
+        return [names[0] for names in needed if not set(names) & set(columns)]
 
     def check_columns(self, location: str, columns: Collection[str], group_by: str | None) -> None:
-        """Check that a file or row has the required columns, and the column to group by.
+        """Check that a file has the required columns, and the column to group by.
 
         Raises:
             ValueError: a column is missing.
         """
-        present = f"(found {', '.join(columns) or 'nothing'})"
-        needed = [[self.column(name) for name in names.split("|")] for names in self.required]
-        missing = [names[0] for names in needed if not set(names) & set(columns)]
-        if missing:
+        if missing := self.missing(columns):
+            expected = [" or ".join(self.column(name) for name in names.split("|")) for names in self.required]
             raise ValueError(
-                f"{location} has no {' and no '.join(map(repr, missing))} {present}; expected "
-                f"{', '.join(' or '.join(names) for names in needed)} (data.format {self.name}): data.columns renames "
-                "columns, such as {prompt: text}"
+                f"{location} has no {' and no '.join(map(repr, missing))} (found {_listed(columns)}); expected "
+                f"{', '.join(expected)} (data.format {self.name}): data.columns renames columns, such as "
+                "{prompt: text}"
             )
         if group_by is not None and group_by not in columns:
-            raise ValueError(f"data.group_by: {location} has no {group_by!r} {present}; name one of those")
+            raise ValueError(
+                f"data.group_by: {location} has no {group_by!r} (found {_listed(columns)}); name one of those"
+            )
 
-    def check_files(self, path: str, split: str | None, group_by: str | None) -> None:
-        """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
+    def group(self, record: Record, group_by: str) -> str:
+        """Return the value of the column to group by, as text.
 
         Raises:
-            ValueError: a file or column is missing.
+            UnusableRowError: the row has no such column.
         """
-        if is_hub_path(path) and set(self.suffixes) & set(TABLES):
-            return
-        for file in find_files(path, split, self.suffixes):
-            if file.suffix in TABLES:
-                self.check_columns(str(file), read_schema(file).names, group_by)
+        if group_by not in record:
+            raise UnusableRowError(f"has no {group_by!r}, which data.group_by names")
+        return as_text(record[group_by])
+
+    def recognized(self, columns: Collection[str], sample: Record) -> Layout[Row] | None:
+        """Return the layout with the files' names of its columns, found by `synonyms`; None if it does not fit.
+
+        A column of the files stands for one column of the layout; a renamed column keeps its name.
+        """
+        found = self._find(columns, set(self.columns)) or self._find(columns, set())
+        layout = replace(self, names=found) if found is not None else None
+        return layout if layout is not None and self.fits(layout.own_names(sample)) else None
+
+    def _find(self, columns: Collection[str], reserved: Collection[str]) -> dict[str, str] | None:
+        """Return the files' names of the columns; those that are reserved are no synonyms of another."""
+        free = {_word(name): name for name in columns if name not in self.names.values()}
+        names = dict(self.names)
+        for group in (*self.required, *self.optional):
+            alternatives = group.split("|")
+            if any(name in names for name in alternatives):
                 continue
-            for location, record in records(file):
-                self.check_columns(location, record, group_by)
-                break
+            words = [(name, name) for name in alternatives]
+            words += [(name, word) for name in alternatives for word in self.synonyms.get(name, ())]
+            keys = ((name, _word(word), name == word) for name, word in words)
+            match = next(((n, key) for n, key, own in keys if key in free and (own or free[key] not in reserved)), None)
+            if match is not None:
+                names[match[0]] = free.pop(match[1])
+            elif group in self.required:
+                return None
+        return names
+
+    def describe(self, path: str) -> str:
+        """Return a sentence about the layout that was recognized, and what each column was taken for."""
+        columns = ", ".join(own if own == column else f"{own} is {column!r}" for own, column in self.names.items())
+        return f"data.format: auto reads {path} as {self.name} ({columns}); data.format and data.columns change it"
+
+
+def _word(name: str) -> str:
+    """Return a column's name without case and separators, by which synonyms are compared."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _listed(columns: Collection[str]) -> str:
+    return ", ".join(columns) or "nothing"
 
 
 def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str, str]) -> Layout[Row]:
@@ -109,44 +181,95 @@ def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str,
         ValueError: the format is unknown, or has no such column.
     """
     by_name = {layout.name: layout for layout in layouts}
-    check_known("data.format: there is no", name, by_name)
+    check_known("data.format: there is no", name, [*by_name, AUTO])
     return by_name[name].with_columns(columns)
 
 
-def guess_format(layouts: Sequence[Layout[Any]], path: str) -> str:
-    """Return the name of the format with the most columns in the first file of a path.
+def open_layout(
+    layouts: Sequence[Layout[Row]],
+    name: str,
+    path: str,
+    *,
+    split: str | None,
+    columns: Mapping[str, str] | None,
+    group_by: str | None,
+) -> tuple[Source, Layout[Row]]:
+    """Find the files of a path; return them with the layout of that name, or for "auto" with the one that fits best.
 
     Raises:
-        ValueError: there is no file, or its columns fit no format, or several equally well.
+        ValueError: the format is unknown, no file matches, no layout fits, or a column is missing.
     """
-    suffixes = sorted({suffix for layout in layouts for suffix in layout.suffixes})
-    file = find_files(path, None, suffixes)[0]
-    if file.suffix in TABLES:
-        columns = set(read_schema(file).names)
-    else:
-        columns = set(next((record for _, record in records(file)), {}))
-    fitting = {
-        layout.name: len(columns & set(layout.columns))
-        for layout in layouts
-        if file.suffix in layout.suffixes and all(columns & set(names.split("|")) for names in layout.required)
-    }
-    best = [name for name, number in fitting.items() if number == max(fitting.values())]
-    if len(best) != 1:
-        known = ", ".join(layout.name for layout in layouts)
+    layout = find_layout(layouts, name, columns or {}) if name != AUTO else None
+    source = open_source(path, split)
+    if layout is None:
+        layout = recognize(_renamed(layouts, columns or {}), source.columns, source.sample, f"data.path: {path}")
+    layout.check_columns(path, source.columns, group_by)
+    return source, layout
+
+
+def check_columns(
+    layouts: Sequence[Layout[Row]],
+    name: str,
+    path: str,
+    *,
+    split: str | None,
+    columns: Mapping[str, str] | None,
+    group_by: str | None,
+) -> None:
+    """Check as `open_layout` does; the Hub is not contacted.
+
+    Raises:
+        ValueError: the format is unknown, a file or column is missing, or no layout fits.
+    """
+    if not is_hub_path(path):
+        open_layout(layouts, name, path, split=split, columns=columns, group_by=group_by)
+    elif name != AUTO:
+        find_layout(layouts, name, columns or {})
+
+
+def _renamed(layouts: Sequence[Layout[Row]], columns: Mapping[str, str]) -> list[Layout[Row]]:
+    """Return the layouts that have all the renamed columns.
+
+    Raises:
+        ValueError: no layout has them.
+    """
+    able = [layout for layout in layouts if all(layout.aliases.get(name, name) in layout.columns for name in columns)]
+    if not able:
+        known = dict.fromkeys(name for layout in layouts for name in layout.columns)
+        raise ValueError(f"data.columns: no layout has {', '.join(columns)}; known columns are {', '.join(known)}")
+    return [layout.with_columns(columns) for layout in able]
+
+
+def recognize(
+    layouts: Sequence[Layout[Row]], columns: Collection[str], sample: Record, place: str = "data.path"
+) -> Layout[Row]:
+    """Return the layout that accounts for most columns of files, with their names; its `describe` says them.
+
+    Args:
+        layouts: the known layouts.
+        columns: the names of the files' columns.
+        sample: a value of every column.
+        place: the beginning of the error message.
+
+    Raises:
+        ValueError: no layout fits, or several fit equally well.
+    """
+    fitting = [layout for known in layouts if (layout := known.recognized(columns, sample)) is not None]
+    scores = [(len(layout.names), sum(own == name for own, name in layout.names.items())) for layout in fitting]
+    best = [layout for layout, score in zip(fitting, scores, strict=True) if score == max(scores)]
+    if len(best) == 1:
+        return best[0]
+    known = ", ".join(layout.name for layout in layouts)
+    if best:
         raise ValueError(
-            f"{file}: its columns ({', '.join(sorted(columns)) or 'none'}) fit {' and '.join(best) or 'no format'}; "
-            f"name one of {known} with --format, or rename columns in a recipe with data.columns"
+            f"{place}: its columns ({_listed(columns)}) fit {' and '.join(layout.name for layout in best)}; name one "
+            "with data.format"
         )
-    return best[0]
-
-
-class UnusableRowError(ValueError):
-    """Error for a row that cannot be used for training; the row is skipped, counted and named.
-
-    Attributes:
-        defect: the kind of the reason.
-    """
-
-    def __init__(self, reason: str, defect: Defect = "unusable") -> None:
-        super().__init__(reason)
-        self.defect = defect
+    nearest = min(layouts, key=lambda layout: len(layout.missing(columns)) / len(layout.required))
+    lacks = " and no ".join(map(repr, nearest.missing(columns)))
+    lacks = f"has no {lacks}" if lacks else "has other values"
+    raise ValueError(
+        f"{place}: its columns ({_listed(columns)}) are of no known layout; the nearest is {nearest.name} "
+        f"({', '.join(nearest.required)}), and the file {lacks}: rename columns with data.columns, such as "
+        f"{{prompt: text}}, or name the layout with data.format ({known})"
+    )

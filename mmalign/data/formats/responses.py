@@ -18,42 +18,24 @@ above to the name in the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
-from mmalign.data.formats.files import (
-    MAX_IMAGE_BYTES,
-    TABLES,
-    Record,
-    as_text,
-    contained_path,
-    find_files,
-    find_image,
-    is_hub_path,
-    is_image,
-    load_hub,
-    load_tables,
-    locate_row,
-    records,
-)
-from mmalign.data.formats.layouts import Layout, UnusableRowError, find_layout
-from mmalign.data.formats.rows import ImageKeys, file_ref
-from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, stable_hash
+from mmalign.data.formats.image_files import ImageReader, image_name, shorten_name
+from mmalign.data.formats.layouts import AUTO, check_columns, open_layout
+from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import Turn
-from mmalign.reading import check_file
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from pyarrow import DataType
 
 IMAGE = "<image>"  # image placeholder in a text
+
+logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, str]
 NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row id is hashed from
@@ -66,15 +48,14 @@ class IndexedRow:
     parsed: ParsedRow
     location: str
     group: str
-    number: int  # the row's index in its table
-    paths: dict[str, str]  # image name -> file, for rows that name files
+    folders: tuple[Path, ...]  # of its image paths
 
 
 class ResponseRows:
-    """Source of response pairs; images in a table are read when their pair is built."""
+    """Source of response pairs, whose images are read when their pair is built."""
 
-    def __init__(self, entries: Sequence[IndexedRow], table: Dataset | None = None, folder: Path | None = None) -> None:
-        self._entries, self._table, self._folder, self._keys = entries, table, folder, ImageKeys()
+    def __init__(self, entries: Sequence[IndexedRow], reader: ImageReader) -> None:
+        self._entries, self._reader = entries, reader
 
     def pair(self, number: int) -> ResponsePair:
         """Return the pair of that number."""
@@ -110,45 +91,13 @@ class ResponseRows:
         return [self._entries[n].parsed.turns[-1].text for n in numbers.tolist()]
 
     def _images(self, entry: IndexedRow) -> NamedImages:
-        parsed, images = entry.parsed, list[tuple[str, ImageRef]]()
-        for index, image in enumerate(parsed.all_images):
-            if isinstance(image, str):
-                # Row ids use names instead of keys, so that a copy of the folder gives the same random numbers.
-                locate = partial("{}, image {} ({})".format, entry.location, index, image)
-                images.append((image, file_ref(self._keys, entry.paths[image], locate)))
-                continue
-            load = partial(_bytes, self._table, entry.number, *image, self._folder, entry.location)
-            key = self._keys.of_bytes((entry.number, *image), load)
-            images.append((key, ImageRef(key, partial("{}, image {}".format, entry.location, index), load)))
+        images = list[tuple[str, ImageRef]]()
+        for index, image in enumerate(entry.parsed.all_images):
+            name = image_name(image)
+            place = f"image {index}" + (f" ({shorten_name(name)})" if name else "")
+            ref = self._reader.ref(image, entry.folders, partial("{}, {}".format, entry.location, place))
+            images.append((name or ref.key, ref))
         return tuple(images)
-
-
-def _bytes(table: Dataset, number: int, column: str, index: int | None, folder: Path | None, location: str) -> bytes:
-    """Return the bytes of a table's image: the cell's, those at `index` of its list, or those of a file in `folder`.
-
-    Raises:
-        ValueError: the file is outside the folder, is not regular, or cannot be read.
-    """
-    value = table[number][column]
-    if index is not None:
-        value = value[index]
-    if isinstance(value, dict):
-        data, path = value["bytes"], value.get("path")
-        return _file_bytes(path, folder, location) if data is None and path else bytes(data or b"")
-    return bytes(value or b"")
-
-
-def _file_bytes(name: str, folder: Path | None, location: str) -> bytes:
-    if folder is None:
-        raise ValueError(
-            f"{location}: the image {name!r} is a file's path without its bytes; data.images names its folder"
-        )
-    path = contained_path(folder, name, location)
-    try:
-        check_file(path, MAX_IMAGE_BYTES)
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{location}: the image {name!r} cannot be read ({error.strerror or error})") from error
 
 
 def open_responses(
@@ -175,62 +124,38 @@ def open_responses(
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
-    layout = find_layout(LAYOUTS, format, columns or {})
-    entries, dropped = list[IndexedRow](), list[SkippedRow]()
-    folder = images
-    if images is None and not is_hub_path(path):
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    table, raw_rows = _open_rows(layout, path, split)
-    for location, number, file, record in raw_rows:
-        layout.check_columns(location, record, group_by)
-        try:
-            parsed = _with_image_places(layout.read(location, record))
-            paths = _paths(parsed, file, location, images, path)
-        except UnusableRowError as error:
-            dropped.append(SkippedRow(location, str(error), error.defect))
+    source, layout = open_layout(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
+    if format == AUTO:
+        logger.info(layout.describe(path))
+    entries, dropped, reader = list[IndexedRow](), list[SkippedRow](), ImageReader(images)
+    for row in source.rows():
+        if isinstance(row, SkippedRow):
+            dropped.append(row)
             continue
-        # Rows of the same images stay in one split
-        group = as_text(record[group_by]) if group_by is not None else _images_group(parsed, location)
-        entries.append(IndexedRow(parsed, location, group, number, paths))
-    pairs = Pairs(path, ResponseRows(entries, table, folder), np.arange(len(entries)), dropped)
+        try:
+            parsed = _with_image_places(layout.read(row.location, row.record))
+            for image in parsed.all_images:
+                reader.check(image, row.folders)
+            # Rows of the same images stay in one split
+            group = layout.group(row.record, group_by) if group_by is not None else _images_group(parsed, row.location)
+        except UnusableRowError as error:
+            dropped.append(SkippedRow(row.location, str(error), error.defect))
+            continue
+        entries.append(IndexedRow(parsed, row.location, group, row.folders))
+    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped)
     pairs.require("with an image and two different responses")
     return pairs[:limit] if limit is not None else pairs
 
 
-def _open_rows(
-    layout: Layout[ParsedRow], path: str, split: str | None
-) -> tuple[Dataset | None, Iterator[tuple[str, int, Path | None, Record]]]:
-    """Return the table, if there is one, and the rows: location, index in the table or -1, JSON file, and record."""
-    files = [] if is_hub_path(path) else find_files(path, split, layout.suffixes)
-    tables = [file for file in files if file.suffix in TABLES]
-    if files and not tables:
-        return None, ((where, -1, file, record) for file in files for where, record in records(file))
-    table, starts = load_tables(path, tables, None) if tables else load_hub(path, split)
-    return table, ((locate_row(starts, n), n, None, record) for n, record in enumerate(_light(table)))
+def check_source(
+    format: str, path: str, *, split: str | None = None, columns: Columns | None = None, group_by: str | None = None
+) -> None:
+    """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
 
-
-def _light(table: Dataset) -> Iterator[Record]:
-    """Yield the rows of a table with (column, index) instead of each image's bytes, which are not read."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    def is_list(kind: DataType) -> bool:
-        return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-    heavy = {f.name: f.type for f in table.data.schema if is_image(f.type.value_type if is_list(f.type) else f.type)}
-    texts = table.select_columns([n for n in table.column_names if n not in heavy])
-    # Count the images of each row from offsets and validity alone
-    counts = {}
-    for name, kind in heavy.items():
-        column = table.data.column(name)
-        lengths = pc.list_value_length(column) if is_list(kind) else pc.is_valid(column)
-        counts[name] = lengths.to_pylist(), is_list(kind)
-    for number in range(len(table)):
-        row = dict(texts[number]) if texts.column_names else {}
-        for name, (numbers, listed) in counts.items():
-            many = numbers[number] or 0
-            row[name] = [(name, index) for index in range(many)] if listed else ((name, None) if many else None)
-        yield row
+    Raises:
+        ValueError: the format is unknown, a file or column is missing, or no layout fits.
+    """
+    check_columns(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
 
 
 def _with_image_places(parsed: ParsedRow) -> ParsedRow:
@@ -268,26 +193,7 @@ def _with_image_places(parsed: ParsedRow) -> ParsedRow:
     return parsed.with_turns(tuple(turns))
 
 
-def _paths(parsed: ParsedRow, file: Path | None, location: str, images: Path | None, source: str) -> dict[str, str]:
-    """Return the files of a row's images by name.
-
-    Raises:
-        UnusableRowError: a file does not exist.
-    """
-    paths = dict[str, str]()
-    for image in parsed.all_images:
-        if isinstance(image, tuple):
-            continue
-        if file is None and images is None:
-            images = Path(source).parent if Path(source).is_file() else Path(source)
-        paths[image] = find_image(file or Path(source), image, location, images)
-    absent = [name for name, text in paths.items() if not text]
-    if absent:
-        raise UnusableRowError(f"{' and '.join(absent)} does not exist", "missing image")
-    return paths
-
-
 def _images_group(parsed: ParsedRow, location: str) -> str:
     """Return the group of a row: its image names, or its location if the images have no names (tables)."""
-    names = [image for image in parsed.images if isinstance(image, str)]
-    return " ".join(names) if names else location
+    names = [image_name(image) for image in parsed.images]
+    return " ".join(names) if all(names) else location

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.data.formats.files import contained_path, is_file
+from mmalign.data.formats.image_files import contained_path, is_file
 from mmalign.data.images import decode_file
 from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id
 from mmalign.evaluation.benchmarks import amber, chair, pope

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmalign.config import Coco, Data, EvaluateResponses, Files, Recipe, ResponseData
-from mmalign.data.formats.conversations import LAYOUTS
-from mmalign.data.formats.layouts import find_layout
+from mmalign.data.formats.responses import check_source
 from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
 
@@ -30,8 +29,7 @@ def check_data(data: Data) -> None:
     assert isinstance(data, ResponseData)
     if data.images is not None and not Path(data.images).is_dir():
         raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
-    layout = find_layout(LAYOUTS, data.format, data.columns)
-    layout.check_files(locate(data.path), data.split, data.group_by)
+    check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
 
 
 def _check_question_files(section: EvaluateResponses) -> None:

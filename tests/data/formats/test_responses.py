@@ -10,9 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmalign.data.formats.conversations import LAYOUTS
-from mmalign.data.formats.layouts import find_layout
-from mmalign.data.formats.responses import open_responses
+from mmalign.data.formats.responses import check_source, open_responses
 from mmalign.data.images import decode
 from mmalign.data.pairs import Pairs, ResponsePair, split_by_group
 from mmalign.language.chat import Turn
@@ -100,7 +98,7 @@ def test_every_layout_reads_the_same_pair(format: str, row: dict[str, Any], here
     assert pair.images[0].read() == (here / "a.png").read_bytes()
     assert [ref.read() for ref in pair.other_images] == ([(here / "b.png").read_bytes()] if format == "realign" else [])
     assert pair.location == "rows.json: entry 1"
-    find_layout(LAYOUTS, format, {}).check_files(str(here / "rows.json"), None, None)
+    check_source(format, str(here / "rows.json"))
 
 
 def test_swift_rejected_images_go_to_the_rejected_response(here: Path) -> None:
@@ -149,7 +147,7 @@ GOOD: dict[str, Any] = {"images": ["a.png"], "prompt": QUESTION, "chosen": CHOSE
     [
         ({"images": []}, "has no image"),
         ({"images": None}, "has no image"),
-        ({"images": ["z.png"]}, "z.png does not exist"),
+        ({"images": ["z.png"]}, 'the image "z.png" does not exist'),
         ({"prompt": "<image><image>What?"}, "2 image placeholders in the prompt for 1 images"),
         ({"images": ["a.png", "b.png"], "prompt": "<image>?"}, "1 image placeholders in the prompt for 2 images"),
         ({"chosen": "  "}, "the chosen response is empty"),
@@ -166,7 +164,7 @@ def test_a_row_that_cannot_be_learned_from_is_dropped_as_a_pair(
     pairs = open_responses("trl", path)
     assert len(pairs) == 1 and [str(d) for d in pairs.skipped] == [f"rows.jsonl: line 1: {reason}"]
     assert f"1 row dropped (rows.jsonl: line 1: {reason})" in pairs.summary()
-    with pytest.raises(ValueError, match=r"has no pair to learn from \(0 ties, 1 rows dropped: rows\.jsonl: line 1: "):
+    with pytest.raises(ValueError, match=r"has no pair to learn from \(0 ties, 1 row dropped: rows\.jsonl: line 1: "):
         open_responses("trl", written(here, {**GOOD, **change}, name="rows.jsonl"))
 
 
@@ -180,12 +178,15 @@ def test_conversations_with_different_questions_are_no_pair(here: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({k: v for k, v in GOOD.items() if k != "chosen"}, "entry 1 has no 'chosen' (found images, prompt, rejected)"),
+        (
+            {k: v for k, v in GOOD.items() if k != "chosen"},
+            "rows.json has no 'chosen' (found images, prompt, rejected)",
+        ),
         ({k: v for k, v in GOOD.items() if k != "images"}, "has no 'images'"),
         ({**GOOD, "chosen": 3}, "entry 1: chosen is 3; expected a text"),
         ({**GOOD, "prompt": []}, "entry 1: prompt is []; expected a text, or a list of messages"),
         ({**GOOD, "prompt": [{"text": "x"}]}, "expected messages with a role and a content"),
-        ({**GOOD, "images": [3]}, "3 is not an image; expected a path relative to rows.json"),
+        ({**GOOD, "images": [3]}, "3 is not an image; expected a path"),
     ],
 )
 def test_a_row_that_is_not_of_the_layout_is_refused(row: dict[str, Any], sentence: str, here: Path) -> None:
@@ -203,11 +204,11 @@ def test_slips_in_the_recipe_are_named(here: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.group_by: .* has no 'scene'"):
         open_responses("trl", path, group_by="scene")
     with pytest.raises(
-        ValueError, match=r"data\.path: .*nowhere\.json does not exist; expected \*\.parquet or \*\.json"
+        ValueError, match=r"data\.path: .*nowhere\.json does not exist; expected \*\.parquet, .*\*\.json"
     ):
         open_responses("trl", str(here / "nowhere.json"))
     with pytest.raises(ValueError, match="has no 'conversations' and no 'rejected_conversations'"):
-        find_layout(LAYOUTS, "povid", {}).check_files(written(here, {"image": "a.png"}), None, None)
+        check_source("povid", written(here, {"image": "a.png"}))
 
 
 def test_columns_and_the_images_folder(here: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from mmalign.config import ImageSize
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.latents import ImageViews
-from mmalign.data.formats import rows
+from mmalign.data.formats import tables
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.images import ImageTransform, decode
 from mmalign.data.loaders.image_pairs import ImagePairBatch, ImagePairLoader, ImagePairReader
@@ -231,8 +231,8 @@ def test_images_without_ids_are_hashed_once(tmp_path: Path, monkeypatch: pytest.
     path = data_files.pick_a_pic(tmp_path / "pairs.parquet", 8)
     pq.write_table(pq.read_table(path).drop_columns(["image_0_uid", "image_1_uid"]), path)
     pairs, reads = open_pairs("pick_a_pic", str(path)), list[int]()
-    cell = rows.cell
-    monkeypatch.setattr(rows, "cell", lambda *given: reads.append(given[2]) or cell(*given))
+    cell = tables._cell
+    monkeypatch.setattr(tables, "_cell", lambda *given: reads.append(given[1]) or cell(*given))
     cache, _ = fill(tmp_path / "cache", pairs, ImageTransform())
     assert sorted(reads) == sorted([*range(8)] * 4)
     loader = load(pairs, batch_size=2, seed=0, transform=ImageTransform(), cache=cache)

@@ -1,0 +1,354 @@
+"""Layouts of image preference pairs: pick_a_pic, folder, rankings, votes and scores.
+
+pick_a_pic  Two images with two labels, as in Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, optionally
+            `image_0_uid, image_1_uid, are_different, has_label`. The image with the larger label is chosen: 1 and 0,
+            votes, ratings, true and false. Equal labels are a tie. An optional `rejected_caption` is the rejected
+            image's prompt; `caption` is then the chosen one's.
+folder      `prompt, chosen, rejected`, and optionally `rejected_prompt`.
+rankings    HPDv2 and ImageReward: `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
+            (larger is better). Every two images of different rank are a pair.
+votes       HPDv3: `prompt, path1, path2` and `choice_dist` (the votes of both). Without votes the first is chosen.
+scores      ImageRewardDB and RichHF: rows of one image: `prompt, image` and `score` (larger is better) or `rank`
+            (smaller is better), optionally `prompt_id`. Every two images of a prompt with different scores are a pair.
+
+Rows come from any file of `mmalign.data.formats.sources`. Images are paths, data URIs, bytes, or structs of bytes or a
+path. `columns` maps a name above to the name in the files. The format "auto" recognizes the layout by its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from mmalign.data.formats.files import Record, as_text, shorten
+from mmalign.data.formats.image_files import Image, StoredImage, as_image, image_name
+from mmalign.data.formats.layouts import Layout
+from mmalign.data.formats.rows import Rows, SourceRow
+from mmalign.data.pairs import SkippedRow, UnusableRowError
+from mmalign.reading import broken_text, parse_json
+
+MAX_IMAGES = 256  # of a prompt; every two of them are a pair
+
+
+class Side(NamedTuple):
+    """Image of a pair, and its name for the pair's id; without one, its content is the name."""
+
+    image: Image
+    name: str
+
+
+class ParsedPairs(NamedTuple):
+    """Pairs of a row: their prompt, (chosen, rejected) of each, the rejected images' prompt or "", and the ties."""
+
+    prompt: str
+    sides: list[tuple[Side, Side]]
+    rejected_prompt: str = ""
+    ties: int = 0
+
+
+def _side(value: object, uid: object = None) -> Side:
+    image = as_image(value)
+    return Side(image, f"uid:{as_text(uid)}" if uid not in (None, "") else image_name(image))
+
+
+def _text(record: Record, name: str) -> str:
+    """Return a text that is not blank."""
+    value = record.get(name)
+    if value is None or value == "":
+        raise UnusableRowError(f"has no {name}")
+    if not isinstance(value, str):
+        came = "bytes" if isinstance(value, StoredImage) else shorten(value)
+        raise UnusableRowError(f"{name} is {came}; expected a text")
+    if not value.strip():
+        raise UnusableRowError(f"has a blank {name}")
+    if (reason := broken_text(value)) is not None:
+        raise UnusableRowError(f"{name} {reason}")
+    return value
+
+
+def _second(record: Record, name: str) -> str:
+    """Return the optional prompt of the rejected image."""
+    return _text(record, name) if record.get(name) not in (None, "") else ""
+
+
+_WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+
+
+def _number(name: str, value: object) -> float:
+    """Return a number, also of a truth value or of a text from CSV."""
+    try:
+        number = _WORDS.get(value.lower()) if isinstance(value, str) else None
+        number = float(value) if number is None and isinstance(value, str | int | float) else number
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or not math.isfinite(number):
+        raise UnusableRowError(f"{name} is {shorten(value)}; expected a number")
+    return number
+
+
+def _list(name: str, value: object) -> list[object]:
+    """Return a list, also of one in JSON in a cell of CSV."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise UnusableRowError(f"{name} is {shorten(value)}; expected a list ({error})") from error
+    if not isinstance(value, list):
+        raise UnusableRowError(f"{name} is {shorten(value)}; expected a list")
+    return value
+
+
+def _ordered(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> ParsedPairs:
+    """Return (better, worse) for every two images of different worth, and the number of ties."""
+    if len(sides) > MAX_IMAGES:
+        raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
+    order = [(i, j) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
+    pairs = [(sides[i], sides[j]) for i, j in order if sides[i].image != sides[j].image]
+    return ParsedPairs(prompt, pairs, ties=len(sides) * (len(sides) - 1) // 2 - len(order))
+
+
+def _read_labels(location: str, record: Record) -> ParsedPairs:
+    for flag, reason in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
+        if record.get(flag) is not None and not _number(flag, record[flag]):
+            raise UnusableRowError(reason, "same sides" if flag == "are_different" else "unusable")
+    prompt, second = _text(record, "caption"), _second(record, "rejected_caption")
+    labels = [_number(name, record[name]) for name in ("label_0", "label_1")]
+    sides = [_side(record[f"jpg_{n}"], record.get(f"image_{n}_uid")) for n in (0, 1)]
+    return _two(prompt, sides, labels)._replace(rejected_prompt=second)
+
+
+def _two(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> ParsedPairs:
+    if sides[0].image == sides[1].image:
+        raise UnusableRowError("the chosen and the rejected image are the same", "same sides")
+    return _ordered(prompt, sides, worth)
+
+
+def _read_sides(location: str, record: Record) -> ParsedPairs:
+    prompt, second = _text(record, "prompt"), _second(record, "rejected_prompt")
+    return _two(prompt, [_side(record[side]) for side in ("chosen", "rejected")], (1, 0))._replace(
+        rejected_prompt=second
+    )
+
+
+def _read_votes(location: str, record: Record) -> ParsedPairs:
+    votes = record["choice_dist"]
+    worth = [_number("choice_dist", vote) for vote in _list("choice_dist", votes)] if votes is not None else [1.0, 0.0]
+    if len(worth) != 2:
+        raise UnusableRowError(f"choice_dist is {shorten(votes)}; expected the votes of both images")
+    return _two(_text(record, "prompt"), [_side(record[name]) for name in ("path1", "path2")], worth)
+
+
+def _read_ranking(location: str, record: Record) -> ParsedPairs:
+    images = _list("image_path", record["image_path"])
+    worths = []
+    for name, sign in (("rank", -1), ("human_preference", 1)):
+        if record.get(name) is not None:
+            worths.append([sign * _number(name, value) for value in _list(name, record[name])])
+    if not worths or any(len(worth) != len(images) for worth in worths):
+        came = ", ".join(
+            f"{name} is {shorten(record.get(name))}" for name in ("image_path", "rank", "human_preference")
+        )
+        raise UnusableRowError(f"{came}; expected a list of images, and one as long of ranks or preferences")
+    sides = [_side(image) for image in images]
+    orders = [_ordered(_text(record, "prompt"), sides, worth) for worth in worths]
+    if len(orders) == 2 and {(b, a) for a, b in orders[0].sides} & {*orders[1].sides}:
+        raise UnusableRowError("rank and human_preference contradict each other; remove one of them")
+    return orders[0]
+
+
+class ScoredImage(NamedTuple):
+    """Image of a row of its own, with its prompt, the name of the prompt's group, and its worth."""
+
+    prompt: str
+    group: str
+    image: Image
+    worth: float
+
+
+Parsed = ParsedPairs | ScoredImage
+
+
+def _read_score(location: str, record: Record) -> ScoredImage:
+    prompt, score = _text(record, "prompt"), record.get("score")
+    worth = _number("score", score) if score is not None else -_number("rank", record.get("rank"))
+    group = record.get("prompt_id")
+    return ScoredImage(prompt, as_text(group) if group is not None else prompt, as_image(record["image"]), worth)
+
+
+def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> Iterator[SourceRow | SkippedRow]:
+    """Yield a row of `rankings` for the images of each prompt, and the reason for each row that cannot be used."""
+    groups = dict[object, list[tuple[SourceRow, ScoredImage]]]()
+    for row in rows:
+        if isinstance(row, SkippedRow):
+            yield row
+            continue
+        try:
+            scored = layout.read(row.location, row.record)
+            assert isinstance(scored, ScoredImage), "the rows are of one image"
+            groups.setdefault((row.folders, scored.group, scored.prompt), []).append((row, scored))
+        except UnusableRowError as error:
+            yield SkippedRow(row.location, str(error), error.defect)
+    for some in groups.values():
+        first, scored = some[0]
+        if len(some) == 1:
+            yield SkippedRow(first.location, "has the only image of its prompt; expected several to compare")
+            continue
+        images = [_placed(row, scored.image) for row, scored in some]
+        worths = [scored.worth for _, scored in some]
+        record: Record = {"prompt": scored.prompt, "image_path": images, "human_preference": worths}
+        if group_by is not None:
+            record = {**record, group_by: first.record.get(group_by)}
+        yield SourceRow(f"{first.location} and {len(some) - 1} more of its prompt", record, first.folders)
+
+
+def _placed(row: SourceRow, image: Image) -> Image:
+    """Return an image whose name in messages has its own row."""
+    return replace(image, column=f"{image.column} of {row.location}") if isinstance(image, StoredImage) else image
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _is_image(value: object) -> bool:
+    return value is True or isinstance(value, str | StoredImage | Mapping)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.startswith("["))
+
+
+def _has_two(record: Record) -> bool:
+    labels = all(isinstance(record.get(name), str | int | float) for name in ("label_0", "label_1"))
+    return labels and all(_is_image(record.get(name)) for name in ("jpg_0", "jpg_1"))
+
+
+def _has_sides(record: Record) -> bool:
+    return all(_is_image(record.get(name)) for name in ("chosen", "rejected"))
+
+
+def _has_rank(record: Record) -> bool:
+    worths = [record[name] for name in ("rank", "human_preference") if record.get(name) is not None]
+    return _is_list(record.get("image_path")) and bool(worths) and all(map(_is_list, worths))
+
+
+def _has_votes(record: Record) -> bool:
+    return _is_list(record.get("choice_dist")) and all(_is_image(record.get(name)) for name in ("path1", "path2"))
+
+
+def _has_score(record: Record) -> bool:
+    worths = [record[name] for name in ("score", "rank") if record.get(name) is not None]
+    return _is_image(record.get("image")) and bool(worths) and not any(map(_is_list, worths))
+
+
+def _of_two(first: bool, stems: Sequence[str]) -> list[str]:
+    """Return names such as image_a or left_image; those that count from 1 come last."""
+    places = ("0", "a", "left", "first", "1") if first else ("1", "b", "right", "second", "2")
+    return [name for place in places for stem in stems for name in (f"{stem}_{place}", f"{place}_{stem}")]
+
+
+def _of_side(names: Sequence[str]) -> list[str]:
+    """Return names such as winner_image or image_winner."""
+    parts = ("image", "img", "path", "file", "jpg", "file_name", "image_path", "img_path")
+    return [*names, *(name for n in names for part in parts for name in (f"{n}_{part}", f"{part}_{n}"))]
+
+
+_PROMPTS = ("prompt", "caption", "text", "prompts", "captions", "description", "instruction", "query", "title")
+_IMAGES = ("image", "img", "jpg", "path", "file", "picture", "image_path", "img_path")
+_LABELS = ("label", "score", "rating", "votes", "vote", "reward", "preference", "num_votes")
+_CHOSEN = ("chosen", "winner", "win", "preferred", "better", "good", "best", "positive", "accepted")
+_REJECTED = (
+    "rejected",
+    "loser",
+    "lose",
+    "loss",
+    "dispreferred",
+    "unpreferred",
+    "worse",
+    "bad",
+    "worst",
+    "negative",
+)
+_SCORES: tuple[str, ...] = (
+    "overall_rating",
+    "overall_score",
+    "overall",
+    "rating",
+    "reward",
+    "human_score",
+    "votes",
+    "likes",
+    "elo",
+)
+_SCORES += ("preference", "aesthetic_score", "aesthetics_score", "quality", "mos", "label", "liked", "good")
+
+PICK_A_PIC = Layout(
+    "pick_a_pic",
+    ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
+    ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
+    _read_labels,
+    aliases={"prompt": "caption", "rejected_prompt": "rejected_caption"},
+    synonyms={
+        "caption": _PROMPTS,
+        "jpg_0": _of_two(True, _IMAGES),
+        "jpg_1": _of_two(False, _IMAGES),
+        "label_0": _of_two(True, _LABELS),
+        "label_1": _of_two(False, _LABELS),
+        "rejected_caption": ("rejected_prompt",),
+    },
+    fits=_has_two,
+)
+FOLDER = Layout(
+    "folder",
+    ("prompt", "chosen", "rejected"),
+    ("rejected_prompt",),
+    _read_sides,
+    synonyms={
+        "prompt": _PROMPTS,
+        "chosen": _of_side(_CHOSEN),
+        "rejected": _of_side(_REJECTED),
+        "rejected_prompt": ("rejected_caption",),
+    },
+    fits=_has_sides,
+)
+RANKINGS = Layout(
+    "rankings",
+    ("prompt", "image_path", "rank|human_preference"),
+    (),
+    _read_ranking,
+    synonyms={
+        "prompt": _PROMPTS,
+        "image_path": ("image_paths", "images", "paths", "file_path", "file_paths", "generations", "files", "image"),
+        "rank": ("ranks", "ranking", "rankings"),
+        "human_preference": ("preferences", "scores", "ratings", "votes", "rewards", "score", "rating", "labels"),
+    },
+    fits=_has_rank,
+)
+VOTES = Layout(
+    "votes",
+    ("prompt", "path1", "path2", "choice_dist"),
+    (),
+    _read_votes,
+    synonyms={
+        "prompt": _PROMPTS,
+        "path1": _of_two(True, _IMAGES),
+        "path2": _of_two(False, _IMAGES),
+        "choice_dist": ("votes", "vote_counts", "labels", "scores", "ratings", "preferences"),
+    },
+    fits=_has_votes,
+)
+SCORES = Layout(
+    "scores",
+    ("prompt", "image", "score|rank"),
+    ("prompt_id",),
+    _read_score,
+    synonyms={
+        "prompt": _PROMPTS,
+        "image": ("image_path", "file_name", "path", "img", "jpg", "file", "img_path", "image_file", "picture"),
+        "score": _SCORES,
+        "rank": ("ranking",),
+    },
+    fits=_has_score,
+)
+LAYOUTS: tuple[Layout[Parsed], ...] = (PICK_A_PIC, FOLDER, RANKINGS, VOTES, SCORES)
