@@ -4,6 +4,7 @@
     mmalign.train(recipe)
     result = mmalign.evaluate(recipe)
     page = mmalign.gallery(recipe)
+    folder = mmalign.export(recipe, to="comfyui")
 
 Importing the package loads nothing heavy; `mmalign.losses` needs torch alone.
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mmalign.commands.compare import compare
     from mmalign.commands.evaluate import evaluate
     from mmalign.commands.explain import explain
+    from mmalign.commands.export import export
     from mmalign.commands.gallery import gallery
     from mmalign.commands.load_recipe import load_recipe
     from mmalign.commands.prepare import prepare
@@ -37,6 +39,7 @@ __all__ = [
     "compare",
     "evaluate",
     "explain",
+    "export",
     "gallery",
     "load_recipe",
     "prepare",

@@ -67,7 +67,16 @@ Values = Annotated[
 
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="YAML file or name of a bundled recipe; see `mmalign list`.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="YAML file, name of a bundled recipe, or a run's folder; see `mmalign list`."
+    ),
+]
+CheckpointName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="best|N", help="Checkpoint of the run, by score or updates.", show_default="the end of the run"
+    ),
 ]
 
 
@@ -130,21 +139,56 @@ def cache(recipe: RecipeName, values: Values = None, overrides: Overrides = None
 
 
 @app.command()
-def evaluate(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
+def evaluate(
+    recipe: RecipeName, values: Values = None, checkpoint: CheckpointName = None, overrides: Overrides = None
+) -> None:
     """Compare the base model with the trained one on the same prompts or questions, with 95 % intervals."""
     checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.evaluate import evaluate as run
 
-    run(checked)
+    run(checked, checkpoint=checkpoint)
 
 
 @app.command()
-def gallery(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
+def gallery(
+    recipe: RecipeName, values: Values = None, checkpoint: CheckpointName = None, overrides: Overrides = None
+) -> None:
     """Make the before-and-after page, of what was evaluated."""
     checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.gallery import gallery as run
 
-    run(checked)
+    run(checked, checkpoint=checkpoint)
+
+
+@app.command()
+def export(
+    recipe: RecipeName,
+    values: Values = None,
+    to: Annotated[
+        Literal["diffusers", "peft", "kohya", "comfyui", "merged"],
+        typer.Option(help="Form of the files; merged is a whole model."),
+    ] = ...,  # type: ignore[assignment]  # typer's mark of a required option
+    checkpoint: CheckpointName = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write.", show_default="export/FORM in the run's")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Precision of the weights.", show_default="the base model's, float32 for adapters"),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the Hub.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a trained model in the form of another program, read it back and compare it; with a model card.
+
+    For example: mmalign export runs/mine --to comfyui
+    """
+    checked = _load(recipe, values, overrides)  # before torch is imported
+    from mmalign.commands.export import export as run
+
+    run(checked, to=to, checkpoint=checkpoint, output=output, dtype=dtype, push=push)
 
 
 @app.command()

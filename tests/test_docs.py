@@ -153,9 +153,9 @@ OTHERS = ("pytest", "ruff", "mypy", "git", "cd")  # their options are not checke
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse commands and load their recipes, and do nothing else."""
-    from mmalign.commands import bench, cache, compare, doctor, evaluate, gallery, prepare, quickstart, train
+    from mmalign.commands import bench, cache, compare, doctor, evaluate, export, gallery, prepare, quickstart, train
 
-    for module in (cache, doctor, evaluate, gallery, prepare, quickstart, train):
+    for module in (cache, doctor, evaluate, export, gallery, prepare, quickstart, train):
         monkeypatch.setattr(module, module.__name__.rpartition(".")[2], lambda *_, **__: None)
     monkeypatch.setattr(compare, "compare", load_all)
     monkeypatch.setattr(bench, "bench", load_measured)

@@ -14,16 +14,17 @@ import torch
 from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
 from mmalign.commands import preflight
-from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands._trained import TrainedModel, find_trained
 from mmalign.config import Evaluate, Recipe
 from mmalign.data.data_module import Splits
 from mmalign.data.pairs import fingerprint_pairs
 from mmalign.evaluation.metrics import Table
 from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import SAMPLES, Result, loading, modality_of
-from mmalign.training.export import RUN_INFO, RunInfo, check_base_model, read_run_info
+from mmalign.training.export import RunInfo
 
 RESULT = "result.json"  # in every folder of an evaluation
+TABLE = "table.json"  # the table of an evaluation of a trained model, with its identity
 PAIR_BENCHMARKS = ("implicit", "steps")  # on the validation split of the training data
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,13 @@ class Evaluation:
     table: Table
 
 
-def evaluate(recipe: Recipe) -> Evaluation:
+def evaluate(recipe: Recipe, *, checkpoint: str | int | None = None) -> Evaluation:
     """Compare the base model with the trained one on the recipe's benchmark, and write `evaluation/` in its output.
+
+    Args:
+        recipe: the recipe.
+        checkpoint: "best" or the updates of one of the run's checkpoints, written to `evaluation-00000010/`; None for
+            the model at the end of the run.
 
     Raises:
         ValueError: the recipe has no `evaluate` section, a file of it is missing or invalid, or there is no trained
@@ -63,13 +69,15 @@ def evaluate(recipe: Recipe) -> Evaluation:
     preflight.check(recipe, "evaluation", data=of_pairs)
     # Scores of answer files, or a trained model to generate with
     scored = modality.score_files(recipe)
-    if scored is None:
-        read_run_info(Path(recipe.output) / "model")  # nothing is written without a trained model
+    trained = find_trained(recipe, checkpoint) if scored is None else None  # nothing is written without a trained model
     output = atomic_io.make_folder("output", Path(recipe.output))
     with atomic_io.folder_lock(output):
-        atomic_io.check_owned(output / "evaluation", RESULT)
-        measure = _measure_models(recipe, section) if scored is None else lambda _: scored
-        return _write(measure, output / "evaluation")
+        folder = output / f"evaluation{trained.suffix if trained is not None else ''}"
+        atomic_io.check_owned(folder, RESULT)
+        if trained is not None:
+            return _write(_measure_models(recipe, section, trained), folder)
+        assert scored is not None
+        return _write(lambda _: scored, folder)
 
 
 def _write(measure: Callable[[Path], Result], folder: Path) -> Evaluation:
@@ -83,51 +91,38 @@ def _write(measure: Callable[[Path], Result], folder: Path) -> Evaluation:
     return Evaluation(folder, result, table)
 
 
-def _measure_models(recipe: Recipe, section: Evaluate) -> Callable[[Path], Result]:
+def _measure_models(recipe: Recipe, section: Evaluate, trained: TrainedModel) -> Callable[[Path], Result]:
     """Return the measure of the models, from a folder for its files; the benchmark is opened before they are loaded."""
-    device, trained = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(recipe.output) / "model"
-    info = read_run_info(trained)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modality, splits = modality_of(recipe), None
     if section.benchmark in PAIR_BENCHMARKS:
         splits = modality.open_pairs(recipe, Requirements())
-        _check_unseen(splits, trained, info)
+        _check_unseen(splits, trained)
     measure = modality.open_benchmark(recipe, device, splits)
-    family = loading.load_model(recipe, device)
-    check_base_model(info, trained, family)
-    policy = loading.load_trained_policy(family, trained)
+    policy = trained.load(loading.load_model(recipe, device))
 
     def measure_trained(folder: Path) -> Result:
-        result, table = measure(policy, folder, _identity(section, info))
-        trained_by = trained_recipe(trained, info)  # not the recipe of this command
-        return {**result, "model": trained_by.model.path, "method": trained_by.method.name}, table
+        of = _identity(section, trained.info)
+        result, table = measure(policy, folder, of)
+        (folder / TABLE).write_text(json.dumps({"of": of, "table": table}, indent=1), encoding="utf-8")
+        # Not the recipe of this command
+        return {**result, "model": trained.recipe.model.path, "method": trained.recipe.method.name}, table
 
     return measure_trained
 
 
-def trained_recipe(folder: Path, info: RunInfo) -> Recipe:
-    """Return the recipe that the model in `folder` was trained by.
-
-    Raises:
-        ValueError: the record of the recipe is damaged or of an earlier version.
-    """
-    try:
-        return load_recipe(info.record.recipe)
-    except ValueError as error:
-        raise ValueError(f"{folder / RUN_INFO}: {error}; train again") from error
-
-
-def _check_unseen(splits: Splits, folder: Path, info: RunInfo) -> None:
-    """Check that the trained model in `folder` has not seen the pairs of the validation split or their prompts.
+def _check_unseen(splits: Splits, model: TrainedModel) -> None:
+    """Check that the trained model has not seen the pairs of the validation split or their prompts.
 
     Raises:
         ValueError: validation pairs are among those of the training, or nobody can say whether they are.
     """
     train, validation = splits
-    recorded = info.identity["pairs"]
+    recorded = model.info.identity["pairs"]
     if validation is None or fingerprint_pairs(train) == recorded:
         return
     # Pairs of the training, opened again by its recipe
-    trained = trained_recipe(folder, info)
+    trained = model.recipe
     seen, _ = modality_of(trained).open_pairs(trained, requirements_of(trained.method))
     if fingerprint_pairs(seen) != recorded:
         raise ValueError(
@@ -150,14 +145,15 @@ def _identity(section: Evaluate, trained: RunInfo) -> dict[str, object]:
     return {"trained": asdict(trained), "evaluate": section.model_dump()}
 
 
-def is_evaluated(recipe: Recipe) -> bool:
+def is_evaluated(recipe: Recipe, *, checkpoint: str | int | None = None) -> bool:
     """Return whether the recipe's trained model has been evaluated with the recipe's settings.
 
     Raises:
         ValueError: there is no trained model, or a file of its evaluation is damaged.
     """
     assert recipe.evaluate is not None
-    folder, samples = Path(recipe.output) / "evaluation", modality_of(recipe).samples
+    trained, samples = find_trained(recipe, checkpoint), modality_of(recipe).samples
     assert samples is not None, "only evaluations with samples are asked for"
-    wanted = json.loads(json.dumps(_identity(recipe.evaluate, read_run_info(Path(recipe.output) / "model"))))
+    folder = Path(recipe.output) / f"evaluation{trained.suffix}"
+    wanted = json.loads(json.dumps(_identity(recipe.evaluate, trained.info)))
     return (folder / SAMPLES).exists() and samples.read(folder)["of"] == wanted

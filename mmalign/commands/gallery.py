@@ -7,20 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmalign.atomic_io import folder_lock, make_folder
-from mmalign.commands.evaluate import evaluate, is_evaluated, trained_recipe
+from mmalign.commands._trained import TrainedModel, find_trained
+from mmalign.commands.evaluate import evaluate, is_evaluated
 from mmalign.config import Recipe
 from mmalign.modalities import Samples, modality_of
 from mmalign.pages.page import write_page
 from mmalign.pages.ranking import spread
-from mmalign.training.export import read_run_info
 
 logger = logging.getLogger(__name__)
 
 
-def gallery(recipe: Recipe) -> Path:
+def gallery(recipe: Recipe, *, checkpoint: str | int | None = None) -> Path:
     """Write the page of an evaluation, which is run first if it is missing, to `gallery/`.
 
     With more samples than `gallery.images`, the page shows the best gains and the worst regressions, half of each.
+
+    Args:
+        recipe: the recipe.
+        checkpoint: "best" or the updates of one of the run's checkpoints, shown in `gallery-00000010/`; None for the
+            model at the end of the run.
 
     Raises:
         ValueError: the benchmark has no samples to show, or the evaluation fails.
@@ -34,16 +39,16 @@ def gallery(recipe: Recipe) -> Path:
         raise ValueError(
             f"evaluate: {reason}; a gallery shows a benchmark's samples, for example {modality.example_evaluation}"
         )
-    read_run_info(Path(recipe.output) / "model")  # nothing is written without a trained model
+    trained = find_trained(recipe, checkpoint)  # nothing is written without a trained model
     with folder_lock(make_folder("output", Path(recipe.output))):
-        return _write_gallery(recipe, parts)
+        if not is_evaluated(recipe, checkpoint=checkpoint):
+            evaluate(recipe, checkpoint=checkpoint)
+        return _write_gallery(recipe, parts, trained)
 
 
-def _write_gallery(recipe: Recipe, parts: Samples) -> Path:
+def _write_gallery(recipe: Recipe, parts: Samples, trained: TrainedModel) -> Path:
     """Write the page in the locked output folder."""
-    if not is_evaluated(recipe):
-        evaluate(recipe)
-    folder, target = Path(recipe.output) / "evaluation", Path(recipe.output) / "gallery"
+    folder, target = (Path(recipe.output) / f"{kind}{trained.suffix}" for kind in ("evaluation", "gallery"))
     # The evaluation's samples
     content = parts.read(folder)
     samples = content["samples"]
@@ -58,17 +63,16 @@ def _write_gallery(recipe: Recipe, parts: Samples) -> Path:
         title=recipe.gallery.title,
         summary=content["table"],
         score_name=content["score"],
-        provenance={**_training(Path(recipe.output)), **parts.provenance(recipe, len(samples))},
+        provenance={**_training(trained), **parts.provenance(recipe, len(samples))},
         measured=scores,
     )
     logger.info(f"gallery: {page}")
     return page
 
 
-def _training(output: Path) -> dict[str, str]:
+def _training(trained: TrainedModel) -> dict[str, str]:
     """Return the settings of model, method and training, as the trained model records them."""
-    info = read_run_info(output / "model")
-    recipe = trained_recipe(output / "model", info)
+    info, recipe = trained.info, trained.recipe
     done = f"{info.step} updates of {info.pairs_per_update} pairs"
     settings = {
         "model": recipe.model.path,

@@ -94,7 +94,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     """Read a recipe and check every key and value.
 
     Args:
-        source: a path, the name of a bundled recipe ("diffusion_dpo_sdxl_lora"), or the content itself.
+        source: a path, a run's folder, the name of a bundled recipe ("diffusion_dpo_sdxl_lora"), or the content itself.
         overrides: assignments such as "train.lr=1e-5" with values in YAML, applied in order; another "method.name"
             resets its section to that method's defaults.
 
@@ -152,7 +152,9 @@ def recipe_class(method: str) -> type[Recipe]:
 def _read(name: str | Path) -> str:
     from mmalign.resources import resolve_recipe
 
-    return read_text(resolve_recipe(name), "expected a recipe, a short file in YAML", f"{name}:", MAX_BYTES)
+    path = resolve_recipe(name)
+    path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path  # a run's folder
+    return read_text(path, "expected a recipe, a short file in YAML", f"{name}:", MAX_BYTES)
 
 
 def _parse(text: str, location: str) -> object:

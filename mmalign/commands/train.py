@@ -120,10 +120,8 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     del saved  # the optimizer's state in it is as large as the optimizer's own
     cache.offload_encoders(data_module, recipe, family)
     count = sum(p.numel() for p in run.policy.trainable())
-    logger.info(
-        f"{recipe.method.name}: {count / 1e6:.2f}M trainable parameters of {run.policy.family.name}; "
-        f"{data_module.about}"
-    )
+    number = f"{count / 1e6:.2f}M" if count >= 10_000 else f"{count:,}"
+    logger.info(f"{recipe.method.name}: {number} trainable parameters of {run.policy.family.name}; {data_module.about}")
     logger.info(_describe_updates(recipe, data_module, accelerator.num_processes))
 
     # Training, export and verdict
@@ -143,7 +141,7 @@ def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float
     """Log the verdict, where the weights are, how other programs load them and the next command; return the result."""
     folder = Path(recipe.output) / "model"
     logger.info(f"{recipe.method.name}: {reporter.verdict}")
-    hint = modality_of(recipe).loading_hint(recipe.model.tune, folder)
+    hint = modality_of(recipe).loading_hint(recipe.model.tune, folder, "")
     logger.info(f"{folder}: the trained model; load it with {hint}")
     if recipe.evaluate is not None:
         logger.info(f"next: mmalign evaluate {shlex.quote(str(folder.with_name('recipe.yaml')))}")
@@ -268,14 +266,16 @@ def start_run(
     return run
 
 
-def build_policy(family: F, recipe: Recipe, *, reference_cached: bool = False) -> Policy[F]:
+def build_policy(
+    family: F, recipe: Recipe, *, reference_cached: bool = False, with_reference: bool = False
+) -> Policy[F]:
     """Return the policy to train, with its reference.
 
     With LoRA the reference is the network with its adapters off; with full fine-tuning it is a frozen copy. There is no
-    reference if the method needs none, and no copy if its scores are `reference_cached`.
+    reference if the method needs none, unless `with_reference`, and no copy if its scores are `reference_cached`.
     """
     model, options = recipe.model, recipe.train
-    needed = methods.requirements_of(recipe.method).reference
+    needed = with_reference or methods.requirements_of(recipe.method).reference
     reference: Reference = None
     if model.tune == "lora":
         lora = model.lora

@@ -84,6 +84,19 @@ class Family(Protocol):
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write a folder for the model's own library: adapters if the network has them, else the whole model."""
 
+    def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
+        """Write the network to an empty folder in a form of other programs, read it back by theirs, and compare.
+
+        Args:
+            folder: an existing empty folder.
+            net: the trained network, with its adapters if it has any.
+            form: diffusers, peft, kohya, comfyui or merged (docs/outputs.md).
+            dtype: the dtype of the weights; None keeps that of the base model's files, or float32 for adapters.
+
+        Raises:
+            ValueError: the family or the network has no such form, or other weights were read back.
+        """
+
     def load_trained(self, folder: Path) -> nn.Module:
         """Load the network that `save` wrote: `network` itself with the adapters added, or another one, frozen.
 

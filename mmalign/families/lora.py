@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from mmalign.reading.weights import sort_metadata
+from mmalign.reading.weights import one_sentence, sort_metadata
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
 ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' file name
+PEFT_CONFIG, PEFT_ADAPTERS = "adapter_config.json", "adapter_model.safetensors"  # peft's file names
+TRAINED, LOADED = "default", "loaded"  # names of the adapter in training, and of one read back from a file
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' own preference scripts adapt
 
 
@@ -66,15 +71,140 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def save_lora(pipeline: type[DiffusionPipeline], part: str, net: ModelMixin, folder: Path) -> None:
-    """Write the adapters of a pipeline's `part` in diffusers' layout, with the same bytes every time."""
+def adapter_layers(net: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers of a network by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def folded(net: nn.Module, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Return the adapters' weights by peft's names, and their config, with the scale folded into the second matrices.
+
+    A program that reads the weights alone takes alpha for the rank. After folding it is.
+
+    Args:
+        net: the network with its adapters.
+        dtype: the dtype of the weights; None keeps float32.
+    """
     from peft.utils import get_peft_model_state_dict
 
-    # Without the config, diffusers would assume that alpha equals the rank. A set has another order in every process.
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in net.peft_config["default"].to_dict().items()}
-    weights = {f"{part}_lora_layers": get_peft_model_state_dict(net), f"{part}_lora_adapter_metadata": config}
-    pipeline.save_lora_weights(folder, **weights)
+    weights: dict[str, Tensor] = get_peft_model_state_dict(net)
+    for name, layer in adapter_layers(net).items():
+        key = f"{name}.lora_B.weight"
+        weights[key] = weights[key] * layer.scaling[TRAINED]
+    configs: Any = net.peft_config
+    # A set has another order in every process
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in configs[TRAINED].to_dict().items()}
+    config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"], "use_rslora": False}
+    return {name: x.detach().to(dtype or x.dtype).cpu().contiguous() for name, x in weights.items()}, config
+
+
+def save_lora(
+    pipeline: type[DiffusionPipeline], part: str, net: ModelMixin, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write the adapters of a pipeline's `part` in diffusers' layout, with the same bytes every time."""
+    weights, config = folded(net, dtype)
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config})
     sort_metadata(folder / ADAPTERS)
+
+
+def save_peft(net: nn.Module, folder: Path, name: str, revision: str | None, dtype: torch.dtype | None = None) -> None:
+    """Write the adapters of a network for peft, with all that `AutoPeftModel` needs to load the base model.
+
+    Args:
+        net: the network with its adapters.
+        folder: an existing folder.
+        name: the path or Hub id of the base model.
+        revision: its revision on the Hub.
+        dtype: the dtype of the weights; None keeps float32.
+    """
+    weights, config = folded(net, dtype)
+    described = {
+        **config,
+        "base_model_name_or_path": str(Path(name).resolve()) if Path(name).exists() else name,
+        "revision": revision,
+        "inference_mode": True,
+        "auto_mapping": {"base_model_class": type(net).__name__, "parent_library": type(net).__module__},
+    }
+    (folder / PEFT_CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True), encoding="utf-8")
+    save_file({f"base_model.model.{key}": x for key, x in weights.items()}, folder / PEFT_ADAPTERS, {"format": "pt"})
+
+
+def check_peft(net: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Load a folder by peft, beside the trained adapters, and compare them.
+
+    Raises:
+        ValueError: peft cannot read the folder, or reads other weights.
+    """
+    from peft import PeftModel
+
+    with one_sentence("peft cannot read back what was written", folder, "use merged"):
+        PeftModel.from_pretrained(net, folder, adapter_name=LOADED)
+    compare_adapters(net, dtype)
+
+
+@torch.no_grad()
+def merged_weights(net: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of `plain`, the network without adapters, with those of `net` added in float32.
+
+    Raises:
+        ValueError: an adapted layer is missing, or is a convolution with DoRA.
+    """
+    weights = dict(plain.state_dict())
+    for name, layer in adapter_layers(net).items():
+        total = weights[f"{name}.weight"].float() + layer.get_delta_weight(TRAINED).float().cpu()
+        if TRAINED in layer.lora_magnitude_vector:  # DoRA (arXiv:2402.09353, equation 5)
+            if total.dim() != 2:
+                raise ValueError(f"{name}: a convolution with DoRA cannot be merged; export to peft")
+            total *= (layer.lora_magnitude_vector[TRAINED].weight.cpu() / total.norm(dim=1)).unsqueeze(1)
+        weights[f"{name}.weight"] = total
+    return weights
+
+
+def compare_adapters(net: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Compare the adapter that was read back with the trained one, layer by layer, and remove it.
+
+    Layers that only the one read back has must change nothing. The bound is the rounding of two matrices in `dtype`.
+
+    Raises:
+        ValueError: a layer's weights are lost or differ.
+    """
+    layers = adapter_layers(net)
+    try:
+        for name, layer in layers.items():
+            _compare_layer(name, layer, torch.finfo(dtype or torch.float32).eps)
+    finally:
+        for layer in layers.values():
+            layer.set_adapter([TRAINED])
+            layer.delete_adapter(LOADED)
+        configs: Any = net.peft_config
+        del configs[LOADED]
+
+
+@torch.no_grad()
+def _compare_layer(name: str, layer: LoraLayer, eps: float) -> None:
+    """Compare a layer's changes by both adapters, and the magnitudes of DoRA."""
+    trained, loaded = (
+        layer.get_delta_weight(adapter).float() if adapter in layer.lora_A else torch.zeros(())
+        for adapter in (TRAINED, LOADED)
+    )
+    # The product of the norms of both matrices bounds the norm of their product
+    norms = [
+        float(matrices[TRAINED].weight.float().norm())
+        for matrices in (layer.lora_A, layer.lora_B)
+        if TRAINED in matrices
+    ]
+    bound = 4 * eps * norms[0] * norms[1] * float(layer.scaling[TRAINED]) if norms else 0.0
+    if (error := float((trained - loaded).norm())) > bound:
+        raise ValueError(f"{name} was read back with other numbers (by {error:.3g}; rounding explains {bound:.3g})")
+    vectors = layer.lora_magnitude_vector
+    if TRAINED in vectors:
+        a, b = (
+            vectors[adapter].weight.float() if adapter in vectors else torch.zeros(()) for adapter in (TRAINED, LOADED)
+        )
+        if not torch.allclose(a, b, rtol=4 * eps, atol=0):
+            raise ValueError(f"{name} was read back without its magnitudes of DoRA")
 
 
 def linear_names(net: nn.Module, within: str) -> list[str]:

@@ -105,6 +105,14 @@ class StepJudge:
         assert isinstance(net, TimeConditioned)
         step_aware.save(replace(self.parts, net=net), folder)
 
+    def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
+        """Refuse other forms.
+
+        Raises:
+            ValueError: always; only mmalign reads step-aware reward models.
+        """
+        raise ValueError("only mmalign reads a step judge; name the folder `model` of the run as a reward model's path")
+
     def load_trained(self, folder: Path) -> nn.Module:
         with tensors_only():
             return step_aware.read(str(folder)).net.requires_grad_(False).eval().to(self.loading.device)

@@ -121,7 +121,10 @@ class Modality:
         check: check the settings of training without loading a model; raises ValueError.
         check_evaluation: check the section `evaluate`; raises ValueError.
         check_preparation: check the section `prepare`; raises ValueError.
-        loading_hint: the call that loads a trained model from its folder in other programs, by `model.tune`.
+        loading_hint: the call that loads a trained model from its folder in other programs, by `model.tune` and the
+            form of an export; an empty form is that of the run itself.
+        library: the library that loads a trained model, by its name on the Hub.
+        pipeline_tag: the model's task, by its name on the Hub.
         check_data: check that the pairs' files exist and have their columns; raises ValueError.
         check_model: check the model's paths and class, perhaps with a query to the Hub; raises ValueError.
         load_family: load a model with these options.
@@ -144,7 +147,9 @@ class Modality:
     check: Callable[[Recipe], None]
     check_evaluation: Callable[[Recipe], None]
     check_preparation: Callable[[Recipe], None]
-    loading_hint: Callable[[str, Path], str]
+    loading_hint: Callable[[str, Path, str], str]
+    library: str
+    pipeline_tag: str
     check_data: Callable[[Data], None]
     check_model: Callable[[Model], None]
     load_family: Callable[[Model, Loading], Family]

@@ -40,11 +40,25 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
     Raises:
         ValueError: the model cannot be loaded, or the attention backend is unavailable.
     """
+    options = recipe.train
+    choice.check(options.attention, device, DTYPES[options.precision])
+    family = load_bare(recipe, device)
+    logger.info(str(family.use_attention(options.attention)))
+    if family.packing:
+        logger.info(family.packing)
+    return family
+
+
+def load_bare(recipe: Recipe, device: torch.device) -> Any:
+    """Load the recipe's model, frozen, with the attention of its library.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
     model, options = recipe.model, recipe.train
     size = recipe.data.resolution if isinstance(recipe.data, ImageData) else None
-    choice.check(options.attention, device, DTYPES[options.precision])
     disable_progress_bars()
-    family = modality_of(recipe).load_family(
+    return modality_of(recipe).load_family(
         model,
         Loading(
             device=device,
@@ -56,10 +70,6 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
             pack_responses=options.pack_responses != "off",
         ),
     )
-    logger.info(str(family.use_attention(options.attention)))
-    if family.packing:
-        logger.info(family.packing)
-    return family
 
 
 def load_for_training(recipe: Recipe, device: torch.device) -> Any:

@@ -46,13 +46,14 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Content of a checkpoint; `resting`: training can resume from it exactly."""
+    """Content of a checkpoint; `resting`: training can resume from it exactly; `identity`: of its run."""
 
     weights: dict[str, Tensor]
     state: StateDict
     step: int
     resting: bool
     record: Record
+    identity: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise DamagedCheckpointError(f"{path}: is damaged ({broken} is not finite)")
-    return Checkpoint(weights, state, about.step, about.resting, about.record)
+    return Checkpoint(weights, state, about.step, about.resting, about.record, about.identity)
 
 
 def _about(path: Path) -> _About:

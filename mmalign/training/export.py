@@ -19,12 +19,13 @@ RUN_INFO = "trained.json"  # in a trained model's folder
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Updates of a trained model, their seconds (see `loop.Progress`), identity and record of its run."""
+    """Updates of a trained model, their seconds (see `loop.Progress`), identity, record and verdict of its run."""
 
     step: int
     seconds: float
     identity: dict[str, str]
     record: Record
+    verdict: str = ""
 
     def __post_init__(self) -> None:
         needed = ("model", "pairs", "pairs of a batch", "batches of an update")
@@ -53,11 +54,16 @@ def export(folder: Path, run: TrainingRun) -> None:
     if accelerator.is_main_process:
         with atomic_write(folder, marker=RUN_INFO) as part:
             policy.family.save(part, net)
-            info = RunInfo(run.progress.step, run.progress.seconds, run.identity, run.record)
-            (part / RUN_INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
+            verdict = str(run.reports.get("verdict", ""))
+            write_run_info(part, RunInfo(run.progress.step, run.progress.seconds, run.identity, run.record, verdict))
     if ema is not None:
         ema.swap(policy.trainable())
     accelerator.wait_for_everyone()
+
+
+def write_run_info(folder: Path, info: RunInfo) -> None:
+    """Write the information on a trained model to its folder."""
+    (folder / RUN_INFO).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
 
 
 def read_run_info(folder: Path) -> RunInfo:

@@ -66,4 +66,4 @@ def test_adapters_have_the_same_bytes_every_time(diffusion_folders: Folders, tmp
         load_diffusion(diffusion_folders("sd15")).network.state_dict()
     )
     config = json.loads(metadata["lora_adapter_metadata"])
-    assert config["unet.target_modules"] == sorted(ATTENTION) and config["unet.lora_alpha"] == 4.0
+    assert config["unet.target_modules"] == sorted(ATTENTION) and config["unet.lora_alpha"] == 2  # the rank: folded

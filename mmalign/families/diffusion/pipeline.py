@@ -24,9 +24,9 @@ from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.compile import denoiser_blocks
 from mmalign.families.diffusion.autoencoder import decode, encode
-from mmalign.families.lora import ADAPTERS, ATTENTION, add_lora, save_lora
+from mmalign.families.diffusion.export import export, save_pipeline
+from mmalign.families.lora import ADAPTERS, ATTENTION, TRAINED, adapter_layers, add_lora, save_lora
 from mmalign.families.types import Conditioning, Loading, Moments
-from mmalign.language.tokens import forget_padding
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import intact, tensors_only, use_safetensors
 
@@ -159,7 +159,15 @@ class LatentModel(ABC):
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Save a folder that diffusers loads: LoRA weights if the network has adapters, else a whole pipeline."""
-        save(self.pipeline, folder, net)
+        part = denoiser_name(self.pipeline)
+        if adapter_layers(net):
+            save_lora(type(self.pipeline), part, net, folder)
+        else:
+            save_pipeline(self.pipeline, part, net, folder, name=self.name, loading=self.loading)
+
+    def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
+        part = denoiser_name(self.pipeline)
+        export(self.pipeline, part, net, folder, form, name=self.name, loading=self.loading, dtype=dtype)
 
     def load_trained(self, folder: Path) -> ModelMixin:
         return load_trained(self.network, denoiser_name(self.pipeline), folder)
@@ -343,20 +351,6 @@ def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], 
     return sum(len(row) > (limit or tokenizer.model_max_length) for row in ids)
 
 
-def save(pipeline: DiffusionPipeline, folder: Path, net: ModelMixin) -> None:
-    """Save LoRA weights in diffusers' layout if `net` has adapters, else the whole pipeline with `net`."""
-    part = denoiser_name(pipeline)
-    if getattr(net, "peft_config", None):
-        save_lora(type(pipeline), part, net, folder)
-    else:
-        pipeline = copy.copy(pipeline)
-        setattr(pipeline, part, net)
-        for name, component in pipeline.components.items():
-            if name.startswith("tokenizer") and component is not None:
-                forget_padding(component)
-        pipeline.save_pretrained(folder)
-
-
 def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     """Return `base` with the adapters in `folder`, or else the denoiser saved there under the name `part`.
 
@@ -365,7 +359,7 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     """
     with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
         if (folder / ADAPTERS).is_file():
-            base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS)
+            base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
             return base
         net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
     if (backend := denoisers.installed(base)) is not None:

@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
-from mmalign.families.lora import add_lora, linear_names
+from mmalign.families.lora import PEFT_CONFIG, adapter_layers, add_lora, linear_names
 from mmalign.families.types import ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
+from mmalign.families.vlm.export import export, save_adapters, save_model
 from mmalign.families.vlm.generation import GenerationPrompt, generate, masking_unsupported_reason
 from mmalign.families.vlm.image_features import frozen_parts, move_parameters, pack_features, unpack_features
 from mmalign.families.vlm.packing import build_packed_mask, enable_packing, packed_inputs, unpacked_reason
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
 from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
-from mmalign.language.tokens import TokenizedResponse, Tokens, forget_padding
+from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading import first_line
 from mmalign.reading.weights import intact, tensors_only, use_safetensors
@@ -40,8 +41,6 @@ from mmalign.rng import KeyedRNG
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
     from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-ADAPTERS = "adapter_config.json"  # peft's name of the file
 
 
 @dataclass(frozen=True)
@@ -226,16 +225,20 @@ class ImageTextToText:
         return choice
 
     def save(self, folder: Path, net: nn.Module) -> None:
-        """Write adapters for peft if the network has them, else the model with its processor for transformers."""
-        model = unwrap(net).model
-        model.save_pretrained(folder)
-        if not getattr(model, "peft_config", None):
-            forget_padding(self.processor.processor)
-            self.processor.processor.save_pretrained(folder)
+        """Write adapters for peft if the network has them, else the model for transformers; both with the processor."""
+        model, processor = unwrap(net).model, self.processor.processor
+        if adapter_layers(model):
+            save_adapters(model, processor, folder, name=self.name, loading=self.loading)
+        else:
+            save_model(model, folder, name=self.name, loading=self.loading)
+
+    def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
+        model, processor = unwrap(net).model, self.processor.processor
+        export(model, processor, folder, form, name=self.name, loading=self.loading, dtype=dtype)
 
     def load_trained(self, folder: Path) -> nn.Module:
         with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
-            if (folder / ADAPTERS).is_file():
+            if (folder / PEFT_CONFIG).is_file():
                 self._model.load_adapter(str(folder))
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)

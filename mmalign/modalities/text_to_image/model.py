@@ -38,10 +38,14 @@ def load_family(model: Model, options: Loading) -> TextToImage:
     return loading.load_family(resolve_model(model.path), replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype]))
 
 
-def loading_hint(tune: str, folder: Path) -> str:
+def loading_hint(tune: str, folder: Path, form: str) -> str:
     """Return the call that loads a trained model in other programs."""
+    if form in ("kohya", "comfyui"):
+        return f"a LoRA loader of ComfyUI, after copying {folder / 'lora.safetensors'} to ComfyUI/models/loras"
+    if form == "peft":
+        return f'PeftModel.from_pretrained(denoiser, "{folder}")'
     return (
         f'pipeline.load_lora_weights("{folder}")'
-        if tune == "lora"
+        if tune == "lora" and form != "merged"
         else f'DiffusionPipeline.from_pretrained("{folder}")'
     )

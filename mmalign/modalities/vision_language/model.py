@@ -30,10 +30,10 @@ def load_family(model: Model, options: Loading) -> VisionLanguage:
     return loading.load_vision_language(resolve_model(model.path), options)
 
 
-def loading_hint(tune: str, folder: Path) -> str:
+def loading_hint(tune: str, folder: Path, form: str) -> str:
     """Return the call that loads a trained model in other programs."""
     return (
         f'PeftModel.from_pretrained(base_model, "{folder}")'
-        if tune == "lora"
+        if tune == "lora" and form != "merged"
         else f'AutoModelForImageTextToText.from_pretrained("{folder}")'
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
-from mmalign.commands.evaluate import trained_recipe
+from mmalign.commands._trained import TrainedModel
 from mmalign.training import checkpoint
 from mmalign.training.export import RUN_INFO, RunInfo, read_run_info
 from mmalign.training.record import Change, Record
@@ -54,7 +54,7 @@ def read_hashed(folder: Path) -> None:
 def read_trained(folder: Path) -> None:
     info = read_run_info(folder)
     _ = info.pairs_per_update, str(info.record.changes)
-    trained_recipe(folder, info)
+    _ = TrainedModel(folder, info, None).recipe
 
 
 SOUND = written()

@@ -1,0 +1,182 @@
+"""Trained diffusion models in the forms of other programs, each read back by its reader and compared.
+
+A full pipeline is a copy of the base model's files in which only the denoiser's weights are new.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmalign.families.diffusion import lora_names
+from mmalign.families.lora import (
+    ADAPTERS,
+    LOADED,
+    adapter_layers,
+    check_peft,
+    compare_adapters,
+    folded,
+    merged_weights,
+    save_lora,
+    save_peft,
+)
+from mmalign.families.stored import (
+    cast,
+    compare_weights,
+    copy_files,
+    restore_dtypes,
+    source_folder,
+    stored_dtypes,
+)
+from mmalign.reading.weights import one_sentence, tensors_only
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from mmalign.families.types import Loading
+
+INDEX = "model_index.json"
+FILE = "lora.safetensors"  # of kohya's and ComfyUI's names
+NAMES = {"kohya": lora_names.kohya, "comfyui": lora_names.comfyui}
+
+
+def export(
+    pipeline: DiffusionPipeline,
+    part: str,
+    net: ModelMixin,
+    folder: Path,
+    form: str,
+    *,
+    name: str,
+    loading: Loading,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a trained denoiser in a form, read it back and compare it.
+
+    Args:
+        pipeline: the base pipeline.
+        part: the denoiser's name in it.
+        net: the trained denoiser, with its adapters if it has any.
+        folder: an existing empty folder.
+        form: diffusers, peft, kohya, comfyui or merged.
+        name: the path or Hub id of the base pipeline.
+        loading: the settings that it was loaded with.
+        dtype: the dtype of the weights; None keeps that of the base model's files, or float32 for adapters.
+
+    Raises:
+        ValueError: the form does not exist for this pipeline or network, or its reader reads other weights.
+    """
+    layers = adapter_layers(net)
+    if form == "merged" or (form == "diffusers" and not layers):
+        weights = save_pipeline(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
+        return _check_pipeline(pipeline, part, folder, weights)
+    if not layers:
+        raise ValueError("this run trained all weights, so there is no adapter; use merged or diffusers")
+    if form == "peft":
+        save_peft(net, folder, name, loading.revision, dtype)
+        return check_peft(net, folder, dtype)
+    file = ADAPTERS
+    if form == "diffusers":
+        save_lora(type(pipeline), part, net, folder, dtype)
+    else:
+        file = FILE
+        weights = NAMES[form](type(pipeline).__name__, _pairs(net, dtype), net)
+        save_file(weights, folder / file, {"format": "pt"})
+    _check_lora(pipeline, part, net, folder, file, dtype)
+
+
+def _pairs(net: ModelMixin, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return both matrices of every adapted layer, the scale folded.
+
+    Raises:
+        ValueError: the adapters have DoRA's magnitudes, which these programs' readers drop or reject.
+    """
+    weights, config = folded(net, dtype)
+    if config.get("use_dora"):
+        raise ValueError("DoRA's magnitudes have no place that diffusers' reader takes; use peft or merged")
+    return {
+        layer: (weights[f"{layer}.lora_A.weight"], weights[f"{layer}.lora_B.weight"]) for layer in adapter_layers(net)
+    }
+
+
+def _check_lora(
+    pipeline: DiffusionPipeline, part: str, net: ModelMixin, folder: Path, file: str, dtype: torch.dtype | None
+) -> None:
+    """Load a file by the pipeline's own reader, beside the trained adapters, and compare them."""
+    pipeline = copy.copy(pipeline)
+    setattr(pipeline, part, net)
+    with one_sentence(f"{type(pipeline).__name__} cannot read back what was written", folder, "use another form"):
+        pipeline.load_lora_weights(folder, weight_name=file, adapter_name=LOADED)
+    compare_adapters(net, dtype)
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline,
+    part: str,
+    net: ModelMixin,
+    folder: Path,
+    *,
+    name: str,
+    loading: Loading,
+    dtype: torch.dtype | None = None,
+) -> Mapping[str, Tensor]:
+    """Write a pipeline's folder: the base model's files byte for byte, and the denoiser in its files' dtypes.
+
+    Returns:
+        The denoiser's weights before rounding, with adapters merged.
+
+    Raises:
+        ValueError: the base model's files are no longer there.
+    """
+    source = source_folder(name, loading.revision)
+    vae = source_folder(loading.vae, None) if loading.vae else None
+    _copy_frozen(source, folder, part, vae)
+    stored = stored_dtypes(source / part)
+    weights: Mapping[str, Tensor] = net.state_dict()
+    if adapter_layers(net):
+        plain = _load_part(type(net), source / part, stored.loading)
+        weights = merged_weights(net, plain)
+    with torch.device("meta"):
+        bare = type(net).from_config(net.config)
+    bare.load_state_dict(cast(weights, dtype or stored.loading), assign=True)
+    bare.save_pretrained(folder / part)
+    if dtype is None:
+        restore_dtypes(folder / part, stored)
+    copy_files(source / part, folder / part, weights=False)
+    return weights
+
+
+def _copy_frozen(source: Path, folder: Path, part: str, vae: Path | None) -> None:
+    """Copy the index and all parts but the denoiser; the index leaves out parts that have no files."""
+    text = (source / INDEX).read_text(encoding="utf-8")
+    index: dict[str, Any] = json.loads(text)
+    parts = [key for key, kind in index.items() if isinstance(kind, list) and kind and kind[0]]
+    absent = [key for key in parts if not (source / key).is_dir()]
+    for key in parts:
+        if key != part and key not in absent:
+            copy_files(vae if key == "vae" and vae is not None else source / key, folder / key, weights=True)
+    if absent:
+        text = json.dumps(index | {key: [None, None] for key in absent}, indent=2) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _load_part(kind: type[ModelMixin], folder: Path, dtype: torch.dtype | None) -> ModelMixin:
+    with tensors_only():
+        return kind.from_pretrained(folder, dtype=dtype)
+
+
+def _check_pipeline(pipeline: DiffusionPipeline, part: str, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Load the folder by the pipeline's class, with the base model's frozen networks, and compare the denoiser."""
+    stored = stored_dtypes(folder / part)
+    loaded = _load_part(type(getattr(pipeline, part)), folder / part, stored.loading)
+    frozen = {key: x for key, x in pipeline.components.items() if isinstance(x, nn.Module) and key != part}
+    with one_sentence(f"{type(pipeline).__name__} cannot read back what was written", folder, "copy the model again"):
+        type(pipeline).from_pretrained(folder, **{**frozen, part: loaded})
+    compare_weights(weights, loaded, stored)

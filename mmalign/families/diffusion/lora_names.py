@@ -1,0 +1,214 @@
+"""Names of adapters' weights in other programs: kohya's sd-scripts and ComfyUI.
+
+Adapters are pairs (A [R, in], B [out, R]) by diffusers' layer name, R the rank, with the scale folded into B. Each
+function returns the tensors of a file. `mmalign.families.diffusion.export` reads the file back by diffusers' own
+converters (`diffusers.loaders.lora_conversion_utils`).
+
+ComfyUI's key map (comfy/lora.py, `model_lora_keys_unet`) has UNets under `lora_unet_` with diffusers' or the original
+layer names, FLUX.2 under `lora_unet_` with the original names, and FLUX.1, SD3, Qwen-Image and Z-Image under
+`transformer.` with diffusers' names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+Adapters = Mapping[str, tuple[Tensor, Tensor]]
+Weights = dict[str, Tensor]
+
+_QKV = ("to_q", "to_k", "to_v")
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+# Layers of a block, diffusers' name: sd-scripts'; several names share one fused layer, in this order.
+_FLUX_DOUBLE: dict[tuple[str, ...], str] = {
+    tuple(f"attn.{name}" for name in _QKV): "img_attn_qkv",
+    tuple(f"attn.{name}" for name in _ADDED): "txt_attn_qkv",
+    ("attn.to_out.0",): "img_attn_proj",
+    ("attn.to_add_out",): "txt_attn_proj",
+    ("ff.net.0.proj",): "img_mlp_0",
+    ("ff.net.2",): "img_mlp_2",
+    ("ff_context.net.0.proj",): "txt_mlp_0",
+    ("ff_context.net.2",): "txt_mlp_2",
+    ("norm1.linear",): "img_mod_lin",
+    ("norm1_context.linear",): "txt_mod_lin",
+}
+_FLUX_SINGLE: dict[tuple[str, ...], str] = {
+    (*(f"attn.{name}" for name in _QKV), "proj_mlp"): "linear1",
+    ("proj_out",): "linear2",
+    ("norm.linear",): "modulation_lin",
+}
+_FLUX2_DOUBLE: dict[tuple[str, ...], str] = {
+    **{names: name for names, name in _FLUX_DOUBLE.items() if names[0].startswith("attn.")},
+    ("ff.linear_in",): "img_mlp_0",
+    ("ff.linear_out",): "img_mlp_2",
+    ("ff_context.linear_in",): "txt_mlp_0",
+    ("ff_context.linear_out",): "txt_mlp_2",
+}
+_FLUX2_SINGLE: dict[tuple[str, ...], str] = {
+    ("attn.to_qkv_mlp_proj",): "linear1",
+    ("attn.to_out",): "linear2",
+}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
+
+
+def kohya(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
+    """Return the file of sd-scripts, which Automatic1111, Forge and ComfyUI read too.
+
+    Args:
+        family: the pipeline's class name.
+        adapters: the adapters.
+        net: the denoiser, for the sizes of its blocks and layers.
+
+    Raises:
+        ValueError: no installed program reads these names for the family, or a layer has no name there.
+    """
+    if family not in _KOHYA:
+        raise ValueError(f"diffusers has no reader of kohya's names for a {family}; use comfyui or diffusers")
+    return _KOHYA[family](adapters, net)
+
+
+def comfyui(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
+    """Return the file of ComfyUI, by the names that its key map has for the family; arguments as in `kohya`.
+
+    Raises:
+        ValueError: ComfyUI's key map lacks the family, or a layer has no name there.
+    """
+    if family not in _COMFYUI:
+        raise ValueError(f"ComfyUI's key map has no {family}; use diffusers")
+    return _COMFYUI[family](adapters, net)
+
+
+def _down_up(layer: str, a: Tensor, b: Tensor) -> Weights:
+    """Return a layer's tensors; alpha is the rank, since the scale is folded."""
+    return {
+        f"{layer}.lora_down.weight": a.contiguous(),
+        f"{layer}.lora_up.weight": b.contiguous(),
+        f"{layer}.alpha": torch.tensor(float(len(a))),
+    }
+
+
+def _underscored(adapters: Adapters, _: ModelMixin) -> Weights:
+    """Return diffusers' layer names with underscores."""
+    return _named(adapters, lambda layer: layer)
+
+
+def _original_unet(adapters: Adapters, net: ModelMixin) -> Weights:
+    """Return the layer names of the original SDXL, which sd-scripts trains."""
+    return _named(adapters, lambda layer: _original_name(layer, net.config))
+
+
+def _named(adapters: Adapters, name: Callable[[str], str]) -> Weights:
+    weights = Weights()
+    for layer, (a, b) in adapters.items():
+        weights |= _down_up(f"lora_unet_{name(layer)}".replace(".", "_"), a, b)
+    return weights
+
+
+def _original_name(layer: str, config: Any) -> str:
+    """Return the original name of a UNet's layer; its blocks are numbered through all levels."""
+    if layer in _OUTSIDE:
+        return _OUTSIDE[layer]
+    per_level = config.layers_per_block + 1
+    if (part := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", layer)) is not None:
+        return f"middle_block.{_MIDDLE[f'{part[1]}.{part[2]}']}.{_RESNET.get(part[3], part[3])}"
+    part = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", layer)
+    if part is None:
+        raise ValueError(f"the layer {layer} has no name in the original UNet; leave it out of model.lora.targets")
+    side, level, kind, place, rest = part[1], int(part[2]), part[3], int(part[4]), part[5]
+    if kind == "downsamplers":
+        return f"input_blocks.{(level + 1) * per_level}.0.op"
+    if kind == "upsamplers":
+        attends = "CrossAttn" in config.up_block_types[level]
+        return f"output_blocks.{(level + 1) * per_level - 1}.{2 if attends else 1}.conv"
+    block = level * per_level + place + (1 if side == "down" else 0)
+    prefix = f"{'input' if side == 'down' else 'output'}_blocks.{block}"
+    return f"{prefix}.{0 if kind == 'resnets' else 1}.{_RESNET.get(rest, rest)}"
+
+
+def _flux(double: Mapping[tuple[str, ...], str], single: Mapping[tuple[str, ...], str]) -> Callable[..., Weights]:
+    """Return the function for a FLUX whose blocks have these layers."""
+
+    def named(adapters: Adapters, net: ModelMixin) -> Weights:
+        left, weights = dict(adapters), Weights()
+        for blocks, ours, layers in (
+            ("double", "transformer_blocks", double),
+            ("single", "single_transformer_blocks", single),
+        ):
+            for index in range(len(getattr(net, ours))):
+                for names, fused in layers.items():
+                    parts = [f"{ours}.{index}.{name}" for name in names]
+                    pairs = [left.pop(part, None) for part in parts]
+                    if any(pair is not None for pair in pairs):
+                        outs = [net.get_submodule(part).out_features for part in parts]
+                        weights |= _down_up(f"lora_unet_{blocks}_blocks_{index}_{fused}", *_fused(pairs, outs))
+        if left:
+            raise ValueError(f"the layer {next(iter(left))} has no name in sd-scripts; use diffusers")
+        return weights
+
+    return named
+
+
+def _fused(pairs: list[tuple[Tensor, Tensor] | None], outs: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the pair of a fused layer: A's below one another, B's on a block diagonal; zeros where there is none."""
+    known = [pair for pair in pairs if pair is not None]
+    rank, like = max(len(a) for a, _ in known), known[0][0]
+    if len(pairs) == 1:
+        return known[0]
+    a_parts, b_parts = [], []
+    for pair, out in zip(pairs, outs, strict=True):
+        a, b = like.new_zeros(rank, like.shape[1]), like.new_zeros(out, rank)
+        if pair is not None:
+            a[: len(pair[0])], b[:, : len(pair[0])] = pair
+        a_parts.append(a)
+        b_parts.append(b)
+    return torch.cat(a_parts), torch.block_diag(*b_parts)  # type: ignore[no-untyped-call]
+
+
+def _transformer(adapters: Adapters, _: ModelMixin) -> Weights:
+    """Return diffusers' own layer names; without alpha, since the scale is folded."""
+    return {
+        f"transformer.{layer}.lora_{side}.weight": x
+        for layer, pair in adapters.items()
+        for side, x in zip("AB", pair, strict=True)
+    }
+
+
+_FLUX1, _FLUX2 = _flux(_FLUX_DOUBLE, _FLUX_SINGLE), _flux(_FLUX2_DOUBLE, _FLUX2_SINGLE)
+_KOHYA: dict[str, Callable[[Adapters, Any], Weights]] = {
+    "StableDiffusionPipeline": _underscored,
+    "StableDiffusionXLPipeline": _original_unet,
+    "FluxPipeline": _FLUX1,
+    "Flux2Pipeline": _FLUX2,
+    "QwenImagePipeline": _underscored,
+    "ZImagePipeline": _underscored,
+}
+_COMFYUI: dict[str, Callable[[Adapters, Any], Weights]] = {
+    "StableDiffusionPipeline": _underscored,
+    "StableDiffusionXLPipeline": _underscored,
+    "StableDiffusion3Pipeline": _transformer,
+    "FluxPipeline": _transformer,
+    "Flux2Pipeline": _FLUX2,
+    "QwenImagePipeline": _transformer,
+    "ZImagePipeline": _transformer,
+}

@@ -1,0 +1,136 @@
+"""Trained vision-language models in the forms of other programs, each read back by its reader and compared.
+
+A full model is a copy of the base model's files in which only the weights are new.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmalign.families.lora import adapter_layers, check_peft, merged_weights, save_peft
+from mmalign.families.stored import (
+    cast,
+    compare_weights,
+    copy_files,
+    restore_dtypes,
+    source_folder,
+    state_dtype,
+    stored_dtypes,
+)
+from mmalign.families.types import Loading
+from mmalign.language.tokens import forget_padding
+from mmalign.reading.weights import one_sentence, tensors_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def export(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: Path,
+    form: str,
+    *,
+    name: str,
+    loading: Loading,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a trained model in a form, read it back and compare it.
+
+    Args:
+        model: the trained model, with its adapters if it has any.
+        processor: its tokenizer and image preprocessor.
+        folder: an existing empty folder.
+        form: peft or merged.
+        name: the path or Hub id of the base model.
+        loading: the settings that it was loaded with.
+        dtype: the dtype of the weights; None keeps that of the base model's files, or float32 for adapters.
+
+    Raises:
+        ValueError: the form does not exist for this model, or its reader reads other weights.
+    """
+    if form not in ("peft", "merged"):
+        raise ValueError(f"{form} has no vision-language models; use peft or merged")
+    if form == "merged":
+        weights = save_model(model, folder, name=name, loading=loading, dtype=dtype)
+        _check_model(folder, weights)
+    elif adapter_layers(model):
+        save_adapters(model, processor, folder, name=name, loading=loading, dtype=dtype)
+        check_peft(model, folder, dtype)
+    else:
+        raise ValueError("this run trained all weights, so there is no adapter; use merged")
+    _check_processor(folder)
+
+
+def save_adapters(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: Path,
+    *,
+    name: str,
+    loading: Loading,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the adapters for peft, with the processor and the chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    forget_padding(processor)
+    processor.save_pretrained(folder)
+    save_peft(model, folder, name, loading.revision, dtype)
+
+
+def save_model(
+    model: PreTrainedModel, folder: Path, *, name: str, loading: Loading, dtype: torch.dtype | None = None
+) -> Mapping[str, Tensor]:
+    """Write a model's folder: the base model's files byte for byte, and the weights in its files' dtypes.
+
+    Returns:
+        The weights before rounding, with adapters merged.
+
+    Raises:
+        ValueError: the base model's files are no longer there.
+    """
+    source = source_folder(name, loading.revision)
+    stored = stored_dtypes(source)
+    weights: Mapping[str, Tensor] = model.state_dict()
+    if adapter_layers(model):
+        weights = merged_weights(model, _load(source, stored.loading))
+    with torch.device("meta"):
+        bare = type(model)(copy.deepcopy(model.config))
+    bare.load_state_dict(cast(weights, dtype or stored.loading), assign=True)
+    bare.tie_weights()
+    bare.save_pretrained(folder)
+    if dtype is None:
+        restore_dtypes(folder, stored)
+    copy_files(source, folder, weights=False)
+    if dtype is not None:
+        state_dtype(folder / "config.json", dtype)
+    return weights
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForImageTextToText
+
+    with tensors_only():
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+
+
+def _check_model(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Load the folder by transformers and compare the weights."""
+    stored = stored_dtypes(folder)
+    with one_sentence("transformers cannot read back what was written", folder, "copy the model again"):
+        loaded = _load(folder, stored.loading)
+    compare_weights(weights, loaded, stored)
+
+
+def _check_processor(folder: Path) -> None:
+    """Load the processor from the folder."""
+    from transformers import AutoProcessor
+
+    with one_sentence("transformers cannot read the processor back", folder, "copy the model again"), tensors_only():
+        AutoProcessor.from_pretrained(folder, trust_remote_code=False)
