@@ -73,7 +73,8 @@ def predicted(family: Any, net: Any) -> Tensor:
     return family.predict(net, noise, t, family.condition(family.encode_prompts(["a fox"]), sizes))
 
 
-@pytest.mark.parametrize("name", first_fast(["sdxl", "sd15", *FLOWS]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "sd15", *FLOWS])
 def test_adapters_of_every_form_give_the_trained_prediction(name: str, folders: Folders, tmp_path: Path) -> None:
     family = adapted(load_diffusion(folders(name)))
     wanted, plain = predicted(family, family.network), predicted(family, load_diffusion(folders(name)).network)
