@@ -36,7 +36,7 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {
         **({"reward": reward.path} if reward is not None else {}),
-        **modality_of(recipe).frozen_models(recipe.model),
+        **modality_of(recipe).model_dependencies(recipe.model),
         "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",

@@ -31,7 +31,18 @@ from mmalign.config.preparation import (
     PrepareRealign,
     PrepareResponses,
 )
-from mmalign.config.training import Data, ImageData, ImageModel, JudgeModel, Limits, Lora, Model, ResponseData, Train
+from mmalign.config.training import (
+    Data,
+    ImageData,
+    ImageModel,
+    JudgeModel,
+    Limits,
+    Lora,
+    Model,
+    ResponseData,
+    ResponseModel,
+    Train,
+)
 
 __all__ = [
     "SECTIONS",
@@ -64,6 +75,7 @@ __all__ = [
     "PrepareResponses",
     "Recipe",
     "ResponseData",
+    "ResponseModel",
     "RewardConfig",
     "SamplingConfig",
     "Section",
@@ -103,5 +115,5 @@ class Sections(NamedTuple):
 SECTIONS: dict[str, Sections] = {
     "text_to_image": Sections(ImageModel, ImageData, EvaluateImages, PrepareImages),
     "step_judge": Sections(JudgeModel, ImageData, EvaluateSteps, Prepare),
-    "vision_language": Sections(Model, ResponseData, EvaluateResponses, PrepareResponses),
+    "vision_language": Sections(ResponseModel, ResponseData, EvaluateResponses, PrepareResponses),
 }

@@ -41,6 +41,14 @@ class ImageModel(Model):
     vae_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the autoencoder")
 
 
+class ResponseModel(Model):
+    """Settings of a vision-language model."""
+
+    template_arguments: dict[str, bool | int | float | str] = Field(
+        {}, description="variables of the model's chat template, such as {enable_thinking: false}"
+    )
+
+
 class JudgeModel(Model):
     """Settings of a step judge, a reward model of noisy images, and of the frozen model that generates them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,17 @@ def load_tokenizers(path: str, revision: str | None = None) -> TextToImage:
     return load_family(path, options)
 
 
-def load_processor(path: str, revision: str | None = None) -> PromptProcessor:
+def load_processor(
+    path: str, revision: str | None = None, template_arguments: Mapping[str, object] | None = None
+) -> PromptProcessor:
     """Load a vision-language checkpoint's tokenizer and image preprocessor, without its network.
 
     Raises:
-        ValueError: the type is not supported, or a file is missing.
+        ValueError: the type is not supported, a file is missing, or the chat template has no such variable.
     """
     kind = model_type(path, revision)
     processor: PromptProcessor = importlib.import_module("mmalign.families.vlm.model").load_processor(
-        path, kind, revision
+        path, kind, revision, template_arguments
     )
     return processor
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,6 +99,7 @@ class Loading:
         size: the size of training images; None is a square of the model's own resolution.
         allow_pickle: True reads weights from pickles too (see `mmalign.reading.weights`).
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
+        template_arguments: variables of a vision-language model's chat template, such as `enable_thinking`.
         tokenizers_only: True to load a text-to-image model without its networks.
     """
 
@@ -111,6 +112,7 @@ class Loading:
     size: ImageSize | None = None
     allow_pickle: bool = False
     pack_responses: bool = True
+    template_arguments: Mapping[str, object] = field(default_factory=dict)
     tokenizers_only: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:

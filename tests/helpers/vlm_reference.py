@@ -30,7 +30,7 @@ def own_logits(family: Any, ids: Sequence[int], question: str, images: Sequence[
     The row is a conversation: one question with images, and its response.
     """
     reader, model = family.processor, family.network.model
-    prompt = reader._render([Turn("user", question)])
+    prompt = reader.template.render([Turn("user", question)])
     encoded = reader.processor(text=[prompt], images=[[PICTURES[key] for key in images]], return_tensors="pt")
     more = len(ids) - encoded["input_ids"].shape[1]
     inputs = {k: v for k, v in encoded.items() if k not in ("labels", "input_ids", "attention_mask")}

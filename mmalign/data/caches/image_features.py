@@ -44,12 +44,17 @@ def feature_dependencies(family: VisionLanguage) -> dict[str, str | int | float]
 
 def tokenizer_dependencies(family: VisionLanguage) -> dict[str, str | int | float]:
     """Return everything that text tokens depend on."""
-    return {"words": fingerprint.fingerprint_files(_processor(family))}
+    arguments = sorted(_prompt_processor(family).template_arguments.items())
+    return {"words": fingerprint.fingerprint_files(_processor(family)), "template_arguments": str(arguments)}
 
 
 def _processor(family: Any) -> Any:
     """Return the transformers processor inside a family's prompt processor."""
-    return family.processor.processor
+    return _prompt_processor(family).processor
+
+
+def _prompt_processor(family: Any) -> Any:
+    return family.processor
 
 
 def cached_view(cache: ArrayCache | None, key: str) -> ImageView | None:
@@ -85,7 +90,7 @@ def fill_features(
 
 
 def _encode(family: VisionLanguage, images: Sequence[ImageRef], num_workers: int) -> Iterator[Items]:
-    """Yield the features and placeholder tokens of each image, or nothing for an unreadable one."""
+    """Yield the features and placeholder tokens of each image, or nothing for an unusable one."""
     loader: Iterable[tuple[str, ImageView | None]] = DataLoader(
         _Views(images, family.processor),
         batch_size=None,
@@ -101,7 +106,7 @@ def _encode(family: VisionLanguage, images: Sequence[ImageRef], num_workers: int
 
 
 class _Views(Dataset[tuple[str, ImageView | None]]):
-    """Dataset of (key, view) of images; the view of an unreadable image is None."""
+    """Dataset of (key, view) of images; the view of an unusable image is None."""
 
     def __init__(self, images: Sequence[ImageRef], processor: PromptProcessor) -> None:
         self.images, self.processor = images, processor
@@ -113,5 +118,5 @@ class _Views(Dataset[tuple[str, ImageView | None]]):
         ref = self.images[number]
         try:
             return ref.key, self.processor.preprocess_image(decode(ref))
-        except BadImage:
+        except ValueError:  # unreadable, or of a shape that the processor refuses
             return ref.key, None

@@ -90,10 +90,11 @@ class ResponsePairReader:
             try:
                 if view is None or self.decoded_images:
                     decoded[ref.key] = decode(ref)
+                views[ref.key] = view or self.processor.preprocess_image(decoded[ref.key])
             except BadImage as error:
                 skipped.append(error.skipped)
-                continue
-            views[ref.key] = view or self.processor.preprocess_image(decoded[ref.key])
+            except ValueError as error:
+                skipped.append(SkippedRow(ref.location, str(error)))
         if skipped:
             return skipped
         try:
@@ -115,6 +116,8 @@ class ResponsePairReader:
         """Return the rows of the chosen, the rejected, and with the other images again the chosen response."""
         chosen, rejected = tokenize_sides(self.processor, pair, views)
         other = _tokenize_with(self.processor, pair, pair.other_images, views)[0] if self.other_images else None
+        if pair.hallucinated and (problem := self.processor.template_problem(pair.turns, [pair.hallucinated])):
+            raise ValueError(problem)
         chosen, rejected = cut_tail(chosen, self.max_length), cut_tail(rejected, self.max_length)
         if other is not None:
             chosen, other = _equal_lengths(chosen, cut_tail(other, self.max_length))

@@ -267,7 +267,7 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
         model = AutoModelForImageTextToText.from_pretrained(
             path, revision=loading.revision, use_safetensors=safe, **options
         )
-    prompt_processor = load_processor(path, model_type, loading.revision, model.config)
+    prompt_processor = load_processor(path, model_type, loading.revision, loading.template_arguments, model.config)
     processor = prompt_processor.processor
     _check_type(path, model_type, model, processor)
     _check_processor(path, model, processor)
@@ -282,12 +282,16 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
 
 
 def load_processor(
-    path: str, model_type: str, revision: str | None = None, config: PreTrainedConfig | None = None
+    path: str,
+    model_type: str,
+    revision: str | None = None,
+    template_arguments: Mapping[str, object] | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> HFProcessor:
     """Load the tokenizer and image preprocessor of a model, without its weights; `config` None loads that too.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing or damaged, or the chat template has no variable of that name.
     """
     from transformers import AutoConfig, AutoProcessor
 
@@ -296,7 +300,11 @@ def load_processor(
         config = config or AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     longest = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)  # no limit without this entry
     # A model that is not supported may have no image token; loading its weights refuses it
-    return HFProcessor(processor, quirks_of(model_type), getattr(config, "image_token_id", -1), longest)
+    image_token_id = getattr(config, "image_token_id", -1)
+    read = HFProcessor(processor, quirks_of(model_type), image_token_id, longest, template_arguments or {})
+    if template_arguments:
+        read.template.check_arguments()
+    return read
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -260,6 +260,7 @@ def _contrast(
     """Return the contrast of these responses, two or three per pair; an unchanged batch is not tokenized again."""
     if not three and list(texts) == [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]:
         return Contrast(batch, None, metrics, None)
+    texts = [_trainable(family, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     rows = [_rows(family, batch, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     device, weights = batch.weights.device, batch.weights.clone()
     for number, row in enumerate(rows):  # responses that differ only after the cut are equal
@@ -271,6 +272,12 @@ def _contrast(
     further = [bool(text.hallucinated) and row[0] != row[2] for text, row in zip(texts, rows, strict=True)]
     shares = torch.tensor([gamma if one else 1.0 for one in further], device=device) if three else None
     return Contrast(replace(batch, tokens=tokens, weights=weights), shares, metrics, None)
+
+
+def _trainable(family: VisionLanguage, pair: ResponsePair, texts: _Texts) -> _Texts:
+    """Return the texts, or those of the pair where the chat template would change one that was generated."""
+    problem = family.processor.template_problem(pair.turns, [text for text in texts if text])
+    return texts if problem is None else _Texts(pair.chosen, pair.rejected)
 
 
 def _rows(

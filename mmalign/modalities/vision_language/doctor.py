@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmalign.config import EvaluateResponses, Recipe, ResponseData
+from mmalign.config import EvaluateResponses, Recipe, ResponseData, ResponseModel
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs, ResponseTokens
 from mmalign.families.loading import load_processor
 from mmalign.modalities.loading import disable_progress_bars, find_local
@@ -17,11 +17,12 @@ def doctor_inputs(recipe: Recipe) -> RecipeInputs:
 
 
 def _tokens(recipe: Recipe) -> ResponseTokens | NotChecked:
-    assert isinstance(recipe.data, ResponseData)
+    assert isinstance(recipe.data, ResponseData) and isinstance(recipe.model, ResponseModel)
     model = recipe.model
     try:
         disable_progress_bars()
-        processor = load_processor(find_local(model.path, model.revision), model.revision)
+        folder = find_local(model.path, model.revision)
+        processor = load_processor(folder, model.revision, model.template_arguments)
     except ValueError as error:
         return NotChecked(str(error))
     return ResponseTokens(processor, min(processor.max_length, recipe.data.max_length or processor.max_length))

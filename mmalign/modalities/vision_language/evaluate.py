@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mmalign import atomic_io
-from mmalign.config import EvaluateResponses, Files, Recipe
+from mmalign.config import EvaluateResponses, Files, Recipe, ResponseModel
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.data_module import Splits
@@ -174,6 +174,7 @@ def _ask(
     identity: Mapping[str, Any],
 ) -> Answers:
     """Return both models' answers to all questions, cached or generated."""
+    assert isinstance(recipe.model, ResponseModel)
     folder = Path(recipe.output) / "answers" if section.cache == "auto" else Path(section.cache)
     atomic_io.make_folder("evaluate.cache", folder)
     settings = {
@@ -181,6 +182,7 @@ def _ask(
         "precision": recipe.train.precision,
         "seed": section.seed,
         "images": section.images or section.benchmark,
+        "template_arguments": recipe.model.template_arguments,
     }
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     before, after = (AnswerCache(folder, {**settings, "model": model}) for model in models)

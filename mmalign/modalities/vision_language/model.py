@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from mmalign.config import Model
+from mmalign.config import Model, ResponseModel
 from mmalign.families import loading
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import Loading
@@ -27,7 +28,15 @@ def load_family(model: Model, options: Loading) -> VisionLanguage:
     Raises:
         ValueError: the model cannot be loaded.
     """
+    assert isinstance(model, ResponseModel)
+    options = replace(options, template_arguments=model.template_arguments)
     return loading.load_vision_language(resolve_model(model.path), options)
+
+
+def template_arguments(model: Model) -> dict[str, str]:
+    """Return the variables of the chat template that a recipe sets, by key."""
+    assert isinstance(model, ResponseModel)
+    return {f"model.template_arguments.{name}": str(value) for name, value in model.template_arguments.items()}
 
 
 def loading_hint(tune: str, folder: Path, form: str) -> str:

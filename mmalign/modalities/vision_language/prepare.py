@@ -39,6 +39,7 @@ from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, sta
 from mmalign.families.base import VisionLanguage
 from mmalign.language.vocabularies import CROWDS, load_vocabulary
 from mmalign.modalities import loading
+from mmalign.modalities.vision_language.model import template_arguments
 from mmalign.reading.weights import tensors_only
 from mmalign.registry import qualified_name, user_function
 from mmalign.resources import locate
@@ -240,6 +241,7 @@ def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[Respo
         "model": recipe.model.path,
         "fingerprint": fingerprint.fingerprint_weights(family.network),
         "precision": recipe.train.precision,
+        **template_arguments(recipe.model),
     }
     return ResponseSampler(family, family.network, rng), dependencies
 

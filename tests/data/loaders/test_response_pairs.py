@@ -1,12 +1,17 @@
 """Batches of responses: the same whatever reads them; what is bad keeps its place, weighs nothing, and is named."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
+from mmalign.data.caches.array_cache import ArrayCache
+from mmalign.data.caches.image_features import feature_dependencies, fill_features
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
 from mmalign.data.loaders.loader import Loader
@@ -14,7 +19,8 @@ from mmalign.data.loaders.response_pairs import ResponsePairBatch, ResponsePairL
 from mmalign.data.pairs import SkippedRow
 from mmalign.families.base import VisionLanguage
 from mmalign.methods.vision_language._images import with_changed_images
-from tests.helpers import data_files
+from tests.helpers import Folders, data_files
+from tests.helpers.chat_templates import ALTERNATING
 from tests.helpers.loading import load_vlm
 
 ALL = {"decoded_images": True, "other_images": True}
@@ -120,6 +126,40 @@ def test_what_does_not_fit_is_left_out_counted_and_named(
     assert dropped.location == "trl.jsonl: line 4"
     with pytest.raises(ValueError, match=rf"max_bad_images = 0 images are bad \(trl\.jsonl: line 4: {reason}\)"):
         list(loader(llava, rows, max_length=60, max_bad_images=0).batches(0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"prompt": [{"role": "system", "content": "Hi."}, {"role": "user", "content": "What?"}]}, "Only user and"),
+        ({"prompt": "<image>[INST] What? [/INST]"}, r"the prompt holds the chat template's own \[INST\]"),
+        ({"chosen": "A </s> dog."}, "a response holds the model's special token </s>"),
+        ({"hallucinated": "A </s> dog."}, "a response holds the model's special token </s>"),
+    ],
+)
+def test_a_row_that_the_chat_template_refuses_is_left_out(
+    fields: dict[str, Any], reason: str, llava: Any, tmp_path: Path
+) -> None:
+    llava.processor.processor.chat_template = ALTERNATING
+    result = loader(llava, changed(data_files.response_pairs(tmp_path), 3, **fields))
+    assert sum(batch.weights.sum() for batch in result.batches(0)) == 7
+    (dropped,) = result.skipped
+    assert dropped.location == "trl.jsonl: line 4" and re.search(reason, dropped.reason)
+
+
+def test_an_image_that_the_processor_refuses_drops_its_pairs(vlm_folders: Folders, tmp_path: Path) -> None:
+    """Qwen2-VL refuses images of more than 200:1; also where features are cached."""
+    family = load_vlm(vlm_folders("qwen2_5_vl"))
+    rows = data_files.response_pairs(tmp_path)
+    Image.new("RGB", (2000, 8)).save(tmp_path / "1.png")
+    result = loader(family, rows)
+    assert sum(batch.weights.sum() for batch in result.batches(0)) == 6
+    assert {row.location for row in result.skipped} == {f"trl.jsonl: line {n}, image 0 (1.png)" for n in (3, 4)}
+    assert all("refuses an image of 2000x8 (absolute aspect ratio must" in row.reason for row in result.skipped)
+    images = {ref.key: ref for pair in result.pairs for ref in pair.images}
+    cache = ArrayCache.open(tmp_path / "features", feature_dependencies(family))
+    assert fill_features(family, list(images.values()), cache, Accelerator(cpu=True), num_workers=0)
+    assert len([key for key in images if key in cache]) == 3
 
 
 def test_an_unreadable_image_drops_its_pairs(llava: VisionLanguage, tmp_path: Path) -> None:

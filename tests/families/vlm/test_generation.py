@@ -316,7 +316,7 @@ def test_hidden_tokens_are_not_attended_to_and_keep_their_places(name: str, fami
     _, result = logits_of(family, asked, hidden)
 
     encoded = family.processor.processor(
-        text=[family.processor._render([Turn("user", asked.question)])],
+        text=[family.processor.template.render([Turn("user", asked.question)])],
         images=[[PICTURES[key] for key in asked.images]],
         return_tensors="pt",
     )

@@ -51,7 +51,7 @@ def test_a_prompt_s_tokens_are_the_processor_s_own(name: str, images: tuple[str,
     """Also of several images, although each is processed alone."""
     family: Any = load_vlm(vlm_folders(name))
     result = rows(family, images)
-    prompt = family.processor._render([Turn("user", "<image>" * len(images) + "What is it?")])
+    prompt = family.processor.template.render([Turn("user", "<image>" * len(images) + "What is it?")])
     encoded = family.processor.processor(text=[prompt], images=[[PICTURES[k] for k in images]], return_tensors="pt")
     for row in result:
         assert list(row.ids[: row.start]) == encoded["input_ids"][0].tolist()
