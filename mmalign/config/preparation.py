@@ -124,6 +124,10 @@ class PrepareResponses(Prepare):
     realign: PrepareRealign | None = None
     povid: PreparePovid | None = None
     own: DecodingConfig | None = Field(None, description="decoding of the model's answers to the whole image")
+    keep_torn: bool = Field(
+        False,
+        description="keep the sentences that max_new_tokens cuts; by default a response ends with its last whole one",
+    )
     save_every: int = Field(32, ge=1, description="rows per batch; each batch is saved before the next")
 
     @model_validator(mode="after")

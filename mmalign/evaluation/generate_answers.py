@@ -20,7 +20,7 @@ from mmalign.data.formats.responses import IMAGE
 from mmalign.data.pairs import SkippedRow, stable_hash
 from mmalign.evaluation.benchmarks.base import Images
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import ImageFeatures, ImageView
+from mmalign.families.types import GeneratedText, ImageFeatures, ImageView
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import Policy
@@ -28,16 +28,21 @@ from mmalign.rng import KeyedRNG
 
 QuestionKey = tuple[str, str]  # the name of an image, and a question about it
 AnswersByQuestion = dict[QuestionKey, str]
-RunOnModel = Callable[[Callable[[nn.Module], AnswersByQuestion]], AnswersByQuestion | None]
+GeneratedAnswers = dict[QuestionKey, GeneratedText]
+RunOnModel = Callable[[Callable[[nn.Module], GeneratedAnswers]], GeneratedAnswers | None]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of the reference and of the policy to each question, and the images whose questions are left out."""
+    """Answers of the reference and of the policy to each question, and the images whose questions are left out.
+
+    `num_cut` has for both models the number of answers that were cut at the limit of new tokens.
+    """
 
     before: AnswersByQuestion
     after: AnswersByQuestion
     skipped: Mapping[str, SkippedRow]
+    num_cut: tuple[int, int] = (0, 0)
 
 
 def generate_answers(
@@ -72,11 +77,12 @@ def generate_answers(
                 cache.add(answers)
     answerable = [key for key in keys if key[0] not in left_out]
     before, after = ({key: cache.answers[key] for key in answerable} for cache in caches)
-    return Answers(before, after, left_out)
+    cut_before, cut_after = (sum(key in cache.cut for key in answerable) for cache in caches)
+    return Answers(before, after, left_out, (cut_before, cut_after))
 
 
 @torch.no_grad()
-def _on_policy(policy: Policy[VisionLanguage], run: Callable[[nn.Module], AnswersByQuestion]) -> AnswersByQuestion:
+def _on_policy(policy: Policy[VisionLanguage], run: Callable[[nn.Module], GeneratedAnswers]) -> GeneratedAnswers:
     return run(policy.unwrapped)
 
 
@@ -87,11 +93,11 @@ def _generate(
     decoding: DecodingConfig,
     seed: int,
     net: nn.Module,
-) -> AnswersByQuestion:
+) -> GeneratedAnswers:
     """Return a network's answers to prompts, by question."""
     rows = [stable_hash(*key) for key in prompts]
-    texts = family.generate(net, list(prompts.values()), features, decoding, rows=rows, rng=KeyedRNG(seed))
-    return {key: text.strip() for key, text in zip(prompts, texts, strict=True)}
+    answers = family.generate(net, list(prompts.values()), features, decoding, rows=rows, rng=KeyedRNG(seed))
+    return {key: answer._replace(text=answer.text.strip()) for key, answer in zip(prompts, answers, strict=True)}
 
 
 def _prepare(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmalign.attention.choice import SelectedBackend
 from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
-from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
+from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, Moments
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
@@ -263,7 +263,7 @@ class VisionLanguage(Family, Protocol):
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
         stop: Sequence[str] = (),
-    ) -> list[str]:
+    ) -> list[GeneratedText]:
         """Generate an answer to each prompt of `PromptProcessor.tokenize_prompt`; adapters stay on or off as they are.
 
         An answer does not depend on its batch, up to the rounding of its logits. It includes the leading space that

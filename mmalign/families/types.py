@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,13 @@ class ImageFeatures:
     """Outputs of the vision tower and the projector by image key; each image is encoded once."""
 
     images: dict[str, BaseModelOutputWithPooling]
+
+
+class GeneratedText(NamedTuple):
+    """A generated text, and whether the limit of new tokens cut it before its end."""
+
+    text: str
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)

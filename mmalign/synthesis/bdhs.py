@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmalign.config import BdhsConfig, DecodingConfig
 from mmalign.data.pairs import stable_hash
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import ImageFeatures, ImageView
+from mmalign.families.types import GeneratedText, ImageFeatures, ImageView
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.rng import KeyedRNG
@@ -42,11 +42,15 @@ class GroundTruthAnswer:
 
 @dataclass(frozen=True)
 class Completion:
-    """A generated answer, the number of attempts used, and the text's similarity to the true answer."""
+    """A generated answer, the number of attempts used, and the text's similarity to the true answer.
+
+    `is_cut` says that a part was cut at the limit of new tokens.
+    """
 
     text: str
     tries: int
     similarity: float
+    is_cut: bool = False
 
 
 def require_image_masking(family: VisionLanguage) -> None:
@@ -65,11 +69,20 @@ def require_image_masking(family: VisionLanguage) -> None:
 
 @dataclass(frozen=True)
 class ResponseSampler:
-    """A model that completes answers: its unwrapped network, of the policy or of the reference, and an epoch's RNG."""
+    """A model that completes answers.
+
+    Attributes:
+        family: the model.
+        net: its unwrapped network, of the policy or of the reference.
+        rng: the random numbers of an epoch.
+        whole_sentences: leave out a sentence that the limit of new tokens cut: its torn end would tell a rejected
+            response from a chosen one.
+    """
 
     family: VisionLanguage
     net: nn.Module
     rng: KeyedRNG
+    whole_sentences: bool = False
 
     @torch.no_grad()
     def sample(
@@ -81,7 +94,7 @@ class ResponseSampler:
         attempt: int,
         hidden: Sequence[Tensor] | None = None,
         stop: Sequence[str] = (),
-    ) -> list[str]:
+    ) -> list[GeneratedText]:
         """Generate the continuation of every opening in one call, and return each row's joined answer.
 
         Args:
@@ -102,13 +115,18 @@ class ResponseSampler:
                     keys.append(stable_hash(str(row.row), str(attempt), str(place)))
                     masks += [hidden[number]] if hidden is not None else []
         if not prompts:
-            return [joined(some, []) for some in parts]
+            return [GeneratedText(joined(some, [])) for some in parts]
         masked = masks if hidden is not None else None
         answers = self.family.generate(
             self.net, prompts, features, decoding, rows=keys, rng=self.rng, hidden=masked, stop=stop
         )
-        rest = iter(answers)
-        return [joined(some, [next(rest) for part in some if isinstance(part, Opening)]) for some in parts]
+        rest, results = iter(answers), list[GeneratedText]()
+        for some in parts:
+            own = [next(rest) for part in some if isinstance(part, Opening)]
+            results.append(
+                GeneratedText(joined(some, own, whole=self.whole_sentences), any(answer.is_cut for answer in own))
+            )
+        return results
 
 
 def bdhs(
@@ -145,11 +163,11 @@ def bdhs(
         open_rows, guided = [rows[number] for number in left], attempt < masking.tries or masking.tries == 1
         parts = [openings(row.answer, row.row, sampler.rng, attempt) if guided else WHOLE for row in open_rows]
         hidden = [_hidden(sampler, row, masking, attempt) for row in open_rows]
-        texts = sampler.sample(open_rows, parts, features, masking, attempt, hidden, STOPS if guided else ())
-        scores = similarity(texts, [row.answer for row in open_rows])
-        for number, text, score in zip(left, texts, scores, strict=True):
+        answers = sampler.sample(open_rows, parts, features, masking, attempt, hidden, STOPS if guided else ())
+        scores = similarity([answer.text for answer in answers], [row.answer for row in open_rows])
+        for number, answer, score in zip(left, answers, scores, strict=True):
             if score < masking.max_similarity or attempt == masking.tries:
-                done[number] = Completion(text, attempt, score)
+                done[number] = Completion(answer.text, attempt, score, answer.is_cut)
     return [done[number] for number in range(len(rows))]
 
 

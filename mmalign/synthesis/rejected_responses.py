@@ -24,6 +24,8 @@ from mmalign.synthesis.bdhs import GroundTruthAnswer, ResponseSampler, bdhs, too
 from mmalign.synthesis.sentence_cuts import MASK, STOPS, WHOLE, masked_openings
 from mmalign.synthesis.similarity import Similarity
 
+CUT = "cut at max_new_tokens"  # note on a text that lost its torn last sentence
+CUT_REASON = f"the completion has no whole sentence, {CUT}; raise that"
 Writer = Callable[[ResponsePair], str | None]  # from a pair to a changed text of its answer; None if there is none
 
 
@@ -53,8 +55,8 @@ def self_generated(
     """Generate the model's own answers, as in SPIN (arXiv:2401.01335)."""
 
     def answer(rows: Sequence[GroundTruthAnswer], features: ImageFeatures) -> list[RejectedResponse]:
-        texts = sampler.sample(rows, [WHOLE] * len(rows), features, decoding, attempt=1)
-        return [RejectedResponse(text, {}) for text in texts]
+        answers = sampler.sample(rows, [WHOLE] * len(rows), features, decoding, attempt=1)
+        return [RejectedResponse(text, {CUT: True} if is_cut else {}) for text, is_cut in answers]
 
     return _respond(sampler, pairs, decoding.max_new_tokens, answer)
 
@@ -66,7 +68,13 @@ def hallucinated(
 
     def complete(rows: Sequence[GroundTruthAnswer], features: ImageFeatures) -> list[RejectedResponse]:
         completions = bdhs(sampler, rows, features, masking, similarity)
-        return [RejectedResponse(c.text, {"tries": c.tries, "similarity": round(c.similarity, 4)}) for c in completions]
+        return [
+            RejectedResponse(
+                c.text,
+                {"tries": c.tries, "similarity": round(c.similarity, 4), **({CUT: True} if c.is_cut else {})},
+            )
+            for c in completions
+        ]
 
     return _respond(sampler, pairs, masking.max_new_tokens, complete, completing=True)
 
@@ -164,12 +172,13 @@ class ReAlign:
         features = _encoded(self.sampler, rows_asked)
         parts = [WHOLE if self.asking else masked_openings(rows[n][0].answer, masked[n]) for n in rows]
         stop = () if self.asking else STOPS
-        texts = self.sampler.sample(rows_asked, parts, features, self.decoding, attempt, stop=stop)
-        scores = self.similarity(texts, [row.answer for row in rows_asked])
+        answers = self.sampler.sample(rows_asked, parts, features, self.decoding, attempt, stop=stop)
+        scores = self.similarity([answer.text for answer in answers], [row.answer for row in rows_asked])
         # Accepted: other than the true answer, dissimilar enough, and without a mask left
         results = dict[int, RejectedResponse | str]()
-        for (number, (row, ref)), text, score in zip(rows.items(), texts, scores, strict=True):
+        for (number, (row, ref)), (text, is_cut), score in zip(rows.items(), answers, scores, strict=True):
             notes: dict[str, float | str] = {"tries": attempt, "similarity": round(score, 4), "masked": masked[number]}
+            notes |= {CUT: True} if is_cut else {}
             result = _checked(RejectedResponse(text, notes, ref), row.answer)
             if isinstance(result, RejectedResponse) and score < self.max_similarity and MASK not in text:
                 results[number] = result
@@ -271,7 +280,7 @@ def _checked(response: RejectedResponse, answer: str) -> RejectedResponse | str:
     """Return a response without white space around it, or a reason why it is unusable."""
     response = replace(response, text=response.text.strip())
     if not response.text:
-        return "the completion is empty"
+        return CUT_REASON if CUT in response.metadata else "the completion is empty"
     return "the completion is the true answer" if response.text == answer else response
 
 

@@ -65,6 +65,9 @@ _RELATION = re.compile(
     rf"\b(?:{_any([word for word in RELATIONS if word != 'on'])}|(?<!based )(?<!depending )(?<!focus ){_ON})\b",
     re.IGNORECASE,
 )
+_MARKER = re.compile(
+    r"^[ \t]*(?:[-*+•]\s*)?[(\uff08]?\d+(?:[.)\uff09:](?=\s|\Z)|[、\uff0e])", re.MULTILINE
+)  # of a numbered list
 _VERDICT = re.compile(r"(?:yes|no)\b", re.IGNORECASE)
 
 
@@ -102,8 +105,11 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
         ("colour", _COLOUR),
         ("number", _NUMBER),
     )
+    markers = [match.span() for match in _MARKER.finditer(text)]
     for kind, pattern in rest:
         for match in pattern.finditer(text):
+            if kind == "number" and any(start <= match.start() < end for start, end in markers):
+                continue
             yield Segment(kind, " ".join(match[0].lower().split()), match.start(), match.end())
 
 

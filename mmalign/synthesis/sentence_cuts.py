@@ -13,18 +13,24 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mmalign.families.types import GeneratedText
 from mmalign.rng import KeyedRNG
 
 # A continued sentence ends at the first full stop (Algorithm 1 of arXiv:2407.02477), or with its line: an item of a
 # list need not have a full stop.
-STOPS = (".", "\n")
+STOPS = (".", "\n", "。", "\uff01", "\uff1f", "؟", "।")
 MASK = "[MASK]"
 
 # The shortest stretch up to marks that end a sentence, or to the end of its line, with all the white space after it.
-_PIECE = re.compile(r"\s*.*?(?:[.!?]+[\"'\u201d\u2019)\]]*(?=\s|\Z)|(?=\n)|\Z)\s*", re.DOTALL)
+_CLOSING = r"[\"'\u201d\u2019)\]」』\uff09】]*"
+# Full stops of Chinese, Japanese, Arabic and Hindi need no white space after them.
+_END = rf"(?:[.!?]+{_CLOSING}(?=\s|\Z)|[。\uff01\uff1f｡؟।]+{_CLOSING})"
+_PIECE = re.compile(rf"\s*.*?(?:{_END}|(?=\n)|\Z)\s*", re.DOTALL)
+_ENDED = re.compile(rf"{_END}\s*\Z")
 _ABBREVIATED = re.compile(r"\b(?:mr|mrs|ms|dr|st|vs|approx|e\.g|i\.e)\.\s*\Z", re.IGNORECASE)
 _LETTER = re.compile(r"[^\W\d_]")
-_WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*")
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han: each character is a word
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:[-'\u2019][^\W{_CJK}]+)*")
 # The paper's expression has no word border at its end, so it also rewrites "Not" and "North".
 _VERDICT = re.compile(r"\s*(Yes|yes|No|no)\b")
 _OPPOSITE = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
@@ -64,7 +70,8 @@ WHOLE: tuple[Part, ...] = (Opening("", "", ""),)  # an answer to generate from i
 def sentences(text: str) -> list[str]:
     """Split a text into sentences with their trailing white space; joined, they are the text again.
 
-    A sentence ends with a full stop, a question or an exclamation mark before white space, or with its line. A piece
+    A sentence ends with a full stop, a question or an exclamation mark before white space, with one of a script without
+    spaces, or with its line. A piece
     without a letter belongs to the next sentence, so "1. A dog." is one. A few abbreviations end no sentence.
     """
     parts = [""]
@@ -75,6 +82,14 @@ def sentences(text: str) -> list[str]:
     if len(parts) > 1 and not _LETTER.search(parts[-1]):  # marks and spaces at the very end
         parts[-2:] = ["".join(parts[-2:])]
     return [one for one in parts if one]
+
+
+def without_torn_end(text: str) -> str:
+    """Return a text up to the end of its last whole sentence; empty if no sentence is whole."""
+    whole = sentences(text)
+    if whole and not _ENDED.search(whole[-1]):
+        whole.pop()
+    return "".join(whole)
 
 
 def opposite(sentence: str) -> str | None:
@@ -132,10 +147,20 @@ def masked_openings(answer: str, masked: str) -> list[Part]:
     return pieces
 
 
-def joined(parts: Sequence[Part], texts: Sequence[str]) -> str:
-    """Join an answer's parts, with the model's texts after the `start` of each opening, in order."""
-    rest = iter(texts)
-    return "".join(part if isinstance(part, str) else part.closed(next(rest)) for part in parts).strip()
+def joined(parts: Sequence[Part], texts: Sequence[GeneratedText], *, whole: bool = False) -> str:
+    """Join an answer's parts, with the model's texts after the `start` of each opening, in order.
+
+    `whole` leaves out the last sentence of a text that was cut.
+    """
+    rest, pieces = iter(texts), list[str]()
+    for part in parts:
+        if isinstance(part, str):
+            pieces.append(part)
+            continue
+        text, is_cut = next(rest)
+        sentence = part.closed(text)
+        pieces.append(without_torn_end(sentence) if is_cut and whole else sentence)
+    return "".join(pieces).strip()
 
 
 def _trailing(sentence: str) -> str:

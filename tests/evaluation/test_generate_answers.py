@@ -16,6 +16,7 @@ from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.images import BadImage
 from mmalign.evaluation.generate_answers import generate_answers
 from mmalign.families.base import VisionLanguage
+from mmalign.families.types import GeneratedText
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.policy import Policy
 from tests.helpers import recipes
@@ -143,17 +144,18 @@ def test_stopped_run_asks_only_what_is_missing(
 def test_cache_ignores_a_truncated_line(tmp_path: Path) -> None:
     of = {"model": "base"}
     book = AnswerCache(tmp_path, of)
-    book.add({("a", "What?"): "A dog.", ("b", "What?"): ""})
+    book.add({("a", "What?"): GeneratedText("A dog.", True), ("b", "What?"): GeneratedText("")})
     (file,) = tmp_path.iterdir()
     with file.open("a") as end:
         end.write('[["c", "What?", "A c')
     assert AnswerCache(tmp_path, of).answers == {("a", "What?"): "A dog.", ("b", "What?"): ""}
-    AnswerCache(tmp_path, of).add({("c", "What?"): "A cat."})
+    assert AnswerCache(tmp_path, of).cut == {("a", "What?")}
+    AnswerCache(tmp_path, of).add({("c", "What?"): GeneratedText("A cat.")})
     assert AnswerCache(tmp_path, of).answers["c", "What?"] == "A cat."
 
 
 def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
-    AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 0.0}}).add({("a", "?"): "yes"})
+    AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 0.0}}).add({("a", "?"): GeneratedText("yes")})
     assert not AnswerCache(tmp_path, {"model": "trained", "decoding": {"temperature": 0.0}}).answers
     assert not AnswerCache(tmp_path, {"model": "base", "decoding": {"temperature": 1.0}}).answers
     heads = [json.loads(file.read_text().splitlines()[0]) for file in sorted(tmp_path.iterdir())]

@@ -112,7 +112,7 @@ def _prepared_images(**prepare: Any) -> Case:
 def _prepared_responses(kind: str, layout: str = "trl", /, **prepare: Any) -> Case:
     def content(models: Path, run: Path) -> Content:
         source = {"path": str(models / "answers/answers.jsonl")}
-        section = {"kind": kind, "source": source, "save_every": 2, **prepare}
+        section = {"kind": kind, "source": source, "save_every": 2, "keep_torn": True, **prepare}
         data = {"format": layout, "images": str(models / "answers")}
         return recipes.vlm(models / "llava", run / "made.jsonl", run / "out", prepare=section, data=data)
 

@@ -21,7 +21,14 @@ def content(vlm_folders: Folders, source: Path, tmp_path: Path) -> Callable[...,
 
     def recipe(kind: str, name: str = "made.jsonl", /, **prepare: Any) -> dict[str, Any]:
         settings = {"bdhs": {"bdhs": FEW}, "realign": {"realign": REALIGN}, "own": {"own": OWN}}.get(kind, {})
-        section = {"kind": kind, "source": {"path": str(source)}, "save_every": 2, **settings, **prepare}
+        section = {
+            "kind": kind,
+            "source": {"path": str(source)},
+            "save_every": 2,
+            "keep_torn": True,
+            **settings,
+            **prepare,
+        }
         layout = "realign" if kind == "realign" else "trl"
         model = vlm_folders("llava")
         return recipes.vlm(model, tmp_path / name, tmp_path / "out", prepare=section, data={"format": layout})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmalign.config import BdhsConfig, DecodingConfig
+from mmalign.families.types import GeneratedText
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.rng import KeyedRNG
@@ -59,7 +60,7 @@ class Scripted:
     ) -> Any:
         starts = ["".join(map(chr, row.ids[SEEN:])) for row in prompts]
         self.calls.append({"starts": starts, "decoding": decoding, **keys})
-        return [self.says for _ in prompts]
+        return [GeneratedText(self.says) for _ in prompts]
 
 
 def rows(answers: Sequence[str] = ANSWERS) -> list[GroundTruthAnswer]:

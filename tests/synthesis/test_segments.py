@@ -28,6 +28,12 @@ COCO = coco_vocabulary()
         ("At 10:30, 5% of 3.5 m and $4 for 12 cups of 7up.", ["number 12", "object cup"]),
         ("A truck is on top of a car.", ["object truck", "relation on top of", "object car"]),
         ("Nice weather.", []),
+        # Marks of a numbered list are no counts.
+        (
+            "1. A dog.\n2. 3 cats.\n 3) A car\n(4) It is 5.",
+            ["object dog", "number 3", "object cat", "object car", "number 5"],
+        ),
+        ("- 2. A dog\n3: A cat\n4、A car. I see 2. Yes", ["object dog", "object cat", "object car", "number 2"]),
         ("", []),
     ],
 )

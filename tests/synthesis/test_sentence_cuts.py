@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from mmalign.families.types import GeneratedText
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.sentence_cuts import (
     MASK,
@@ -41,6 +42,10 @@ def cuts(answer: str, number: int = 400) -> list[Opening]:
         ("1. 2.", ["1. 2."]),
         (" \n", [" \n"]),
         ("", []),
+        ("图中有一只狗。它在草地上\uff01是吗\uff1f", ["图中有一只狗。", "它在草地上\uff01", "是吗\uff1f"]),
+        ("彼は「犬です。」と言う。 次", ["彼は「犬です。」", "と言う。 ", "次"]),
+        ("هل هذا كلب؟ نعم.", ["هل هذا كلب؟ ", "نعم."]),
+        ("यह एक कुत्ता है। वह बैठा है।", ["यह एक कुत्ता है। ", "वह बैठा है।"]),
     ],
 )
 def test_sentences_are_pieces_that_join_to_the_text(text: str, expected: list[str]) -> None:
@@ -119,10 +124,34 @@ def test_what_a_model_says_takes_the_place_of_the_rest() -> None:
         Opening("There is a dog. It sits.\n\n", "Two cats", ""),
         "The end.",
     ]
-    responses = [" frisbee.", " It runs. ", ", or three."]
+    responses = [GeneratedText(text) for text in (" frisbee.", " It runs. ", ", or three.")]
     assert joined(parts, responses) == "There is a frisbee. It runs.\n\nTwo cats, or three.The end."
-    assert joined(WHOLE, ["  A dog.\n"]) == "A dog."
+    assert joined(WHOLE, [GeneratedText("  A dog.\n")]) == "A dog."
     assert joined(["Yes."], []) == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("A dog. It sits on", "A dog."),
+        ("A dog. It sits.", "A dog. It sits."),
+        ("A dog. It costs 3.", "A dog. It costs 3."),
+        ("A dog and", ""),
+        ("图中有一只狗。它在草", "图中有一只狗。"),
+        ("1. A dog.\n2. A c", "1. A dog."),
+    ],
+)
+def test_a_torn_end_is_left_out_where_whole_sentences_are_asked_for(text: str, whole: str) -> None:
+    assert joined(WHOLE, [GeneratedText(text, True)], whole=True) == whole
+    assert joined(WHOLE, [GeneratedText(text, True)]) == text == joined(WHOLE, [GeneratedText(text)], whole=True)
+    parts = [Opening("", "There", " "), "It is red."]
+    assert joined(parts, [GeneratedText(" is a", True)], whole=True) == "It is red."
+
+
+def test_each_character_of_chinese_and_japanese_is_a_word() -> None:
+    heads = {opening.head for opening in cuts("图中有狗。")}
+    assert heads == {"", "图", "图中", "图中有"}
+    assert {opening.head for opening in cuts("犬の dog だ。")} == {"", "犬", "犬の", "犬の dog"}
 
 
 def test_masked_answer_is_cut_before_each_first_mask() -> None:
@@ -141,4 +170,4 @@ def test_masked_answer_is_cut_before_each_first_mask() -> None:
 def test_an_answer_of_a_word_or_of_none_can_be_cut(answer: str) -> None:
     parts = openings(answer, 0, DRAWS)
     assert len(parts) == len(sentences(answer))
-    assert joined(parts, ["it."] * len(parts)).endswith("it." if parts else "")
+    assert joined(parts, [GeneratedText("it.")] * len(parts)).endswith("it." if parts else "")

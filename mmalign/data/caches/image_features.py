@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import Items, fill, num_bytes
-from mmalign.data.images import BadImage, decode
+from mmalign.data.images import decode
 from mmalign.data.pairs import ImageRef
 from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView

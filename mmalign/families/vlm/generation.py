@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config import DecodingConfig
-from mmalign.families.types import ImageFeatures
+from mmalign.families.types import GeneratedText, ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.language.tokens import TokenizedResponse, Tokens
@@ -66,16 +66,16 @@ def generate(
     decoding: DecodingConfig,
     rng: KeyedRNG,
     stop: Sequence[str],
-) -> list[str]:
+) -> list[GeneratedText]:
     """Generate an answer to each prompt with a model that has a head; the model's state is restored afterwards."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].row.ids))  # for less padding
-    answers: dict[int, str] = {}
+    answers = dict[int, GeneratedText]()
     with _plain_search(model, processor):
         for first in range(0, len(order), decoding.batch_size):
             chunk = order[first : first + decoding.batch_size]
             batch = [prompts[number] for number in chunk]
-            texts = _generate_batch(model, processor, batch, features, decoding, rng, stop)
-            answers |= zip(chunk, texts, strict=True)
+            generated = _generate_batch(model, processor, batch, features, decoding, rng, stop)
+            answers |= zip(chunk, generated, strict=True)
     return [answers[number] for number in range(len(prompts))]
 
 
@@ -87,7 +87,7 @@ def _generate_batch(
     decoding: DecodingConfig,
     rng: KeyedRNG,
     stop: Sequence[str],
-) -> list[str]:
+) -> list[GeneratedText]:
     """Generate the answers to one batch of prompts."""
     # Inputs of left-padded rows
     rows = [prompt.row for prompt in prompts]
@@ -107,7 +107,13 @@ def _generate_batch(
         logits_processor=[_Noise(prompts, rng, width, decoding.temperature)] if decoding.temperature else [],
         stopping_criteria=[_Stop(processor, rows, width, stop)] if stop else [],
     )
-    return [_until(answer, stop) for answer in _answers(processor, rows, output[:, width:])]
+    new, ends = output[:, width:], torch.tensor(model.generation_config.eos_token_id, device=output.device)
+    is_ended = torch.isin(new, ends).any(1) if new.shape[1] >= decoding.max_new_tokens else torch.ones(len(new)).bool()
+    answers = _answers(processor, rows, new)
+    return [
+        GeneratedText(_until(answer, stop), not ended and not any(text in answer for text in stop))
+        for answer, ended in zip(answers, is_ended.tolist(), strict=True)
+    ]
 
 
 def _left_padded(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
 from mmalign.families.lora import PEFT_CONFIG, adapter_layers, add_lora, linear_names
-from mmalign.families.types import ImageFeatures, ImageView, Loading
+from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.export import export, save_adapters, save_model
 from mmalign.families.vlm.generation import GenerationPrompt, generate, masking_unsupported_reason
@@ -172,7 +172,7 @@ class ImageTextToText:
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
         stop: Sequence[str] = (),
-    ) -> list[str]:
+    ) -> list[GeneratedText]:
         if hidden is not None and self.image_masking_unsupported_reason:
             raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
         masks = [None] * len(prompts) if hidden is None else hidden

@@ -212,7 +212,10 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     answerable = _answerable(sampler, batch, mixed.max_new_tokens, is_replaced, completing=False)
     rows, parts = list(answerable.values()), [WHOLE] * len(answerable)
     with policy.gathered(policy.unwrapped):
-        first, second = (sampler.sample(rows, parts, batch.features, mixed, attempt) for attempt in (1, 2))
+        first, second = (
+            [answer.text for answer in sampler.sample(rows, parts, batch.features, mixed, attempt)]
+            for attempt in (1, 2)
+        )
     # Annotated answers replace the data's responses
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)

@@ -143,6 +143,14 @@ def compare_answers(
                 "first needs a larger evaluate.decoding.max_new_tokens"
             )
 
+    num_cut = dict(zip(SIDES, answers.num_cut, strict=True))
+    for side, number in num_cut.items():
+        if number:
+            logger.warning(
+                f"{number:,} answers {side} alignment are cut at evaluate.decoding.max_new_tokens = "
+                f"{section.decoding.max_new_tokens}"
+            )
+
     # Metrics and files
     comparisons = _compare(*map(benchmark.score, by_side.values()))
     for side, parts in by_side.items():
@@ -161,6 +169,7 @@ def compare_answers(
         "questions": len(benchmark.questions),
         "left out": list(map(str, left_out)),
         "empty answers": num_empty,
+        "cut answers": num_cut,
     }
     measures, table = _report(comparisons)
     return {**result, "measures": measures}, table

@@ -48,6 +48,8 @@ from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import ResponseSampler, require_image_masking
 from mmalign.synthesis.corrupt import Companions, Corruptor, companions
 from mmalign.synthesis.rejected_responses import (
+    CUT,
+    CUT_REASON,
     ImageIndex,
     ReAlign,
     RejectedResponse,
@@ -133,6 +135,9 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         )
     final = _synthesized_pairs(section, pairs, entries, work)
     write_final(path, lambda part: write_pairs(part, final, suffix=path.suffix, images=images))
+    if cut := sum(CUT in one["notes"] or one["why"] == CUT_REASON for one in entries):
+        left = "and are kept torn" if section.keep_torn else "and end with their last whole sentence"
+        logger.warning(f"{cut:,} of {len(entries):,} generated responses are {CUT}, {left}; raise that for whole ones")
     logger.info(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
     return path
 
@@ -243,7 +248,8 @@ def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[Respo
         "precision": recipe.train.precision,
         **template_arguments(recipe.model),
     }
-    return ResponseSampler(family, family.network, rng), dependencies
+    assert isinstance(recipe.prepare, PrepareResponses)
+    return ResponseSampler(family, family.network, rng, not recipe.prepare.keep_torn), dependencies
 
 
 def _similarity(key: str, settings: CompletionConfig, allow_pickle: bool) -> Similarity:
@@ -321,6 +327,7 @@ def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> d
     """Return all that a row's result depends on; work of another job is not resumed."""
     rows = stable_hash(*(str(pair.row) for pair in pairs))
     common = {"kind": section.kind, "seed": section.seed, "save_every": section.save_every, "rows": rows}
+    common["keep_torn"] = section.keep_torn
     return {**_settings(section).model_dump(), **common, **work.dependencies}
 
 

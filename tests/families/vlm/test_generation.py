@@ -57,10 +57,10 @@ def answers(
 ) -> list[str]:
     views = {key: family.processor.preprocess_image(PICTURES[key]) for asked in requests for key in asked.images}
     rows, keys = [prompt(family, asked) for asked in requests], [asked.key for asked in requests]
-    results: list[str] = family.generate(
+    results = family.generate(
         net or family.network, rows, family.encode_images(views), decoding, rows=keys, rng=rng, hidden=hidden, stop=stop
     )
-    return results
+    return [answer.text for answer in results]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,27 @@ def test_answer_keeps_its_leading_space() -> None:
     processor = HFProcessor(SimpleNamespace(tokenizer=fast), ModelQuirks(), 0, 100)
     assert processor.decode(ids[2:]) == "cube"
     assert processor.decode(ids[2:], after=ids[:2]) == " cube"
+
+
+def test_an_answer_that_the_limit_cuts_says_so(family: Any) -> None:
+    """Whole are an answer that ends with its end token, and one that ends with a text to stop at."""
+    row = prompt(family, Asked())
+    features = family.encode_images({"wide": family.processor.preprocess_image(PICTURES["wide"])})
+
+    def cut(number: int, stop: Sequence[str] = ()) -> bool:
+        decoding = DecodingConfig(max_new_tokens=number)
+        (answer,) = family.generate(family.network, [row], features, decoding, rows=[1], rng=DRAWS, stop=stop)
+        assert isinstance(answer.is_cut, bool)
+        return bool(answer.is_cut)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(family.processor.__dict__, "ends", ())
+        eos = family.network.model.generation_config.eos_token_id
+        patch.setattr(family.network.model.generation_config, "eos_token_id", 0)
+        assert cut(3) and not cut(3, [""]) and eos is not None
+        # Any token ends an answer: one new token, and none is missing
+        patch.setitem(family.processor.__dict__, "ends", tuple(range(len(family.processor.processor.tokenizer))))
+        assert not cut(1) and not cut(3)
 
 
 def own_answer(family: Any, asked: Asked, decoding: DecodingConfig) -> str:

@@ -16,8 +16,10 @@ from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
+from mmalign.families.types import GeneratedText
 from mmalign.language.objects import coco_vocabulary
 from mmalign.rng import KeyedRNG
+from mmalign.synthesis.bdhs import ResponseSampler
 from mmalign.synthesis.rejected_responses import ImageIndex
 from tests.helpers import Folders, data_files
 from tests.helpers.loading import load_vlm
@@ -47,8 +49,27 @@ def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folde
         features = family.encode_images({"it": view})
         decoding = DecodingConfig(max_new_tokens=4)
         (own,) = family.generate(family.network, [prompt], features, decoding, rows=[0], rng=KeyedRNG(1))
-        assert pair.rejected == own.strip() != pair.chosen
+        assert pair.rejected == own.text.strip() != pair.chosen
         assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
+
+
+def test_answers_that_the_limit_cuts_are_left_out(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text without a whole sentence is dropped, and one with some ends after the last of them."""
+    rows, lines = prepared(content("own"))
+    assert any(line.startswith(f"{len(rows)} of 7 generated responses are cut at max_new_tokens") for line in lines)
+    message = refused(content("own", "whole.jsonl", keep_torn=False))
+    assert "the completion has no whole sentence, cut at max_new_tokens; raise that" in message
+    own, texts = ResponseSampler.sample, iter([" A dog. It sits on the", " It sits", " A cat."] * 3)
+
+    def sample(self: Any, rows: Any, parts: Any, *args: Any, **options: Any) -> Any:
+        generated = [GeneratedText(next(texts), index % 3 != 2) for index, _ in enumerate(rows)]
+        monkeypatch.setattr(type(self.family), "generate", lambda *_, **__: generated)
+        return own(self, rows, parts, *args, **options)
+
+    monkeypatch.setattr(ResponseSampler, "sample", sample)
+    whole, lines = prepared(content("own", "parts.jsonl", keep_torn=False, save_every=9))
+    assert {text(row["rejected"]) for row in whole} == {"A dog.", "A cat."} and len(whole) == 5
+    assert any(line.startswith("5 of 7 generated responses are cut") for line in lines)
 
 
 def test_own_answers_are_drawn_by_their_rows(content: Any) -> None:
