@@ -113,7 +113,7 @@ class ImageData(Data):
 class ResponseData(Data):
     """Settings of pairs of a vision-language model's responses."""
 
-    format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = Field(
+    format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift", "answers"] = Field(
         "trl", description="layout of the rows; docs/your_data.md shows each"
     )
     images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")

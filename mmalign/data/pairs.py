@@ -103,7 +103,7 @@ class ResponsePair:
         row: 63-bit id that seeds the pair's random draws.
         turns: the conversation that both responses answer.
         chosen: the preferred response.
-        rejected: the other response; empty in rows of answers alone, which methods never receive.
+        rejected: the other response; empty in rows of answers alone, for methods that need no other.
         images: the images, in the order of their placeholders in the prompt.
         rejected_images: the images of the rejected response; usually the same.
         other_images: further images of the pair, such as Re-Align's retrieved image.

@@ -47,6 +47,7 @@ class Requirements:
 
     Attributes:
         reference: a reference network, or its cached scores.
+        rejected: rejected responses; a method without this need also takes rows of answers alone.
         prompts_only: prompts without images; the method generates its own images.
         prompt_pairs: pairs with a prompt for each image.
         decoded_images: the decoded images of response pairs.
@@ -63,6 +64,7 @@ class Requirements:
     """
 
     reference: bool = True
+    rejected: bool = True
     prompts_only: bool = False
     prompt_pairs: bool = False
     decoded_images: bool = False

@@ -1,5 +1,6 @@
 """A whole run on tiny vision-language models, by the loop, checkpoint, recipe and report of diffusion models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,20 @@ def test_a_checkpoint_of_other_adapters_is_refused(vlm_folders: Folders, rows: P
     assert (
         "belongs to another run (tune lora of rank 2, alpha 2, on down_proj gate_proj k_proj o_proj q_proj" in message
     )
+
+
+def test_response_sft_trains_on_answers_alone(vlm_folders: Folders, tmp_path: Path) -> None:
+    """With the weights of the same rows with rejected responses, which it does not read; other methods need them."""
+    pairs = data_files.response_pairs(tmp_path / "rows")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    data_files.write_jsonl(
+        pairs.with_name("answers.jsonl"), *({**row, "answer": row["chosen"], "rejected": None} for row in rows)
+    )
+
+    def content(name: str, method: str = "response_sft") -> dict[str, Any]:
+        data = {"format": name, "path": str(pairs.with_name(f"{name}.jsonl"))}
+        return recipes.vlm(vlm_folders("llava"), pairs, tmp_path / name, method={"name": method}, data=data)
+
+    assert_same(train_weights(content("trl")), train_weights(content("answers")))
+    with pytest.raises(ValueError, match=r"data\.path: .* has answers alone, and method\.name: dpo compares them"):
+        train(load_recipe(content("answers", "dpo")))

@@ -102,7 +102,7 @@ class ResponsePairReader:
         except ValueError as error:
             return [SkippedRow(pair.location, str(error))]
         # Responses, if any token tells them apart
-        if chosen == rejected:
+        if pair.rejected and chosen == rejected:
             reason = "the chosen and the rejected response are the same tokens"
             if len(chosen.ids) == self.max_length:
                 reason = f"the responses first differ after data.max_length = {self.max_length:,} tokens"
@@ -162,9 +162,9 @@ def tokenize_sides(
 def _tokenize_with(
     processor: PromptProcessor, pair: ResponsePair, images: Sequence[ImageRef], views: Mapping[str, ImageView]
 ) -> list[TokenizedResponse]:
-    """Return the rows of the prompt with these images, once with either response."""
+    """Return the rows of the prompt with these images, once with either response; of an answer alone, twice."""
     named = [(ref.key, views[ref.key]) for ref in images]
-    return processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected], named)
+    return processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected or pair.chosen], named)
 
 
 def _equal_lengths(first: TokenizedResponse, second: TokenizedResponse) -> tuple[TokenizedResponse, TokenizedResponse]:

@@ -15,8 +15,8 @@ from mmalign.rng import KeyedRNG
 
 
 def requirements(_: Config) -> Requirements:
-    """Return the method's needs: no reference."""
-    return Requirements(reference=False)
+    """Return the method's needs: no reference, and no rejected responses."""
+    return Requirements(reference=False, rejected=False)
 
 
 def contrasts(

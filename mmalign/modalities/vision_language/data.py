@@ -28,7 +28,8 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     """Return the recipe's response pairs, (training split, validation split or None), without decoding an image.
 
     Raises:
-        ValueError: files or columns are missing, no pair remains, or none has the other images that the method needs.
+        ValueError: files or columns are missing, no pair remains, or none has the rejected responses or the other
+            images that the method needs.
     """
     data = recipe.data
     assert isinstance(data, ResponseData)
@@ -41,6 +42,11 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
         group_by=data.group_by,
         limit=data.limit,
     )
+    if needs.rejected and not pairs[0].rejected:
+        raise ValueError(
+            f"data.path: {pairs.source} has answers alone, and method.name: {recipe.method.name} compares them with "
+            "rejected ones; `mmalign prepare` generates these, and response_sft trains on answers alone"
+        )
     if needs.other_images and not any(pair.other_images for pair in pairs):
         raise ValueError(
             f"data.path: {pairs.source} has no other images, and method.name: {recipe.method.name} compares a response "
