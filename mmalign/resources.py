@@ -73,6 +73,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 def locate(name: str) -> str:
     """Return the path of data in the first of `roots` that has the name; else the name itself, a glob or a Hub id."""
+    name = os.path.expanduser(name)
     paths = (str(root / name) for root in roots() if os.path.exists(root / name))
     return next(paths, name)
 

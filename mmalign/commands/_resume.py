@@ -17,7 +17,7 @@ from mmalign.training import checkpoint
 logger = logging.getLogger(__name__)
 
 # Options of `data` that shape no batch; the fingerprint of the pairs stands for the files that they were read from.
-_SOURCES = {"path", "format", "split", "columns", "images", "num_workers", "cache", "max_bad_images"}
+_SOURCES = {"path", "format", "split", "columns", "images", "num_workers", "cache", "max_bad"}
 
 
 def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes: int) -> dict[str, str]:

@@ -31,7 +31,7 @@ RENAMED = {  # former paths of options
     "train.pack": "train.pack_responses",
     "train.warmup": "train.warmup_steps",
     "data.hold_out": "data.validation_fraction",
-    "data.max_bad": "data.max_bad_images",
+    "data.max_bad_images": "data.max_bad",
     "data.workers": "data.num_workers",
     "method.cache_draws": "method.num_cached_draws",
     "method.flip_rate": "method.loss.flip_rate",

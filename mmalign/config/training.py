@@ -73,7 +73,8 @@ class JudgeModel(Model):
 class Data(Section):
     """Settings of the preference pairs of any modality."""
 
-    path: str = Field(description="file, folder or Hub id")
+    path: str = Field(description="file, folder, glob or Hub id")
+    images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
     split: str | None = Field(None, description="split of a Hub data set (default: train) or of a folder's files")
     columns: dict[str, str] = Field({}, description="mmalign's column name: the table's")
     group_by: str | None = Field(
@@ -83,7 +84,7 @@ class Data(Section):
     )
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the groups in the validation split")
     limit: int | None = Field(None, ge=1, description="use the first pairs only")
-    max_bad_images: int | None = Field(None, ge=0, description="stop if more images are unreadable")
+    max_bad: int | None = Field(None, ge=0, description="stop if more rows and images are bad")
     num_workers: int = Field(0, ge=0, description="processes that read images; 0 reads in the training process")
     cache: Annotated[str, _OFF] = Field(
         "auto",
@@ -95,8 +96,8 @@ class Data(Section):
 class ImageData(Data):
     """Settings of image pairs, or of a text file with one prompt a line for methods that generate their images."""
 
-    format: Literal["pick_a_pic", "folder", "rankings", "prompts"] = Field(
-        "pick_a_pic", description="layout of the rows; docs/your_data.md shows each"
+    format: Literal["auto", "pick_a_pic", "folder", "rankings", "votes", "scores", "prompts"] = Field(
+        "auto", description="layout of the rows, recognized by their columns; docs/your_data.md shows each"
     )
     resolution: Resolution = Field(
         None, description="pixels of an image: a side, or WIDTHxHEIGHT; default: the model's"
@@ -109,6 +110,11 @@ class ImageData(Data):
     crop: Literal["center", "random"] = Field("center", description="place of the part that is cut out of an image")
     flip: bool = Field(False, description="mirror half of the pairs, both images of a pair together")
 
+    @property
+    def has_prompts_only(self) -> bool:
+        """Whether the data are a text file with one prompt a line."""
+        return self.format == "prompts" or (self.format == "auto" and self.path.endswith(".txt"))
+
 
 class ResponseData(Data):
     """Settings of pairs of a vision-language model's responses."""
@@ -116,7 +122,6 @@ class ResponseData(Data):
     format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift", "answers"] = Field(
         "trl", description="layout of the rows; docs/your_data.md shows each"
     )
-    images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
     max_length: int | None = Field(
         None, ge=2, description="maximum tokens of prompt, images and response together; default: the model's"
     )

@@ -81,7 +81,7 @@ def open_loaders(
     batch_size: int,
     seed: int,
     num_workers: int = 0,
-    max_bad_images: int | None = None,
+    max_bad: int | None = None,
     shapes_of: Callable[[Pairs[Any]], Sequence[Hashable] | None] = lambda _: None,
 ) -> tuple[AnyLoader, AnyLoader | None]:
     """Return this process's loaders of the training and the validation split, checked for a readable pair.
@@ -94,7 +94,7 @@ def open_loaders(
     """
 
     def open_loader(pairs: Pairs[Any], **options: Any) -> AnyLoader:
-        common = {"num_workers": num_workers, "max_bad_images": max_bad_images, **options}
+        common = {"num_workers": num_workers, "max_bad": max_bad, **options}
         loader = Loader(pairs, reader, batch_size=batch_size, seed=seed, shapes=shapes_of(pairs), **common)
         loader.check_readable()
         return loader

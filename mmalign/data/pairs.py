@@ -193,6 +193,7 @@ class Pairs(Sequence[P], Generic[P]):
         source: the source's name, for messages.
         skipped: the rows that indexing skipped.
         tied: locations of the pairs skipped because neither image is preferred; one for each pair.
+        layout: the layout that was recognized, with its columns; empty if it was named.
     """
 
     def __init__(
@@ -202,8 +203,10 @@ class Pairs(Sequence[P], Generic[P]):
         numbers: NDArray[np.int64],
         dropped: Sequence[SkippedRow] = (),
         tied: Sequence[str] = (),
+        layout: str = "",
     ) -> None:
         self.source, self.skipped, self.tied = source, tuple(dropped), tuple(tied)
+        self.layout = layout
         self._rows, self._numbers = rows, numbers
 
     def __len__(self) -> int:
@@ -221,7 +224,7 @@ class Pairs(Sequence[P], Generic[P]):
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
         """Return the pairs with these numbers, in this order."""
         chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
-        return Pairs(self.source, self._rows, chosen, self.skipped, self.tied)
+        return Pairs(self.source, self._rows, chosen, self.skipped, self.tied, self.layout)
 
     @property
     def ties(self) -> int:
@@ -244,15 +247,19 @@ class Pairs(Sequence[P], Generic[P]):
         """
         if not len(self):
             why = f": {format_rows(self.skipped)}" if self.skipped else ""
+            missing = sum(row.defect == "missing image" for row in self.skipped) * 2 > len(self.skipped)
             raise ValueError(
                 f"data.path: {self.source} has no pair to learn from ({_count(self.ties, 'tie')}, "
                 f"{_count(len(self.skipped), 'row')} dropped{why}); expected rows {expected}"
+                + ("; data.images names the folder of the images" if missing else "")
             )
 
     def summary(self) -> str:
         """Return one paragraph with the numbers of pairs, groups, ties and skipped rows."""
         groups = len(set(self.groups()))
         text = f"{_count(len(self), 'pair')} in {_count(groups, 'group')} from {self.source}"
+        if self.layout:
+            text += f", read as {self.layout}; data.format and data.columns name others"
         if self.ties:
             text += f"; {_count(self.ties, 'tie')} left out"
         if self.skipped:

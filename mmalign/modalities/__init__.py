@@ -109,7 +109,7 @@ class DataModuleBuilder(Protocol):
             reward_model: the model that scores images.
 
         Raises:
-            ValueError: files, columns or caches do not fit, or more than `data.max_bad_images` rows are bad, or all.
+            ValueError: files, columns or caches do not fit, or more than `data.max_bad` rows are bad, or all.
         """
 
 

@@ -49,7 +49,7 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
     assert len(BAD[3]) < 100_000
     with pytest.raises(Image.DecompressionBombError, match="400000000 pixels"):
         Image.open(io.BytesIO(BAD[3]))
-    printed = mmalign("train", content, f"data.cache='{cache}'", "data.max_bad_images=4", "train.steps=4")
+    printed = mmalign("train", content, f"data.cache='{cache}'", "data.max_bad=4", "train.steps=4")
     contains(
         printed, "4 images or pairs could not be used; their pairs were left out: pairs.parquet: row ", "and 1 more"
     )
@@ -59,10 +59,10 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
         ["is not a readable image", "has zero bytes", "is 1x1; expected", "is larger than 80,000,000 pixels"]
     ):
         alone = data_files.pick_a_pic(pairs.with_name(f"{row}.parquet"), bad={row: BAD[row]})
-        data = f"data={{path: {alone}, cache: '{cache}', max_bad_images: 0}}"
+        data = f"data={{path: {alone}, cache: '{cache}', max_bad: 0}}"
         message = mmalign.refused("train", content, data, "train.batch_size=8")
         contains(
-            message, f"more than data.max_bad_images = 0 images are bad ({row}.parquet: row {row}, jpg_0: ", reason
+            message, f"more than data.max_bad = 0 rows and images are bad ({row}.parquet: row {row}, jpg_0: ", reason
         )
 
 
@@ -72,8 +72,8 @@ def test_too_many_bad_images_end_the_run(
     cache: str, mmalign: Commands, content: Content, pairs: Path, tmp_path: Path
 ) -> None:
     data_files.pick_a_pic(pairs, bad=BAD)
-    message = mmalign.refused("train", content, f"data.cache='{cache}'", "data.max_bad_images=3", "train.steps=4")
-    contains(message, "more than data.max_bad_images = 3 images are bad (", "and 1 more", "raise data.max_bad_images")
+    message = mmalign.refused("train", content, f"data.cache='{cache}'", "data.max_bad=3", "train.steps=4")
+    contains(message, "more than data.max_bad = 3 rows and images are bad (", "and 1 more", "raise data.max_bad")
     data_files.pick_a_pic(pairs, bad=dict.fromkeys(range(8), b"<html>not found</html>"))
     message = mmalign.refused("train", content, f"data.cache='{cache}'", f"output={tmp_path / 'none'}")
     contains(message, "none of 8 pairs can be used (pairs.parquet: row ", "and 5 more); repair them")

@@ -32,7 +32,7 @@ from tests.helpers.logged import recorded_lines
         ("data.path=W/zero.parquet", "data.path: W/zero.parquet is not a readable Parquet file"),
         ("data.path=W/lacking.parquet", "W/lacking.parquet has no 'jpg_1' (found caption, jpg_0,"),
         ("data.columns={jpg_0: picture}", "has no 'picture' (found caption, jpg_0,"),
-        ("data={format: folder, path: W}", "lines.jsonl: line 1 has no 'rejected' (found prompt, chosen)"),
+        ("data={format: folder, path: W/lines.jsonl}", "lines.jsonl has no 'rejected' (found prompt, chosen)"),
         ("data.path=W/empty.parquet", "data.path: W/empty.parquet has no rows; expected one a pair"),
         ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
         ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; choose a folder"),

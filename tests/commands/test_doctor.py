@@ -101,7 +101,7 @@ def test_unreadable_data_give_exit_code_2(tmp_path: Path) -> None:
     recipe = "configs/text_to_image/quickstart.yaml"
     for arguments, words in (
         ([torn], "is not JSON"),
-        ([colours], "of no known layout"),
+        ([colours], "expected a known layout"),
         ([tmp_path / "none.jsonl"], "does not exist"),
         ([tmp_path / "none.yaml"], "there is no file"),
         ([pairs, rows], "image pairs and response pairs"),

@@ -164,7 +164,7 @@ def test_a_run_that_ends_inside_a_batch_is_done(
     log_lines.clear()
     again = train(load_recipe(steps_of_spo, ["train.steps=6"]))
     assert (again.verdict, again.history) == (done.verdict, done.history) and done.verdict
-    assert log_lines[1] == "resuming from checkpoint-00000006"
+    assert "resuming from checkpoint-00000006" in log_lines
     assert_same(before, load_file(model))
 
 
@@ -176,7 +176,7 @@ def test_extended_run_equals_an_uninterrupted_one(
     train_weights(steps_of_spo, f"train.steps={first}")
     log_lines.clear()
     train(load_recipe(steps_of_spo, [f"train.steps={then}"]))
-    assert ("ended inside a batch" in log_lines[1]) == (first in (3, 6))
+    assert any("ended inside a batch" in line for line in log_lines) == (first in (3, 6))
     assert not any(line == "resuming from checkpoint-00000006" for line in log_lines)
     whole = train_weights({**steps_of_spo, "output": str(tmp_path / "whole")}, f"train.steps={then}")
     assert_same(whole, load_file(tmp_path / "out" / f"checkpoint-{then:08d}" / "model.safetensors"))
@@ -218,7 +218,7 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
         ("data.num_workers=2", r"data.num_workers: .* from the pairs of data.path; leave num_workers out"),
         ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),
         ("data={format: prompts, path: a.txt, columns: {a: b}}", "data.columns: means nothing here"),
-        ("data={format: prompts, path: a.txt, crop: random, max_bad_images: 1}", "; leave max_bad_images and crop out"),
+        ("data={format: prompts, path: a.txt, crop: random, max_bad: 1}", "; leave max_bad and crop out"),
         ("data.group_by=caption", "data.group_by: means nothing here"),
     ],
 )

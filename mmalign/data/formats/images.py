@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,11 +14,9 @@ from numpy.typing import NDArray
 
 from mmalign.data.formats.image_files import Image, ImageReader, describe_image
 from mmalign.data.formats.image_layouts import LAYOUTS, RANKINGS, SCORES, Parsed, ParsedPairs, group_scores
-from mmalign.data.formats.layouts import AUTO, Layout, check_columns, open_layout
+from mmalign.data.formats.layouts import AUTO, Layout, check_files, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow
 from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, UnusableRowError, stable_hash
-
-logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, str]
 
@@ -52,15 +49,14 @@ def open_pairs(
         ValueError: a file or column is missing, no layout fits, or no pair is left.
     """
     source, layout = open_layout(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
-    if format == AUTO:
-        logger.info(layout.describe(path))
+    taken = layout.describe() if format == AUTO else ""
     needed = {layout.column(name) for name in layout.columns}
     rows = source.rows({*needed, group_by} if group_by is not None else needed)
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS
     indexed = ImageRows(rows, layout, ImageReader(images), group_by)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
-    pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied)
+    pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, layout=taken)
     expected = "in which one image is preferred"
     if prompt_pairs is not None:
         expected = f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
@@ -69,14 +65,20 @@ def open_pairs(
 
 
 def check_source(
-    format: str, path: str, *, split: str | None = None, columns: Columns | None = None, group_by: str | None = None
+    format: str,
+    path: str,
+    *,
+    images: str | None = None,
+    split: str | None = None,
+    columns: Columns | None = None,
+    group_by: str | None = None,
 ) -> None:
     """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
 
     Raises:
         ValueError: the format is unknown, a file or column is missing, or no layout fits.
     """
-    check_columns(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
+    check_files(LAYOUTS, format, path, images=images, split=split, columns=columns, group_by=group_by)
 
 
 class ImageRows:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from mmalign.data.formats.files import Record, as_text
 from mmalign.data.formats.sources import Source, is_hub_path, open_source
 from mmalign.data.pairs import UnusableRowError
 from mmalign.registry import check_known
+from mmalign.resources import locate
 
 AUTO = "auto"  # name of the format that is recognized
 
@@ -159,10 +161,10 @@ class Layout(Generic[Row]):
                 return None
         return names
 
-    def describe(self, path: str) -> str:
-        """Return a sentence about the layout that was recognized, and what each column was taken for."""
+    def describe(self) -> str:
+        """Return the name of a recognized layout, and what each column was taken for."""
         columns = ", ".join(own if own == column else f"{own} is {column!r}" for own, column in self.names.items())
-        return f"data.format: auto reads {path} as {self.name} ({columns}); data.format and data.columns change it"
+        return f"{self.name} ({columns})"
 
 
 def _word(name: str) -> str:
@@ -207,20 +209,23 @@ def open_layout(
     return source, layout
 
 
-def check_columns(
+def check_files(
     layouts: Sequence[Layout[Row]],
     name: str,
     path: str,
     *,
+    images: str | None,
     split: str | None,
     columns: Mapping[str, str] | None,
     group_by: str | None,
 ) -> None:
-    """Check as `open_layout` does; the Hub is not contacted.
+    """Check as `open_layout` does, and the folder of the images; the Hub is not contacted.
 
     Raises:
-        ValueError: the format is unknown, a file or column is missing, or no layout fits.
+        ValueError: the format is unknown, a file, folder or column is missing, or no layout fits.
     """
+    if images is not None and not Path(locate(images)).is_dir():
+        raise ValueError(f"data.images: {images} is not a folder; expected the folder of the images' paths")
     if not is_hub_path(path):
         open_layout(layouts, name, path, split=split, columns=columns, group_by=group_by)
     elif name != AUTO:
@@ -267,9 +272,9 @@ def recognize(
         )
     nearest = min(layouts, key=lambda layout: len(layout.missing(columns)) / len(layout.required))
     lacks = " and no ".join(map(repr, nearest.missing(columns)))
-    lacks = f"has no {lacks}" if lacks else "has other values"
+    came = f"has no {lacks}" if lacks else f"has other values than {nearest.name}"
     raise ValueError(
-        f"{place}: its columns ({_listed(columns)}) are of no known layout; the nearest is {nearest.name} "
-        f"({', '.join(nearest.required)}), and the file {lacks}: rename columns with data.columns, such as "
-        f"{{prompt: text}}, or name the layout with data.format ({known})"
+        f"{place} {came} (found {_listed(columns)}); expected a known layout, of which {nearest.name} "
+        f"({', '.join(nearest.required)}) is nearest: rename columns with data.columns, such as {{prompt: text}}, or "
+        f"name the layout with data.format ({known})"
     )

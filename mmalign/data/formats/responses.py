@@ -18,7 +18,6 @@ above to the name in the files.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +28,11 @@ from numpy.typing import NDArray
 
 from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.image_files import ImageReader, image_name, shorten_name
-from mmalign.data.formats.layouts import AUTO, check_columns, open_layout
+from mmalign.data.formats.layouts import AUTO, check_files, open_layout
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import Turn
 
 IMAGE = "<image>"  # image placeholder in a text
-
-logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, str]
 NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row id is hashed from
@@ -125,8 +122,7 @@ def open_responses(
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
     source, layout = open_layout(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
-    if format == AUTO:
-        logger.info(layout.describe(path))
+    taken = layout.describe() if format == AUTO else ""
     entries, dropped, reader = list[IndexedRow](), list[SkippedRow](), ImageReader(images)
     for row in source.rows():
         if isinstance(row, SkippedRow):
@@ -142,20 +138,26 @@ def open_responses(
             dropped.append(SkippedRow(row.location, str(error), error.defect))
             continue
         entries.append(IndexedRow(parsed, row.location, group, row.folders))
-    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped)
+    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, layout=taken)
     pairs.require("with an image and two different responses")
     return pairs[:limit] if limit is not None else pairs
 
 
 def check_source(
-    format: str, path: str, *, split: str | None = None, columns: Columns | None = None, group_by: str | None = None
+    format: str,
+    path: str,
+    *,
+    images: str | None = None,
+    split: str | None = None,
+    columns: Columns | None = None,
+    group_by: str | None = None,
 ) -> None:
     """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
 
     Raises:
         ValueError: the format is unknown, a file or column is missing, or no layout fits.
     """
-    check_columns(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
+    check_files(LAYOUTS, format, path, images=images, split=split, columns=columns, group_by=group_by)
 
 
 def _with_image_places(parsed: ParsedRow) -> ParsedRow:

@@ -86,14 +86,17 @@ def open_source(path: str, split: str | None) -> Source:
     files = find_files(path, split)
     if kind_of(files[0]) in TABLES:
         names = dict.fromkeys(name for file in files for name in read_schema(file).names)
-        return Source(path, tuple(names), _merge(read_sample(files[0], SAMPLE)), tuple(files))
+        sample = next((first for file in files if (first := read_sample(file, SAMPLE))), None)
+        if sample is None:
+            raise ValueError(f"data.path: {path} has no rows; expected one a pair")
+        return Source(path, tuple(names), _merge(sample), tuple(files))
     rows = list(islice((row for file in files for row in _stream(file)), SAMPLE))
     skipped = [row for row in rows if isinstance(row, SkippedRow)]
     if len(skipped) == len(rows):
         why = f"has no row that can be read ({format_rows(skipped)})" if skipped else "has no rows"
         raise ValueError(f"data.path: {path} {why}; expected one a pair")
-    sample = _merge(_records(rows))
-    return Source(path, tuple(sample), sample, tuple(files))
+    merged = _merge(_records(rows))
+    return Source(path, tuple(merged), merged, tuple(files))
 
 
 def _stream(file: Path) -> Iterator[SourceRow | SkippedRow]:

@@ -212,7 +212,7 @@ def read_sample(file: Path, number: int) -> list[Record]:
     images = {f.name: [True] if _item_type(f.type) else True for f in schema if is_image(_item_type(f.type) or f.type)}
     texts = [name for name in schema.names if name not in images]
     if not texts:
-        return [images]
+        return [images] if _num_rows(file) else []
     try:
         if file.suffix.lower() == ".arrow":
             with pa.memory_map(str(file)) as stream:

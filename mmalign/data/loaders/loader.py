@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.loaders.sampler import EpochSampler, check_max_bad_images
+from mmalign.data.loaders.sampler import EpochSampler, check_max_bad
 from mmalign.data.pairs import Pairs, Row, SkippedRow, format_rows, pair_key
 
 Plan = list[list[tuple[int, float]]]  # (number, weight) of each pair, for every batch
@@ -66,7 +66,7 @@ class Loader(Generic[P, E, B]):
         num_workers: number of processes that read; 0 reads in this one.
         rank: index of this process.
         world_size: number of processes that share an epoch.
-        max_bad_images: most bad images and rows that a run may meet; None allows any number.
+        max_bad: most bad rows and images of the source, with those that indexing skipped; None allows any number.
         keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
         shapes: the size of each pair's images [N], which a batch has in common; None for one size.
 
@@ -84,7 +84,7 @@ class Loader(Generic[P, E, B]):
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        max_bad_images: int | None = None,
+        max_bad: int | None = None,
         keep_last: bool = False,
         shapes: Sequence[Hashable] | None = None,
     ) -> None:
@@ -92,7 +92,7 @@ class Loader(Generic[P, E, B]):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
         self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
         self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last, shapes)
-        self._max_bad_images, self._skipped = max_bad_images, dict[str, SkippedRow]()
+        self._max_bad, self._skipped = max_bad, dict[str, SkippedRow]()
         self._first = 0  # number of the first pair that is not known to be bad
         self._keys = dict[int, str]()
 
@@ -107,7 +107,7 @@ class Loader(Generic[P, E, B]):
 
     def _skip(self, rows: Sequence[SkippedRow]) -> None:
         self._skipped.update((row.location, row) for row in rows)
-        check_max_bad_images(self.skipped, self._max_bad_images, self.pairs.source)
+        check_max_bad([*self.pairs.skipped, *self.skipped], self._max_bad, self.pairs.source)
 
     def key(self, number: int) -> str:
         """Return the key of a pair's content, by number."""
@@ -119,7 +119,7 @@ class Loader(Generic[P, E, B]):
         """Yield the batches of an epoch from number `start`, without reading earlier ones.
 
         Raises:
-            ValueError: no pair can be used, more than `max_bad_images` rows are bad, or a cache lacks a pair.
+            ValueError: no pair can be used, more than `max_bad` rows are bad, or a cache lacks a pair.
         """
         return self._read(epoch, self.sampler.plan(epoch)[start:])
 
@@ -149,7 +149,7 @@ class Loader(Generic[P, E, B]):
         """Return the first usable pair, whose example fills a batch without any usable pair.
 
         Raises:
-            ValueError: no pair is usable, or more than `max_bad_images` rows are bad; the message names the first few.
+            ValueError: no pair is usable, or more than `max_bad` rows are bad; the message names the first few.
         """
         return self._first_usable()[0]
 

@@ -1,4 +1,4 @@
-"""Deterministic order of an epoch and its batches, and the limit of bad images.
+"""Deterministic order of an epoch and its batches, and the limit of bad rows.
 
 The order depends on the seed, the epoch and the number of pairs, not on workers or on the starting batch. B pairs per
 process and batch; a global batch has B pairs for every process. All pairs of a global batch have images of one size.
@@ -109,14 +109,14 @@ class EpochSampler:
         return batches
 
 
-def check_max_bad_images(bad: Sequence[SkippedRow], max_bad_images: int | None, source: str) -> None:
-    """Check the number of bad images against the limit.
+def check_max_bad(bad: Sequence[SkippedRow], max_bad: int | None, source: str) -> None:
+    """Check the number of bad rows and images against the limit.
 
     Raises:
-        ValueError: there are more than `max_bad_images`; the message names the first few.
+        ValueError: there are more than `max_bad`; the message names the first few.
     """
-    if max_bad_images is not None and len(bad) > max_bad_images:
+    if max_bad is not None and len(bad) > max_bad:
         raise ValueError(
-            f"data.path: {source}: more than data.max_bad_images = {max_bad_images} images are bad "
-            f"({format_rows(bad)}); repair them, or raise data.max_bad_images"
+            f"data.path: {source}: more than data.max_bad = {max_bad} rows and images are bad "
+            f"({format_rows(bad)}); repair them, or raise data.max_bad"
         )

@@ -60,10 +60,17 @@ def check_data(data: Data) -> None:
         ValueError: a file or column is missing, or padding would be cropped.
     """
     assert isinstance(data, ImageData)
-    if data.format == "prompts":
+    if data.has_prompts_only:
         prompts.open_prompts(locate(data.path))
         return
-    images.check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
+    images.check_source(
+        data.format,
+        locate(data.path),
+        images=data.images,
+        split=data.split,
+        columns=data.columns,
+        group_by=data.group_by,
+    )
     if data.fit == "pad" and data.crop == "random":
         raise ValueError("data.crop: random has no meaning with data.fit: pad, which shows whole images; leave it out")
 
@@ -72,9 +79,9 @@ def _check_prompts_only(recipe: Recipe) -> None:
     """Refuse settings of `data` that a method that generates its images does not read."""
     if not requirements_of(recipe.method).prompts_only:
         return
-    data, unread = recipe.data, ["group_by", "max_bad_images", "num_workers", "fit", "crop", "flip"]
-    from_text = isinstance(data, ImageData) and data.format == "prompts"
-    unread += ["split", "columns"] if from_text else []
+    data, unread = recipe.data, ["group_by", "max_bad", "num_workers", "fit", "crop", "flip"]
+    from_text = isinstance(data, ImageData) and data.has_prompts_only
+    unread += ["images", "split", "columns"] if from_text else []
     given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
     if given:
         source = (

@@ -23,7 +23,7 @@ from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.encoder import Encoder, text_key
 from mmalign.data.loaders.image_pairs import ImagePairReader
 from mmalign.data.loaders.prompts import PromptReader
-from mmalign.data.loaders.sampler import check_max_bad_images
+from mmalign.data.loaders.sampler import check_max_bad
 from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split
 from mmalign.data.shapes import Shapes, buckets, measure, summarize_cuts
 from mmalign.families.base import TextToImage
@@ -41,11 +41,12 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     """Return the recipe's image pairs or prompts, (training split, validation split or None), without decoding images.
 
     Raises:
-        ValueError: files or columns are missing, or no pair remains.
+        ValueError: files or columns are missing, more than `data.max_bad` rows are bad, or no pair remains.
     """
     data = recipe.data
     assert isinstance(data, ImageData)
     pairs = _open_prompts_or_pairs(data, needs, recipe.method.name)
+    check_max_bad(pairs.skipped, data.max_bad, pairs.source)
     return split(pairs, data.validation_fraction, recipe.train.seed)
 
 
@@ -53,14 +54,15 @@ def _open_prompts_or_pairs(data: ImageData, needs: Requirements, method: str) ->
     """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
     path = locate(data.path)
     columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
+    columns["images"] = Path(locate(data.images)) if data.images is not None else None
     if needs.prompts_only:
-        if data.format == "prompts":
+        if data.has_prompts_only:
             return open_prompts(path, data.limit)
         return unique_prompts(open_image_pairs(data.format, path, **columns), data.limit)
-    if data.format == "prompts":
+    if data.has_prompts_only:
         raise ValueError(
-            "data.format: prompts has no images, and the method compares those of pairs; expected pick_a_pic, folder "
-            "or rankings (spo generates its own images)"
+            "data.format: prompts has no images, and the method compares those of pairs; expected a file of pairs (spo "
+            "generates its own images)"
         )
     why = None
     if needs.prompt_pairs:
@@ -114,7 +116,7 @@ def build_data_module(
     reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
     return DataModule(
         encoder.encode,
-        *open_all(reader, num_workers=data.num_workers, max_bad_images=data.max_bad_images, shapes_of=shapes.of_all),
+        *open_all(reader, num_workers=data.num_workers, max_bad=data.max_bad, shapes_of=shapes.of_all),
         summarize(splits),
         precompute_cache,
         latents=latents,
@@ -171,7 +173,7 @@ def _fill_latents(
     """Return the cache of latents, filled; the autoencoder then moves to the CPU unless its decoder is needed.
 
     Raises:
-        ValueError: more than `data.max_bad_images` images cannot be read, on all processes together.
+        ValueError: more than `data.max_bad` rows and images are bad, on all processes together.
     """
     from accelerate.utils import gather_object
 
@@ -179,11 +181,11 @@ def _fill_latents(
     size = str(sources[0].shapes.options[0])
     depends: Fingerprint = {"size": size, "fit": data.fit, "vae": fingerprint.fingerprint_network(vae)}
     latents, bad = ArrayCache.open(cache_folder(data, output) / "latents", depends), list[SkippedRow]()
-    source = sources[0].pairs.source
+    pairs = sources[0].pairs
 
     def on_bad(image: SkippedRow) -> None:
         bad.append(image)
-        check_max_bad_images(bad, data.max_bad_images, source)
+        check_max_bad([*pairs.skipped, *bad], data.max_bad, pairs.source)
 
     # Each process encodes its share of what the cache lacks
     for views in sources:
@@ -191,7 +193,7 @@ def _fill_latents(
         decoded = views.read(latents, images, num_workers=data.num_workers)
         fill(latents, encode_latents(family, decoded, on_bad), len(images), "encode images", accelerator)
     bad = gather_object(bad)  # each process knows those of its own share
-    check_max_bad_images(bad, data.max_bad_images, source)
+    check_max_bad([*pairs.skipped, *bad], data.max_bad, pairs.source)
     if bad:
         logger.warning(f"{len(bad)} images cannot be read; their pairs are skipped: {format_rows(bad)}")
     if not vae_decoder:

@@ -27,9 +27,14 @@ def check_data(data: Data) -> None:
         ValueError: the file or a column is missing.
     """
     assert isinstance(data, ResponseData)
-    if data.images is not None and not Path(data.images).is_dir():
-        raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
-    check_source(data.format, locate(data.path), split=data.split, columns=data.columns, group_by=data.group_by)
+    check_source(
+        data.format,
+        locate(data.path),
+        images=data.images,
+        split=data.split,
+        columns=data.columns,
+        group_by=data.group_by,
+    )
 
 
 def _check_question_files(section: EvaluateResponses) -> None:

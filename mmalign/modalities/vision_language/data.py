@@ -14,6 +14,7 @@ from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.response_pairs import ResponsePairReader
 from mmalign.data.loaders.response_pairs import encode as encode_responses
+from mmalign.data.loaders.sampler import check_max_bad
 from mmalign.data.pairs import split
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements
@@ -36,12 +37,13 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     pairs = open_responses(
         data.format,
         locate(data.path),
-        images=Path(data.images) if data.images is not None else None,
+        images=Path(locate(data.images)) if data.images is not None else None,
         split=data.split,
         columns=data.columns,
         group_by=data.group_by,
         limit=data.limit,
     )
+    check_max_bad(pairs.skipped, data.max_bad, pairs.source)
     if needs.rejected and not pairs[0].rejected:
         raise ValueError(
             f"data.path: {pairs.source} has answers alone, and method.name: {recipe.method.name} compares them with "
@@ -90,7 +92,7 @@ def build_data_module(
         batch_size=recipe.train.batch_size,
         seed=seed,
         num_workers=data.num_workers,
-        max_bad_images=data.max_bad_images,
+        max_bad=data.max_bad,
     )
     return DataModule(
         partial(encode_responses, family, max_length=longest),

@@ -206,9 +206,9 @@ def test_a_batch_of_bad_pairs_is_empty_but_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_images_end_the_run(tmp_path: Path, workers: int) -> None:
     pairs = make(tmp_path, 4, bad=(0, 1))
-    list(load(pairs, batch_size=1, seed=0, transform=VIEW, max_bad_images=2, num_workers=workers).batches(0))
-    with pytest.raises(ValueError, match=r"more than data.max_bad_images = 1 images are bad \(pairs.jsonl: line"):
-        list(load(pairs, batch_size=1, seed=0, transform=VIEW, max_bad_images=1, num_workers=workers).batches(0))
+    list(load(pairs, batch_size=1, seed=0, transform=VIEW, max_bad=2, num_workers=workers).batches(0))
+    with pytest.raises(ValueError, match=r"more than data.max_bad = 1 rows and images are bad \(pairs.jsonl: line"):
+        list(load(pairs, batch_size=1, seed=0, transform=VIEW, max_bad=1, num_workers=workers).batches(0))
     with pytest.raises(ValueError, match="none of 2 pairs can be used"):
         list(load(pairs[:2], batch_size=1, seed=0, transform=VIEW, num_workers=workers).batches(0))
 

@@ -124,8 +124,8 @@ def test_what_does_not_fit_is_left_out_counted_and_named(
     assert len(batches) == len(good) and sum(b.weights.sum() for b in batches) == 7
     (dropped,) = result.skipped
     assert dropped.location == "trl.jsonl: line 4"
-    with pytest.raises(ValueError, match=rf"max_bad_images = 0 images are bad \(trl\.jsonl: line 4: {reason}\)"):
-        list(loader(llava, rows, max_length=60, max_bad_images=0).batches(0))
+    with pytest.raises(ValueError, match=rf"max_bad = 0 rows and images are bad \(trl\.jsonl: line 4: {reason}\)"):
+        list(loader(llava, rows, max_length=60, max_bad=0).batches(0))
 
 
 @pytest.mark.parametrize(
