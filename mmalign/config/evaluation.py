@@ -110,7 +110,17 @@ class EvaluateResponses(Evaluate):
     num_images: int = Field(256, ge=2, description="crowds: number of bundled held-out images")
     split: Literal["validation", "test"] = Field("test", description="crowds: split of the bundled images")
     questions: Files | None = Field(
-        None, description="records with image and question; for pope one file per split, such as {random: a.json}"
+        None,
+        description="records with image and question, or Parquet files that hold the images too; for pope one file, or "
+        "one per split, such as {random: a.json}",
+    )
+    labels: Files | None = Field(
+        None, description="pope: files of the release, for questions without labels, such as llava_pope_test.jsonl"
+    )
+    suffix: str | None = Field(
+        None,
+        description="pope, amber: text below every yes/no question, such as 'Answer the question using a single word "
+        "or phrase.'",
     )
     annotations: str | Coco | None = Field(
         None,
@@ -121,10 +131,10 @@ class EvaluateResponses(Evaluate):
     vocabulary: str = Field(
         "refined", description="refined or published (MSCOCO), crowds, or a JSON file {object: [synonyms]}"
     )
-    parse: Literal["published", "strict"] | None = Field(
-        None,
-        description="pope, amber: parser of yes and no: the release's (default for pope), or one to which a hedge, a "
-        "refusal or another unclear answer is neither (default for amber)",
+    parse: Literal["auto", "published", "strict"] = Field(
+        "auto",
+        description="pope, amber: parser of yes and no: the release's (published; auto for pope), or one to which a "
+        "hedge, a refusal or another unclear answer is neither (strict; auto for amber)",
     )
     answers: AnswerFiles | None = None
     decoding: DecodingConfig = DecodingConfig()
@@ -154,8 +164,12 @@ class EvaluateResponses(Evaluate):
             )
         if self.benchmark != "pope" and isinstance(self.questions, dict):
             raise ValueError(f"benchmark {self.benchmark} has no splits; expected one file of questions")
-        if "images" in takes and self.images is None and self.answers is None:
-            raise ValueError("images: expected the folder of the images, or existing answers")
+        if self.benchmark == "pope" and self.labels is not None and self.questions is None:
+            raise ValueError("labels: expected with questions; questions from annotations have labels")
+        named = [self.questions] if isinstance(self.questions, str) else list((self.questions or {}).values())
+        in_files = bool(named) and all(not name.endswith((".json", ".jsonl")) for name in named)
+        if "images" in takes and self.images is None and self.answers is None and not in_files:
+            raise ValueError("images: expected the folder of the images, Parquet questions with images, or answers")
         return self
 
 
@@ -163,10 +177,10 @@ class EvaluateResponses(Evaluate):
 _ASKED = ("annotations", "images", "answers", "decoding", "cache")
 _TAKES: dict[str, tuple[str, ...]] = {
     "crowds": ("num_images", "split", "decoding", "cache"),
-    "pope": (*_ASKED, "questions", "parse"),
+    "pope": (*_ASKED, "questions", "labels", "suffix", "parse"),
     "chair": (*_ASKED, "questions", "prompt", "vocabulary"),
     "object_halbench": (*_ASKED, "questions", "prompt", "vocabulary"),
-    "amber": (*_ASKED, "parse"),
+    "amber": (*_ASKED, "suffix", "parse"),
     "implicit": (),
 }
 

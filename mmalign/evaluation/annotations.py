@@ -1,7 +1,7 @@
 """Readers of questions, object annotations and answers from JSON and JSONL files, one record for each.
 
-Image ids come as numbers (42), digits ("42") or the file names of MSCOCO ("COCO_val2014_000000000042.jpg"). All three
-become "42"; any other name is unchanged.
+Image ids come as numbers (42), digits ("42") or MSCOCO's file names ("val2014/COCO_val2014_000000000042.jpg"), with or
+without folder and suffix. All become "42"; any other name is unchanged.
 
 Readers raise ValueError for an invalid or empty file and for a repeated record. The message begins with its location.
 """
@@ -9,19 +9,23 @@ Readers raise ValueError for an invalid or empty file and for a repeated record.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from mmalign.data.formats.files import records, shorten
+from mmalign.evaluation.question_files import read_rows
 from mmalign.evaluation.yes_no import final_answer
 
 Record = Mapping[str, object]
 K = TypeVar("K")
 V = TypeVar("V")
 
-_COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+_COCO_NAME = re.compile(r"(?:.*[/\\])?(?:COCO_\w+_)?(\d{12})(?:\.(?:jpg|jpeg|png))?", re.IGNORECASE)
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,17}")
+_IMAGE = "<image>"  # a placeholder of other programs; the image precedes every question here
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class Question:
     """A question about an image.
 
     Attributes:
-        id: a number, unique within a file.
+        id: a number or a name, unique within a file.
         image: the image's name.
         text: the question.
         answer: True if "yes" is right, False if "no" is; None for a question that asks for a description.
     """
 
-    id: int
+    id: int | str
     image: str
     text: str
     answer: bool | None = None
@@ -54,7 +58,7 @@ class Response:
 
 
 def image_id(value: object) -> str:
-    """Return the id of an image: "42" for 42, "42" and "COCO_val2014_000000000042.jpg"."""
+    """Return the id of an image: "42" for 42, "42" and "val2014/COCO_val2014_000000000042.jpg"."""
     text = str(value)
     coco = _COCO_NAME.fullmatch(text)
     digits = coco.group(1) if coco else text
@@ -80,8 +84,10 @@ def take_text(location: str, record: Record, *names: str) -> str:
 
 
 def take_number(location: str, record: Record, *names: str) -> int:
-    """Return a whole number."""
+    """Return a whole number, also from its digits."""
     value = take(location, record, *names)
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{location}: {names[0]} is {shorten(value)}; expected a whole number")
     return value
@@ -98,6 +104,24 @@ def take_id(location: str, record: Record, *names: str) -> int | str:
 def take_image_id(location: str, record: Record, *names: str) -> str:
     """Return an image id, from a whole number or a nonempty string."""
     return image_id(take_id(location, record, *names))
+
+
+def take_question_id(location: str, record: Record, default: int | None = None) -> int | str:
+    """Return the id of a question: a whole number, also from its digits, or a name.
+
+    Without an id, return `default` if it is given.
+    """
+    name = "id" if "id" in record and "question_id" not in record else "question_id"
+    if default is not None and name not in record:
+        return default
+    value = take_id(location, record, name)
+    return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
+
+
+def take_question(location: str, record: Record, *names: str) -> str:
+    """Return the text of a question without placeholders of its image."""
+    parts = (part.strip() for part in take_text(location, record, *names).split(_IMAGE))
+    return " ".join(filter(None, parts))
 
 
 def take_names(location: str, record: Record, name: str) -> tuple[str, ...]:
@@ -126,12 +150,41 @@ def check_annotated(name: str, images: Sequence[str], annotated: Mapping[str, ob
     """Raise ValueError if an image has no annotation."""
     unknown = sorted({image for image in images if image not in annotated})
     if unknown:
-        examples = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise ValueError(
-            f"{name}: {len(unknown)} of {len(set(images))} images have no annotation ({examples}; annotated are "
-            f"{', '.join(list(annotated)[:3])}, ...); expected an annotation for every image, an empty one for an "
-            "image without objects"
+            f"{name}: {len(unknown)} of {len(set(images))} images have no annotation ({_list(unknown)}; annotated are "
+            f"{_list(list(annotated))}); expected an annotation for every image, an empty one for an image without "
+            "objects"
         )
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names) or "none"
+
+
+def match_images(images: Sequence[str], annotated: Iterable[str]) -> list[str]:
+    """Return the annotated names of images that files name by another path, or without their suffix.
+
+    A name is replaced by the only annotated one that agrees in its last part, or in its last part without suffix; a
+    name that is annotated itself, or that several or none agree with, is unchanged.
+    """
+    known = set(annotated)
+    unknown = {image for image in images if image not in known}
+    if not unknown:
+        return list(images)
+    matches: dict[str, str] = {}
+    for part in (_last_part, _stem):
+        candidates = Counter(map(part, known))
+        by_part = {part(name): name for name in known if candidates[part(name)] == 1}
+        matches |= {image: by_part[part(image)] for image in unknown - set(matches) if part(image) in by_part}
+    return [matches.get(image, image) for image in images]
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[/\\]", name)[-1]
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.(?:jpg|jpeg|png|webp|gif|bmp)$", "", _last_part(name), flags=re.IGNORECASE)
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
@@ -157,14 +210,14 @@ def read_questions(path: str | Path, prompt: str) -> list[Question]:
         prompt: the question for records without one.
     """
 
-    def read_question(number: int, location: str, record: Record) -> tuple[str, int, Question]:
-        id_names = [name for name in ("question_id", "id") if name in record]
+    def read_question(number: int, location: str, record: Record) -> tuple[str, int | str, Question]:
         text_names = [name for name in ("text", "question", "query") if name in record]
-        question_id = take_number(location, record, *id_names) if id_names else number
-        text = take_text(location, record, *text_names[:1]) if text_names else prompt
+        question_id = take_question_id(location, record, number)
+        text = take_question(location, record, *text_names[:1]) if text_names else prompt
         return location, question_id, Question(question_id, take_text(location, record, "image"), text)
 
-    entries = (read_question(number, *located) for number, located in enumerate(records(path), start=1))
+    rows, _ = read_rows(path)
+    entries = (read_question(number, *located) for number, located in enumerate(rows, start=1))
     example = 'records {"image": "1.jpg", "question": "What is there?"}'
     return list(index(path, "question_id", entries, example).values())
 

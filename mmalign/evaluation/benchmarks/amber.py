@@ -114,6 +114,10 @@ class Annotations:
     safe_words: Collection[str] = SAFE_WORDS
     images: Mapping[int, str] = field(default_factory=dict)
 
+    def is_yes_no(self, number: object) -> bool:
+        """Check whether an id is that of a yes/no question."""
+        return isinstance(number, int) and isinstance(self.items.get(number), DiscriminativeItem)
+
 
 class ObjectMatch(NamedTuple):
     """Vocabulary words in a description, the invented ones, and numbers of covered and expected objects."""

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmalign.data.formats.image_files import contained_path, is_file
 from mmalign.data.images import decode_file
-from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id
+from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id, match_images
 from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.metrics import Metrics
 from mmalign.evaluation.yes_no import parse_strict
@@ -95,19 +95,21 @@ def caption_benchmark(
     Raises:
         ValueError: an image has no annotation, or a question is repeated.
     """
-    check_annotated("annotations", [image_id(question.image) for question in questions], objects)
-    counts = Counter((image_id(question.image), question.text) for question in questions)
+    images_asked = match_images([image_id(question.image) for question in questions], objects)
+    check_annotated("annotations", images_asked, objects)
+    ids = dict(zip((question.image for question in questions), images_asked, strict=True))
+    counts = Counter((ids[question.image], question.text) for question in questions)
     repeated = next((key for key, count in counts.items() if count > 1), None)
     if repeated is not None:
         raise ValueError(f"questions: {repeated[1]!r} is asked twice of image {repeated[0]}; expected it once")
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
         pairs = zip((item.question for item in parts[CAPTIONS]), answers[CAPTIONS], strict=True)
-        responses = [Response(image_id(question.image), answer, question.text) for question, answer in pairs]
+        responses = [Response(ids[question.image], answer, question.text) for question, answer in pairs]
         return [score(responses, objects, vocabulary)]
 
     def item(question: Question) -> Item:
-        truth = objects[image_id(question.image)]
+        truth = objects[ids[question.image]]
 
         def rate(answer: str) -> RatedAnswer:
             match = chair.match_objects(answer, truth, vocabulary)
@@ -146,7 +148,7 @@ def amber_benchmark(
 
     def measure(parts: Parts, answers: AnswersByPart) -> list[Metrics]:
         by_item = (pair for part, items in parts.items() for pair in zip(items, answers[part], strict=True))
-        return amber.score({item.question.id: answer for item, answer in by_item}, annotations, parse)
+        return amber.score({int(item.question.id): answer for item, answer in by_item}, annotations, parse)
 
     def caption_item(question: Question, item: amber.GenerativeItem) -> Item:
         def rate(answer: str) -> RatedAnswer:
@@ -159,7 +161,7 @@ def amber_benchmark(
 
     parts: dict[str, list[Item]] = {CAPTIONS: [], "questions": []}
     for question in questions:
-        annotation = annotations.items[question.id]
+        annotation = annotations.items[int(question.id)]
         if isinstance(annotation, amber.GenerativeItem):
             parts[CAPTIONS].append(caption_item(question, annotation))
         else:

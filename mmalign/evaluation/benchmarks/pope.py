@@ -23,8 +23,18 @@ from typing import Literal, get_args
 import numpy as np
 
 from mmalign.data.formats.files import records, shorten
-from mmalign.evaluation.annotations import Question, Record, index, take, take_number, take_text
+from mmalign.evaluation.annotations import (
+    Question,
+    Record,
+    image_id,
+    index,
+    take,
+    take_question,
+    take_question_id,
+    take_text,
+)
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
+from mmalign.evaluation.question_files import read_rows
 from mmalign.evaluation.statistics import Values
 from mmalign.evaluation.yes_no import final_answer, parse_strict
 from mmalign.language.objects import article
@@ -196,28 +206,91 @@ def _mean_over_splits(splits: Sequence[str], measure: Ratio, sums: Sums) -> Valu
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Read the questions of a split in POPE's format: `question_id`, `image`, `text`, and `label` yes or no."""
+Labels = Mapping[tuple[str, str], bool]  # the answers to questions, by image and `_key`
 
-    def read_question(location: str, record: Record) -> tuple[str, int, Question]:
-        number, label = take_number(location, record, "question_id"), take(location, record, "label")
-        if label not in ("yes", "no"):
-            raise ValueError(f'{location}: label is {shorten(label)}; expected "yes" or "no"')
-        image, text = take_text(location, record, "image"), take_text(location, record, "text", "question")
-        return location, number, Question(number, image, text, label == "yes")
 
-    entries = (read_question(*located) for located in records(path))
-    return list(index(path, "question_id", entries, "POPE's questions, one record a line").values())
+def read_questions(path: str | Path, labels: Labels | None = None) -> list[Question]:
+    """Read the questions of one split, as `read_splits` does."""
+    return [question for asked in read_splits({"": path}, labels).values() for question in asked]
+
+
+def read_splits(paths: Mapping[str, str | Path], labels: Labels | None = None) -> dict[str, list[Question]]:
+    """Read POPE's questions: `question_id`, `image`, `text` or `question`, and `label` or `answer` yes or no.
+
+    The release has a file for each split. A file under the name "" may have all splits, named in `category`, as those
+    of LLaVA and lmms-lab.
+
+    Args:
+        paths: the files by split.
+        labels: the labels of questions without one, from `read_labels`.
+
+    Raises:
+        ValueError: a file is invalid, repeats a question of a split, or has questions without a label.
+    """
+    splits: dict[str, list[tuple[str, int | str, Question]]] = {}
+    for split, path in paths.items():
+        rows, _ = read_rows(path)
+        for number, (location, record) in enumerate(rows, start=1):
+            question = _read_question(location, record, number, labels)
+            category = record.get("category")
+            name = split or (str(category) if category in SPLITS else Path(path).stem)
+            splits.setdefault(name, []).append((location, question.id, question))
+        if not rows:
+            raise ValueError(f"{path} is empty; expected POPE's questions, one record a line")
+    return {split: list(index(split, "question_id", entries, "").values()) for split, entries in splits.items()}
+
+
+def _read_question(location: str, record: Record, number: int, labels: Labels | None) -> Question:
+    image, text = take_text(location, record, "image"), take_question(location, record, "text", "question")
+    if labels is not None and not {"label", "answer"} & record.keys():
+        answer = labels.get((image_id(image), _key(text)))
+        if answer is None:
+            raise ValueError(f"{location}: no label for {shorten(text)} about {image}; use labels of the same release")
+        return Question(take_question_id(location, record, number), image, text, answer)
+    return Question(take_question_id(location, record, number), image, text, _take_label(location, record))
+
+
+def _take_label(location: str, record: Record) -> bool:
+    if not {"label", "answer"} & record.keys():
+        raise ValueError(
+            f"{location} has {shorten(list(record))}; expected a label, yes or no; or name POPE's files, which have "
+            "labels, under `labels`"
+        )
+    label = take(location, record, "label", "answer")
+    word = str(label).strip(" .").lower()
+    if word not in ("yes", "no"):
+        raise ValueError(f'{location}: label is {shorten(label)}; expected "yes" or "no"')
+    return word == "yes"
+
+
+def read_labels(paths: Sequence[str | Path]) -> Labels:
+    """Read the labels of POPE's files, for questions in other files, such as LLaVA's llava_pope_test.jsonl.
+
+    Raises:
+        ValueError: a file is invalid, or two records contradict each other.
+    """
+    labels: dict[tuple[str, str], bool] = {}
+    for location, record in (located for path in paths for located in records(path)):
+        image = image_id(take_text(location, record, "image"))
+        key, label = (image, _key(take_question(location, record, "text", "question"))), _take_label(location, record)
+        if labels.setdefault(key, label) != label:
+            raise ValueError(f"{location}: label contradicts an earlier one of the same question; use one release")
+    return labels
+
+
+def _key(text: str) -> str:
+    """Return the words of a question up to its question mark: a prompt may continue, and old files say "imange"."""
+    return text.partition("?")[0].strip().casefold().replace("imange", "image")
 
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
-    """Read the answers to a split's questions, and return them in the questions' order.
+    """Read the answers to questions, and return them in the questions' order.
 
     There are two layouts. LLaVA writes `question_id`, in any order, and the answer under `text` or `answer`. POPE
     writes `question` (checked) and `answer`, in the order of the questions.
 
     Raises:
-        ValueError: an id is unknown, a question has no answer, or, without ids, the questions differ.
+        ValueError: an id is unknown or not unique, a question has no answer, or, without ids, the questions differ.
     """
     rows = list(records(path))
     num_with_id = sum("question_id" in record for _, record in rows)
@@ -225,25 +298,27 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         raise ValueError(f"{path}: {num_with_id} of {len(rows)} records have a question_id; expected all, or none")
     if not num_with_id:
         return _answers_in_order(path, rows, questions)
-    known = {question.id for question in questions}
+    known = dict.fromkeys(question.id for question in questions)
+    if len(known) < len(questions):
+        raise ValueError(f"{path}: splits use the same question_id; expected a file of answers for each split")
+    ids = list(known)
     for location, record in rows:
-        if (number := take_number(location, record, "question_id")) not in known:
+        if (question_id := take_question_id(location, record)) not in known:
             raise ValueError(
-                f"{location}: question_id {shorten(number)} is none of the {len(known)} questions ({min(known)} to "
-                f"{max(known)}); expected the answers to this file of questions"
+                f"{location}: question_id {shorten(question_id)} is none of the {len(known)} questions ({ids[0]} to "
+                f"{ids[-1]}); expected the answers to this file of questions"
             )
     entries = (
-        (w, take_number(w, record, "question_id"), take_text(w, record, "text", "answer", "response"))
-        for w, record in rows
+        (at, take_question_id(at, record), take_text(at, record, "text", "answer", "response")) for at, record in rows
     )
     answers = index(path, "question_id", entries, "one answer to each question")
-    missing = sorted(known - set(answers))
+    missing = [question_id for question_id in ids if question_id not in answers]
     if missing:
         raise ValueError(
             f"{path} has no answer to {len(missing)} of {len(known)} questions ({', '.join(map(str, missing[:3]))}); "
             "expected one to each, an empty one for an empty answer"
         )
-    return [final_answer(answers[question.id]) for question in questions]
+    return [final_answer(answers[question_id]) for question_id in ids]
 
 
 def _answers_in_order(path: str | Path, rows: Sequence[tuple[str, Record]], questions: Sequence[Question]) -> list[str]:
@@ -253,8 +328,8 @@ def _answers_in_order(path: str | Path, rows: Sequence[tuple[str, Record]], ques
         )
     answers = []
     for (location, record), question in zip(rows, questions, strict=True):
-        text = take_text(location, record, "question", "prompt")
-        if question.text.casefold() not in text.casefold():  # a prompt may continue: "Answer with yes or no."
+        text = take_question(location, record, "question", "prompt")
+        if _key(question.text) not in _key(text):
             raise ValueError(
                 f"{location} answers {shorten(text)}, but question {question.id} is {shorten(question.text)}; expected "
                 "the answers in the order of the questions, or their question_id"

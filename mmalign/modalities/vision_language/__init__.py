@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmalign.modalities import Modality, Samples
-from mmalign.modalities.vision_language import check, data, doctor, evaluate, gallery, model, prepare
+from mmalign.modalities.vision_language import benchmark, check, data, doctor, evaluate, gallery, model, prepare
 from mmalign.pages import answers
 
 MODALITY = Modality(
@@ -21,7 +21,7 @@ MODALITY = Modality(
     build_data_module=data.build_data_module,
     unusable_rows="images or pairs could not be used",
     open_benchmark=evaluate.open_benchmark,
-    score_files=evaluate.score_files,
+    score_files=benchmark.score_files,
     doctor_inputs=doctor.doctor_inputs,
     samples=Samples(
         unavailable_reason=gallery.unavailable_reason,

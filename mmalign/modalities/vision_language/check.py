@@ -39,7 +39,7 @@ def check_data(data: Data) -> None:
 
 def _check_question_files(section: EvaluateResponses) -> None:
     """Check the files that a section of questions names."""
-    named: dict[str, Files | None] = {"questions": section.questions}
+    named: dict[str, Files | None] = {"questions": section.questions, "labels": section.labels}
     if isinstance(section.annotations, Coco):
         for key in ("instances", "captions"):
             named[f"annotations.{key}"] = {name: name for name in getattr(section.annotations, key)}

@@ -8,7 +8,7 @@ from mmalign.config import EvaluateResponses, Recipe, ResponseData, ResponseMode
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs, ResponseTokens
 from mmalign.families.loading import load_processor
 from mmalign.modalities.loading import disable_progress_bars, find_local
-from mmalign.modalities.vision_language.evaluate import read_benchmark
+from mmalign.modalities.vision_language.benchmark import read_benchmark
 
 
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:

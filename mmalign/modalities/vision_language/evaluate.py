@@ -13,72 +13,25 @@ from typing import Any
 import torch
 
 from mmalign import atomic_io
-from mmalign.config import EvaluateResponses, Files, Recipe, ResponseModel
+from mmalign.config import EvaluateResponses, Recipe, ResponseModel
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.data_module import Splits
 from mmalign.data.formats.files import records
 from mmalign.data.pairs import format_rows
-from mmalign.evaluation.annotations import (
-    Question,
-    image_id,
-    read_objects,
-    read_questions,
-    read_responses,
-    take_number,
-    take_text,
-)
-from mmalign.evaluation.benchmarks import amber, chair, crowds, implicit_reward, object_halbench, pope
-from mmalign.evaluation.benchmarks.base import (
-    AnswersByPart,
-    Benchmark,
-    amber_benchmark,
-    caption_benchmark,
-    open_folder,
-    yes_no_benchmark,
-)
+from mmalign.evaluation.annotations import take_question_id, take_text
+from mmalign.evaluation.benchmarks import implicit_reward
+from mmalign.evaluation.benchmarks.base import AnswersByPart, Benchmark
 from mmalign.evaluation.generate_answers import Answers, generate_answers
-from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table, compare
-from mmalign.evaluation.yes_no import final_answer, parse_strict
+from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table
+from mmalign.evaluation.yes_no import final_answer
 from mmalign.families.base import VisionLanguage
-from mmalign.language.objects import Vocabulary
-from mmalign.language.vocabularies import load_vocabulary
 from mmalign.modalities import EVALUATE_AGAIN, Measure, Result
 from mmalign.modalities.validation import implicit_reward_benchmark
+from mmalign.modalities.vision_language.benchmark import compare_all, read_benchmark, report
 from mmalign.policy import Policy
 
 logger = logging.getLogger(__name__)
-
-_CAPTION_SCORES = {"chair": chair.score, "object_halbench": object_halbench.score}
-
-
-def read_benchmark(section: EvaluateResponses) -> Benchmark:
-    """Read a benchmark's questions, and check that all its files exist and match.
-
-    Raises:
-        ValueError: a file or an image is missing, or a file is invalid.
-    """
-    try:
-        if section.benchmark == "crowds":
-            return crowds.benchmark(section.num_images, section.split, section.seed)
-        assert section.images is not None, "the section requires it"
-        # Yes-no questions, then AMBER, then captions scored by their objects
-        if section.benchmark == "pope":
-            by_split = _pope_questions(section)
-            images = open_folder(section.images, [question for asked in by_split.values() for question in asked])
-            return yes_no_benchmark(by_split, images, _parser(section))
-        if section.benchmark == "amber":
-            assert isinstance(section.annotations, str)
-            questions = read_questions(Path(section.annotations) / "query" / "query_all.json", section.prompt)
-            images = open_folder(section.images, questions)
-            return amber_benchmark(questions, amber.read_amber(section.annotations), images, _parser(section))
-        questions = read_questions(_question_file(section), section.prompt)
-        words = load_vocabulary("vocabulary", section.vocabulary)
-        objects = _objects(section, words, [question.image for question in questions])
-        images = open_folder(section.images, questions)
-        return caption_benchmark(questions, objects, words, images, _CAPTION_SCORES[section.benchmark])
-    except ValueError as error:
-        raise ValueError(f"evaluate: {error}") from error
 
 
 def open_benchmark(recipe: Recipe, _: torch.device, splits: Splits | None) -> Measure:
@@ -152,7 +105,7 @@ def compare_answers(
             )
 
     # Metrics and files
-    comparisons = _compare(*map(benchmark.score, by_side.values()))
+    comparisons = compare_all(*map(benchmark.score, by_side.values()))
     for side, parts in by_side.items():
         _write_answers(folder / side, benchmark, parts)
     content = {
@@ -171,7 +124,7 @@ def compare_answers(
         "empty answers": num_empty,
         "cut answers": num_cut,
     }
-    measures, table = _report(comparisons)
+    measures, table = report(comparisons)
     return {**result, "measures": measures}, table
 
 
@@ -205,28 +158,6 @@ def _ask(
     )
 
 
-def score_files(recipe: Recipe) -> Result | None:
-    """Score the files of answers that a section names, of both models or of one; return None without such files.
-
-    No model and no image is loaded.
-
-    Raises:
-        ValueError: a file is missing or invalid, or does not answer the questions.
-    """
-    section = recipe.evaluate
-    assert isinstance(section, EvaluateResponses)
-    files = section.answers
-    if files is None:
-        return None
-    score = {"pope": _score_pope, "amber": _score_amber}.get(section.benchmark, _score_captions)
-    try:
-        after = score(section, files.after)
-        measures, table = _report(after if files.before is None else _compare(score(section, files.before), after))
-    except ValueError as error:
-        raise ValueError(f"evaluate: {error}") from error
-    return {"benchmark": section.benchmark, "answers": files.model_dump(), "measures": measures}, table
-
-
 def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     """Return the metrics of an evaluated run, before and after alignment, from the answers that it wrote."""
     assert isinstance(recipe.evaluate, EvaluateResponses)
@@ -246,7 +177,7 @@ def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
         }
     )
 
-    def answer(side: str, part: str, number: int) -> str:
+    def answer(side: str, part: str, number: int | str) -> str:
         if number not in written[side, part]:
             raise ValueError(f"{folder / side / part}.jsonl: has no answer to question {number}; {EVALUATE_AGAIN}")
         return written[side, part][number]
@@ -260,94 +191,12 @@ def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
     return before, after
 
 
-def _read_answers(file: Path) -> dict[int, str]:
+def _read_answers(file: Path) -> dict[int | str, str]:
     """Read the answers that `_write_answers` wrote, by question."""
-    return {take_number(at, record, "question_id"): take_text(at, record, "text") for at, record in records(file)}
-
-
-# ---------------------------------------------------------------------------------------------------------- input files
-
-
-def _parser(section: EvaluateResponses) -> pope.Parse:
-    """Return the parser of yes and no; the default is the release's for POPE, and the strict one for AMBER."""
-    if section.parse == "strict" or (section.parse is None and section.benchmark == "amber"):
-        return parse_strict
-    return amber.parse_published if section.benchmark == "amber" else pope.parse_published
-
-
-def _pope_questions(section: EvaluateResponses) -> dict[str, list[Question]]:
-    """Return the questions of each split, read from files or built from annotations."""
-    if isinstance(section.questions, str):
-        return {Path(section.questions).stem: pope.read_questions(section.questions)}
-    if section.questions is not None:
-        return {split: pope.read_questions(file) for split, file in section.questions.items()}
-    assert isinstance(section.annotations, str)
-    objects = read_objects(section.annotations)
-    return {split: pope.build(objects, split, seed=section.seed) for split in pope.SPLITS}
-
-
-def _question_file(section: EvaluateResponses) -> str:
-    """Return the file of questions, or else the annotations, whose records also name images."""
-    file = section.questions or section.annotations
-    if not isinstance(file, str):
-        raise ValueError(
-            "questions: MSCOCO's annotations do not say which images to ask about; add a file of questions"
-        )
-    return file
-
-
-def _objects(section: EvaluateResponses, words: Vocabulary, images: Sequence[str]) -> chair.Truth:
-    """Return the objects of these images."""
-    annotations = section.annotations
-    if isinstance(annotations, str):
-        return chair.read_truth(annotations, words)
-    assert annotations is not None
-    return chair.read_coco(annotations.instances, annotations.captions, words, {image_id(image) for image in images})
-
-
-def _score_pope(section: EvaluateResponses, files: Files) -> list[Metrics]:
-    questions = _pope_questions(section)
-    by_split = {next(iter(questions)): files} if isinstance(files, str) else files
-    if set(by_split) != set(questions):
-        raise ValueError(
-            f"answers: got files for {', '.join(by_split)}; expected a file for each split: {', '.join(questions)}"
-        )
-    answers = {split: pope.read_answers(by_split[split], asked) for split, asked in questions.items()}
-    return [pope.score(questions, answers, _parser(section))]
-
-
-def _score_amber(section: EvaluateResponses, files: Files) -> list[Metrics]:
-    assert isinstance(section.annotations, str)
-    paths = [files] if isinstance(files, str) else list(files.values())
-    responses: dict[int, str] = {}
-    for path in paths:
-        file_responses = amber.read_responses(path)
-        if responses.keys() & file_responses:
-            raise ValueError(f"answers: {', '.join(paths)} answer some questions twice; expected one answer to each")
-        responses |= file_responses
-    return amber.score(responses, amber.read_amber(section.annotations), _parser(section))
-
-
-def _score_captions(section: EvaluateResponses, files: Files) -> list[Metrics]:
-    if not isinstance(files, str):
-        raise ValueError(f"answers: got files for {', '.join(files)}; expected one file, since there are no splits")
-    assert section.questions is None or isinstance(section.questions, str)
-    responses, words = read_responses(files, section.questions), load_vocabulary("vocabulary", section.vocabulary)
-    objects = _objects(section, words, [response.image for response in responses])
-    return [_CAPTION_SCORES[section.benchmark](responses, objects, words)]
+    return {take_question_id(at, record): take_text(at, record, "text") for at, record in records(file)}
 
 
 # --------------------------------------------------------------------------------------------------------- output files
-
-
-def _compare(before: Sequence[Metrics], after: Sequence[Metrics]) -> list[MetricsComparison]:
-    return [compare(*pair) for pair in zip(before, after, strict=True)]
-
-
-def _report(results: Sequence[Metrics | MetricsComparison]) -> tuple[dict[str, Any], Table]:
-    """Return the numbers of all metrics for result.json, by benchmark, and one table with all of them."""
-    numbers = [result.as_dict() for result in results]
-    return {str(entry["benchmark"]): entry for entry in numbers}, [row for result in results for row in result.table()]
 
 
 def _headline_table(comparisons: Sequence[MetricsComparison]) -> Table:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from mmalign.config import EvaluateResponses, Recipe
 from mmalign.evaluation.benchmarks.base import RatedAnswer
 from mmalign.modalities import Sample, SamplesFile, read_samples
-from mmalign.modalities.vision_language.evaluate import read_benchmark
+from mmalign.modalities.vision_language.benchmark import read_benchmark
 from mmalign.pages.answers import answer_entry
 from mmalign.pages.page import GalleryEntry
 

@@ -260,7 +260,8 @@ def test_read_amber(tmp_path: Path) -> None:
             'type is "discriminative-colour", truth "no"; expected yes or no',
         ),
         ({"type": "relation", "truth": "No"}, 'truth "No"; expected yes or no'),
-        ({"id": "1"}, 'id is "1"; expected a whole number'),
+        ({"id": "one"}, 'id is "one"; expected a whole number'),
+        ({"id": "2"}, "entry 2: duplicate id 2"),
         ({"id": 2}, "entry 2: duplicate id 2"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmalign.data.images import BadImage
-from mmalign.evaluation.annotations import Question, read_questions
+from mmalign.evaluation.annotations import Question, match_images, read_questions
 from mmalign.evaluation.benchmarks import amber, object_halbench, pope
 from mmalign.evaluation.benchmarks.base import (
     CAPTIONS,
@@ -54,6 +54,15 @@ def test_captions_refuse_unannotated_and_repeated_images() -> None:
         caption_benchmark(ASKED, {"1.jpg": frozenset()}, WORDS, no_images)
     with pytest.raises(ValueError, match=r"'Describe it.' is asked twice of image 42"):
         caption_benchmark([ASKED[1], Question(3, "42", "Describe it.")], TRUTH, WORDS, no_images)
+
+
+def test_questions_may_name_images_by_another_path() -> None:
+    """Two annotated images of one stem are never confused: such a name stays unknown."""
+    asked = [Question(1, "val/1.jpg", "Describe it."), Question(2, "val2014/COCO_val2014_000000000042", "Describe it.")]
+    benchmark = caption_benchmark(asked, TRUTH, WORDS, no_images)
+    (metrics,) = benchmark.score({CAPTIONS: ["A dog.", "A cat."]})
+    assert metrics.groups == ("1.jpg", "42") and metrics.values["CHAIR_i"] == 0
+    assert match_images(["x/1.jpg", "1", "y.jpg"], ["a/1.jpg", "b/1.png", "y.jpg"]) == ["a/1.jpg", "1", "y.jpg"]
 
 
 def test_yes_no_answers_are_scored_and_rated() -> None:
@@ -112,12 +121,14 @@ def test_read_questions_in_common_formats(tmp_path: Path) -> None:
         {"image": "b.jpg", "question": "And that?"},
         {"id": 9, "image": "c.jpg", "query": "Describe this image."},  # AMBER
         {"image": "d.jpg", "objects": ["dog"]},  # annotations, without a question
+        {"question_id": "q5", "image": "e.jpg", "text": "<image>\nWhat is it?"},
     )
     assert read_questions(file, "Describe this image.") == [
         Question(7, "a.jpg", "What is it?"),
         Question(2, "b.jpg", "And that?"),
         Question(9, "c.jpg", "Describe this image."),
         Question(4, "d.jpg", "Describe this image."),
+        Question("q5", "e.jpg", "What is it?"),
     ]
 
 
@@ -126,7 +137,7 @@ def test_read_questions_in_common_formats(tmp_path: Path) -> None:
     [
         ([{"text": "What?"}], r"q.jsonl: line 1 has \[\"text\"\]; expected 'image'"),
         ([{"image": "a", "text": 3}], r"text is 3; expected a string"),
-        ([{"image": "a", "question_id": "one"}], 'question_id is "one"; expected a whole number'),
+        ([{"image": "a", "question_id": None}], "question_id is null; expected a number or a name"),
         ([{"image": "a", "id": 1}, {"image": "b", "id": 1}], "line 2: duplicate question_id 1"),
         ([], "q.jsonl is empty; expected records"),
     ],

@@ -90,9 +90,21 @@ def test_questions_about_an_image_are_one_group() -> None:
     assert (len(metrics.keys), len(set(metrics.groups))) == (3, 2)
 
 
-@pytest.mark.parametrize("value", [42, "42", "COCO_val2014_000000000042.jpg", "000000000042.jpg"])
+@pytest.mark.parametrize(
+    "value", [42, "42", "COCO_val2014_000000000042.jpg", "000000000042.jpg", "COCO_val2014_000000000042"]
+)
 def test_image_id_is_the_number(value: object) -> None:
     assert image_id(value) == "42"
+
+
+@pytest.mark.parametrize("folder", ["val2014/", "/data/coco/val2014/", "C:\\coco\\"])
+def test_image_id_ignores_folders_of_mscoco(folder: str) -> None:
+    assert image_id(f"{folder}COCO_val2014_000000000042.jpg") == "42"
+
+
+def test_message_about_no_annotation_at_all() -> None:
+    with pytest.raises(ValueError, match=r"\(42; annotated are none\)"):
+        chair.score([Response("42", "A dog.")], {}, COCO)
 
 
 def test_image_id_keeps_other_names() -> None:

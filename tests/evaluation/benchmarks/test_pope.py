@@ -245,14 +245,65 @@ def test_read_questions_and_annotations(tmp_path: Path) -> None:
     ("change", "error"),
     [
         ({"question_id": 1}, "line 2: duplicate question_id 1"),
-        ({"question_id": "2"}, 'question_id is "2"; expected a whole number'),
-        ({"label": "No"}, 'label is "No"; expected "yes" or "no"'),
+        ({"question_id": "1"}, "line 2: duplicate question_id 1"),
+        ({"question_id": 1.5}, "question_id is 1.5; expected a number or a name"),
+        ({"label": "maybe"}, 'label is "maybe"; expected "yes" or "no"'),
         ({"text": 3}, "text or question is 3; expected a string"),
     ],
 )
 def test_read_questions_refuses_bad_records(change: dict[str, Any], error: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=error):
         pope.read_questions(write_jsonl(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label": "Yes"},
+        {"label": "YES."},
+        {"question_id": "1"},
+        {"text": "<image>\nIs there a dog in the image?"},
+        {"text": "Is there a dog in the image?\n<image>"},
+    ],
+)
+def test_read_questions_of_other_writers(change: dict[str, Any], tmp_path: Path) -> None:
+    assert pope.read_questions(write_jsonl(tmp_path / "q.json", {**ROWS[0], **change})) == QUESTIONS[:1]
+
+
+def test_question_ids_may_be_names(tmp_path: Path) -> None:
+    rows = [{**row, "question_id": f"q{row['question_id']}"} for row in ROWS]
+    questions = pope.read_questions(write_jsonl(tmp_path / "q.json", *rows))
+    assert [question.id for question in questions] == ["q1", "q2"]
+    answers = [{"question_id": "q2", "text": "No"}, {"question_id": "q1", "text": "Yes"}]
+    assert pope.read_answers(write_jsonl(tmp_path / "a.jsonl", *answers), questions) == ["Yes", "No"]
+
+
+SUFFIX = "Answer the question using a single word or phrase."
+
+
+def test_llava_s_file_has_splits_and_takes_its_labels_from_the_release(tmp_path: Path) -> None:
+    """llava_pope_test.jsonl: ids of its own, a category, a suffix, no label; old files of the release say "imange"."""
+    rows = [
+        {"question_id": 10 * n + i, "image": "a.jpg", "text": f"{ROWS[i]['text']}\n{SUFFIX}", "category": split}
+        for n, split in enumerate(("adversarial", "popular"))
+        for i in range(2)
+    ]
+    file = write_jsonl(tmp_path / "llava_pope_test.jsonl", *rows)
+    release = write_jsonl(tmp_path / "r.json", {**ROWS[0], "text": "Is there a dog in the imange?"}, ROWS[1])
+    splits = pope.read_splits({"": file}, pope.read_labels([release]))
+    ids = {split: [(q.id, q.answer) for q in asked] for split, asked in splits.items()}
+    assert ids == {"adversarial": [(0, True), (1, False)], "popular": [(10, True), (11, False)]}
+    with pytest.raises(ValueError, match=r"line 1 has .* expected a label, yes or no; or name POPE's files"):
+        pope.read_splits({"": file})
+    with pytest.raises(ValueError, match=r"line 1: no label for .* about a.jpg; use labels of the same release"):
+        pope.read_splits({"": file}, pope.read_labels([write_jsonl(tmp_path / "r.json", ROWS[1])]))
+    with pytest.raises(ValueError, match="line 2: label contradicts an earlier one"):
+        pope.read_labels([write_jsonl(tmp_path / "r.json", ROWS[0], {**ROWS[0], "label": "no"})])
+
+
+def test_category_that_is_no_split_is_left_alone(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "mine.json", *({**row, "category": "animals"} for row in ROWS))
+    assert pope.read_splits({"": file}) == {"mine": QUESTIONS}
 
 
 def test_read_questions_refuses_an_empty_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.modalities import text_to_image, vision_language
-from mmalign.modalities.vision_language.evaluate import read_benchmark
+from mmalign.modalities.vision_language.benchmark import read_benchmark
 from tests.fuzzing.readers.recipes import SECTIONS
 from tests.fuzzing.readers.rows import in_lines
 from tests.fuzzing.rule import Files, Reader

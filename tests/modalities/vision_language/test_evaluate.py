@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -147,6 +149,62 @@ def test_pope_from_annotations_and_from_files(content: Content, images: Path) ->
     )
     results = evaluate_module.evaluate(of(content, {**section, "questions": {"mine": str(questions)}})).result
     assert set(results["measures"]["POPE"]["difference"]) >= {"mine: accuracy", "mine: yes rate"}
+
+
+def test_pope_of_a_parquet_file_with_its_images(content: Content, folder: Path, tmp_path: Path) -> None:
+    """As lmms-lab writes it: ids and labels as text, splits in one file, each image beside its question."""
+    rows = [
+        {"question_id": str(n % 4 + 1), "question": f"Is there a thing{n}?", "answer": ("yes", "no")[n % 2]}
+        | {"image_source": f"COCO_{n // 2}", "image": {"bytes": data_files.png(n // 2), "path": None}}
+        | {"category": ("random", "popular")[n // 4]}
+        for n in range(8)
+    ]
+    file = tmp_path / "test-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=3)
+    section = {"benchmark": "pope", "questions": str(file), "suffix": "Yes or no?", "decoding": DECODING}
+    results = evaluate_module.evaluate(of(content, section)).result
+    assert results["questions"] == 8 and "mean: unclear" in results["measures"]["POPE"]["difference"]
+    written = lines(folder / "after" / "random.jsonl")
+    assert [(r["question_id"], r["image"], r["question"]) for r in written] == [
+        (n + 1, f"COCO_{n // 2}", f"Is there a thing{n}?\nYes or no?") for n in range(4)
+    ]
+    gallery.gallery(of(content, section))
+
+
+def test_llava_s_answers_to_its_own_file(content: Content, tmp_path: Path) -> None:
+    """One file of answers to two splits, by ids that the release does not have."""
+    release = [
+        {"question_id": 1, "image": f"{n}.png", "text": "Is there a dog?", "label": ("Yes", "no")[n % 2]}
+        for n in range(4)
+    ]
+    labels = {
+        split: write_jsonl(tmp_path / f"{split}.json", *({**row, "question_id": n} for n, row in enumerate(release)))
+        for split in ("adversarial", "popular")
+    }
+    asked = [
+        {**row, "question_id": 4 * k + n, "category": split, "text": "Is there a dog?\nAnswer in one word."}
+        for k, split in enumerate(labels)
+        for n, row in enumerate(release)
+    ]
+    questions = write_jsonl(
+        tmp_path / "llava_pope_test.jsonl", *({k: v for k, v in q.items() if k != "label"} for q in asked)
+    )
+    answers = write_jsonl(
+        tmp_path / "answers.jsonl",
+        *({"question_id": q["question_id"], "text": q["label"].title()} for q in reversed(asked)),
+    )
+    section = {"benchmark": "pope", "questions": str(questions), "labels": {k: str(v) for k, v in labels.items()}}
+    result = evaluate_module.evaluate(of(content, {**section, "answers": {"after": str(answers)}})).result
+    assert result["measures"]["POPE"]["measures"]["mean: accuracy"]["estimate"] == 1
+    assert {"adversarial: F1", "popular: F1"} <= set(result["measures"]["POPE"]["measures"])
+
+
+def test_answers_name_images_by_path(content: Content, images: Path, tmp_path: Path) -> None:
+    names = ["elsewhere/0.png", "1", "2.PNG", "3.png"]
+    answers = [{"image": name, "caption": "<think>A cat?</think>A dog."} for name in names]
+    section = chair(images, answers={"after": str(write_jsonl(tmp_path / "a.jsonl", *answers))})
+    result = evaluate_module.evaluate(of(content, section)).result["measures"]["CHAIR"]
+    assert result["counts"]["mentions"] == 4 and result["counts"]["invented mentions"] == 2
 
 
 def test_amber_on_its_folder(content: Content, images: Path) -> None:
