@@ -143,7 +143,7 @@ def _ask(
         "decoding": section.decoding.model_dump(exclude={"batch_size"}),
         "precision": recipe.train.precision,
         "seed": section.seed,
-        "images": section.images or section.benchmark,
+        "images": section.images or section.questions or section.benchmark,
         "template_arguments": recipe.model.template_arguments,
     }
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
