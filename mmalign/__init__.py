@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mmalign.commands.export import export
     from mmalign.commands.gallery import gallery
     from mmalign.commands.load_recipe import load_recipe
+    from mmalign.commands.plan import plan
     from mmalign.commands.prepare import prepare
     from mmalign.commands.quickstart import quickstart
     from mmalign.commands.train import train
@@ -42,6 +43,7 @@ __all__ = [
     "export",
     "gallery",
     "load_recipe",
+    "plan",
     "prepare",
     "quickstart",
     "train",

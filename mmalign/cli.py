@@ -307,6 +307,27 @@ def bench(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName,
+    values: Values = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of the card.", show_default="this machine's GPU")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Also make two updates here and measure their peak.")] = False,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers to this file.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Predict a training's memory, disk and epochs from configurations alone, before a download.
+
+    If the card is too small, the last lines say what to switch on, in order: mmalign plan RECIPE --memory 24
+    """
+    checked = _load(recipe, values, overrides)  # before torch is imported
+    from mmalign.commands.plan import plan as run
+
+    run(checked, memory=memory, probe=probe, json=json)
+
+
+@app.command()
 def explain(
     key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Such as train, train.lr or lr.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of all keys.")] = False,

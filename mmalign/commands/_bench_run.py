@@ -204,9 +204,10 @@ def peak_bytes(run: Run, before: int) -> int:
         torch.cuda.reset_peak_memory_stats(run.device)
         run.updates(run, 1, None)
         return int(torch.cuda.max_memory_allocated(run.device)) - before
-    memory = LiveBytes()
+    memory, state = LiveBytes(), run.train_state
+    average = state.ema.state() if state.ema is not None else []
     with torch.compiler.set_stance("force_eager"), memory:
-        for tensor in (*weights(run), *tree_leaves(list(run.train_state.optimizer.state.values()))):
+        for tensor in (*weights(run), *tree_leaves(list(state.optimizer.state.values())), *average):
             if isinstance(tensor, Tensor):
                 memory.count(tensor)
         run.updates(run, 1, None)

@@ -14,7 +14,7 @@ from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import _resume, cache, preflight
 from mmalign.commands._after_update import AfterUpdate
 from mmalign.commands.load_recipe import dump_recipe
-from mmalign.config import Recipe
+from mmalign.config import Recipe, Train
 from mmalign.data.data_module import DataModule
 from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+MANY_EPOCHS = 20  # beyond which a run repeats few pairs
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     )
     for line in needs.check():
         logger.info(line)
+    logger.info(describe_updates(options, len(splits[0]), accelerator.num_processes))
 
     # Models and the last checkpoint
     device, allow = accelerator.device, recipe.allow_pickle
@@ -122,7 +125,6 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     count = sum(p.numel() for p in run.policy.trainable())
     number = f"{count / 1e6:.2f}M" if count >= 10_000 else f"{count:,}"
     logger.info(f"{recipe.method.name}: {number} trainable parameters of {run.policy.family.name}; {data_module.about}")
-    logger.info(_describe_updates(recipe, data_module, accelerator.num_processes))
 
     # Training, export and verdict
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
@@ -148,15 +150,29 @@ def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float
     return Trained(folder, run.progress.step, time.time() - started, reporter.verdict, reporter.history)
 
 
-def _describe_updates(recipe: Recipe, data_module: DataModule, num_processes: int) -> str:
-    """Return a sentence with the pairs of an update and the updates of an epoch."""
-    options, per_epoch = recipe.train, len(data_module.train_loader) / recipe.train.gradient_accumulation_steps
-    number = num_processes * options.batch_size * options.gradient_accumulation_steps
+def describe_updates(options: Train, num_pairs: int, num_processes: int) -> str:
+    """Return a sentence with the pairs of an update, and the updates of an epoch and of the run.
+
+    Args:
+        options: the settings of the training.
+        num_pairs: pairs of the training split.
+        num_processes: number of processes.
+    """
+    num_batches = max(1, num_pairs // (options.batch_size * num_processes))  # a partial batch alone counts
+    per_epoch = num_batches / options.gradient_accumulation_steps
+    number, epochs = num_processes * options.batch_size * options.gradient_accumulation_steps, options.steps / per_epoch
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    few = ": few pairs" if epochs > MANY_EPOCHS else ""
     return (
-        f"update: {processes} x {options.batch_size} pairs x {options.gradient_accumulation_steps} batches = {number} "
-        f"pairs; an epoch has {per_epoch:g} updates"
+        f"{num_pairs:,} pairs; update: {processes} x {options.batch_size} pairs x "
+        f"{options.gradient_accumulation_steps} batches = {number} pairs; an epoch has {per_epoch:g} updates, and "
+        f"{options.steps:,} updates are {_rounded(epochs)} epochs{few}"
     )
+
+
+def _rounded(number: float) -> str:
+    """Return a number with two digits behind the point if it is below 10, else as an integer."""
+    return f"{number:.3g}" if number < 10 else f"{number:,.0f}"
 
 
 def _end(recipe: Recipe, data_module: DataModule, accelerator: Accelerator) -> None:

@@ -122,6 +122,11 @@ class Loading:
     template_arguments: Mapping[str, object] = field(default_factory=dict)
     tokenizers_only: bool = False
 
+    @property
+    def shapes_only(self) -> bool:
+        """True on the meta device, where networks come from their configurations alone."""
+        return self.device.type == "meta"
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return autocast to `half`; a context without effect in float32."""
         return contextlib.nullcontext() if self.half is None else torch.autocast(self.device.type, self.half)

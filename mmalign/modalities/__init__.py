@@ -83,6 +83,25 @@ class Samples:
     write_images: Callable[[Path, Mapping[str, Recipe]], None] | None = None
 
 
+@dataclass(frozen=True)
+class Example:
+    """Batches like those of a recipe's training, for a model that has shapes alone.
+
+    Attributes:
+        batch: the encoded batch of so many pairs.
+        cache_bytes: bytes on the disk by cache.
+        leaving: encoders that leave the device once their outputs are cached.
+        about: the size of an example, as a noun phrase.
+        smaller: an assignment that makes examples smaller; empty if there is none.
+    """
+
+    batch: Callable[[int], Any]
+    cache_bytes: dict[str, int]
+    leaving: Sequence[str]
+    about: str
+    smaller: str = ""
+
+
 class DataModuleBuilder(Protocol):
     """Function that opens caches and loaders of a recipe's pairs."""
 
@@ -132,6 +151,8 @@ class Modality:
         open_pairs: open pairs that meet the requirements, without decoding an image: (training split, validation split
             or None); raises ValueError if files or columns are missing, or no pair is left.
         build_data_module: open caches and loaders.
+        encode_example: encode batches like those of training, of pairs that are at hand or of usual ones, on a model
+            that has shapes alone; None for a model that cannot be planned.
         unusable_rows: the noun phrase for rows that no process can use.
         open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy. A benchmark
             on the validation split gets both splits.
@@ -156,6 +177,7 @@ class Modality:
     model_dependencies: Callable[[Model], dict[str, str]]
     open_pairs: Callable[[Recipe, Requirements], Splits]
     build_data_module: DataModuleBuilder
+    encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None
     unusable_rows: str
     open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]
     score_files: Callable[[Recipe], Result | None]

@@ -122,6 +122,7 @@ MODALITY = Modality(
     model_dependencies=frozen_models,
     open_pairs=data.open_pairs,
     build_data_module=build_data_module,
+    encode_example=None,
     unusable_rows="images or pairs could not be used",
     open_benchmark=open_benchmark,
     score_files=lambda _: None,

@@ -22,6 +22,7 @@ from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import ImageSize, SamplingConfig
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
+from mmalign.families import shapes
 from mmalign.families.compile import denoiser_blocks
 from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.diffusion.export import export, save_pipeline
@@ -224,9 +225,12 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         denoiser_name(cls): frozen if loading.network_half else torch.float32,
         "vae": loading.vae_dtype,
     }
-    options["use_safetensors"] = use_safetensors(path, loading.allow_pickle)
+    if not loading.shapes_only:
+        options["use_safetensors"] = use_safetensors(path, loading.allow_pickle)
     with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle):
         index = cls.load_config(path, revision=loading.revision)
+        if loading.shapes_only:
+            options |= shapes.build_pipeline_parts(path, index, dtypes)
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
         if loading.tokenizers_only:

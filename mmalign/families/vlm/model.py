@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
+from mmalign.families import shapes
 from mmalign.families.lora import PEFT_CONFIG, adapter_layers, add_lora, linear_names
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
@@ -258,15 +259,21 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     Raises:
         ValueError: a file is missing or damaged, the processor is another model's, or the model cannot be trained here.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     # Model and processor, checked against each other
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
-    safe, options = use_safetensors(path, loading.allow_pickle), {"trust_remote_code": False, "dtype": dtype}
+    options = {"trust_remote_code": False, "dtype": dtype}
     with intact("model.path", path, f"a vision-language model ({model_type})"), tensors_only(loading.allow_pickle):
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, revision=loading.revision, use_safetensors=safe, **options
-        )
+        if loading.shapes_only:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            with shapes.META:
+                model = AutoModelForImageTextToText.from_config(config, **options)
+        else:
+            safe = use_safetensors(path, loading.allow_pickle)
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, revision=loading.revision, use_safetensors=safe, **options
+            )
     prompt_processor = load_processor(path, model_type, loading.revision, loading.template_arguments, model.config)
     processor = prompt_processor.processor
     _check_type(path, model_type, model, processor)
@@ -277,7 +284,8 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
         enable_packing(model.get_decoder())
     network = TokenScorer(model.to(loading.device).requires_grad_(False).eval())
     family = ImageTextToText(path, network, prompt_processor, loading)
-    _check_one_image(family)
+    if not loading.shapes_only:
+        _check_one_image(family)
     return family
 
 

@@ -1,0 +1,69 @@
+"""Batches of image pairs that have shapes alone, and the disk that caches of real ones take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mmalign.config import ImageData, Recipe
+from mmalign.config.base import ImageSize
+from mmalign.data.data_module import Splits
+from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.families.base import TextToImage
+from mmalign.families.types import Conditioning, Moments
+from mmalign.methods import Requirements
+from mmalign.modalities import Example
+
+SMALL = 512  # pixels of a side to which a card that is too small may go down
+BYTES = 4  # of a number in the caches, float32
+
+
+def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, splits: Splits | None) -> Example:
+    """Return batches like those of training: one size for all images, buckets have its area, and one length of text."""
+    data = recipe.data
+    assert isinstance(data, ImageData)
+    width, height = size = ImageSize.parse(data.resolution or family.resolution)
+    latents, text = family.encode_images(torch.zeros(1, 3, height, width)), family.encode_prompts(["a prompt"])
+    unconditional = family.unconditional()
+
+    def batch(number: int) -> EncodedPairs:
+        repeated = [latents] * 2 * number
+        return EncodedPairs(
+            rows=list(range(number)),
+            latents=Moments(torch.cat([x.mean for x in repeated]), torch.cat([x.std for x in repeated])),
+            text=text.repeat(number),
+            unconditional=unconditional,
+            sizes=torch.tensor([[height, width, 0, 0, height, width]] * 2 * number),
+            weights=torch.ones(number),
+            rejected_text=text.repeat(number) if needs.prompt_pairs else None,
+            prompts=["a prompt"] * number,
+        )
+
+    # Caches, and encoders that are not needed once they are filled
+    caches, leaving = dict[str, int](), list[str]()
+    if data.cache != "off":
+        caches["text"] = _num_bytes(text) * _num_prompts(splits)
+        leaving = [name for name, _ in family.encoders() if name != "vae"]
+        if data.crop == "center" and not needs.prompts_only:
+            caches["latents"] = 2 * BYTES * latents.mean[0].numel() * 2 * (1 + data.flip) * _num_pairs(splits)
+            leaving += [] if needs.vae_decoder else ["vae"]
+    smaller = f"data.resolution={SMALL}" if max(size) > SMALL else ""
+    return Example(batch, caches, leaving, f"images of {width} x {height} pixels", smaller)
+
+
+def _num_bytes(text: Conditioning) -> int:
+    return sum(BYTES * x[0].numel() for x in text.tensors.values())
+
+
+def _each(splits: Splits | None) -> Sequence[Any]:
+    return [pairs for pairs in splits or () if pairs is not None]
+
+
+def _num_pairs(splits: Splits | None) -> int:
+    return sum(len(pairs) for pairs in _each(splits))
+
+
+def _num_prompts(splits: Splits | None) -> int:
+    return len({prompt for pairs in _each(splits) for prompt in pairs.prompts()})
