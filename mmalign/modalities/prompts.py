@@ -11,7 +11,7 @@ from mmalign.resources import resolve, resolve_model
 
 
 def read_prompts(key: str, name: str) -> list[str]:
-    """Read the prompts of a file, one a line, without empty lines and lines that begin with #.
+    """Read the prompts of a file, one a line, without empty lines and comments.
 
     Args:
         key: the recipe's key of the file, for error messages.

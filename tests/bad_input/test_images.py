@@ -66,6 +66,20 @@ def test_a_bad_image_drops_its_pair_counted_and_named(
         )
 
 
+def test_max_bad_counts_rows_of_every_kind(mmalign: Commands, content: Content, tmp_path: Path) -> None:
+    """A missing file, a null prompt and a line that is no JSON are three; a tie is none."""
+    for seed in range(2):
+        (tmp_path / f"{seed}.png").write_bytes(data_files.png(seed))
+    good = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
+    path = data_files.write_jsonl(tmp_path / "a.jsonl", good, good | {"chosen": "2.png"}, good | {"prompt": None})
+    path.write_text(path.read_text() + "\n{")
+    for source in (f"data.path={path}", f"data={{path: {path}, format: folder, cache: 'off'}}"):
+        message = mmalign.refused("train", content, source, "data.max_bad=2")
+        contains(message, "more than data.max_bad = 2 rows and images are bad (a.jsonl: line 2: the image ")
+    printed = mmalign("train", content, f"data.path={path}", "data.max_bad=3", "train.steps=1")
+    contains(printed, "read as folder (prompt, chosen, rejected); ", "3 rows dropped (a.jsonl: line 2: ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_too_many_bad_images_end_the_run(

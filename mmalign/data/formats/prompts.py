@@ -5,6 +5,7 @@ A prompt that occurs several times in a text file gives as many rows, each with 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from mmalign.data.pairs import ImagePair, Pairs, stable_hash
 from mmalign.reading import read_text
+
+_COMMENT = re.compile(r"#+(\s|$)")
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ class _Rows:
 
 
 def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
-    """Return (line number, prompt) of a text file with one prompt a line; skip empty lines and those starting with #.
+    """Return (line number, prompt) of a text file with one prompt a line, without empty lines and comments.
+
+    A comment begins with # and a space; "#1 dad mug" is a prompt.
 
     Raises:
         ValueError: the file cannot be read, is not UTF-8 text, or has no prompt; the message begins with `key`.
     """
     text = read_text(path, "expected a text file in UTF-8", f"{key}: {path}")
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [(index, line) for index, line in enumerate(lines, start=1) if line and not line.startswith("#")]
+    lines = [line.strip() for line in text.split("\n")]  # not splitlines, which splits at U+2028 too
+    prompts = [(index, line) for index, line in enumerate(lines, start=1) if line and not _COMMENT.match(line)]
     if not prompts:
         raise ValueError(f"{key}: {path} has none; expected one prompt a line")
     return prompts

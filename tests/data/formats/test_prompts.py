@@ -30,6 +30,16 @@ def test_prompt_file_has_one_row_per_line(tmp_path: Path) -> None:
     assert len(open_prompts(str(tmp_path / "prompts.txt"), limit=2)) == 2
 
 
+def test_lines_end_where_an_editor_ends_them(tmp_path: Path) -> None:
+    text = "\ufeffa hen\r\n#1 dad mug\r\n# a comment\r\n#\r\n## too\r\na\u2028b\x85c\x0cd\r\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    assert [p.prompt for p in open_prompts(str(tmp_path / "prompts.txt"))] == [
+        "a hen",
+        "#1 dad mug",
+        "a\u2028b\x85c\x0cd",
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "\n \n", "# nothing but this"])
 def test_an_empty_list_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"data\.path: .*prompts\.txt has none; expected one prompt a line"):
