@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmalign.commands.plan import plan
     from mmalign.commands.prepare import prepare
     from mmalign.commands.quickstart import quickstart
+    from mmalign.commands.show import show
     from mmalign.commands.train import train
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "plan",
     "prepare",
     "quickstart",
+    "show",
     "train",
 ]
 

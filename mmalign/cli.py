@@ -126,6 +126,21 @@ def train(recipe: RecipeName, values: Values = None, overrides: Overrides = None
 
 
 @app.command()
+def show(
+    recipe: RecipeName,
+    values: Values = None,
+    number: Annotated[int, typer.Option(min=0, help="Number of examples.")] = 5,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures to this file.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show what a recipe will train on: counts, what is dropped and why, lengths and sizes, and the first examples."""
+    checked = _load(recipe, values, overrides)  # before torch is imported
+    from mmalign.commands.show import show as run
+
+    run(checked, number=number, html=html)
+
+
+@app.command()
 def cache(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Store what a recipe's training would work out again and again; the same command again goes on where it stopped.
 

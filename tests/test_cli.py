@@ -35,6 +35,7 @@ COMMANDS = (
     "gallery",
     "compare",
     "prepare",
+    "show",
     "explain",
     "export",
     "list",

@@ -175,6 +175,9 @@ class PromptProcessor(Protocol):
             ValueError: the placeholders do not match the images.
         """
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the text that each token adds to a row, special tokens included."""
+
     def tokenize_prompt(
         self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
     ) -> TokenizedResponse:

@@ -21,6 +21,7 @@ from mmalign.evaluation.metrics import Metrics, Table
 from mmalign.families.base import Family
 from mmalign.families.types import Loading
 from mmalign.methods import Requirements
+from mmalign.pages.examples import DataView
 from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.policy import Policy
 from mmalign.reading import read_as
@@ -153,6 +154,8 @@ class Modality:
         build_data_module: open caches and loaders.
         encode_example: encode batches like those of training, of pairs that are at hand or of usual ones, on a model
             that has shapes alone; None for a model that cannot be planned.
+        show: the numbers of a recipe's pairs and so many examples as the model will see them, without its networks;
+            raises ValueError if the model's configurations are not at hand.
         unusable_rows: the noun phrase for rows that no process can use.
         open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy. A benchmark
             on the validation split gets both splits.
@@ -178,6 +181,7 @@ class Modality:
     open_pairs: Callable[[Recipe, Requirements], Splits]
     build_data_module: DataModuleBuilder
     encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None
+    show: Callable[[Recipe, Splits, int], DataView]
     unusable_rows: str
     open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]
     score_files: Callable[[Recipe], Result | None]

@@ -20,8 +20,9 @@ from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
-from mmalign.modalities.text_to_image import check, data, doctor
+from mmalign.modalities.text_to_image import check, data, doctor, show
 from mmalign.modalities.validation import groups_by_row, validation_batches
+from mmalign.pages.examples import DataView
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
 from mmalign.rewards import RewardModel
@@ -109,6 +110,12 @@ def doctor_inputs(recipe: Recipe) -> RecipeInputs:
     return RecipeInputs(NotChecked("the recipe has no validation split"), count, NotChecked("a judge has no responses"))
 
 
+def show_pairs(recipe: Recipe, splits: Splits, number: int) -> DataView:
+    """Return the sizes of the recipe's images, and its first examples, as the frozen model encodes them."""
+    assert isinstance(recipe.model, JudgeModel)
+    return show.show(recipe, splits, number, model=recipe.model.denoiser)
+
+
 MODALITY = Modality(
     check=check_recipe,
     check_evaluation=lambda _: None,
@@ -123,6 +130,7 @@ MODALITY = Modality(
     open_pairs=data.open_pairs,
     build_data_module=build_data_module,
     encode_example=None,
+    show=show_pairs,
     unusable_rows="images or pairs could not be used",
     open_benchmark=open_benchmark,
     score_files=lambda _: None,

@@ -80,6 +80,15 @@ class HFProcessor:
         continuations = [self.template.continuation(turns, frame, response) for response in responses]
         return self._joint(frame.prompt, continuations, images)
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Decode growing parts of a row, since a token's text depends on the tokens before it."""
+        texts, before = list[str](), ""
+        for start in range(len(ids)):
+            first = max(0, start - _BEFORE)
+            before, whole = (self.processor.tokenizer.decode(ids[first:stop]) for stop in (start, start + 1))
+            texts.append(whole[common_prefix([[*map(ord, before)], [*map(ord, whole)]]) :])
+        return texts
+
     def tokenize_prompt(
         self, turns: Sequence[Turn], images: Sequence[tuple[str, ImageView]], start: str = ""
     ) -> TokenizedResponse:

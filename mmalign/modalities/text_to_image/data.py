@@ -104,7 +104,9 @@ def build_data_module(
     # Latents, cached or encoded in every batch
     transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
     is_cached = text is not None and data.crop == "center"  # random crops change every epoch
-    shapes = _shapes(sources, data, size, family.size_multiple, measured=is_cached)
+    shapes = pair_shapes(sources, data, size, family.size_multiple, measured=is_cached)
+    for line in summarize_cuts(shapes, sources, pad=transform.pad):
+        logger.info(line)
     latents = precompute_cache = None
     if text is not None and is_cached:
         views = [ImageViews(pairs, shapes, transform) for pairs in sources]
@@ -124,17 +126,13 @@ def build_data_module(
     )
 
 
-def _shapes(
-    sources: Sequence[Pairs[ImagePair]], data: ImageData, size: ImageSize, multiple: int, *, measured: bool
+def pair_shapes(
+    sources: Sequence[Pairs[ImagePair]], data: ImageData, size: ImageSize, multiple: int, *, measured: bool = True
 ) -> Shapes:
-    """Return the size of every pair's images, and log what is cut off where the images are measured."""
+    """Return the size of every pair's images; images are measured for buckets, and if `measured` is set."""
     options = buckets(size, multiple) if data.fit == "buckets" else (size,)
-    if not measured and data.fit != "buckets":
-        return Shapes(options, {})
-    shapes = Shapes(options, {key: own for pairs in sources for key, own in measure(pairs).items()})
-    for line in summarize_cuts(shapes, sources, pad=data.fit == "pad"):
-        logger.info(line)
-    return shapes
+    measured = measured or data.fit == "buckets"
+    return Shapes(options, {key: own for pairs in sources for key, own in measure(pairs).items()} if measured else {})
 
 
 def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:

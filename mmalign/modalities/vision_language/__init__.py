@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from mmalign.modalities import Modality, Samples
-from mmalign.modalities.vision_language import benchmark, check, data, doctor, evaluate, gallery, model, plan, prepare
+from mmalign.modalities.vision_language import (
+    benchmark,
+    check,
+    data,
+    doctor,
+    evaluate,
+    gallery,
+    model,
+    plan,
+    prepare,
+    show,
+)
 from mmalign.pages import answers
 
 MODALITY = Modality(
@@ -20,6 +31,7 @@ MODALITY = Modality(
     open_pairs=data.open_pairs,
     build_data_module=data.build_data_module,
     encode_example=plan.encode_example,
+    show=show.show,
     unusable_rows="images or pairs could not be used",
     open_benchmark=evaluate.open_benchmark,
     score_files=benchmark.score_files,
