@@ -52,7 +52,7 @@ def export(
     Raises:
         ValueError: there is no such model or form, other numbers were read back, or the Hub refused the upload.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if to not in get_args(Form):
         raise ValueError(f"export: got the form {to!r}; expected one of {', '.join(get_args(Form))}")
     if dtype is not None and dtype not in DTYPES:
