@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart check test lint format docs clean
+.PHONY: help quickstart check test lint ruff mypy tests format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,12 +29,20 @@ quickstart: $(READY)
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu" --ignore=tests/benchmarks
 
-test: lint
+# mypy uses one core, so the tests begin beside it.
+test: ruff
+	@$(MAKE) --no-print-directory -j 2 mypy tests
+
+tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-lint: $(READY)
+lint: ruff mypy
+
+ruff: $(READY)
 	@$(BIN)/ruff check || { echo "lint: mend the lines above; 'make format' mends what can be mended by rule."; exit 1; }
 	@$(BIN)/ruff format --check || { echo "lint: run 'make format' and look at 'git diff'."; exit 1; }
+
+mypy: $(READY)
 	@$(BIN)/mypy || { echo "lint: mend the types above; CONTRIBUTING.md says how libraries without types are treated."; exit 1; }
 
 format: $(READY)

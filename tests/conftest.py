@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -17,6 +18,20 @@ from tests.helpers import STANDING_VLMS, Folders, first_fast
 if TYPE_CHECKING:
     from mmalign.families.base import TextToImage, VisionLanguage
     from tests.helpers.linear_runs import Run
+
+
+def pytest_collection_finish() -> None:
+    """Leave the million objects of imported libraries out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _written_at_leisure() -> Iterator[None]:
+    """Leave written files to the system's cache: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

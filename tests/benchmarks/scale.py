@@ -111,7 +111,9 @@ def scale(axis: str, request: Request, values: Sequence[int] = (), *, repeats: i
 
 def _on_processes(number: int, request: Request, repeats: int) -> Report:
     """Return the main process's report of a run on several processes."""
-    config = LaunchConfig(1, 1, number, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, number, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="forkserver"
+    )
     reports: Mapping[int, Report] = elastic_launch(config, _measure_silently)(request, repeats)
     return reports[0]
 

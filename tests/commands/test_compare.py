@@ -72,6 +72,7 @@ def test_table_has_the_numbers_of_every_evaluation(sources: list[str], tmp_path:
         for subject in ("train", "evaluate")
     ]
     assert (base.runs, dpo.runs, dpo.pairs) == (1, 2, 4)  # 2 updates of 2 pairs
+    assert len(list((out / "answers").iterdir())) == 5  # of the base model once, and of four runs
     written = json.loads(table.with_suffix(".json").read_text())
     assert written == json.loads((out / "comparison.json").read_text())
     for row in written[1:]:
@@ -192,12 +193,15 @@ def test_refuses_a_number_of_pairs_that_no_run_ends_at(
 
 @pytest.mark.slow
 def test_pictures_are_those_of_the_evaluation(tiny_sd15: Path, tmp_path: Path) -> None:
-    """The curve's points are the rows' numbers, and the pictures are those of the evaluation."""
+    """The table has the benchmark's numbers, and the pictures are those of the evaluation."""
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
-    evaluate = {"benchmark": "scenes", "prompts": 10, "sampling": {"steps": 1}}
+    evaluate = {"benchmark": "scenes", "prompts": SHOWN, "sampling": {"steps": 1}}
     result = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
     out, table = tmp_path / "compared", tmp_path / "assets" / "images.md"
-    compare([recipe(tmp_path, "dpo", result)], seeds=1, output=out, pairs=[4], table=table)
+    base, dpo, *_ = compare([recipe(tmp_path, "dpo", result)], seeds=1, output=out, pairs=[4], table=table)
+    rates = json.loads((out / "dpo" / "seed-0" / "evaluation" / "result.json").read_text())["overall"]
+    for row, side in ((base, "before"), (dpo, "after")):
+        assert row.as_dict()["measures"]["prompts rendered correctly"]["estimate"] == rates[side]["estimate"]
     for folder, name in ((out, "comparison"), (table.parent, "images")):
         suffixes = {".md", ".json", ".png", "-pictures.png", "-pictures.json"}
         assert {path.name for path in folder.glob(f"{name}*")} == {f"{name}{suffix}" for suffix in suffixes}
@@ -226,25 +230,6 @@ def test_pictures_are_those_of_the_evaluation(tiny_sd15: Path, tmp_path: Path) -
 )
 def test_short_names_drop_common_words(names: list[str], short: list[str]) -> None:
     assert short_names(names) == dict(zip(names, short, strict=True))
-
-
-@pytest.mark.slow
-def test_base_model_is_asked_once(sources: list[str], tmp_path: Path) -> None:
-    """One file of answers for the base model and one for each of four runs."""
-    compare(sources, seeds=2, output=tmp_path / "compared")
-    assert len(list((tmp_path / "compared" / "answers").iterdir())) == 5
-
-
-@pytest.mark.slow
-def test_table_of_images_has_the_benchmarks_number(tiny_sd15: Path, tmp_path: Path) -> None:
-    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
-    evaluate = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
-    made = recipes.diffusion(tiny_sd15, pairs, tmp_path / "unused", train={"steps": 1}, evaluate=evaluate)
-    out = tmp_path / "compared"
-    base, dpo = compare([recipe(tmp_path, "dpo", made)], seeds=1, output=out)
-    result = json.loads((out / "dpo" / "seed-0" / "evaluation" / "result.json").read_text())["overall"]
-    for row, side in ((base, "before"), (dpo, "after")):
-        assert row.as_dict()["measures"]["prompts rendered correctly"]["estimate"] == result[side]["estimate"]
 
 
 @pytest.mark.slow

@@ -28,6 +28,14 @@ def content(tiny_sd15: Path, tmp_path: Path) -> Content:
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"log_every": 3})
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Content:
+    """Return the recipe of a run of two updates, for commands that are refused and leave it as it is."""
+    content = recipes.diffusion_in(tiny_sd15, tmp_path_factory.mktemp("trained"))
+    train(load_recipe(content, ["train.steps=2"]))
+    return content
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "named"),
@@ -44,10 +52,9 @@ def content(tiny_sd15: Path, tmp_path: Path) -> Content:
         ("method.name=sft", "method diffusion_dpo"),
     ],
 )
-def test_resume_refuses_another_run_by_name(override: str, named: str, content: Content) -> None:
-    train(load_recipe(content, ["train.steps=2"]))
+def test_resume_refuses_another_run_by_name(override: str, named: str, trained: Content) -> None:
     with pytest.raises(ValueError, match="belongs to another run") as raised:
-        train(load_recipe(content, [override]))
+        train(load_recipe(trained, [override]))
     assert named in str(raised.value)
 
 
@@ -70,14 +77,12 @@ def change_a_prompt(rows: list[Content]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [swap_labels, drop_rows, change_an_image, change_a_prompt])
-def test_resume_refuses_changed_pairs(change: Any, content: Content) -> None:
-    train(load_recipe(content, ["train.steps=2"]))
-    path = Path(content["data"]["path"])
-    rows = pq.read_table(path).to_pylist()
+def test_resume_refuses_changed_pairs(change: Any, trained: Content, tmp_path: Path) -> None:
+    rows = pq.read_table(trained["data"]["path"]).to_pylist()
     change(rows)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "changed.parquet")
     with pytest.raises(ValueError, match=r"belongs to another run .*pairs "):
-        train(load_recipe(content))
+        train(load_recipe(trained, [f"data.path={tmp_path}/changed.parquet"]))
 
 
 @pytest.mark.slow

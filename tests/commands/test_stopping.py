@@ -5,10 +5,8 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import mmalign
 from mmalign import atomic_io
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.training.stopping import TIME_LIMIT_CODE, StopRequest, TrainingStopped
-from tests.helpers import data_files, recipes
+from tests.helpers import data_files, forked, recipes
 from tests.helpers.runs import assert_same, train_weights
+
+pytestmark = pytest.mark.xdist_group("processes")  # one server forks them
 
 Content = dict[str, Any]
 UPDATES = 400  # more than a run makes before it is stopped
@@ -34,33 +33,24 @@ def content(tiny_sd15: Path, tmp_path: Path) -> Content:
     return recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"save_every": 1000})
 
 
-def start(content: Content, folder: Path) -> "subprocess.Popen[str]":
-    """Start `mmalign train` in its own process."""
-    file = folder / "recipe.yaml"
+def start(content: Content, folder: Path) -> ForkServerProcess:
+    """Start `mmalign train` in its own process, and wait until it has made an update."""
+    file, log = folder / "recipe.yaml", folder / "log"
     file.write_text(yaml.dump({**content, "train": {**content["train"], "steps": UPDATES}}))
-    environment = {**os.environ, "PYTHONPATH": str(Path(mmalign.__file__).parents[1])}
-    command = [sys.executable, "-m", "mmalign", "train", str(file)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores SIGINT
-    return subprocess.Popen(command, env=environment, text=True, preexec_fn=heard, **pipes)
-
-
-def wait_for_update(process: "subprocess.Popen[str]", number: int) -> None:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith(f"update {number}/"):
-            return
-    pytest.fail("the run ended before")
+    process = forked.command("train", str(file), log=log)
+    forked.wait_for_line(log, "update 2/", process)
+    return process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_saves_and_says_how_to_resume(name: str, content: Content, tmp_path: Path) -> None:
     process, number = start(content, tmp_path), getattr(signal, name)
-    wait_for_update(process, 2)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, err
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(timeout=120)
+    err = (tmp_path / "log").read_text()
+    assert process.exitcode == 128 + number, err
     (folder,) = (tmp_path / "out").glob("checkpoint-*")
     step = int(folder.name.removeprefix("checkpoint-"))
     assert f"stopped after update {step} ({name}); the same command resumes from {folder.name}" in err
@@ -73,12 +63,11 @@ def test_signal_saves_and_says_how_to_resume(name: str, content: Content, tmp_pa
 def test_second_command_on_a_folder_is_refused(content: Content, tmp_path: Path) -> None:
     process = start(content, tmp_path)
     try:
-        wait_for_update(process, 1)
         with pytest.raises(ValueError, match=f"another mmalign .process {process.pid} on .* is writing here"):
             train(load_recipe(content))
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert train(load_recipe(content)).steps == 4  # the lock of a dead process is taken over
 
 

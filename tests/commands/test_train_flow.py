@@ -1,6 +1,7 @@
 """A whole run on every flow-matching family: resuming, caching, and a trained model that is drawn with."""
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", first_fast(flow_models.BUILDERS))
-@pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
+@pytest.mark.parametrize(
+    ("tune", "name"), [*(("lora", name) for name in flow_models.BUILDERS), ("full", "flux2"), ("full", "sana")]
+)
 def test_going_on_from_a_checkpoint_equals_never_stopping(
     tune: str, name: str, flow_folders: Folders, tmp_path: Path
 ) -> None:
@@ -58,9 +60,15 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", first_fast(flow_models.BUILDERS))
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_every_family(
+# Every method on one family; on the others two whose steps are the family's own, and one of the rest in turn.
+FIRST, *OTHERS = flow_models.BUILDERS
+PAIRS = [*((method, FIRST) for method in METHODS)]
+PAIRS += [(method, name) for name in OTHERS for method in ("inpo", "spo")]
+PAIRS += zip(cycle(["cca", "instruct_engine", "mapo", "sft"]), OTHERS, strict=False)
+
+
+@pytest.mark.parametrize(("method", "name"), first_fast(PAIRS, 7))
+def test_methods_train_families(
     method: str, name: str, flow_folders: Folders, tiny_step_judge: Path, tmp_path: Path
 ) -> None:
     """One update by the one loop; it begins at the loss of a policy that is its reference, and moves the weights."""

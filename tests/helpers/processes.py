@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,6 +17,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.policy import FrozenCopy, Policy, sharding
 from mmalign.training import run
+from tests.helpers import forked
 from tests.helpers.logged import recorded_lines
 
 Content = dict[str, Any]
@@ -40,15 +40,12 @@ def launch(folder: Path, jobs: Sequence[Job], timeout: float = 600) -> None:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     logs = [file.with_suffix(f".{rank}.log") for rank in range(2)]
-    shared = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        with log.open("w") as output:
-            command = [sys.executable, "-m", __name__, str(file)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    pairs = zip(logs, forked.ranks(2), strict=True)
+    processes = [forked.start(work, file, log=log, **environment) for log, environment in pairs]
     try:
-        codes = [process.wait(timeout=timeout) for process in processes]
+        for process in processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -159,7 +156,3 @@ def _flat(tensors: dict[str, Tensor]) -> Tensor:
 
 def _relative(difference: Tensor, scale: Tensor) -> float:
     return float(difference.norm() / scale.norm())
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

@@ -18,7 +18,7 @@ from tests.helpers import Folders, data_files, processes, recipes
 from tests.helpers.logged import recorded_lines
 from tests.helpers.processes import GRADIENTS, WEIGHTS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # its runs are made once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]  # one server forks them
 
 Content = dict[str, Any]
 STEPS = 3
@@ -60,9 +60,7 @@ class Runs:
             self.alone(name, batch_size=4)
         for location, batch_size in (("double", 8), ("half", 2)):
             self.alone("full", location, batch_size=batch_size)
-        shutil.copytree(self.folder / "one" / "full", self.folder / "two" / "grown")
-        for step in (2, 3):  # as if killed after the first update
-            shutil.rmtree(self.folder / "two" / "grown" / f"checkpoint-{step:08d}")
+        self.copy_stopped("one/full", "two/grown")
         small = {"batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
         jobs = [
             ("full", self.content("two", "full", batch_size=2)),
@@ -85,6 +83,14 @@ class Runs:
         processes.launch(
             self.folder, [(name, "cache" if name.endswith(" filled") else "train", content) for name, content in jobs]
         )
+        self.copy_stopped("sharded/full", "one/shrunk")
+        self.alone("full", output="shrunk", batch_size=4)
+
+    def copy_stopped(self, run: str, copy: str) -> None:
+        """Copy a run as if it had been killed after the first update."""
+        shutil.copytree(self.folder / run, self.folder / copy)
+        for step in range(2, STEPS + 1):
+            shutil.rmtree(self.folder / copy / f"checkpoint-{step:08d}")
 
     def sharded(self, small: Content) -> list[tuple[str, Content]]:
         """Return the trainings of two processes that split the model."""
@@ -110,12 +116,12 @@ class Runs:
             self.model, self.folder / f"{pairs}.parquet", self.folder / location / (output or name), **filled
         )
 
-    def alone(self, name: str, location: str = "one", **options: Any) -> None:
+    def alone(self, name: str, location: str = "one", output: str = "", **options: Any) -> None:
         """A training in this process."""
         with recorded_lines() as lines:
-            trained = train(load_recipe(self.content(location, name, **options)))
+            trained = train(load_recipe(self.content(location, name, output, **options)))
         record = {"history": trained.history, "lines": lines}
-        (self.folder / f"{name}-{location}.json").write_text(json.dumps(record))
+        (self.folder / f"{output or name}-{location}.json").write_text(json.dumps(record))
 
     def record(self, name: str, who: str | int) -> dict[str, Any]:
         """Read the record of a training: of one of two processes (0 or 1), or of the only one ("one")."""
@@ -331,4 +337,10 @@ def test_sharded_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
 def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
     assert runs.record("grown", 0)["lines"][1] == "resuming from checkpoint-00000001"
     weights, gradients = runs.distance("one/full", "two/grown")
+    assert weights < WEIGHTS and gradients < GRADIENTS
+
+
+def test_one_process_goes_on_where_sharded_ones_have_stopped(runs: Runs) -> None:
+    assert runs.record("shrunk", "one")["lines"][1] == "resuming from checkpoint-00000001"
+    weights, gradients = runs.distance("one/full", "one/shrunk")
     assert weights < WEIGHTS and gradients < GRADIENTS

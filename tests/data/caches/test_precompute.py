@@ -137,7 +137,9 @@ def test_what_was_made_otherwise_is_worked_out_anew_beside_it(
 ) -> None:
     """In one folder of caches; both are found again, and training is what it is in a folder of its own."""
     options = {"steps": 1, "save_every": 1}
-    first = recipe(tiny_sd15, tmp_path, "first", train=options, data={"flip": True, "cache": f"{tmp_path}/all"})
+    first = recipe(
+        tiny_sd15, tmp_path, "first", train=options, data={"flip": True, "limit": 2, "cache": f"{tmp_path}/all"}
+    )
     train_weights(first)
     overrides = OTHERS.get(override, [f"model.path={tmp_path / 'other'}"])
     if override not in OTHERS:
