@@ -188,7 +188,7 @@ class BadUpdateError(FloatingPointError):
 
     def __init__(self, reason: str, location: BatchLocation | None, step: int) -> None:
         self.reason, self.location = reason, location
-        super().__init__(f"train: {reason} after update {step}, {self.origin}; the last checkpoint is intact")
+        super().__init__(f"{reason} after update {step}, {self.origin}")
 
     @property
     def origin(self) -> str:

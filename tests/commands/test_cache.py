@@ -22,7 +22,7 @@ from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.families.vlm.model import ImageTextToText
 from mmalign.methods import requirements_of
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
-from tests.helpers import Folders, data_files
+from tests.helpers import Folders, data_files, first_fast
 from tests.helpers.runs import (
     BOUND,
     EPOCH,

@@ -2,6 +2,9 @@
 
 Every input must be read, or end in one sentence of mmalign that names the place, in bounded time and memory. The
 program prints what broke this rule, and a table of counts; its exit code is the number of readers that broke it.
+
+With `--engine atheris`, libFuzzer changes the files of one reader where that reaches new code of mmalign, and stops at
+the first input that breaks the rule: python -m tests.fuzzing --engine atheris --only trained.json
 """
 
 import argparse
@@ -22,11 +25,16 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=100_000, help="inputs of all readers together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first inputs")
     parser.add_argument("--only", default="", help="a part of the names of the readers to fuzz")
+    parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis", help="source of inputs")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as cache:
         os.environ.update(HF_DATASETS_CACHE=cache, HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+        if options.engine == "atheris":
+            from tests.fuzzing.coverage import fuzz_by_coverage
+
+            return fuzz_by_coverage(options.only, options.examples, options.seed)
         return fuzz_all(options.examples, options.seed, options.only)
 
 

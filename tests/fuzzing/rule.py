@@ -19,7 +19,7 @@ from tests.fuzzing.mutations import DEVICE, FOLDER, PIPE, Files, damaged
 
 PACKAGE = str(Path(mmalign.__file__).parent)
 PAGE = 10_000  # characters; a recipe has a line for each wrong key
-HANGS = 30  # seconds on the clock, on a busy machine
+HANGS = 120  # seconds on the clock, of which a busy machine gives a process few
 SECONDS = 20.0  # of the processor for one input, which takes milliseconds
 
 

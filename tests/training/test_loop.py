@@ -90,7 +90,7 @@ def test_non_finite_loss_stops_before_any_change(start: Callable[..., Run], valu
         run(Regression(spoil=spoilt(value, 9)), of(data([3] * 6)), steps=6, accumulate=accumulate)
     done = 3 // accumulate
     assert f"not finite after update {done}, in batch 4 of epoch 0 (rows 9, 10, 11)" in str(raised.value)
-    assert "the last checkpoint is intact" in str(raised.value) and run.progress.step == done
+    assert run.progress.step == done
     clean = start()
     clean(Regression(), of(data([3] * 6)), steps=done, accumulate=accumulate)
     assert torch.equal(flat(run.net), flat(clean.net))
