@@ -1,6 +1,9 @@
 """Layouts of image pairs: recognized by their columns, with a good, a bad and a hostile row each."""
 
 import json
+import re
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmalign.data.formats.image_layouts import LAYOUTS
 from mmalign.data.formats.images import check_source, open_pairs
 from mmalign.data.formats.layouts import Layout, recognize
 from mmalign.data.pairs import Pairs
@@ -260,3 +264,52 @@ def test_commonest_reason_comes_first(folder: Path) -> None:
         ValueError, match=r'7 rows dropped: 5 for one reason: rows.jsonl: line 2: the image "0-missing.png" does not'
     ):
         open_pairs("folder", str(path))
+
+
+DOC = Path(__file__).parents[3] / "docs" / "your_data.md"
+SECTION = re.compile(r"^## Pairs of images\n(.*?)^### ", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^\*\*`?(\w+)`?\*\*|^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples() -> list[tuple[str, str, str]]:
+    """Return (layout, language, text) of every example of image pairs in the documentation."""
+    shown, layout = [], ""
+    for name, language, text in EXAMPLE.findall(SECTION.findall(DOC.read_text(encoding="utf-8"))[0]):
+        layout = name or layout
+        if text:
+            shown.append((layout, language, text))
+    return shown
+
+
+def make_files(folder: Path, names: Sequence[str]) -> Path:
+    """Write the pictures and captions of a list of names, as a tar if they are members of one."""
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"a fox" if path.suffix == ".txt" else data_files.png(seed))
+    if "/" in names[0]:
+        return folder / names[0].split("/")[0]
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for name in names:
+            archive.add(folder / name, name)
+    return folder / "a.tar"
+
+
+@pytest.mark.skipif(not DOC.is_file(), reason="no checkout")
+def test_documentation_shows_every_layout() -> None:
+    assert {layout for layout, *_ in examples()} >= {layout.name for layout in LAYOUTS} | {"Webdataset"}
+
+
+@pytest.mark.skipif(not DOC.is_file(), reason="no checkout")
+@pytest.mark.parametrize("number", range(9))
+def test_examples_of_the_documentation_are_read(number: int, tmp_path: Path) -> None:
+    layout, language, text = examples()[number]
+    if language == "text":
+        path = make_files(tmp_path, text.split())
+    else:
+        make_files(tmp_path, re.findall(r"images/[\w-]+\.png", text))
+        path = tmp_path / ("rows.jsonl" if language == "json" else "rows.csv")
+        path.write_text(text)
+    pairs = open_pairs("auto", str(path))
+    assert len(pairs) == (3 if layout == "rankings" else 1) and not pairs.skipped
+    assert f"read as {layout if layout in {known.name for known in LAYOUTS} else 'folder'} (" in pairs.summary()
