@@ -62,7 +62,8 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
 
 def base_license(path: str, revision: str | None) -> dict[str, str]:
     """Return the licence fields of the base model's own card, or none."""
-    folder = local_folder(resolve_model(path), revision)
+    located = resolve_model(path)
+    folder = str(Path(located).parent) if Path(located).is_file() else local_folder(located, revision)
     file = Path(folder) / "README.md" if folder is not None else Path()
     if not file.is_file():
         return {}

@@ -12,6 +12,7 @@ from mmalign.data.caches import fingerprint
 from mmalign.data.pairs import Row, fingerprint_pairs
 from mmalign.families.base import Family
 from mmalign.modalities import modality_of
+from mmalign.resources import resolve_model
 from mmalign.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     """
     lora, options = recipe.model.lora, recipe.train
     targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
+    adapter = recipe.model.adapter
     adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
     reward = methods.requirements_of(recipe.method).reward
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
@@ -40,6 +42,7 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
         "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else "full",
+        **({"adapter": fingerprint.fingerprint_folder(resolve_model(adapter.path))} if adapter is not None else {}),
         **data,
         "pairs": fingerprint_pairs(pairs),
         "seed": str(options.seed),

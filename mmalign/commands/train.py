@@ -22,6 +22,7 @@ from mmalign.families.compile import compile_blocks
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference, sharding
+from mmalign.resources import resolve_model
 from mmalign.training import checkpoint, loop
 from mmalign.training.export import RUN_INFO, export
 from mmalign.training.guard import MAX_BAD
@@ -294,9 +295,12 @@ def build_policy(
     needed = with_reference or methods.requirements_of(recipe.method).reference
     reference: Reference = None
     if model.tune == "lora":
-        lora = model.lora
+        lora, adapter = model.lora, model.adapter
         targets = family.default_lora_targets if lora.targets is None else lora.targets
-        family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=options.seed)
+        if adapter is not None and adapter.use == "continue":
+            family.continue_adapter(resolve_model(adapter.path))
+        else:
+            family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=options.seed)
         reference = AdaptersOff() if needed else None
     else:
         if options.sharding != "none":  # a device need not hold the whole policy and the whole reference

@@ -32,6 +32,7 @@ from mmalign.config.preparation import (
     PrepareResponses,
 )
 from mmalign.config.training import (
+    Adapter,
     Data,
     ImageData,
     ImageModel,
@@ -46,6 +47,7 @@ from mmalign.config.training import (
 
 __all__ = [
     "SECTIONS",
+    "Adapter",
     "AnswerFiles",
     "AnswerSource",
     "BdhsConfig",

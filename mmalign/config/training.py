@@ -24,19 +24,48 @@ class Lora(Section):
     )
 
 
+class Adapter(Section):
+    """Settings of an existing adapter to start from."""
+
+    path: str = Field(
+        description="file or folder of diffusers, kohya, ComfyUI or peft, such as `model` of a run; or a Hub id"
+    )
+    use: Literal["continue", "merge"] = Field(
+        "continue",
+        description="continue trains it further, with the bare model as the reference; merge adds it to the weights of "
+        "policy and reference",
+    )
+
+
 class Model(Section):
     """Settings of the model to align."""
 
     path: str = Field(description="model of diffusers or transformers: a folder or a Hub id")
     revision: str | None = Field(None, description="commit, tag or branch on the Hub; default: main")
+    variant: str | None = Field(
+        None, description="variant of the weight files, such as fp16 for model.fp16.safetensors"
+    )
     tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
     lora: Lora = Lora()
+    adapter: Adapter | None = None
+
+    @model_validator(mode="after")
+    def _continues(self) -> Model:
+        if self.adapter is not None and self.adapter.use == "continue":
+            if self.tune != "lora":
+                raise ValueError("adapter.use: continue trains an adapter, got tune full; use merge, or tune: lora")
+            if self.lora != Lora():
+                raise ValueError("lora: the adapter to continue has its own rank, alpha and layers; leave lora out")
+        return self
 
 
 class ImageModel(Model):
     """Settings of a text-to-image model."""
 
-    path: str = Field(description="diffusers pipeline: a folder or a Hub id")
+    path: str = Field(description="diffusers pipeline: a folder, a Hub id, or a single file of weights")
+    config: str | None = Field(
+        None, description="for a single file, a folder or Hub id of a pipeline with the same layout"
+    )
     vae: str | None = Field(None, description="replacement autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the autoencoder")
 
@@ -62,11 +91,12 @@ class JudgeModel(Model):
     def _takes(self) -> JudgeModel:
         if self.lora != Lora():
             raise ValueError("lora does not apply to a step judge, whose weights are all trained; leave it out")
-        if self.revision is not None:
-            raise ValueError(
-                f"revision: {self.revision!r} is ambiguous between the two models, path and denoiser; leave it out, "
-                "and give a local folder for an older revision"
-            )
+        for name in ("revision", "variant", "adapter"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r} is ambiguous between the two models, path and denoiser; leave it "
+                    "out, and give a local folder"
+                )
         return self
 
 

@@ -42,6 +42,13 @@ class Family(Protocol):
             ValueError: no layer of the network has one of these names.
         """
 
+    def continue_adapter(self, path: str) -> None:
+        """Add existing adapters to the network, trainable.
+
+        Raises:
+            ValueError: they cannot be read, or are another model's.
+        """
+
     def unfreeze(self) -> None:
         """Unfreeze all parameters that preference optimization may change (full fine-tuning)."""
 

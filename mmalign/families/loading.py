@@ -103,7 +103,8 @@ def load_family(path: str, loading: Loading) -> TextToImage:
     Raises:
         ValueError: the class is not supported, or a file is missing.
     """
-    module = importlib.import_module(f"mmalign.families.diffusion.{PIPELINES[pipeline_class(path, loading.revision)]}")
+    kind = pipeline_class(loading.config or path, loading.revision)
+    module = importlib.import_module(f"mmalign.families.diffusion.{PIPELINES[kind]}")
     family: TextToImage = module.load(path, loading)
     return family
 
@@ -136,8 +137,8 @@ def load_processor(
 
 def local_folder(name: str, revision: str | None = None) -> str | None:
     """Return the folder of a model that needs no download: a path, or a Hub id in the local cache; else None."""
-    if Path(name).is_dir():
-        return name
+    if Path(name).exists():
+        return name if Path(name).is_dir() else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

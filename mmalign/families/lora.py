@@ -39,7 +39,6 @@ def add_lora(
         ValueError: no layer of the network has one of these names.
     """
     from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     # peft accepts several names if it finds one of them; the other names' layers would silently not be trained.
     known = [name for name, _ in net.named_modules() if f"{name}.".startswith(f"{within}.") or not within]
@@ -60,15 +59,33 @@ def add_lora(
             net.add_adapter(config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets: {', '.join(targets)} cannot be adapted: {error}") from error
-    # Precision of the adapters
-    for layer in net.modules():
-        if isinstance(layer, BaseTunerLayer):
-            # Autocast matches the dtypes of inputs and adapters; peft would first copy every input to float32.
-            layer.cast_input_dtype_enabled = False
-    for parameter in net.parameters():
-        if parameter.requires_grad:
+    make_trainable(net)
+
+
+def make_trainable(net: nn.Module) -> None:
+    """Make the adapters of a network, and nothing else, trainable float32 masters."""
+    for layer in adapter_layers(net).values():
+        # Autocast matches the dtypes of inputs and adapters; peft would first copy every input to float32.
+        layer.cast_input_dtype_enabled = False
+    for name, parameter in net.named_parameters():
+        if ".lora_" in name:
             # Half-precision weights would lose updates of 1e-5.
             parameter.data = parameter.data.float()
+        parameter.requires_grad_(".lora_" in name)
+
+
+def check_adapter_path(path: str) -> None:
+    """Refuse a checkpoint of a run as an adapter, since other programs cannot read it.
+
+    Raises:
+        ValueError: the path is such a checkpoint.
+    """
+    if (Path(path) / "checkpoint.json").is_file():
+        run, _, step = path.rstrip("/").rpartition("/checkpoint-")
+        raise ValueError(
+            f"model.adapter: {path} is a checkpoint; write its adapter with `mmalign export {run} --checkpoint "
+            f"{int(step)} --to peft`, and name that folder"
+        )
 
 
 def adapter_layers(net: nn.Module) -> dict[str, LoraLayer]:
@@ -153,13 +170,36 @@ def merged_weights(net: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     """
     weights = dict(plain.state_dict())
     for name, layer in adapter_layers(net).items():
-        total = weights[f"{name}.weight"].float() + layer.get_delta_weight(TRAINED).float().cpu()
-        if TRAINED in layer.lora_magnitude_vector:  # DoRA (arXiv:2402.09353, equation 5)
-            if total.dim() != 2:
-                raise ValueError(f"{name}: a convolution with DoRA cannot be merged; export to peft")
-            total *= (layer.lora_magnitude_vector[TRAINED].weight.cpu() / total.norm(dim=1)).unsqueeze(1)
-        weights[f"{name}.weight"] = total
+        weights[f"{name}.weight"] = _merged(name, layer, weights[f"{name}.weight"])
     return weights
+
+
+@torch.no_grad()
+def absorb_adapters(net: nn.Module) -> None:
+    """Add the adapters of a network to its weights, rounded once, and remove them.
+
+    Raises:
+        ValueError: an adapted layer is a convolution with DoRA.
+    """
+    for name, layer in adapter_layers(net).items():
+        base = layer.get_base_layer()
+        base.weight.data = _merged(name, layer, base.weight).to(base.weight)
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, base)
+    model: Any = net  # of diffusers or transformers
+    model.peft_config, model._hf_peft_config_loaded = {}, False
+    net.requires_grad_(False)
+
+
+def _merged(name: str, layer: LoraLayer, weight: Tensor) -> Tensor:
+    """Return a layer's weight with its adapter added, in float32."""
+    total: Tensor = weight.float() + layer.get_delta_weight(TRAINED).float().to(weight.device)
+    if TRAINED in layer.lora_magnitude_vector:  # DoRA (arXiv:2402.09353, equation 5)
+        if total.dim() != 2:
+            raise ValueError(f"{name}: a convolution with DoRA cannot be merged; export to peft")
+        magnitudes = layer.lora_magnitude_vector[TRAINED].weight.to(total)
+        total = total * (magnitudes / total.norm(dim=1)).unsqueeze(1)
+    return total
 
 
 def compare_adapters(net: nn.Module, dtype: torch.dtype | None = None) -> None:

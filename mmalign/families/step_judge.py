@@ -64,6 +64,14 @@ class StepJudge:
         """
         raise ValueError("model.tune: a step judge needs all its weights trained; set model.tune: full")
 
+    def continue_adapter(self, path: str) -> None:
+        """Refuse adapters.
+
+        Raises:
+            ValueError: always; a step judge is trained in full.
+        """
+        raise ValueError("model.adapter: a step judge needs all its weights trained; leave it out")
+
     def unfreeze(self) -> None:
         """Unfreeze all of the reward model."""
         self.network.requires_grad_(True)

@@ -41,10 +41,14 @@ def source_folder(path: str, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class StoredDtypes:
-    """Dtypes of a checkpoint's weights by name; `other` holds for weights that it does not name."""
+    """Dtypes of a checkpoint's weights by name; `other` holds for weights that it does not name.
+
+    `variant` is that of their files.
+    """
 
     names: Mapping[str, torch.dtype]
     other: torch.dtype
+    variant: str | None
 
     @property
     def loading(self) -> torch.dtype:
@@ -58,17 +62,22 @@ class StoredDtypes:
 
 
 def stored_dtypes(folder: Path, variant: str | None = None) -> StoredDtypes:
-    """Read the dtypes of the weights in a folder's safetensors; float32 where there are none or only pickles."""
+    """Read the dtypes of the weights in a file or in a folder's safetensors; float32 where there are only pickles.
+
+    Without files of the variant, those without a variant count.
+    """
     names, sizes = dict[str, torch.dtype](), dict[torch.dtype, int]()
-    for file in sorted(folder.glob("*.safetensors")):
-        if is_variant(file.name, variant):
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    variant = variant if any(is_variant(file.name, variant) for file in files) else None
+    for file in files:
+        if file.suffix == ".safetensors" and (file == folder or is_variant(file.name, variant)):
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
                     if (dtype := _DTYPES.get(part.get_dtype())) is not None:
                         names[name] = dtype
                         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(part.get_shape()).numel()
-    return StoredDtypes(names, max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32))
+    return StoredDtypes(names, max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32), variant)
 
 
 def is_variant(name: str, variant: str | None) -> bool:
@@ -76,6 +85,21 @@ def is_variant(name: str, variant: str | None) -> bool:
     parts = (_SHARD.sub("", part) for part in name.split(".")[1:])
     named = [part for part in parts if f".{part}" not in (".safetensors", ".index", ".json", *_FOREIGN)]
     return named == ([variant] if variant else [])
+
+
+def check_variant(path: str, variant: str | None) -> None:
+    """Check that a local model's folder has weight files of the variant.
+
+    Raises:
+        ValueError: it has only others; the message names them.
+    """
+    for folder in (Path(path), Path(path, "unet"), Path(path, "transformer")):
+        names = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
+        if names and not any(is_variant(name, variant) for name in names):
+            there = sorted({part for name in names for part in name.split(".")[1:-1]} - {"safetensors", "bin"})
+            wanted = f"of the variant {variant}" if variant else "without a variant"
+            remedy = f"set model.variant to {' or '.join(there) or 'null'}"
+            raise ValueError(f"model.variant: {folder} has no weights {wanted}; {remedy}")
 
 
 def copy_files(source: Path, target: Path, *, weights: bool, variant: str | None = None) -> None:

@@ -104,6 +104,9 @@ class Loading:
         vae_dtype: the dtype of the autoencoder.
         revision: the Hub revision.
         size: the size of training images; None is a square of the model's own resolution.
+        variant: the variant of the weight files, such as fp16.
+        config: for a single file as path, the folder or Hub id of a pipeline with the same layout.
+        adapter: existing adapters that are added to the weights.
         allow_pickle: True reads weights from pickles too (see `mmalign.reading.weights`).
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
         template_arguments: variables of a vision-language model's chat template, such as `enable_thinking`.
@@ -116,6 +119,9 @@ class Loading:
     vae: str | None = None
     vae_dtype: torch.dtype = torch.float32
     revision: str | None = None
+    variant: str | None = None
+    config: str | None = None
+    adapter: str | None = None
     size: ImageSize | None = None
     allow_pickle: bool = False
     pack_responses: bool = True

@@ -57,6 +57,7 @@ def load_bare(recipe: Recipe, device: torch.device) -> Any:
     """
     model, options = recipe.model, recipe.train
     size = recipe.data.resolution if isinstance(recipe.data, ImageData) else None
+    adapter = model.adapter
     disable_progress_bars()
     return modality_of(recipe).load_family(
         model,
@@ -65,6 +66,8 @@ def load_bare(recipe: Recipe, device: torch.device) -> Any:
             half=None if options.precision == "float32" else DTYPES[options.precision],
             network_half=model.tune == "lora",
             revision=model.revision,
+            variant=model.variant,
+            adapter=resolve_model(adapter.path) if adapter is not None and adapter.use == "merge" else None,
             size=ImageSize.parse(size) if size is not None else None,
             allow_pickle=recipe.allow_pickle,
             pack_responses=options.pack_responses != "off",

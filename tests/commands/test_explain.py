@@ -55,4 +55,4 @@ def test_every_key_of_a_complete_recipe_is_explained() -> None:
     known = {option.path for option in list_options()}
     recipe = load_recipe("dpo_tiny_llava").model_dump()
     for section in ("model", "train", "data", "limits", "gallery"):
-        assert {f"{section}.{key}" for key in recipe[section] if key not in ("lora", "guard")} <= known
+        assert {f"{section}.{key}" for key in recipe[section] if key not in ("lora", "guard", "adapter")} <= known

@@ -252,7 +252,8 @@ def test_every_slip_is_named_at_once() -> None:
 
 def test_what_is_missing_is_named_with_its_meaning() -> None:
     assert slip(of={**LEAST, "model": {}}) == (
-        "recipe: model needs 'path', which is missing; expected diffusers pipeline: a folder or a Hub id"
+        "recipe: model needs 'path', which is missing; expected diffusers pipeline: a folder, a Hub id, or a "
+        "single file of weights"
     )
     without = {k: v for k, v in LEAST.items() if k != "data"}
     assert slip(of=without) == "recipe: a recipe needs 'data', which is missing"

@@ -85,6 +85,13 @@ def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
         )
 
 
+def fingerprint_folder(path: str) -> str:
+    """Return a fingerprint of the weights in a local file or folder, or of the name of a Hub id."""
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    return fingerprint_settings({file.name: _content(file) for file in files} or {"name": path})
+
+
 def fingerprint_schedule(schedule: Schedule) -> str:
     """Return a fingerprint of a noise schedule: its noise levels and the network's prediction type."""
     known: Any = schedule  # every schedule is a dataclass

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmalign.families.diffusion import lora_names
+from mmalign.families.diffusion.adapter import merge_adapter
+from mmalign.families.diffusion.single_file import load_single_file
 from mmalign.families.lora import (
     ADAPTERS,
     LOADED,
@@ -77,6 +79,10 @@ def export(
     if form == "merged" or (form == "diffusers" and not layers):
         weights = save_pipeline(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
         return _check_pipeline(pipeline, part, folder, weights)
+    if loading.adapter is not None:
+        raise ValueError(
+            f"this run began with {loading.adapter} merged, without which its adapter is wrong; use merged"
+        )
     if not layers:
         raise ValueError("this run trained all weights, so there is no adapter; use merged or diffusers")
     if form == "peft":
@@ -135,14 +141,14 @@ def save_pipeline(
     Raises:
         ValueError: the base model's files are no longer there.
     """
+    if loading.config is not None:
+        return _save_single_file(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
     source = source_folder(name, loading.revision)
     vae = source_folder(loading.vae, None) if loading.vae else None
-    _copy_frozen(source, folder, part, vae)
-    stored = stored_dtypes(source / part)
-    weights: Mapping[str, Tensor] = net.state_dict()
-    if adapter_layers(net):
-        plain = _load_part(type(net), source / part, stored.loading)
-        weights = merged_weights(net, plain)
+    _copy_frozen(source, folder, part, vae, loading.variant)
+    stored = stored_dtypes(source / part, loading.variant)
+    plain = _load_part(type(net), source / part, stored.loading, stored.variant) if adapter_layers(net) else net
+    weights = _merged_into(pipeline, part, net, plain, loading)
     with torch.device("meta"):
         bare = type(net).from_config(net.config)
     bare.load_state_dict(cast(weights, dtype or stored.loading), assign=True)
@@ -153,7 +159,41 @@ def save_pipeline(
     return weights
 
 
-def _copy_frozen(source: Path, folder: Path, part: str, vae: Path | None) -> None:
+def _save_single_file(
+    pipeline: DiffusionPipeline,
+    part: str,
+    net: ModelMixin,
+    folder: Path,
+    *,
+    name: str,
+    loading: Loading,
+    dtype: torch.dtype | None,
+) -> Mapping[str, Tensor]:
+    """Write the pipeline of a single file, read again in its own dtype, with the trained denoiser."""
+    assert loading.config is not None
+    stored = stored_dtypes(Path(name))
+    with tensors_only(loading.allow_pickle):
+        whole = load_single_file(type(pipeline), part, name, loading.config, stored.other)
+    plain = getattr(whole, part)
+    weights = _merged_into(pipeline, part, net, plain, loading)
+    plain.load_state_dict(cast(weights, dtype or stored.other), assign=True)
+    whole.save_pretrained(folder)
+    return weights
+
+
+def _merged_into(
+    pipeline: DiffusionPipeline, part: str, net: ModelMixin, plain: ModelMixin, loading: Loading
+) -> Mapping[str, Tensor]:
+    """Return the weights of `net`; its adapters and those it began with are added to the base model's, `plain`."""
+    if not adapter_layers(net):
+        weights: Mapping[str, Tensor] = net.state_dict()
+        return weights
+    if loading.adapter is not None:
+        merge_adapter(pipeline, part, plain, loading.adapter)
+    return merged_weights(net, plain)
+
+
+def _copy_frozen(source: Path, folder: Path, part: str, vae: Path | None, variant: str | None) -> None:
     """Copy the index and all parts but the denoiser; the index leaves out parts that have no files."""
     text = (source / INDEX).read_text(encoding="utf-8")
     index: dict[str, Any] = json.loads(text)
@@ -161,15 +201,18 @@ def _copy_frozen(source: Path, folder: Path, part: str, vae: Path | None) -> Non
     absent = [key for key in parts if not (source / key).is_dir()]
     for key in parts:
         if key != part and key not in absent:
-            copy_files(vae if key == "vae" and vae is not None else source / key, folder / key, weights=True)
+            place = vae if key == "vae" and vae is not None else source / key
+            copy_files(place, folder / key, weights=True, variant=variant)
     if absent:
         text = json.dumps(index | {key: [None, None] for key in absent}, indent=2) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
 
 
-def _load_part(kind: type[ModelMixin], folder: Path, dtype: torch.dtype | None) -> ModelMixin:
+def _load_part(
+    kind: type[ModelMixin], folder: Path, dtype: torch.dtype | None, variant: str | None = None
+) -> ModelMixin:
     with tensors_only():
-        return kind.from_pretrained(folder, dtype=dtype)
+        return kind.from_pretrained(folder, dtype=dtype, variant=variant)
 
 
 def _check_pipeline(pipeline: DiffusionPipeline, part: str, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -24,9 +24,19 @@ from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families import shapes
 from mmalign.families.compile import denoiser_blocks
+from mmalign.families.diffusion.adapter import merge_adapter, read_adapter
 from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.diffusion.export import export, save_pipeline
-from mmalign.families.lora import ADAPTERS, ATTENTION, TRAINED, adapter_layers, add_lora, save_lora
+from mmalign.families.diffusion.single_file import load_single_file
+from mmalign.families.lora import (
+    ADAPTERS,
+    ATTENTION,
+    TRAINED,
+    adapter_layers,
+    add_lora,
+    make_trainable,
+    save_lora,
+)
 from mmalign.families.types import Conditioning, Loading, Moments
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import intact, tensors_only, use_safetensors
@@ -127,6 +137,10 @@ class LatentModel(ABC):
     def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
         add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
+    def continue_adapter(self, path: str) -> None:
+        read_adapter(self.pipeline, denoiser_name(self.pipeline), self.network, path)
+        make_trainable(self.network)
+
     def unfreeze(self) -> None:
         """Make all weights of the denoiser trainable."""
         self.network.requires_grad_(True)
@@ -214,7 +228,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         ValueError: a file of the checkpoint is missing or cannot be read.
     """
     # Parts that are replaced or left out, and dtypes
-    options: dict[str, object] = {"revision": loading.revision}
+    options: dict[str, object] = {"revision": loading.revision, "variant": loading.variant}
     if loading.vae:
         options["vae"] = _load_vae(loading.vae, loading)
     if "SafetyChecker" in str(cls.__init__.__annotations__):
@@ -228,15 +242,22 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     if not loading.shapes_only:
         options["use_safetensors"] = use_safetensors(path, loading.allow_pickle)
     with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle):
-        index = cls.load_config(path, revision=loading.revision)
+        configured = loading.config or path
+        index = cls.load_config(configured, revision=loading.revision)
         if loading.shapes_only:
-            options |= shapes.build_pipeline_parts(path, index, dtypes)
+            options |= shapes.build_pipeline_parts(configured, index, dtypes)
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
         if loading.tokenizers_only:
             left_out += [denoiser_name(cls), "vae", *(part for part in TEXT_ENCODERS if part in index)]
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
-        pipeline = cls.from_pretrained(path, dtype=dtypes, **options).to(loading.device)
+        if loading.config is not None and not (loading.tokenizers_only or loading.shapes_only):
+            pipeline = load_single_file(cls, denoiser_name(cls), path, loading.config, dtypes)
+        else:
+            pipeline = cls.from_pretrained(configured, dtype=dtypes, **options)
+        pipeline.to(loading.device)
+    if loading.adapter is not None and not (loading.tokenizers_only or loading.shapes_only):
+        merge_adapter(pipeline, denoiser_name(cls), getattr(pipeline, denoiser_name(cls)), loading.adapter)
     # All parts frozen; training unfreezes its own
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):

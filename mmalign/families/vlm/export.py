@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmalign.families.lora import adapter_layers, check_peft, merged_weights, save_peft
+from mmalign.families.lora import (
+    TRAINED,
+    absorb_adapters,
+    adapter_layers,
+    check_adapter_path,
+    check_peft,
+    merged_weights,
+    save_peft,
+)
 from mmalign.families.stored import (
     cast,
     compare_weights,
@@ -25,7 +33,7 @@ from mmalign.families.stored import (
 )
 from mmalign.families.types import Loading
 from mmalign.language.tokens import forget_padding
-from mmalign.reading.weights import one_sentence, tensors_only
+from mmalign.reading.weights import intact, one_sentence, tensors_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -60,6 +68,10 @@ def export(
     if form == "merged":
         weights = save_model(model, folder, name=name, loading=loading, dtype=dtype)
         _check_model(folder, weights)
+    elif loading.adapter is not None:
+        raise ValueError(
+            f"this run began with {loading.adapter} merged, without which its adapter is wrong; use merged"
+        )
     elif adapter_layers(model):
         save_adapters(model, processor, folder, name=name, loading=loading, dtype=dtype)
         check_peft(model, folder, dtype)
@@ -96,10 +108,14 @@ def save_model(
         ValueError: the base model's files are no longer there.
     """
     source = source_folder(name, loading.revision)
-    stored = stored_dtypes(source)
+    stored = stored_dtypes(source, loading.variant)
     weights: Mapping[str, Tensor] = model.state_dict()
     if adapter_layers(model):
-        weights = merged_weights(model, _load(source, stored.loading))
+        plain = _load(source, stored.loading, stored.variant)
+        if loading.adapter is not None:
+            read_adapter(plain, loading.adapter)
+            absorb_adapters(plain)
+        weights = merged_weights(model, plain)
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(model.config))
     bare.load_state_dict(cast(weights, dtype or stored.loading), assign=True)
@@ -113,11 +129,25 @@ def save_model(
     return weights
 
 
-def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def read_adapter(model: PreTrainedModel, path: str) -> None:
+    """Add existing adapters of peft to a model: a folder or a Hub id.
+
+    Raises:
+        ValueError: they cannot be read, or are another model's.
+    """
+    check_adapter_path(path)
+    with intact("model.adapter", path, f"adapters of a {type(model).__name__}"), tensors_only():
+        model.load_adapter(path, adapter_name=TRAINED)
+    if not adapter_layers(model):
+        raise ValueError(f"model.adapter: {path} adapts no layer of this model; expected an adapter of this model")
+
+
+def _load(folder: Path, dtype: torch.dtype, variant: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
+    options = {"dtype": dtype, "variant": variant, "trust_remote_code": False}
     with tensors_only():
-        return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        return AutoModelForImageTextToText.from_pretrained(folder, **options)
 
 
 def _check_model(folder: Path, weights: Mapping[str, Tensor]) -> None:

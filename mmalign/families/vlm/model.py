@@ -23,15 +23,16 @@ from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
 from mmalign.families import shapes
-from mmalign.families.lora import PEFT_CONFIG, adapter_layers, add_lora, linear_names
+from mmalign.families.lora import PEFT_CONFIG, absorb_adapters, adapter_layers, add_lora, linear_names, make_trainable
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
+from mmalign.families.vlm.checks import check_processor, check_type
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
-from mmalign.families.vlm.export import export, save_adapters, save_model
+from mmalign.families.vlm.export import export, read_adapter, save_adapters, save_model
 from mmalign.families.vlm.generation import GenerationPrompt, generate, masking_unsupported_reason
 from mmalign.families.vlm.image_features import frozen_parts, move_parameters, pack_features, unpack_features
 from mmalign.families.vlm.packing import build_packed_mask, enable_packing, packed_inputs, unpacked_reason
 from mmalign.families.vlm.processor import HFProcessor
-from mmalign.families.vlm.quirks import SCALED_LOGITS, quirks_of
+from mmalign.families.vlm.quirks import quirks_of
 from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
@@ -40,7 +41,7 @@ from mmalign.reading.weights import intact, tensors_only, use_safetensors
 from mmalign.rng import KeyedRNG
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
@@ -191,6 +192,10 @@ class ImageTextToText:
         within = self._decoder.removeprefix("model.")
         add_lora(self._model, rank=rank, alpha=alpha, targets=targets, seed=seed, within=within)
 
+    def continue_adapter(self, path: str) -> None:
+        read_adapter(self._model, path)
+        make_trainable(self._model)
+
     def unfreeze(self) -> None:
         """Unfreeze the decoder and its head; images are encoded once, since the parts that encode them stay frozen."""
         for parameter in _learning(self._model):
@@ -272,12 +277,15 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
         else:
             safe = use_safetensors(path, loading.allow_pickle)
             model = AutoModelForImageTextToText.from_pretrained(
-                path, revision=loading.revision, use_safetensors=safe, **options
+                path, revision=loading.revision, variant=loading.variant, use_safetensors=safe, **options
             )
+    if loading.adapter is not None and not loading.shapes_only:
+        read_adapter(model, loading.adapter)
+        absorb_adapters(model)
     prompt_processor = load_processor(path, model_type, loading.revision, loading.template_arguments, model.config)
     processor = prompt_processor.processor
-    _check_type(path, model_type, model, processor)
-    _check_processor(path, model, processor)
+    check_type(path, model_type, model, processor)
+    check_processor(path, model, processor)
     # Network, frozen, and one image as a test
     _without_dropout(model)
     if loading.pack_responses:
@@ -342,55 +350,3 @@ def _check_one_image(family: ImageTextToText) -> None:
             f"model.path: the processor of {family.name} belongs to another model, which cannot read its images "
             f"({first_line(error)}); copy the processor's files again"
         ) from error
-
-
-def _check_type(path: str, model_type: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Check that the adapter supports the model's type.
-
-    Raises:
-        ValueError: the type lacks a call or a config entry, scales its logits, or has other tokens for image features.
-    """
-    # Calls that the model must have
-    lacking = [name for name in ("get_image_features", "get_decoder") if not hasattr(model, name)]
-    if not model._supports_mm_encoder_outputs():
-        lacking.append("mm_encoder_outputs")
-    # Logits and image tokens
-    text, image = model.config.get_text_config(), getattr(model.config, "image_token_id", None)
-    lacking += [name for name in SCALED_LOGITS if getattr(text, name, None) not in (None, 1, 1.0)]
-    place = _image_place(processor)
-    if image is None:
-        lacking.append("image_token_id")
-    elif place and place[1] != image and image in processor.image_token_ids:
-        lacking.append(f"an image's placeholder in a prompt is {place[0]}, and its features have other tokens")
-    if lacking:
-        raise ValueError(
-            f"model.path: {path} is a {model_type}, which is not supported ({', '.join(lacking)}); use a type such as "
-            "llava, llava_next, idefics3, smolvlm, qwen2_vl, qwen2_5_vl, qwen3_vl, paligemma or internvl"
-        )
-
-
-def _check_processor(path: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Check that the processor is the model's own.
-
-    Raises:
-        ValueError: its image token is not the model's, or it has more tokens than the model.
-    """
-    image, place = model.config.image_token_id, _image_place(processor)
-    if not place or place[1] != image:
-        image_token = f"{place[0]} is token {place[1]}" if place else "it has no image token"
-        raise ValueError(
-            f"model.path: the processor of {path} belongs to another model ({image_token}, and the model's image token "
-            f"is {image}); copy the processor's files again"
-        )
-    num_tokens, num_rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
-    if num_tokens > num_rows:
-        raise ValueError(
-            f"model.path: the processor of {path} belongs to another model (it has {num_tokens:,} tokens, and the "
-            f"model {num_rows:,}); copy the processor's files again"
-        )
-
-
-def _image_place(processor: ProcessorMixin) -> tuple[str, int] | None:
-    """Return the token that stands for an image in a prompt's text, with its id; None if there is none."""
-    tokenizer, token = getattr(processor, "tokenizer", None), getattr(processor, "image_token", None)
-    return None if tokenizer is None or token is None else (str(token), tokenizer.convert_tokens_to_ids(token))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mmalign.config import EvaluateImages, Recipe
+from mmalign.config import EvaluateImages, ImageModel, Recipe
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs
 from mmalign.families.loading import load_tokenizers
 from mmalign.modalities.loading import disable_progress_bars, find_local
@@ -14,7 +14,13 @@ from mmalign.modalities.prompts import load_prompts
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:
     """Return the prompts of the recipe's evaluation, and the count of prompts that its text encoder cuts."""
     no_responses = NotChecked("the pairs have no responses")
-    return RecipeInputs(_evaluation(recipe), count_truncated(recipe.model.path, recipe.model.revision), no_responses)
+    return RecipeInputs(_evaluation(recipe), count_truncated(_tokenizers(recipe), recipe.model.revision), no_responses)
+
+
+def _tokenizers(recipe: Recipe) -> str:
+    """Return the path or Hub id that has the model's tokenizers."""
+    assert isinstance(recipe.model, ImageModel)
+    return recipe.model.config or recipe.model.path
 
 
 def count_truncated(name: str, revision: str | None) -> Callable[[Sequence[str]], int] | NotChecked:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmalign.config import ImageModel, Model
 from mmalign.families import loading
 from mmalign.families.base import TextToImage
+from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
@@ -21,10 +22,17 @@ def check_model(model: Model) -> None:
         ValueError: a path is not found, or no adapter knows the class.
     """
     assert isinstance(model, ImageModel)
-    path = located("model.path", model.path)
+    path, config = located("model.path", model.path), model.config
+    if Path(path).is_file() != (config is not None):
+        problem = "is a single file" if config is None else "is no single file"
+        remedy = "name a pipeline with the same layout as model.config, such as the model that it was fine-tuned from"
+        raise ValueError(f"model.config: {path} {problem}; {remedy if config is None else 'leave model.config out'}")
+    if model.adapter is not None:
+        located("model.adapter.path", model.adapter.path)
+    check_variant(path, model.variant)
     if model.vae is not None:
         located("model.vae", model.vae)
-    loading.pipeline_class(path, model.revision)
+    loading.pipeline_class(path if config is None else located("model.config", config), model.revision)
 
 
 def load_family(model: Model, options: Loading) -> TextToImage:
@@ -35,7 +43,9 @@ def load_family(model: Model, options: Loading) -> TextToImage:
     """
     assert isinstance(model, ImageModel)
     vae = resolve_model(model.vae) if model.vae is not None else None
-    return loading.load_family(resolve_model(model.path), replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype]))
+    config = resolve_model(model.config) if model.config is not None else None
+    options = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], config=config)
+    return loading.load_family(resolve_model(model.path), options)
 
 
 def loading_hint(tune: str, folder: Path, form: str) -> str:

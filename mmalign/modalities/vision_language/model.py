@@ -8,6 +8,7 @@ from pathlib import Path
 from mmalign.config import Model, ResponseModel
 from mmalign.families import loading
 from mmalign.families.base import VisionLanguage
+from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.prompts import located
 from mmalign.resources import resolve_model
@@ -19,7 +20,11 @@ def check_model(model: Model) -> None:
     Raises:
         ValueError: the path is not found, or the type is not supported.
     """
-    loading.model_type(located("model.path", model.path), model.revision)
+    path = located("model.path", model.path)
+    if model.adapter is not None:
+        located("model.adapter.path", model.adapter.path)
+    check_variant(path, model.variant)
+    loading.model_type(path, model.revision)
 
 
 def load_family(model: Model, options: Loading) -> VisionLanguage:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from mmalign.families.base import VisionLanguage
 from mmalign.families.loading import load_vision_language, model_type
 from mmalign.families.types import Loading
-from mmalign.families.vlm.model import _check_type
+from mmalign.families.vlm.checks import check_type
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy, adapters_off
@@ -336,7 +336,7 @@ def test_type_with_two_image_tokens_is_refused() -> None:
     processor.image_token = "<img>"
     message = "m is a internvl, which is not supported .*placeholder in a prompt is <img>, and its features have other"
     with pytest.raises(ValueError, match=message):
-        _check_type("m", "internvl", model, processor)
+        check_type("m", "internvl", model, processor)
 
 
 def test_a_folder_without_its_weights_is_one_sentence(vlm_folders: Folders, tmp_path: Path) -> None:

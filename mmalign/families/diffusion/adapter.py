@@ -1,0 +1,53 @@
+"""Existing adapters of a pipeline's denoiser, read by diffusers or peft."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmalign.families.lora import PEFT_CONFIG, TRAINED, absorb_adapters, adapter_layers, check_adapter_path
+from mmalign.reading.weights import intact, tensors_only
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+
+def merge_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: str) -> None:
+    """Add existing adapters to the weights of a denoiser; arguments and errors as in `read_adapter`."""
+    read_adapter(pipeline, part, net, path)
+    absorb_adapters(net)
+
+
+def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: str) -> None:
+    """Add existing adapters to a denoiser: a file or folder of diffusers, kohya, ComfyUI or peft, or a Hub id.
+
+    Args:
+        pipeline: the pipeline, whose class knows the files' layouts.
+        part: the denoiser's name in it.
+        net: the denoiser that gets the adapters.
+        path: the file, the folder or the Hub id.
+
+    Raises:
+        ValueError: it cannot be read, has no weights of the denoiser, or has some of a text encoder.
+    """
+    from peft import PeftModel
+
+    check_adapter_path(path)
+    pipeline, place = copy.copy(pipeline), Path(path)
+    setattr(pipeline, part, net)
+    with intact("model.adapter", path, f"adapters of a {type(pipeline).__name__}"), tensors_only():
+        if (place / PEFT_CONFIG).is_file():
+            PeftModel.from_pretrained(net, path, adapter_name=TRAINED)
+        else:
+            files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+            source, name = (str(files[0].parent), files[0].name) if files else (path, None)
+            pipeline.load_lora_weights(source, weight_name=name, adapter_name=TRAINED, use_safetensors=True)
+    others = [name for name, x in pipeline.components.items() if name != part and getattr(x, "peft_config", None)]
+    if others:
+        raise ValueError(
+            f"model.adapter: {path} also adapts {', '.join(others)}, which mmalign keeps frozen; merge it by "
+            "diffusers' fuse_lora, and name the merged pipeline as model.path"
+        )
+    if not adapter_layers(net):
+        raise ValueError(f"model.adapter: {path} has no weights of the {part}; expected an adapter of this model")
