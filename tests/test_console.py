@@ -56,7 +56,7 @@ def test_a_level_of_the_users_is_kept(root: logging.Logger, capsys: pytest.Captu
 
 def test_lines_appear_on_the_bars_console(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
-    tracker: Any = SimpleNamespace(is_main_process=True)
+    tracker: Any = SimpleNamespace(is_main_process=True, trackers=[])
     with Reporter(tracker, steps=1, every=1):
         logger.info(LINE)
     logger.info("end")

@@ -20,6 +20,7 @@ from mmalign.training.measure import NUM_PAIRS, Values, measure_held_out, measur
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import TrainingRun, last_saved, save
 from mmalign.training.stopping import StopRequest
+from mmalign.training.trackers import log_curves
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,10 @@ class AfterUpdate:
             loss = fmean(values["loss"]) if values.get("loss") else None
             score = loss if self.data_module.validation_loader is not None else None
             if score is not None:
-                self.run.train_state.accelerator.log({"held-out loss": score}, step=progress.step)
+                accelerator = self.run.train_state.accelerator
+                accelerator.log({"held-out loss": score}, step=progress.step)
+                means = {name: fmean(each) for name, each in values.items() if each}
+                log_curves(accelerator, means, progress.step, "held-out ")
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, loss)
             self.reporter.verdict = verdict.judge(self._evidence(values)) if last else ""

@@ -31,6 +31,7 @@ from mmalign.training.record import Record
 from mmalign.training.reporter import Reporter
 from mmalign.training.run import TrainingRun, build_train_state, last_saved, resume
 from mmalign.training.stopping import StopRequest
+from mmalign.training.trackers import init_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -100,7 +101,13 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     family = loading.load_for_training(recipe, device)
     identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)
     saved, folder = _resume.last_checkpoint(recipe, identity), output / "model"
-    reporter = Reporter(accelerator, options.steps, options.log_every, first=saved.step if saved is not None else 0)
+    reporter = Reporter(
+        accelerator,
+        options.steps,
+        options.log_every,
+        pairs_per_update=accelerator.num_processes * options.batch_size * options.gradient_accumulation_steps,
+        first=saved.step if saved is not None else 0,
+    )
     if saved is not None and saved.step == options.steps:
         # No reference, since nothing is trained
         run = start_run(recipe, family, identity, saved, accelerator, reference_cached=True)
@@ -128,7 +135,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     logger.info(f"{recipe.method.name}: {number} trainable parameters of {run.policy.family.name}; {data_module.about}")
 
     # Training, export and verdict
-    accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
+    init_trackers(accelerator, output.resolve().name, recipe.model_dump())
     reporter.load(run.reports)
     with reporter, StopRequest(recipe.limits.hours) as stop:
         hook = AfterUpdate(recipe, run, data_module, reporter, stop)

@@ -44,7 +44,7 @@ class Record:
 
     def resumed(self, recipe: Mapping[str, object], update: int) -> Record:
         """Return the record of a run that resumes with another recipe; `update` is the next update's number."""
-        before, now = (dict(_options(tree)) for tree in (self.recipe, recipe))
+        before, now = (dict(options(tree)) for tree in (self.recipe, recipe))
         changed = [
             Change(update, key, before.get(key), now.get(key))
             for key in {**before, **now}
@@ -53,10 +53,10 @@ class Record:
         return Record(recipe, (*self.changes, *changed))
 
 
-def _options(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def options(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the options of a recipe by their whole keys."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _options(value, f"{prefix}{name}.")
+            yield from options(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

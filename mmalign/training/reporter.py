@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Mapping
+from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 from torch import Tensor
 
 from mmalign.console import print_through
 from mmalign.training import verdict
+from mmalign.training.trackers import log_curves
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,12 +38,15 @@ SHOWN = {
     "gradient norm": "grad",
 }
 NUM_FRESH = 64  # updates whose means a verdict may read
+WIDE = 100  # columns of a terminal from which on the bar is long
+RECENT = 32  # updates whose mean speed is shown
 
 
 class Reporter:
     """Reports of mean metrics to the progress bar and the trackers.
 
-    If the output is not a terminal, each report is a line instead of a bar. Log lines appear above the bar.
+    If the output is not a terminal, each report is a line instead of a bar. Log lines appear above the bar. Numbers
+    that do not fit into the terminal's width are in such a line, never cut.
 
     Attributes:
         history: the mean metrics of every report.
@@ -48,18 +55,23 @@ class Reporter:
         verdict: a sentence on the run's outcome, after its last update.
     """
 
-    def __init__(self, accelerator: Accelerator, steps: int, every: int, *, first: int = 0) -> None:
+    def __init__(
+        self, accelerator: Accelerator, steps: int, every: int, *, pairs_per_update: int = 1, first: int = 0
+    ) -> None:
         self.accelerator, self.every, self.steps = accelerator, every, steps
+        self.speed = _Speed(steps, pairs_per_update)
         self.console = Console(quiet=not accelerator.is_main_process, stderr=True)
+        self.numbers = list[str]()
+        self.bar_width = 24 if self.console.width >= WIDE else 6
         columns = [
             TextColumn("train"),
-            BarColumn(24),
+            BarColumn(self.bar_width),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[speed]}"),
+            _Numbers(self),
         ]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("train", total=steps, completed=first, note="")
+        self.task = self.bar.add_task("train", total=steps, completed=first, speed="")
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
         self.start: dict[str, list[float]] = {}
@@ -84,6 +96,7 @@ class Reporter:
             self._fresh = deque(state["fresh"], maxlen=NUM_FRESH)
 
     def __enter__(self) -> Reporter:
+        self.speed.start(int(self.bar.tasks[0].completed))
         self.bar.start()
         print_through(self.console)
         return self
@@ -107,18 +120,26 @@ class Reporter:
         self.count += 1
         if step % self.every == 0 or step == self.steps:
             self._report(step)
-        self.bar.update(self.task, completed=step)
+        self.bar.update(self.task, completed=step, speed=self.speed.now(step))
 
     def _report(self, step: int) -> None:
         means = {name: float(value) / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
         self.history.append(means)
         self.accelerator.log(means, step=step)
-        note = "  ".join(f"{short} {means[name]:.4g}" for name, short in SHOWN.items() if name in means)
-        self.bar.update(self.task, note=note)
-        if not self.console.is_terminal:
-            self.console.print(f"update {step}/{self.steps}  {note}", highlight=False, soft_wrap=True)
+        log_curves(self.accelerator, means, step)
+        self.numbers = [f"{short} {means[name]:.4g}" for name, short in SHOWN.items() if name in means]
+        speed = self.speed.now(step)
+        if not self.console.is_terminal or self.fitting(speed) != self.numbers:
+            line = "  ".join(filter(None, [f"update {step}/{self.steps}", *self.numbers, speed]))
+            self.console.print(line, highlight=False, soft_wrap=True)
         self._warn(step, means)
+
+    def fitting(self, speed: str) -> list[str]:
+        """Return the first of the last report's numbers that fit into the terminal beside the bar and the speed."""
+        used = len(f"train  {self.steps}/{self.steps} {speed} ") + self.bar_width
+        ends = accumulate(len(number) + 2 for number in self.numbers)
+        return [x for x, end in zip(self.numbers, ends, strict=True) if used + end - 2 <= self.console.width]
 
     def fresh(self) -> dict[str, list[float]]:
         """Return the mean metrics of each of the last updates with fresh pairs: 16, or half of them if these are more.
@@ -150,3 +171,43 @@ class Reporter:
             return
         self.warned = True
         logger.warning(f"warning: gradient factor {factor:.2g}, mean |logit| {means['logit size']:.2g}: {problem}")
+
+
+class _Numbers(ProgressColumn):
+    """Column of the numbers that fit."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self.reporter = reporter
+
+    def render(self, task: Task) -> Text:
+        """Return the numbers, two spaces between them."""
+        return Text("  ".join(self.reporter.fitting(task.fields["speed"])))
+
+
+class _Speed:
+    """Pairs per second and remaining time, by the clock of the last updates: data, saving and evaluation included."""
+
+    def __init__(self, steps: int, pairs_per_update: int) -> None:
+        self.steps, self.pairs_per_update = steps, pairs_per_update
+        self.times = deque([(0, time.monotonic())], maxlen=RECENT + 1)
+
+    def start(self, step: int) -> None:
+        """Begin to measure after `step` updates."""
+        self.times.clear()
+        self.times.append((step, time.monotonic()))
+
+    def now(self, step: int) -> str:
+        """Return the speed after `step` updates, as "3.21 pairs/s  ETA 0:12:30"."""
+        if step < self.times[-1][0]:  # back at a checkpoint
+            self.start(step)
+        elif step > self.times[-1][0]:
+            self.times.append((step, time.monotonic()))
+        (first, since), (last, until) = self.times[0], self.times[-1]
+        if last == first or until <= since:  # nothing is measured yet
+            return ""
+        rate = (last - first) / (until - since)
+        pairs = rate * self.pairs_per_update
+        minutes, seconds = divmod(round((self.steps - step) / rate), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{pairs:{'.0f' if pairs >= 1000 else '.3g'}} pairs/s  ETA {hours}:{minutes:02}:{seconds:02}"

@@ -222,7 +222,7 @@ def test_one_process_writes_and_the_folder_is_that_of_one(runs: Runs) -> None:
         ".recipe.yaml.mmalign-part",
         ".checkpoint-00000003.mmalign-part",
         ".model.mmalign-part",
-        "logs",
+        "mmalign",
     } <= places[0]
     assert places[1] == {"cache"}
     assert listed(output) == listed(runs.folder / "one" / "full")

@@ -1,6 +1,7 @@
 """Progress lines where there is no terminal, one warning, and the numbers kept for a verdict."""
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ class Tracker:
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.trackers: list[Any] = []
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((step, values))
@@ -56,7 +58,9 @@ def test_a_report_is_the_mean_since_the_last_one(capsys: pytest.CaptureFixture[s
     assert r.accelerator.logged == [(2, {"loss": 2.0}), (4, {"loss": 6.0}), (5, {"loss": 9.0})]
     assert [h["loss"] for h in r.history] == [2.0, 6.0, 9.0]
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["update 2/5  loss 2", "update 4/5  loss 6", "update 5/5  loss 9"]
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["update 2/5", "loss 2"], ["update 4/5", "loss 6"], ["update 5/5", "loss 9"],
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_lines_are_printed_and_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +70,73 @@ def test_without_a_terminal_lines_are_printed_and_no_bar(capsys: pytest.CaptureF
             1, {**pair(), **metrics(accuracy=0.75, chosen_error=0.1, rejected_error=0.2, gradient_norm=1.5, lr=1e-5)}
         )
     captured = capsys.readouterr()
-    line = "update 1/2  loss 0.5  accuracy 0.75  logit 1  chosen 0.1  rejected 0.2  grad 1.5\n"
-    assert captured.err == line and captured.out == ""
+    line = "update 1/2  loss 0.5  accuracy 0.75  logit 1  chosen 0.1  rejected 0.2  grad 1.5  "
+    assert captured.err.startswith(line) and captured.out == ""
+
+
+class Clock:
+    """A clock that moves by hand."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("mmalign.training.reporter.time", clock)
+    return clock
+
+
+def test_a_line_has_speed_and_remaining_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resumed at 10 of 4,000: 5 updates of 8 pairs in 20 s are 2 pairs/s, and 3,985 updates of 4 s remain."""
+    clock.seconds = 100.0
+    r = reporter(steps=4000, every=5, first=10, pairs_per_update=8)
+    clock.seconds = 500.0  # models and caches do not count
+    with r:
+        for step in range(11, 16):
+            clock.seconds += 4
+            r.update(step, metrics(loss=0.5))
+        assert capsys.readouterr().err == "update 15/4000  loss 0.5  2 pairs/s  ETA 4:25:40\n"
+        # Back at a checkpoint: measured anew, not over the updates that are lost
+        for step in range(6, 11):
+            clock.seconds += 2
+            r.update(step, metrics(loss=0.5))
+    assert capsys.readouterr().err == "update 10/4000  loss 0.5  4 pairs/s  ETA 2:13:00\n"
+
+
+MANY = dict(accuracy=0.5625, logit=0.0412, chosen_error=0.1234, rejected_error=0.2345, gradient_norm=1.234)
+
+
+@pytest.mark.parametrize(("columns", "line"), [(60, True), (80, True), (200, False)])
+@pytest.mark.parametrize("steps", [60, 100_000])
+def test_the_bar_is_whole_at_any_width(
+    columns: int,
+    line: bool,
+    steps: int,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Numbers that do not fit are in a line above the bar; nothing is cut to an ellipsis."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    monkeypatch.setenv("COLUMNS", str(columns))
+    r = reporter(steps=steps, every=5, pairs_per_update=4)
+    with r:
+        for step in range(1, 6):
+            clock.seconds += 1.237
+            r.update(step, metrics(loss=0.6733, **MANY))
+        r.bar.refresh()
+    text = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    rows = re.split("[\r\n]+", text)
+    bars = [row for row in rows if row.startswith("train ")]
+    assert bars and all(len(row) <= columns for row in bars) and "…" not in text and "..." not in text
+    assert f"5/{steps}" in bars[-1] and "3.23 pairs/s  ETA" in bars[-1]
+    numbers = "loss 0.6733  accuracy 0.5625  logit 0.0412  chosen 0.1234  rejected 0.2345  grad 1.234"
+    lines = [row for row in rows if row.startswith("update ")]
+    assert [numbers in row for row in lines] == [True] * line and (numbers in bars[-1]) != line
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
