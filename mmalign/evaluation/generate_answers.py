@@ -19,6 +19,7 @@ from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.formats.responses import IMAGE
 from mmalign.data.pairs import SkippedRow, stable_hash
 from mmalign.evaluation.benchmarks.base import Images
+from mmalign.evaluation.yes_no import begun_thought
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView
 from mmalign.language.chat import Turn
@@ -26,6 +27,7 @@ from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
+_TAIL = 16  # tokens of a prompt in which it may begin a thought
 QuestionKey = tuple[str, str]  # the name of an image, and a question about it
 AnswersByQuestion = dict[QuestionKey, str]
 GeneratedAnswers = dict[QuestionKey, GeneratedText]
@@ -97,7 +99,11 @@ def _generate(
     """Return a network's answers to prompts, by question."""
     rows = [stable_hash(*key) for key in prompts]
     answers = family.generate(net, list(prompts.values()), features, decoding, rows=rows, rng=KeyedRNG(seed))
-    return {key: answer._replace(text=answer.text.strip()) for key, answer in zip(prompts, answers, strict=True)}
+    return {
+        # A thought that the prompt begins is the answer's, so that nobody takes its text for an answer
+        key: answer._replace(text=f"{begun_thought(family.processor.decode(prompt.ids[-_TAIL:]))}{answer.text.strip()}")
+        for (key, prompt), answer in zip(prompts.items(), answers, strict=True)
+    }
 
 
 def _prepare(

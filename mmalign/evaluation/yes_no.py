@@ -30,6 +30,7 @@ def _any(phrases: Iterable[str]) -> str:
 _TAG = "(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection)"
 _END_OF_THOUGHT = re.compile(rf"</{_TAG}>|◁/think▷|\[/think\]", re.IGNORECASE)
 _UNFINISHED_THOUGHT = re.compile(rf"(?:<{_TAG}>|◁think▷|\[think\]).*", re.DOTALL | re.IGNORECASE)
+_BEGUN_THOUGHT = re.compile(rf"(?:<{_TAG}>|◁think▷|\[think\])\s*$", re.IGNORECASE)
 _ENCLOSED = re.compile(r"<answer>(.*?)(?:</answer>|$)|<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|$)", re.DOTALL)
 
 _CONTRACTIONS: Replacements = (
@@ -195,6 +196,12 @@ def final_answer(text: str) -> str:
     text = _UNFINISHED_THOUGHT.sub("", text[ends[-1] :] if ends else text)
     enclosed = [one or other for one, other in _ENCLOSED.findall(text)]
     return (enclosed[-1] if enclosed else text).strip()
+
+
+def begun_thought(prompt: str) -> str:
+    """Return the tag of the thought that a prompt begins for the model; empty if it begins none."""
+    begun = _BEGUN_THOUGHT.search(prompt)
+    return begun.group().strip() if begun else ""
 
 
 def parse_strict(answer: str) -> bool | None:

@@ -15,6 +15,7 @@ from mmalign.config import DecodingConfig
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.images import BadImage
 from mmalign.evaluation.generate_answers import generate_answers
+from mmalign.evaluation.yes_no import final_answer
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import GeneratedText
 from mmalign.families.vlm.model import ImageTextToText
@@ -61,6 +62,22 @@ def trained(fresh: Policy[VisionLanguage]) -> Policy[VisionLanguage]:
         for parameter in fresh.trainable():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
     return fresh
+
+
+def test_thought_that_the_prompt_begins_is_no_answer(
+    fresh: Policy[VisionLanguage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thinking templates end in the tag: cut before its end, all that the model says is thought."""
+    processor: Any = fresh.family.processor
+    render, plain = processor.processor.apply_chat_template, ask(fresh, tmp_path / "plain").after
+
+    def thinking(*arguments: Any, **options: Any) -> str:
+        return str(render(*arguments, **options)) + "<think>" * bool(options.get("add_generation_prompt"))
+
+    monkeypatch.setattr(processor.processor, "apply_chat_template", thinking)
+    thought = ask(fresh, tmp_path / "thought").after
+    assert any(map(final_answer, plain.values())) and not any(map(final_answer, thought.values()))
+    assert all(text.startswith("<think>") for text in thought.values())
 
 
 @pytest.fixture

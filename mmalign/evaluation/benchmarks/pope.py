@@ -241,19 +241,20 @@ def read_splits(paths: Mapping[str, str | Path], labels: Labels | None = None) -
 
 
 def _read_question(location: str, record: Record, number: int, labels: Labels | None) -> Question:
+    is_labelled = labels is None or {"label", "answer"} & record.keys()
+    answer = _take_label(location, record) if is_labelled else None
     image, text = take_text(location, record, "image"), take_question(location, record, "text", "question")
-    if labels is not None and not {"label", "answer"} & record.keys():
+    if labels is not None and answer is None:
         answer = labels.get((image_id(image), _key(text)))
         if answer is None:
             raise ValueError(f"{location}: no label for {shorten(text)} about {image}; use labels of the same release")
-        return Question(take_question_id(location, record, number), image, text, answer)
-    return Question(take_question_id(location, record, number), image, text, _take_label(location, record))
+    return Question(take_question_id(location, record, number), image, text, answer)
 
 
 def _take_label(location: str, record: Record) -> bool:
     if not {"label", "answer"} & record.keys():
         raise ValueError(
-            f"{location} has {shorten(list(record))}; expected a label, yes or no; or name POPE's files, which have "
+            f"{location} has {shorten(list(record))}; expected 'label' yes or no; or name POPE's files, which have "
             "labels, under `labels`"
         )
     label = take(location, record, "label", "answer")

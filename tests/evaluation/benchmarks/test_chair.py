@@ -159,7 +159,7 @@ def test_read_responses_refuses_no_file_and_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file or folder"):
         read_responses(tmp_path / "none.json")
     (tmp_path / "r.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"line 1 is not JSON"):
+    with pytest.raises(ValueError, match=r"r.json is in UTF-16"):
         read_responses(tmp_path / "r.json")
 
 

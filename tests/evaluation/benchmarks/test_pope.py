@@ -293,7 +293,7 @@ def test_llava_s_file_has_splits_and_takes_its_labels_from_the_release(tmp_path:
     splits = pope.read_splits({"": file}, pope.read_labels([release]))
     ids = {split: [(q.id, q.answer) for q in asked] for split, asked in splits.items()}
     assert ids == {"adversarial": [(0, True), (1, False)], "popular": [(10, True), (11, False)]}
-    with pytest.raises(ValueError, match=r"line 1 has .* expected a label, yes or no; or name POPE's files"):
+    with pytest.raises(ValueError, match=r"line 1 has .* expected 'label' yes or no; or name POPE's files"):
         pope.read_splits({"": file})
     with pytest.raises(ValueError, match=r"line 1: no label for .* about a.jpg; use labels of the same release"):
         pope.read_splits({"": file}, pope.read_labels([write_jsonl(tmp_path / "r.json", ROWS[1])]))
