@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from mmalign.registry import check_known
+
+ResponseFormat = Literal[
+    "trl", "povid", "realign", "mdpo", "rlhfv", "swift", "llama_factory", "alpaca", "answers", "auto"
+]  # layouts of response data
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import Section
+from mmalign.config.base import ResponseFormat, Section
 from mmalign.config.evaluation import DecodingConfig, RewardConfig, SamplingConfig
 
 
@@ -41,8 +41,8 @@ class AnswerSource(Section):
     """Source of the true answers, which become the chosen responses."""
 
     path: str = Field(description="file, folder or Hub id with rows of images, prompt and answer")
-    format: Literal["answers", "trl", "povid", "realign", "mdpo", "rlhfv", "swift"] = Field(
-        "answers", description="answers only, or the format of pairs"
+    format: ResponseFormat = Field(
+        "answers", description="answers only, the format of pairs, or auto to recognize it by the columns"
     )
     images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
     split: str | None = Field(None, description="split of a Hub data set (default: train) or of a folder's files")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mmalign.config.base import Resolution, Section
+from mmalign.config.base import Resolution, ResponseFormat, Section
 
 # YAML reads a bare `off` as false.
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)
@@ -149,8 +149,8 @@ class ImageData(Data):
 class ResponseData(Data):
     """Settings of pairs of a vision-language model's responses."""
 
-    format: Literal["trl", "povid", "realign", "mdpo", "rlhfv", "swift", "answers"] = Field(
-        "trl", description="layout of the rows; docs/your_data.md shows each"
+    format: ResponseFormat = Field(
+        "auto", description="layout of the rows; docs/your_data.md shows each, and auto recognizes it by the columns"
     )
     max_length: int | None = Field(
         None, ge=2, description="maximum tokens of prompt, images and response together; default: the model's"

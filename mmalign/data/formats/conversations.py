@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmalign.data.formats.files import Record, shorten
-from mmalign.data.formats.image_files import Image, as_image
+from mmalign.data.formats.image_files import Image
 from mmalign.data.formats.layouts import Layout
+from mmalign.data.formats.messages import (
+    Message,
+    images_of,
+    placed_images,
+    read_completion,
+    read_messages,
+    read_text,
+    split_conversations,
+)
 from mmalign.data.pairs import UnusableRowError
 from mmalign.language.chat import Turn
 from mmalign.reading import parse_json
 
-ROLES = {"human": "user", "gpt": "assistant"}
+_MEDIA = ("video", "videos", "audio", "audios")
+_TOOLS = ("tools", "functions")
 
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """Texts and images of a row.
+    """Texts and images of a row, or of one of its several rejected responses.
 
     `rejected_images` is None if the rejected response has the chosen one's images. `rejected` is None in a row with an
-    answer alone. `hallucinated` is a second rejected response, or empty.
+    answer alone. `hallucinated` is a second rejected response, or empty. `later_turns` says that the conversations
+    differ in later turns as well, which are left out.
     """
 
     turns: tuple[Turn, ...]
@@ -31,6 +43,7 @@ class ParsedRow:
     rejected_images: tuple[Image, ...] | None = None
     other_images: tuple[Image, ...] = ()
     hallucinated: str = ""
+    later_turns: bool = False
 
     @property
     def all_images(self) -> tuple[Image, ...]:
@@ -42,149 +55,235 @@ class ParsedRow:
         return replace(self, turns=turns)
 
 
-def _images(value: object) -> tuple[Image, ...]:
-    """Return the images of a row from nothing, one image or a list."""
-    if value is None or value == "":
-        return ()
-    return tuple(as_image(one) for one in (value if isinstance(value, list) else [value]))
+# Rows of the several rejected responses of a record, or the reasons why one of them cannot be used
+ParsedRows = tuple[ParsedRow | UnusableRowError, ...]
 
 
-def _text(location: str, name: str, value: object) -> str:
-    """Return a text, or the text of a list of one message; None becomes empty."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = _turn(location, name, value[0]).text
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{location}: {name} is {shorten(value)}; expected a text")
-    return value
+def _with(
+    rows: ParsedRows,
+    *,
+    rejected_images: tuple[Image, ...] | None = None,
+    other_images: tuple[Image, ...] = (),
+    hallucinated: str = "",
+) -> ParsedRows:
+    """Return the rows with what further columns hold."""
+    extra = {"rejected_images": rejected_images, "other_images": other_images, "hallucinated": hallucinated}
+    return tuple(replace(row, **extra) if isinstance(row, ParsedRow) else row for row in rows)  # type: ignore[arg-type]
 
 
-def _turn(location: str, name: str, message: object) -> Turn:
-    """Parse a message of TRL, of ms-swift (`role`, `content`) or of LLaVA (`from`, `value`)."""
-    if not isinstance(message, dict):
-        raise ValueError(f"{location}: {name} holds {shorten(message)}; expected messages with a role and a content")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if isinstance(content, list):
-        content = "".join(_part(location, name, part) for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{location}: {name} holds {shorten(message)}; expected messages with a role and a content")
-    return Turn(ROLES.get(role, role), content)
+def _row(
+    row: Record, prompt: Sequence[Message], chosen: str, rejected: str | None, images: object, later: bool = False
+) -> ParsedRow:
+    """Return a row of this prompt, with the columns that rows of any layout may have: `system`, and media."""
+    for name in (*_MEDIA, *_TOOLS):
+        if _filled(row.get(name)):
+            raise UnusableRowError(f"has {name}, which are not trained on")
+    messages, system = list(prompt), read_text("system", row.get("system"))
+    if system.strip() and (not messages or messages[0].turn.role != "system"):
+        messages.insert(0, Message(Turn("system", system)))
+    if not messages or messages[-1].turn.role == "assistant":
+        raise UnusableRowError("the prompt ends with the assistant's own words; a response cannot continue them")
+    placed = placed_images(messages, images_of(images))
+    if not placed and not row.keys() & {"image", "images", "img_path"}:
+        raise UnusableRowError("has no 'images', nor an image in its messages", "missing image")
+    return ParsedRow(tuple(message.turn for message in messages), chosen, rejected, placed, later_turns=later)
 
 
-def _part(location: str, name: str, part: object) -> str:
-    """Return the text of a part of a message's content: a placeholder for an image."""
-    kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-    if kind not in ("image", "text") or not isinstance(text, str | None):
-        raise ValueError(
-            f'{location}: {name} holds {shorten(part)}; expected {{"type": "text", "text": ...}} or {{"type": "image"}}'
-        )
-    return "<image>" if kind == "image" else text or ""
+def _filled(value: object) -> bool:
+    """Return whether a column holds anything, perhaps as JSON."""
+    if isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None"):
+        return False
+    return any(value) if isinstance(value, list) else bool(value)
 
 
-def _turns(location: str, name: str, value: object) -> tuple[Turn, ...]:
-    if isinstance(value, str):
-        return (Turn("user", value),)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{location}: {name} is {shorten(value)}; expected a text, or a list of messages")
-    return tuple(_turn(location, name, message) for message in value)
+def _several(name: str, value: object) -> list[object]:
+    """Return the responses of a column: one, or a list of several."""
+    if isinstance(value, list) and not any(isinstance(one, Mapping) for one in value):
+        if not value:
+            raise UnusableRowError(f"{name} is empty")
+        return value
+    return [value]
 
 
-def _split_conversations(location: str, chosen: object, rejected: object) -> tuple[tuple[Turn, ...], str, str]:
-    """Split two conversations into their shared turns and the answers in which they first differ.
-
-    Later turns are dropped.
-    """
-    chosen_turns, rejected_turns = _turns(location, "chosen", chosen), _turns(location, "rejected", rejected)
-    shared = 0
-    while shared < min(len(chosen_turns), len(rejected_turns)) and chosen_turns[shared] == rejected_turns[shared]:
-        shared += 1
-    if shared == min(len(chosen_turns), len(rejected_turns)):
-        raise UnusableRowError("the chosen and the rejected response are the same", "same sides")
-    if chosen_turns[shared].role != "assistant" or rejected_turns[shared].role != "assistant" or not shared:
-        raise UnusableRowError("the chosen and the rejected conversation have different prompts", "two prompts")
-    return chosen_turns[:shared], chosen_turns[shared].text, rejected_turns[shared].text
+def _pairs(row: Record, prompt: Sequence[Message], chosen: object, rejected: object, images: object) -> ParsedRows:
+    """Return a row for every rejected response; a response is a text, messages, or the whole conversation."""
+    best, rows = read_completion("chosen", chosen), list[ParsedRow | UnusableRowError]()
+    for other in _several("rejected", rejected):
+        try:
+            split = split_conversations(*_conversations(prompt, best, read_completion("rejected", other)))
+            rows.append(_row(row, *split[:3], images, later=split[3]))
+        except UnusableRowError as error:
+            rows.append(error)
+    return tuple(rows)
 
 
-def _trl(location: str, row: Record) -> ParsedRow:
-    images = _images(row.get("images", row.get("image")))
-    hallucinated = _text(location, "hallucinated", row.get("hallucinated"))
-    if row.get("prompt") is None:
-        return ParsedRow(
-            *_split_conversations(location, row["chosen"], row["rejected"]), images, hallucinated=hallucinated
-        )
-    chosen, rejected = (_text(location, side, row[side]) for side in ("chosen", "rejected"))
-    return ParsedRow(_turns(location, "prompt", row["prompt"]), chosen, rejected, images, hallucinated=hallucinated)
+def _conversations(
+    prompt: Sequence[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message]]:
+    """Return both sides as whole conversations; a whole one repeats the prompt, perhaps without its system turn."""
+    whole = next((side for side in (chosen, rejected) if not _is_answer(side)), [])
+    system = [message for message in prompt[:1] if whole and message.turn.role == "system" != whole[0].turn.role]
+    start = whole[:-1] if whole else prompt
+    good, bad = ([*system, *([*start, *side] if _is_answer(side) else side)] for side in (chosen, rejected))
+    return good, bad
 
 
-def _povid(location: str, row: Record) -> ParsedRow:
-    return ParsedRow(
-        *_split_conversations(location, row["conversations"], row["rejected_conversations"]), _images(row["image"])
-    )
+def _is_answer(messages: Sequence[Message]) -> bool:
+    return messages[0].turn.role == "assistant"
 
 
-def _realign(location: str, row: Record) -> ParsedRow:
-    apart = _split_conversations(location, row["chosen"], row["rejected"])
-    return ParsedRow(*apart, _images(row["image"]), other_images=_images(row["retrieved_image"]))
+def _trl(location: str, row: Record) -> ParsedRows:
+    name = next((name for name in ("prompt", "conversations") if row.get(name) is not None), None)
+    prompt = read_messages(name, row[name]) if name is not None else []
+    if not prompt and isinstance(row["chosen"], str):
+        raise UnusableRowError("has no prompt")
+    rows = _pairs(row, prompt, row["chosen"], row["rejected"], row.get("images", row.get("image")))
+    hallucinated = read_text("hallucinated", row.get("hallucinated"))
+    return _with(rows, hallucinated=hallucinated)
+
+
+def _alpaca(location: str, row: Record) -> ParsedRows:
+    prompt = list[Message]()
+    for asked, answer in _history(row.get("history")):
+        prompt += [*read_messages("history", asked), *read_completion("history", answer)]
+    texts = [read_text(name, row.get(name)) for name in ("instruction", "input")]
+    prompt += read_messages("instruction", "\n".join(text for text in texts if text))
+    return _pairs(row, prompt, row["chosen"], row["rejected"], row.get("images", row.get("image")))
+
+
+def _history(value: object) -> list[list[object]]:
+    turns = value or []
+    if not isinstance(turns, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in turns):
+        raise UnusableRowError(f"history is {shorten(value)}; expected a list of [question, answer]")
+    return turns
+
+
+def _povid(location: str, row: Record) -> ParsedRows:
+    return _pairs(row, (), row["conversations"], row["rejected_conversations"], row["image"])
+
+
+def _realign(location: str, row: Record) -> ParsedRows:
+    others = images_of(row["retrieved_image"])
+    rows = _pairs(row, (), row["chosen"], row["rejected"], row["image"])
+    return _with(rows, other_images=others)
 
 
 _SAID = re.compile(r"(?:.*?\bUSER:)?\s*(.*?)\s*(?:ASSISTANT:\s*)?", re.DOTALL)
 
 
-def _mdpo(location: str, row: Record) -> ParsedRow:
-    whole = _SAID.fullmatch(_text(location, "prompt", row["prompt"]))
+def _mdpo(location: str, row: Record) -> ParsedRows:
+    whole = _SAID.fullmatch(read_text("prompt", row["prompt"]))
     assert whole is not None, "every text matches"
-    chosen, rejected = (_text(location, side, row[side]) for side in ("chosen", "rejected"))
-    return ParsedRow((Turn("user", whole[1]),), chosen, rejected, _images(row["img_path"]))
+    return _pairs(row, read_messages("prompt", whole[1]), row["chosen"], row["rejected"], row["img_path"])
 
 
-def _rlhfv(location: str, row: Record) -> ParsedRow:
+def _rlhfv(location: str, row: Record) -> ParsedRows:
     record: object = row
     if row.get("question") is None:
+        text = row.get("text")
         try:
-            record = parse_json(str(row.get("text")))
+            record = parse_json(text if isinstance(text, str) else json.dumps(text, default=str))
         except ValueError as error:
-            raise ValueError(
-                f"{location}: text is {shorten(row.get('text'))}; expected JSON with a question ({error})"
-            ) from error
+            raise UnusableRowError(f"text is {shorten(text)}; expected JSON with a question ({error})") from error
     if not isinstance(record, Mapping):
-        raise ValueError(f"{location}: text is {shorten(record)}; expected a record with question, chosen and rejected")
-    lacking = [name for name in ("question", "chosen", "rejected") if name not in record]
+        raise UnusableRowError(f"text is {shorten(record)}; expected a record with question, chosen and rejected")
+    lacking = [name for name in ("question", "chosen", "rejected") if record.get(name) is None]
     if lacking:
-        raise ValueError(f"{location}: text has no {', no '.join(lacking)}; expected question, chosen and rejected")
-    question, chosen, rejected = (_text(location, name, record[name]) for name in ("question", "chosen", "rejected"))
-    return ParsedRow((Turn("user", question),), chosen, rejected, _images(row["image"]))
+        raise UnusableRowError(f"has no {', no '.join(lacking)}; expected question, chosen and rejected")
+    return _pairs(
+        row, read_messages("question", record["question"]), record["chosen"], record["rejected"], row["image"]
+    )
 
 
-def _swift(location: str, row: Record) -> ParsedRow:
-    turns, images = _turns(location, "messages", row["messages"]), _images(row["images"])
-    if turns[-1].role != "assistant" or len(turns) < 2:
+def _swift(location: str, row: Record) -> ParsedRows:
+    messages = read_messages("messages", row["messages"])
+    if messages[-1].turn.role != "assistant" or len(messages) < 2:
         raise UnusableRowError("the last message is not the assistant's")
-    other = _images(row.get("rejected_images")) or None
-    chosen = turns[-1].text
-    rejected = _text(location, "rejected_response", row.get("rejected_response")) or (chosen if other else "")
-    return ParsedRow(turns[:-1], chosen, rejected, images, other)
+    images, prompt, chosen = row.get("images"), messages[:-1], messages[-1].turn.text
+    if row.get("rejected_messages") is not None:
+        rejected = read_messages("rejected_messages", row["rejected_messages"])
+        whole = rejected if rejected[0].turn.role != "assistant" else [*prompt, *rejected]
+        shared, good, bad, later = split_conversations(messages, whole)
+        rows: ParsedRows = (_row(row, shared, good, bad, images, later),)
+    else:
+        others = [text for text in _several("rejected_response", row.get("rejected_response") or None) if text]
+        fallback = [chosen] if row.get("rejected_images") else [""]
+        texts = [read_text("rejected_response", one) for one in others] or fallback
+        rows = tuple(_row(row, prompt, chosen, text, images) for text in texts)
+    other = images_of(row.get("rejected_images")) or None
+    return _with(rows, rejected_images=other)
 
 
-def _answers(location: str, row: Record) -> ParsedRow:
-    images = _images(row.get("images", row.get("image")))
+def _answers(location: str, row: Record) -> ParsedRows:
+    images = row.get("images", row.get("image"))
     messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     if messages is None:
-        answer = _text(location, "answer", row.get("answer"))
-        return ParsedRow(_turns(location, "prompt", row.get("prompt")), answer, None, images)
-    turns = _turns(location, "messages", messages)
-    last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=0)
+        prompt = read_messages("prompt", row.get("prompt"))
+        return (_row(row, prompt, read_text("answer", row.get("answer")), None, images),)
+    turns = read_messages("messages", messages)
+    last = max((index for index, message in enumerate(turns) if message.turn.role == "assistant"), default=0)
     if not last:
         raise UnusableRowError("no message is the assistant's answer to another")
-    return ParsedRow(turns[:last], turns[last].text, None, images)
+    return (_row(row, turns[:last], turns[last].turn.text, None, images),)
+
+
+_IMAGE_NAMES = ("img", "image_path", "img_path", "image_file", "picture")
+_IMAGES = {"image": _IMAGE_NAMES, "images": ("image_paths", "pictures")}
+_QUESTION = ("question", "query", "instruction")
+_SIDES = {
+    "chosen": ("chosen_response", "chosen_answer", "preferred", "winner"),
+    "rejected": ("rejected_response", "rejected_answer", "dispreferred", "loser"),
+}
+_ANY = ("images", "image", "system", "tools", "videos", "audios")  # columns that rows of several layouts have
+
+
+def _may_hold_images(sample: Record) -> bool:
+    """Return whether rows have a column of images, or messages that may hold them."""
+    messages = ("prompt", "chosen", "messages", "conversations")
+    return "image" in sample or "images" in sample or any(isinstance(sample.get(name), list) for name in messages)
 
 
 LAYOUTS = (
-    Layout("trl", ("images|image", "chosen", "rejected"), ("prompt", "hallucinated"), _trl),
-    Layout("povid", ("image", "conversations", "rejected_conversations"), (), _povid),
+    Layout(
+        "trl",
+        ("chosen", "rejected"),
+        ("prompt", "hallucinated", *_ANY),
+        _trl,
+        synonyms={**_IMAGES, **_SIDES, "prompt": _QUESTION},
+        fits=_may_hold_images,
+    ),
+    Layout(
+        "llama_factory",
+        ("conversations", "chosen", "rejected"),
+        _ANY,
+        _trl,
+        synonyms={**_IMAGES, "conversations": ("messages",)},
+    ),
+    Layout(
+        "alpaca",
+        ("instruction", "chosen", "rejected"),
+        ("input", "history", *_ANY),
+        _alpaca,
+        synonyms=_IMAGES,
+        fits=_may_hold_images,
+    ),
+    Layout("povid", ("image", "conversations", "rejected_conversations"), (), _povid, synonyms={"image": ("images",)}),
     Layout("realign", ("image", "retrieved_image", "chosen", "rejected"), (), _realign),
     Layout("mdpo", ("img_path", "prompt", "chosen", "rejected"), (), _mdpo),
-    Layout("rlhfv", ("image", "question|text"), ("chosen", "rejected"), _rlhfv),
-    Layout("swift", ("images", "messages"), ("rejected_response", "rejected_images"), _swift),
-    Layout("answers", ("images|image", "prompt|messages|conversations"), ("answer",), _answers),
+    Layout("rlhfv", ("image", "question|text"), ("chosen", "rejected"), _rlhfv, synonyms={"image": ("images",)}),
+    Layout(
+        "swift",
+        ("messages", "rejected_response|rejected_messages|rejected_images"),
+        ("rejected_images", *_ANY),
+        _swift,
+        synonyms={"images": ("image",)},
+    ),
+    Layout(
+        "answers",
+        ("prompt|messages|conversations",),
+        ("answer", *_ANY),
+        _answers,
+        synonyms={**_IMAGES, "prompt": _QUESTION, "answer": ("response", "output", "caption", "completion")},
+        fits=_may_hold_images,
+    ),
 )

@@ -1,15 +1,22 @@
-"""Formats of vision-language response pairs: trl, povid, realign, mdpo, rlhfv, swift and answers.
+"""Formats of vision-language response pairs, and of answers alone.
 
 trl      `images` (a list) or `image`, `prompt`, `chosen`, `rejected`: texts, or lists of messages. Without `prompt`,
-         the prompt is the shared start of both lists. `hallucinated` may hold a second rejected response.
+         or if both sides are whole conversations, the prompt is their shared start. `hallucinated` may hold a second
+         rejected response.
+llama_factory  `images`, `conversations` up to the last question, and the messages `chosen` and `rejected`.
+alpaca   `images`, `instruction`, `input` and `history` with the texts `chosen` and `rejected`.
 povid    `image`, `conversations` and `rejected_conversations` (messages with `from` and `value`); arXiv:2402.11411.
 realign  `image`, `retrieved_image`, `chosen` and `rejected` (messages); arXiv:2502.13146.
 mdpo     `img_path`, `prompt` ("USER: <image> ... ASSISTANT:" as a whole), `chosen`, `rejected`; arXiv:2406.11839.
 rlhfv    `image`, `question`, `chosen`, `rejected`, or the last three as JSON in `text`; arXiv:2312.00849, 2405.17220.
-swift    `images`, `messages` with the chosen response as the last, `rejected_response`, and `rejected_images` if the
-         rejected response belongs to other images.
+swift    `images`, `messages` with the chosen response as the last, `rejected_response` or `rejected_messages`, and
+         `rejected_images` if the rejected response belongs to other images.
 answers  `images` or `image`, `prompt` and `answer`; or `messages` or `conversations`, using the last answer. These are
-         true answers alone; `prepare` makes pairs from them.
+         true answers alone; `prepare` makes pairs from them, and `response_sft` trains on them.
+auto     The layout that the columns fit best.
+
+A column `system` is the first turn. Rows with tools, videos or audios are dropped by name. Several rejected responses
+of a row are as many pairs.
 
 All are JSON, JSON lines, Parquet files or a dataset on the Hub; images are paths, bytes, or structs with bytes.
 `<image>` in a prompt marks an image's position. In a prompt without it the images come first. `columns` maps a name
@@ -18,6 +25,7 @@ above to the name in the files.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +37,11 @@ from numpy.typing import NDArray
 from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.image_files import ImageReader, image_name, shorten_name
 from mmalign.data.formats.layouts import AUTO, check_files, open_layout
+from mmalign.data.formats.messages import IMAGE
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import Turn
 
-IMAGE = "<image>"  # image placeholder in a text
+logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, str]
 NamedImages = tuple[tuple[str, ImageRef], ...]  # images with the names that a row id is hashed from
@@ -44,7 +53,7 @@ class IndexedRow:
 
     parsed: ParsedRow
     location: str
-    group: str
+    group: str | None  # of the column to group by; None groups by the images
     folders: tuple[Path, ...]  # of its image paths
 
 
@@ -75,17 +84,23 @@ class ResponseRows:
             refs[1],
             refs[2],
             entry.location,
-            entry.group,
+            self._group(entry),
             parsed.hallucinated,
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the groups of these pairs."""
-        return [self._entries[n].group for n in numbers.tolist()]
+        return [self._group(self._entries[n]) for n in numbers.tolist()]
 
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the prompts of these pairs: the text of the last turn before the responses."""
         return [self._entries[n].parsed.turns[-1].text for n in numbers.tolist()]
+
+    def _group(self, entry: IndexedRow) -> str:
+        """Return the group of a row; by default its images' names, or the content of images without a name."""
+        if entry.group is not None:
+            return entry.group
+        return " ".join(name for name, _ in self._images(entry)[: len(entry.parsed.images)])
 
     def _images(self, entry: IndexedRow) -> NamedImages:
         images = list[tuple[str, ImageRef]]()
@@ -129,15 +144,23 @@ def open_responses(
             dropped.append(row)
             continue
         try:
-            parsed = _with_image_places(layout.read(row.location, row.record))
-            for image in parsed.all_images:
-                reader.check(image, row.folders)
-            # Rows of the same images stay in one split
-            group = layout.group(row.record, group_by) if group_by is not None else _images_group(parsed, row.location)
+            rows = layout.read(row.location, row.record)
+            group = layout.group(row.record, group_by) if group_by is not None else None
         except UnusableRowError as error:
             dropped.append(SkippedRow(row.location, str(error), error.defect))
             continue
-        entries.append(IndexedRow(parsed, row.location, group, row.folders))
+        for number, one in enumerate(rows, start=1):
+            location = row.location if len(rows) == 1 else f"{row.location}, rejected response {number}"
+            try:
+                parsed = _with_image_places(one)
+                for image in parsed.all_images:
+                    reader.check(image, row.folders)
+            except UnusableRowError as error:
+                dropped.append(SkippedRow(location, str(error), error.defect))
+                continue
+            entries.append(IndexedRow(parsed, location, group, row.folders))
+    if later := sum(entry.parsed.later_turns for entry in entries):
+        logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
     pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, layout=taken)
     pairs.require("with an image and two different responses")
     return pairs[:limit] if limit is not None else pairs
@@ -160,12 +183,15 @@ def check_source(
     check_files(LAYOUTS, format, path, images=images, split=split, columns=columns, group_by=group_by)
 
 
-def _with_image_places(parsed: ParsedRow) -> ParsedRow:
+def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
     """Return the row with a placeholder for every image in its prompt.
 
     Raises:
-        UnusableRowError: a response is empty, equal to the other or holds a placeholder, or the images do not match.
+        UnusableRowError: it is given, a response is empty, equal to the other or holds a placeholder, or the images do
+            not match.
     """
+    if isinstance(parsed, UnusableRowError):
+        raise parsed
     texts = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
     for side, text in texts.items():
         if text is not None and not text.strip():
@@ -193,9 +219,3 @@ def _with_image_places(parsed: ParsedRow) -> ParsedRow:
     turns = list(parsed.turns)
     turns[first] = Turn("user", IMAGE * len(parsed.images) + turns[first].text)
     return parsed.with_turns(tuple(turns))
-
-
-def _images_group(parsed: ParsedRow, location: str) -> str:
-    """Return the group of a row: its image names, or its location if the images have no names (tables)."""
-    names = [image_name(image) for image in parsed.images]
-    return " ".join(names) if all(names) else location

@@ -153,7 +153,7 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
         raise ValueError("prepare: several processes would write one file; start one")
     # The file to write
     layout = "realign" if section.kind == "realign" else "trl"
-    if data.format != layout:
+    if data.format not in (layout, "auto"):
         raise ValueError(f"data.format: kind {section.kind} writes {layout}, got {data.format}; set it to {layout}")
     if path.suffix not in SUFFIXES or path.is_dir():
         raise ValueError(f"data.path: expected the file that prepare is to write, *.jsonl or *.parquet, got {path}")
@@ -164,13 +164,18 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
         raise ValueError(
             f"prepare: kind {section.kind} neither masks nor corrupts answers; it takes no function for that"
         )
-    bdhs = section.bdhs
-    if bdhs is not None and bdhs.keep_rejected and section.source.format == "answers":
+    if section.source.format == "answers":
+        _check_kept(section)
+    return path
+
+
+def _check_kept(section: PrepareResponses) -> None:
+    """Refuse to keep the rejected responses of rows that have none."""
+    if section.bdhs is not None and section.bdhs.keep_rejected:
         raise ValueError(
             "prepare.bdhs.keep_rejected: rows of answers have no rejected responses; set prepare.source.format to a "
             "format of pairs, or leave it out"
         )
-    return path
 
 
 def _open(source: AnswerSource) -> Pairs[ResponsePair]:
@@ -190,6 +195,8 @@ def _open(source: AnswerSource) -> Pairs[ResponsePair]:
 
 
 def _check_rows(section: PrepareResponses, pairs: Pairs[ResponsePair], path: Path, images: Path) -> None:
+    if not pairs[0].rejected:
+        _check_kept(section)
     if path.suffix == ".jsonl" and not all(ref.path for ref in pairs[0].images):
         raise ValueError(
             f"data.path: {path} would name images, and those of {section.source.path} are in its table; name a file "

@@ -27,7 +27,7 @@ def test_rows_that_cannot_be_used_are_named_too(content: Any, tmp_path: Path) ->
     rows, responses = prepared(content("povid", source={"path": str(source)}))
     assert len(rows) == 2
     assert "2 rows of the source cannot be used (answers.jsonl: line 2: the chosen response is empty; " in responses[-1]
-    assert "answers.jsonl: line 4: 3.png does not exist" in responses[-1]
+    assert 'answers.jsonl: line 4: the image "3.png" does not exist' in responses[-1]
 
 
 def test_nothing_at_all_is_an_error_that_leaves_nothing(content: Any, tmp_path: Path) -> None:
