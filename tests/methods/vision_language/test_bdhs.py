@@ -191,6 +191,21 @@ def test_pair_without_new_response_keeps_the_data_s(
     assert said(contrast, policy.family, 1)[2:] == ["A car."] * 6
 
 
+def test_a_response_that_the_template_would_change_is_not_trained_on(
+    policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model happens to write an end token's text, which the tokenizer would read as the token."""
+
+    def scripted(speaker: Any, asked: Any, *rest: Any) -> list[Completion]:
+        return [Completion("A </s> car.", 2, 0.5), *[Completion("A car.", 2, 0.5)] * (len(asked) - 1)]
+
+    monkeypatch.setattr(bdhs, "bdhs", scripted)
+    given = batch(policy.family, rows(tmp_path))
+    contrast, _ = stepped(bdhs, policy, given, mode="online", online=ONLINE)
+    assert contrast.shares.tolist() == [1.0, *[0.5] * 7]
+    assert said(contrast, policy.family, 1)[0] == given.pairs[0].rejected
+
+
 def test_every_batch_has_the_same_metrics(policy: Policy[Any], tmp_path: Path) -> None:
     given = {
         "none": batch(policy.family, rows(tmp_path / "none")),

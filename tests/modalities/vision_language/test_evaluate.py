@@ -84,6 +84,9 @@ def test_evaluate_the_bundled_world(content: Content, folder: Path, log_lines: l
     assert {"CHAIR_i", "CHAIR_s", "recall", "words per response"} == set(
         result.result["measures"]["CHAIR"]["difference"]
     )
+    cut = result.result["cut answers"]
+    assert set(cut) == {"before", "after"} and 0 < cut["before"] <= result.result["questions"]
+    assert any(line.startswith(f"{cut['before']} answers before alignment are cut at") for line in log_lines)
     assert any(line.startswith("CHAIR_s, %") for line in log_lines)
     assert any("mean: yes rate" in line for line in log_lines)
     assert {file.stem for file in (folder / "before").iterdir()} == {"descriptions", "random", "popular", "adversarial"}

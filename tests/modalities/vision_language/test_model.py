@@ -1,0 +1,53 @@
+"""Variables of a chat template that a recipe sets."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmalign.commands import _resume
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.data.caches.image_features import tokenizer_dependencies
+from mmalign.data.formats.responses import open_responses
+from mmalign.language.chat import Turn
+from mmalign.modalities.loading import load_model
+from mmalign.modalities.vision_language.doctor import doctor_inputs
+from tests.helpers import Folders, data_files, recipes
+from tests.helpers.chat_templates import SWITCHED
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def content(vlm_folders: Folders, tmp_path: Path) -> dict[str, Any]:
+    """Return a recipe of a model that thinks unless `enable_thinking` is false."""
+    folder = tmp_path / "model"
+    shutil.copytree(vlm_folders("qwen2_5_vl"), folder)
+    (folder / "chat_template.jinja").write_text(SWITCHED)
+    return recipes.vlm(folder, data_files.response_pairs(tmp_path / "rows"), tmp_path / "out")
+
+
+def test_template_arguments_reach_every_command(content: dict[str, Any]) -> None:
+    """The prompt, the caches and the identity of a run depend on them; the doctor reads with them as well."""
+    thinking, plain = (
+        load_recipe(content, options) for options in ([], ["model.template_arguments.enable_thinking=false"])
+    )
+    families = [load_model(recipe, CPU) for recipe in (thinking, plain)]
+    prompts = [family.processor.template.frame([Turn("user", "What?")]).prompt for family in families]
+    assert prompts[0].endswith("<think>\n") and prompts[1].endswith("<think>\n\n</think>\n\n")
+    assert tokenizer_dependencies(families[0]) != tokenizer_dependencies(families[1])
+    pairs = open_responses("auto", thinking.data.path)
+    identities = [
+        _resume.identify(recipe, family, pairs, 1) for recipe, family in zip((thinking, plain), families, strict=True)
+    ]
+    assert identities[1].items() - identities[0].items() == {("model.template_arguments.enable_thinking", "False")}
+    tokens: Any = doctor_inputs(plain).tokens
+    assert tokens.processor.template_arguments == {"enable_thinking": False}
+
+
+def test_a_variable_that_the_template_does_not_have_is_refused(content: dict[str, Any]) -> None:
+    recipe = load_recipe(content, ["model.template_arguments.enable_thinkin=false"])
+    with pytest.raises(ValueError, match=r"model\.template_arguments: .* no variable 'enable_thinkin'; did you mean"):
+        load_model(recipe, CPU)
