@@ -16,13 +16,12 @@ from torch import nn
 from mmalign.config import DecodingConfig
 from mmalign.console import tracked
 from mmalign.data.caches.answers import AnswerCache
-from mmalign.data.formats.responses import IMAGE
 from mmalign.data.pairs import SkippedRow, stable_hash
 from mmalign.evaluation.benchmarks.base import Images
 from mmalign.evaluation.yes_no import begun_thought
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView
-from mmalign.language.chat import Turn
+from mmalign.language.chat import IMAGE, Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG

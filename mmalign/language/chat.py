@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+IMAGE = "<image>"  # image placeholder in a turn's text
+
 
 class Turn(NamedTuple):
     """One message of a conversation: the speaker's role ("user", "assistant", "system") and the text.

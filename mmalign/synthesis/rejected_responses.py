@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.config import BdhsConfig, DecodingConfig
-from mmalign.data.formats.responses import IMAGE
 from mmalign.data.images import BadImage, decode
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.types import ImageFeatures
-from mmalign.language.chat import Turn
+from mmalign.language.chat import IMAGE, Turn
 from mmalign.registry import qualified_name
 from mmalign.synthesis.bdhs import GroundTruthAnswer, ResponseSampler, bdhs, too_long_reason
 from mmalign.synthesis.sentence_cuts import MASK, STOPS, WHOLE, masked_openings

@@ -9,9 +9,7 @@ from typing import NamedTuple
 from mmalign.data.formats.files import shorten
 from mmalign.data.formats.image_files import Image, StoredImage, as_image
 from mmalign.data.pairs import UnusableRowError
-from mmalign.language.chat import Turn
-
-IMAGE = "<image>"  # image placeholder in a text
+from mmalign.language.chat import IMAGE, Turn
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),

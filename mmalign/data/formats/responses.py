@@ -37,9 +37,8 @@ from numpy.typing import NDArray
 from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.image_files import ImageReader, image_name, shorten_name
 from mmalign.data.formats.layouts import AUTO, check_files, open_layout
-from mmalign.data.formats.messages import IMAGE
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
-from mmalign.language.chat import Turn
+from mmalign.language.chat import IMAGE, Turn
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from mmalign.language.chat import Turn
+from mmalign.language.chat import IMAGE, Turn
 from mmalign.reading import first_line
 from mmalign.registry import check_known
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-IMAGE = "<image>"  # image placeholder in a turn's text
 _STAND_IN = "Answer0of0this0conversation"  # nothing that a template strips, splits or escapes
 _THINKING_TAG = r"(?:<[^<>\s]*think[^<>\s]*>|◁/?think▷)"
 _AROUND_TAG = re.compile(rf"\s*({_THINKING_TAG})\s*")

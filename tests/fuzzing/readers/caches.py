@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.journal import AppendLog
+from mmalign.families.types import GeneratedText
 from mmalign.modalities.vision_language.prepare import Entry
 from tests.fuzzing.mutations import VALUES
 from tests.fuzzing.readers.checkpoints import files_in
@@ -35,14 +36,16 @@ def read_cache(folder: Path) -> None:
 
 def answer_files() -> Files:
     with tempfile.TemporaryDirectory() as name:
-        AnswerCache(Path(name), JOB).add({("a.png", "Say."): "yes", ("b.png", "Say."): ""})
+        AnswerCache(Path(name), JOB).add(
+            {("a.png", "Say."): GeneratedText("yes", True), ("b.png", "Say."): GeneratedText("")}
+        )
         return files_in(Path(name))
 
 
 def read_answers(folder: Path) -> None:
     book = AnswerCache(folder, JOB)
     assert all(isinstance(text, str) for answer in book.answers.items() for text in (*answer[0], answer[1]))
-    book.add({("c.png", "Say."): "no"})
+    book.add({("c.png", "Say."): GeneratedText("no")})
 
 
 def work_files() -> Files:
