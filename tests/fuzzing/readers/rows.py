@@ -33,6 +33,15 @@ RESPONSE_ROWS: dict[str, list[dict[str, Any]]] = {
         {"image": "a.png", "chosen": TURNS["yes"], "rejected": TURNS["no"]},
         {"images": ["a.png"], "prompt": TURNS["yes"][:1], "chosen": TURNS["yes"][1:], "rejected": TURNS["no"][1:]},
     ],
+    "llama_factory": [
+        {
+            "images": ["a.png"],
+            "conversations": SPOKEN["yes"][:1],
+            "chosen": SPOKEN["yes"][1],
+            "rejected": SPOKEN["no"][1],
+        }
+    ],
+    "alpaca": [{"images": ["a.png"], "instruction": "Say.", "input": "It.", "history": [["Hm?", "Ah."]], **TEXTS}],
     "povid": [{"image": "a.png", "conversations": SPOKEN["yes"], "rejected_conversations": SPOKEN["no"]}],
     "realign": [{"image": "a.png", "retrieved_image": "b.png", "chosen": SPOKEN["yes"], "rejected": SPOKEN["no"]}],
     "mdpo": [{"img_path": "a.png", "prompt": "USER: <image>\nSay. ASSISTANT:", **TEXTS}],
@@ -40,7 +49,10 @@ RESPONSE_ROWS: dict[str, list[dict[str, Any]]] = {
         {"image": "a.png", "question": "Say.", **TEXTS},
         {"image": {"path": "b.png"}, "text": json.dumps({"question": "Say.", **TEXTS})},
     ],
-    "swift": [{"images": ["a.png"], "messages": TURNS["yes"], "rejected_response": "no", "rejected_images": ["b.png"]}],
+    "swift": [
+        {"images": ["a.png"], "messages": TURNS["yes"], "rejected_response": "no", "rejected_images": ["b.png"]},
+        {"images": ["a.png"], "messages": TURNS["yes"], "rejected_messages": TURNS["no"], "system": "Be brief."},
+    ],
     "answers": [
         {"images": ["a.png"], "prompt": "Say.", "answer": "yes"},
         {"image": "a.png", "messages": TURNS["yes"]},
