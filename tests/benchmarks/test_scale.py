@@ -12,7 +12,7 @@ from mmalign.commands.bench import MMALIGN
 from mmalign.commands.load_recipe import load_recipe
 from tests.benchmarks import scale
 from tests.benchmarks.against import Request
-from tests.helpers import data_files, recipes
+from tests.helpers import data_files, forked, recipes
 
 
 def test_operations_of_a_pair_do_not_depend_on_the_batch(tiny_sd15: Path, tmp_path: Path) -> None:
@@ -66,8 +66,10 @@ def test_denoiser_has_no_longer_prompts(tiny_sd15: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")  # one server forks them
 def test_processes_share_the_work(tiny_sd15: Path, tmp_path: Path) -> None:
     """Two processes have twice the pairs of an update, and each has half of the operations."""
+    forked.preload()
     request = Request(recipes.diffusion_in(tiny_sd15, tmp_path))
     reports = scale.scale("processes", request, [1, 2], repeats=1)
     one, two = (report.runs[MMALIGN] for report in reports.values())

@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def preload() -> None:
+    """Let the server import the libraries; it starts with the first process of this one."""
+    CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
 def start(work: Callable[..., Any], *arguments: Any, log: Path, **environment: str) -> ForkServerProcess:
     """Start a function in a process with further environment variables; its output goes to a file."""
+    preload()
     process = CONTEXT.Process(target=_run, args=(work, arguments, log, environment))
     process.start()
     return process
