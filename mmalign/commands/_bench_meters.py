@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
+from mmalign.reading.weights import plain_tensors
+
 PARTS = ("data", "noise", "reference", "policy", "backward", "optimizer", "rest")
 
 
@@ -63,7 +65,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live, self.peak, self._seen = 0, 0, set[int]()
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
+        """Count a tensor's storage, once, until it is freed; of a quantized tensor those inside."""
+        for inner in plain_tensors(tensor):
+            self._count(inner)
+
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:

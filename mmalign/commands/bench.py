@@ -30,6 +30,7 @@ from mmalign.commands._bench_run import Run, build, count_operations, peak_bytes
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.modalities import loading
+from mmalign.reading.weights import plain_tensors
 from mmalign.training.launch import open_accelerator
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,9 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
 def count(run: Run, before: int) -> Measured:
     """Warm a run up, and count its operations and bytes; `before` is CUDA's bytes before the run was built."""
     run.updates(run, WARM_UP, None)
-    num_bytes = sum(tensor.nbytes for tensor in weights(run) if tensor.device.type == run.device.type)
+    num_bytes = sum(
+        x.nbytes for tensor in weights(run) for x in plain_tensors(tensor) if x.device.type == run.device.type
+    )
     step_bytes = peak_bytes(run, before) - num_bytes
     operations, repeated = count_operations(run)
     options = run.recipe.train

@@ -200,6 +200,8 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, ...]]:
         yield ("model.tune=lora",)
     if options.optimizer == "adamw":
         yield ("train.optimizer=adamw_8bit",)
+    if recipe.model.quantize is None:
+        yield ("model.quantize=nf4",)
     if recipe.data.cache == "off":
         yield ("data.cache=auto",)
 

@@ -12,7 +12,7 @@ from torch import nn
 from mmalign import methods
 from mmalign.attention import choice
 from mmalign.config import Recipe, Train
-from mmalign.families import compile
+from mmalign.families import compile, quantize
 from mmalign.modalities import modality_of
 from mmalign.modalities.loading import DTYPES, check_reward_model
 from mmalign.training.launch import check_launch
@@ -43,6 +43,7 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
     # Device, precision and launch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice.check(recipe.train.attention, device, DTYPES[recipe.train.precision])
+    _check_quantize(recipe, device)
     if purpose == "training":
         check_launch(recipe.train)
         _check_training(recipe.train, device)
@@ -94,6 +95,17 @@ def _check_sharding(train: Train) -> None:
         raise ValueError("train.precision: float16 does not support train.sharding: fsdp2; use bfloat16 or float32")
     if train.compile:
         raise ValueError("train.compile: does not support train.sharding: fsdp2; leave one of them out")
+
+
+def _check_quantize(recipe: Recipe, device: torch.device) -> None:
+    """Check that quantized weights work with the device and the other options."""
+    kind, train = recipe.model.quantize, recipe.train
+    if kind is None:
+        return
+    quantize.check(kind, modality_of(recipe).library, device)
+    for key, given, needed in (("sharding", train.sharding, "none"), ("compile", train.compile, False)):
+        if given != needed:
+            raise ValueError(f"model.quantize: {kind} does not support train.{key}; leave one of them out")
 
 
 def _check_training(train: Train, device: torch.device) -> None:

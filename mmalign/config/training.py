@@ -47,6 +47,9 @@ class Model(Section):
     )
     tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
     lora: Lora = Lora()
+    quantize: Literal["int8", "nf4", "fp8"] | None = Field(
+        None, description="weights of the frozen base under adapters, in 8 or 4 bits (docs/one_gpu.md); default: none"
+    )
     adapter: Adapter | None = None
 
     @model_validator(mode="after")
@@ -56,6 +59,17 @@ class Model(Section):
                 raise ValueError("adapter.use: continue trains an adapter, got tune full; use merge, or tune: lora")
             if self.lora != Lora():
                 raise ValueError("lora: the adapter to continue has its own rank, alpha and layers; leave lora out")
+        return self
+
+    @model_validator(mode="after")
+    def _quantizes_adapters_alone(self) -> Model:
+        if self.quantize is not None and self.tune == "full":
+            raise ValueError(
+                f"quantize: {self.quantize} holds weights that no update can change, and tune: full changes all; use "
+                "tune: lora, or leave quantize out"
+            )
+        if self.quantize is not None and self.adapter is not None and self.adapter.use == "merge":
+            raise ValueError(f"adapter.use: merge changes weights that quantize: {self.quantize} holds; use continue")
         return self
 
 

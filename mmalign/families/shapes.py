@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,6 +63,20 @@ def build_pipeline_parts(path: str, index: dict[str, Any], dtypes: dict[str, tor
     return parts
 
 
+def _fake(mode: FakeTensorMode, tensor: Any) -> Tensor:
+    """Return a fake tensor of a CPU, with fake ones inside if it is quantized."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not is_traceable_wrapper_subclass(tensor):
+        fake: Tensor = FakeTensor(mode, tensor, torch.device("cpu"))
+        return fake
+    cls: Any = type(tensor)
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: _fake(mode, getattr(tensor, name)) for name in names}
+    whole: Tensor = cls.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return whole
+
+
 def without_storage(nets: Iterable[nn.Module], mode: FakeTensorMode) -> None:
     """Replace the tensors of networks on the meta device by fake tensors of a CPU, in place; tied ones stay tied."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -70,7 +85,7 @@ def without_storage(nets: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in replaced:
-            value: Tensor = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+            value = _fake(mode, tensor.detach())
             is_parameter = isinstance(tensor, nn.Parameter)
             replaced[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
         return replaced[id(tensor)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,6 +110,7 @@ class Loading:
         allow_pickle: True reads weights from pickles too (see `mmalign.reading.weights`).
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
         template_arguments: variables of a vision-language model's chat template, such as `enable_thinking`.
+        quantize: the kind of quantized weights of the network, of `mmalign.families.quantize`; None for none.
         tokenizers_only: True to load a text-to-image model without its networks.
     """
 
@@ -126,6 +127,7 @@ class Loading:
     allow_pickle: bool = False
     pack_responses: bool = True
     template_arguments: Mapping[str, object] = field(default_factory=dict)
+    quantize: Literal["int8", "nf4", "fp8"] | None = None
     tokenizers_only: bool = False
 
     @property

@@ -65,6 +65,7 @@ def load_bare(recipe: Recipe, device: torch.device) -> Any:
             device=device,
             half=None if options.precision == "float32" else DTYPES[options.precision],
             network_half=model.tune == "lora",
+            quantize=model.quantize,
             revision=model.revision,
             variant=model.variant,
             adapter=resolve_model(adapter.path) if adapter is not None and adapter.use == "merge" else None,

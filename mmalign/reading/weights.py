@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmalign.reading import first_line
 
@@ -23,6 +25,14 @@ _torch_load = torch.load
 _CODE = ("it brings its own code, which mmalign never runs", "use a model of the library's own classes")
 _CONVERT = "convert it to safetensors"
 _ALLOW = ", or set allow_pickle: true in the recipe if you trust its author"
+
+
+def plain_tensors(tensor: Any) -> list[Tensor]:
+    """Return the tensors that hold the numbers: those inside of a quantized tensor, else the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in plain_tensors(getattr(tensor, name))]
 
 
 class RefusedFileError(ValueError):

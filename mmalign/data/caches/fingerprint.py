@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Schedule
 from mmalign.reading import first_line
+from mmalign.reading.weights import plain_tensors
 
 TEMPLATE = "chat_template"  # common part of the names of chat template files
 
@@ -49,6 +50,9 @@ def fingerprint_tensors(state: Mapping[str, Tensor]) -> str:
 
 
 def _hash_numbers(tensor: Tensor) -> str:
+    inner = plain_tensors(tensor)
+    if inner[0] is not tensor:  # quantized
+        return " ".join(map(_hash_numbers, inner))
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
     numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

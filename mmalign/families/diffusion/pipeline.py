@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import ImageSize, SamplingConfig
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
-from mmalign.families import shapes
+from mmalign.families import quantize, shapes
 from mmalign.families.compile import denoiser_blocks
 from mmalign.families.diffusion.adapter import merge_adapter, read_adapter
 from mmalign.families.diffusion.autoencoder import decode, encode
@@ -225,10 +225,12 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     """Load a diffusers pipeline in eval mode, frozen, with a dtype for each part.
 
     Raises:
-        ValueError: a file of the checkpoint is missing or cannot be read.
+        ValueError: a file of the checkpoint is missing or cannot be read, or a single file is to be quantized.
     """
+    from diffusers import PipelineQuantizationConfig
+
     # Parts that are replaced or left out, and dtypes
-    options: dict[str, object] = {"revision": loading.revision, "variant": loading.variant}
+    options: dict[str, Any] = {"revision": loading.revision, "variant": loading.variant}
     if loading.vae:
         options["vae"] = _load_vae(loading.vae, loading)
     if "SafetyChecker" in str(cls.__init__.__annotations__):
@@ -246,6 +248,16 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         index = cls.load_config(configured, revision=loading.revision)
         if loading.shapes_only:
             options |= shapes.build_pipeline_parts(configured, index, dtypes)
+            if loading.quantize is not None:
+                quantize.quantize_shapes(options[denoiser_name(cls)], loading.quantize, "diffusers")
+        elif loading.quantize is not None and not loading.tokenizers_only:
+            if loading.config is not None:
+                raise ValueError(
+                    f"model.quantize: {loading.quantize} reads weights from a pipeline's folder, and model.path is a "
+                    "single file; save the pipeline to a folder with diffusers, or leave quantize out"
+                )
+            config = quantize.configuration(loading.quantize, "diffusers", frozen)
+            options["quantization_config"] = PipelineQuantizationConfig(quant_mapping={denoiser_name(cls): config})
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
         if loading.tokenizers_only:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, select_backend
 from mmalign.config import DecodingConfig
-from mmalign.families import shapes
+from mmalign.families import quantize, shapes
 from mmalign.families.lora import PEFT_CONFIG, absorb_adapters, adapter_layers, add_lora, linear_names, make_trainable
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.checks import check_processor, check_type
@@ -268,13 +268,17 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
 
     # Model and processor, checked against each other
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
-    options = {"trust_remote_code": False, "dtype": dtype}
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": dtype}
     with intact("model.path", path, f"a vision-language model ({model_type})"), tensors_only(loading.allow_pickle):
         if loading.shapes_only:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             with shapes.META:
                 model = AutoModelForImageTextToText.from_config(config, **options)
+            if loading.quantize is not None:
+                quantize.quantize_shapes(model, loading.quantize, "transformers")
         else:
+            if loading.quantize is not None:
+                options["quantization_config"] = quantize.configuration(loading.quantize, "transformers", dtype)
             safe = use_safetensors(path, loading.allow_pickle)
             model = AutoModelForImageTextToText.from_pretrained(
                 path, revision=loading.revision, variant=loading.variant, use_safetensors=safe, **options
