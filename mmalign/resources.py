@@ -40,7 +40,7 @@ def resolve(name: str | Path) -> Path:
         if os.path.exists(root / path):  # unlike Path.exists, False for a name that is too long
             return root / path
     near = _similar_names(path.as_posix())
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give a path, or see `mmalign list`"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give the path of an existing one"
     places = ["the current folder", *map(str, roots()[1:])]
     roots_text = "" if path.is_absolute() else f" in {', '.join(places)}"
     raise ValueError(f"there is no file or folder {str(name)[:200]!r}{roots_text}; {hint}")
@@ -54,13 +54,15 @@ def resolve_recipe(name: str | Path) -> Path:
     """
     try:
         return resolve(name)
-    except ValueError:
+    except ValueError as missing:
         files = {short: path for short, path in bundled_recipes().items() if str(name) in (short, path.stem)}
         if len(files) > 1:
             expected = " or ".join(files)
             raise ValueError(f"{name}: several bundled recipes have this name; expected {expected}") from None
-        if not files:
+        if not files and str(missing).endswith("?"):  # similar names
             raise
+        if not files:
+            raise ValueError(f"{missing}; `mmalign list` shows the bundled recipes") from None
         return next(iter(files.values()))
 
 

@@ -113,3 +113,10 @@ def test_a_local_model_wins_over_a_hub_id_of_the_same_spelling(checkout: Path) -
     Path("org/name").mkdir(parents=True)
     assert resources.resolve_model("org/name") == "org/name"
     assert resources.resolve_model("models/tiny_sd") == str(checkout / "models/tiny_sd")
+
+
+def test_only_a_missing_recipe_leads_to_the_list_of_recipes() -> None:
+    with pytest.raises(ValueError, match=r"give the path of an existing one$"):
+        resources.resolve("qqq/zzz.json")
+    with pytest.raises(ValueError, match=r"`mmalign list` shows the bundled recipes$"):
+        resources.resolve_recipe("qqq_zzz")

@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 import mmalign
+from mmalign import cli
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.families.diffusion import export as export_module
@@ -31,7 +33,7 @@ from mmalign.families.loading import load_family
 from mmalign.families.lora import ADAPTERS, adapter_layers
 from mmalign.families.types import Loading
 from mmalign.training.export import read_run_info
-from tests.helpers import Folders, first_fast, recipes
+from tests.helpers import Folders, data_files, first_fast, recipes
 from tests.helpers.commands import UNET
 from tests.helpers.loading import load_diffusion, load_vlm
 from tests.helpers.runs import assert_same
@@ -331,3 +333,38 @@ def test_push(run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(ValueError, match=r"^export: mine/aligned could not be written .* log in with"):
         mmalign.export(run, to="comfyui", push="mine/aligned")
+
+
+@pytest.mark.slow
+def test_rows_to_a_merged_folder_on_the_command_line(vlm_folders: Folders, tmp_path: Path) -> None:
+    """The merged folder of a trained Qwen2.5-VL gives transformers the numbers of base and adapter."""
+    rows = data_files.response_pairs(tmp_path / "rows")
+    content = recipes.vlm(vlm_folders("qwen2_5_vl"), rows, tmp_path / "output")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    for arguments in (["train", "recipe.yaml"], ["export", "output", "--to", "merged"]):
+        result = CliRunner().invoke(cli.app, [arguments[0], str(tmp_path / arguments[1]), *arguments[2:]])
+        assert result.exit_code == 0, result.output
+    folder, adapter = tmp_path / "output" / "export" / "merged", tmp_path / "output" / "model"
+    assert f'AutoModelForImageTextToText.from_pretrained("{folder}")' in result.output
+    processor = AutoProcessor.from_pretrained(folder)
+    merged = logits(AutoModelForImageTextToText.from_pretrained(folder), processor)
+    torch.testing.assert_close(
+        merged, logits(AutoPeftModel.from_pretrained(adapter), AutoProcessor.from_pretrained(adapter))
+    )
+    base = AutoModelForImageTextToText.from_pretrained(vlm_folders("qwen2_5_vl"))
+    assert not torch.allclose(merged, logits(base, processor), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_a_gallery(tiny_sd15: Path, tmp_path: Path) -> None:
+    """And the end of the run keeps its own."""
+    evaluate = {"benchmark": "scenes", "prompts": 4, "sampling": {"steps": 1}}
+    train_section = {"steps": 2, "save_every": 1, "lr": 1e-2}
+    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train=train_section, evaluate=evaluate))
+    train(recipe)
+    page, end = mmalign.gallery(recipe, checkpoint=1), mmalign.gallery(recipe)
+    assert (page.parent.name, end.parent.name) == ("gallery-00000001", "gallery")
+    images = {path.name: path.read_bytes() for path in (tmp_path / "output" / "evaluation" / "after").iterdir()}
+    first = {path.name: path.read_bytes() for path in (tmp_path / "output" / "evaluation-00000001" / "after").iterdir()}
+    assert images.keys() == first.keys() and images != first
+    assert "1 updates of" in page.read_text() and "2 updates of" in end.read_text()
