@@ -263,3 +263,5 @@ def test_response_sft_trains_on_answers_alone(vlm_folders: Folders, tmp_path: Pa
     assert_same(train_weights(content("trl")), train_weights(content("answers")))
     with pytest.raises(ValueError, match=r"data\.path: .* has answers alone, and method\.name: dpo compares them"):
         train(load_recipe(content("answers", "dpo")))
+    with pytest.raises(ValueError, match=r"evaluate\.benchmark: implicit compares them with rejected ones"):
+        train(load_recipe(content("answers"), ["evaluate={benchmark: implicit}", "data.validation_fraction=0.5"]))

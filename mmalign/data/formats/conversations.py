@@ -168,6 +168,12 @@ def _realign(location: str, row: Record) -> ParsedRows:
     return _with(rows, other_images=others)
 
 
+def _asks(sample: Record) -> bool:
+    """Return whether rows have a question, perhaps in JSON."""
+    text = sample.get("text")
+    return "question" in sample or not isinstance(text, str) or text.lstrip().startswith("{")
+
+
 _SAID = re.compile(r"(?:.*?\bUSER:)?\s*(.*?)\s*(?:ASSISTANT:\s*)?", re.DOTALL)
 
 
@@ -270,7 +276,9 @@ LAYOUTS = (
     Layout("povid", ("image", "conversations", "rejected_conversations"), (), _povid, synonyms={"image": ("images",)}),
     Layout("realign", ("image", "retrieved_image", "chosen", "rejected"), (), _realign),
     Layout("mdpo", ("img_path", "prompt", "chosen", "rejected"), (), _mdpo),
-    Layout("rlhfv", ("image", "question|text"), ("chosen", "rejected"), _rlhfv, synonyms={"image": ("images",)}),
+    Layout(
+        "rlhfv", ("image", "question|text"), ("chosen", "rejected"), _rlhfv, synonyms={"image": ("images",)}, fits=_asks
+    ),
     Layout(
         "swift",
         ("messages", "rejected_response|rejected_messages|rejected_images"),

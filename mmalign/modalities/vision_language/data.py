@@ -44,10 +44,12 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
         limit=data.limit,
     )
     check_max_bad(pairs.skipped, data.max_bad, pairs.source)
-    if needs.rejected and not pairs[0].rejected:
+    comparing = [f"method.name: {recipe.method.name}"] if needs.rejected else []
+    comparing += ["evaluate.benchmark: implicit"] if recipe.evaluate and recipe.evaluate.benchmark == "implicit" else []
+    if comparing and not pairs[0].rejected:
         raise ValueError(
-            f"data.path: {pairs.source} has answers alone, and method.name: {recipe.method.name} compares them with "
-            "rejected ones; `mmalign prepare` generates these, and response_sft trains on answers alone"
+            f"data.path: {pairs.source} has answers alone, and {comparing[0]} compares them with rejected ones; "
+            "`mmalign prepare` generates these, and response_sft trains on answers alone"
         )
     if needs.other_images and not any(pair.other_images for pair in pairs):
         raise ValueError(

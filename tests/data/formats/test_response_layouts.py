@@ -262,3 +262,5 @@ def test_a_wrong_guess_is_one_option_away(here: Path) -> None:
     assert (pair.chosen, pair.rejected) == (C, R)
     with pytest.raises(ValueError, match=r"\(found image, caption\); expected a known layout, of which .* data.format"):
         open_responses("auto", str(data_files.write_jsonl(here / "rows.jsonl", {"image": "a.png", "caption": Q})))
+    with pytest.raises(ValueError, match="expected a known layout"):  # captions are not RLHF-V's JSON
+        open_responses("auto", str(data_files.write_jsonl(here / "rows.jsonl", {"image": "a.png", "text": Q})))
