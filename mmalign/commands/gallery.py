@@ -60,14 +60,20 @@ def _write_gallery(recipe: Recipe, parts: Samples, trained: TrainedModel) -> Pat
         target,
         parts.entries(recipe, folder, [(index, samples[index]) for index in chosen]),
         parts.layout,
-        title=recipe.gallery.title,
+        title=recipe.gallery.title or _title(trained),
         summary=content["table"],
         score_name=content["score"],
         provenance={**_training(trained), **parts.provenance(recipe, len(samples))},
         measured=scores,
+        benchmarks=[parts.benchmark_of(sample) for sample in samples],
     )
     logger.info(f"gallery: {page}")
     return page
+
+
+def _title(trained: TrainedModel) -> str:
+    """Return the title of a run's page: its model and its method."""
+    return f"{Path(trained.recipe.model.path).name} before and after {trained.recipe.method.name}"
 
 
 def _training(trained: TrainedModel) -> dict[str, str]:
@@ -76,7 +82,7 @@ def _training(trained: TrainedModel) -> dict[str, str]:
     done = f"{info.step} updates of {info.pairs_per_update} pairs"
     settings = {
         "model": recipe.model.path,
-        "method": _words(recipe.method.model_dump()),
+        "method": _words({"name": recipe.method.name, **recipe.method.model_dump(exclude_defaults=True)}),
         "training": f"{recipe.model.tune}, {done}, lr {recipe.train.lr:g}",
         "pairs": recipe.data.path,
     }

@@ -189,4 +189,4 @@ class Gallery(Section):
     """Settings of the gallery page."""
 
     images: int = Field(96, ge=1, description="number of image pairs on the page")
-    title: str = Field("Before and after", description="heading of the page")
+    title: str | None = Field(None, description="heading of the page; the run's model and method by default")

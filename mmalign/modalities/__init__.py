@@ -69,6 +69,7 @@ class Samples:
         read: read the samples of an evaluation's folder; raises ValueError.
         entries: entries of these samples, given as (index, sample), from the evaluation's folder.
         provenance: settings behind the samples, of which there are so many.
+        benchmark_of: the benchmark of a sample, where an evaluation has several; each has a bar on the page.
         metrics: metrics of an evaluated run, before and after alignment.
         outputs: name of the folder in which several runs share the base model's outputs.
         write_images: write images of runs, given by name, beside the table's file; None for a modality without images.
@@ -81,6 +82,7 @@ class Samples:
     provenance: Callable[[Recipe, int], dict[str, str]]
     metrics: Callable[[Recipe], tuple[list[Metrics], list[Metrics]]]
     outputs: str
+    benchmark_of: Callable[[Sample], str] = lambda _: ""
     write_images: Callable[[Path, Mapping[str, Recipe]], None] | None = None
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from mmalign.evaluation.benchmarks.base import RatedAnswer
 from mmalign.pages.grid import INK, MUTED, SMALL, TEXT, Cell, Piece, Text, Tile
 from mmalign.pages.page import GalleryEntry, PageLayout
-from mmalign.pages.ranking import change, format_score, kind
+from mmalign.pages.ranking import change, format_score, format_scores, kind
 
 
 class Span(NamedTuple):
@@ -44,10 +44,10 @@ def answer_entry(
     scores = (before.score, after.score)
     # A tile with the image above the truth, and the question with both answers to the right
     texts = [Text([Piece(f"{question}  ", MUTED), Piece(format_score(change(scores), "+"), INK[kind(scores)])])]
-    for side, answer in answers.items():
+    for (side, answer), score in zip(answers.items(), format_scores(scores), strict=True):
         parts = spans(answer) or [Span("(nothing)", False)]
         pieces = [Piece(part.text, INK["lost"] if part.invented else TEXT, part.invented) for part in parts]
-        rating = Text([Piece(f"{side} {format_score(answer.score)}  ·  {answer.note}", MUTED)], 16)
+        rating = Text([Piece(f"{side} {score}  ·  {answer.note}", MUTED)], 16)
         texts += [rating, Text(pieces, num_lines=6)]
     below = Text([Piece(f"truth: {truth}", MUTED)], 16, num_lines=2)
     tile = Tile([Cell([below], reduced), Cell(texts, width=430)])

@@ -21,7 +21,19 @@ from PIL import Image
 
 from mmalign import atomic_io
 from mmalign.pages.grid import INK, SMALL, Piece, Section, Text, Tile, encode_grid, render_grid
-from mmalign.pages.ranking import MARKS, SECTIONS, Kind, Scores, change, choose, format_score, kind, ranked, tally
+from mmalign.pages.ranking import (
+    MARKS,
+    SECTIONS,
+    Kind,
+    Scores,
+    change,
+    choose,
+    format_score,
+    format_scores,
+    kind,
+    ranked,
+    tally,
+)
 from mmalign.reading import broken_text
 
 
@@ -77,6 +89,7 @@ def write_page(
     score_name: str,
     provenance: Mapping[str, str],
     measured: Sequence[Scores] | None = None,
+    benchmarks: Sequence[str] | None = None,
 ) -> Path:
     """Write the page of N entries, the manifest last, and return the path of its `index.html`.
 
@@ -91,6 +104,7 @@ def write_page(
         score_name: the meaning of the score.
         provenance: models, recipe and sampler, shown unchanged.
         measured: [M] the scores of all samples, if the entries are only some of them.
+        benchmarks: [M] the benchmark of each of these samples, if there are several; each gets a bar of its own.
 
     Raises:
         ValueError: there is no entry, an entry's images differ in size, a score is not finite, a text has half of a
@@ -101,7 +115,10 @@ def write_page(
     texts = {"title": title, "score": score_name, "summary": summary, "provenance": provenance}
     if (reason := broken_text(texts)) is not None:
         raise ValueError(f"gallery: {reason}")
-    counts = tally(measured or [entry.scores for entry in entries])
+    measured = measured or [entry.scores for entry in entries]
+    counts, by_benchmark = tally(measured), dict[str, list[Scores]]()
+    for name, scores in zip(benchmarks or [""] * len(measured), measured, strict=True):
+        by_benchmark.setdefault(name, []).append(scores)
     atomic_io.make_folder("gallery", folder / "images")
     # Images
     records = []
@@ -113,7 +130,17 @@ def write_page(
     # Grid and page
     picture, lines, chosen = _draw_picture(entries, layout, counts, title, score_name, summary)
     _write(folder / "gallery.png", encode_grid(picture, lines))
-    page = _page(entries, layout, counts, title=title, summary=summary, score_name=score_name, provenance=provenance)
+    page = _page(
+        entries,
+        layout,
+        counts,
+        title=title,
+        headline=headline(summary),
+        shares=[{"name": name, "counts": tally(scores)} for name, scores in by_benchmark.items()],
+        summary=summary,
+        score_name=score_name,
+        provenance=provenance,
+    )
     _write(folder / "index.html", page.encode())
     # Manifest
     manifest = {
@@ -191,6 +218,23 @@ def _record(entry: GalleryEntry, names: Mapping[str, str]) -> dict[str, object]:
     }
 
 
+def headline(summary: Sequence[Sequence[str]]) -> str:
+    """Return the first row of a summary as a sentence with the change's interval; empty without both sides."""
+    if len(summary) < 2:
+        return ""
+    cells = {name.partition(",")[0].partition(" ")[0]: (name, cell) for name, cell in zip(*summary[:2], strict=True)}
+    if not {"before", "after", "change"} <= cells.keys():
+        return ""
+    (before_name, before), (_, after), (_, change_cell) = (cells[name] for name in ("before", "after", "change"))
+    first, of_row = summary[0][0], summary[1][0]
+    name, _, unit = (first if of_row == "all" else of_row).partition(", ")
+    unit = " %" if "%" in unit or "%" in before_name else ""
+    values = [f"{cell.partition(' [')[0]}{unit}" for cell in (after, before)]
+    estimate, bracket, interval = change_cell.partition(" [")
+    points = " points" if unit else ""
+    return f"{name[:1].upper()}{name[1:]}: {values[0]} instead of {values[1]} ({estimate}{points}{bracket}{interval})."
+
+
 def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[Kind, int], **texts: object) -> str:
     """Return the HTML of the page; `texts` are further variables of the template."""
     measured = [entry.scores for entry in entries]
@@ -206,8 +250,15 @@ def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[K
         }
         for name, heading, anchor, order in SECTIONS
     ]
+    sections = [section for section in sections if section["number"]]
     return render(
-        layout.template, lead=layout.lead, noun=layout.noun, sections=sections, small=_is_small(entries), **texts
+        layout.template,
+        lead=layout.lead,
+        noun=layout.noun,
+        sections=sections,
+        marks=MARKS,
+        small=_is_small(entries),
+        **texts,
     )
 
 
@@ -237,7 +288,7 @@ def _card(entry: GalleryEntry, index: int) -> dict[str, object]:
         "width": first.width,
         "height": first.height,
         **{"before_score": before, "after_score": after, "before_note": before_note, "after_note": after_note},
-        **{"before_text": format_score(before), "after_text": format_score(after)},
+        **dict(zip(("before_text", "after_text"), format_scores(entry.scores), strict=True)),
         **{key: data_uri(image) for key, image in entry.images.items()},
     }
 

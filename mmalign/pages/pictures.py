@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmalign.pages.grid import INK, MUTED, Cell, Piece, Text, Tile
 from mmalign.pages.page import GalleryEntry, PageLayout
-from mmalign.pages.ranking import Scores, change, format_score, kind
+from mmalign.pages.ranking import Scores, change, format_score, format_scores, kind
 
 
 def picture_entry(
@@ -22,8 +22,8 @@ def picture_entry(
     by_name = dict(zip(("before_image", "after_image"), images, strict=True))
     # A tile with the prompt above its two images, and scores, change and notes below them
     cells = []
-    for side, image, score, note in zip(("before", "after"), images, scores, notes, strict=True):
-        pieces = [Piece(f"{side} {format_score(score)}")]
+    for side, image, score, note in zip(("before", "after"), images, format_scores(scores), notes, strict=True):
+        pieces = [Piece(f"{side} {score}")]
         if side == "after":
             pieces.append(Piece(f" ({format_score(change(scores), '+')})", INK[kind(scores)]))
         cells.append(Cell([Text(pieces), Text([Piece(note, MUTED)], 16)], image))

@@ -68,6 +68,15 @@ def spread(changes: Sequence[float], number: int) -> list[int]:
     return best + rest[: number - len(best)]
 
 
+def format_scores(scores: Scores) -> tuple[str, str]:
+    """Format both scores with three significant digits, and with more where a change would not be seen."""
+    for digits in range(3, 9):
+        before, after = (f"{score:.{digits}g}" for score in scores)
+        if before != after or kind(scores) == "unchanged":
+            break
+    return before, after
+
+
 def format_score(value: float, sign: str = "") -> str:
     """Format a score with three significant digits; `sign` "+" shows the sign of a change."""
     return f"{value:{sign}.3g}"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmalign.atomic_io import CheckpointError
-from mmalign.pages.page import GalleryEntry, write_page
+from mmalign.pages.page import GalleryEntry, headline, write_page
 from mmalign.pages.pictures import LAYOUT, picture_entry
 from mmalign.toy.scenes import parse, place_objects, render
 from tests.helpers.page_reader import Page, visible
@@ -97,6 +97,37 @@ def test_page_counts_entries_that_it_does_not_show(tmp_path: Path) -> None:
     text = visible(path.read_text())
     assert "1 of 1,200, largest gain first." in text and "1 of 1, largest loss first." in text
     assert "0 of 7, in the order measured.\nNone of them is shown." in text
+
+
+def test_page_begins_with_the_result_and_a_bar_for_each_benchmark(tmp_path: Path) -> None:
+    """Without a bar of their own, 3,072 yes/no questions hide 256 descriptions."""
+    summary = [
+        ("", "before", "after", "change [95 % interval]"),
+        ("CHAIR_s, %", "41.0 [1, 2]", "18.3 [1, 2]", "-22.7 [-28.1, -17.2]"),
+    ]
+    measured, benchmarks = [(0, 1)] * 3 + [(1, 1)] * 5, ["descriptions"] * 4 + ["yes/no questions"] * 4
+    path = write(tmp_path, [entry("a", 0, 1)], measured=measured, benchmarks=benchmarks, summary=summary)
+    page, text = Page(path), visible(path.read_text())
+    assert "CHAIR_s: 18.3\u00a0% instead of 41.0\u00a0% (-22.7 points [-28.1, -17.2])." in text
+    assert [values["class"] for tag, values in page.tags if tag == "div" and "share-" in str(values.get("class"))] == [
+        "share share-1",
+        "share share-2",
+    ]
+    assert ".share-1 .gained { flex: 3; } .share-1 .unchanged { flex: 1; }" in page.text
+    assert ".share-2 .unchanged { flex: 4; }" in page.text and ".share-2 .gained" not in page.text
+
+
+def test_headline_of_a_table_of_prompts() -> None:
+    header = ("prompts fulfilled", "images", "before, %", "after, %", "change, points [95 % interval]")
+    row = ("all", "512", "27.3 [22.1, 33.1]", "33.2 [27.7, 39.2]", "+5.9 [1.1, 10.7]")
+    assert headline([header, row]) == "Prompts fulfilled: 33.2 % instead of 27.3 % (+5.9 points [1.1, 10.7])."
+    assert headline([]) == headline([("score", "mean"), ("all", "3")]) == ""
+
+
+def test_page_has_no_empty_section(tmp_path: Path) -> None:
+    page = Page(write(tmp_path, [entry("a", 0, 1)]))
+    assert [values["id"] for tag, values in page.tags if tag == "section"] == ["best-gains", "sorted"]
+    assert page.values("button", "data-filter") == ["all", "gained"]
 
 
 def test_manifest_records_entries_and_images(tmp_path: Path) -> None:

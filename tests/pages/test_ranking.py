@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmalign.pages.ranking import Scores, change, choose, kind, ranked, spread
+from mmalign.pages.ranking import Scores, change, choose, format_scores, kind, ranked, spread
 
 
 def scored(*changes: float) -> list[Scores]:
@@ -40,6 +40,14 @@ def test_choose_takes_half_losses() -> None:
 )
 def test_spread_takes_both_ends(number: int, indices: list[int]) -> None:
     assert spread([1, -2, 0, 3, -1, 1], number) == indices
+
+
+@pytest.mark.parametrize(
+    ("scores", "texts"),
+    [((0.5, 0.75), ("0.5", "0.75")), ((2.6000, 2.60282), ("2.6", "2.603")), ((1.0, 1.0 + 1e-9), ("1", "1"))],
+)
+def test_scores_that_differ_show_it(scores: Scores, texts: tuple[str, str]) -> None:
+    assert format_scores(scores) == texts
 
 
 def test_spread_keeps_the_order_of_equals_and_repeats_nothing() -> None:

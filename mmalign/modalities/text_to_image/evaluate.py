@@ -93,7 +93,7 @@ def compare_images(
     result, table = _compare(section.benchmark, samples)
     score_name = "share of the prompt's parts that are right"
     if section.benchmark == "preference" and section.reward is not None:
-        score_name = f"score of {section.reward.path}"
+        score_name = f"score by the reward model {Path(section.reward.path).name}"
     content = {"of": identity, "score": score_name, "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table

@@ -44,6 +44,7 @@ MODALITY = Modality(
         provenance=gallery.provenance,
         metrics=evaluate.read_metrics,
         outputs="answers",
+        benchmark_of=gallery.benchmark_of,
     ),
     prepare=prepare.prepare,
     example_evaluation="{benchmark: crowds, num_images: 256}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from mmalign.config import EvaluateResponses, Recipe
-from mmalign.evaluation.benchmarks.base import RatedAnswer
+from mmalign.evaluation.benchmarks.base import CAPTIONS, RatedAnswer
 from mmalign.modalities import Sample, SamplesFile, read_samples
 from mmalign.modalities.vision_language.benchmark import read_benchmark
 from mmalign.pages.answers import answer_entry
@@ -72,6 +72,11 @@ def gallery_entries(recipe: Recipe, _: Path, samples: Sequence[tuple[int, Sample
         )
         for _, sample in samples
     ]
+
+
+def benchmark_of(sample: Sample) -> str:
+    """Return the benchmark of a sample: descriptions, or yes/no questions of any split."""
+    return CAPTIONS if sample["part"] == CAPTIONS else "yes/no questions"
 
 
 def provenance(recipe: Recipe, num_samples: int) -> dict[str, str]:
