@@ -24,9 +24,10 @@ from mmalign.atomic_io import atomic_write
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
+from mmalign.evaluation.comparison import TableRow, add_differences
 from mmalign.evaluation.metrics import summarize_runs
 from mmalign.modalities import Samples, modality_of
-from mmalign.pages.comparison import TableRow, add_differences, as_markdown, plot_curve
+from mmalign.pages.comparison import as_markdown, plot_curve
 from mmalign.resources import locate
 from mmalign.training import checkpoint
 from mmalign.training.export import read_run_info

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmalign.evaluation.comparison import TableRow, add_differences
 from mmalign.evaluation.metrics import Metrics, compare_runs, ratio, summarize_runs
-from mmalign.pages.comparison import TableRow, add_differences, as_markdown
+from mmalign.pages.comparison import as_markdown
 
 PROMPTS = 60
 
