@@ -42,6 +42,14 @@ class KeyedRNG:
 
         return self._each(rows, stream, index, draw)
 
+    def seed_globally(self, rows: Sequence[int], stream: str, index: int = 0) -> None:
+        """Seed torch's generators of all devices for draws that a library makes itself, such as dropout.
+
+        These draws depend on the batch's rows together. On resuming they are the same.
+        """
+        key = f"{self.seed}/{self.epoch}/{','.join(map(str, rows))}/{stream}/{index}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
+
     def _each(self, rows: Sequence[int], stream: str, index: int, draw: Callable[[Generator], Tensor]) -> Tensor:
         generator = Generator()
         drawn = []

@@ -11,7 +11,7 @@ from mmalign.config import Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.pairs import Row, fingerprint_pairs
 from mmalign.families.base import Family
-from mmalign.modalities import modality_of
+from mmalign.modalities import loading, modality_of
 from mmalign.resources import resolve_model
 from mmalign.training import checkpoint
 
@@ -31,9 +31,10 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
         num_processes: processes of the launch.
     """
     lora, options = recipe.model.lora, recipe.train
-    targets = " ".join(family.default_lora_targets if lora.targets is None else lora.targets)
+    targets = " ".join(loading.lora_targets(family, lora))
     adapter = recipe.model.adapter
-    adapters = f"lora of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}, on {targets}"
+    adapters = f"lora of rank {lora.rank}, alpha {lora.scaled_alpha:g}, on {targets}"
+    adapters += f", dropout {lora.dropout:g}" if lora.dropout else ""
     reward = methods.requirements_of(recipe.method).reward
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {

@@ -303,11 +303,13 @@ def build_policy(
     reference: Reference = None
     if model.tune == "lora":
         lora, adapter = model.lora, model.adapter
-        targets = family.default_lora_targets if lora.targets is None else lora.targets
+        targets = loading.lora_targets(family, lora)
         if adapter is not None and adapter.use == "continue":
             family.continue_adapter(resolve_model(adapter.path))
         else:
-            family.add_lora(rank=lora.rank, alpha=lora.alpha or lora.rank, targets=targets, seed=options.seed)
+            family.add_lora(
+                rank=lora.rank, alpha=lora.scaled_alpha, targets=targets, seed=options.seed, dropout=lora.dropout
+            )
         reference = AdaptersOff() if needed else None
     else:
         if options.sharding != "none":  # a device need not hold the whole policy and the whole reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -17,11 +18,22 @@ class Lora(Section):
 
     rank: int = Field(16, ge=1, description="rank of each adapter")
     alpha: float | None = Field(None, gt=0, description="adapter scale times rank; default: rank")
-    targets: list[str] | None = Field(
+    targets: list[str] | Literal["all-linear"] | None = Field(
         None,
-        description="suffixes of the layers to adapt; default: a diffusion model's attention projections, or all "
-        "linear layers of a vision-language model's decoder",
+        description="suffixes of the layers to adapt, or all-linear for every linear layer of the trained network; "
+        "default: a diffusion model's attention projections, or all linear layers of a vision-language model's decoder",
     )
+    rank_stabilized: bool = Field(
+        False, description="scale adapters by alpha over the root of the rank, not over the rank (arXiv:2312.03732)"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of the adapters' inputs; the reference and all measurements have none"
+    )
+
+    @property
+    def scaled_alpha(self) -> float:
+        """Alpha that gives the scale of the adapters after division by the rank."""
+        return (self.alpha or self.rank) * (math.sqrt(self.rank) if self.rank_stabilized else 1.0)
 
 
 class Adapter(Section):

@@ -35,7 +35,11 @@ class Family(Protocol):
     def default_lora_targets(self) -> Sequence[str]:
         """The ends of the names of the layers that get adapters, if a recipe does not name any."""
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    @property
+    def linear_layers(self) -> Sequence[str]:
+        """The ends of the names of all linear layers that can be adapted."""
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
         """Add adapters to the network's linear layers whose names end in `targets`.
 
         Raises:

@@ -26,14 +26,21 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' o
 
 
 def add_lora(
-    net: ModelMixin | PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int, within: str = ""
+    net: ModelMixin | PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    dropout: float = 0.0,
+    within: str = "",
 ) -> None:
     """Add adapters to the linear layers whose names end in `targets`; adapter weights are float32 masters.
 
     `within` names the part of the network to adapt; empty means all of it.
 
-    The first matrix is Gaussian and the second one zero, so the network's initial outputs are unchanged. There is no
-    dropout, which would make the policy differ from its reference by chance.
+    The first matrix is Gaussian and the second one zero, so the network's initial outputs are unchanged. The inputs of
+    adapters have `dropout` in train mode alone; the loop keys its draws.
 
     Raises:
         ValueError: no layer of the network has one of these names.
@@ -52,7 +59,9 @@ def add_lora(
     # Adapters, from their own seed
     ends = "|".join(map(re.escape, sorted(targets)))
     modules = rf"{re.escape(within)}\.(.*\.)?({ends})" if within else list(targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian", lora_dropout=dropout
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -245,6 +254,11 @@ def _compare_layer(name: str, layer: LoraLayer, eps: float) -> None:
         )
         if not torch.allclose(a, b, rtol=4 * eps, atol=0):
             raise ValueError(f"{name} was read back without its magnitudes of DoRA")
+
+
+def all_linear(net: nn.Module) -> list[str]:
+    """Return the whole names of all linear layers of a network."""
+    return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def linear_names(net: nn.Module, within: str) -> list[str]:

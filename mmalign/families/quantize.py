@@ -54,6 +54,23 @@ def configuration(kind: Kind, library: str, compute: torch.dtype) -> Any:
     return module.TorchAoConfig(_torchao(kind), modules_to_not_convert=list(WHOLE) if of_vlm else None)
 
 
+def pipeline_options(kind: Kind, part: str, compute: torch.dtype, *, single_file: bool) -> dict[str, Any]:
+    """Return the options that load a diffusers pipeline with the network `part` quantized.
+
+    Raises:
+        ValueError: the weights are in a single file.
+    """
+    from diffusers import PipelineQuantizationConfig
+
+    if single_file:
+        raise ValueError(
+            f"model.quantize: {kind} reads weights from a pipeline's folder, and model.path is a single file; save the "
+            "pipeline to a folder with diffusers, or leave quantize out"
+        )
+    mapping = {part: configuration(kind, "diffusers", compute)}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)}
+
+
 def _torchao(kind: Kind) -> Any:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 

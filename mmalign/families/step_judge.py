@@ -56,7 +56,11 @@ class StepJudge:
         """Empty: a reward model is trained in full."""
         return ()
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    @property
+    def linear_layers(self) -> Sequence[str]:
+        return ()
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
         """Refuse adapters.
 
         Raises:

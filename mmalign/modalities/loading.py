@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from mmalign.attention import choice
-from mmalign.config import ImageData, ImageSize, Recipe, RewardConfig
+from mmalign.config import ImageData, ImageSize, Lora, Recipe, RewardConfig
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
@@ -86,6 +87,13 @@ def load_for_training(recipe: Recipe, device: torch.device) -> Any:
     if recipe.train.compile:
         compile_blocks(family.blocks(family.network))
     return family
+
+
+def lora_targets(family: Family, lora: Lora) -> Sequence[str]:
+    """Return the ends of the names of the layers that a recipe adapts."""
+    if lora.targets == "all-linear":
+        return family.linear_layers
+    return family.default_lora_targets if lora.targets is None else lora.targets
 
 
 def find_local(name: str, revision: str | None) -> str:

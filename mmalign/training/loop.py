@@ -117,10 +117,12 @@ def train(
         first = progress.batch
         for batch in batches(progress.epoch, first):
             # Contrasts of the batch, then a backward pass for each and an update for each full window
-            contrasts = make_contrasts(method, policy, batch, config, KeyedRNG(seed, progress.epoch))
+            rng = KeyedRNG(seed, progress.epoch)
+            contrasts = make_contrasts(method, policy, batch, config, rng)
             progress.batch, before = progress.batch + 1, progress.step
             for number, contrast in enumerate(contrasts, start=1):
                 last, progress.pending = window.count + 1 == gradient_accumulation_steps, len(contrasts) - number
+                rng.seed_globally(batch.rows, "dropout", number)  # of adapters; all else is keyed by row
                 with window.sync_context(last):
                     window.add(
                         method.loss(policy, contrast, config), BatchLocation(progress.epoch, progress.batch, batch.rows)

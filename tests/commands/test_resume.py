@@ -17,7 +17,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.training.export import read_run_info
 from tests.helpers import data_files, recipes
-from tests.helpers.runs import assert_same, train_weights
+from tests.helpers.runs import assert_resumes, assert_same, train_weights
 
 Content = dict[str, Any]
 
@@ -198,3 +198,9 @@ def test_exported_files_have_the_permissions_of_the_umask(content: Content, tmp_
         os.umask(previous)
     files = [path for path in (tmp_path / "out").rglob("*.safetensors") if "cache" not in path.parts]
     assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
+
+
+@pytest.mark.slow
+def test_dropout_of_adapters_resumes(tiny_sd15: Path, tmp_path: Path) -> None:
+    content = recipes.diffusion_in(tiny_sd15, tmp_path / "run", model={"tune": "lora", "lora": {"dropout": 0.5}})
+    assert_resumes(content)

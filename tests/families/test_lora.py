@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from mmalign.config import Lora
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
-from mmalign.families.lora import ATTENTION, add_lora
+from mmalign.families.lora import ATTENTION, adapter_layers, add_lora
 from mmalign.families.types import Loading
+from mmalign.rng import KeyedRNG
 
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
 SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
@@ -117,3 +119,39 @@ def test_targets_that_match_nothing(tiny_sd15: Path) -> None:
         add_lora(net, rank=4, alpha=4.0, targets=["to_q", "to_kk"], seed=0)  # the one that is there does not hide it
     with pytest.raises(ValueError, match=r"^model\.lora\.targets: conv_norm_out cannot be adapted"):
         add_lora(net, rank=4, alpha=4.0, targets=["conv_norm_out"], seed=0)
+
+
+def test_dropout_is_of_training_alone(tiny_sd15: Path) -> None:
+    """In train mode it follows the key; in eval mode there is none."""
+    family = load(tiny_sd15)
+    net, x, rng = family.network, given(family), KeyedRNG(0)
+    add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=0, dropout=0.5)
+    for name, p in masters(net).items():
+        if "lora_B" in name:
+            nn.init.constant_(p, 0.1)
+
+    @torch.no_grad()
+    def predicted(row: int) -> torch.Tensor:
+        rng.seed_globally([row], "dropout")
+        return family.predict(net.train(), *x)
+
+    assert torch.equal(predicted(1), predicted(1)) and not torch.equal(predicted(1), predicted(2))
+    with torch.no_grad():
+        plain = family.predict(net.eval(), *x)
+        assert torch.equal(family.predict(net, *x), plain) and not torch.equal(plain, predicted(1))
+
+
+def test_a_rank_stabilized_scale_is_that_of_peft() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, lora_alpha=8, use_rslora=True, target_modules=["0"])
+    layer: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model.model[0]
+    mine = Lora(rank=16, alpha=8.0, rank_stabilized=True)
+    assert mine.scaled_alpha / mine.rank == layer.scaling["default"] == 2.0
+
+
+def test_all_linear_adapts_every_linear_layer(tiny_sd15: Path) -> None:
+    family = load(tiny_sd15)
+    number = sum(isinstance(layer, nn.Linear) for layer in family.network.modules())
+    family.add_lora(rank=1, alpha=1.0, targets=family.linear_layers, seed=0)
+    assert len(adapter_layers(family.network)) == number

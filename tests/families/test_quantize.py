@@ -94,3 +94,8 @@ def test_nf4_of_a_pipeline_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs torchao, which is not installed; pip install 'mmalign\[quantize\]'"):
         quantize.check("fp8", "diffusers", CPU)
+
+
+def test_a_single_file_is_not_quantized() -> None:
+    with pytest.raises(ValueError, match=r"model\.quantize: int8 reads weights from a pipeline's folder"):
+        quantize.pipeline_options("int8", "unet", torch.bfloat16, single_file=True)

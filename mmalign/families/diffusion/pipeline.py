@@ -34,6 +34,7 @@ from mmalign.families.lora import (
     TRAINED,
     adapter_layers,
     add_lora,
+    all_linear,
     make_trainable,
     save_lora,
 )
@@ -134,8 +135,12 @@ class LatentModel(ABC):
         """Attention projections."""
         return ATTENTION
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
-        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed)
+    @property
+    def linear_layers(self) -> Sequence[str]:
+        return all_linear(self.network)
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
+        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed, dropout=dropout)
 
     def continue_adapter(self, path: str) -> None:
         read_adapter(self.pipeline, denoiser_name(self.pipeline), self.network, path)
@@ -227,8 +232,6 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     Raises:
         ValueError: a file of the checkpoint is missing or cannot be read, or a single file is to be quantized.
     """
-    from diffusers import PipelineQuantizationConfig
-
     # Parts that are replaced or left out, and dtypes
     options: dict[str, Any] = {"revision": loading.revision, "variant": loading.variant}
     if loading.vae:
@@ -251,13 +254,8 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
             if loading.quantize is not None:
                 quantize.quantize_shapes(options[denoiser_name(cls)], loading.quantize, "diffusers")
         elif loading.quantize is not None and not loading.tokenizers_only:
-            if loading.config is not None:
-                raise ValueError(
-                    f"model.quantize: {loading.quantize} reads weights from a pipeline's folder, and model.path is a "
-                    "single file; save the pipeline to a folder with diffusers, or leave quantize out"
-                )
-            config = quantize.configuration(loading.quantize, "diffusers", frozen)
-            options["quantization_config"] = PipelineQuantizationConfig(quant_mapping={denoiser_name(cls): config})
+            part = denoiser_name(cls)
+            options |= quantize.pipeline_options(loading.quantize, part, frozen, single_file=loading.config is not None)
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
         if loading.tokenizers_only:

@@ -187,10 +187,14 @@ class ImageTextToText:
         """All linear layers of the decoder."""
         return linear_names(self._model, self._decoder.removeprefix("model."))
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    @property
+    def linear_layers(self) -> Sequence[str]:
+        return self.default_lora_targets
+
+    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
         """Adapt the decoder alone; the vision tower and the projector stay unchanged."""
         within = self._decoder.removeprefix("model.")
-        add_lora(self._model, rank=rank, alpha=alpha, targets=targets, seed=seed, within=within)
+        add_lora(self._model, rank=rank, alpha=alpha, targets=targets, seed=seed, dropout=dropout, within=within)
 
     def continue_adapter(self, path: str) -> None:
         read_adapter(self._model, path)
