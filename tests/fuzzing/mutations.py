@@ -103,7 +103,6 @@ def changed_header(content: bytes, rng: Random) -> bytes:
 STRUCTURED: dict[str, Callable[[bytes, Random], bytes]] = {
     "json": changed_json,
     "jsonl": changed_json,
-    "csv": changed_json,
     "unfinished": changed_json,
     "safetensors": changed_header,
 }

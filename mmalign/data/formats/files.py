@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -172,7 +172,7 @@ def _csv_rows(file: Path, kind: str) -> Iterator[Located]:
         delimiter = "\t" if kind == ".tsv" else max(",;\t|", key=first.count)
         header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
         if len(set(header)) < len(header):
-            raise ValueError(f"{file} names a column twice in its first line ({', '.join(header)}); rename one")
+            raise ValueError(f"{file} names a column twice in its first line ({listed(header)}); rename one")
         rows = csv.reader(_bounded(texts, file), delimiter=delimiter, strict=True)
         while True:
             try:
@@ -204,7 +204,7 @@ def _csv_record(location: str, header: list[str], fields: list[str]) -> Record |
     if any(re.search("[\ud800-\udfff]", field) for field in fields):
         return SkippedRow(location, "is not in UTF-8 (perhaps Latin-1 or Windows-1252); save the file in UTF-8")
     if len(fields) != len(header):
-        return SkippedRow(location, f"has {len(fields)} fields; expected {len(header)} ({', '.join(header)})")
+        return SkippedRow(location, f"has {len(fields)} fields; expected {len(header)} ({listed(header)})")
     return {name: field or None for name, field in zip(header, fields, strict=True)}
 
 
@@ -230,6 +230,12 @@ def as_text(value: object) -> str:
         return str(value)
     except RecursionError:
         return shorten(value)
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names with commas, at most 300 characters, for messages."""
+    text = ", ".join(names) or "nothing"
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def shorten(value: object) -> str:

@@ -63,7 +63,7 @@ def _text(record: Record, name: str) -> str:
         raise UnusableRowError(f"{name} is {came}; expected a text")
     if not value.strip():
         raise UnusableRowError(f"has a blank {name}")
-    if (reason := broken_text(value)) is not None:
+    if not value.isascii() and (reason := broken_text(value)) is not None:
         raise UnusableRowError(f"{name} {reason}")
     return value
 
@@ -78,6 +78,8 @@ _WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 def _number(name: str, value: object) -> float:
     """Return a number, also of a truth value or of a text from CSV."""
+    if type(value) is float and math.isfinite(value):
+        return value
     try:
         number = _WORDS.get(value.lower()) if isinstance(value, str) else None
         number = float(value) if number is None and isinstance(value, str | int | float) else number
@@ -122,7 +124,10 @@ def _read_labels(location: str, record: Record) -> ParsedPairs:
 def _two(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> ParsedPairs:
     if sides[0].image == sides[1].image:
         raise UnusableRowError("the chosen and the rejected image are the same", "same sides")
-    return _ordered(prompt, sides, worth)
+    if worth[0] == worth[1]:
+        return ParsedPairs(prompt, [], ties=1)
+    first, second = sides
+    return ParsedPairs(prompt, [(first, second) if worth[0] > worth[1] else (second, first)])
 
 
 def _read_sides(location: str, record: Record) -> ParsedPairs:

@@ -127,7 +127,7 @@ class ImageRows:
                 defect = next(iter(bad.values())).defect
                 skipped.append(SkippedRow(row.location, " and ".join(map(str, bad.values())), defect))
             for which, sides in enumerate(parsed.sides):
-                if any(side.image in bad for side in sides):
+                if bad and any(side.image in bad for side in sides):
                     continue
                 places.append((number, which))
                 # Equal texts are one object
@@ -147,7 +147,8 @@ class ImageRows:
 
     def _bad_images(self, parsed: ParsedPairs, row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()
-        for image in dict.fromkeys(side.image for sides in parsed.sides for side in sides):
+        names = (side.image for sides in parsed.sides for side in sides if isinstance(side.image, str))
+        for image in dict.fromkeys(names):
             try:
                 self._reader.check(image, row.folders)
             except UnusableRowError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from mmalign.data.formats.files import Record, as_text
+from mmalign.data.formats.files import Record, as_text, listed
 from mmalign.data.formats.sources import Source, is_hub_path, open_source
 from mmalign.data.pairs import UnusableRowError
 from mmalign.registry import check_known
@@ -88,7 +89,7 @@ class Layout(Generic[Row]):
         """
         missing = self.missing(record)
         if missing:
-            raise UnusableRowError(f"has no {' and no '.join(map(repr, missing))} (found {_listed(record)})")
+            raise UnusableRowError(f"has no {' and no '.join(map(repr, missing))} (found {listed(record)})")
         try:
             return self.parse(location, self.own_names(record))
         except UnusableRowError:
@@ -98,13 +99,26 @@ class Layout(Generic[Row]):
 
     def own_names(self, record: Record) -> Record:
         """Return a record by the format's own column names."""
-        own = {column: name for name, column in self.names.items()}
-        return {own.get(name, name): value for name, value in record.items() if name in own or name not in self.names}
+        own = self._own
+        if not own:
+            return record
+        return {
+            own.get(name, name): value for name, value in record.items() if name in own or self.column(name) == name
+        }
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """Return the required columns that files do not have, by the files' names."""
-        needed = [[self.column(name) for name in names.split("|")] for names in self.required]
-        return [names[0] for names in needed if not set(names) & set(columns)]
+        return [names[0] for names in self._needed if not any(name in columns for name in names)]
+
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        """Own names of renamed columns, by the files' names."""
+        return {column: name for name, column in self.names.items() if name != column}
+
+    @cached_property
+    def _needed(self) -> list[list[str]]:
+        """Files' names of each required column, with its alternatives."""
+        return [[self.column(name) for name in names.split("|")] for names in self.required]
 
     def check_columns(self, location: str, columns: Collection[str], group_by: str | None) -> None:
         """Check that a file has the required columns, and the column to group by.
@@ -115,13 +129,13 @@ class Layout(Generic[Row]):
         if missing := self.missing(columns):
             expected = [" or ".join(self.column(name) for name in names.split("|")) for names in self.required]
             raise ValueError(
-                f"{location} has no {' and no '.join(map(repr, missing))} (found {_listed(columns)}); expected "
+                f"{location} has no {' and no '.join(map(repr, missing))} (found {listed(columns)}); expected "
                 f"{', '.join(expected)} (data.format {self.name}): data.columns renames columns, such as "
                 "{prompt: text}"
             )
         if group_by is not None and group_by not in columns:
             raise ValueError(
-                f"data.group_by: {location} has no {group_by!r} (found {_listed(columns)}); name one of those"
+                f"data.group_by: {location} has no {group_by!r} (found {listed(columns)}); name one of those"
             )
 
     def group(self, record: Record, group_by: str) -> str:
@@ -170,10 +184,6 @@ class Layout(Generic[Row]):
 def _word(name: str) -> str:
     """Return a column's name without case and separators, by which synonyms are compared."""
     return re.sub(r"[\W_]", "", name.lower())
-
-
-def _listed(columns: Collection[str]) -> str:
-    return ", ".join(columns) or "nothing"
 
 
 def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str, str]) -> Layout[Row]:
@@ -267,14 +277,14 @@ def recognize(
     known = ", ".join(layout.name for layout in layouts)
     if best:
         raise ValueError(
-            f"{place}: its columns ({_listed(columns)}) fit {' and '.join(layout.name for layout in best)}; name one "
+            f"{place}: its columns ({listed(columns)}) fit {' and '.join(layout.name for layout in best)}; name one "
             "with data.format"
         )
     nearest = min(layouts, key=lambda layout: len(layout.missing(columns)) / len(layout.required))
     lacks = " and no ".join(map(repr, nearest.missing(columns)))
     came = f"has no {lacks}" if lacks else f"has other values than {nearest.name}"
     raise ValueError(
-        f"{place} {came} (found {_listed(columns)}); expected a known layout, of which {nearest.name} "
+        f"{place} {came} (found {listed(columns)}); expected a known layout, of which {nearest.name} "
         f"({', '.join(nearest.required)}) is nearest: rename columns with data.columns, such as {{prompt: text}}, or "
         f"name the layout with data.format ({known})"
     )

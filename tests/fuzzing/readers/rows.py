@@ -1,6 +1,9 @@
-"""Rows of JSON and JSON lines, in every layout of image pairs and of response pairs."""
+"""Rows of JSON, JSON lines, CSV, tars and folders, in every layout of image pairs and of response pairs."""
 
+import csv
+import io
 import json
+import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ IMAGE_ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "a fox", "image_path": ["a.png", "b.png"], "rank": [1, 2]},
         {"prompt": "a cat", "image_path": ["a.png", "b.png"], "human_preference": [0, 1]},
     ],
+    "votes": [{"prompt": "a fox", "path1": "a.png", "path2": "b.png", "choice_dist": [4, 2]}],
+    "scores": [{"prompt": "a fox", "image": f"{name}.png", "score": n, "rank": 2 - n} for n, name in enumerate("ab")],
 }
 RESPONSE_ROWS: dict[str, list[dict[str, Any]]] = {
     "trl": [
@@ -69,8 +74,31 @@ def in_lines(rows: list[Any]) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
 
+def in_csv(rows: list[Any]) -> bytes:
+    """Return rows as CSV, lists as JSON."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows([{key: v if isinstance(v, str) else json.dumps(v) for key, v in row.items()} for row in rows])
+    return stream.getvalue().encode("utf-8", "surrogatepass")
+
+
+def in_tar(row: dict[str, Any], images: Files) -> bytes:
+    """Return one row as a webdataset tar."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        members = {"1.json": json.dumps(row).encode(), "1.txt": b"a fox", "1.chosen.png": images["a.png"]}
+        for name, content in {**members, "1.rejected.png": images["b.png"]}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
 def both_forms(rows: list[Any], suffix: str) -> tuple[Files, ...]:
     """Return rows as a list and as lines, each with the images."""
+    if suffix == "csv":
+        return ({"rows.csv": in_csv(rows), **IMAGES},)
     listed = ({f"rows.{suffix}": json.dumps(rows).encode(), **IMAGES},) if suffix == "json" else ()
     return (*listed, {f"rows.{suffix}": in_lines(rows), **IMAGES})
 
@@ -100,7 +128,7 @@ def read_responses(layout: str, suffix: str, folder: Path) -> None:
     use(responses.open_responses(layout, rows_file(folder, suffix), images=folder if suffix == "json" else None))
 
 
-def readers(layouts: dict[str, list[Any]], read: Any, suffixes: dict[str, str]) -> list[Reader]:
+def readers(layouts: dict[str, list[Any]], read: Any, suffixes: str) -> list[Reader]:
     return [
         Reader(
             f"rows: {layout}, {suffix}",
@@ -108,11 +136,35 @@ def readers(layouts: dict[str, list[Any]], read: Any, suffixes: dict[str, str]) 
             both_forms(rows, suffix),
             share=30,
             places=("data.path", "data.group_by"),
-            generated=ANY_ROWS.map(lambda made, suffix=suffix: {f"rows.{suffix}": in_lines(made), **IMAGES}),
+            generated=ANY_ROWS.map(
+                lambda made, suffix=suffix: {
+                    f"rows.{suffix}": (in_csv if suffix == "csv" else in_lines)(made),
+                    **IMAGES,
+                }
+            ),
         )
         for layout, rows in layouts.items()
-        for suffix in suffixes.get(layout, "json jsonl csv").split()
+        for suffix in suffixes.split()
     ]
 
 
-READERS = (*readers(IMAGE_ROWS, read_images, {"folder": "jsonl"}), *readers(RESPONSE_ROWS, read_responses, {}))
+SIDES = {"good/1.png": IMAGES["a.png"], "bad/1.png": IMAGES["b.png"], "good/1.txt": b"a fox"}
+CAPTIONS = in_csv([{"file_name": "good/1.png", "prompt": "a fox"}])
+READERS = (
+    *readers(IMAGE_ROWS, read_images, "json jsonl csv"),
+    *readers(RESPONSE_ROWS, read_responses, "json jsonl"),
+    Reader(
+        "rows: archive",
+        partial(read_images, "auto", "tar"),
+        ({"rows.tar": in_tar({}, IMAGES)}, {"rows.tar": in_tar({"id": 3}, IMAGES)}),
+        share=30,
+        places=("data.path",),
+    ),
+    Reader(
+        "rows: sides",
+        partial(read_images, "auto", "none"),
+        (SIDES, {**SIDES, "good/1.txt": b"a cat", "metadata.csv": CAPTIONS}),
+        share=30,
+        places=("data.path",),
+    ),
+)
