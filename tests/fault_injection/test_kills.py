@@ -1,28 +1,29 @@
 """The short form of the suite, and that its comparison and its kills are real."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mmalign.atomic_io import atomic_write
+from tests.fault_injection.__main__ import main
 from tests.fault_injection.killing import Kill, run
 from tests.fault_injection.trials import state
+from tests.helpers import forked
 
 CASES = ["sft", "prepare", "dpo", "prepare own"]
 
 
 @pytest.mark.slow
-def test_killed_runs_leave_the_same_bits() -> None:
-    command = [sys.executable, "-m", "tests.fault_injection", "--kills", "2", "--cases", *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.xdist_group("processes")  # one server forks them
+def test_killed_runs_leave_the_same_bits(tmp_path: Path) -> None:
+    process = forked.start(main, ["--kills", "2", "--cases", *CASES], log=tmp_path / "log")
+    process.join()
+    output = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, output
     for modality in ("text_to_image", "vision_language"):
-        assert re.search(rf"^{modality}: \d+ trials of 2 cases, [2-9] kills, 0 differ$", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{modality}: \d+ trials of 2 cases, [2-9] kills, 0 differ$", output, re.MULTILINE)
 
 
 def write(folder: Path) -> str:

@@ -22,8 +22,15 @@ def preload() -> None:
     CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
-def start(work: Callable[..., Any], *arguments: Any, log: Path, **environment: str) -> ForkServerProcess:
-    """Start a function in a process with further environment variables; its output goes to a file."""
+def start(work: Callable[..., int | None], *arguments: Any, log: Path, **environment: str) -> ForkServerProcess:
+    """Start a function in a process with further environment variables.
+
+    Args:
+        work: a function of a module that the process can import; it returns the exit code, or None for 0.
+        arguments: its arguments.
+        log: the file of its output.
+        environment: the variables.
+    """
     preload()
     process = CONTEXT.Process(target=_run, args=(work, arguments, log, environment))
     process.start()
@@ -54,13 +61,13 @@ def wait_for_line(log: Path, beginning: str, process: ForkServerProcess, seconds
         text = log.read_text() if log.exists() else ""
 
 
-def _run(work: Callable[..., Any], arguments: Sequence[Any], log: Path, environment: Mapping[str, str]) -> None:
+def _run(work: Callable[..., int | None], arguments: Sequence[Any], log: Path, environment: Mapping[str, str]) -> None:
     os.environ.update({**ALONE, **environment})
     with log.open("wb", buffering=0) as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-    work(*arguments)
+    sys.exit(work(*arguments))
 
 
 def _command(words: Sequence[str]) -> None:
