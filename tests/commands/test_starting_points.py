@@ -177,3 +177,18 @@ def test_a_single_file(tiny_sd15: Path, tmp_path: Path) -> None:
     net = family.load_trained(tmp_path / "output" / "model")
     torch.testing.assert_close(predicted(merged, merged.network), predicted(family, net), rtol=1e-2, atol=1e-3)
     assert torch.equal(merged.pipeline.vae.decoder.conv_in.weight, family.pipeline.vae.decoder.conv_in.weight)
+
+
+def test_pickles_that_a_recipe_allows_are_merged_and_copied(tiny_sd15: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sd15, base)
+    for file in base.rglob("*.safetensors"):
+        stem = "pytorch_model" if file.parent.name == "text_encoder" else file.stem
+        torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+        file.unlink()
+    family: Any = adapted(load_family(str(base), Loading(CPU, allow_pickle=True)))
+    wanted = predicted(family, family.network)
+    (tmp_path / "merged").mkdir()
+    family.export(tmp_path / "merged", family.network, "merged", None)
+    merged: Any = load_family(str(tmp_path / "merged"), Loading(CPU, allow_pickle=True))
+    torch.testing.assert_close(predicted(merged, merged.network), wanted, rtol=1e-4, atol=1e-5)

@@ -147,7 +147,9 @@ def save_pipeline(
     vae = source_folder(loading.vae, None) if loading.vae else None
     _copy_frozen(source, folder, part, vae, loading.variant)
     stored = stored_dtypes(source / part, loading.variant)
-    plain = _load_part(type(net), source / part, stored.loading, stored.variant) if adapter_layers(net) else net
+    plain = net
+    if adapter_layers(net):
+        plain = _load_part(type(net), source / part, stored.loading, stored.variant, loading.allow_pickle)
     weights = _merged_into(pipeline, part, net, plain, loading)
     with torch.device("meta"):
         bare = type(net).from_config(net.config)
@@ -209,9 +211,13 @@ def _copy_frozen(source: Path, folder: Path, part: str, vae: Path | None, varian
 
 
 def _load_part(
-    kind: type[ModelMixin], folder: Path, dtype: torch.dtype | None, variant: str | None = None
+    kind: type[ModelMixin],
+    folder: Path,
+    dtype: torch.dtype | None,
+    variant: str | None = None,
+    allow_pickle: bool | None = None,
 ) -> ModelMixin:
-    with tensors_only():
+    with tensors_only(allow_pickle):
         return kind.from_pretrained(folder, dtype=dtype, variant=variant)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 Weights = dict[str, Tensor]
 
+FLUX_WIDTH = 3072
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 # Layers of a block, diffusers' name: sd-scripts'; several names share one fused layer, in this order.
@@ -194,11 +195,21 @@ def _transformer(adapters: Adapters, _: ModelMixin) -> Weights:
     }
 
 
-_FLUX1, _FLUX2 = _flux(_FLUX_DOUBLE, _FLUX_SINGLE), _flux(_FLUX2_DOUBLE, _FLUX2_SINGLE)
+def _flux1(adapters: Adapters, net: ModelMixin) -> Weights:
+    """Return the names of FLUX.1; the one installed reader splits its fused layers at FLUX.1's own width."""
+    fused = [layer for layer in adapters if layer.startswith("single_transformer_blocks") and ".to_" in layer]
+    if fused and (width := net.get_submodule(fused[0]).out_features) != FLUX_WIDTH:
+        raise ValueError(
+            f"diffusers' reader of kohya's names knows a FLUX.1 of width {FLUX_WIDTH}, not {width}; use comfyui"
+        )
+    return _flux(_FLUX_DOUBLE, _FLUX_SINGLE)(adapters, net)
+
+
+_FLUX2 = _flux(_FLUX2_DOUBLE, _FLUX2_SINGLE)
 _KOHYA: dict[str, Callable[[Adapters, Any], Weights]] = {
     "StableDiffusionPipeline": _underscored,
     "StableDiffusionXLPipeline": _original_unet,
-    "FluxPipeline": _FLUX1,
+    "FluxPipeline": _flux1,
     "Flux2Pipeline": _FLUX2,
     "QwenImagePipeline": _underscored,
     "ZImagePipeline": _underscored,

@@ -111,7 +111,7 @@ def save_model(
     stored = stored_dtypes(source, loading.variant)
     weights: Mapping[str, Tensor] = model.state_dict()
     if adapter_layers(model):
-        plain = _load(source, stored.loading, stored.variant)
+        plain = _load(source, stored.loading, stored.variant, loading.allow_pickle)
         if loading.adapter is not None:
             read_adapter(plain, loading.adapter)
             absorb_adapters(plain)
@@ -142,11 +142,13 @@ def read_adapter(model: PreTrainedModel, path: str) -> None:
         raise ValueError(f"model.adapter: {path} adapts no layer of this model; expected an adapter of this model")
 
 
-def _load(folder: Path, dtype: torch.dtype, variant: str | None = None) -> PreTrainedModel:
+def _load(
+    folder: Path, dtype: torch.dtype, variant: str | None = None, allow_pickle: bool | None = None
+) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     options = {"dtype": dtype, "variant": variant, "trust_remote_code": False}
-    with tensors_only():
+    with tensors_only(allow_pickle):
         return AutoModelForImageTextToText.from_pretrained(folder, **options)
 
 
