@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmalign.commands.explain import explain
     from mmalign.commands.export import export
     from mmalign.commands.gallery import gallery
+    from mmalign.commands.init import init
     from mmalign.commands.load_recipe import load_recipe
     from mmalign.commands.plan import plan
     from mmalign.commands.prepare import prepare
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "export",
     "gallery",
+    "init",
     "load_recipe",
     "plan",
     "prepare",

@@ -3,52 +3,23 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import sys
-import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-from mmalign.console import configure_logging
+from mmalign.commands._group import Commands, print_error
+from mmalign.console import error_message
 
 if TYPE_CHECKING:
     from mmalign.config import Recipe
 
 
-class _Commands(TyperGroup):
-    """Group of all commands, in which an expected error prints one message and exits with code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command of the context; MMALIGN_TRACEBACK=1 shows an error's traceback."""
-        _silence_libraries()
-        configure_logging()
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:  # here, since typer's handling changes between versions
-            _print_error("stopped; the same command resumes from what was saved, if anything was")
-            raise SystemExit(130) from None
-        except Exception as error:
-            from mmalign.atomic_io import CheckpointError
-            from mmalign.training.stopping import TrainingStopped
-
-            if isinstance(error, TrainingStopped):
-                _print_error(str(error))
-                raise SystemExit(error.code) from None
-            is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
-            if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
-                raise
-            _print_error(f"error: {_error_message(error)}")
-            raise SystemExit(1) from None
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -114,6 +85,38 @@ def quickstart(
     from mmalign.commands.quickstart import quickstart as run
 
     run(modality, seed=seed, generate=generate, output=output)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of the model.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, glob or Hub id of preference data.")],
+    values: Values = None,
+    method: Annotated[
+        str | None, typer.Option(help="Method, see `mmalign list`.", show_default="by model and data")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Recipe to write.")] = Path("recipe.yaml"),
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Memory of the card.", show_default="this machine's")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Write a recipe for a model and preference data, with the published settings of its family.
+
+    For example: mmalign init stabilityai/stable-diffusion-xl-base-1.0 my-pairs --output mine.yaml
+    """
+    from mmalign.commands.init import init as run
+
+    run(
+        model,
+        data,
+        [*(overrides or ()), *(values or ())],
+        method=method,
+        output=output,
+        memory=memory,
+        overwrite=overwrite,
+    )
 
 
 @app.command()
@@ -288,7 +291,7 @@ def doctor(
             html=html,
         )
     except (ValueError, OSError) as error:
-        _print_error(f"error: {_error_message(error)}")
+        print_error(f"error: {error_message(error)}")
         raise SystemExit(2) from None
     raise typer.Exit(code or 0)
 
@@ -377,37 +380,3 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     app()
-
-
-def _print_error(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="red", markup=False)
-
-
-def _error_message(error: Exception) -> str:
-    """Return the message of an error; an error of the operating system also gets a remedy."""
-    if not isinstance(error, OSError):
-        return str(error)
-    if error.errno is None or error.strerror is None:  # raised by a library
-        return " ".join(str(error).split())
-    if error.strerror != os.strerror(error.errno):  # raised by mmalign, with its own message
-        return error.strerror
-    prefix = f"{error.filename}: " if error.filename else ""
-    return (
-        f"{prefix}{error.strerror}; free disk space or give a writable path, and run the same command again to resume"
-    )
-
-
-def _silence_libraries() -> None:
-    """Silence the libraries' warnings and progress bars, which would bury the command's messages."""
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers|peft)\.")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for library in ("torch.utils._pytree", "xformers"):  # torchao's import warns; mmalign names the attention itself
-        logging.getLogger(library).setLevel("ERROR")
-    # The logger's level is for libraries already imported, the environment variable for later imports. Diffusers also
-    # logs the errors that it raises.
-    for library, level in (("transformers", "error"), ("diffusers", "critical")):
-        os.environ.setdefault(f"{library.upper()}_VERBOSITY", level)
-        logging.getLogger(library).setLevel(level.upper())
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Console output: plain log lines and progress bars."""
+"""Console output: plain log lines, progress bars and messages of errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -110,3 +111,33 @@ def _logged(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             minutes = (total - done) / rate / 60
             logger.info(f"{description}: {done:,} of {total:,}, {rate:.3g} a second, {minutes:,.0f} minutes left")
         yield item
+
+
+def error_message(error: Exception) -> str:
+    """Return the message of an error; an error of the operating system also gets a remedy."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno is None or error.strerror is None:  # raised by a library
+        return " ".join(str(error).split())
+    if error.strerror != os.strerror(error.errno):  # raised by mmalign, with its own message
+        return error.strerror
+    prefix = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{prefix}{error.strerror}; free disk space or give a writable path, and run the same command again to resume"
+    )
+
+
+def silence_libraries() -> None:
+    """Silence the libraries' warnings and progress bars, which would bury the command's messages."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers|peft)\.")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library in ("torch.utils._pytree", "xformers"):  # torchao's import warns; mmalign names the attention itself
+        logging.getLogger(library).setLevel("ERROR")
+    # The logger's level is for libraries already imported, the environment variable for later imports. Diffusers also
+    # logs the errors that it raises.
+    for library, level in (("transformers", "error"), ("diffusers", "critical")):
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", level)
+        logging.getLogger(library).setLevel(level.upper())
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

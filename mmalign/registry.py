@@ -1,4 +1,4 @@
-"""Modules by file name, and user functions named as `module:function` in a recipe."""
+"""Modules by file name, and functions and classes from outside, named as `module:attribute` in a recipe."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import logging
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce, wraps
+from functools import cache, reduce, wraps
 from importlib.machinery import PathFinder
 from itertools import accumulate
 from pathlib import Path
 from types import BuiltinFunctionType, ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def names(package: str) -> list[str]:
@@ -66,24 +68,68 @@ def import_callable(key: str, name: str) -> Callable[..., Any]:
     Raises:
         ValueError: the module cannot be imported, or the function does not exist or is not callable.
     """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"{key}: {name!r} is not a function; expected module:function, such as my_rules:mask")
+    imported = _import(key, name, "function")
+    if not callable(imported):
+        raise ValueError(f"{key}: {name} is not a function but {type(imported).__name__}")
+    return imported
+
+
+@cache  # the file is announced once
+def import_class(key: str, name: str, base: type[T]) -> type[T]:
+    """Import the class that a recipe names at `key` as "module:Class".
+
+    Raises:
+        ValueError: it cannot be imported, or is no class derived from `base`.
+    """
+    imported = _import(key, name, "Class")
+    if not (isinstance(imported, type) and issubclass(imported, base)):
+        raise ValueError(f"{key}: {name} is not a class derived from {base.__module__}.{base.__qualname__}")
+    return imported
+
+
+def module_of(key: str, plugin: type, functions: Sequence[str]) -> ModuleType:
+    """Return the module of a class from outside, which has functions beside the class.
+
+    Raises:
+        ValueError: a function is missing.
+    """
+    module = sys.modules[plugin.__module__]
+    missing = [name for name in functions if not callable(vars(module).get(name))]
+    if missing:
+        raise ValueError(
+            f"{key}: {qualified_name(plugin)} has no {' and no '.join(missing)} beside it; expected the functions "
+            f"{', '.join(functions)} in {module.__name__} (docs/extending.md)"
+        )
+    return module
+
+
+def is_outside(name: str) -> bool:
+    """Return whether a name is "module:attribute", and not that of a file of mmalign."""
+    return ":" in name
+
+
+def _import(key: str, name: str, kind: str) -> object:
+    """Import what a recipe names; the log names the file before any of its code runs.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"{key}: {name!r} is not a {kind.lower()}; expected module:{kind}, such as my_rules:mask")
     here = str(Path.cwd())
     if here not in sys.path:  # an installed command lacks the current folder
         sys.path.append(here)
     try:
         if not module.startswith("mmalign."):
             logger.info(f"{key}: this recipe runs {name} from {_origin(module)}")
-        imported: object = reduce(getattr, function.split("."), importlib.import_module(module))
+        imported: object = reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (Exception, SystemExit) as error:  # the module's own code runs here
         reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{key}: {name} cannot be imported ({reason}); expected module:function, of an installed module or one in "
+            f"{key}: {name} cannot be imported ({reason}); expected module:{kind}, of an installed module or one in "
             "the current folder"
         ) from error
-    if not callable(imported):
-        raise ValueError(f"{key}: {name} is not a function but {type(imported).__name__}")
     return imported
 
 

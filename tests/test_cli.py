@@ -26,6 +26,7 @@ from tests.helpers.loading import load_diffusion
 
 COMMANDS = (
     "bench",
+    "init",
     "plan",
     "cache",
     "doctor",

@@ -105,7 +105,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     content = _parse(_read(source), location) if isinstance(source, str | Path) else source
     if not isinstance(content, Mapping):
         raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
-    tree = _override(dict(content), overrides)
+    tree = override(dict(content), overrides)
     # Schema of the method
     if (reason := broken_text(tree)) is not None:
         raise ValueError(f"{location}: {reason}")
@@ -171,7 +171,31 @@ def _parse(text: str, location: str) -> object:
         raise ValueError(f"{location}: is not a recipe in YAML: {' '.join(str(error).split())}") from None
 
 
-def _override(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
+def read_content(path: Path) -> dict[str, object]:
+    """Return the content of a recipe's file as written, without defaults or checks of its keys.
+
+    Raises:
+        ValueError: it is not YAML, or no mapping.
+    """
+    content = _parse(_read(path), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of sections, {_describe_value(content)}")
+    return content
+
+
+def dump_value(value: object) -> str:
+    """Return a value as YAML that fits beside its key, such as {rank: 8}."""
+    options: dict[str, Any] = {"default_flow_style": True, "width": float("inf"), "sort_keys": False}
+    text: str = yaml.dump([value], Dumper=_Dumper, allow_unicode=True, **options)
+    return text.strip()[1:-1]
+
+
+def override(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
+    """Return the content of a recipe with assignments such as "train.lr=1e-5", whose sections are copied.
+
+    Raises:
+        ValueError: an assignment has another form, or names a key of what is no section.
+    """
     for assignment in overrides:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")

@@ -94,10 +94,35 @@ def plan(recipe: Recipe, *, memory: float | None = None, probe: bool = False, js
     Raises:
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
     """
-    if memory is not None and memory <= 0:
-        raise ValueError(f"--memory: got {memory:g}; expected the GiB of a card, such as 24")
-    if memory is None and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    memory = memory_of_card(memory)
+    result = compute(recipe, memory, probe=probe)
+    show(result, recipe, memory)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(json_format.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        logger.info(f"{json}: the numbers")
+    return result
+
+
+def memory_of_card(given: float | None) -> float | None:
+    """Return the memory of a card in GiB: the given one, else that of this machine's GPU, if any.
+
+    Raises:
+        ValueError: the given one is not above 0.
+    """
+    if given is not None and given <= 0:
+        raise ValueError(f"--memory: got {given:g}; expected the GiB of a card, such as 24")
+    if given is None and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    return given
+
+
+def compute(recipe: Recipe, memory: float | None, *, probe: bool = False) -> Plan:
+    """Return the costs of a recipe's training; `memory` is that of the card in GiB, None without a card.
+
+    Raises:
+        ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
+    """
     splits, updates = _open_pairs(recipe)
     on_card = memory is not None
     with muted():
@@ -105,7 +130,7 @@ def plan(recipe: Recipe, *, memory: float | None = None, probe: bool = False, js
         size = recipe.train.batch_size
         peak = _peak(estimated, size, on_card=on_card)
         limit = None if memory is None else int(memory * GIB * (1 - MARGIN))
-        result = Plan(
+        return Plan(
             _parts(estimated, on_card=on_card),
             {name: estimated.networks[name] for name in estimated.leaving} if on_card else {},
             {number: estimated.activations(number) for number in sorted({*BATCHES, size})},
@@ -118,12 +143,6 @@ def plan(recipe: Recipe, *, memory: float | None = None, probe: bool = False, js
             [] if limit is None or peak <= limit else list(_remedies(recipe, splits, limit, estimated.smaller)),
             _probe(recipe) if probe else None,
         )
-    show(result, recipe, memory)
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_format.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-        logger.info(f"{json}: the numbers")
-    return result
 
 
 def _open_pairs(recipe: Recipe) -> tuple[Splits | None, str]:

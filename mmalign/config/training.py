@@ -57,6 +57,9 @@ class Model(Section):
     variant: str | None = Field(
         None, description="variant of the weight files, such as fp16 for model.fp16.safetensors"
     )
+    family: str | None = Field(
+        None, description="family from outside, as module:function (docs/extending.md); default: by the checkpoint"
+    )
     tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
     lora: Lora = Lora()
     quantize: Literal["int8", "nf4", "fp8"] | None = Field(
@@ -117,6 +120,8 @@ class JudgeModel(Model):
     def _takes(self) -> JudgeModel:
         if self.lora != Lora():
             raise ValueError("lora does not apply to a step judge, whose weights are all trained; leave it out")
+        if self.family is not None:
+            raise ValueError(f"family: {self.family!r} does not apply to a step judge; leave it out")
         for name in ("revision", "variant", "adapter"):
             if getattr(self, name) is not None:
                 raise ValueError(

@@ -13,6 +13,7 @@ from mmalign.config import ImageSize
 from mmalign.families.base import PromptProcessor, TextToImage, VisionLanguage
 from mmalign.families.types import Loading
 from mmalign.reading import first_line, read_json
+from mmalign.registry import import_callable
 
 # The pipeline class in a folder's model_index.json, and the file in diffusion/ that adapts it.
 PIPELINES = {
@@ -28,6 +29,44 @@ PIPELINES = {
 
 
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that may be missing
+
+
+def recognize(path: str, revision: str | None = None) -> tuple[str, str]:
+    """Return a checkpoint's modality, and its pipeline class or its type of transformers, without loading any weights.
+
+    Raises:
+        ValueError: the path is no checkpoint, or one that is not supported.
+    """
+    readers = {"model_index.json": ("text_to_image", pipeline_class), "config.json": ("vision_language", model_type)}
+    for name, (modality, read) in readers.items():
+        try:
+            _index_file(path, revision, name)
+        except ValueError:
+            continue
+        return modality, read(path, revision)
+    raise ValueError(
+        f"model.path: {path} has no {' nor '.join(readers)} within reach; expected a folder of a diffusers pipeline or "
+        "of a vision-language model of transformers, or a Hub id and a connection"
+    )
+
+
+def default_side(path: str, revision: str | None = None) -> int | None:
+    """Return the side of a pipeline's images in pixels by its configurations; None if they do not say.
+
+    Raises:
+        ValueError: the configuration of the autoencoder is damaged.
+    """
+    for part in ("unet", "transformer"):
+        try:
+            files = [_index_file(path, revision, f"{name}/config.json") for name in (part, "vae")]
+        except ValueError:
+            continue
+        denoiser, vae = (read_json(file, "expected a configuration; copy it again", str(file)) for file in files)
+        assert isinstance(denoiser, dict) and isinstance(vae, dict), "configurations are dictionaries"
+        side, blocks = denoiser.get("sample_size"), vae.get("block_out_channels")
+        if isinstance(side, int) and isinstance(blocks, list):
+            return int(side * 2 ** (len(blocks) - 1))
+    return None
 
 
 def pipeline_class(path: str, revision: str | None = None) -> str:
@@ -97,19 +136,22 @@ def _index_file(
         ) from error
 
 
-def load_family(path: str, loading: Loading) -> TextToImage:
-    """Load a checkpoint with the adapter for its pipeline class.
+def load_family(path: str, loading: Loading, outside: str | None = None) -> TextToImage:
+    """Load a checkpoint with the adapter for its pipeline class, or with "module:function" from outside.
 
     Raises:
-        ValueError: the class is not supported, or a file is missing.
+        ValueError: the class is not supported, a file is missing, or the function cannot be imported.
     """
+    if outside is not None:
+        family: TextToImage = import_callable("model.family", outside)(path, loading)
+        return family
     kind = pipeline_class(loading.config or path, loading.revision)
     module = importlib.import_module(f"mmalign.families.diffusion.{PIPELINES[kind]}")
-    family: TextToImage = module.load(path, loading)
+    family = module.load(path, loading)
     return family
 
 
-def load_tokenizers(path: str, revision: str | None = None) -> TextToImage:
+def load_tokenizers(path: str, revision: str | None = None, outside: str | None = None) -> TextToImage:
     """Load a checkpoint's adapter without any network, to count the tokens of prompts.
 
     Raises:
@@ -117,7 +159,7 @@ def load_tokenizers(path: str, revision: str | None = None) -> TextToImage:
     """
     # Without a network the resolution is unknown; tokens do not depend on it
     options = Loading(torch.device("cpu"), revision=revision, size=ImageSize(512, 512), tokenizers_only=True)
-    return load_family(path, options)
+    return load_family(path, options, outside)
 
 
 def load_processor(
@@ -148,12 +190,16 @@ def local_folder(name: str, revision: str | None = None) -> str | None:
         return None
 
 
-def load_vision_language(path: str, loading: Loading) -> VisionLanguage:
-    """Load a vision-language checkpoint with the one adapter for all types of transformers.
+def load_vision_language(path: str, loading: Loading, outside: str | None = None) -> VisionLanguage:
+    """Load a vision-language checkpoint with the one adapter for all types of transformers, or with one from outside.
 
     Raises:
-        ValueError: the type is not supported, the processor belongs to another model, or a file is missing.
+        ValueError: the type is not supported, the processor belongs to another model, a file is missing, or the
+            function cannot be imported.
     """
+    if outside is not None:
+        family: VisionLanguage = import_callable("model.family", outside)(path, loading)
+        return family
     kind = model_type(path, loading.revision)
-    family: VisionLanguage = importlib.import_module("mmalign.families.vlm.model").load(path, kind, loading)
+    family = importlib.import_module("mmalign.families.vlm.model").load(path, kind, loading)
     return family

@@ -14,7 +14,8 @@ from mmalign.modalities.prompts import load_prompts
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:
     """Return the prompts of the recipe's evaluation, and the count of prompts that its text encoder cuts."""
     no_responses = NotChecked("the pairs have no responses")
-    return RecipeInputs(_evaluation(recipe), count_truncated(_tokenizers(recipe), recipe.model.revision), no_responses)
+    count = count_truncated(_tokenizers(recipe), recipe.model.revision, recipe.model.family)
+    return RecipeInputs(_evaluation(recipe), count, no_responses)
 
 
 def _tokenizers(recipe: Recipe) -> str:
@@ -23,11 +24,13 @@ def _tokenizers(recipe: Recipe) -> str:
     return recipe.model.config or recipe.model.path
 
 
-def count_truncated(name: str, revision: str | None) -> Callable[[Sequence[str]], int] | NotChecked:
+def count_truncated(
+    name: str, revision: str | None, outside: str | None = None
+) -> Callable[[Sequence[str]], int] | NotChecked:
     """Return a function that counts the prompts that a pipeline's text encoder cuts, if the pipeline is local."""
     try:
         disable_progress_bars()
-        return load_tokenizers(find_local(name, revision), revision).count_truncated
+        return load_tokenizers(find_local(name, revision), revision, outside).count_truncated
     except ValueError as error:
         return NotChecked(str(error))
 

@@ -12,6 +12,7 @@ from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
+from mmalign.registry import import_callable
 from mmalign.resources import resolve_model
 
 
@@ -32,7 +33,10 @@ def check_model(model: Model) -> None:
     check_variant(path, model.variant)
     if model.vae is not None:
         located("model.vae", model.vae)
-    loading.pipeline_class(path if config is None else located("model.config", config), model.revision)
+    if model.family is None:
+        loading.pipeline_class(path if config is None else located("model.config", config), model.revision)
+    else:
+        import_callable("model.family", model.family)
 
 
 def load_family(model: Model, options: Loading) -> TextToImage:
@@ -45,7 +49,7 @@ def load_family(model: Model, options: Loading) -> TextToImage:
     vae = resolve_model(model.vae) if model.vae is not None else None
     config = resolve_model(model.config) if model.config is not None else None
     options = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], config=config)
-    return loading.load_family(resolve_model(model.path), options)
+    return loading.load_family(resolve_model(model.path), options, model.family)
 
 
 def loading_hint(tune: str, folder: Path, form: str) -> str:

@@ -11,6 +11,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.prompts import located
+from mmalign.registry import import_callable
 from mmalign.resources import resolve_model
 
 
@@ -24,7 +25,10 @@ def check_model(model: Model) -> None:
     if model.adapter is not None:
         located("model.adapter.path", model.adapter.path)
     check_variant(path, model.variant)
-    loading.model_type(path, model.revision)
+    if model.family is None:
+        loading.model_type(path, model.revision)
+    else:
+        import_callable("model.family", model.family)
 
 
 def load_family(model: Model, options: Loading) -> VisionLanguage:
@@ -35,7 +39,7 @@ def load_family(model: Model, options: Loading) -> VisionLanguage:
     """
     assert isinstance(model, ResponseModel)
     options = replace(options, template_arguments=model.template_arguments)
-    return loading.load_vision_language(resolve_model(model.path), options)
+    return loading.load_vision_language(resolve_model(model.path), options, model.family)
 
 
 def template_arguments(model: Model) -> dict[str, str]:
