@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,28 @@ def select_backend(
     if why and requested == "xformers":
         raise _unsupported(why)
     return SelectedBackend("sdpa" if why else "xformers", why)
+
+
+def install_backend(requested: str, choice: SelectedBackend, install: Callable[[str], None]) -> SelectedBackend:
+    """Install the selected backend in a model, and return it; PyTorch's (sdpa) is the model's own.
+
+    Args:
+        requested: "auto", "xformers" or "sdpa"; "auto" falls back to sdpa where the model's layers are unknown.
+        choice: the selected backend.
+        install: a function that installs a backend by its name; it raises ValueError if the layers are unknown.
+
+    Raises:
+        ValueError: xformers is requested, and the model's layers are unknown.
+    """
+    if choice.backend == "sdpa":
+        return choice
+    try:
+        install(choice.backend)
+    except ValueError as error:
+        if requested != "auto":
+            raise
+        return SelectedBackend("sdpa", str(error).removeprefix("train.attention: "))
+    return choice
 
 
 def _unsupported(why: str) -> ValueError:

@@ -50,7 +50,13 @@ def install(net: nn.Module, backend: str) -> None:
         plain.JointAttnProcessor2_0: Joint(backend),
     }
     # Modules with softmax attention, and those of unsupported types
-    attention_modules = list(_attention(net))
+    attention_modules = _attention(net)
+    own = [(n, m) for n, m in net.named_modules() if _has_own_code(m)]
+    if own:
+        raise ValueError(
+            f"train.attention: {own[0][0]} of this {type(net).__name__} is a {type(own[0][1]).__name__}, which has its "
+            "own attention code; use sdpa"
+        )
     softmax_modules = [
         (name, module) for name, module in attention_modules if type(module.processor).__name__ not in _LINEAR
     ]
@@ -87,21 +93,14 @@ def head_sizes(net: nn.Module) -> frozenset[int]:
 
 
 def _attention(net: nn.Module) -> list[tuple[str, Attention | AttentionModuleMixin]]:
-    """Return the attention modules with their names.
+    """Return the attention modules whose processor can be replaced, with their names."""
+    return [(name, module) for name, module in net.named_modules() if getattr(module, "processor", None) is not None]
 
-    Raises:
-        ValueError: a module has no processor that could be replaced.
-    """
-    modules: list[tuple[str, Attention | AttentionModuleMixin]] = []
-    for name, module in net.named_modules():
-        if getattr(module, "processor", None) is not None:
-            modules.append((name, module))
-        elif isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("Attention"):
-            raise ValueError(
-                f"train.attention: {name} of this {type(net).__name__} is a {type(module).__name__}, which has its own "
-                "attention code; use sdpa"
-            )
-    return modules
+
+def _has_own_code(module: nn.Module) -> bool:
+    """Return whether a module computes attention without a processor that could be replaced."""
+    is_attention = isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("Attention")
+    return is_attention and getattr(module, "processor", None) is None
 
 
 def _uses_registry(module: Attention | AttentionModuleMixin) -> bool:

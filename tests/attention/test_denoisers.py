@@ -10,6 +10,7 @@ from diffusers.models import attention_processor
 from torch import Tensor, nn
 
 from mmalign.attention import BACKENDS, denoisers
+from mmalign.attention.choice import SelectedBackend
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading
@@ -179,3 +180,17 @@ def test_attention_that_is_not_known_is_an_error_that_names_it(tiny_sd15: Path) 
         denoisers.install(nn.ModuleDict({"own": nn.MultiheadAttention(8, 2)}), "dense")
     with pytest.raises(ValueError, match="this Linear: it has no attention; use sdpa"):
         denoisers.install(nn.Linear(2, 2), "dense")
+
+
+def test_auto_falls_back_on_attention_that_is_not_known(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown processor, where xformers could run: `auto` takes PyTorch's and says why, `xformers` refuses."""
+    family = load_diffusion(tiny_sd15)
+    family.network.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(
+        attention_processor.AttnProcessor()
+    )
+    monkeypatch.setattr("mmalign.families.diffusion.pipeline.select_backend", lambda *_: SelectedBackend("xformers"))
+    choice = family.use_attention("auto")
+    assert choice.backend == "sdpa" and "attn1 (Attention with AttnProcessor)" in str(choice)
+    assert denoisers.installed(family.network) is None
+    with pytest.raises(ValueError, match="attn1"):
+        family.use_attention("xformers")

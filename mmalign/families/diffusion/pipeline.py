@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.attention import denoisers
-from mmalign.attention.choice import SelectedBackend, select_backend
+from mmalign.attention.choice import SelectedBackend, install_backend, select_backend
 from mmalign.config import ImageSize, SamplingConfig
 from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
@@ -169,9 +170,7 @@ class LatentModel(ABC):
         dtype = self.loading.half or torch.float32
         sizes = denoisers.head_sizes(self.network) if wanted != "sdpa" else frozenset()
         choice = select_backend(wanted, self.loading.device, dtype, sizes)
-        if choice.backend != "sdpa":
-            denoisers.install(self.network, choice.backend)
-        return choice
+        return install_backend(wanted, choice, partial(denoisers.install, self.network))
 
     @property
     def packing(self) -> None:

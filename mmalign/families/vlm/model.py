@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.attention import decoders
-from mmalign.attention.choice import SelectedBackend, select_backend
+from mmalign.attention.choice import SelectedBackend, install_backend, select_backend
 from mmalign.config import DecodingConfig
 from mmalign.families import quantize, shapes
 from mmalign.families.lora import PEFT_CONFIG, absorb_adapters, adapter_layers, add_lora, linear_names, make_trainable
@@ -230,9 +230,7 @@ class ImageTextToText:
         dtype = self.loading.half or torch.float32
         against = decoders.xformers_unsupported_reason(decoder)
         choice = select_backend(wanted, self.loading.device, dtype, decoders.head_sizes(decoder), against)
-        if choice.backend != "sdpa":
-            decoders.install(decoder, choice.backend)
-        return choice
+        return install_backend(wanted, choice, partial(decoders.install, decoder))
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write adapters for peft if the network has them, else the model for transformers; both with the processor."""
