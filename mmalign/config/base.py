@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from mmalign.registry import check_known
+from mmalign.registry import check_known, import_class, is_outside
 
 ResponseFormat = Literal[
     "trl", "povid", "realign", "mdpo", "rlhfv", "swift", "llama_factory", "alpaca", "answers", "auto"
@@ -55,7 +55,13 @@ Resolution = Annotated[int | str | None, AfterValidator(_check_resolution)]
 
 
 class MethodConfig(Section):
-    """Hyper-parameters of a method."""
+    """Hyper-parameters of a method.
+
+    Attributes:
+        modality: the modality of a method from outside: text_to_image or vision_language.
+    """
+
+    modality: ClassVar[str] = ""
 
     name: str
 
@@ -63,25 +69,50 @@ class MethodConfig(Section):
 class Choice:
     """Annotation of a field that takes any subclass of its type: a section with its `name`, or the name alone.
 
-    A new subclass is a new choice. It must be defined before the class that has the field.
+    A new subclass is a new choice. It must be defined before the class that has the field. A subclass from outside is
+    named as "module:Class".
     """
 
     @staticmethod
     def sections(kind: type[Section]) -> dict[str, type[Section]]:
         """Return the subclasses by name."""
-        return {section.model_fields["name"].default: section for section in kind.__subclasses__()}
+        names = {section: section.model_fields["name"].default for section in kind.__subclasses__()}
+        return {name: section for section, name in names.items() if isinstance(name, str)}
 
     def __get_pydantic_core_schema__(self, kind: type[Section], handler: GetCoreSchemaHandler) -> CoreSchema:
         sections = self.sections(kind)
 
-        def named(value: object) -> object:
+        def choose(
+            value: object, of_ours: core_schema.ValidatorFunctionWrapHandler, info: core_schema.ValidationInfo
+        ) -> object:
             section = {"name": value} if isinstance(value, str) else value
-            if isinstance(section, Mapping):
-                if "name" not in section:
-                    raise ValueError(f"needs a name, one of {', '.join(sections)}")
-                check_known("unknown name", str(section["name"]), sections)
-            return section
+            if not isinstance(section, Mapping):
+                outside = type(section) in kind.__subclasses__() and type(section) not in sections.values()
+                return section if outside else of_ours(section)
+            if "name" not in section:
+                raise ValueError(f"needs a name, one of {', '.join(sections)}")
+            name = str(section["name"])
+            if is_outside(name):
+                return _validated(import_class(str(info.field_name), name, kind), section)
+            check_known("unknown name", name, sections)
+            return of_ours(section)
 
         schemas = {name: handler.generate_schema(section) for name, section in sections.items()}
-        union = core_schema.tagged_union_schema(schemas, discriminator="name")
-        return core_schema.no_info_before_validator_function(named, union)
+        return core_schema.with_info_wrap_validator_function(
+            choose,
+            core_schema.tagged_union_schema(schemas, discriminator="name"),
+            serialization=core_schema.plain_serializer_function_ser_schema(Section.model_dump),
+        )
+
+
+def _validated(kind: type[Section], section: Mapping[str, object]) -> Section:
+    """Return a section of a class from outside.
+
+    Raises:
+        ValueError: a key is unknown, missing or has a wrong value; the message is one sentence.
+    """
+    try:
+        return kind.model_validate(dict(section))
+    except ValidationError as error:
+        reasons = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ValueError(f"{section['name']}: {'; '.join(reasons)} (it has {', '.join(kind.model_fields)})") from None

@@ -1,5 +1,7 @@
 """Methods, one file per paper: the file's name is the method's name in a recipe.
 
+A method from outside is named by its configuration, "module:Class"; its functions stand beside the class.
+
 A method is two functions. `contrasts` returns the items to compare, without gradients and with the reference's scores.
 `loss` returns the cost of preferring the wrong item. All contrasts of a batch exist before its first update, so a
 method that samples from the policy sees one state of it. `requirements` states what the method needs of a run.
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from mmalign import registry
 from mmalign.config import MethodConfig, RewardConfig
+from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts, EncodedResponses
 from mmalign.families.base import Family
@@ -33,7 +36,7 @@ class Step:
     Attributes:
         losses: one loss per pair [B].
         weights: weights of the pairs [B]; 0 for padding. The loop divides by their sum over an accumulated update.
-        metrics: values [B] by name, averaged for the log with the same weights.
+        metrics: values [B] by name, averaged for the log with the same weights; "loss" is one of them.
     """
 
     losses: Tensor
@@ -153,6 +156,7 @@ AnyMethod = Method[Any, Any, Any, Any]
 
 
 FOLDERS = ("text_to_image", "vision_language")
+_FUNCTIONS = ("requirements", "contrasts", "loss")
 
 
 def names() -> list[str]:
@@ -161,10 +165,12 @@ def names() -> list[str]:
 
 
 def find(name: str) -> AnyMethod:
-    """Return the module of the method called `name`.
+    """Return the module of the method called `name`, or of the class "module:Class" from outside.
 
     Raises:
-        ValueError: no method has that name.
+        ValueError: no method has that name, or the module from outside lacks a function.
     """
+    if registry.is_outside(name):
+        return cast(AnyMethod, registry.module_of("method.name", find_method(name)[1], _FUNCTIONS))
     packages = [f"{__name__}.{folder}" for folder in FOLDERS]
     return cast(AnyMethod, registry.find(packages, name, "method.name: there is no method"))

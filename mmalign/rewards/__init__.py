@@ -1,13 +1,15 @@
 """Reward models that score images against their prompts, one file each, named like the file.
 
 A reward model's file has a `Config` (a frozen pydantic model of its options in a recipe) and
-`load(path, device, cfg) -> RewardModel`. N is the number of images; higher scores are better.
+`load(path, device, cfg) -> RewardModel`. N is the number of images; higher scores are better. One from outside is named
+by the class of its options, "module:Class", with `load` beside the class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Protocol, cast
 
 import torch
@@ -58,11 +60,15 @@ def names() -> list[str]:
 
 
 def reward_module(name: str) -> RewardModule:
-    """Return the module of a reward model; importing it loads no heavy library.
+    """Return the module of a reward model; importing one of ours loads no heavy library.
 
     Raises:
-        ValueError: no file has this name.
+        ValueError: no file has this name, or what is named from outside is no reward model.
     """
+    if registry.is_outside(name):
+        options = registry.import_class("reward", name, BaseModel)
+        load = registry.module_of("reward", options, ["load"]).load
+        return cast(RewardModule, SimpleNamespace(Config=options, load=load))
     return cast(RewardModule, registry.find([__name__], name, "reward: there is no"))
 
 
@@ -120,7 +126,7 @@ def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:
         if scores.shape != (len(images),) or scores.dtype != torch.float32:
             raise ValueError(
                 f"reward {name}: scores of shape {list(scores.shape)} and {scores.dtype} for {len(images)} images; "
-                f"expected [{len(images)}] and torch.float32; correct mmalign/rewards/{name}.py"
+                f"expected [{len(images)}] and torch.float32; correct its function"
             )
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         if bad:

@@ -80,7 +80,9 @@ def judge(evidence: Evidence) -> str:
     sides = next((sides for sides in SIDES if f"{sides[1]} gain" in values), None)
     if sides is not None:
         return _judge_sides(values, sides, evidence)
-    return _judge_side(values, evidence) if "chosen gain" in values else _judge_loss(values, evidence)
+    if "chosen gain" in values:
+        return _judge_side(values, evidence)
+    return _judge_labels(values, evidence) if "margin" in values else _judge_loss(values, evidence)
 
 
 def broken(values: Values, side: str) -> str:
@@ -189,9 +191,24 @@ def _judge_side(values: Values, evidence: Evidence) -> str:
 
 
 def _judge_loss(values: Values, evidence: Evidence) -> str:
+    """Judge a method that reports nothing about chosen and rejected sides by its loss."""
+    before, change = fmean(evidence.start["loss"]), _loss_change(values, evidence)
+    trend = "did not change" if not change.sign else "fell" if change.sign < 0 else "rose"
+    trained = "training" if evidence.seen else "held-out"
+    return (
+        f"the loss {trend} (from {before:.4g} before the first update to {fmean(values['loss']):.4g}, on "
+        f"{len(values['loss'])} {trained} pairs): compare the outputs"
+    )
+
+
+def _loss_change(values: Values, evidence: Evidence) -> Mean:
+    return mean_of([a - b for a, b in zip(values["loss"], evidence.start["loss"], strict=True)])
+
+
+def _judge_labels(values: Values, evidence: Evidence) -> str:
     """Judge a reward model by its cross-entropy, which is ln 2 for equal scores."""
     before, after = fmean(evidence.start["loss"]), fmean(values["loss"])
-    change = mean_of([a - b for a, b in zip(values["loss"], evidence.start["loss"], strict=True)])
+    change = _loss_change(values, evidence)
     accuracy, trained = fmean(values["accuracy"]), "training" if evidence.seen else "held-out"
     numbers = (
         f"(loss {before:.4g} before the first update, {after:.4g} now, accuracy {accuracy:.2g}, on "

@@ -24,7 +24,7 @@ from mmalign.config.methods.vision_language import (
     ResponseSFTConfig,
     RLHFVConfig,
 )
-from mmalign.registry import check_known
+from mmalign.registry import check_known, import_class, is_outside
 
 __all__ = [
     "METHODS",
@@ -79,10 +79,14 @@ _BY_NAME = {
 
 
 def find_method(name: str) -> tuple[str, type[MethodConfig]]:
-    """Return the modality and the configuration class of the method called `name`.
+    """Return the modality and the configuration class of the method called `name`, or "module:Class" from outside.
 
     Raises:
-        ValueError: no method has that name.
+        ValueError: no method has that name, or the class from outside is no configuration of a method.
     """
+    if is_outside(name):
+        config = import_class("method.name", name, MethodConfig)
+        check_known(f"method.name: {name} has the modality", config.modality, METHODS)
+        return config.modality, config
     check_known("method.name: there is no method", name, _BY_NAME)
     return _BY_NAME[name]
