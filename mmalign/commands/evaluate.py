@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmalign.evaluation.metrics import Table
 from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import SAMPLES, Result, loading, modality_of
 from mmalign.training.export import RunInfo
+from mmalign.training.processes import connect_processes, current_processes
 
 RESULT = "result.json"  # in every folder of an evaluation
 TABLE = "table.json"  # the table of an evaluation of a trained model, with its identity
@@ -67,6 +69,7 @@ def evaluate(recipe: Recipe, *, checkpoint: str | int | None = None) -> Evaluati
         needed = "needs a validation split; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
     preflight.check(recipe, "evaluation", data=of_pairs)
+    connect_processes()
     # Scores of answer files, or a trained model to generate with
     scored = modality.score_files(recipe)
     trained = find_trained(recipe, checkpoint) if scored is None else None  # nothing is written without a trained model
@@ -81,11 +84,17 @@ def evaluate(recipe: Recipe, *, checkpoint: str | int | None = None) -> Evaluati
 
 
 def _write(measure: Callable[[Path], Result], folder: Path) -> Evaluation:
-    """Measure, and write the evaluation to `folder`."""
+    """Measure, and write the evaluation to `folder`, in the main process of a launch."""
+    if not current_processes().is_main:
+        with tempfile.TemporaryDirectory() as unused:
+            result, table = measure(Path(unused))
+        current_processes().gather(None)
+        return Evaluation(folder, result, table)
     with atomic_write(folder, marker=RESULT) as part:
         part.mkdir()
         result, table = measure(part)
         (part / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    current_processes().gather(None)  # no process ends before the files are there
     for row in table:
         logger.info("  ".join(cell.ljust(22) for cell in row).rstrip())
     return Evaluation(folder, result, table)

@@ -9,13 +9,14 @@ from mmalign.commands import preflight
 from mmalign.config import Recipe
 from mmalign.modalities import modality_of
 from mmalign.synthesis.rejected_responses import Writer
+from mmalign.training.processes import connect_processes
 
 
 def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     """Generate the pairs that the recipe trains on, and write them to `data.path`.
 
     A text-to-image model generates images and a reward model ranks them. For a vision-language model, true answers
-    get rejected responses.
+    get rejected responses. The processes of a launch share the work, and the main one writes.
 
     Args:
         recipe: the recipe, with a section `prepare`.
@@ -30,6 +31,7 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     if recipe.prepare is None:
         raise ValueError(f"prepare: the recipe has no such section; add one: {modality.example_preparation}")
     preflight.check(recipe, "preparation", data=False)
+    connect_processes()
     path = Path(recipe.data.path)
     make_folder("data.path", path.parent)
     with file_lock(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from mmalign.language.chat import IMAGE, Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
+from mmalign.training.processes import current_processes
 
 _TAIL = 16  # tokens of a prompt in which it may begin a thought
 QuestionKey = tuple[str, str]  # the name of an image, and a question about it
@@ -65,21 +67,53 @@ def generate_answers(
     models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
     keys = list(dict.fromkeys(questions))
     missing = [key for key in keys if any(key not in cache.answers for cache in caches)]
-    starts, left_out = range(0, len(missing), decoding.batch_size), dict[str, SkippedRow]()
-    for start in tracked(starts, "answer"):
-        prompts, views = _prepare(policy.family, missing[start : start + decoding.batch_size], images, left_out)
-        features = policy.family.encode_images(views)
-        # Only the answers that a model's cache lacks
-        for cache, run_on_model in zip(caches, models, strict=True):
-            new_prompts = {key: prompt for key, prompt in prompts.items() if key not in cache.answers}
-            if new_prompts:
-                answers = run_on_model(partial(_generate, policy.family, new_prompts, features, decoding, seed))
-                assert answers is not None
-                cache.add(answers)
+    processes, left_out = current_processes(), dict[str, SkippedRow]()
+    batches = [missing[start : start + decoding.batch_size] for start in range(0, len(missing), decoding.batch_size)]
+    for first in tracked(range(0, len(batches), processes.size), "answer"):
+        # A batch for each process; all take up the answers of all, in the batches' order
+        own, new = batches[first : first + processes.size][processes.rank : processes.rank + 1], _New({}, {}, left_out)
+        for batch in own:
+            new = _answer_batch(policy.family, models, batch, images, left_out, decoding, seed, caches)
+        for answers_before, answers_after, skipped in processes.gather(new):
+            left_out |= skipped
+            for cache, answers in zip(caches, (answers_before, answers_after), strict=True):
+                if answers:
+                    cache.add(answers)
     answerable = [key for key in keys if key[0] not in left_out]
     before, after = ({key: cache.answers[key] for key in answerable} for cache in caches)
     cut_before, cut_after = (sum(key in cache.cut for key in answerable) for cache in caches)
     return Answers(before, after, left_out, (cut_before, cut_after))
+
+
+class _New(NamedTuple):
+    """New answers of the reference and of the policy, and the images that were left out so far."""
+
+    before: GeneratedAnswers
+    after: GeneratedAnswers
+    left_out: dict[str, SkippedRow]
+
+
+def _answer_batch(
+    family: VisionLanguage,
+    models: tuple[RunOnModel, RunOnModel],
+    batch: Sequence[QuestionKey],
+    images: Images,
+    left_out: Mapping[str, SkippedRow],
+    decoding: DecodingConfig,
+    seed: int,
+    caches: tuple[AnswerCache, AnswerCache],
+) -> _New:
+    """Return the answers to a batch that the models' caches lack."""
+    new = _New({}, {}, dict(left_out))
+    prompts, views = _prepare(family, batch, images, new.left_out)
+    features = family.encode_images(views)
+    for cache, run_on_model, answers in zip(caches, models, new[:2], strict=True):
+        new_prompts = {key: prompt for key, prompt in prompts.items() if key not in cache.answers}
+        if new_prompts:
+            generated = run_on_model(partial(_generate, family, new_prompts, features, decoding, seed))
+            assert generated is not None
+            answers.update(generated)
+    return new
 
 
 @torch.no_grad()

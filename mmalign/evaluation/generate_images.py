@@ -14,6 +14,7 @@ from mmalign.config import ImageModel, SamplingConfig
 from mmalign.console import tracked
 from mmalign.data.caches.images import ImageCache
 from mmalign.families.base import TextToImage
+from mmalign.training.processes import current_processes
 
 
 def cache_settings(model: ImageModel, precision: str, sampling: SamplingConfig) -> dict[str, object]:
@@ -32,18 +33,38 @@ def generate_images(
 ) -> list[Image.Image]:
     """Generate an image for every prompt and seed, with a progress bar.
 
-    If the cache lacks any image of a batch, the whole batch is generated: rounding depends on the batch size.
+    If the cache lacks any image of a batch, the whole batch is generated: rounding depends on the batch size. The
+    processes of a launch take the batches in turn, and then read one another's from the cache.
     """
-    images: list[Image.Image] = []
-    for start in tracked(range(0, len(prompts), sampling.batch_size), "draw"):
-        batch = slice(start, start + sampling.batch_size)
-        keys = list(zip(prompts[batch], seeds[batch], strict=True))
-        cached = [cache.get(*key) for key in keys] if cache is not None else []
-        batch_images = [image for image in cached if image is not None]
-        if len(batch_images) < len(keys):
-            batch_images = family.sample(net, list(prompts[batch]), list(seeds[batch]), sampling)
-            if cache is not None:
-                for key, image in zip(keys, batch_images, strict=True):
-                    cache.put(*key, image)
-        images += batch_images
+    processes, images = current_processes(), list[Image.Image]()
+    starts = range(0, len(prompts), sampling.batch_size)
+    if processes.size > 1 and cache is not None:
+        for index, start in enumerate(tracked(starts, "draw")):
+            if processes.is_mine(index):
+                _generate_batch(family, net, prompts, seeds, sampling, start, cache)
+        processes.gather(None)
+    for start in tracked(starts, "draw"):
+        images += _generate_batch(family, net, prompts, seeds, sampling, start, cache)
     return images
+
+
+def _generate_batch(
+    family: TextToImage,
+    net: nn.Module,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    start: int,
+    cache: ImageCache | None,
+) -> list[Image.Image]:
+    """Return the images of the batch that begins at `start`, from the cache if it has all of them."""
+    batch = slice(start, start + sampling.batch_size)
+    keys = list(zip(prompts[batch], seeds[batch], strict=True))
+    cached = [cache.get(*key) for key in keys] if cache is not None else []
+    batch_images = [image for image in cached if image is not None]
+    if len(batch_images) < len(keys):
+        batch_images = family.sample(net, list(prompts[batch]), list(seeds[batch]), sampling)
+        if cache is not None:
+            for key, image in zip(keys, batch_images, strict=True):
+                cache.put(*key, image)
+    return batch_images

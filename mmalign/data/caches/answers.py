@@ -21,11 +21,12 @@ class AnswerCache:
         folder: folder of the files.
         settings: everything that an answer depends on besides its question: the model's weights, the decoding, the
             place of the images; JSON. Each group of settings has a file of its own.
+        is_writer: false in all processes of a launch but one.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object], *, is_writer: bool = True) -> None:
         file = folder / f"{fingerprint_settings(settings)}.jsonl"
-        self._journal = AppendLog(file, settings, list[tuple[str, str, str, bool]])
+        self._journal = AppendLog(file, settings, list[tuple[str, str, str, bool]], is_writer=is_writer)
         self.answers, self.cut = dict[tuple[str, str], str](), set[tuple[str, str]]()
         for piece in self._journal.entries:
             self._know({(image, question): GeneratedText(text, cut) for image, question, text, cut in piece})

@@ -31,13 +31,14 @@ class AppendLog(Generic[Piece]):
         path: the file; created if it does not exist.
         job: everything that the work depends on; JSON.
         piece: the shape of a piece, which pydantic validates.
+        is_writer: false in all processes of a launch but one; they read the file and keep new pieces in memory.
 
     Raises:
         ValueError: the file belongs to another job, with the differences, or a line is damaged.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, object], piece: type[Piece]) -> None:
-        self.path, self.entries = path, list[Piece]()
+    def __init__(self, path: Path, job: Mapping[str, object], piece: type[Piece], *, is_writer: bool = True) -> None:
+        self.path, self.entries, self._is_writer = path, list[Piece](), is_writer
         head = json.loads(json.dumps(job))  # as it reads back from JSON
         lines = self._whole_lines()
         if lines:
@@ -65,7 +66,7 @@ class AppendLog(Generic[Piece]):
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read ({error.strerror}); move it away to start over") from error
         whole = content[: content.rfind(_END) + 1]
-        if len(whole) < len(content):
+        if len(whole) < len(content) and self._is_writer:
             os.truncate(self.path, len(whole))
         return whole.split(_END)[:-1]
 
@@ -92,6 +93,8 @@ class AppendLog(Generic[Piece]):
             )
 
     def _write(self, content: object) -> None:
+        if not self._is_writer:
+            return
         line = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + _END
         with self.path.open("ab") as file:
             file.write(line)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from mmalign.modalities.prompts import load_prompt_pairs, load_prompts
 from mmalign.synthesis.rejected_responses import Writer
 from mmalign.synthesis.unfinished import is_written, unfinished
 from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
+from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     path = Path(recipe.data.path)
     if path.is_dir():
         raise ValueError(f"data.path: {path} is a folder; expected the name of the parquet file that prepare writes")
-    if is_written(path):
+    processes = current_processes()
+    if processes.on_main(partial(is_written, path)):
         return path
 
     # Images and rewards
@@ -59,6 +62,10 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     images = generate_images(family, family.network, prompts, seeds, section.sampling, cache)
     scores = reward_model(images, prompts).tolist()
 
+    if not processes.is_main:
+        processes.gather(None)  # no process ends before the file is there
+        return path
+
     # Pairs that the reward model is sure of
     if section.prompt_pairs:
         best = best_of_each(scores, section.images_per_prompt)
@@ -73,6 +80,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         num_kept, num_groups = write_pairs(
             path, prompts, images, scores, group=section.images_per_prompt, min_confidence=section.min_confidence
         )
+    processes.gather(None)
     noun = "prompt pairs" if section.prompt_pairs else "prompts"
     logger.info(
         f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"

@@ -30,6 +30,7 @@ from mmalign.modalities import EVALUATE_AGAIN, Measure, Result
 from mmalign.modalities.validation import implicit_reward_benchmark
 from mmalign.modalities.vision_language.benchmark import compare_all, read_benchmark, report
 from mmalign.policy import Policy
+from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,9 @@ def _ask(
         "template_arguments": recipe.model.template_arguments,
     }
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
-    before, after = (AnswerCache(folder, {**settings, "model": model}) for model in models)
+    processes = current_processes()
+    before, after = (AnswerCache(folder, {**settings, "model": model}, is_writer=processes.is_main) for model in models)
+    processes.gather(None)  # nobody writes before all have read
     return generate_answers(
         policy,
         [(question.image, question.text) for question in benchmark.questions],

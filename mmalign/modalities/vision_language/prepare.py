@@ -63,6 +63,7 @@ from mmalign.synthesis.segments import masker
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 from mmalign.synthesis.unfinished import is_written, unfinished, write_final
 from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
+from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,8 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     section, started = recipe.prepare, time.time()
     assert isinstance(section, PrepareResponses) and isinstance(recipe.data, ResponseData)
     # Checks before any model is loaded
-    path = _check(recipe, section, writer)
-    if is_written(path):
+    path, processes = _check(recipe, section, writer), current_processes()
+    if processes.on_main(partial(is_written, path)):
         return path
     pairs = _open(section.source)
     images = Path(recipe.data.images or path.parent)
@@ -115,13 +116,19 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
 
     # Rejected responses, in chunks of `save_every` rows
     work = _work(recipe, section, pairs, writer)
-    log = AppendLog(unfinished(path), _job(section, pairs, work), list[Entry])
+    log = AppendLog(unfinished(path), _job(section, pairs, work), list[Entry], is_writer=processes.is_main)
+    processes.gather(None)  # nobody writes before all have read
     num_done = len(log.entries) * section.save_every
     if num_done:
         logger.info(f"resuming after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
-    for first in tracked(range(num_done, len(pairs), section.save_every), "prepare"):
-        chunk = pairs[first : first + section.save_every]
-        log.append([_log_entry(one) for one in work.generate(list(chunk))])
+    step = section.save_every * processes.size
+    for first in tracked(range(num_done, len(pairs), step), "prepare"):
+        # A chunk for each process, logged in the chunks' order
+        start = first + section.save_every * processes.rank
+        chunk = list(pairs[start : start + section.save_every]) if start < len(pairs) else []
+        for piece in processes.gather([_log_entry(one) for one in work.generate(chunk)] if chunk else []):
+            if piece:
+                log.append(piece)
 
     # The file of pairs
     entries = [one for piece in log.entries for one in piece]
@@ -129,12 +136,16 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         raise ValueError(f"{log.path}: has {len(entries)} results for {len(pairs)} rows; move it away to start over")
     dropped = [SkippedRow(pairs[n].location, one["why"]) for n, one in enumerate(entries) if one["why"]]
     if len(dropped) == len(entries):
-        log.remove()
+        processes.gather(None)
+        if processes.is_main:
+            log.remove()
         raise ValueError(
             f"prepare: none of {len(entries):,} answers of {pairs.source} gave a pair: {format_rows(dropped)}"
         )
     final = _synthesized_pairs(section, pairs, entries, work)
-    write_final(path, lambda part: write_pairs(part, final, suffix=path.suffix, images=images))
+    if processes.is_main:
+        write_final(path, lambda part: write_pairs(part, final, suffix=path.suffix, images=images))
+    processes.gather(None)  # no process ends before the file is there
     if cut := sum(CUT in one["notes"] or one["why"] == CUT_REASON for one in entries):
         left = "and are kept torn" if section.keep_torn else "and end with their last whole sentence"
         logger.warning(f"{cut:,} of {len(entries):,} generated responses are {CUT}, {left}; raise that for whole ones")
@@ -149,8 +160,6 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     """Return the path of the new file, after checking the recipe."""
     data, path = recipe.data, Path(recipe.data.path)
     assert isinstance(data, ResponseData)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("prepare: several processes would write one file; start one")
     # The file to write
     layout = "realign" if section.kind == "realign" else "trl"
     if data.format not in (layout, "auto"):

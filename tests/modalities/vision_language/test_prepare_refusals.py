@@ -45,11 +45,6 @@ def test_an_answer_that_is_too_long_is_left_out(content: Any, tmp_path: Path) ->
     assert len(rows) == 1 and "line 2: prompt and answer have " in responses[-1] and "reads 256" in responses[-1]
 
 
-def test_one_process_writes_a_file(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refused(content("povid")).startswith("prepare: several processes would write")
-
-
 def test_existing_pairs_are_never_replaced(content: Any, tmp_path: Path) -> None:
     (tmp_path / "made.jsonl").write_text("mine")
     assert "already exists; move it away" in refused(content("povid"))

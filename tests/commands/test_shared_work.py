@@ -1,0 +1,98 @@
+"""Preparation and evaluation on two processes of this machine's CPU: the bytes that one process writes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmalign.commands import evaluate, prepare, train
+from mmalign.commands.load_recipe import load_recipe
+from mmalign.training.processes import Processes, connect_processes, current_processes
+from tests.helpers import Folders, data_files, recipes
+
+Content = dict[str, Any]
+
+
+def launch(folder: Path, command: str, content: Content) -> None:
+    """Run a command in two processes, joined by gloo."""
+    recipe = folder / f"{command}.json"
+    recipe.write_text(json.dumps(content))  # JSON is YAML
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mmalign", command, str(recipe)],
+            env={**os.environ, **shared, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files in a folder, by name."""
+    files = [path for path in sorted(folder.rglob("*.*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_one_process_has_all_the_work() -> None:
+    alone = connect_processes()
+    assert alone == current_processes() == Processes(0, 1) and alone.is_main
+    assert all(alone.is_mine(index) for index in range(3))
+    assert alone.gather("a") == ["a"] and alone.on_main(lambda: 3) == 3
+
+
+def test_pieces_are_dealt_out_once() -> None:
+    shares = [[index for index in range(7) if Processes(rank, 3).is_mine(index)] for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_and_evaluate_as_one(vlm_folders: Folders, tmp_path: Path) -> None:
+    rows = data_files.response_pairs(tmp_path / "rows", layout="trl")
+    section = {"kind": "own", "keep_torn": True, "save_every": 2, "source": {"format": "trl", "path": str(rows)}}
+    section["own"] = {"max_new_tokens": 4, "batch_size": 3}
+    made = {name: tmp_path / "rows" / f"{name}.jsonl" for name in ("one", "two")}
+    model = vlm_folders("llava")
+    content = {name: recipes.vlm(model, path, tmp_path / name, prepare=section) for name, path in made.items()}
+    prepare.prepare(load_recipe(content["one"]))
+    launch(tmp_path, "prepare", content["two"])
+    assert made["two"].read_bytes() == made["one"].read_bytes() and not list(made["two"].parent.glob("*unfinished*"))
+    # The same trained model, evaluated by one and by two processes
+    asked = {"benchmark": "crowds", "num_images": 3, "decoding": {"max_new_tokens": 4, "batch_size": 3}}
+    run = {**recipes.vlm(model, rows, tmp_path / "run", train={"steps": 2, "lr": 0.1}), "evaluate": asked}
+    train.train(load_recipe(run))
+    shutil.copytree(tmp_path / "run", tmp_path / "run2")
+    evaluate.evaluate(load_recipe(run))
+    launch(tmp_path, "evaluate", {**run, "output": str(tmp_path / "run2")})
+    for folder in ("answers", "evaluation"):
+        assert contents(tmp_path / "run2" / folder) == contents(tmp_path / "run" / folder)
+
+
+@pytest.mark.slow
+def test_two_processes_generate_images_as_one(tiny_sd15: Path, tmp_path: Path) -> None:
+    section = {
+        "prompts": 3,
+        "images_per_prompt": 2,
+        "min_confidence": 0.5,
+        "reward": {"path": "models/tiny_clip"},
+        "sampling": {"steps": 1, "guidance": 1.0, "batch_size": 2},
+    }
+    made = [tmp_path / f"{name}.parquet" for name in ("one", "two")]
+    one, two = (recipes.diffusion(tiny_sd15, path, tmp_path / "out", prepare=section) for path in made)
+    prepare.prepare(load_recipe(one))
+    launch(tmp_path, "prepare", two)
+    assert made[1].read_bytes() == made[0].read_bytes() and not list(tmp_path.glob("*unfinished*"))
