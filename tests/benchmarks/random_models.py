@@ -54,6 +54,26 @@ def write(name: str, folder: Path, device: torch.device, sizes: Sizes | None = N
         part.save_pretrained(folder)
 
 
+def write_configurations(name: str, folder: Path) -> None:
+    """Write a model's configurations, tokenizers and processor to a folder, without weights."""
+    with torch.device("meta"):
+        sizes = MODELS[name]
+        if "pipeline" not in sizes:
+            model, processor = _vision_language(name, sizes)
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            return
+        pipeline = _pipeline(sizes, networks(name))
+    pipeline.save_config(folder)
+    for part, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            save = getattr(component, "save_config", None) or component.config.save_pretrained
+            save(folder / part)
+        elif component is not None and part != "image_processor":
+            component.save_pretrained(folder / part)
+
+
 def networks(name: str, sizes: Sizes | None = None) -> dict[str, Any]:
     """Return the networks of a model by part; a vision-language model has one, "model"."""
     import diffusers
@@ -65,6 +85,9 @@ def networks(name: str, sizes: Sizes | None = None) -> dict[str, Any]:
     parts = {}
     for part, given in sizes["networks"].items():
         kind, options = given["class"], {key: value for key, value in given.items() if key != "class"}
+        if kind.startswith("T5"):
+            parts[part] = getattr(transformers, kind)(transformers.T5Config(**options))
+            continue
         if kind.startswith("CLIP"):
             tokens = _word_tokenizer()
             config = transformers.CLIPTextConfig(**{"vocab_size": len(tokens), **_ids(tokens), **options})

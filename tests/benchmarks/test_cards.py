@@ -1,0 +1,20 @@
+"""Planned memory of models of published sizes, without their weights."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import cards, random_models
+
+
+def test_a_folder_of_configurations_has_no_weights(tmp_path: Path) -> None:
+    random_models.write_configurations("sd_middle", tmp_path)
+    assert (tmp_path / "model_index.json").is_file() and (tmp_path / "unet" / "config.json").is_file()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".bin")]
+
+
+@pytest.mark.slow
+def test_a_row_has_both_peaks_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cards.MODELS, "sd_middle", ("a small model", 128))
+    cells = cards.row("sd_middle").split("|")[3:-1]
+    assert len(cells) == len(cards.KINDS) and all(len(cell.split("/")) == 2 for cell in cells)
