@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatc
         return now[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmalign.training.stopping.time.monotonic", clock)
+        patch.setattr("mmalign.training.stopping.time", SimpleNamespace(monotonic=clock))
         with pytest.raises(TrainingStopped, match=r"after update 2 \(limits.hours: 0.03 reached\)") as raised:
             train(load_recipe(content, ["limits.hours=0.03"]))
     assert raised.value.code == TIME_LIMIT_CODE
@@ -176,6 +177,7 @@ def test_spo_stops_after_the_last_update_of_a_batch(
     method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "reward": reward}
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", method=method, train={"steps": 8})
-    monkeypatch.setattr("mmalign.training.stopping.time.monotonic", iter(float(n) for n in range(10**6)).__next__)
+    clock = SimpleNamespace(monotonic=iter(float(n) for n in range(10**6)).__next__)
+    monkeypatch.setattr("mmalign.training.stopping.time", clock)
     with pytest.raises(TrainingStopped, match="after update 4 "):
         train(load_recipe(content, ["limits.hours=0.0001"]))
