@@ -131,7 +131,9 @@ def silence_libraries() -> None:
     """Silence the libraries' warnings and progress bars, which would bury the command's messages."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers|peft)\.")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers|peft|torch\.utils\.data)\."
+    )
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for library in ("torch.utils._pytree", "xformers"):  # torchao's import warns; mmalign names the attention itself
         logging.getLogger(library).setLevel("ERROR")

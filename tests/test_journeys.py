@@ -73,7 +73,12 @@ def test_csv_and_a_bundled_recipe(tiny_sdxl: Path, tmp_path: Path, monkeypatch: 
         rows.append(f"thing {n},{n}a.png,{n}b.png")
     Path("prefs.csv").write_text("\n".join(rows) + "\n")
     own = [f"model.path={tiny_sdxl}", "model.vae=null", "data.path=prefs.csv", "data.resolution=16", "output=mine"]
-    small = ["train.batch_size=2", "train.gradient_accumulation_steps=1", "evaluate.prompts=missing.txt"]
+    small = [
+        "data.num_workers=0",
+        "train.batch_size=2",
+        "train.gradient_accumulation_steps=1",
+        "evaluate.prompts=missing.txt",
+    ]
     printed = run("train", "diffusion_dpo_sdxl_lora", *own, *small, *SHORT)
     assert "mine/model" in printed and "load_lora_weights" in printed
     assert "evaluate.prompts" in printed  # a warning, no refusal
@@ -89,5 +94,6 @@ def test_bundled_recipe_on_own_responses(vlm_folders: Folders, tmp_path: Path, m
         rows.append(json.dumps({"image": f"{n}.png", "prompt": "What is in this image?", **said}))
     Path("rows.jsonl").write_text("\n".join(rows))
     own = [f"model.path={vlm_folders('qwen2_5_vl')}", "data.path=rows.jsonl", "data.format=auto", "output=mine"]
-    printed = run("train", "dpo_qwen25vl", *own, "train.gradient_accumulation_steps=4", *SHORT)
+    small = ["data.num_workers=0", "train.gradient_accumulation_steps=4"]
+    printed = run("train", "dpo_qwen25vl", *own, *small, *SHORT)
     assert "evaluate.questions" in printed and "mine/model" in printed

@@ -10,12 +10,16 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from mmalign import methods
 from mmalign.atomic_io import atomic_write
+from mmalign.commands import preflight
 from mmalign.commands._init_settings import Settings, find_settings
 from mmalign.commands.load_recipe import dump_value, load_recipe, override
 from mmalign.commands.plan import GIB, MARGIN, compute, memory_of_card
@@ -120,10 +124,16 @@ def init(
         _fit_images(draft, pairs, loading.default_side(folder))
     _fit_numbers(draft, pairs, recipe)
     draft.known.append(f"Data: {pairs.summary()}")
+    _fit_machine(draft)
     _fit_memory(draft, overrides, memory_of_card(memory))
     tree = override(draft.tree, overrides)
-    text = _render(tree, draft, _header(kind, settings, output, draft))
     checked = load_recipe(tree)
+    try:
+        with muted():
+            preflight.check(checked, "training")
+    except ValueError as error:
+        draft.unknown.append(f"whether it trains here: {first_line(error)}")
+    text = _render(tree, draft, _header(kind, settings, output, draft))
     with atomic_write(output) as part:
         part.write_text(text, encoding="utf-8")
     assert load_recipe(output) == checked, "the text says what the tree says"
@@ -248,6 +258,17 @@ def _fit_numbers(draft: _Draft, pairs: Pairs[Any], recipe: Recipe) -> None:
     if "warmup_steps" in train:
         train["warmup_steps"] = min(train["warmup_steps"], steps // 10)
     train["save_every"] = max(1, min(train.get("save_every", 500), steps // 4))
+
+
+def _fit_machine(draft: _Draft) -> None:
+    """Replace settings that need a GPU, or a package for it, if they are not here."""
+    train, on_card = draft.tree["train"], torch.cuda.is_available()
+    if train.get("optimizer") == "adamw_8bit" and not (on_card and find_spec("bitsandbytes")):
+        train["optimizer"] = "adamw"
+        draft.notes["train.optimizer"] = "adamw_8bit, as shipped, needs a GPU and bitsandbytes"
+    if train.get("precision") == "float16" and not on_card:
+        train["precision"] = "bfloat16"
+        draft.notes["train.precision"] = "float16, as shipped, needs a GPU"
 
 
 def _fit_memory(draft: _Draft, overrides: Sequence[str], memory: float | None) -> None:

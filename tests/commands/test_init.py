@@ -132,6 +132,23 @@ def test_neither_pipeline_nor_model(tmp_path: Path) -> None:
         init(str(tmp_path), str(pick_a_pic(tmp_path / "pairs.parquet")), output=tmp_path / "mine.yaml")
 
 
+def test_settings_that_need_a_card_are_replaced_without_one(tiny_sd15: Path, tmp_path: Path) -> None:
+    """The shipped recipe of Stable Diffusion 1.5 has Adam in 8 bit, which the CPU does not run."""
+    output = tmp_path / "mine.yaml"
+    recipe = load_recipe(init(str(tiny_sd15), str(pick_a_pic(tmp_path / "pairs.parquet")), output=output))
+    assert load_recipe("diffusion_dpo_sd15_lora").train.optimizer == "adamw_8bit"
+    assert recipe.train.optimizer == "adamw"
+    assert "# adamw_8bit, as shipped" in output.read_text() and "whether it trains here" not in output.read_text()
+
+
+def test_what_keeps_it_from_training_is_said(tiny_sdxl: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    output = tmp_path / "mine.yaml"
+    recipe: Any = load_recipe(init(str(tiny_sdxl), str(tmp_path / "prompts.txt"), output=output))
+    assert (recipe.method.name, recipe.data.format) == ("spo", "prompts")
+    assert "# Unknown: whether it trains here: method.reward" in output.read_text()
+
+
 def test_single_file_asks_for_a_pipeline_of_its_layout(tiny_sdxl: Path, tmp_path: Path) -> None:
     single, data = tmp_path / "model.safetensors", str(pick_a_pic(tmp_path / "pairs.parquet"))
     single.write_bytes(b"")
