@@ -102,6 +102,11 @@ class Metrics:
         Raises:
             ValueError: there are fewer than two groups.
         """
+        if len(set(self.groups)) < 2:
+            raise ValueError(
+                f"{self.benchmark}: all {len(self.keys):,} responses are about {self.groups[0]}; an interval needs two "
+                "images or prompts, so evaluate more"
+            )
         ratios = cluster_jackknife([self.matrix], self.measure, self.groups, bounds=[RATE] * len(self.ratios))
         zeros = np.zeros(len(self.keys))
         means = {

@@ -117,3 +117,8 @@ def test_short_table_has_the_headline_metrics() -> None:
 )
 def test_label_names_the_benchmark_of_a_mean(name: str, label: str) -> None:
     assert BEFORE.label(name) == label
+
+
+def test_responses_about_one_image_have_no_interval() -> None:
+    with pytest.raises(ValueError, match=r"^toy: all 2 responses are about 1; an interval needs two images or prompts"):
+        metrics((1, 4, 10, "a", "1"), (2, 2, 5, "b", "1")).as_dict()

@@ -24,6 +24,11 @@ def check_model(model: Model) -> None:
     """
     assert isinstance(model, ImageModel)
     path, config = located("model.path", model.path), model.config
+    if Path(path).is_file() and Path(path).suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(
+            f"model.path: {path} is a file; expected the folder of a diffusers pipeline, a .safetensors file, or a "
+            ".ckpt file with allow_pickle"
+        )
     if Path(path).is_file() != (config is not None):
         problem = "is a single file" if config is None else "is no single file"
         remedy = "name a pipeline with the same layout as model.config, such as the model that it was fine-tuned from"

@@ -113,5 +113,5 @@ def test_scenes_refuse() -> None:
     with pytest.raises(ValueError, match="scenes: no responses"):
         measure([], [])
     single = measure(check(["a red circle"], ["a red circle"]), ["a red circle"])
-    with pytest.raises(ValueError, match="two groups, so measure more"):
+    with pytest.raises(ValueError, match="an interval needs two"):
         compare_scenes(single, single)

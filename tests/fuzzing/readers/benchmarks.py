@@ -102,7 +102,7 @@ READERS = (
         read_pope,
         (pope_files(BY_ID), pope_files(IN_ORDER)),
         share=60,
-        places=("images:", "pope:", "bootstrap:"),
+        places=("images:", "pope:", "an interval needs two"),
         generated=RECORDS.map(pope_files),
     ),
     Reader(
@@ -117,10 +117,10 @@ READERS = (
         read_chair,
         (chair_files(SAID), chair_files(KARPATHY)),
         share=60,
-        places=("truth:", "bootstrap:"),
+        places=("truth:", "an interval needs two"),
         generated=RECORDS.map(chair_files),
     ),
-    Reader("AMBER", read_amber, (AMBER,), share=60, places=("amber:", "bootstrap:")),
+    Reader("AMBER", read_amber, (AMBER,), share=60, places=("amber:", "an interval needs two")),
     Reader(
         "vocabularies",
         lambda folder: load_vocabulary("evaluate.vocabulary", str(folder / "words.json")),

@@ -73,7 +73,7 @@ READERS = (
         partial(read, "images"),
         (image_files(SCENE), image_files(JUDGED)),
         share=40,
-        places=("bootstrap:",),
+        places=("an interval needs two",),
     ),
     Reader("samples of answers", partial(read, "answers"), (answer_files(),), share=20, places=("evaluation/",)),
 )
