@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmalign import atomic_io, methods
+from mmalign.commands._samples import Sampler
 from mmalign.config import Recipe
 from mmalign.data.data_module import DataModule
 from mmalign.policy import sharding
@@ -33,10 +34,16 @@ class AfterUpdate:
     """
 
     def __init__(
-        self, recipe: Recipe, run: TrainingRun, data_module: DataModule, reporter: Reporter, stop: StopRequest
+        self,
+        recipe: Recipe,
+        run: TrainingRun,
+        data_module: DataModule,
+        reporter: Reporter,
+        stop: StopRequest,
+        sampler: Sampler | None,
     ) -> None:
         self.recipe, self.run, self.data_module, self.reporter = recipe, run, data_module, reporter
-        self.stop, self.due = stop, False
+        self.stop, self.sampler, self.due = stop, sampler, False
         self.needs = methods.requirements_of(recipe.method)
         if run.progress.step == 0:
             options = recipe.train
@@ -50,6 +57,8 @@ class AfterUpdate:
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
         is_fresh = progress.epoch == 0 or self.needs.prompts_only  # generated images are always new
         self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
+        if self.sampler is not None:
+            self.sampler(progress.step)
         last = progress.step == self.recipe.train.steps
         code = 0 if last else self.stop.exit_code(self.run.train_state.accelerator)
         self.due |= last or code != 0 or progress.step % self.recipe.train.save_every == 0

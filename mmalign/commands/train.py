@@ -13,6 +13,7 @@ from mmalign import atomic_io, methods
 from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import _resume, cache, preflight
 from mmalign.commands._after_update import AfterUpdate
+from mmalign.commands._samples import Sampler, open_previews
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import Recipe, Train
 from mmalign.data.data_module import DataModule
@@ -125,6 +126,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     data_module = cache.build_filled_data_module(
         recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model
     )
+    previews = open_previews(recipe, family, splits)
     run = start_run(
         recipe, family, identity, saved, accelerator, reference_cached=cache.replaces_reference(data_module)
     )
@@ -137,8 +139,9 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     # Training, export and verdict
     init_trackers(accelerator, output.resolve().name, recipe.model_dump())
     reporter.load(run.reports)
+    sampler = Sampler(recipe, run, previews) if previews is not None else None
     with reporter, StopRequest(recipe.limits.hours) as stop:
-        hook = AfterUpdate(recipe, run, data_module, reporter, stop)
+        hook = AfterUpdate(recipe, run, data_module, reporter, stop, sampler)
         _train(recipe, run, data_module, hook)
     export(folder, run)
     _end(recipe, data_module, accelerator)

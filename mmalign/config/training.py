@@ -259,4 +259,15 @@ class Train(Section):
     log_every: int = Field(10, ge=1, description="updates between two log lines, each a mean over them")
     save_every: int = Field(500, ge=1, description="updates between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="number of recent checkpoints to keep besides the best")
+    sample_every: int | None = Field(
+        None,
+        ge=1,
+        description="updates between two looks at outputs of base and policy, in samples.html and the trackers "
+        "(docs/outputs.md); default: none",
+    )
+    samples: Annotated[int, Field(ge=1)] | str = Field(
+        4,
+        description="number of prompts of the validation pairs, or else of the training pairs; for images also a text "
+        "file with one prompt per line",
+    )
     trackers: list[str] = Field(["tensorboard"], description="accelerate's trackers, by name")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
 
 import torch
 from annotated_types import Len
+from PIL import Image
+from torch import nn
 from typing_extensions import TypedDict
 
 from mmalign.config import Data, Model, Recipe
@@ -37,6 +39,7 @@ EVALUATE_AGAIN = "run `mmalign evaluate` with this recipe again"
 Result = tuple[dict[str, Any], Table]  # the content of result.json, and a table of it
 # Measures a policy, with a folder for files and the identity of the evaluation.
 Measure = Callable[[Policy[Any], Path, Mapping[str, Any]], Result]
+Output = Image.Image | str  # of a model: an image or an answer
 Sample = Mapping[str, Any]  # an entry of samples.json
 S = TypeVar("S", bound=Sample)
 
@@ -105,6 +108,23 @@ class Example:
     smaller: str = ""
 
 
+@dataclass(frozen=True)
+class Previews:
+    """Few inputs whose outputs are generated again and again while a model trains.
+
+    Attributes:
+        titles: the prompts or questions.
+        images: the image of each question; empty for prompts, whose outputs are images.
+        settings: all that the outputs depend on besides weights and titles, as JSON.
+        generate: generate an output for each with a network in eval mode, always from the same random numbers.
+    """
+
+    titles: Sequence[str]
+    images: Sequence[Image.Image | None]
+    settings: Mapping[str, object]
+    generate: Callable[[nn.Module], Sequence[Output]]
+
+
 class DataModuleBuilder(Protocol):
     """Function that opens caches and loaders of a recipe's pairs."""
 
@@ -158,6 +178,8 @@ class Modality:
             that has shapes alone; None for a model that cannot be planned.
         show: the numbers of a recipe's pairs and so many examples as the model will see them, without its networks;
             raises ValueError if the model's configurations are not at hand.
+        open_previews: open the inputs of `train.samples`, before encoders may leave the device; None for a model that
+            generates nothing.
         unusable_rows: the noun phrase for rows that no process can use.
         open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy. A benchmark
             on the validation split gets both splits.
@@ -184,6 +206,7 @@ class Modality:
     build_data_module: DataModuleBuilder
     encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None
     show: Callable[[Recipe, Splits, int], DataView]
+    open_previews: Callable[[Any, Recipe, Splits], Previews] | None
     unusable_rows: str
     open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]
     score_files: Callable[[Recipe], Result | None]

@@ -35,10 +35,12 @@ def check_recipe(recipe: Recipe) -> None:
     """Check the settings that depend on the modality.
 
     Raises:
-        ValueError: the recipe compiles the network or packs responses.
+        ValueError: the recipe compiles the network, packs responses or asks for samples.
     """
     if recipe.train.compile:
         raise ValueError(step_judge.NOT_COMPILED)
+    if recipe.train.sample_every is not None:
+        raise ValueError("train.sample_every: a step judge generates no images to look at; leave it out")
     check.check_packing(recipe)
 
 
@@ -131,6 +133,7 @@ MODALITY = Modality(
     build_data_module=build_data_module,
     encode_example=None,
     show=show_pairs,
+    open_previews=None,
     unusable_rows="images or pairs could not be used",
     open_benchmark=open_benchmark,
     score_files=lambda _: None,

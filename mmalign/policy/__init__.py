@@ -129,6 +129,18 @@ def adapters_off(net: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and restore the mode of every part on exit, even after an error."""
+    training = [part for part in net.modules() if part.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def _adapter_layers(net: nn.Module) -> Iterator[BaseTunerLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 

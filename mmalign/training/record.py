@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 # Options that decide nothing about the weights.
 _UNRECORDED: tuple[str, ...] = ("evaluate", "gallery", "prepare", "limits", "output", "data.cache", "data.num_workers")
 _UNRECORDED += ("train.steps", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.trackers")
+_UNRECORDED += ("train.sample_every", "train.samples")
 
 
 @dataclass(frozen=True)

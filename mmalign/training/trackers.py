@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mmalign.pages.samples import decode_image
 from mmalign.training.record import options
 from mmalign.training.verdict import SCORES, SIDES
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 PROJECT = "mmalign"  # of the trackers; also TensorBoard's folder in a run's output
 NAMED = ("wandb", "trackio")  # trackers whose runs take a name
+SHOWING = ("tensorboard", *NAMED)  # trackers that show samples
 
 Charts = dict[str, dict[str, float]]  # chart -> line -> value
 
@@ -49,3 +54,63 @@ def init_trackers(accelerator: Accelerator, name: str, recipe: Mapping[str, obje
     given = {key: value for key, value in options(recipe) if value is not None}
     config = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in given.items()}
     accelerator.init_trackers(PROJECT, config, {tracker: {"name": name} for tracker in NAMED})
+
+
+def without_samples(accelerator: Accelerator) -> list[str]:
+    """Return the names of the trackers that show no samples."""
+    return [tracker.name for tracker in accelerator.trackers if tracker.name not in SHOWING]
+
+
+def log_samples(
+    accelerator: Accelerator,
+    titles: Sequence[str],
+    base: Sequence[str],
+    policy: Sequence[str],
+    step: int,
+    *,
+    are_texts: bool,
+) -> None:
+    """Log N outputs of the policy, each beside that of the base model, under its prompt or question.
+
+    Args:
+        accelerator: the accelerator, with its trackers.
+        titles: [N] the prompts or questions.
+        base: [N] outputs of the base model, as a history holds them; empty if there are none.
+        policy: [N] outputs of the policy.
+        step: updates of the policy.
+        are_texts: true if outputs are texts, not images.
+    """
+    columns = [base, policy] if base else [policy]
+    log = _log_texts if are_texts else _log_images
+    for index, outputs in enumerate(zip(*columns, strict=True)):
+        for tracker in accelerator.trackers:
+            log(tracker, f"samples/{index + 1}: {titles[index][:60]}", titles[index], outputs, step)
+
+
+def _log_images(tracker: Any, tag: str, title: str, outputs: Sequence[str], step: int) -> None:
+    """Log the outputs, from left to right, as one image."""
+    joined: NDArray[np.uint8] = np.concatenate([np.asarray(decode_image(uri)) for uri in outputs], axis=1)
+    match tracker.name:
+        case "tensorboard":
+            tracker.log_images({tag: joined[None]}, step=step, dataformats="NHWC")
+        case "wandb":
+            tracker.log_images({tag: [joined]}, step=step)
+        case "trackio":
+            import trackio
+
+            tracker.log({tag: trackio.Image(joined, caption=title)}, step=step)
+
+
+def _log_texts(tracker: Any, tag: str, title: str, outputs: Sequence[str], step: int) -> None:
+    """Log the question and the outputs, the policy's last."""
+    names = ("base", "policy")[-len(outputs) :]
+    text = "\n\n".join([title, *(f"**{name}**: {output}" for name, output in zip(names, outputs, strict=True))])
+    match tracker.name:
+        case "tensorboard":
+            tracker.log({tag: text}, step=step)
+        case "wandb":
+            tracker.log_table(tag, columns=["question", *names], data=[[title, *outputs]], step=step)
+        case "trackio":
+            import trackio
+
+            tracker.log({tag: trackio.Markdown(text)}, step=step)

@@ -32,7 +32,7 @@ class Runs:
     def __init__(self, folder: Path, model: Path, judge: Path, decoder: Path) -> None:
         self.folder, self.model, self.judge, self.decoder = folder, model, judge, decoder
         often = {"steps": STEPS, "save_every": 1, "keep_checkpoints": 9}
-        full = {"train": {**often, "max_grad_norm": None, "ema": 0.9, "trackers": ["tensorboard"]}}
+        full = {"train": {**often, "max_grad_norm": None, "ema": 0.9, "trackers": ["tensorboard"], "sample_every": 2}}
         lora = {"model": {"tune": "lora"}, "data": {"validation_fraction": 0.2}, "train": {**often, "lr": 0.03}}
         inpo = {"name": "inpo", "beta": 100.0, "steps": 3}
         uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmalign.training.trackers import charts, init_trackers, log_curves
+from mmalign.pages.samples import encode_output
+from mmalign.training.trackers import charts, init_trackers, log_curves, log_samples, without_samples
 
 
 def test_the_reference_follows_from_the_gain() -> None:
@@ -65,3 +67,38 @@ def test_other_trackers_get_one_group() -> None:
     log_curves(accelerator, {"chosen error": 0.4}, 3)
     log_curves(accelerator, {"loss": 0.4}, 4)
     assert logged == [(3, {"error/chosen": 0.4})]
+
+
+class Recording:
+    """Stand-in for wandb's tracker, which is not installed."""
+
+    name = "wandb"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def log_images(self, values: dict[str, Any], step: int) -> None:
+        self.calls += [(tag, [image.shape for image in images]) for tag, images in values.items()]
+
+    def log_table(self, name: str, columns: list[str], data: list[list[str]], step: int) -> None:
+        self.calls.append((name, [columns, *data]))
+
+
+def test_wandb_shows_base_and_policy_side_by_side() -> None:
+    tracker, uri = Recording(), encode_output(Image.new("RGB", (6, 4)))
+    accelerator: Any = type("Accelerator", (), {"trackers": [tracker]})
+    log_samples(accelerator, ["a cat"], [uri], [uri], 3, are_texts=False)
+    log_samples(accelerator, ["a cat"], [], [uri], 3, are_texts=False)
+    log_samples(accelerator, ["What?" * 30], ["a"], ["b"], 3, are_texts=True)
+    tag = f"samples/1: {('What?' * 30)[:60]}"
+    assert tracker.calls == [
+        ("samples/1: a cat", [(4, 12, 3)]),
+        ("samples/1: a cat", [(4, 6, 3)]),
+        (tag, [["question", "base", "policy"], ["What?" * 30, "a", "b"]]),
+    ]
+
+
+def test_other_trackers_are_named_once() -> None:
+    trackers = [type("Tracker", (), {"name": name})() for name in ("mlflow", "tensorboard", "aim")]
+    accelerator: Any = type("Accelerator", (), {"trackers": trackers})
+    assert without_samples(accelerator) == ["mlflow", "aim"]

@@ -23,6 +23,7 @@ from mmalign.families.types import GeneratedText, ImageFeatures
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.language.tokens import TokenizedResponse, Tokens
+from mmalign.policy import eval_mode
 from mmalign.rng import KeyedRNG
 
 if TYPE_CHECKING:
@@ -140,17 +141,15 @@ def _plain_search(model: PreTrainedModel, processor: HFProcessor) -> Iterator[No
     """
     from transformers import GenerationConfig
 
-    own, training = model.generation_config, [part for part in model.modules() if part.training]
+    own = model.generation_config
     eos_ids = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {*processor.ends, *eos_ids} - {None}
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=processor.pad, use_cache=True)
-    model.eval()
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         model.generation_config = own
-        for part in training:
-            part.training = True
 
 
 class _Noise:

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from mmalign.modalities import Modality, Samples
-from mmalign.modalities.text_to_image import check, data, doctor, evaluate, gallery, model, plan, prepare, show
+from mmalign.modalities.text_to_image import (
+    check,
+    data,
+    doctor,
+    evaluate,
+    gallery,
+    model,
+    plan,
+    prepare,
+    previews,
+    show,
+)
 from mmalign.pages import pictures
 
 MODALITY = Modality(
@@ -21,6 +32,7 @@ MODALITY = Modality(
     build_data_module=data.build_data_module,
     encode_example=plan.encode_example,
     show=show.show,
+    open_previews=previews.open_previews,
     unusable_rows="images or pairs could not be used",
     open_benchmark=evaluate.open_benchmark,
     score_files=lambda _: None,

@@ -13,12 +13,13 @@ from mmalign.modalities.vision_language import (
     model,
     plan,
     prepare,
+    previews,
     show,
 )
 from mmalign.pages import answers
 
 MODALITY = Modality(
-    check=lambda _: None,
+    check=check.check,
     check_evaluation=check.check_evaluation,
     check_preparation=lambda _: None,
     loading_hint=model.loading_hint,
@@ -32,6 +33,7 @@ MODALITY = Modality(
     build_data_module=data.build_data_module,
     encode_example=plan.encode_example,
     show=show.show,
+    open_previews=previews.open_previews,
     unusable_rows="images or pairs could not be used",
     open_benchmark=evaluate.open_benchmark,
     score_files=benchmark.score_files,
