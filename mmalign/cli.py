@@ -120,12 +120,25 @@ def init(
 
 
 @app.command()
-def train(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
-    """Train by a recipe; the same command again goes on where it stopped."""
+def train(
+    recipe: RecipeName,
+    values: Values = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything before the first update, show the plan, write nothing.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train by a recipe; the same command again goes on where it stopped.
+
+    Before a long run: mmalign train RECIPE --dry-run
+    """
     checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.train import train as run
 
-    run(checked)
+    if dry_run:
+        run(checked, dry_run=True)
+    else:
+        run(checked)
 
 
 @app.command()

@@ -36,7 +36,7 @@ def open_previews(recipe: Recipe, family: Family, splits: Splits) -> Previews | 
     modality = modality_of(recipe)
     if recipe.train.sample_every is None:
         return None
-    assert modality.open_previews is not None, "the modality's check refuses samples"
+    assert modality.open_previews is not None, "preflight refuses samples"
     return modality.open_previews(family, recipe, splits)
 
 

@@ -124,6 +124,24 @@ def compute(recipe: Recipe, memory: float | None, *, probe: bool = False) -> Pla
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
     """
     splits, updates = _open_pairs(recipe)
+    return make_plan(recipe, splits, updates, memory, probe=probe)
+
+
+def make_plan(
+    recipe: Recipe, splits: Splits | None, updates: str, memory: float | None, *, probe: bool = False
+) -> Plan:
+    """Return the costs of a recipe's training.
+
+    Args:
+        recipe: the recipe.
+        splits: its pairs, or None if they are not at hand.
+        updates: a sentence with pairs, updates and epochs.
+        memory: memory of the card, in GiB; None for a CPU.
+        probe: also load the model, make two updates, and measure their peak.
+
+    Raises:
+        ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
+    """
     on_card = memory is not None
     with muted():
         estimated = estimate(recipe, splits, on_card=on_card)

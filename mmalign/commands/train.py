@@ -7,7 +7,7 @@ import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from mmalign import atomic_io, methods
 from mmalign.atomic_io import atomic_write, check_owned
@@ -61,10 +61,18 @@ class Trained:
     history: list[dict[str, float]]
 
 
-def train(recipe: Recipe) -> Trained:
+@overload
+def train(recipe: Recipe, *, dry_run: Literal[False] = False) -> Trained: ...
+@overload
+def train(recipe: Recipe, *, dry_run: Literal[True]) -> None: ...
+def train(recipe: Recipe, *, dry_run: bool = False) -> Trained | None:
     """Train by a recipe, or resume from its last checkpoint with the same numbers as an uninterrupted run.
 
     The recipe's output receives checkpoints, the tracker's logs, `recipe.yaml` and at the end `model/`.
+
+    Args:
+        recipe: the recipe.
+        dry_run: true to check everything before the first update, show the plan, write nothing and return None.
 
     Raises:
         ValueError: the recipe, the data or a checkpoint does not fit.
@@ -72,6 +80,11 @@ def train(recipe: Recipe) -> Trained:
         CheckpointError: a checkpoint could not be written; earlier ones stay.
         ConnectionError: another process of the launch ended or stopped answering.
     """
+    if dry_run:
+        from mmalign.commands import _dry_run  # it imports this module
+
+        _dry_run.dry_run(recipe)
+        return None
     preflight.check(recipe, "training")
     output = atomic_io.make_folder("output", Path(recipe.output))
     lost = name_lost_processes(recipe.limits.rank_timeout, lambda: last_saved(output))

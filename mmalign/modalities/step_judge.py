@@ -35,12 +35,10 @@ def check_recipe(recipe: Recipe) -> None:
     """Check the settings that depend on the modality.
 
     Raises:
-        ValueError: the recipe compiles the network, packs responses or asks for samples.
+        ValueError: the recipe compiles the network or packs responses.
     """
     if recipe.train.compile:
         raise ValueError(step_judge.NOT_COMPILED)
-    if recipe.train.sample_every is not None:
-        raise ValueError("train.sample_every: a step judge generates no images to look at; leave it out")
     check.check_packing(recipe)
 
 

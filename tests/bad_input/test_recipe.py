@@ -58,8 +58,10 @@ from tests.helpers.logged import recorded_lines
         ),
         ("model.vae=W/vae", "model.vae: there is no file or folder 'W/vae'"),
         # Everything else.
-        ("train.sample_every=0", "train.sample_every: expected at least 1, got 0"),
-        ("train={sample_every: 5, samples: W/none.txt, steps: 1, lr: 1}", "train.samples: "),
+        (
+            "train={sample_every: 5, samples: W/none.txt, steps: 1, lr: 1}",
+            "train.samples: there is no file or folder 'W/none",
+        ),
         ("train.trackers=[tensorbord]", "train.trackers: tensorbord is unknown; correct it, or leave it out"),
         ("output=W/good.parquet", "output: W/good.parquet is a file; choose a folder"),
         (

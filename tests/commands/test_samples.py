@@ -1,6 +1,7 @@
 """Samples while a model trains: they change no bit of the training, resume with it, and show base beside policy."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmalign.commands import preflight
+from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import Folders, data_files, first_fast, recipes
 from tests.helpers.page_reader import Page
 from tests.helpers.runs import assert_same, trained
@@ -128,3 +131,22 @@ def test_prompts_of_a_file_are_taken_in_its_order(tiny_sd15: Path, tmp_path: Pat
     trained(content)
     assert history(tmp_path / "run")["settings"]["titles"] == ["a cat", "a dog <b>"]
     assert list(history(tmp_path / "run")["updates"]) == ["1"]  # the last update is always shown
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "samples", "message"),
+    [
+        ("dpo", {"path": "a"}, "prompts.txt", "train.samples: got 'prompts.txt'; expected a number of questions"),
+        ("step_preference", {"path": "a", "denoiser": "b"}, 4, "train.sample_every: method.name: step_preference"),
+    ],
+)
+def test_what_has_no_samples_is_refused_in_training_alone(
+    method: str, model: dict[str, str], samples: int | str, message: str
+) -> None:
+    options = {"steps": 1, "lr": 1.0, "trackers": [], "sample_every": 1, "samples": samples}
+    sections = {"method": {"name": method}, "model": model, "data": {"path": "c"}, "train": options}
+    recipe = load_recipe({**sections, "output": "d"})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        preflight.check(recipe, "training")
+    with pytest.raises(ValueError, match=r"^(?!train)"):  # a later check
+        preflight.check(recipe, "evaluation")

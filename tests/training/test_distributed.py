@@ -268,13 +268,13 @@ def test_processes_with_unequal_contrasts_train_together(runs: Runs) -> None:
 
 def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:
     lines = runs.record("again", 0)["lines"]
-    assert lines[1] == "resuming from checkpoint-00000003" and "all updates were done already" in lines[2]
+    assert "resuming from checkpoint-00000003" in lines and any("all updates were done already" in x for x in lines)
     assert runs.record("again", 1)["lines"] == []
 
 
 def test_going_on_in_two_processes_equals_never_stopping(runs: Runs) -> None:
     """Bit for bit, in the exported average too."""
-    assert runs.record("resumed", 0)["lines"][1] == "resuming from checkpoint-00000001"
+    assert "resuming from checkpoint-00000001" in runs.record("resumed", 0)["lines"]
     model = "model/unet/diffusion_pytorch_model.safetensors"
     for file in (f"checkpoint-{STEPS:08d}/model.safetensors", model):
         whole, stopped = (load_file(runs.folder / "two" / name / file) for name in ("full", "stopped"))
@@ -314,7 +314,7 @@ def test_each_process_holds_half_of_policy_and_reference(name: str, runs: Runs) 
 
 def test_sharded_runs_resume_bit_for_bit_and_export_a_whole_model(runs: Runs) -> None:
     """The average is exported by the first process, as files that one process would have written."""
-    assert runs.record("resumed sharded", 0)["lines"][1] == "resuming from checkpoint-00000001"
+    assert "resuming from checkpoint-00000001" in runs.record("resumed sharded", 0)["lines"]
     exported = "model/unet/diffusion_pytorch_model.safetensors"
     for file in (f"checkpoint-{STEPS:08d}/model.safetensors", exported):
         whole, stopped = (load_file(runs.folder / "sharded" / name / file) for name in ("full", "stopped"))
@@ -329,18 +329,18 @@ def test_sharded_runs_resume_bit_for_bit_and_export_a_whole_model(runs: Runs) ->
 
 
 def test_sharded_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
-    assert runs.record("grown sharded", 0)["lines"][1] == "resuming from checkpoint-00000001"
+    assert "resuming from checkpoint-00000001" in runs.record("grown sharded", 0)["lines"]
     weights, gradients = runs.distance("one/full", "sharded/grown")
     assert weights < WEIGHTS and gradients < GRADIENTS
 
 
 def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
-    assert runs.record("grown", 0)["lines"][1] == "resuming from checkpoint-00000001"
+    assert "resuming from checkpoint-00000001" in runs.record("grown", 0)["lines"]
     weights, gradients = runs.distance("one/full", "two/grown")
     assert weights < WEIGHTS and gradients < GRADIENTS
 
 
 def test_one_process_goes_on_where_sharded_ones_have_stopped(runs: Runs) -> None:
-    assert runs.record("shrunk", "one")["lines"][1] == "resuming from checkpoint-00000001"
+    assert "resuming from checkpoint-00000001" in runs.record("shrunk", "one")["lines"]
     weights, gradients = runs.distance("one/full", "one/shrunk")
     assert weights < WEIGHTS and gradients < GRADIENTS

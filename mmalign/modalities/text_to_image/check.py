@@ -18,8 +18,6 @@ def check(recipe: Recipe) -> None:
     """
     check_packing(recipe)
     _check_prompts_only(recipe)
-    if recipe.train.sample_every is not None and isinstance(recipe.train.samples, str):
-        read_prompts("train.samples", recipe.train.samples)
 
 
 def check_evaluation(recipe: Recipe) -> None:

@@ -10,18 +10,6 @@ from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
 
 
-def check(recipe: Recipe) -> None:
-    """Check the settings of training that depend on the modality.
-
-    Raises:
-        ValueError: `train.samples` is a file.
-    """
-    if recipe.train.sample_every is not None and isinstance(recipe.train.samples, str):
-        raise ValueError(
-            f"train.samples: got {recipe.train.samples!r}; expected a number of questions, which come from data.path"
-        )
-
-
 def check_evaluation(recipe: Recipe) -> None:
     """Check the files of the `evaluate` section.
 

@@ -29,7 +29,7 @@ def open_previews(family: VisionLanguage, recipe: Recipe, splits: Splits) -> Pre
         ValueError: no prompt can be read.
     """
     wanted, section = recipe.train.samples, recipe.evaluate
-    assert isinstance(wanted, int), "the recipe's check refuses a file"
+    assert isinstance(wanted, int), "preflight refuses a file"
     # Distinct prompts, without those whose images are bad
     pairs, asked, images = splits[1] or splits[0], dict[object, _Question](), dict[str, ImageView]()
     for index in range(len(pairs)):
