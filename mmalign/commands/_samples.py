@@ -15,7 +15,7 @@ from mmalign.config import Recipe
 from mmalign.data.data_module import Splits
 from mmalign.families.base import Family
 from mmalign.modalities import Previews, modality_of
-from mmalign.pages.samples import SampleHistory, encode_output, render_samples
+from mmalign.pages.samples import SampleHistory, decode_image, encode_output, render_samples
 from mmalign.policy import eval_mode
 from mmalign.reading import read_as
 from mmalign.training.run import TrainingRun
@@ -91,9 +91,9 @@ class Sampler:
         self.history.updates = dict([*earlier, (step, outputs)][-MAX_UPDATES:])
         self._write(is_over=step == options.steps)
         if self.accelerator.is_main_process:
-            are_texts = bool(self.previews.images)
-            base = self.history.base
-            log_samples(self.accelerator, self.previews.titles, base, outputs, step, are_texts=are_texts)
+            decode = str if self.previews.images else decode_image
+            base, new = ([decode(output) for output in each] for each in (self.history.base, outputs))
+            log_samples(self.accelerator, self.previews.titles, base, new, step)
 
     def _generate(self, net: nn.Module) -> list[str]:
         """Return a network's outputs, encoded; none on processes that need not generate."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from mmalign.pages.samples import decode_image
 from mmalign.training.record import options
 from mmalign.training.verdict import SCORES, SIDES
 
@@ -64,32 +64,34 @@ def without_samples(accelerator: Accelerator) -> list[str]:
 def log_samples(
     accelerator: Accelerator,
     titles: Sequence[str],
-    base: Sequence[str],
-    policy: Sequence[str],
+    base: Sequence[Image.Image | str],
+    policy: Sequence[Image.Image | str],
     step: int,
-    *,
-    are_texts: bool,
 ) -> None:
     """Log N outputs of the policy, each beside that of the base model, under its prompt or question.
 
     Args:
         accelerator: the accelerator, with its trackers.
         titles: [N] the prompts or questions.
-        base: [N] outputs of the base model, as a history holds them; empty if there are none.
+        base: [N] outputs of the base model, all images or all texts; empty if there are none.
         policy: [N] outputs of the policy.
         step: updates of the policy.
-        are_texts: true if outputs are texts, not images.
     """
     columns = [base, policy] if base else [policy]
-    log = _log_texts if are_texts else _log_images
     for index, outputs in enumerate(zip(*columns, strict=True)):
+        texts = [output for output in outputs if isinstance(output, str)]
+        images = [output for output in outputs if not isinstance(output, str)]
         for tracker in accelerator.trackers:
-            log(tracker, f"samples/{index + 1}: {titles[index][:60]}", titles[index], outputs, step)
+            tag = f"samples/{index + 1}: {titles[index][:60]}"
+            if texts:
+                _log_texts(tracker, tag, titles[index], texts, step)
+            else:
+                _log_images(tracker, tag, titles[index], images, step)
 
 
-def _log_images(tracker: Any, tag: str, title: str, outputs: Sequence[str], step: int) -> None:
+def _log_images(tracker: Any, tag: str, title: str, outputs: Sequence[Image.Image], step: int) -> None:
     """Log the outputs, from left to right, as one image."""
-    joined: NDArray[np.uint8] = np.concatenate([np.asarray(decode_image(uri)) for uri in outputs], axis=1)
+    joined: NDArray[np.uint8] = np.concatenate([np.asarray(image) for image in outputs], axis=1)
     match tracker.name:
         case "tensorboard":
             tracker.log_images({tag: joined[None]}, step=step, dataformats="NHWC")

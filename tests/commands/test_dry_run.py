@@ -31,6 +31,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_update", "no_model")
 def test_a_new_run_loads_no_weights_and_writes_nothing(
     content: dict[str, Any], tmp_path: Path, log_lines: list[str], capsys: pytest.CaptureFixture[str]
@@ -62,6 +63,7 @@ def test_a_mistake_ends_with_exit_code_1(setting: str, part: str, content: dict[
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_checkpoint_says_whether_it_resumes(content: dict[str, Any], log_lines: list[str]) -> None:
     mmalign.train(load_recipe(content, ["train.steps=2"]))
     output = Path(content["output"])

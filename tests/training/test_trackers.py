@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmalign.pages.samples import encode_output
 from mmalign.training.trackers import charts, init_trackers, log_curves, log_samples, without_samples
 
 
@@ -85,11 +84,11 @@ class Recording:
 
 
 def test_wandb_shows_base_and_policy_side_by_side() -> None:
-    tracker, uri = Recording(), encode_output(Image.new("RGB", (6, 4)))
+    tracker, image = Recording(), Image.new("RGB", (6, 4))
     accelerator: Any = type("Accelerator", (), {"trackers": [tracker]})
-    log_samples(accelerator, ["a cat"], [uri], [uri], 3, are_texts=False)
-    log_samples(accelerator, ["a cat"], [], [uri], 3, are_texts=False)
-    log_samples(accelerator, ["What?" * 30], ["a"], ["b"], 3, are_texts=True)
+    log_samples(accelerator, ["a cat"], [image], [image], 3)
+    log_samples(accelerator, ["a cat"], [], [image], 3)
+    log_samples(accelerator, ["What?" * 30], ["a"], ["b"], 3)
     tag = f"samples/1: {('What?' * 30)[:60]}"
     assert tracker.calls == [
         ("samples/1: a cat", [(4, 12, 3)]),

@@ -10,11 +10,11 @@ from torch import nn
 
 from mmalign.config import DecodingConfig, EvaluateResponses, Recipe
 from mmalign.data.data_module import Splits
-from mmalign.data.formats.responses import IMAGE
 from mmalign.data.images import decode
 from mmalign.data.pairs import ResponsePair
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import ImageView
+from mmalign.language.chat import IMAGE
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.modalities import Previews
 from mmalign.rng import KeyedRNG
