@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 GUIDANCE = 3.5
@@ -73,5 +74,5 @@ def load(path: str, loading: Loading) -> Flux:
     from diffusers import FluxPipeline
 
     pipeline = latents.load_pipeline(FluxPipeline, path, loading)
-    size = latents.training_size(pipeline, loading)
+    size = training_size(pipeline, loading)
     return Flux(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)

@@ -18,6 +18,7 @@ from mmalign.config import ImageSize, SamplingConfig
 from mmalign.families.diffusion import autoencoder, flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading, Moments
 
 GUIDANCE = 4.0
@@ -104,5 +105,5 @@ def load(path: str, loading: Loading) -> Flux2:
 
     pipeline = latents.load_pipeline(Flux2Pipeline, path, loading)
     # This pipeline computes the shift by its own empirical fit, not from the scheduler's fields.
-    size = latents.training_size(pipeline, loading)
+    size = training_size(pipeline, loading)
     return Flux2(path, pipeline, flow_matching.schedule(pipeline, path, size, mu=compute_empirical_mu), loading)

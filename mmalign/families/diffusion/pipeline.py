@@ -6,7 +6,6 @@ A denoiser is a UNet or a transformer; a pipeline has one of them, under that na
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mmalign.families.diffusion.adapter import merge_adapter, read_adapter
 from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.diffusion.export import export, save_pipeline
 from mmalign.families.diffusion.single_file import load_single_file
+from mmalign.families.diffusion.sizes import check_size, denoiser_name, resolution, size_multiple
 from mmalign.families.lora import (
     ADAPTERS,
     ATTENTION,
@@ -192,39 +192,6 @@ class LatentModel(ABC):
         return load_trained(self.network, denoiser_name(self.pipeline), folder)
 
 
-def denoiser_name(pipeline: DiffusionPipeline | type[DiffusionPipeline]) -> str:
-    """Return the name of a pipeline's denoiser: "transformer" or "unet"."""
-    cls = pipeline if isinstance(pipeline, type) else type(pipeline)
-    return "transformer" if "transformer" in inspect.signature(cls).parameters else "unet"
-
-
-def size_multiple(pipeline: DiffusionPipeline) -> int:
-    """Return the number of pixels that a side is a multiple of: a patch of the autoencoder and the denoiser."""
-    patches = pipeline.vae_scale_factor * getattr(pipeline, "patch_size", 1)
-    return int(max(patches, pipeline.image_processor.config.vae_scale_factor))
-
-
-def check_size(pipeline: DiffusionPipeline, size: ImageSize) -> None:
-    """Check that an image's sides are multiples of the pipeline's patches, and within its table of positions.
-
-    Raises:
-        ValueError: a side is not a multiple, or too long.
-    """
-    multiple = size_multiple(pipeline)
-    if any(side % multiple for side in size):
-        raise ValueError(
-            f"resolution: got {size}; expected multiples of {multiple} pixels for a {type(pipeline).__name__}; "
-            "change data.resolution or sampling.resolution"
-        )
-    config = getattr(pipeline, denoiser_name(pipeline)).config
-    longest = config.get("pos_embed_max_size", max(size)) * config.get("patch_size", 1) * pipeline.vae_scale_factor
-    if max(size) > longest:
-        raise ValueError(
-            f"resolution: got {size}; {type(pipeline).__name__} has positions for sides of at most {longest} pixels; "
-            "change data.resolution or sampling.resolution"
-        )
-
-
 def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> DiffusionPipeline:
     """Load a diffusers pipeline in eval mode, frozen, with a dtype for each part.
 
@@ -281,18 +248,6 @@ def _load_vae(path: str, loading: Loading) -> AutoencoderKL:
     with intact("model.vae", path, "an AutoencoderKL"), tensors_only(loading.allow_pickle):
         safe = use_safetensors(path, loading.allow_pickle)
         return AutoencoderKL.from_pretrained(path, dtype=loading.vae_dtype, use_safetensors=safe)
-
-
-def resolution(pipeline: DiffusionPipeline) -> int:
-    """Return the side of a pipeline's images in pixels: the latent side times the autoencoder's reduction."""
-    latent_side = getattr(pipeline, "default_sample_size", None)  # for denoisers without a configured size
-    latent_side = latent_side or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
-    return int(latent_side * pipeline.vae_scale_factor)
-
-
-def training_size(pipeline: DiffusionPipeline, loading: Loading) -> ImageSize:
-    """Return the size of training images: the given one, or a square of the pipeline's own resolution."""
-    return loading.size or ImageSize(resolution(pipeline), resolution(pipeline))
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

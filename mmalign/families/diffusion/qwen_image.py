@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 512  # limit of the prompt and the template's tail, as in the pipeline
@@ -78,5 +79,5 @@ def load(path: str, loading: Loading) -> QwenImage:
     from diffusers import QwenImagePipeline
 
     pipeline = latents.load_pipeline(QwenImagePipeline, path, loading)
-    size = latents.training_size(pipeline, loading)
+    size = training_size(pipeline, loading)
     return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)

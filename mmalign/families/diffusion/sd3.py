@@ -11,6 +11,7 @@ from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 256  # limit of the T5, as in the pipeline
@@ -60,5 +61,5 @@ def load(path: str, loading: Loading) -> StableDiffusion3:
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = latents.load_pipeline(StableDiffusion3Pipeline, path, loading)
-    size = latents.training_size(pipeline, loading)
+    size = training_size(pipeline, loading)
     return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path, size, even=False), loading)
