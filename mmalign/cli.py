@@ -69,7 +69,7 @@ def options(
     """Align text-to-image and vision-language models with human preferences."""
 
 
-@app.command()
+@app.command(epilog="For example: mmalign quickstart vision_language --seed 1")
 def quickstart(
     modality: Annotated[
         str, typer.Argument(metavar="[MODALITY]", help="text_to_image or vision_language.", show_default=True)
@@ -87,7 +87,7 @@ def quickstart(
     run(modality, seed=seed, generate=generate, output=output)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign init Qwen/Qwen2.5-VL-7B-Instruct my-pairs.json --memory 24")
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of the model.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, glob or Hub id of preference data.")],
@@ -102,10 +102,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Write a recipe for a model and preference data, with the published settings of its family.
-
-    For example: mmalign init stabilityai/stable-diffusion-xl-base-1.0 my-pairs --output mine.yaml
-    """
+    """Write a recipe for a model and preference data, with the published settings of its family."""
     from mmalign.commands.init import init as run
 
     run(
@@ -119,7 +116,7 @@ def init(
     )
 
 
-@app.command()
+@app.command(epilog="For example: mmalign train diffusion_dpo_sdxl_lora data.path=my-pairs --dry-run")
 def train(
     recipe: RecipeName,
     values: Values = None,
@@ -128,10 +125,7 @@ def train(
     ] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train by a recipe; the same command again goes on where it stopped.
-
-    Before a long run: mmalign train RECIPE --dry-run
-    """
+    """Train by a recipe; the same command again goes on where it stopped."""
     checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.train import train as run
 
@@ -141,7 +135,7 @@ def train(
         run(checked)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign show diffusion_dpo_sdxl_lora data.path=my-pairs")
 def show(
     recipe: RecipeName,
     values: Values = None,
@@ -156,7 +150,7 @@ def show(
     run(checked, number=number, html=html)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign cache diffusion_dpo_sdxl_lora")
 def cache(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Store what a recipe's training would work out again and again; the same command again goes on where it stopped.
 
@@ -169,7 +163,7 @@ def cache(recipe: RecipeName, values: Values = None, overrides: Overrides = None
     run(checked)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign evaluate diffusion_dpo_sdxl_lora --checkpoint best")
 def evaluate(
     recipe: RecipeName, values: Values = None, checkpoint: CheckpointName = None, overrides: Overrides = None
 ) -> None:
@@ -180,7 +174,7 @@ def evaluate(
     run(checked, checkpoint=checkpoint)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign gallery diffusion_dpo_sdxl_lora")
 def gallery(
     recipe: RecipeName, values: Values = None, checkpoint: CheckpointName = None, overrides: Overrides = None
 ) -> None:
@@ -191,7 +185,7 @@ def gallery(
     run(checked, checkpoint=checkpoint)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign export diffusion_dpo_sdxl_lora --to comfyui")
 def export(
     recipe: RecipeName,
     values: Values = None,
@@ -212,17 +206,14 @@ def export(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a trained model in the form of another program, read it back and compare it; with a model card.
-
-    For example: mmalign export runs/mine --to comfyui
-    """
+    """Write a trained model in the form of another program, read it back and compare it; with a model card."""
     checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.export import export as run
 
     run(checked, to=to, checkpoint=checkpoint, output=output, dtype=dtype, push=push)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign compare diffusion_dpo_sd15_lora mapo_sd15_lora --seeds 3")
 def compare(
     recipes: Annotated[
         list[str],
@@ -256,7 +247,7 @@ def compare(
     )
 
 
-@app.command()
+@app.command(epilog="For example: mmalign prepare bdhs_llava16")
 def prepare(recipe: RecipeName, values: Values = None, overrides: Overrides = None) -> None:
     """Make the pairs that a recipe learns from, and write them to data.path."""
     checked = _load(recipe, values, overrides)  # before torch is imported
@@ -265,7 +256,7 @@ def prepare(recipe: RecipeName, values: Values = None, overrides: Overrides = No
     run(checked)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign doctor diffusion_dpo_sdxl_lora --html report.html")
 def doctor(
     sources: Annotated[
         list[str], typer.Argument(metavar="RECIPE|FILES", help="A recipe and KEY=VALUE, or files of preference pairs.")
@@ -309,7 +300,7 @@ def doctor(
     raise typer.Exit(code or 0)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign bench diffusion_dpo_sdxl_lora --variant train.compile=true")
 def bench(
     recipe: RecipeName,
     values: Values = None,
@@ -337,7 +328,7 @@ def bench(
     )
 
 
-@app.command()
+@app.command(epilog="For example: mmalign plan diffusion_dpo_sdxl_lora --memory 24")
 def plan(
     recipe: RecipeName,
     values: Values = None,
@@ -350,7 +341,7 @@ def plan(
 ) -> None:
     """Predict a training's memory, disk and epochs from configurations alone, before a download.
 
-    If the card is too small, the last lines say what to switch on, in order: mmalign plan RECIPE --memory 24
+    If the card is too small, the last lines say what to switch on, in order.
     """
     checked = _load(recipe, values, overrides)  # before torch is imported
     from mmalign.commands.plan import plan as run
@@ -358,7 +349,7 @@ def plan(
     run(checked, memory=memory, probe=probe, json=json)
 
 
-@app.command()
+@app.command(epilog="For example: mmalign explain train.lr")
 def explain(
     key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Such as train, train.lr or lr.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of all keys.")] = False,
@@ -373,7 +364,7 @@ def explain(
         console.print(line)
 
 
-@app.command("list")
+@app.command("list", epilog="For example: mmalign list")
 def list_() -> None:
     """List methods, model families, reward models and bundled recipes."""
     from mmalign.commands.list import list_everything

@@ -118,6 +118,12 @@ def commands() -> Iterator[Piece]:
     yield from (span for span in spans() if re.match(r"(make|mmalign|accelerate launch|python \S+) ", span.text))
 
 
+def examples() -> Iterator[Piece]:
+    """Yield the example at the end of every command's help."""
+    for command in cli.app.registered_commands:
+        yield Piece(ROOT / "mmalign" / "cli.py", 0, (command.epilog or "").removeprefix("For example: "))
+
+
 def split_command(text: str) -> tuple[str, list[str]]:
     """Return the program of a command line, without its folder, and the arguments as a shell would pass them."""
     words = shlex.split(text, comments=True)
@@ -165,10 +171,11 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         plan,
         prepare,
         quickstart,
+        show,
         train,
     )
 
-    for module in (cache, doctor, evaluate, export, gallery, init, plan, prepare, quickstart, train):
+    for module in (cache, doctor, evaluate, export, gallery, init, plan, prepare, quickstart, show, train):
         monkeypatch.setattr(module, module.__name__.rpartition(".")[2], lambda *_, **__: None)
     monkeypatch.setattr(compare, "compare", load_all)
     monkeypatch.setattr(bench, "bench", load_measured)
@@ -185,7 +192,7 @@ def load_measured(source: str, *, overrides: Sequence[str], variants: Sequence[s
 
 
 @pytest.mark.usefixtures("nothing_runs")
-@for_each(list(commands()))
+@for_each([*commands(), *examples()])
 def test_command_is_valid(piece: Piece) -> None:
     program, arguments = split_command(piece.text)
     for name in filter(names_a_file, arguments):
