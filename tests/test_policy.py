@@ -14,7 +14,7 @@ from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.lora import ATTENTION, add_lora
 from mmalign.families.types import Conditioning, Loading
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off
+from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off, eval_mode
 from tests.helpers.loading import CPU, diffusion_families
 
 family = diffusion_families("tiny_sd15", "tiny_sdxl", "tiny_sd3", "tiny_flux")
@@ -147,3 +147,13 @@ def test_full_fine_tuning_leaves_its_frozen_copy_alone(family: TextToImage, give
     after = policy.on_reference(lambda net: family.predict(net, *given))
     assert before is not None and after is not None and torch.equal(before, after)
     assert not torch.equal(family.predict(net, *given), after)
+
+
+def test_eval_mode_restores_the_mode_of_every_part() -> None:
+    """Contrasts may be left in the middle of a batch, whose losses need the mode from before."""
+    net = nn.Sequential(nn.Dropout(), nn.Dropout())
+    net[1].eval()
+    with pytest.raises(KeyError), eval_mode(net):
+        assert not any(part.training for part in net.modules())
+        raise KeyError
+    assert [part.training for part in net.modules()] == [True, True, False]
