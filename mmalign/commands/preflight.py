@@ -11,11 +11,10 @@ from torch import nn
 
 from mmalign import methods
 from mmalign.attention import choice
-from mmalign.config import ImageData, Recipe, Train
+from mmalign.config import Recipe, Train
 from mmalign.families import compile, quantize
 from mmalign.modalities import modality_of
 from mmalign.modalities.loading import DTYPES, check_reward_model
-from mmalign.modalities.prompts import read_prompts
 from mmalign.training.launch import check_launch
 from mmalign.training.optim import build_optimizer
 
@@ -48,7 +47,8 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
     if purpose == "training":
         check_launch(recipe.train)
         _check_training(recipe.train, device)
-        _check_samples(recipe)
+        if recipe.train.sample_every is not None:
+            modality.check_samples(recipe)
         if recipe.train.batch_size < needs.min_pairs:
             raise ValueError(
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
@@ -87,19 +87,6 @@ def check_precision(options: Train) -> None:
     """
     if options.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
-
-
-def _check_samples(recipe: Recipe) -> None:
-    """Check the samples of a training, if it has any."""
-    if recipe.train.sample_every is None:
-        return
-    if modality_of(recipe).open_previews is None:
-        raise ValueError(f"train.sample_every: method.name: {recipe.method.name} generates nothing; leave it out")
-    samples = recipe.train.samples
-    if isinstance(samples, str) and not isinstance(recipe.data, ImageData):
-        raise ValueError(f"train.samples: got {samples!r}; expected a number of questions, which come from data.path")
-    if isinstance(samples, str):
-        read_prompts("train.samples", samples)
 
 
 def _check_sharding(train: Train) -> None:

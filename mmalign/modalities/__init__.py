@@ -178,6 +178,7 @@ class Modality:
             that has shapes alone; None for a model that cannot be planned.
         show: the numbers of a recipe's pairs and so many examples as the model will see them, without its networks;
             raises ValueError if the model's configurations are not at hand.
+        check_samples: check `train.samples`, where `train.sample_every` is given; raises ValueError.
         open_previews: open the inputs of `train.samples`, before encoders may leave the device; None for a model that
             generates nothing.
         unusable_rows: the noun phrase for rows that no process can use.
@@ -206,6 +207,7 @@ class Modality:
     build_data_module: DataModuleBuilder
     encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None
     show: Callable[[Recipe, Splits, int], DataView]
+    check_samples: Callable[[Recipe], None]
     open_previews: Callable[[Any, Recipe, Splits], Previews] | None
     unusable_rows: str
     open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]

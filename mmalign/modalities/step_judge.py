@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def refuse_samples(recipe: Recipe) -> None:
+    """Refuse samples, which a step judge does not generate.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"train.sample_every: method.name: {recipe.method.name} generates nothing; leave it out")
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Check the settings that depend on the modality.
 
@@ -131,6 +140,7 @@ MODALITY = Modality(
     build_data_module=build_data_module,
     encode_example=None,
     show=show_pairs,
+    check_samples=refuse_samples,
     open_previews=None,
     unusable_rows="images or pairs could not be used",
     open_benchmark=open_benchmark,

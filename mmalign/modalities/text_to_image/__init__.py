@@ -32,6 +32,7 @@ MODALITY = Modality(
     build_data_module=data.build_data_module,
     encode_example=plan.encode_example,
     show=show.show,
+    check_samples=previews.check_samples,
     open_previews=previews.open_previews,
     unusable_rows="images or pairs could not be used",
     open_benchmark=evaluate.open_benchmark,

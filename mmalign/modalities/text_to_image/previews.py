@@ -12,6 +12,16 @@ from mmalign.modalities import Previews
 from mmalign.modalities.prompts import read_prompts
 
 
+def check_samples(recipe: Recipe) -> None:
+    """Check the file of `train.samples`, if it is one.
+
+    Raises:
+        ValueError: the file is missing, is not text, or has no prompt.
+    """
+    if isinstance(recipe.train.samples, str):
+        read_prompts("train.samples", recipe.train.samples)
+
+
 def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previews:
     """Return the prompts of `train.samples`: those of a file, or the first ones of the validation or training pairs.
 

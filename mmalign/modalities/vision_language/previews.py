@@ -20,6 +20,17 @@ from mmalign.modalities import Previews
 from mmalign.rng import KeyedRNG
 
 
+def check_samples(recipe: Recipe) -> None:
+    """Check that `train.samples` is a number.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    samples = recipe.train.samples
+    if isinstance(samples, str):
+        raise ValueError(f"train.samples: got {samples!r}; expected a number of questions, which come from data.path")
+
+
 def open_previews(family: VisionLanguage, recipe: Recipe, splits: Splits) -> Previews:
     """Return the first `train.samples` prompts of the validation or training pairs that the model can read.
 
