@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mmalign import methods
-from mmalign.atomic_io import atomic_write
+from mmalign.atomic_io import atomic_write, make_folder
 from mmalign.commands import preflight
 from mmalign.commands._init_settings import Settings, find_settings
 from mmalign.commands.load_recipe import dump_value, load_recipe, override
@@ -134,6 +134,7 @@ def init(
     except ValueError as error:
         draft.unknown.append(f"whether it trains here: {first_line(error)}")
     text = _render(tree, draft, _header(kind, settings, output, draft))
+    make_folder("--output", output.parent)
     with atomic_write(output) as part:
         part.write_text(text, encoding="utf-8")
     assert load_recipe(output) == checked, "the text says what the tree says"

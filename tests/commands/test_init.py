@@ -58,7 +58,8 @@ def test_folder_of_good_and_bad_pictures(tiny_sdxl: Path, tmp_path: Path, no_mod
 
 
 def test_file_is_never_replaced_unasked(tiny_sdxl: Path, tmp_path: Path) -> None:
-    data, output = pick_a_pic(tmp_path / "pairs.parquet"), tmp_path / "mine.yaml"
+    data, output = pick_a_pic(tmp_path / "pairs.parquet"), tmp_path / "new" / "mine.yaml"
+    init(str(tiny_sdxl), str(data), output=output)
     output.write_text("precious")
     with pytest.raises(ValueError, match="--overwrite"):
         init(str(tiny_sdxl), str(data), output=output)
