@@ -29,7 +29,6 @@ def test_folder_of_pictures_to_a_file_for_comfyui(
     monkeypatch.chdir(tmp_path)
     sorted_pictures(tmp_path / "pictures", 20)
     run("init", tiny_sdxl, "pictures", *SHORT)
-    run("plan", "recipe.yaml")
     run("train", "recipe.yaml")
     run("evaluate", "recipe.yaml")
     run("export", "recipe.yaml", "--to", "comfyui", "--output", "out")

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from mmalign.commands import _init_settings
+from mmalign.commands import _init_settings, plan
 from mmalign.commands.init import init
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.families.loading import PIPELINES
@@ -193,12 +194,16 @@ def test_every_family_and_method_has_settings() -> None:
                 assert load_recipe(tree).method.name == name
 
 
-@pytest.mark.slow
-def test_memory_of_the_card_decides_what_is_switched_on(tiny_sdxl: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("peak", "fits"), [(0.5, True), (0.95, False)])
+def test_memory_of_the_card_decides_what_is_switched_on(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak: float, fits: bool
+) -> None:
+    """The remedies of a plan, whose own tests measure it, stand in the recipe; a tenth of the card stays free."""
+    remedy = plan.Remedy(("train.batch_size=1", "train.gradient_accumulation_steps=2"), int(peak * plan.GIB))
+    cost = SimpleNamespace(peak=2 * plan.GIB, remedies=[remedy])
+    monkeypatch.setattr("mmalign.commands.init.compute", lambda *_: cost)
     data, output = str(pick_a_pic(tmp_path / "pairs.parquet", 20)), tmp_path / "mine.yaml"
-    enough: Any = load_recipe(init(str(tiny_sdxl), data, output=output, memory=1.0))
-    assert "# Memory: " in output.read_text() and "a setting that fits" not in output.read_text()
-    scarce: Any = load_recipe(init(str(tiny_sdxl), data, output=output, memory=1e-4, overwrite=True))
-    assert "a setting that fits" in output.read_text()
-    assert (enough.train.batch_size, scarce.train.batch_size) == (2, 1)
-    assert scarce.train.gradient_accumulation_steps == 2
+    recipe: Any = load_recipe(init(str(tiny_sdxl), data, output=output, memory=1.0))
+    assert (recipe.train.batch_size, recipe.train.gradient_accumulation_steps) == (1, 2)
+    assert "batch_size: 1  # to fit 1 GiB" in output.read_text()
+    assert ("a setting that fits" not in output.read_text()) == fits
