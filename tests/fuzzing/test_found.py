@@ -210,7 +210,7 @@ def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the recipe of a folder with a trained model and the evaluation of its images."""
     write(folder, evaluations.image_files(evaluations.SCENE))
     write(folder, {"model/trained.json": checkpoints.TRAINED})
-    monkeypatch.setattr("mmalign.commands.gallery.is_evaluated", lambda _: True)
+    monkeypatch.setattr("mmalign.commands.gallery.is_evaluated", lambda *_, **__: True)
     return load_recipe({**evaluations.RECIPES["images"], "output": str(folder)})
 
 
