@@ -293,7 +293,8 @@ def test_every_shipped_recipe_takes_two_steps(
     """As it is written, but for the model's size, the pairs, and what a CPU cannot do (float16, 8-bit optimizers)."""
     judges: list[str] = []
     if path.parent.name == "vision_language":
-        rows = data_files.response_pairs(tmp_path / "rows", layout=load_recipe(path).data.format)  # type: ignore[attr-defined]
+        layout = load_recipe(path).data.format  # type: ignore[attr-defined]
+        rows = data_files.response_pairs(tmp_path / "rows", layout="trl" if layout == "auto" else layout)
         model = vlm_folders(MODELS[path.stem.rpartition("_")[2]])
         sizes = [f"data.path={rows}", "data.images=null", "data.max_length=null"]
     else:
