@@ -58,8 +58,12 @@ class Vocabulary:
             if word in self.meanings and self.unless.get(word) not in words
         ]
 
-    def object_of(self, name: str) -> str:
+    def object_of(self, name: str, at: str = "objects") -> str:
         """Return the object for a name from an annotation: one of its words, in any case, singular or plural.
+
+        Args:
+            name: the name.
+            at: its place, for the error.
 
         Raises:
             ValueError: the vocabulary has no such word.
@@ -67,7 +71,7 @@ class Vocabulary:
         word = self._reading(tuple(token for token, _, _ in tokens(name)))
         if word is None or word not in self.meanings:
             raise ValueError(
-                f"objects: {name!r} is not a word of the vocabulary, which has {len(self.objects)} objects "
+                f"{at}: {name!r} is not a word of the vocabulary, which has {len(self.objects)} objects "
                 f"({', '.join(self.objects[:5])}, ...); expected one of their words, so add it or leave it out"
             )
         return self.meanings[word]

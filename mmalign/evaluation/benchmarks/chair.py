@@ -162,7 +162,7 @@ def read_coco(
     for path in instances:
         file = document(path)
         objects = {
-            take_id(at, category, "id"): vocabulary.object_of(take_text(at, category, "name"))
+            take_id(at, category, "id"): vocabulary.object_of(take_text(at, category, "name"), at)
             for at, category in _coco_records(path, file, "categories")
         }
         for at, image, annotation in _coco_annotations(path, file, truth):

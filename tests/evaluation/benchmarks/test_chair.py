@@ -225,3 +225,10 @@ def test_read_coco_refuses_bad_files(tmp_path: Path) -> None:
         chair.read_coco([write_jsonl(instances, content)], [captions], COCO)
     with pytest.raises(ValueError, match="expected one dictionary"):
         chair.read_coco([write_jsonl(instances, [1])], [captions], COCO)
+
+
+def test_category_that_is_no_object_is_named_with_its_place(tmp_path: Path) -> None:
+    content = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "unicorn"}], "annotations": []}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances\.json: categories 1: 'unicorn' is not a word"):
+        chair.read_coco([tmp_path / "instances.json"], [], coco_vocabulary("refined"))
