@@ -328,7 +328,7 @@ def format_rows(dropped: Sequence[SkippedRow], most: int = 3) -> str:
     order = sorted(range(len(dropped)), key=lambda n: -numbers[reasons[n]])
     more, same = len(dropped) - most, numbers[reasons[order[0]]] if dropped else 0
     text = "; ".join(str(dropped[n]) for n in order[:most]) + (f"; and {more:,} more" if more > 0 else "")
-    return f"{same:,} for one reason: {text}" if more > 0 and len(numbers) > 1 else text
+    return f"{same:,} for one reason: {text}" if more > 0 and len(numbers) > 1 < same else text
 
 
 def _count(number: int, word: str) -> str:

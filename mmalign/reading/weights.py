@@ -36,7 +36,7 @@ def plain_tensors(tensor: Any) -> list[Tensor]:
 
 
 class RefusedFileError(ValueError):
-    """File of a model that could run code when it is loaded, or that holds more than weights.
+    """File of a model that could run code when it is loaded, holds more than weights, or never ends.
 
     Args:
         reason: what the file is.
@@ -91,7 +91,15 @@ def intact(key: str, path: str | Path, kind: str, mend: str | None = None) -> It
     here = "it may be incomplete: copy it again"
     mend = mend or (here if Path(path).exists() else "check the name and your connection, or give a local folder")
     with one_sentence(f"{key}: {path} could not be loaded as {kind}", path, mend):
+        _check_regular(Path(path))
         yield
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse a folder with a device or a pipe, which a library would read for ever."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.exists() and not file.is_dir() and not file.is_file():
+            raise RefusedFileError(f"{file.name} is a device or a pipe", "put a file in its place")
 
 
 @contextlib.contextmanager

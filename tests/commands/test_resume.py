@@ -116,7 +116,7 @@ def test_changed_options_are_used_and_recorded(content: Content, tmp_path: Path,
     changed_recipe = load_recipe(content, ["train.lr=5", "method.beta=1", "train.steps=1000", "model.tune=lora"])
     gallery(changed_recipe)
     provenance = json.loads((output / "gallery" / "manifest.json").read_text())["provenance"]
-    assert "beta 7.0, loss (name dpo, label_smoothing 0.0)" in provenance["method"]
+    assert provenance["method"] == "name diffusion_dpo, beta 7.0"
     assert provenance["training"] == "full, 4 updates of 2 pairs, lr 0.0001"
     assert "train.lr: 0.001 -> 0.0001 from update 3 on" in provenance["changed"]
 
