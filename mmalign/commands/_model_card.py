@@ -32,7 +32,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
     metadata: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),
         **base_license(base, recipe.model.revision),
-        "library_name": "peft" if form == "peft" else modality.library,
+        "library_name": "peft" if form == "peft" else modality.loaded_by,
         "pipeline_tag": modality.pipeline_tag,
         "tags": ["mmalign", method, *(["lora"] if is_adapter else [])],
         **(

@@ -164,13 +164,17 @@ def _count(memory: LiveBytes, nets: Iterable[nn.Module]) -> int:
 
 
 # Functions of networks that autocast runs in float32 on CUDA, and in half precision on a CPU.
-FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "rms_norm", "softmax")
+FLOAT32_ON_CUDA: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": F.layer_norm,
+    "group_norm": F.group_norm,
+    "rms_norm": F.rms_norm,
+    "softmax": F.softmax,
+}
 
 
 @contextlib.contextmanager
 def _autocast_of_cuda() -> Iterator[None]:
     """Give the CPU's autocast CUDA's precision of norms and softmax, whose activations are twice as large."""
-    own = {name: getattr(F, name) for name in FLOAT32_ON_CUDA}
 
     def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **options: Any) -> Tensor:
@@ -182,11 +186,11 @@ def _autocast_of_cuda() -> Iterator[None]:
 
     # Not a mode: the backward pass, which repeats checkpointed blocks, would not see it
     try:
-        for name, function in own.items():
+        for name, function in FLOAT32_ON_CUDA.items():
             setattr(F, name, in_float32(function))
         yield
     finally:
-        for name, function in own.items():
+        for name, function in FLOAT32_ON_CUDA.items():
             setattr(F, name, function)
 
 

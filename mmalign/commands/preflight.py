@@ -104,7 +104,7 @@ def _check_quantize(recipe: Recipe, device: torch.device) -> None:
     kind, train = recipe.model.quantize, recipe.train
     if kind is None:
         return
-    quantize.check(kind, modality_of(recipe).library, device)
+    quantize.check(kind, modality_of(recipe).loaded_by, device)
     for key, given, needed in (("sharding", train.sharding, "none"), ("compile", train.compile, False)):
         if given != needed:
             raise ValueError(f"model.quantize: {kind} does not support train.{key}; leave one of them out")

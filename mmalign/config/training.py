@@ -122,11 +122,11 @@ class JudgeModel(Model):
             raise ValueError("lora does not apply to a step judge, whose weights are all trained; leave it out")
         if self.family is not None:
             raise ValueError(f"family: {self.family!r} does not apply to a step judge; leave it out")
-        for name in ("revision", "variant", "adapter"):
-            if getattr(self, name) is not None:
+        for name, value in (("revision", self.revision), ("variant", self.variant), ("adapter", self.adapter)):
+            if value is not None:
                 raise ValueError(
-                    f"{name}: {getattr(self, name)!r} is ambiguous between the two models, path and denoiser; leave it "
-                    "out, and give a local folder"
+                    f"{name}: {value!r} is ambiguous between the two models, path and denoiser; leave it out, and "
+                    "give a local folder"
                 )
         return self
 
@@ -173,7 +173,7 @@ class ImageData(Data):
 
     @property
     def has_prompts_only(self) -> bool:
-        """Whether the data are a text file with one prompt a line."""
+        """True for a text file with one prompt a line."""
         return self.format == "prompts" or (self.format == "auto" and self.path.endswith(".txt"))
 
 

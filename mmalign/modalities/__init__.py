@@ -165,7 +165,7 @@ class Modality:
         check_preparation: check the section `prepare`; raises ValueError.
         loading_hint: the call that loads a trained model from its folder in other programs, by `model.tune` and the
             form of an export; an empty form is that of the run itself.
-        library: the library that loads a trained model, by its name on the Hub.
+        loaded_by: the package that loads a trained model, by its name on the Hub.
         pipeline_tag: the model's task, by its name on the Hub.
         check_data: check that the pairs' files exist and have their columns; raises ValueError.
         check_model: check the model's paths and class, perhaps with a query to the Hub; raises ValueError.
@@ -197,7 +197,7 @@ class Modality:
     check_evaluation: Callable[[Recipe], None]
     check_preparation: Callable[[Recipe], None]
     loading_hint: Callable[[str, Path, str], str]
-    library: str
+    loaded_by: str
     pipeline_tag: str
     check_data: Callable[[Data], None]
     check_model: Callable[[Model], None]

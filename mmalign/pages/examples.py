@@ -1,4 +1,4 @@
-"""Page of training examples: what a model will see of some pairs, and numbers of all."""
+"""Page of training examples: some pairs in the form that the model will see, and numbers of all."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TrainingExample:
 
 @dataclass(frozen=True)
 class DataView:
-    """What training will see: sentences about all pairs, and some examples."""
+    """Report on the pairs of a training: sentences about all of them, and some examples."""
 
     facts: Sequence[str]
     examples: Sequence[TrainingExample]

@@ -28,7 +28,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """True for the process that writes the files: the one of rank 0."""
         return self.rank == 0
 
     def is_mine(self, index: int) -> bool:

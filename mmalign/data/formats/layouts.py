@@ -224,12 +224,12 @@ def check_files(
     name: str,
     path: str,
     *,
-    images: str | None,
-    split: str | None,
-    columns: Mapping[str, str] | None,
-    group_by: str | None,
+    images: str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    group_by: str | None = None,
 ) -> None:
-    """Check as `open_layout` does, and the folder of the images; the Hub is not contacted.
+    """Check that files, their columns and the folder of images exist; no image is read, and no Hub is contacted.
 
     Raises:
         ValueError: the format is unknown, a file, folder or column is missing, or no layout fits.

@@ -165,21 +165,7 @@ def open_responses(
     return pairs[:limit] if limit is not None else pairs
 
 
-def check_source(
-    format: str,
-    path: str,
-    *,
-    images: str | None = None,
-    split: str | None = None,
-    columns: Columns | None = None,
-    group_by: str | None = None,
-) -> None:
-    """Check, without reading images, that the files exist and have the columns; the Hub is not contacted.
-
-    Raises:
-        ValueError: the format is unknown, a file or column is missing, or no layout fits.
-    """
-    check_files(LAYOUTS, format, path, images=images, split=split, columns=columns, group_by=group_by)
+check_source = partial(check_files, LAYOUTS)
 
 
 def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
