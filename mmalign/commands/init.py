@@ -166,11 +166,11 @@ def _recognize_data(data: str, modality: str, given: Mapping[str, Any]) -> dict[
     except ValueError as error:
         other = next(name for name in LAYOUTS if name != modality)
         try:
-            found = recognize(LAYOUTS[other], source.columns, source.sample, place)
+            other_layout = recognize(LAYOUTS[other], source.columns, source.sample, place)
         except ValueError:
             raise error from None
         raise ValueError(
-            f"{place} has rows of {found.name}, which are {other.replace('_', '-')} data; the model is a "
+            f"{place} has rows of {other_layout.name}, which are {other.replace('_', '-')} data; the model is a "
             f"{modality.replace('_', '-')} model: name a model or data of the other kind"
         ) from None
     columns = {own: column for own, column in layout.names.items() if own != column}
@@ -195,8 +195,8 @@ def _check_modality(name: str, modality: str, kind: str) -> None:
 
 def _fit_images(draft: _Draft, pairs: Pairs[Any], own: int | None) -> None:
     """Set resolution and buckets by the sizes of the first pairs' images."""
-    some = pairs[:SAMPLED]
-    sizes = shapes.measure(some)
+    sample = pairs[:SAMPLED]
+    sizes = shapes.measure(sample)
     if not sizes:
         draft.unknown.append("sizes: none of the first images can be read; see `mmalign doctor`")
         return
@@ -216,7 +216,7 @@ def _fit_images(draft: _Draft, pairs: Pairs[Any], own: int | None) -> None:
     square = ImageSize(target, target)
     cut = [
         max(shapes.lost_area(sizes[ref.key], square) for ref in (pair.chosen, pair.rejected) if ref.key in sizes)
-        for pair in some
+        for pair in sample
         if {pair.chosen.key, pair.rejected.key} & sizes.keys()
     ]
     share = sum(lost > UNEQUAL for lost in cut) / len(cut)

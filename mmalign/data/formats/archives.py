@@ -34,11 +34,11 @@ def archive_rows(file: Path) -> Iterator[SourceRow | SkippedRow]:
         check_file(file, None)
         with tarfile.open(file, "r:") as archive:
             members = (member for member in archive if not member.isdir())
-            for key, some in groupby(members, key=_key):
+            for key, row_members in groupby(members, key=_key):
                 location = f"{file.name}: {key}"
                 record = dict[str, object]()
                 try:
-                    for member in some:
+                    for member in row_members:
                         record |= _values(file, archive, member)
                     yield SourceRow(location, record, (file.parent,))
                 except UnusableRowError as error:  # groupby goes on with the next key

@@ -63,11 +63,11 @@ def side_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
     captions = _captions(folder, sides)
     for name in sorted({*images[0], *images[1]}):
         location = f"{folder.name}: {name}"
-        missing = [side.name for side, some in zip(sides, images, strict=True) if name not in some]
+        missing = [side.name for side, by_name in zip(sides, images, strict=True) if name not in by_name]
         if missing:
             yield SkippedRow(location, f"has no image in {missing[0]}/; both need the same name", "missing image")
             continue
-        files = [some[name] for some in images]
+        files = [by_name[name] for by_name in images]
         try:
             texts = [_caption(file, folder, name, captions) for file in files]
         except ValueError as error:

@@ -195,17 +195,17 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
             groups.setdefault((row.folders, scored.group, scored.prompt), []).append((row, scored))
         except UnusableRowError as error:
             yield SkippedRow(row.location, str(error), error.defect)
-    for some in groups.values():
-        first, scored = some[0]
-        if len(some) == 1:
+    for group in groups.values():
+        first, scored = group[0]
+        if len(group) == 1:
             yield SkippedRow(first.location, "has the only image of its prompt; expected several to compare")
             continue
-        images = [_placed(row, scored.image) for row, scored in some]
-        worths = [scored.worth for _, scored in some]
+        images = [_placed(row, scored.image) for row, scored in group]
+        worths = [scored.worth for _, scored in group]
         record: Record = {"prompt": scored.prompt, "image_path": images, "human_preference": worths}
         if group_by is not None:
             record = {**record, group_by: first.record.get(group_by)}
-        yield SourceRow(f"{first.location} and {len(some) - 1} more of its prompt", record, first.folders)
+        yield SourceRow(f"{first.location} and {len(group) - 1} more of its prompt", record, first.folders)
 
 
 def _placed(row: SourceRow, image: Image) -> Image:

@@ -153,8 +153,8 @@ class Layout(Generic[Row]):
 
         A column of the files stands for one column of the layout; a renamed column keeps its name.
         """
-        found = self._find(columns, set(self.columns)) or self._find(columns, set())
-        layout = replace(self, names=found) if found is not None else None
+        names = self._find(columns, set(self.columns)) or self._find(columns, set())
+        layout = replace(self, names=names) if names is not None else None
         return layout if layout is not None and self.fits(layout.own_names(sample)) else None
 
     def _find(self, columns: Collection[str], reserved: Collection[str]) -> dict[str, str] | None:

@@ -240,8 +240,8 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str] | Non
     tables, starts, first = list[Any](), RowStarts(), 0
     try:
         # Files with one schema are one table
-        for schema, some in groupby(schemas, key=lambda pair: pair[1].remove_metadata()):
-            group = [file for file, _ in some]
+        for schema, same_schema in groupby(schemas, key=lambda pair: pair[1].remove_metadata()):
+            group = [file for file, _ in same_schema]
             needed = [name for name in schema.names if columns is None or name in columns]
             lengths = [_num_rows(file) for file in group]
             if not needed or not any(lengths):

@@ -140,10 +140,10 @@ class ChatTemplate:
                 "the chat template begins an answer in another way than it prompts for one; model.template_arguments "
                 "sets its variables, such as {enable_thinking: false}"
             )
-        found = [(after.index(token), -len(token), token) for token in self._special if token in after]
-        if not found:
+        matches = [(after.index(token), -len(token), token) for token in self._special if token in after]
+        if not matches:
             return Frame(prompt, before, after, lead, end_token, end_token)
-        place, _, token = min(found)
+        place, _, token = min(matches)
         return Frame(prompt, before, after, lead, after[: place + len(token)], token)
 
     def continuation(self, turns: Sequence[Turn], frame: Frame, answer: str) -> str:
