@@ -294,27 +294,48 @@ def read(image: Image.Image) -> list[Object]:
     Each pixel takes the nearest of the seven colours. Thin edges and specks are dropped from each colour's regions. The
     silhouette of every other region is compared with each shape's.
     """
-    if image.size != (CANVAS, CANVAS):
-        image = image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    # Nearest palette colour of every pixel; index 0 is the background
-    palette = np.array([BACKGROUND, *COLOURS.values()], dtype=np.float32)
-    nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    nearest = _nearest_colours(image)
     filled = nearest > 0
     objects = []
     for index, colour in enumerate(COLOURS, start=1):
         mask = nearest == index
-        core = ndimage.binary_opening(mask)  # drops the one-pixel edges where two colours blend
-        regions, number = ndimage.label(core)
-        for k in range(1, number + 1):
-            region = regions == k
-            if region.sum() < _MIN_AREA:
-                continue
+        for region in _regions(mask):  # without the one-pixel edges where two colours blend
             # Restore thin points, and edge pixels that blending assigned to another colour
             silhouette = ndimage.binary_dilation(region, iterations=4, mask=mask)
             silhouette |= ndimage.binary_dilation(silhouette) & filled
             objects.append(_measure(silhouette, colour))
     return objects
+
+
+def read_merged(image: Image.Image) -> list[Object]:
+    """Return the objects in an image like `read`, but parts of several colours that touch are one object.
+
+    The object takes the colour of most of its pixels. A generated heart with a tip of another colour is one object.
+    """
+    nearest = _nearest_colours(image)
+    filled = nearest > 0
+    objects = []
+    for region in _regions(filled):
+        colour = list(COLOURS)[int(np.bincount(nearest[region]).argmax()) - 1]
+        objects.append(_measure(ndimage.binary_dilation(region, iterations=2, mask=filled), colour))
+    return objects
+
+
+def _nearest_colours(image: Image.Image) -> NDArray[np.intp]:
+    """Return the index [64, 64] of every pixel's nearest palette colour; 0 is the background."""
+    if image.size != (CANVAS, CANVAS):
+        image = image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    palette = np.array([BACKGROUND, *COLOURS.values()], dtype=np.float32)
+    nearest: NDArray[np.intp] = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    return nearest
+
+
+def _regions(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """Return the connected regions of a mask without thin edges and specks."""
+    regions, number = ndimage.label(ndimage.binary_opening(mask))
+    masks = [regions == k for k in range(1, number + 1)]
+    return [region for region in masks if region.sum() >= _MIN_AREA]
 
 
 def _measure(mask: NDArray[np.bool_], colour: str) -> Object:

@@ -10,7 +10,7 @@ from PIL import Image
 from mmalign.evaluation.benchmarks.scenes import OVERALL, check_scenes, compare_scenes, describe, measure_scenes
 from mmalign.evaluation.metrics import Metrics
 from mmalign.evaluation.statistics import paired_difference, proportion
-from mmalign.toy.scenes import Truth, parse, place_objects, render
+from mmalign.toy.scenes import COLOURS, Truth, parse, place_objects, read, render
 
 PROMPTS = [
     "a red circle",
@@ -55,6 +55,21 @@ def test_scenes_are_checked_and_described() -> None:
         "colours and shapes swapped",
         "relation wrong",
     ]
+
+
+def test_touching_parts_are_one_object_if_nearer() -> None:
+    def stained(caption: str, prompt: str) -> str:
+        image = render(place_objects(parse(caption), np.random.default_rng(5)))
+        left, top, right, bottom = image.convert("L").point(lambda value: 255 * (value < 200)).getbbox() or (0, 0, 0, 0)
+        middle = (left + right) // 2
+        image.paste(COLOURS["blue"], (middle - 2, top, middle + 3, (top + bottom) // 2 - 2))
+        assert {thing.colour for thing in read(image)} == {"red", "blue"}  # read as two objects
+        return describe(check_scenes([image], [prompt])[0])
+
+    assert stained("a red cross", "a red heart") == "shape wrong"
+    assert stained("a red cross", "a green cross") == "colour wrong"
+    assert stained("a red cross", "a red cross") == "count wrong"  # never read as correct
+    assert stained("a red cross", "two red crosses") == "colour, shape wrong"  # the stain counts as an object
 
 
 def test_scene_metrics_by_hand() -> None:
