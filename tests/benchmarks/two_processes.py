@@ -51,12 +51,14 @@ class Case:
     """A short run: its recipe, and the overrides of its method, data and tuning.
 
     The pairs of a `coupled` method depend on their batch, so one process accumulates two batches of the size of two.
+    What a `precomputed` method caches is rounded by its batch, so a run that is to stop caches its later updates first.
     """
 
     recipe: str
     overrides: Sequence[str]
     sharded: bool = True
     coupled: bool = False
+    precomputed: bool = False
 
     def content(self, output: Path, *more: str) -> Content:
         recipe = load_recipe(self.recipe, [*self.overrides, *TRAIN, f"output={output}", *more])
@@ -77,7 +79,9 @@ CASES = {
     "diffusion_dpo cached": _image("diffusion_dpo", *FULL, "method.num_cached_draws=1"),
     "inpo": _image("inpo", *FULL),
     "inpo lora": _image("inpo", *LORA),
-    "inpo cached": _image("inpo", *FULL, "method.inverter=reference", "method.num_cached_draws=1"),
+    "inpo cached": replace(
+        _image("inpo", *FULL, "method.inverter=reference", "method.num_cached_draws=1"), precomputed=True
+    ),
     "mapo": _image("mapo", *FULL),
     "sft": _image("sft", *FULL, "train.max_grad_norm=null"),
     "cca": replace(_image("cca", *FULL), coupled=True),
@@ -146,6 +150,8 @@ def jobs(cases: dict[str, Case], folder: Path) -> list[Job]:
             sharded = (half, "train.sharding=fsdp2")
             result.append((f"fsdp2 {name}", "train", case.content(folder / "fsdp2" / name, *sharded)))
             again = folder / "resumed" / name
+            if case.precomputed:
+                result.append((f"cached {name}", "cache", case.content(again, *sharded)))
             result.append((f"stopped {name}", "train", case.content(again, *sharded, "train.steps=1")))
             result.append((f"resumed {name}", "train", case.content(again, *sharded)))
     return result
