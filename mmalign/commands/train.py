@@ -314,8 +314,8 @@ def build_policy(
     With LoRA the reference is the network with its adapters off; with full fine-tuning it is a frozen copy. There is no
     reference if the method needs none, unless `with_reference`, and no copy if its scores are `reference_cached`.
     """
-    model, options = recipe.model, recipe.train
-    needed = with_reference or methods.requirements_of(recipe.method).reference
+    model, options, needs = recipe.model, recipe.train, methods.requirements_of(recipe.method)
+    needed = with_reference or needs.reference
     reference: Reference = None
     if model.tune == "lora":
         lora, adapter = model.lora, model.adapter
@@ -337,4 +337,5 @@ def build_policy(
         family.enable_gradient_checkpointing()
     if options.compile and isinstance(reference, FrozenCopy):  # a copy is not compiled with its original
         compile_blocks(family.blocks(reference.model))
-    return Policy(family, family.network, family.network, reference)
+    memory = dict(needs.memory.start) if needs.memory is not None else {}
+    return Policy(family, family.network, family.network, reference, memory=memory)

@@ -45,6 +45,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Numbers of a run's past that a method's `loss` reads as `policy.memory`, such as KTO's baseline.
+
+    An update reads the numbers that the update before it left, so they lag by one update. In return the loss of a row
+    does not depend on the other rows of its batch, and a resumed run repeats an uninterrupted one.
+
+    Attributes:
+        start: the numbers before the first update, by name.
+        remember: map the numbers and an update's mean metrics, over all rows of all processes, to the next numbers.
+    """
+
+    start: Mapping[str, float]
+    remember: Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Requirements:
     """Needs of a method.
 
@@ -60,6 +76,7 @@ class Requirements:
         min_pairs: the smallest batch size, in pairs.
         reward: the reward model that scores the images of a batch.
         precompute: tensors to compute once per pair and draw; None for none.
+        memory: numbers of the run's past that the loss reads; None for none.
         measured_by: settings for measuring a run, if contrasts of the method's own follow the policy; None for its own.
         hint_if_empty: advice for a run whose batches all gave nothing to learn from.
         check: a check, before loading, of the packages and files that the hyper-parameters name. It raises ValueError
@@ -77,6 +94,7 @@ class Requirements:
     min_pairs: int = 1
     reward: RewardConfig | None = None
     precompute: PrecomputeSpec | None = None
+    memory: Memory | None = None
     measured_by: MethodConfig | None = None
     hint_if_empty: str = ""
     check: Callable[[], Sequence[str]] = tuple
@@ -85,6 +103,13 @@ class Requirements:
 def requirements_of(config: MethodConfig) -> Requirements:
     """Return the requirements of the method that a recipe's `method` section configures."""
     return find(config.name).requirements(config)
+
+
+def remember(method: AnyMethod, config: MethodConfig, policy: Policy, metrics: Mapping[str, Tensor]) -> None:
+    """Update the policy's memory in place from an update's mean metrics; does nothing for a method without memory."""
+    memory = method.requirements(config).memory
+    if memory is not None:
+        policy.memory.update(memory.remember(policy.memory, {name: float(mean) for name, mean in metrics.items()}))
 
 
 def epoch_rng(method: AnyMethod, cfg: MethodConfig, rng: KeyedRNG) -> KeyedRNG:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic
 
 import torch
@@ -49,6 +49,7 @@ class Policy(Generic[F]):
         unwrapped: the bare network, for generation, saving, and switching adapters.
         reference: the reference; None for methods without one.
         skeleton: the bare network without weights, if it is sharded; None if every process holds all weights.
+        memory: numbers of the run's past that the method's loss reads, by name; the loop changes them in place.
 
     Raises:
         ValueError: the reference is the model without its adapters, but other weights are trained and would change it.
@@ -59,6 +60,7 @@ class Policy(Generic[F]):
     unwrapped: nn.Module
     reference: Reference
     skeleton: nn.Module | None = None
+    memory: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         outside = _trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []

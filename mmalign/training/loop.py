@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import MethodConfig
-from mmalign.methods import AnyMethod, Step, epoch_rng
+from mmalign.methods import AnyMethod, Step, epoch_rng, remember
 from mmalign.policy import Policy, sharding
 from mmalign.rng import KeyedRNG
 from mmalign.training.guard import Guard
@@ -129,6 +129,7 @@ def train(
                     )
                 metrics = window.guarded_update(progress.step) if last else None
                 if metrics is not None:
+                    remember(method, config, policy, metrics)
                     progress.step += 1
                     progress.seconds += clock() - since
                     after_update(progress, metrics)

@@ -117,6 +117,7 @@ def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["generator"])
     run.train_state.guard.load(state["guard"])
+    run.policy.memory.update(state["memory"])
     run.progress, run.reports = progress, state["reports"]
 
 
@@ -149,6 +150,7 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         "generator": torch.get_rng_state(),
         "reports": run.reports,
         "guard": train_state.guard.state(),
+        "memory": run.policy.memory,
     }
     if train_state.ema is not None:
         state["average"] = train_state.ema.state()

@@ -34,6 +34,7 @@ class Regression:
     spoil: Callable[[Batch, Tensor], Tensor] = lambda batch, losses: losses
     seen: list[Any] = field(default_factory=list)
     needs: Requirements = field(default_factory=Requirements)
+    offset: str = ""  # number of the memory that every target is moved by
 
     def requirements(self, cfg: Any) -> Requirements:
         return self.needs
@@ -49,7 +50,8 @@ class Regression:
 
     def loss(self, policy: Policy, contrast: Batch, cfg: Any) -> Step:
         self.seen.append(("loss", contrast.rows, None, policy.model.training, torch.is_grad_enabled(), None))
-        losses = self.spoil(contrast, (policy.model(contrast.x)[:, 0] - contrast.y).square())
+        offset = policy.memory[self.offset] if self.offset else 0.0
+        losses = self.spoil(contrast, (policy.model(contrast.x)[:, 0] - contrast.y - offset).square())
         return Step(losses, contrast.weights, {"loss": losses.detach(), "row": torch.tensor(contrast.rows).float()})
 
 
@@ -92,14 +94,15 @@ class Run:
     def snapshot(self) -> dict[str, Any]:
         """Return a checkpoint's contents."""
         average = self.train_state.ema.state() if self.train_state.ema is not None else None
-        parts = self.net.state_dict(), self.train_state.optimizer.state_dict(), self.progress, average
-        return copy.deepcopy(dict(zip(("net", "optimizer", "progress", "average"), parts, strict=True)))
+        parts = {"net": self.net.state_dict(), "optimizer": self.train_state.optimizer.state_dict()}
+        return copy.deepcopy({**parts, "progress": self.progress, "average": average, "memory": self.policy.memory})
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         snapshot = copy.deepcopy(snapshot)
         self.net.load_state_dict(snapshot["net"])
         self.train_state.optimizer.load_state_dict(snapshot["optimizer"])
         self.progress = snapshot["progress"]
+        self.policy.memory.update(snapshot["memory"])
         if self.train_state.ema is not None:
             self.train_state.ema.load(snapshot["average"])
 

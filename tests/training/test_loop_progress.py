@@ -1,17 +1,19 @@
 """Progress of the loop on a linear network: ends of epochs, resuming, and data of which nothing counts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from mmalign.methods import Requirements
+from mmalign.methods import Memory, Requirements
 from mmalign.rng import KeyedRNG
 from mmalign.training import loop
+from mmalign.training.guard import Guard
 from mmalign.training.loop import Progress
 from mmalign.training.optim import schedule
-from tests.helpers.linear_runs import START, Batch, Regression, Run, by_hand, data, flat, of
+from tests.helpers.linear_runs import START, WEIGHTS, Batch, Regression, Run, by_hand, data, flat, of
 
 
 @pytest.mark.slow
@@ -147,3 +149,63 @@ def test_batches_are_counted_and_not_their_contrasts(
     assert run.progress.step == 2
     with pytest.raises(ValueError, match="batches in a row"):
         start()(method, of(data([1] * 12, weights=[0.0] * 12)), steps=2, accumulate=accumulate)
+
+
+def _remembering() -> Regression:
+    """Return a method whose targets move by the running mean of its losses, which begins at 1."""
+
+    def remember(memory: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+        return {"mean": 0.5 * memory["mean"] + 0.5 * metrics["loss"]}
+
+    return Regression(needs=Requirements(memory=Memory({"mean": 1.0}, remember)), offset="mean")
+
+
+def test_memory_is_that_of_the_update_before(start: Callable[..., Run]) -> None:
+    """By hand: targets move by 1 in the first update, and by half of 1 and of its loss in the second."""
+    run, batches = start(), data([3, 5])
+    run.policy.memory["mean"] = 1.0
+    run(_remembering(), of(batches), steps=2)
+    at, offset = START, 1.0
+    for batch in batches:
+        moved = replace(batch, y=batch.y + offset)
+        error = moved.x @ at[:3] + at[3] - moved.y
+        at, offset = at - 0.1 * by_hand(moved, at), 0.5 * offset + 0.5 * float(error.square().mean())
+    torch.testing.assert_close(flat(run.net), at)
+    assert run.policy.memory["mean"] == pytest.approx(offset)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_memory_resumes_bit_for_bit(start: Callable[..., Run], accumulate: int) -> None:
+    batches = of(data([4, 4, 2, 4]))
+    straight = start(optimizer=torch.optim.AdamW)
+    straight.policy.memory["mean"] = 1.0
+    straight(_remembering(), batches, steps=6, accumulate=accumulate)
+    for snapshot in straight.snapshots[:-1]:
+        again = start(optimizer=torch.optim.AdamW)
+        again.restore(snapshot)
+        again(_remembering(), batches, steps=6, accumulate=accumulate)
+        assert torch.equal(flat(again.net), flat(straight.net))
+        assert again.policy.memory == straight.policy.memory
+
+
+def test_memory_does_not_depend_on_the_division_into_batches(start: Callable[..., Run]) -> None:
+    """The same eight rows of unequal weights in one batch and in four: the memory is the mean over all rows."""
+    memories = []
+    for sizes in ([8], [2, 2, 3, 1]):
+        run = start()
+        run.policy.memory["mean"] = 1.0
+        run(_remembering(), of(data(sizes, WEIGHTS)), steps=1, accumulate=len(sizes))
+        memories.append(run.policy.memory["mean"])
+    assert memories[0] == pytest.approx(memories[1], rel=1e-6)
+
+
+def test_a_bad_update_is_not_remembered(start: Callable[..., Run]) -> None:
+    run = start()
+    run.policy.memory["mean"] = 1.0
+    run.train_state.guard = Guard(action="skip")
+    method = _remembering()
+    method.spoil = lambda batch, losses: losses * float("nan") if 0 in batch.rows else losses
+    batches = data([2, 2])
+    run(method, of(batches), steps=1)
+    error = batches[1].x @ START[:3] + START[3] - batches[1].y - 1.0
+    assert run.policy.memory["mean"] == pytest.approx(0.5 + 0.5 * float(error.square().mean()), rel=1e-5)
