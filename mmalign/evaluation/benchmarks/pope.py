@@ -108,18 +108,18 @@ def build(
         excluded = set(objects)
         keys = KeyedRNG(seed).uniform([_row(image)], (len(candidates),), "pope: absent object")[0].tolist()
         at_random = [name for _, name in sorted(zip(keys, candidates, strict=True))]
+        if len(set(candidates) - excluded) < objects_per_image:
+            raise ValueError(
+                f"pope: image {image} has {len(objects)} of {len(candidates)} objects, fewer than {objects_per_image} "
+                "are absent; give more objects under `names`, or fewer `objects_per_image`"
+            )
         for present in objects[:objects_per_image]:
             ranked = {
                 "random": at_random,
                 "popular": by_popularity,
                 "adversarial": [name for name in companions.get(present, ()) if name in candidates] + at_random,
             }[split]
-            absent = next((name for name in ranked if name not in excluded), None)
-            if absent is None:
-                raise ValueError(
-                    f"pope: image {image} has {len(objects)} of {len(candidates)} objects, fewer than "
-                    f"{objects_per_image} are absent; give more objects under `names`, or fewer `objects_per_image`"
-                )
+            absent = next(name for name in ranked if name not in excluded)
             excluded.add(absent)
             for name, answer in ((present, True), (absent, False)):
                 text = template.format(f"{article(name)} {name}")

@@ -90,20 +90,8 @@ def compare_answers(
         for side, texts in zip(SIDES, (answers.before, answers.after), strict=True)
     }
     num_empty = {side: sum(not text for texts in parts.values() for text in texts) for side, parts in by_side.items()}
-    for side, number in num_empty.items():
-        if number:
-            logger.warning(
-                f"{number:,} answers {side} alignment are empty; check the model's chat template; a model that thinks "
-                "first needs a larger evaluate.decoding.max_new_tokens"
-            )
-
     num_cut = dict(zip(SIDES, answers.num_cut, strict=True))
-    for side, number in num_cut.items():
-        if number:
-            logger.warning(
-                f"{number:,} answers {side} alignment are cut at evaluate.decoding.max_new_tokens = "
-                f"{section.decoding.max_new_tokens}"
-            )
+    _warn_of_bad_answers(num_empty, num_cut, section.decoding.max_new_tokens)
 
     # Metrics and files
     comparisons = compare_all(*map(benchmark.score, by_side.values()))
@@ -127,6 +115,21 @@ def compare_answers(
     }
     measures, table = report(comparisons)
     return {**result, "measures": measures}, table
+
+
+def _warn_of_bad_answers(num_empty: Mapping[str, int], num_cut: Mapping[str, int], max_new_tokens: int) -> None:
+    """Warn of each side's empty answers, and of those that the limit cut."""
+    for side, number in num_empty.items():
+        if number:
+            logger.warning(
+                f"{number:,} answers {side} alignment are empty; check the model's chat template; a model that thinks "
+                "first needs a larger evaluate.decoding.max_new_tokens"
+            )
+    for side, number in num_cut.items():
+        if number:
+            logger.warning(
+                f"{number:,} answers {side} alignment are cut at evaluate.decoding.max_new_tokens = {max_new_tokens}"
+            )
 
 
 def _ask(
