@@ -22,7 +22,8 @@ def check_scenes(images: Sequence[Image], prompts: Sequence[str]) -> list[Truth]
     """Check each image against the parts of its prompt (`mmalign.toy.scenes.check`), by its nearest reading.
 
     `read` alone decides whether an image is correct. In any other image, touching parts may be one object, and the
-    reading that fulfils more parts counts. A stained cross for a heart has a wrong shape, not a wrong count.
+    reading that fulfils more parts counts. A stained cross for a heart has a wrong shape, not a wrong count. If nothing
+    but a stain is wrong, the colour is.
 
     Raises:
         ValueError: a prompt is not of the bundled world.
@@ -35,7 +36,9 @@ def _check(image: Image, prompt: str) -> Truth:
     if exact["correct"]:
         return exact
     merged = check(parse(prompt), read_merged(image))
-    return merged if not merged["correct"] and sum(merged.values()) > sum(exact.values()) else exact
+    if merged["correct"]:
+        merged |= {"colour": False, "correct": False}
+    return max(exact, merged, key=lambda truth: sum(truth.values()))  # the first one of equals
 
 
 def describe(truth: Truth) -> str:

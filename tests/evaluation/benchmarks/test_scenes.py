@@ -68,7 +68,7 @@ def test_touching_parts_are_one_object_if_nearer() -> None:
 
     assert stained("a red cross", "a red heart") == "shape wrong"
     assert stained("a red cross", "a green cross") == "colour wrong"
-    assert stained("a red cross", "a red cross") == "count wrong"  # never read as correct
+    assert stained("a red cross", "a red cross") == "colour wrong"  # never correct
     assert stained("a red cross", "two red crosses") == "colour, shape wrong"  # the stain counts as an object
 
 
