@@ -35,6 +35,7 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     adapter = recipe.model.adapter
     adapters = f"lora of rank {lora.rank}, alpha {lora.scaled_alpha:g}, on {targets}"
     adapters += f", dropout {lora.dropout:g}" if lora.dropout else ""
+    adapters += ", with DoRA" if lora.dora else ""
     reward = methods.requirements_of(recipe.method).reward
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {

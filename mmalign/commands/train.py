@@ -324,7 +324,12 @@ def build_policy(
             family.continue_adapter(resolve_model(adapter.path))
         else:
             family.add_lora(
-                rank=lora.rank, alpha=lora.scaled_alpha, targets=targets, seed=options.seed, dropout=lora.dropout
+                rank=lora.rank,
+                alpha=lora.scaled_alpha,
+                targets=targets,
+                seed=options.seed,
+                dropout=lora.dropout,
+                dora=lora.dora,
             )
         reference = AdaptersOff() if needed else None
     else:

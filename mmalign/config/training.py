@@ -30,6 +30,10 @@ class Lora(Section):
         0.0, ge=0, lt=1, description="dropout of the adapters' inputs; the reference and all measurements have none"
     )
 
+    dora: bool = Field(
+        False, description="also train the norm of each row of the adapted weights (DoRA, arXiv:2402.09353)"
+    )
+
     @property
     def scaled_alpha(self) -> float:
         """Alpha that gives the scale of the adapters after division by the rank."""

@@ -39,7 +39,16 @@ class Family(Protocol):
     def linear_layers(self) -> Sequence[str]:
         """The ends of the names of all linear layers that can be adapted."""
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
+    def add_lora(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        seed: int,
+        dropout: float = 0.0,
+        dora: bool = False,
+    ) -> None:
         """Add adapters to the network's linear layers whose names end in `targets`.
 
         Raises:

@@ -33,6 +33,7 @@ def add_lora(
     targets: Sequence[str],
     seed: int,
     dropout: float = 0.0,
+    dora: bool = False,
     within: str = "",
 ) -> None:
     """Add adapters to the linear layers whose names end in `targets`; adapter weights are float32 masters.
@@ -40,10 +41,11 @@ def add_lora(
     `within` names the part of the network to adapt; empty means all of it.
 
     The first matrix is Gaussian and the second one zero, so the network's initial outputs are unchanged. The inputs of
-    adapters have `dropout` in train mode alone; the loop keys its draws.
+    adapters have `dropout` in train mode alone; the loop keys its draws. With `dora` the magnitudes of rows are
+    trained too (`mmalign.families.dora`).
 
     Raises:
-        ValueError: no layer of the network has one of these names.
+        ValueError: no layer of the network has one of these names, or one with `dora` is not linear.
     """
     from peft import LoraConfig
 
@@ -60,7 +62,12 @@ def add_lora(
     ends = "|".join(map(re.escape, sorted(targets)))
     modules = rf"{re.escape(within)}\.(.*\.)?({ends})" if within else list(targets)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights="gaussian", lora_dropout=dropout
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=modules,
+        init_lora_weights="gaussian",
+        lora_dropout=dropout,
+        use_dora=dora,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -68,11 +75,12 @@ def add_lora(
             net.add_adapter(config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets: {', '.join(targets)} cannot be adapted: {error}") from error
-    make_trainable(net)
+    make_trainable(net, fresh=True)
 
 
-def make_trainable(net: nn.Module) -> None:
-    """Make the adapters of a network, and nothing else, trainable float32 masters."""
+def make_trainable(net: nn.Module, *, fresh: bool = False) -> None:
+    """Make the adapters of a network, and nothing else, trainable float32 masters; `fresh` ones change nothing yet."""
+    install_magnitudes(net, fresh=fresh)
     for layer in adapter_layers(net).values():
         # Autocast matches the dtypes of inputs and adapters; peft would first copy every input to float32.
         layer.cast_input_dtype_enabled = False
@@ -81,6 +89,17 @@ def make_trainable(net: nn.Module) -> None:
             # Half-precision weights would lose updates of 1e-5.
             parameter.data = parameter.data.float()
         parameter.requires_grad_(".lora_" in name)
+
+
+def install_magnitudes(net: nn.Module, *, fresh: bool = False) -> None:
+    """Replace peft's magnitudes of DoRA in a network, if it has any; `fresh` ones begin as the norms.
+
+    Raises:
+        ValueError: an adapted layer with magnitudes is not linear.
+    """
+    from mmalign.families import dora  # it imports peft
+
+    dora.install(net, fresh=fresh)
 
 
 def check_adapter_path(path: str) -> None:
@@ -207,7 +226,7 @@ def _merged(name: str, layer: LoraLayer, weight: Tensor) -> Tensor:
         if total.dim() != 2:
             raise ValueError(f"{name}: a convolution with DoRA cannot be merged; export to peft")
         magnitudes = layer.lora_magnitude_vector[TRAINED].weight.to(total)
-        total = total * (magnitudes / total.norm(dim=1)).unsqueeze(1)
+        total = total * (magnitudes / total.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)).unsqueeze(1)
     return total
 
 

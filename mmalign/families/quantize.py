@@ -102,6 +102,15 @@ class _Nf4Shape(nn.Linear):
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
         self.dtype = layer.weight.dtype
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weights, under the name by which peft recognizes a layer with `dequantize`."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """Return the restored weights [out, in], as DoRA reads them."""
+        return self.weight.new_empty((self.out_features, self.in_features), dtype=self.dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return a product with restored weights, which do not live on for the backward pass."""
         product: Tensor = _Restored.apply(input, self.weight, (self.out_features, self.in_features), self.dtype)

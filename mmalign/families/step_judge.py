@@ -60,7 +60,16 @@ class StepJudge:
     def linear_layers(self) -> Sequence[str]:
         return ()
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
+    def add_lora(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        seed: int,
+        dropout: float = 0.0,
+        dora: bool = False,
+    ) -> None:
         """Refuse adapters.
 
         Raises:

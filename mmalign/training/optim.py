@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 def build_optimizer(
-    parameters: Sequence[nn.Parameter], name: str, *, lr: float, betas: tuple[float, float], weight_decay: float
+    parameters: Sequence[nn.Parameter],
+    name: str,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    undecayed: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Return the optimizer called `name`: "adamw" (fused), "adamw_8bit" (bitsandbytes) or "adafactor".
 
-    Adafactor has a fixed rate, no scaling by the parameters' size, as in the releases, and no betas.
+    Adafactor has a fixed rate, no scaling by the parameters' size, as in the releases, and no betas. The weights of
+    `undecayed` have no weight decay.
 
     Raises:
         ValueError: bitsandbytes is not installed.
     """
+    groups: Any = [{"params": list(parameters)}]
+    groups += [{"params": list(undecayed), "weight_decay": 0.0}] if undecayed else []
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     if name == "adafactor":
         from transformers import Adafactor
 
         fixed = {"scale_parameter": False, "relative_step": False}
-        optimizer: torch.optim.Optimizer = Adafactor(parameters, lr=lr, weight_decay=weight_decay, **fixed)
+        optimizer: torch.optim.Optimizer = Adafactor(groups, lr=lr, weight_decay=weight_decay, **fixed)
         return optimizer
     try:
         import bitsandbytes
@@ -34,7 +44,7 @@ def build_optimizer(
             "train.optimizer: adamw_8bit needs bitsandbytes, which is not installed; pip install 'mmalign[cuda]', or "
             "use adamw"
         ) from None
-    optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas, weight_decay=weight_decay)
     return optimizer
 
 

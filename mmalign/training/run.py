@@ -47,8 +47,15 @@ def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) 
         policy = shard_policy(policy, accelerator.device)
     parameters = policy.trainable()
     betas = (options.betas[0], options.betas[1])
+    # Decay takes an adapter to the reference, and a magnitude of DoRA away from it
+    magnitudes = {id(p) for name, p in policy.unwrapped.named_parameters() if ".lora_magnitude_vector." in name}
     optimizer = build_optimizer(
-        parameters, options.optimizer, lr=options.lr, betas=betas, weight_decay=options.weight_decay
+        [p for p in parameters if id(p) not in magnitudes],
+        options.optimizer,
+        lr=options.lr,
+        betas=betas,
+        weight_decay=options.weight_decay,
+        undecayed=[p for p in parameters if id(p) in magnitudes],
     )
     if policy.skeleton is None:
         model, optimizer = accelerator.prepare(policy.model, optimizer)
@@ -90,12 +97,15 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
 
 def _split(run: TrainingRun, saved: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
     """Return the checkpoint with this process's parts of its tensors."""
-    parameters, own, state = run.policy.trainable(), trainable_weights(run.policy.unwrapped), dict(saved.state)
+    own, state = trainable_weights(run.policy.unwrapped), dict(saved.state)
+    parameters = [p for group in run.train_state.optimizer.param_groups for p in group["params"]]
     weights = {name: sharding.split(tensor, own[name]) for name, tensor in saved.weights.items()}
     moments = {i: _split_moments(moments, parameters[i]) for i, moments in state["optimizer"]["state"].items()}
     state["optimizer"] = {**state["optimizer"], "state": moments}
     if "average" in state:
-        state["average"] = [sharding.split(*each) for each in zip(state["average"], parameters, strict=True)]
+        state["average"] = [
+            sharding.split(*each) for each in zip(state["average"], run.policy.trainable(), strict=True)
+        ]
     return replace(saved, weights=weights, state=state)
 
 

@@ -102,11 +102,15 @@ def _pairs(net: ModelMixin, dtype: torch.dtype | None) -> dict[str, tuple[Tensor
     """Return both matrices of every adapted layer, the scale folded.
 
     Raises:
-        ValueError: the adapters have DoRA's magnitudes, which these programs' readers drop or reject.
+        ValueError: the adapters have DoRA's magnitudes. sd-scripts and diffusers drop them in these forms; ComfyUI and
+            Automatic1111 divide them by norms of columns, of the bare weight's rows or of the sum's, by version.
     """
     weights, config = folded(net, dtype)
     if config.get("use_dora"):
-        raise ValueError("DoRA's magnitudes have no place that diffusers' reader takes; use peft or merged")
+        raise ValueError(
+            "sd-scripts drops DoRA's magnitudes, and versions of ComfyUI and Automatic1111 apply them in different "
+            "ways; use merged, or peft or diffusers"
+        )
     return {
         layer: (weights[f"{layer}.lora_A.weight"], weights[f"{layer}.lora_B.weight"]) for layer in adapter_layers(net)
     }

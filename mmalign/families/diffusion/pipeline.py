@@ -36,6 +36,7 @@ from mmalign.families.lora import (
     adapter_layers,
     add_lora,
     all_linear,
+    install_magnitudes,
     make_trainable,
     save_lora,
 )
@@ -140,8 +141,17 @@ class LatentModel(ABC):
     def linear_layers(self) -> Sequence[str]:
         return all_linear(self.network)
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
-        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed, dropout=dropout)
+    def add_lora(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        seed: int,
+        dropout: float = 0.0,
+        dora: bool = False,
+    ) -> None:
+        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed, dropout=dropout, dora=dora)
 
     def continue_adapter(self, path: str) -> None:
         read_adapter(self.pipeline, denoiser_name(self.pipeline), self.network, path)
@@ -349,6 +359,7 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
         if (folder / ADAPTERS).is_file():
             base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
+            install_magnitudes(base)
             return base
         net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
     if (backend := denoisers.installed(base)) is not None:

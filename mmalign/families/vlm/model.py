@@ -23,7 +23,15 @@ from mmalign.attention import decoders
 from mmalign.attention.choice import SelectedBackend, install_backend, select_backend
 from mmalign.config import DecodingConfig
 from mmalign.families import quantize, shapes
-from mmalign.families.lora import PEFT_CONFIG, absorb_adapters, adapter_layers, add_lora, linear_names, make_trainable
+from mmalign.families.lora import (
+    PEFT_CONFIG,
+    absorb_adapters,
+    adapter_layers,
+    add_lora,
+    install_magnitudes,
+    linear_names,
+    make_trainable,
+)
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.checks import check_processor, check_type
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
@@ -191,10 +199,28 @@ class ImageTextToText:
     def linear_layers(self) -> Sequence[str]:
         return self.default_lora_targets
 
-    def add_lora(self, *, rank: int, alpha: float, targets: Sequence[str], seed: int, dropout: float = 0.0) -> None:
+    def add_lora(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        seed: int,
+        dropout: float = 0.0,
+        dora: bool = False,
+    ) -> None:
         """Adapt the decoder alone; the vision tower and the projector stay unchanged."""
         within = self._decoder.removeprefix("model.")
-        add_lora(self._model, rank=rank, alpha=alpha, targets=targets, seed=seed, dropout=dropout, within=within)
+        add_lora(
+            self._model,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            seed=seed,
+            dropout=dropout,
+            dora=dora,
+            within=within,
+        )
 
     def continue_adapter(self, path: str) -> None:
         read_adapter(self._model, path)
@@ -248,6 +274,7 @@ class ImageTextToText:
         with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
             if (folder / PEFT_CONFIG).is_file():
                 self._model.load_adapter(str(folder))
+                install_magnitudes(self._model)
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
         if (backend := decoders.installed(self._model.get_decoder())) is not None:
