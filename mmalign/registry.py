@@ -155,6 +155,33 @@ class Located(Protocol):
         ...
 
 
+def import_function(key: str, name: str, arguments: Sequence[str], result: str) -> Callable[..., Any]:
+    """Import a user's function of positional arguments.
+
+    Args:
+        key: the recipe's key, for messages.
+        name: "module:function".
+        arguments: the names of its positional arguments.
+        result: the result in words.
+
+    Raises:
+        ValueError: the function cannot be imported, is built into Python, is a class or takes other arguments.
+    """
+    function, expected = import_callable(key, name), _expected(arguments, result)
+    if isinstance(function, BuiltinFunctionType | type):
+        kind = "a class" if isinstance(function, type) else "built into Python"
+        raise ValueError(f"{key}: {name} is {kind}; {expected}")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {name} takes other arguments ({error}); {expected}") from error
+    return function
+
+
+def _expected(arguments: Sequence[str], result: str) -> str:
+    return f"expected a function from ({', '.join(arguments)}) to {result}"
+
+
 def user_function(
     key: str, name: str, arguments: Sequence[str], result: str, is_valid: Callable[[Any], bool]
 ) -> Callable[..., Any]:
@@ -171,14 +198,7 @@ def user_function(
         ValueError: the function cannot be imported, is built into Python, is a class or takes other arguments; or, when
             called, it raises an error or returns something else. The message names the function and the row.
     """
-    function, expected = import_callable(key, name), f"expected a function from ({', '.join(arguments)}) to {result}"
-    if isinstance(function, BuiltinFunctionType | type):
-        kind = "a class" if isinstance(function, type) else "built into Python"
-        raise ValueError(f"{key}: {name} is {kind}; {expected}")
-    try:
-        inspect.signature(function).bind(*arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {name} takes other arguments ({error}); {expected}") from error
+    function, expected = import_function(key, name, arguments, result), _expected(arguments, result)
 
     @wraps(function)
     def call(row: Located, *others: object) -> Any:

@@ -16,10 +16,9 @@ from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
 from mmalign.families.types import Loading
 from mmalign.modalities import modality_of
-from mmalign.modalities.prompts import located
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.resources import resolve_model
-from mmalign.rewards import RewardModel, load_reward_model, reward_config
+from mmalign.rewards import RewardModel, load_reward_model, reward_config, reward_module
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +138,10 @@ def build_reward_model(config: RewardConfig, device: torch.device, *, allow_pick
 
 
 def check_reward_model(key: str, config: RewardConfig) -> None:
-    """Check the name, the options and the folder of the reward model that a recipe names at `key`.
+    """Check the name, the options and the path of the reward model that a recipe names at `key`.
 
     Raises:
-        ValueError: there is no such reward model, an option is invalid, or its folder is missing.
+        ValueError: there is no such reward model, an option is invalid, or its folder or function is missing.
     """
     reward_config(config.name, config.options)
-    if "/" in config.path:  # else the name of a model in the reward model's library
-        located(f"{key}.path", config.path)
+    reward_module(config.name).check(f"{key}.path", config.path)

@@ -1,17 +1,20 @@
 """Reward models that score images against their prompts, one file each, named like the file.
 
-A reward model's file has a `Config` (a frozen pydantic model of its options in a recipe) and
+A reward model's file has a `Config` (a frozen pydantic model of its options in a recipe), `check(key, path)` and
 `load(path, device, cfg) -> RewardModel`. N is the number of images; higher scores are better. One from outside is named
 by the class of its options, "module:Class", with `load` beside the class.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from types import SimpleNamespace
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from mmalign import registry
 from mmalign.reading.weights import one_sentence, tensors_only
+from mmalign.resources import resolve_model
 
 
 class BatchConfig(BaseModel):
@@ -49,6 +53,10 @@ class RewardModule(Protocol):
         """The class of the options, frozen and without extra keys."""
         ...
 
+    def check(self, key: str, path: str) -> None:
+        """Check `path`, which the recipe names at `key`, before anything is loaded."""
+        ...
+
     def load(self, path: str, device: torch.device, cfg: BaseModel) -> RewardModel:
         """Load the reward model from `path` to the device."""
         ...
@@ -68,7 +76,7 @@ def reward_module(name: str) -> RewardModule:
     if registry.is_outside(name):
         options = registry.import_class("reward", name, BaseModel)
         load = registry.module_of("reward", options, ["load"]).load
-        return cast(RewardModule, SimpleNamespace(Config=options, load=load))
+        return cast(RewardModule, SimpleNamespace(Config=options, check=check_files, load=load))
     return cast(RewardModule, registry.find([__name__], name, "reward: there is no"))
 
 
@@ -90,6 +98,20 @@ def reward_config(name: str, options: Mapping[str, object]) -> BaseModel:
         ) from None
 
 
+def check_files(key: str, path: str) -> None:
+    """Check that the files of a reward model exist, or that `path` may be a Hub id or the name of an architecture.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    if "/" not in path:  # the name of an architecture in the reward model's library
+        return
+    try:
+        resolve_model(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
+
+
 def load_reward_model(
     name: str, path: str, device: torch.device | str = "cpu", *, allow_pickle: bool = False, **options: object
 ) -> RewardModel:
@@ -108,6 +130,35 @@ def load_reward_model(
 def readable(name: str, path: str, mend: str) -> AbstractContextManager[None]:
     """Turn any error of a library that loads a reward model into a ValueError of one sentence; `mend` is its end."""
     return one_sentence(f"reward {name}: cannot load {path!r}", path, mend)
+
+
+def as_scores(source: str, values: object, prompts: Sequence[str], remedy: str) -> Tensor:
+    """Convert the numbers that a foreign program returned for a batch to scores [N], float32.
+
+    Args:
+        source: the program, for messages.
+        values: its result: a list, tuple, array or tensor of numbers, one for each prompt.
+        prompts: the batch's prompts [N].
+        remedy: the end of a message.
+
+    Raises:
+        ValueError: the result is no list, has another length, or an entry is not a finite number.
+    """
+    numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str | bytes):
+        raise ValueError(
+            f"{source} returned {type(values).__name__}; expected a list of {len(prompts)} numbers; {remedy}"
+        )
+    if len(numbers) != len(prompts):
+        raise ValueError(
+            f"{source} returned {len(numbers)} scores for {len(prompts)} prompts; expected one each; {remedy}"
+        )
+    for number, prompt in zip(numbers, prompts, strict=True):
+        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+            raise ValueError(
+                f"{source} returned {number!r:.60} for the prompt {prompt[:80]!r}; expected a finite number; {remedy}"
+            )
+    return torch.tensor([float(number) for number in numbers], dtype=torch.float32)
 
 
 def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:

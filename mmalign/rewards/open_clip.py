@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig, readable
+from mmalign.rewards import BatchConfig, check_files, readable
 
 if TYPE_CHECKING:
     from open_clip import CLIP
 
+check = check_files
 KNOWN = 8192  # prompts in the cache of text features
 
 

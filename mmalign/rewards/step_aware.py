@@ -38,13 +38,14 @@ from torch import Tensor, nn
 
 from mmalign.language.tokens import forget_padding
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig, _spo_release, readable, transformers_clip
+from mmalign.rewards import BatchConfig, _spo_release, check_files, readable, transformers_clip
 from mmalign.rewards.open_clip import TextFeatures, load_parts
 
 if TYPE_CHECKING:
     from open_clip import CLIP
     from open_clip.transformer import ResidualAttentionBlock
 
+check = check_files
 CONFIG, WEIGHTS = "open_clip_config.json", "step_aware.safetensors"
 FREQUENCIES = 256  # width of the sinusoid
 STD = 0.02  # of the time MLP's initial weights, as in the release

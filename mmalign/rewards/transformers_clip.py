@@ -18,12 +18,13 @@ from torch import Tensor
 
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig as Config
-from mmalign.rewards import readable
+from mmalign.rewards import check_files, readable
 from mmalign.rewards.open_clip import ClipParts, OpenClip, scorer
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
 
+check = check_files
 VOCABULARY = 49_408  # tokens of CLIP's own tokenizer
 TOKENIZER = ("tokenizer.json", "vocab.json")  # either file is enough for a tokenizer
 INTERPOLATION = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
