@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from PIL import Image
@@ -35,6 +36,13 @@ from mmalign.pages.ranking import (
     tally,
 )
 from mmalign.reading import broken_text
+
+
+class _Share(NamedTuple):
+    """The numbers of gains, losses and unchanged samples of a benchmark."""
+
+    name: str
+    counts: Mapping[Kind, int]
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,7 @@ def write_page(
     if (reason := broken_text(texts)) is not None:
         raise ValueError(f"gallery: {reason}")
     measured = measured or [entry.scores for entry in entries]
-    counts, by_benchmark = tally(measured), dict[str, list[Scores]]()
-    for name, scores in zip(benchmarks or [""] * len(measured), measured, strict=True):
-        by_benchmark.setdefault(name, []).append(scores)
+    counts, shares = tally(measured), _tally_benchmarks(measured, benchmarks)
     atomic_io.make_folder("gallery", folder / "images")
     # Images
     records = []
@@ -128,7 +134,7 @@ def write_page(
             _write(folder / names[key], _encode(image, "PNG"))
         records.append(_record(entry, names))
     # Grid and page
-    picture, lines, chosen = _draw_picture(entries, layout, counts, title, score_name, summary)
+    picture, lines, chosen = _draw_picture(entries, layout, counts, shares, title, score_name, summary)
     _write(folder / "gallery.png", encode_grid(picture, lines))
     page = _page(
         entries,
@@ -136,7 +142,7 @@ def write_page(
         counts,
         title=title,
         headline=headline(summary),
-        shares=[{"name": name, "counts": tally(scores)} for name, scores in by_benchmark.items()],
+        shares=shares,
         summary=summary,
         score_name=score_name,
         provenance=provenance,
@@ -154,6 +160,14 @@ def write_page(
     }
     _write(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False).encode())
     return folder / "index.html"
+
+
+def _tally_benchmarks(measured: Sequence[Scores], benchmarks: Sequence[str] | None) -> list[_Share]:
+    """Return the counts of each benchmark, in order of appearance; without benchmarks those of all."""
+    by_benchmark: dict[str, list[Scores]] = {}
+    for name, scores in zip(benchmarks or [""] * len(measured), measured, strict=True):
+        by_benchmark.setdefault(name, []).append(scores)
+    return [_Share(name, tally(scores)) for name, scores in by_benchmark.items()]
 
 
 def _check(entries: Sequence[GalleryEntry], summary: Sequence[Sequence[str]]) -> None:
@@ -180,14 +194,17 @@ def _draw_picture(
     entries: Sequence[GalleryEntry],
     layout: PageLayout,
     counts: Mapping[Kind, int],
+    shares: Sequence[_Share],
     title: str,
     score_name: str,
     summary: Sequence[Sequence[str]],
 ) -> tuple[Image.Image, list[str], dict[Kind, list[int]]]:
     """Return the grid of the best gains and worst regressions, its texts, and the indices of its entries."""
     # Lines below the title
-    tallied = ", ".join(f"{number:,} {name}" for name, number in counts.items())
-    lines = [layout.lead, f"Score: {score_name}.", f"{tallied}."]
+    lines = [layout.lead, f"Score: {score_name}."]
+    for share in shares:
+        tallied = ", ".join(f"{number:,} {name}" for name, number in share.counts.items())
+        lines.append(f"{share.name}: {tallied}." if share.name else f"{tallied}.")
     if len(summary) > 1:
         lines.append("  ·  ".join(f"{name}: {cell}" if name else cell for name, cell in zip(*summary[:2], strict=True)))
     # Sections of the chosen entries

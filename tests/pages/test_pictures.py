@@ -108,6 +108,9 @@ def test_page_begins_with_the_result_and_a_bar_for_each_benchmark(tmp_path: Path
     measured, benchmarks = [(0, 1)] * 3 + [(1, 1)] * 5, ["descriptions"] * 4 + ["yes/no questions"] * 4
     path = write(tmp_path, [entry("a", 0, 1)], measured=measured, benchmarks=benchmarks, summary=summary)
     page, text = Page(path), visible(path.read_text())
+    lines = json.loads((tmp_path / "manifest.json").read_text())["picture"]["lines"]
+    assert "descriptions: 3 gained, 0 lost, 1 unchanged." in lines
+    assert "yes/no questions: 0 gained, 0 lost, 4 unchanged." in lines
     assert "CHAIR_s: 18.3\u00a0% instead of 41.0\u00a0% (-22.7 points [-28.1, -17.2])." in text
     assert [values["class"] for tag, values in page.tags if tag == "div" and "share-" in str(values.get("class"))] == [
         "share share-1",
