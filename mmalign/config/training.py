@@ -20,7 +20,8 @@ class Lora(Section):
     alpha: float | None = Field(None, gt=0, description="adapter scale times rank; default: rank")
     targets: list[str] | Literal["all-linear"] | None = Field(
         None,
-        description="suffixes of the layers to adapt, or all-linear for every linear layer of the trained network; "
+        description="suffixes of the layers to adapt, or all-linear for every linear layer of the trained network; in "
+        "vision-language models also decoder, vision_tower, projector, or a layer of them, as vision_tower.q_proj; "
         "default: a diffusion model's attention projections, or all linear layers of a vision-language model's decoder",
     )
     rank_stabilized: bool = Field(

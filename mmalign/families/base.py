@@ -236,8 +236,18 @@ class VisionLanguage(Family, Protocol):
     def processor(self) -> PromptProcessor:
         """Tokenizer and image processor."""
 
+    def adapts_images(self, targets: Sequence[str], adapter: str | None) -> bool:
+        """Return whether adapters of these targets, or existing ones to continue, change image features.
+
+        Raises:
+            ValueError: the existing adapters cannot be read.
+        """
+
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
-        """Encode images by key, without gradients; policy and reference share the features."""
+        """Encode images by key, without gradients; policy and reference share the features.
+
+        If the network has adapters that change features, each pass encodes the images, with gradients.
+        """
 
     @property
     def device(self) -> torch.device:

@@ -35,10 +35,11 @@ def add_lora(
     dropout: float = 0.0,
     dora: bool = False,
     within: str = "",
+    others: Sequence[str] = (),
 ) -> None:
     """Add adapters to the linear layers whose names end in `targets`; adapter weights are float32 masters.
 
-    `within` names the part of the network to adapt; empty means all of it.
+    `within` names the part of the network to adapt; empty means all of it. `others` are the whole names of more layers.
 
     The first matrix is Gaussian and the second one zero, so the network's initial outputs are unchanged. The inputs of
     adapters have `dropout` in train mode alone; the loop keys its draws. With `dora` the magnitudes of rows are
@@ -52,7 +53,7 @@ def add_lora(
     # peft accepts several names if it finds one of them; the other names' layers would silently not be trained.
     known = [name for name, _ in net.named_modules() if f"{name}.".startswith(f"{within}.") or not within]
     lost = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in known)]
-    if lost or not targets:
+    if lost or not (targets or others):
         usual = linear_names(net, within) if within else ATTENTION
         raise ValueError(
             f"model.lora.targets: no layer of {within or type(net).__name__} ends in {', '.join(lost) or 'nothing'}; "
@@ -60,7 +61,8 @@ def add_lora(
         )
     # Adapters, from their own seed
     ends = "|".join(map(re.escape, sorted(targets)))
-    modules = rf"{re.escape(within)}\.(.*\.)?({ends})" if within else list(targets)
+    patterns = [rf"{re.escape(within)}\.(.*\.)?({ends})"] if targets else []
+    modules = "|".join([*patterns, *map(re.escape, others)]) if within else list(targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -74,7 +76,9 @@ def add_lora(
         try:
             net.add_adapter(config)
         except ValueError as error:
-            raise ValueError(f"model.lora.targets: {', '.join(targets)} cannot be adapted: {error}") from error
+            raise ValueError(
+                f"model.lora.targets: {', '.join([*targets, *others])} cannot be adapted: {error}"
+            ) from error
     make_trainable(net, fresh=True)
 
 

@@ -80,9 +80,18 @@ class ImageView:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Outputs of the vision tower and the projector by image key; each image is encoded once."""
+    """Outputs of the vision tower and the projector by image key; each image is encoded once.
 
-    images: dict[str, BaseModelOutputWithPooling]
+    Attributes:
+        images: the outputs.
+        views: images that each pass encodes anew, since adapters change these parts.
+    """
+
+    images: dict[str, BaseModelOutputWithPooling] = field(default_factory=dict)
+    views: dict[str, ImageView] = field(default_factory=dict)
+
+    def __or__(self, other: ImageFeatures) -> ImageFeatures:
+        return ImageFeatures(self.images | other.images, self.views | other.views)
 
 
 class GeneratedText(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 from mmalign.attention import choice
 from mmalign.config import ImageData, ImageSize, Lora, Recipe, RewardConfig
-from mmalign.families.base import Family
+from mmalign.families.base import Family, VisionLanguage
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
 from mmalign.families.types import Loading
@@ -93,6 +93,19 @@ def lora_targets(family: Family, lora: Lora) -> Sequence[str]:
     if lora.targets == "all-linear":
         return family.linear_layers
     return family.default_lora_targets if lora.targets is None else lora.targets
+
+
+def adapts_images(family: VisionLanguage, recipe: Recipe) -> bool:
+    """Return whether a recipe trains adapters that change image features, which are then not cached.
+
+    Raises:
+        ValueError: an existing adapter cannot be read.
+    """
+    model, adapter = recipe.model, recipe.model.adapter
+    if model.tune != "lora":
+        return False
+    existing = resolve_model(adapter.path) if adapter is not None and adapter.use == "continue" else None
+    return family.adapts_images(lora_targets(family, model.lora), existing)
 
 
 def find_local(name: str, revision: str | None) -> str:

@@ -116,6 +116,7 @@ def test_forms_of_a_pipeline(tiny_sd15: Path, tmp_path: Path) -> None:
             family.export(tmp_path, family.network, form, None)
 
 
+@pytest.mark.slow
 def test_forms_of_a_vision_language_model(vlm_folders: Folders, tmp_path: Path) -> None:
     folder = vlm_folders("qwen2_5_vl")
     family = changed(load_vlm(folder))

@@ -1,13 +1,20 @@
-"""Checks that a vision-language model is supported and that its processor is its own."""
+"""Checks that a vision-language model is supported, is free of dropout, and has its own processor."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from PIL import Image
+from torch import nn
+
 from mmalign.families.vlm.quirks import SCALED_LOGITS
+from mmalign.reading import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from mmalign.families.base import VisionLanguage
 
 
 def check_type(path: str, model_type: str, model: PreTrainedModel, processor: ProcessorMixin) -> None:
@@ -60,3 +67,32 @@ def _image_place(processor: ProcessorMixin) -> tuple[str, int] | None:
     """Return the token that stands for an image in a prompt's text, with its id; None if there is none."""
     tokenizer, token = getattr(processor, "tokenizer", None), getattr(processor, "image_token", None)
     return None if tokenizer is None or token is None else (str(token), tokenizer.convert_tokens_to_ids(token))
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set all dropout to 0, so that policy and reference differ by training alone, never by chance."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def check_one_image(family: VisionLanguage) -> None:
+    """Encode one image, because a processor of another model can pass every other check.
+
+    Raises:
+        ValueError: the image's tokens do not match its features, or the model fails on the processor's output.
+    """
+    try:
+        family.encode_images({"a picture": family.processor.preprocess_image(Image.new("RGB", (96, 64), "gray"))})
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the kind of error depends on model and processor
+        if isinstance(error, ValueError) and str(error).startswith("model.path"):
+            raise
+        raise ValueError(
+            f"model.path: the processor of {family.name} belongs to another model, which cannot read its images "
+            f"({first_line(error)}); copy the processor's files again"
+        ) from error

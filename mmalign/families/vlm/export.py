@@ -142,6 +142,19 @@ def read_adapter(model: PreTrainedModel, path: str) -> None:
         raise ValueError(f"model.adapter: {path} adapts no layer of this model; expected an adapter of this model")
 
 
+def adapter_names(path: str) -> list[str]:
+    """Return the names of the weights of existing adapters of peft: a folder or a Hub id.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    from peft.utils import load_peft_weights
+
+    check_adapter_path(path)
+    with intact("model.adapter", path, "adapters of peft"):
+        return list(load_peft_weights(path, device="cpu"))
+
+
 def _load(
     folder: Path, dtype: torch.dtype, variant: str | None = None, allow_pickle: bool | None = None
 ) -> PreTrainedModel:

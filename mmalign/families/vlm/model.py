@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mmalign.attention import decoders
@@ -33,18 +32,18 @@ from mmalign.families.lora import (
     make_trainable,
 )
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
-from mmalign.families.vlm.checks import check_processor, check_type
+from mmalign.families.vlm.checks import check_one_image, check_processor, check_type, remove_dropout
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
-from mmalign.families.vlm.export import export, read_adapter, save_adapters, save_model
+from mmalign.families.vlm.export import adapter_names, export, read_adapter, save_adapters, save_model
 from mmalign.families.vlm.generation import GenerationPrompt, generate, masking_unsupported_reason
 from mmalign.families.vlm.image_features import frozen_parts, move_parameters, pack_features, unpack_features
 from mmalign.families.vlm.packing import build_packed_mask, enable_packing, packed_inputs, unpacked_reason
+from mmalign.families.vlm.parts import adapted_image_layers, names_images, split_targets
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import quirks_of
 from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
-from mmalign.reading import first_line
 from mmalign.reading.weights import intact, tensors_only, use_safetensors
 from mmalign.rng import KeyedRNG
 
@@ -72,6 +71,15 @@ class ImageTextToText:
         decoder = self._model.get_decoder()
         return next(str(name) for name, module in self.network.named_modules() if module is decoder)
 
+    @property
+    def _decoder_in_model(self) -> str:
+        return self._decoder.removeprefix("model.")
+
+    def adapts_images(self, targets: Sequence[str], adapter: str | None) -> bool:
+        if adapter is None:
+            return names_images(targets)
+        return any(f".{self._decoder_in_model}." not in name for name in adapter_names(adapter))
+
     @torch.no_grad()
     def encode_images(self, views: Mapping[str, ImageView]) -> ImageFeatures:
         """Encode images one at a time, since rounding depends on the batch.
@@ -79,6 +87,8 @@ class ImageTextToText:
         Raises:
             ValueError: the number of an image's features differs from the number of its tokens.
         """
+        if adapted_image_layers(self._model, self._decoder_in_model):
+            return ImageFeatures(views=dict(views))
         if any(view.features is None for view in views.values()):
             for _, part in self.encoders():
                 move_parameters(part, self.device)  # they may have been moved to the CPU
@@ -132,12 +142,17 @@ class ImageTextToText:
         positions, inputs = self._inputs(tokens, features)
         with self.loading.autocast():
             logps = net(positions, wanted[mask], **inputs)
+        if features.views and logps.requires_grad:
+            # Launched processes wait for a gradient of every adapter, also of a tower's last layers without effect
+            layers = adapted_image_layers(self._model, self._decoder_in_model)
+            logps = logps + sum(0.0 * p.sum() for layer in layers for p in layer.parameters() if p.requires_grad)
         filled = mask.view(*mask.shape, *[1] * (wanted.dim() - 2))
         return torch.zeros(wanted.shape, device=logps.device).masked_scatter(filled, logps)
 
     def _inputs(self, tokens: Tokens, features: ImageFeatures) -> tuple[Tensor, dict[str, object]]:
         """Return the indices that predict the responses' tokens, row by row, and the model's inputs."""
         model, quirks = self._model, self.processor.quirks
+        features = self._encoded(features, {key for row in tokens.images for key in row})
         packed_mask = build_packed_mask(tokens, quirks)
         # Pack only if that saves tokens, by shared prompts or by dropped padding.
         if packed_mask.length < tokens.ids.numel() and not self._unpacked_reason(packed_mask.longest):
@@ -145,6 +160,12 @@ class ImageTextToText:
         images = [features.images[key] for row in tokens.images for key in row]
         positions = tokens.is_response.flatten().nonzero()[:, 0]
         return positions - 1, decoder_inputs(model, quirks, tokens.ids, tokens.mask, tokens.is_response, images)
+
+    def _encoded(self, features: ImageFeatures, keys: Set[str]) -> ImageFeatures:
+        """Encode the images of these keys that adapters change, with the adapters on or off as they are."""
+        return features | ImageFeatures(
+            {key: self._encode(features.views[key]) for key in keys & features.views.keys()}
+        )
 
     def _unpacked_reason(self, longest: int) -> str | None:
         """Return the reason why rows of up to `longest` tokens are not packed; None if they are."""
@@ -161,7 +182,8 @@ class ImageTextToText:
         return f"packing: the responses to a prompt share one run of it and its images{unless}"
 
     def argmax(self, net: nn.Module, tokens: Tokens, features: ImageFeatures, avoided: Tensor | None = None) -> Tensor:
-        positions, inputs = self._inputs(tokens, features)
+        with torch.no_grad():
+            positions, inputs = self._inputs(tokens, features)
         targets = None if avoided is None else avoided[tokens.response_mask]
         with self.loading.autocast():
             tokens_found = unwrap(net).argmax(positions, targets, **inputs)
@@ -187,13 +209,15 @@ class ImageTextToText:
             raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
         masks = [None] * len(prompts) if hidden is None else hidden
         asked = [GenerationPrompt(*one) for one in zip(prompts, rows, masks, strict=True)]
+        with torch.no_grad():
+            features = self._encoded(features, {key for prompt in prompts for key in prompt.images})
         with self.loading.autocast():
             return unwrap(net).run(lambda model: generate(model, self.processor, asked, features, decoding, rng, stop))
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
         """All linear layers of the decoder."""
-        return linear_names(self._model, self._decoder.removeprefix("model."))
+        return linear_names(self._model, self._decoder_in_model)
 
     @property
     def linear_layers(self) -> Sequence[str]:
@@ -209,8 +233,9 @@ class ImageTextToText:
         dropout: float = 0.0,
         dora: bool = False,
     ) -> None:
-        """Adapt the decoder alone; the vision tower and the projector stay unchanged."""
-        within = self._decoder.removeprefix("model.")
+        """Adapt the decoder, and the vision tower or the projector if `targets` names them (`parts.split_targets`)."""
+        within = self._decoder_in_model
+        targets, others = split_targets(self._model, within, targets)
         add_lora(
             self._model,
             rank=rank,
@@ -220,6 +245,7 @@ class ImageTextToText:
             dropout=dropout,
             dora=dora,
             within=within,
+            others=others,
         )
 
     def continue_adapter(self, path: str) -> None:
@@ -248,6 +274,11 @@ class ImageTextToText:
         """Return the decoder's layers as shards; all that encodes images stays whole, since it runs by itself."""
         sharded = _learning(unwrap(net).model)
         whole = [p for p in net.parameters() if p not in sharded]
+        if any(p.requires_grad for p in whole):
+            raise ValueError(
+                "model.lora.targets: adapters of the vision tower or the projector train in whole networks alone; set "
+                "train.sharding: none, or leave them out"
+            )
         return ShardPlan(self.blocks(net), whole, methods=("argmax", "run"))
 
     def use_attention(self, wanted: str) -> SelectedBackend:
@@ -320,13 +351,13 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     check_type(path, model_type, model, processor)
     check_processor(path, model, processor)
     # Network, frozen, and one image as a test
-    _without_dropout(model)
+    remove_dropout(model)
     if loading.pack_responses:
         enable_packing(model.get_decoder())
     network = TokenScorer(model.to(loading.device).requires_grad_(False).eval())
     family = ImageTextToText(path, network, prompt_processor, loading)
     if not loading.shapes_only:
-        _check_one_image(family)
+        check_one_image(family)
     return family
 
 
@@ -354,32 +385,3 @@ def load_processor(
     if template_arguments:
         read.template.check_arguments()
     return read
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """Set all dropout to 0, so that policy and reference differ by training alone, never by chance."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def _check_one_image(family: ImageTextToText) -> None:
-    """Encode one image, because a processor of another model can pass every other check.
-
-    Raises:
-        ValueError: the image's tokens do not match its features, or the model fails on the processor's output.
-    """
-    try:
-        family.encode_images({"a picture": family.processor.preprocess_image(Image.new("RGB", (96, 64), "gray"))})
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # the kind of error depends on model and processor
-        if isinstance(error, ValueError) and str(error).startswith("model.path"):
-            raise
-        raise ValueError(
-            f"model.path: the processor of {family.name} belongs to another model, which cannot read its images "
-            f"({first_line(error)}); copy the processor's files again"
-        ) from error

@@ -24,7 +24,6 @@ from mmalign.config.methods import MDPOConfig as Config
 from mmalign.data.augment import random_crop
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
-from mmalign.families.types import ImageFeatures
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods._pair_loss import bound_loss
@@ -61,7 +60,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
         )
 
     tokens, cropped = with_changed_images(policy.family, batch, crop)
-    features = ImageFeatures({**batch.features.images, **cropped.images})
+    features = batch.features | cropped
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, tokens]), features=features)
     score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss.per_token)
     return [Contrast(whole, reference_scores(policy, batch, score))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,14 @@ from mmalign.data.loaders.sampler import check_max_bad
 from mmalign.data.pairs import split
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements
+from mmalign.modalities import loading
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
@@ -81,10 +85,14 @@ def build_data_module(
     precompute_cache = features = None
     if data.cache != "off":
         folder = cache_folder(data, Path(recipe.output))
-        features = ArrayCache.open(folder / "features", feature_dependencies(family))
+        of_images = feature_dependencies(family)
+        if loading.adapts_images(family, recipe):
+            logger.info("image features are not cached: model.lora.targets has layers that compute them")
+        else:
+            features = ArrayCache.open(folder / "features", of_images)
         if spec is not None:
             of_tokens = {**tokenizer_dependencies(family), "max_length": longest}
-            precompute_cache = PrecomputeCache.open(folder, spec, {**features.fingerprint, **of_tokens, "seed": seed})
+            precompute_cache = PrecomputeCache.open(folder, spec, {**of_images, **of_tokens, "seed": seed})
     # Loaders of both splits
     reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images, features)
     loaders = open_loaders(

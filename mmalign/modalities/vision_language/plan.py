@@ -18,7 +18,7 @@ from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
 from mmalign.language.chat import Turn
 from mmalign.methods import Requirements
-from mmalign.modalities import Example
+from mmalign.modalities import Example, loading
 
 NUM_READ = 32  # pairs, evenly spaced; the longest ones make the batch
 SIDE, WORDS = 672, 200  # of the image and of each response, where the pairs are not at hand
@@ -48,12 +48,13 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
 
     # Bytes of features by placeholder token, from the longest row's image
     caches, views = dict[str, int](), [view for _, example in examples for view in example.views.values()]
-    if data.cache != "off" and views:
+    cached = data.cache != "off" and not loading.adapts_images(family, recipe)
+    if cached and views:
         (tensors,) = family.features_as_tensors(family.encode_images({"longest": views[0]})).values()
         each = sum(x.nbytes for x in tensors.values()) / len(views[0].ids)
         number = sum(len(part) for part in splits or () if part is not None)
         caches["features"] = int(number * each * sum(len(view.ids) for view in views) / len(examples))
-    leaving = [name for name, _ in family.encoders()] if data.cache != "off" and not needs.vision_tower else []
+    leaving = [name for name, _ in family.encoders()] if cached and not needs.vision_tower else []
     return Example(batch, caches, leaving, f"rows of {_length(examples[0][1]):,} tokens")
 
 
