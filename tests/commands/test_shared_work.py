@@ -96,3 +96,12 @@ def test_two_processes_generate_images_as_one(tiny_sd15: Path, tmp_path: Path) -
     prepare.prepare(load_recipe(one))
     launch(tmp_path, "prepare", two)
     assert made[1].read_bytes() == made[0].read_bytes() and not list(tmp_path.glob("*unfinished*"))
+    # The same trained model, evaluated by one and by two processes
+    asked = {**section, "benchmark": "preference", "sampling": {"steps": 1, "guidance": 1.0, "batch_size": 2}}
+    asked.pop("min_confidence")
+    run = recipes.diffusion(tiny_sd15, made[0], tmp_path / "run", train={"steps": 1}, evaluate=asked)
+    train.train(load_recipe(run))
+    shutil.copytree(tmp_path / "run", tmp_path / "run2")
+    evaluate.evaluate(load_recipe(run))
+    launch(tmp_path, "evaluate", {**run, "output": str(tmp_path / "run2")})
+    assert contents(tmp_path / "run2" / "evaluation") == contents(tmp_path / "run" / "evaluation")
