@@ -133,6 +133,12 @@ def _import(key: str, name: str, kind: str) -> object:
     return imported
 
 
+def source_file(name: str) -> Path | None:
+    """Return the file of the module of "module:attribute"; None if it has none, as in a notebook."""
+    path = Path(_origin(name.partition(":")[0]))
+    return path if path.is_file() else None
+
+
 def _origin(module: str) -> str:
     """Return the file of a module; neither it nor the packages around it are imported."""
     if module in sys.modules:

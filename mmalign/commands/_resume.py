@@ -39,7 +39,7 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     reward = methods.requirements_of(recipe.method).reward
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {
-        **({"reward": reward.path} if reward is not None else {}),
+        **({"reward": loading.describe_rewards(reward)} if reward is not None else {}),
         **modality_of(recipe).model_dependencies(recipe.model),
         "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,

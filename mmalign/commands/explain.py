@@ -131,18 +131,21 @@ def _options(section: type[Section], prefix: str = "") -> Iterator[Option]:
         choices = _choices(field)
         kinds = () if choices else _alternatives(field.annotation)
         sections = list(choices.items())
-        sections += [("", kind) for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        items = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in kinds]
+        sections += [("", kind) for kind in items if isinstance(kind, type) and issubclass(kind, Section)]
         if choices:
             yield Option(path, ", ".join(choices), field.default.name, field.description or "")
         elif path == "method.name":
             yield Option(path, ", ".join(_method_names()), "", "method; docs/methods.md describes each")
         elif not sections or field.description:
             yield Option(path, _kind(field), _default(field), field.description or "")
+        inner_options = list[Option]()
         for choice, inner in sections:
             for option in _options(inner, f"{path}."):
                 if choice and option.path == f"{path}.name":
                     continue
-                yield replace(option, meaning=f"{choice}: {option.meaning}") if choice else option
+                inner_options.append(replace(option, meaning=f"{choice}: {option.meaning}") if choice else option)
+        yield from dict.fromkeys(inner_options)  # alternatives may share keys
 
 
 def _choices(field: FieldInfo) -> dict[str, type[Section]]:

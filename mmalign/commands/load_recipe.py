@@ -261,11 +261,16 @@ def _branches(field: FieldInfo) -> Mapping[str, object]:
     if any(isinstance(marker, Choice) for marker in field.metadata):
         return Choice.sections(kind)
     kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-    return {str(kind).replace(" ", "") if get_origin(kind) else kind.__name__: kind for kind in kinds}
+    names = (re.sub(r"\w+\.| ", "", str(kind)) if get_origin(kind) else kind.__name__ for kind in kinds)
+    return dict(zip(names, kinds, strict=True))
 
 
 def _sections(kinds: Iterable[object]) -> Iterator[type[BaseModel]]:
-    return (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    """Yield the sections among the types, and those that a list holds."""
+    for kind in kinds:
+        inner = get_args(kind)[0] if get_origin(kind) is list else kind
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield inner
 
 
 _TYPES = {

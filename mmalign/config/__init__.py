@@ -18,6 +18,7 @@ from mmalign.config.evaluation import (
     Files,
     Gallery,
     RewardConfig,
+    Rewards,
     SamplingConfig,
 )
 from mmalign.config.preparation import (
@@ -79,6 +80,7 @@ __all__ = [
     "ResponseData",
     "ResponseModel",
     "RewardConfig",
+    "Rewards",
     "SamplingConfig",
     "Section",
     "Sections",

@@ -21,6 +21,37 @@ class RewardConfig(Section):
     )
 
 
+class WeightedReward(RewardConfig):
+    """One of several reward models."""
+
+    weight: float = Field(1.0, gt=0, description="factor of its scores, or of its votes")
+
+
+Rewards = RewardConfig | list[WeightedReward]
+Combine = Annotated[
+    Literal["sum", "zscore", "vote"],
+    Field(
+        description="combination of several reward models' scores: weighted sum, weighted sum of standard scores, or "
+        "weighted votes between images of one prompt"
+    ),
+]
+
+
+def reward_models(reward: Rewards) -> list[WeightedReward]:
+    """Return the reward models of a section that names one or several."""
+    return [WeightedReward(**reward.model_dump())] if isinstance(reward, RewardConfig) else reward
+
+
+def check_combine(reward: Rewards | None, combine: Combine) -> None:
+    """Refuse a combination of a single reward model.
+
+    Raises:
+        ValueError: `combine` is not the default, and there is one reward model or none.
+    """
+    if combine != "sum" and (reward is None or len(reward_models(reward)) < 2):
+        raise ValueError(f"combine: {combine} needs two or more reward models; name them as a list, or leave it out")
+
+
 class SamplingConfig(Section):
     """Settings of image sampling."""
 
@@ -56,7 +87,10 @@ class EvaluateImages(Evaluate):
     images_per_prompt: int = Field(
         1, ge=1, description="images per prompt; with two or more, diversity is measured too"
     )
-    reward: RewardConfig | None = Field(None, description="reward model for the win rate; optional for scenes")
+    reward: Rewards | None = Field(
+        None, description="reward model for the win rate, or a list of several; optional for scenes"
+    )
+    combine: Combine = "sum"
     num_noise_samples: int = Field(10, ge=1, description="implicit: draws of (t, noise) per pair")
     cache: str = Field("auto", description="folder for generated images, or auto (in the output)")
 
@@ -64,6 +98,7 @@ class EvaluateImages(Evaluate):
     def _judged(self) -> EvaluateImages:
         if self.benchmark == "preference" and self.reward is None:
             raise ValueError("benchmark preference needs a reward model; add evaluate.reward.path")
+        check_combine(self.reward, self.combine)
         if self.benchmark == "scenes" and isinstance(self.prompts, str):
             raise ValueError(f"benchmark scenes uses its own prompts; expected their number, got {self.prompts!r}")
         return self

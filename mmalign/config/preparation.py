@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import ResponseFormat, Section
-from mmalign.config.evaluation import DecodingConfig, RewardConfig, SamplingConfig
+from mmalign.config.evaluation import Combine, DecodingConfig, Rewards, SamplingConfig, check_combine
 
 
 class Prepare(Section):
@@ -30,11 +30,17 @@ class PrepareImages(Prepare):
         False, description="generate for pairs of prompts; a file has two per line, separated by a tab"
     )
     images_per_prompt: int = Field(4, ge=2, description="images generated per prompt")
-    reward: RewardConfig
+    reward: Rewards = Field(description="reward model that ranks the images, or a list of several")
+    combine: Combine = "sum"
     min_confidence: float = Field(
         0.9, ge=0.5, lt=1, description="lowest probability of the reward model for the better image of a pair"
     )
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _combined(self) -> PrepareImages:
+        check_combine(self.reward, self.combine)
+        return self
 
 
 class AnswerSource(Section):

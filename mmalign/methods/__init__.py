@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from mmalign import registry
-from mmalign.config import MethodConfig, RewardConfig
+from mmalign.config import MethodConfig, Rewards
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts, EncodedResponses
@@ -92,7 +92,7 @@ class Requirements:
     vae_decoder: bool = False
     vision_tower: bool = False
     min_pairs: int = 1
-    reward: RewardConfig | None = None
+    reward: Rewards | None = None
     precompute: PrecomputeSpec | None = None
     memory: Memory | None = None
     measured_by: MethodConfig | None = None

@@ -9,8 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from mmalign import atomic_io
 from mmalign.attention import choice
-from mmalign.config import ImageData, ImageSize, Lora, Recipe, RewardConfig
+from mmalign.config import ImageData, ImageSize, Lora, Recipe, RewardConfig, Rewards
+from mmalign.config.evaluation import Combine, reward_models
+from mmalign.data.caches import fingerprint
+from mmalign.data.caches.scores import CachedJudge
 from mmalign.families.base import Family, VisionLanguage
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
@@ -19,6 +23,8 @@ from mmalign.modalities import modality_of
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.resources import resolve_model
 from mmalign.rewards import RewardModel, load_reward_model, reward_config, reward_module
+from mmalign.rewards._combine import Combined
+from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
@@ -144,17 +150,56 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
     return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
 
 
-def build_reward_model(config: RewardConfig, device: torch.device, *, allow_pickle: bool) -> RewardModel:
-    """Load the recipe's reward model."""
+def build_reward_model(
+    reward: Rewards,
+    device: torch.device,
+    *,
+    allow_pickle: bool,
+    combine: Combine = "sum",
+    scores: Path | None = None,
+) -> RewardModel:
+    """Load the recipe's reward model, or several as one.
+
+    Args:
+        reward: the section of the recipe.
+        device: target device.
+        allow_pickle: read pickles too.
+        combine: the combination of several.
+        scores: folder of a cache of scores by the content of image and prompt; None stores none.
+
+    Raises:
+        ValueError: a reward model cannot be loaded.
+    """
     disable_progress_bars()
-    return load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
+    configs, models = reward_models(reward), list[RewardModel]()
+    for config in configs:
+        model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
+        identity = fingerprint.fingerprint_judge(config.name, config.path, config.options) if scores else None
+        if scores is not None and identity is not None:
+            atomic_io.make_folder("judges", scores)
+            model = CachedJudge(model, scores, identity, is_writer=current_processes().is_main)
+        models.append(model)
+    if len(models) == 1:
+        return models[0]
+    return Combined(models, torch.tensor([config.weight for config in configs]), combine)
 
 
-def check_reward_model(key: str, config: RewardConfig) -> None:
-    """Check the name, the options and the path of the reward model that a recipe names at `key`.
+def check_reward_model(key: str, reward: Rewards) -> None:
+    """Check the names, the options and the paths of the reward models that a recipe names at `key`.
 
     Raises:
         ValueError: there is no such reward model, an option is invalid, or its folder or function is missing.
     """
-    reward_config(config.name, config.options)
-    reward_module(config.name).check(f"{key}.path", config.path)
+    configs = reward_models(reward)
+    if not configs:
+        raise ValueError(f"{key}: an empty list; name at least one reward model")
+    for number, config in enumerate(configs):
+        place = key if isinstance(reward, RewardConfig) else f"{key}.{number}"
+        reward_config(config.name, config.options)
+        reward_module(config.name).check(f"{place}.path", config.path)
+
+
+def describe_rewards(reward: Rewards) -> str:
+    """Return the paths of a recipe's reward models, several with their weights."""
+    configs = reward_models(reward)
+    return configs[0].path if len(configs) == 1 else " + ".join(f"{x.weight:g} {x.path}" for x in configs)

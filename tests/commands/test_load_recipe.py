@@ -70,6 +70,11 @@ def test_unknown_options_of_a_reward_model_are_refused_before_it_loads() -> None
         check_reward_model("method.reward", reward)
 
 
+def test_an_empty_list_of_reward_models_is_refused() -> None:
+    with pytest.raises(ValueError, match="method.reward: an empty list; name at least one reward model"):
+        check_reward_model("method.reward", [])
+
+
 METHOD_WITH = {  # a method whose recipes have the option, where not all have it
     "method.reward": "spo",
     "method.crop_area": "mdpo",
@@ -231,7 +236,20 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
             "evaluate={benchmark: scenes, prompts: a}",
             "recipe: evaluate: benchmark scenes uses its own prompts; expected their number, got 'a'",
         ),
-        ("prepare={}", "recipe: prepare needs 'reward', which is missing"),
+        (
+            "prepare={}",
+            "recipe: prepare needs 'reward', which is missing; expected reward model that ranks the images, or a list of "
+            "several",
+        ),
+        ("prepare={reward: [{path: a, pth: b}]}", "recipe: prepare.reward.0 has no 'pth'; did you mean 'path'?"),
+        (
+            "prepare={reward: {path: a}, combine: vote}",
+            "recipe: prepare: combine: vote needs two or more reward models; name them as a list, or leave it out",
+        ),
+        (
+            "evaluate={reward: 3}",
+            "recipe: evaluate.reward: expected a section, such as {key: value} or a list, such as [a, b], got 3",
+        ),
         ("method.loss=", "recipe: method.loss: expected a name, or a section such as {name: NAME}, got nothing"),
         ("method.loss.flip_rate=0", "recipe: method.loss: needs a name, one of dpo, ipo, hinge, robust"),
         ("method.loss={name: robust, flip_rate: 1}", "recipe: method.loss.flip_rate: expected less than 0.5, got 1"),

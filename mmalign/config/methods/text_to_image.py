@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import MethodConfig
-from mmalign.config.evaluation import RewardConfig
+from mmalign.config.evaluation import Rewards
 from mmalign.config.methods._shared import NumCachedDraws, PairMethodConfig
 
 
@@ -120,7 +120,10 @@ class SPOConfig(MethodConfig):
     """Hyper-parameters; the defaults are the release's for Stable Diffusion 1.5."""
 
     name: Literal["spo"] = "spo"
-    reward: RewardConfig = Field(description="reward model that scores the predicted images, best a step_aware one")
+    reward: Rewards = Field(
+        description="reward model that scores the predicted images, best a step_aware one, or a list of several, whose "
+        "weighted scores are added"
+    )
     beta: float = Field(10.0, gt=0, description="in units of 1 / mean log-probability")
     clip: float = Field(0.1, gt=0, lt=1, description="clipping range of the likelihood ratio around 1")
     steps: int = Field(20, ge=1, description="of the sampler")
@@ -153,5 +156,9 @@ class StepPreferenceConfig(MethodConfig):
     guidance: float = Field(
         5.0, ge=1, description="guidance scale of the predictions, as in later sampling with the step judge"
     )
-    reward: RewardConfig | None = Field(None, description="reward model that relabels the pairs by their clean images")
+    reward: Rewards | None = Field(
+        None,
+        description="reward model that relabels the pairs by their clean images, or a list of several, whose weighted "
+        "scores are added",
+    )
     tie_margin: float = Field(0.1, ge=0, lt=1, description="smallest probability difference that is not a tie")

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from mmalign.diffusion.noise import Schedule
 from mmalign.reading import first_line
 from mmalign.reading.weights import plain_tensors
+from mmalign.registry import is_outside, source_file
+from mmalign.resources import locate
 
 TEMPLATE = "chat_template"  # common part of the names of chat template files
 
@@ -94,6 +96,23 @@ def fingerprint_folder(path: str) -> str:
     place = Path(path)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     return fingerprint_settings({file.name: _content(file) for file in files} or {"name": path})
+
+
+def fingerprint_judge(name: str, path: str, options: Mapping[str, object]) -> str | None:
+    """Return a fingerprint of a judge: its kind, its options, and the content of the files or modules that it names.
+
+    A Hub id, an address or an architecture counts by its name. Modules that a named module imports do not count.
+
+    Returns:
+        The fingerprint, or None if the code of a function is in no file.
+    """
+    files = [source_file(code) for code in (name, path if name == "function" else "") if is_outside(code)]
+    if None in files:
+        return None
+    for place in (Path(locate(named)) for named in (path, *options.values()) if isinstance(named, str)):
+        files += [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    contents = {str(file): _content(file) for file in files if file is not None}
+    return fingerprint_settings({"name": name, "path": path, "options": options, "files": contents})
 
 
 def fingerprint_schedule(schedule: Schedule) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from mmalign import atomic_io
 from mmalign.config import EvaluateImages, ImageModel, Recipe, SamplingConfig
+from mmalign.config.evaluation import reward_models
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.data.data_module import Splits
@@ -45,9 +46,15 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     if section.benchmark == "implicit":
         assert splits is not None
         return implicit_reward_benchmark(recipe, splits, implicit_reward.image_scores, section.num_noise_samples)
-    reward_model = (
-        loading.build_reward_model(section.reward, device, allow_pickle=recipe.allow_pickle) if section.reward else None
-    )
+    reward_model = None
+    if section.reward is not None:
+        reward_model = loading.build_reward_model(
+            section.reward,
+            device,
+            allow_pickle=recipe.allow_pickle,
+            combine=section.combine,
+            scores=_folder(recipe, section) / "scores",
+        )
     return partial(compare_images, recipe, reward_model)
 
 
@@ -85,15 +92,22 @@ def compare_images(
     ]
 
     # Measurements and files
+    if reward_model is not None:  # in one call, so that votes compare the two models' images of a prompt
+        rewards = reward_model([*images[0], *images[1]], [*prompts, *prompts]).tolist()
+        for record, reward in zip((sample[side] for side in SIDES for sample in samples), rewards, strict=True):
+            record.update(judged=reward, score=reward, note="")
     for side, side_images in zip(SIDES, images, strict=True):
-        _measure(section, reward_model, side_images, prompts, [sample[side] for sample in samples])
+        _measure(section, side_images, prompts, [sample[side] for sample in samples])
         (folder / side).mkdir()
         for index, image in enumerate(side_images):
             image.save(folder / side / f"{index:05d}.png")
     result, table = _compare(section.benchmark, samples)
     score_name = "share of the prompt's parts that are right"
     if section.benchmark == "preference" and section.reward is not None:
-        score_name = f"score by the reward model {Path(section.reward.path).name}"
+        names = [Path(judge.path).name for judge in reward_models(section.reward)]
+        score_name = f"score by the reward model {names[0]}"
+        if len(names) > 1:
+            score_name = f"score by the reward models {', '.join(names)} ({section.combine})"
     content = {"of": identity, "score": score_name, "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
@@ -108,15 +122,11 @@ def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[str], list[int]]:
 
 def _measure(
     section: EvaluateImages,
-    reward_model: RewardModel | None,
     images: Sequence[Image.Image],
     prompts: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> None:
-    """Add the measurements of one model's images to their records: rewards, distances, and checks of scenes."""
-    if reward_model is not None:
-        for record, reward in zip(records, reward_model(images, prompts).tolist(), strict=True):
-            record.update(judged=reward, score=reward, note="")
+    """Add the measurements of one model's images to their records: distances, and checks of scenes."""
     if section.images_per_prompt > 1:
         for record, distance in zip(records, diversity.pixel_distances(images, prompts), strict=True):
             record["apart"] = distance
@@ -180,11 +190,16 @@ def generate_both(
     return before, run(policy.unwrapped, caches[1])
 
 
+def _folder(recipe: Recipe, section: EvaluateImages) -> Path:
+    """Return the folder of generated images and of their scores."""
+    return Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
+
+
 def _caches(
     recipe: Recipe, section: EvaluateImages, policy: Policy[TextToImage], identity: Mapping[str, Any]
 ) -> tuple[ImageCache, ImageCache]:
     """Return the image caches of the base and the trained model."""
-    folder = Path(recipe.output) / "drawings" if section.cache == "auto" else Path(section.cache)
+    folder = _folder(recipe, section)
     atomic_io.make_folder("evaluate.cache", folder)
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     assert isinstance(recipe.model, ImageModel)

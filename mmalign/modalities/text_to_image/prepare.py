@@ -52,7 +52,13 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     # Images and rewards
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
     family = loading.load_model(recipe, device)
-    reward_model = loading.build_reward_model(section.reward, device, allow_pickle=recipe.allow_pickle)
+    reward_model = loading.build_reward_model(
+        section.reward,
+        device,
+        allow_pickle=recipe.allow_pickle,
+        combine=section.combine,
+        scores=unfinished(path) / "scores",
+    )
     asked_for = _requested_prompts(section)
     prompts = [p for p in asked_for for _ in range(section.images_per_prompt)]
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
@@ -69,10 +75,9 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     # Pairs that the reward model is sure of
     if section.prompt_pairs:
         best = best_of_each(scores, section.images_per_prompt)
-        shown, own = [images[i] for i in best], [scores[i] for i in best]
-        crossed = reward_model(
-            shown, [asked_for[i ^ 1] for i in range(len(asked_for))]
-        ).tolist()  # under the pair's other prompt
+        shown, swapped = [images[i] for i in best], [asked_for[i ^ 1] for i in range(len(asked_for))]
+        # In one call, so that votes compare the two images of a prompt
+        own, crossed = reward_model([*shown, *shown], [*asked_for, *swapped]).view(2, -1).tolist()
         num_kept, num_groups = write_prompt_pairs(
             path, asked_for, shown, own, crossed, min_confidence=section.min_confidence
         )

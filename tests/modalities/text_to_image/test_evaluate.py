@@ -66,7 +66,8 @@ def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_p
         "benchmark": "scenes",
         "prompts": 3,
         "images_per_prompt": 2,
-        "reward": {"path": "models/tiny_clip"},
+        "reward": [{"path": "models/tiny_clip"}, {"path": "models/tiny_clip_eval", "weight": 2.0}],
+        "combine": "zscore",
         "sampling": {"steps": 1, "guidance": 1.0},
     }
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
@@ -78,6 +79,9 @@ def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_p
     assert len({sample["seed"] for sample in samples}) == len(samples) == 6
     assert {row[0] for row in done.table} >= {"all", "win rate, %", "mean score", "diversity, %"}
     assert {len(row) for row in done.table} == {5}
+    judged = [sample[side]["judged"] for side in ("before", "after") for sample in samples]
+    assert sum(judged) == pytest.approx(0, abs=1e-4)  # standard scores of both models' images together
+    assert len(list((tmp_path / "out" / "drawings" / "scores").glob("*.jsonl"))) == 2
     change = done.result["diversity"]["difference"]["diversity"]["estimate"]
     apart = [sum(sample[side]["apart"] for sample in samples) / 6 for side in ("before", "after")]
     assert change == pytest.approx(apart[1] - apart[0])

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from mmalign.commands import prepare as run
 from mmalign.commands.load_recipe import Recipe, load_recipe
 from mmalign.families.diffusion import pipeline as latents
+from mmalign.rewards.open_clip import OpenClip
 from tests.helpers import recipes
 
 
@@ -76,3 +78,30 @@ def test_generated_images_survive_low_confidence(recipe: Recipe, drawn: list[lis
     (tmp_path / "drawn.parquet").unlink()
     with pytest.raises(KeyboardInterrupt):
         run.prepare(sure(0.5, guidance=2.0))
+
+
+@pytest.mark.slow
+def test_several_judges_judge_each_image_once(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vote of three judges, of which two agree; a repeated run judges no image again."""
+    judged, score = list[int](), OpenClip.__call__
+    monkeypatch.setattr(OpenClip, "__call__", lambda *given: judged.append(len(given[1])) or score(*given))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "places.py").write_text("def late(images, prompts): return list(range(len(images)))")
+    late = {"name": "function", "path": "places:late"}
+    judges = [{"path": "models/tiny_clip"}, late, late]
+    section: Any = recipe.prepare
+    content = section.model_dump() | {"reward": judges, "combine": "vote"}
+
+    def voted(min_confidence: float) -> Recipe:
+        prepare = type(section).model_validate(content | {"min_confidence": min_confidence})
+        return recipe.model_copy(update={"prepare": prepare})
+
+    with pytest.raises(ValueError, match="never 100% sure"):  # a share of votes counts as 99 % at most
+        run.prepare(voted(0.995))
+    assert judged == [6]
+    path = run.prepare(voted(0.6))
+    assert judged == [6]
+    rows = pq.read_table(path).to_pylist()
+    assert [row["label_1"] for row in rows] == [1.0] * 3  # the two that favour the later image outvote the third
+    assert all(row["score_1"] - row["score_0"] > 0.69 for row in rows)

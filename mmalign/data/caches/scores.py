@@ -1,0 +1,55 @@
+"""Cache of judges' scores on disk, by the content of image and prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign.data.caches.journal import AppendLog
+from mmalign.rewards import RewardModel
+
+CHUNK = 64  # images judged between two writes
+
+
+class CachedJudge:
+    """Judge that looks up what it has scored before; new scores are written at once.
+
+    Args:
+        judge: the judge whose scores are stored.
+        folder: the folder of all judges' files.
+        identity: the fingerprint of the judge, the name of its file.
+        is_writer: false in all processes of a launch but one.
+    """
+
+    def __init__(self, judge: RewardModel, folder: Path, identity: str, *, is_writer: bool = True) -> None:
+        file, job = folder / f"{identity}.jsonl", {"judge": identity}
+        self._judge = judge
+        self._log = AppendLog(file, job, list[tuple[str, float]], is_writer=is_writer)
+        self._scores = {key: score for piece in self._log.entries for key, score in piece}
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+        """Return scores [N], float32, on the CPU; scores of noisy images (with `t`) are not stored."""
+        if t is not None:
+            return self._judge(images, prompts, t)
+        keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
+        for start in range(0, len(new), CHUNK):
+            rows = new[start : start + CHUNK]
+            scores = self._judge([images[row] for row in rows], [prompts[row] for row in rows]).tolist()
+            piece = list(zip([keys[row] for row in rows], scores, strict=True))
+            self._log.append(piece)
+            self._scores.update(piece)
+        return torch.tensor([self._scores[key] for key in keys], dtype=torch.float32)
+
+
+def _key(image: Image.Image, prompt: str) -> str:
+    """Return 32 hex digits of an image's mode, size and pixels, and of its prompt."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size} {len(prompt)} ".encode(), digest_size=16)
+    digest.update(prompt.encode("utf-8", "surrogatepass"))
+    digest.update(image.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Scores on disk by content: nothing is judged twice, nothing is lost, and another judge has scores of its own."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign.data.caches.fingerprint import fingerprint_judge
+from mmalign.data.caches.scores import CHUNK, CachedJudge
+
+RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+
+
+class Counting:
+    """Judge that counts the images it scores, and fails from a number of calls on."""
+
+    def __init__(self, calls: int = 1000) -> None:
+        self.judged, self.calls = 0, calls
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0:
+            raise ConnectionError
+        self.judged += len(images)
+        return torch.tensor([len(p) / 3 + i.getpixel((0, 0))[2] for i, p in zip(images, prompts, strict=True)])
+
+
+def test_a_second_run_judges_nothing_and_scores_the_same(tmp_path: Path) -> None:
+    first, second = Counting(), Counting()
+    images, prompts = [RED, BLUE, RED, RED], ["a", "a", "a", "bc"]
+    scores = CachedJudge(first, tmp_path, "x")(images, prompts)
+    assert first.judged == 3  # the first and the third are the same
+    torch.testing.assert_close(CachedJudge(second, tmp_path, "x")(images, prompts), scores, rtol=0, atol=0)
+    assert second.judged == 0 and scores.dtype == torch.float32
+
+
+def test_other_judges_images_and_prompts_are_judged(tmp_path: Path) -> None:
+    CachedJudge(Counting(), tmp_path, "x")([RED], ["a"])
+    for identity, image, prompt in (("y", RED, "a"), ("x", BLUE, "a"), ("x", RED, "b"), ("x", RED.resize((4, 4)), "a")):
+        judge = Counting()
+        CachedJudge(judge, tmp_path, identity)([image], [prompt])
+        assert judge.judged == 1
+    noisy = Counting()
+    cached = CachedJudge(noisy, tmp_path, "x")
+    for _ in range(2):
+        cached([RED], ["a"], torch.tensor([1.0]))
+    assert noisy.judged == 2
+
+
+def test_a_failing_judge_loses_no_score(tmp_path: Path) -> None:
+    images, prompts = [RED] * 3 * CHUNK, [f"prompt {number}" for number in range(3 * CHUNK)]
+    failing, rest = Counting(calls=2), Counting()
+    with pytest.raises(ConnectionError):
+        CachedJudge(failing, tmp_path, "x")(images, prompts)
+    CachedJudge(rest, tmp_path, "x")(images, prompts)
+    assert (failing.judged, rest.judged) == (2 * CHUNK, CHUNK)
+
+
+def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights, code = tmp_path / "judge" / "model.safetensors", tmp_path / "judging.py"
+    weights.parent.mkdir()
+    weights.write_bytes(b"1")
+    code.write_text("def f(images, prompts): return [0] * len(images)")
+
+    def identities() -> list[str | None]:
+        return [
+            fingerprint_judge("open_clip", str(weights.parent), {}),
+            fingerprint_judge("open_clip", str(weights.parent), {"batch_size": 2}),
+            fingerprint_judge("function", "judging:f", {}),
+            fingerprint_judge("judging:Options", "none", {}),
+            fingerprint_judge("open_clip", "org/name", {}),
+            fingerprint_judge("open_clip", "hf-hub:org/name", {}),
+        ]
+
+    before = identities()
+    assert len(set(before)) == len(before) and None not in before
+    weights.write_bytes(b"2")
+    code.write_text("def f(images, prompts): return [1] * len(images)")
+    assert [new == old for new, old in zip(identities(), before, strict=True)] == [False] * 4 + [True] * 2
+    monkeypatch.setitem(sys.modules, "typed_in", type(sys)("typed_in"))  # as in a notebook
+    assert fingerprint_judge("function", "typed_in:f", {}) is None

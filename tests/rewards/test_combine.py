@@ -1,0 +1,71 @@
+"""Several judges as one: values worked by hand, and the laws of each combination."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign.rewards._combine import Combined, standard_scores, votes
+
+PROMPTS = ["a", "a", "b", "b"]
+SCORES = torch.tensor([[1.0, 3.0, 2.0, 6.0], [10.0, 0.0, 0.0, 20.0]], dtype=torch.float64)
+WEIGHTS = torch.tensor([2.0, 1.0], dtype=torch.float64)
+
+
+def combined(combine: str, scores: Tensor = SCORES, weights: Tensor = WEIGHTS) -> list[float]:
+    def judge(row: Tensor) -> object:
+        def call(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+            return row.float() if t is None else row.float() + t
+
+        return call
+
+    model = Combined([judge(row) for row in scores], weights, combine)  # type: ignore[arg-type]
+    return model([Image.new("RGB", (4, 4))] * len(PROMPTS), PROMPTS).tolist()
+
+
+def test_sum_adds_weighted_scores_and_passes_timesteps() -> None:
+    assert combined("sum") == [12, 6, 4, 32]
+    judge = Combined([lambda images, prompts, t=None: torch.zeros(2) + t] * 2, torch.tensor([1.0, 2.0]), "sum")
+    assert judge([Image.new("RGB", (4, 4))] * 2, ["a", "b"], torch.tensor([1.0, 2.0])).tolist() == [3, 6]
+
+
+def test_standard_scores_are_in_pooled_deviations_of_a_prompt() -> None:
+    """Judge 1: deviations of the prompts' means 1 and 2, pooled sqrt((2 + 8) / 2) = sqrt(5); mean 3.
+
+    Judge 2: deviations 5 and 10, pooled sqrt((50 + 200) / 2) = sqrt(125); mean 7.5.
+    """
+    first = [2 * x / math.sqrt(5) for x in (-2, 0, -1, 3)]
+    second = [x / math.sqrt(125) for x in (2.5, -7.5, -7.5, 12.5)]
+    assert combined("zscore") == pytest.approx([x + y for x, y in zip(first, second, strict=True)])
+
+
+def test_standard_scores_ignore_a_judges_scale_and_a_judge_without_an_opinion() -> None:
+    rescaled = torch.stack([SCORES[0] * 7 - 3, SCORES[1]])
+    assert combined("zscore", rescaled) == pytest.approx(combined("zscore"))
+    mute = torch.cat([SCORES, torch.tensor([[1.0, 1.0, 5.0, 5.0]], dtype=torch.float64)])  # equal within each prompt
+    weights = torch.cat([WEIGHTS, torch.tensor([9.0], dtype=torch.float64)])
+    assert combined("zscore", mute, weights) == pytest.approx(combined("zscore"))
+    alone = standard_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([1.0]), ["a", "b"])
+    assert alone.tolist() == [0, 0]  # nothing to compare
+
+
+def test_between_two_images_the_difference_is_the_log_odds_of_the_votes() -> None:
+    """Prompt a: 2 of 3 votes for the second image. Prompt b: all for the second, which counts as 99 %."""
+    a, b, c, d = combined("vote")
+    assert b - a == pytest.approx(math.log(2), abs=1e-6) and a == pytest.approx(-b)
+    assert 1 / (1 + math.exp(c - d)) == pytest.approx(0.99, abs=1e-6)
+
+
+def test_votes_ignore_any_rising_function_of_a_judges_scores() -> None:
+    assert combined("vote", torch.stack([SCORES[0].exp(), SCORES[1] ** 3])) == combined("vote")
+
+
+def test_votes_between_three_images_and_ties() -> None:
+    """Shares against the two others: judge 1 gives (1, 1/2, 0), judge 2 (1/4, 1/4, 1); mean (5/8, 3/8, 1/2)."""
+    scores = torch.tensor([[3.0, 2.0, 1.0], [0.0, 0.0, 4.0]], dtype=torch.float64)
+    result = votes(scores, torch.ones(2, dtype=torch.float64), ["p"] * 3)
+    torch.testing.assert_close(result, torch.tensor([5 / 8, 3 / 8, 1 / 2], dtype=torch.float64).logit() / 2)
+    assert votes(scores, torch.ones(2, dtype=torch.float64), ["p", "q", "r"]).tolist() == [0, 0, 0]
