@@ -71,7 +71,7 @@ def test_unknown_options_of_a_reward_model_are_refused_before_it_loads() -> None
 
 
 def test_an_empty_list_of_reward_models_is_refused() -> None:
-    with pytest.raises(ValueError, match="method.reward: an empty list; name at least one reward model"):
+    with pytest.raises(ValueError, match=r"method\.reward: an empty list; name at least one reward model"):
         check_reward_model("method.reward", [])
 
 
@@ -238,8 +238,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
         ),
         (
             "prepare={}",
-            "recipe: prepare needs 'reward', which is missing; expected reward model that ranks the images, or a list of "
-            "several",
+            "recipe: prepare needs 'reward', which is missing; expected reward model that ranks the images, or a list "
+            "of several",
         ),
         ("prepare={reward: [{path: a, pth: b}]}", "recipe: prepare.reward.0 has no 'pth'; did you mean 'path'?"),
         (
