@@ -48,7 +48,8 @@ class Memory:
         cache_bytes: bytes on the disk by cache.
         checkpoint: bytes of a checkpoint on the disk.
         about: the size of an example.
-        smaller: an assignment that makes examples smaller, or "".
+        remedies: assignments that save memory in this modality alone.
+        apart: true if only one network is on the device at a time before training.
         activations: activations, and all else that lives for a micro-batch of so many pairs only.
     """
 
@@ -61,7 +62,8 @@ class Memory:
     cache_bytes: dict[str, int]
     checkpoint: int
     about: str
-    smaller: str
+    remedies: tuple[str, ...]
+    apart: bool
     activations: Callable[[int], int]
 
     def training(self, batch_size: int, *, all_stay: bool = False) -> int:
@@ -71,8 +73,8 @@ class Memory:
 
     @property
     def preparing(self) -> int:
-        """The peak before the first update: all networks, and the encoders' activations."""
-        return sum(self.networks.values()) + self.encoding
+        """The peak before the first update: all networks, or the largest one, and the encoders' activations."""
+        return (max if self.apart else sum)(self.networks.values()) + self.encoding
 
 
 class _LiveBytes(LiveBytes):  # type: ignore[no-untyped-call]
@@ -136,7 +138,8 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
         example.cache_bytes,
         gradients + state + average,
         example.about,
-        example.smaller,
+        example.remedies,
+        example.apart and on_card,
         _Activations(recipe, policy, example, precomputed=precomputed, on_card=on_card),
     )
 

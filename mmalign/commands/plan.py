@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as json_format
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def make_plan(
             {**estimated.cache_bytes, "checkpoints": _checkpoints(recipe, estimated)},
             estimated.about,
             updates,
-            [] if limit is None or peak <= limit else list(_remedies(recipe, splits, limit, estimated.smaller)),
+            [] if limit is None or peak <= limit else list(_remedies(recipe, splits, limit, estimated.remedies)),
             _probe(recipe) if probe else None,
         )
 
@@ -214,9 +214,9 @@ def _checkpoints(recipe: Recipe, memory: Memory) -> int:
     return memory.checkpoint * number
 
 
-def _remedies(recipe: Recipe, splits: Splits | None, limit: int, smaller: str) -> Iterator[Remedy]:
+def _remedies(recipe: Recipe, splits: Splits | None, limit: int, others: Sequence[str]) -> Iterator[Remedy]:
     """Yield settings that save memory, each on top of the earlier ones, up to the first that fits."""
-    for settings in (*_settings(recipe), *([(smaller,)] if smaller else [])):
+    for settings in (*_settings(recipe), *((other,) for other in others)):
         recipe = load_recipe(recipe.model_dump(), settings)
         memory = estimate(recipe, splits, on_card=True)
         peak = _peak(memory, recipe.train.batch_size, on_card=True)

@@ -102,6 +102,11 @@ class ImageModel(Model):
     )
     vae: str | None = Field(None, description="replacement autoencoder, such as madebyollin/sdxl-vae-fp16-fix")
     vae_dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="precision of the autoencoder")
+    offload: bool = Field(
+        False,
+        description="keep networks on the CPU while a stage does not use them: encoding, generating or decoding images "
+        "(docs/one_gpu.md)",
+    )
 
 
 class ResponseModel(Model):

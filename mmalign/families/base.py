@@ -172,6 +172,9 @@ class TextToImage(Family, Protocol):
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
         """Return the frozen networks whose outputs can be cached, by name."""
 
+    def place(self, *used: nn.Module) -> None:
+        """With `model.offload`, move these networks to the device, and the model's others to the CPU."""
+
 
 class PromptProcessor(Protocol):
     """The preprocessing of a vision-language model: text to tokens, images to the vision tower's inputs.

@@ -120,6 +120,7 @@ class Loading:
         pack_responses: True if a vision-language model runs a prompt once for all of its responses, where supported.
         template_arguments: variables of a vision-language model's chat template, such as `enable_thinking`.
         quantize: the kind of quantized weights of the network, of `mmalign.families.quantize`; None for none.
+        offload: True to keep on the CPU the networks of a text-to-image model that a stage does not use.
         tokenizers_only: True to load a text-to-image model without its networks.
     """
 
@@ -137,6 +138,7 @@ class Loading:
     pack_responses: bool = True
     template_arguments: Mapping[str, object] = field(default_factory=dict)
     quantize: Literal["int8", "nf4", "fp8"] | None = None
+    offload: bool = False
     tokenizers_only: bool = False
 
     @property

@@ -98,14 +98,16 @@ class Example:
         cache_bytes: bytes on the disk by cache.
         leaving: encoders that leave the device once their outputs are cached.
         about: the size of an example, as a noun phrase.
-        smaller: an assignment that makes examples smaller; empty if there is none.
+        remedies: assignments that save memory in this modality alone, in the order to try them.
+        apart: true if only one network is on the device at a time before training.
     """
 
     batch: Callable[[int], Any]
     cache_bytes: dict[str, int]
     leaving: Sequence[str]
     about: str
-    smaller: str = ""
+    remedies: tuple[str, ...] = ()
+    apart: bool = False
 
 
 @dataclass(frozen=True)

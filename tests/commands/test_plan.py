@@ -63,7 +63,7 @@ def test_remedies_come_in_order_up_to_the_first_that_fits(tiny_sd15: Path, tmp_p
     monkeypatch.setattr(command, "estimate", lambda *_, **__: None)
     monkeypatch.setattr(command, "_peak", lambda *_, **__: next(peaks))
     content = recipes.diffusion_in(tiny_sd15, tmp_path / "run", train={"gradient_accumulation_steps": 3})
-    remedies = list(command._remedies(load_recipe(content), None, 700, ""))
+    remedies = list(command._remedies(load_recipe(content), None, 700, ()))
     assert [remedy.settings for remedy in remedies] == [
         ("train.gradient_checkpointing=true",),
         ("train.batch_size=1", "train.gradient_accumulation_steps=6"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mmalign.attention import denoisers
 from mmalign.attention.choice import SelectedBackend, install_backend, select_backend
@@ -27,6 +28,7 @@ from mmalign.families.compile import denoiser_blocks
 from mmalign.families.diffusion.adapter import merge_adapter, read_adapter
 from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.diffusion.export import export, save_pipeline
+from mmalign.families.diffusion.offload import place, stages
 from mmalign.families.diffusion.single_file import load_single_file
 from mmalign.families.diffusion.sizes import check_size, denoiser_name, resolution, size_multiple
 from mmalign.families.lora import (
@@ -78,12 +80,17 @@ class LatentModel(ABC):
     def sample(
         self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
     ) -> list[Image.Image]:
-        text = self.pipeline_kwargs(prompts, sampling)
         size = ImageSize.parse(sampling.resolution or self.resolution)
-        shape = self.latent_shape(size)
-        with self.loading.autocast():
-            sampled = sample(self.pipeline, net, text, seeds, sampling, size, shape, self.pack)
-        return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
+        shape, encoders = self.latent_shape(size), dict(self.encoders())
+        networks = [*encoders.values(), self.network, *([net] if net is not self.network else [])]
+        with stages(networks, self.loading.device if self.loading.offload else None) as stage:
+            stage(*encoders.values())
+            text = self.pipeline_kwargs(prompts, sampling)
+            stage(encoders["vae"], net)
+            with self.loading.autocast():
+                sampled = sample(self.pipeline, net, text, seeds, sampling, size, shape, self.pack)
+            stage(encoders["vae"])
+            return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
 
     @abstractmethod
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
@@ -128,6 +135,10 @@ class LatentModel(ABC):
         """Return the autoencoder and the checkpoint's text encoders, by name."""
         parts = self.pipeline.components
         return [(name, parts[name]) for name in ("vae", *TEXT_ENCODERS) if parts.get(name) is not None]
+
+    def place(self, *used: nn.Module) -> None:
+        if self.loading.offload:
+            place([self.network, *(net for _, net in self.encoders())], used, self.loading.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode(self.pipeline.vae, latents)
@@ -241,7 +252,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
             pipeline = load_single_file(cls, denoiser_name(cls), path, loading.config, dtypes)
         else:
             pipeline = cls.from_pretrained(configured, dtype=dtypes, **options)
-        pipeline.to(loading.device)
+        pipeline.to("cpu" if loading.offload and not loading.shapes_only else loading.device)
     if loading.adapter is not None and not (loading.tokenizers_only or loading.shapes_only):
         merge_adapter(pipeline, denoiser_name(cls), getattr(pipeline, denoiser_name(cls)), loading.adapter)
     # All parts frozen; training unfreezes its own
@@ -294,6 +305,11 @@ def sample(
     """
     pipeline = copy.copy(pipeline)  # leaves the family's denoiser and scheduler in place
     setattr(pipeline, denoiser_name(pipeline), net)
+    # Encoders that have left the denoiser's device take no part, and would be taken for the pipeline's device
+    device = next(net.parameters()).device
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and next(part.parameters()).device != device:
+            setattr(pipeline, name, None)
     pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -301,10 +317,10 @@ def sample(
         height=size.height,
         width=size.width,
         num_inference_steps=sampling.steps,
-        latents=pack(noise.to(pipeline.device)),
+        latents=pack(noise.to(device)),
         generator=generators,
         output_type="latent",
-        **text,
+        **{name: tree_map_only(Tensor, lambda x: x.to(device), given) for name, given in text.items()},
     ).images
     return latents
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmalign.config import Data, EvaluateImages, ImageData, ImageSize, PrepareImages, Recipe
+from mmalign.config import Data, EvaluateImages, ImageData, ImageModel, ImageSize, PrepareImages, Recipe
 from mmalign.data.formats import images, prompts
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
@@ -18,6 +18,8 @@ def check(recipe: Recipe) -> None:
     """
     check_packing(recipe)
     _check_prompts_only(recipe)
+    if isinstance(recipe.model, ImageModel) and recipe.model.offload and recipe.train.sharding != "none":
+        raise ValueError("model.offload: moves whole networks, and train.sharding holds shards; leave one of them out")
 
 
 def check_evaluation(recipe: Recipe) -> None:

@@ -88,6 +88,9 @@ def build_data_module(
     assert isinstance(data, ImageData)
     sources = [pairs for pairs in splits if pairs is not None]
     # Text embeddings, cached or encoded in every batch
+    encoders = dict(family.encoders())
+    vae = encoders.pop("vae")
+    family.place(*encoders.values())
     unconditional = family.unconditional()
     text = _fill_text(family, sources, data, output, accelerator) if data.cache != "off" else None
     encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
@@ -99,6 +102,9 @@ def build_data_module(
         shape = tuple(family.encode_images(torch.zeros(1, 3, size.height, size.width)).mean.shape[1:])
         encode = partial(encoder.encode_prompts, size=size, shape=shape)
         about = f"{len(splits[0]):,} prompts from {splits[0].source}."
+        family.place(
+            family.network, *([vae] if needs.vae_decoder else []), *(encoders.values() if text is None else [])
+        )
         return DataModule(encode, *open_all(PromptReader()), about, text=text)
 
     # Latents, cached or encoded in every batch
@@ -109,12 +115,15 @@ def build_data_module(
         logger.info(line)
     latents = precompute_cache = None
     if text is not None and is_cached:
+        family.place(vae)
         views = [ImageViews(pairs, shapes, transform) for pairs in sources]
         latents = _fill_latents(family, views, data, output, accelerator, vae_decoder=needs.vae_decoder)
         if spec is not None:
             schedule = fingerprint.fingerprint_schedule(family.schedule)
             of_images = {**latents.fingerprint, **text.fingerprint, "schedule": schedule, "flip": data.flip}
             precompute_cache = PrecomputeCache.open(cache_folder(data, output), spec, {**of_images, "seed": seed})
+    encoding = [vae] if latents is None or needs.vae_decoder else []
+    family.place(family.network, *encoding, *(encoders.values() if text is None else []))
     reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
     return DataModule(
         encoder.encode,

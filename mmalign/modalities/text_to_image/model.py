@@ -53,7 +53,7 @@ def load_family(model: Model, options: Loading) -> TextToImage:
     assert isinstance(model, ImageModel)
     vae = resolve_model(model.vae) if model.vae is not None else None
     config = resolve_model(model.config) if model.config is not None else None
-    options = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], config=config)
+    options = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], config=config, offload=model.offload)
     return loading.load_family(resolve_model(model.path), options, model.family)
 
 

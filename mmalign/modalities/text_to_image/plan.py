@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmalign.config import ImageData, Recipe
+from mmalign.config import ImageData, ImageModel, Recipe
 from mmalign.config.base import ImageSize
 from mmalign.data.data_module import Splits
 from mmalign.data.loaders.batches import EncodedPairs
@@ -49,8 +49,13 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
         if data.crop == "center" and not needs.prompts_only:
             caches["latents"] = 2 * BYTES * latents.mean[0].numel() * 2 * (1 + data.flip) * _num_pairs(splits)
             leaving += [] if needs.vae_decoder else ["vae"]
-    smaller = f"data.resolution={SMALL}" if max(size) > SMALL else ""
-    return Example(batch, caches, leaving, f"images of {width} x {height} pixels", smaller)
+    assert isinstance(recipe.model, ImageModel)
+    offload = recipe.model.offload
+    remedies = (
+        *([] if offload else ["model.offload=true"]),
+        *([f"data.resolution={SMALL}"] if max(size) > SMALL else []),
+    )
+    return Example(batch, caches, leaving, f"images of {width} x {height} pixels", remedies, offload)
 
 
 def _num_bytes(text: Conditioning) -> int:
