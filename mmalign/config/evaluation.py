@@ -15,7 +15,7 @@ class RewardConfig(Section):
     """Reward model: a file in mmalign/rewards, and its weights."""
 
     name: str = Field("open_clip", description="file in mmalign/rewards, or module:Class (docs/extending.md)")
-    path: str = Field(description="weights: a folder, a file or a Hub id; for function module:function")
+    path: str = Field(description="weights: a folder, a file or a Hub id; function: module:function; http: an address")
     options: dict[str, object] = Field(
         {}, description="keyword arguments of the reward model, such as {pretrained: laion2b_s34b_b79k}"
     )

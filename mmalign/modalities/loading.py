@@ -14,7 +14,7 @@ from mmalign.attention import choice
 from mmalign.config import ImageData, ImageSize, Lora, Recipe, RewardConfig, Rewards
 from mmalign.config.evaluation import Combine, reward_models
 from mmalign.data.caches import fingerprint
-from mmalign.data.caches.scores import CachedJudge
+from mmalign.data.caches.scores import CHUNK, CachedJudge
 from mmalign.families.base import Family, VisionLanguage
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
@@ -177,7 +177,8 @@ def build_reward_model(
         identity = fingerprint.fingerprint_judge(config.name, config.path, config.options) if scores else None
         if scores is not None and identity is not None:
             atomic_io.make_folder("judges", scores)
-            model = CachedJudge(model, scores, identity, is_writer=current_processes().is_main)
+            chunk = dict(reward_config(config.name, config.options)).get("batch_size", CHUNK)
+            model = CachedJudge(model, scores, identity, chunk=chunk, is_writer=current_processes().is_main)
         models.append(model)
     if len(models) == 1:
         return models[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmalign.data.caches.journal import AppendLog
 from mmalign.rewards import RewardModel
 
-CHUNK = 64  # images judged between two writes
+CHUNK = 64  # images judged between two writes, for judges without batches of their own
 
 
 class CachedJudge:
@@ -23,12 +23,15 @@ class CachedJudge:
         judge: the judge whose scores are stored.
         folder: the folder of all judges' files.
         identity: the fingerprint of the judge, the name of its file.
+        chunk: images judged between two writes.
         is_writer: false in all processes of a launch but one.
     """
 
-    def __init__(self, judge: RewardModel, folder: Path, identity: str, *, is_writer: bool = True) -> None:
+    def __init__(
+        self, judge: RewardModel, folder: Path, identity: str, *, chunk: int = CHUNK, is_writer: bool = True
+    ) -> None:
         file, job = folder / f"{identity}.jsonl", {"judge": identity}
-        self._judge = judge
+        self._judge, self._chunk = judge, chunk
         self._log = AppendLog(file, job, list[tuple[str, float]], is_writer=is_writer)
         self._scores = {key: score for piece in self._log.entries for key, score in piece}
 
@@ -38,8 +41,8 @@ class CachedJudge:
             return self._judge(images, prompts, t)
         keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
-        for start in range(0, len(new), CHUNK):
-            rows = new[start : start + CHUNK]
+        for start in range(0, len(new), self._chunk):
+            rows = new[start : start + self._chunk]
             scores = self._judge([images[row] for row in rows], [prompts[row] for row in rows]).tolist()
             piece = list(zip([keys[row] for row in rows], scores, strict=True))
             self._log.append(piece)
