@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
@@ -70,30 +70,34 @@ class Choice:
     """Annotation of a field that takes any subclass of its type: a section with its `name`, or the name alone.
 
     A new subclass is a new choice. It must be defined before the class that has the field. A subclass from outside is
-    named as "module:Class".
+    named as "module:Class". The type may be a union with a section of several: a mapping whose keys are names becomes
+    that section.
     """
 
     @staticmethod
-    def sections(kind: type[Section]) -> dict[str, type[Section]]:
+    def sections(kind: Any) -> dict[str, type[Section]]:
         """Return the subclasses by name."""
-        names = {section: section.model_fields["name"].default for section in kind.__subclasses__()}
+        base = (*get_args(kind), kind)[0]
+        names = {section: section.model_fields["name"].default for section in base.__subclasses__()}
         return {name: section for section, name in names.items() if isinstance(name, str)}
 
-    def __get_pydantic_core_schema__(self, kind: type[Section], handler: GetCoreSchemaHandler) -> CoreSchema:
-        sections = self.sections(kind)
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        sections, (base, *several) = self.sections(kind), get_args(kind) or (kind,)
 
         def choose(
             value: object, of_ours: core_schema.ValidatorFunctionWrapHandler, info: core_schema.ValidationInfo
         ) -> object:
             section = {"name": value} if isinstance(value, str) else value
             if not isinstance(section, Mapping):
-                outside = type(section) in kind.__subclasses__() and type(section) not in sections.values()
-                return section if outside else of_ours(section)
+                outside = type(section) in base.__subclasses__() and type(section) not in sections.values()
+                return section if outside or type(section) in several else of_ours(section)
             if "name" not in section:
+                if several and any(str(key) in sections or is_outside(str(key)) for key in section):
+                    return _validated(several[0], section, "a sum")
                 raise ValueError(f"needs a name, one of {', '.join(sections)}")
             name = str(section["name"])
             if is_outside(name):
-                return _validated(import_class(str(info.field_name), name, kind), section)
+                return _validated(import_class(str(info.field_name), name, base), section, name)
             check_known("unknown name", name, sections)
             return of_ours(section)
 
@@ -105,8 +109,8 @@ class Choice:
         )
 
 
-def _validated(kind: type[Section], section: Mapping[str, object]) -> Section:
-    """Return a section of a class from outside.
+def _validated(kind: type[Section], section: Mapping[str, object], name: str) -> Section:
+    """Return a section of a class that the schema of its field does not have.
 
     Raises:
         ValueError: a key is unknown, missing or has a wrong value; the message is one sentence.
@@ -114,5 +118,9 @@ def _validated(kind: type[Section], section: Mapping[str, object]) -> Section:
     try:
         return kind.model_validate(dict(section))
     except ValidationError as error:
-        reasons = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise ValueError(f"{section['name']}: {'; '.join(reasons)} (it has {', '.join(kind.model_fields)})") from None
+        reasons = (
+            ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))))
+            for one in error.errors()
+        )
+        known = f" (it has {', '.join(kind.model_fields)})" if is_outside(name) else ""
+        raise ValueError(f"{name}: {'; '.join(reasons)}{known}") from None

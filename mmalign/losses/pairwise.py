@@ -6,9 +6,9 @@ better. The unit of `beta` is one over the unit of the scores.
 * The denoising score is `-0.5 * mean(error ** 2)` over channels and pixels. It takes the `beta` of the Diffusion-DPO
   release (2000 to 5000) unchanged. The beta of diffusers' Stable Diffusion script is half of it. For summed errors it
   is `beta / D`, with D elements in a latent.
-* Token scores are summed log-probabilities in nats (means for `ipo`), with the usual `beta` of 0.1.
+* Token scores are log-probabilities in nats: sums with the usual `beta` of 0.1, or means for `ipo`, `simpo` and `orpo`.
 
-The logit is `z = beta * (policy.margin - reference.margin)`.
+The logit is `z = beta * (policy.margin - reference.margin)`. A loss without a reference gets zeros in its place.
 """
 
 from __future__ import annotations
@@ -84,6 +84,203 @@ def robust(policy: Pair, reference: Pair, *, beta: float, flip_rate: float) -> T
         raise ValueError(f"robust: flip_rate is {flip_rate}; expected at least 0 and less than 0.5")
     z = beta * (policy.margin - reference.margin)
     return (-(1 - flip_rate) * F.logsigmoid(z) + flip_rate * F.logsigmoid(-z)) / (1 - 2 * flip_rate)
+
+
+def exo(policy: Pair, reference: Pair, *, beta: float, label_smoothing: float) -> Tensor:
+    """Return the loss of efficient exact optimization (arXiv:2402.00856 eq. 16), a reverse KL to the smoothed label.
+
+    With `q = sigma(z)` and the smoothing e it is `q ln(q / (1 - e)) + (1 - q) ln((1 - q) / e)`. TRL calls it exo_pair.
+
+    Returns:
+        The loss [B], at least 0.
+    """
+    z = beta * (policy.margin - reference.margin)
+    chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
+    return chosen + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
+
+
+def nca(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the pair loss of noise contrastive alignment (arXiv:2402.05369), which keeps the chosen side likely.
+
+    With each side's own `z = beta * (policy - reference)` it is
+    `softplus(-z_chosen) + (softplus(z_chosen) + softplus(z_rejected)) / 2`. TRL calls it nca_pair.
+
+    Returns:
+        The loss [B]; 2 ln 2 where policy and reference agree.
+    """
+    chosen, rejected = _sides(policy, reference, beta)
+    return F.softplus(-chosen) + 0.5 * (F.softplus(chosen) + F.softplus(rejected))
+
+
+def bco_pair(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the pair loss of binary classifier optimization (arXiv:2404.04656) without its shift.
+
+    It is `softplus(-z_chosen) + softplus(z_rejected)` with each side's own z, so one side alone can lower it.
+
+    Returns:
+        The loss [B]; 2 ln 2 where policy and reference agree.
+    """
+    chosen, rejected = _sides(policy, reference, beta)
+    return F.softplus(-chosen) + F.softplus(rejected)
+
+
+def apo_zero(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the APO-zero loss (arXiv:2408.06266): the chosen side gains and the rejected side loses.
+
+    It is `sigma(-z_chosen) + sigma(z_rejected)` with each side's own z. It suits chosen sides that are better than what
+    the model generates.
+
+    Returns:
+        The loss [B]; 1 where policy and reference agree.
+    """
+    chosen, rejected = _sides(policy, reference, beta)
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the APO-down loss (arXiv:2408.06266): both sides lose, the rejected one more.
+
+    It is `sigma(z_chosen) + sigma(-z)` with the chosen side's own z. It suits chosen sides that are worse than what the
+    model generates.
+
+    Returns:
+        The loss [B]; 1 where policy and reference agree.
+    """
+    chosen, rejected = _sides(policy, reference, beta)
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def sppo(policy: Pair, reference: Pair, *, beta: float, preference: Tensor | float = 1.0) -> Tensor:
+    """Return the loss of self-play preference optimization (arXiv:2405.00675), a regression on win rates.
+
+    With each side's gain h = policy - reference it is
+    `((h_chosen - (P - 1/2) / beta) ** 2 + (h_rejected + (P - 1/2) / beta) ** 2) / 2`.
+
+    Args:
+        policy: the policy's scores.
+        reference: the scores of the previous round's policy.
+        beta: one over the paper's eta (0.001 in the release).
+        preference: P, the chosen side's win rate against the rejected one, [B] or a number.
+
+    Returns:
+        The loss [B].
+    """
+    target = (preference - 0.5) / beta
+    chosen, rejected = _sides(policy, reference, 1.0)
+    return 0.5 * ((chosen - target) ** 2 + (rejected + target) ** 2)
+
+
+def sppo_hard(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the loss of SPPO with win rates of 1 and 0, twice `sppo`'s, as in TRL and the release.
+
+    Returns:
+        The loss [B].
+    """
+    return 2 * sppo(policy, reference, beta=beta)
+
+
+def discopop(policy: Pair, reference: Pair, *, beta: float, temperature: float) -> Tensor:
+    """Return the discovered loss LRML (arXiv:2406.08414): logistic for small logits, exponential for large ones.
+
+    With `k = sigma(z / temperature)` it is `softplus(-z) (1 - k) + exp(-z) k`. At low temperatures it rises with z
+    around 0, and thus holds pairs at a small negative z.
+
+    Returns:
+        The loss [B].
+    """
+    z = beta * (policy.margin - reference.margin)
+    gate = z / temperature
+    return F.softplus(-z) * torch.sigmoid(-gate) + torch.exp(F.logsigmoid(gate) - z)
+
+
+def dpop(policy: Pair, reference: Pair, *, beta: float, penalty: float) -> Tensor:
+    """Return the loss of DPO-Positive (arXiv:2402.13228), which punishes a chosen side below the reference.
+
+    It is `softplus(-(z - penalty * max(0, -z_chosen)))` with the chosen side's own z.
+
+    Returns:
+        The loss [B]; ln 2 where policy and reference agree.
+    """
+    chosen, rejected = _sides(policy, reference, beta)
+    return F.softplus(rejected - chosen + penalty * F.relu(-chosen))
+
+
+def anchor(policy: Pair, reference: Pair, *, beta: float, delta: float) -> Tensor:
+    """Return mDPO's anchor (arXiv:2406.11839): the chosen side's gain, times `beta`, has to exceed `delta`.
+
+    It is `softplus(-(z_chosen - delta))` with the chosen side's own z, and is meant as a part of a sum.
+
+    Returns:
+        The loss [B]; ln 2 where policy and reference agree and `delta` is 0.
+    """
+    return F.softplus(delta - beta * (policy.chosen - reference.chosen))
+
+
+def slic(policy: Pair, reference: Pair, *, beta: float, delta: float) -> Tensor:
+    """Return the ranking loss of SLiC-HF (arXiv:2305.10425): `max(0, delta - margin)`, without a reference.
+
+    Args:
+        policy: the policy's scores.
+        reference: zeros, and a label's margin.
+        beta: unused; the margin stays in the unit of the scores.
+        delta: the margin beyond which a pair has no gradient, in the unit of the scores.
+
+    Returns:
+        The loss [B].
+    """
+    return F.relu(delta - (policy.margin - reference.margin))
+
+
+def simpo(policy: Pair, reference: Pair, *, beta: float, gamma: float) -> Tensor:
+    """Return the loss of SimPO (arXiv:2405.14734): DPO on mean scores with a target margin, without a reference.
+
+    It is `softplus(-(beta * margin - gamma))`. The release's `gamma_beta_ratio` is gamma / beta.
+
+    Args:
+        policy: the policy's scores.
+        reference: zeros, and a label's margin.
+        beta: 2 to 10 in the paper, on means over tokens.
+        gamma: the target of the logit.
+
+    Returns:
+        The loss [B].
+    """
+    return F.softplus(gamma - beta * (policy.margin - reference.margin))
+
+
+def cpo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the preference term of CPO (arXiv:2401.08417): DPO against a reference that scores all alike.
+
+    The paper adds the chosen side's negative log-likelihood, which the methods do by the loss's option `alpha`.
+
+    Args:
+        policy: the policy's scores.
+        reference: zeros, and a label's margin.
+        beta: one over the unit of the scores.
+
+    Returns:
+        The loss [B].
+    """
+    return dpo(policy, reference, beta=beta)
+
+
+def orpo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
+    """Return the loss of ORPO (arXiv:2403.07691): likelihood of the chosen response, plus a ratio of odds.
+
+    With mean log-probabilities m it is `-m_chosen + beta * softplus(-r)`, where
+    `r = m_chosen - m_rejected - (ln(1 - e^m_chosen) - ln(1 - e^m_rejected))`. Scores that are no log-probabilities,
+    such as denoising scores, have no odds.
+
+    Args:
+        policy: mean log-probabilities.
+        reference: zeros, and a label's margin.
+        beta: the weight of the odds ratio, the paper's lambda.
+
+    Returns:
+        The loss [B].
+    """
+    odds = policy.margin - _log1mexp(policy.chosen) + _log1mexp(policy.rejected)
+    return -policy.chosen + beta * F.softplus(beta * reference.margin - odds)
 
 
 def clipped_dpo(policy: Pair, reference: Pair, *, beta: float, clip: float) -> Tensor:
@@ -169,6 +366,19 @@ def cca(policy: Pair, reference: Pair, same_condition: Tensor, *, beta: float, w
     own, other = (beta * (ours - theirs) for ours, theirs in zip(policy, reference, strict=True))
     second = torch.where(same_condition, F.softplus(-other), weight * F.softplus(other))
     return (F.softplus(-own) + second) / max(weight, 1.0)
+
+
+def _sides(policy: Pair, reference: Pair, beta: float) -> tuple[Tensor, Tensor]:
+    """Return `beta` times the gain [B] of the chosen and of the rejected side."""
+    return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+
+
+def _log1mexp(m: Tensor) -> Tensor:
+    """Return `ln(1 - e^m)` for m <= 0; a probability of exactly 1 counts as the largest below it."""
+    m = m.clamp(max=-torch.finfo(m.dtype).eps)
+    # Each form is exact on its own side of -ln 2
+    near, far = m.clamp(min=-math.log(2)), m.clamp(max=-math.log(2))
+    return torch.where(m > -math.log(2), torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
 
 
 def _bounded(x: Tensor) -> Tensor:

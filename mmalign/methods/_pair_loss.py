@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from mmalign.config.losses import PairLossConfig
+from mmalign.config.losses import LossTerm, PairLossConfig
+from mmalign.config.methods import PairMethodConfig
+from mmalign.losses import wrappers
 from mmalign.losses.pairwise import Pair, PairLoss
+from mmalign.losses.wrappers import Labels
 from mmalign.methods import Step
 from mmalign.policy import Scores
 from mmalign.registry import import_callable
@@ -21,37 +25,77 @@ SATURATED = 7.0  # size of a logit beyond which the loss has a thousandth of its
 def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
     """Return the function of a pair loss with its hyper-parameters bound."""
     function = import_callable("method.loss", config.function)
-    return partial(function, beta=beta, **config.model_dump(exclude={"name"}))
+    return partial(function, beta=beta, **config.arguments)
+
+
+def bound_link(cfg: PairMethodConfig, labels: Labels | None = None) -> PairLoss:
+    """Return the pair loss of a method: the sum of its losses, with divergence, cap and the labels of a batch."""
+    link = wrappers.summed([(term.weight, _bound_term(cfg, term, labels)) for term in cfg.terms])
+    shapes: dict[str, Callable[[Tensor], Tensor]] = {
+        "js": wrappers.js,
+        "forward_kl": wrappers.forward_kl,
+        "alpha": partial(wrappers.alpha_divergence, coefficient=cfg.divergence_alpha),
+    }
+    return link if cfg.divergence == "reverse_kl" else wrappers.shaped(link, shapes[cfg.divergence])
+
+
+def _bound_term(cfg: PairMethodConfig, term: LossTerm, labels: Labels | None) -> PairLoss:
+    """Return one loss of the sum for the pairs of a batch."""
+    link = bound_loss(term.loss, cfg.beta)
+    if labels is not None and term.loss.reads_preference:
+        function = import_callable("method.loss", term.loss.function)
+        link = partial(function, beta=cfg.beta, preference=labels.preference, **term.loss.arguments)
+        labels = labels._replace(preference=torch.ones_like(labels.preference))
+    if cfg.logit_cap is not None:
+        link = wrappers.capped(link, cfg.logit_cap, cfg.beta)
+    if labels is not None:
+        link = wrappers.labelled(link, labels, cfg.beta)
+    return link if term.loss.reference else wrappers.without_reference(link)
+
+
+def pair_of(policy_scores: Scores, reference_scores: Scores | None, chosen: str, rejected: str) -> tuple[Pair, Pair]:
+    """Return the scores of two views under policy and reference; zeros without a reference."""
+    policy = Pair(policy_scores[chosen], policy_scores[rejected])
+    if reference_scores is None:
+        return policy, Pair(*map(torch.zeros_like, policy))
+    return policy, Pair(reference_scores[chosen], reference_scores[rejected])
 
 
 def preference_step(
     link: PairLoss,
     beta: float,
     policy_scores: Scores,
-    reference_scores: Scores,
+    reference_scores: Scores | None,
     weights: Tensor,
     more: Mapping[str, Tensor],
 ) -> Step:
     """Return the step of a pair loss, with the common metrics and a method's own metrics `more`.
 
     "chosen gain" and "rejected gain" are policy score minus reference score, in score units. A run in which both fall
-    is unlearning, even if its loss falls.
+    is unlearning, even if its loss falls. Without a reference there is no gain, and no logit that begins at 0.
     """
-    policy, reference = (
-        Pair(policy_scores["chosen"], policy_scores["rejected"]),
-        Pair(reference_scores["chosen"], reference_scores["rejected"]),
-    )
+    policy, reference = pair_of(policy_scores, reference_scores, "chosen", "rejected")
     losses = link(policy, reference)
     with torch.no_grad():
-        z = beta * (policy.margin - reference.margin)
+        of_logit = preference_metrics(beta * (policy.margin - reference.margin))
+        if reference_scores is None:
+            return Step(losses, weights, {"loss": losses.detach(), "accuracy": of_logit["accuracy"], **more})
         metrics = {
             "loss": losses.detach(),
-            **preference_metrics(z),
+            **of_logit,
             **more,
             "chosen gain": (policy.chosen - reference.chosen).detach(),
             "rejected gain": (policy.rejected - reference.rejected).detach(),
         }
     return Step(losses, weights, metrics)
+
+
+def with_own_loss(step: Step, name: str, weight: float, own_loss: Tensor) -> Step:
+    """Return a step with the chosen side's own loss [B] added, and logged by name; unchanged for a weight of 0."""
+    if not weight:
+        return step
+    losses = step.losses + weight * own_loss
+    return replace(step, losses=losses, metrics={**step.metrics, name: own_loss.detach(), "loss": losses.detach()})
 
 
 def preference_metrics(z: Tensor) -> dict[str, Tensor]:

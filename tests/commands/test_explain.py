@@ -30,7 +30,7 @@ def test_methods_with_other_defaults_are_named() -> None:
 
 def test_choices_are_listed_with_their_own_keys() -> None:
     lines = explain("method.loss")
-    assert any(line.endswith("dpo, ipo, hinge, robust; default dpo") for line in lines)
+    assert any(": dpo, ipo, hinge, robust," in line and line.endswith("; default dpo") for line in lines)
     assert "  robust: fraction of swapped labels" in explain("flip_rate")
 
 

@@ -11,11 +11,13 @@ import yaml
 from mmalign import methods
 from mmalign.commands.load_recipe import RENAMED, dump_recipe, load_recipe
 from mmalign.config import Recipe
+from mmalign.config.base import Choice
 from mmalign.config.evaluation import RewardConfig
-from mmalign.config.losses import DPOLossConfig, IPOLossConfig, RobustLossConfig
+from mmalign.config.losses import DPOLossConfig, IPOLossConfig, PairLossConfig, RobustLossConfig
 from mmalign.modalities.loading import check_reward_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*_*/*.yaml"))  # by modality
+LOSSES = Choice.sections(PairLossConfig)
 LEAST: dict[str, Any] = {
     "method": {"name": "diffusion_dpo"},
     "model": {"path": "somewhere/model"},
@@ -172,6 +174,25 @@ def test_a_section_that_is_absent_or_null() -> None:
     assert result is not None and result.benchmark == "implicit"
 
 
+def test_losses_are_a_name_a_section_or_weights_of_several() -> None:
+    both = load("method.loss={dpo: 0.8, robust: {weight: 0.2, flip_rate: 0.1}}")
+    assert [(term.weight, term.loss) for term in both.method.terms] == [
+        (0.8, DPOLossConfig()),
+        (0.2, RobustLossConfig(flip_rate=0.1)),
+    ]
+    assert load_recipe(yaml.safe_load(dump_recipe(both))) == both
+    for value, part in (
+        ("{dpo: 0.8, robst: 0.2}", "there is no loss 'robst'; did you mean 'robust'?"),
+        ("{dpo: -1}", "weight: Input should be greater than 0"),
+        ("{dpo: 1, robust: {flip_rat: 0.1}}", "robust.flip_rat: Extra inputs are not permitted"),
+        ("orpo", "orpo does not fit images"),
+    ):
+        assert part in slip(f"method.loss={value}")
+    assert "biased on scores of one draw of noise" in slip("method.divergence=forward_kl")
+    assert "needs a reference, which simpo has not" in slip("method.loss=simpo", "method.divergence=js")
+    assert load("method.loss=simpo", "method.divergence=reverse_kl").method.uses_reference is False
+
+
 def test_prompts_are_a_number_or_a_file() -> None:
     assert load("evaluate={benchmark: scenes, prompts: 7}").evaluate.prompts == 7  # type: ignore[union-attr]
     named = load("evaluate={prompts: a.txt, reward: {path: x}}").evaluate
@@ -194,7 +215,7 @@ def test_prompts_are_a_number_or_a_file() -> None:
         ("method.loss={name: ipo, flip_rate: 0}", "recipe: method.loss has no 'flip_rate'; it has name"),
         (
             "method.loss=ipp",
-            "recipe: method.loss: unknown name 'ipp'; did you mean 'ipo'? (there are dpo, hinge, ipo, robust)",
+            f"recipe: method.loss: unknown name 'ipp'; did you mean 'ipo'? (there are {', '.join(sorted(LOSSES))})",
         ),
     ],
 )
@@ -251,7 +272,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
             "recipe: evaluate.reward: expected a section, such as {key: value} or a list, such as [a, b], got 3",
         ),
         ("method.loss=", "recipe: method.loss: expected a name, or a section such as {name: NAME}, got nothing"),
-        ("method.loss.flip_rate=0", "recipe: method.loss: needs a name, one of dpo, ipo, hinge, robust"),
+        ("method.loss.flip_rate=0", f"recipe: method.loss: needs a name, one of {', '.join(LOSSES)}"),
         ("method.loss={name: robust, flip_rate: 1}", "recipe: method.loss.flip_rate: expected less than 0.5, got 1"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmalign.config.base import MethodConfig
-from mmalign.config.methods._shared import PairMethodConfig, ResponseMethodConfig
+from mmalign.config.methods._shared import DenoisingMethodConfig, PairMethodConfig, ResponseMethodConfig
 from mmalign.config.methods.text_to_image import (
     CCAConfig,
     DiffusionDPOConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "BDHSMethodConfig",
     "CCAConfig",
     "DPOConfig",
+    "DenoisingMethodConfig",
     "DiffusionDPOConfig",
     "InPOConfig",
     "InstructEngineConfig",

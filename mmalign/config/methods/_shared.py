@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmalign.config.base import Choice, MethodConfig
-from mmalign.config.losses import DPOLossConfig, PairLossConfig
+from mmalign.config.losses import DPOLossConfig, LossSum, LossTerm, PairLossConfig
 
 NumCachedDraws = Annotated[
     int,
@@ -23,12 +23,81 @@ class PairMethodConfig(MethodConfig):
     """Pair loss of a method; the unit of `beta` is one over that of the method's scores."""
 
     beta: float = Field(gt=0, description="strength of the constraint to the reference")
-    loss: Annotated[PairLossConfig, Choice()] = Field(
-        DPOLossConfig(), description="pair loss; docs/methods.md has their formulas"
+    loss: Annotated[PairLossConfig | LossSum, Choice()] = Field(
+        DPOLossConfig(),
+        description="pair loss, or weights of several, such as {dpo: 0.8, bco_pair: 0.2}; docs/methods.md has formulas",
     )
+    divergence: Literal["reverse_kl", "js", "forward_kl", "alpha"] = Field(
+        "reverse_kl", description="f-divergence to the reference"
+    )
+    divergence_alpha: float = Field(0.5, description="order of the divergence alpha; 0 is forward_kl, 1 is not defined")
+    logit_cap: float | None = Field(None, gt=0, description="logit beyond which a pair has no gradient")
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """Losses with their weights."""
+        return self.loss.terms if isinstance(self.loss, LossSum) else (LossTerm(loss=self.loss),)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a loss compares with a reference."""
+        return any(term.loss.reference for term in self.terms)
+
+    @property
+    def likelihood(self) -> float:
+        """Weight of the chosen side's own loss that the losses bring with them."""
+        return sum(term.weight * term.loss.likelihood for term in self.terms)
+
+    @model_validator(mode="after")
+    def _has_divergence(self) -> PairMethodConfig:
+        free = next((term.loss.name for term in self.terms if not term.loss.reference), None)
+        if self.divergence != "reverse_kl" and free is not None:
+            raise ValueError(f"divergence: {self.divergence} needs a reference, which {free} has not; leave it out")
+        if self.divergence != "alpha" and self.divergence_alpha != 0.5:
+            raise ValueError(f"divergence_alpha: {self.divergence} takes none; leave it out, or use divergence: alpha")
+        if self.divergence == "alpha" and self.divergence_alpha == 1:
+            raise ValueError("divergence_alpha: 1 is not defined; its limit is divergence: reverse_kl")
+        return self
+
+
+class DenoisingMethodConfig(PairMethodConfig):
+    """Pair loss of a method that compares denoising scores, with an optional term of the chosen images alone."""
+
+    sft: float = Field(0.0, ge=0, description="weight of the chosen image's denoising error, as in RPO")
+
+    @model_validator(mode="after")
+    def _takes_denoising_scores(self) -> DenoisingMethodConfig:
+        for term in self.terms:
+            if term.loss.responses_only:
+                raise ValueError(f"loss: {term.loss.name} does not fit images: {term.loss.responses_only}")
+        if self.divergence in ("forward_kl", "alpha"):
+            raise ValueError(
+                f"divergence: {self.divergence} takes exponentials, which are biased on scores of one draw of noise; "
+                "use reverse_kl or js"
+            )
+        return self
 
 
 class ResponseMethodConfig(PairMethodConfig):
     """Pair loss of a method that compares responses, with an optional likelihood term."""
 
     nll: float = Field(0.0, ge=0, description="weight of the chosen response's -log p, a mean over tokens")
+    score: Literal["auto", "sum", "mean"] = Field(
+        "auto",
+        description="reduction of a response's log-probabilities; auto is what the loss is made for: mean for ipo, "
+        "simpo and orpo, sum for others. dpo with mean is LN-DPO, and needs a beta larger by the length",
+    )
+
+    @property
+    def mean(self) -> bool:
+        """Whether scores are means over tokens, not sums."""
+        return self.score == "mean" or (self.score == "auto" and self.terms[0].loss.score == "mean")
+
+    @model_validator(mode="after")
+    def _has_score(self) -> ResponseMethodConfig:
+        kinds = {term.loss.score: term.loss.name for term in self.terms}
+        if self.score == "auto" and len(kinds) > 1:
+            raise ValueError(
+                f"score: {kinds['sum']} is made for sums over tokens and {kinds['mean']} for means; set sum or mean"
+            )
+        return self

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmalign.config.base import MethodConfig
 from mmalign.config.evaluation import Rewards
-from mmalign.config.methods._shared import NumCachedDraws, PairMethodConfig
+from mmalign.config.methods._shared import DenoisingMethodConfig, NumCachedDraws
 
 
 class CCAConfig(MethodConfig):
@@ -22,7 +22,7 @@ class CCAConfig(MethodConfig):
     )
 
 
-class DiffusionDPOConfig(PairMethodConfig):
+class DiffusionDPOConfig(DenoisingMethodConfig):
     """Hyper-parameters; the defaults are the release's."""
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
@@ -33,7 +33,7 @@ class DiffusionDPOConfig(PairMethodConfig):
     num_cached_draws: NumCachedDraws = 0
 
 
-class InPOConfig(PairMethodConfig):
+class InPOConfig(DenoisingMethodConfig):
     """Hyper-parameters; the defaults are the release's for SDXL, except for the inversion, which is exact.
 
     The paper does not name the model that inverts. The release, source of the published numbers, uses the policy. So
@@ -74,7 +74,7 @@ class InPOConfig(PairMethodConfig):
         return self
 
 
-class InstructEngineConfig(PairMethodConfig):
+class InstructEngineConfig(DenoisingMethodConfig):
     """Hyper-parameters; the paper's are unknown, and these are ours."""
 
     name: Literal["instruct_engine"] = "instruct_engine"

@@ -30,7 +30,9 @@ class BDHSMethodConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["bdhs"] = "bdhs"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    beta: float = Field(
+        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
     mode: Literal["offline", "online", "mixed"] = Field(
         "offline",
         description="the data's rejected responses, completions generated in training, or pairs of the policy's own "
@@ -59,14 +61,18 @@ class DPOConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    beta: float = Field(
+        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
 
 
 class MDPOConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["mdpo"] = "mdpo"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    beta: float = Field(
+        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
     delta: float = Field(0.0, description="anchor: required gain of the chosen response, in nats times beta")
     crop_area: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.01, 0.2],
@@ -87,7 +93,9 @@ class POVIDConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the release's, except for its errors."""
 
     name: Literal["povid"] = "povid"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    beta: float = Field(
+        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
     gamma: float = Field(0.5, ge=0, le=1, description="weight of the rejected response; the noisy tokens have the rest")
     noise_step: int = Field(
         500, ge=0, lt=1000, description="diffusion timestep of the noise, of 1000; higher is noisier"
@@ -119,7 +127,9 @@ class ReAlignConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["realign"] = "realign"
-    beta: float = Field(0.1, gt=0, description="in nats: of a response, or with loss: ipo of a token")
+    beta: float = Field(
+        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
     image_weight: float = Field(
         1.0, ge=0, description="weight of the term that prefers the right image; w_v in the paper"
     )
@@ -140,8 +150,13 @@ class RLHFVConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["rlhfv"] = "rlhfv"
-    beta: float = Field(0.5, gt=0, description="in nats per token")
+    beta: float = Field(
+        0.5, gt=0, description="one over the unit of the scores: nats of a token, or with sums of a response"
+    )
+    score: Literal["auto", "sum", "mean"] = Field(
+        "mean",
+        description="weighted sum of log-probabilities, or this divided by the weights; sum as in the release",
+    )
     gamma: float = Field(5.0, gt=0, description="weight of a changed token; 1 is DPO on means")
     min_block: int = Field(3, ge=1, description="tokens; shorter runs of equal tokens are treated as changed")
     insertions: bool = Field(True, description="treat words on only one side as changed")
-    divide: bool = Field(True, description="divide the sum by the weights; false as in the release, with beta in nats")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import PairMethodConfig
+from mmalign.config.methods import DenoisingMethodConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import bound_loss, preference_step
+from mmalign.methods._pair_loss import bound_link, preference_step, with_own_loss
 from mmalign.policy import Scores
 from mmalign.rng import KeyedRNG
 
@@ -112,7 +112,10 @@ def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, vie
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
-def denoising_step(cfg: PairMethodConfig, policy_scores: Scores, reference_scores: Scores, weights: Tensor) -> Step:
-    """Return the step of the pair loss, with the denoising errors of both sides as metrics."""
+def denoising_step(
+    cfg: DenoisingMethodConfig, policy_scores: Scores, reference_scores: Scores | None, weights: Tensor
+) -> Step:
+    """Return the step of the pair loss, plus the chosen images' own error; both sides' errors are metrics."""
     errors = {f"{side} error": -2 * policy_scores[side].detach() for side in PAIR}
-    return preference_step(bound_loss(cfg.loss, cfg.beta), cfg.beta, policy_scores, reference_scores, weights, errors)
+    step = preference_step(bound_link(cfg), cfg.beta, policy_scores, reference_scores, weights, errors)
+    return with_own_loss(step, "sft", cfg.sft + cfg.likelihood, -2 * policy_scores["chosen"])

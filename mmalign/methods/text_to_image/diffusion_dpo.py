@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from mmalign.config.methods import DenoisingMethodConfig
 from mmalign.config.methods import DiffusionDPOConfig as Config
-from mmalign.config.methods import PairMethodConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
@@ -35,9 +35,12 @@ from mmalign.rng import KeyedRNG
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: a reference, or its cached scores."""
+    """Return the method's needs: the reference of the loss, or its cached scores."""
     settings = {"caption_dropout": cfg.caption_dropout}
-    return Requirements(precompute=cached_scores(cfg.num_cached_draws, settings))
+    return Requirements(
+        reference=cfg.uses_reference,
+        precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, settings),
+    )
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -47,8 +50,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
     return [Contrast(view, scores, batch.weights)]
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: PairMethodConfig) -> Step:
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: DenoisingMethodConfig) -> Step:
     """Return the pair loss on the denoising scores of policy and reference."""
-    assert contrast.reference is not None, "the method needs a reference"
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view)
     return denoising_step(cfg, policy_scores, contrast.reference, contrast.weights)

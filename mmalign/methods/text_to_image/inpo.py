@@ -51,13 +51,16 @@ from mmalign.rng import KeyedRNG
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: a reference, and cached inversions if `num_cached_draws` is set.
+    """Return the method's needs: the reference of loss or inverter, and cached inversions if `num_cached_draws` is set.
 
-    A policy finds its own inversions easy, however broken it is, so a run is measured on the reference's.
+    A policy finds its own inversions easy, however broken it is, so a run is measured on the reference's, if there is
+    one.
     """
     settings = cfg.model_dump(include={"caption_dropout", "inversion", "steps", "order", "eta"})
     cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
-    return Requirements(precompute=cached, measured_by=cfg.model_copy(update={"inverter": "reference"}))
+    reference = cfg.uses_reference or cfg.inverter == "reference"
+    measured_by = cfg.model_copy(update={"inverter": "reference"}) if reference else None
+    return Requirements(reference=reference, precompute=cached, measured_by=measured_by)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -68,8 +71,8 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
     else:
         x_t = invert_pairs(policy, batch, clean, cfg, rng)
     view = to_noised(policy.family, clean, x_t)
-    scores = policy.on_reference(partial(denoising_scores, policy.family, view=view))
-    return [Contrast(view, scores, batch.weights)]
+    score = partial(denoising_scores, policy.family, view=view)
+    return [Contrast(view, policy.on_reference(score) if cfg.uses_reference else None, batch.weights)]
 
 
 loss = diffusion_dpo.loss

@@ -25,9 +25,8 @@ import torch
 from mmalign.config.methods import InstructEngineConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
-from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import bound_loss, preference_metrics
+from mmalign.methods._pair_loss import bound_link, pair_of, preference_metrics, with_own_loss
 from mmalign.methods.text_to_image._denoising import (
     Contrast,
     NoisedPairs,
@@ -44,8 +43,12 @@ SIDES = {"matched": ("x1 y1", "x2 y2"), "mismatched": ("x1 y2", "x2 y1")}
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: a prompt for each image, and a reference or its cached scores."""
-    return Requirements(prompt_pairs=True, precompute=cached_scores(cfg.num_cached_draws, {}))
+    """Return the method's needs: a prompt for each image, and the reference of the loss or its cached scores."""
+    return Requirements(
+        reference=cfg.uses_reference,
+        prompt_pairs=True,
+        precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, {}),
+    )
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -61,26 +64,26 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the weighted sum of the four pair losses."""
-    reference_scores, link = contrast.reference, bound_loss(cfg.loss, cfg.beta)
-    assert reference_scores is not None, "instruct_engine needs a reference"
+    reference_scores, link = contrast.reference, bound_link(cfg)
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
     # Weighted pair losses of the four comparisons
-    compared = [[Pair(scores[a], scores[b]) for scores in (policy_scores, reference_scores)] for a, b in COMPARED]
+    compared = [pair_of(policy_scores, reference_scores, *views) for views in COMPARED]
     weights = torch.tensor(cfg.weights, device=contrast.weights.device)[:, None]
     values = (weights * torch.stack([link(policy, reference) for policy, reference in compared])).sum(0)
     with torch.no_grad():
         # Metrics: weighted over the comparisons, by side, and by kind of comparison
         share = weights / weights.sum()
-        z = torch.stack([cfg.beta * (policy.margin - reference.margin) for policy, reference in compared])
-        metrics = {
-            "loss": values.detach(),
-            **{name: (share * each).sum(0) for name, each in preference_metrics(z).items()},
-        }
+        of_logits = preference_metrics(
+            torch.stack([cfg.beta * (policy.margin - reference.margin) for policy, reference in compared])
+        )
+        names = ("accuracy",) if reference_scores is None else tuple(of_logits)
+        metrics = {"loss": values.detach(), **{name: (share * of_logits[name]).sum(0) for name in names}}
         for side, views in SIDES.items():
             metrics[f"{side} error"] = -torch.stack([2 * policy_scores[view] for view in views]).mean(0)
-            metrics[f"{side} gain"] = torch.stack(
-                [policy_scores[view] - reference_scores[view] for view in views]
-            ).mean(0)
-        right = preference_metrics(z)["accuracy"]
+            if reference_scores is not None:
+                gains = [policy_scores[view] - reference_scores[view] for view in views]
+                metrics[f"{side} gain"] = torch.stack(gains).mean(0)
+        right = of_logits["accuracy"]
         metrics |= {"prompt accuracy": right[:2].mean(0), "image accuracy": right[2:].mean(0)}
-    return Step(values, contrast.weights, metrics)
+    errors = -policy_scores["x1 y1"] - policy_scores["x2 y2"]  # the mean of both images under their own prompts
+    return with_own_loss(Step(values, contrast.weights, metrics), "sft", cfg.sft + cfg.likelihood, errors)

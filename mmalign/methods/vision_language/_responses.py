@@ -12,9 +12,9 @@ from mmalign.config.methods import ResponseMethodConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
-from mmalign.losses.pairwise import Pair, PairLoss
+from mmalign.losses.pairwise import PairLoss
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import bound_loss, preference_step
+from mmalign.methods._pair_loss import bound_link, pair_of, preference_step, with_own_loss
 from mmalign.policy import Scores
 
 PAIR = ("chosen", "rejected")
@@ -81,17 +81,15 @@ def view_scores(
     return {**result, TOKEN: scores.mean(logps[:pairs], mask[:pairs])}
 
 
-def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: Scores, view: str) -> Tensor:
+def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: Scores | None, view: str) -> Tensor:
     """Return the pair loss [B] that prefers the chosen responses to another view."""
-    return link(
-        Pair(policy_scores["chosen"], policy_scores[view]), Pair(reference_scores["chosen"], reference_scores[view])
-    )
+    return link(*pair_of(policy_scores, reference_scores, "chosen", view))
 
 
 def response_step(
     cfg: ResponseMethodConfig,
     policy_scores: Scores,
-    reference_scores: Scores,
+    reference_scores: Scores | None,
     batch: EncodedResponses,
     terms: Mapping[str, Tensor] | None = None,
 ) -> Step:
@@ -100,7 +98,7 @@ def response_step(
     Args:
         cfg: the pair loss, and the weight of the chosen responses' likelihood term, which is added here.
         policy_scores: the policy's scores.
-        reference_scores: the reference's scores.
+        reference_scores: the reference's scores; None without a reference.
         batch: the pairs.
         terms: summands of the loss by name, each [B]; if None, the pair loss of chosen and rejected.
     """
@@ -109,16 +107,15 @@ def response_step(
     views = [view for view in policy_scores if view != TOKEN]
     more = {f"{view} log-probability": policy_scores[view].detach() for view in views}
     more |= {"chosen tokens": counts[:pairs], "rejected tokens": counts[pairs : 2 * pairs]}
-    more["chosen token gain"] = (policy_scores[TOKEN] - reference_scores[TOKEN]).detach()
-    more |= {
-        f"{view} gain": (policy_scores[view] - reference_scores[view]).detach() for view in views if view not in PAIR
-    }
-    link = bound_loss(cfg.loss, cfg.beta)
-    step = preference_step(link, cfg.beta, policy_scores, reference_scores, batch.weights, more)
+    if reference_scores is None:
+        more["chosen token log-probability"] = policy_scores[TOKEN].detach()
+    else:
+        gains = {view: (policy_scores[view] - reference_scores[view]).detach() for view in policy_scores}
+        more |= {f"{view} gain": gain for view, gain in gains.items() if view not in PAIR}
+    step = preference_step(bound_link(cfg), cfg.beta, policy_scores, reference_scores, batch.weights, more)
     # Sum of the terms, plus the chosen responses' negative log-likelihood
-    losses = step.losses if terms is None else torch.stack(list(terms.values())).sum(0)
-    terms_detached = {name: term.detach() for name, term in (terms or {}).items()}
-    if cfg.nll:
-        losses = losses - cfg.nll * policy_scores[TOKEN]
-        terms_detached["nll"] = -policy_scores[TOKEN].detach()
-    return replace(step, losses=losses, metrics={**step.metrics, **terms_detached, "loss": losses.detach()})
+    if terms is not None:
+        losses = torch.stack(list(terms.values())).sum(0)
+        metrics = {name: term.detach() for name, term in terms.items()}
+        step = replace(step, losses=losses, metrics={**step.metrics, **metrics, "loss": losses.detach()})
+    return with_own_loss(step, "nll", cfg.nll + cfg.likelihood, -policy_scores[TOKEN])

@@ -41,7 +41,7 @@ from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores, reference_scores_of
-from mmalign.methods._pair_loss import bound_loss
+from mmalign.methods._pair_loss import bound_link
 from mmalign.methods.vision_language._responses import (
     PAIR,
     TOKEN,
@@ -110,10 +110,12 @@ def check(cfg: Config) -> list[str]:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs under the mode; a run is measured on the responses of the data."""
-    settings = {"mean": cfg.loss.per_token, "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
+    settings = {"mean": cfg.mean, "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
+    num_cached = int(cfg.mode == "offline" and cfg.uses_reference)
     return Requirements(
+        reference=cfg.uses_reference,
         decoded_images=cfg.mode == "mixed",  # for the annotator
-        precompute=cached_scores(1 if cfg.mode == "offline" else 0, settings, compute=precompute),
+        precompute=cached_scores(num_cached, settings, compute=precompute),
         measured_by=cfg.model_copy(update={"mode": "offline"}) if cfg.mode != "offline" else None,
         check=partial(check, cfg),
     )
@@ -123,7 +125,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     """Return one contrast: pairs with hallucinations from the data or the policy, or pairs that the policy sampled."""
     make = {"offline": _offline, "online": _online, "mixed": _mixed}[cfg.mode]
     contrast: Contrast = make(policy, batch, cfg, rng)
-    score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.loss.per_token)
+    score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.mean)
     scores = reference_scores(policy, batch, score)
     if batch.precomputed is not None and scores is not None:
         scores = {view: scores[view] for view in (*contrast.views, TOKEN)}
@@ -133,9 +135,8 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair losses against the rejected and the hallucinated response, weighted by their shares."""
     batch, reference_scores, shares = contrast.batch, contrast.reference, contrast.shares
-    link = bound_loss(cfg.loss, cfg.beta)
-    assert reference_scores is not None, "bdhs needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.loss.per_token)
+    link = bound_link(cfg)
+    policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.mean)
     terms = None
     if shares is not None:
         rejected, hallucinated = (pair_loss_against(link, policy_scores, reference_scores, view) for view in VIEWS[1:])

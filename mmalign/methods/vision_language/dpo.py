@@ -3,9 +3,9 @@
     score = sum_t log p(y_t | image, prompt, y_<t)      over the response's tokens, for policy and reference
     loss = -log sigma(beta * (policy's margin - reference's margin)) + nll * mean_t -log p(y_t)      of the chosen y
 
-Any pair loss can replace -log sigma. IPO's target is a margin in the unit of the scores. Its scores are means over a
-response's tokens, as in TRL; those of all other losses are sums. `nll` is 0 in the paper. A positive value keeps the
-chosen response likely while the margin grows, as in arXiv:2404.19733.
+Any pair loss can replace -log sigma. IPO, SimPO and ORPO are made for means over a response's tokens, as in TRL, all
+others for sums; `score` sets either. Losses without a reference load none. `nll` is 0 in the paper. A positive value
+keeps the chosen response likely while the margin grows, as in arXiv:2404.19733.
 
 kB rows: prompts with the chosen responses, then with the rejected, then with the further views of other methods.
 """
@@ -24,18 +24,18 @@ from mmalign.rng import KeyedRNG
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: a reference, or its cached scores."""
-    return Requirements(precompute=cached_scores(1, {"mean": cfg.loss.per_token}))
+    """Return the method's needs: the reference of the loss, or its cached scores."""
+    reference = cfg.uses_reference
+    return Requirements(reference=reference, precompute=cached_scores(int(reference), {"mean": cfg.mean}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the unchanged pairs."""
-    score = partial(response_scores, policy.family, batch=batch, mean=cfg.loss.per_token)
+    score = partial(response_scores, policy.family, batch=batch, mean=cfg.mean)
     return [Contrast(batch, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
-    assert contrast.reference is not None, "dpo needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.loss.per_token)
+    policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.mean)
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)

@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import torch.nn.functional as F
 from PIL import Image
 
 from mmalign.config.methods import MDPOConfig as Config
@@ -25,8 +24,9 @@ from mmalign.data.augment import random_crop
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
+from mmalign.losses import pairwise
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import bound_loss
+from mmalign.methods._pair_loss import bound_link, pair_of
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
@@ -42,8 +42,11 @@ VIEWS = (*PAIR, "cropped")
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: decoded images, the vision tower, and a reference or its cached scores."""
-    settings = {"mean": cfg.loss.per_token, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
+    """Return the method's needs: decoded images, the vision tower, and a reference or its cached scores.
+
+    The anchor needs a reference even if the loss does not.
+    """
+    settings = {"mean": cfg.mean, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
     return Requirements(
         decoded_images=True,
         vision_tower=True,  # the policy sees crops, which are drawn during training
@@ -62,16 +65,17 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     tokens, cropped = with_changed_images(policy.family, batch, crop)
     features = batch.features | cropped
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, tokens]), features=features)
-    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.loss.per_token)
+    score = partial(response_scores, policy.family, batch=whole, views=VIEWS, mean=cfg.mean)
     return [Contrast(whole, reference_scores(policy, batch, score))]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the sum of the text, image and anchor losses."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_link(cfg)
     assert reference_scores is not None, "mdpo needs a reference"
-    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss.per_token)
+    policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean)
     text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "cropped"))
-    anchor = -F.logsigmoid(cfg.beta * (policy_scores["chosen"] - reference_scores["chosen"]) - cfg.delta)
+    pair = pair_of(policy_scores, reference_scores, *PAIR)
+    anchor = pairwise.anchor(*pair, beta=cfg.beta, delta=cfg.delta)
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}
     return response_step(cfg, policy_scores, reference_scores, batch, terms)

@@ -41,7 +41,7 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step, cached_scores
-from mmalign.methods._pair_loss import bound_loss
+from mmalign.methods._pair_loss import bound_link, pair_of
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import pair_loss_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
@@ -52,17 +52,21 @@ TOKENS = "noisy tokens"  # the only precomputed tensor that is not a score
 
 @dataclass(frozen=True)
 class Contrast:
-    """The pairs, the noisy tokens [B, R] that the policy scores, and the reference's scores."""
+    """The pairs, the noisy tokens [B, R] that the policy scores, and the reference's scores, if the loss has one."""
 
     batch: EncodedResponses
     noisy: Tensor
-    reference: Scores
+    reference: Scores | None
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: decoded images, the vision tower unless cached, and a reference or its cache."""
-    settings = {"mean": cfg.loss.per_token, "noise_step": cfg.noise_step, "overflow": cfg.overflow}
+    """Return the method's needs: decoded images, the vision tower unless cached, and a reference or its cache.
+
+    The reference is that of the loss, or the one whose noisy tokens are scored.
+    """
+    settings = {"mean": cfg.mean, "noise_step": cfg.noise_step, "overflow": cfg.overflow}
     return Requirements(
+        reference=cfg.uses_reference or cfg.tokens == "reference",
         decoded_images=True,
         vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached
         precompute=cached_scores(cfg.num_cached_draws, settings, compute=precompute),
@@ -74,7 +78,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     if batch.precomputed is not None:
         precomputed = dict(batch.precomputed)
         return [Contrast(batch, _fitted(precomputed.pop(TOKENS), batch), precomputed)]
-    family, mean = policy.family, cfg.loss.per_token
+    family, mean = policy.family, cfg.mean
 
     def with_noise(picture: Image.Image, row: int, place: int) -> Image.Image:
         eps = rng.normal([row], (picture.height, picture.width, 3), "picture noise", place)[0]
@@ -83,27 +87,29 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     # Likeliest tokens under noise: those that the reference scores, and those that the policy scores
     tokens, features = with_changed_images(family, batch, with_noise)
     argmax = partial(family.argmax, tokens=tokens, features=features)
-    reference_tokens = argmax(policy.unwrapped) if cfg.tokens == "policy" else policy.on_reference(argmax)
-    assert reference_tokens is not None, "povid needs a reference"
-    noisy_tokens = argmax(policy.unwrapped) if cfg.tokens == "own" else reference_tokens
+    reference_tokens = None if cfg.tokens == "policy" else policy.on_reference(argmax)
+    noisy_tokens = reference_tokens if cfg.tokens == "reference" else argmax(policy.unwrapped)
+    assert noisy_tokens is not None, "tokens of the reference need one"
+    if reference_tokens is None:
+        reference_tokens = noisy_tokens
     scores = policy.on_reference(partial(noisy_scores, family, batch=batch, noisy=reference_tokens, mean=mean))
-    assert scores is not None, "povid needs a reference"
     return [Contrast(batch, noisy_tokens, scores)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the loss of chosen against rejected and of chosen against noisy."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
-    policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.loss.per_token)
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_link(cfg)
+    policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.mean)
     if cfg.combine == "paper":
+        worse, noisy = (pair_of(policy_scores, reference_scores, "chosen", view) for view in ("rejected", "noisy"))
         mixed = (
-            Pair(s["chosen"], cfg.gamma * s["rejected"] + (1 - cfg.gamma) * s["noisy"])
-            for s in (policy_scores, reference_scores)
+            Pair(one.chosen, cfg.gamma * one.rejected + (1 - cfg.gamma) * other.rejected)
+            for one, other in zip(worse, noisy, strict=True)
         )
         terms = {"mixed loss": link(*mixed)}
     else:
-        text, noisy = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "noisy"))
-        terms = {"text loss": cfg.gamma * text, "noisy loss": (1 - cfg.gamma) * noisy}
+        text, blind = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "noisy"))
+        terms = {"text loss": cfg.gamma * text, "noisy loss": (1 - cfg.gamma) * blind}
     step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})
 
@@ -113,6 +119,7 @@ def precompute(
 ) -> dict[str, Tensor]:
     """Return the noisy tokens [B, R] and the reference's scores."""
     (contrast,) = contrasts(policy, batch, cfg, rng)
+    assert contrast.reference is not None, "only the scores of a reference can be precomputed"
     return {TOKENS: contrast.noisy, **contrast.reference}
 
 

@@ -24,7 +24,7 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import bound_loss
+from mmalign.methods._pair_loss import bound_link
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
@@ -39,9 +39,9 @@ VIEWS = (*PAIR, "retrieved")
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: the pairs' other images, and a reference or its cached scores."""
-    settings = {"mean": cfg.loss.per_token, "rejected_scoring": cfg.rejected_scoring}
-    return Requirements(other_images=True, precompute=cached_scores(1, settings))
+    """Return the method's needs: the pairs' other images, and the reference of the loss or its cached scores."""
+    settings, reference = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}, cfg.uses_reference
+    return Requirements(reference, other_images=True, precompute=cached_scores(int(reference), settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -51,7 +51,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
     def score(net: nn.Module) -> Scores:
         targets = scored_tokens(policy.family, net, whole, cfg)
-        return response_scores(policy.family, net, whole, views=VIEWS, mean=cfg.loss.per_token, targets=targets)
+        return response_scores(policy.family, net, whole, views=VIEWS, mean=cfg.mean, targets=targets)
 
     targets = scored_tokens(policy.family, policy.unwrapped, whole, cfg)
     return [Contrast(whole, reference_scores(policy, batch, score), targets=targets)]
@@ -59,10 +59,9 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return L_DPO + w_v * L_vDPO."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_loss(cfg.loss, cfg.beta)
-    assert reference_scores is not None, "realign needs a reference"
+    batch, reference_scores, link = contrast.batch, contrast.reference, bound_link(cfg)
     policy_scores = response_scores(
-        policy.family, policy.model, batch, views=VIEWS, mean=cfg.loss.per_token, targets=contrast.targets
+        policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean, targets=contrast.targets
     )
     text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "retrieved"))
     return response_step(

@@ -9,7 +9,7 @@ have weight 1. We treat them as changed, because an invented object is most ofte
 gives them weight 1. As in the release, the alignment includes the end of the prompt. Unlike the release's, it has no
 rule for frequent tokens: difflib's autojunk, which marks 2 to 4 times as many tokens in responses of 200 or more.
 
-The release's script also does not divide the sum (`divide: false`), with gamma 1.1 and beta 0.1. Our defaults are the
+The release's script also does not divide the sum (`score: sum`), with gamma 1.1 and beta 0.1. Our defaults are the
 paper's 5 and 0.5.
 """
 
@@ -33,23 +33,23 @@ from mmalign.rng import KeyedRNG
 
 
 def requirements(cfg: Config) -> Requirements:
-    """Return the method's needs: a reference, or its cached scores."""
-    settings = cfg.model_dump(include={"gamma", "min_block", "insertions", "divide"})
-    return Requirements(precompute=cached_scores(1, settings))
+    """Return the method's needs: the reference of the loss, or its cached scores."""
+    settings = {**cfg.model_dump(include={"gamma", "min_block", "insertions"}), "mean": cfg.mean}
+    reference = cfg.uses_reference
+    return Requirements(reference=reference, precompute=cached_scores(int(reference), settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the unchanged pairs, with token weights."""
     weights = token_weights(batch.tokens, cfg.gamma, cfg.min_block, insertions=cfg.insertions)
-    score = partial(response_scores, policy.family, batch=batch, weights=weights, mean=cfg.divide)
+    score = partial(response_scores, policy.family, batch=batch, weights=weights, mean=cfg.mean)
     return [Contrast(batch, reference_scores(policy, batch, score), weights)]
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on weighted means of token log-probabilities."""
-    assert contrast.reference is not None, "rlhfv needs a reference"
     policy_scores = response_scores(
-        policy.family, policy.model, contrast.batch, weights=contrast.token_weights, mean=cfg.divide
+        policy.family, policy.model, contrast.batch, weights=contrast.token_weights, mean=cfg.mean
     )
     return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
 

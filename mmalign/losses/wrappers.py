@@ -1,0 +1,104 @@
+"""Functions from a pair loss to another: labels, f-divergences, sums, and a cap of the logit.
+
+B is the number of pairs; scores and `beta` are those of `mmalign.losses.pairwise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmalign.losses.pairwise import Pair, PairLoss
+
+MAX_EXPONENT = 80.0  # of an f-divergence; float32 ends at 88
+
+
+class Labels(NamedTuple):
+    """Labels of the pairs of a batch.
+
+    Attributes:
+        preference: probability that the chosen side is the better one, [B].
+        margin: margin that the logit has to exceed, [B].
+        weight: factor of the loss, [B].
+    """
+
+    preference: Tensor
+    margin: Tensor
+    weight: Tensor
+
+
+def labelled(link: PairLoss, labels: Labels, beta: float) -> PairLoss:
+    """Return the loss of labelled pairs: `weight * (p link(pair) + (1 - p) link(swapped pair))`, p the preference.
+
+    The margin counts as a gain of the reference, so the logit of a pair becomes `z - margin`. A preference above 1 is a
+    loss that is unbiased under label noise (`robust`).
+    """
+
+    def loss(policy: Pair, reference: Pair) -> Tensor:
+        reference = Pair(reference.chosen + labels.margin / beta, reference.rejected)
+        share, values = labels.preference, link(policy, reference)
+        if (share != 1).any():
+            values = share * values + (1 - share) * link(_swapped(policy), _swapped(reference))
+        return labels.weight * values
+
+    return loss
+
+
+def _swapped(pair: Pair) -> Pair:
+    return Pair(pair.rejected, pair.chosen)
+
+
+def js(gain: Tensor) -> Tensor:
+    """Return the transform of the Jensen-Shannon divergence, `-softplus(-h)` up to a constant."""
+    return F.logsigmoid(gain)
+
+
+def forward_kl(gain: Tensor) -> Tensor:
+    """Return the transform of the forward Kullback-Leibler divergence, `-exp(-h)`."""
+    return -torch.exp((-gain).clamp(max=MAX_EXPONENT))
+
+
+def alpha_divergence(gain: Tensor, coefficient: float) -> Tensor:
+    """Return the transform of the alpha-divergence, `exp((a - 1) h) / (a - 1)`."""
+    return torch.exp(((coefficient - 1) * gain).clamp(max=MAX_EXPONENT)) / (coefficient - 1)
+
+
+def shaped(link: PairLoss, shape: Callable[[Tensor], Tensor]) -> PairLoss:
+    """Return the loss under another f-divergence (arXiv:2309.16240): each side's gain h becomes `shape(h)`."""
+
+    def loss(policy: Pair, reference: Pair) -> Tensor:
+        gains = Pair(shape(policy.chosen - reference.chosen), shape(policy.rejected - reference.rejected))
+        return link(gains, Pair(*map(torch.zeros_like, gains)))
+
+    return loss
+
+
+def summed(links: Sequence[tuple[float, PairLoss]]) -> PairLoss:
+    """Return the weighted sum of losses, as in MPO (arXiv:2411.10442); a single loss of weight 1 is returned as is."""
+    if len(links) == 1 and links[0][0] == 1:
+        return links[0][1]
+    return lambda policy, reference: torch.stack([w * link(policy, reference) for w, link in links]).sum(0)
+
+
+def capped(link: PairLoss, cap: float, beta: float) -> PairLoss:
+    """Return the loss of a capped logit, `min(z, cap)`: a pair beyond it has no gradient.
+
+    A run whose margins keep growing unlearns both sides; the cap stops the pairs that are learned.
+    """
+
+    def loss(policy: Pair, reference: Pair) -> Tensor:
+        excess = (policy.margin - reference.margin - cap / beta).detach()
+        over = excess > 0
+        chosen = torch.where(over, (policy.chosen - excess).detach(), policy.chosen)
+        return link(Pair(chosen, torch.where(over, policy.rejected.detach(), policy.rejected)), reference)
+
+    return loss
+
+
+def without_reference(link: PairLoss) -> PairLoss:
+    """Return the loss of the policy's scores alone, with zeros in place of the reference's."""
+    return lambda policy, _: link(policy, Pair(*map(torch.zeros_like, policy)))
