@@ -28,7 +28,11 @@ def list_everything(console: Console) -> None:
         console.print(table)
     pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
     console.print(f"\nfamilies: {pipelines}, vision_language (AutoModelForImageTextToText)")
-    console.print(f"rewards:  {', '.join(rewards.names())}\n\nrecipes:")
+    table = Table("judge", "meaning", title="\nrewards", title_justify="left", box=None)
+    for name in rewards.names():
+        table.add_row(name, (rewards.reward_module(name).__doc__ or "").splitlines()[0])
+    console.print(table)
+    console.print("\nrecipes:")
     for name, path in files.items():
         console.print(f"  {name}  {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 

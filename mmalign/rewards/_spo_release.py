@@ -15,24 +15,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mmalign.resources import resolve_model
-from mmalign.rewards import readable
+from mmalign.rewards._weights import check_shapes, find_file, read_tensors
 from mmalign.rewards.transformers_clip import renamed
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
 
 PREFIX = "model."
+REMEDY = (
+    "expected the file of an SPO step-aware preference model, and options.clip with the CLIP that it was trained from"
+)
 NAMES = (  # a pattern of the release's names, and its replacement in those of `TimeConditioned`
     (r"^t_embedder\.mlp\.", "time."),
     (r"^vision_model\.encoder\.layers\.(\d+)\.adaLN_modulation\.1\.", r"blocks.\1."),
@@ -52,8 +52,8 @@ def read_weights(path: str, name: str, config: CLIPConfig, frequencies: int) -> 
     Raises:
         ValueError: there is no such file, it is not a file of tensors, or their names or shapes do not fit the config.
     """
-    file = _located(path, name)
-    weights = _tensors(file)
+    file = find_file("step_aware", path, name)
+    weights = read_tensors("step_aware", file, PREFIX)
     if weights and all(key.startswith(PREFIX) for key in weights):
         weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
     positions = [key for key in weights if key.endswith(".position_ids")]
@@ -61,7 +61,7 @@ def read_weights(path: str, name: str, config: CLIPConfig, frequencies: int) -> 
         if not torch.equal(weights[key].flatten(), torch.arange(weights[key].numel())):
             raise ValueError(f"reward step_aware: {file}: {key} is not 0, 1, 2, ...; no other order is supported")
     weights = {key: weight.float() for key, weight in weights.items() if key not in positions}
-    _check_shapes(file, weights, expected_shapes(config, frequencies))
+    check_shapes("step_aware", file, weights, expected_shapes(config, frequencies), REMEDY)
     conditioning = {new: weight for key, weight in weights.items() if (new := _conditioning_name(key))}
     clip = renamed({key: weight for key, weight in weights.items() if not _conditioning_name(key)})
     return {**{f"clip.{key}": weight for key, weight in clip.items()}, **conditioning}
@@ -101,56 +101,3 @@ def preprocessing(size: int, mean: Sequence[float], std: Sequence[float]) -> Cal
 def _conditioning_name(name: str) -> str | None:
     """Return the name in `TimeConditioned` of a weight that reads the timestep; None for those of the CLIP."""
     return next((re.sub(pattern, by, name) for pattern, by in NAMES if re.match(pattern, name)), None)
-
-
-def _located(path: str, name: str) -> Path:
-    resolved = resolve_model(path)
-    if Path(resolved).exists():
-        file = Path(resolved) / name
-        if not file.is_file():
-            raise ValueError(f"reward step_aware: weights: {path} has no file {name!r}; expected a file of this folder")
-        return file
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(resolved, name))
-    except OSError as error:
-        raise ValueError(
-            f"reward step_aware: cannot download {name!r} of {path} ({' '.join(str(error).split())[:200]}); check both "
-            "names and your connection, or give a local folder"
-        ) from error
-
-
-def _tensors(file: Path) -> Mapping[str, Tensor]:
-    """Return the tensors of a safetensors file, or of a pickle that holds nothing else."""
-    with readable("step_aware", str(file), "copy it again"):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise ValueError(f"reward step_aware: {file} holds no weights by name; expected tensors such as {PREFIX}...")
-    return weights
-
-
-def _check_shapes(file: Path, weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise ValueError if names or shapes of the weights are not the expected ones."""
-    misshaped = [
-        f"{name} {list(weights[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    problems = {
-        "missing": [name for name in expected if name not in weights],
-        "unexpected": [name for name in weights if name not in expected],
-        "of another shape": misshaped,
-    }
-    parts = [
-        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for problem, names in problems.items()
-        if names
-    ]
-    if parts:
-        raise ValueError(
-            f"reward step_aware: {file} does not fit its CLIP: of the weights, {'; '.join(parts)}; expected the file "
-            "of an SPO step-aware preference model, and options.clip with the CLIP that it was trained from"
-        )

@@ -1,4 +1,4 @@
-"""Reward model from any open_clip model: the cosine of image and prompt times the learned scale (CLIPScore, PickScore).
+"""Reward model from any open_clip model: the cosine of image and prompt times the learned scale (PickScore).
 
 The tokenizer cuts prompts longer than the text tower's context, as in CLIP's training. A model's logit bias (SigLIP) is
 left out: it is the same for every pair. N is the number of images, E the width of the embedding.
@@ -6,7 +6,9 @@ left out: it is the same for every pair. N is the number of images, E the width 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -74,15 +76,32 @@ class TextFeatures:
         return features
 
 
+def scaled(cosines: Tensor, scale: Tensor) -> Tensor:
+    """Return cosines [N] times the learned scale []."""
+    return scale * cosines
+
+
 @dataclass(frozen=True)
 class OpenClip:
-    """Loaded reward model, in float32 and eval mode."""
+    """Loaded reward model, in float32 and eval mode.
+
+    Attributes:
+        model: the network.
+        preprocess: a function from an image to [3, H, W].
+        text: the unit vectors of prompts.
+        device: the network's device.
+        batch_size: images that go through the network at once.
+        score: a function from the cosines [N] and the learned scale [] to scores [N].
+        prefix: text before every prompt.
+    """
 
     model: CLIP
-    preprocess: Callable[[Image.Image], Tensor]  # to [3, H, W]
+    preprocess: Callable[[Image.Image], Tensor]
     text: TextFeatures
     device: torch.device
     batch_size: int
+    score: Callable[[Tensor, Tensor], Tensor] = scaled
+    prefix: str = ""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the device of the model; `t` is not read."""
@@ -101,8 +120,8 @@ class OpenClip:
 
     @torch.no_grad()
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        scale: Tensor = self.model.logit_scale.exp()
-        return (scale * (self.embed(images) * self.text(prompts)).sum(-1)).float()
+        cosines = (self.embed(images) * self.text([self.prefix + prompt for prompt in prompts])).sum(-1)
+        return self.score(cosines, self.model.logit_scale.exp()).float()
 
 
 def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
@@ -114,10 +133,17 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
     return scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
 
 
-def scorer(parts: ClipParts, device: torch.device, batch_size: int) -> OpenClip:
+def scorer(
+    parts: ClipParts,
+    device: torch.device,
+    batch_size: int,
+    score: Callable[[Tensor, Tensor], Tensor] = scaled,
+    prefix: str = "",
+) -> OpenClip:
     """Return the reward model of a network, which moves to the device."""
     model = parts.model.eval().requires_grad_(False).to(device)
-    return OpenClip(model, parts.preprocess, TextFeatures(model, parts.tokenize, device), device, batch_size)
+    text = TextFeatures(model, parts.tokenize, device)
+    return OpenClip(model, parts.preprocess, text, device, batch_size, score, prefix)
 
 
 def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
@@ -138,6 +164,17 @@ def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, precision="fp32")
         tokenize = open_clip.get_tokenizer(name)
     return ClipParts(model, preprocess, tokenize, {})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence open_clip's warning of random weights, which the caller replaces."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _open_clip_name(path: str, pretrained: str | None) -> str:

@@ -21,11 +21,9 @@ Shapes: N images, L tokens of a prompt, side S of an image, width E of the embed
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +37,7 @@ from torch import Tensor, nn
 from mmalign.language.tokens import forget_padding
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig, _spo_release, check_files, readable, transformers_clip
-from mmalign.rewards.open_clip import TextFeatures, load_parts
+from mmalign.rewards.open_clip import TextFeatures, load_parts, quiet
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -243,7 +241,7 @@ def read(path: str) -> Parts:
         )
     with readable("step_aware", path, "it may be incomplete: copy it again"):
         name = f"local-dir:{folder}"
-        with _quiet():  # open_clip warns of random weights, which are replaced below
+        with quiet():  # open_clip warns of random weights, which are replaced below
             clip, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
         tokenize = open_clip.get_tokenizer(name)
         net = _conditioned(path, clip)
@@ -273,16 +271,6 @@ def read_release(path: str, weights: str, clip: str) -> Parts:
     net = _conditioned(clip, parts.model)
     net.load_state_dict(_spo_release.read_weights(path, weights, config, FREQUENCIES))
     return Parts(net, parts.preprocess, parts.tokenize, parts.config)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _conditioned(path: str, clip: CLIP) -> TimeConditioned:
