@@ -93,7 +93,7 @@ def open_recipe(name: str, overrides: Sequence[str] = ()) -> Corpus:
     """
     recipe = load_recipe(name, overrides)
     modality = modality_of(recipe)
-    modality.check_data(recipe.data)
+    modality.check_data(recipe)
     training, validation = modality.open_pairs(recipe, methods.requirements_of(recipe.method))
     sources: list[tuple[str, Pairs[Any]]] = [(TRAINING, training)]
     sources += [(VALIDATION, validation)] if validation is not None else []

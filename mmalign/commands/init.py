@@ -27,11 +27,12 @@ from mmalign.config import ImageSize, Recipe
 from mmalign.config.methods import find_method
 from mmalign.console import muted
 from mmalign.data import shapes
-from mmalign.data.formats import conversations, image_layouts
+from mmalign.data.formats import conversations, image_layouts, images
 from mmalign.data.formats.layouts import AUTO, Layout, recognize
 from mmalign.data.formats.sources import open_source
 from mmalign.data.pairs import Pairs
 from mmalign.families import loading
+from mmalign.families.editing import EDITORS
 from mmalign.modalities import modality_of
 from mmalign.reading import first_line
 from mmalign.resources import locate, resolve_model
@@ -102,7 +103,8 @@ def init(
         )
     folder = resolve_model(layout or model)
     modality, kind = loading.recognize(folder)
-    columns = _recognize_data(data, modality, given.get("data", {}))
+    layouts = images.layouts(EDITORS[kind].sources) if kind in EDITORS else LAYOUTS[modality]
+    columns = _recognize_data(data, modality, given.get("data", {}), layouts)
     name = method or _usual_method(modality, str(columns["format"]))
     _check_modality(name, modality, kind)
     settings = find_settings(modality, loading.PIPELINES.get(kind, kind), name)
@@ -149,8 +151,12 @@ def init(
 # ---------------------------------------------------------------------------------------------------------- recognition
 
 
-def _recognize_data(data: str, modality: str, given: Mapping[str, Any]) -> dict[str, object]:
+def _recognize_data(
+    data: str, modality: str, given: Mapping[str, Any], layouts: Sequence[Layout[Any]]
+) -> dict[str, object]:
     """Return the section `data` for the layout of files: path, format and the names of columns; `given` is set already.
+
+    `layouts` are those that the model can take.
 
     Raises:
         ValueError: there are no files, or their columns are of no layout of this modality.
@@ -162,7 +168,7 @@ def _recognize_data(data: str, modality: str, given: Mapping[str, Any]) -> dict[
     source = open_source(locate(data), given.get("split"))
     place = f"data.path: {data}"
     try:
-        layout = recognize(LAYOUTS[modality], source.columns, source.sample, place)
+        layout = recognize(layouts, source.columns, source.sample, place)
     except ValueError as error:
         other = next(name for name in LAYOUTS if name != modality)
         try:
@@ -215,7 +221,7 @@ def _fit_images(draft: _Draft, pairs: Pairs[Any], own: int | None) -> None:
     )
     square = ImageSize(target, target)
     cut = [
-        max(shapes.lost_area(sizes[ref.key], square) for ref in (pair.chosen, pair.rejected) if ref.key in sizes)
+        max(shapes.lost_area(sizes[ref.key], square) for ref in pair.images if ref.key in sizes)
         for pair in sample
         if {pair.chosen.key, pair.rejected.key} & sizes.keys()
     ]

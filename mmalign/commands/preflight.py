@@ -63,7 +63,7 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
     if data:
         if cache not in ("off", "auto") and Path(cache).exists() and not Path(cache).is_dir():
             raise ValueError(f"data.cache: {cache} is a file; choose a folder")
-        modality.check_data(recipe.data)
+        modality.check_data(recipe)
     if needs.reward is not None:
         check_reward_model("method.reward", needs.reward)
     modality.check_model(recipe.model)  # last, since it may query the Hub

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,23 +144,19 @@ class ImageTransform:
 
 
 def prepare_pair(
-    chosen: Image.Image, rejected: Image.Image, size: ImageSize, transform: ImageTransform, u: Tensor
+    images: Sequence[Image.Image], size: ImageSize, transform: ImageTransform, u: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return both images in one size, with the same relative crop and the same flip: pixels [2, 3, H, W], sizes [2, 6].
+    """Return a pair's K images in one size, with the same relative crop and flip: pixels [K, 3, H, W], sizes [K, 6].
 
     Args:
-        chosen: RGB.
-        rejected: RGB; may have another size.
+        images: RGB; may have different sizes.
         size: W and H.
         transform: crop, flip and padding.
         u: the pair's draws [3] in [0, 1): top, left, flip.
     """
     crop_position = (float(u[0]), float(u[1])) if transform.crop == "random" else (0.5, 0.5)
     mirror = is_flipped(transform.flip, u)
-    sides = [
-        prepare(image, size, crop_position=crop_position, mirror=mirror, pad=transform.pad)
-        for image in (chosen, rejected)
-    ]
+    sides = [prepare(image, size, crop_position=crop_position, mirror=mirror, pad=transform.pad) for image in images]
     return torch.stack([pixels for pixels, _ in sides]), torch.stack([sizes for _, sizes in sides])
 
 

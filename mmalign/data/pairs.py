@@ -74,6 +74,7 @@ class ImagePair:
         rejected: the other image.
         group: the pair's group in `split_by_group`.
         rejected_prompt: the rejected image's prompt; empty in a pair with one prompt.
+        source: the image that both images are edits of; None for images from a prompt alone.
     """
 
     row: int
@@ -83,6 +84,7 @@ class ImagePair:
     _locate: Callable[[], str] = field(repr=False, compare=False)
     group: str
     rejected_prompt: str = ""
+    source: ImageRef | None = None
 
     @property
     def location(self) -> str:
@@ -90,9 +92,14 @@ class ImagePair:
         return self._locate()
 
     @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """Chosen image, rejected image and, if there is one, the source."""
+        return (self.chosen, self.rejected, *([self.source] if self.source is not None else []))
+
+    @property
     def content(self) -> tuple[str, ...]:
         """Prompts and images."""
-        return (self.prompt, self.rejected_prompt, self.chosen.key, self.rejected.key)
+        return (self.prompt, self.rejected_prompt, *(image.key for image in self.images))
 
 
 @dataclass(frozen=True)

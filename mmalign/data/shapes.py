@@ -52,7 +52,7 @@ def measure(pairs: Iterable[ImagePair]) -> dict[str, ImageSize]:
     """Return the size of every readable image of pairs, by its key; only headers are decoded."""
     sizes = dict[str, ImageSize]()
     for pair in pairs:
-        for ref in (pair.chosen, pair.rejected):
+        for ref in pair.images:
             if ref.key not in sizes:
                 try:
                     sizes[ref.key] = image_size(ref)
@@ -74,10 +74,10 @@ class Shapes:
     sizes: Mapping[str, ImageSize]
 
     def of(self, pair: ImagePair) -> ImageSize:
-        """Return the size of both images of a pair."""
+        """Return the size of all images of a pair."""
         if len(self.options) == 1:
             return self.options[0]
-        own = tuple(self.sizes[ref.key] for ref in (pair.chosen, pair.rejected) if ref.key in self.sizes)
+        own = tuple(self.sizes[ref.key] for ref in pair.images if ref.key in self.sizes)
         return choose_bucket(own, self.options) if own else self.options[0]
 
     def of_all(self, pairs: Iterable[ImagePair]) -> list[ImageSize] | None:
@@ -91,7 +91,7 @@ def summarize_cuts(shapes: Shapes, sources: Iterable[Iterable[ImagePair]], *, pa
     for pair in (pair for pairs in sources for pair in pairs):
         size = shapes.of(pair)
         used[size] += 1
-        for ref in (pair.chosen, pair.rejected):
+        for ref in pair.images:
             if (own := shapes.sizes.get(ref.key)) is not None:
                 lost.append((lost_area(own, size), ref.location))
                 ratios = size.width / own.width, size.height / own.height

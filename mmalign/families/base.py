@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmalign.attention.choice import SelectedBackend
 from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
+from mmalign.families.editing import Editing
 from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, Moments
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
@@ -152,6 +153,19 @@ class TextToImage(Family, Protocol):
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """Count the prompts that are longer than the text encoder's limit."""
 
+    @property
+    def editing(self) -> Editing | None:
+        """The use of a source image; None for a model that generates from prompts alone."""
+
+    def encode_edits(self, prompts: Sequence[str], sources: Tensor) -> Conditioning:
+        """Return the text conditioning of prompts with source images [N, 3, H, W] in [-1, 1], one row each.
+
+        The sources' latents are no part of it; `SOURCE` names them in a whole conditioning.
+        """
+
+    def unconditional_edits(self, sources: Tensor) -> Conditioning:
+        """Return the text conditioning of each source without a prompt."""
+
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
         """Return the whole conditioning: text [N] and sizes [N, 6].
 
@@ -162,9 +176,20 @@ class TextToImage(Family, Protocol):
         """Return the network's prediction [N, C, H, W] in its own parameterization."""
 
     def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
+        self,
+        net: nn.Module,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        sources: Tensor | None = None,
     ) -> list[Image.Image]:
-        """Generate one image per prompt; the initial noise depends on the seed alone."""
+        """Generate one image per prompt; the initial noise depends on the seed alone.
+
+        Models that edit take source images [N, 3, H, W] in [-1, 1], of the size of the images to generate.
+
+        Raises:
+            ValueError: the model needs sources, or does not edit.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents in the denoiser's scale to images [N, 3, H, W] in [-1, 1]."""

@@ -92,8 +92,9 @@ def without_storage(nets: Iterable[nn.Module], mode: FakeTensorMode) -> None:
 
     for net in nets:
         for module in net.modules():
-            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            # Attributes too: Qwen-Image's rotary frequencies are no buffers
+            own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
             for tensors in own:
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor.device == META and not isinstance(tensor, FakeTensor):
+                for name, tensor in list(tensors.items()):
+                    if isinstance(tensor, Tensor) and tensor.device == META and not isinstance(tensor, FakeTensor):
                         tensors[name] = fake(tensor)

@@ -36,8 +36,12 @@ class Conditioning:
         """Repeat all rows `times` times, one copy after the other."""
         return self._map(lambda x: torch.cat([x] * times))
 
+    def expand(self, number: int) -> Conditioning:
+        """Expand a single row to `number` rows, which share its memory."""
+        return self._map(lambda x: x.expand(number, *x.shape[1:]))
+
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
-        """Return own rows where `keep` [N] is true, and those of `other` (N rows, or one for all) elsewhere."""
+        """Return own rows where `keep` [N] is true, and those of `other` elsewhere."""
         return Conditioning(
             {k: torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, other.tensors[k]) for k, x in self.tensors.items()}
         )

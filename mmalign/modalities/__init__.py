@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from typing_extensions import TypedDict
 
-from mmalign.config import Data, Model, Recipe
+from mmalign.config import Model, Recipe
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits
@@ -201,7 +201,7 @@ class Modality:
     loading_hint: Callable[[str, Path, str], str]
     loaded_by: str
     pipeline_tag: str
-    check_data: Callable[[Data], None]
+    check_data: Callable[[Recipe], None]
     check_model: Callable[[Model], None]
     load_family: Callable[[Model, Loading], Family]
     model_dependencies: Callable[[Model], dict[str, str]]

@@ -47,7 +47,7 @@ class Counting:
 def given(family: TextToImage) -> tuple[Tensor, Tensor, Conditioning]:
     """Noisy latents, their times, and the conditioning of two prompts, one much longer than the other."""
     images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    text = family.encode_prompts(["a red fox in the long grass", "a hen"])
+    text = flow_models.conditioning(family, ["a red fox in the long grass", "a hen"], SIDE, SIDE)
     return family.encode_images(images).mean, torch.tensor([0.3, 0.9]), family.condition(text, SIZES)
 
 

@@ -33,16 +33,16 @@ from mmalign.families.loading import load_family
 from mmalign.families.lora import ADAPTERS, adapter_layers
 from mmalign.families.types import Loading
 from mmalign.training.export import read_run_info
-from tests.helpers import Folders, data_files, first_fast, recipes
+from tests.helpers import Folders, data_files, first_fast, flow_models, recipes
 from tests.helpers.commands import UNET
 from tests.helpers.loading import load_diffusion, load_vlm
 from tests.helpers.runs import assert_same
 
-FLOWS = ["sd3", "flux", "flux2", "z_image", "qwen_image", "sana"]
+FLOWS = ["sd3", "flux", "flux2", "z_image", "qwen_image", "sana", *flow_models.EDITORS]
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
 VLMS = ["qwen2_5_vl", "llava", "llava_next", "qwen2_vl", "qwen3_vl", "idefics3", "paligemma", "internvl"]
 # Forms that a pipeline has no reader for.
-WITHOUT = {"sd3": {"kohya"}, "sana": {"kohya", "comfyui"}, "flux": {"kohya"}}
+WITHOUT = {"sd3": {"kohya"}, "sana": {"kohya", "comfyui"}, "flux": {"kohya"}, "flux_kontext": {"kohya"}}
 
 
 @pytest.fixture
@@ -71,8 +71,9 @@ def predicted(family: Any, net: Any) -> Tensor:
     if family.pipeline.__class__.__name__ in ("Flux2Pipeline",):
         noise = torch.randn(1, net.config.in_channels, 4, 4, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+    text = flow_models.conditioning(family, ["a fox"], 16, 16)
     t = torch.tensor([500]) if family.pipeline.__class__.__name__.startswith("StableDiffusion") else torch.tensor([0.5])
-    return family.predict(net, noise, t, family.condition(family.encode_prompts(["a fox"]), sizes))
+    return family.predict(net, noise, t, family.condition(text, sizes))
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     tune: str, name: str, flow_folders: Folders, tmp_path: Path
 ) -> None:
     """Bit for bit; and what is left is the base and its better half, as every command takes them."""
-    base, pairs = flow_folders(name), data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
+    edits = name in flow_models.EDITORS
+    base, pairs = flow_folders(name), data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, sources=edits)
     method = {"name": "mapo" if tune == "full" else "diffusion_dpo"}
     options = {"steps": 2, "batch_size": 2, "save_every": 1, "lr": 1e-2}
     model = {"tune": tune, "lora": {"rank": 2}}
@@ -35,15 +36,16 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     family = load_diffusion(base)
     policy = loading.load_trained_policy(family, tmp_path / "whole" / "model")
     sampling = SamplingConfig(steps=2, guidance=2.0, resolution=32)
-    before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling))
-    after = family.sample(policy.unwrapped, ["thing"], [0], sampling)
+    shown = {"sources": flow_models.sources(1, 32, 32)} if edits else {}
+    before = policy.on_reference(lambda net: family.sample(net, ["thing"], [0], sampling, **shown))
+    after = family.sample(policy.unwrapped, ["thing"], [0], sampling, **shown)
     assert before is not None and before[0].tobytes() != after[0].tobytes()
 
 
-@pytest.mark.parametrize("name", first_fast(["flux2", "qwen_image"], 0))
+@pytest.mark.parametrize("name", first_fast(["flux2", "qwen_image", *flow_models.EDITORS], 0))
 def test_the_numbers_are_the_same_without_a_cache(name: str, flow_folders: Folders, tmp_path: Path) -> None:
     """Standardised latents, padded text and its mask: read from a cache or encoded in every batch."""
-    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4)
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, sources=name in flow_models.EDITORS)
     options = {"train": {"steps": 2}, "data": {"flip": True}}
     cached, uncached = (recipes.diffusion(flow_folders(name), pairs, tmp_path / to, **options) for to in ("a", "b"))
     assert_same(train_weights(cached), train_weights(uncached, "data.cache='off'"))
@@ -60,11 +62,15 @@ METHODS = {
 }
 
 
-# Every method on one family; on the others two whose steps are the family's own, and one of the rest in turn.
+NOT_FROM_PROMPTS = [("spo", "qwen_image_edit"), ("spo", "qwen_image_edit_plus")]
+# Every method on two families, of which one edits; on the others two whose steps are the family's own, and one of the
+# rest in turn.
 FIRST, *OTHERS = flow_models.BUILDERS
 PAIRS = [*((method, FIRST) for method in METHODS)]
 PAIRS += [(method, name) for name in OTHERS for method in ("inpo", "spo")]
 PAIRS += zip(cycle(["cca", "instruct_engine", "mapo", "sft"]), OTHERS, strict=False)
+PAIRS += [(method, "qwen_image_edit") for method in METHODS]
+PAIRS = [pair for pair in dict.fromkeys(PAIRS) if pair not in NOT_FROM_PROMPTS]
 
 
 @pytest.mark.parametrize(("method", "name"), first_fast(PAIRS, 7))
@@ -72,7 +78,8 @@ def test_methods_train_families(
     method: str, name: str, flow_folders: Folders, tiny_step_judge: Path, tmp_path: Path
 ) -> None:
     """One update by the one loop; it begins at the loss of a policy that is its reference, and moves the weights."""
-    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={})
+    edits = name in flow_models.EDITORS
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet", number=4, rejected={}, sources=edits)
     settings: dict[str, Any] = {"name": method, **METHODS[method]}
     if method == "spo":
         settings["reward"] = {"name": "step_aware", "path": str(tiny_step_judge)}

@@ -153,11 +153,11 @@ def test_flipped_crop_is_the_mirror_image() -> None:
 def test_both_images_share_the_relative_crop_and_the_flip() -> None:
     """u_left = 0.5 of 16 columns to spare is 8; of 32 (scaled from 64 x 32 at R = 32) it is 16."""
     u = torch.tensor([0.5, 0.5, 0.4])
-    pixels, sizes = prepare_pair(noise(48, 32), noise(128, 64), SQUARE, ImageTransform("random"), u)
+    pixels, sizes = prepare_pair([noise(48, 32), noise(128, 64)], SQUARE, ImageTransform("random"), u)
     assert pixels.shape == (2, 3, 32, 32)
     assert sizes.tolist() == [[32, 48, 0, 8, 32, 32], [64, 128, 0, 16, 32, 32]]
     same = noise(40, 32)
-    pixels, _ = prepare_pair(same, same, SQUARE, ImageTransform("random", flip=True), torch.tensor([0.1, 0.9, 0.4]))
+    pixels, _ = prepare_pair([same, same], SQUARE, ImageTransform("random", flip=True), torch.tensor([0.1, 0.9, 0.4]))
     assert torch.equal(pixels[0], pixels[1])
     assert torch.equal(pixels[0], prepare(same, SQUARE, crop_position=(0.1, 0.9), mirror=True)[0])
     assert not is_flipped(True, torch.tensor([0.0, 0.0, 0.5])) and not is_flipped(False, u) and is_flipped(True, u)

@@ -74,6 +74,7 @@ def test_decoder_trains_alike_with_few_compilations(vlm_folders: Folders, tmp_pa
         ("flux2", {"Flux2TransformerBlock", "Flux2SingleTransformerBlock"}),
         ("z_image", {"ZImageTransformerBlock"}),
         ("qwen_image", {"QwenImageTransformerBlock"}),
+        ("qwen_image_edit_plus", {"QwenImageTransformerBlock"}),
         ("sana", {"SanaTransformerBlock", "PatchEmbed", "SanaModulatedNorm"}),
     ],
 )

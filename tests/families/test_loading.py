@@ -6,13 +6,13 @@ import pytest
 
 from mmalign.families.loading import load_processor, load_tokenizers, local_folder
 from mmalign.language.chat import Turn
-from tests.helpers import Folders
+from tests.helpers import Folders, flow_models
 from tests.helpers.loading import load_diffusion, load_vlm
 
 LONG = "one two three four five six seven eight nine ten " * 60
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3_without_t5", "flux", "flux2", "z_image", "qwen_image", "sana"])
+@pytest.mark.parametrize("name", [name for name in flow_models.BUILDERS if name != "flux_schnell"])
 def test_tokenizers_without_networks_count_alike(name: str, flow_folders: Folders) -> None:
     path = flow_folders(name)
     whole, tokenizers = load_diffusion(path), load_tokenizers(str(path))

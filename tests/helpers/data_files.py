@@ -24,11 +24,16 @@ def png(seed: int, side: int = SIDE, upper: bool = True) -> bytes:
 
 
 def pick_a_pic(
-    path: Path, number: int = 8, bad: dict[int, bytes] | None = None, rejected: dict[int, str | None] | None = None
+    path: Path,
+    number: int = 8,
+    bad: dict[int, bytes] | None = None,
+    rejected: dict[int, str | None] | None = None,
+    sources: bool = False,
 ) -> Path:
     """Write pairs in the layout of Pick-a-Pic v2, white upper halves preferred; `bad` replaces a pair's first image.
 
-    `rejected` adds a column of second prompts: the given ones, or None, and a default for all other pairs.
+    `rejected` adds a column of second prompts: the given ones, or None, and a default for all other pairs. `sources`
+    adds one of source images.
     """
     rows = []
     for i in range(number):
@@ -46,6 +51,8 @@ def pick_a_pic(
         )
         if rejected is not None:
             rows[-1]["rejected_caption"] = rejected.get(i, f"other number {i}")
+        if sources:
+            rows[-1]["source_image"] = png(100 + i, SIDE + 4 * (i % 3))
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 

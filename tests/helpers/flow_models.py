@@ -1,7 +1,7 @@
 """Random flow-matching models of the real classes at tiny sizes, written to a folder as on the Hub."""
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -26,6 +29,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from torch import Tensor
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -35,6 +39,7 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
     PixtralProcessor,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -42,6 +47,9 @@ from transformers import (
     T5Tokenizer,
 )
 
+from mmalign.families.base import TextToImage
+from mmalign.families.editing import SOURCE
+from mmalign.families.types import Conditioning
 from tests.helpers.data_files import SIDE
 from tests.helpers.diffusion_models import VAE, text_config
 from tests.helpers.diffusion_models import tokenizer as clip_tokenizer
@@ -115,9 +123,9 @@ def _sd3(with_t5: bool = True) -> StableDiffusion3Pipeline:
     )
 
 
-def _flux(guided: bool = True) -> FluxPipeline:
+def _flux(guided: bool = True, cls: Any = FluxPipeline) -> Any:
     t5, t5_tokenizer = _t5(16)
-    return FluxPipeline(
+    return cls(
         transformer=FluxTransformer2DModel(
             **HEADS,
             in_channels=16,
@@ -188,9 +196,12 @@ def _z_image() -> ZImagePipeline:
     )
 
 
-def _qwen_image() -> QwenImagePipeline:
+def _qwen_image(cls: Any = QwenImagePipeline) -> Any:
     model, processor = qwen2_5_vl()
-    return QwenImagePipeline(
+    parts = processor.image_processor, processor.tokenizer, processor.video_processor
+    shown = {} if cls is QwenImagePipeline else {"processor": Qwen2VLProcessor(*parts)}
+    return cls(
+        **shown,
         transformer=QwenImageTransformer2DModel(
             **HEADS,
             in_channels=16,
@@ -251,7 +262,26 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "z_image": _z_image,
     "qwen_image": _qwen_image,
     "sana": _sana,
+    "flux_kontext": lambda: _flux(cls=FluxKontextPipeline),
+    "qwen_image_edit": lambda: _qwen_image(QwenImageEditPipeline),
+    "qwen_image_edit_plus": lambda: _qwen_image(QwenImageEditPlusPipeline),
 }
+EDITORS = ("flux_kontext", "qwen_image_edit", "qwen_image_edit_plus")
+
+
+def sources(number: int, width: int, height: int) -> Tensor:
+    """Return source images [N, 3, H, W] of noise, with the values of eight bits."""
+    pixels = torch.randint(0, 256, (number, 3, height, width), generator=torch.Generator().manual_seed(7))
+    return pixels / 127.5 - 1
+
+
+def conditioning(family: TextToImage, prompts: Sequence[str], width: int, height: int) -> Conditioning:
+    """Return the text conditioning of prompts, with source images of that size for a model that edits."""
+    if family.editing is None:
+        return family.encode_prompts(prompts)
+    images = sources(len(prompts), width, height)
+    text = family.encode_edits(prompts, images)
+    return Conditioning({**text.tensors, SOURCE: family.encode_images(images).mean})
 
 
 def write(name: str, folder: Path, seed: int = 0) -> Path:

@@ -23,7 +23,9 @@ def pairs(family: TextToImage, rows: Sequence[int] = ROWS, std: float = 0.1) -> 
         Conditioning.cat([family.encode_prompts([some[row]]) for row in rows]) for some in (PROMPTS, OF_REJECTED)
     )
     moments = Moments(mean, torch.full_like(mean, std))
-    return EncodedPairs(list(rows), moments, text, family.unconditional(), sizes, torch.ones(len(rows)), second)
+    return EncodedPairs(
+        list(rows), moments, text, family.unconditional().expand(len(rows)), sizes, torch.ones(len(rows)), second
+    )
 
 
 def swapped(batch: EncodedPairs) -> EncodedPairs:

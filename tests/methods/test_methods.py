@@ -200,7 +200,7 @@ def many(family: TextToImage, number: int) -> EncodedPairs:
             batch.latents.mean.repeat_interleave(number, 0), batch.latents.std.repeat_interleave(number, 0)
         ),
         text=batch.text.repeat(number),
-        unconditional=batch.unconditional,
+        unconditional=batch.unconditional.expand(number),
         sizes=batch.sizes.repeat_interleave(number, 0),
         weights=torch.ones(number),
     )

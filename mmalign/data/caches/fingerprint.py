@@ -124,15 +124,20 @@ def fingerprint_schedule(schedule: Schedule) -> str:
 
 
 def fingerprint_tokenizer(family: Any) -> str:
-    """Return a fingerprint of a diffusers pipeline's tokenizers and settings; of nothing for a family without pipeline.
+    """Return a fingerprint of a pipeline's tokenizers, processor and settings; of nothing without a pipeline.
 
     Settings matter: SDXL's say whether the empty prompt is encoded as zeros or as the text "".
     """
     pipeline = getattr(family, "pipeline", None)
     parts, told = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
     settings = {name: value for name, value in told.items() if name not in parts}
-    files = {name: fingerprint_files(part) for name, part in parts.items() if "tokenizer" in name and part is not None}
+    files = {name: fingerprint_files(part) for name, part in parts.items() if _reads(name) and part is not None}
     return fingerprint_settings({**files, "settings": _lasting(settings)})
+
+
+def _reads(part: str) -> bool:
+    """Return whether a part of a pipeline prepares the inputs of a text encoder."""
+    return "tokenizer" in part or part == "processor"
 
 
 def _content(path: Path) -> str:

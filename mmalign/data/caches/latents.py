@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from PIL import Image
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mmalign.config import ImageSize
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import Items
 from mmalign.data.images import BadImage, ImageTransform, decode, image_key, prepare
@@ -42,6 +45,31 @@ def encode_texts(family: TextToImage, prompts: Sequence[str]) -> Iterator[Items]
         yield {text_key(prompt): {name: x[0].cpu() for name, x in encode_prompts(family, [prompt]).tensors.items()}}
 
 
+class Edit(NamedTuple):
+    """A prompt, empty for none, with a view of the source image that the text encoder sees."""
+
+    prompt: str
+    source: ImageRef
+    size: ImageSize
+    mirror: bool
+    pad: bool
+
+    def pixels(self) -> Tensor:
+        """Return the source [1, 3, H, W]; white if it cannot be read, which a loader says of its pair."""
+        try:
+            image = decode(self.source)
+        except BadImage:
+            image = Image.new("RGB", self.size, "white")
+        return prepare(image, self.size, mirror=self.mirror, pad=self.pad)[0][None]
+
+
+def encode_edits(family: TextToImage, edits: Mapping[str, Edit]) -> Iterator[Items]:
+    """Yield the text conditioning of each edit, by its key."""
+    for key, edit in edits.items():
+        cond = encode_prompts(family, [edit.prompt], edit.pixels())
+        yield {key: {name: x[0].cpu() for name, x in cond.tensors.items()}}
+
+
 @dataclass(frozen=True)
 class ImageViews:
     """Views of pairs' images that training reads: each image in its pair's size, plain and with `flip` also mirrored.
@@ -64,6 +92,16 @@ class ImageViews:
             for mirror in ((False, True) if self.transform.flip else (False,))
         }
 
+    def edits(self) -> Iterator[tuple[str, Edit]]:
+        """Yield each pair's prompts, and the empty one, with every view of its source, by their keys."""
+        for pair in self.pairs:
+            assert pair.source is not None
+            size = self.shapes.of(pair)
+            for view, mirror in self.keys(pair, pair.source).items():
+                for prompt in dict.fromkeys((pair.prompt, pair.rejected_prompt, "")):
+                    edit = Edit(prompt, pair.source, size, mirror, self.transform.pad)
+                    yield text_key(prompt, view), edit
+
     def uncached(self, cache: ArrayCache, *, rank: int = 0, world_size: int = 1) -> list[ImageNumber]:
         """Return each image in this process's share that lacks a view in the cache, once.
 
@@ -72,7 +110,7 @@ class ImageViews:
         assert self.transform.crop == "center", "random crops are not cached"
         seen, uncached = set[str](), list[ImageNumber]()
         for number, pair in enumerate(self.pairs):
-            for side, ref in enumerate((pair.chosen, pair.rejected)):
+            for side, ref in enumerate(pair.images):
                 keys = self.keys(pair, ref)
                 if next(iter(keys)) in seen:
                     continue
@@ -106,7 +144,7 @@ class _Images(Dataset[Views | SkippedRow]):
     def __getitem__(self, image: ImageNumber) -> Views | SkippedRow:
         number, side = image
         pair = self.views.pairs[number]
-        ref = (pair.chosen, pair.rejected)[side]
+        ref = pair.images[side]
         try:
             decoded = decode(ref)
         except BadImage as error:

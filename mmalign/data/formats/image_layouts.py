@@ -11,6 +11,8 @@ votes       HPDv3: `prompt, path1, path2` and `choice_dist` (the votes of both).
 scores      ImageRewardDB and RichHF: rows of one image: `prompt, image` and `score` (larger is better) or `rank`
             (smaller is better), optionally `prompt_id`. Every two images of a prompt with different scores are a pair.
 
+Each may have a `source`, the image that a pair's images are edits of, for models that edit (`with_source`).
+
 Rows come from any file of `mmalign.data.formats.sources`. Images are paths, data URIs, bytes, or structs of bytes or a
 path. `columns` maps a name above to the name in the files. The format "auto" recognizes the layout by its columns.
 """
@@ -18,8 +20,9 @@ path. `columns` maps a name above to the name in the files. The format "auto" re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from mmalign.data.formats.files import Record, as_text, shorten
@@ -29,6 +32,7 @@ from mmalign.data.formats.rows import Rows, SourceRow
 from mmalign.data.pairs import SkippedRow, UnusableRowError
 from mmalign.reading import broken_text, parse_json
 
+SOURCE = "source"  # column of the image that a pair's images are edits of
 MAX_IMAGES = 256  # of a prompt; every two of them are a pair
 
 
@@ -40,12 +44,13 @@ class Side(NamedTuple):
 
 
 class ParsedPairs(NamedTuple):
-    """Pairs of a row: their prompt, (chosen, rejected) of each, the rejected images' prompt or "", and the ties."""
+    """Pairs of a row: their prompt, (chosen, rejected) of each, the rejected images' prompt or "", ties, and source."""
 
     prompt: str
     sides: list[tuple[Side, Side]]
     rejected_prompt: str = ""
     ties: int = 0
+    source: Side | None = None
 
 
 def _side(value: object, uid: object = None) -> Side:
@@ -170,6 +175,7 @@ class ScoredImage(NamedTuple):
     group: str
     image: Image
     worth: float
+    source: Side | None = None
 
 
 Parsed = ParsedPairs | ScoredImage
@@ -184,7 +190,7 @@ def _read_score(location: str, record: Record) -> ScoredImage:
 
 def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> Iterator[SourceRow | SkippedRow]:
     """Yield a row of `rankings` for the images of each prompt, and the reason for each row that cannot be used."""
-    groups = dict[object, list[tuple[SourceRow, ScoredImage]]]()
+    groups = dict[Hashable, list[tuple[SourceRow, ScoredImage]]]()
     for row in rows:
         if isinstance(row, SkippedRow):
             yield row
@@ -192,7 +198,7 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
         try:
             scored = layout.read(row.location, row.record)
             assert isinstance(scored, ScoredImage), "the rows are of one image"
-            groups.setdefault((row.folders, scored.group, scored.prompt), []).append((row, scored))
+            groups.setdefault((row.folders, scored.group, scored.prompt, scored.source), []).append((row, scored))
         except UnusableRowError as error:
             yield SkippedRow(row.location, str(error), error.defect)
     for group in groups.values():
@@ -203,6 +209,8 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
         images = [_placed(row, scored.image) for row, scored in group]
         worths = [scored.worth for _, scored in group]
         record: Record = {"prompt": scored.prompt, "image_path": images, "human_preference": worths}
+        if scored.source is not None:
+            record = {**record, SOURCE: scored.source.image}
         if group_by is not None:
             record = {**record, group_by: first.record.get(group_by)}
         yield SourceRow(f"{first.location} and {len(group) - 1} more of its prompt", record, first.folders)
@@ -357,3 +365,33 @@ SCORES = Layout(
     fits=_has_score,
 )
 LAYOUTS: tuple[Layout[Parsed], ...] = (PICK_A_PIC, FOLDER, RANKINGS, VOTES, SCORES)
+
+_SOURCES: tuple[str, ...] = ("source_image", "input_image", "original_image", "reference_image", "control_image")
+_SOURCES += ("source_img", "input_img", "original", "input", "image_before", "before", "control", "image")
+
+
+def with_source(layout: Layout[Parsed], *, required: bool = False) -> Layout[Parsed]:
+    """Return a layout whose rows may have a source image, or have to."""
+    return replace(
+        layout,
+        required=(*layout.required, SOURCE) if required else layout.required,
+        optional=layout.optional if required else (*layout.optional, SOURCE),
+        parse=partial(_read_source, layout),
+        synonyms={**layout.synonyms, SOURCE: _SOURCES},
+        fits=partial(_fits_source, layout),
+    )
+
+
+def _read_source(layout: Layout[Parsed], location: str, record: Record) -> Parsed:
+    parsed = layout.parse(location, record)
+    return parsed._replace(source=_source(record[SOURCE])) if SOURCE in record else parsed
+
+
+def _source(value: object) -> Side:
+    if value in (None, ""):
+        raise UnusableRowError("has no source image", "missing image")
+    return _side(value)
+
+
+def _fits_source(layout: Layout[Parsed], record: Record) -> bool:
+    return layout.fits(record) and (record.get(SOURCE) is None or _is_image(record[SOURCE]))

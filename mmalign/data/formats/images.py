@@ -5,20 +5,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmalign.data.formats.image_files import Image, ImageReader, describe_image
-from mmalign.data.formats.image_layouts import LAYOUTS, RANKINGS, SCORES, Parsed, ParsedPairs, group_scores
+from mmalign.data.formats.image_layouts import (
+    LAYOUTS,
+    RANKINGS,
+    SCORES,
+    SOURCE,
+    Parsed,
+    ParsedPairs,
+    group_scores,
+    with_source,
+)
 from mmalign.data.formats.layouts import AUTO, Layout, check_files, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow
 from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, UnusableRowError, stable_hash
 
 Columns = Mapping[str, str]
+Sources = Literal["required", "optional"]
+ROLES = ("chosen", "rejected", "source")
 
 
 def open_pairs(
@@ -31,6 +44,7 @@ def open_pairs(
     group_by: str | None = None,
     limit: int | None = None,
     prompt_pairs: str | None = None,
+    sources: Sources | None = None,
 ) -> Pairs:
     """Index the pairs of a source without decoding its images.
 
@@ -44,16 +58,19 @@ def open_pairs(
         limit: the number of pairs to take from the start; None takes all.
         prompt_pairs: text for the error message that says which methods need a prompt for the rejected image; rows
             without one are skipped. None needs no such prompt.
+        sources: "required" or "optional" for a model that edits images; None ignores columns with source images.
 
     Raises:
         ValueError: a file or column is missing, no layout fits, or no pair is left.
     """
-    source, layout = open_layout(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
+    source, layout = open_layout(layouts(sources), format, path, split=split, columns=columns, group_by=group_by)
+    if sources == "optional" and layout.column(SOURCE) in source.columns:  # then every row has to have one
+        layout = replace(layout, required=(*layout.required, SOURCE))
     taken = layout.describe() if format == AUTO else ""
     needed = {layout.column(name) for name in layout.columns}
     rows = source.rows({*needed, group_by} if group_by is not None else needed)
     if layout.name == SCORES.name:
-        rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS
+        rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
     indexed = ImageRows(rows, layout, ImageReader(images), group_by)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, layout=taken)
@@ -64,7 +81,28 @@ def open_pairs(
     return pairs[:limit] if limit is not None else pairs
 
 
-check_source = partial(check_files, LAYOUTS)
+EDITS = with_source(RANKINGS)
+
+
+def check_source(
+    format: str,
+    path: str,
+    *,
+    images: str | None = None,
+    split: str | None = None,
+    columns: Columns | None = None,
+    group_by: str | None = None,
+    sources: Sources | None = None,
+) -> None:
+    """Check a source's files and columns, with the arguments and errors of `open_pairs`; no image is read."""
+    options: dict[str, Any] = {"images": images, "split": split, "columns": columns, "group_by": group_by}
+    check_files(layouts(sources), format, path, **options)
+
+
+def layouts(sources: Sources | None) -> Sequence[Layout[Parsed]]:
+    """Return the layouts of image pairs, with a column of source images if they may have or need one."""
+    required = sources == "required"
+    return LAYOUTS if sources is None else [with_source(layout, required=required) for layout in LAYOUTS]
 
 
 class ImageRows:
@@ -113,7 +151,7 @@ class ImageRows:
                 defect = next(iter(bad.values())).defect
                 skipped.append(SkippedRow(row.location, " and ".join(map(str, bad.values())), defect))
             for which, sides in enumerate(parsed.sides):
-                if bad and any(side.image in bad for side in sides):
+                if bad and any(side.image in bad for side in (*sides, *filter(None, [parsed.source]))):
                     continue
                 places.append((number, which))
                 # Equal texts are one object
@@ -133,8 +171,9 @@ class ImageRows:
 
     def _bad_images(self, parsed: ParsedPairs, row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()
-        names = (side.image for sides in parsed.sides for side in sides if isinstance(side.image, str))
-        for image in dict.fromkeys(names):
+        images = [side.image for sides in parsed.sides for side in sides]
+        images += [parsed.source.image] if parsed.source is not None else []
+        for image in dict.fromkeys(image for image in images if isinstance(image, str)):
             try:
                 self._reader.check(image, row.folders)
             except UnusableRowError as error:
@@ -147,15 +186,18 @@ class ImageRows:
         row = self._rows.row(place)
         parsed = self._parse(row)
         refs, names = [], []
-        for side, role in zip(parsed.sides[which], ("chosen", "rejected"), strict=True):
+        sides = [*parsed.sides[which], *filter(None, [parsed.source])]
+        for side, role in zip(sides, ROLES, strict=False):
             locate = partial("{}, {}".format, row.location, describe_image(side.image, role))
             refs.append(self._reader.ref(side.image, row.folders, locate))
             # Row ids use names instead of keys: re-encoded images keep their random numbers
             names.append(side.name or refs[-1].key)
         second = parsed.rejected_prompt
         row_id = stable_hash(parsed.prompt, *names, *filter(None, [second]))
+        chosen, rejected, *source = refs
+        place = partial(str, row.location)
         return ImagePair(
-            row_id, parsed.prompt, refs[0], refs[1], partial(str, row.location), self._groups[number], second
+            row_id, parsed.prompt, chosen, rejected, place, self._groups[number], second, next(iter(source), None)
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:

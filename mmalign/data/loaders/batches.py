@@ -56,7 +56,7 @@ class EncodedPairs:
         rows: the id of each pair [B].
         latents: the posteriors of the images' latents [2B, C, H, W].
         text: the prompts' conditioning [B].
-        unconditional: the conditioning of dropped captions, one row.
+        unconditional: the conditioning of dropped captions [B].
         sizes: the images' micro-conditioning [2B, 6]: original height and width, crop top and left, target height and
             width.
         weights: [B]; 0 for a padding row.
@@ -86,7 +86,7 @@ class EncodedPrompts:
         rows: the id of each prompt [B].
         prompts: the prompts [B].
         text: their conditioning [B].
-        unconditional: the negative conditioning of guidance, one row.
+        unconditional: the negative conditioning of guidance [B].
         sizes: the micro-conditioning of the images to generate [B, 6], as in EncodedPairs.
         shape: the shape of a latent: C, H, W.
         weights: [B]; 0 for a padding row.

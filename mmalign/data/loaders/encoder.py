@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from torch import Tensor
 from mmalign.config import ImageSize
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts
-from mmalign.data.loaders.image_pairs import ImagePairBatch
+from mmalign.data.loaders.image_pairs import ImagePairBatch, SourceImages
 from mmalign.data.loaders.prompts import PromptBatch
 from mmalign.families.base import TextToImage
+from mmalign.families.editing import SOURCE
 from mmalign.families.types import Conditioning, Moments
 from mmalign.rewards import RewardModel
 
@@ -29,14 +31,14 @@ class Encoder:
 
     Attributes:
         family: the model.
-        unconditional: its conditioning without a prompt.
+        unconditional: its conditioning without a prompt, one row; None if the text encoder sees the pairs' sources.
         text: the cache of text embeddings; None encodes prompts in every batch.
         prompt_pairs: the method uses the rejected images' own prompts.
         reward_model: the reward model that scores images, for methods whose settings name one.
     """
 
     family: TextToImage
-    unconditional: Conditioning
+    unconditional: Conditioning | None
     text: ArrayCache | None
     prompt_pairs: bool = False
     reward_model: RewardModel | None = None
@@ -49,14 +51,15 @@ class Encoder:
         else:
             assert batch.pixels is not None
             latents = encode_images(self.family, batch.pixels)
+        text = partial(self._text, sources=batch.sources, device=device)
         return EncodedPairs(
             rows=batch.rows,
             latents=latents,
-            text=self._text(batch.prompts).to(device),
-            unconditional=self.unconditional.to(device),
+            text=text(batch.prompts),
+            unconditional=text([""] * len(batch.rows)),
             sizes=batch.sizes.to(device),
             weights=batch.weights.to(device),
-            rejected_text=self._text(batch.rejected_prompts).to(device) if self.prompt_pairs else None,
+            rejected_text=text(batch.rejected_prompts) if self.prompt_pairs else None,
             prompts=batch.prompts,
             reward_model=self.reward_model,
         )
@@ -67,19 +70,36 @@ class Encoder:
         return EncodedPrompts(
             rows=batch.rows,
             prompts=batch.prompts,
-            text=self._text(batch.prompts).to(device),
-            unconditional=self.unconditional.to(device),
+            text=self._text(batch.prompts, None, device),
+            unconditional=self._text([""] * len(batch.rows), None, device),
             sizes=torch.tensor([[height, width, 0, 0, height, width]] * len(batch.rows), device=device),
             shape=shape,
             weights=batch.weights.to(device),
             reward_model=self.reward_model,
         )
 
-    def _text(self, prompts: Sequence[str]) -> Conditioning:
-        if self.text is None:
-            return encode_prompts(self.family, prompts)
-        rows = [self.text.get(text_key(p)) for p in prompts]
-        return Conditioning({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]})
+    def _text(self, prompts: Sequence[str], sources: SourceImages | None, device: torch.device) -> Conditioning:
+        """Return the conditioning of prompts with their sources [B]; an empty prompt stands for none."""
+        seen = sources if self.unconditional is None else None
+        if self.unconditional is not None and not any(prompts):
+            text = self.unconditional.expand(len(prompts))
+        elif self.text is not None:
+            rows = [self.text.get(text_key(p, key)) for p, key in zip(prompts, _keys(prompts, seen), strict=True)]
+            text = Conditioning({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]})
+        else:
+            text = encode_prompts(self.family, prompts, seen.pixels if seen is not None else None)
+        text = text.to(device)
+        if sources is None:
+            return text
+        latents = sources.latents
+        if latents is None:
+            assert sources.pixels is not None
+            latents = encode_images(self.family, sources.pixels).mean
+        return Conditioning({**text.tensors, SOURCE: latents.to(device)})
+
+
+def _keys(prompts: Sequence[str], sources: SourceImages | None) -> Sequence[str]:
+    return sources.keys if sources is not None else [""] * len(prompts)
 
 
 def encode_images(family: TextToImage, images: Tensor) -> Moments:
@@ -91,11 +111,25 @@ def encode_images(family: TextToImage, images: Tensor) -> Moments:
     return Moments(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
 
 
-def encode_prompts(family: TextToImage, prompts: Sequence[str]) -> Conditioning:
-    """Return the conditioning of prompts [N], encoded one at a time, like images."""
-    return Conditioning.cat([family.encode_prompts([prompt]) for prompt in prompts])
+def encode_prompts(family: TextToImage, prompts: Sequence[str], sources: Tensor | None = None) -> Conditioning:
+    """Return the conditioning of prompts [N], encoded one at a time, like images.
+
+    With sources [N, 3, H, W] it is that of edits, and an empty prompt stands for none.
+    """
+    if sources is None:
+        return Conditioning.cat([family.encode_prompts([prompt]) for prompt in prompts])
+    return Conditioning.cat(
+        [
+            family.encode_edits([prompt], source[None]) if prompt else family.unconditional_edits(source[None])
+            for prompt, source in zip(prompts, sources, strict=True)
+        ]
+    )
 
 
-def text_key(prompt: str) -> str:
-    """Return the key of a prompt in the text cache: a hash, because prompts may be long."""
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+def text_key(prompt: str, source: str = "") -> str:
+    """Return the key of a prompt in the text cache: a hash, because prompts may be long.
+
+    `source` is the key of the source image that the text encoder sees too.
+    """
+    text = f"{prompt}\0{source}" if source else prompt
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,6 +1,7 @@
 """Reading of image pairs, decoded or from the cache of latents.
 
-B pairs per batch, with images of H x W pixels. Images come chosen first, then rejected: [2B].
+B pairs per batch, with images of H x W pixels. Images come chosen first, then rejected: [2B]. A pair with a source has
+three images, the source last.
 """
 
 from __future__ import annotations
@@ -22,8 +23,25 @@ PIXELS = "pixels"
 SAME_SIDES = "both images are the same"
 SAME_LATENTS = 1e-4  # bound of differences in rounding between batches of the encoder
 SIZES = "sizes"  # cache field with an image's micro-conditioning
+MEAN = "mean"  # cache field with an image's latents
+MIRRORED = "mirrored"
 
-ImageExample = dict[str, Tensor]  # every field of both images, pixels or cached ones, [2, ...]
+ImageExample = dict[str, Tensor]  # every field of a pair's K images, pixels or cached ones, [K, ...]
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """Source images of B pairs.
+
+    Attributes:
+        keys: the cache keys of the images as they were cut and mirrored [B].
+        pixels: [B, 3, H, W] in [-1, 1]; None if the images come from a cache.
+        latents: the means of their cached latents [B, C, h, w]; None if the images were decoded.
+    """
+
+    keys: list[str]
+    pixels: Tensor | None
+    latents: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,7 @@ class ImagePairBatch:
         arrays: every field of the cached images, [2B, ...]; None if the images were decoded.
         sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
         weights: [B] float32; 0 for padding and for a pair with a bad image.
+        sources: the images that the pairs' images are edits of; None if there are none.
     """
 
     rows: list[int]
@@ -49,6 +68,7 @@ class ImagePairBatch:
     arrays: dict[str, Tensor] | None
     sizes: Tensor
     weights: Tensor
+    sources: SourceImages | None = None
 
 
 @dataclass(frozen=True)
@@ -77,18 +97,21 @@ class ImagePairReader:
             raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
 
     def read(self, pair: ImagePair, epoch: int) -> ImageExample | list[SkippedRow]:
-        """Return both images of a pair, cropped and flipped for the epoch, or the reasons to skip the pair.
+        """Return the images of a pair, cropped and flipped for the epoch, or the reasons to skip the pair.
 
         Raises:
             ValueError: the cache lacks a good image.
         """
         rng = KeyedRNG(self.seed, epoch % self.repeat if self.repeat else epoch)
         u = rng.uniform([pair.row], (3,), "view")[0]
-        return self._decode(pair, u) if self.cache is None else self._look_up(pair, u, self.cache)
+        example = self._decode(pair, u) if self.cache is None else self._look_up(pair, u, self.cache)
+        if isinstance(example, dict) and pair.source is not None:
+            example[MIRRORED] = torch.tensor([is_flipped(self.transform.flip, u)] * len(pair.images))
+        return example
 
     def _decode(self, pair: ImagePair, u: Tensor) -> ImageExample | list[SkippedRow]:
         images, skipped = [], list[SkippedRow]()
-        for ref in (pair.chosen, pair.rejected):
+        for ref in pair.images:
             try:
                 images.append(decode(ref))
             except BadImage as error:
@@ -97,12 +120,12 @@ class ImagePairReader:
             skipped = [SkippedRow(pair.location, SAME_SIDES, "same sides")]
         if skipped:
             return skipped
-        pixels, sizes = prepare_pair(images[0], images[1], self.shapes.of(pair), self.transform, u)
+        pixels, sizes = prepare_pair(images, self.shapes.of(pair), self.transform, u)
         return {PIXELS: pixels, SIZES: sizes}
 
     def _look_up(self, pair: ImagePair, u: Tensor, cache: ArrayCache) -> ImageExample | list[SkippedRow]:
         mirror = is_flipped(self.transform.flip, u)
-        refs = (pair.chosen, pair.rejected)
+        refs = pair.images
         size = self.shapes.of(pair)
         keys = [image_key(ref, size, mirror=mirror) for ref in refs]
         absent = [ref for ref, key in zip(refs, keys, strict=True) if key not in cache]
@@ -131,6 +154,7 @@ class ImagePairReader:
             for field in examples[0]
         }
         sizes, pixels = arrays.pop(SIZES), arrays.pop(PIXELS, None)
+        arrays.pop(MIRRORED, None)
         return ImagePairBatch(
             rows=[pair.row for pair in pairs],
             prompts=[pair.prompt for pair in pairs],
@@ -140,7 +164,18 @@ class ImagePairReader:
             arrays=arrays if pixels is None else None,
             sizes=sizes,
             weights=weights,
+            sources=self._sources(pairs, examples) if MIRRORED in examples[0] else None,
         )
+
+    def _sources(self, pairs: Sequence[ImagePair], examples: Sequence[ImageExample]) -> SourceImages:
+        """Return the pairs' last images."""
+        keys = [
+            image_key(pair.images[-1], self.shapes.of(pair), mirror=bool(example[MIRRORED][-1]))
+            for pair, example in zip(pairs, examples, strict=True)
+        ]
+        field = PIXELS if self.cache is None else MEAN
+        images = torch.stack([example[field][-1] for example in examples])
+        return SourceImages(keys, images, None) if self.cache is None else SourceImages(keys, None, images)
 
 
 ImagePairLoader = Loader[ImagePair, ImageExample, ImagePairBatch]

@@ -1,4 +1,4 @@
-"""Existing adapters of a pipeline's denoiser, read by diffusers or peft."""
+"""Existing adapters and trained weights of a pipeline's denoiser, read by diffusers or peft."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmalign.families.lora import PEFT_CONFIG, TRAINED, absorb_adapters, adapter_layers, check_adapter_path
+from mmalign.attention import denoisers
+from mmalign.families.lora import (
+    ADAPTERS,
+    PEFT_CONFIG,
+    TRAINED,
+    absorb_adapters,
+    adapter_layers,
+    check_adapter_path,
+    install_magnitudes,
+)
 from mmalign.reading.weights import intact, tensors_only
 
 if TYPE_CHECKING:
@@ -51,3 +60,20 @@ def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: 
         )
     if not adapter_layers(net):
         raise ValueError(f"model.adapter: {path} has no weights of the {part}; expected an adapter of this model")
+
+
+def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
+    """Return `base` with the adapters in `folder`, or else the denoiser saved there under the name `part`.
+
+    Raises:
+        ValueError: the files are damaged.
+    """
+    with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
+        if (folder / ADAPTERS).is_file():
+            base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
+            install_magnitudes(base)
+            return base
+        net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
+    if (backend := denoisers.installed(base)) is not None:
+        denoisers.install(net, backend)
+    return net.requires_grad_(False).eval()

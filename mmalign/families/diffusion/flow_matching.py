@@ -5,19 +5,21 @@ Methods see latents [N, C, H, W]; the transformers take one token per 2 x 2 patc
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.config import ImageSize
 from mmalign.diffusion.flow import Flow
 from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.editing import SOURCE
 from mmalign.families.lora import ATTENTION
 from mmalign.families.types import Conditioning
 
@@ -88,6 +90,36 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Convert tokens back to latents [N, C, height, width]."""
     return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2), 2)
+
+
+def images(x_t: Tensor, cond: Conditioning) -> list[Tensor]:
+    """Return the images whose tokens a network gets, one after the other: x_t, and the source image if there is one."""
+    return [x_t, cond.tensors[SOURCE]] if SOURCE in cond.tensors else [x_t]
+
+
+@contextlib.contextmanager
+def attached(net: nn.Module, tokens: Tensor, **more: Any) -> Iterator[None]:
+    """Append `tokens` [N, L, C] to those that a network gets, and drop its predictions of them.
+
+    Args:
+        net: the network, which a pipeline calls by keywords.
+        tokens: the tokens of source images.
+        more: further arguments of every call.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        own = given["hidden_states"]
+        return args, {**given, **more, "hidden_states": torch.cat([own, tokens.to(own)], 1)}
+
+    def after(_: nn.Module, __: object, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (out[0][:, : -tokens.shape[1]], *out[1:])
+
+    hooks = net.register_forward_pre_hook(before, with_kwargs=True), net.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class PackedModel(LatentModel):

@@ -47,20 +47,28 @@ class Flux(flow_matching.PackedModel):
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
         takes_guidance = self.pipeline.transformer.config.guidance_embeds
+        images = flow_matching.images(x_t, cond)
         with self.loading.autocast():
             tokens = net(
-                flow_matching.pack(x_t),
+                torch.cat([flow_matching.pack(image) for image in images], 1),
                 timestep=t,
                 guidance=torch.full((number,), GUIDANCE, device=x_t.device) if takes_guidance else None,
                 encoder_hidden_states=embeds,
                 pooled_projections=cond.tensors["pooled"],
                 txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-                img_ids=self.pipeline._prepare_latent_image_ids(
-                    number, height // 2, width // 2, x_t.device, embeds.dtype
-                ),
+                img_ids=torch.cat([self._ids(image, place) for place, image in enumerate(images)]).to(embeds.dtype),
                 return_dict=False,
             )[0]
-        return flow_matching.unpack(tokens, height, width)
+        return flow_matching.unpack(tokens[:, : height * width // 4], height, width)
+
+    def _ids(self, image: Tensor, place: int) -> Tensor:
+        """Return the ids of an image's tokens [L, 3]: the image's place in the sequence, row and column."""
+        number, _, height, width = image.shape
+        ids: Tensor = self.pipeline._prepare_latent_image_ids(
+            number, height // 2, width // 2, image.device, torch.float32
+        )
+        ids[:, 0] = place
+        return ids
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """Return embeddings and the guidance scale, which is an input of the network."""

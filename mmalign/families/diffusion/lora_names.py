@@ -210,8 +210,11 @@ _KOHYA: dict[str, Callable[[Adapters, Any], Weights]] = {
     "StableDiffusionPipeline": _underscored,
     "StableDiffusionXLPipeline": _original_unet,
     "FluxPipeline": _flux1,
+    "FluxKontextPipeline": _flux1,
     "Flux2Pipeline": _FLUX2,
     "QwenImagePipeline": _underscored,
+    "QwenImageEditPipeline": _underscored,
+    "QwenImageEditPlusPipeline": _underscored,
     "ZImagePipeline": _underscored,
 }
 _COMFYUI: dict[str, Callable[[Adapters, Any], Weights]] = {
@@ -219,7 +222,10 @@ _COMFYUI: dict[str, Callable[[Adapters, Any], Weights]] = {
     "StableDiffusionXLPipeline": _underscored,
     "StableDiffusion3Pipeline": _transformer,
     "FluxPipeline": _transformer,
+    "FluxKontextPipeline": _transformer,
     "Flux2Pipeline": _FLUX2,
     "QwenImagePipeline": _transformer,
+    "QwenImageEditPipeline": _transformer,
+    "QwenImageEditPlusPipeline": _transformer,
     "ZImagePipeline": _transformer,
 }

@@ -5,6 +5,7 @@ A denoiser is a UNet or a transformer; a pipeline has one of them, under that na
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,24 +22,22 @@ from torch.utils._pytree import tree_map_only
 from mmalign.attention import denoisers
 from mmalign.attention.choice import SelectedBackend, install_backend, select_backend
 from mmalign.config import ImageSize, SamplingConfig
-from mmalign.diffusion.flow import is_flow
 from mmalign.diffusion.noise import Schedule
 from mmalign.families import quantize, shapes
 from mmalign.families.compile import denoiser_blocks
-from mmalign.families.diffusion.adapter import merge_adapter, read_adapter
+from mmalign.families.diffusion.adapter import load_trained, merge_adapter, read_adapter
 from mmalign.families.diffusion.autoencoder import decode, encode
 from mmalign.families.diffusion.export import export, save_pipeline
 from mmalign.families.diffusion.offload import place, stages
+from mmalign.families.diffusion.samplers import sampler
 from mmalign.families.diffusion.single_file import load_single_file
 from mmalign.families.diffusion.sizes import check_size, denoiser_name, resolution, size_multiple
+from mmalign.families.editing import EDITORS, Editing, not_editing
 from mmalign.families.lora import (
-    ADAPTERS,
     ATTENTION,
-    TRAINED,
     adapter_layers,
     add_lora,
     all_linear,
-    install_magnitudes,
     make_trainable,
     save_lora,
 )
@@ -47,10 +46,9 @@ from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import intact, tensors_only, use_safetensors
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
     from transformers import PreTrainedTokenizerBase
 
-SAMPLERS = ("default", "ddim", "dpmsolver++")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # names in pipelines
 
 
@@ -78,19 +76,65 @@ class LatentModel(ABC):
         return resolution(self.pipeline)
 
     def sample(
-        self, net: nn.Module, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig
+        self,
+        net: nn.Module,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        sources: Tensor | None = None,
     ) -> list[Image.Image]:
         size = ImageSize.parse(sampling.resolution or self.resolution)
         shape, encoders = self.latent_shape(size), dict(self.encoders())
         networks = [*encoders.values(), self.network, *([net] if net is not self.network else [])]
         with stages(networks, self.loading.device if self.loading.offload else None) as stage:
             stage(*encoders.values())
-            text = self.pipeline_kwargs(prompts, sampling)
+            if sources is None:
+                text = self.pipeline_kwargs(prompts, sampling)
+            else:
+                text = self.edit_kwargs(prompts, sampling, sources)
+            attached = self.attached(net, sources, shape)
             stage(encoders["vae"], net)
-            with self.loading.autocast():
-                sampled = sample(self.pipeline, net, text, seeds, sampling, size, shape, self.pack)
+            with self.loading.autocast(), attached:
+                sampled = sample(self.sampling_pipeline, net, text, seeds, sampling, size, shape, self.pack)
             stage(encoders["vae"])
             return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
+
+    def attached(
+        self, net: nn.Module, sources: Tensor | None, shape: tuple[int, int, int]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which `net` gets sources that no argument passes on, beside latents of a shape."""
+        return contextlib.nullcontext()
+
+    @property
+    def sampling_pipeline(self) -> DiffusionPipeline:
+        """The pipeline whose loop generates images."""
+        return self.pipeline
+
+    @property
+    def editing(self) -> Editing | None:
+        return EDITORS.get(type(self.pipeline).__name__)
+
+    def encode_edits(self, prompts: Sequence[str], sources: Tensor) -> Conditioning:
+        return self.encode_prompts(prompts)  # most text encoders do not see images
+
+    def unconditional_edits(self, sources: Tensor) -> Conditioning:
+        return self.unconditional().expand(len(sources))
+
+    def edit_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig, sources: Tensor) -> dict[str, object]:
+        """Return the pipeline's arguments for prompts with source images [N, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: the pipeline does not edit images.
+        """
+        raise ValueError(not_editing(self.name, type(self.pipeline).__name__))
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the text conditioning, one row per prompt."""
+
+    @abstractmethod
+    def unconditional(self) -> Conditioning:
+        """Return the conditioning without a prompt, one row."""
 
     @abstractmethod
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
@@ -327,7 +371,7 @@ def sample(
 
 def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingConfig) -> dict[str, object]:
     """Return the arguments of pipelines that take token embeddings and a pooled embedding."""
-    empty = repeat_rows(empty, len(cond))
+    empty = empty.expand(len(cond))
     return {
         "prompt_embeds": cond.tensors["embeds"],
         "pooled_prompt_embeds": cond.tensors["pooled"],
@@ -337,52 +381,7 @@ def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingCo
     }
 
 
-def sampler(name: str, own: SchedulerMixin) -> SchedulerMixin:
-    """Return a diffusers scheduler by name, with the noise schedule of the checkpoint's `own`.
-
-    Raises:
-        ValueError: the name is unknown, or the sampler does not support flow matching.
-    """
-    import diffusers
-
-    classes = {
-        "default": type(own),
-        "ddim": diffusers.DDIMScheduler,
-        "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
-    }
-    if name not in classes:
-        raise ValueError(f"sampler: {name!r} is unknown; expected one of {', '.join(SAMPLERS)}")
-    if name != "default" and is_flow(own):
-        raise ValueError(
-            f"sampler: {name!r} does not support flow-matching models; use default, the checkpoint's own "
-            f"{type(own).__name__}"
-        )
-    return classes[name].from_config(own.config)
-
-
 def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int | None = None) -> int:
     """Count prompts with more than `limit` tokens (default: the tokenizer's maximum)."""
     ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     return sum(len(row) > (limit or tokenizer.model_max_length) for row in ids)
-
-
-def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
-    """Return `base` with the adapters in `folder`, or else the denoiser saved there under the name `part`.
-
-    Raises:
-        ValueError: the files are damaged.
-    """
-    with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
-        if (folder / ADAPTERS).is_file():
-            base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
-            install_magnitudes(base)
-            return base
-        net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
-    if (backend := denoisers.installed(base)) is not None:
-        denoisers.install(net, backend)
-    return net.requires_grad_(False).eval()
-
-
-def repeat_rows(cond: Conditioning, number: int) -> Conditioning:
-    """Expand a single row to `number` rows."""
-    return Conditioning({k: x.expand(number, *x.shape[1:]) for k, x in cond.tensors.items()})

@@ -50,28 +50,38 @@ class QwenImage(flow_matching.PackedModel):
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         number, _, height, width = x_t.shape
+        images = flow_matching.images(x_t, cond)
         mask = cond.tensors["mask"].bool()
         longest = int(mask.sum(1).max())
         with self.loading.autocast():
             tokens = net(
-                flow_matching.pack(x_t),
+                torch.cat([flow_matching.pack(image) for image in images], 1),
                 timestep=t,
                 encoder_hidden_states=cond.tensors["embeds"][:, :longest],
                 encoder_hidden_states_mask=mask[:, :longest],
-                img_shapes=[[(1, height // 2, width // 2)]] * number,
+                img_shapes=[[patches(image) for image in images]] * number,
                 return_dict=False,
             )[0]
-        return flow_matching.unpack(tokens, height, width)
+        return flow_matching.unpack(tokens[:, : height * width // 4], height, width)
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """Return embeddings and scale; the pipeline rescales guided predictions to the norm of the conditional ones."""
-        cond = self.encode_prompts(prompts).tensors
-        text: dict[str, object] = {"prompt_embeds": cond["embeds"], "prompt_embeds_mask": cond["mask"]}
-        text |= {"true_cfg_scale": sampling.guidance}
-        if sampling.guidance > 1:
-            empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
-            text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_embeds_mask": empty["mask"]}
-        return text
+        empty = self.unconditional().expand(len(prompts)) if sampling.guidance > 1 else None
+        return guided(self.encode_prompts(prompts), empty, sampling.guidance)
+
+
+def guided(cond: Conditioning, empty: Conditioning | None, scale: float) -> dict[str, object]:
+    """Return the pipeline's arguments for prompts, against the negative ones if there are any."""
+    text: dict[str, object] = {"true_cfg_scale": scale}
+    for sign, some in (("", cond), ("negative_", empty)):
+        if some is not None:
+            text |= {f"{sign}prompt_embeds": some.tensors["embeds"], f"{sign}prompt_embeds_mask": some.tensors["mask"]}
+    return text
+
+
+def patches(image: Tensor) -> tuple[int, int, int]:
+    """Return the frames, rows and columns of the tokens of latents [N, C, H, W]."""
+    return 1, image.shape[-2] // 2, image.shape[-1] // 2
 
 
 def load(path: str, loading: Loading) -> QwenImage:

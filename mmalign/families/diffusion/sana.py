@@ -62,7 +62,7 @@ class Sana(LatentModel):
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         cond = self.encode_prompts(prompts).tensors
-        empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors
+        empty = self.unconditional().expand(len(prompts)).tensors
         text: dict[str, object] = {"prompt_embeds": cond["embeds"], "prompt_attention_mask": cond["mask"]}
         text |= {"negative_prompt_embeds": empty["embeds"], "negative_prompt_attention_mask": empty["mask"]}
         # No binning: images have exactly the requested size.

@@ -36,7 +36,7 @@ class StableDiffusion(LatentModel):
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         embeds = self.encode_prompts(prompts).tensors["embeds"]
-        empty = latents.repeat_rows(self.unconditional(), len(prompts)).tensors["embeds"]
+        empty = self.unconditional().expand(len(prompts)).tensors["embeds"]
         return {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "guidance_scale": sampling.guidance}
 
 

@@ -34,7 +34,7 @@ from mmalign.config.methods import SPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, grid, step, timestep
 from mmalign.families.base import TextToImage
-from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
+from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise as losses
 from mmalign.methods import Requirements, Step
@@ -198,7 +198,7 @@ def _contrast(
         t=times[numbers].to(device),
         prev=times[numbers + 1].to(device),
         cond=policy.family.condition(text, batch.sizes[prompts]),
-        unconditional=policy.family.condition(repeat_rows(batch.unconditional, len(text)), batch.sizes[prompts]),
+        unconditional=policy.family.condition(batch.unconditional[prompts], batch.sizes[prompts]),
         source=torch.cat([first, last]).to(device),
         to=torch.stack([pair.to for pair in pairs], 1).flatten(0, 1),
     )
@@ -213,9 +213,8 @@ class _Walk:
         self.family, self.net, self.batch, self.cfg, self.rng = policy.family, policy.unwrapped, batch, cfg, rng
         self.device = batch.weights.device
         self.times = grid(self.family.schedule, cfg.steps).to(self.device)
-        empty = repeat_rows(batch.unconditional, len(batch.rows))
         self.cond = self.family.condition(batch.text, batch.sizes)
-        self.unconditional = self.family.condition(empty, batch.sizes)
+        self.unconditional = self.family.condition(batch.unconditional, batch.sizes)
 
     def predict(self, x: Tensor, step_index: int) -> Tensor:
         """Return the guided prediction [k, B, C, H, W] before step `step_index`."""

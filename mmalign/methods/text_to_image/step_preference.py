@@ -29,7 +29,7 @@ from torch import Tensor
 from mmalign.config.methods import StepPreferenceConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.steps import any_time, timestep
-from mmalign.families.diffusion.pipeline import repeat_rows, to_pil
+from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.step_judge import StepJudge
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
@@ -75,7 +75,7 @@ def predict_images(
     painter = family.denoiser
     t = any_time(painter.schedule, batch.rows, rng) if t is None else t
     view = noise_pairs(painter, batch, 0.0, rng, t=t)
-    empty = painter.condition(repeat_rows(batch.unconditional, len(view.t)), batch.sizes)
+    empty = painter.condition(batch.unconditional.repeat(2), batch.sizes)
     answer = predict_guided(painter, painter.network, view.x_t, view.t, view.cond, empty, guidance)
     clean = painter.schedule.to_clean(answer, view.x_t, view.t)
     return decode_images(painter, clean), timestep(painter.schedule, view.t)

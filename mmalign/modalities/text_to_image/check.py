@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mmalign.config import Data, EvaluateImages, ImageData, ImageModel, ImageSize, PrepareImages, Recipe
+from mmalign.config import EvaluateImages, ImageData, ImageModel, ImageSize, PrepareImages, Recipe
 from mmalign.data.formats import images, prompts
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
 from mmalign.modalities.prompts import read_prompt_pairs, read_prompts
+from mmalign.modalities.text_to_image.model import source_use
 from mmalign.resources import locate
 
 
@@ -55,13 +56,19 @@ def check_packing(recipe: Recipe) -> None:
         )
 
 
-def check_data(data: Data) -> None:
+def check_data(recipe: Recipe) -> None:
     """Check the pairs' files and columns.
 
     Raises:
-        ValueError: a file or column is missing, or padding would be cropped.
+        ValueError: a file or column is missing, padding would be cropped, or the model has no use for sources.
     """
+    data, sources = recipe.data, source_use(recipe)
     assert isinstance(data, ImageData)
+    if sources == "required" and requirements_of(recipe.method).prompts_only:
+        raise ValueError(
+            f"method.name: {recipe.method.name} generates images from prompts alone, and {recipe.model.path} edits a "
+            "source image; use a method that compares the images of pairs, such as diffusion_dpo"
+        )
     if data.has_prompts_only:
         prompts.open_prompts(locate(data.path))
         return
@@ -72,6 +79,7 @@ def check_data(data: Data) -> None:
         split=data.split,
         columns=data.columns,
         group_by=data.group_by,
+        sources=sources,
     )
     if data.fit == "pad" and data.crop == "random":
         raise ValueError("data.crop: random has no meaning with data.fit: pad, which shows whole images; leave it out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from mmalign.config import ImageData, ImageSize, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
-from mmalign.data.caches.latents import ImageViews, encode_latents, encode_texts
+from mmalign.data.caches.latents import ImageViews, encode_edits, encode_latents, encode_texts
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.images import open_pairs as open_image_pairs
@@ -27,7 +27,9 @@ from mmalign.data.loaders.sampler import check_max_bad
 from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split
 from mmalign.data.shapes import Shapes, buckets, measure, summarize_cuts
 from mmalign.families.base import TextToImage
+from mmalign.families.editing import not_editing
 from mmalign.methods import Requirements
+from mmalign.modalities.text_to_image.model import source_use
 from mmalign.resources import locate
 from mmalign.rewards import RewardModel
 
@@ -45,12 +47,12 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     """
     data = recipe.data
     assert isinstance(data, ImageData)
-    pairs = _open_prompts_or_pairs(data, needs, recipe.method.name)
+    pairs = _open_prompts_or_pairs(recipe, data, needs)
     check_max_bad(pairs.skipped, data.max_bad, pairs.source)
     return split(pairs, data.validation_fraction, recipe.train.seed)
 
 
-def _open_prompts_or_pairs(data: ImageData, needs: Requirements, method: str) -> Pairs[Any]:
+def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements) -> Pairs[Any]:
     """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
     path = locate(data.path)
     columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
@@ -66,7 +68,11 @@ def _open_prompts_or_pairs(data: ImageData, needs: Requirements, method: str) ->
         )
     why = None
     if needs.prompt_pairs:
-        why = f"method.name: {method} compares two images under two prompts; most methods take rows of one prompt"
+        why = (
+            f"method.name: {recipe.method.name} compares two images under two prompts; most methods take rows of one "
+            "prompt"
+        )
+    columns["sources"] = source_use(recipe)
     return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
 
 
@@ -87,18 +93,25 @@ def build_data_module(
     data, output, seed = recipe.data, Path(recipe.output), recipe.train.seed
     assert isinstance(data, ImageData)
     sources = [pairs for pairs in splits if pairs is not None]
-    # Text embeddings, cached or encoded in every batch
     encoders = dict(family.encoders())
     vae = encoders.pop("vae")
-    family.place(*encoders.values())
-    unconditional = family.unconditional()
-    text = _fill_text(family, sources, data, output, accelerator) if data.cache != "off" else None
-    encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
     size, batch_size = ImageSize.parse(data.resolution or family.resolution), recipe.train.batch_size
+    transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
+    is_cached = data.cache != "off" and data.crop == "center"  # random crops change every epoch
+    shapes, views, edits = None, list[ImageViews](), list[ImageViews]()
+    if not needs.prompts_only:
+        shapes = pair_shapes(sources, data, size, family.size_multiple, measured=is_cached)
+        views = [ImageViews(pairs, shapes, transform) for pairs in sources]
+        edits = views if check_sources(family, data, sources) else []
+    # Text embeddings, cached or encoded in every batch
+    family.place(*encoders.values())
+    unconditional = None if edits else family.unconditional()
+    text = _fill_text(family, sources, data, output, accelerator, edits) if data.cache != "off" else None
+    encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
     open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=batch_size, seed=seed)
     _warn_truncated(family, sources)
     # Prompts alone, for methods that generate their images
-    if needs.prompts_only:
+    if shapes is None:
         shape = tuple(family.encode_images(torch.zeros(1, 3, size.height, size.width)).mean.shape[1:])
         encode = partial(encoder.encode_prompts, size=size, shape=shape)
         about = f"{len(splits[0]):,} prompts from {splits[0].source}."
@@ -108,20 +121,15 @@ def build_data_module(
         return DataModule(encode, *open_all(PromptReader()), about, text=text)
 
     # Latents, cached or encoded in every batch
-    transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
-    is_cached = text is not None and data.crop == "center"  # random crops change every epoch
-    shapes = pair_shapes(sources, data, size, family.size_multiple, measured=is_cached)
     for line in summarize_cuts(shapes, sources, pad=transform.pad):
         logger.info(line)
     latents = precompute_cache = None
     if text is not None and is_cached:
         family.place(vae)
-        views = [ImageViews(pairs, shapes, transform) for pairs in sources]
         latents = _fill_latents(family, views, data, output, accelerator, vae_decoder=needs.vae_decoder)
         if spec is not None:
-            schedule = fingerprint.fingerprint_schedule(family.schedule)
-            of_images = {**latents.fingerprint, **text.fingerprint, "schedule": schedule, "flip": data.flip}
-            precompute_cache = PrecomputeCache.open(cache_folder(data, output), spec, {**of_images, "seed": seed})
+            inputs = {**latents.fingerprint, **text.fingerprint, "flip": data.flip, "seed": seed}
+            precompute_cache = _open_precomputed(family, cache_folder(data, output), spec, inputs)
     encoding = [vae] if latents is None or needs.vae_decoder else []
     family.place(family.network, *encoding, *(encoders.values() if text is None else []))
     reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
@@ -133,6 +141,35 @@ def build_data_module(
         latents=latents,
         text=text,
     )
+
+
+def _open_precomputed(
+    family: TextToImage, folder: Path, spec: PrecomputeSpec, inputs: Mapping[str, str | int | float]
+) -> PrecomputeCache:
+    """Return the cache of a method's tensors, which depend on the inputs and on the noise process."""
+    schedule = fingerprint.fingerprint_schedule(family.schedule)
+    return PrecomputeCache.open(folder, spec, {**inputs, "schedule": schedule})
+
+
+def check_sources(family: TextToImage, data: ImageData, sources: Sequence[Pairs[ImagePair]]) -> bool:
+    """Return whether the text encoder sees the pairs' source images; log if an editing model trains without any.
+
+    Raises:
+        ValueError: the model does not edit, or random crops would change what a cached text has seen.
+    """
+    editing, has_source = family.editing, sources[0][0].source is not None
+    if not has_source:
+        if editing is not None:
+            logger.info(f"{sources[0].source} has no source images: {family.name} trains on prompts alone")
+        return False
+    if editing is None:
+        raise ValueError(not_editing(family.name, type(family).__name__))
+    if editing.in_text and data.cache != "off" and data.crop == "random":
+        raise ValueError(
+            f"data.crop: random changes the source image, which the text encoder of {family.name} sees; use center, or "
+            "data.cache: off"
+        )
+    return editing.in_text
 
 
 def pair_shapes(
@@ -153,16 +190,31 @@ def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
 
 
 def _fill_text(
-    family: TextToImage, sources: Sequence[Pairs[Any]], data: ImageData, output: Path, accelerator: Accelerator
+    family: TextToImage,
+    sources: Sequence[Pairs[Any]],
+    data: ImageData,
+    output: Path,
+    accelerator: Accelerator,
+    edits: Sequence[ImageViews],
 ) -> ArrayCache:
-    """Return the cache of text embeddings, filled; the text encoders then move to the CPU."""
+    """Return the cache of text embeddings, filled; the text encoders then move to the CPU.
+
+    `edits` are the views of the pairs' sources, if the text encoder sees them.
+    """
     encoders = {name: net for name, net in family.encoders() if name != "vae"}
     depends = {name: fingerprint.fingerprint_network(net) for name, net in encoders.items()}
     depends["tokenizers"] = fingerprint.fingerprint_tokenizer(family)
     text = ArrayCache.open(cache_folder(data, output) / "text", depends)
-    prompts = {text_key(prompt): prompt for pairs in sources for prompt in sorted(set(pairs.prompts()))}
-    keys = text.share(prompts, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    fill(text, encode_texts(family, [prompts[key] for key in keys]), len(keys), "encode prompts", accelerator)
+    share = partial(text.share, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    if edits:
+        wanted = {key: edit for views in edits for key, edit in views.edits()}
+        keys = share(wanted)
+        steps = encode_edits(family, {key: wanted[key] for key in keys})
+    else:
+        prompts = {text_key(prompt): prompt for pairs in sources for prompt in sorted(set(pairs.prompts()))}
+        keys = share(prompts)
+        steps = encode_texts(family, [prompts[key] for key in keys])
+    fill(text, steps, len(keys), "encode prompts", accelerator)
     for net in encoders.values():
         net.to("cpu")  # no longer needed; on a GPU they would take gigabytes from the training
     return text

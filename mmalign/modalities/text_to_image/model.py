@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mmalign.config import ImageModel, Model
+from mmalign.config import ImageModel, JudgeModel, Model, Recipe
+from mmalign.data.formats.image_layouts import SOURCE
+from mmalign.data.formats.images import Sources
 from mmalign.families import loading
 from mmalign.families.base import TextToImage
+from mmalign.families.editing import EDITORS, not_editing
 from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.loading import DTYPES
@@ -42,6 +45,32 @@ def check_model(model: Model) -> None:
         loading.pipeline_class(path if config is None else located("model.config", config), model.revision)
     else:
         import_callable("model.family", model.family)
+
+
+def source_use(recipe: Recipe) -> Sources | None:
+    """Return whether the recipe's model needs source images beside its pairs, may have them, or ignores them.
+
+    A family from outside has them if `data.columns` names them.
+
+    Raises:
+        ValueError: `data.columns` names source images, and the model does not edit images.
+    """
+    model, is_named = recipe.model, SOURCE in recipe.data.columns
+    if isinstance(model, ImageModel):
+        path, outside = model.config or model.path, model.family
+    else:
+        assert isinstance(model, JudgeModel)
+        path, outside = model.denoiser, None
+    try:
+        kind = None if outside is not None else loading.pipeline_class(resolve_model(path), model.revision)
+    except ValueError:  # `check_model` says what is wrong with it
+        kind = None
+    editing = EDITORS.get(kind or "")
+    if is_named and kind is not None and editing is None:
+        raise ValueError(not_editing(path, kind))
+    if is_named or editing is None:
+        return "required" if is_named else None
+    return editing.sources
 
 
 def load_family(model: Model, options: Loading) -> TextToImage:

@@ -11,7 +11,9 @@ from mmalign.config import ImageData, ImageModel, Recipe
 from mmalign.config.base import ImageSize
 from mmalign.data.data_module import Splits
 from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.data.loaders.encoder import encode_prompts
 from mmalign.families.base import TextToImage
+from mmalign.families.editing import SOURCE
 from mmalign.families.types import Conditioning, Moments
 from mmalign.methods import Requirements
 from mmalign.modalities import Example
@@ -25,29 +27,36 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
     data = recipe.data
     assert isinstance(data, ImageData)
     width, height = size = ImageSize.parse(data.resolution or family.resolution)
-    latents, text = family.encode_images(torch.zeros(1, 3, height, width)), family.encode_prompts(["a prompt"])
-    unconditional = family.unconditional()
+    image = torch.zeros(1, 3, height, width)
+    latents, source = family.encode_images(image), image if _has_sources(family, splits) else None
+    text = encode_prompts(family, ["a prompt"], source)
+    unconditional = family.unconditional() if source is None else family.unconditional_edits(source)
+    per_row = {SOURCE: latents.mean} if source is not None else {}
 
     def batch(number: int) -> EncodedPairs:
         repeated = [latents] * 2 * number
         return EncodedPairs(
             rows=list(range(number)),
             latents=Moments(torch.cat([x.mean for x in repeated]), torch.cat([x.std for x in repeated])),
-            text=text.repeat(number),
-            unconditional=unconditional,
+            text=Conditioning({**text.tensors, **per_row}).repeat(number),
+            unconditional=Conditioning({**unconditional.tensors, **per_row}).expand(number),
             sizes=torch.tensor([[height, width, 0, 0, height, width]] * 2 * number),
             weights=torch.ones(number),
-            rejected_text=text.repeat(number) if needs.prompt_pairs else None,
+            rejected_text=Conditioning({**text.tensors, **per_row}).repeat(number) if needs.prompt_pairs else None,
             prompts=["a prompt"] * number,
         )
 
     # Caches, and encoders that are not needed once they are filled
     caches, leaving = dict[str, int](), list[str]()
     if data.cache != "off":
-        caches["text"] = _num_bytes(text) * _num_prompts(splits)
+        in_text = source is not None and family.editing is not None and family.editing.in_text
+        # Each view of a source with its prompt and without one
+        number = 2 * (1 + data.flip) * _num_pairs(splits) if in_text else _num_prompts(splits)
+        caches["text"] = _num_bytes(text) * number
         leaving = [name for name, _ in family.encoders() if name != "vae"]
         if data.crop == "center" and not needs.prompts_only:
-            caches["latents"] = 2 * BYTES * latents.mean[0].numel() * 2 * (1 + data.flip) * _num_pairs(splits)
+            images = (2 if source is None else 3) * (1 + data.flip) * _num_pairs(splits)
+            caches["latents"] = 2 * BYTES * latents.mean[0].numel() * images  # means and deviations
             leaving += [] if needs.vae_decoder else ["vae"]
     assert isinstance(recipe.model, ImageModel)
     offload = recipe.model.offload
@@ -56,6 +65,11 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
         *([f"data.resolution={SMALL}"] if max(size) > SMALL else []),
     )
     return Example(batch, caches, leaving, f"images of {width} x {height} pixels", remedies, offload)
+
+
+def _has_sources(family: TextToImage, splits: Splits | None) -> bool:
+    """Return whether pairs have source images; without pairs, whether the model edits."""
+    return family.editing is not None and (splits is None or splits[0][0].source is not None)
 
 
 def _num_bytes(text: Conditioning) -> int:

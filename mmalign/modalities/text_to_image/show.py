@@ -9,6 +9,7 @@ from typing import Any
 
 from mmalign.config import ImageData, ImageSize, Recipe
 from mmalign.data.data_module import Splits
+from mmalign.data.formats.images import ROLES
 from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.image_pairs import PIXELS, SIZES, ImagePairReader
 from mmalign.data.loaders.sampler import EpochSampler
@@ -70,7 +71,7 @@ def _example(reader: ImagePairReader, pair: ImagePair) -> TrainingExample:
     if isinstance(example, list):
         return TrainingExample(pair.location, title, skipped=[str(row) for row in example])
     sides = []
-    for name, pixels, sizes in zip(("chosen", "rejected"), example[PIXELS], example[SIZES], strict=True):
+    for name, pixels, sizes in zip(ROLES, example[PIXELS], example[SIZES], strict=False):
         height, width, top, left, *_ = sizes.tolist()
         (image,) = to_pil(pixels[None])
         place = f", cut at {left}, {top} of the scaled image" if top or left else ""

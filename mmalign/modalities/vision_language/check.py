@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmalign.config import Coco, Data, EvaluateResponses, Files, Recipe, ResponseData
+from mmalign.config import Coco, EvaluateResponses, Files, Recipe, ResponseData
 from mmalign.data.formats.responses import check_source
 from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
@@ -20,12 +20,13 @@ def check_evaluation(recipe: Recipe) -> None:
         _check_question_files(recipe.evaluate)
 
 
-def check_data(data: Data) -> None:
+def check_data(recipe: Recipe) -> None:
     """Check the pairs' file and its columns.
 
     Raises:
         ValueError: the file or a column is missing.
     """
+    data = recipe.data
     assert isinstance(data, ResponseData)
     check_source(
         data.format,

@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    QwenImageEditPlusPipeline,
+)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_image_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_image_edit_plus
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +29,8 @@ from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.steps import grid
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion import flow_matching
+from mmalign.families.diffusion.pipeline import to_pil
+from mmalign.families.editing import EDITORS
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading
 from mmalign.policy import adapters_off
@@ -40,6 +51,9 @@ GUIDED: dict[str, dict[str, Any]] = {
     "z_image": {"guidance_scale": 2.0, "negative_prompt": ["", ""]},
     "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
     "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
+    "flux_kontext": {"guidance_scale": 3.0},
+    "qwen_image_edit": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
+    "qwen_image_edit_plus": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
 }
 # How each is told not to, or to tell its network what training tells it.
 PLAIN: dict[str, dict[str, Any]] = {
@@ -51,9 +65,21 @@ PLAIN: dict[str, dict[str, Any]] = {
     "z_image": {"guidance_scale": 0.0},
     "qwen_image": {"true_cfg_scale": 1.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    "flux_kontext": {"guidance_scale": 3.5},
+    "qwen_image_edit": {"true_cfg_scale": 1.0},
+    "qwen_image_edit_plus": {"true_cfg_scale": 1.0},
 }
 SHIFT_FIELDS = ["base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"]
-MASKED = ["z_image", "qwen_image", "sana"]
+MASKED = ["z_image", "qwen_image", "sana", "qwen_image_edit", "qwen_image_edit_plus"]
+SOURCES = flow_models.sources(2, *SIZE)
+
+
+@pytest.fixture(autouse=True)
+def _sources_of_this_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Qwen-Image-Edit's pipelines scale a source to this size, and not to a megapixel."""
+    monkeypatch.setattr(qwen_image_edit, "calculate_dimensions", lambda *_: (*SIZE, None))
+    monkeypatch.setattr(qwen_image_edit_plus, "VAE_IMAGE_SIZE", SIZE.width * SIZE.height)
+    monkeypatch.setattr(qwen_image_edit_plus, "CONDITION_IMAGE_SIZE", 4 * SIZE.width * SIZE.height)
 
 
 @pytest.fixture(params=first_fast(flow_models.BUILDERS))
@@ -80,7 +106,17 @@ def given(family: TextToImage, prompts: list[str] = PROMPTS) -> tuple[Tensor, Te
     """Noisy latents, their times, and the conditioning of two prompts."""
     shape, generator = (2, 3, SIZE.height, SIZE.width), torch.Generator().manual_seed(0)
     moments = family.encode_images(torch.rand(shape, generator=generator) * 2 - 1)
-    return moments.mean, torch.tensor([0.3, 0.9]), family.condition(family.encode_prompts(prompts), torch.ones(2, 6))
+    return moments.mean, torch.tensor([0.3, 0.9]), family.condition(text(family, prompts), torch.ones(2, 6))
+
+
+def text(family: TextToImage, prompts: list[str] = PROMPTS) -> Conditioning:
+    """Return the conditioning of prompts, with sources of this size for a model that edits."""
+    return flow_models.conditioning(family, prompts, *SIZE)
+
+
+def shown(family: TextToImage, rows: slice = slice(None)) -> dict[str, Tensor]:
+    """Return the argument of `sample` for the sources of these rows, if the model edits."""
+    return {"sources": SOURCES[rows]} if family.editing else {}
 
 
 def own(name: str, path: Path) -> Any:
@@ -97,16 +133,32 @@ def by_hand(pipeline: Any, steps: int, **how: Any) -> tuple[list[Image.Image], l
         seen.append(tensors["latents"])
         return tensors
 
-    images = pipeline(
-        prompt=list(PROMPTS),
-        height=SIZE.height,
-        width=SIZE.width,
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-        callback_on_step_end=watch,
-        **copy.deepcopy(how),  # Z-Image's pipeline writes its template into the list of prompts
-    ).images
-    return images, seen
+    def drawn(rows: slice) -> list[Image.Image]:
+        given = {key: value[rows] if isinstance(value, list) else value for key, value in how.items()}
+        images: list[Image.Image] = pipeline(
+            prompt=PROMPTS[rows],
+            height=SIZE.height,
+            width=SIZE.width,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS[rows]],
+            callback_on_step_end=watch,
+            **given,
+            **edits(pipeline, rows),
+        ).images
+        return images
+
+    if not isinstance(pipeline, QwenImageEditPlusPipeline):
+        return drawn(slice(None)), seen
+    images = [*drawn(slice(0, 1)), *drawn(slice(1, 2))]  # this pipeline takes one prompt
+    return images, [torch.cat(pair) for pair in zip(seen[:steps], seen[steps:], strict=True)]
+
+
+def edits(pipeline: Any, rows: slice = slice(None)) -> dict[str, Any]:
+    """Return the arguments of a pipeline for the sources of these rows, if it edits."""
+    if type(pipeline).__name__ not in EDITORS:
+        return {}
+    unscaled = {"max_area": SIZE.width * SIZE.height, "_auto_resize": False}
+    return {"image": to_pil(SOURCES[rows]), **(unscaled if isinstance(pipeline, FluxKontextPipeline) else {})}
 
 
 def as_seen(latents: Tensor, shape: torch.Size) -> Tensor:
@@ -138,32 +190,35 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
     v = (states[k + 1] - states[k]) / (sigmas[k + 1] - sigmas[k])
     t = pipeline.scheduler.timesteps[k].repeat(2) / 1000
     with torch.no_grad():
-        actual = family.predict(family.network, states[k], t, family.encode_prompts(PROMPTS))
+        actual = family.predict(family.network, states[k], t, text(family))
     torch.testing.assert_close(actual, v, rtol=1e-3, atol=1e-4)  # rounding of two latents, over 0.3
 
 
 def test_samples_equal_the_pipelines_own(name: str, path: Path, family: TextToImage) -> None:
     expected, _ = by_hand(own(name, path), 3, **GUIDED[name])
-    actual = family.sample(family.network, PROMPTS, SEEDS, SamplingConfig(steps=3, guidance=3.0, resolution=str(SIZE)))
+    sampling = SamplingConfig(steps=3, guidance=3.0, resolution=str(SIZE))
+    actual = family.sample(family.network, PROMPTS, SEEDS, sampling, **shown(family))
     assert np.abs(pixels(actual) - pixels(expected)).max() <= 1  # both round to eight bits
     assert pixels(actual).std() > 5
 
 
 def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
     sampling = SamplingConfig(steps=2, guidance=2.0, resolution=str(SIZE))
-    both = family.sample(family.network, PROMPTS, SEEDS, sampling)
-    alone = family.sample(family.network, PROMPTS[1:], SEEDS[1:], sampling)
+    both = family.sample(family.network, PROMPTS, SEEDS, sampling, **shown(family))
+    second = shown(family, slice(1, 2))
+    alone = family.sample(family.network, PROMPTS[1:], SEEDS[1:], sampling, **second)
     assert np.abs(pixels(both[1:]) - pixels(alone)).max() <= 1
-    again = family.sample(family.network, PROMPTS[1:] * 2, SEEDS[1:] * 2, sampling)
+    twice = {key: x.repeat(2, 1, 1, 1) for key, x in second.items()}
+    again = family.sample(family.network, PROMPTS[1:] * 2, SEEDS[1:] * 2, sampling, **twice)
     assert again[0].tobytes() == again[1].tobytes()
-    other_seed = family.sample(family.network, PROMPTS[1:], SEEDS[:1], sampling)
+    other_seed = family.sample(family.network, PROMPTS[1:], SEEDS[:1], sampling, **second)
     assert np.abs(pixels(other_seed) - pixels(alone)).max() > 1
 
 
 def standardised(name: str, pipeline: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the posterior as the denoiser is used to them, from the definitions."""
     vae = pipeline.vae
-    if name == "qwen_image":
+    if name.startswith("qwen_image"):
         raw = vae.encode(images[:, :, None]).latent_dist
         mean, std = (torch.tensor(x).view(1, 4, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
         return (raw.mean[:, :, 0] - mean) / std, raw.std[:, :, 0] / std
@@ -185,9 +240,9 @@ def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToI
         mean, std = standardised(name, pipeline, images)
         torch.testing.assert_close(moments.mean, mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(moments.std, std, rtol=1e-4, atol=1e-5)
-        encoded = pipeline.vae.encode(images[:, :, None] if name == "qwen_image" else images)
+        encoded = pipeline.vae.encode(images[:, :, None] if name.startswith("qwen_image") else images)
         decoded = pipeline.vae.decode(encoded.latent if name == "sana" else encoded.latent_dist.mean).sample
-    decoded = decoded[:, :, 0] if name == "qwen_image" else decoded
+    decoded = decoded[:, :, 0] if name.startswith("qwen_image") else decoded
     assert family.decode(moments.mean).shape == images.shape
     torch.testing.assert_close(family.decode(moments.mean), decoded, rtol=1e-3, atol=1e-4)
 
@@ -199,16 +254,21 @@ def test_row_prediction_depends_on_its_prompt_not_on_batch(family: TextToImage) 
         for row in (slice(0, 1), slice(1, 2)):
             alone = family.predict(family.network, x_t[row], t[row], cond[row])
             torch.testing.assert_close(both[row], alone, rtol=1e-4, atol=1e-5)
-        swapped = family.predict(family.network, x_t, t, family.encode_prompts(PROMPTS[::-1]))
+        swapped = family.predict(family.network, x_t, t, text(family, PROMPTS[::-1]))
         later = family.predict(family.network, x_t, t.flip(0), cond)
     assert both.shape == x_t.shape
     assert not torch.allclose(swapped, both, atol=1e-3) and not torch.allclose(later, both, atol=1e-3)
 
 
 def test_prompt_encoding_is_independent_of_the_batch(family: TextToImage) -> None:
-    both, empty = family.encode_prompts(PROMPTS), family.unconditional()
-    alone = Conditioning.cat([family.encode_prompts([prompt]) for prompt in PROMPTS])
-    assert len(empty) == 1
+    if family.editing is None:
+        both, empty = family.encode_prompts(PROMPTS), family.unconditional()
+        alone = Conditioning.cat([family.encode_prompts([prompt]) for prompt in PROMPTS])
+        assert len(empty) == 1
+    else:
+        both, empty = family.encode_edits(PROMPTS, SOURCES), family.unconditional_edits(SOURCES)
+        alone = Conditioning.cat([family.encode_edits(PROMPTS[n : n + 1], SOURCES[n : n + 1]) for n in (0, 1)])
+        empty = empty[slice(1, 2)]
     for key, rows in both.tensors.items():
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows, alone.tensors[key], rtol=1e-4, atol=1e-5)
@@ -227,7 +287,7 @@ def test_padding_changes_nothing(family: TextToImage) -> None:
     embeds, mask = cond.tensors["embeds"], cond.tensors["mask"]
     lengths = mask.sum(1)
     assert lengths[0] != lengths[1]
-    noisy = Conditioning({"embeds": embeds + 9 * (1 - mask)[:, :, None], "mask": mask})
+    noisy = Conditioning({**cond.tensors, "embeds": embeds + 9 * (1 - mask)[:, :, None]})
     with torch.no_grad():
         clean, dirty = (family.predict(family.network, x_t, t, c) for c in (cond, noisy))
     torch.testing.assert_close(clean, dirty, rtol=1e-5, atol=1e-6)
@@ -250,7 +310,7 @@ def test_latents_are_packed_as_diffusers_packs_them() -> None:
 
 def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> None:
     assert family.count_truncated(["fox", "fox " * 400, "x " * 2000]) == 2
-    long, short = family.encode_prompts(["x " * 2000]), family.encode_prompts(["fox"])
+    long, short = text(family, ["x " * 2000]), text(family, ["fox"])
     assert all(long.tensors[key].shape == x.shape for key, x in short.tensors.items())
     if name in MASKED:
         assert long.tensors["mask"].all()
@@ -303,7 +363,7 @@ def test_usual_adapters_reach_every_stream(name: str, family: TextToImage) -> No
 def test_what_is_saved_diffusers_loads_and_draws_alike(
     tune: str, name: str, path: Path, family: TextToImage, tmp_path: Path
 ) -> None:
-    sampling = SamplingConfig(steps=2, guidance=3.0, resolution=str(SIZE))
+    sampling, seen = SamplingConfig(steps=2, guidance=3.0, resolution=str(SIZE)), shown(family)
     if tune == "lora":
         with_adapters(family)
     else:
@@ -311,7 +371,7 @@ def test_what_is_saved_diffusers_loads_and_draws_alike(
             for p in family.network.parameters():
                 p.mul_(1.1)
     family.save(tmp_path, family.network)
-    expected = pixels(family.sample(family.network, PROMPTS, SEEDS, sampling))
+    expected = pixels(family.sample(family.network, PROMPTS, SEEDS, sampling, **seen))
     if tune == "lora":
         pipeline: Any = own(name, path)
         plain = pixels(by_hand(pipeline, 2, **GUIDED[name])[0])
@@ -349,13 +409,14 @@ def test_half_precision(path: Path) -> None:
     net = family.network
     assert next(net.parameters()).dtype == torch.bfloat16
     assert next(family.pipeline.vae.parameters()).dtype == torch.float32
-    assert all(x.dtype == torch.float32 for x in family.encode_prompts(["fox"]).tensors.values())
+    assert all(x.dtype == torch.float32 for x in text(family, ["fox"]).tensors.values())
     x, exact = given(family), load_diffusion(path)
     with torch.no_grad():
         actual, expected = family.predict(net, *x).float(), exact.predict(exact.network, *given(exact))
     # FLUX.1 rounds 1000 t and its guidance to eight bits before it takes their cosines, as in its own pipeline.
     assert (actual - expected).norm() < 0.3 * expected.norm()
-    assert len(family.sample(net, PROMPTS, SEEDS, SamplingConfig(steps=2, resolution=str(SIZE)))) == 2
+    sampling = SamplingConfig(steps=2, resolution=str(SIZE))
+    assert len(family.sample(net, PROMPTS, SEEDS, sampling, **shown(family))) == 2
 
 
 def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name: str) -> None:
@@ -373,7 +434,7 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     expected = family.pipeline.scheduler.time_shift(mu, 1.0, t)
     torch.testing.assert_close(schedule.shift * t / (1 + (schedule.shift - 1) * t), expected)
-    if name == "flux":
+    if name in ("flux", "flux_kontext"):
         assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
 
 
@@ -382,12 +443,13 @@ def test_times_equal_the_pipelines_at_each_size(name: str, path: Path) -> None:
     steps, pipeline = 5, own(name, path)
     guided = copy.deepcopy(PLAIN[name])
     size = {"height": SIZE.height, "width": SIZE.width}
-    pipeline(prompt=["fox"], num_inference_steps=steps, output_type="latent", **size, **guided)
+    given = {**size, **guided, **edits(pipeline, slice(0, 1))}
+    pipeline(prompt=["fox"], num_inference_steps=steps, output_type="latent", **given)
     expected = pipeline.scheduler.sigmas.clone()
     expected[0] = 1
     schedule = load_family(str(path), replace(CPU, size=SIZE)).schedule
     assert torch.equal(grid(schedule, steps), expected)
-    if name in ("flux", "flux2", "qwen_image"):
+    if name.startswith(("flux", "qwen_image")) and name != "flux_schnell":
         shifts = pipeline.scheduler.config
         tokens = SIZE.width // 4 * (SIZE.height // 4)
         mu = (
@@ -411,7 +473,8 @@ def test_published_flow_times_by_hand() -> None:
 def test_a_sampler_of_diffusion_is_refused(family: TextToImage, sampler: str) -> None:
     own = type(family.pipeline.scheduler).__name__
     with pytest.raises(ValueError, match=rf"^sampler: .*, the checkpoint's own {own}"):
-        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, sampler=sampler, resolution=str(SIZE)))
+        sampling = SamplingConfig(steps=1, sampler=sampler, resolution=str(SIZE))
+        family.sample(family.network, ["fox"], [0], sampling, **shown(family, slice(0, 1)))
 
 
 def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> None:
@@ -419,7 +482,8 @@ def test_a_size_that_patches_do_not_divide_is_refused(family: TextToImage) -> No
     with pytest.raises(ValueError, match=sentence):
         family.encode_images(torch.zeros(1, 3, 32, 18))
     with pytest.raises(ValueError, match=sentence):
-        family.sample(family.network, ["fox"], [0], SamplingConfig(steps=1, resolution="32x18"))
+        sampling = SamplingConfig(steps=1, resolution="32x18")
+        family.sample(family.network, ["fox"], [0], sampling, **shown(family, slice(0, 1)))
 
 
 def test_a_side_beyond_the_positions_is_refused(sd3: TextToImage) -> None:

@@ -96,7 +96,7 @@ def test_both_halves_are_diffusion_dpo_s_chosen_images(family: TextToImage) -> N
 def test_dropped_captions_are_dropped_on_both_sides_and_positive(sd: TextToImage) -> None:
     """At a rate of one both terms are -log sigma(z) of the same z, and at one half some rows are of either kind."""
     policy, batch = full(sd, moved=0.02), pairs(sd)
-    nothing = Conditioning({name: x.repeat(4, 1, 1) for name, x in batch.unconditional.tensors.items()})
+    nothing = batch.unconditional
     step = run(cca, policy, batch, cca.Config(beta=300.0, weight=5.0, caption_dropout=1.0))
     z = 300 * gaps(policy, sd, batch, nothing)
     torch.testing.assert_close(step.losses.detach(), -2 * z.sigmoid().log() / 5, rtol=1e-3, atol=1e-4)

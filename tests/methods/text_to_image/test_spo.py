@@ -54,7 +54,7 @@ def prompts(family: TextToImage, reward_model: RewardModel = bright, rows: Seque
         list(rows),
         known,
         text,
-        family.unconditional(),
+        family.unconditional().expand(len(rows)),
         sizes,
         shape,
         torch.ones(len(rows)),

@@ -44,7 +44,8 @@ def pairs(family: StepJudge) -> EncodedPairs:
     sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 6)
     text = Conditioning.cat([painter.encode_prompts([prompt]) for prompt in PROMPTS])
     moments = Moments(mean, torch.full_like(mean, 0.1))
-    return EncodedPairs(ROWS, moments, text, painter.unconditional(), sizes, torch.ones(3), prompts=PROMPTS)
+    empty = painter.unconditional().expand(3)
+    return EncodedPairs(ROWS, moments, text, empty, sizes, torch.ones(3), prompts=PROMPTS)
 
 
 def learning(family: StepJudge) -> Policy[StepJudge]:
@@ -66,7 +67,7 @@ def test_both_images_share_noise_time_and_guidance(family: StepJudge) -> None:
     abar = painter.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)  # type: ignore[attr-defined]
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
     cond = painter.condition(batch.text.repeat(2), batch.sizes)
-    empty = painter.condition(Conditioning.cat([batch.unconditional] * 6), batch.sizes)
+    empty = painter.condition(batch.unconditional.repeat(2), batch.sizes)
     with torch.no_grad():
         answer, without = (painter.predict(painter.network, x_t, t, c) for c in (cond, empty))
         answer = without + 3.0 * (answer - without)

@@ -1,0 +1,39 @@
+"""Pipelines of diffusers that edit a source image, and their use of it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+SOURCE = "source"  # name of the source's latents [N, C, H, W] in a conditioning
+
+
+class Editing(NamedTuple):
+    """Use of a source image.
+
+    Attributes:
+        required: False if the pipeline also generates images from a prompt alone.
+        in_text: True if the text encoder sees the source too.
+    """
+
+    required: bool
+    in_text: bool
+
+    @property
+    def sources(self) -> Literal["required", "optional"]:
+        """Whether each row of the data needs a source."""
+        return "required" if self.required else "optional"
+
+
+EDITORS = {
+    "FluxKontextPipeline": Editing(required=False, in_text=False),
+    "QwenImageEditPipeline": Editing(required=True, in_text=True),
+    "QwenImageEditPlusPipeline": Editing(required=True, in_text=True),
+}
+
+
+def not_editing(path: str, kind: str) -> str:
+    """Return the error message for source images that a pipeline has no use for."""
+    return (
+        f"data.columns: names source images, and {path} is a {kind}, which generates images from a prompt alone; leave "
+        f"source out, or train one of {', '.join(EDITORS)}"
+    )
