@@ -156,6 +156,12 @@ class Data(Section):
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the groups in the validation split")
     limit: int | None = Field(None, ge=1, description="use the first pairs only")
     max_bad: int | None = Field(None, ge=0, description="stop if more rows and images are bad")
+    margin: Literal["column", "score", "log_score"] = Field(
+        "column",
+        description="margin of a pair's logit: the column margin, or the chosen score minus the rejected one, or its "
+        "logarithm, times margin_scale",
+    )
+    margin_scale: float = Field(1.0, description="factor of margins from scores")
     num_workers: int = Field(0, ge=0, description="processes that read images; 0 reads in the training process")
     cache: Annotated[str, _OFF] = Field(
         "auto",

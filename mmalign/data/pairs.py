@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, Literal, NoReturn, Protocol, overload
+from typing import Generic, Literal, NamedTuple, NoReturn, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,25 @@ def _raise_read_again(locate: Callable[[], str]) -> NoReturn:
     raise AssertionError(f"{locate()}: the image of an encoded pair is in its batch, and is not read again")
 
 
+class Label(NamedTuple):
+    """Label of a pair.
+
+    Attributes:
+        preference: the probability that the chosen side is the better one.
+        margin: the size that the logit has to exceed.
+        weight: the factor of the pair's loss.
+        annotator: the annotator's name, or "".
+    """
+
+    preference: float = 1.0
+    margin: float = 0.0
+    weight: float = 1.0
+    annotator: str = ""
+
+
+NO_LABEL = Label()
+
+
 @dataclass(frozen=True)
 class ImagePair:
     """Two images for one prompt.
@@ -75,6 +94,7 @@ class ImagePair:
         group: the pair's group in `split_by_group`.
         rejected_prompt: the rejected image's prompt; empty in a pair with one prompt.
         source: the image that both images are edits of; None for images from a prompt alone.
+        label: the pair's label.
     """
 
     row: int
@@ -85,6 +105,7 @@ class ImagePair:
     group: str
     rejected_prompt: str = ""
     source: ImageRef | None = None
+    label: Label = NO_LABEL
 
     @property
     def location(self) -> str:
@@ -100,6 +121,11 @@ class ImagePair:
     def content(self) -> tuple[str, ...]:
         """Prompts and images."""
         return (self.prompt, self.rejected_prompt, *(image.key for image in self.images))
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Content and label."""
+        return _with_label(self.content, self.label)
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,7 @@ class ResponsePair:
         location: the pair's location, for messages.
         group: the pair's group in `split_by_group`.
         hallucinated: a second rejected response, induced by misleading a model; empty if there is none.
+        label: the pair's label.
     """
 
     row: int
@@ -129,6 +156,7 @@ class ResponsePair:
     location: str
     group: str
     hallucinated: str = ""
+    label: Label = NO_LABEL
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -136,6 +164,15 @@ class ResponsePair:
         roles = (self.images, self.rejected_images, self.other_images)
         keys = ("|".join(image.key for image in images) for images in roles)
         return (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *keys)
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Content and label."""
+        return _with_label(self.content, self.label)
+
+
+def _with_label(content: tuple[str, ...], label: Label) -> tuple[str, ...]:
+    return (*content, repr(tuple(label))) if label != NO_LABEL else content
 
 
 P = TypeVar("P", default=ImagePair, covariant=True)
@@ -179,6 +216,10 @@ class Row(Protocol):
     def content(self) -> tuple[str, ...]:
         """Texts and keys of images; another pair, or the same with its sides exchanged, has others."""
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Content, and the label of a pair."""
+
 
 class Rows(Protocol[P]):
     """Interface of a source: pairs by number, built on access."""
@@ -201,6 +242,7 @@ class Pairs(Sequence[P], Generic[P]):
         skipped: the rows that indexing skipped.
         tied: locations of the pairs skipped because neither image is preferred; one for each pair.
         layout: the layout that was recognized, with its columns; empty if it was named.
+        unread: the columns that nothing reads.
     """
 
     def __init__(
@@ -211,9 +253,10 @@ class Pairs(Sequence[P], Generic[P]):
         dropped: Sequence[SkippedRow] = (),
         tied: Sequence[str] = (),
         layout: str = "",
+        unread: Sequence[str] = (),
     ) -> None:
         self.source, self.skipped, self.tied = source, tuple(dropped), tuple(tied)
-        self.layout = layout
+        self.layout, self.unread = layout, tuple(unread)
         self._rows, self._numbers = rows, numbers
 
     def __len__(self) -> int:
@@ -231,7 +274,7 @@ class Pairs(Sequence[P], Generic[P]):
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
         """Return the pairs with these numbers, in this order."""
         chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
-        return Pairs(self.source, self._rows, chosen, self.skipped, self.tied, self.layout)
+        return Pairs(self.source, self._rows, chosen, self.skipped, self.tied, self.layout, self.unread)
 
     @property
     def ties(self) -> int:
@@ -267,6 +310,9 @@ class Pairs(Sequence[P], Generic[P]):
         text = f"{_count(len(self), 'pair')} in {_count(groups, 'group')} from {self.source}"
         if self.layout:
             text += f", read as {self.layout}; data.format and data.columns name others"
+        if self.unread:
+            names = ", ".join(self.unread)
+            text += f"; nothing reads {'column' if len(self.unread) == 1 else 'columns'} {names:.300}"
         if self.ties:
             text += f"; {_count(self.ties, 'tie')} left out"
         if self.skipped:
@@ -309,10 +355,10 @@ def pair_key(pair: Row) -> str:
 
 
 def fingerprint_pairs(pairs: Sequence[Row]) -> str:
-    """Return a hash of the pairs' content and order: prompts, images, responses, and which side is preferred."""
+    """Return a hash of the pairs' order, content and labels, and of which side is preferred."""
     digest = hashlib.blake2b(digest_size=16)
     for pair in pairs:
-        digest.update(stable_hash(*pair.content).to_bytes(8, "big"))
+        digest.update(stable_hash(*pair.identity).to_bytes(8, "big"))
     return digest.hexdigest()
 
 

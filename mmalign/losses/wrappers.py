@@ -24,11 +24,27 @@ class Labels(NamedTuple):
         preference: probability that the chosen side is the better one, [B].
         margin: margin that the logit has to exceed, [B].
         weight: factor of the loss, [B].
+        annotators: name of each pair's annotator, or "", [B].
     """
 
     preference: Tensor
     margin: Tensor
     weight: Tensor
+    annotators: Sequence[str] = ()
+
+    def to(self, device: torch.device) -> Labels:
+        """Return the labels on a device."""
+        return Labels(self.preference.to(device), self.margin.to(device), self.weight.to(device), self.annotators)
+
+    def sure(self, pairs: Tensor | None = None) -> Labels:
+        """Return the labels with the weight alone for the pairs of a mask [B], or for all.
+
+        They belong to comparisons of other items than the pair's two sides.
+        """
+        mask = torch.ones_like(self.weight, dtype=torch.bool) if pairs is None else pairs
+        return self._replace(
+            preference=self.preference.masked_fill(mask, 1.0), margin=self.margin.masked_fill(mask, 0.0)
+        )
 
 
 def labelled(link: PairLoss, labels: Labels, beta: float) -> PairLoss:

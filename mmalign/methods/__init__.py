@@ -66,6 +66,7 @@ class Requirements:
 
     Attributes:
         reference: a reference network, or its cached scores.
+        labels: the labels of the pairs.
         rejected: rejected responses; a method without this need also takes rows of answers alone.
         prompts_only: prompts without images; the method generates its own images.
         prompt_pairs: pairs with a prompt for each image.
@@ -84,6 +85,7 @@ class Requirements:
     """
 
     reference: bool = True
+    labels: bool = False
     rejected: bool = True
     prompts_only: bool = False
     prompt_pairs: bool = False

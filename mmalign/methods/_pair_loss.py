@@ -90,11 +90,11 @@ def preference_step(
     return Step(losses, weights, metrics)
 
 
-def with_own_loss(step: Step, name: str, weight: float, own_loss: Tensor) -> Step:
+def with_own_loss(step: Step, name: str, weight: float, own_loss: Tensor, labels: Labels | None) -> Step:
     """Return a step with the chosen side's own loss [B] added, and logged by name; unchanged for a weight of 0."""
     if not weight:
         return step
-    losses = step.losses + weight * own_loss
+    losses = step.losses + weight * own_loss * (labels.weight if labels is not None else 1.0)
     return replace(step, losses=losses, metrics={**step.metrics, name: own_loss.detach(), "loss": losses.detach()})
 
 

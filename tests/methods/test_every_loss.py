@@ -10,6 +10,7 @@ from mmalign import methods
 from mmalign.config.base import Choice
 from mmalign.config.losses import PairLossConfig
 from mmalign.families.base import TextToImage, VisionLanguage
+from mmalign.losses.wrappers import Labels
 from mmalign.methods.text_to_image import diffusion_dpo, inpo, instruct_engine
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid, realign, rlhfv
 from mmalign.policy import Policy
@@ -104,3 +105,54 @@ def test_divergence_and_cap_reach_the_loss(llava: VisionLanguage) -> None:
     capped = run(dpo, policy, batch, dpo.Config(beta=1.0, logit_cap=cap)).losses.detach()
     torch.testing.assert_close(capped, torch.nn.functional.softplus(-z.clamp(max=cap)))
     assert cap > 0 and not torch.equal(capped, plain.losses.detach())
+
+
+def labels(number: int, **parts: float) -> Labels:
+    """Return equal labels of so many pairs."""
+    given = {"preference": 1.0, "margin": 0.0, "weight": 1.0, **parts}
+    return Labels(*(torch.full((number,), value) for value in given.values()), [""] * number)
+
+
+@pytest.mark.parametrize("method", [diffusion_dpo, inpo, instruct_engine])
+def test_methods_for_images_read_labels(sd: TextToImage, method: Any) -> None:
+    policy, batch = adapted(sd, moved=0.02), image_batches.pairs(sd)
+    cfg = method.Config(beta=300.0, sft=0.5, **({} if method is instruct_engine else {"caption_dropout": 0.0}))
+    check_labels(method, policy, batch, cfg)
+    assert methods.requirements_of(cfg).labels
+
+
+@pytest.mark.parametrize("method", [dpo, mdpo, povid, realign, rlhfv])
+def test_methods_for_responses_read_labels(llava: VisionLanguage, method: Any) -> None:
+    policy, batch = adapted(llava, moved=0.1), response_batches.batch(llava)
+    check_labels(method, policy, batch, method.Config(nll=0.5))
+    assert methods.requirements_of(method.Config()).labels
+
+
+def check_labels(method: Any, policy: Policy[Any], batch: Any, cfg: Any) -> None:
+    """Check weights, margins and preferences; comparisons of other views than the two responses have weights alone."""
+    number = len(batch.rows)
+
+    def losses(**parts: float) -> torch.Tensor:
+        return run(method, policy, replace(batch, labels=labels(number, **parts)), cfg).losses.detach()
+
+    plain = run(method, policy, batch, cfg).losses.detach()
+    torch.testing.assert_close(losses(weight=3.0), 3 * plain)
+    torch.testing.assert_close(losses(), plain)
+    if method is instruct_engine:
+        torch.testing.assert_close(losses(preference=0.5, margin=1.0), plain)
+        return
+    shifted, even = losses(margin=2.0) - plain, losses(preference=0.5)
+    assert (shifted > 0).all() and (shifted < 2.0).all()
+    z = run(method, policy, batch, cfg).metrics["logit"]
+    share = cfg.gamma if method is povid else 1.0
+    mixed = share * (0.5 * torch.nn.functional.softplus(z) - 0.5 * torch.nn.functional.softplus(-z))
+    torch.testing.assert_close(even - plain, mixed, rtol=1e-3, atol=1e-5)
+
+
+def test_sppo_regresses_on_the_preference(llava: VisionLanguage) -> None:
+    policy, batch = adapted(llava, moved=0.1), response_batches.batch(llava)
+    cfg = dpo.Config(loss="sppo", beta=0.5)
+    step = run(dpo, policy, replace(batch, labels=labels(3, preference=0.8)), cfg)
+    chosen, rejected = (step.metrics[f"{side} gain"] for side in ("chosen", "rejected"))
+    expected = 0.5 * ((chosen - 0.6) ** 2 + (rejected + 0.6) ** 2)
+    torch.testing.assert_close(step.losses.detach(), expected)

@@ -291,6 +291,7 @@ LAYOUTS = (
         ("prompt|messages|conversations",),
         ("answer", *_ANY),
         _answers,
+        has_labels=False,
         synonyms={**_IMAGES, "prompt": _QUESTION, "answer": ("response", "output", "caption", "completion")},
         fits=_may_hold_images,
     ),

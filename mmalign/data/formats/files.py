@@ -7,13 +7,14 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from mmalign.data.pairs import SkippedRow
+from mmalign.data.pairs import SkippedRow, UnusableRowError
 from mmalign.reading import MAX_BYTES, check_file, parse_json, read_json
 from mmalign.resources import resolve
 
@@ -245,3 +246,24 @@ def shorten(value: object) -> str:
     except RecursionError:  # as deep as JSON may be where it is read, too deep where it is written
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+
+
+def read_number(name: str, value: object) -> float:
+    """Return a number, also of a truth value or of a text from CSV.
+
+    Raises:
+        UnusableRowError: the value is none, or is not finite.
+    """
+    if type(value) is float and math.isfinite(value):
+        return value
+    try:
+        number = _WORDS.get(value.lower()) if isinstance(value, str) else None
+        number = float(value) if number is None and isinstance(value, str | int | float) else number
+    except (ValueError, OverflowError):
+        number = None
+    if number is None or not math.isfinite(number):
+        raise UnusableRowError(f"{name} is {shorten(value)}; expected a number")
+    return number

@@ -2,8 +2,9 @@
 
 pick_a_pic  Two images with two labels, as in Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, optionally
             `image_0_uid, image_1_uid, are_different, has_label`. The image with the larger label is chosen: 1 and 0,
-            votes, ratings, true and false. Equal labels are a tie. An optional `rejected_caption` is the rejected
-            image's prompt; `caption` is then the chosen one's.
+            votes, ratings, true and false. Equal labels are a tie; labels between 0 and 1 that add up to 1 are
+            probabilities. An optional `rejected_caption` is the rejected image's prompt; `caption` is then the chosen
+            one's.
 folder      `prompt, chosen, rejected`, and optionally `rejected_prompt`.
 rankings    HPDv2 and ImageReward: `prompt, image_path` (a list) and `rank` (smaller is better) or `human_preference`
             (larger is better). Every two images of different rank are a pair.
@@ -14,19 +15,21 @@ scores      ImageRewardDB and RichHF: rows of one image: `prompt, image` and `sc
 Each may have a `source`, the image that a pair's images are edits of, for models that edit (`with_source`).
 
 Rows come from any file of `mmalign.data.formats.sources`. Images are paths, data URIs, bytes, or structs of bytes or a
-path. `columns` maps a name above to the name in the files. The format "auto" recognizes the layout by its columns.
+path. `columns` maps a name above to the name in the files. The format "auto" recognizes the layout by its columns. All
+layouts of pairs also take the columns of `mmalign.data.formats.labels`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from mmalign.data.formats.files import Record, as_text, shorten
+from mmalign.data.formats.files import Record, as_text, read_number, shorten
+from mmalign.data.formats.image_columns import CHOSEN, IMAGES, LABELS, PROMPTS, REJECTED, WORTHS, of_side, of_two
 from mmalign.data.formats.image_files import Image, StoredImage, as_image, image_name
+from mmalign.data.formats.labels import NUMBERED_SCORES
 from mmalign.data.formats.layouts import Layout
 from mmalign.data.formats.rows import Rows, SourceRow
 from mmalign.data.pairs import SkippedRow, UnusableRowError
@@ -34,6 +37,7 @@ from mmalign.reading import broken_text, parse_json
 
 SOURCE = "source"  # column of the image that a pair's images are edits of
 MAX_IMAGES = 256  # of a prompt; every two of them are a pair
+SURE = 1e-6  # bound of the difference from 1 in a sum of probabilities
 
 
 class Side(NamedTuple):
@@ -44,13 +48,25 @@ class Side(NamedTuple):
 
 
 class ParsedPairs(NamedTuple):
-    """Pairs of a row: their prompt, (chosen, rejected) of each, the rejected images' prompt or "", ties, and source."""
+    """Pairs of a row.
+
+    Attributes:
+        prompt: the prompt of all, or of the chosen images.
+        sides: the chosen and the rejected image of each pair.
+        rejected_prompt: the rejected images' prompt, or "".
+        ties: the number of ties.
+        source: the image that a pair's images are edits of.
+        preference: the probability that the chosen image is the better one.
+        gaps: by how much the chosen image's score exceeds the rejected one's, for each pair; empty without scores.
+    """
 
     prompt: str
     sides: list[tuple[Side, Side]]
     rejected_prompt: str = ""
     ties: int = 0
     source: Side | None = None
+    preference: float = 1.0
+    gaps: tuple[float, ...] = ()
 
 
 def _side(value: object, uid: object = None) -> Side:
@@ -78,23 +94,6 @@ def _second(record: Record, name: str) -> str:
     return _text(record, name) if record.get(name) not in (None, "") else ""
 
 
-_WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
-
-
-def _number(name: str, value: object) -> float:
-    """Return a number, also of a truth value or of a text from CSV."""
-    if type(value) is float and math.isfinite(value):
-        return value
-    try:
-        number = _WORDS.get(value.lower()) if isinstance(value, str) else None
-        number = float(value) if number is None and isinstance(value, str | int | float) else number
-    except (ValueError, OverflowError):
-        number = None
-    if number is None or not math.isfinite(number):
-        raise UnusableRowError(f"{name} is {shorten(value)}; expected a number")
-    return number
-
-
 def _list(name: str, value: object) -> list[object]:
     """Return a list, also of one in JSON in a cell of CSV."""
     if isinstance(value, str) and value.startswith("["):
@@ -112,18 +111,26 @@ def _ordered(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> Pars
     if len(sides) > MAX_IMAGES:
         raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
     order = [(i, j) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
-    pairs = [(sides[i], sides[j]) for i, j in order if sides[i].image != sides[j].image]
-    return ParsedPairs(prompt, pairs, ties=len(sides) * (len(sides) - 1) // 2 - len(order))
+    ties = len(sides) * (len(sides) - 1) // 2 - len(order)
+    order = [(i, j) for i, j in order if sides[i].image != sides[j].image]
+    gaps = tuple(worth[i] - worth[j] for i, j in order)
+    return ParsedPairs(prompt, [(sides[i], sides[j]) for i, j in order], ties=ties, gaps=gaps)
 
 
 def _read_labels(location: str, record: Record) -> ParsedPairs:
     for flag, reason in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
-        if record.get(flag) is not None and not _number(flag, record[flag]):
+        if record.get(flag) is not None and not read_number(flag, record[flag]):
             raise UnusableRowError(reason, "same sides" if flag == "are_different" else "unusable")
     prompt, second = _text(record, "caption"), _second(record, "rejected_caption")
-    labels = [_number(name, record[name]) for name in ("label_0", "label_1")]
+    labels = [read_number(name, record[name]) for name in ("label_0", "label_1")]
     sides = [_side(record[f"jpg_{n}"], record.get(f"image_{n}_uid")) for n in (0, 1)]
-    return _two(prompt, sides, labels)._replace(rejected_prompt=second)
+    pairs = _two(prompt, sides, labels)._replace(rejected_prompt=second)
+    if abs(sum(labels) - 1) < SURE and min(labels) > 0:
+        pairs = pairs._replace(preference=max(labels))
+    if any(record.get(name) in (None, "") for name in NUMBERED_SCORES):
+        return pairs
+    gap = read_number("score_0", record["score_0"]) - read_number("score_1", record["score_1"])
+    return pairs._replace(gaps=(gap if labels[0] > labels[1] else -gap,))
 
 
 def _two(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> ParsedPairs:
@@ -144,7 +151,8 @@ def _read_sides(location: str, record: Record) -> ParsedPairs:
 
 def _read_votes(location: str, record: Record) -> ParsedPairs:
     votes = record["choice_dist"]
-    worth = [_number("choice_dist", vote) for vote in _list("choice_dist", votes)] if votes is not None else [1.0, 0.0]
+    counts = _list("choice_dist", votes) if votes is not None else [1.0, 0.0]
+    worth = [read_number("choice_dist", vote) for vote in counts]
     if len(worth) != 2:
         raise UnusableRowError(f"choice_dist is {shorten(votes)}; expected the votes of both images")
     return _two(_text(record, "prompt"), [_side(record[name]) for name in ("path1", "path2")], worth)
@@ -155,7 +163,7 @@ def _read_ranking(location: str, record: Record) -> ParsedPairs:
     worths = []
     for name, sign in (("rank", -1), ("human_preference", 1)):
         if record.get(name) is not None:
-            worths.append([sign * _number(name, value) for value in _list(name, record[name])])
+            worths.append([sign * read_number(name, value) for value in _list(name, record[name])])
     if not worths or any(len(worth) != len(images) for worth in worths):
         came = ", ".join(
             f"{name} is {shorten(record.get(name))}" for name in ("image_path", "rank", "human_preference")
@@ -183,7 +191,7 @@ Parsed = ParsedPairs | ScoredImage
 
 def _read_score(location: str, record: Record) -> ScoredImage:
     prompt, score = _text(record, "prompt"), record.get("score")
-    worth = _number("score", score) if score is not None else -_number("rank", record.get("rank"))
+    worth = read_number("score", score) if score is not None else -read_number("rank", record.get("rank"))
     group = record.get("prompt_id")
     return ScoredImage(prompt, as_text(group) if group is not None else prompt, as_image(record["image"]), worth)
 
@@ -255,59 +263,18 @@ def _has_score(record: Record) -> bool:
     return _is_image(record.get("image")) and bool(worths) and not any(map(_is_list, worths))
 
 
-def _of_two(first: bool, stems: Sequence[str]) -> list[str]:
-    """Return names such as image_a or left_image; those that count from 1 come last."""
-    places = ("0", "a", "left", "first", "1") if first else ("1", "b", "right", "second", "2")
-    return [name for place in places for stem in stems for name in (f"{stem}_{place}", f"{place}_{stem}")]
-
-
-def _of_side(names: Sequence[str]) -> list[str]:
-    """Return names such as winner_image or image_winner."""
-    parts = ("image", "img", "path", "file", "jpg", "file_name", "image_path", "img_path")
-    return [*names, *(name for n in names for part in parts for name in (f"{n}_{part}", f"{part}_{n}"))]
-
-
-_PROMPTS = ("prompt", "caption", "text", "prompts", "captions", "description", "instruction", "query", "title")
-_IMAGES = ("image", "img", "jpg", "path", "file", "picture", "image_path", "img_path")
-_LABELS = ("label", "score", "rating", "votes", "vote", "reward", "preference", "num_votes")
-_CHOSEN = ("chosen", "winner", "win", "preferred", "better", "good", "best", "positive", "accepted")
-_REJECTED = (
-    "rejected",
-    "loser",
-    "lose",
-    "loss",
-    "dispreferred",
-    "unpreferred",
-    "worse",
-    "bad",
-    "worst",
-    "negative",
-)
-_SCORES: tuple[str, ...] = (
-    "overall_rating",
-    "overall_score",
-    "overall",
-    "rating",
-    "reward",
-    "human_score",
-    "votes",
-    "likes",
-    "elo",
-)
-_SCORES += ("preference", "aesthetic_score", "aesthetics_score", "quality", "mos", "label", "liked", "good")
-
 PICK_A_PIC = Layout(
     "pick_a_pic",
     ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
-    ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption"),
+    ("image_0_uid", "image_1_uid", "are_different", "has_label", "rejected_caption", *NUMBERED_SCORES),
     _read_labels,
     aliases={"prompt": "caption", "rejected_prompt": "rejected_caption"},
     synonyms={
-        "caption": _PROMPTS,
-        "jpg_0": _of_two(True, _IMAGES),
-        "jpg_1": _of_two(False, _IMAGES),
-        "label_0": _of_two(True, _LABELS),
-        "label_1": _of_two(False, _LABELS),
+        "caption": PROMPTS,
+        "jpg_0": of_two(True, IMAGES),
+        "jpg_1": of_two(False, IMAGES),
+        "label_0": of_two(True, LABELS),
+        "label_1": of_two(False, LABELS),
         "rejected_caption": ("rejected_prompt",),
     },
     fits=_has_two,
@@ -318,9 +285,9 @@ FOLDER = Layout(
     ("rejected_prompt",),
     _read_sides,
     synonyms={
-        "prompt": _PROMPTS,
-        "chosen": _of_side(_CHOSEN),
-        "rejected": _of_side(_REJECTED),
+        "prompt": PROMPTS,
+        "chosen": of_side(CHOSEN),
+        "rejected": of_side(REJECTED),
         "rejected_prompt": ("rejected_caption",),
     },
     fits=_has_sides,
@@ -331,7 +298,7 @@ RANKINGS = Layout(
     (),
     _read_ranking,
     synonyms={
-        "prompt": _PROMPTS,
+        "prompt": PROMPTS,
         "image_path": ("image_paths", "images", "paths", "file_path", "file_paths", "generations", "files", "image"),
         "rank": ("ranks", "ranking", "rankings"),
         "human_preference": ("preferences", "scores", "ratings", "votes", "rewards", "score", "rating", "labels"),
@@ -344,9 +311,9 @@ VOTES = Layout(
     (),
     _read_votes,
     synonyms={
-        "prompt": _PROMPTS,
-        "path1": _of_two(True, _IMAGES),
-        "path2": _of_two(False, _IMAGES),
+        "prompt": PROMPTS,
+        "path1": of_two(True, IMAGES),
+        "path2": of_two(False, IMAGES),
         "choice_dist": ("votes", "vote_counts", "labels", "scores", "ratings", "preferences"),
     },
     fits=_has_votes,
@@ -356,10 +323,11 @@ SCORES = Layout(
     ("prompt", "image", "score|rank"),
     ("prompt_id",),
     _read_score,
+    has_labels=False,
     synonyms={
-        "prompt": _PROMPTS,
+        "prompt": PROMPTS,
         "image": ("image_path", "file_name", "path", "img", "jpg", "file", "img_path", "image_file", "picture"),
-        "score": _SCORES,
+        "score": WORTHS,
         "rank": ("ranking",),
     },
     fits=_has_score,

@@ -25,9 +25,10 @@ from mmalign.data.formats.image_layouts import (
     group_scores,
     with_source,
 )
+from mmalign.data.formats.labels import COLUMN, Margins, read_label
 from mmalign.data.formats.layouts import AUTO, Layout, check_files, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow
-from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, UnusableRowError, stable_hash
+from mmalign.data.pairs import ImagePair, Label, Pairs, SkippedRow, UnusableRowError, stable_hash
 
 Columns = Mapping[str, str]
 Sources = Literal["required", "optional"]
@@ -45,6 +46,8 @@ def open_pairs(
     limit: int | None = None,
     prompt_pairs: str | None = None,
     sources: Sources | None = None,
+    margins: Margins = COLUMN,
+    labels: bool = True,
 ) -> Pairs:
     """Index the pairs of a source without decoding its images.
 
@@ -59,6 +62,8 @@ def open_pairs(
         prompt_pairs: text for the error message that says which methods need a prompt for the rejected image; rows
             without one are skipped. None needs no such prompt.
         sources: "required" or "optional" for a model that edits images; None ignores columns with source images.
+        margins: the source of the margins of the labels.
+        labels: whether the caller reads the pairs' labels.
 
     Raises:
         ValueError: a file or column is missing, no layout fits, or no pair is left.
@@ -69,11 +74,12 @@ def open_pairs(
     taken = layout.describe() if format == AUTO else ""
     needed = {layout.column(name) for name in layout.columns}
     rows = source.rows({*needed, group_by} if group_by is not None else needed)
+    unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
-    indexed = ImageRows(rows, layout, ImageReader(images), group_by)
+    indexed = ImageRows(rows, layout, ImageReader(images), group_by, margins)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
-    pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, layout=taken)
+    pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
     expected = "in which one image is preferred"
     if prompt_pairs is not None:
         expected = f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
@@ -113,10 +119,14 @@ class ImageRows:
         layout: their layout.
         reader: the reader of their images.
         group_by: the column with a pair's group; the prompt if None.
+        margins: the source of the margins of the labels.
     """
 
-    def __init__(self, rows: Rows, layout: Layout[Parsed], reader: ImageReader, group_by: str | None) -> None:
+    def __init__(
+        self, rows: Rows, layout: Layout[Parsed], reader: ImageReader, group_by: str | None, margins: Margins
+    ) -> None:
         self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
+        self._margins = margins
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
 
@@ -142,6 +152,8 @@ class ImageRows:
                 group = parsed.prompt if self._group_by is None else self._layout.group(row.record, self._group_by)
                 if prompt_pairs and not parsed.rejected_prompt:
                     raise UnusableRowError(f"has no {second}")
+                for which in range(len(parsed.sides)):
+                    self._label(row, parsed, which)
             except UnusableRowError as error:
                 skipped.append(SkippedRow(row.location, str(error), error.defect))
                 continue
@@ -168,6 +180,10 @@ class ImageRows:
         parsed = self._layout.read(row.location, row.record)
         assert isinstance(parsed, ParsedPairs), "rows of one image were grouped before"
         return parsed
+
+    def _label(self, row: SourceRow, parsed: ParsedPairs, which: int) -> Label:
+        gap = parsed.gaps[which] if parsed.gaps else None
+        return read_label(self._layout.own_names(row.record), self._margins, parsed.preference, gap)
 
     def _bad_images(self, parsed: ParsedPairs, row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()
@@ -197,7 +213,15 @@ class ImageRows:
         chosen, rejected, *source = refs
         place = partial(str, row.location)
         return ImagePair(
-            row_id, parsed.prompt, chosen, rejected, place, self._groups[number], second, next(iter(source), None)
+            row_id,
+            parsed.prompt,
+            chosen,
+            rejected,
+            place,
+            self._groups[number],
+            second,
+            next(iter(source), None),
+            self._label(row, parsed, which),
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from mmalign.data.formats.files import Record, as_text, listed
+from mmalign.data.formats.labels import COLUMN, LABELS, NUMBERED_SCORES, SCORES, Margins
 from mmalign.data.formats.sources import Source, is_hub_path, open_source
 from mmalign.data.pairs import UnusableRowError
 from mmalign.registry import check_known
@@ -37,6 +38,7 @@ class Layout(Generic[Row]):
         names: the files' names of renamed columns.
         synonyms: other names by which columns are recognized in files.
         fits: whether a sample of the values, with the format's own column names, can be of this layout.
+        has_labels: rows are pairs, which may have the columns of labels.
     """
 
     name: str
@@ -47,11 +49,29 @@ class Layout(Generic[Row]):
     names: Mapping[str, str] = field(default_factory=dict)
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     fits: Callable[[Record], bool] = _any
+    has_labels: bool = True
 
     @property
     def columns(self) -> list[str]:
         """All columns, by the format's own names."""
-        return [*(column for columns in self.required for column in columns.split("|")), *self.optional]
+        labels = (*LABELS, *SCORES) if self.has_labels else ()
+        return [*(column for columns in self.required for column in columns.split("|")), *self.optional, *labels]
+
+    def unread(
+        self, columns: Collection[str], group_by: str | None, *, labels: bool, margins: Margins
+    ) -> tuple[str, ...]:
+        """Return the columns of files that nothing reads.
+
+        Args:
+            columns: the files' columns.
+            group_by: the column that groups pairs.
+            labels: whether the labels of the pairs are read.
+            margins: the source of their margins.
+        """
+        idle = {*SCORES, *NUMBERED_SCORES} if margins == COLUMN else {"margin"}
+        idle |= set() if labels else {*LABELS, *SCORES, *NUMBERED_SCORES}
+        read = {self.column(name) for name in self.columns if name not in idle} | {group_by}
+        return tuple(name for name in columns if name not in read)
 
     def column(self, name: str) -> str:
         """Return the files' name of a column."""

@@ -39,6 +39,11 @@ class PromptRow:
         """The prompt."""
         return (self.prompt,)
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The prompt."""
+        return self.content
+
 
 class _Rows:
     """Source of prompts by number."""

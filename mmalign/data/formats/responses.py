@@ -16,7 +16,7 @@ answers  `images` or `image`, `prompt` and `answer`; or `messages` or `conversat
 auto     The layout that the columns fit best.
 
 A column `system` is the first turn. Rows with tools, videos or audios are dropped by name. Several rejected responses
-of a row are as many pairs.
+of a row are as many pairs. All layouts of pairs also take the columns of `mmalign.data.formats.labels`.
 
 All are JSON, JSON lines, Parquet files or a dataset on the Hub; images are paths, bytes, or structs with bytes.
 `<image>` in a prompt marks an image's position. In a prompt without it the images come first. `columns` maps a name
@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 
 from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
 from mmalign.data.formats.image_files import ImageReader, image_name, shorten_name
+from mmalign.data.formats.labels import COLUMN, Margins, read_label
 from mmalign.data.formats.layouts import AUTO, check_files, open_layout
-from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
+from mmalign.data.pairs import ImageRef, Label, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import IMAGE, Turn
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class IndexedRow:
     location: str
     group: str | None  # of the column to group by; None groups by the images
     folders: tuple[Path, ...]  # of its image paths
+    label: Label
 
 
 class ResponseRows:
@@ -85,6 +87,7 @@ class ResponseRows:
             entry.location,
             self._group(entry),
             parsed.hallucinated,
+            entry.label,
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -120,6 +123,8 @@ def open_responses(
     columns: Columns | None = None,
     group_by: str | None = None,
     limit: int | None = None,
+    margins: Margins = COLUMN,
+    labels: bool = True,
 ) -> Pairs[ResponsePair]:
     """Index the pairs of a source: read and check its texts, without decoding its images.
 
@@ -131,6 +136,8 @@ def open_responses(
         columns: map from the format's column names to those in the files.
         group_by: the column whose groups stay on one side of a validation split; the images if not given.
         limit: the number of pairs to take from the start; None takes all.
+        margins: the source of the margins of the labels.
+        labels: whether the caller reads the pairs' labels.
 
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
@@ -145,6 +152,7 @@ def open_responses(
         try:
             rows = layout.read(row.location, row.record)
             group = layout.group(row.record, group_by) if group_by is not None else None
+            label = read_label(layout.own_names(row.record), margins) if layout.has_labels else Label()
         except UnusableRowError as error:
             dropped.append(SkippedRow(row.location, str(error), error.defect))
             continue
@@ -157,10 +165,11 @@ def open_responses(
             except UnusableRowError as error:
                 dropped.append(SkippedRow(location, str(error), error.defect))
                 continue
-            entries.append(IndexedRow(parsed, location, group, row.folders))
+            entries.append(IndexedRow(parsed, location, group, row.folders, label))
     if later := sum(entry.parsed.later_turns for entry in entries):
         logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
-    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, layout=taken)
+    unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
+    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, (), taken, unread)
     pairs.require("with an image and two different responses")
     return pairs[:limit] if limit is not None else pairs
 

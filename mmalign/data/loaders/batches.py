@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.data.pairs import ResponsePair
+from mmalign.data.pairs import NO_LABEL, ImagePair, ResponsePair
 from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
 from mmalign.language.tokens import Tokens
+from mmalign.losses.wrappers import Labels
 from mmalign.rewards import RewardModel
 
 
@@ -34,6 +36,7 @@ class EncodedResponses:
             request them.
         max_length: most tokens of a row, for methods that add rows.
         precomputed: the method's precomputed tensors by name, each [B, ...]; None if there are none.
+        labels: the labels of the pairs; None if no pair has one.
     """
 
     rows: list[int]
@@ -46,6 +49,7 @@ class EncodedResponses:
     other_images: Tokens | None = None
     max_length: int = sys.maxsize
     precomputed: dict[str, Tensor] | None = None
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class EncodedPairs:
         precomputed: the method's precomputed tensors by name, each [B, ...]; None if there are none.
         prompts: the prompts [B].
         reward_model: the reward model that scores images, for methods whose settings name one.
+        labels: the labels of the pairs; None if no pair has one.
     """
 
     rows: list[int]
@@ -76,6 +81,7 @@ class EncodedPairs:
     precomputed: dict[str, Tensor] | None = None
     prompts: Sequence[str] = field(default_factory=list)
     reward_model: RewardModel | None = None
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -101,3 +107,12 @@ class EncodedPrompts:
     shape: tuple[int, ...]
     weights: Tensor
     reward_model: RewardModel | None
+
+
+def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Labels | None:
+    """Return the labels of pairs as tensors, float32; None if no pair has one."""
+    labels = [pair.label for pair in pairs]
+    if all(label == NO_LABEL for label in labels):
+        return None
+    preference, margin, weight = torch.tensor([label[:3] for label in labels]).unbind(1)
+    return Labels(preference, margin, weight, [label.annotator for label in labels])

@@ -62,6 +62,7 @@ class Encoder:
             rejected_text=text(batch.rejected_prompts) if self.prompt_pairs else None,
             prompts=batch.prompts,
             reward_model=self.reward_model,
+            labels=None if batch.labels is None else batch.labels.to(device),
         )
 
     def encode_prompts(self, batch: PromptBatch, size: ImageSize, shape: tuple[int, ...]) -> EncodedPrompts:

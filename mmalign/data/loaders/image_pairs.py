@@ -14,9 +14,11 @@ from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.images import BadImage, ImageTransform, decode, image_key, is_flipped, prepare_pair
+from mmalign.data.loaders.batches import collate_labels
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImagePair, SkippedRow, pair_key
 from mmalign.data.shapes import Shapes
+from mmalign.losses.wrappers import Labels
 from mmalign.rng import KeyedRNG
 
 PIXELS = "pixels"
@@ -58,6 +60,7 @@ class ImagePairBatch:
         sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
         weights: [B] float32; 0 for padding and for a pair with a bad image.
         sources: the images that the pairs' images are edits of; None if there are none.
+        labels: the labels of the pairs; None if no pair has one.
     """
 
     rows: list[int]
@@ -69,6 +72,7 @@ class ImagePairBatch:
     sizes: Tensor
     weights: Tensor
     sources: SourceImages | None = None
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ class ImagePairReader:
             sizes=sizes,
             weights=weights,
             sources=self._sources(pairs, examples) if MIRRORED in examples[0] else None,
+            labels=collate_labels(pairs),
         )
 
     def _sources(self, pairs: Sequence[ImagePair], examples: Sequence[ImageExample]) -> SourceImages:

@@ -15,12 +15,13 @@ from torch import Tensor
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.image_features import cached_view
 from mmalign.data.images import BadImage, decode
-from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.data.loaders.batches import EncodedResponses, collate_labels
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImageRef, ResponsePair, SkippedRow, pair_key
 from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView
 from mmalign.language.tokens import TokenizedResponse, Tokens, cut_tail
+from mmalign.losses.wrappers import Labels
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ResponsePairBatch:
     views: dict[str, ImageView]
     decoded_images: dict[str, Image.Image]
     weights: Tensor
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class ResponsePairReader:
             views={key: view for example in examples for key, view in example.views.items()},
             decoded_images={key: image for example in examples for key, image in example.decoded_images.items()},
             weights=weights,
+            labels=collate_labels(pairs),
         )
 
 
@@ -196,4 +199,5 @@ def encode(family: VisionLanguage, batch: ResponsePairBatch, max_length: int = s
         views=batch.views,
         other_images=None if batch.other_images is None else batch.other_images.to(device),
         max_length=min(max_length, family.processor.max_length),
+        labels=None if batch.labels is None else batch.labels.to(device),
     )

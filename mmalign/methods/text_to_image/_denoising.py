@@ -13,6 +13,7 @@ from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
+from mmalign.losses.wrappers import Labels
 from mmalign.methods import Step
 from mmalign.methods._pair_loss import bound_link, preference_step, with_own_loss
 from mmalign.policy import Scores
@@ -51,11 +52,12 @@ class NoisedPairs:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Noised pairs, the reference's scores of them, and the weight of each pair [B]."""
+    """Noised pairs, the reference's scores of them, the weight of each pair [B], and the pairs' labels."""
 
     view: NoisedPairs
     reference: Scores | None
     weights: Tensor
+    labels: Labels | None = None
 
 
 def noise_pairs(
@@ -112,10 +114,9 @@ def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, vie
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 
-def denoising_step(
-    cfg: DenoisingMethodConfig, policy_scores: Scores, reference_scores: Scores | None, weights: Tensor
-) -> Step:
+def denoising_step(cfg: DenoisingMethodConfig, policy_scores: Scores, contrast: Contrast) -> Step:
     """Return the step of the pair loss, plus the chosen images' own error; both sides' errors are metrics."""
     errors = {f"{side} error": -2 * policy_scores[side].detach() for side in PAIR}
-    step = preference_step(bound_link(cfg), cfg.beta, policy_scores, reference_scores, weights, errors)
-    return with_own_loss(step, "sft", cfg.sft + cfg.likelihood, -2 * policy_scores["chosen"])
+    link, labels = bound_link(cfg, contrast.labels), contrast.labels
+    step = preference_step(link, cfg.beta, policy_scores, contrast.reference, contrast.weights, errors)
+    return with_own_loss(step, "sft", cfg.sft + cfg.likelihood, -2 * policy_scores["chosen"], labels)

@@ -39,6 +39,7 @@ def requirements(cfg: Config) -> Requirements:
     settings = {"caption_dropout": cfg.caption_dropout}
     return Requirements(
         reference=cfg.uses_reference,
+        labels=True,
         precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, settings),
     )
 
@@ -47,10 +48,10 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
     """Return one contrast: both images of every pair under the same noise."""
     view = noise_pairs(policy.family, batch, cfg.caption_dropout, rng)
     scores = reference_scores(policy, batch, partial(denoising_scores, policy.family, view=view))
-    return [Contrast(view, scores, batch.weights)]
+    return [Contrast(view, scores, batch.weights, batch.labels)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: DenoisingMethodConfig) -> Step:
     """Return the pair loss on the denoising scores of policy and reference."""
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view)
-    return denoising_step(cfg, policy_scores, contrast.reference, contrast.weights)
+    return denoising_step(cfg, policy_scores, contrast)

@@ -60,7 +60,7 @@ def requirements(cfg: Config) -> Requirements:
     cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
     reference = cfg.uses_reference or cfg.inverter == "reference"
     measured_by = cfg.model_copy(update={"inverter": "reference"}) if reference else None
-    return Requirements(reference=reference, precompute=cached, measured_by=measured_by)
+    return Requirements(reference=reference, labels=True, precompute=cached, measured_by=measured_by)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -72,7 +72,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
         x_t = invert_pairs(policy, batch, clean, cfg, rng)
     view = to_noised(policy.family, clean, x_t)
     score = partial(denoising_scores, policy.family, view=view)
-    return [Contrast(view, policy.on_reference(score) if cfg.uses_reference else None, batch.weights)]
+    return [Contrast(view, policy.on_reference(score) if cfg.uses_reference else None, batch.weights, batch.labels)]
 
 
 loss = diffusion_dpo.loss

@@ -46,6 +46,7 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: a prompt for each image, and the reference of the loss or its cached scores."""
     return Requirements(
         reference=cfg.uses_reference,
+        labels=True,
         prompt_pairs=True,
         precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, {}),
     )
@@ -59,12 +60,13 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
     second = replace(first, cond=pair_conditioning(family, batch, batch.rejected_text, 0.0, rng))
     view = NoisedPairs.cat([first, second])
     scores = reference_scores(policy, batch, partial(denoising_scores, family, view=view, views=GRID))
-    return [Contrast(view, scores, batch.weights)]
+    return [Contrast(view, scores, batch.weights, batch.labels)]
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the weighted sum of the four pair losses."""
-    reference_scores, link = contrast.reference, bound_link(cfg)
+    reference_scores, labels = contrast.reference, contrast.labels
+    link = bound_link(cfg, labels.sure() if labels is not None else None)  # both images fit their own prompts
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
     # Weighted pair losses of the four comparisons
     compared = [pair_of(policy_scores, reference_scores, *views) for views in COMPARED]
@@ -86,4 +88,4 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
         right = of_logits["accuracy"]
         metrics |= {"prompt accuracy": right[:2].mean(0), "image accuracy": right[2:].mean(0)}
     errors = -policy_scores["x1 y1"] - policy_scores["x2 y2"]  # the mean of both images under their own prompts
-    return with_own_loss(Step(values, contrast.weights, metrics), "sft", cfg.sft + cfg.likelihood, errors)
+    return with_own_loss(Step(values, contrast.weights, metrics), "sft", cfg.sft + cfg.likelihood, errors, labels)

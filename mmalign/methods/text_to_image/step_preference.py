@@ -53,7 +53,7 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the autoencoder's decoder, no reference, and a labelling reward model."""
-    return Requirements(reference=False, vae_decoder=True, reward=cfg.reward)
+    return Requirements(reference=False, labels=True, vae_decoder=True, reward=cfg.reward)
 
 
 def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -84,7 +84,7 @@ def predict_images(
 def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
     """Return the preference share [B] of each pair's first image: 1, 0, or 1/2 for a tie."""
     if batch.reward_model is None:
-        return torch.ones_like(batch.weights)
+        return torch.ones_like(batch.weights) if batch.labels is None else batch.labels.preference
     clean = to_pil(decode_images(family.denoiser, batch.latents.mean))
     chosen, rejected = batch.reward_model(clean, list(batch.prompts) * 2).to(batch.weights).chunk(2)
     sure = torch.tanh((chosen - rejected).abs() / 2) > cfg.tie_margin

@@ -86,6 +86,15 @@ def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: S
     return link(*pair_of(policy_scores, reference_scores, "chosen", view))
 
 
+def bound_links(cfg: ResponseMethodConfig, batch: EncodedResponses) -> tuple[PairLoss, PairLoss]:
+    """Return the pair losses of the pairs' two responses, and of the chosen ones against further views.
+
+    Preference and margin of a label belong to the two responses; its weight belongs to the row.
+    """
+    labels = batch.labels
+    return bound_link(cfg, labels), bound_link(cfg, labels.sure() if labels is not None else None)
+
+
 def response_step(
     cfg: ResponseMethodConfig,
     policy_scores: Scores,
@@ -112,10 +121,12 @@ def response_step(
     else:
         gains = {view: (policy_scores[view] - reference_scores[view]).detach() for view in policy_scores}
         more |= {f"{view} gain": gain for view, gain in gains.items() if view not in PAIR}
-    step = preference_step(bound_link(cfg), cfg.beta, policy_scores, reference_scores, batch.weights, more)
+    step = preference_step(
+        bound_link(cfg, batch.labels), cfg.beta, policy_scores, reference_scores, batch.weights, more
+    )
     # Sum of the terms, plus the chosen responses' negative log-likelihood
     if terms is not None:
         losses = torch.stack(list(terms.values())).sum(0)
         metrics = {name: term.detach() for name, term in terms.items()}
         step = replace(step, losses=losses, metrics={**step.metrics, **metrics, "loss": losses.detach()})
-    return with_own_loss(step, "nll", cfg.nll + cfg.likelihood, -policy_scores[TOKEN])
+    return with_own_loss(step, "nll", cfg.nll + cfg.likelihood, -policy_scores[TOKEN], batch.labels)

@@ -41,10 +41,10 @@ from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores, reference_scores_of
-from mmalign.methods._pair_loss import bound_link
 from mmalign.methods.vision_language._responses import (
     PAIR,
     TOKEN,
+    bound_links,
     pair_loss_against,
     response_scores,
     response_step,
@@ -114,6 +114,7 @@ def requirements(cfg: Config) -> Requirements:
     num_cached = int(cfg.mode == "offline" and cfg.uses_reference)
     return Requirements(
         reference=cfg.uses_reference,
+        labels=True,
         decoded_images=cfg.mode == "mixed",  # for the annotator
         precompute=cached_scores(num_cached, settings, compute=precompute),
         measured_by=cfg.model_copy(update={"mode": "offline"}) if cfg.mode != "offline" else None,
@@ -135,11 +136,13 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair losses against the rejected and the hallucinated response, weighted by their shares."""
     batch, reference_scores, shares = contrast.batch, contrast.reference, contrast.shares
-    link = bound_link(cfg)
     policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.mean)
     terms = None
     if shares is not None:
-        rejected, hallucinated = (pair_loss_against(link, policy_scores, reference_scores, view) for view in VIEWS[1:])
+        rejected, hallucinated = (
+            pair_loss_against(link, policy_scores, reference_scores, view)
+            for link, view in zip(bound_links(cfg, batch), VIEWS[1:], strict=True)
+        )
         terms = {"rejected loss": shares * rejected, "hallucinated loss": (1 - shares) * hallucinated}
     step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     # Processes sum metrics by name. If only some pairs of the data have a hallucinated response, one process may have
@@ -272,10 +275,15 @@ def _contrast(
             weights[number] = 0.0
     used_rows = rows if three else [row[:2] for row in rows]
     tokens = family.processor.collate([row for view in zip(*used_rows, strict=True) for row in view]).to(device)
+    # Preference and margin belong to the data's own two responses
+    labels, own = batch.labels, [(text.chosen, text.rejected) for text in texts]
+    if labels is not None:
+        replaced = [sides != (pair.chosen, pair.rejected) for sides, pair in zip(own, batch.pairs, strict=True)]
+        labels = labels.sure(torch.tensor(replaced, device=device))
     # The rejected response has the whole loss if there is no distinct hallucinated one
     further = [bool(text.hallucinated) and row[0] != row[2] for text, row in zip(texts, rows, strict=True)]
     shares = torch.tensor([gamma if one else 1.0 for one in further], device=device) if three else None
-    return Contrast(replace(batch, tokens=tokens, weights=weights), shares, metrics, None)
+    return Contrast(replace(batch, tokens=tokens, weights=weights, labels=labels), shares, metrics, None)
 
 
 def _trainable(family: VisionLanguage, pair: ResponsePair, texts: _Texts) -> _Texts:

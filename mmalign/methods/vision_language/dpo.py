@@ -26,7 +26,7 @@ from mmalign.rng import KeyedRNG
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
     reference = cfg.uses_reference
-    return Requirements(reference=reference, precompute=cached_scores(int(reference), {"mean": cfg.mean}))
+    return Requirements(reference=reference, labels=True, precompute=cached_scores(int(reference), {"mean": cfg.mean}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -26,11 +26,12 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.losses import pairwise
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import bound_link, pair_of
+from mmalign.methods._pair_loss import pair_of
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
+    bound_links,
     pair_loss_against,
     response_scores,
     response_step,
@@ -48,6 +49,7 @@ def requirements(cfg: Config) -> Requirements:
     """
     settings = {"mean": cfg.mean, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
     return Requirements(
+        labels=True,
         decoded_images=True,
         vision_tower=True,  # the policy sees crops, which are drawn during training
         precompute=cached_scores(cfg.num_cached_draws, settings),
@@ -71,11 +73,16 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the sum of the text, image and anchor losses."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_link(cfg)
+    batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     assert reference_scores is not None, "mdpo needs a reference"
     policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean)
-    text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "cropped"))
+    text, image = (
+        pair_loss_against(link, policy_scores, reference_scores, view)
+        for link, view in zip(links, ("rejected", "cropped"), strict=True)
+    )
     pair = pair_of(policy_scores, reference_scores, *PAIR)
     anchor = pairwise.anchor(*pair, beta=cfg.beta, delta=cfg.delta)
+    if batch.labels is not None:
+        anchor = batch.labels.weight * anchor
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}
     return response_step(cfg, policy_scores, reference_scores, batch, terms)

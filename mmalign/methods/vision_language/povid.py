@@ -41,9 +41,9 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step, cached_scores
-from mmalign.methods._pair_loss import bound_link, pair_of
+from mmalign.methods._pair_loss import pair_of
 from mmalign.methods.vision_language._images import with_changed_images
-from mmalign.methods.vision_language._responses import pair_loss_against, response_step, view_scores
+from mmalign.methods.vision_language._responses import bound_links, pair_loss_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -67,6 +67,7 @@ def requirements(cfg: Config) -> Requirements:
     settings = {"mean": cfg.mean, "noise_step": cfg.noise_step, "overflow": cfg.overflow}
     return Requirements(
         reference=cfg.uses_reference or cfg.tokens == "reference",
+        labels=True,
         decoded_images=True,
         vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached
         precompute=cached_scores(cfg.num_cached_draws, settings, compute=precompute),
@@ -98,7 +99,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the loss of chosen against rejected and of chosen against noisy."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_link(cfg)
+    batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.mean)
     if cfg.combine == "paper":
         worse, noisy = (pair_of(policy_scores, reference_scores, "chosen", view) for view in ("rejected", "noisy"))
@@ -106,9 +107,12 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
             Pair(one.chosen, cfg.gamma * one.rejected + (1 - cfg.gamma) * other.rejected)
             for one, other in zip(worse, noisy, strict=True)
         )
-        terms = {"mixed loss": link(*mixed)}
+        terms = {"mixed loss": links[0](*mixed)}
     else:
-        text, blind = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "noisy"))
+        text, blind = (
+            pair_loss_against(link, policy_scores, reference_scores, view)
+            for link, view in zip(links, ("rejected", "noisy"), strict=True)
+        )
         terms = {"text loss": cfg.gamma * text, "noisy loss": (1 - cfg.gamma) * blind}
     step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})

@@ -24,10 +24,10 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import bound_link
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
+    bound_links,
     pair_loss_against,
     response_scores,
     response_step,
@@ -41,7 +41,7 @@ VIEWS = (*PAIR, "retrieved")
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the pairs' other images, and the reference of the loss or its cached scores."""
     settings, reference = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}, cfg.uses_reference
-    return Requirements(reference, other_images=True, precompute=cached_scores(int(reference), settings))
+    return Requirements(reference, labels=True, other_images=True, precompute=cached_scores(int(reference), settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -59,11 +59,14 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return L_DPO + w_v * L_vDPO."""
-    batch, reference_scores, link = contrast.batch, contrast.reference, bound_link(cfg)
+    batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     policy_scores = response_scores(
         policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean, targets=contrast.targets
     )
-    text, image = (pair_loss_against(link, policy_scores, reference_scores, view) for view in ("rejected", "retrieved"))
+    text, image = (
+        pair_loss_against(link, policy_scores, reference_scores, view)
+        for link, view in zip(links, ("rejected", "retrieved"), strict=True)
+    )
     return response_step(
         cfg, policy_scores, reference_scores, batch, {"text loss": text, "image loss": cfg.image_weight * image}
     )

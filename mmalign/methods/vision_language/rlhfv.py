@@ -36,7 +36,7 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
     settings = {**cfg.model_dump(include={"gamma", "min_block", "insertions"}), "mean": cfg.mean}
     reference = cfg.uses_reference
-    return Requirements(reference=reference, precompute=cached_scores(int(reference), settings))
+    return Requirements(reference=reference, labels=True, precompute=cached_scores(int(reference), settings))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -18,6 +18,7 @@ from mmalign.data.caches.latents import ImageViews, encode_edits, encode_latents
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.images import open_pairs as open_image_pairs
+from mmalign.data.formats.labels import Margins
 from mmalign.data.formats.prompts import open_prompts, unique_prompts
 from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.encoder import Encoder, text_key
@@ -72,8 +73,8 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
             f"method.name: {recipe.method.name} compares two images under two prompts; most methods take rows of one "
             "prompt"
         )
-    columns["sources"] = source_use(recipe)
-    return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
+    columns |= {"sources": source_use(recipe), "margins": Margins(data.margin, data.margin_scale)}
+    return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, labels=needs.labels, **columns)
 
 
 def build_data_module(

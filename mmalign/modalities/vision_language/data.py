@@ -12,6 +12,7 @@ from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.image_features import feature_dependencies, tokenizer_dependencies
 from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
+from mmalign.data.formats.labels import Margins
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.response_pairs import ResponsePairReader
 from mmalign.data.loaders.response_pairs import encode as encode_responses
@@ -46,6 +47,8 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
         columns=data.columns,
         group_by=data.group_by,
         limit=data.limit,
+        margins=Margins(data.margin, data.margin_scale),
+        labels=needs.labels,
     )
     check_max_bad(pairs.skipped, data.max_bad, pairs.source)
     comparing = [f"method.name: {recipe.method.name}"] if needs.rejected else []

@@ -1,0 +1,90 @@
+"""Labels of pairs, in columns that rows of every layout of pairs may have.
+
+preference  The probability that the chosen side is the better one, from 0 to 1.
+margin      The size that the logit has to exceed.
+weight      The factor of the pair's loss, at least 0.
+annotator   A name, for noise rates of each.
+
+The scores of a reward model give margins on request: `score_chosen, score_rejected`, in a layout of two numbered images
+`score_0, score_1`, in rankings the scores or ranks themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from mmalign.data.formats.files import Record, as_text, read_number, shorten
+from mmalign.data.pairs import Label, UnusableRowError
+
+LABELS = ("preference", "margin", "weight", "annotator")
+SCORES = ("score_chosen", "score_rejected")
+NUMBERED_SCORES = ("score_0", "score_1")  # in a layout of two numbered images
+LARGEST = 1e6  # margin or weight
+_RANGES = {"preference": (0.0, 1.0), "margin": (-LARGEST, LARGEST), "weight": (0.0, LARGEST)}
+
+
+class Margins(NamedTuple):
+    """Source of the margins.
+
+    Attributes:
+        kind: "column" for the column `margin`, "score" for differences of scores, "log_score" for their logarithms.
+        scale: the factor of a difference, or of its logarithm.
+    """
+
+    kind: str = "column"
+    scale: float = 1.0
+
+
+COLUMN = Margins()
+
+
+def read_label(record: Record, margins: Margins, preference: float = 1.0, gap: float | None = None) -> Label:
+    """Return the label of a pair.
+
+    Args:
+        record: the row, by the layout's own names.
+        margins: the source of the margins.
+        preference: the preference of a row without that column.
+        gap: the chosen side's score minus the rejected side's; None takes the columns of scores.
+
+    Raises:
+        UnusableRowError: a value is not a number in its range, or a score is missing.
+    """
+    if margins == COLUMN and preference == 1 and not any(name in record for name in LABELS):
+        return Label()
+    margin = _number(record, "margin", 0.0) if margins.kind == "column" else _margin(record, margins, gap)
+    annotator = record.get("annotator")
+    if not isinstance(annotator, str | int | None):
+        raise UnusableRowError(f"annotator is {shorten(annotator)}; expected a name or a number")
+    name = as_text(annotator) if annotator is not None else ""
+    return Label(_number(record, "preference", preference), margin, _number(record, "weight", 1.0), name)
+
+
+def _number(record: Record, name: str, default: float) -> float:
+    """Return the number in a column; an empty cell has the default."""
+    value, (low, high) = record.get(name), _RANGES[name]
+    if value is None or value == "":
+        return default
+    number = read_number(name, value)
+    if not low <= number <= high:
+        raise UnusableRowError(f"{name} is {shorten(value)}; expected a number from {low:,.0f} to {high:,.0f}")
+    return number
+
+
+def _margin(record: Record, margins: Margins, gap: float | None) -> float:
+    """Return the margin of a difference of scores."""
+    if gap is None:
+        if any(record.get(name) in (None, "") for name in SCORES):
+            names = " and ".join(SCORES), " and ".join(NUMBERED_SCORES)
+            raise UnusableRowError(f"has no scores, which data.margin: {margins.kind} takes from {' or '.join(names)}")
+        chosen, rejected = (read_number(name, record[name]) for name in SCORES)
+        gap = chosen - rejected
+    if margins.kind == "log_score":
+        if gap <= 0:
+            raise UnusableRowError(f"the chosen score exceeds the rejected one by {gap:g}; expected more than 0")
+        gap = math.log(gap)
+    margin = margins.scale * gap
+    if not abs(margin) <= LARGEST:
+        raise UnusableRowError(f"the margin of the scores is {margin:g}; expected at most {LARGEST:,.0f}")
+    return margin
