@@ -19,7 +19,7 @@ LAYERS = (
     {"config", "losses", "rng", "registry", "reading", "resources", "atomic_io", "console"},
     {"policy", "attention", "diffusion", "language", "rewards", "toy"},
     {"families"},
-    {"data"},
+    {"data", "judges"},
     {"synthesis"},
     {"methods"},
     {"training", "evaluation", "pages", "doctor"},

@@ -87,9 +87,8 @@ def build(
     """
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
     preflight.check(recipe, "training")
-    method, reward = methods.find(recipe.method.name), methods.requirements_of(recipe.method).reward
-    device, allow = accelerator.device, recipe.allow_pickle
-    reward_model = loading.build_reward_model(reward, device, allow_pickle=allow) if reward is not None else None
+    method = methods.find(recipe.method.name)
+    reward_model = loading.build_method_judge(recipe, accelerator.device)
     with muted():
         family = loading.load_for_training(recipe, accelerator.device)
         splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))

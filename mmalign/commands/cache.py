@@ -30,7 +30,6 @@ from mmalign.data.pairs import ImageRef
 from mmalign.families.vlm.image_features import backend_name, move_parameters
 from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
-from mmalign.rewards import RewardModel
 from mmalign.rng import KeyedRNG
 from mmalign.training.launch import connect, name_lost_processes
 from mmalign.training.run import MAX_VALIDATION_BATCHES
@@ -71,7 +70,7 @@ def cache(recipe: Recipe) -> Path:
 
 
 def build_filled_data_module(
-    recipe: Recipe, family: Any, *, accelerator: Accelerator, splits: Splits, reward_model: RewardModel | None = None
+    recipe: Recipe, family: Any, *, accelerator: Accelerator, splits: Splits, reward_model: Any = None
 ) -> DataModule:
     """Return the recipe's pairs in batches, with all caches filled for the pairs that its training reads.
 

@@ -14,7 +14,7 @@ from mmalign.attention import choice
 from mmalign.config import Recipe, Train
 from mmalign.families import compile, quantize
 from mmalign.modalities import modality_of
-from mmalign.modalities.loading import DTYPES, check_reward_model
+from mmalign.modalities.loading import DTYPES, check_method_judge
 from mmalign.training.launch import check_launch
 from mmalign.training.optim import build_optimizer
 
@@ -68,8 +68,7 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
         if cache not in ("off", "auto") and Path(cache).exists() and not Path(cache).is_dir():
             raise ValueError(f"data.cache: {cache} is a file; choose a folder")
         modality.check_data(recipe)
-    if needs.reward is not None:
-        check_reward_model("method.reward", needs.reward)
+    check_method_judge(recipe)
     modality.check_model(recipe.model)  # last, since it may query the Hub
 
 

@@ -108,10 +108,8 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     logger.info(describe_updates(options, len(splits[0]), accelerator.num_processes))
 
     # Models and the last checkpoint
-    device, allow = accelerator.device, recipe.allow_pickle
-    reward_model = None
-    if needs.reward is not None:
-        reward_model = loading.build_reward_model(needs.reward, device, allow_pickle=allow)
+    device = accelerator.device
+    reward_model = loading.build_method_judge(recipe, device)
     family = loading.load_for_training(recipe, device)
     identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)
     saved, folder = _resume.last_checkpoint(recipe, identity), output / "model"

@@ -27,7 +27,6 @@ from mmalign.pages.examples import DataView
 from mmalign.pages.page import GalleryEntry, PageLayout
 from mmalign.policy import Policy
 from mmalign.reading import read_as
-from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ class DataModuleBuilder(Protocol):
         needs: Requirements,
         *,
         spec: PrecomputeSpec | None = None,
-        reward_model: RewardModel | None = None,
+        reward_model: Any = None,
     ) -> DataModule:
         """Return the loaders of the pairs, with their caches; those of latents and text are filled.
 
@@ -150,7 +149,7 @@ class DataModuleBuilder(Protocol):
             accelerator: the accelerator, for this process's index.
             needs: inputs that the batches must have.
             spec: tensors that are precomputed for the method; the caller fills their cache.
-            reward_model: the model that scores images.
+            reward_model: the RewardModel of images, or the ResponseJudge.
 
         Raises:
             ValueError: files, columns or caches do not fit, or more than `data.max_bad` rows are bad, or all.

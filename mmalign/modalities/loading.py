@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
 from mmalign import atomic_io
 from mmalign.attention import choice
-from mmalign.config import ImageData, ImageSize, Lora, Recipe, RewardConfig, Rewards
+from mmalign.config import ImageData, ImageSize, Lora, Recipe, ResponseData, RewardConfig, Rewards
 from mmalign.config.evaluation import Combine, reward_models
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.scores import CHUNK, CachedJudge
@@ -19,10 +20,20 @@ from mmalign.families.base import Family, VisionLanguage
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
 from mmalign.families.types import Loading
+from mmalign.methods import requirements_of
 from mmalign.modalities import modality_of
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.resources import resolve_model
-from mmalign.rewards import RewardModel, load_reward_model, reward_config, reward_module
+from mmalign.rewards import (
+    COMPARING,
+    ResponseJudge,
+    RewardModel,
+    load_response_judge,
+    load_reward_model,
+    response_module,
+    reward_config,
+    reward_module,
+)
 from mmalign.rewards._combine import Combined
 from mmalign.training.processes import current_processes
 
@@ -175,7 +186,7 @@ def build_reward_model(
     for config in configs:
         model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
         identity = fingerprint.fingerprint_judge(config.name, config.path, config.options) if scores else None
-        if scores is not None and identity is not None:
+        if scores is not None and identity is not None and config.name not in COMPARING:
             atomic_io.make_folder("judges", scores)
             chunk = dict(reward_config(config.name, config.options)).get("batch_size", CHUNK)
             model = CachedJudge(model, scores, identity, chunk=chunk, is_writer=current_processes().is_main)
@@ -185,8 +196,67 @@ def build_reward_model(
     return Combined(models, torch.tensor([config.weight for config in configs]), combine)
 
 
-def check_reward_model(key: str, reward: Rewards) -> None:
+def build_response_judge(reward: Rewards, device: torch.device, *, allow_pickle: bool) -> ResponseJudge:
+    """Load the recipe's judge of responses, or several, whose weighted preferences are added.
+
+    Raises:
+        ValueError: a judge cannot be loaded.
+    """
+    disable_progress_bars()
+    configs = reward_models(reward)
+    judges = [load_response_judge(x.name, x.path, device, allow_pickle=allow_pickle, **x.options) for x in configs]
+
+    def compare(
+        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> torch.Tensor:
+        preferences = [judge(images, prompts, first, second) for judge in judges]
+        return torch.stack([config.weight * x for config, x in zip(configs, preferences, strict=True)]).sum(0)
+
+    return compare
+
+
+def build_method_judge(recipe: Recipe, device: torch.device) -> RewardModel | ResponseJudge | None:
+    """Load the judge that the recipe's method needs, of images or of responses; None if it needs none.
+
+    Raises:
+        ValueError: a judge cannot be loaded.
+    """
+    reward = requirements_of(recipe.method).reward
+    if reward is None:
+        return None
+    build = build_response_judge if isinstance(recipe.data, ResponseData) else build_reward_model
+    return build(reward, device, allow_pickle=recipe.allow_pickle)
+
+
+def check_method_judge(recipe: Recipe) -> None:
+    """Check the judge that the recipe's method needs, if any.
+
+    Raises:
+        ValueError: a judge is missing or invalid, judges outputs of another kind, or compares images of a prompt, which
+            may lie in different batches.
+    """
+    reward = requirements_of(recipe.method).reward
+    if reward is None:
+        return
+    if isinstance(recipe.data, ResponseData):
+        check_reward_model("method.mixed.reward", reward, responses=True)
+        return
+    check_reward_model("method.reward", reward)
+    comparing = [config.name for config in reward_models(reward) if config.name in COMPARING]
+    if comparing:
+        raise ValueError(
+            f"method.reward: {comparing[0]} compares the images of a prompt, and method.name: {recipe.method.name} "
+            "judges them batch by batch; use a judge that scores each image alone, such as vlm"
+        )
+
+
+def check_reward_model(key: str, reward: Rewards, *, responses: bool = False) -> None:
     """Check the names, the options and the paths of the reward models that a recipe names at `key`.
+
+    Args:
+        key: the recipe's key, for messages.
+        reward: the section of the recipe.
+        responses: true for judges of responses.
 
     Raises:
         ValueError: there is no such reward model, an option is invalid, or its folder or function is missing.
@@ -197,7 +267,8 @@ def check_reward_model(key: str, reward: Rewards) -> None:
     for number, config in enumerate(configs):
         place = key if isinstance(reward, RewardConfig) else f"{key}.{number}"
         reward_config(config.name, config.options)
-        reward_module(config.name).check(f"{place}.path", config.path)
+        check = response_module(config.name).check_responses if responses else reward_module(config.name).check
+        check(f"{place}.path", config.path)
 
 
 def describe_rewards(reward: Rewards) -> str:

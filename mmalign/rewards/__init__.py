@@ -8,7 +8,7 @@ by the class of its options, "module:Class", with `load` beside the class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
 from types import SimpleNamespace
@@ -62,9 +62,40 @@ class RewardModule(Protocol):
         ...
 
 
+class ResponseJudge(Protocol):
+    """Judge of two responses to a prompt with images."""
+
+    def __call__(
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+    ) -> Tensor:
+        """Return preferences [N], float32: above 0 where the first response is better, 0 for a tie."""
+        ...
+
+
+class ResponseModule(Protocol):
+    """Interface of a file with a judge of responses."""
+
+    def check_responses(self, key: str, path: str) -> None:
+        """Check `path`, which the recipe names at `key`, before anything is loaded."""
+        ...
+
+    def load_responses(self, path: str, device: torch.device, cfg: BaseModel) -> ResponseJudge:
+        """Load the judge from `path` to the device."""
+        ...
+
+
+PACKAGES = (__name__, "mmalign.judges")
+FOR_RESPONSES = ("function", "http", "vlm", "vlm_pairs")  # files with `load_responses`, of a ResponseJudge
+COMPARING = ("vlm_pairs",)  # scores depend on the other images of a prompt
+
+
 def names() -> list[str]:
-    """Return the names of all reward models: the files of this folder."""
-    return registry.names(__name__)
+    """Return the names of all reward models: the files of this folder and of `mmalign.judges`."""
+    return sorted(name for package in PACKAGES for name in registry.names(package))
 
 
 def reward_module(name: str) -> RewardModule:
@@ -77,7 +108,7 @@ def reward_module(name: str) -> RewardModule:
         options = registry.import_class("reward", name, BaseModel)
         load = registry.module_of("reward", options, ["load"]).load
         return cast(RewardModule, SimpleNamespace(Config=options, check=check_files, load=load))
-    return cast(RewardModule, registry.find([__name__], name, "reward: there is no"))
+    return cast(RewardModule, registry.find(PACKAGES, name, "reward: there is no"))
 
 
 def reward_config(name: str, options: Mapping[str, object]) -> BaseModel:
@@ -86,13 +117,14 @@ def reward_config(name: str, options: Mapping[str, object]) -> BaseModel:
     Raises:
         ValueError: the name or an option is unknown, or an option has an invalid value.
     """
-    module = reward_module(name)
+    is_outside = registry.is_outside(name)
+    kind = registry.import_class("reward", name, BaseModel) if is_outside else reward_module(name).Config
     try:
-        return module.Config(**options)
+        return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        known = ", ".join(module.Config.model_fields)
+        known = ", ".join(kind.model_fields)
         raise ValueError(
             f"reward {name}: {key}: {first['msg'].lower()}, got {first['input']!r}; options: {known}"
         ) from None
@@ -125,6 +157,57 @@ def load_reward_model(
     cfg = reward_config(name, options)
     with tensors_only(allow_pickle):
         return checked_reward_model(name, reward_module(name).load(path, torch.device(device), cfg))
+
+
+def load_response_judge(
+    name: str, path: str, device: torch.device | str = "cpu", *, allow_pickle: bool = False, **options: object
+) -> ResponseJudge:
+    """Load a judge of responses by its file's name; the arguments are those of `load_reward_model`.
+
+    Raises:
+        ValueError: the kind judges images alone, an option is unknown, or the judge cannot be loaded. When called: a
+            preference is not finite.
+    """
+    cfg = reward_config(name, options)
+    with tensors_only(allow_pickle):
+        judge = response_module(name).load_responses(path, torch.device(device), cfg)
+
+    def call(
+        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> Tensor:
+        return as_scores(f"reward {name}", judge(images, prompts, first, second), prompts, "check the judge")
+
+    return call
+
+
+def response_module(name: str) -> ResponseModule:
+    """Return the module of a judge of responses.
+
+    Raises:
+        ValueError: the kind judges images alone, or what is named from outside is no judge of responses.
+    """
+    if registry.is_outside(name):
+        options = registry.import_class("reward", name, BaseModel)
+        load = registry.module_of("reward", options, ["load_responses"]).load_responses
+        return cast(ResponseModule, SimpleNamespace(check_responses=check_files, load_responses=load))
+    module = registry.find(PACKAGES, name, "reward: there is no")
+    if name not in FOR_RESPONSES:
+        raise ValueError(f"reward: {name} judges images; for responses use one of {', '.join(FOR_RESPONSES)}")
+    return cast(ResponseModule, module)
+
+
+def by_scores(
+    score: Callable[[Sequence[Sequence[Image.Image]], Sequence[str], Sequence[str]], Tensor],
+) -> ResponseJudge:
+    """Return a judge that compares the scores [N] of responses, from images, prompts and responses."""
+
+    def compare(
+        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> Tensor:
+        scores = score([*images, *images], [*prompts, *prompts], [*first, *second])
+        return scores[: len(prompts)] - scores[len(prompts) :]
+
+    return compare
 
 
 def readable(name: str, path: str, mend: str) -> AbstractContextManager[None]:

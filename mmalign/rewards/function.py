@@ -1,7 +1,8 @@
 """Judge that is a Python function from a batch of images and prompts to scores.
 
 `path` names the function as "module:function", of an installed module or of a file in the current folder. The log names
-the file before any of its code runs.
+the file before any of its code runs. For responses it is a function of images, prompts and responses, where each row
+has a list of images.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch import Tensor
 
 from mmalign.registry import import_function
 from mmalign.rewards import BatchConfig as Config
-from mmalign.rewards import as_scores
+from mmalign.rewards import ResponseJudge, as_scores, by_scores
 
 REMEDY = "correct the function (MMALIGN_TRACEBACK=1 shows the line of an error)"
 
 
 @dataclass(frozen=True)
 class FunctionJudge:
-    """Judge by a user's function, which is called with at most `batch_size` images at a time."""
+    """Judge by a user's function, which is called with at most `batch_size` rows at a time."""
 
     name: str
-    function: Callable[[list[Image.Image], list[str]], object]
+    function: Callable[..., object]
     batch_size: int
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
@@ -34,15 +35,23 @@ class FunctionJudge:
         Raises:
             ValueError: the function raises an error, or returns anything but one finite number for each image.
         """
+        return self.scores(images, prompts)
+
+    def scores(self, images: Sequence[object], prompts: Sequence[str], *more: Sequence[str]) -> Tensor:
+        """Return scores [N]; the function gets the rows of all columns.
+
+        Raises:
+            ValueError: the function raises an error, or returns anything but one finite number for each row.
+        """
         parts = [torch.empty(0)]
-        for start in range(0, len(images), self.batch_size):
+        for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
             texts = list(prompts[rows])
             try:
-                values = self.function(list(images[rows]), list(texts))
+                values = self.function(*(list(column[rows]) for column in (images, prompts, *more)))
             except Exception as error:
                 raise ValueError(
-                    f"reward function: {self.name} failed for {len(texts)} images, the first with the prompt "
+                    f"reward function: {self.name} failed for {len(texts)} prompts, the first of which is "
                     f"{texts[0][:80]!r} ({type(error).__name__}: {error}); {REMEDY}"
                 ) from error
             parts.append(as_scores(f"reward function: {self.name}", values, texts, REMEDY))
@@ -67,5 +76,27 @@ def load(path: str, device: torch.device, cfg: Config) -> FunctionJudge:
     return FunctionJudge(path, _imported("reward.path", path), cfg.batch_size)
 
 
-def _imported(key: str, path: str) -> Callable[[list[Image.Image], list[str]], object]:
+def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudge:
+    """Import the function that `path` names, of images, prompts and responses.
+
+    Raises:
+        ValueError: it cannot be imported, or takes other arguments.
+    """
+    return by_scores(FunctionJudge(path, _of_responses("reward.path", path), cfg.batch_size).scores)
+
+
+def check_responses(key: str, path: str) -> None:
+    """Import the function of images, prompts and responses.
+
+    Raises:
+        ValueError: it cannot be imported, or takes other arguments.
+    """
+    _of_responses(key, path)
+
+
+def _of_responses(key: str, path: str) -> Callable[..., object]:
+    return import_function(key, path, ["images", "prompts", "responses"], "one number for each response")
+
+
+def _imported(key: str, path: str) -> Callable[..., object]:
     return import_function(key, path, ["images", "prompts"], "one number for each image")

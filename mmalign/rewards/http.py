@@ -2,7 +2,8 @@
 
 A request is a POST of JSON, `{"images": [PNG in base64, ...], "prompts": [text, ...]}`. The reply is
 `{"scores": [number, ...]}`, one for each prompt, or `{"error": text}` with a status of 400 or more. An empty request,
-whose reply is empty, tests the server. docs/judge_server.py is an example.
+whose reply is empty, tests the server. docs/judge_server.py is an example. For responses a request has a list of images
+for each prompt, and `"responses"`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from urllib.error import HTTPError, URLError
@@ -25,7 +26,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from mmalign.reading import parse_as
-from mmalign.rewards import BatchConfig, as_scores
+from mmalign.rewards import BatchConfig, ResponseJudge, as_scores, by_scores
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +121,30 @@ class HttpJudge:
         Raises:
             ValueError: the server does not reply in time, or its reply has no such scores.
         """
-        parts, size = [torch.empty(0)], self.server.options.batch_size
-        for start in range(0, len(images), size):
-            rows = slice(start, start + size)
+        parts = [torch.empty(0)]
+        for rows in self._batches(len(images)):
             content = {"images": [as_png(image) for image in images[rows]], "prompts": list(prompts[rows])}
             parts.append(self.server.scores(content, prompts[rows]))
         return torch.cat(parts)
+
+    def score_responses(
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+    ) -> Tensor:
+        """Return scores [N] of responses, float32, on the CPU.
+
+        Raises:
+            ValueError: the server does not reply in time, or its reply has no such scores.
+        """
+        parts = [torch.empty(0)]
+        for rows in self._batches(len(prompts)):
+            pngs = [[as_png(image) for image in shown] for shown in images[rows]]
+            content = {"images": pngs, "prompts": list(prompts[rows]), "responses": list(responses[rows])}
+            parts.append(self.server.scores(content, prompts[rows]))
+        return torch.cat(parts)
+
+    def _batches(self, number: int) -> Iterator[slice]:
+        size = self.server.options.batch_size
+        return (slice(start, start + size) for start in range(0, number, size))
 
 
 def as_png(image: Image.Image) -> str:
@@ -150,6 +169,18 @@ def check(key: str, path: str) -> None:
         raise ValueError(f"{key}: {path[:200]!r} is no address; expected one such as http://localhost:8000/score")
 
 
+check_responses = check
+
+
+def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudge:
+    """Return the judge of responses at the address `path`, once the server has replied to an empty request.
+
+    Raises:
+        ValueError: there is no such server.
+    """
+    return by_scores(load(path, device, cfg).score_responses)
+
+
 def load(path: str, device: torch.device, cfg: Config) -> HttpJudge:
     """Return the judge at the address `path`, once the server has replied to an empty request.
 
@@ -157,7 +188,7 @@ def load(path: str, device: torch.device, cfg: Config) -> HttpJudge:
         ValueError: there is no such server.
     """
     check("reward.path", path)
-    logger.info(f"reward.path: images and prompts are sent to {path}")
+    logger.info(f"reward.path: images and texts are sent to {path}")
     server = Server(path, cfg)
     server.scores({"images": [], "prompts": []}, [])
     return HttpJudge(server)

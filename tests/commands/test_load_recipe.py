@@ -14,7 +14,7 @@ from mmalign.config import Recipe
 from mmalign.config.base import Choice
 from mmalign.config.evaluation import RewardConfig
 from mmalign.config.losses import DPOLossConfig, IPOLossConfig, PairLossConfig, RobustLossConfig
-from mmalign.modalities.loading import check_reward_model
+from mmalign.modalities.loading import check_method_judge, check_reward_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*_*/*.yaml"))  # by modality
 LOSSES = Choice.sections(PairLossConfig)
@@ -70,6 +70,19 @@ def test_unknown_options_of_a_reward_model_are_refused_before_it_loads() -> None
     reward = RewardConfig(name="step_aware", path="models/tiny_clip_steps", options={"weight": "judge.bin"})
     with pytest.raises(ValueError, match=r"reward step_aware: weight: .* options: batch_size, weights, clip"):
         check_reward_model("method.reward", reward)
+
+
+def test_a_judge_of_pairs_is_refused_where_images_come_in_batches() -> None:
+    recipe = load_recipe("text_to_image/spo_tiny_sd", ["method.reward={name: vlm_pairs, path: models/tiny_llava}"])
+    with pytest.raises(ValueError, match=r"method\.reward: vlm_pairs compares the images .* method\.name: spo"):
+        check_method_judge(recipe)
+
+
+def test_a_judge_of_images_is_refused_for_responses() -> None:
+    settings = ["method.name=bdhs", "method.mode=mixed", "method.mixed.reward={path: models/tiny_clip}"]
+    recipe = load_recipe("vision_language/quickstart", settings)
+    with pytest.raises(ValueError, match="open_clip judges images; for responses use one of function"):
+        check_method_judge(recipe)
 
 
 def test_an_empty_list_of_reward_models_is_refused() -> None:

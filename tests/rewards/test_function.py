@@ -84,7 +84,7 @@ def test_batches_are_no_larger_than_the_option(module: str) -> None:
         ("one", "returned float; expected a list of 2 numbers"),
         ("nothing", "returned NoneType; expected a list of 2 numbers"),
         ("columns", r"returned \[0.0\] for the prompt 'a dog'"),
-        ("fails", r"failed for 2 images, the first with the prompt 'a dog' \(ZeroDivisionError: division by zero\)"),
+        ("fails", r"failed for 2 prompts, the first of which is 'a dog' \(ZeroDivisionError: division by zero\)"),
     ],
 )
 def test_a_slip_ends_in_a_sentence_with_the_remedy(module: str, name: str, message: str) -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 import mmalign
 from mmalign.config import RewardConfig
 from mmalign.modalities.loading import build_reward_model, check_reward_model
-from mmalign.rewards import RewardModel, load_reward_model
+from mmalign.rewards import RewardModel, load_response_judge, load_reward_model
 
 EXAMPLE = Path(mmalign.__file__).parents[1] / "docs" / "judge_server.py"
 GREY, WHITE = Image.new("RGB", (8, 8), (51, 51, 51)), Image.new("RGB", (8, 8), "white")
@@ -83,7 +83,7 @@ def test_the_example_server_judges(monkeypatch: pytest.MonkeyPatch, log_lines: l
             assert process.stdout is not None
             url = process.stdout.readline().strip()
             judge = load_reward_model("http", url, retries=0)
-            assert log_lines == [f"reward.path: images and prompts are sent to {url}"]
+            assert log_lines == [f"reward.path: images and texts are sent to {url}"]
             torch.testing.assert_close(judge([GREY, WHITE], ["a", "b"]), torch.tensor([0.2, 1.0]))
         finally:
             process.kill()
@@ -99,6 +99,15 @@ def test_images_and_prompts_arrive_as_they_are(server: Scripted, images: list[Im
     for png, image in zip(sent, images, strict=True):
         received = Image.open(io.BytesIO(base64.b64decode(png)))
         assert received.mode == image.mode and ImageChops.difference(received, image).getbbox() is None
+
+
+def test_responses_are_sent_with_their_images(server: Scripted) -> None:
+    server.reply = lambda request: (200, {"scores": [len(text) for text in request["responses"]]})
+    judge = load_response_judge("http", server.url, batch_size=2)
+    preferences = judge([[GREY, WHITE], [], [WHITE]], ["a", "b", "c"], ["one", "four", ""], ["two", "six", "a"])
+    assert preferences.tolist() == [0, 1, -1]
+    assert [len(shown) for request in server.requests for shown in request["images"]] == [2, 0, 1, 2, 0, 1]
+    assert [request["prompts"] for request in server.requests] == [["a", "b"], ["c", "a"], ["b", "c"]]
 
 
 def test_a_busy_server_is_asked_again(server: Scripted, log_lines: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import MethodConfig
-from mmalign.config.evaluation import DecodingConfig
+from mmalign.config.evaluation import DecodingConfig, Rewards
 from mmalign.config.methods._shared import NumCachedDraws, ResponseMethodConfig
 from mmalign.config.preparation import BdhsConfig
 
@@ -23,7 +23,18 @@ class MixedConfig(DecodingConfig):
         description="rules, or module:function: from a pair, its images and two answers to a number, positive if the "
         "first is better",
     )
+    reward: Rewards | None = Field(
+        None,
+        description="judge of responses in place of the annotator, or a list of several, whose weighted preferences "
+        "are added",
+    )
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
+
+    @model_validator(mode="after")
+    def _one_annotator(self) -> MixedConfig:
+        if self.reward is not None and self.annotator != type(self).model_fields["annotator"].default:
+            raise ValueError("annotator and reward both order the answers; leave one out")
+        return self
 
 
 class BDHSMethodConfig(ResponseMethodConfig):

@@ -17,7 +17,7 @@ from mmalign.data.pairs import NO_LABEL, ImagePair, ResponsePair
 from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
 from mmalign.language.tokens import Tokens
 from mmalign.losses.wrappers import Labels
-from mmalign.rewards import RewardModel
+from mmalign.rewards import ResponseJudge, RewardModel
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class EncodedResponses:
         max_length: most tokens of a row, for methods that add rows.
         precomputed: the method's precomputed tensors by name, each [B, ...]; None if there are none.
         labels: the labels of the pairs; None if no pair has one.
+        judge: the judge of responses, for methods whose settings name one.
     """
 
     rows: list[int]
@@ -50,6 +51,7 @@ class EncodedResponses:
     max_length: int = sys.maxsize
     precomputed: dict[str, Tensor] | None = None
     labels: Labels | None = None
+    judge: ResponseJudge | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.types import ImageView
 from mmalign.language.tokens import TokenizedResponse, Tokens, cut_tail
 from mmalign.losses.wrappers import Labels
+from mmalign.rewards import ResponseJudge
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,12 @@ def _without_loaders(pair: ResponsePair) -> ResponsePair:
     return replace(pair, images=images, rejected_images=rejected, other_images=others)
 
 
-def encode(family: VisionLanguage, batch: ResponsePairBatch, max_length: int = sys.maxsize) -> EncodedResponses:
+def encode(
+    family: VisionLanguage,
+    batch: ResponsePairBatch,
+    max_length: int = sys.maxsize,
+    judge: ResponseJudge | None = None,
+) -> EncodedResponses:
     """Encode a batch on the model's device, each distinct image once.
 
     Rows that a method adds have at most `max_length` tokens, or the processor's limit if that is lower.
@@ -200,4 +206,5 @@ def encode(family: VisionLanguage, batch: ResponsePairBatch, max_length: int = s
         other_images=None if batch.other_images is None else batch.other_images.to(device),
         max_length=min(max_length, family.processor.max_length),
         labels=None if batch.labels is None else batch.labels.to(device),
+        judge=judge,
     )

@@ -34,9 +34,11 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.config.methods import BDHSMethodConfig as Config
+from mmalign.config.methods.vision_language import MixedConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
+from mmalign.language.chat import as_text
 from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
@@ -103,7 +105,7 @@ def check(cfg: Config) -> list[str]:
         fallback = is_fallback(cfg.online.similarity, similarity)
         why = ", since no sentence-transformers model is installed" if fallback else ""
         return [f"bdhs: similarity of completions and answers: {similarity.name}{why}"]
-    if cfg.mode == "mixed":
+    if cfg.mode == "mixed" and cfg.mixed.reward is None:
         _annotator(cfg.mixed.annotator, cfg.mixed.vocabulary)
     return []
 
@@ -116,6 +118,7 @@ def requirements(cfg: Config) -> Requirements:
         reference=cfg.uses_reference,
         labels=True,
         decoded_images=cfg.mode == "mixed",  # for the annotator
+        reward=cfg.mixed.reward if cfg.mode == "mixed" else None,
         precompute=cached_scores(num_cached, settings, compute=precompute),
         measured_by=cfg.model_copy(update={"mode": "offline"}) if cfg.mode != "offline" else None,
         check=partial(check, cfg),
@@ -209,7 +212,6 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     """Return the contrast of the pairs, some replaced by two sampled answers that the annotator ranks."""
     # Two answers of the policy for every replaced pair
     mixed = cfg.mixed
-    annotate = _annotator(mixed.annotator, mixed.vocabulary)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
     # Two answers of the policy to a share of the prompts
     is_replaced = (rng.uniform(batch.rows, (), "own pair") < mixed.share).tolist()
@@ -223,14 +225,38 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     # Annotated answers replace the data's responses
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)
-    for number, one, other in zip(answerable, first, second, strict=True):
-        pair = batch.pairs[number]
-        images = [batch.decoded_images[ref.key] for ref in pair.images]
-        better = annotate(pair, images, one, other) if one and other and one != other else 0.0
+    pairs = zip(answerable, first, second, strict=True)
+    told_apart = [_Sampled(number, one, other) for number, one, other in pairs if one and other and one != other]
+    for (number, one, other), better in zip(told_apart, _preferences(batch, mixed, told_apart), strict=True):
         if better:
             texts[number] = _Texts(one, other) if better > 0 else _Texts(other, one)
             own[number] = 1.0
     return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own}, three=False)
+
+
+class _Sampled(NamedTuple):
+    """Index of a pair in the batch, and two answers of the policy to its prompt."""
+
+    number: int
+    first: str
+    second: str
+
+
+def _preferences(batch: EncodedResponses, mixed: MixedConfig, sampled: Sequence[_Sampled]) -> list[float]:
+    """Return a number for each two answers: above 0 if the judge or the annotator prefers the first."""
+    pairs = [batch.pairs[one.number] for one in sampled]
+    images = [[batch.decoded_images[ref.key] for ref in pair.images] for pair in pairs]
+    if mixed.reward is None:
+        annotate = _annotator(mixed.annotator, mixed.vocabulary)
+        return [
+            annotate(pair, shown, one.first, one.second)
+            for pair, shown, one in zip(pairs, images, sampled, strict=True)
+        ]
+    assert batch.judge is not None, "mixed.reward needs a judge of responses"
+    prompts = [as_text(pair.turns) for pair in pairs]
+    first, second = [one.first for one in sampled], [one.second for one in sampled]
+    preferences: list[float] = batch.judge(images, prompts, first, second).tolist()
+    return preferences
 
 
 def _answerable(

@@ -22,7 +22,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements
 from mmalign.modalities import loading
 from mmalign.resources import locate
-from mmalign.rewards import RewardModel
+from mmalign.rewards import ResponseJudge
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,11 +75,11 @@ def build_data_module(
     needs: Requirements,
     *,
     spec: PrecomputeSpec | None = None,
-    reward_model: RewardModel | None = None,
+    reward_model: ResponseJudge | None = None,
 ) -> DataModule:
     """Return the loaders of a recipe's response pairs, with opened caches of features and precomputed tensors.
 
-    The arguments and errors are those of `DataModuleBuilder`; no method of this modality scores images.
+    The arguments and errors are those of `DataModuleBuilder`; `reward_model` judges responses.
     """
     data, seed = recipe.data, recipe.train.seed
     assert isinstance(data, ResponseData)
@@ -108,7 +108,7 @@ def build_data_module(
         max_bad=data.max_bad,
     )
     return DataModule(
-        partial(encode_responses, family, max_length=longest),
+        partial(encode_responses, family, max_length=longest, judge=reward_model),
         *loaders,
         summarize(splits),
         precompute_cache,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.response_pairs import ResponsePairReader, encode
 from mmalign.language.objects import coco_vocabulary
 from mmalign.methods.vision_language import bdhs, dpo
+from mmalign.modalities.loading import build_response_judge
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import Completion
@@ -269,6 +271,38 @@ def test_an_annotator_orders_what_the_policy_says(
             assert longer == shorter[::-1] and len(longer[0]) >= len(longer[1])
         else:
             assert longer == shorter == (given.pairs[index].chosen, given.pairs[index].rejected)
+
+
+def test_a_judge_orders_what_the_policy_says(
+    policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two judges, of which the heavier one decides: the longer answer is chosen."""
+    (tmp_path / "scoring.py").write_text(
+        "def longer(images, prompts, responses):\n"
+        "    assert all(len(shown) == 1 and shown[0].size[0] >= 16 for shown in images)\n"
+        "    assert all('<image>' not in prompt and prompt for prompt in prompts)\n"
+        "    return [len(text) for text in responses]\n"
+        "def shorter(*given):\n"
+        "    return [-score for score in longer(*given)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {"longer": 2.0, "shorter": 1.0}
+    reward = [{"name": "function", "path": f"scoring:{name}", "weight": weight} for name, weight in names.items()]
+    mixed = {"share": 1.0, "reward": reward, "max_new_tokens": 5}
+    cfg = bdhs.Config(mode="mixed", mixed=mixed)
+    assert bdhs.requirements(cfg).reward == cfg.mixed.reward
+    judge = build_response_judge(cfg.mixed.reward, torch.device("cpu"), allow_pickle=False)
+    given = replace(batch(policy.family, rows(tmp_path / "rows")), judge=judge)
+    contrast, step = stepped(bdhs, policy, given, mode="mixed", mixed=mixed)
+    own = step.metrics["own pairs"].bool().tolist()
+    assert sum(own) >= 6
+    sides = zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True)
+    assert all(len(chosen) >= len(rejected) for (chosen, rejected), of_ours in zip(sides, own, strict=True) if of_ours)
+
+
+def test_an_annotator_and_a_judge_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="annotator and reward both order the answers; leave one out"):
+        bdhs.Config(mode="mixed", mixed={"annotator": "a:b", "reward": {"path": "x"}})
 
 
 @pytest.mark.parametrize(
