@@ -55,7 +55,7 @@ class AfterUpdate:
             reporter.start = {} if self.needs.reference else self._measure(last=True)
 
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
-        is_fresh = progress.epoch == 0 or self.needs.prompts_only  # generated images are always new
+        is_fresh = progress.epoch == 0 or self.needs.generates  # generated images are always new
         self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
         if self.sampler is not None:
             self.sampler(progress.step)
@@ -95,7 +95,7 @@ class AfterUpdate:
         common = (self.run, self.recipe.method, data_module, self.recipe.train.seed)
         if data_module.validation_loader is not None:
             return measure_held_out(*common)
-        if self.needs.prompts_only:
+        if self.needs.generates:
             return {}
         return measure_training(*common, self.reporter.num_measured if last else 1)
 
@@ -124,7 +124,7 @@ class AfterUpdate:
         update, so they show what holds for other pairs, unless they follow the policy.
         """
         needs, fresh = self.needs, self.reporter.fresh()
-        if needs.prompts_only:
+        if needs.generates:
             return verdict.Evidence(fresh)
         held_out = self.data_module.validation_loader is not None
         if held_out or needs.measured_by is not None or not needs.reference:

@@ -214,7 +214,7 @@ class _Activations:
     def _run(self, size: int) -> int:
         policy, config = self.policy, self.recipe.method
         method: Any = methods.find(config.name)
-        if method.requirements(config).prompts_only:
+        if method.requirements(config).generates:
             # A generated pair costs as much as a given one
             method, config = diffusion_dpo, DiffusionDPOConfig(name="diffusion_dpo")
         batch, trained, rng = self.example.batch(size), policy.trainable(), KeyedRNG(self.recipe.train.seed)

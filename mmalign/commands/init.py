@@ -103,7 +103,7 @@ def init(
         )
     folder = resolve_model(layout or model)
     modality, kind = loading.recognize(folder)
-    layouts = images.layouts(EDITORS[kind].sources) if kind in EDITORS else LAYOUTS[modality]
+    layouts = images.layouts(EDITORS[kind].sources)[0] if kind in EDITORS else LAYOUTS[modality]
     columns = _recognize_data(data, modality, given.get("data", {}), layouts)
     name = method or _usual_method(modality, str(columns["format"]))
     _check_modality(name, modality, kind)
@@ -223,7 +223,7 @@ def _fit_images(draft: _Draft, pairs: Pairs[Any], own: int | None) -> None:
     cut = [
         max(shapes.lost_area(sizes[ref.key], square) for ref in pair.images if ref.key in sizes)
         for pair in sample
-        if {pair.chosen.key, pair.rejected.key} & sizes.keys()
+        if any(ref.key in sizes for ref in pair.images)
     ]
     share = sum(lost > UNEQUAL for lost in cut) / len(cut)
     if share > UNEQUAL:
@@ -238,7 +238,7 @@ def _fit_numbers(draft: _Draft, pairs: Pairs[Any], recipe: Recipe) -> None:
     data, train, notes = draft.tree["data"], draft.tree["train"], draft.notes
     needs, number = methods.requirements_of(recipe.method), len(pairs)
     # Validation split and reading
-    if number >= MIN_HELD_OUT and len(set(pairs.groups())) > 1 and not needs.prompts_only and needs.rejected:
+    if number >= MIN_HELD_OUT and len(set(pairs.groups())) > 1 and not needs.generates and needs.rejected:
         data["validation_fraction"] = round(min(0.1, MAX_HELD_OUT / number), 4)
         notes["data.validation_fraction"] = f"about {round(number * data['validation_fraction']):,} pairs are held out"
         draft.tree["evaluate"] = {"benchmark": "implicit"}

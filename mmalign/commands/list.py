@@ -43,7 +43,7 @@ def _needs(recipes: list[Recipe]) -> tuple[str, str]:
         return "", ""
     needs = methods.requirements_of(recipes[0].method)
     data = "pairs"
-    if needs.prompts_only:
+    if needs.generates:
         data = "prompts"
     elif needs.prompt_pairs:
         data = "pairs with two prompts"

@@ -58,6 +58,11 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
             raise ValueError(
                 f"data.margin: method.name: {recipe.method.name} reads no margins; leave {recipe.data.margin} out"
             )
+    if recipe.data.cut_pairs and needs.learns_from != "thumbs":
+        raise ValueError(
+            f"data.cut_pairs: means nothing here: method.name: {recipe.method.name} learns from {needs.learns_from}; "
+            "leave it out"
+        )
     # Files and models that the sections name
     modality.check(recipe)
     if purpose == "preparation":

@@ -12,7 +12,18 @@ from pydantic_core import CoreSchema, core_schema
 from mmalign.registry import check_known, import_class, is_outside
 
 ResponseFormat = Literal[
-    "trl", "povid", "realign", "mdpo", "rlhfv", "swift", "llama_factory", "alpaca", "answers", "auto"
+    "trl",
+    "povid",
+    "realign",
+    "mdpo",
+    "rlhfv",
+    "swift",
+    "llama_factory",
+    "alpaca",
+    "answers",
+    "rankings",
+    "thumbs",
+    "auto",
 ]  # layouts of response data
 
 

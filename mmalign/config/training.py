@@ -155,6 +155,11 @@ class Data(Section):
     )
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="fraction of the groups in the validation split")
     limit: int | None = Field(None, ge=1, description="use the first pairs only")
+    cut_pairs: bool = Field(
+        False,
+        description="for methods that learn from single outputs with labels: make them of pairs; of more outputs the "
+        "best is liked and the worst disliked",
+    )
     max_bad: int | None = Field(None, ge=0, description="stop if more rows and images are bad")
     margin: Literal["column", "score", "log_score"] = Field(
         "column",
@@ -173,7 +178,7 @@ class Data(Section):
 class ImageData(Data):
     """Settings of image pairs, or of a text file with one prompt a line for methods that generate their images."""
 
-    format: Literal["auto", "pick_a_pic", "folder", "rankings", "votes", "scores", "prompts"] = Field(
+    format: Literal["auto", "pick_a_pic", "folder", "rankings", "votes", "scores", "thumbs", "prompts"] = Field(
         "auto", description="layout of the rows, recognized by their columns; docs/your_data.md shows each"
     )
     resolution: Resolution = Field(

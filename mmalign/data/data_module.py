@@ -83,11 +83,12 @@ def open_loaders(
     num_workers: int = 0,
     max_bad: int | None = None,
     shapes_of: Callable[[Pairs[Any]], Sequence[Hashable] | None] = lambda _: None,
+    liked_share: float | None = None,
 ) -> tuple[AnyLoader, AnyLoader | None]:
     """Return this process's loaders of the training and the validation split, checked for a readable pair.
 
     `shapes_of` returns the size of each pair's images, which a batch has in common, or None for one size. The other
-    arguments are those of `Loader`.
+    arguments are those of `Loader`; the share of liked rows is the training split's.
 
     Raises:
         ValueError: a split has no readable pair, or too many bad rows.
@@ -100,7 +101,8 @@ def open_loaders(
         return loader
 
     train, validation = splits
-    loader = open_loader(train, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loader = open_loader(train, liked_share=liked_share, **processes)
     # Every process scores the whole validation split, so that all have the same number
     return loader, open_loader(validation, keep_last=True) if validation is not None else None
 

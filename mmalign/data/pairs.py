@@ -1,4 +1,7 @@
-"""Preference pairs: two images for one prompt, or two responses to one prompt with images.
+"""Judged rows: images for one prompt, or responses to one prompt with images; two of them are a pair.
+
+A row of one output with a label is a thumb, a row of several outputs with scores a list. A pair needs no scores: its
+chosen output comes first.
 
 A pair of images may have two prompts, one for the chosen and one for the rejected image. Images are read on access.
 
@@ -84,28 +87,38 @@ NO_LABEL = Label()
 
 @dataclass(frozen=True)
 class ImagePair:
-    """Two images for one prompt.
+    """Images for one prompt: a pair, a thumb or a list.
 
     Attributes:
         row: 63-bit id that seeds the pair's random draws.
-        prompt: the prompt of both images; in a pair with two prompts, that of the chosen image.
-        chosen: the preferred image.
-        rejected: the other image.
+        prompt: the prompt of all images; in a pair with two prompts, that of the chosen image.
+        outputs: the judged images, in a pair the preferred one first.
         group: the pair's group in `split_by_group`.
         rejected_prompt: the rejected image's prompt; empty in a pair with one prompt.
         source: the image that both images are edits of; None for images from a prompt alone.
         label: the pair's label.
+        scores: the score of each image, larger is better; of a thumb 1 or 0. Empty for a pair.
     """
 
     row: int
     prompt: str
-    chosen: ImageRef
-    rejected: ImageRef
+    outputs: tuple[ImageRef, ...]
     _locate: Callable[[], str] = field(repr=False, compare=False)
     group: str
     rejected_prompt: str = ""
     source: ImageRef | None = None
     label: Label = NO_LABEL
+    scores: tuple[float, ...] = ()
+
+    @property
+    def chosen(self) -> ImageRef:
+        """The preferred image of a pair."""
+        return self.outputs[0]
+
+    @property
+    def rejected(self) -> ImageRef:
+        """The other image of a pair."""
+        return self.outputs[1]
 
     @property
     def location(self) -> str:
@@ -114,13 +127,13 @@ class ImagePair:
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
-        """Chosen image, rejected image and, if there is one, the source."""
-        return (self.chosen, self.rejected, *([self.source] if self.source is not None else []))
+        """Judged images and, if there is one, the source."""
+        return (*self.outputs, *([self.source] if self.source is not None else []))
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Prompts and images."""
-        return (self.prompt, self.rejected_prompt, *(image.key for image in self.images))
+        """Prompts, images and scores."""
+        return (self.prompt, self.rejected_prompt, *(image.key for image in self.images), *map(repr, self.scores))
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -130,13 +143,13 @@ class ImagePair:
 
 @dataclass(frozen=True)
 class ResponsePair:
-    """Two responses to one prompt with images.
+    """Responses to one prompt with images: a pair, a thumb or a list.
 
     Attributes:
         row: 63-bit id that seeds the pair's random draws.
-        turns: the conversation that both responses answer.
-        chosen: the preferred response.
-        rejected: the other response; empty in rows of answers alone, for methods that need no other.
+        turns: the conversation that the responses answer.
+        chosen: the preferred response of a pair, else the first.
+        rejected: the next response; empty in rows of one response.
         images: the images, in the order of their placeholders in the prompt.
         rejected_images: the images of the rejected response; usually the same.
         other_images: further images of the pair, such as Re-Align's retrieved image.
@@ -144,6 +157,8 @@ class ResponsePair:
         group: the pair's group in `split_by_group`.
         hallucinated: a second rejected response, induced by misleading a model; empty if there is none.
         label: the pair's label.
+        others: the responses of a list after the second.
+        scores: the score of each response, larger is better; of a thumb 1 or 0. Empty for a pair.
     """
 
     row: int
@@ -157,18 +172,35 @@ class ResponsePair:
     group: str
     hallucinated: str = ""
     label: Label = NO_LABEL
+    others: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """All responses in order, without the hallucinated one."""
+        return (self.chosen, *filter(None, [self.rejected]), *self.others)
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Conversation, responses and images."""
+        """Conversation, responses, images and scores."""
         roles = (self.images, self.rejected_images, self.other_images)
         keys = ("|".join(image.key for image in images) for images in roles)
-        return (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *keys)
+        texts = (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *self.others)
+        return (*texts, *keys, *map(repr, self.scores))
 
     @property
     def identity(self) -> tuple[str, ...]:
         """Content and label."""
         return _with_label(self.content, self.label)
+
+
+def output_names(number: int, scores: Sequence[float]) -> list[str]:
+    """Return names of a row's outputs: chosen and rejected, liked or disliked, or their places with their scores."""
+    if not scores:
+        return ["chosen", "rejected"][:number]
+    if number == 1:
+        return ["liked" if scores[0] > 0 else "disliked"]
+    return [f"{place}. (score {score:g})" for place, score in enumerate(scores, start=1)]
 
 
 def _with_label(content: tuple[str, ...], label: Label) -> tuple[str, ...]:
@@ -233,6 +265,9 @@ class Rows(Protocol[P]):
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return every prompt of those pairs, without building the pairs; a pair may have two."""
 
+    def liked(self, numbers: NDArray[np.int64]) -> list[bool]:
+        """Return whether the best score of each row is above 0, without building the rows; True for pairs."""
+
 
 class Pairs(Sequence[P], Generic[P]):
     """Sequence of pairs of one source; subsets (`select`, slices, `split_by_group`) copy indices, not images.
@@ -288,6 +323,10 @@ class Pairs(Sequence[P], Generic[P]):
     def prompts(self) -> list[str]:
         """Return every prompt of the pairs: one or two for each."""
         return self._rows.prompts(self._numbers)
+
+    def liked(self) -> list[bool]:
+        """Return for every thumb whether it is up."""
+        return self._rows.liked(self._numbers)
 
     def require(self, expected: str) -> None:
         """Check that there are pairs.

@@ -1,6 +1,6 @@
 """Shapes of training images: aspect buckets, and the area that a crop cuts.
 
-A bucket is one of several image sizes of about the same area. Both images of a pair have the same bucket.
+A bucket is one of several image sizes of about the same area. All images of a row have the same bucket.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Shapes:
     sizes: Mapping[str, ImageSize]
 
     def of(self, pair: ImagePair) -> ImageSize:
-        """Return the size of all images of a pair."""
+        """Return the size of all images of a row."""
         if len(self.options) == 1:
             return self.options[0]
         own = tuple(self.sizes[ref.key] for ref in pair.images if ref.key in self.sizes)

@@ -195,10 +195,13 @@ def _examine(split: str, pair: ImagePair | ResponsePair) -> tuple[Case, dict[str
         two = bool(pair.rejected_prompt)
         prompt = "" if two else pair.prompt
         chosen = Side(pair.prompt if two else "", (pair.chosen,))
-        rejected = Side(pair.rejected_prompt, (pair.rejected,))
+        rejected = Side(pair.rejected_prompt, pair.images[1:][-1:])
     else:
         prompt = "\n".join(f"{turn.role}: {turn.text}" for turn in pair.turns)
-        chosen, rejected = Side(pair.chosen, pair.images), Side(pair.rejected, pair.rejected_images)
+        chosen, rejected = (
+            Side(pair.chosen, pair.images),
+            Side(pair.responses[-1] if pair.rejected else "", pair.rejected_images),
+        )
     same = len(chosen.images) == len(rejected.images) and all(map(same_picture, chosen.images, rejected.images))
     case = Case(pair, split, prompt, chosen, rejected, same)
     return case, {ref.key: look(ref)[0] for ref in case.images}

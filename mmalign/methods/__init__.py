@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from mmalign import registry
 from mmalign.config import MethodConfig, Rewards
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.data.formats.layouts import Learning
 from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts, EncodedResponses
 from mmalign.families.base import Family
 from mmalign.policy import Policy, Scores
@@ -67,8 +68,10 @@ class Requirements:
     Attributes:
         reference: a reference network, or its cached scores.
         labels: the labels of the pairs.
+        learns_from: kind of the rows: pairs, thumbs (one output with a label), lists (several outputs with scores), or
+            prompts, for a method that generates its own images.
+        liked_share: share of liked outputs among those of an epoch; None takes every thumb once.
         rejected: rejected responses; a method without this need also takes rows of answers alone.
-        prompts_only: prompts without images; the method generates its own images.
         prompt_pairs: pairs with a prompt for each image.
         decoded_images: the decoded images of response pairs.
         other_images: the chosen responses again, under the pairs' other images.
@@ -86,8 +89,9 @@ class Requirements:
 
     reference: bool = True
     labels: bool = False
+    learns_from: Learning | Literal["prompts"] = "pairs"
+    liked_share: float | None = None
     rejected: bool = True
-    prompts_only: bool = False
     prompt_pairs: bool = False
     decoded_images: bool = False
     other_images: bool = False
@@ -100,6 +104,16 @@ class Requirements:
     measured_by: MethodConfig | None = None
     hint_if_empty: str = ""
     check: Callable[[], Sequence[str]] = tuple
+
+    @property
+    def generates(self) -> bool:
+        """True for a method that generates its own images from prompts."""
+        return self.learns_from == "prompts"
+
+    @property
+    def learning(self) -> Learning:
+        """Kind of the rows to read; prompts are those of pairs."""
+        return "pairs" if self.learns_from == "prompts" else self.learns_from
 
 
 def requirements_of(config: MethodConfig) -> Requirements:

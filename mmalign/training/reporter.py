@@ -159,7 +159,7 @@ class Reporter:
         factor = means.get("gradient factor")
         if factor is None or self.warned or step == 1:
             return
-        side = "chosen" if "chosen gain" in means else "matched"
+        side = next(side for side in (*(first for first, _ in verdict.SIDES), "output") if f"{side} gain" in means)
         broken = verdict.broken({name: [value] for name, value in means.items()}, side)
         if broken:
             problem = f"the model is breaking, {broken}: lower train.lr"

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 Values = Mapping[str, Sequence[float]]  # metric -> a value for each pair, or for each update
-SIDES = (("chosen", "rejected"), ("matched", "mismatched"))
+SIDES = (("chosen", "rejected"), ("matched", "mismatched"), ("best", "worst"))  # the preferred side first
 SCORES = ((" error", -0.5), (" log-probability", 1.0))  # metrics of a side, with the factor that makes them scores
 
 BROKEN_RATIO = 2.0  # error of the preferred side, relative to the base model's
@@ -80,6 +80,8 @@ def judge(evidence: Evidence) -> str:
     sides = next((sides for sides in SIDES if f"{sides[1]} gain" in values), None)
     if sides is not None:
         return _judge_sides(values, sides, evidence)
+    if "liked" in values:
+        return _judge_thumbs(values, evidence)
     if "chosen gain" in values:
         return _judge_side(values, evidence)
     return _judge_labels(values, evidence) if "margin" in values else _judge_loss(values, evidence)
@@ -143,6 +145,44 @@ def _judge_sides(values: Values, sides: tuple[str, str], evidence: Evidence) -> 
             f"the training pairs were learned, perhaps by heart (data.validation_fraction measures others): {learned}"
         )
     return learned
+
+
+def _judge_thumbs(values: Values, evidence: Evidence) -> str:
+    """Judge a method that learns from single outputs, by the gains of liked and of disliked ones."""
+    sides = ("liked", "disliked")
+    parts = {side: _of_label(values, side) for side in sides}
+    if not all(part["loss"] for part in parts.values()):
+        return _judge_loss(values, evidence)
+    gains = [mean_of(parts[side][f"{side} gain"]) for side in sides]
+    error = math.hypot(gains[0].error, gains[1].error)
+    difference = Mean(gains[0].value - gains[1].value, error)
+    liked = {**values, **parts["liked"]}
+    numbers = _numbers(liked, sides, gains, difference)
+    problem = broken(liked, "liked")
+    if problem:
+        return f"the model is broken, {problem} {numbers}: lower train.lr"
+    if fmean(abs(gain) for gain in values["output gain"]) == 0:
+        return f"nothing moved {numbers}: train longer, or raise the learning rate"
+    if not difference.sign:
+        advice = "train longer, on more outputs, or look at the labels"
+        return f"no difference between liked and disliked outputs {numbers}: {_saturation(values) or advice}"
+    if difference.sign < 0:
+        return f"the labels were not learned, disliked outputs gained more {numbers}"
+    learned = f"{_describe_learned(sides, gains, _noun(liked, 'liked'))} {numbers}"
+    if _saturation(values):
+        learned += f": {_saturation(values)}"
+    if evidence.seen or evidence.fresh:
+        return (
+            f"the training labels were learned, perhaps by heart (data.validation_fraction measures others): {learned}"
+        )
+    return learned
+
+
+def _of_label(values: Values, side: str) -> dict[str, Sequence[float]]:
+    """Return the values of the liked or of the disliked outputs, with the names of a side's metrics."""
+    rows = [number for number, liked in enumerate(values["liked"]) if (liked > 0) == (side == "liked")]
+    named = {name.replace("output", side): column for name, column in values.items() if name.startswith("output ")}
+    return {name: [column[row] for row in rows] for name, column in {**named, "loss": values["loss"]}.items()}
 
 
 def _saturation(values: Values) -> str:

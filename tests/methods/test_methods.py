@@ -344,9 +344,19 @@ def test_the_list_of_methods_is_the_folder() -> None:
     of_images, of_judges, of_responses = (
         [name for name in methods.names() if find_method(name)[0] == modality] for modality in SECTIONS
     )
-    assert of_images == ["cca", "diffusion_dpo", "inpo", "instruct_engine", "mapo", "sft", "spo"]
+    assert of_images == [
+        "cca",
+        "diffusion_dpo",
+        "diffusion_kto",
+        "diffusion_lpo",
+        "inpo",
+        "instruct_engine",
+        "mapo",
+        "sft",
+        "spo",
+    ]
     assert of_judges == ["step_preference"]
-    assert of_responses == ["bdhs", "dpo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
+    assert of_responses == ["bdhs", "dpo", "kto", "lipo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
     assert sorted([*of_images, *of_judges, *of_responses]) == methods.names()
     for name in methods.names():
         assert methods.find(name).Config.model_fields["name"].default == name

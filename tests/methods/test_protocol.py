@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from mmalign import methods
 from mmalign.methods import B, C, F, H, Method
-from mmalign.methods.text_to_image import cca, diffusion_dpo, inpo, instruct_engine, mapo, sft, spo, step_preference
-from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid, realign, response_sft, rlhfv
+from mmalign.methods.text_to_image import (
+    cca,
+    diffusion_dpo,
+    diffusion_kto,
+    diffusion_lpo,
+    inpo,
+    instruct_engine,
+    mapo,
+    sft,
+    spo,
+    step_preference,
+)
+from mmalign.methods.vision_language import bdhs, dpo, kto, lipo, mdpo, povid, realign, response_sft, rlhfv
 
 
 def checked(method: Method[F, B, H, C]) -> object:
@@ -17,9 +28,13 @@ METHODS = [
     checked(bdhs),
     checked(cca),
     checked(diffusion_dpo),
+    checked(diffusion_kto),
+    checked(diffusion_lpo),
     checked(dpo),
     checked(inpo),
     checked(instruct_engine),
+    checked(kto),
+    checked(lipo),
     checked(mapo),
     checked(mdpo),
     checked(povid),

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from mmalign.config.base import MethodConfig
-from mmalign.config.methods._shared import DenoisingMethodConfig, PairMethodConfig, ResponseMethodConfig
+from mmalign.config.methods._shared import (
+    DenoisingMethodConfig,
+    ListMethodConfig,
+    PairMethodConfig,
+    ResponseMethodConfig,
+    ThumbsMethodConfig,
+)
 from mmalign.config.methods.text_to_image import (
     CCAConfig,
     DiffusionDPOConfig,
+    DiffusionKTOConfig,
+    ImageListConfig,
     InPOConfig,
     InstructEngineConfig,
     MaPOConfig,
@@ -17,6 +25,8 @@ from mmalign.config.methods.text_to_image import (
 from mmalign.config.methods.vision_language import (
     BDHSMethodConfig,
     DPOConfig,
+    KTOConfig,
+    LiPOConfig,
     MDPOConfig,
     MixedConfig,
     POVIDConfig,
@@ -33,8 +43,13 @@ __all__ = [
     "DPOConfig",
     "DenoisingMethodConfig",
     "DiffusionDPOConfig",
+    "DiffusionKTOConfig",
+    "ImageListConfig",
     "InPOConfig",
     "InstructEngineConfig",
+    "KTOConfig",
+    "LiPOConfig",
+    "ListMethodConfig",
     "MDPOConfig",
     "MaPOConfig",
     "MixedConfig",
@@ -47,6 +62,7 @@ __all__ = [
     "SFTConfig",
     "SPOConfig",
     "StepPreferenceConfig",
+    "ThumbsMethodConfig",
     "find_method",
 ]
 
@@ -55,6 +71,8 @@ METHODS: dict[str, tuple[type[MethodConfig], ...]] = {
     "text_to_image": (
         CCAConfig,
         DiffusionDPOConfig,
+        DiffusionKTOConfig,
+        ImageListConfig,
         InPOConfig,
         InstructEngineConfig,
         MaPOConfig,
@@ -65,6 +83,8 @@ METHODS: dict[str, tuple[type[MethodConfig], ...]] = {
     "vision_language": (
         BDHSMethodConfig,
         DPOConfig,
+        KTOConfig,
+        LiPOConfig,
         MDPOConfig,
         POVIDConfig,
         ReAlignConfig,

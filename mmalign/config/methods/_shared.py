@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import Choice, MethodConfig
+from mmalign.config.judged_losses import GroupLossConfig, KTOLossConfig, PlackettLuceLossConfig, UnpairedLossConfig
 from mmalign.config.losses import DPOLossConfig, LossSum, LossTerm, PairLossConfig
 
 NumCachedDraws = Annotated[
@@ -101,3 +102,32 @@ class ResponseMethodConfig(PairMethodConfig):
                 f"score: {kinds['sum']} is made for sums over tokens and {kinds['mean']} for means; set sum or mean"
             )
         return self
+
+
+class ThumbsMethodConfig(MethodConfig):
+    """Unpaired loss of a method that learns from single outputs with labels."""
+
+    beta: float = Field(gt=0, description="strength of the constraint to the reference")
+    loss: Annotated[UnpairedLossConfig, Choice()] = Field(
+        KTOLossConfig(), description="loss of a single output; docs/methods.md has their formulas"
+    )
+    liked_weight: float = Field(1.0, ge=0, description="factor of the loss of liked outputs")
+    disliked_weight: float = Field(1.0, ge=0, description="factor of the loss of disliked outputs")
+    liked_share: float | None = Field(
+        None, gt=0, lt=1, description="share of liked outputs in an epoch, by repetition; null takes each output once"
+    )
+
+    @model_validator(mode="after")
+    def _learns(self) -> ThumbsMethodConfig:
+        if not (self.liked_weight or self.disliked_weight):
+            raise ValueError("liked_weight and disliked_weight are both 0; expected one above 0")
+        return self
+
+
+class ListMethodConfig(MethodConfig):
+    """Group loss of a method that learns from lists of outputs with scores."""
+
+    beta: float = Field(gt=0, description="strength of the constraint to the reference")
+    loss: Annotated[GroupLossConfig, Choice()] = Field(
+        PlackettLuceLossConfig(), description="loss of a list; docs/methods.md has their formulas"
+    )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmalign.config.base import MethodConfig
 from mmalign.config.evaluation import Rewards
-from mmalign.config.methods._shared import DenoisingMethodConfig, NumCachedDraws
+from mmalign.config.methods._shared import DenoisingMethodConfig, ListMethodConfig, NumCachedDraws, ThumbsMethodConfig
 
 
 class CCAConfig(MethodConfig):
@@ -31,6 +31,38 @@ class DiffusionDPOConfig(DenoisingMethodConfig):
     )
     caption_dropout: float = Field(0.2, ge=0, le=1, description="fraction of pairs that lose their prompt")
     num_cached_draws: NumCachedDraws = 0
+
+
+class DiffusionKTOConfig(ThumbsMethodConfig):
+    """Hyper-parameters; the defaults are the release's."""
+
+    name: Literal["diffusion_kto"] = "diffusion_kto"
+    beta: float = Field(
+        2000.0, gt=0, description="in units of -1/2 mean squared error; the release's beta_dpo is half of it"
+    )
+    liked_share: float | None = Field(
+        0.8, gt=0, lt=1, description="share of liked images in an epoch, by repetition; null takes each image once"
+    )
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="fraction of images that lose their prompt")
+    num_cached_draws: NumCachedDraws = 0
+
+
+class ImageListConfig(ListMethodConfig):
+    """Hyper-parameters; beta is Diffusion-DPO's, to which the loss is equal with two images."""
+
+    name: Literal["diffusion_lpo"] = "diffusion_lpo"
+    beta: float = Field(5000.0, gt=0, description="in units of -1/2 mean squared error, as Diffusion-DPO's")
+    caption_dropout: float = Field(0.2, ge=0, le=1, description="fraction of prompts that are dropped")
+    num_cached_draws: NumCachedDraws = 0
+
+    @model_validator(mode="after")
+    def _of_images(self) -> ImageListConfig:
+        if self.loss.of_responses:
+            raise ValueError(
+                f"loss: {self.loss.name} compares log-probabilities of responses, and a denoising score is none; use "
+                "plackett_luce, lambda_rank, info_nca, nca, copg or d2o"
+            )
+        return self
 
 
 class InPOConfig(DenoisingMethodConfig):

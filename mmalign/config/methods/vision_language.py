@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import MethodConfig
+from mmalign.config.base import Choice, MethodConfig
 from mmalign.config.evaluation import DecodingConfig, Rewards
-from mmalign.config.methods._shared import NumCachedDraws, ResponseMethodConfig
+from mmalign.config.judged_losses import GroupLossConfig, LambdaRankLossConfig
+from mmalign.config.methods._shared import ListMethodConfig, NumCachedDraws, ResponseMethodConfig, ThumbsMethodConfig
 from mmalign.config.preparation import BdhsConfig
 
 
@@ -74,6 +75,25 @@ class DPOConfig(ResponseMethodConfig):
     name: Literal["dpo"] = "dpo"
     beta: float = Field(
         0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
+
+
+class KTOConfig(ThumbsMethodConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["kto"] = "kto"
+    beta: float = Field(0.1, gt=0, description="in nats of a response")
+
+
+class LiPOConfig(ListMethodConfig):
+    """Hyper-parameters; the defaults are the paper's."""
+
+    name: Literal["lipo"] = "lipo"
+    beta: float = Field(
+        0.05, gt=0, description="in nats of a response; with loss: pro or rrhf a factor, of which the paper's is 1"
+    )
+    loss: Annotated[GroupLossConfig, Choice()] = Field(
+        LambdaRankLossConfig(), description="loss of a list; docs/methods.md has their formulas"
     )
 
 

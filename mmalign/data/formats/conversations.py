@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mmalign.data.formats.files import Record, shorten
+from mmalign.data.formats.files import Record, read_list, read_number, read_thumb, shorten
 from mmalign.data.formats.image_files import Image
+from mmalign.data.formats.layouts import THUMBS as THUMBS_NAME
 from mmalign.data.formats.layouts import Layout
 from mmalign.data.formats.messages import (
     Message,
@@ -33,7 +34,8 @@ class ParsedRow:
 
     `rejected_images` is None if the rejected response has the chosen one's images. `rejected` is None in a row with an
     answer alone. `hallucinated` is a second rejected response, or empty. `later_turns` says that the conversations
-    differ in later turns as well, which are left out.
+    differ in later turns as well, which are left out. `others` are the responses of a list after the second, and
+    `scores` those of all; a pair has none.
     """
 
     turns: tuple[Turn, ...]
@@ -44,6 +46,13 @@ class ParsedRow:
     other_images: tuple[Image, ...] = ()
     hallucinated: str = ""
     later_turns: bool = False
+    others: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """All responses in order, without the hallucinated one."""
+        return (self.chosen, *([self.rejected] if self.rejected is not None else []), *self.others)
 
     @property
     def all_images(self) -> tuple[Image, ...]:
@@ -233,6 +242,29 @@ def _answers(location: str, row: Record) -> ParsedRows:
     return (_row(row, turns[:last], turns[last].turn.text, None, images),)
 
 
+def _thumbs(location: str, row: Record) -> ParsedRows:
+    prompt = read_messages("prompt", row["prompt"])
+    completion = read_completion("completion", row["completion"])
+    if len(completion) > 1:
+        raise UnusableRowError(f"completion has {len(completion)} messages; expected the assistant's one")
+    parsed = _row(row, prompt, completion[0].turn.text, None, row.get("images", row.get("image")))
+    return (replace(parsed, scores=(read_thumb(row["label"]),)),)
+
+
+def _rankings(location: str, row: Record) -> ParsedRows:
+    responses = [read_text("responses", text) for text in read_list("responses", row["responses"])]
+    name, sign = ("scores", 1) if row.get("scores") is not None else ("ranks", -1)
+    worth = [sign * read_number(name, value) for value in read_list(name, row.get(name))]
+    if len(responses) < 2 or len(worth) != len(responses):
+        raise UnusableRowError(
+            f"has {len(responses)} responses and {len(worth)} {name}; expected a score for each of two or more"
+        )
+    order = sorted(range(len(worth)), key=lambda n: -worth[n])
+    first, second, *others = (responses[n] for n in order)
+    parsed = _row(row, read_messages("prompt", row["prompt"]), first, second, row.get("images", row.get("image")))
+    return (replace(parsed, others=tuple(others), scores=tuple(worth[n] for n in order)),)
+
+
 _IMAGE_NAMES = ("img", "image_path", "img_path", "image_file", "picture")
 _IMAGES = {"image": _IMAGE_NAMES, "images": ("image_paths", "pictures")}
 _QUESTION = ("question", "query", "instruction")
@@ -249,6 +281,20 @@ def _may_hold_images(sample: Record) -> bool:
     return "image" in sample or "images" in sample or any(isinstance(sample.get(name), list) for name in messages)
 
 
+THUMBS = Layout(
+    THUMBS_NAME,
+    ("prompt", "completion", "label"),
+    _ANY,
+    _thumbs,
+    synonyms={
+        **_IMAGES,
+        "prompt": _QUESTION,
+        "completion": ("response", "answer", "output"),
+        "label": ("liked", "thumb", "thumbs_up", "feedback"),
+    },
+    fits=lambda sample: _may_hold_images(sample) and isinstance(sample.get("label"), str | int | float),
+    has_labels=False,
+)
 LAYOUTS = (
     Layout(
         "trl",
@@ -294,5 +340,20 @@ LAYOUTS = (
         has_labels=False,
         synonyms={**_IMAGES, "prompt": _QUESTION, "answer": ("response", "output", "caption", "completion")},
         fits=_may_hold_images,
+    ),
+    Layout(
+        "rankings",
+        ("prompt", "responses", "scores|ranks"),
+        _ANY,
+        _rankings,
+        synonyms={
+            **_IMAGES,
+            "prompt": _QUESTION,
+            "responses": ("completions", "answers", "candidates", "outputs"),
+            "scores": ("rewards", "ratings"),
+            "ranks": ("rank", "ranking"),
+        },
+        fits=lambda sample: _may_hold_images(sample) and isinstance(sample.get("responses"), list),
+        has_labels=False,
     ),
 )

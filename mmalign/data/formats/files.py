@@ -239,6 +239,38 @@ def listed(names: Collection[str]) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+def read_list(name: str, value: object) -> list[object]:
+    """Return a list, also of one in JSON in a cell of CSV."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise UnusableRowError(f"{name} is {shorten(value)}; expected a list ({error})") from error
+    if not isinstance(value, list):
+        raise UnusableRowError(f"{name} is {shorten(value)}; expected a list")
+    return value
+
+
+_THUMBS = {
+    1.0: {"true", "yes", "1", "1.0", "liked", "like", "good", "up", "desirable"},
+    0.0: {"false", "no", "0", "0.0", "-1", "-1.0", "disliked", "dislike", "bad", "down", "undesirable"},
+}
+
+
+def read_thumb(value: object) -> float:
+    """Return 1 for the label of a liked output, and 0 for that of a disliked one.
+
+    Raises:
+        UnusableRowError: the value is neither.
+    """
+    if value is None or value == "":
+        raise UnusableRowError("has no label")
+    label = next((number for number, words in _THUMBS.items() if str(value).lower() in words), None)
+    if label is None:
+        raise UnusableRowError(f"label is {shorten(value)}; expected true or false, 1 or 0, 1 or -1, liked or disliked")
+    return label
+
+
 def shorten(value: object) -> str:
     """Return a value as JSON of at most 60 characters, for messages."""
     try:

@@ -1,4 +1,4 @@
-"""Folders of better and worse images, such as good/ and bad/: files of one name are a pair.
+"""Folders of better and worse images, such as good/ and bad/: files of one name are a pair, or each file is a thumb.
 
 A caption is in STEM.txt beside an image, in the folder above, or in captions/ or prompts/ there; or in a file
 metadata.jsonl or metadata.csv with the columns `file_name` and `prompt`, `caption` or `text`.
@@ -81,6 +81,26 @@ def side_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
         record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         second = texts[1] if texts[1] != prompt else None
         yield SourceRow(location, record | {"rejected_prompt": second}, (folder,))
+
+
+def thumb_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
+    """Yield a row of prompt, image and label for each image of two folders, and the reason for images without one."""
+    sides = find_sides(folder)
+    assert sides is not None, "the folder was recognized by them"
+    captions = _captions(folder, sides)
+    for side, label in zip(sides, (True, False), strict=True):
+        for name, file in _images(side).items():
+            location = f"{folder.name}: {side.name}/{name}"
+            try:
+                prompt = _caption(file, folder, name, captions)
+            except ValueError as error:
+                yield SkippedRow(location, str(error))
+                continue
+            if not prompt:
+                yield SkippedRow(location, f"has no caption; write one to {side.name}/{name}.txt")
+                continue
+            image = file.relative_to(folder).as_posix()
+            yield SourceRow(location, {"prompt": prompt, "image": image, "label": label}, (folder,))
 
 
 def _images(side: Path) -> dict[str, Path]:

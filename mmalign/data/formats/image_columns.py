@@ -45,3 +45,4 @@ WORTHS: tuple[str, ...] = (
     "elo",
 )
 WORTHS += ("preference", "aesthetic_score", "aesthetics_score", "quality", "mos", "label", "liked", "good")
+THUMB = ("liked", "like", "is_liked", "thumb", "thumbs_up", "good", "is_good", "vote", "feedback", "preference")

@@ -1,4 +1,4 @@
-"""Layouts of image preference pairs: pick_a_pic, folder, rankings, votes and scores.
+"""Layouts of judged images: pick_a_pic, folder, rankings, votes, scores and thumbs.
 
 pick_a_pic  Two images with two labels, as in Pick-a-Pic v2: `caption, jpg_0, jpg_1, label_0, label_1`, optionally
             `image_0_uid, image_1_uid, are_different, has_label`. The image with the larger label is chosen: 1 and 0,
@@ -11,6 +11,7 @@ rankings    HPDv2 and ImageReward: `prompt, image_path` (a list) and `rank` (sma
 votes       HPDv3: `prompt, path1, path2` and `choice_dist` (the votes of both). Without votes the first is chosen.
 scores      ImageRewardDB and RichHF: rows of one image: `prompt, image` and `score` (larger is better) or `rank`
             (smaller is better), optionally `prompt_id`. Every two images of a prompt with different scores are a pair.
+thumbs      `prompt, image, label`, liked or not: the rows of methods that learn from single outputs.
 
 Each may have a `source`, the image that a pair's images are edits of, for models that edit (`with_source`).
 
@@ -21,19 +22,21 @@ layouts of pairs also take the columns of `mmalign.data.formats.labels`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
-from mmalign.data.formats.files import Record, as_text, read_number, shorten
-from mmalign.data.formats.image_columns import CHOSEN, IMAGES, LABELS, PROMPTS, REJECTED, WORTHS, of_side, of_two
+from mmalign.data.formats.files import Record, as_text, read_list, read_number, read_thumb, shorten
+from mmalign.data.formats.image_columns import CHOSEN, IMAGES, LABELS, PROMPTS, REJECTED, THUMB, WORTHS, of_side, of_two
 from mmalign.data.formats.image_files import Image, StoredImage, as_image, image_name
 from mmalign.data.formats.labels import NUMBERED_SCORES
+from mmalign.data.formats.layouts import THUMBS as THUMBS_NAME
 from mmalign.data.formats.layouts import Layout
 from mmalign.data.formats.rows import Rows, SourceRow
 from mmalign.data.pairs import SkippedRow, UnusableRowError
-from mmalign.reading import broken_text, parse_json
+from mmalign.reading import broken_text
 
 SOURCE = "source"  # column of the image that a pair's images are edits of
 MAX_IMAGES = 256  # of a prompt; every two of them are a pair
@@ -47,26 +50,33 @@ class Side(NamedTuple):
     name: str
 
 
-class ParsedPairs(NamedTuple):
-    """Pairs of a row.
+class Parsed(NamedTuple):
+    """Images of a row, judged.
 
     Attributes:
-        prompt: the prompt of all, or of the chosen images.
-        sides: the chosen and the rejected image of each pair.
-        rejected_prompt: the rejected images' prompt, or "".
-        ties: the number of ties.
-        source: the image that a pair's images are edits of.
-        preference: the probability that the chosen image is the better one.
-        gaps: by how much the chosen image's score exceeds the rejected one's, for each pair; empty without scores.
+        prompt: the prompt of all images, or of the first one.
+        sides: the images.
+        worth: a number for each, larger is better.
+        rejected_prompt: the second image's prompt, or "".
+        group: the name of the prompt in rows of one image.
+        source: the image that they are edits of, or None.
+        preference: the probability that the better of two images is the better one.
+        scores: the images' scores, for margins; empty without scores.
     """
 
     prompt: str
-    sides: list[tuple[Side, Side]]
+    sides: list[Side]
+    worth: list[float]
     rejected_prompt: str = ""
-    ties: int = 0
+    group: str = ""
     source: Side | None = None
     preference: float = 1.0
-    gaps: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def order(self) -> list[int]:
+        """Numbers of the images, the best first; of equal ones the first."""
+        return sorted(range(len(self.sides)), key=lambda n: -self.worth[n])
 
 
 def _side(value: object, uid: object = None) -> Side:
@@ -94,118 +104,79 @@ def _second(record: Record, name: str) -> str:
     return _text(record, name) if record.get(name) not in (None, "") else ""
 
 
-def _list(name: str, value: object) -> list[object]:
-    """Return a list, also of one in JSON in a cell of CSV."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise UnusableRowError(f"{name} is {shorten(value)}; expected a list ({error})") from error
-    if not isinstance(value, list):
-        raise UnusableRowError(f"{name} is {shorten(value)}; expected a list")
-    return value
-
-
-def _ordered(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> ParsedPairs:
-    """Return (better, worse) for every two images of different worth, and the number of ties."""
-    if len(sides) > MAX_IMAGES:
-        raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
-    order = [(i, j) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
-    ties = len(sides) * (len(sides) - 1) // 2 - len(order)
-    order = [(i, j) for i, j in order if sides[i].image != sides[j].image]
-    gaps = tuple(worth[i] - worth[j] for i, j in order)
-    return ParsedPairs(prompt, [(sides[i], sides[j]) for i, j in order], ties=ties, gaps=gaps)
-
-
-def _read_labels(location: str, record: Record) -> ParsedPairs:
+def _read_labels(location: str, record: Record) -> Parsed:
     for flag, reason in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
         if record.get(flag) is not None and not read_number(flag, record[flag]):
             raise UnusableRowError(reason, "same sides" if flag == "are_different" else "unusable")
     prompt, second = _text(record, "caption"), _second(record, "rejected_caption")
     labels = [read_number(name, record[name]) for name in ("label_0", "label_1")]
     sides = [_side(record[f"jpg_{n}"], record.get(f"image_{n}_uid")) for n in (0, 1)]
-    pairs = _two(prompt, sides, labels)._replace(rejected_prompt=second)
-    if abs(sum(labels) - 1) < SURE and min(labels) > 0:
-        pairs = pairs._replace(preference=max(labels))
-    if any(record.get(name) in (None, "") for name in NUMBERED_SCORES):
-        return pairs
-    gap = read_number("score_0", record["score_0"]) - read_number("score_1", record["score_1"])
-    return pairs._replace(gaps=(gap if labels[0] > labels[1] else -gap,))
+    preference = max(labels) if abs(sum(labels) - 1) < SURE and min(labels) > 0 else 1.0
+    scores = [read_number(name, record[name]) for name in NUMBERED_SCORES if record.get(name) not in (None, "")]
+    pair = _two(prompt, sides, labels, second)
+    return pair._replace(preference=preference, scores=tuple(scores) if len(scores) == 2 else ())
 
 
-def _two(prompt: str, sides: Sequence[Side], worth: Sequence[float]) -> ParsedPairs:
+def _two(prompt: str, sides: list[Side], worth: list[float], rejected_prompt: str = "") -> Parsed:
     if sides[0].image == sides[1].image:
         raise UnusableRowError("the chosen and the rejected image are the same", "same sides")
-    if worth[0] == worth[1]:
-        return ParsedPairs(prompt, [], ties=1)
-    first, second = sides
-    return ParsedPairs(prompt, [(first, second) if worth[0] > worth[1] else (second, first)])
+    return Parsed(prompt, sides, worth, rejected_prompt)
 
 
-def _read_sides(location: str, record: Record) -> ParsedPairs:
+def _read_sides(location: str, record: Record) -> Parsed:
     prompt, second = _text(record, "prompt"), _second(record, "rejected_prompt")
-    return _two(prompt, [_side(record[side]) for side in ("chosen", "rejected")], (1, 0))._replace(
-        rejected_prompt=second
-    )
+    return _two(prompt, [_side(record[side]) for side in ("chosen", "rejected")], [1.0, 0.0], second)
 
 
-def _read_votes(location: str, record: Record) -> ParsedPairs:
+def _read_votes(location: str, record: Record) -> Parsed:
     votes = record["choice_dist"]
-    counts = _list("choice_dist", votes) if votes is not None else [1.0, 0.0]
+    counts = read_list("choice_dist", votes) if votes is not None else [1.0, 0.0]
     worth = [read_number("choice_dist", vote) for vote in counts]
     if len(worth) != 2:
         raise UnusableRowError(f"choice_dist is {shorten(votes)}; expected the votes of both images")
     return _two(_text(record, "prompt"), [_side(record[name]) for name in ("path1", "path2")], worth)
 
 
-def _read_ranking(location: str, record: Record) -> ParsedPairs:
-    images = _list("image_path", record["image_path"])
+def _read_ranking(location: str, record: Record) -> Parsed:
+    images = read_list("image_path", record["image_path"])
     worths = []
     for name, sign in (("rank", -1), ("human_preference", 1)):
         if record.get(name) is not None:
-            worths.append([sign * read_number(name, value) for value in _list(name, record[name])])
+            worths.append([sign * read_number(name, value) for value in read_list(name, record[name])])
     if not worths or any(len(worth) != len(images) for worth in worths):
         came = ", ".join(
             f"{name} is {shorten(record.get(name))}" for name in ("image_path", "rank", "human_preference")
         )
         raise UnusableRowError(f"{came}; expected a list of images, and one as long of ranks or preferences")
-    sides = [_side(image) for image in images]
-    orders = [_ordered(_text(record, "prompt"), sides, worth) for worth in worths]
-    if len(orders) == 2 and {(b, a) for a, b in orders[0].sides} & {*orders[1].sides}:
+    prompt, sides = _text(record, "prompt"), [_side(image) for image in images]
+    if len(sides) > MAX_IMAGES:
+        raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
+    first, last = worths[0], worths[-1]
+    if any((first[i] - first[j]) * (last[i] - last[j]) < 0 for i, j in combinations(range(len(sides)), 2)):
         raise UnusableRowError("rank and human_preference contradict each other; remove one of them")
-    return orders[0]
+    return Parsed(prompt, sides, first, scores=tuple(first))
 
 
-class ScoredImage(NamedTuple):
-    """Image of a row of its own, with its prompt, the name of the prompt's group, and its worth."""
-
-    prompt: str
-    group: str
-    image: Image
-    worth: float
-    source: Side | None = None
+def _read_thumb(location: str, record: Record) -> Parsed:
+    return Parsed(_text(record, "prompt"), [_side(record["image"])], [read_thumb(record.get("label"))])
 
 
-Parsed = ParsedPairs | ScoredImage
-
-
-def _read_score(location: str, record: Record) -> ScoredImage:
+def _read_score(location: str, record: Record) -> Parsed:
     prompt, score = _text(record, "prompt"), record.get("score")
     worth = read_number("score", score) if score is not None else -read_number("rank", record.get("rank"))
     group = record.get("prompt_id")
-    return ScoredImage(prompt, as_text(group) if group is not None else prompt, as_image(record["image"]), worth)
+    return Parsed(prompt, [_side(record["image"])], [worth], group=as_text(group) if group is not None else prompt)
 
 
 def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> Iterator[SourceRow | SkippedRow]:
     """Yield a row of `rankings` for the images of each prompt, and the reason for each row that cannot be used."""
-    groups = dict[Hashable, list[tuple[SourceRow, ScoredImage]]]()
+    groups = dict[Hashable, list[tuple[SourceRow, Parsed]]]()
     for row in rows:
         if isinstance(row, SkippedRow):
             yield row
             continue
         try:
             scored = layout.read(row.location, row.record)
-            assert isinstance(scored, ScoredImage), "the rows are of one image"
             groups.setdefault((row.folders, scored.group, scored.prompt, scored.source), []).append((row, scored))
         except UnusableRowError as error:
             yield SkippedRow(row.location, str(error), error.defect)
@@ -214,8 +185,8 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
         if len(group) == 1:
             yield SkippedRow(first.location, "has the only image of its prompt; expected several to compare")
             continue
-        images = [_placed(row, scored.image) for row, scored in group]
-        worths = [scored.worth for _, scored in group]
+        images = [_placed(row, scored.sides[0].image) for row, scored in group]
+        worths = [scored.worth[0] for _, scored in group]
         record: Record = {"prompt": scored.prompt, "image_path": images, "human_preference": worths}
         if scored.source is not None:
             record = {**record, SOURCE: scored.source.image}
@@ -261,6 +232,10 @@ def _has_votes(record: Record) -> bool:
 def _has_score(record: Record) -> bool:
     worths = [record[name] for name in ("score", "rank") if record.get(name) is not None]
     return _is_image(record.get("image")) and bool(worths) and not any(map(_is_list, worths))
+
+
+def _has_thumb(record: Record) -> bool:
+    return _is_image(record.get("image")) and isinstance(record.get("label"), str | int | float)
 
 
 PICK_A_PIC = Layout(
@@ -331,6 +306,19 @@ SCORES = Layout(
         "rank": ("ranking",),
     },
     fits=_has_score,
+)
+THUMBS = Layout(
+    THUMBS_NAME,
+    ("prompt", "image", "label"),
+    (),
+    _read_thumb,
+    synonyms={
+        "prompt": PROMPTS,
+        "image": SCORES.synonyms["image"],
+        "label": THUMB,
+    },
+    has_labels=False,
+    fits=_has_thumb,
 )
 LAYOUTS: tuple[Layout[Parsed], ...] = (PICK_A_PIC, FOLDER, RANKINGS, VOTES, SCORES)
 

@@ -1,4 +1,4 @@
-"""Pairs of images from any source, indexed without decoding an image.
+"""Pairs, thumbs and lists of images from any source, indexed without decoding an image.
 
 `mmalign.data.formats.image_layouts` has the layouts of their rows.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +20,62 @@ from mmalign.data.formats.image_layouts import (
     RANKINGS,
     SCORES,
     SOURCE,
+    THUMBS,
     Parsed,
-    ParsedPairs,
     group_scores,
     with_source,
 )
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
-from mmalign.data.formats.layouts import AUTO, Layout, check_files, open_layout
+from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow
-from mmalign.data.pairs import ImagePair, Label, Pairs, SkippedRow, UnusableRowError, stable_hash
+from mmalign.data.pairs import (
+    ImagePair,
+    ImageRef,
+    Label,
+    Pairs,
+    SkippedRow,
+    UnusableRowError,
+    output_names,
+    stable_hash,
+)
 
 Columns = Mapping[str, str]
 Sources = Literal["required", "optional"]
-ROLES = ("chosen", "rejected", "source")
+
+
+class Selection(NamedTuple):
+    """Images of a parsed row that are one training row, by number, with its prompts and scores."""
+
+    numbers: tuple[int, ...]
+    prompt: str
+    rejected_prompt: str = ""
+    scores: tuple[float, ...] = ()
+
+
+def _select(parsed: Parsed, learning: Learning) -> tuple[list[Selection], int]:
+    """Return the training rows of a parsed row, and the number of ties among its images.
+
+    Pairs are every two images of different worth, lists all images, the best first. Thumbs of several images are the
+    best and the worst.
+
+    Raises:
+        UnusableRowError: a list has two prompts.
+    """
+    prompt, sides, worth, second = parsed.prompt, parsed.sides, parsed.worth, parsed.rejected_prompt
+    if len(sides) == 1:
+        return [Selection((0,), prompt, scores=(worth[0],))], 0
+    best, *_, worst = order = parsed.order
+    if learning != "pairs" and worth[best] == worth[worst]:
+        return [], 1
+    if learning == "thumbs":
+        return [Selection((best,), prompt, scores=(1.0,)), Selection((worst,), second or prompt, scores=(0.0,))], 0
+    if learning == "lists":
+        if second:
+            raise UnusableRowError("has two prompts; expected a list of images for one", "two prompts")
+        return [Selection(tuple(order), prompt, scores=tuple(worth[n] for n in order))], 0
+    pairs = [(i, j) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
+    selections = [Selection(pair, prompt, second) for pair in pairs if sides[pair[0]].image != sides[pair[1]].image]
+    return selections, len(sides) * (len(sides) - 1) // 2 - len(pairs)
 
 
 def open_pairs(
@@ -48,8 +91,10 @@ def open_pairs(
     sources: Sources | None = None,
     margins: Margins = COLUMN,
     labels: bool = True,
+    learning: Learning = "pairs",
+    cut_pairs: bool = False,
 ) -> Pairs:
-    """Index the pairs of a source without decoding its images.
+    """Index the pairs, thumbs or lists of a source without decoding its images.
 
     Args:
         format: a layout of images, or "auto".
@@ -64,11 +109,14 @@ def open_pairs(
         sources: "required" or "optional" for a model that edits images; None ignores columns with source images.
         margins: the source of the margins of the labels.
         labels: whether the caller reads the pairs' labels.
+        learning: the kind of the rows.
+        cut_pairs: make thumbs of pairs; of several images the best is liked and the worst disliked.
 
     Raises:
         ValueError: a file or column is missing, no layout fits, or no pair is left.
     """
-    source, layout = open_layout(layouts(sources), format, path, split=split, columns=columns, group_by=group_by)
+    known = layouts_for(*layouts(sources), learning, cut_pairs=cut_pairs)
+    source, layout = open_layout(known, format, path, split=split, columns=columns, group_by=group_by)
     if sources == "optional" and layout.column(SOURCE) in source.columns:  # then every row has to have one
         layout = replace(layout, required=(*layout.required, SOURCE))
     taken = layout.describe() if format == AUTO else ""
@@ -77,10 +125,10 @@ def open_pairs(
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
-    indexed = ImageRows(rows, layout, ImageReader(images), group_by, margins)
+    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, margins)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
-    expected = "in which one image is preferred"
+    expected = "with an image and a label" if layout.name == THUMBS.name else "in which one image is preferred"
     if prompt_pairs is not None:
         expected = f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
     pairs.require(expected)
@@ -99,36 +147,49 @@ def check_source(
     columns: Columns | None = None,
     group_by: str | None = None,
     sources: Sources | None = None,
+    learning: Learning = "pairs",
+    cut_pairs: bool = False,
 ) -> None:
     """Check a source's files and columns, with the arguments and errors of `open_pairs`; no image is read."""
     options: dict[str, Any] = {"images": images, "split": split, "columns": columns, "group_by": group_by}
-    check_files(layouts(sources), format, path, **options)
+    check_files(layouts_for(*layouts(sources), learning, cut_pairs=cut_pairs), format, path, **options)
 
 
-def layouts(sources: Sources | None) -> Sequence[Layout[Parsed]]:
-    """Return the layouts of image pairs, with a column of source images if they may have or need one."""
-    required = sources == "required"
-    return LAYOUTS if sources is None else [with_source(layout, required=required) for layout in LAYOUTS]
+def layouts(sources: Sources | None) -> tuple[Sequence[Layout[Parsed]], Layout[Parsed]]:
+    """Return the layouts of several images and of thumbs, with source images if they may have or need one."""
+    if sources is None:
+        return LAYOUTS, THUMBS
+    several, thumbs = ([with_source(x, required=sources == "required") for x in some] for some in (LAYOUTS, [THUMBS]))
+    return several, thumbs[0]
 
 
 class ImageRows:
-    """Image pairs of a source's rows, which are parsed again on access.
+    """Pairs, thumbs or lists of a source's rows, which are parsed again on access.
 
     Args:
         rows: the rows.
         layout: their layout.
         reader: the reader of their images.
         group_by: the column with a pair's group; the prompt if None.
+        learning: the kind of the rows.
         margins: the source of the margins of the labels.
     """
 
     def __init__(
-        self, rows: Rows, layout: Layout[Parsed], reader: ImageReader, group_by: str | None, margins: Margins
+        self,
+        rows: Rows,
+        layout: Layout[Parsed],
+        reader: ImageReader,
+        group_by: str | None,
+        learning: Learning,
+        margins: Margins,
     ) -> None:
         self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
+        self._learning: Learning = learning
         self._margins = margins
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
+        self._liked = list[bool]()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -148,47 +209,48 @@ class ImageRows:
                 skipped.append(row)
                 continue
             try:
-                parsed = self._parse(row)
+                parsed = self._layout.read(row.location, row.record)
+                selections, ties = _select(parsed, self._learning)
                 group = parsed.prompt if self._group_by is None else self._layout.group(row.record, self._group_by)
                 if prompt_pairs and not parsed.rejected_prompt:
                     raise UnusableRowError(f"has no {second}")
-                for which in range(len(parsed.sides)):
-                    self._label(row, parsed, which)
+                for selection in selections:
+                    self._label(row, parsed, selection)
             except UnusableRowError as error:
                 skipped.append(SkippedRow(row.location, str(error), error.defect))
                 continue
-            tied += [row.location] * parsed.ties
-            bad = self._bad_images(parsed, row)
+            tied += [row.location] * ties
+            images = [side.image for side in parsed.sides]
+            source = [parsed.source.image] if parsed.source is not None else []
+            bad = self._bad_images([*images, *source] if selections else [], row)
             if bad:
                 defect = next(iter(bad.values())).defect
                 skipped.append(SkippedRow(row.location, " and ".join(map(str, bad.values())), defect))
-            for which, sides in enumerate(parsed.sides):
-                if bad and any(side.image in bad for side in (*sides, *filter(None, [parsed.source]))):
+            for which, selection in enumerate(selections):
+                if bad and any(image in bad for image in (*source, *(images[n] for n in selection.numbers))):
                     continue
                 places.append((number, which))
+                self._liked.append(max(selection.scores, default=1.0) > 0)
                 # Equal texts are one object
                 for values, text in zip(
                     (self._prompts, self._rejected_prompts, self._groups),
-                    (parsed.prompt, parsed.rejected_prompt, group),
+                    (selection.prompt, selection.rejected_prompt, group),
                     strict=True,
                 ):
                     values.append(texts.setdefault(text, text))
         self._index = np.array(places, dtype=np.int64).reshape(-1, 2)
         return skipped, tied
 
-    def _parse(self, row: SourceRow) -> ParsedPairs:
-        parsed = self._layout.read(row.location, row.record)
-        assert isinstance(parsed, ParsedPairs), "rows of one image were grouped before"
-        return parsed
-
-    def _label(self, row: SourceRow, parsed: ParsedPairs, which: int) -> Label:
-        gap = parsed.gaps[which] if parsed.gaps else None
+    def _label(self, row: SourceRow, parsed: Parsed, selection: Selection) -> Label:
+        """Return the label of a pair; thumbs and lists have none."""
+        if self._learning != "pairs":
+            return Label()
+        better, worse = selection.numbers
+        gap = parsed.scores[better] - parsed.scores[worse] if parsed.scores else None
         return read_label(self._layout.own_names(row.record), self._margins, parsed.preference, gap)
 
-    def _bad_images(self, parsed: ParsedPairs, row: SourceRow) -> dict[Image, UnusableRowError]:
+    def _bad_images(self, images: Sequence[Image], row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()
-        images = [side.image for sides in parsed.sides for side in sides]
-        images += [parsed.source.image] if parsed.source is not None else []
         for image in dict.fromkeys(image for image in images if isinstance(image, str)):
             try:
                 self._reader.check(image, row.folders)
@@ -200,29 +262,20 @@ class ImageRows:
         """Return the pair of that number; its images are read once, for their keys."""
         place, which = self._index[number].tolist()
         row = self._rows.row(place)
-        parsed = self._parse(row)
-        refs, names = [], []
-        sides = [*parsed.sides[which], *filter(None, [parsed.source])]
-        for side, role in zip(sides, ROLES, strict=False):
+        parsed = self._layout.read(row.location, row.record)
+        numbers, prompt, second, scores = selection = _select(parsed, self._learning)[0][which]
+        refs, names = list[ImageRef](), list[str]()
+        roles = output_names(len(numbers), scores)
+        sides = [*(parsed.sides[n] for n in numbers), *filter(None, [parsed.source])]
+        for side, role in zip(sides, [*roles, "source"], strict=False):
             locate = partial("{}, {}".format, row.location, describe_image(side.image, role))
             refs.append(self._reader.ref(side.image, row.folders, locate))
             # Row ids use names instead of keys: re-encoded images keep their random numbers
             names.append(side.name or refs[-1].key)
-        second = parsed.rejected_prompt
-        row_id = stable_hash(parsed.prompt, *names, *filter(None, [second]))
-        chosen, rejected, *source = refs
-        place = partial(str, row.location)
-        return ImagePair(
-            row_id,
-            parsed.prompt,
-            chosen,
-            rejected,
-            place,
-            self._groups[number],
-            second,
-            next(iter(source), None),
-            self._label(row, parsed, which),
-        )
+        row_id = stable_hash(prompt, *names, *filter(None, [second]))
+        outputs, place = tuple(refs[: len(numbers)]), partial(str, row.location)
+        source, label = refs[-1] if parsed.source is not None else None, self._label(row, parsed, selection)
+        return ImagePair(row_id, prompt, outputs, place, self._groups[number], second, source, label, scores)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the groups of these pairs."""
@@ -232,3 +285,7 @@ class ImageRows:
         """Return the prompts of these pairs, then those of their rejected images."""
         seconds = (self._rejected_prompts[n] for n in numbers.tolist())
         return [*(self._prompts[n] for n in numbers.tolist()), *filter(None, seconds)]
+
+    def liked(self, numbers: NDArray[np.int64]) -> list[bool]:
+        """Return whether the best score of each of these rows is above 0."""
+        return [self._liked[n] for n in numbers.tolist()]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from mmalign.data.formats.files import Record, as_text, listed
 from mmalign.data.formats.labels import COLUMN, LABELS, NUMBERED_SCORES, SCORES, Margins
@@ -17,6 +17,9 @@ from mmalign.registry import check_known
 from mmalign.resources import locate
 
 AUTO = "auto"  # name of the format that is recognized
+THUMBS = "thumbs"  # name of the layout of single outputs with labels
+
+Learning = Literal["pairs", "thumbs", "lists"]  # kind of the rows that a method learns from
 
 Row = TypeVar("Row", covariant=True)
 
@@ -217,6 +220,13 @@ def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str,
     return by_name[name].with_columns(columns)
 
 
+def layouts_for(
+    layouts: Sequence[Layout[Row]], thumbs: Layout[Row], learning: Learning, *, cut_pairs: bool
+) -> Sequence[Layout[Row]]:
+    """Return the layouts whose rows can be read as `learning`: single outputs with labels, or several outputs."""
+    return (thumbs,) if learning == "thumbs" and not cut_pairs else layouts
+
+
 def open_layout(
     layouts: Sequence[Layout[Row]],
     name: str,
@@ -231,11 +241,16 @@ def open_layout(
     Raises:
         ValueError: the format is unknown, no file matches, no layout fits, or a column is missing.
     """
-    layout = find_layout(layouts, name, columns or {}) if name != AUTO else None
-    source = open_source(path, split)
-    if layout is None:
-        layout = recognize(_renamed(layouts, columns or {}), source.columns, source.sample, f"data.path: {path}")
-    layout.check_columns(path, source.columns, group_by)
+    of_thumbs = layouts[0].name == THUMBS
+    try:
+        layout = find_layout(layouts, name, columns or {}) if name != AUTO else None
+        source = open_source(path, split, thumbs=of_thumbs)
+        if layout is None:
+            layout = recognize(_renamed(layouts, columns or {}), source.columns, source.sample, f"data.path: {path}")
+        layout.check_columns(path, source.columns, group_by)
+    except ValueError as error:
+        hint = "; data.cut_pairs: true makes single outputs with labels of pairs" if of_thumbs else ""
+        raise ValueError(f"{error}{hint}") from error
     return source, layout
 
 

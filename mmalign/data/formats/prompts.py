@@ -63,6 +63,10 @@ class _Rows:
         """Return the texts of these prompts."""
         return [self._prompts[n].prompt for n in numbers.tolist()]
 
+    def liked(self, numbers: NDArray[np.int64]) -> list[bool]:
+        """Return True for each of these prompts, which have no labels."""
+        return [True] * len(numbers)
+
 
 def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
     """Return (line number, prompt) of a text file with one prompt a line, without empty lines and comments.

@@ -11,6 +11,9 @@ mdpo     `img_path`, `prompt` ("USER: <image> ... ASSISTANT:" as a whole), `chos
 rlhfv    `image`, `question`, `chosen`, `rejected`, or the last three as JSON in `text`; arXiv:2312.00849, 2405.17220.
 swift    `images`, `messages` with the chosen response as the last, `rejected_response` or `rejected_messages`, and
          `rejected_images` if the rejected response belongs to other images.
+rankings `images` or `image`, `prompt`, `responses` (a list) and `scores` (larger is better) or `ranks` (smaller is
+         better). Every two responses of different scores are a pair.
+thumbs   TRL's `prompt, completion, label` with `images` or `image`: the rows of methods that learn from single outputs.
 answers  `images` or `image`, `prompt` and `answer`; or `messages` or `conversations`, using the last answer. These are
          true answers alone; `prepare` makes pairs from them, and `response_sft` trains on them.
 auto     The layout that the columns fit best.
@@ -27,17 +30,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.formats.conversations import LAYOUTS, ParsedRow
-from mmalign.data.formats.image_files import ImageReader, image_name, shorten_name
+from mmalign.data.formats.conversations import LAYOUTS, THUMBS, ParsedRow, ParsedRows
+from mmalign.data.formats.image_files import Image, ImageReader, image_name, shorten_name
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
-from mmalign.data.formats.layouts import AUTO, check_files, open_layout
+from mmalign.data.formats.layouts import AUTO, Learning, check_files, layouts_for, open_layout
 from mmalign.data.pairs import ImageRef, Label, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import IMAGE, Turn
 
@@ -74,7 +79,9 @@ class ResponseRows:
         others = images[len(parsed.images) + len(parsed.rejected_images or ()) :]
         texts = [f"{turn.role}: {turn.text}" for turn in parsed.turns]
         rejected = parsed.rejected or ""
-        row = stable_hash(*texts, parsed.chosen, rejected, *(name for side in sides for name, _ in side))
+        row = stable_hash(
+            *texts, parsed.chosen, rejected, *parsed.others, *(name for side in sides for name, _ in side)
+        )
         refs = [tuple(ref for _, ref in some) for some in (*sides, others)]
         return ResponsePair(
             row,
@@ -88,6 +95,8 @@ class ResponseRows:
             self._group(entry),
             parsed.hallucinated,
             entry.label,
+            parsed.others,
+            parsed.scores,
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -97,6 +106,10 @@ class ResponseRows:
     def prompts(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the prompts of these pairs: the text of the last turn before the responses."""
         return [self._entries[n].parsed.turns[-1].text for n in numbers.tolist()]
+
+    def liked(self, numbers: NDArray[np.int64]) -> list[bool]:
+        """Return whether the best score of each of these rows is above 0."""
+        return [max(self._entries[n].parsed.scores, default=1.0) > 0 for n in numbers.tolist()]
 
     def _group(self, entry: IndexedRow) -> str:
         """Return the group of a row; by default its images' names, or the content of images without a name."""
@@ -125,8 +138,10 @@ def open_responses(
     limit: int | None = None,
     margins: Margins = COLUMN,
     labels: bool = True,
+    learning: Learning = "pairs",
+    cut_pairs: bool = False,
 ) -> Pairs[ResponsePair]:
-    """Index the pairs of a source: read and check its texts, without decoding its images.
+    """Index the pairs, thumbs or lists of a source: read and check its texts, without decoding its images.
 
     Args:
         format: a format of the module docstring.
@@ -138,26 +153,34 @@ def open_responses(
         limit: the number of pairs to take from the start; None takes all.
         margins: the source of the margins of the labels.
         labels: whether the caller reads the pairs' labels.
+        learning: the kind of the rows.
+        cut_pairs: make thumbs of pairs; of several responses the best is liked and the worst disliked.
 
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
-    source, layout = open_layout(LAYOUTS, format, path, split=split, columns=columns, group_by=group_by)
+    layouts = layouts_for(LAYOUTS, THUMBS, learning, cut_pairs=cut_pairs)
+    source, layout = open_layout(layouts, format, path, split=split, columns=columns, group_by=group_by)
     taken = layout.describe() if format == AUTO else ""
-    entries, dropped, reader = list[IndexedRow](), list[SkippedRow](), ImageReader(images)
+    entries, dropped, tied, reader = list[IndexedRow](), list[SkippedRow](), list[str](), ImageReader(images)
     for row in source.rows():
         if isinstance(row, SkippedRow):
             dropped.append(row)
             continue
         try:
-            rows = layout.read(row.location, row.record)
+            parsed_rows, ties = _select(layout.read(row.location, row.record), learning)
             group = layout.group(row.record, group_by) if group_by is not None else None
-            label = read_label(layout.own_names(row.record), margins) if layout.has_labels else Label()
+            label = (
+                read_label(layout.own_names(row.record), margins)
+                if layout.has_labels and learning == "pairs"
+                else Label()
+            )
         except UnusableRowError as error:
             dropped.append(SkippedRow(row.location, str(error), error.defect))
             continue
-        for number, one in enumerate(rows, start=1):
-            location = row.location if len(rows) == 1 else f"{row.location}, rejected response {number}"
+        tied += [row.location] * ties
+        for number, one in enumerate(parsed_rows, start=1):
+            location = row.location if len(parsed_rows) == 1 else f"{row.location}, {_PART[learning]} {number}"
             try:
                 parsed = _with_image_places(one)
                 for image in parsed.all_images:
@@ -169,12 +192,60 @@ def open_responses(
     if later := sum(entry.parsed.later_turns for entry in entries):
         logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
-    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, (), taken, unread)
-    pairs.require("with an image and two different responses")
+    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, tied, taken, unread)
+    pairs.require(f"with an image and {_EXPECTED[learning]}")
     return pairs[:limit] if limit is not None else pairs
 
 
-check_source = partial(check_files, LAYOUTS)
+def check_source(
+    format: str, path: str, *, learning: Learning = "pairs", cut_pairs: bool = False, **options: Any
+) -> None:
+    """Check a source's files and columns, with the arguments and errors of `open_responses`; no image is read."""
+    check_files(layouts_for(LAYOUTS, THUMBS, learning, cut_pairs=cut_pairs), format, path, **options)
+
+
+_PART = {"pairs": "rejected response", "thumbs": "response", "lists": "response"}  # of a row that is several
+_EXPECTED = {
+    "pairs": "two different responses",
+    "thumbs": "a response with a label",
+    "lists": "several responses with scores",
+}
+
+
+def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
+    """Return the pairs, thumbs or lists of a record's rows, and the number of ties among scored responses.
+
+    Pairs of scored responses are every two of different scores. Thumbs of several responses are the best and the worst.
+    A pair is a list of two with the scores 1 and 0.
+    """
+    selected, ties = list[ParsedRow | UnusableRowError](), 0
+    for row in rows:
+        if isinstance(row, UnusableRowError) or len(row.responses) == 1:
+            selected.append(row)
+            continue
+        scores = row.scores or (1.0, 0.0)
+        if learning == "pairs" and row.scores:
+            couples = [*combinations(zip(row.responses, scores, strict=True), 2)]
+            different = [(better, worse) for (better, more), (worse, less) in couples if more > less]
+            ties += len(couples) - len(different)
+            selected += [replace(row, chosen=a, rejected=b, others=(), scores=()) for a, b in different]
+        elif learning == "pairs":
+            selected.append(row)
+        elif scores[0] == scores[-1]:
+            ties += 1
+        elif learning == "thumbs":
+            selected += [
+                _single(row, row.chosen, row.images, 1.0),
+                _single(row, row.responses[-1], row.rejected_images or row.images, 0.0),
+            ]
+        else:
+            selected.append(replace(row, scores=scores))
+    return tuple(selected), ties
+
+
+def _single(row: ParsedRow, response: str, images: tuple[Image, ...], score: float) -> ParsedRow:
+    """Return the thumb of a response."""
+    return ParsedRow(row.turns, response, None, images, scores=(score,), later_turns=row.later_turns)
 
 
 def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
@@ -187,6 +258,8 @@ def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
     if isinstance(parsed, UnusableRowError):
         raise parsed
     texts = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
+    if parsed.scores:
+        texts = {f"{number}.": text for number, text in enumerate(parsed.responses, start=1)}
     for side, text in texts.items():
         if text is not None and not text.strip():
             raise UnusableRowError(f"the {side} response is empty")
@@ -198,7 +271,7 @@ def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
         raise UnusableRowError(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
     # Responses must differ, unless their images do
     same_images = parsed.rejected_images is None or parsed.rejected_images == parsed.images
-    for side, text in list(texts.items())[1:]:
+    for side, text in list(texts.items())[1:] if not parsed.scores else ():
         if text is not None and parsed.chosen.strip() == text.strip() and same_images:
             raise UnusableRowError(f"the chosen and the {side} response are the same", "same sides")
     # Without placeholders, the images come first in the first user turn

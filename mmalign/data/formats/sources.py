@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmalign.data.formats.archives import TARS, archive_rows
 from mmalign.data.formats.files import TEXTS, Record, kind_of, read_rows
-from mmalign.data.formats.folders import find_sides, names_images, side_rows
+from mmalign.data.formats.folders import find_sides, names_images, side_rows, thumb_rows
 from mmalign.data.formats.image_files import SUFFIXES
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow
 from mmalign.data.formats.tables import TABLES, TableRows, load_hub, load_tables, read_sample, read_schema
@@ -49,6 +49,7 @@ class Source:
     sample: Record
     _files: tuple[Path, ...] = ()
     _hub: TableRows | None = None
+    _thumbs: bool = False
 
     def rows(self, columns: Collection[str] | None = None) -> Rows:
         """Return the rows; of a table, these columns alone are copied to the memory map.
@@ -60,7 +61,7 @@ class Source:
             return self._hub
         if kind_of(self._files[0]) in TABLES:
             return load_tables(self.path, self._files, columns)
-        return ListRows([row for file in self._files for row in _stream(file)])
+        return ListRows([row for file in self._files for row in _stream(file, self._thumbs)])
 
 
 def is_hub_path(path: str) -> bool:
@@ -69,13 +70,14 @@ def is_hub_path(path: str) -> bool:
     return is_hub_id(path) and not Path(path).parent.exists()
 
 
-def open_source(path: str, split: str | None) -> Source:
+def open_source(path: str, split: str | None, *, thumbs: bool = False) -> Source:
     """Find the files of a path and read their first rows; a dataset of the Hub is loaded.
 
     Args:
         path: a file, a folder, a glob or a Hub id.
         split: the start of the files' names, or the name of their folder; None takes all files of a single split. In a
             folder without splits it has no meaning. On the Hub, the split ("train").
+        thumbs: every image of folders of better and worse images is a row, not every two of one name.
 
     Raises:
         ValueError: no file matches, a file cannot be read, or a folder has files of several splits or kinds.
@@ -90,19 +92,19 @@ def open_source(path: str, split: str | None) -> Source:
         if sample is None:
             raise ValueError(f"data.path: {path} has no rows; expected one a pair")
         return Source(path, tuple(names), _merge(sample), tuple(files))
-    rows = list(islice((row for file in files for row in _stream(file)), SAMPLE))
+    rows = list(islice((row for file in files for row in _stream(file, thumbs)), SAMPLE))
     skipped = [row for row in rows if isinstance(row, SkippedRow)]
     if len(skipped) == len(rows):
         why = f"has no row that can be read ({format_rows(skipped)})" if skipped else "has no rows"
         raise ValueError(f"data.path: {path} {why}; expected one a pair")
     merged = _merge(_records(rows))
-    return Source(path, tuple(merged), merged, tuple(files))
+    return Source(path, tuple(merged), merged, tuple(files), _thumbs=thumbs)
 
 
-def _stream(file: Path) -> Iterator[SourceRow | SkippedRow]:
+def _stream(file: Path, thumbs: bool) -> Iterator[SourceRow | SkippedRow]:
     """Yield the rows of a text file, an archive, or a folder of better and worse images."""
     if file.is_dir():
-        yield from side_rows(file)
+        yield from (thumb_rows if thumbs else side_rows)(file)
     elif kind_of(file) in TARS:
         yield from archive_rows(file)
     else:

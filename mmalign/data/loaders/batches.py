@@ -1,6 +1,7 @@
 """Encoded batches, the inputs of methods.
 
-B pairs or prompts per batch. Rows of both sides come chosen first, then rejected: [2B].
+B rows per batch: pairs, thumbs, lists of K outputs, or prompts. The first outputs of all rows come first: [KB]. Pairs
+have K = 2, chosen outputs first, then rejected: [2B].
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from mmalign.rewards import ResponseJudge, RewardModel
 
 @dataclass(frozen=True)
 class EncodedResponses:
-    """Batch of response pairs on the model's device.
+    """Batch of responses on the model's device.
 
     Attributes:
         rows: the id of each pair [B].
-        tokens: the prompts with responses, [2B] rows.
+        tokens: the prompts with responses, [KB] rows.
         features: the features of every image of the batch, by image key.
         weights: [B]; 0 for a padding row.
         pairs: the pairs [B]; their images have been read and cannot be read again.
@@ -38,6 +39,7 @@ class EncodedResponses:
         precomputed: the method's precomputed tensors by name, each [B, ...]; None if there are none.
         labels: the labels of the pairs; None if no pair has one.
         judge: the judge of responses, for methods whose settings name one.
+        scores: the score of each response [B, K], NaN where a row has none; pairs have none.
     """
 
     rows: list[int]
@@ -52,18 +54,19 @@ class EncodedResponses:
     precomputed: dict[str, Tensor] | None = None
     labels: Labels | None = None
     judge: ResponseJudge | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Batch of image pairs on the model's device.
+    """Batch of images on the model's device.
 
     Attributes:
         rows: the id of each pair [B].
-        latents: the posteriors of the images' latents [2B, C, H, W].
+        latents: the posteriors of the images' latents [KB, C, H, W].
         text: the prompts' conditioning [B].
         unconditional: the conditioning of dropped captions [B].
-        sizes: the images' micro-conditioning [2B, 6]: original height and width, crop top and left, target height and
+        sizes: the images' micro-conditioning [KB, 6]: original height and width, crop top and left, target height and
             width.
         weights: [B]; 0 for a padding row.
         rejected_text: the conditioning of the rejected images' prompts [B]; None if pairs have one prompt.
@@ -71,6 +74,7 @@ class EncodedPairs:
         prompts: the prompts [B].
         reward_model: the reward model that scores images, for methods whose settings name one.
         labels: the labels of the pairs; None if no pair has one.
+        scores: the score of each image [B, K], NaN where a row has none; pairs have none.
     """
 
     rows: list[int]
@@ -84,6 +88,7 @@ class EncodedPairs:
     prompts: Sequence[str] = field(default_factory=list)
     reward_model: RewardModel | None = None
     labels: Labels | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Encoder:
             prompts=batch.prompts,
             reward_model=self.reward_model,
             labels=None if batch.labels is None else batch.labels.to(device),
+            scores=batch.scores.to(device),
         )
 
     def encode_prompts(self, batch: PromptBatch, size: ImageSize, shape: tuple[int, ...]) -> EncodedPrompts:

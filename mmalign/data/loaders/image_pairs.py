@@ -1,15 +1,17 @@
-"""Reading of image pairs, decoded or from the cache of latents.
+"""Reading of judged images, decoded or from the cache of latents.
 
-B pairs per batch, with images of H x W pixels. Images come chosen first, then rejected: [2B]. A pair with a source has
-three images, the source last.
+B rows per batch of at most K images, of H x W pixels: [KB], the first image of every row, then the second ones. Pairs
+have the chosen images first, then the rejected. A row with fewer images repeats its first one. An example with a source
+has one more image, the source last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
@@ -27,8 +29,9 @@ SAME_LATENTS = 1e-4  # bound of differences in rounding between batches of the e
 SIZES = "sizes"  # cache field with an image's micro-conditioning
 MEAN = "mean"  # cache field with an image's latents
 MIRRORED = "mirrored"
+SCORES = "scores"  # of each output, NaN for pairs
 
-ImageExample = dict[str, Tensor]  # every field of a pair's K images, pixels or cached ones, [K, ...]
+ImageExample = dict[str, Tensor]  # every field of a row's images, pixels or cached ones, [K, ...]
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,19 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class ImagePairBatch:
-    """Batch of B image pairs, not yet encoded.
+    """Batch of B rows of images, not yet encoded.
 
     Attributes:
         rows: the pairs' ids [B].
         prompts: [B].
         rejected_prompts: the rejected images' prompts [B]; empty in a pair with one prompt.
         keys: the keys of the pairs' content [B], by `pair_key`.
-        pixels: [2B, 3, H, W] in [-1, 1]; None if the images come from a cache.
-        arrays: every field of the cached images, [2B, ...]; None if the images were decoded.
-        sizes: [2B, 6] int64: original height and width, top and left of the crop, target height and width.
-        weights: [B] float32; 0 for padding and for a pair with a bad image.
-        sources: the images that the pairs' images are edits of; None if there are none.
+        pixels: [KB, 3, H, W] in [-1, 1]; None if the images come from a cache.
+        arrays: every field of the cached images, [KB, ...]; None if the images were decoded.
+        sizes: [KB, 6] int64: original height and width, top and left of the crop, target height and width.
+        weights: [B] float32; 0 for padding and for a row with a bad image.
+        scores: [B, K], NaN beyond a row's last image; all NaN for pairs.
+        sources: the images that the rows' images are edits of; None if there are none.
         labels: the labels of the pairs; None if no pair has one.
     """
 
@@ -71,6 +75,7 @@ class ImagePairBatch:
     arrays: dict[str, Tensor] | None
     sizes: Tensor
     weights: Tensor
+    scores: Tensor
     sources: SourceImages | None = None
     labels: Labels | None = None
 
@@ -101,7 +106,7 @@ class ImagePairReader:
             raise ValueError("data.cache: random crops change every epoch; use data.crop: center, or data.cache: off")
 
     def read(self, pair: ImagePair, epoch: int) -> ImageExample | list[SkippedRow]:
-        """Return the images of a pair, cropped and flipped for the epoch, or the reasons to skip the pair.
+        """Return the images of a row, cropped and flipped for the epoch, or the reasons to skip the row.
 
         Raises:
             ValueError: the cache lacks a good image.
@@ -109,9 +114,11 @@ class ImagePairReader:
         rng = KeyedRNG(self.seed, epoch % self.repeat if self.repeat else epoch)
         u = rng.uniform([pair.row], (3,), "view")[0]
         example = self._decode(pair, u) if self.cache is None else self._look_up(pair, u, self.cache)
-        if isinstance(example, dict) and pair.source is not None:
+        if isinstance(example, list):
+            return example
+        if pair.source is not None:
             example[MIRRORED] = torch.tensor([is_flipped(self.transform.flip, u)] * len(pair.images))
-        return example
+        return {**example, SCORES: torch.tensor(pair.scores or [torch.nan] * len(pair.outputs))}
 
     def _decode(self, pair: ImagePair, u: Tensor) -> ImageExample | list[SkippedRow]:
         images, skipped = [], list[SkippedRow]()
@@ -120,7 +127,7 @@ class ImagePairReader:
                 images.append(decode(ref))
             except BadImage as error:
                 skipped.append(error.skipped)
-        if not skipped and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+        if not skipped and not pair.scores and _are_equal(*images[:2]):
             skipped = [SkippedRow(pair.location, SAME_SIDES, "same sides")]
         if skipped:
             return skipped
@@ -129,14 +136,12 @@ class ImagePairReader:
 
     def _look_up(self, pair: ImagePair, u: Tensor, cache: ArrayCache) -> ImageExample | list[SkippedRow]:
         mirror = is_flipped(self.transform.flip, u)
-        refs = pair.images
-        size = self.shapes.of(pair)
+        refs, size = pair.images, self.shapes.of(pair)
         keys = [image_key(ref, size, mirror=mirror) for ref in refs]
         absent = [ref for ref, key in zip(refs, keys, strict=True) if key not in cache]
         if not absent:
             sides = [cache.get(key) for key in keys]
-            latents = ((x, sides[1][name]) for name, x in sides[0].items() if name != SIZES)
-            if all(torch.allclose(chosen, rejected, 0.0, SAME_LATENTS) for chosen, rejected in latents):
+            if not pair.scores and _have_equal_latents(*sides[:2]):
                 return [SkippedRow(pair.location, SAME_SIDES, "same sides")]
             return {field: torch.stack([side[field] for side in sides]) for field in sides[0]}
         skipped = list[SkippedRow]()
@@ -152,10 +157,16 @@ class ImagePairReader:
         return skipped
 
     def collate(self, pairs: Sequence[ImagePair], examples: Sequence[ImageExample], weights: Tensor) -> ImagePairBatch:
-        """Return the batch of these pairs, chosen images first."""
+        """Return the batch of these rows, their first images first."""
+        scores = pad_scores([example[SCORES] for example in examples])
         arrays = {
-            field: torch.cat([torch.stack([example[field][side] for example in examples]) for side in (0, 1)])
-            for field in examples[0]
+            field: torch.cat(
+                [
+                    torch.stack([x[field][side if side < len(x[SCORES]) else 0] for x in examples])
+                    for side in range(scores.shape[1])
+                ]
+            )
+            for field in examples[0].keys() - {SCORES}
         }
         sizes, pixels = arrays.pop(SIZES), arrays.pop(PIXELS, None)
         arrays.pop(MIRRORED, None)
@@ -168,6 +179,7 @@ class ImagePairReader:
             arrays=arrays if pixels is None else None,
             sizes=sizes,
             weights=weights,
+            scores=scores,
             sources=self._sources(pairs, examples) if MIRRORED in examples[0] else None,
             labels=collate_labels(pairs),
         )
@@ -181,6 +193,19 @@ class ImagePairReader:
         field = PIXELS if self.cache is None else MEAN
         images = torch.stack([example[field][-1] for example in examples])
         return SourceImages(keys, images, None) if self.cache is None else SourceImages(keys, None, images)
+
+
+def pad_scores(scores: Sequence[Tensor]) -> Tensor:
+    """Return the scores [B, K] of rows of different lengths, NaN beyond a row's end."""
+    return torch.nn.utils.rnn.pad_sequence(list(scores), batch_first=True, padding_value=torch.nan)
+
+
+def _are_equal(chosen: Image, rejected: Image) -> bool:
+    return chosen.size == rejected.size and chosen.tobytes() == rejected.tobytes()
+
+
+def _have_equal_latents(chosen: Mapping[str, Tensor], rejected: Mapping[str, Tensor]) -> bool:
+    return all(torch.allclose(x, rejected[name], 0.0, SAME_LATENTS) for name, x in chosen.items() if name != SIZES)
 
 
 ImagePairLoader = Loader[ImagePair, ImageExample, ImagePairBatch]

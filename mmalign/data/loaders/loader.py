@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.loaders.sampler import EpochSampler, check_max_bad
+from mmalign.data.loaders.sampler import Balance, EpochSampler, check_max_bad
 from mmalign.data.pairs import Pairs, Row, SkippedRow, format_rows, pair_key
 
 Plan = list[list[tuple[int, float]]]  # (number, weight) of each pair, for every batch
@@ -69,9 +69,10 @@ class Loader(Generic[P, E, B]):
         max_bad: most bad rows and images of the source, with those that indexing skipped; None allows any number.
         keep_last: pad the last batch with pairs of weight 0 instead of dropping it, as evaluation needs.
         shapes: the size of each pair's images [N], which a batch has in common; None for one size.
+        liked_share: share of liked rows in an epoch; None takes every row once.
 
     Raises:
-        ValueError: there are no pairs.
+        ValueError: there are no pairs, or no liked or no disliked ones to balance.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class Loader(Generic[P, E, B]):
         max_bad: int | None = None,
         keep_last: bool = False,
         shapes: Sequence[Hashable] | None = None,
+        liked_share: float | None = None,
     ) -> None:
         if not len(pairs):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
         self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
-        self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last, shapes)
+        balance = Balance.of(pairs.liked(), liked_share, pairs.source) if liked_share is not None else None
+        self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last, shapes, balance)
         self._max_bad, self._skipped = max_bad, dict[str, SkippedRow]()
         self._first = 0  # number of the first pair that is not known to be bad
         self._keys = dict[int, str]()

@@ -1,6 +1,7 @@
-"""Reading of response pairs as tokens and preprocessed images, and their encoding.
+"""Reading of judged responses as tokens and preprocessed images, and their encoding.
 
-B pairs; rows are the prompts with the chosen responses first, then with the rejected ones: [2B].
+B rows of at most K responses: [KB], the prompts with the first responses, then with the second ones. Pairs have the
+chosen responses first, then the rejected. A row with fewer responses repeats its first one; answers alone come twice.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.image_features import cached_view
 from mmalign.data.images import BadImage, decode
 from mmalign.data.loaders.batches import EncodedResponses, collate_labels
+from mmalign.data.loaders.image_pairs import pad_scores
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImageRef, ResponsePair, SkippedRow, pair_key
 from mmalign.families.base import PromptProcessor, VisionLanguage
@@ -27,11 +30,10 @@ from mmalign.rewards import ResponseJudge
 
 @dataclass(frozen=True)
 class ResponseExample:
-    """Pair with tokenized responses, preprocessed images and the inputs that a method requests."""
+    """Row with tokenized responses, preprocessed images and the inputs that a method requests."""
 
     pair: ResponsePair
-    chosen: TokenizedResponse
-    rejected: TokenizedResponse
+    responses: list[TokenizedResponse]
     other: TokenizedResponse | None
     views: dict[str, ImageView]
     decoded_images: dict[str, Image.Image]
@@ -52,6 +54,7 @@ class ResponsePairBatch:
     views: dict[str, ImageView]
     decoded_images: dict[str, Image.Image]
     weights: Tensor
+    scores: Tensor
     labels: Labels | None = None
 
 
@@ -101,37 +104,40 @@ class ResponsePairReader:
         if skipped:
             return skipped
         try:
-            chosen, rejected, other = self._tokenize(pair, views)
+            responses, other = self._tokenize(pair, views)
         except ValueError as error:
             return [SkippedRow(pair.location, str(error))]
         # Responses, if any token tells them apart
-        if pair.rejected and chosen == rejected:
+        if pair.rejected and not pair.scores and responses[0] == responses[1]:
             reason = "the chosen and the rejected response are the same tokens"
-            if len(chosen.ids) == self.max_length:
+            if len(responses[0].ids) == self.max_length:
                 reason = f"the responses first differ after data.max_length = {self.max_length:,} tokens"
             return [SkippedRow(pair.location, reason)]
         images = decoded if self.decoded_images else {}
-        return ResponseExample(_without_loaders(pair), chosen, rejected, other, views, images)
+        return ResponseExample(_without_loaders(pair), responses, other, views, images)
 
     def _tokenize(
         self, pair: ResponsePair, views: dict[str, ImageView]
-    ) -> tuple[TokenizedResponse, TokenizedResponse, TokenizedResponse | None]:
-        """Return the rows of the chosen, the rejected, and with the other images again the chosen response."""
-        chosen, rejected = tokenize_sides(self.processor, pair, views)
+    ) -> tuple[list[TokenizedResponse], TokenizedResponse | None]:
+        """Return the rows of all responses, and with the other images again the chosen one's."""
+        responses = tokenize_all(self.processor, pair, views)
         other = _tokenize_with(self.processor, pair, pair.other_images, views)[0] if self.other_images else None
         if pair.hallucinated and (problem := self.processor.template_problem(pair.turns, [pair.hallucinated])):
             raise ValueError(problem)
-        chosen, rejected = cut_tail(chosen, self.max_length), cut_tail(rejected, self.max_length)
+        responses = [cut_tail(row, self.max_length) for row in responses]
         if other is not None:
-            chosen, other = _equal_lengths(chosen, cut_tail(other, self.max_length))
-        return chosen, rejected, other
+            responses[0], other = _equal_lengths(responses[0], cut_tail(other, self.max_length))
+        return responses, other
 
     def collate(
         self, pairs: Sequence[ResponsePair], examples: Sequence[ResponseExample], weights: Tensor
     ) -> ResponsePairBatch:
-        """Return the batch of these examples, chosen responses first, with the ids of these pairs."""
+        """Return the batch of these examples, their first responses first, with the ids of these rows."""
         others = [example.other for example in examples if example.other is not None]
-        sides = [*(example.chosen for example in examples), *(example.rejected for example in examples)]
+        scores = pad_scores([torch.tensor(x.pair.scores or [torch.nan] * len(x.responses)) for x in examples])
+        sides = [
+            x.responses[side if side < len(x.responses) else 0] for side in range(scores.shape[1]) for x in examples
+        ]
         return ResponsePairBatch(
             rows=[pair.row for pair in pairs],
             keys=[pair_key(example.pair) for example in examples],
@@ -142,33 +148,35 @@ class ResponsePairReader:
             decoded_images={key: image for example in examples for key, image in example.decoded_images.items()},
             weights=weights,
             labels=collate_labels(pairs),
+            scores=scores,
         )
 
 
 ResponsePairLoader = Loader[ResponsePair, ResponseExample, ResponsePairBatch]
 
 
-def tokenize_sides(
+def tokenize_all(
     processor: PromptProcessor, pair: ResponsePair, views: Mapping[str, ImageView]
-) -> tuple[TokenizedResponse, TokenizedResponse]:
-    """Return the rows of the chosen and of the rejected response, uncut, each with its own images.
+) -> list[TokenizedResponse]:
+    """Return the rows of all responses, uncut, each with its own images; an answer alone comes twice, a thumb once.
 
     Raises:
         KeyError: an image has no view.
         ValueError: the placeholders do not match the images.
     """
-    chosen, rejected = _tokenize_with(processor, pair, pair.images, views)
+    rows = _tokenize_with(processor, pair, pair.images, views)
     if pair.rejected_images != pair.images:
-        _, rejected = _tokenize_with(processor, pair, pair.rejected_images, views)
-    return chosen, rejected
+        rows[1] = _tokenize_with(processor, pair, pair.rejected_images, views)[1]
+    return rows
 
 
 def _tokenize_with(
     processor: PromptProcessor, pair: ResponsePair, images: Sequence[ImageRef], views: Mapping[str, ImageView]
 ) -> list[TokenizedResponse]:
-    """Return the rows of the prompt with these images, once with either response; of an answer alone, twice."""
+    """Return the rows of the prompt with these images, once with each response; of an answer alone, twice."""
     named = [(ref.key, views[ref.key]) for ref in images]
-    return processor.tokenize_responses(pair.turns, [pair.chosen, pair.rejected or pair.chosen], named)
+    responses = pair.responses if pair.scores else (pair.chosen, pair.rejected or pair.chosen)
+    return processor.tokenize_responses(pair.turns, list(responses), named)
 
 
 def _equal_lengths(first: TokenizedResponse, second: TokenizedResponse) -> tuple[TokenizedResponse, TokenizedResponse]:
@@ -207,4 +215,5 @@ def encode(
         max_length=min(max_length, family.processor.max_length),
         labels=None if batch.labels is None else batch.labels.to(device),
         judge=judge,
+        scores=batch.scores.to(device),
     )

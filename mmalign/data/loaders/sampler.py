@@ -9,12 +9,56 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from torch import Generator
 
 from mmalign.data.pairs import SkippedRow, format_rows
 from mmalign.rng import KeyedRNG
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Share of liked rows in an epoch, whatever their share in the data.
+
+    Attributes:
+        liked: whether each row is liked.
+        share: the share of liked rows.
+    """
+
+    liked: Sequence[bool]
+    share: float
+
+    @classmethod
+    def of(cls, liked: Sequence[bool], share: float, source: str) -> Balance:
+        """Return the balance of a source's rows.
+
+        Raises:
+            ValueError: no row is liked, or all are.
+        """
+        if all(liked) or not any(liked):
+            raise ValueError(
+                f"method.liked_share: {share} cannot be had from {source}, where all labels are equal; set null to "
+                "take the rows as they are"
+            )
+        return cls(liked, share)
+
+    def apply(self, order: Sequence[int]) -> list[int]:
+        """Return as many numbers as `order` has, in its order: of the scarcer label some repeatedly, of the other some.
+
+        Rows of one label alone stay as they are.
+        """
+        sides = [[number for number in order if self.liked[number] == side] for side in (True, False)]
+        if not all(sides):
+            return list(order)
+        wanted = round(self.share * len(order))
+        taken = [
+            list(islice(cycle(side), number)) for side, number in zip(sides, (wanted, len(order) - wanted), strict=True)
+        ]
+        # Spread both sides evenly over the epoch
+        placed = [((place + 0.5) / len(side), number) for side in taken for place, number in enumerate(side)]
+        return [number for _, number in sorted(placed, key=lambda item: item[0])]
 
 
 @dataclass(frozen=True)
@@ -29,6 +73,7 @@ class EpochSampler:
         world_size: number of processes that share an epoch.
         keep_last: pad the last batch of each size with pairs of weight 0 instead of dropping it, as evaluation needs.
         shapes: the size of each pair's images [num_pairs]; None for one size.
+        balance: the share of liked rows in an epoch; None takes every row once.
     """
 
     num_pairs: int
@@ -38,6 +83,7 @@ class EpochSampler:
     world_size: int = 1
     keep_last: bool = False
     shapes: Sequence[Hashable] | None = None
+    balance: Balance | None = None
 
     def __len__(self) -> int:
         """Return the batches per epoch; the partial last batch of a size counts with `keep_last`, or if it is alone."""
@@ -53,7 +99,12 @@ class EpochSampler:
         """Return the numbers of all pairs in the order in which all processes together take them."""
         seed = int(KeyedRNG(self.seed, epoch).integers([0], 0, 2**62, "order"))
         order: list[int] = torch.randperm(self.num_pairs, generator=Generator().manual_seed(seed)).tolist()
-        return order
+        if self.balance is None:
+            return order
+        by_shape = defaultdict[Hashable, list[int]](list)
+        for number in order:
+            by_shape[self._shape(number)].append(number)
+        return [number for rows in by_shape.values() for number in self.balance.apply(rows)]
 
     def plan(self, epoch: int) -> list[list[tuple[int, float]]]:
         """Return (number, weight) of each pair, for every batch of this process."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from mmalign.data.loaders.response_pairs import tokenize_sides
+from mmalign.data.loaders.response_pairs import tokenize_all
 from mmalign.data.pairs import ResponsePair
 from mmalign.doctor.checks.rows import skipped
 from mmalign.doctor.corpus import Case, Corpus, NotChecked, ResponseTokens
@@ -60,13 +60,13 @@ def _budget_problem(case: Case, views: Mapping[str, ImageView], tokens: Response
     """
     assert isinstance(case.pair, ResponsePair)
     limit = tokens.max_length
-    chosen, rejected = tokenize_sides(tokens.processor, case.pair, views)
-    start, longest = max(chosen.start, rejected.start), max(len(chosen.ids), len(rejected.ids))
+    rows = tokenize_all(tokens.processor, case.pair, views)
+    start, longest = max(row.start for row in rows), max(len(row.ids) for row in rows)
     if start >= limit:
         return f"the prompt with its images has {start:,} tokens, the limit is {limit:,}; the pair is skipped"
     if longest <= limit:
         return ""
-    if chosen.ids[:limit] == rejected.ids[:limit]:
+    if case.pair.rejected and rows[0].ids[:limit] == rows[1].ids[:limit]:
         return f"the responses first differ after {limit:,} tokens; the pair is skipped"
     return f"prompt and response have up to {longest:,} tokens, the limit is {limit:,}; the end is cut"
 
@@ -79,7 +79,7 @@ def template(corpus: Corpus) -> list[Place] | NotChecked:
     places = list(two_prompts)
     for case in corpus.cases:
         assert isinstance(case.pair, ResponsePair)
-        problem = tokens.processor.template_problem(case.pair.turns, [case.pair.chosen, case.pair.rejected])
+        problem = tokens.processor.template_problem(case.pair.turns, case.pair.responses)
         if problem is not None:
             places.append(place(case, problem))
     return places

@@ -73,8 +73,8 @@ def noise_pairs(
     Without `t` [B] the timesteps are drawn.
     """
     images, schedule = sample_clean_pairs(family, batch, caption_dropout, rng, index, t), family.schedule
-    x_0, t = images.x_0, images.t
-    eps = rng.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(2, 1, 1, 1)
+    x_0, t, number = images.x_0, images.t, len(images.x_0) // len(batch.rows)
+    eps = rng.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(number, 1, 1, 1)
     return NoisedPairs(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
 
 
@@ -87,12 +87,19 @@ def sample_clean_pairs(
     t: Tensor | None = None,
 ) -> CleanPairs:
     """Sample both images of every pair from their posteriors, with the pair's timestep and conditioning."""
-    device = batch.latents.mean.device
-    sampled = rng.normal(batch.rows, (2, *batch.latents.mean.shape[1:]), "posterior", index).to(device)
-    x_0 = batch.latents.sample(sampled.transpose(0, 1).flatten(0, 1))
+    device, number = batch.latents.mean.device, len(batch.latents.mean) // len(batch.rows)
+    x_0 = batch.latents.sample(_draw_posterior(batch, number, rng, index).to(device))
     timesteps = family.schedule.draw_time(batch.rows, rng, index) if t is None else t
     cond = pair_conditioning(family, batch, batch.text, caption_dropout, rng, index)
-    return CleanPairs(x_0, timesteps.to(device).repeat(2), cond)
+    return CleanPairs(x_0, timesteps.to(device).repeat(number), cond)
+
+
+def _draw_posterior(batch: EncodedPairs, number: int, rng: KeyedRNG, index: int) -> Tensor:
+    """Return normal numbers [KB, C, H, W], two images of a row at a time: K does not change those of an image."""
+    shape = (2, *batch.latents.mean.shape[1:])
+    names = ["posterior", *(f"posterior {first}" for first in range(2, number, 2))]
+    drawn = torch.cat([rng.normal(batch.rows, shape, name, index) for name in names], 1)[:, :number]
+    return drawn.transpose(0, 1).flatten(0, 1)
 
 
 def pair_conditioning(
@@ -105,7 +112,7 @@ def pair_conditioning(
     if caption_dropout > 0:
         keep = rng.uniform(batch.rows, (), "caption dropout", index).to(batch.weights.device) >= caption_dropout
         text = text.where(keep, batch.unconditional)
-    return family.condition(text.repeat(2), batch.sizes)
+    return family.condition(text.repeat(len(batch.sizes) // len(batch.rows)), batch.sizes)
 
 
 def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, views: Sequence[str] = PAIR) -> Scores:

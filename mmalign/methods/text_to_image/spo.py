@@ -100,7 +100,7 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts alone, a reference and a reward model."""
-    return Requirements(prompts_only=True, reward=cfg.reward, hint_if_empty=NO_SURE_PAIR)
+    return Requirements(learns_from="prompts", reward=cfg.reward, hint_if_empty=NO_SURE_PAIR)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -62,9 +62,9 @@ def check_data(recipe: Recipe) -> None:
     Raises:
         ValueError: a file or column is missing, padding would be cropped, or the model has no use for sources.
     """
-    data, sources = recipe.data, source_use(recipe)
+    data, needs, sources = recipe.data, requirements_of(recipe.method), source_use(recipe)
     assert isinstance(data, ImageData)
-    if sources == "required" and requirements_of(recipe.method).prompts_only:
+    if sources == "required" and needs.generates:
         raise ValueError(
             f"method.name: {recipe.method.name} generates images from prompts alone, and {recipe.model.path} edits a "
             "source image; use a method that compares the images of pairs, such as diffusion_dpo"
@@ -80,6 +80,8 @@ def check_data(recipe: Recipe) -> None:
         columns=data.columns,
         group_by=data.group_by,
         sources=sources,
+        learning=needs.learning,
+        cut_pairs=data.cut_pairs,
     )
     if data.fit == "pad" and data.crop == "random":
         raise ValueError("data.crop: random has no meaning with data.fit: pad, which shows whole images; leave it out")
@@ -87,7 +89,7 @@ def check_data(recipe: Recipe) -> None:
 
 def _check_prompts_only(recipe: Recipe) -> None:
     """Refuse settings of `data` that a method that generates its images does not read."""
-    if not requirements_of(recipe.method).prompts_only:
+    if not requirements_of(recipe.method).generates:
         return
     data, unread = recipe.data, ["group_by", "max_bad", "num_workers", "fit", "crop", "flip"]
     from_text = isinstance(data, ImageData) and data.has_prompts_only

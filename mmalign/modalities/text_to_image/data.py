@@ -57,8 +57,9 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
     """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
     path = locate(data.path)
     columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
+    columns |= {"learning": needs.learning, "cut_pairs": data.cut_pairs}
     columns["images"] = Path(locate(data.images)) if data.images is not None else None
-    if needs.prompts_only:
+    if needs.generates:
         if data.has_prompts_only:
             return open_prompts(path, data.limit)
         return unique_prompts(open_image_pairs(data.format, path, **columns), data.limit)
@@ -100,7 +101,7 @@ def build_data_module(
     transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
     is_cached = data.cache != "off" and data.crop == "center"  # random crops change every epoch
     shapes, views, edits = None, list[ImageViews](), list[ImageViews]()
-    if not needs.prompts_only:
+    if not needs.generates:
         shapes = pair_shapes(sources, data, size, family.size_multiple, measured=is_cached)
         views = [ImageViews(pairs, shapes, transform) for pairs in sources]
         edits = views if check_sources(family, data, sources) else []
@@ -136,7 +137,13 @@ def build_data_module(
     reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
     return DataModule(
         encoder.encode,
-        *open_all(reader, num_workers=data.num_workers, max_bad=data.max_bad, shapes_of=shapes.of_all),
+        *open_all(
+            reader,
+            num_workers=data.num_workers,
+            max_bad=data.max_bad,
+            shapes_of=shapes.of_all,
+            liked_share=needs.liked_share,
+        ),
         summarize(splits),
         precompute_cache,
         latents=latents,

@@ -54,7 +54,7 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
         number = 2 * (1 + data.flip) * _num_pairs(splits) if in_text else _num_prompts(splits)
         caches["text"] = _num_bytes(text) * number
         leaving = [name for name, _ in family.encoders() if name != "vae"]
-        if data.crop == "center" and not needs.prompts_only:
+        if data.crop == "center" and not needs.generates:
             images = (2 if source is None else 3) * (1 + data.flip) * _num_pairs(splits)
             caches["latents"] = 2 * BYTES * latents.mean[0].numel() * images  # means and deviations
             leaving += [] if needs.vae_decoder else ["vae"]

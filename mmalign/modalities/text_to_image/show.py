@@ -9,11 +9,10 @@ from typing import Any
 
 from mmalign.config import ImageData, ImageSize, Recipe
 from mmalign.data.data_module import Splits
-from mmalign.data.formats.images import ROLES
 from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.image_pairs import PIXELS, SIZES, ImagePairReader
 from mmalign.data.loaders.sampler import EpochSampler
-from mmalign.data.pairs import ImagePair, Pairs
+from mmalign.data.pairs import ImagePair, Pairs, output_names
 from mmalign.data.shapes import summarize_cuts
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
@@ -46,7 +45,7 @@ def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = Non
     sources = [pairs for pairs in splits if pairs is not None]
     facts = list(_truncated(family, sources))
     order = EpochSampler(len(train), 1, recipe.train.seed).order(0)
-    if requirements_of(recipe.method).prompts_only:
+    if requirements_of(recipe.method).generates:
         return DataView(facts, [TrainingExample(train[n].location, train[n].prompt) for n in order[:number]])
     shapes = pair_shapes(sources, data, ImageSize.parse(data.resolution or family.resolution), family.size_multiple)
     if shapes.sizes:
@@ -71,7 +70,8 @@ def _example(reader: ImagePairReader, pair: ImagePair) -> TrainingExample:
     if isinstance(example, list):
         return TrainingExample(pair.location, title, skipped=[str(row) for row in example])
     sides = []
-    for name, pixels, sizes in zip(ROLES, example[PIXELS], example[SIZES], strict=False):
+    names = [*output_names(len(pair.outputs), pair.scores), "source"]
+    for name, pixels, sizes in zip(names, example[PIXELS], example[SIZES], strict=False):
         height, width, top, left, *_ = sizes.tolist()
         (image,) = to_pil(pixels[None])
         place = f", cut at {left}, {top} of the scaled image" if top or left else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmalign.config import Coco, EvaluateResponses, Files, Recipe, ResponseData
 from mmalign.data.formats.responses import check_source
+from mmalign.methods import requirements_of
 from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
 
@@ -26,7 +27,7 @@ def check_data(recipe: Recipe) -> None:
     Raises:
         ValueError: the file or a column is missing.
     """
-    data = recipe.data
+    data, needs = recipe.data, requirements_of(recipe.method)
     assert isinstance(data, ResponseData)
     check_source(
         data.format,
@@ -35,6 +36,8 @@ def check_data(recipe: Recipe) -> None:
         split=data.split,
         columns=data.columns,
         group_by=data.group_by,
+        learning=needs.learning,
+        cut_pairs=data.cut_pairs,
     )
 
 

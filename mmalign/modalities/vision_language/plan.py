@@ -59,7 +59,7 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
 
 
 def _length(example: ResponseExample) -> int:
-    return max(len(row.ids) for row in (example.chosen, example.rejected, example.other) if row is not None)
+    return max(len(row.ids) for row in (*example.responses, example.other) if row is not None)
 
 
 def _spaced(pairs: Any) -> Iterator[ResponsePair]:

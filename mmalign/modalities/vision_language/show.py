@@ -10,7 +10,7 @@ from mmalign.config import Recipe, ResponseData
 from mmalign.data.data_module import Splits
 from mmalign.data.loaders.response_pairs import ResponseExample, ResponsePairReader
 from mmalign.data.loaders.sampler import EpochSampler
-from mmalign.data.pairs import ResponsePair
+from mmalign.data.pairs import ResponsePair, output_names
 from mmalign.families.base import PromptProcessor
 from mmalign.families.loading import load_processor
 from mmalign.language.tokens import TokenizedResponse
@@ -77,8 +77,8 @@ def _example(reader: ResponsePairReader, processor: PromptProcessor, pair: Respo
 
 def _sides(example: ResponseExample) -> list[tuple[str, TokenizedResponse]]:
     """Return the rows by name; one of answers alone has no rejected one."""
-    rejected = [("rejected", example.rejected)] if example.pair.rejected else []
-    return [("chosen", example.chosen), *rejected]
+    names = output_names(len(example.pair.responses), example.pair.scores)
+    return list(zip(names, example.responses, strict=False))
 
 
 def _spans(processor: PromptProcessor, row: TokenizedResponse) -> list[TextSpan]:

@@ -1,0 +1,139 @@
+"""Losses of single outputs with labels, and of lists with scores, which a recipe can choose."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from mmalign.config.losses import LossConfig
+
+
+class UnpairedLossConfig(LossConfig):
+    """Loss of gains and labels; the fields besides `name` are settings of its baseline."""
+
+    def next_baseline(self, baseline: float, updates: int, gain: float) -> float:
+        """Return the baseline after an update.
+
+        Args:
+            baseline: the baseline that the update read; 0 at first.
+            updates: number of earlier updates.
+            gain: the update's mean gain.
+        """
+        return baseline
+
+
+class KTOLossConfig(UnpairedLossConfig):
+    """Kahneman-Tversky optimization."""
+
+    function = "mmalign.losses.unpaired:kto"
+
+    name: Literal["kto"] = "kto"
+    decay: float = Field(0.99, ge=0, lt=1, description="decay of the baseline, a moving average of the mean gain")
+
+    def next_baseline(self, baseline: float, updates: int, gain: float) -> float:
+        """Return the moving average."""
+        return self.decay * baseline + (1 - self.decay) * gain
+
+
+class BCOLossConfig(UnpairedLossConfig):
+    """Binary classifier optimization; the baseline is the mean gain of all updates."""
+
+    function = "mmalign.losses.unpaired:bco"
+
+    name: Literal["bco"] = "bco"
+
+    def next_baseline(self, baseline: float, updates: int, gain: float) -> float:
+        """Return the mean of all updates."""
+        return baseline + (gain - baseline) / (updates + 1)
+
+
+class APOZeroUnpairedLossConfig(UnpairedLossConfig):
+    """Anchored preference optimization of single outputs; it has no baseline."""
+
+    function = "mmalign.losses.unpaired:apo_zero_unpaired"
+
+    name: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
+
+
+class GroupLossConfig(LossConfig):
+    """Loss of the scores and rewards of lists.
+
+    Attributes:
+        of_responses: the loss takes mean log-probabilities of responses, without a reference.
+    """
+
+    of_responses: ClassVar[bool] = False
+
+
+class PlackettLuceLossConfig(GroupLossConfig):
+    """Likelihood of the whole ranking."""
+
+    function = "mmalign.losses.groups:plackett_luce"
+
+    name: Literal["plackett_luce"] = "plackett_luce"
+
+
+class LambdaRankLossConfig(GroupLossConfig):
+    """Pair losses, weighted by their effect on the ranking."""
+
+    function = "mmalign.losses.groups:lambda_rank"
+
+    name: Literal["lambda_rank"] = "lambda_rank"
+    ranks: Literal["policy", "reward"] = Field("policy", description="ranking whose discounts weigh the pairs")
+    scaled: bool = Field(True, description="map the scores of each list linearly to 0..3")
+
+
+class InfoNCALossConfig(GroupLossConfig):
+    """Cross-entropy to the softmax of the scores."""
+
+    function = "mmalign.losses.groups:info_nca"
+
+    name: Literal["info_nca"] = "info_nca"
+    alpha: float = Field(1.0, gt=0, description="temperature of the scores")
+
+
+class GroupNCALossConfig(GroupLossConfig):
+    """Noise contrastive alignment with scores."""
+
+    function = "mmalign.losses.groups:nca"
+
+    name: Literal["nca"] = "nca"
+    alpha: float = Field(1.0, gt=0, description="temperature of the scores")
+
+
+class CoPGLossConfig(GroupLossConfig):
+    """Regression of centred gains to centred scores."""
+
+    function = "mmalign.losses.groups:copg"
+
+    name: Literal["copg"] = "copg"
+
+
+class D2OLossConfig(GroupLossConfig):
+    """Worst output against the mean of the others."""
+
+    function = "mmalign.losses.groups:d2o"
+
+    name: Literal["d2o"] = "d2o"
+    alpha: float = Field(1.0, ge=0, description="weight of the worst output")
+
+
+class PROLossConfig(GroupLossConfig):
+    """Preference ranking optimization, without a reference."""
+
+    function = "mmalign.losses.groups:pro"
+    of_responses = True
+
+    name: Literal["pro"] = "pro"
+    nll: float = Field(0.05, ge=0, description="weight of the best response's -log p, times (K - 1)^2")
+
+
+class RRHFLossConfig(GroupLossConfig):
+    """Hinge of every two responses in the wrong order, without a reference."""
+
+    function = "mmalign.losses.groups:rrhf"
+    of_responses = True
+
+    name: Literal["rrhf"] = "rrhf"
+    nll: float = Field(1.0, ge=0, description="weight of the best response's -log p, a mean over tokens")

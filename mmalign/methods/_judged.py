@@ -1,0 +1,127 @@
+"""Steps of methods that learn from single outputs with labels (thumbs), and from lists of outputs with scores.
+
+B rows of at most K outputs. An unpaired method is one file: `requirements`, and the functions of `diffusion_kto` or
+`kto`, with another loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmalign.config.judged_losses import GroupLossConfig
+from mmalign.config.methods import ListMethodConfig, ThumbsMethodConfig
+from mmalign.losses.groups import Group, GroupLoss
+from mmalign.losses.unpaired import UnpairedLoss
+from mmalign.methods import Memory, Requirements, Step
+from mmalign.methods._pair_loss import preference_metrics
+from mmalign.registry import import_callable
+
+if TYPE_CHECKING:
+    from mmalign.data.caches.precompute import PrecomputeSpec
+
+OUTPUTS = "outputs"  # name of the scores of a row's outputs [B, K]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scores of a batch's outputs.
+
+    Attributes:
+        policy: the policy's scores [B, K].
+        reference: the reference's [B, K]; None for losses without a reference.
+        scores: the data's labels or scores [B, K], NaN where a row has no output.
+        weights: weights of the rows [B].
+        more: further metrics of each output, [B, K] by name; "output error" and "output log-probability" are read by
+            the verdict.
+        lengths: tokens of each response [B, K]; None for images.
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    scores: Tensor
+    weights: Tensor
+    more: Mapping[str, Tensor]
+    lengths: Tensor | None = None
+
+
+def thumbs_requirements(cfg: ThumbsMethodConfig, precompute: PrecomputeSpec | None) -> Requirements:
+    """Return the needs of a method that learns from thumbs: its baseline is a memory."""
+
+    def remember(memory: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+        updates = memory["updates"]
+        baseline = cfg.loss.next_baseline(memory["baseline"], int(updates), metrics["output gain"])
+        return {"baseline": baseline, "updates": updates + 1}
+
+    return Requirements(
+        learns_from="thumbs",
+        liked_share=cfg.liked_share,
+        precompute=precompute,
+        memory=Memory({"baseline": 0.0, "updates": 0.0}, remember),
+    )
+
+
+def thumbs_step(cfg: ThumbsMethodConfig, memory: Mapping[str, float], judged: Judged) -> Step:
+    """Return the step of an unpaired loss, [B] outputs.
+
+    "accuracy" is the share of outputs on the side of the baseline that their label says; a tie is half right.
+    """
+    assert judged.reference is not None, "gains are over a reference"
+    gain, liked = (judged.policy - judged.reference)[:, 0], judged.scores[:, 0] > 0
+    losses = _unpaired_loss(cfg.loss.function, cfg.beta)(gain, liked, memory["baseline"])
+    losses = torch.where(liked, cfg.liked_weight, cfg.disliked_weight) * losses
+    with torch.no_grad():
+        z = cfg.beta * (gain - memory["baseline"]) * torch.where(liked, 1, -1)
+        baseline = torch.full_like(gain, memory["baseline"])
+        metrics = {"loss": losses.detach(), **preference_metrics(z), "output gain": gain.detach()}
+        metrics |= {"liked": liked.to(gain.dtype), "baseline": baseline}
+        metrics |= {name: values[:, 0] for name, values in judged.more.items()}
+    return Step(losses, judged.weights, metrics)
+
+
+def list_step(cfg: ListMethodConfig, judged: Judged) -> Step:
+    """Return the step of a group loss, [B] lists.
+
+    The sides of the metrics are the best and the worst output. "accuracy" is the share of the outputs of different
+    scores whose gains have the same order; a tie is half right.
+    """
+    present = ~judged.scores.isnan()
+    rewards = judged.scores.nan_to_num().to(judged.policy.dtype)
+    reference = torch.zeros_like(judged.policy) if judged.reference is None else judged.reference
+    lengths = torch.ones_like(judged.policy) if judged.lengths is None else judged.lengths
+    group = Group(judged.policy, reference, rewards, present, lengths)
+    losses = bound_group_loss(cfg.loss, cfg.beta)(group)
+    with torch.no_grad():
+        sides, metrics = {"best": group.best, "worst": group.worst}, {"loss": losses.detach()}
+        if judged.reference is not None:
+            gains = {f"{side} gain": group.of(group.gains, number) for side, number in sides.items()}
+            metrics |= preference_metrics(cfg.beta * (gains["best gain"] - gains["worst gain"])) | gains
+        metrics["accuracy"] = _order_accuracy(group)
+        for name, values in judged.more.items():
+            metrics |= {name.replace("output", side): group.of(values, number) for side, number in sides.items()}
+    return Step(losses, judged.weights, metrics)
+
+
+def _order_accuracy(group: Group) -> Tensor:
+    """Return the share [B] of the outputs of different rewards whose gains have the same order; 1/2 without any."""
+    differences = group.gains[:, :, None] - group.gains[:, None, :]
+    right = ((differences > 0) + 0.5 * (differences == 0)) * group.better
+    number = group.better.sum((1, 2))
+    return torch.where(number > 0, right.sum((1, 2)) / number.clamp(min=1), 0.5)
+
+
+@cache
+def _unpaired_loss(function: str, beta: float) -> UnpairedLoss:
+    return partial(import_callable("method.loss", function), beta=beta)
+
+
+@cache
+def bound_group_loss(config: GroupLossConfig, beta: float) -> GroupLoss:
+    """Return the function of a group loss with its hyper-parameters bound."""
+    function = import_callable("method.loss", config.function)
+    return partial(function, beta=beta, **config.model_dump(exclude={"name"}))
