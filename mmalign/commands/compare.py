@@ -24,6 +24,7 @@ from mmalign.atomic_io import atomic_write
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
+from mmalign.evaluation.best_of import kl_bound
 from mmalign.evaluation.comparison import TableRow, add_differences
 from mmalign.evaluation.metrics import summarize_runs
 from mmalign.modalities import Samples, modality_of
@@ -64,6 +65,7 @@ def compare(
 
     Every method is compared with the base model, with the best baseline (fine-tuning) and with every other method,
     paired by question and seed. Each of these tables is corrected for its number of comparisons by Holm's method.
+    With `evaluate.best_of` the base model's best of n images are rows too.
 
     `comparison.md` and `comparison.json` have the numbers, `comparison.png` their curve over the seconds of training.
     For image models `comparison-pictures.png` shows some images of the first seed, with a manifest beside it. If a
@@ -247,7 +249,8 @@ def _copy_checkpoint(shorter: Path, output: Path) -> None:
 def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow]:
     """Return the base model's row, and one for each recipe at each length."""
     metrics = [[_samples_of(recipe).metrics(recipe) for recipe in stage.runs] for stage in plan]
-    base = metrics[0][0][0]
+    base, first_run = metrics[0][0][0], plan[0].runs[0]
+    best_of_n = _samples_of(first_run).best_of(first_run)
     rows = [TableRow("base", "", None, 1, 0, 0.0, [(some, summarize_runs(some, [some])) for some in base])]
     for length in lengths:
         of_length: list[TableRow] = []
@@ -260,6 +263,13 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
             name, pairs = stage.name, _num_pairs(first)
             of_length.append(TableRow(name, first.method.name, length, number, pairs, seconds, measured))
         trained = [[after for _, after in runs] for _, runs in stages]
+        for n, best in best_of_n.items():  # chosen from the base model alone, so the same for every seed
+            repeated = [best] * len(trained[0])
+            by_benchmark = zip(base, zip(*repeated, strict=True), strict=True)
+            measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
+            bound = f"KL <= {kl_bound(n):.2f} nats"
+            of_length.append(TableRow(f"best of {n}", bound, length, len(repeated), 0, 0.0, measured))
+            trained.append(repeated)
         rows += add_differences(rows[0], of_length, trained, BASELINES)
     return rows
 

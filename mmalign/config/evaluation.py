@@ -52,6 +52,23 @@ def check_combine(reward: Rewards | None, combine: Combine) -> None:
         raise ValueError(f"combine: {combine} needs two or more reward models; name them as a list, or leave it out")
 
 
+class BestOf(Section):
+    """Settings of best of n: the base model's best image of n, by a judge, without training."""
+
+    n: list[Annotated[int, Field(ge=2)]] = Field(
+        [4], min_length=1, description="images of a prompt and seed to choose from, one or several numbers"
+    )
+    reward: Rewards = Field(
+        description="reward model that chooses, or a list of several; best not the one that measures"
+    )
+    combine: Combine = "sum"
+
+    @model_validator(mode="after")
+    def _combined(self) -> BestOf:
+        check_combine(self.reward, self.combine)
+        return self
+
+
 class SamplingConfig(Section):
     """Settings of image sampling."""
 
@@ -91,6 +108,7 @@ class EvaluateImages(Evaluate):
         None, description="reward model for the win rate, or a list of several; optional for scenes"
     )
     combine: Combine = "sum"
+    best_of: BestOf | None = Field(None, description="best of n images of the base model, measured alike")
     num_noise_samples: int = Field(10, ge=1, description="implicit: draws of (t, noise) per pair")
     cache: str = Field("auto", description="folder for generated images, or auto (in the output)")
 
@@ -99,6 +117,8 @@ class EvaluateImages(Evaluate):
         if self.benchmark == "preference" and self.reward is None:
             raise ValueError("benchmark preference needs a reward model; add evaluate.reward.path")
         check_combine(self.reward, self.combine)
+        if self.benchmark == "implicit" and self.best_of is not None:
+            raise ValueError("benchmark implicit generates no images to choose from; leave best_of out")
         if self.benchmark == "scenes" and isinstance(self.prompts, str):
             raise ValueError(f"benchmark scenes uses its own prompts; expected their number, got {self.prompts!r}")
         return self

@@ -74,6 +74,7 @@ class Samples:
         benchmark_of: the benchmark of a sample, where an evaluation has several; each has a bar on the page.
         metrics: metrics of an evaluated run, before and after alignment.
         outputs: name of the folder in which several runs share the base model's outputs.
+        best_of: metrics of the base model's best of n outputs in an evaluated run, by n.
         write_images: write images of runs, given by name, beside the table's file; None for a modality without images.
     """
 
@@ -85,6 +86,7 @@ class Samples:
     metrics: Callable[[Recipe], tuple[list[Metrics], list[Metrics]]]
     outputs: str
     benchmark_of: Callable[[Sample], str] = lambda _: ""
+    best_of: Callable[[Recipe], Mapping[int, list[Metrics]]] = lambda _: {}
     write_images: Callable[[Path, Mapping[str, Recipe]], None] | None = None
 
 

@@ -45,6 +45,7 @@ MODALITY = Modality(
         entries=gallery.gallery_entries,
         provenance=gallery.provenance,
         metrics=gallery.read_metrics,
+        best_of=gallery.read_best,
         outputs="drawings",
         write_images=gallery.write_images,
     ),

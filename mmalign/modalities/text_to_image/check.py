@@ -109,6 +109,8 @@ def _check_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
     """Check a section that generates and scores images: reward model, prompts and image size."""
     if section.reward is not None:
         check_reward_model(f"{name}.reward", section.reward)
+    if isinstance(section, EvaluateImages) and section.best_of is not None:
+        check_reward_model("evaluate.best_of.reward", section.best_of.reward)
     if isinstance(section.prompts, str):
         pairs = isinstance(section, PrepareImages) and section.prompt_pairs
         (read_prompt_pairs if pairs else read_prompts)(f"{name}.prompts", section.prompts)

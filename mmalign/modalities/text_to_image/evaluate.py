@@ -14,11 +14,12 @@ from PIL import Image
 from torch import nn
 
 from mmalign import atomic_io
-from mmalign.config import EvaluateImages, ImageModel, Recipe, SamplingConfig
-from mmalign.config.evaluation import reward_models
+from mmalign.config import EvaluateImages, ImageModel, Recipe, Rewards, SamplingConfig
+from mmalign.config.evaluation import Combine, reward_models
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.data.data_module import Splits
+from mmalign.evaluation import best_of
 from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
@@ -46,21 +47,20 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     if section.benchmark == "implicit":
         assert splits is not None
         return implicit_reward_benchmark(recipe, splits, implicit_reward.image_scores, section.num_noise_samples)
-    reward_model = None
-    if section.reward is not None:
-        reward_model = loading.build_reward_model(
-            section.reward,
-            device,
-            allow_pickle=recipe.allow_pickle,
-            combine=section.combine,
-            scores=_folder(recipe, section) / "scores",
-        )
-    return partial(compare_images, recipe, reward_model)
+
+    def load(reward: Rewards, combine: Combine) -> RewardModel:
+        scores, allow_pickle = _folder(recipe, section) / "scores", recipe.allow_pickle
+        return loading.build_reward_model(reward, device, allow_pickle=allow_pickle, combine=combine, scores=scores)
+
+    reward_model = load(section.reward, section.combine) if section.reward is not None else None
+    chooser = load(section.best_of.reward, section.best_of.combine) if section.best_of is not None else None
+    return partial(compare_images, recipe, reward_model, chooser)
 
 
 def compare_images(
     recipe: Recipe,
     reward_model: RewardModel | None,
+    chooser: RewardModel | None,
     policy: Policy[TextToImage],
     folder: Path,
     identity: Mapping[str, Any],
@@ -70,6 +70,7 @@ def compare_images(
     Args:
         recipe: the recipe, with a section `evaluate`.
         reward_model: the model that scores the images, if the section names one.
+        chooser: the model that chooses the best of n images, if the section names one.
         policy: the trained model, with the base model as reference.
         folder: folder for the images and the gallery's `samples.json`.
         identity: identity of this evaluation, stored in `samples.json`.
@@ -86,21 +87,29 @@ def compare_images(
 
     # Images of both models
     caches = _caches(recipe, section, policy, identity)
-    images = generate_both(policy, prompts, seeds, section.sampling, caches)
-    samples: list[Sample] = [
-        {"prompt": prompt, "seed": seed, "before": {}, "after": {}} for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    images = dict(zip(SIDES, generate_both(policy, prompts, seeds, section.sampling, caches), strict=True))
+    if chooser is not None and section.best_of is not None:
+        best = choose_best(policy, prompts, seeds, images["before"], section, chooser, caches[0])
+        images |= {f"best-of-{n}": chosen for n, chosen in best.items()}
 
     # Measurements and files
-    if reward_model is not None:  # in one call, so that votes compare the two models' images of a prompt
-        rewards = reward_model([*images[0], *images[1]], [*prompts, *prompts]).tolist()
-        for record, reward in zip((sample[side] for side in SIDES for sample in samples), rewards, strict=True):
+    records: dict[str, list[Sample]] = {side: [{} for _ in prompts] for side in images}
+    if reward_model is not None:  # in one call, so that votes compare all images of a prompt
+        judged = [image for side_images in images.values() for image in side_images]
+        rewards = reward_model(judged, prompts * len(images)).tolist()
+        for record, reward in zip((x for side in images for x in records[side]), rewards, strict=True):
             record.update(judged=reward, score=reward, note="")
-    for side, side_images in zip(SIDES, images, strict=True):
-        _measure(section, side_images, prompts, [sample[side] for sample in samples])
+    for side, side_images in images.items():
+        _measure(section, side_images, prompts, records[side])
         (folder / side).mkdir()
         for index, image in enumerate(side_images):
             image.save(folder / side / f"{index:05d}.png")
+    numbers = sorted(section.best_of.n) if section.best_of is not None else []
+    samples: list[Sample] = [
+        {"prompt": prompt, "seed": seed, **{side: records[side][i] for side in SIDES}}
+        | ({"best_of": {str(n): records[f"best-of-{n}"][i] for n in numbers}} if numbers else {})
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
     result, table = _compare(section.benchmark, samples)
     score_name = "share of the prompt's parts that are right"
     if section.benchmark == "preference" and section.reward is not None:
@@ -146,6 +155,17 @@ def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any],
         comparison = compare(*sides)
         result[name] = comparison.as_dict()
         table += [(label, str(len(samples)), *cells) for label, *cells in comparison.table()[1:]]
+    # Best of n against the base model
+    (before, _), chosen = measure_samples(samples), measure_best(samples)
+    numbers: dict[str, dict[str, Any]] = {}
+    for n, measured in chosen.items():
+        comparisons = [compare(base, best) for base, best in zip(before, measured, strict=True)]
+        numbers[str(n)] = {"kl_bound": best_of.kl_bound(n)} | {x.before.benchmark: x.as_dict() for x in comparisons}
+        table.append((best_of.label(n), "images", "before", "best", "change [95 % interval]"))
+        rows = [row for comparison in comparisons for row in comparison.table()[1:]]
+        table += [(label, str(len(samples)), *cells) for label, *cells in rows]
+    if chosen:
+        result["best_of"] = numbers
     return result, table
 
 
@@ -155,22 +175,67 @@ def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics]
     The bundled world gives the accuracy. A reward model gives the win rate over the base model and the mean score.
     Several images of a prompt give their diversity.
     """
+    before, after = (_measure_side(samples, [sample[side] for sample in samples]) for side in SIDES)
+    return before, after
+
+
+def measure_best(samples: Sequence[Mapping[str, Any]]) -> dict[int, list[Metrics]]:
+    """Return the metrics of the base model's best of n images, by n; empty if the evaluation chose none."""
+    numbers = sorted(map(int, samples[0].get("best_of", {})))
+    return {n: _measure_side(samples, [sample["best_of"][str(n)] for sample in samples]) for n in numbers}
+
+
+def _measure_side(samples: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[Metrics]:
+    """Return the metrics of one image of each sample, from its record."""
     prompts = tuple(sample["prompt"] for sample in samples)
     keys = tuple((sample["prompt"], sample["seed"]) for sample in samples)
+    metrics = list[Metrics]()
+    if "parts" in records[0]:
+        metrics.append(scenes.measure_scenes([record["parts"] for record in records], keys, prompts))
+    if "judged" in records[0]:
+        rewards = [record["judged"] for record in records], [sample["before"]["judged"] for sample in samples]
+        metrics.append(preference.measure_scores(*rewards, keys, prompts))
+    if "apart" in records[0]:
+        metrics.append(diversity.measure_distances([record["apart"] for record in records], keys, prompts))
+    return metrics
 
-    def values(side: str, name: str) -> list[Any]:
-        return [sample[side][name] for sample in samples]
 
-    metrics: dict[str, list[Metrics]] = {side: [] for side in SIDES}
-    for side in SIDES:
-        if "parts" in samples[0][side]:
-            metrics[side].append(scenes.measure_scenes(values(side, "parts"), keys, prompts))
-        if "judged" in samples[0][side]:
-            rewards = values(side, "judged"), values("before", "judged")
-            metrics[side].append(preference.measure_scores(*rewards, keys, prompts))
-        if "apart" in samples[0][side]:
-            metrics[side].append(diversity.measure_distances(values(side, "apart"), keys, prompts))
-    return metrics["before"], metrics["after"]
+def choose_best(
+    policy: Policy[TextToImage],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    first: Sequence[Image.Image],
+    section: EvaluateImages,
+    chooser: RewardModel,
+    cache: ImageCache,
+) -> dict[int, list[Image.Image]]:
+    """Return the base model's best image of each prompt and seed, for every n of `best_of`.
+
+    Args:
+        policy: the trained model, with the base model as reference.
+        prompts: the prompts.
+        seeds: the images' seeds.
+        first: the base model's images, which are the first candidates.
+        section: the settings.
+        chooser: the model that chooses.
+        cache: the cache of the base model's images.
+    """
+    assert section.best_of is not None
+    more = best_of.candidate_seeds(seeds, max(section.best_of.n))[1:]
+
+    def run(net: nn.Module) -> list[Image.Image]:
+        repeated, flat = [*prompts] * len(more), [seed for row in more for seed in row]
+        return generate_images(policy.family, net.eval(), repeated, flat, section.sampling, cache)
+
+    generated = policy.on_reference(run)
+    assert generated is not None
+    images = [*first, *generated]
+    size = len(prompts)
+    scores = chooser(images, [*prompts] * (len(more) + 1)).view(-1, size).tolist()
+    return {
+        n: [images[number * size + i] for i, number in enumerate(best_of.best_candidates(scores, n))]
+        for n in section.best_of.n
+    }
 
 
 def generate_both(

@@ -15,7 +15,7 @@ from mmalign.config import EvaluateImages, Recipe
 from mmalign.data.images import BadImage, decode_file
 from mmalign.evaluation.metrics import SIDES, Metrics
 from mmalign.modalities import EVALUATE_AGAIN, SAMPLES, Sample, SamplesFile, read_samples
-from mmalign.modalities.text_to_image.evaluate import measure_samples
+from mmalign.modalities.text_to_image.evaluate import measure_best, measure_samples
 from mmalign.pages.comparison import RatedImage, render_side_by_side, short_names
 from mmalign.pages.grid import encode_grid
 from mmalign.pages.page import GalleryEntry
@@ -42,6 +42,7 @@ class PictureSample(TypedDict):
     seed: int
     before: Side
     after: Side
+    best_of: NotRequired[dict[str, Side]]
 
 
 def read(folder: Path) -> SamplesFile[PictureSample]:
@@ -93,6 +94,11 @@ def read_metrics(recipe: Recipe) -> tuple[list[Metrics], list[Metrics]]:
         return measure_samples(samples)
     except ValueError as error:  # a prompt that is not of the bundled world
         raise ValueError(f"{folder / SAMPLES}: is damaged ({error}); {EVALUATE_AGAIN}") from error
+
+
+def read_best(recipe: Recipe) -> dict[int, list[Metrics]]:
+    """Return the metrics of the base model's best of n images in an evaluated run, by n."""
+    return measure_best(read(Path(recipe.output) / "evaluation")["samples"])
 
 
 def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:

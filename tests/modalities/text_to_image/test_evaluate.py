@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image, ImageStat
 
 import mmalign
+from mmalign.commands.compare import compare
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.families.diffusion import pipeline
 from mmalign.modalities.text_to_image.evaluate import measure_samples
@@ -88,6 +92,48 @@ def test_scenes_with_a_reward_and_several_images_a_prompt(tiny_sd15: Path, tmp_p
     assert done.result["preference"]["after"]["measures"]["mean score"]["estimate"] == pytest.approx(
         sum(sample["after"]["judged"] for sample in samples) / 6
     )
+
+
+@pytest.mark.slow
+def test_best_of_n_is_chosen_by_one_judge_and_measured_by_the_reader(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge likes dark images: the darkest of two and of four, measured beside the trained model in the table."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "dark.py").write_text(
+        "from PIL import ImageStat\n"
+        "def dark(images, prompts):\n"
+        "    return [-ImageStat.Stat(image.convert('L')).mean[0] for image in images]\n"
+    )
+    evaluate = {
+        "benchmark": "scenes",
+        "prompts": 3,
+        "best_of": {"n": [4, 2], "reward": {"name": "function", "path": "dark:dark"}},
+        "reward": {"path": "models/tiny_clip"},
+        "sampling": {"steps": 1, "guidance": 1.0},
+    }
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
+    source = tmp_path / "dpo.yaml"
+    source.write_text(yaml.safe_dump(content))
+    base, dpo, best_of_2, best_of_4 = compare([str(source)], seeds=2, output=tmp_path / "compared")
+    folder = tmp_path / "compared" / "dpo" / "seed-0" / "evaluation"
+
+    def brightness(side: str) -> Any:
+        files = sorted((folder / side).iterdir())
+        return np.array([ImageStat.Stat(Image.open(file).convert("L")).mean[0] for file in files])
+
+    before, two, four = brightness("before"), brightness("best-of-2"), brightness("best-of-4")
+    assert (four <= two).all() and (two <= before).all() and four.sum() < before.sum()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["best_of"]["4"]["kl_bound"] == pytest.approx(0.636294361) and "preference" in result["best_of"]["2"]
+    assert [row.name for row in (base, dpo, best_of_2, best_of_4)] == ["base", "dpo", "best of 2", "best of 4"]
+    samples = json.loads((folder / "samples.json").read_text())["samples"]
+    share = sum(sample["best_of"]["4"]["parts"]["correct"] for sample in samples) / 3
+    assert best_of_4.as_dict()["measures"]["prompts rendered correctly"]["estimate"] == pytest.approx(share)
+    table = (tmp_path / "compared" / "comparison.md").read_text()
+    assert "| best of 4 | KL <= 0.64 nats | 2 | 0 | 0 |" in table and "best of 4 - dpo" in table
 
 
 @pytest.mark.slow
