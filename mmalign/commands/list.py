@@ -10,6 +10,8 @@ from rich.table import Table
 from mmalign import methods, rewards
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
+from mmalign.config.base import Choice
+from mmalign.config.losses import PairLossConfig
 from mmalign.config.methods import METHODS
 from mmalign.families import loading
 from mmalign.resources import bundled_recipes
@@ -26,6 +28,10 @@ def list_everything(console: Console) -> None:
             name = str(config.model_fields["name"].default)
             table.add_row(name, *_needs(by_method[name]), str(len(by_method[name])))
         console.print(table)
+    losses = Table("loss", "reference", "scores of responses", "use", title="losses", title_justify="left", box=None)
+    for name, loss in Choice.sections(PairLossConfig).items():
+        losses.add_row(name, "yes" if loss.reference else "no", loss.score, (loss.__doc__ or "").splitlines()[0])
+    console.print(losses)
     pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())
     console.print(f"\nfamilies: {pipelines}, vision_language (AutoModelForImageTextToText)")
     table = Table("judge", "meaning", title="\nrewards", title_justify="left", box=None)
