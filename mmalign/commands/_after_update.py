@@ -74,7 +74,7 @@ class AfterUpdate:
                 log_curves(accelerator, means, progress.step, "held-out ")
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
             self._require_finite(progress, loss)
-            self.reporter.verdict = verdict.judge(self._evidence(values)) if last else ""
+            self.reporter.verdict = self._verdict(values) if last else ""
             self.save(score)
             if code:
                 raise self.stop.stopped(code, progress.step, checkpoint.name(progress.step))
@@ -116,6 +116,11 @@ class AfterUpdate:
                 f"train: after update {progress.step} the {what} not finite, so that update was "
                 f"not saved; {last_saved(Path(self.recipe.output))}: lower train.lr"
             )
+
+    def _verdict(self, values: Values) -> str:
+        """Return the verdict, with what the method's memory says."""
+        memory = self.needs.memory.describe(self.run.policy.memory) if self.needs.memory is not None else ""
+        return "; ".join(filter(None, (verdict.judge(self._evidence(values)), memory)))
 
     def _evidence(self, values: Values) -> verdict.Evidence:
         """Return the evidence of a verdict, with the values after the last update.

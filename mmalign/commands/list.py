@@ -1,4 +1,4 @@
-"""`mmalign list`: methods, model families, reward models and bundled recipes."""
+"""`mmalign list`: methods, losses, model families, reward models and bundled recipes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.table import Table
 from mmalign import methods, rewards
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
-from mmalign.config.base import Choice
 from mmalign.config.losses import PairLossConfig
 from mmalign.config.methods import METHODS
 from mmalign.families import loading
@@ -18,7 +17,7 @@ from mmalign.resources import bundled_recipes
 
 
 def list_everything(console: Console) -> None:
-    """Print the methods by modality, families, reward models and bundled recipes."""
+    """Print the methods by modality, losses, families, reward models and bundled recipes."""
     files, by_method = bundled_recipes(), defaultdict[str, list[Recipe]](list)
     for recipe in map(load_recipe, files.values()):
         by_method[recipe.method.name].append(recipe)
@@ -29,7 +28,8 @@ def list_everything(console: Console) -> None:
             table.add_row(name, *_needs(by_method[name]), str(len(by_method[name])))
         console.print(table)
     losses = Table("loss", "reference", "scores of responses", "use", title="losses", title_justify="left", box=None)
-    for name, loss in Choice.sections(PairLossConfig).items():
+    for loss in PairLossConfig.__subclasses__():
+        name = str(loss.model_fields["name"].default)
         losses.add_row(name, "yes" if loss.reference else "no", loss.score, (loss.__doc__ or "").splitlines()[0])
     console.print(losses)
     pipelines = ", ".join(f"{file} ({cls})" for cls, file in loading.PIPELINES.items())

@@ -58,13 +58,14 @@ def labelled(link: PairLoss, labels: Labels, beta: float) -> PairLoss:
         reference = Pair(reference.chosen + labels.margin / beta, reference.rejected)
         share, values = labels.preference, link(policy, reference)
         if (share != 1).any():
-            values = share * values + (1 - share) * link(_swapped(policy), _swapped(reference))
+            values = share * values + (1 - share) * link(swapped(policy), swapped(reference))
         return labels.weight * values
 
     return loss
 
 
-def _swapped(pair: Pair) -> Pair:
+def swapped(pair: Pair) -> Pair:
+    """Return the scores with the sides exchanged."""
     return Pair(pair.rejected, pair.chosen)
 
 

@@ -55,10 +55,12 @@ class Memory:
     Attributes:
         start: the numbers before the first update, by name.
         remember: map the numbers and an update's mean metrics, over all rows of all processes, to the next numbers.
+        describe: what the numbers say at the end of a run, for the verdict; empty for nothing.
     """
 
     start: Mapping[str, float]
     remember: Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
+    describe: Callable[[Mapping[str, float]], str] = lambda _: ""
 
 
 @dataclass(frozen=True)

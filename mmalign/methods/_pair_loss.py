@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from mmalign.losses import wrappers
 from mmalign.losses.pairwise import Pair, PairLoss
 from mmalign.losses.wrappers import Labels
 from mmalign.methods import Step
+from mmalign.methods._pair_memory import noise_metrics, posteriors
 from mmalign.policy import Scores
 from mmalign.registry import import_callable
 
 SATURATED = 7.0  # size of a logit beyond which the loss has a thousandth of its first gradient, or twice of it
 
 
-@cache  # one function for all batches of a run
+@lru_cache(maxsize=64)  # one function for all batches of a run, unless it learns beta
 def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
     """Return the function of a pair loss with its hyper-parameters bound."""
     function = import_callable("method.loss", config.function)
@@ -30,13 +31,48 @@ def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
 
 def bound_link(cfg: PairMethodConfig, labels: Labels | None = None) -> PairLoss:
     """Return the pair loss of a method: the sum of its losses, with divergence, cap and the labels of a batch."""
-    link = wrappers.summed([(term.weight, _bound_term(cfg, term, labels)) for term in cfg.terms])
+    link = partial(_noisy, cfg, labels) if cfg.label_noise is not None else _bound_sum(cfg, labels)
     shapes: dict[str, Callable[[Tensor], Tensor]] = {
         "js": wrappers.js,
         "forward_kl": wrappers.forward_kl,
         "alpha": partial(wrappers.alpha_divergence, coefficient=cfg.divergence_alpha),
     }
     return link if cfg.divergence == "reverse_kl" else wrappers.shaped(link, shapes[cfg.divergence])
+
+
+def view_link(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
+    """Return the pair loss of other views than a pair's two sides: of its label they have the weight alone."""
+    certain = cfg if cfg.label_noise is None else cfg.model_copy(update={"label_noise": None})
+    return bound_link(certain, labels.sure() if labels is not None else None)
+
+
+def label_metrics(
+    cfg: PairMethodConfig, labels: Labels | None, policy_scores: Scores, reference_scores: Scores | None
+) -> dict[str, Tensor]:
+    """Return the metrics of the labels' rates, each [B]; empty for a method that learns none."""
+    if cfg.label_noise is None:
+        return {}
+    sides = pair_of(policy_scores, reference_scores, "chosen", "rejected")
+    return noise_metrics(cfg, labels, posteriors(cfg, labels, _label_gap(cfg, *sides))[1])
+
+
+def _noisy(cfg: PairMethodConfig, labels: Labels | None, policy: Pair, reference: Pair) -> Tensor:
+    """Return the losses [B] of labels that may be wrong: their preference is its posterior."""
+    share, _ = posteriors(cfg, labels, _label_gap(cfg, policy, reference))
+    sure = Labels(share, torch.zeros_like(share), torch.ones_like(share))
+    given = sure if labels is None else labels._replace(preference=share)
+    return _bound_sum(cfg, given)(policy, reference)
+
+
+@torch.no_grad()
+def _label_gap(cfg: PairMethodConfig, policy: Pair, reference: Pair) -> Tensor:
+    """Return the loss of the swapped pair minus that of the pair [B], without margins."""
+    link = _bound_sum(cfg, None)
+    return link(wrappers.swapped(policy), wrappers.swapped(reference)) - link(policy, reference)
+
+
+def _bound_sum(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
+    return wrappers.summed([(term.weight, _bound_term(cfg, term, labels)) for term in cfg.terms])
 
 
 def _bound_term(cfg: PairMethodConfig, term: LossTerm, labels: Labels | None) -> PairLoss:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import Choice, MethodConfig
+from mmalign.config.base import Choice, MethodConfig, Section
 from mmalign.config.judged_losses import GroupLossConfig, KTOLossConfig, PlackettLuceLossConfig, UnpairedLossConfig
 from mmalign.config.losses import DPOLossConfig, LossSum, LossTerm, PairLossConfig
 
@@ -18,6 +18,23 @@ NumCachedDraws = Annotated[
         "0 redraws every epoch",
     ),
 ]
+
+
+class LabelNoiseConfig(Section):
+    """Rate of wrong labels that a run learns (LCPO); the defaults are ours, since the paper's are not verified."""
+
+    start: float = Field(0.1, gt=0, lt=0.5, description="assumed fraction of wrong labels before the first update")
+    speed: float = Field(0.1, gt=0, le=1, description="share of an update's estimate in the next rate")
+    annotators: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        {}, description="annotators with rates of their own, and their rates at the start; all others share one"
+    )
+
+
+class AutoBetaConfig(Section):
+    """Beta that follows the margins, so that the mean gradient factor stays near a wish; the decay is ours."""
+
+    gradient_factor: float = Field(0.2, gt=0, lt=0.5, description="sigma(-|z|) at the mean size of a logit")
+    decay: float = Field(0.9, ge=0, lt=1, description="share of the past in the average size of a margin")
 
 
 class PairMethodConfig(MethodConfig):
@@ -33,6 +50,13 @@ class PairMethodConfig(MethodConfig):
     )
     divergence_alpha: float = Field(0.5, description="order of the divergence alpha; 0 is forward_kl, 1 is not defined")
     logit_cap: float | None = Field(None, gt=0, description="logit beyond which a pair has no gradient")
+
+    label_noise: LabelNoiseConfig | None = Field(
+        None, description="learn the rate of wrong labels and weigh labels by it (LCPO); {} takes the defaults"
+    )
+    auto_beta: AutoBetaConfig | None = Field(
+        None, description="lower beta below method.beta while margins are large; {} takes the defaults"
+    )
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
@@ -56,6 +80,8 @@ class PairMethodConfig(MethodConfig):
             raise ValueError(f"divergence: {self.divergence} needs a reference, which {free} has not; leave it out")
         if self.divergence != "alpha" and self.divergence_alpha != 0.5:
             raise ValueError(f"divergence_alpha: {self.divergence} takes none; leave it out, or use divergence: alpha")
+        if self.auto_beta is not None and not self.uses_reference:
+            raise ValueError(f"auto_beta: follows margins against a reference, which {free} has not; leave it out")
         if self.divergence == "alpha" and self.divergence_alpha == 1:
             raise ValueError("divergence_alpha: 1 is not defined; its limit is divergence: reverse_kl")
         return self

@@ -124,6 +124,8 @@ class InstructEngineConfig(DenoisingMethodConfig):
     def _compares(self) -> InstructEngineConfig:
         if not any(self.weights):
             raise ValueError("weights are all 0; expected at least one above 0")
+        if self.label_noise is not None:
+            raise ValueError("label_noise: both images of a pair fit their own prompts; leave it out")
         return self
 
 

@@ -29,6 +29,7 @@ from mmalign.config.methods import DiffusionDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, denoising_step, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -40,6 +41,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(
         reference=cfg.uses_reference,
         labels=True,
+        memory=pair_memory(cfg),
         precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, settings),
     )
 
@@ -54,4 +56,4 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: DenoisingMethodConfig) -> Step:
     """Return the pair loss on the denoising scores of policy and reference."""
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view)
-    return denoising_step(cfg, policy_scores, contrast)
+    return denoising_step(present(cfg, policy.memory), policy_scores, contrast)

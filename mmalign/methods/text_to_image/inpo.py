@@ -44,6 +44,7 @@ from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements
+from mmalign.methods._pair_memory import pair_memory
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import CleanPairs, Contrast, NoisedPairs, denoising_scores
 from mmalign.policy import Policy
@@ -60,7 +61,9 @@ def requirements(cfg: Config) -> Requirements:
     cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
     reference = cfg.uses_reference or cfg.inverter == "reference"
     measured_by = cfg.model_copy(update={"inverter": "reference"}) if reference else None
-    return Requirements(reference=reference, labels=True, precompute=cached, measured_by=measured_by)
+    return Requirements(
+        reference=reference, labels=True, memory=pair_memory(cfg), precompute=cached, measured_by=measured_by
+    )
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -26,7 +26,8 @@ from mmalign.config.methods import InstructEngineConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_loss import bound_link, pair_of, preference_metrics, with_own_loss
+from mmalign.methods._pair_loss import pair_of, preference_metrics, view_link, with_own_loss
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.text_to_image._denoising import (
     Contrast,
     NoisedPairs,
@@ -47,6 +48,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(
         reference=cfg.uses_reference,
         labels=True,
+        memory=pair_memory(cfg),
         prompt_pairs=True,
         precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, {}),
     )
@@ -65,8 +67,8 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the weighted sum of the four pair losses."""
-    reference_scores, labels = contrast.reference, contrast.labels
-    link = bound_link(cfg, labels.sure() if labels is not None else None)  # both images fit their own prompts
+    reference_scores, labels, cfg = contrast.reference, contrast.labels, present(cfg, policy.memory)
+    link = view_link(cfg, labels)  # both images fit their own prompts
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
     # Weighted pair losses of the four comparisons
     compared = [pair_of(policy_scores, reference_scores, *views) for views in COMPARED]

@@ -14,7 +14,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.losses.pairwise import PairLoss
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import bound_link, pair_of, preference_step, with_own_loss
+from mmalign.methods._pair_loss import bound_link, label_metrics, pair_of, preference_step, view_link, with_own_loss
 from mmalign.policy import Scores
 
 PAIR = ("chosen", "rejected")
@@ -91,8 +91,7 @@ def bound_links(cfg: ResponseMethodConfig, batch: EncodedResponses) -> tuple[Pai
 
     Preference and margin of a label belong to the two responses; its weight belongs to the row.
     """
-    labels = batch.labels
-    return bound_link(cfg, labels), bound_link(cfg, labels.sure() if labels is not None else None)
+    return bound_link(cfg, batch.labels), view_link(cfg, batch.labels)
 
 
 def response_step(
@@ -116,6 +115,7 @@ def response_step(
     views = [view for view in policy_scores if view != TOKEN]
     more = {f"{view} log-probability": policy_scores[view].detach() for view in views}
     more |= {"chosen tokens": counts[:pairs], "rejected tokens": counts[pairs : 2 * pairs]}
+    more |= label_metrics(cfg, batch.labels, policy_scores, reference_scores)
     if reference_scores is None:
         more["chosen token log-probability"] = policy_scores[TOKEN].detach()
     else:

@@ -43,6 +43,7 @@ from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores, reference_scores_of
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.vision_language._responses import (
     PAIR,
     TOKEN,
@@ -117,6 +118,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(
         reference=cfg.uses_reference,
         labels=True,
+        memory=pair_memory(cfg),
         decoded_images=cfg.mode == "mixed",  # for the annotator
         reward=cfg.mixed.reward if cfg.mode == "mixed" else None,
         precompute=cached_scores(num_cached, settings, compute=precompute),
@@ -138,6 +140,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair losses against the rejected and the hallucinated response, weighted by their shares."""
+    cfg = present(cfg, policy.memory)
     batch, reference_scores, shares = contrast.batch, contrast.reference, contrast.shares
     policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.mean)
     terms = None

@@ -18,6 +18,7 @@ from mmalign.config.methods import DPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.vision_language._responses import Contrast, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -26,7 +27,12 @@ from mmalign.rng import KeyedRNG
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
     reference = cfg.uses_reference
-    return Requirements(reference=reference, labels=True, precompute=cached_scores(int(reference), {"mean": cfg.mean}))
+    return Requirements(
+        reference=reference,
+        labels=True,
+        memory=pair_memory(cfg),
+        precompute=cached_scores(int(reference), {"mean": cfg.mean}),
+    )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -38,4 +44,4 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
     policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.mean)
-    return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
+    return response_step(present(cfg, policy.memory), policy_scores, contrast.reference, contrast.batch)

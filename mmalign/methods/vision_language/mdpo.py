@@ -27,6 +27,7 @@ from mmalign.language.tokens import Tokens
 from mmalign.losses import pairwise
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
 from mmalign.methods._pair_loss import pair_of
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
@@ -50,6 +51,7 @@ def requirements(cfg: Config) -> Requirements:
     settings = {"mean": cfg.mean, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
     return Requirements(
         labels=True,
+        memory=pair_memory(cfg),
         decoded_images=True,
         vision_tower=True,  # the policy sees crops, which are drawn during training
         precompute=cached_scores(cfg.num_cached_draws, settings),
@@ -73,6 +75,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the sum of the text, image and anchor losses."""
+    cfg = present(cfg, policy.memory)
     batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     assert reference_scores is not None, "mdpo needs a reference"
     policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean)

@@ -42,6 +42,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step, cached_scores
 from mmalign.methods._pair_loss import pair_of
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import bound_links, pair_loss_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
@@ -68,6 +69,7 @@ def requirements(cfg: Config) -> Requirements:
     return Requirements(
         reference=cfg.uses_reference or cfg.tokens == "reference",
         labels=True,
+        memory=pair_memory(cfg),
         decoded_images=True,
         vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached
         precompute=cached_scores(cfg.num_cached_draws, settings, compute=precompute),
@@ -99,6 +101,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the loss of chosen against rejected and of chosen against noisy."""
+    cfg = present(cfg, policy.memory)
     batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.mean)
     if cfg.combine == "paper":

@@ -24,6 +24,7 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
@@ -41,7 +42,13 @@ VIEWS = (*PAIR, "retrieved")
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the pairs' other images, and the reference of the loss or its cached scores."""
     settings, reference = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}, cfg.uses_reference
-    return Requirements(reference, labels=True, other_images=True, precompute=cached_scores(int(reference), settings))
+    return Requirements(
+        reference,
+        labels=True,
+        memory=pair_memory(cfg),
+        other_images=True,
+        precompute=cached_scores(int(reference), settings),
+    )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -59,6 +66,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return L_DPO + w_v * L_vDPO."""
+    cfg = present(cfg, policy.memory)
     batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     policy_scores = response_scores(
         policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean, targets=contrast.targets

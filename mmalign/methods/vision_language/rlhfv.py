@@ -27,6 +27,7 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
+from mmalign.methods._pair_memory import pair_memory, present
 from mmalign.methods.vision_language._responses import Contrast, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -36,7 +37,9 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
     settings = {**cfg.model_dump(include={"gamma", "min_block", "insertions"}), "mean": cfg.mean}
     reference = cfg.uses_reference
-    return Requirements(reference=reference, labels=True, precompute=cached_scores(int(reference), settings))
+    return Requirements(
+        reference=reference, labels=True, memory=pair_memory(cfg), precompute=cached_scores(int(reference), settings)
+    )
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -51,7 +54,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     policy_scores = response_scores(
         policy.family, policy.model, contrast.batch, weights=contrast.token_weights, mean=cfg.mean
     )
-    return response_step(cfg, policy_scores, contrast.reference, contrast.batch)
+    return response_step(present(cfg, policy.memory), policy_scores, contrast.reference, contrast.batch)
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:
