@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,19 +85,13 @@ def add_lora(
 
 def make_trainable(net: nn.Module, *, fresh: bool = False) -> None:
     """Make the adapters of a network, and nothing else, trainable float32 masters; `fresh` ones change nothing yet."""
-    install_magnitudes(net, fresh=fresh)
-    for layer in adapter_layers(net).values():
-        # Autocast matches the dtypes of inputs and adapters; peft would first copy every input to float32.
-        layer.cast_input_dtype_enabled = False
+    set_up_adapters(net, fresh=fresh)
     for name, parameter in net.named_parameters():
-        if ".lora_" in name:
-            # Half-precision weights would lose updates of 1e-5.
-            parameter.data = parameter.data.float()
         parameter.requires_grad_(".lora_" in name)
 
 
-def install_magnitudes(net: nn.Module, *, fresh: bool = False) -> None:
-    """Replace peft's magnitudes of DoRA in a network, if it has any; `fresh` ones begin as the norms.
+def set_up_adapters(net: nn.Module, *, fresh: bool = False) -> None:
+    """Set up the adapters of a network in float32, with magnitudes of DoRA that begin as the norms if `fresh`.
 
     Raises:
         ValueError: an adapted layer with magnitudes is not linear.
@@ -104,6 +99,30 @@ def install_magnitudes(net: nn.Module, *, fresh: bool = False) -> None:
     from mmalign.families import dora  # it imports peft
 
     dora.install(net, fresh=fresh)
+    for layer in adapter_layers(net).values():
+        # Autocast matches the dtypes of inputs and adapters; peft would first copy every input to float32.
+        layer.cast_input_dtype_enabled = False
+    for name, parameter in net.named_parameters():
+        if ".lora_" in name:
+            # Half-precision weights would lose updates of 1e-5.
+            parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """Have libraries load adapters in float32; peft rounds them to the dtype of the layers that they adapt."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def device_and_float32(self: BaseTunerLayer, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+        return own(self, base_layer)[0], torch.float32
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = device_and_float32
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = own
 
 
 def check_adapter_path(path: str) -> None:
@@ -188,7 +207,7 @@ def check_peft(net: nn.Module, folder: Path, dtype: torch.dtype | None = None) -
     """
     from peft import PeftModel
 
-    with one_sentence("peft cannot read back what was written", folder, "use merged"):
+    with one_sentence("peft cannot read back what was written", folder, "use merged"), in_float32():
         PeftModel.from_pretrained(net, folder, adapter_name=LOADED)
     compare_adapters(net, dtype)
 

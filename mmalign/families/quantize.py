@@ -11,6 +11,7 @@ run in the dtype of the computation, on weights that are restored layer by layer
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -75,6 +76,17 @@ def _torchao(kind: Kind) -> Any:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+
+
+def cast_inputs(net: nn.Module, compute: torch.dtype) -> None:
+    """Cast the inputs of torchao's layers to the dtype of the products; autocast does not see these layers."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("torchao."):
+            layer.register_forward_pre_hook(partial(_cast, compute))
+
+
+def _cast(compute: torch.dtype, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].to(compute),)
 
 
 def quantize_shapes(net: nn.Module, kind: Kind, library: str) -> None:

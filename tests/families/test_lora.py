@@ -9,10 +9,11 @@ from torch import nn
 
 from mmalign.config import Lora
 from mmalign.families.base import TextToImage
-from mmalign.families.loading import load_family
+from mmalign.families.loading import load_family, load_vision_language
 from mmalign.families.lora import ATTENTION, adapter_layers, add_lora
 from mmalign.families.types import Loading
 from mmalign.rng import KeyedRNG
+from tests.helpers import Folders
 
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
 SIZES = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
@@ -155,3 +156,30 @@ def test_all_linear_adapts_every_linear_layer(tiny_sd15: Path) -> None:
     number = sum(isinstance(layer, nn.Linear) for layer in family.network.modules())
     family.add_lora(rank=1, alpha=1.0, targets=family.linear_layers, seed=0)
     assert len(adapter_layers(family.network)) == number
+
+
+@pytest.mark.parametrize("name", ["sd15", "qwen2_5_vl"])
+def test_adapters_are_read_without_rounding(
+    name: str, diffusion_folders: Folders, vlm_folders: Folders, tmp_path: Path
+) -> None:
+    """Also into a network in bfloat16, whose dtype peft gives them."""
+    vlm = name == "qwen2_5_vl"
+    folder = str((vlm_folders if vlm else diffusion_folders)(name))
+
+    def fresh() -> Any:
+        return (load_vision_language if vlm else load_family)(folder, HALF)
+
+    first = fresh()
+    first.add_lora(rank=2, alpha=2.0, targets=first.default_lora_targets, seed=0)
+    weights = masters(first.network)
+    for x in weights.values():
+        nn.init.normal_(x, generator=torch.Generator().manual_seed(0))
+    first.save(tmp_path, first.network)
+    read, continued = fresh(), fresh()
+    read.load_trained(tmp_path)
+    continued.continue_adapter(str(tmp_path))
+    for family in (read, continued):
+        others = dict(family.network.named_parameters())
+        assert all(torch.equal(others[key], x) for key, x in weights.items())
+    (tmp_path / "peft").mkdir()
+    read.export(tmp_path / "peft", read.network, "peft", None)

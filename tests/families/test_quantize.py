@@ -14,11 +14,14 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import build_policy
 from mmalign.config.methods import find_method
 from mmalign.families import quantize
+from mmalign.families.lora import adapter_layers
 from mmalign.modalities import loading
 from mmalign.policy import Policy
 from mmalign.reading.weights import plain_tensors
 from mmalign.rng import KeyedRNG
-from tests.helpers import Folders, image_batches, recipes, response_batches
+from tests.commands.test_export import adapted
+from tests.helpers import Folders, first_fast, image_batches, recipes, response_batches
+from tests.helpers.loading import load_diffusion, load_vlm
 
 CPU = torch.device("cpu")
 pytest.importorskip("torchao")
@@ -99,3 +102,35 @@ def test_nf4_of_a_pipeline_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_file_is_not_quantized() -> None:
     with pytest.raises(ValueError, match=r"model\.quantize: int8 reads weights from a pipeline's folder"):
         quantize.pipeline_options("int8", "unet", torch.bfloat16, single_file=True)
+
+
+@pytest.mark.parametrize("name", first_fast(["sdxl", "qwen2_5_vl", "flux"]))
+def test_exports_hold_the_adapter_and_the_weights_of_the_files(
+    name: str, diffusion_folders: Folders, flow_folders: Folders, vlm_folders: Folders, tmp_path: Path
+) -> None:
+    """A merged weight is that of the base model's files plus the adapter's change, never a quantized one."""
+    folder = {"sdxl": diffusion_folders, "flux": flow_folders}.get(name, vlm_folders)(name)
+    vlm = name == "qwen2_5_vl"
+    family = adapted(loading.load_bare(recipe_of(folder, tmp_path, vlm, quantize="int8"), CPU))
+    for form in ("peft", "merged", *([] if vlm else ["diffusers", "comfyui"]), *(["kohya"] if name == "sdxl" else [])):
+        (tmp_path / form).mkdir()
+        family.export(tmp_path / form, family.network, form, None)
+    base, merged = (
+        (load_vlm(path).network.model if vlm else load_diffusion(path).network).state_dict()
+        for path in (folder, tmp_path / "merged")
+    )
+    model: Any = family.network.model if vlm else family.network
+    changes = {f"{layer}.weight": each.get_delta_weight("default") for layer, each in adapter_layers(model).items()}
+    assert changes.keys() <= base.keys() == merged.keys()
+    for key, x in base.items():
+        if key in changes:
+            torch.testing.assert_close(merged[key], x + changes[key], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(merged[key], x)
+
+
+def test_layers_take_inputs_in_the_dtype_of_the_computation(tiny_flux: Path, tmp_path: Path) -> None:
+    """Autocast does not see torchao's layers, and on a GPU norms give them float32."""
+    family = loading.load_bare(recipe_of(tiny_flux, tmp_path, False, quantize="int8"), CPU)
+    layer: Any = family.network.transformer_blocks[0].attn.to_q
+    assert layer(torch.randn(2, layer.in_features)).dtype == torch.bfloat16

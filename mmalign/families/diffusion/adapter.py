@@ -14,7 +14,8 @@ from mmalign.families.lora import (
     absorb_adapters,
     adapter_layers,
     check_adapter_path,
-    install_magnitudes,
+    in_float32,
+    set_up_adapters,
 )
 from mmalign.reading.weights import intact, tensors_only
 
@@ -45,7 +46,7 @@ def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: 
     check_adapter_path(path)
     pipeline, place = copy.copy(pipeline), Path(path)
     setattr(pipeline, part, net)
-    with intact("model.adapter", path, f"adapters of a {type(pipeline).__name__}"), tensors_only():
+    with intact("model.adapter", path, f"adapters of a {type(pipeline).__name__}"), tensors_only(), in_float32():
         if (place / PEFT_CONFIG).is_file():
             PeftModel.from_pretrained(net, path, adapter_name=TRAINED)
         else:
@@ -70,8 +71,9 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     """
     with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
         if (folder / ADAPTERS).is_file():
-            base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
-            install_magnitudes(base)
+            with in_float32():
+                base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
+            set_up_adapters(base)
             return base
         net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
     if (backend := denoisers.installed(base)) is not None:

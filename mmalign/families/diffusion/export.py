@@ -25,6 +25,7 @@ from mmalign.families.lora import (
     check_peft,
     compare_adapters,
     folded,
+    in_float32,
     merged_weights,
     save_lora,
     save_peft,
@@ -122,7 +123,8 @@ def _check_lora(
     """Load a file by the pipeline's own reader, beside the trained adapters, and compare them."""
     pipeline = copy.copy(pipeline)
     setattr(pipeline, part, net)
-    with one_sentence(f"{type(pipeline).__name__} cannot read back what was written", folder, "use another form"):
+    problem = f"{type(pipeline).__name__} cannot read back what was written"
+    with one_sentence(problem, folder, "use another form"), in_float32():
         pipeline.load_lora_weights(folder, weight_name=file, adapter_name=LOADED)
     compare_adapters(net, dtype)
 

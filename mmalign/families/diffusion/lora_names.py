@@ -85,7 +85,8 @@ def kohya(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
         ValueError: no installed program reads these names for the family, or a layer has no name there.
     """
     if family not in _KOHYA:
-        raise ValueError(f"diffusers has no reader of kohya's names for a {family}; use comfyui or diffusers")
+        others = "comfyui, diffusers" if family in _COMFYUI else "diffusers"
+        raise ValueError(f"no installed program reads kohya's names of a {family}; use {others}, peft or merged")
     return _KOHYA[family](adapters, net)
 
 
@@ -96,7 +97,7 @@ def comfyui(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
         ValueError: ComfyUI's key map lacks the family, or a layer has no name there.
     """
     if family not in _COMFYUI:
-        raise ValueError(f"ComfyUI's key map has no {family}; use diffusers")
+        raise ValueError(f"ComfyUI's key map has no {family}; use diffusers, peft or merged")
     return _COMFYUI[family](adapters, net)
 
 

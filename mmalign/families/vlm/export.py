@@ -19,6 +19,7 @@ from mmalign.families.lora import (
     adapter_layers,
     check_adapter_path,
     check_peft,
+    in_float32,
     merged_weights,
     save_peft,
 )
@@ -136,7 +137,7 @@ def read_adapter(model: PreTrainedModel, path: str) -> None:
         ValueError: they cannot be read, or are another model's.
     """
     check_adapter_path(path)
-    with intact("model.adapter", path, f"adapters of a {type(model).__name__}"), tensors_only():
+    with intact("model.adapter", path, f"adapters of a {type(model).__name__}"), tensors_only(), in_float32():
         model.load_adapter(path, adapter_name=TRAINED)
     if not adapter_layers(model):
         raise ValueError(f"model.adapter: {path} adapts no layer of this model; expected an adapter of this model")

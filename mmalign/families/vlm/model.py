@@ -27,9 +27,10 @@ from mmalign.families.lora import (
     absorb_adapters,
     adapter_layers,
     add_lora,
-    install_magnitudes,
+    in_float32,
     linear_names,
     make_trainable,
+    set_up_adapters,
 )
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
 from mmalign.families.vlm.checks import check_one_image, check_processor, check_type, remove_dropout
@@ -304,8 +305,9 @@ class ImageTextToText:
     def load_trained(self, folder: Path) -> nn.Module:
         with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
             if (folder / PEFT_CONFIG).is_file():
-                self._model.load_adapter(str(folder))
-                install_magnitudes(self._model)
+                with in_float32():
+                    self._model.load_adapter(str(folder))
+                set_up_adapters(self._model)
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
         if (backend := decoders.installed(self._model.get_decoder())) is not None:
@@ -343,6 +345,8 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
             model = AutoModelForImageTextToText.from_pretrained(
                 path, revision=loading.revision, variant=loading.variant, use_safetensors=safe, **options
             )
+    if loading.quantize is not None:
+        quantize.cast_inputs(model, dtype)
     if loading.adapter is not None and not loading.shapes_only:
         read_adapter(model, loading.adapter)
         absorb_adapters(model)
