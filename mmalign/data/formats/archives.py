@@ -69,8 +69,7 @@ def _values(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> di
         if member.size > MAX_IMAGE_BYTES:
             raise UnusableRowError(f"{column} has {member.size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
         name = (column[: -len(suffix)] or "image") if is_image else column
-        load = partial(_read, file, member.offset_data, member.size)
-        return {name: StoredImage((str(file), member.offset_data), name, load)}
+        return {name: StoredImage((file, member.offset_data), name, partial(_read, size=member.size))}
     if member.size > MAX_TEXT:
         raise UnusableRowError(f"{column} has {member.size:,} bytes, more than {MAX_TEXT:,}")
     stream = archive.extractfile(member)
@@ -86,7 +85,8 @@ def _values(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> di
         raise UnusableRowError(f"{column} cannot be read ({error}); expected an image, or text in UTF-8") from error
 
 
-def _read(file: Path, offset: int, size: int) -> bytes:
+def _read(place: tuple[Path, int], size: int) -> bytes:
+    file, offset = place
     with file.open("rb") as stream:
         stream.seek(offset)
         return stream.read(size)

@@ -11,9 +11,10 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmalign.data.formats.files import shorten
 from mmalign.data.pairs import ImageRef, UnusableRowError
@@ -26,18 +27,25 @@ _URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _DATA_URI = re.compile(r"data:[\w/+.;=-]*,", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class StoredImage:
     """Image in a table or an archive, read on access.
 
     Attributes:
         place: the position in its source; two images of one place are the same.
         column: the name of its column or member, for messages.
+        load: a function from the place to the bytes.
     """
 
     place: Hashable
-    column: str = field(compare=False)
-    _load: Callable[[], bytes] = field(repr=False, compare=False)
+    column: str
+    load: Callable[[Any], bytes]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredImage) and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
 
     def read(self) -> bytes:
         """Read the encoded image.
@@ -45,7 +53,7 @@ class StoredImage:
         Raises:
             OSError: the table or archive cannot be read.
         """
-        return self._load()
+        return self.load(self.place)
 
 
 Image = str | StoredImage  # a path or data URI, or an image in a table or archive
@@ -57,6 +65,8 @@ def as_image(value: object) -> Image:
     Raises:
         UnusableRowError: there is no image, or the value is not one.
     """
+    if isinstance(value, StoredImage):
+        return value
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("url") or value.get("image")
     if value is None or value == "":

@@ -106,7 +106,8 @@ def _second(record: Record, name: str) -> str:
 
 def _read_labels(location: str, record: Record) -> Parsed:
     for flag, reason in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
-        if record.get(flag) is not None and not read_number(flag, record[flag]):
+        value = record.get(flag)
+        if value is not None and value is not True and not read_number(flag, value):
             raise UnusableRowError(reason, "same sides" if flag == "are_different" else "unusable")
     prompt, second = _text(record, "caption"), _second(record, "rejected_caption")
     labels = [read_number(name, record[name]) for name in ("label_0", "label_1")]

@@ -27,7 +27,7 @@ from mmalign.data.formats.image_layouts import (
 )
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
 from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
-from mmalign.data.formats.rows import ListRows, Rows, SourceRow
+from mmalign.data.formats.rows import ListRows, Rows, SourceRow, uncollected
 from mmalign.data.pairs import (
     ImagePair,
     ImageRef,
@@ -202,7 +202,7 @@ class ImageRows:
         places, skipped, tied, texts = list[tuple[int, int]](), list[SkippedRow](), list[str](), dict[str, str]()
         names = (name for name in ("rejected_caption", "rejected_prompt") if name in self._layout.columns)
         second = self._layout.column(next(names, "second prompt"))
-        for number, row in enumerate(self._rows):
+        for number, row in enumerate(uncollected(self._rows)):
             if limit is not None and len(places) >= limit:
                 break
             if isinstance(row, SkippedRow):

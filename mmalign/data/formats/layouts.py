@@ -110,7 +110,8 @@ class Layout(Generic[Row]):
         Raises:
             UnusableRowError: the row cannot be used, since a column is missing or a value is not what the format says.
         """
-        missing = self.missing(record)
+        # Sets are compared at once, for the rows of a large file
+        missing = [] if record.keys() >= self._first else self.missing(record)
         if missing:
             raise UnusableRowError(f"has no {' and no '.join(map(repr, missing))} (found {listed(record)})")
         try:
@@ -137,6 +138,11 @@ class Layout(Generic[Row]):
     def _own(self) -> dict[str, str]:
         """Own names of renamed columns, by the files' names."""
         return {column: name for name, column in self.names.items() if name != column}
+
+    @cached_property
+    def _first(self) -> frozenset[str]:
+        """Files' names of each required column, or of its first alternative."""
+        return frozenset(names[0] for names in self._needed)
 
     @cached_property
     def _needed(self) -> list[list[str]]:

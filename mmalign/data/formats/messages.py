@@ -172,7 +172,7 @@ def _image(value: object) -> Image:
         value = f"data:{value.get('media_type') or 'image'};base64,{data}" if isinstance(data, str) else data
     if isinstance(value, bytes):
         data = value
-        return StoredImage(hashlib.blake2b(data).hexdigest(), "image", lambda: data)
+        return StoredImage(hashlib.blake2b(data).hexdigest(), "image", lambda _: data)
     return as_image(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -35,6 +36,17 @@ class Rows(Protocol):
 
     def row(self, number: int) -> SourceRow:
         """Return the row of that number, in the order of iteration."""
+
+
+def uncollected(rows: Rows) -> Iterator[SourceRow | SkippedRow]:
+    """Yield rows while the collector of reference cycles pauses, which visits all objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield from rows
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class ListRows:

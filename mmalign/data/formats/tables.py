@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import bisect
 import glob
+import sys
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyarrow import Array, ChunkedArray, DataType, Schema, Table
 
 TABLES = (".parquet", ".arrow")
-BATCH = 512  # rows that are read at a time
+BATCH = 2048  # rows that are read at a time
 
 RowStarts = list[tuple[int, str]]  # (first row, name) of every file
 
@@ -67,12 +67,13 @@ class TableRows:
         records = [dict[str, object]() for _ in range(length)] if texts is None else _records(texts)
         for name in self._images:
             values = _image_values(self._table.data.column(name).slice(start, length))
-            for offset, (record, value) in enumerate(zip(records, values, strict=True)):
-                if not isinstance(record, str):
-                    record[name] = self._stored(start + offset, name, value)
+            for number, (record, value) in enumerate(zip(records, values, strict=True), start):
+                if value is True and type(record) is dict:
+                    record[name] = StoredImage((number, name, None), name, self._cell)
+                elif not isinstance(record, str):
+                    record[name] = self._stored(number, name, value)
         rows = list[SourceRow | SkippedRow]()
-        for number, record in enumerate(records, start):
-            location = locate_row(self._starts, number)
+        for record, location in zip(records, locate_rows(self._starts, start), strict=False):
             if isinstance(record, str):
                 rows.append(SkippedRow(location, record))
             else:
@@ -80,17 +81,22 @@ class TableRows:
         return rows
 
     def _stored(self, number: int, name: str, value: object) -> object:
-        """Return the images of a cell: a path, None, an image in the table, or a list of these."""
+        """Return what a cell without bytes holds: a path, None, or a list of these and of images in the table."""
         if isinstance(value, list):
             return [
-                StoredImage((number, name, index), name, partial(_cell, self._table, number, name, index))
-                if one is True
-                else one
+                StoredImage((number, name, index), name, self._cell) if one is True else one
                 for index, one in enumerate(value)
             ]
-        if value is True:
-            return StoredImage((number, name), name, partial(_cell, self._table, number, name, None))
         return value
+
+    def _cell(self, place: tuple[int, str, int | None]) -> bytes:
+        """Return the bytes of an image by its row, its column and its index in a list."""
+        number, column, index = place
+        value = self._table[number][column]
+        if index is not None:
+            value = value[index]
+        data = value["bytes"] if isinstance(value, dict) else value
+        return bytes(data) if data is not None else b""
 
 
 def _records(texts: Table) -> list[dict[str, Any] | str]:
@@ -109,14 +115,6 @@ def _records(texts: Table) -> list[dict[str, Any] | str]:
         except UnicodeDecodeError as error:
             records.append(f"{name} is not in UTF-8 (byte 0x{error.object[error.start]:02x})")
     return records
-
-
-def _cell(table: Dataset, number: int, column: str, index: int | None) -> bytes:
-    value = table[number][column]
-    if index is not None:
-        value = value[index]
-    data = value["bytes"] if isinstance(value, dict) else value
-    return bytes(data) if data is not None else b""
 
 
 def _image_values(column: ChunkedArray) -> Iterator[object]:
@@ -171,10 +169,11 @@ def is_image(kind: DataType) -> bool:
     return data is not None and (is_bytes(data) or pt.is_null(data)) and is_name
 
 
-def locate_row(starts: Sequence[tuple[int, str]], number: int) -> str:
-    """Return the file of a table's row, and the row's index in the file, counted from 0."""
-    first, name = starts[bisect.bisect_right(starts, number, key=lambda s: s[0]) - 1]
-    return f"{name}: row {number - first}"
+def locate_rows(starts: Sequence[tuple[int, str]], number: int) -> Iterator[str]:
+    """Yield the file of a table's row and the row's index in the file, counted from 0, from row `number` on."""
+    at = bisect.bisect_right(starts, number, key=lambda s: s[0])
+    for (first, name), (end, _) in zip(starts[at - 1 :], [*starts[at:], (sys.maxsize, "")], strict=True):
+        yield from (f"{name}: row {index}" for index in range(max(number - first, 0), end - first))
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
