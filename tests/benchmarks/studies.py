@@ -3,9 +3,9 @@
     python -m tests.benchmarks.studies flipped_labels --output runs/studies
     python -m tests.benchmarks.studies thumbs --output runs/studies
 
-A study is a set of arms, each a recipe with other settings. If it has several learning rates, every arm is first trained
-with each rate on one seed and evaluated on the validation split. The best rate by the first measure is kept. Then
-`mmalign compare` trains every arm with three seeds and evaluates on the test split. The same command continues a
+A study is a set of arms, each a recipe with other settings. If it has several learning rates, every arm is trained
+first with each rate on one seed, and evaluated on the validation split. The best rate by the first measure is kept.
+Then `mmalign compare` trains every arm with three seeds and evaluates on the test split. The same command continues a
 stopped study.
 """
 
