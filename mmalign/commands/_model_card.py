@@ -28,6 +28,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
     recipe, info = trained.recipe, trained.info
     base, method = recipe.model.path, recipe.method.name
     on_hub = is_hub_id(base) and not Path(base).exists()
+    data = recipe.data.path.partition(":")[0]  # without the configuration
     modality, is_adapter = modality_of(recipe), form != "merged" and recipe.model.tune == "lora"
     metadata: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),
@@ -35,11 +36,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
         "library_name": "peft" if form == "peft" else modality.loaded_by,
         "pipeline_tag": modality.pipeline_tag,
         "tags": ["mmalign", method, *(["lora"] if is_adapter else [])],
-        **(
-            {"datasets": [recipe.data.path]}
-            if is_hub_id(recipe.data.path) and not Path(recipe.data.path).exists()
-            else {}
-        ),
+        **({"datasets": [data]} if is_hub_id(data) and not Path(data).exists() else {}),
     }
     settings = {key: value for key, value in info.record.recipe.items() if key != "output"}
     changes = "".join(f"\n{change}" for change in info.record.changes)

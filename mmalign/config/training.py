@@ -144,7 +144,7 @@ class JudgeModel(Model):
 class Data(Section):
     """Settings of the preference pairs of any modality."""
 
-    path: str = Field(description="file, folder, glob or Hub id")
+    path: str = Field(description="file, folder, glob or Hub id; owner/name:configuration names its configuration")
     images: str | None = Field(None, description="folder of the images' paths; default: the file's folder")
     split: str | None = Field(None, description="split of a Hub data set (default: train) or of a folder's files")
     columns: dict[str, str] = Field({}, description="mmalign's column name: the table's")

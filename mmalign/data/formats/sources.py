@@ -65,9 +65,10 @@ class Source:
 
 
 def is_hub_path(path: str) -> bool:
-    """Check whether a path names a dataset on the Hub."""
+    """Check whether a path names a dataset on the Hub, perhaps with a configuration: `owner/name:configuration`."""
     # A local folder "owner" means that a file was meant. A typo in its name must not cause a download.
-    return is_hub_id(path) and not Path(path).parent.exists()
+    name, _, _ = path.partition(":")
+    return is_hub_id(name) and not Path(name).parent.exists()
 
 
 def open_source(path: str, split: str | None, *, thumbs: bool = False) -> Source:

@@ -299,19 +299,24 @@ def _loading_error(path: str, error: Exception) -> ValueError:
 def load_hub(path: str, split: str | None) -> TableRows:
     """Load a dataset of the Hub as a memory-mapped table.
 
+    Args:
+        path: its id, perhaps with a configuration: `owner/name:configuration`.
+        split: the split; None takes "train".
+
     Raises:
-        ValueError: the dataset does not exist, or access is denied.
+        ValueError: the dataset does not exist, access is denied, or it has several configurations and none is named.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    name = split or "train"
+    name, (dataset, _, configuration) = split or "train", path.partition(":")
     try:
-        table = load_dataset(path, split=name)
+        table = load_dataset(dataset, configuration or None, split=name)
     except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
         raise ValueError(
             f"data.path: {path} is not a local file and could not be loaded from the Hub, split {name!r} ({error}); "
-            "expected a file, a folder, or a Hub id that you may read"
+            "expected a file, a folder, or a Hub id that you may read; one of several configurations is named as "
+            "owner/name:configuration"
         ) from error
     return TableRows(_undecoded(table), [(0, f"{path} ({name})")], None)
 

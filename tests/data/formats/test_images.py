@@ -207,6 +207,22 @@ def test_wrong_types_and_files_are_told_before_anything_is_read(tmp_path: Path) 
         check_source("pickapic", str(tmp_path))
 
 
+@pytest.mark.parametrize(("path", "arguments"), [("a/b", ("a/b", None)), ("a/b:small", ("a/b", "small"))])
+def test_a_configuration_of_a_hub_dataset(
+    path: str, arguments: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[tuple[object, ...]]()
+
+    def load(*given: object, split: str) -> object:
+        calls.append((*given, split))
+        raise ValueError("Config name is missing")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ValueError, match=r"Config name is missing.*owner/name:configuration"):
+        open_pairs("auto", path, split="test")
+    assert calls == [(*arguments, "test")]
+
+
 def test_a_slip_in_a_local_path_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
