@@ -98,7 +98,7 @@ def test_values_after_the_recipe_override_it(recipe: Path, tmp_path: Path) -> No
 
 def test_list_names_what_there_is() -> None:
     printed = run("list")
-    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "text_to_image/quickstart "):
+    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "bco_pair", "text_to_image/quickstart "):
         assert name in printed
 
 

@@ -42,13 +42,17 @@ from mmalign.rng import KeyedRNG
 
 @dataclass(frozen=True)
 class Contrast:
-    """Predicted images [2B, 3, S, S], times [2B], tokens [B, L], preference shares [B] of the chosen, weights [B]."""
+    """Predicted images [2B, 3, S, S], times [2B], tokens [B, L], preference shares [B] of the chosen, weights [B].
+
+    `factors` [B] multiply the losses: the weights of the pairs' labels.
+    """
 
     pixels: Tensor
     t: Tensor
     ids: Tensor
     share: Tensor
     weights: Tensor
+    factors: Tensor
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -60,9 +64,9 @@ def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: 
     """Return one contrast: the frozen model's predictions of both images of every pair under the same noise."""
     family = policy.family
     images, t = predict_images(family, batch, cfg.guidance, rng)
-    return [
-        Contrast(family.pixels(images), t, family.tokens(batch.prompts), _shares(family, batch, cfg), batch.weights)
-    ]
+    factors = torch.ones_like(batch.weights) if batch.labels is None else batch.labels.weight
+    shares, tokens = _shares(family, batch, cfg), family.tokens(batch.prompts)
+    return [Contrast(family.pixels(images), t, tokens, shares, batch.weights, factors)]
 
 
 def predict_images(
@@ -94,7 +98,7 @@ def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
 def loss(policy: Policy[StepJudge], contrast: Contrast, cfg: Config) -> Step:
     """Return the cross-entropy [B] of the judge's preference."""
     scores = Pair(*policy.family.score(policy.model, contrast.pixels, contrast.ids, contrast.t).chunk(2))
-    values = pairwise.soft_preference(scores, contrast.share)
+    values = contrast.factors * pairwise.soft_preference(scores, contrast.share)
     with torch.no_grad():
         side = (2 * contrast.share - 1) * scores.margin  # above 0 where the preferred image has the higher score
         right = (side > 0).float() + 0.5 * (side == 0).float()

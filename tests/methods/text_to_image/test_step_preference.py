@@ -14,12 +14,14 @@ from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families import step_judge
 from mmalign.families.step_judge import StepJudge
 from mmalign.families.types import Conditioning, Moments
+from mmalign.losses.wrappers import Labels
 from mmalign.methods.text_to_image import step_preference
 from mmalign.policy import Policy
 from mmalign.rewards import load_reward_model
 from mmalign.rng import KeyedRNG
 from tests.helpers import first_fast
 from tests.helpers.loading import CPU, load_diffusion
+from tests.helpers.policies import run
 
 DRAWS = KeyedRNG(seed=5, epoch=2)
 ROWS = [11, 2**62 + 3, 7]
@@ -107,6 +109,17 @@ def test_the_loss_is_the_judge_s_own_preference_at_the_beginning(sd: StepJudge, 
     step.losses.sum().backward()
     assert sd.parts.net.blocks[0].weight.grad.any() and sd.parts.net.clip.visual.conv1.weight.grad.any()  # type: ignore[union-attr,operator]
     assert all(p.grad is None for p in sd.denoiser.network.parameters())
+
+
+def test_labels_are_shares_and_factors(sd: StepJudge) -> None:
+    policy, batch = learning(sd), pairs(sd)
+    soft = Labels(torch.full((3,), 0.8), torch.zeros(3), torch.full((3,), 2.0))
+    swapped = soft._replace(preference=torch.zeros(3), weight=torch.ones(3))
+    plain, mixed, other = (
+        run(step_preference, policy, replace(batch, labels=labels), step_preference.Config()).losses.detach()
+        for labels in (None, soft, swapped)
+    )
+    torch.testing.assert_close(mixed, 2 * (0.8 * plain + 0.2 * other))
 
 
 def test_a_judge_of_clean_images_labels_the_pairs_anew(sd: StepJudge) -> None:

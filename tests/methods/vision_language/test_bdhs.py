@@ -98,6 +98,18 @@ def test_without_hallucinated_responses_it_is_dpo(policy: Policy[Any], tmp_path:
     assert actual.metrics.keys() == expected.metrics.keys()
 
 
+def test_preference_belongs_to_the_data_s_own_responses(policy: Policy[Any], tmp_path: Path) -> None:
+    """Labels in the file weigh both terms, and soften the one of the data's own rejected response alone."""
+    soft, weight = {"preference": "0.5", "weight": "2"}, {"weight": "2"}
+    own = stepped(dpo, policy, batch(policy.family, rows(tmp_path / "own", **soft)))[1].losses
+    other = rows(tmp_path / "other", rejected="There is a mat {n}.", **weight)
+    hallucinated = stepped(dpo, policy, batch(policy.family, other))[1].losses
+    further = {n: f"There is a mat {n}." for n in range(8)}
+    both = batch(policy.family, rows(tmp_path / "both", further, **soft))
+    close(stepped(bdhs, policy, both, gamma=0.3)[1].losses, 0.3 * own + 0.7 * hallucinated)
+    close(stepped(bdhs, policy, both, gamma=0.0)[1].losses, hallucinated)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge"])
 def test_equation_5(loss: str, policy: Policy[Any], tmp_path: Path) -> None:
