@@ -91,7 +91,7 @@ class Sampler:
         self.history.updates = dict([*earlier, (step, outputs)][-MAX_UPDATES:])
         self._write(is_over=step == options.steps)
         if self.accelerator.is_main_process:
-            decode = str if self.previews.images else decode_image
+            decode = str if self.previews.are_texts else decode_image
             base, new = ([decode(output) for output in each] for each in (self.history.base, outputs))
             log_samples(self.accelerator, self.previews.titles, base, new, step)
 
@@ -121,6 +121,7 @@ class Sampler:
             self.previews.titles,
             self.previews.images,
             self.history,
+            are_texts=self.previews.are_texts,
             steps=self.recipe.train.steps,
             is_over=is_over,
         )

@@ -98,7 +98,9 @@ class EvaluateImages(Evaluate):
         description="win rate by a reward model, the bundled world's prompts read exactly (scenes), or accuracy of the "
         "implicit reward on the validation split",
     )
-    prompts: int | str = Field(256, description="number of bundled prompts, or a text file with one prompt per line")
+    prompts: int | str = Field(
+        256, description="number of bundled prompts, a text file with one a line, or a table of prompt and source"
+    )
     split: Literal["validation", "test"] = Field("test", description="split of the bundled prompts")
     sampling: SamplingConfig = SamplingConfig()
     images_per_prompt: int = Field(

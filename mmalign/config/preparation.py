@@ -24,7 +24,7 @@ class PrepareImages(Prepare):
 
     prompts: int | str = Field(
         450,
-        description="number of bundled training prompts, or a text file with one prompt per line",
+        description="number of bundled training prompts, a text file with one a line, or a table of prompt and source",
     )
     prompt_pairs: bool = Field(
         False, description="generate for pairs of prompts; a file has two per line, separated by a tab"

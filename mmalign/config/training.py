@@ -289,6 +289,6 @@ class Train(Section):
     samples: Annotated[int, Field(ge=1)] | str = Field(
         4,
         description="number of prompts of the validation pairs, or else of the training pairs; for images also a text "
-        "file with one prompt per line",
+        "file with one a line, or a table of prompt and source",
     )
     trackers: list[str] = Field(["tensorboard"], description="accelerate's trackers, by name")

@@ -34,6 +34,6 @@ EDITORS = {
 def not_editing(path: str, kind: str) -> str:
     """Return the error message for source images that a pipeline has no use for."""
     return (
-        f"data.columns: names source images, and {path} is a {kind}, which generates images from a prompt alone; leave "
-        f"source out, or train one of {', '.join(EDITORS)}"
+        f"there are source images, and {path} is a {kind}, which generates images from a prompt alone; leave them out, "
+        f"or use a model of {', '.join(EDITORS)}"
     )

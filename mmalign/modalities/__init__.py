@@ -117,15 +117,17 @@ class Previews:
 
     Attributes:
         titles: the prompts or questions.
-        images: the image of each question; empty for prompts, whose outputs are images.
+        images: the image of each question, or the source of each edit; empty for prompts alone.
         settings: all that the outputs depend on besides weights and titles, as JSON.
         generate: generate an output for each with a network in eval mode, always from the same random numbers.
+        are_texts: true if the outputs are texts, false if they are images.
     """
 
     titles: Sequence[str]
     images: Sequence[Image.Image | None]
     settings: Mapping[str, object]
     generate: Callable[[nn.Module], Sequence[Output]]
+    are_texts: bool = False
 
 
 class DataModuleBuilder(Protocol):

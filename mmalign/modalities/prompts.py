@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.formats import prompts
+from mmalign.data.formats.prompts import Prompt
 from mmalign.resources import resolve, resolve_model
 
 
-def read_prompts(key: str, name: str) -> list[str]:
-    """Read the prompts of a file, one a line, without empty lines and comments.
+def read_prompts(key: str, name: str) -> list[Prompt]:
+    """Read the prompts of a text file, one a line, without empty lines and comments, or of a table with sources.
 
     Args:
         key: the recipe's key of the file, for error messages.
         name: the file.
 
     Raises:
-        ValueError: the file is missing, is not text, or has no prompt.
+        ValueError: the file is missing, is not text, has no prompt, or a row of a table is bad.
     """
-    return [prompt for _, prompt in prompts.read_prompts(key, Path(located(key, name, resolve)))]
+    return prompts.read_prompt_rows(key, Path(located(key, name, resolve)))
 
 
 def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
@@ -34,7 +35,7 @@ def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
         ValueError: the file is missing, is not text, or has no prompt, or a line does not hold two prompts.
     """
     couples = []
-    for line in read_prompts(key, name):
+    for _, line in prompts.read_prompts(key, Path(located(key, name, resolve))):
         first, _, second = (part.strip() for part in line.partition("\t"))
         if not first or not second or "\t" in second:
             raise ValueError(f"{key}: {name} has the line {line[:60]!r}; expected two prompts with a tab between them")
@@ -50,13 +51,13 @@ def located(key: str, name: str, find: Callable[[str], str | Path] = resolve_mod
         raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
 
 
-def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[str]:
+def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[Prompt]:
     """Return a number of the bundled world's prompts, or those of the file that the recipe names at `key`."""
     if isinstance(which, str):
         return read_prompts(key, which)
     from mmalign.toy.scenes import sample_prompts
 
-    return [str(prompt) for prompt in sample_prompts(split, which, seed)]
+    return [Prompt(str(prompt)) for prompt in sample_prompts(split, which, seed)]
 
 
 def load_prompt_pairs(key: str, source: int | str, seed: int) -> list[tuple[str, str]]:

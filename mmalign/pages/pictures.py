@@ -17,11 +17,16 @@ def picture_entry(
     images: Sequence[Image.Image],
     scores: Scores,
     notes: tuple[str, str] = ("", ""),
+    source: Image.Image | None = None,
 ) -> GalleryEntry:
-    """Return the gallery entry of one prompt and seed, with images, scores and notes before and after alignment."""
+    """Return the gallery entry of one prompt and seed, with images, scores and notes before and after alignment.
+
+    `source` is the image that both are edits of.
+    """
     by_name = dict(zip(("before_image", "after_image"), images, strict=True))
-    # A tile with the prompt above its two images, and scores, change and notes below them
-    cells = []
+    by_name |= {"source_image": source} if source is not None else {}
+    # A tile with the prompt above its images, and scores, change and notes below them
+    cells = [Cell([Text([Piece("source", MUTED)])], source)] if source is not None else []
     for side, image, score, note in zip(("before", "after"), images, format_scores(scores), notes, strict=True):
         pieces = [Piece(f"{side} {score}")]
         if side == "after":

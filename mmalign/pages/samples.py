@@ -45,6 +45,7 @@ def render_samples(
     images: Sequence[Image.Image | None],
     history: SampleHistory,
     *,
+    are_texts: bool,
     steps: int,
     is_over: bool,
 ) -> str:
@@ -53,8 +54,9 @@ def render_samples(
     Args:
         title: the heading.
         titles: [N] the prompts or questions.
-        images: [N] the images of questions, whose outputs are texts; empty for prompts, whose outputs are images.
+        images: [N] the images of questions or the sources of edits; empty for prompts alone.
         history: the outputs; the newest are shown first, beside the base model's.
+        are_texts: true if the outputs are texts.
         steps: updates of the whole run.
         is_over: true if no more outputs follow.
     """
@@ -69,7 +71,7 @@ def render_samples(
         "samples.html.jinja",
         title=title,
         rows=rows,
-        are_texts=bool(images),
+        are_texts=are_texts,
         done=max(history.updates, default=0),
         steps=steps,
         seconds=None if is_over else RELOAD_SECONDS,

@@ -25,6 +25,7 @@ def write_pairs(
     *,
     group: int,
     min_confidence: float,
+    sources: Sequence[bytes] | None = None,
 ) -> tuple[int, int]:
     """Write a parquet file of pairs; left and right follow the order of generation, so position says nothing.
 
@@ -35,6 +36,7 @@ def write_pairs(
         scores: the reward model's scores [N]; higher is better, in units whose difference is a log-odds.
         group: the number of images per prompt.
         min_confidence: the least preference probability `1 / (1 + exp(worst - best))` of a pair.
+        sources: the images [N] that these are edits of, encoded; None for images from prompts alone.
 
     Returns:
         The number of pairs written, and the number of prompts.
@@ -51,6 +53,8 @@ def write_pairs(
         left, right = sorted((best, worst))
         labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
         rows.append({"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)})
+        if sources is not None:
+            rows[-1]["source"] = sources[start]
     _write(path, rows, f"the reward model is never {min_confidence:.0%} sure in {num_prompts} prompts")
     return len(rows), num_prompts
 

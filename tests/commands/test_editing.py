@@ -1,25 +1,32 @@
 """Commands on models that edit a source image."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mmalign
 from mmalign.commands import preflight
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.show import show
 from mmalign.commands.train import train
+from mmalign.data.formats.images import open_pairs
 from mmalign.families.shapes import without_storage
 from mmalign.methods import requirements_of
 from mmalign.modalities import modality_of
 from mmalign.modalities.text_to_image.plan import encode_example
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.loading import load_diffusion
+from tests.helpers.page_reader import Page
 
 SOURCE = {"columns": {"source": "source_image"}}
+SIDES = ("source", "before", "after")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def test_models_and_sources_that_do_not_fit(
     check(kontext, alone)
     check(kontext, pairs)
     check(qwen, pairs, data=SOURCE)
-    with pytest.raises(ValueError, match=r"data.columns: names source images, and .* is a StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"data.columns: there are source images, and .* is a StableDiffusionPipeline"):
         check(plain, pairs, data=SOURCE)
     with pytest.raises(ValueError, match=r"has no 'source' .*data.columns"):
         check(qwen, alone, data={"format": "pick_a_pic"})
@@ -95,3 +102,78 @@ def test_rotary_frequencies_of_a_plan_have_no_storage() -> None:
     with mode:
         image, text = net([[(1, 2, 3)]], max_txt_seq_len=5, device=torch.device("cpu"))
     assert image.shape == (6, 4) and text.shape == (5, 4)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """Edits of two sources by one prompt."""
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.png").write_bytes(data_files.png(seed, 20))
+    rows = ({"prompt": "make it blue", "source": f"{seed}.png"} for seed in (1, 2))
+    return data_files.write_jsonl(tmp_path / "asked.jsonl", *rows)
+
+
+def sections(asked: Path) -> dict[str, Any]:
+    """Settings of commands that generate images of 16 pixels."""
+    sampling = {"steps": 2, "guidance": 2.0, "resolution": data_files.SIDE}
+    common = {"prompts": str(asked), "reward": {"path": "models/tiny_clip"}, "sampling": sampling}
+    train = {"steps": 1, "lr": 1e-2, "warmup_steps": 0, "sample_every": 1, "samples": 2}
+    return {
+        "train": train,
+        "evaluate": {**common, "images_per_prompt": 2},
+        "prepare": {**common, "images_per_prompt": 2, "min_confidence": 0.5},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux_kontext", "qwen_image_edit_plus"])
+def test_samples_evaluation_and_gallery_have_the_source(
+    name: str, flow_folders: Folders, pairs: Path, asked: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipes.diffusion(flow_folders(name), pairs, tmp_path / "out", **sections(asked)))
+    mmalign.train(recipe)
+    shown = Page(tmp_path / "out" / "samples.html").values("img", "alt")
+    assert [alt.partition(":")[0] for alt in shown] == ["source image", "base", "update 1"] * 2
+
+    done = mmalign.evaluate(recipe)
+    samples = json.loads((done.folder / "samples.json").read_text())["samples"]
+    assert [sample["source"].partition("asked.jsonl: ")[2] for sample in samples] == [
+        f"line {line}, source" for line in (1, 1, 2, 2)
+    ]
+    images = {side: [np.asarray(Image.open(done.folder / side / f"{n:05d}.png")) for n in range(4)] for side in SIDES}
+    assert np.array_equal(*images["source"][:2]) and not np.array_equal(*images["source"][1:3])
+    assert all(image.shape == (16, 16, 3) for side in SIDES for image in images[side])
+    assert len({image.tobytes() for image in images["after"]}) == 4
+    assert len(list((tmp_path / "out" / "drawings").rglob("*.png"))) == 8
+
+    folder = mmalign.gallery(recipe).parent
+    record = json.loads((folder / "manifest.json").read_text())["entries"][0]
+    assert (folder / record["source_image"]).is_file()
+    alts = Page(folder / "index.html").values("img", "alt")
+    assert [alt.partition(":")[0] for alt in alts] == ["source", "before", "after"] * 4
+
+
+@pytest.mark.slow
+def test_prepared_pairs_keep_their_source(flow_folders: Folders, asked: Path, tmp_path: Path) -> None:
+    path = tmp_path / "drawn.parquet"
+    recipe = load_recipe(recipes.diffusion(flow_folders("flux_kontext"), path, tmp_path / "out", **sections(asked)))
+    mmalign.prepare(recipe)
+    written = open_pairs("auto", str(path), sources="required")
+    assert {pair.source.read() for pair in written if pair.source} == {data_files.png(seed, 20) for seed in (1, 2)}
+
+
+def test_prompts_and_models_that_do_not_fit(
+    flow_folders: Folders, tiny_sd15: Path, pairs: Path, asked: Path, tmp_path: Path
+) -> None:
+    def check(model: Path, section: str, **changes: Any) -> None:
+        content = recipes.diffusion(model, pairs, tmp_path / "out", **sections(asked))
+        content[section] = {**content[section], **changes}
+        preflight.check(load_recipe(content), "preparation" if section == "prepare" else "evaluation")
+
+    for section in ("evaluate", "prepare"):
+        check(flow_folders("qwen_image_edit"), section)
+        check(flow_folders("flux_kontext"), section, prompts="assets/prompts/everyday.txt")
+        with pytest.raises(ValueError, match=rf"{section}.prompts: there are source images, and .* a StableDiffusionP"):
+            check(tiny_sd15, section)
+        with pytest.raises(ValueError, match=rf"{section}.prompts: .* edits a source image; expected a file of JSON l"):
+            check(flow_folders("qwen_image_edit"), section, prompts=4)

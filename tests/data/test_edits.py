@@ -129,5 +129,5 @@ def test_every_view_of_a_source_has_its_texts(folder: Path) -> None:
 
 def test_json_of_a_row_is_what_the_docs_show() -> None:
     text = Path("docs/your_data.md").read_text(encoding="utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith('{"prompt": "make the fox blue"')]
+    line = next(line for line in text.splitlines() if line.startswith('{"prompt": "make the fox blue"'))
     assert set(json.loads(line)) == {"prompt", "source", "chosen", "rejected"}

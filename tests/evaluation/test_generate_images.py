@@ -23,7 +23,9 @@ class Painter:
         self.calls: list[list[int]] = []
         self.fail_at = fail_at
 
-    def sample(self, net: Any, prompts: Sequence[str], seeds: Sequence[int], _: SamplingConfig) -> list[Image.Image]:
+    def sample(
+        self, net: Any, prompts: Sequence[str], seeds: Sequence[int], _: SamplingConfig, sources: Any = None
+    ) -> list[Image.Image]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append(list(seeds))

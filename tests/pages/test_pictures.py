@@ -237,3 +237,16 @@ def test_page_refuses(entries: list[GalleryEntry], changes: dict[str, Any], erro
     with pytest.raises(ValueError, match=error):
         write(tmp_path, entries, **changes)
     assert not list(tmp_path.iterdir())  # all is checked before anything is written
+
+
+def test_an_edit_is_shown_beside_its_source(tmp_path: Path) -> None:
+    plain, source = entry("a", 0.0, 1.0), Image.new("RGB", (64, 64), "red")
+    images = list(plain.images.values())
+    source = source.resize(images[0].size)
+    edit = picture_entry("a", 0, images, (0.0, 1.0), ("", ""), source)
+    assert [cell.texts[0].pieces[0].text.split()[0] for cell in edit.tile.cells] == ["source", "before", "after"]
+    path = write(tmp_path, [edit])
+    record = json.loads((tmp_path / "manifest.json").read_text())["entries"][0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / record["source_image"])), np.asarray(source))
+    assert [alt.partition(":")[0] for alt in Page(path).values("img", "alt")] == ["source", "before", "after"]
+    assert [alt.partition(":")[0] for alt in Page(write(tmp_path, [plain])).values("img", "alt")] == ["before", "after"]

@@ -17,7 +17,9 @@ PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
 def page(folder: Path, history: SampleHistory, titles: list[str], *, are_texts: bool, is_over: bool = False) -> Page:
     images = [PICTURE] * len(titles) if are_texts else []
     path = folder / "samples.html"
-    path.write_text(render_samples("t", titles, images, history, steps=1000, is_over=is_over), encoding="utf-8")
+    path.write_text(
+        render_samples("t", titles, images, history, are_texts=are_texts, steps=1000, is_over=is_over), encoding="utf-8"
+    )
     return Page(path)
 
 

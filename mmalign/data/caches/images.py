@@ -27,17 +27,17 @@ class ImageCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
 
-    def get(self, prompt: str, seed: int) -> Image.Image | None:
-        """Return the image of a prompt and a seed; None if it is missing or damaged."""
-        path = self._path(prompt, seed)
+    def get(self, prompt: str, seed: int, source: str = "") -> Image.Image | None:
+        """Return the image of a prompt, a seed and perhaps a source's key; None if it is missing or damaged."""
+        path = self._path(prompt, seed, source)
         with contextlib.suppress(BadImage):
             return decode_file(path, str(path))
         return None
 
-    def put(self, prompt: str, seed: int, image: Image.Image) -> None:
+    def put(self, prompt: str, seed: int, image: Image.Image, source: str = "") -> None:
         """Write an image atomically."""
-        with atomic_write(self._path(prompt, seed), shared=True) as part:
+        with atomic_write(self._path(prompt, seed, source), shared=True) as part:
             image.save(part, format="PNG")
 
-    def _path(self, prompt: str, seed: int) -> Path:
-        return self.folder / f"{stable_hash(prompt, str(seed)):016x}.png"
+    def _path(self, prompt: str, seed: int, source: str) -> Path:
+        return self.folder / f"{stable_hash(prompt, str(seed), *filter(None, [source])):016x}.png"

@@ -46,3 +46,5 @@ WORTHS: tuple[str, ...] = (
 )
 WORTHS += ("preference", "aesthetic_score", "aesthetics_score", "quality", "mos", "label", "liked", "good")
 THUMB = ("liked", "like", "is_liked", "thumb", "thumbs_up", "good", "is_good", "vote", "feedback", "preference")
+SOURCES: tuple[str, ...] = ("source_image", "input_image", "original_image", "reference_image", "control_image")
+SOURCES += ("source_img", "input_img", "original", "input", "image_before", "before", "control", "image")

@@ -29,7 +29,18 @@ from itertools import combinations
 from typing import NamedTuple
 
 from mmalign.data.formats.files import Record, as_text, read_list, read_number, read_thumb, shorten
-from mmalign.data.formats.image_columns import CHOSEN, IMAGES, LABELS, PROMPTS, REJECTED, THUMB, WORTHS, of_side, of_two
+from mmalign.data.formats.image_columns import (
+    CHOSEN,
+    IMAGES,
+    LABELS,
+    PROMPTS,
+    REJECTED,
+    SOURCES,
+    THUMB,
+    WORTHS,
+    of_side,
+    of_two,
+)
 from mmalign.data.formats.image_files import Image, StoredImage, as_image, image_name
 from mmalign.data.formats.labels import NUMBERED_SCORES
 from mmalign.data.formats.layouts import THUMBS as THUMBS_NAME
@@ -84,7 +95,7 @@ def _side(value: object, uid: object = None) -> Side:
     return Side(image, f"uid:{as_text(uid)}" if uid not in (None, "") else image_name(image))
 
 
-def _text(record: Record, name: str) -> str:
+def required_text(record: Record, name: str) -> str:
     """Return a text that is not blank."""
     value = record.get(name)
     if value is None or value == "":
@@ -101,7 +112,7 @@ def _text(record: Record, name: str) -> str:
 
 def _second(record: Record, name: str) -> str:
     """Return the optional prompt of the rejected image."""
-    return _text(record, name) if record.get(name) not in (None, "") else ""
+    return required_text(record, name) if record.get(name) not in (None, "") else ""
 
 
 def _read_labels(location: str, record: Record) -> Parsed:
@@ -109,7 +120,7 @@ def _read_labels(location: str, record: Record) -> Parsed:
         value = record.get(flag)
         if value is not None and value is not True and not read_number(flag, value):
             raise UnusableRowError(reason, "same sides" if flag == "are_different" else "unusable")
-    prompt, second = _text(record, "caption"), _second(record, "rejected_caption")
+    prompt, second = required_text(record, "caption"), _second(record, "rejected_caption")
     labels = [read_number(name, record[name]) for name in ("label_0", "label_1")]
     sides = [_side(record[f"jpg_{n}"], record.get(f"image_{n}_uid")) for n in (0, 1)]
     preference = max(labels) if abs(sum(labels) - 1) < SURE and min(labels) > 0 else 1.0
@@ -125,7 +136,7 @@ def _two(prompt: str, sides: list[Side], worth: list[float], rejected_prompt: st
 
 
 def _read_sides(location: str, record: Record) -> Parsed:
-    prompt, second = _text(record, "prompt"), _second(record, "rejected_prompt")
+    prompt, second = required_text(record, "prompt"), _second(record, "rejected_prompt")
     return _two(prompt, [_side(record[side]) for side in ("chosen", "rejected")], [1.0, 0.0], second)
 
 
@@ -135,7 +146,7 @@ def _read_votes(location: str, record: Record) -> Parsed:
     worth = [read_number("choice_dist", vote) for vote in counts]
     if len(worth) != 2:
         raise UnusableRowError(f"choice_dist is {shorten(votes)}; expected the votes of both images")
-    return _two(_text(record, "prompt"), [_side(record[name]) for name in ("path1", "path2")], worth)
+    return _two(required_text(record, "prompt"), [_side(record[name]) for name in ("path1", "path2")], worth)
 
 
 def _read_ranking(location: str, record: Record) -> Parsed:
@@ -149,7 +160,7 @@ def _read_ranking(location: str, record: Record) -> Parsed:
             f"{name} is {shorten(record.get(name))}" for name in ("image_path", "rank", "human_preference")
         )
         raise UnusableRowError(f"{came}; expected a list of images, and one as long of ranks or preferences")
-    prompt, sides = _text(record, "prompt"), [_side(image) for image in images]
+    prompt, sides = required_text(record, "prompt"), [_side(image) for image in images]
     if len(sides) > MAX_IMAGES:
         raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
     first, last = worths[0], worths[-1]
@@ -159,11 +170,11 @@ def _read_ranking(location: str, record: Record) -> Parsed:
 
 
 def _read_thumb(location: str, record: Record) -> Parsed:
-    return Parsed(_text(record, "prompt"), [_side(record["image"])], [read_thumb(record.get("label"))])
+    return Parsed(required_text(record, "prompt"), [_side(record["image"])], [read_thumb(record.get("label"))])
 
 
 def _read_score(location: str, record: Record) -> Parsed:
-    prompt, score = _text(record, "prompt"), record.get("score")
+    prompt, score = required_text(record, "prompt"), record.get("score")
     worth = read_number("score", score) if score is not None else -read_number("rank", record.get("rank"))
     group = record.get("prompt_id")
     return Parsed(prompt, [_side(record["image"])], [worth], group=as_text(group) if group is not None else prompt)
@@ -323,9 +334,6 @@ THUMBS = Layout(
 )
 LAYOUTS: tuple[Layout[Parsed], ...] = (PICK_A_PIC, FOLDER, RANKINGS, VOTES, SCORES)
 
-_SOURCES: tuple[str, ...] = ("source_image", "input_image", "original_image", "reference_image", "control_image")
-_SOURCES += ("source_img", "input_img", "original", "input", "image_before", "before", "control", "image")
-
 
 def with_source(layout: Layout[Parsed], *, required: bool = False) -> Layout[Parsed]:
     """Return a layout whose rows may have a source image, or have to."""
@@ -334,7 +342,7 @@ def with_source(layout: Layout[Parsed], *, required: bool = False) -> Layout[Par
         required=(*layout.required, SOURCE) if required else layout.required,
         optional=layout.optional if required else (*layout.optional, SOURCE),
         parse=partial(_read_source, layout),
-        synonyms={**layout.synonyms, SOURCE: _SOURCES},
+        synonyms={**layout.synonyms, SOURCE: SOURCES},
         fits=partial(_fits_source, layout),
     )
 

@@ -1,4 +1,4 @@
-"""Prompt data for methods that generate their own images, from a text file or from pairs.
+"""Prompts of images to generate, from a text file, a table or pairs.
 
 A prompt that occurs several times in a text file gives as many rows, each with its own random numbers.
 """
@@ -8,13 +8,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.pairs import ImagePair, Pairs, stable_hash
+from mmalign.data.formats.files import Record, kind_of
+from mmalign.data.formats.image_columns import PROMPTS, SOURCES
+from mmalign.data.formats.image_files import Image, ImageReader, as_image
+from mmalign.data.formats.image_layouts import SOURCE, required_text
+from mmalign.data.formats.layouts import Layout, recognize
+from mmalign.data.formats.rows import SourceRow
+from mmalign.data.formats.sources import KINDS, open_source
+from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow, UnusableRowError, stable_hash
 from mmalign.reading import read_text
 
 _COMMENT = re.compile(r"#+(\s|$)")
@@ -28,11 +37,13 @@ class PromptRow:
         row: 63-bit id that seeds the prompt's random draws.
         prompt: the text.
         location: the prompt's position in its source, for messages.
+        source: the image to edit; always None, since methods that generate images do not edit.
     """
 
     row: int
     prompt: str
     location: str
+    source: None = None
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -82,6 +93,55 @@ def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
     if not prompts:
         raise ValueError(f"{key}: {path} has none; expected one prompt a line")
     return prompts
+
+
+class Prompt(NamedTuple):
+    """Prompt of an image to generate, and the image that it edits, if there is one."""
+
+    text: str
+    source: ImageRef | None = None
+
+
+def read_prompt_rows(key: str, path: Path) -> list[Prompt]:
+    """Read the prompts of a text file, or of a table with `prompt` and perhaps `source`.
+
+    Raises:
+        ValueError: the file cannot be read, has no prompt, or a row of a table is bad; the message begins with `key`.
+    """
+    if kind_of(path) not in KINDS:
+        return [Prompt(text) for _, text in read_prompts(key, path)]
+    try:
+        source = open_source(str(path), None)
+        layout = recognize([ROWS], source.columns, source.sample, f"{key}: {path}")
+        if SOURCE in layout.names:
+            layout = replace(layout, required=(*layout.required, SOURCE))
+        rows = source.rows({layout.column(name) for name in layout.columns})
+    except ValueError as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('data.path: ').removeprefix(f'{key}: ')}") from error
+    reader = ImageReader()
+    return [_read_row(key, row, layout, reader) for row in rows]
+
+
+def _read_row(
+    key: str, row: SourceRow | SkippedRow, layout: Layout[tuple[str, Image | None]], reader: ImageReader
+) -> Prompt:
+    if isinstance(row, SkippedRow):
+        raise ValueError(f"{key}: {row}; repair the row, or remove it")
+    try:
+        text, image = layout.read(row.location, row.record)
+        if image is None:
+            return Prompt(text)
+        reader.check(image, row.folders)
+    except UnusableRowError as error:
+        raise ValueError(f"{key}: {row.location} {error}; repair the row, or remove it") from error
+    return Prompt(text, reader.ref(image, row.folders, partial("{}, {}".format, row.location, SOURCE)))
+
+
+def _parse_row(location: str, record: Record) -> tuple[str, Image | None]:
+    return required_text(record, "prompt"), as_image(record[SOURCE]) if SOURCE in record else None
+
+
+ROWS = Layout("prompts", ("prompt",), (SOURCE,), _parse_row, synonyms={"prompt": PROMPTS, SOURCE: SOURCES})
 
 
 def open_prompts(path: str, limit: int | None = None) -> Pairs[PromptRow]:

@@ -7,7 +7,7 @@ from mmalign.data.formats import images, prompts
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
 from mmalign.modalities.prompts import read_prompt_pairs, read_prompts
-from mmalign.modalities.text_to_image.model import source_use
+from mmalign.modalities.text_to_image.model import check_prompt_sources, source_use
 from mmalign.resources import locate
 
 
@@ -30,7 +30,7 @@ def check_evaluation(recipe: Recipe) -> None:
         ValueError: a file, a reward model or a size is invalid.
     """
     if isinstance(recipe.evaluate, EvaluateImages):
-        _check_sampling("evaluate", recipe.evaluate)
+        _check_sampling("evaluate", recipe, recipe.evaluate)
 
 
 def check_preparation(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def check_preparation(recipe: Recipe) -> None:
         ValueError: a file, a reward model or a size is invalid.
     """
     if isinstance(recipe.prepare, PrepareImages):
-        _check_sampling("prepare", recipe.prepare)
+        _check_sampling("prepare", recipe, recipe.prepare)
 
 
 def check_packing(recipe: Recipe) -> None:
@@ -105,19 +105,24 @@ def _check_prompts_only(recipe: Recipe) -> None:
         )
 
 
-def _check_sampling(name: str, section: EvaluateImages | PrepareImages) -> None:
+def _check_sampling(name: str, recipe: Recipe, section: EvaluateImages | PrepareImages) -> None:
     """Check a section that generates and scores images: reward model, prompts and image size."""
     if section.reward is not None:
         check_reward_model(f"{name}.reward", section.reward)
     if isinstance(section, EvaluateImages) and section.best_of is not None:
         check_reward_model("evaluate.best_of.reward", section.best_of.reward)
+    given = False
     if isinstance(section.prompts, str):
-        pairs = isinstance(section, PrepareImages) and section.prompt_pairs
-        (read_prompt_pairs if pairs else read_prompts)(f"{name}.prompts", section.prompts)
+        if isinstance(section, PrepareImages) and section.prompt_pairs:
+            read_prompt_pairs(f"{name}.prompts", section.prompts)
+        else:
+            given = any(prompt.source for prompt in read_prompts(f"{name}.prompts", section.prompts))
     elif section.prompts < 1:
         raise ValueError(
             f"{name}.prompts: expected at least 1, or a file with one prompt a line, got {section.prompts}"
         )
+    if isinstance(section, PrepareImages) or section.benchmark != "implicit":
+        check_prompt_sources(f"{name}.prompts", recipe.model, given=given)
     resolution = section.sampling.resolution
     if resolution is not None and any(side % 8 for side in ImageSize.parse(resolution)):
         raise ValueError(f"{name}.sampling.resolution: expected multiples of 8 pixels, got {resolution}")

@@ -171,7 +171,7 @@ def check_sources(family: TextToImage, data: ImageData, sources: Sequence[Pairs[
             logger.info(f"{sources[0].source} has no source images: {family.name} trains on prompts alone")
         return False
     if editing is None:
-        raise ValueError(not_editing(family.name, type(family).__name__))
+        raise ValueError(f"data.columns: {not_editing(family.name, type(family).__name__)}")
     if editing.in_text and data.cache != "off" and data.crop == "random":
         raise ValueError(
             f"data.crop: random changes the source image, which the text encoder of {family.name} sees; use center, or "

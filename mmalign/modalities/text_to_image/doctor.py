@@ -42,6 +42,7 @@ def _evaluation(recipe: Recipe) -> EvaluationInputs | NotChecked:
     if section.benchmark == "implicit":
         return EvaluationInputs()
     try:
-        return EvaluationInputs(load_prompts("evaluate.prompts", section.prompts, section.split, section.seed))
+        prompts = load_prompts("evaluate.prompts", section.prompts, section.split, section.seed)
+        return EvaluationInputs([prompt.text for prompt in prompts])
     except ValueError as error:
         return NotChecked(str(error))

@@ -19,11 +19,15 @@ from mmalign.config.evaluation import Combine, reward_models
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.data.data_module import Splits
+from mmalign.data.formats.image_layouts import SOURCE
+from mmalign.data.formats.prompts import Prompt
+from mmalign.data.pairs import ImageRef
 from mmalign.evaluation import best_of
 from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
-from mmalign.evaluation.generate_images import cache_settings, generate_images
+from mmalign.evaluation.generate_images import cache_settings, generate_images, read_sources
 from mmalign.evaluation.metrics import SIDES, Metrics, Table, compare
 from mmalign.families.base import TextToImage
+from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.modalities import Measure, Result, loading
 from mmalign.modalities.prompts import load_prompts
 from mmalign.modalities.validation import implicit_reward_benchmark
@@ -80,16 +84,17 @@ def compare_images(
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateImages)
-    prompts, seeds = _prompts_and_seeds(section)
+    wanted, seeds = _prompts_and_seeds(section)
+    prompts, sources = [prompt.text for prompt in wanted], sources_of(wanted)
     num_truncated = policy.family.count_truncated(prompts)
     if num_truncated:
         logger.warning(f"{num_truncated} of {len(prompts)} prompts exceed the text encoder's limit and are truncated")
 
     # Images of both models
     caches = _caches(recipe, section, policy, identity)
-    images = dict(zip(SIDES, generate_both(policy, prompts, seeds, section.sampling, caches), strict=True))
+    images = dict(zip(SIDES, generate_both(policy, prompts, seeds, section.sampling, caches, sources), strict=True))
     if chooser is not None and section.best_of is not None:
-        best = choose_best(policy, prompts, seeds, images["before"], section, chooser, caches[0])
+        best = choose_best(policy, prompts, seeds, images["before"], section, chooser, caches[0], sources)
         images |= {f"best-of-{n}": chosen for n, chosen in best.items()}
 
     # Measurements and files
@@ -100,7 +105,9 @@ def compare_images(
         for record, reward in zip((x for side in images for x in records[side]), rewards, strict=True):
             record.update(judged=reward, score=reward, note="")
     for side, side_images in images.items():
-        _measure(section, side_images, prompts, records[side])
+        # Images of one prompt are compared if they edit one source
+        alike = prompts if sources is None else [f"{p}\0{ref.key}" for p, ref in zip(prompts, sources, strict=True)]
+        _measure(section, side_images, alike, records[side])
         (folder / side).mkdir()
         for index, image in enumerate(side_images):
             image.save(folder / side / f"{index:05d}.png")
@@ -110,6 +117,10 @@ def compare_images(
         | ({"best_of": {str(n): records[f"best-of-{n}"][i] for n in numbers}} if numbers else {})
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
+    if sources is not None:
+        _write_sources(policy.family, sources, section.sampling, folder / SOURCE)
+        for sample, source in zip(samples, sources, strict=True):
+            sample[SOURCE] = source.location
     result, table = _compare(section.benchmark, samples)
     score_name = "share of the prompt's parts that are right"
     if section.benchmark == "preference" and section.reward is not None:
@@ -122,7 +133,21 @@ def compare_images(
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
 
 
-def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[str], list[int]]:
+def _write_sources(family: TextToImage, sources: Sequence[ImageRef], sampling: SamplingConfig, folder: Path) -> None:
+    """Write the source images as the model sees them."""
+    folder.mkdir()
+    for index, source in enumerate(sources):
+        (image,) = to_pil(read_sources(family, [source], sampling))
+        image.save(folder / f"{index:05d}.png")
+
+
+def sources_of(prompts: Sequence[Prompt]) -> list[ImageRef] | None:
+    """Return the source image of each prompt, or None if they have none."""
+    sources = [prompt.source for prompt in prompts if prompt.source is not None]
+    return sources or None
+
+
+def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[Prompt], list[int]]:
     """Return the prompt and the seed of every image; all images of a prompt are adjacent."""
     distinct = load_prompts("evaluate.prompts", section.prompts, section.split, section.seed)
     prompts = [prompt for prompt in distinct for _ in range(section.images_per_prompt)]
@@ -186,17 +211,20 @@ def measure_best(samples: Sequence[Mapping[str, Any]]) -> dict[int, list[Metrics
 
 
 def _measure_side(samples: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> list[Metrics]:
-    """Return the metrics of one image of each sample, from its record."""
-    prompts = tuple(sample["prompt"] for sample in samples)
+    """Return the metrics of one image of each sample, from its record.
+
+    Images of one prompt, or of one edit of a source, depend on each other.
+    """
+    groups = tuple(f"{s['prompt']} ({s[SOURCE]})" if SOURCE in s else s["prompt"] for s in samples)
     keys = tuple((sample["prompt"], sample["seed"]) for sample in samples)
     metrics = list[Metrics]()
     if "parts" in records[0]:
-        metrics.append(scenes.measure_scenes([record["parts"] for record in records], keys, prompts))
+        metrics.append(scenes.measure_scenes([record["parts"] for record in records], keys, groups))
     if "judged" in records[0]:
         rewards = [record["judged"] for record in records], [sample["before"]["judged"] for sample in samples]
-        metrics.append(preference.measure_scores(*rewards, keys, prompts))
+        metrics.append(preference.measure_scores(*rewards, keys, groups))
     if "apart" in records[0]:
-        metrics.append(diversity.measure_distances([record["apart"] for record in records], keys, prompts))
+        metrics.append(diversity.measure_distances([record["apart"] for record in records], keys, groups))
     return metrics
 
 
@@ -208,6 +236,7 @@ def choose_best(
     section: EvaluateImages,
     chooser: RewardModel,
     cache: ImageCache,
+    sources: Sequence[ImageRef] | None = None,
 ) -> dict[int, list[Image.Image]]:
     """Return the base model's best image of each prompt and seed, for every n of `best_of`.
 
@@ -219,13 +248,15 @@ def choose_best(
         section: the settings.
         chooser: the model that chooses.
         cache: the cache of the base model's images.
+        sources: the images that the prompts edit.
     """
     assert section.best_of is not None
     more = best_of.candidate_seeds(seeds, max(section.best_of.n))[1:]
 
     def run(net: nn.Module) -> list[Image.Image]:
         repeated, flat = [*prompts] * len(more), [seed for row in more for seed in row]
-        return generate_images(policy.family, net.eval(), repeated, flat, section.sampling, cache)
+        shown = [*sources] * len(more) if sources is not None else None
+        return generate_images(policy.family, net.eval(), repeated, flat, section.sampling, cache, shown)
 
     generated = policy.on_reference(run)
     assert generated is not None
@@ -244,11 +275,12 @@ def generate_both(
     seeds: Sequence[int],
     sampling: SamplingConfig,
     caches: tuple[ImageCache, ImageCache],
+    sources: Sequence[ImageRef] | None = None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Generate images of the reference and of the policy, each pair from the same starting noise."""
 
     def run(net: nn.Module, cache: ImageCache) -> list[Image.Image]:
-        return generate_images(policy.family, net.eval(), prompts, seeds, sampling, cache)
+        return generate_images(policy.family, net.eval(), prompts, seeds, sampling, cache, sources)
 
     before = policy.on_reference(partial(run, cache=caches[0]))
     assert before is not None

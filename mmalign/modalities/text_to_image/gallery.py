@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from mmalign.atomic_io import atomic_write
 from mmalign.config import EvaluateImages, Recipe
+from mmalign.data.formats.image_layouts import SOURCE
 from mmalign.data.images import BadImage, decode_file
 from mmalign.evaluation.metrics import SIDES, Metrics
 from mmalign.modalities import EVALUATE_AGAIN, SAMPLES, Sample, SamplesFile, read_samples
@@ -36,13 +37,14 @@ class Side(TypedDict):
 
 
 class PictureSample(TypedDict):
-    """Prompt, seed, and the measurements of its images before and after alignment."""
+    """Prompt, seed, the location of a source image, and the measurements of the images before and after alignment."""
 
     prompt: str
     seed: int
     before: Side
     after: Side
     best_of: NotRequired[dict[str, Side]]
+    source: NotRequired[str]
 
 
 def read(folder: Path) -> SamplesFile[PictureSample]:
@@ -72,7 +74,8 @@ def gallery_entries(_: Recipe, folder: Path, samples: Sequence[tuple[int, Sample
         images = [_read_image(folder, side, index) for side in SIDES]
         before, after = (sample[side] for side in SIDES)
         scores, notes = (before["score"], after["score"]), (before["note"], after["note"])
-        entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes))
+        source = _read_image(folder, SOURCE, index) if SOURCE in sample else None
+        entries.append(picture_entry(sample["prompt"], sample["seed"], images, scores, notes, source))
     return entries
 
 
@@ -113,7 +116,11 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
     samples = {name: read(Path(recipe.output) / "evaluation")["samples"] for name, recipe in recipes.items()}
     base, recipe = next(iter(samples.values())), next(iter(recipes.values()))
     indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
-    columns = {"base": [_rated_image(Path(recipe.output), base[i], i, "before") for i in indices]}
+    first, columns = Path(recipe.output), dict[str, list[RatedImage]]()
+    if SOURCE in base[0]:
+        sources = [_read_image(first / "evaluation", SOURCE, i) for i in indices]
+        columns[SOURCE] = [RatedImage(image, "", is_good=True) for image in sources]
+    columns["base"] = [_rated_image(first, base[i], i, "before") for i in indices]
     for name, short_name in short_names(list(samples)).items():
         output = Path(recipes[name].output)
         columns[short_name] = [_rated_image(output, samples[name][i], i, "after") for i in indices]

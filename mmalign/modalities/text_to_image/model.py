@@ -55,22 +55,50 @@ def source_use(recipe: Recipe) -> Sources | None:
     Raises:
         ValueError: `data.columns` names source images, and the model does not edit images.
     """
-    model, is_named = recipe.model, SOURCE in recipe.data.columns
-    if isinstance(model, ImageModel):
-        path, outside = model.config or model.path, model.family
-    else:
-        assert isinstance(model, JudgeModel)
-        path, outside = model.denoiser, None
-    try:
-        kind = None if outside is not None else loading.pipeline_class(resolve_model(path), model.revision)
-    except ValueError:  # `check_model` says what is wrong with it
-        kind = None
+    is_named, path, kind = SOURCE in recipe.data.columns, _path(recipe.model), pipeline_class(recipe.model)
     editing = EDITORS.get(kind or "")
     if is_named and kind is not None and editing is None:
-        raise ValueError(not_editing(path, kind))
+        raise ValueError(f"data.columns: {not_editing(path, kind)}")
     if is_named or editing is None:
         return "required" if is_named else None
     return editing.sources
+
+
+def check_prompt_sources(key: str, model: Model, *, given: bool) -> None:
+    """Check that a model edits the source images of prompts at `key`, if there are any, and has them if it needs them.
+
+    Raises:
+        ValueError: the model has no use for them, or needs them.
+    """
+    path, kind = _path(model), pipeline_class(model)
+    if kind is None:
+        return
+    editing = EDITORS.get(kind)
+    if given and editing is None:
+        raise ValueError(f"{key}: {not_editing(path, kind)}")
+    if not given and editing is not None and editing.required:
+        raise ValueError(
+            f"{key}: {path} is a {kind}, which edits a source image; expected a file of JSON lines such as "
+            '{"prompt": "make the fox blue", "source": "images/3.png"}'
+        )
+
+
+def pipeline_class(model: Model) -> str | None:
+    """Return the class of the recipe's pipeline; None for a family from outside, or if it is not at hand."""
+    if isinstance(model, ImageModel) and model.family is not None:
+        return None
+    try:
+        return loading.pipeline_class(resolve_model(_path(model)), model.revision)
+    except ValueError:  # `check_model` says what is wrong with it
+        return None
+
+
+def _path(model: Model) -> str:
+    """Return the path or Hub id of the pipeline's configuration."""
+    if isinstance(model, ImageModel):
+        return model.config or model.path
+    assert isinstance(model, JudgeModel)
+    return model.denoiser
 
 
 def load_family(model: Model, options: Loading) -> TextToImage:

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from mmalign.config import ImageModel, PrepareImages, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
+from mmalign.data.formats.prompts import Prompt
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.modalities import loading
 from mmalign.modalities.prompts import load_prompt_pairs, load_prompts
+from mmalign.modalities.text_to_image.evaluate import sources_of
+from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
 from mmalign.synthesis.unfinished import is_written, unfinished
 from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
@@ -59,32 +64,20 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         combine=section.combine,
         scores=unfinished(path) / "scores",
     )
-    asked_for = _requested_prompts(section)
-    prompts = [p for p in asked_for for _ in range(section.images_per_prompt)]
+    repeated = [prompt for prompt in _requested_prompts(section) for _ in range(section.images_per_prompt)]
+    prompts, sources = [prompt.text for prompt in repeated], sources_of(repeated)
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     assert isinstance(recipe.model, ImageModel)
     settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
     cache = ImageCache(unfinished(path), {**settings, "model": fingerprint.fingerprint_weights(family.network)})
-    images = generate_images(family, family.network, prompts, seeds, section.sampling, cache)
+    images = generate_images(family, family.network, prompts, seeds, section.sampling, cache, sources)
     scores = reward_model(images, prompts).tolist()
 
     if not processes.is_main:
         processes.gather(None)  # no process ends before the file is there
         return path
 
-    # Pairs that the reward model is sure of
-    if section.prompt_pairs:
-        best = best_of_each(scores, section.images_per_prompt)
-        shown, swapped = [images[i] for i in best], [asked_for[i ^ 1] for i in range(len(asked_for))]
-        # In one call, so that votes compare the two images of a prompt
-        own, crossed = reward_model([*shown, *shown], [*asked_for, *swapped]).view(2, -1).tolist()
-        num_kept, num_groups = write_prompt_pairs(
-            path, asked_for, shown, own, crossed, min_confidence=section.min_confidence
-        )
-    else:
-        num_kept, num_groups = write_pairs(
-            path, prompts, images, scores, group=section.images_per_prompt, min_confidence=section.min_confidence
-        )
+    num_kept, num_groups = _write_sure(path, section, reward_model, repeated, images, scores)
     processes.gather(None)
     noun = "prompt pairs" if section.prompt_pairs else "prompts"
     logger.info(
@@ -93,8 +86,30 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     return path
 
 
-def _requested_prompts(section: PrepareImages) -> list[str]:
+def _write_sure(
+    path: Path,
+    section: PrepareImages,
+    reward_model: RewardModel,
+    prompts: Sequence[Prompt],
+    images: Sequence[Image.Image],
+    scores: Sequence[float],
+) -> tuple[int, int]:
+    """Write the pairs that the reward model is sure of; return their number, and that of all prompts or couples."""
+    number, texts, sources = section.images_per_prompt, [prompt.text for prompt in prompts], sources_of(prompts)
+    if not section.prompt_pairs:
+        read = [source.read() for source in sources] if sources is not None else None
+        sure = section.min_confidence
+        return write_pairs(path, texts, images, scores, group=number, min_confidence=sure, sources=read)
+    best, asked_for = best_of_each(scores, number), texts[::number]
+    shown, swapped = [images[i] for i in best], [asked_for[i ^ 1] for i in range(len(asked_for))]
+    # In one call, so that votes compare the two images of a prompt
+    own, crossed = reward_model([*shown, *shown], [*asked_for, *swapped]).view(2, -1).tolist()
+    return write_prompt_pairs(path, asked_for, shown, own, crossed, min_confidence=section.min_confidence)
+
+
+def _requested_prompts(section: PrepareImages) -> list[Prompt]:
     """Return the prompts to generate images for; the two prompts of a pair are adjacent."""
     if section.prompt_pairs:
-        return [p for couple in load_prompt_pairs("prepare.prompts", section.prompts, section.seed) for p in couple]
+        couples = load_prompt_pairs("prepare.prompts", section.prompts, section.seed)
+        return [Prompt(text) for couple in couples for text in couple]
     return load_prompts("prepare.prompts", section.prompts, "train", section.seed)

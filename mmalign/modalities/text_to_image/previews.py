@@ -7,9 +7,14 @@ from torch import nn
 
 from mmalign.config import EvaluateImages, ImageData, Recipe, SamplingConfig
 from mmalign.data.data_module import Splits
+from mmalign.data.formats.prompts import Prompt
+from mmalign.evaluation.generate_images import read_sources
 from mmalign.families.base import TextToImage
+from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.modalities import Previews
 from mmalign.modalities.prompts import read_prompts
+from mmalign.modalities.text_to_image.evaluate import sources_of
+from mmalign.modalities.text_to_image.model import check_prompt_sources
 
 
 def check_samples(recipe: Recipe) -> None:
@@ -19,7 +24,8 @@ def check_samples(recipe: Recipe) -> None:
         ValueError: the file is missing, is not text, or has no prompt.
     """
     if isinstance(recipe.train.samples, str):
-        read_prompts("train.samples", recipe.train.samples)
+        given = any(prompt.source for prompt in read_prompts("train.samples", recipe.train.samples))
+        check_prompt_sources("train.samples", recipe.model, given=given)
 
 
 def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previews:
@@ -33,11 +39,12 @@ def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previe
     wanted, section = recipe.train.samples, recipe.evaluate
     assert isinstance(recipe.data, ImageData)
     if isinstance(wanted, str):
-        prompts = read_prompts("train.samples", wanted)
+        asked = read_prompts("train.samples", wanted)
     else:
         pairs = splits[1] or splits[0]
-        distinct = dict.fromkeys(pairs[index].prompt for index in range(len(pairs)))
-        prompts = list(distinct)[:wanted]
+        every = (Prompt(pair.prompt, pair.source) for pair in (pairs[index] for index in range(len(pairs))))
+        asked = list({(text, source and source.key): Prompt(text, source) for text, source in every}.values())[:wanted]
+    prompts, sources = [prompt.text for prompt in asked], sources_of(asked)
     sampling = SamplingConfig(resolution=recipe.data.resolution)
     if isinstance(section, EvaluateImages):
         sampling = section.sampling
@@ -47,7 +54,11 @@ def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previe
         images = list[Image.Image]()
         for start in range(0, len(prompts), sampling.batch_size):
             batch = slice(start, start + sampling.batch_size)
-            images += family.sample(net, prompts[batch], seeds[batch], sampling)
+            shown = read_sources(family, sources[batch], sampling) if sources is not None else None
+            images += family.sample(net, prompts[batch], seeds[batch], sampling, shown)
         return images
 
-    return Previews(prompts, (), {"seeds": seeds, "sampling": sampling.model_dump()}, generate)
+    settings = {"seeds": seeds, "sampling": sampling.model_dump()}
+    settings |= {"sources": [source.key for source in sources]} if sources is not None else {}
+    shown = to_pil(read_sources(family, sources, sampling)) if sources is not None else []
+    return Previews(prompts, shown, settings, generate)

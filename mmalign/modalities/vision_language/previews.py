@@ -67,7 +67,7 @@ def open_previews(family: VisionLanguage, recipe: Recipe, splits: Splits) -> Pre
         return [answer.text.strip() for answer in family.generate(net, prompts, features, decoding, rows=rows, rng=rng)]
 
     settings = {"rows": [question.row for question in questions], "decoding": decoding.model_dump()}
-    return Previews([q.title for q in questions], [q.image for q in questions], settings, generate)
+    return Previews([q.title for q in questions], [q.image for q in questions], settings, generate, are_texts=True)
 
 
 @dataclass(frozen=True)

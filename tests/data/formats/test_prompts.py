@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.formats.prompts import open_prompts, unique_prompts
+from mmalign.data.formats.prompts import Prompt, open_prompts, read_prompt_rows, unique_prompts
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.prompts import PromptReader
 from mmalign.data.pairs import split_by_group
@@ -86,3 +86,40 @@ def test_a_hold_out_keeps_equal_prompts_together(tmp_path: Path) -> None:
 def test_bundled_prompts_are_the_worlds_training_split() -> None:
     """Made by: sample_prompts("train", 1600, seed=0), as the quickstart's pairs were."""
     assert [p.prompt for p in open_prompts(str(SHIPPED))] == [str(p) for p in sample_prompts("train", 1600, 0)]
+
+
+def test_prompts_with_sources_are_rows_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(data_files.png(1))
+    rows = [{"instruction": "make it blue", "input_image": "1.png", "id": n} for n in (1, 2)]
+    table = data_files.write_jsonl(tmp_path / "asked.jsonl", *rows)
+    (first, second) = read_prompt_rows("evaluate.prompts", table)
+    assert first.text == second.text == "make it blue" and first.source == second.source
+    assert first.source is not None and first.source.read() == data_files.png(1)
+    assert first.source.location.endswith("asked.jsonl: line 1, source")
+    alone = data_files.write_jsonl(tmp_path / "alone.jsonl", {"prompt": "a hen"})
+    assert read_prompt_rows("evaluate.prompts", alone) == [Prompt("a hen")]
+    assert read_prompt_rows("evaluate.prompts", written(tmp_path, "a hen")) == [Prompt("a hen")]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "source": "9.png"}, 'line 2 the image "9.png" does not exist'),
+        ({"prompt": "a", "source": "../1.png"}, 'line 2 the image "../1.png" is outside'),
+        ({"prompt": "a", "source": None}, "line 2 has no image"),
+        ({"prompt": " ", "source": "1.png"}, "line 2 has a blank prompt"),
+        ({"prompt": "a"}, "line 2 has no 'source'"),
+    ],
+)
+def test_a_bad_row_of_prompts_is_named(row: dict[str, str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(data_files.png(1))
+    table = data_files.write_jsonl(tmp_path / "asked.jsonl", {"prompt": "a", "source": "1.png"}, row)
+    with pytest.raises(ValueError, match=r"^train.samples: .*asked.jsonl: line 2 .*; repair the row") as error:
+        read_prompt_rows("train.samples", table)
+    assert words in str(error.value)
+
+
+def test_a_table_without_prompts_is_refused(tmp_path: Path) -> None:
+    table = data_files.write_jsonl(tmp_path / "asked.jsonl", {"source": "1.png"})
+    with pytest.raises(ValueError, match=r"^prepare.prompts: .*asked.jsonl has no 'prompt'"):
+        read_prompt_rows("prepare.prompts", table)
