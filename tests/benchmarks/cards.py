@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmalign.commands._plan_memory import estimate
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.plan import GIB, MARGIN
 from tests.benchmarks import random_models
 
 RANK = 16
@@ -28,6 +30,7 @@ MODELS = {
     "qwen25_vl_7b": ("Qwen2.5-VL-7B", 0),
 }
 KINDS = (None, "int8", "nf4")
+CARDS = (12, 16, 24, 48, 80)  # GiB
 
 
 def recipe(folder: Path, side: int, quantize: str | None) -> dict[str, Any]:
@@ -43,20 +46,28 @@ def recipe(folder: Path, side: int, quantize: str | None) -> dict[str, Any]:
 
 
 def row(name: str) -> str:
-    """Return a model's row: GB before training and while it trains, for each kind of quantized weights."""
+    """Return a model's row: GB before training and while it trains by kind of weights, and what fits each card."""
     about, side = MODELS[name]
-    cells = []
+    cells, peaks = [], dict[str, float]()
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_configurations(name, Path(folder))
         for kind in KINDS:
             memory = estimate(load_recipe(recipe(Path(folder), side, kind)), None, on_card=True)
             cells += [f"{memory.preparing / 1e9:.1f} / {memory.training(1) / 1e9:.1f}"]
+            whole, apart = (replace(memory, apart=apart).preparing for apart in (False, True))
+            peaks[kind or "bfloat16"] = max(whole, memory.training(1))
+            if side:
+                peaks[f"{kind or 'bfloat16'}, offload"] = max(apart, memory.training(1))
+    order = sorted(peaks, key=lambda what: ("nf4" in what, "int8" in what, "offload" in what))
+    fits = [next((what for what in order if peaks[what] <= card * GIB * (1 - MARGIN)), "-") for card in CARDS]
     size = f"{side} x {side}" if side else memory.about
-    return f"| {about} | {size} | {' | '.join(cells)} |"
+    return f"| {about} | {size} | {' | '.join([*cells, *fits])} |"
 
 
 def main() -> None:
-    """Print the rows of the models that the command line names, or of all."""
+    """Print the table, with the models that the command line names, or with all."""
+    head = ["model", "example", *(kind or "bfloat16" for kind in KINDS), *(f"{card} GiB" for card in CARDS)]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for name in sys.argv[1:] or MODELS:
         print(row(name), flush=True)
 

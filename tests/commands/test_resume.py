@@ -114,7 +114,11 @@ def test_changed_options_are_used_and_recorded(content: Content, tmp_path: Path,
     assert {str(change) for change in read_run_info(output / "model").record.changes} == expected
     # Page and result tell of what was trained, not of the recipe of their own command
     changed_recipe = load_recipe(content, ["train.lr=5", "method.beta=1", "train.steps=1000", "model.tune=lora"])
-    gallery(changed_recipe)
+    page = gallery(changed_recipe).read_text(encoding="utf-8")
+    assert (
+        f"{Path(content['model']['path']).name} before and after diffusion_dpo" in page
+        and "Before and after" not in page
+    )
     provenance = json.loads((output / "gallery" / "manifest.json").read_text())["provenance"]
     assert provenance["method"] == "name diffusion_dpo, beta 7.0"
     assert provenance["training"] == "full, 4 updates of 2 pairs, lr 0.0001"
