@@ -24,7 +24,7 @@ from mmalign.commands._init_settings import Settings, find_settings
 from mmalign.commands.load_recipe import dump_value, load_recipe, override
 from mmalign.commands.plan import GIB, MARGIN, compute, memory_of_card
 from mmalign.config import ImageSize, Recipe
-from mmalign.config.methods import find_method
+from mmalign.config.methods import find_method, learns_from_thumbs
 from mmalign.console import muted
 from mmalign.data import shapes
 from mmalign.data.formats import conversations, image_layouts, images
@@ -39,9 +39,9 @@ from mmalign.resources import locate, resolve_model
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: dict[str, Sequence[Layout[Any]]] = {
-    "text_to_image": image_layouts.LAYOUTS,
-    "vision_language": conversations.LAYOUTS,
+LAYOUTS: dict[str, tuple[Sequence[Layout[Any]], Layout[Any]]] = {
+    "text_to_image": (image_layouts.LAYOUTS, image_layouts.THUMBS),
+    "vision_language": (conversations.LAYOUTS, conversations.THUMBS),
 }
 SAMPLED = 100  # pairs whose images are measured
 MIN_HELD_OUT, MAX_HELD_OUT = 20, 500  # pairs from which on some are held out, and the most that are
@@ -103,8 +103,9 @@ def init(
         )
     folder = resolve_model(layout or model)
     modality, kind = loading.recognize(folder)
-    layouts = images.layouts(EDITORS[kind].sources)[0] if kind in EDITORS else LAYOUTS[modality]
-    columns = _recognize_data(data, modality, given.get("data", {}), layouts)
+    several, thumbs = images.layouts(EDITORS[kind].sources) if kind in EDITORS else LAYOUTS[modality]
+    of_thumbs = method is not None and learns_from_thumbs(method)
+    columns = _recognize_data(data, modality, given.get("data", {}), several, thumbs if of_thumbs else None)
     name = method or _usual_method(modality, str(columns["format"]))
     _check_modality(name, modality, kind)
     settings = find_settings(modality, loading.PIPELINES.get(kind, kind), name)
@@ -152,11 +153,16 @@ def init(
 
 
 def _recognize_data(
-    data: str, modality: str, given: Mapping[str, Any], layouts: Sequence[Layout[Any]]
+    data: str,
+    modality: str,
+    given: Mapping[str, Any],
+    layouts: Sequence[Layout[Any]],
+    thumbs: Layout[Any] | None,
 ) -> dict[str, object]:
     """Return the section `data` for the layout of files: path, format and the names of columns; `given` is set already.
 
-    `layouts` are those that the model can take.
+    `layouts` are those that the model can take. A method that learns from single outputs has the layout `thumbs`, and
+    cuts pairs if that does not fit.
 
     Raises:
         ValueError: there are no files, or their columns are of no layout of this modality.
@@ -165,20 +171,31 @@ def _recognize_data(
         return {"format": "prompts", "path": data}
     if given.get("format", AUTO) != AUTO:
         return {"format": given["format"], "path": data}
-    source = open_source(locate(data), given.get("split"))
     place = f"data.path: {data}"
+    if thumbs is not None and not given.get("cut_pairs"):
+        source = open_source(locate(data), given.get("split"), thumbs=True)
+        try:
+            return _data_section(data, recognize([thumbs], source.columns, source.sample, place))
+        except ValueError:
+            pairs = _recognize_data(data, modality, given, layouts, None)
+            return {**pairs, "cut_pairs": True}
+    source = open_source(locate(data), given.get("split"))
     try:
         layout = recognize(layouts, source.columns, source.sample, place)
     except ValueError as error:
         other = next(name for name in LAYOUTS if name != modality)
         try:
-            other_layout = recognize(LAYOUTS[other], source.columns, source.sample, place)
+            other_layout = recognize(LAYOUTS[other][0], source.columns, source.sample, place)
         except ValueError:
             raise error from None
         raise ValueError(
             f"{place} has rows of {other_layout.name}, which are {other.replace('_', '-')} data; the model is a "
             f"{modality.replace('_', '-')} model: name a model or data of the other kind"
         ) from None
+    return _data_section(data, layout)
+
+
+def _data_section(data: str, layout: Layout[Any]) -> dict[str, object]:
     columns = {own: column for own, column in layout.names.items() if own != column}
     return {"format": layout.name, "path": data, **({"columns": columns} if columns else {})}
 
@@ -240,9 +257,12 @@ def _fit_numbers(draft: _Draft, pairs: Pairs[Any], recipe: Recipe) -> None:
     # Validation split and reading
     if number >= MIN_HELD_OUT and len(set(pairs.groups())) > 1 and not needs.generates and needs.rejected:
         data["validation_fraction"] = round(min(0.1, MAX_HELD_OUT / number), 4)
-        notes["data.validation_fraction"] = f"about {round(number * data['validation_fraction']):,} pairs are held out"
-        draft.tree["evaluate"] = {"benchmark": "implicit"}
-        notes["evaluate"] = "on the pairs held out; docs/your_data.md has the other benchmarks"
+        notes["data.validation_fraction"] = f"about {round(number * data['validation_fraction']):,} rows are held out"
+        if needs.learns_from == "thumbs":
+            draft.unknown.append("gain: the verdict measures the rows held out; for outputs add an `evaluate` section")
+        else:
+            draft.tree["evaluate"] = {"benchmark": "implicit"}
+            notes["evaluate"] = "on the pairs held out; docs/your_data.md has the other benchmarks"
     else:
         draft.unknown.append("gain: no pairs are held out; add an `evaluate` section (docs/your_data.md)")
     if number < FEW:

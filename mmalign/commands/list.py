@@ -48,10 +48,8 @@ def _needs(recipes: list[Recipe]) -> tuple[str, str]:
     if not recipes:
         return "", ""
     needs = methods.requirements_of(recipes[0].method)
-    data = "pairs"
-    if needs.generates:
-        data = "prompts"
-    elif needs.prompt_pairs:
+    data: str = needs.learns_from
+    if needs.prompt_pairs:
         data = "pairs with two prompts"
     elif needs.other_images:
         data = "pairs with another image"

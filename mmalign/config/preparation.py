@@ -30,6 +30,9 @@ class PrepareImages(Prepare):
         False, description="generate for pairs of prompts; a file has two per line, separated by a tab"
     )
     images_per_prompt: int = Field(4, ge=2, description="images generated per prompt")
+    keep_all: bool = Field(
+        False, description="write lists of all images with their scores, for methods that learn from lists"
+    )
     reward: Rewards = Field(description="reward model that ranks the images, or a list of several")
     combine: Combine = "sum"
     min_confidence: float = Field(
@@ -40,6 +43,8 @@ class PrepareImages(Prepare):
     @model_validator(mode="after")
     def _combined(self) -> PrepareImages:
         check_combine(self.reward, self.combine)
+        if self.keep_all and self.prompt_pairs:
+            raise ValueError("keep_all writes lists for one prompt, and prompt_pairs pairs of two; leave one out")
         return self
 
 

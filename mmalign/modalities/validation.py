@@ -8,7 +8,7 @@ from typing import Any
 from mmalign.config import Recipe
 from mmalign.data.data_module import Splits
 from mmalign.evaluation.benchmarks import implicit_reward
-from mmalign.methods import Requirements
+from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Measure, Result, modality_of
 from mmalign.policy import Policy
 
@@ -40,6 +40,20 @@ def implicit_reward_benchmark(
         return report.as_dict(), report.table()
 
     return measure
+
+
+def check_implicit(recipe: Recipe) -> None:
+    """Check that the data have sides to compare, if the benchmark compares them.
+
+    Raises:
+        ValueError: the method learns from single outputs.
+    """
+    implicit = recipe.evaluate is not None and recipe.evaluate.benchmark == "implicit"
+    if implicit and requirements_of(recipe.method).learns_from == "thumbs":
+        raise ValueError(
+            f"evaluate.benchmark: implicit compares the sides of a pair, and method.name: {recipe.method.name} learns "
+            "from single outputs; use another benchmark. The verdict of a training has the gains of held-out outputs"
+        )
 
 
 def groups_by_row(splits: Splits) -> dict[int, str]:

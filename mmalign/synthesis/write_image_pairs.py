@@ -1,6 +1,7 @@
 """Writer of generated image pairs, in the layout of Pick-a-Pic v2.
 
-A pair is the best and the worst image of one prompt, or the best images of two contrasting prompts.
+A pair is the best and the worst image of one prompt, or the best images of two contrasting prompts. Lists have all
+images of a prompt, with their scores.
 """
 
 from __future__ import annotations
@@ -59,6 +60,53 @@ def write_pairs(
     return len(rows), num_prompts
 
 
+def write_lists(
+    path: Path,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    scores: Sequence[float],
+    *,
+    group: int,
+    min_confidence: float,
+    sources: Sequence[bytes] | None = None,
+) -> tuple[int, int]:
+    """Write a parquet file of lists, in the layout of rankings: `prompt, image_path, human_preference`.
+
+    Args:
+        path: the file; written whole or not at all.
+        prompts: [N], each `group` times in a row.
+        images: [N], in the order of generation.
+        scores: the reward model's scores [N], in units whose difference is a log-odds.
+        group: the number of images per prompt.
+        min_confidence: the least preference probability of the best image over the worst of a list.
+        sources: the encoded images that the images are edits of [N]; None without any.
+
+    Returns:
+        The number of lists written, and the number of prompts.
+
+    Raises:
+        ValueError: no list is confident enough.
+    """
+    rows, num_prompts = [], len(prompts) // group
+    for start in range(0, len(prompts), group):
+        judged = list(scores[start : start + group])
+        if max(judged) - min(judged) >= _log_odds(min_confidence):
+            columns: dict[str, object] = {
+                "image_path": [_png(x) for x in images[start : start + group]],
+                "human_preference": judged,
+            }
+            columns |= {"source": sources[start]} if sources is not None else {}
+            rows.append({"prompt": prompts[start], **columns})
+    _write(path, rows, f"the reward model is never {min_confidence:.0%} sure in {num_prompts} prompts")
+    return len(rows), num_prompts
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def best_of_each(scores: Sequence[float], group: int) -> list[int]:
     """Return the index of the best score in each consecutive group."""
     starts = range(0, len(scores), group)
@@ -111,9 +159,7 @@ def _sides(
     """Return the columns of both images of a row."""
     columns = dict[str, object]()
     for side, (image, label, score) in enumerate(zip(images, labels, scores, strict=True)):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
-        png = buffer.getvalue()
+        png = _png(image)
         columns |= {f"jpg_{side}": png, f"label_{side}": label, f"score_{side}": score}
         columns[f"image_{side}_uid"] = hashlib.sha256(png).hexdigest()[:24]
     return columns

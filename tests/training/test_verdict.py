@@ -166,3 +166,24 @@ def test_a_judge_is_judged_by_its_loss(losses: list[float], margins: list[float]
     values = {"loss": losses, "accuracy": [0.5] * 4, "margin": margins}
     start = {"loss": [0.69] * 4, "accuracy": [0.5] * 4, "margin": margins}
     assert verdict(values, start=start).startswith(expected)
+
+
+def thumbs(liked: float, disliked: float) -> Values:
+    """Return four liked and four disliked images with these mean gains."""
+    gains = [mean + 0.01 * s for mean in (liked, disliked) for s in SPREAD]
+    return {
+        "loss": [0.5] * 8,
+        "liked": [1.0] * 4 + [0.0] * 4,
+        "output gain": gains,
+        "output error": [0.2 - 2 * gain for gain in gains],
+        "logit size": [1.0] * 8,
+        "saturated": [0.0] * 8,
+    }
+
+
+def test_thumbs_are_judged_by_the_gains_of_each_label() -> None:
+    assert verdict(thumbs(0.05, -0.02)).startswith("liked images improved and disliked ones got worse")
+    assert verdict(thumbs(0.01, 0.06)).startswith("the labels were not learned, disliked outputs gained more")
+    assert verdict(thumbs(0.02, 0.02)).startswith("no difference between liked and disliked outputs")
+    assert verdict(thumbs(0.05, -0.02), seen=True).startswith("the training labels were learned, perhaps by heart")
+    assert verdict(thumbs(-0.2, -0.4)).startswith("the model is broken, its error is")

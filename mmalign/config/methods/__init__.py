@@ -64,6 +64,7 @@ __all__ = [
     "StepPreferenceConfig",
     "ThumbsMethodConfig",
     "find_method",
+    "learns_from_thumbs",
 ]
 
 # The methods of each modality.
@@ -111,3 +112,12 @@ def find_method(name: str) -> tuple[str, type[MethodConfig]]:
         return config.modality, config
     check_known("method.name: there is no method", name, _BY_NAME)
     return _BY_NAME[name]
+
+
+def learns_from_thumbs(name: str) -> bool:
+    """Return whether the method called `name` learns from single outputs with labels.
+
+    Raises:
+        ValueError: no method has that name.
+    """
+    return issubclass(find_method(name)[1], ThumbsMethodConfig)

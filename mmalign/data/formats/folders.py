@@ -65,7 +65,8 @@ def side_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
         location = f"{folder.name}: {name}"
         missing = [side.name for side, by_name in zip(sides, images, strict=True) if name not in by_name]
         if missing:
-            yield SkippedRow(location, f"has no image in {missing[0]}/; both need the same name", "missing image")
+            reason = f"has no image in {missing[0]}/; both need the same name (for method diffusion_kto they do not)"
+            yield SkippedRow(location, reason, "missing image")
             continue
         files = [by_name[name] for by_name in images]
         try:

@@ -2,15 +2,14 @@
 
 As in arXiv:2311.12908, section 5.3, a pair is right if the model's score prefers the chosen image or response by more
 than the base model's does. An image has the denoising score, averaged over several draws of time and noise. A response
-has its log-probability. A tie (`statistics.ties`) is half right, as in the training log, so an unchanged model has
-accuracy 1/2. The ratio of ties is reported beside it.
+has its log-probability. Of a list the best and the worst output are the pair. A tie (`statistics.ties`) is half right,
+as in the training log, so an unchanged model has accuracy 1/2. The ratio of ties is reported beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -93,14 +92,37 @@ def image_scores(family: TextToImage) -> Score[EncodedPairs]:
 
     def score(batch: EncodedPairs, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
         view = _denoising.noise_pairs(family, batch, 0.0, rng, index)
-        return partial(_denoising.denoising_scores, family, view=view)
+
+        def run(net: nn.Module) -> Scores:
+            return _sides(_denoising.denoising_scores(family, net, view, ["outputs"])["outputs"], batch)
+
+        return run
 
     return score
 
 
 def response_scores(family: VisionLanguage) -> Score[EncodedResponses]:
     """Return a function that computes log-probabilities of whole responses, in nats, without random numbers."""
-    return lambda batch, rng, index: partial(_responses.response_scores, family, batch=batch)
+
+    def score(batch: EncodedResponses, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
+        views = [f"{number}" for number in range(len(batch.tokens.ids) // len(batch.rows))]
+
+        def run(net: nn.Module) -> Scores:
+            each = _responses.response_scores(family, net, batch, views=views)
+            return _sides(torch.cat([each[view] for view in views]), batch)
+
+        return run
+
+    return score
+
+
+def _sides(scores: Tensor, batch: EncodedPairs | EncodedResponses) -> Scores:
+    """Return the scores [B] of both sides of pairs, or of the best and the worst output of lists, from all [KB]."""
+    each = scores.reshape(-1, len(batch.rows))
+    last = torch.ones_like(batch.weights, dtype=torch.long)
+    if batch.scores is not None:
+        last = ((~batch.scores.isnan()).sum(1) - 1).clamp(min=1)  # lists come best first
+    return {"chosen": each[0], "rejected": each.gather(0, last[None])[0]}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from mmalign.methods import Requirements
 from mmalign.modalities import Example
 
 SMALL = 512  # pixels of a side to which a card that is too small may go down
+NUM_READ = 32  # lists whose lengths are read
 BYTES = 4  # of a number in the caches, float32
 
 
@@ -33,17 +34,20 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
     unconditional = family.unconditional() if source is None else family.unconditional_edits(source)
     per_row = {SOURCE: latents.mean} if source is not None else {}
 
+    outputs = _num_outputs(needs, splits)
+
     def batch(number: int) -> EncodedPairs:
-        repeated = [latents] * 2 * number
+        repeated = [latents] * outputs * number
         return EncodedPairs(
             rows=list(range(number)),
             latents=Moments(torch.cat([x.mean for x in repeated]), torch.cat([x.std for x in repeated])),
             text=Conditioning({**text.tensors, **per_row}).repeat(number),
             unconditional=Conditioning({**unconditional.tensors, **per_row}).expand(number),
-            sizes=torch.tensor([[height, width, 0, 0, height, width]] * 2 * number),
+            sizes=torch.tensor([[height, width, 0, 0, height, width]] * outputs * number),
             weights=torch.ones(number),
             rejected_text=Conditioning({**text.tensors, **per_row}).repeat(number) if needs.prompt_pairs else None,
             prompts=["a prompt"] * number,
+            scores=torch.arange(outputs, 0, -1.0).expand(number, outputs),
         )
 
     # Caches, and encoders that are not needed once they are filled
@@ -55,7 +59,7 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
         caches["text"] = _num_bytes(text) * number
         leaving = [name for name, _ in family.encoders() if name != "vae"]
         if data.crop == "center" and not needs.generates:
-            images = (2 if source is None else 3) * (1 + data.flip) * _num_pairs(splits)
+            images = (outputs + (source is not None)) * (1 + data.flip) * _num_pairs(splits)
             caches["latents"] = 2 * BYTES * latents.mean[0].numel() * images  # means and deviations
             leaving += [] if needs.vae_decoder else ["vae"]
     assert isinstance(recipe.model, ImageModel)
@@ -70,6 +74,13 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
 def _has_sources(family: TextToImage, splits: Splits | None) -> bool:
     """Return whether pairs have source images; without pairs, whether the model edits."""
     return family.editing is not None and (splits is None or splits[0][0].source is not None)
+
+
+def _num_outputs(needs: Requirements, splits: Splits | None) -> int:
+    """Return the most images of a row, by the first rows."""
+    if needs.learning != "lists":
+        return 1 if needs.learning == "thumbs" else 2
+    return 4 if splits is None else max(len(row.outputs) for row in splits[0][:NUM_READ])
 
 
 def _num_bytes(text: Conditioning) -> int:

@@ -25,7 +25,7 @@ from mmalign.modalities.text_to_image.evaluate import sources_of
 from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
 from mmalign.synthesis.unfinished import is_written, unfinished
-from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
+from mmalign.synthesis.write_image_pairs import best_of_each, write_lists, write_pairs, write_prompt_pairs
 from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     A pair is the best and the worst image of one prompt. It is written if the preference probability (the logistic
     function of the difference of rewards) reaches `prepare.min_confidence`. With `prepare.prompt_pairs` a pair is the
     best images of two prompts; under each prompt its own image must reach that probability. The file has the layout of
-    Pick-a-Pic v2.
+    Pick-a-Pic v2. With `prepare.keep_all` it has lists of all images with their scores, in the layout of rankings.
 
     Raises:
         ValueError: a function for responses is given, the file exists, or no pair is sure enough; the next run then
@@ -79,9 +79,9 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
 
     num_kept, num_groups = _write_sure(path, section, reward_model, repeated, images, scores)
     processes.gather(None)
-    noun = "prompt pairs" if section.prompt_pairs else "prompts"
+    noun, made = "prompt pairs" if section.prompt_pairs else "prompts", "lists" if section.keep_all else "pairs"
     logger.info(
-        f"{path}: {num_kept} pairs of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"
+        f"{path}: {num_kept} {made} of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"
     )
     return path
 
@@ -99,7 +99,8 @@ def _write_sure(
     if not section.prompt_pairs:
         read = [source.read() for source in sources] if sources is not None else None
         sure = section.min_confidence
-        return write_pairs(path, texts, images, scores, group=number, min_confidence=sure, sources=read)
+        write = write_lists if section.keep_all else write_pairs
+        return write(path, texts, images, scores, group=number, min_confidence=sure, sources=read)
     best, asked_for = best_of_each(scores, number), texts[::number]
     shown, swapped = [images[i] for i in best], [asked_for[i ^ 1] for i in range(len(asked_for))]
     # In one call, so that votes compare the two images of a prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -76,4 +77,8 @@ def _usual_pairs(needs: Requirements) -> list[ResponsePair]:
     chosen, rejected = ("word " * WORDS + end for end in ("one.", "two."))
     others = (image,) if needs.other_images else ()
     turns = (Turn("user", "<image>Describe the image."),)
-    return [ResponsePair(0, turns, chosen, rejected, (image,), (image,), others, "a usual pair", "usual")]
+    pair = ResponsePair(0, turns, chosen, rejected, (image,), (image,), others, "a usual pair", "usual")
+    if needs.learning == "pairs":
+        return [pair]
+    is_thumb = needs.learning == "thumbs"
+    return [replace(pair, rejected="" if is_thumb else rejected, scores=(1.0,) if is_thumb else (1.0, 0.0))]
