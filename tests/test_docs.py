@@ -351,7 +351,7 @@ def test_measured_tables_are_found() -> None:
 
 @for_each(measured_tables())
 def test_measured_table_matches_its_source(piece: Piece) -> None:
-    """Compare changes with the JSON of `mmalign compare`: a column is one measure, and bold means without 0."""
+    """Compare changes with the JSON of `mmalign compare`: a column is one measure, and bold one beyond chance."""
     name, *lines = piece.text.splitlines()
     rows = json.loads(read(ROOT / name))
     possible: dict[int, set[tuple[str, int | None]]] = {}  # from a column to the measures that fit all its cells so far
@@ -372,8 +372,13 @@ def measures_of(rows: list[Any], method: str, cell: str, *, bold: bool) -> set[t
         for row in rows
         if row["method"] == method
         for label, values in row["measures"].items()
-        if in_points(change := values["change"]) == cell and bold == (change["low"] > 0 or change["high"] < 0)
+        if in_points(change := values["change"]) == cell and bold == is_beyond_chance(change)
     }
+
+
+def is_beyond_chance(change: dict[str, float]) -> bool:
+    """Tell whether a change survives the correction; in tables made without one, whether its interval excludes 0."""
+    return change["p_holm"] < 0.05 if "p_holm" in change else change["low"] > 0 or change["high"] < 0
 
 
 def in_points(change: dict[str, float]) -> str:
