@@ -122,15 +122,19 @@ def compare_images(
         for sample, source in zip(samples, sources, strict=True):
             sample[SOURCE] = source.location
     result, table = _compare(section.benchmark, samples)
-    score_name = "share of the prompt's parts that are right"
-    if section.benchmark == "preference" and section.reward is not None:
-        names = [Path(judge.path).name for judge in reward_models(section.reward)]
-        score_name = f"score by the reward model {names[0]}"
-        if len(names) > 1:
-            score_name = f"score by the reward models {', '.join(names)} ({section.combine})"
-    content = {"of": identity, "score": score_name, "table": table, "samples": samples}
+    content = {"of": identity, "score": _score_name(section), "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return {"benchmark": section.benchmark, "model": recipe.model.path, "method": recipe.method.name, **result}, table
+
+
+def _score_name(section: EvaluateImages) -> str:
+    """Return the meaning of an image's score."""
+    if section.benchmark != "preference" or section.reward is None:
+        return "share of the prompt's parts that are right"
+    names = [Path(judge.path).name for judge in reward_models(section.reward)]
+    if len(names) == 1:
+        return f"score by the reward model {names[0]}"
+    return f"score by the reward models {', '.join(names)} ({section.combine})"
 
 
 def _write_sources(family: TextToImage, sources: Sequence[ImageRef], sampling: SamplingConfig, folder: Path) -> None:
