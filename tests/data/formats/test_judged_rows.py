@@ -1,5 +1,6 @@
 """Rows of one output with a label, and of several with scores, from every layout that has them."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from mmalign.config import ImageSize
 from mmalign.data.formats.images import check_source, open_pairs
@@ -19,6 +21,7 @@ from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.sampler import Balance, EpochSampler
 from mmalign.data.pairs import ImagePair, Pairs, pair_key
 from mmalign.data.shapes import Shapes
+from mmalign.synthesis.write_image_pairs import write_lists
 from tests.helpers import data_files
 
 
@@ -144,6 +147,16 @@ def test_rows_of_one_image_with_scores_are_lists_of_their_prompts(folder: Path) 
     rows += [{"prompt": "b", "image": f"{n}.png", "score": 1} for n in (3, 4)]
     pairs = open_pairs("auto", written(folder, rows), learning="lists")
     assert images(pairs) == [([2, 1, 0], (1.0, 0.5, 0.0))] and pairs.ties == 1
+
+
+def test_prepared_lists_are_read_best_first(tmp_path: Path) -> None:
+    """The second prompt's images are too close to be sure of."""
+    images = [Image.open(io.BytesIO(data_files.png(seed))) for seed in range(4)]
+    path, scores = tmp_path / "lists.parquet", [0.0, 3.0, 1.0, 1.1]
+    kept = write_lists(path, ["a", "a", "b", "b"], images, scores, group=2, min_confidence=0.9)
+    (row,) = open_pairs("auto", str(path), learning="lists")
+    assert kept == (1, 2) and row.scores == (3.0, 0.0)
+    assert Image.open(io.BytesIO(row.outputs[0].read())).tobytes() == images[1].tobytes()
 
 
 def test_another_score_makes_another_row(folder: Path) -> None:
