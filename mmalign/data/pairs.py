@@ -21,12 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, Literal, NamedTuple, NoReturn, Protocol, overload
+from typing import Generic, Literal, NoReturn, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypeVar
 
+from mmalign.data.label import NO_LABEL, Label, with_label
 from mmalign.language.chat import Turn
 
 
@@ -64,25 +65,6 @@ class ImageRef:
 
 def _raise_read_again(locate: Callable[[], str]) -> NoReturn:
     raise AssertionError(f"{locate()}: the image of an encoded pair is in its batch, and is not read again")
-
-
-class Label(NamedTuple):
-    """Label of a pair.
-
-    Attributes:
-        preference: the probability that the chosen side is the better one.
-        margin: the size that the logit has to exceed.
-        weight: the factor of the pair's loss.
-        annotator: the annotator's name, or "".
-    """
-
-    preference: float = 1.0
-    margin: float = 0.0
-    weight: float = 1.0
-    annotator: str = ""
-
-
-NO_LABEL = Label()
 
 
 @dataclass(frozen=True)
@@ -138,7 +120,7 @@ class ImagePair:
     @property
     def identity(self) -> tuple[str, ...]:
         """Content and label."""
-        return _with_label(self.content, self.label)
+        return with_label(self.content, self.label)
 
 
 @dataclass(frozen=True)
@@ -191,7 +173,7 @@ class ResponsePair:
     @property
     def identity(self) -> tuple[str, ...]:
         """Content and label."""
-        return _with_label(self.content, self.label)
+        return with_label(self.content, self.label)
 
 
 def output_names(number: int, scores: Sequence[float]) -> list[str]:
@@ -201,10 +183,6 @@ def output_names(number: int, scores: Sequence[float]) -> list[str]:
     if number == 1:
         return ["liked" if scores[0] > 0 else "disliked"]
     return [f"{place}. (score {score:g})" for place, score in enumerate(scores, start=1)]
-
-
-def _with_label(content: tuple[str, ...], label: Label) -> tuple[str, ...]:
-    return (*content, repr(tuple(label))) if label != NO_LABEL else content
 
 
 P = TypeVar("P", default=ImagePair, covariant=True)

@@ -28,16 +28,8 @@ from mmalign.data.formats.image_layouts import (
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
 from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow, uncollected
-from mmalign.data.pairs import (
-    ImagePair,
-    ImageRef,
-    Label,
-    Pairs,
-    SkippedRow,
-    UnusableRowError,
-    output_names,
-    stable_hash,
-)
+from mmalign.data.label import Label
+from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow, UnusableRowError, output_names, stable_hash
 
 Columns = Mapping[str, str]
 Sources = Literal["required", "optional"]

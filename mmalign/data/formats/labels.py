@@ -15,7 +15,8 @@ import math
 from typing import NamedTuple
 
 from mmalign.data.formats.files import Record, as_text, read_number, shorten
-from mmalign.data.pairs import Label, UnusableRowError
+from mmalign.data.label import Label
+from mmalign.data.pairs import UnusableRowError
 
 LABELS = ("preference", "margin", "weight", "annotator")
 SCORES = ("score_chosen", "score_rejected")

@@ -43,7 +43,8 @@ from mmalign.data.formats.conversations import LAYOUTS, THUMBS, ParsedRow, Parse
 from mmalign.data.formats.image_files import Image, ImageReader, image_name, shorten_name
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
 from mmalign.data.formats.layouts import AUTO, Learning, check_files, layouts_for, open_layout
-from mmalign.data.pairs import ImageRef, Label, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
+from mmalign.data.label import Label
+from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import IMAGE, Turn
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.data.pairs import NO_LABEL, ImagePair, ResponsePair
+from mmalign.data.label import NO_LABEL
+from mmalign.data.pairs import ImagePair, ResponsePair
 from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Moments
 from mmalign.language.tokens import Tokens
 from mmalign.losses.wrappers import Labels

@@ -11,8 +11,9 @@ import pytest
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.formats.labels import Margins
 from mmalign.data.formats.responses import open_responses
+from mmalign.data.label import NO_LABEL, Label
 from mmalign.data.loaders.batches import collate_labels
-from mmalign.data.pairs import NO_LABEL, Label, fingerprint_pairs, pair_key
+from mmalign.data.pairs import fingerprint_pairs, pair_key
 from tests.helpers.data_files import png, write_jsonl
 
 LABEL = {"preference": 0.7, "margin": -0.5, "weight": 2, "annotator": "kim"}
