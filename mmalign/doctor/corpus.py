@@ -102,9 +102,11 @@ class Case:
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
-        """All images of the pair."""
-        others = self.pair.other_images if isinstance(self.pair, ResponsePair) else ()
-        return tuple(dict.fromkeys((*self.chosen.images, *self.rejected.images, *others)))
+        """All images of the pair, each once."""
+        pair = self.pair
+        if isinstance(pair, ImagePair):
+            return tuple(dict.fromkeys(pair.images))
+        return tuple(dict.fromkeys((*pair.images, *pair.rejected_images, *pair.other_images)))
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def survey(sources: Sequence[tuple[str, Pairs[Any]]], inputs: RecipeInputs) -> C
                 for text in _image_prompts(row):
                     prompts.setdefault((split, text), Prompt(text, split, row.location))
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                chunk = list(pool.map(partial(_examine, split), (row for row in rows if _kind(row) != "prompts")))
+                chunk = list(pool.map(partial(examine, split), (row for row in rows if _kind(row) != "prompts")))
             for case, seen in chunk:
                 cases.append(case)
                 pictures.update(seen)
@@ -189,13 +191,13 @@ def _image_prompts(row: ImagePair | ResponsePair | PromptRow) -> list[str]:
     return [row.prompt, *filter(None, [second])]
 
 
-def _examine(split: str, pair: ImagePair | ResponsePair) -> tuple[Case, dict[str, Picture]]:
+def examine(split: str, pair: ImagePair | ResponsePair) -> tuple[Case, dict[str, Picture]]:
     """Return a pair as the checks see it, and the facts of its images."""
     if isinstance(pair, ImagePair):
         two = bool(pair.rejected_prompt)
         prompt = "" if two else pair.prompt
         chosen = Side(pair.prompt if two else "", (pair.chosen,))
-        rejected = Side(pair.rejected_prompt, pair.images[1:][-1:])
+        rejected = Side(pair.rejected_prompt, pair.outputs[1:][-1:])
     else:
         prompt = "\n".join(f"{turn.role}: {turn.text}" for turn in pair.turns)
         chosen, rejected = (

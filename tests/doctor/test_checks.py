@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 
-from mmalign.data.pairs import ImageRef, ResponsePair
+from mmalign.data.pairs import ImagePair, ImageRef, ResponsePair
 from mmalign.doctor.checks.preferences import contradictions, cycles
 from mmalign.doctor.checks.sizes import length_bias
-from mmalign.doctor.corpus import Case, Corpus, NotChecked, RecipeInputs, Side, nearly_same_text, normalize
+from mmalign.doctor.corpus import Case, Corpus, NotChecked, RecipeInputs, Side, examine, nearly_same_text, normalize
 from mmalign.language.chat import Turn
 
 NONE = NotChecked("")
@@ -99,3 +99,19 @@ def test_length_bias_needs_a_clear_majority() -> None:
     assert length_bias(corpus(*[longer] * 30, groups=["one"] * 30)) == NotChecked(
         "1 groups of pairs are too few; 10 are needed"
     )
+
+
+def test_a_response_alone_has_no_length_to_compare() -> None:
+    alone = corpus(*[("a long text", "")] * 20)
+    assert length_bias(alone) == NotChecked("0 groups of pairs are too few; 10 are needed")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_source_of_an_edit_is_no_side_and_every_image_of_a_list_is_examined(number: int) -> None:
+    names = ["best", "second", "worst"][:number]
+    outputs, source = [ImageRef(name, partial(str, name), bytes) for name in names], ImageRef("source", str, bytes)
+    scores = () if number == 2 else tuple(float(number - n) for n in range(number))
+    pair = ImagePair(0, "p", tuple(outputs), partial(str, "row 1"), "g", source=source, scores=scores)
+    case, _ = examine("training", pair)
+    assert case.rejected.images == tuple(outputs[1:][-1:])
+    assert case.images == (*outputs, source)

@@ -31,19 +31,20 @@ def length_bias(corpus: Corpus) -> list[Place] | NotChecked:
     """Return one place if the longer or the shorter response is chosen more often than chance explains.
 
     The 95 % interval of the share of pairs with the longer response chosen must lie outside 45 to 55 %. Groups of pairs
-    are independent observations; pairs of equal length count one half.
+    are independent observations; pairs of equal length count one half. Rows of one response compare nothing.
     """
-    groups = [case.pair.group for case in corpus.cases]
+    cases = [case for case in corpus.cases if case.rejected.text]
+    groups = [case.pair.group for case in cases]
     if len(set(groups)) < _MIN_GROUPS:
         return NotChecked(f"{len(set(groups))} groups of pairs are too few; {_MIN_GROUPS} are needed")
-    outcomes = [_longer(case) for case in corpus.cases]
+    outcomes = [_longer(case) for case in cases]
     excess = paired_difference([0.5] * len(outcomes), outcomes, groups)
     if excess.high >= -_MIN_EXCESS and excess.low <= _MIN_EXCESS:
         return []
     side, sign = ("longer", 1) if excess.estimate > 0 else ("shorter", -1)
     share, *ends = (min(1.0, 0.5 + sign * value) for value in (excess.estimate, excess.low, excess.high))
     interval = Interval(share, *sorted(ends)).points(signed=False)
-    chosen, rejected = (sum(lengths) / len(outcomes) for lengths in zip(*map(_lengths, corpus.cases), strict=True))
+    chosen, rejected = (sum(lengths) / len(outcomes) for lengths in zip(*map(_lengths, cases), strict=True))
     return [
         Place(
             f"all {len(outcomes):,} pairs",
