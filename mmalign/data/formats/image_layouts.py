@@ -161,6 +161,8 @@ def _read_ranking(location: str, record: Record) -> Parsed:
         )
         raise UnusableRowError(f"{came}; expected a list of images, and one as long of ranks or preferences")
     prompt, sides = required_text(record, "prompt"), [_side(image) for image in images]
+    if len(sides) < 2:
+        raise UnusableRowError("has the only image of its prompt; expected several to compare")
     if len(sides) > MAX_IMAGES:
         raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
     first, last = worths[0], worths[-1]

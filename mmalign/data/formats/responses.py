@@ -221,8 +221,13 @@ def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
     """
     selected, ties = list[ParsedRow | UnusableRowError](), 0
     for row in rows:
-        if isinstance(row, UnusableRowError) or len(row.responses) == 1:
+        if isinstance(row, UnusableRowError):
             selected.append(row)
+            continue
+        if len(row.responses) == 1:
+            judged = learning == "pairs" or row.scores  # answers alone are for methods without rejected ones
+            reason = "has an answer alone; expected several responses, or one with a label"
+            selected.append(row if judged else UnusableRowError(reason))
             continue
         scores = row.scores or (1.0, 0.0)
         if learning == "pairs" and row.scores:

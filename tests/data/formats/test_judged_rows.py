@@ -142,6 +142,17 @@ def test_rankings_are_lists_best_first(folder: Path) -> None:
     assert images(pairs) == [([2, 0, 1], (-1.0, -2.0, -3.0)), ([4, 3], (-1.0, -2.0))]
 
 
+@pytest.mark.parametrize("learning", ["pairs", "thumbs", "lists"])
+def test_a_ranking_of_one_image_is_dropped_by_name(learning: Any, folder: Path) -> None:
+    rows = [
+        {"prompt": "a", "image_path": ["0.png", "1.png"], "rank": [1, 2]},
+        {"prompt": "b", "image_path": ["2.png"], "rank": [1]},
+    ]
+    pairs = open_pairs("rankings", written(folder, rows), learning=learning, cut_pairs=learning == "thumbs")
+    assert {row.prompt for row in pairs} == {"a"}
+    assert [row.reason for row in pairs.skipped] == ["has the only image of its prompt; expected several to compare"]
+
+
 def test_rows_of_one_image_with_scores_are_lists_of_their_prompts(folder: Path) -> None:
     rows = [{"prompt": "a", "image": f"{n}.png", "score": n / 2} for n in range(3)]
     rows += [{"prompt": "b", "image": f"{n}.png", "score": 1} for n in (3, 4)]
@@ -292,3 +303,11 @@ def test_bad_lists_are_dropped_by_name(more: dict[str, Any], reason: str, folder
 def test_pairs_are_lists_of_two(folder: Path) -> None:
     (row,) = open_responses("auto", written(folder, [ROW | {"chosen": "A", "rejected": "B"}]), learning="lists")
     assert (row.responses, row.scores) == (("A", "B"), (1.0, 0.0))
+
+
+@pytest.mark.parametrize("learning", ["thumbs", "lists"])
+def test_an_answer_alone_is_no_judged_row(learning: Any, folder: Path) -> None:
+    path = written(folder, [ROW | {"answer": "A cube."}])
+    with pytest.raises(ValueError, match="has an answer alone; expected several responses"):
+        open_responses("answers", path, learning=learning, cut_pairs=learning == "thumbs")
+    assert len(open_responses("answers", path)) == 1
