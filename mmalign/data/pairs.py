@@ -316,54 +316,25 @@ class Pairs(Sequence[P], Generic[P]):
             why = f": {format_rows(self.skipped)}" if self.skipped else ""
             missing = sum(row.defect == "missing image" for row in self.skipped) * 2 > len(self.skipped)
             raise ValueError(
-                f"data.path: {self.source} has no pair to learn from ({_count(self.ties, 'tie')}, "
-                f"{_count(len(self.skipped), 'row')} dropped{why}); expected rows {expected}"
+                f"data.path: {self.source} has no pair to learn from ({count(self.ties, 'tie')}, "
+                f"{count(len(self.skipped), 'row')} dropped{why}); expected rows {expected}"
                 + ("; data.images names the folder of the images" if missing else "")
             )
 
     def summary(self) -> str:
         """Return one paragraph with the numbers of pairs, groups, ties and skipped rows."""
         groups = len(set(self.groups()))
-        text = f"{_count(len(self), 'pair')} in {_count(groups, 'group')} from {self.source}"
+        text = f"{count(len(self), 'pair')} in {count(groups, 'group')} from {self.source}"
         if self.layout:
             text += f", read as {self.layout}; data.format and data.columns name others"
         if self.unread:
             names = ", ".join(self.unread)
             text += f"; nothing reads {'column' if len(self.unread) == 1 else 'columns'} {names:.300}"
         if self.ties:
-            text += f"; {_count(self.ties, 'tie')} left out"
+            text += f"; {count(self.ties, 'tie')} left out"
         if self.skipped:
-            text += f"; {_count(len(self.skipped), 'row')} dropped ({format_rows(self.skipped)})"
+            text += f"; {count(len(self.skipped), 'row')} dropped ({format_rows(self.skipped)})"
         return text + "."
-
-
-def split(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P] | None]:
-    """Return (training, validation), as `split_by_group` does; a fraction of 0 has no validation split."""
-    return split_by_group(pairs, fraction, seed) if fraction else (pairs, None)
-
-
-def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P], Pairs[P]]:
-    """Split the pairs by group into (training, validation).
-
-    A group's side depends on its name and the seed alone. Adding data therefore moves no pair to the other side, and
-    the validation share is `fraction` only on average. A side that would be empty gets one group.
-
-    Raises:
-        ValueError: `fraction` is not between 0 and 1, or there is one group only.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"data.validation_fraction: {fraction} is not a share; expected a number between 0 and 1")
-    groups = pairs.groups()
-    hashes = {g: stable_hash(str(seed), "hold out", g) for g in groups}
-    if len(hashes) < 2:
-        raise ValueError(
-            f"data.validation_fraction: {pairs.source} has {_count(len(hashes), 'group')}, which cannot be split; "
-            "expected data.group_by with a column of more values, or a fraction of 0"
-        )
-    first, *middle, _ = sorted(hashes, key=lambda g: (hashes[g], g))  # the last one is always for training
-    held_groups = {first, *(g for g in middle if hashes[g] < fraction * 2**63)}
-    held = np.array([g in held_groups for g in groups], dtype=bool)
-    return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
 
 
 def pair_key(pair: Row) -> str:
@@ -401,5 +372,6 @@ def format_rows(dropped: Sequence[SkippedRow], most: int = 3) -> str:
     return f"{same:,} for one reason: {text}" if more > 0 and len(numbers) > 1 < same else text
 
 
-def _count(number: int, word: str) -> str:
+def count(number: int, word: str) -> str:
+    """Return "1 pair", "2 pairs" and so on."""
     return f"{number:,} {word}" + ("" if number == 1 else "s")

@@ -98,7 +98,7 @@ def test_too_many_bad_images_end_the_run(
 def test_held_out_pairs_are_looked_at_before_training_too(mmalign: Commands, content: Content, pairs: Path) -> None:
     """Else the first checkpoint would find out, and its updates be lost."""
     from mmalign.data.formats.images import open_pairs
-    from mmalign.data.pairs import split_by_group
+    from mmalign.data.splits import split_by_group
 
     data_files.pick_a_pic(pairs, number=12)
     _, validation = split_by_group(open_pairs("pick_a_pic", str(pairs)), 0.4, 0)

@@ -25,8 +25,9 @@ from mmalign.data.loaders.encoder import Encoder, text_key
 from mmalign.data.loaders.image_pairs import ImagePairReader
 from mmalign.data.loaders.prompts import PromptReader
 from mmalign.data.loaders.sampler import check_max_bad
-from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows, split
+from mmalign.data.pairs import ImagePair, Pairs, SkippedRow, format_rows
 from mmalign.data.shapes import Shapes, buckets, measure, summarize_cuts
+from mmalign.data.splits import split
 from mmalign.families.base import TextToImage
 from mmalign.families.editing import not_editing
 from mmalign.methods import Requirements

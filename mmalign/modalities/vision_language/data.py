@@ -17,7 +17,7 @@ from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.response_pairs import ResponsePairReader
 from mmalign.data.loaders.response_pairs import encode as encode_responses
 from mmalign.data.loaders.sampler import check_max_bad
-from mmalign.data.pairs import split
+from mmalign.data.splits import split
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements
 from mmalign.modalities import loading

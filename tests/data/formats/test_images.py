@@ -17,7 +17,8 @@ from PIL import Image
 
 from mmalign.data.formats.images import check_source, open_pairs
 from mmalign.data.images import decode
-from mmalign.data.pairs import Pairs, split_by_group
+from mmalign.data.pairs import Pairs
+from mmalign.data.splits import split_by_group
 
 
 def png(level: int) -> bytes:

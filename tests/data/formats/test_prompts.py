@@ -8,7 +8,7 @@ from mmalign.data.formats.images import open_pairs
 from mmalign.data.formats.prompts import Prompt, open_prompts, read_prompt_rows, unique_prompts
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.prompts import PromptReader
-from mmalign.data.pairs import split_by_group
+from mmalign.data.splits import split_by_group
 from mmalign.toy.scenes import sample_prompts
 from tests.helpers import data_files
 

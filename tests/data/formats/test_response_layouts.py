@@ -12,7 +12,7 @@ import pytest
 from mmalign.data.formats.conversations import LAYOUTS
 from mmalign.data.formats.layouts import find_layout
 from mmalign.data.formats.responses import open_responses
-from mmalign.data.pairs import split_by_group
+from mmalign.data.splits import split_by_group
 from mmalign.language.chat import Turn
 from tests.helpers import data_files
 

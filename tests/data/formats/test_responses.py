@@ -12,7 +12,8 @@ import pytest
 
 from mmalign.data.formats.responses import check_source, open_responses
 from mmalign.data.images import decode
-from mmalign.data.pairs import Pairs, ResponsePair, split_by_group
+from mmalign.data.pairs import Pairs, ResponsePair
+from mmalign.data.splits import split_by_group
 from mmalign.language.chat import Turn
 from tests.helpers import data_files
 
