@@ -129,7 +129,12 @@ def init(
     draft.known.append(f"Data: {pairs.summary()}")
     _fit_machine(draft)
     _fit_memory(draft, overrides, memory_of_card(memory))
-    tree = override(draft.tree, overrides)
+    _write(draft, override(draft.tree, overrides), kind, settings, output)
+    return output
+
+
+def _write(draft: _Draft, tree: dict[str, Any], kind: str, settings: Settings, output: Path) -> None:
+    """Check the recipe, write its file, and log what is known and unknown."""
     checked = load_recipe(tree)
     try:
         with muted():
@@ -146,7 +151,6 @@ def init(
     for sentence in draft.unknown:
         logger.info(f"Unknown: {sentence}")
     logger.info(f"{output} is written; read it, then: mmalign train {output}")
-    return output
 
 
 # ---------------------------------------------------------------------------------------------------------- recognition
