@@ -10,7 +10,7 @@ from mmalign.data.data_module import Splits
 from mmalign.evaluation.benchmarks import implicit_reward
 from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Measure, Result, modality_of
-from mmalign.policy import Policy
+from mmalign.policy import FrozenCopy, Policy
 
 
 def implicit_reward_benchmark(
@@ -29,9 +29,11 @@ def implicit_reward_benchmark(
     seed = recipe.evaluate.seed if recipe.evaluate is not None else 0
 
     def measure(policy: Policy[Any], *_: object) -> Result:
+        batches = validation_batches(recipe, policy, splits, Requirements())
+        move_beside_family(policy)
         report = implicit_reward.accuracy(
             policy,
-            validation_batches(recipe, policy, splits, Requirements()),
+            batches,
             scores(policy.family),
             groups=groups_by_row(splits),
             num_noise_samples=num_noise_samples,
@@ -40,6 +42,14 @@ def implicit_reward_benchmark(
         return report.as_dict(), report.table()
 
     return measure
+
+
+def move_beside_family(policy: Policy[Any]) -> None:
+    """Move the policy's networks to the device of the family's, which `model.offload` moves after a stage."""
+    device = next(policy.family.network.parameters()).device
+    copies = [policy.reference.model] if isinstance(policy.reference, FrozenCopy) else []
+    for net in (policy.unwrapped, *copies):
+        net.to(device)
 
 
 def check_implicit(recipe: Recipe) -> None:

@@ -152,7 +152,7 @@ def adapter_names(path: str) -> list[str]:
     from peft.utils import load_peft_weights
 
     check_adapter_path(path)
-    with intact("model.adapter", path, "adapters of peft"):
+    with intact("model.adapter", path, "adapters of peft"), tensors_only():
         return list(load_peft_weights(path, device="cpu"))
 
 

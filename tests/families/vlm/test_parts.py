@@ -15,6 +15,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.config import DecodingConfig
 from mmalign.families.lora import adapter_layers
+from mmalign.families.vlm.export import adapter_names
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.methods import requirements_of
 from mmalign.modalities import modality_of
@@ -177,3 +178,10 @@ def test_a_run(name: str, vlm_folders: Folders, tmp_path: Path, caplog: pytest.L
     splits = modality_of(recipe).open_pairs(recipe, requirements_of(recipe.method))
     memory = estimate(recipe, splits, on_card=True)
     assert not memory.leaving and "features" not in memory.cache_bytes
+
+
+def test_names_of_a_pickled_adapter_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    torch.save({"layer.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="pickle"):
+        adapter_names(str(tmp_path))
