@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from PIL import Image
+from pydantic import PositiveInt
 from torch import Tensor
 
 from mmalign.families.base import VisionLanguage
@@ -22,7 +24,7 @@ from mmalign.rewards import BatchConfig
 class AskingConfig(BatchConfig):
     """Options of a judge that asks a vision-language model."""
 
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Questions that go through the network at once."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and computation."""
@@ -133,7 +135,5 @@ def check_question(question: str, names: Sequence[str]) -> str:
 
 
 def fill(question: str, **texts: str) -> str:
-    """Put texts in the places of a question."""
-    for name, text in texts.items():
-        question = question.replace(f"{{{name}}}", text)
-    return question
+    """Put texts in the places of a question; a place that a text itself names, such as {second}, stays as it is."""
+    return re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), question)

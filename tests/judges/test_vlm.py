@@ -11,7 +11,7 @@ from torch import Tensor
 from mmalign.config import RewardConfig
 from mmalign.judges import vlm as ask
 from mmalign.judges import vlm_pairs
-from mmalign.judges._asking import Asker
+from mmalign.judges._asking import Asker, fill
 from mmalign.language.chat import IMAGE
 from mmalign.modalities.loading import build_reward_model
 from mmalign.rewards import load_response_judge, load_reward_model, reward_config
@@ -113,7 +113,15 @@ def test_a_folder_is_loaded_and_its_scores_are_stored(vlm_folders: Folders, tmp_
     assert len(list(scores.glob("*.jsonl"))) == 1  # comparisons depend on the company
 
 
+def test_a_text_may_name_places() -> None:
+    """An answer that contains {second} is judged as it is."""
+    question = fill("{first} {second} {other}", first="{second}", second="{first}")
+    assert question == "{second} {first} {other}"
+
+
 def test_slips_end_in_a_sentence(llava: Any, tiny_clip: Any) -> None:
+    with pytest.raises(ValueError, match=r"reward vlm: batch_size: .* greater than 0, got 0"):
+        reward_config("vlm", {"batch_size": 0})
     with pytest.raises(ValueError, match=r"reward vlm: question: .*has no \{prompt\}"):
         reward_config("vlm", {"question": "Is it nice?"})
     with pytest.raises(ValueError, match=r"reward vlm_pairs: response_question: .*has no \{second\}"):

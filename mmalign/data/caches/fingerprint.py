@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +110,8 @@ def fingerprint_judge(name: str, path: str, options: Mapping[str, object]) -> st
     files = [source_file(code) for code in (name, path if name == "function" else "") if is_outside(code)]
     if None in files:
         return None
-    for place in (Path(locate(named)) for named in (path, *options.values()) if isinstance(named, str)):
+    named = [locate(text) for text in (path, *options.values()) if isinstance(text, str) and text]
+    for place in (Path(name) for name in named if os.path.exists(name)):  # Path.exists fails for a long question
         files += [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
     contents = {str(file): _content(file) for file in files if file is not None}
     return fingerprint_settings({"name": name, "path": path, "options": options, "files": contents})

@@ -60,6 +60,16 @@ def test_a_failing_judge_loses_no_score(tmp_path: Path) -> None:
     assert (failing.judged, rest.judged) == (2 * CHUNK, CHUNK)
 
 
+def test_a_question_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question may be longer than a file's name, and an empty option does not name the current folder."""
+    monkeypatch.chdir(tmp_path)
+    options = {"question": "Is it so? " * 30 + "{prompt}", "yes": ""}
+    before = fingerprint_judge("vlm", "org/name", options)
+    (tmp_path / "notes.txt").write_text("new")
+    assert fingerprint_judge("vlm", "org/name", options) == before
+    assert fingerprint_judge("vlm", "org/name", {**options, "question": "{prompt}?"}) != before
+
+
 def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
