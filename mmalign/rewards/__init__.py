@@ -236,12 +236,23 @@ def as_scores(source: str, values: object, prompts: Sequence[str], remedy: str) 
         raise ValueError(
             f"{source} returned {len(numbers)} scores for {len(prompts)} prompts; expected one each; {remedy}"
         )
-    for number, prompt in zip(numbers, prompts, strict=True):
-        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+    entries = [_as_float(number) for number in numbers]
+    for entry, prompt in zip(entries, prompts, strict=True):
+        if not isinstance(entry, float) or not math.isfinite(entry):
             raise ValueError(
-                f"{source} returned {number!r:.60} for the prompt {prompt[:80]!r}; expected a finite number; {remedy}"
+                f"{source} returned {entry!r:.60} for the prompt {prompt[:80]!r}; expected a finite number; {remedy}"
             )
-    return torch.tensor([float(number) for number in numbers], dtype=torch.float32)
+    return torch.tensor(entries, dtype=torch.float32)
+
+
+def _as_float(number: object) -> object:
+    """Return a number as a float, one beyond the range of floats as infinity, and anything else as it is."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        return number
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def checked_reward_model(name: str, reward_model: RewardModel) -> RewardModel:

@@ -15,10 +15,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from http.client import HTTPException
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 import torch
 from PIL import Image
@@ -47,6 +48,16 @@ class Config(BatchConfig):
     """Seconds before the second attempt; doubled before each further one."""
 
 
+class _NoRedirects(HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        """Follow no redirect: images and texts go to the recipe's address alone."""
+
+
+@cache
+def _opener() -> OpenerDirector:
+    return build_opener(_NoRedirects)
+
+
 @dataclass(frozen=True)
 class Server:
     """Address of a server, with the options of its client."""
@@ -73,7 +84,7 @@ class Server:
         request = Request(self.url, body, {"Content-Type": "application/json"})
         for attempt in range(self.options.retries + 1):
             try:
-                with urlopen(request, timeout=self.options.timeout) as reply:
+                with _opener().open(request, timeout=self.options.timeout) as reply:
                     content: bytes = reply.read(MAX_BYTES)
                 return content
             except (OSError, HTTPException) as error:
@@ -158,15 +169,20 @@ def check(key: str, path: str) -> None:
     """Check that `path` is an address.
 
     Raises:
-        ValueError: it is none, or not of HTTP.
+        ValueError: it is none, not of HTTP, not of printable ASCII, or has a user's name.
     """
     try:
         address = urlsplit(path)
         valid = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+        valid = valid and path.isascii() and path.isprintable() and " " not in path
     except ValueError:  # such as a port that is no number
         valid = False
     if not valid:
         raise ValueError(f"{key}: {path[:200]!r} is no address; expected one such as http://localhost:8000/score")
+    if "@" in address.netloc:
+        raise ValueError(
+            f"{key}: the address of {address.hostname} names a user, whom the log would show; leave it out"
+        )
 
 
 check_responses = check

@@ -45,6 +45,8 @@ class Scripted:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(body)))
+                    if status == 302:
+                        self.send_header("Location", server.url)
                     self.end_headers()
                     self.wfile.write(body)
                 except OSError:  # a client that no longer waits
@@ -156,6 +158,8 @@ def test_a_slow_server_is_named(server: Scripted) -> None:
         ((200, b"[" * 100_000), "replied '.*; expected JSON"),
         ((200, {"scores": [1.0, 2.0]}), "returned 2 scores for 1 prompts"),
         ((200, {"scores": "x"}), "returned str; expected a list of 1 numbers"),
+        ((200, {"scores": [10**400]}), "returned inf for the prompt 'a dog'"),
+        ((302, b""), "replied 302 Found; correct the server"),
         ((200, {"scores": [None]}), "returned None for the prompt 'a dog'"),
         ((200, {"scores": [float("nan")]}), "for the prompt 'a dog'|expected JSON"),
     ],
@@ -186,7 +190,19 @@ def test_what_is_judged_is_not_sent_again(server: Scripted, tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["localhost:8000", "file:///etc/passwd", "ftp://host/x", "http://", "http://a:b/", ""])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("localhost:8000", "file:///etc/passwd", "ftp://host/x", "http://", "http://a:b/", ""),
+        *("http://host/a b", " http://host", "http://host/\n", "http://h\u00f6st/"),
+    ],
+)
 def test_what_is_no_address_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match=r"evaluate\.reward\.path: .* is no address; expected one such as http://"):
         check_reward_model("evaluate.reward", RewardConfig(name="http", path=path))
+
+
+def test_an_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"the address of host names a user") as error:
+        check_reward_model("evaluate.reward", RewardConfig(name="http", path="http://name:secret@host/"))
+    assert "secret" not in str(error.value)
