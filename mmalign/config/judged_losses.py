@@ -12,15 +12,19 @@ from mmalign.config.losses import LossConfig
 class UnpairedLossConfig(LossConfig):
     """Loss of gains and labels; the fields besides `name` are settings of its baseline."""
 
-    def next_baseline(self, baseline: float, updates: int, gain: float) -> float:
-        """Return the baseline after an update.
+    def baseline(self, average: float) -> float:
+        """Return the baseline that the loss reads, from the average gain of earlier updates."""
+        return average
+
+    def next_average(self, average: float, updates: int, gain: float) -> float:
+        """Return the average gain after an update.
 
         Args:
-            baseline: the baseline that the update read; 0 at first.
+            average: the average gain of the earlier updates; 0 at first.
             updates: number of earlier updates.
             gain: the update's mean gain.
         """
-        return baseline
+        return average
 
 
 class KTOLossConfig(UnpairedLossConfig):
@@ -31,9 +35,13 @@ class KTOLossConfig(UnpairedLossConfig):
     name: Literal["kto"] = "kto"
     decay: float = Field(0.99, ge=0, lt=1, description="decay of the baseline, a moving average of the mean gain")
 
-    def next_baseline(self, baseline: float, updates: int, gain: float) -> float:
+    def baseline(self, average: float) -> float:
+        """Return the average, at least 0."""
+        return max(average, 0.0)
+
+    def next_average(self, average: float, updates: int, gain: float) -> float:
         """Return the moving average."""
-        return self.decay * baseline + (1 - self.decay) * gain
+        return self.decay * average + (1 - self.decay) * gain
 
 
 class BCOLossConfig(UnpairedLossConfig):
@@ -43,9 +51,9 @@ class BCOLossConfig(UnpairedLossConfig):
 
     name: Literal["bco"] = "bco"
 
-    def next_baseline(self, baseline: float, updates: int, gain: float) -> float:
+    def next_average(self, average: float, updates: int, gain: float) -> float:
         """Return the mean of all updates."""
-        return baseline + (gain - baseline) / (updates + 1)
+        return average + (gain - average) / (updates + 1)
 
 
 class APOZeroUnpairedLossConfig(UnpairedLossConfig):

@@ -19,9 +19,9 @@ UnpairedLoss = Callable[[Tensor, Tensor, float], Tensor]  # (gain [N], liked [N]
 def kto(gain: Tensor, liked: Tensor, baseline: float, *, beta: float) -> Tensor:
     """Return the loss of Kahneman-Tversky optimization (arXiv:2402.01306 eq. 8; Diffusion-KTO, arXiv:2404.04465).
 
-    `sigma(-z)` if liked, else `sigma(z)`; a negative baseline is 0.
+    `sigma(-z)` if liked, else `sigma(z)`; the baseline is at least 0.
     """
-    z = beta * (gain - max(baseline, 0.0))
+    z = beta * (gain - baseline)
     return torch.sigmoid(torch.where(liked, -z, z))
 
 

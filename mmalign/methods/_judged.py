@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mmalign.data.caches.precompute import PrecomputeSpec
 
 OUTPUTS = "outputs"  # name of the scores of a row's outputs [B, K]
+AVERAGE = "average gain"  # name of the average gain of earlier updates
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ def thumbs_requirements(cfg: ThumbsMethodConfig, precompute: PrecomputeSpec | No
 
     def remember(memory: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
         updates = memory["updates"]
-        baseline = cfg.loss.next_baseline(memory["baseline"], int(updates), metrics["output gain"])
-        return {"baseline": baseline, "updates": updates + 1}
+        average = cfg.loss.next_average(memory[AVERAGE], int(updates), metrics["output gain"])
+        return {AVERAGE: average, "updates": updates + 1}
 
     return Requirements(
         learns_from="thumbs",
         liked_share=cfg.liked_share,
         precompute=precompute,
-        memory=Memory({"baseline": 0.0, "updates": 0.0}, remember),
+        memory=Memory({AVERAGE: 0.0, "updates": 0.0}, remember),
     )
 
 
@@ -73,13 +74,13 @@ def thumbs_step(cfg: ThumbsMethodConfig, memory: Mapping[str, float], judged: Ju
     """
     assert judged.reference is not None, "gains are over a reference"
     gain, liked = (judged.policy - judged.reference)[:, 0], judged.scores[:, 0] > 0
-    losses = _unpaired_loss(cfg.loss.function, cfg.beta)(gain, liked, memory["baseline"])
+    baseline = cfg.loss.baseline(memory[AVERAGE])
+    losses = _unpaired_loss(cfg.loss.function, cfg.beta)(gain, liked, baseline)
     losses = torch.where(liked, cfg.liked_weight, cfg.disliked_weight) * losses
     with torch.no_grad():
-        z = cfg.beta * (gain - memory["baseline"]) * torch.where(liked, 1, -1)
-        baseline = torch.full_like(gain, memory["baseline"])
+        z = cfg.beta * (gain - baseline) * torch.where(liked, 1, -1)
         metrics = {"loss": losses.detach(), **preference_metrics(z), "output gain": gain.detach()}
-        metrics |= {"liked": liked.to(gain.dtype), "baseline": baseline}
+        metrics |= {"liked": liked.to(gain.dtype), "baseline": torch.full_like(gain, baseline)}
         metrics |= {name: values[:, 0] for name, values in judged.more.items()}
     return Step(losses, judged.weights, metrics)
 

@@ -57,7 +57,7 @@ def test_kto_is_diffusion_kto_s_at_twice_its_beta() -> None:
 
 
 def test_kto_without_gain_of_the_batch_is_apo_zero_unpaired() -> None:
-    assert close(unpaired.kto(GAINS, LIKED, -0.3, beta=0.5), VALUES["apo_zero_unpaired"])
+    assert close(unpaired.kto(GAINS, LIKED, KTOLossConfig().baseline(-0.3), beta=0.5), VALUES["apo_zero_unpaired"])
 
 
 def test_both_sides_of_pairs_are_apo_zero() -> None:
@@ -68,13 +68,13 @@ def test_both_sides_of_pairs_are_apo_zero() -> None:
 
 def test_kto_baseline_of_one_batch_repeated_is_its_gain_one_update_late() -> None:
     loss = KTOLossConfig(decay=0.0)
-    assert loss.next_baseline(0.0, 0, 0.15) == 0.15
+    assert loss.next_average(0.0, 0, 0.15) == 0.15
 
 
 def test_bco_baseline_is_the_mean_of_all_updates() -> None:
     baseline = 0.0
     for updates, gain in enumerate([0.3, -0.1, 0.7]):
-        baseline = BCOLossConfig().next_baseline(baseline, updates, gain)
+        baseline = BCOLossConfig().next_average(baseline, updates, gain)
     assert baseline == pytest.approx(0.3)
 
 

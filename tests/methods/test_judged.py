@@ -14,6 +14,7 @@ from mmalign.data.loaders.batches import EncodedPairs, EncodedResponses
 from mmalign.families.types import Moments
 from mmalign.language.tokens import Tokens
 from mmalign.methods import remember
+from mmalign.methods._judged import AVERAGE
 from mmalign.methods.text_to_image import diffusion_dpo, diffusion_kto, diffusion_lpo
 from mmalign.methods.vision_language import dpo, kto, lipo
 from tests.helpers.image_batches import ROWS, pairs
@@ -22,7 +23,7 @@ from tests.helpers.response_batches import batch as response_pairs
 
 NO_DROPOUT = {"caption_dropout": 0.0}
 UNPAIRED, GROUP = Choice.sections(UnpairedLossConfig), Choice.sections(GroupLossConfig)
-MEMORY = {"baseline": 0.0, "updates": 0.0}
+MEMORY = {AVERAGE: 0.0, "updates": 0.0}
 
 
 def thumbs(batch: EncodedPairs, labels: list[float]) -> EncodedPairs:
@@ -58,7 +59,7 @@ def up_and_down(batch: EncodedResponses) -> EncodedResponses:
 
 
 def test_an_image_s_loss_does_not_depend_on_its_batch(sd: Any) -> None:
-    policy = replace(full(sd, 0.02), memory={"baseline": 1e-4, "updates": 3.0})
+    policy = replace(full(sd, 0.02), memory={AVERAGE: 1e-4, "updates": 3.0})
     cfg, labels = diffusion_kto.Config(**NO_DROPOUT), [1.0, 0.0, 0.0, 1.0]
     together = run(diffusion_kto, policy, thumbs(pairs(sd), labels), cfg).losses
     for row, label, loss in zip(ROWS, labels, together, strict=True):
@@ -89,9 +90,17 @@ def test_baseline_is_the_mean_gain_of_the_update_before(sd: Any) -> None:
     step = run(diffusion_kto, policy, thumbs(pairs(sd), [1.0, 0.0, 1.0, 0.0]), cfg)
     mean = {name: values.mean() for name, values in step.metrics.items()}
     remember(diffusion_kto, cfg, policy, mean)
-    assert policy.memory == {"baseline": pytest.approx(float(mean["output gain"])), "updates": 1.0}
+    assert policy.memory == {AVERAGE: pytest.approx(float(mean["output gain"])), "updates": 1.0}
     after = run(diffusion_kto, policy, thumbs(pairs(sd), [1.0, 0.0, 1.0, 0.0]), cfg)
     assert after.metrics["baseline"].tolist() == pytest.approx([float(mean["output gain"])] * 4)
+
+
+def test_metrics_are_of_the_baseline_that_the_loss_reads(sd: Any) -> None:
+    """KTO's is at least 0: with a negative average gain, an output at the reference is at the baseline."""
+    policy = replace(full(sd), memory={**MEMORY, AVERAGE: -0.1})
+    step = run(diffusion_kto, policy, thumbs(pairs(sd), [1.0, 0.0, 1.0, 0.0]), diffusion_kto.Config(**NO_DROPOUT))
+    assert step.losses.tolist() == [0.5] * 4 == step.metrics["accuracy"].tolist()
+    assert step.metrics["baseline"].tolist() == [0.0] * 4 == step.metrics["logit"].tolist()
 
 
 def test_a_list_of_two_images_is_diffusion_dpo(sd: Any) -> None:
