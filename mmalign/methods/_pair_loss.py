@@ -31,13 +31,7 @@ def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
 
 def bound_link(cfg: PairMethodConfig, labels: Labels | None = None) -> PairLoss:
     """Return the pair loss of a method: the sum of its losses, with divergence, cap and the labels of a batch."""
-    link = partial(_noisy, cfg, labels) if cfg.label_noise is not None else _bound_sum(cfg, labels)
-    shapes: dict[str, Callable[[Tensor], Tensor]] = {
-        "js": wrappers.js,
-        "forward_kl": wrappers.forward_kl,
-        "alpha": partial(wrappers.alpha_divergence, coefficient=cfg.divergence_alpha),
-    }
-    return link if cfg.divergence == "reverse_kl" else wrappers.shaped(link, shapes[cfg.divergence])
+    return partial(_noisy, cfg, labels) if cfg.label_noise is not None else _bound_sum(cfg, labels)
 
 
 def view_link(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
@@ -72,7 +66,14 @@ def _label_gap(cfg: PairMethodConfig, policy: Pair, reference: Pair) -> Tensor:
 
 
 def _bound_sum(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
-    return wrappers.summed([(term.weight, _bound_term(cfg, term, labels)) for term in cfg.terms])
+    """Return the sum of the losses for labels that are right, under the divergence."""
+    link = wrappers.summed([(term.weight, _bound_term(cfg, term, labels)) for term in cfg.terms])
+    shapes: dict[str, Callable[[Tensor], Tensor]] = {
+        "js": wrappers.js,
+        "forward_kl": wrappers.forward_kl,
+        "alpha": partial(wrappers.alpha_divergence, coefficient=cfg.divergence_alpha),
+    }
+    return link if cfg.divergence == "reverse_kl" else wrappers.shaped(link, shapes[cfg.divergence])
 
 
 def _bound_term(cfg: PairMethodConfig, term: LossTerm, labels: Labels | None) -> PairLoss:

@@ -30,6 +30,7 @@ from mmalign.methods import Memory
 
 C = TypeVar("C", bound=PairMethodConfig)
 RATE, SIZE = "rate of wrong labels", "size of margins"
+LEAST_RATE = 1e-4  # the largest is 1 minus it; at 0 and 1 the posterior is 0/0 where the model contradicts a label
 
 
 def pair_memory(cfg: PairMethodConfig) -> Memory | None:
@@ -69,12 +70,13 @@ def posteriors(cfg: PairMethodConfig, labels: Labels | None, gap: Tensor) -> tup
     assert cfg.label_noise is not None, "the method learns the rate of wrong labels"
     names = labels.annotators if labels is not None and labels.annotators else [""] * len(gap)
     rates = [cfg.label_noise.annotators.get(name, cfg.label_noise.start) for name in names]
-    eta = 1 - torch.tensor(rates, dtype=gap.dtype, device=gap.device)
+    rate = torch.tensor(rates, dtype=gap.dtype, device=gap.device)
+    eta = 1 - rate
     share = labels.preference.to(gap.dtype) if labels is not None else torch.ones_like(gap)
-    prior = eta * share + (1 - eta) * (1 - share)
+    prior = eta * share + rate * (1 - share)
     s = torch.sigmoid(gap)
     agree = share * s + (1 - share) * (1 - s)
-    right = eta * agree / (eta * agree + (1 - eta) * (1 - agree))
+    right = eta * agree / (eta * agree + rate * (1 - agree))
     return torch.sigmoid(torch.logit(prior) + gap), right
 
 
@@ -99,7 +101,8 @@ def _remember(cfg: PairMethodConfig, memory: Mapping[str, float], metrics: Mappi
         sums[RATE] = (others, 1 - sum(share for _, share in sums.values()))
         for key, (right, share) in sums.items():
             if share > 1e-6:
-                numbers[key] = (1 - speed) * memory[key] + speed * (1 - min(1.0, right / share))
+                rate = (1 - speed) * memory[key] + speed * (1 - right / share)
+                numbers[key] = min(max(rate, LEAST_RATE), 1 - LEAST_RATE)
     if cfg.auto_beta is not None:
         decay, size = cfg.auto_beta.decay, metrics["logit size"] / present(cfg, memory).beta
         numbers[SIZE] = decay * memory[SIZE] + (1 - decay) * size

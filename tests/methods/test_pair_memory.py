@@ -20,10 +20,10 @@ from mmalign.families.base import VisionLanguage
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.losses.wrappers import Labels
-from mmalign.methods._pair_loss import bound_link
+from mmalign.methods._pair_loss import bound_link, label_metrics
 from mmalign.methods._pair_memory import RATE, SIZE, pair_memory, posteriors, present
 from mmalign.methods.text_to_image import diffusion_dpo, instruct_engine
-from mmalign.methods.vision_language import dpo, mdpo
+from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
 from tests.helpers import recipes, response_batches
 from tests.helpers.data_files import pick_a_pic
 from tests.helpers.golden import golden
@@ -67,6 +67,30 @@ def test_the_posterior_has_no_gradient_and_swapping_a_pair_swaps_it() -> None:
     gap = partial(posteriors, NOISY)
     assert torch.allclose(gap(labels("", "", "", preference=0.0), -Z)[0], 1 - gap(None, Z)[0], rtol=0, atol=1e-12)
     assert torch.allclose(gap(labels("", "", "", preference=0.5), Z)[0], torch.sigmoid(Z), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js", "forward_kl", "alpha"])
+def test_the_rate_is_learned_from_the_posterior_of_the_loss(divergence: Any) -> None:
+    """With sure labels the posterior of the better side is that of a right label, and the loss is linear in it."""
+    cfg = NOISY.model_copy(update={"divergence": divergence})
+    right = label_metrics(cfg, None, SCORES[0]._asdict(), SCORES[1]._asdict())["label right"]
+    sure = bound_link(cfg.model_copy(update={"label_noise": None}))
+    backward = (Pair(side.rejected, side.chosen) for side in SCORES)
+    expected = right * sure(*SCORES) + (1 - right) * sure(*backward)
+    torch.testing.assert_close(bound_link(cfg)(*SCORES), expected, rtol=0, atol=1e-12)
+
+
+def test_a_learned_rate_never_ends_at_certainty() -> None:
+    """Labels that all agree, then one that the policy contradicts beyond float32: its posterior is a number."""
+    cfg = dpo.Config(label_noise={"speed": 1.0, "annotators": {"kim": 0.4}})
+    memory = pair_memory(cfg)
+    assert memory is not None
+    after = memory.remember(memory.start, {"label right": 0.5, "label right of kim": 0.0, "labels of kim": 0.5})
+    assert after == {RATE: pytest.approx(1e-4), f"{RATE} of kim": pytest.approx(1 - 1e-4)}
+    given = Labels(torch.ones(2), torch.zeros(2), torch.ones(2), ["", "kim"])
+    for gap in (torch.tensor([-200.0, 200.0]), torch.tensor([200.0, -200.0])):
+        for cfg_now in (present(cfg, after), dpo.Config(label_noise={"start": 1e-12})):
+            assert all(values.isfinite().all() for values in posteriors(cfg_now, given, gap))
 
 
 def test_alternating_learns_the_rate_of_each_annotator() -> None:
@@ -133,6 +157,11 @@ def test_methods_learn_and_log_what_the_memory_reads(llava: VisionLanguage) -> N
         (partial(dpo.Config, loss="simpo", auto_beta={}), "margins against a reference, which simpo has not"),
         (partial(instruct_engine.Config, label_noise={}), "both images of a pair fit their own prompts"),
         (partial(dpo.Config, label_noise={"start": 0.5}), "less than 0.5"),
+        (partial(dpo.Config, divergence="js", auto_beta={}), "divergence: js changes them"),
+        (partial(bdhs.Config, mode="mixed", label_noise={}), "mode mixed replaces the pairs"),
+        (partial(bdhs.Config, gamma=0, label_noise={}), "gamma 0 replaces the pairs"),
+        (partial(povid.Config, combine="paper", label_noise={}), "combine: paper has no loss of the data's pair"),
+        (partial(povid.Config, gamma=0, label_noise={}), "gamma 0 has no loss of the data's pair"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(build: Any, reason: str) -> None:

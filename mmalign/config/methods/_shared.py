@@ -82,6 +82,11 @@ class PairMethodConfig(MethodConfig):
             raise ValueError(f"divergence_alpha: {self.divergence} takes none; leave it out, or use divergence: alpha")
         if self.auto_beta is not None and not self.uses_reference:
             raise ValueError(f"auto_beta: follows margins against a reference, which {free} has not; leave it out")
+        if self.auto_beta is not None and self.divergence != "reverse_kl":
+            raise ValueError(
+                f"auto_beta: follows margins of the reverse_kl, and divergence: {self.divergence} changes them; leave "
+                "one out"
+            )
         if self.divergence == "alpha" and self.divergence_alpha == 1:
             raise ValueError("divergence_alpha: 1 is not defined; its limit is divergence: reverse_kl")
         return self

@@ -66,6 +66,9 @@ class BDHSMethodConfig(ResponseMethodConfig):
             raise ValueError("mode mixed has one rejected response for each pair and takes no gamma; leave it out")
         if self.mode == "online" and self.gamma == 1:
             raise ValueError("mode online with gamma 1 does not use the generated responses; use mode: offline")
+        if self.label_noise is not None and (self.mode == "mixed" or not self.gamma):
+            option = f"mode {self.mode}" if self.mode == "mixed" else "gamma 0"
+            raise ValueError(f"label_noise: {option} replaces the pairs that the data's labels are of; leave one out")
         return self
 
 
@@ -151,6 +154,9 @@ class POVIDConfig(ResponseMethodConfig):
                 f"num_cached_draws: {self.num_cached_draws} cannot be cached, since the policy's noisy tokens change; "
                 "use tokens: reference, or leave num_cached_draws out"
             )
+        if self.label_noise is not None and (self.combine == "paper" or not self.gamma):
+            option = "combine: paper" if self.combine == "paper" else "gamma 0"
+            raise ValueError(f"label_noise: {option} has no loss of the data's pair alone; leave one out")
         return self
 
 
