@@ -54,7 +54,7 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
                 f"expected at least {needs.min_pairs}, got {recipe.train.batch_size}"
             )
-        if recipe.data.margin != "column" and not needs.labels:
+        if recipe.data.margin != "column" and "margin" not in needs.labels:
             raise ValueError(
                 f"data.margin: method.name: {recipe.method.name} reads no margins; leave {recipe.data.margin} out"
             )

@@ -22,6 +22,7 @@ class Label(NamedTuple):
 
 
 NO_LABEL = Label()
+FIELDS = Label._fields
 
 
 def with_label(content: tuple[str, ...], label: Label) -> tuple[str, ...]:

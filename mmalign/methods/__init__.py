@@ -69,7 +69,7 @@ class Requirements:
 
     Attributes:
         reference: a reference network, or its cached scores.
-        labels: the labels of the pairs.
+        labels: the fields of the pairs' labels that the loss reads.
         learns_from: kind of the rows: pairs, thumbs (one output with a label), lists (several outputs with scores), or
             prompts, for a method that generates its own images.
         liked_share: share of liked outputs among those of an epoch; None takes every thumb once.
@@ -90,7 +90,7 @@ class Requirements:
     """
 
     reference: bool = True
-    labels: bool = False
+    labels: Sequence[str] = ()
     learns_from: Learning | Literal["prompts"] = "pairs"
     liked_share: float | None = None
     rejected: bool = True

@@ -48,6 +48,7 @@ class ParsedRow:
     later_turns: bool = False
     others: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    gap: float | None = None  # the chosen response's score minus the rejected one's, in a pair of scored responses
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -354,6 +355,5 @@ LAYOUTS = (
             "ranks": ("rank", "ranking"),
         },
         fits=lambda sample: _may_hold_images(sample) and isinstance(sample.get("responses"), list),
-        has_labels=False,
     ),
 )

@@ -168,7 +168,9 @@ def _read_ranking(location: str, record: Record) -> Parsed:
     first, last = worths[0], worths[-1]
     if any((first[i] - first[j]) * (last[i] - last[j]) < 0 for i, j in combinations(range(len(sides)), 2)):
         raise UnusableRowError("rank and human_preference contradict each other; remove one of them")
-    return Parsed(prompt, sides, first, scores=tuple(first))
+    # The finer order; of equally fine ones the preferences, whose distances count
+    worth = max((last, first), key=lambda values: len(set(values)))
+    return Parsed(prompt, sides, worth, scores=tuple(last))
 
 
 def _read_thumb(location: str, record: Record) -> Parsed:

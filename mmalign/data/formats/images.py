@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from mmalign.data.formats.image_layouts import (
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
 from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow, uncollected
-from mmalign.data.label import Label
+from mmalign.data.label import FIELDS, NO_LABEL, Label
 from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow, UnusableRowError, output_names, stable_hash
 
 Columns = Mapping[str, str]
@@ -82,7 +82,7 @@ def open_pairs(
     prompt_pairs: str | None = None,
     sources: Sources | None = None,
     margins: Margins = COLUMN,
-    labels: bool = True,
+    labels: Collection[str] = FIELDS,
     learning: Learning = "pairs",
     cut_pairs: bool = False,
 ) -> Pairs:
@@ -100,7 +100,7 @@ def open_pairs(
             without one are skipped. None needs no such prompt.
         sources: "required" or "optional" for a model that edits images; None ignores columns with source images.
         margins: the source of the margins of the labels.
-        labels: whether the caller reads the pairs' labels.
+        labels: the fields of the pairs' labels that the caller reads; thumbs and lists have none.
         learning: the kind of the rows.
         cut_pairs: make thumbs of pairs; of several images the best is liked and the worst disliked.
 
@@ -117,7 +117,8 @@ def open_pairs(
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
-    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, margins)
+    label = partial(read_label, labels, margins)
+    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
     expected = "with an image and a label" if layout.name == THUMBS.name else "in which one image is preferred"
@@ -164,7 +165,7 @@ class ImageRows:
         reader: the reader of their images.
         group_by: the column with a pair's group; the prompt if None.
         learning: the kind of the rows.
-        margins: the source of the margins of the labels.
+        label: a function that reads the label of a pair from its record.
     """
 
     def __init__(
@@ -174,11 +175,11 @@ class ImageRows:
         reader: ImageReader,
         group_by: str | None,
         learning: Learning,
-        margins: Margins,
+        label: Callable[..., Label],
     ) -> None:
         self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
         self._learning: Learning = learning
-        self._margins = margins
+        self._read_label = label
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
         self._liked = list[bool]()
@@ -236,10 +237,10 @@ class ImageRows:
     def _label(self, row: SourceRow, parsed: Parsed, selection: Selection) -> Label:
         """Return the label of a pair; thumbs and lists have none."""
         if self._learning != "pairs":
-            return Label()
+            return NO_LABEL
         better, worse = selection.numbers
         gap = parsed.scores[better] - parsed.scores[worse] if parsed.scores else None
-        return read_label(self._layout.own_names(row.record), self._margins, parsed.preference, gap)
+        return self._read_label(self._layout.own_names(row.record), parsed.preference, gap)
 
     def _bad_images(self, images: Sequence[Image], row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()

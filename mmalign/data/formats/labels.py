@@ -12,13 +12,13 @@ The scores of a reward model give margins on request: `score_chosen, score_rejec
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 from mmalign.data.formats.files import Record, as_text, read_number, shorten
-from mmalign.data.label import Label
+from mmalign.data.label import NO_LABEL, Label
 from mmalign.data.pairs import UnusableRowError
 
-LABELS = ("preference", "margin", "weight", "annotator")
 SCORES = ("score_chosen", "score_rejected")
 NUMBERED_SCORES = ("score_0", "score_1")  # in a layout of two numbered images
 LARGEST = 1e6  # margin or weight
@@ -40,26 +40,39 @@ class Margins(NamedTuple):
 COLUMN = Margins()
 
 
-def read_label(record: Record, margins: Margins, preference: float = 1.0, gap: float | None = None) -> Label:
+def read_label(
+    fields: Collection[str], margins: Margins, record: Record, preference: float = 1.0, gap: float | None = None
+) -> Label:
     """Return the label of a pair.
 
     Args:
-        record: the row, by the layout's own names.
+        fields: the fields of the label to read; the others have their defaults.
         margins: the source of the margins.
+        record: the row, by the layout's own names.
         preference: the preference of a row without that column.
         gap: the chosen side's score minus the rejected side's; None takes the columns of scores.
 
     Raises:
         UnusableRowError: a value is not a number in its range, or a score is missing.
     """
-    if margins == COLUMN and preference == 1 and not any(name in record for name in LABELS):
-        return Label()
-    margin = _number(record, "margin", 0.0) if margins.kind == "column" else _margin(record, margins, gap)
-    annotator = record.get("annotator")
-    if not isinstance(annotator, str | int | None):
-        raise UnusableRowError(f"annotator is {shorten(annotator)}; expected a name or a number")
-    name = as_text(annotator) if annotator is not None else ""
-    return Label(_number(record, "preference", preference), margin, _number(record, "weight", 1.0), name)
+    own = {name: record[name] for name in fields if name in record}
+    scored = margins.kind != "column" and "margin" in fields
+    if "preference" not in fields:
+        preference = 1.0
+    if not own and not scored and preference == 1:
+        return NO_LABEL
+    margin = _margin(record, margins, gap) if scored else _number(own, "margin", 0.0)
+    return Label(_number(own, "preference", preference), margin, _number(own, "weight", 1.0), _annotator(own))
+
+
+def _annotator(record: Record) -> str:
+    """Return the annotator's name; integers of a column with empty cells may come as floats."""
+    value = record.get("annotator")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | None):
+        raise UnusableRowError(f"annotator is {shorten(value)}; expected a name or a whole number")
+    return as_text(value) if value is not None else ""
 
 
 def _number(record: Record, name: str, default: float) -> float:

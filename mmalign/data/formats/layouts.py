@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from mmalign.data.formats.files import Record, as_text, listed
-from mmalign.data.formats.labels import COLUMN, LABELS, NUMBERED_SCORES, SCORES, Margins
+from mmalign.data.formats.labels import NUMBERED_SCORES, SCORES, Margins
 from mmalign.data.formats.sources import Source, is_hub_path, open_source
+from mmalign.data.label import FIELDS
 from mmalign.data.pairs import UnusableRowError
 from mmalign.registry import check_known
 from mmalign.resources import locate
@@ -57,22 +58,22 @@ class Layout(Generic[Row]):
     @property
     def columns(self) -> list[str]:
         """All columns, by the format's own names."""
-        labels = (*LABELS, *SCORES) if self.has_labels else ()
+        labels = (*FIELDS, *SCORES) if self.has_labels else ()
         return [*(column for columns in self.required for column in columns.split("|")), *self.optional, *labels]
 
     def unread(
-        self, columns: Collection[str], group_by: str | None, *, labels: bool, margins: Margins
+        self, columns: Collection[str], group_by: str | None, *, labels: Collection[str], margins: Margins
     ) -> tuple[str, ...]:
         """Return the columns of files that nothing reads.
 
         Args:
             columns: the files' columns.
             group_by: the column that groups pairs.
-            labels: whether the labels of the pairs are read.
+            labels: the fields of the labels that are read.
             margins: the source of their margins.
         """
-        idle = {*SCORES, *NUMBERED_SCORES} if margins == COLUMN else {"margin"}
-        idle |= set() if labels else {*LABELS, *SCORES, *NUMBERED_SCORES}
+        scored = margins.kind != "column" and "margin" in labels
+        idle = {*FIELDS} - {*labels} | ({"margin"} if scored else {*SCORES, *NUMBERED_SCORES})
         read = {self.column(name) for name in self.columns if name not in idle} | {group_by}
         return tuple(name for name in columns if name not in read)
 
@@ -126,9 +127,12 @@ class Layout(Generic[Row]):
         own = self._own
         if not own:
             return record
-        return {
+        renamed = {
             own.get(name, name): value for name, value in record.items() if name in own or self.column(name) == name
         }
+        # Scores that stand for the labels give margins too
+        both = (name for name in NUMBERED_SCORES if name in own and self.column(name) == name)
+        return renamed | {name: record[name] for name in both if name in record}
 
     def missing(self, columns: Collection[str]) -> list[str]:
         """Return the required columns that files do not have, by the files' names."""

@@ -29,7 +29,7 @@ above to the name in the files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -42,8 +42,9 @@ from numpy.typing import NDArray
 from mmalign.data.formats.conversations import LAYOUTS, THUMBS, ParsedRow, ParsedRows
 from mmalign.data.formats.image_files import Image, ImageReader, image_name, shorten_name
 from mmalign.data.formats.labels import COLUMN, Margins, read_label
-from mmalign.data.formats.layouts import AUTO, Learning, check_files, layouts_for, open_layout
-from mmalign.data.label import Label
+from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
+from mmalign.data.formats.rows import SourceRow
+from mmalign.data.label import FIELDS, Label
 from mmalign.data.pairs import ImageRef, Pairs, ResponsePair, SkippedRow, UnusableRowError, stable_hash
 from mmalign.language.chat import IMAGE, Turn
 
@@ -138,7 +139,7 @@ def open_responses(
     group_by: str | None = None,
     limit: int | None = None,
     margins: Margins = COLUMN,
-    labels: bool = True,
+    labels: Collection[str] = FIELDS,
     learning: Learning = "pairs",
     cut_pairs: bool = False,
 ) -> Pairs[ResponsePair]:
@@ -153,7 +154,7 @@ def open_responses(
         group_by: the column whose groups stay on one side of a validation split; the images if not given.
         limit: the number of pairs to take from the start; None takes all.
         margins: the source of the margins of the labels.
-        labels: whether the caller reads the pairs' labels.
+        labels: the fields of the pairs' labels that the caller reads; thumbs and lists have none.
         learning: the kind of the rows.
         cut_pairs: make thumbs of pairs; of several responses the best is liked and the worst disliked.
 
@@ -163,19 +164,35 @@ def open_responses(
     layouts = layouts_for(LAYOUTS, THUMBS, learning, cut_pairs=cut_pairs)
     source, layout = open_layout(layouts, format, path, split=split, columns=columns, group_by=group_by)
     taken = layout.describe() if format == AUTO else ""
-    entries, dropped, tied, reader = list[IndexedRow](), list[SkippedRow](), list[str](), ImageReader(images)
-    for row in source.rows():
+    of_pairs = learning == "pairs" and layout.has_labels
+    label = partial(read_label, labels if of_pairs else (), margins)
+    reader = ImageReader(images)
+    entries, dropped, tied = _index(source.rows(), layout, reader, group_by, learning, label)
+    if later := sum(entry.parsed.later_turns for entry in entries):
+        logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
+    unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
+    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, tied, taken, unread)
+    pairs.require(f"with an image and {_EXPECTED[learning]}")
+    return pairs[:limit] if limit is not None else pairs
+
+
+def _index(
+    rows: Iterable[SourceRow | SkippedRow],
+    layout: Layout[ParsedRows],
+    reader: ImageReader,
+    group_by: str | None,
+    learning: Learning,
+    label: Callable[..., Label],
+) -> tuple[list[IndexedRow], list[SkippedRow], list[str]]:
+    """Return the usable rows, the skipped ones, and the locations of ties; `label` reads a label from a record."""
+    entries, dropped, tied = list[IndexedRow](), list[SkippedRow](), list[str]()
+    for row in rows:
         if isinstance(row, SkippedRow):
             dropped.append(row)
             continue
         try:
             parsed_rows, ties = _select(layout.read(row.location, row.record), learning)
             group = layout.group(row.record, group_by) if group_by is not None else None
-            label = (
-                read_label(layout.own_names(row.record), margins)
-                if layout.has_labels and learning == "pairs"
-                else Label()
-            )
         except UnusableRowError as error:
             dropped.append(SkippedRow(row.location, str(error), error.defect))
             continue
@@ -186,16 +203,12 @@ def open_responses(
                 parsed = _with_image_places(one)
                 for image in parsed.all_images:
                     reader.check(image, row.folders)
+                said = label(layout.own_names(row.record), gap=parsed.gap)
             except UnusableRowError as error:
                 dropped.append(SkippedRow(location, str(error), error.defect))
                 continue
-            entries.append(IndexedRow(parsed, location, group, row.folders, label))
-    if later := sum(entry.parsed.later_turns for entry in entries):
-        logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
-    unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
-    pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, tied, taken, unread)
-    pairs.require(f"with an image and {_EXPECTED[learning]}")
-    return pairs[:limit] if limit is not None else pairs
+            entries.append(IndexedRow(parsed, location, group, row.folders, said))
+    return entries, dropped, tied
 
 
 def check_source(
@@ -232,9 +245,12 @@ def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
         scores = row.scores or (1.0, 0.0)
         if learning == "pairs" and row.scores:
             couples = [*combinations(zip(row.responses, scores, strict=True), 2)]
-            different = [(better, worse) for (better, more), (worse, less) in couples if more > less]
+            different = [(better, worse, more - less) for (better, more), (worse, less) in couples if more > less]
             ties += len(couples) - len(different)
-            selected += [replace(row, chosen=a, rejected=b, others=(), scores=()) for a, b in different]
+            selected += [
+                replace(row, chosen=better, rejected=worse, others=(), scores=(), gap=gap)
+                for better, worse, gap in different
+            ]
         elif learning == "pairs":
             selected.append(row)
         elif scores[0] == scores[-1]:

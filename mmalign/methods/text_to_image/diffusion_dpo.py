@@ -26,6 +26,7 @@ from functools import partial
 
 from mmalign.config.methods import DenoisingMethodConfig
 from mmalign.config.methods import DiffusionDPOConfig as Config
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
@@ -40,7 +41,7 @@ def requirements(cfg: Config) -> Requirements:
     settings = {"caption_dropout": cfg.caption_dropout}
     return Requirements(
         reference=cfg.uses_reference,
-        labels=True,
+        labels=FIELDS,
         memory=pair_memory(cfg),
         precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, settings),
     )

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from mmalign.config.methods import InPOConfig as Config
 from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
@@ -62,7 +63,7 @@ def requirements(cfg: Config) -> Requirements:
     reference = cfg.uses_reference or cfg.inverter == "reference"
     measured_by = cfg.model_copy(update={"inverter": "reference"}) if reference else None
     return Requirements(
-        reference=reference, labels=True, memory=pair_memory(cfg), precompute=cached, measured_by=measured_by
+        reference=reference, labels=FIELDS, memory=pair_memory(cfg), precompute=cached, measured_by=measured_by
     )
 
 

@@ -47,7 +47,7 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: a prompt for each image, and the reference of the loss or its cached scores."""
     return Requirements(
         reference=cfg.uses_reference,
-        labels=True,
+        labels=("weight",),
         memory=pair_memory(cfg),
         prompt_pairs=True,
         precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, {}),

@@ -57,7 +57,8 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the autoencoder's decoder, no reference, and a labelling reward model."""
-    return Requirements(reference=False, labels=True, vae_decoder=True, reward=cfg.reward)
+    labels = ("preference", "weight") if cfg.reward is None else ("weight",)
+    return Requirements(reference=False, labels=labels, vae_decoder=True, reward=cfg.reward)
 
 
 def contrasts(policy: Policy[StepJudge], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

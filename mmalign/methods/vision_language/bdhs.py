@@ -35,6 +35,7 @@ from torch import Tensor
 
 from mmalign.config.methods import BDHSMethodConfig as Config
 from mmalign.config.methods.vision_language import MixedConfig
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
@@ -117,7 +118,7 @@ def requirements(cfg: Config) -> Requirements:
     num_cached = int(cfg.mode == "offline" and cfg.uses_reference)
     return Requirements(
         reference=cfg.uses_reference,
-        labels=True,
+        labels=FIELDS,
         memory=pair_memory(cfg),
         decoded_images=cfg.mode == "mixed",  # for the annotator
         reward=cfg.mixed.reward if cfg.mode == "mixed" else None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import partial
 
 from mmalign.config.methods import DPOConfig as Config
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores
@@ -29,7 +30,7 @@ def requirements(cfg: Config) -> Requirements:
     reference = cfg.uses_reference
     return Requirements(
         reference=reference,
-        labels=True,
+        labels=FIELDS,
         memory=pair_memory(cfg),
         precompute=cached_scores(int(reference), {"mean": cfg.mean}),
     )

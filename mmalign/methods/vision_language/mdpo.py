@@ -21,6 +21,7 @@ from PIL import Image
 
 from mmalign.config.methods import MDPOConfig as Config
 from mmalign.data.augment import random_crop
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
@@ -50,7 +51,7 @@ def requirements(cfg: Config) -> Requirements:
     """
     settings = {"mean": cfg.mean, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
     return Requirements(
-        labels=True,
+        labels=FIELDS,
         memory=pair_memory(cfg),
         decoded_images=True,
         vision_tower=True,  # the policy sees crops, which are drawn during training

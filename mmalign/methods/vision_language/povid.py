@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from mmalign.config.methods import POVIDConfig as Config
 from mmalign.data.augment import diffuse_image
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
@@ -68,7 +69,7 @@ def requirements(cfg: Config) -> Requirements:
     settings = {"mean": cfg.mean, "noise_step": cfg.noise_step, "overflow": cfg.overflow}
     return Requirements(
         reference=cfg.uses_reference or cfg.tokens == "reference",
-        labels=True,
+        labels=FIELDS,
         memory=pair_memory(cfg),
         decoded_images=True,
         vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config.methods import ReAlignConfig as Config
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
@@ -44,7 +45,7 @@ def requirements(cfg: Config) -> Requirements:
     settings, reference = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}, cfg.uses_reference
     return Requirements(
         reference,
-        labels=True,
+        labels=FIELDS,
         memory=pair_memory(cfg),
         other_images=True,
         precompute=cached_scores(int(reference), settings),

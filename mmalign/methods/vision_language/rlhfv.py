@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config.methods import RLHFVConfig as Config
+from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
@@ -38,7 +39,7 @@ def requirements(cfg: Config) -> Requirements:
     settings = {**cfg.model_dump(include={"gamma", "min_block", "insertions"}), "mean": cfg.mean}
     reference = cfg.uses_reference
     return Requirements(
-        reference=reference, labels=True, memory=pair_memory(cfg), precompute=cached_scores(int(reference), settings)
+        reference=reference, labels=FIELDS, memory=pair_memory(cfg), precompute=cached_scores(int(reference), settings)
     )
 
 

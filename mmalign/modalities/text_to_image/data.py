@@ -58,7 +58,7 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
     """Open image pairs, or prompts from a file or from pairs for a method that generates its images."""
     path = locate(data.path)
     columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
-    columns |= {"learning": needs.learning, "cut_pairs": data.cut_pairs}
+    columns |= {"learning": needs.learning, "cut_pairs": data.cut_pairs, "labels": needs.labels}
     columns["images"] = Path(locate(data.images)) if data.images is not None else None
     if needs.generates:
         if data.has_prompts_only:
@@ -76,7 +76,7 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
             "prompt"
         )
     columns |= {"sources": source_use(recipe), "margins": Margins(data.margin, data.margin_scale)}
-    return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, labels=needs.labels, **columns)
+    return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
 
 
 def build_data_module(

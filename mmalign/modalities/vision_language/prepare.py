@@ -196,6 +196,7 @@ def _open(source: AnswerSource) -> Pairs[ResponsePair]:
             split=source.split,
             columns=source.columns,
             limit=source.limit,
+            labels=(),
         )
     except ValueError as error:  # the readers' messages name keys of the section `data`
         raise ValueError(

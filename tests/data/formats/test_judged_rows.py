@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmalign.config import ImageSize
 from mmalign.data.formats.images import check_source, open_pairs
+from mmalign.data.formats.labels import Margins
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.image_pairs import ImagePairReader
@@ -140,6 +141,19 @@ def test_rankings_are_lists_best_first(folder: Path) -> None:
     ]
     pairs = open_pairs("auto", written(folder, rows), learning="lists")
     assert images(pairs) == [([2, 0, 1], (-1.0, -2.0, -3.0)), ([4, 3], (-1.0, -2.0))]
+
+
+@pytest.mark.parametrize(
+    ("preferences", "scores"), [([0.5, 0.1, 9.0], (9.0, 0.5, 0.1)), ([0.1, 0.1, 9.0], (-1.0, -2.0, -3.0))]
+)
+def test_a_ranking_with_ranks_and_preferences_has_the_finer_ones(
+    preferences: list[float], scores: tuple[float, ...], folder: Path
+) -> None:
+    row = {"prompt": "a", "image_path": ["0.png", "1.png", "2.png"], "rank": [2, 3, 1]}
+    path = written(folder, [row | {"human_preference": preferences}])
+    assert images(open_pairs("rankings", path, learning="lists")) == [([2, 0, 1], scores)]
+    gaps = [pair.label.margin for pair in open_pairs("rankings", path, margins=Margins("score"))]
+    assert len(gaps) == 3 and max(gaps) == 9.0 - 0.1
 
 
 @pytest.mark.parametrize("learning", ["pairs", "thumbs", "lists"])

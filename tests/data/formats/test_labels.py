@@ -87,7 +87,8 @@ def test_every_layout_of_pairs_has_labels(rows: Any, layout: str) -> None:
         ("margin", 1e9, "margin is 1000000000.0; expected a number from -1,000,000 to 1,000,000"),
         ("weight", -1, "weight is -1; expected a number from 0 to 1,000,000"),
         ("weight", [1], "weight is [1]; expected a number"),
-        ("annotator", ["kim"], 'annotator is ["kim"]; expected a name or a number'),
+        ("annotator", ["kim"], 'annotator is ["kim"]; expected a name or a whole number'),
+        ("annotator", 1.5, "annotator is 1.5; expected a name or a whole number"),
     ],
 )
 @pytest.mark.parametrize("layout", ["folder", "trl"])
@@ -132,13 +133,44 @@ def test_scores_are_margins_on_request(rows: Any) -> None:
     assert len(pairs) == 1 and "exceeds the rejected one by 0" in pairs.skipped[0].reason
 
 
+@pytest.mark.parametrize("worth", ["scores", "ranks"])
+def test_ranked_responses_have_margins(rows: Any, worth: str) -> None:
+    """The gap of each couple; a column of margins has its own."""
+    ranked = {"image": "0.png", "prompt": "What?", "responses": ["A fox.", "A dog.", "A cat."], worth: [4.0, 1.0, 2.0]}
+    gaps = [2.0, 3.0, 1.0] if worth == "scores" else [1.0, 3.0, 2.0]
+    pairs = open_responses("rankings", rows(ranked), margins=Margins("score", 0.5))
+    assert [x.margin for x in labels(pairs)] == [gap / 2 for gap in gaps]
+    pairs = open_responses("rankings", rows({**ranked, **LABEL}))
+    assert labels(pairs) == [EXPECTED] * 3 and not pairs.unread
+
+
+def test_scores_that_are_the_labels_are_margins_too(rows: Any) -> None:
+    picked = {"caption": "a", "jpg_0": "0.png", "jpg_1": "1.png", "score_0": 1.0, "score_1": 3.0}
+    pairs = open_pairs("auto", rows(picked), margins=Margins("score"))
+    assert labels(pairs) == [Label(margin=2.0)] and not pairs.unread
+
+
+@pytest.mark.parametrize("layout", ["folder", "trl"])
+def test_fields_of_labels_that_are_not_read_drop_no_row(rows: Any, layout: str) -> None:
+    row, opened = {**IMAGES, **RESPONSES}[layout], open_pairs if layout in IMAGES else open_responses
+    path = rows({**row, "preference": "left", "weight": 2, "margin": "wide"})
+    assert labels(opened(layout, path, labels=())) == [NO_LABEL]
+    pairs = opened(layout, path, labels=("weight",), margins=Margins("score"))
+    assert labels(pairs) == [Label(weight=2.0)] and pairs.unread == ("preference", "margin")
+
+
+def test_integer_annotators_of_a_column_with_empty_cells_are_names(rows: Any) -> None:
+    (label,) = labels(open_pairs("folder", rows({**IMAGES["folder"], "annotator": 7.0})))
+    assert label.annotator == "7"
+
+
 def test_columns_that_nothing_reads_are_told(rows: Any) -> None:
     extra = {**IMAGES["folder"], **LABEL, "created_at": "today", "score_chosen": 1, "score_rejected": 0}
     pairs = open_pairs("folder", rows(extra))
     assert pairs.unread == ("created_at", "score_chosen", "score_rejected")
     assert "nothing reads columns created_at, score_chosen, score_rejected" in pairs.summary()
     assert pairs.select([0]).unread == pairs.unread
-    assert open_pairs("folder", rows(extra), labels=False).unread == (*LABEL, *pairs.unread)
+    assert open_pairs("folder", rows(extra), labels=()).unread == (*LABEL, *pairs.unread)
     assert open_pairs("folder", rows(extra), margins=Margins("score")).unread == ("margin", "created_at")
     assert open_pairs("folder", rows(extra), group_by="created_at").unread == pairs.unread[1:]
     assert open_responses("trl", rows({**RESPONSES["trl"], "model": "x"})).unread == ("model",)
