@@ -185,15 +185,22 @@ def build_reward_model(
     configs, models = reward_models(reward), list[RewardModel]()
     for config in configs:
         model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
-        identity = fingerprint.fingerprint_judge(config.name, config.path, config.options) if scores else None
-        if scores is not None and identity is not None and config.name not in COMPARING:
-            atomic_io.make_folder("judges", scores)
-            chunk = dict(reward_config(config.name, config.options)).get("batch_size", CHUNK)
-            model = CachedJudge(model, scores, identity, chunk=chunk, is_writer=current_processes().is_main)
+        if scores is not None and config.name not in COMPARING:
+            model = _with_stored_scores(model, config, scores)
         models.append(model)
     if len(models) == 1:
         return models[0]
     return Combined(models, torch.tensor([config.weight for config in configs]), combine)
+
+
+def _with_stored_scores(model: RewardModel, config: RewardConfig, folder: Path) -> RewardModel:
+    """Return the judge with the cache of its scores; as it is, if its code is in no file."""
+    identity = fingerprint.fingerprint_judge(config.name, config.path, config.options)
+    if identity is None:
+        return model
+    atomic_io.make_folder("judges", folder)
+    chunk = dict(reward_config(config.name, config.options)).get("batch_size", CHUNK)
+    return CachedJudge(model, folder, identity, chunk=chunk, is_writer=current_processes().is_main)
 
 
 def build_response_judge(reward: Rewards, device: torch.device, *, allow_pickle: bool) -> ResponseJudge:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.config import RewardConfig
+from mmalign.data.caches import fingerprint
 from mmalign.judges import vlm as ask
 from mmalign.judges import vlm_pairs
 from mmalign.judges._asking import Asker, fill
@@ -102,11 +103,14 @@ def test_responses_are_judged_and_compared(llava: Any, monkeypatch: pytest.Monke
     assert float(preferences[0]) == pytest.approx(odds[0] - odds[1], rel=1e-3, abs=1e-4)
 
 
-def test_a_folder_is_loaded_and_its_scores_are_stored(vlm_folders: Folders, tmp_path: Any) -> None:
+def test_a_folder_is_loaded_and_its_scores_are_stored(
+    vlm_folders: Folders, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = RewardConfig(name="vlm", path=str(vlm_folders("llava")), options={"precision": "float32"})
     scores = tmp_path / "scores"
     judge = build_reward_model(config, torch.device("cpu"), allow_pickle=False, scores=scores)
     assert judge(SHOWN, PROMPTS).isfinite().all() and len(list(scores.glob("*.jsonl"))) == 1
+    monkeypatch.setattr(fingerprint, "fingerprint_judge", None)  # weights without stored scores are not hashed
     compared = build_reward_model(config.model_copy(update={"name": "vlm_pairs"}), torch.device("cpu"),
         allow_pickle=False, scores=scores)  # fmt: skip
     compared(SHOWN, PROMPTS)

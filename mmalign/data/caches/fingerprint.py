@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from mmalign.registry import is_outside, source_file
 from mmalign.resources import locate
 
 TEMPLATE = "chat_template"  # common part of the names of chat template files
-
+_CALLING = ("batch_size", "timeout", "retries", "wait")  # options of a judge's calls, not of its scores
 
 # Entries that record how a part was loaded or last called. They do not affect its results.
 _PASSING = {
@@ -102,6 +103,7 @@ def fingerprint_folder(path: str) -> str:
 def fingerprint_judge(name: str, path: str, options: Mapping[str, object]) -> str | None:
     """Return a fingerprint of a judge: its kind, its options, and the content of the files or modules that it names.
 
+    Of the project's own judges, options such as `batch_size`, which do not change scores, do not count.
     A Hub id, an address or an architecture counts by its name. Modules that a named module imports do not count.
 
     Returns:
@@ -114,7 +116,8 @@ def fingerprint_judge(name: str, path: str, options: Mapping[str, object]) -> st
     for place in (Path(name) for name in named if os.path.exists(name)):  # Path.exists fails for a long question
         files += [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
     contents = {str(file): _content(file) for file in files if file is not None}
-    return fingerprint_settings({"name": name, "path": path, "options": options, "files": contents})
+    lasting = {key: value for key, value in options.items() if is_outside(name) or key not in _CALLING}
+    return fingerprint_settings({"name": name, "path": path, "options": lasting, "files": contents})
 
 
 def fingerprint_schedule(schedule: Schedule) -> str:
@@ -144,7 +147,8 @@ def _reads(part: str) -> bool:
 
 def _content(path: Path) -> str:
     if path.name not in _PASSING:
-        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
     content = json.loads(path.read_text(encoding="utf-8"))
     return fingerprint_settings({name: value for name, value in content.items() if name not in _PASSING[path.name]})
 

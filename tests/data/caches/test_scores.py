@@ -1,6 +1,7 @@
 """Scores on disk by content: nothing is judged twice, nothing is lost, and another judge has scores of its own."""
 
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +71,25 @@ def test_a_question_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert fingerprint_judge("vlm", "org/name", {**options, "question": "{prompt}?"}) != before
 
 
+def test_options_of_calls_are_no_part_of_a_judges_identity() -> None:
+    """After a server's failure a smaller batch or a longer timeout finds the scores so far."""
+    options = {"batch_size": 2, "timeout": 9.0, "retries": 1, "wait": 0.0}
+    assert fingerprint_judge("http", "http://host/", options) == fingerprint_judge("http", "http://host/", {})
+    own = [fingerprint_judge("mmalign.rewards.http:Config", "none", {"wait": wait}) for wait in (0, 1)]
+    assert own[0] != own[1]  # of a judge from outside the meaning is unknown
+
+
+def test_weights_are_hashed_in_little_memory(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(2**23))
+    fingerprint_judge("open_clip", str(tmp_path), {})  # imports
+    tracemalloc.start()
+    fingerprint_judge("open_clip", str(tmp_path), {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21
+
+
 def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -81,7 +101,7 @@ def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     def identities() -> list[str | None]:
         return [
             fingerprint_judge("open_clip", str(weights.parent), {}),
-            fingerprint_judge("open_clip", str(weights.parent), {"batch_size": 2}),
+            fingerprint_judge("open_clip", str(weights.parent), {"precision": "float32"}),
             fingerprint_judge("function", "judging:f", {}),
             fingerprint_judge("judging:Options", "none", {}),
             fingerprint_judge("open_clip", "org/name", {}),
