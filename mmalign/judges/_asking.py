@@ -17,6 +17,7 @@ from mmalign.families.loading import load_vision_language
 from mmalign.families.types import ImageView, Loading
 from mmalign.language.chat import IMAGE, Turn
 from mmalign.language.tokens import TokenizedResponse, common_prefix
+from mmalign.reading.weights import pickles_allowed
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig
 
@@ -116,7 +117,9 @@ def load_asker(judge: str, path: str, device: torch.device, cfg: AskingConfig) -
     """
     half = torch.bfloat16 if cfg.precision == "bfloat16" else None
     try:
-        family = load_vision_language(resolve_model(path), Loading(device, half=half, network_half=True))
+        family = load_vision_language(
+            resolve_model(path), Loading(device, half=half, network_half=True, allow_pickle=pickles_allowed())
+        )
     except ValueError as error:
         raise ValueError(f"reward {judge}: {str(error).removeprefix('model.path: ')}") from error
     return Asker(judge, family, cfg.batch_size)

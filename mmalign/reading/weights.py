@@ -80,6 +80,11 @@ def tensors_only(allow_pickle: bool | None = None) -> Iterator[None]:
             setattr(*place, value)
 
 
+def pickles_allowed() -> bool:
+    """Return whether the innermost open `tensors_only` reads pickles too."""
+    return torch.load is _load_tensors
+
+
 def use_safetensors(path: str | Path, allow_pickle: bool) -> bool | None:
     """Return the libraries' option: True downloads no pickle from the Hub; None takes what a folder has."""
     return None if allow_pickle or Path(path).exists() else True

@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[str, str, str, Load]] = {
     "encoder": ("sd15", "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin", family),
     "autoencoder": ("sd15", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin", autoencoder),
     "vision-language": ("llava", "model.safetensors", "pytorch_model.bin", vision_language),
+    "vlm": ("llava", "model.safetensors", "pytorch_model.bin", reward("vlm")),
     "open_clip": ("clip", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", reward("open_clip")),
     "open_clip pth": ("clip", "open_clip_model.safetensors", "open_clip_pytorch_model.pth", reward("open_clip")),
     "CLIP": ("transformers clip", "model.safetensors", "pytorch_model.bin", reward("transformers_clip")),
