@@ -174,6 +174,15 @@ class Data(Section):
         "off, or a folder",
     )
 
+    @model_validator(mode="after")
+    def _scales_scores_alone(self) -> Data:
+        if self.margin == "column" and self.margin_scale != 1:
+            raise ValueError(
+                f"margin_scale: {self.margin_scale} scales margins from scores, and margin: column takes them as they "
+                "are; set margin: score or log_score, or leave margin_scale out"
+            )
+        return self
+
 
 class ImageData(Data):
     """Settings of image pairs, or of a text file with one prompt a line for methods that generate their images."""

@@ -37,6 +37,7 @@ from tests.helpers.logged import recorded_lines
         ("data.path=W/ties.parquet", "data.path: W/ties.parquet has no pair to learn from (8 ties, 0 rows dropped)"),
         ("data.cache=W/good.parquet", "data.cache: W/good.parquet is a file; choose a folder"),
         ("data={crop: random, fit: pad, path: W/good.parquet}", "data.crop: random has no meaning with data.fit: pad"),
+        ("data={margin_scale: 2, path: W/good.parquet}", "margin_scale: 2.0 scales margins from scores"),
         ("data={resolution: 64x, path: W/good.parquet}", "data.resolution: expected pixels, such as 1024 or 1216x832"),
         ("data={resolution: 4, path: W/good.parquet}", "(width x height), got 4"),
         # Models.
@@ -75,6 +76,13 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
 ) -> None:
     message = mmalign.refused("train", content, setting.replace("W", str(world)))
     contains(message, sentence.replace("W", str(world)))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", ["instruct_engine", "sft"])
+def test_margins_that_no_loss_reads_are_refused(name: str, mmalign: Commands, content: Content) -> None:
+    message = mmalign.refused("train", {**content, "method": {"name": name}}, "data.margin=score")
+    contains(message, f"data.margin: method.name: {name} reads no margins; leave score out")
 
 
 @pytest.mark.usefixtures("no_model")

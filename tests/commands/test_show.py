@@ -49,6 +49,19 @@ def test_pictures_are_those_of_the_loader(tiny_sd15: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_the_first_thumbs_are_those_of_a_balanced_epoch(tiny_sd15: Path, tmp_path: Path) -> None:
+    """One of six is liked; 80 % of an epoch are."""
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(data_files.png(number, 16))
+    rows = [{"prompt": "a", "image": f"{number}.png", "label": number == 0} for number in range(6)]
+    (tmp_path / "thumbs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"format": "thumbs", "path": str(tmp_path / "thumbs.jsonl")}
+    method = {"name": "diffusion_kto", "liked_share": 0.8}
+    view = show(load_recipe(pictures(tiny_sd15, tmp_path, "out", data=data, method=method)), number=6)
+    sides = [example.sides[0].name for example in view.examples]
+    assert sides.count("liked") == 5 and sides.count("disliked") == 1
+
+
 def test_dropped_rows_are_named_by_the_commonest_reason(tmp_path: Path, tiny_sd15: Path) -> None:
     rows = [{"prompt": f"<b>{n}</b>", "chosen": f"{n}.png", "rejected": "gone.png"} for n in range(3)]
     rows.append({"prompt": "<script>alert(1)</script>", "chosen": "a.png", "rejected": "b.png"})

@@ -93,7 +93,7 @@ class Loader(Generic[P, E, B]):
         if not len(pairs):
             raise ValueError(f"data: {pairs.source} has no pairs left to load; hold out less, or raise data.limit")
         self.pairs, self.reader, self.num_workers = pairs, reader, num_workers
-        balance = Balance.of(pairs.liked(), liked_share, pairs.source) if liked_share is not None else None
+        balance = Balance.of(pairs, liked_share)
         self.sampler = EpochSampler(len(pairs), batch_size, seed, rank, world_size, keep_last, shapes, balance)
         self._max_bad, self._skipped = max_bad, dict[str, SkippedRow]()
         self._first = 0  # number of the first pair that is not known to be bad

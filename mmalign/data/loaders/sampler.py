@@ -10,11 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch import Generator
 
-from mmalign.data.pairs import SkippedRow, format_rows
+from mmalign.data.pairs import Pairs, SkippedRow, format_rows
 from mmalign.rng import KeyedRNG
 
 
@@ -31,16 +32,19 @@ class Balance:
     share: float
 
     @classmethod
-    def of(cls, liked: Sequence[bool], share: float, source: str) -> Balance:
-        """Return the balance of a source's rows.
+    def of(cls, pairs: Pairs[Any], share: float | None) -> Balance | None:
+        """Return the balance of some rows; None for no share.
 
         Raises:
             ValueError: no row is liked, or all are.
         """
+        if share is None:
+            return None
+        liked = pairs.liked()
         if all(liked) or not any(liked):
             raise ValueError(
-                f"method.liked_share: {share} cannot be had from {source}, where all labels are equal; set null to "
-                "take the rows as they are"
+                f"method.liked_share: {share} cannot be had from {pairs.source}, where all labels are equal; set null "
+                "to take the rows as they are"
             )
         return cls(liked, share)
 

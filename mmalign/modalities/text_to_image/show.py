@@ -11,7 +11,7 @@ from mmalign.config import ImageData, ImageSize, Recipe
 from mmalign.data.data_module import Splits
 from mmalign.data.images import ImageTransform
 from mmalign.data.loaders.image_pairs import PIXELS, SIZES, ImagePairReader
-from mmalign.data.loaders.sampler import EpochSampler
+from mmalign.data.loaders.sampler import Balance, EpochSampler
 from mmalign.data.pairs import ImagePair, Pairs, output_names
 from mmalign.data.shapes import summarize_cuts
 from mmalign.families.base import TextToImage
@@ -37,15 +37,15 @@ def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = Non
     Raises:
         ValueError: the model's configurations are not at hand.
     """
-    data, train = recipe.data, splits[0]
+    data, needs, train = recipe.data, requirements_of(recipe.method), splits[0]
     assert isinstance(data, ImageData)
     disable_progress_bars()
     path = fetch_configurations(model or recipe.model.path, recipe.model.revision)
     family = load_family(path, Loading(META, revision=recipe.model.revision))
     sources = [pairs for pairs in splits if pairs is not None]
     facts = list(_truncated(family, sources))
-    order = EpochSampler(len(train), 1, recipe.train.seed).order(0)
-    if requirements_of(recipe.method).generates:
+    if needs.generates:
+        order = EpochSampler(len(train), 1, recipe.train.seed).order(0)
         return DataView(facts, [TrainingExample(train[n].location, train[n].prompt) for n in order[:number]])
     shapes = pair_shapes(sources, data, ImageSize.parse(data.resolution or family.resolution), family.size_multiple)
     if shapes.sizes:
@@ -54,6 +54,8 @@ def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = Non
         facts.append(f"{len(by_area):,} different images: {by_area[0]} to {by_area[-1]} pixels, median {median}")
     facts += summarize_cuts(shapes, sources, pad=data.fit == "pad")
     transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
+    balance = Balance.of(train, needs.liked_share)
+    order = EpochSampler(len(train), 1, recipe.train.seed, shapes=shapes.of_all(train), balance=balance).order(0)
     reader = ImagePairReader(shapes, transform, recipe.train.seed)
     return DataView(facts, list(map(partial(_example, reader), (train[n] for n in order[:number]))))
 

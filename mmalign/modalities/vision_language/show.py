@@ -9,7 +9,7 @@ from typing import Any
 from mmalign.config import Recipe, ResponseData
 from mmalign.data.data_module import Splits
 from mmalign.data.loaders.response_pairs import ResponseExample, ResponsePairReader
-from mmalign.data.loaders.sampler import EpochSampler
+from mmalign.data.loaders.sampler import Balance, EpochSampler
 from mmalign.data.pairs import ResponsePair, output_names
 from mmalign.families.base import PromptProcessor
 from mmalign.families.loading import load_processor
@@ -34,7 +34,8 @@ def show(recipe: Recipe, splits: Splits, number: int) -> DataView:
     longest = min(processor.max_length, data.max_length or processor.max_length)
     reader = ResponsePairReader(processor, longest, decoded_images=True, other_images=needs.other_images)
     measured = [reader.read(train[n], 0) for n in range(0, len(train), max(1, len(train) // NUM_MEASURED))]
-    order = EpochSampler(len(train), 1, recipe.train.seed).order(0)
+    balance = Balance.of(train, needs.liked_share)
+    order = EpochSampler(len(train), 1, recipe.train.seed, balance=balance).order(0)
     return DataView(list(_facts(measured, longest)), [_example(reader, processor, train[n]) for n in order[:number]])
 
 
