@@ -108,7 +108,8 @@ class EpochSampler:
         by_shape = defaultdict[Hashable, list[int]](list)
         for number in order:
             by_shape[self._shape(number)].append(number)
-        return [number for rows in by_shape.values() for number in self.balance.apply(rows)]
+        balanced = {shape: iter(self.balance.apply(rows)) for shape, rows in by_shape.items()}
+        return [next(balanced[self._shape(number)]) for number in order]
 
     def plan(self, epoch: int) -> list[list[tuple[int, float]]]:
         """Return (number, weight) of each pair, for every batch of this process."""

@@ -240,6 +240,9 @@ def test_balance_keeps_the_numbers_of_each_image_size() -> None:
     sampler = EpochSampler(20, 2, 0, shapes=shapes, balance=Balance([n % 5 == 0 for n in range(20)], 0.5))
     assert Counter(shapes[n] for n in sampler.order(3)) == {"wide": 10, "tall": 10}
     assert len(sampler.plan(3)) == len(sampler)
+    # Each place of the epoch keeps its size, so that sizes alternate as they do without a balance
+    plain = EpochSampler(20, 2, 0, shapes=shapes)
+    assert [shapes[n] for n in sampler.order(3)] == [shapes[n] for n in plain.order(3)]
 
 
 def test_labels_that_are_all_equal_cannot_be_balanced(folder: Path) -> None:
