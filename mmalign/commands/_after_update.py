@@ -55,7 +55,8 @@ class AfterUpdate:
             reporter.start = {} if self.needs.reference else self._measure(last=True)
 
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
-        is_fresh = progress.epoch == 0 or self.needs.generates  # generated images are always new
+        # A balanced epoch has rows several times; generated images are always new
+        is_fresh = (progress.epoch == 0 and self.needs.liked_share is None) or self.needs.generates
         self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
         if self.sampler is not None:
             self.sampler(progress.step)

@@ -36,10 +36,11 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     adapters = f"lora of rank {lora.rank}, alpha {lora.scaled_alpha:g}, on {targets}"
     adapters += f", dropout {lora.dropout:g}" if lora.dropout else ""
     adapters += ", with DoRA" if lora.dora else ""
-    reward = methods.requirements_of(recipe.method).reward
+    needs = methods.requirements_of(recipe.method)
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {
-        **({"reward": loading.describe_rewards(reward)} if reward is not None else {}),
+        **({"reward": loading.describe_rewards(needs.reward)} if needs.reward is not None else {}),
+        **({"liked_share": str(needs.liked_share)} if needs.liked_share is not None else {}),
         **modality_of(recipe).model_dependencies(recipe.model),
         "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,

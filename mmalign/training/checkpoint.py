@@ -178,10 +178,10 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
         raise _unreadable(path, error) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {error})") from error
-    differs = [key for key in identity if about.identity.get(key) != identity[key]]
+    differs = [key for key in {**about.identity, **identity} if about.identity.get(key) != identity.get(key)]
     if differs:
-        saved_identity = ", ".join(f"{key} {about.identity.get(key, 'not recorded')}" for key in differs)
-        current_identity = ", ".join(f"{key} {identity[key]}" for key in differs)
+        saved_identity = ", ".join(f"{key} {about.identity.get(key, 'none')}" for key in differs)
+        current_identity = ", ".join(f"{key} {identity.get(key, 'none')}" for key in differs)
         raise ValueError(
             f"{path}: belongs to another run ({saved_identity}; this one has {current_identity}); use another output "
             "folder, or the settings of that run"

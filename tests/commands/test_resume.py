@@ -15,6 +15,7 @@ from mmalign.commands.evaluate import evaluate
 from mmalign.commands.gallery import gallery
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
+from mmalign.training import checkpoint
 from mmalign.training.export import read_run_info
 from tests.helpers import data_files, recipes
 from tests.helpers.runs import assert_resumes, assert_same, train_weights
@@ -34,6 +35,19 @@ def trained(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Conten
     content = recipes.diffusion_in(tiny_sd15, tmp_path_factory.mktemp("trained"))
     train(load_recipe(content, ["train.steps=2"]))
     return content
+
+
+def test_balanced_thumbs_are_of_one_run_and_never_fresh(content: Content) -> None:
+    """Rows recur within their first epoch, so no update shows what holds for other rows."""
+    content["method"] = {"name": "diffusion_kto", "liked_share": 0.5}
+    content["data"]["cut_pairs"] = True
+    train(load_recipe(content, ["train.steps=1"]))
+    (path,) = checkpoint.complete(Path(content["output"]))
+    saved = json.loads((path / "checkpoint.json").read_text())["identity"]
+    assert saved["liked_share"] == "0.5" and checkpoint.read(path, saved).state["reports"]["fresh"] == []
+    for share, now in (("0.8", "0.8"), ("null", "none")):
+        with pytest.raises(ValueError, match=f"another run .liked_share 0.5; this one has liked_share {now}"):
+            train(load_recipe(content, [f"method.liked_share={share}"]))
 
 
 @pytest.mark.slow

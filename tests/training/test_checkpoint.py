@@ -185,8 +185,10 @@ def test_a_stranger_is_refused_by_name(tmp_path: Path) -> None:
         f"{path}: belongs to another run (model aaaa; this one has model bbbb); use another output folder, or the "
         "settings of that run"
     )
-    with pytest.raises(ValueError, match=r"\(data not recorded; this one has data x\)"):
+    with pytest.raises(ValueError, match=r"\(data none; this one has data x\)"):
         checkpoint.read(path, {**MINE, "data": "x"})
+    with pytest.raises(ValueError, match=rf"\(method {MINE['method']}; this one has method none\)"):
+        checkpoint.read(path, {name: value for name, value in MINE.items() if name != "method"})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.97])

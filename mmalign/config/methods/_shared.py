@@ -145,7 +145,11 @@ class ThumbsMethodConfig(MethodConfig):
     liked_weight: float = Field(1.0, ge=0, description="factor of the loss of liked outputs")
     disliked_weight: float = Field(1.0, ge=0, description="factor of the loss of disliked outputs")
     liked_share: float | None = Field(
-        None, gt=0, lt=1, description="share of liked outputs in an epoch, by repetition; null takes each output once"
+        None,
+        gt=0,
+        lt=1,
+        description="share of liked outputs in an epoch: some of one label recur, with the same random numbers, and "
+        "some of the other are left out; null takes each output once",
     )
 
     @model_validator(mode="after")

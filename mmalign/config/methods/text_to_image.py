@@ -41,7 +41,11 @@ class DiffusionKTOConfig(ThumbsMethodConfig):
         2000.0, gt=0, description="in units of -1/2 mean squared error; the release's beta_dpo is half of it"
     )
     liked_share: float | None = Field(
-        0.8, gt=0, lt=1, description="share of liked images in an epoch, by repetition; null takes each image once"
+        0.8,
+        gt=0,
+        lt=1,
+        description="share of liked images in an epoch: some of one label recur, with the same random numbers, and "
+        "some of the other are left out; null takes each image once",
     )
     caption_dropout: float = Field(0.0, ge=0, le=1, description="fraction of images that lose their prompt")
     num_cached_draws: NumCachedDraws = 0
