@@ -82,7 +82,8 @@ def tensors_only(allow_pickle: bool | None = None) -> Iterator[None]:
 
 def pickles_allowed() -> bool:
     """Return whether the innermost open `tensors_only` reads pickles too."""
-    return torch.load is _load_tensors
+    current: object = torch.load
+    return current is _load_tensors
 
 
 def use_safetensors(path: str | Path, allow_pickle: bool) -> bool | None:

@@ -177,3 +177,15 @@ def test_prompts_and_models_that_do_not_fit(
             check(tiny_sd15, section)
         with pytest.raises(ValueError, match=rf"{section}.prompts: .* edits a source image; expected a file of JSON l"):
             check(flow_folders("qwen_image_edit"), section, prompts=4)
+    # Edits of different sources are not compared, though their prompt is the same
+    clip, pairwise = {"path": "models/tiny_clip"}, {"name": "vlm_pairs", "path": "models/tiny_llava"}
+    voted: dict[str, Any] = {"reward": [clip, clip], "combine": "vote"}
+    for section, changes, where in (
+        ("evaluate", voted, "evaluate: combine: vote"),
+        ("evaluate", {"best_of": {"n": [2], **voted}}, "evaluate.best_of: combine: vote"),
+        ("prepare", {"reward": pairwise}, "prepare: reward vlm_pairs"),
+    ):
+        with pytest.raises(ValueError, match=f"^{where} compares all images of a prompt, and 'make it blue' edits 2 "):
+            check(flow_folders("flux_kontext"), section, **changes)
+    asked.write_text(asked.read_text().replace("2.png", "1.png"))
+    check(flow_folders("flux_kontext"), "evaluate", **voted)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from mmalign.config import EvaluateImages, ImageData, ImageModel, ImageSize, PrepareImages, Recipe
+from mmalign.config.evaluation import reward_models
 from mmalign.data.formats import images, prompts
+from mmalign.data.formats.prompts import Prompt
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
 from mmalign.modalities.prompts import read_prompt_pairs, read_prompts
 from mmalign.modalities.text_to_image.model import check_prompt_sources, source_use
 from mmalign.modalities.validation import check_implicit
 from mmalign.resources import locate
+from mmalign.rewards import COMPARING
 
 
 def check(recipe: Recipe) -> None:
@@ -118,7 +124,9 @@ def _check_sampling(name: str, recipe: Recipe, section: EvaluateImages | Prepare
         if isinstance(section, PrepareImages) and section.prompt_pairs:
             read_prompt_pairs(f"{name}.prompts", section.prompts)
         else:
-            given = any(prompt.source for prompt in read_prompts(f"{name}.prompts", section.prompts))
+            rows = read_prompts(f"{name}.prompts", section.prompts)
+            given = any(row.source for row in rows)
+            _check_comparing(name, section, rows)
     elif section.prompts < 1:
         raise ValueError(
             f"{name}.prompts: expected at least 1, or a file with one prompt a line, got {section.prompts}"
@@ -128,3 +136,21 @@ def _check_sampling(name: str, recipe: Recipe, section: EvaluateImages | Prepare
     resolution = section.sampling.resolution
     if resolution is not None and any(side % 8 for side in ImageSize.parse(resolution)):
         raise ValueError(f"{name}.sampling.resolution: expected multiples of 8 pixels, got {resolution}")
+
+
+def _check_comparing(name: str, section: EvaluateImages | PrepareImages, prompts: Sequence[Prompt]) -> None:
+    """Refuse judges that compare the images of a prompt, if a prompt edits several sources: their edits differ."""
+    edits = {(prompt.text, prompt.source.key) for prompt in prompts if prompt.source is not None}
+    text, number = next(iter(Counter(text for text, _ in edits).most_common(1)), ("", 0))
+    judges = [(name, section.reward, section.combine)]
+    if isinstance(section, EvaluateImages) and section.best_of is not None:
+        judges.append(("evaluate.best_of", section.best_of.reward, section.best_of.combine))
+    for key, reward, combine in judges:
+        names = [config.name for config in reward_models(reward)] if reward is not None else []
+        comparing = [f"reward {kind}" for kind in names if kind in COMPARING]
+        comparing += [f"combine: {combine}"] if combine != "sum" else []
+        if comparing and number > 1:
+            raise ValueError(
+                f"{key}: {comparing[0]} compares all images of a prompt, and {text[:60]!r} edits {number} sources; use "
+                "combine: sum and judges that score each image alone, or give each source a prompt of its own"
+            )
