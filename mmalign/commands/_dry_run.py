@@ -37,6 +37,7 @@ def dry_run(recipe: Recipe) -> None:
     _check_output(Path(recipe.output))
     modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
     splits = modality.open_pairs(recipe, needs)
+    preflight.check_annotators(needs, splits[0])
     accelerator = open_accelerator(recipe.train, rank_timeout=recipe.limits.rank_timeout)
     for line in needs.check():
         logger.info(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +12,10 @@ from torch import nn
 from mmalign import methods
 from mmalign.attention import choice
 from mmalign.config import Recipe, Train
+from mmalign.data.formats.files import listed
+from mmalign.data.pairs import Pairs
 from mmalign.families import compile, quantize
+from mmalign.methods import Requirements
 from mmalign.modalities import modality_of
 from mmalign.modalities.loading import DTYPES, check_method_judge
 from mmalign.training.launch import check_launch
@@ -75,6 +78,21 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
         modality.check_data(recipe)
     check_method_judge(recipe)
     modality.check_model(recipe.model)  # last, since it may query the Hub
+
+
+def check_annotators(needs: Requirements, pairs: Pairs[Any]) -> None:
+    """Check that some training pair has each annotator with a rate of its own.
+
+    Raises:
+        ValueError: no pair has one of them.
+    """
+    wanted = needs.memory.annotators if needs.memory is not None else ()
+    known = sorted({*pairs.annotators()} - {""}) if wanted else []
+    if missing := [name for name in wanted if name not in known]:
+        raise ValueError(
+            f"method.label_noise.annotators: no pair of {pairs.source} has the annotator {', '.join(missing)} (found "
+            f"{listed(known)}); correct the name, map the column annotator with data.columns, or leave it out"
+        )
 
 
 def _check_evaluation(recipe: Recipe, *, fails: bool) -> None:

@@ -99,6 +99,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     check_owned(output / "model", RUN_INFO)
     needs = methods.requirements_of(recipe.method)
     splits = modality_of(recipe).open_pairs(recipe, needs)
+    preflight.check_annotators(needs, splits[0])
     trackers = options.trackers if options.trackers else None
     accelerator = open_accelerator(
         options, log_with=trackers, project_dir=recipe.output, rank_timeout=recipe.limits.rank_timeout

@@ -246,6 +246,9 @@ class Rows(Protocol[P]):
     def liked(self, numbers: NDArray[np.int64]) -> list[bool]:
         """Return whether the best score of each row is above 0, without building the rows; True for pairs."""
 
+    def annotators(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Return the annotator of each pair, "" for none, without building the pairs."""
+
 
 class Pairs(Sequence[P], Generic[P]):
     """Sequence of pairs of one source; subsets (`select`, slices, `split_by_group`) copy indices, not images.
@@ -305,6 +308,10 @@ class Pairs(Sequence[P], Generic[P]):
     def liked(self) -> list[bool]:
         """Return for every thumb whether it is up."""
         return self._rows.liked(self._numbers)
+
+    def annotators(self) -> list[str]:
+        """Return the annotator of every pair, "" for none."""
+        return self._rows.annotators(self._numbers)
 
     def require(self, expected: str) -> None:
         """Check that there are pairs.

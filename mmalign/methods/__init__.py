@@ -13,7 +13,7 @@ without a cache. Precomputed reference scores (`PrecomputeSpec.scores`) replace 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -56,11 +56,13 @@ class Memory:
         start: the numbers before the first update, by name.
         remember: map the numbers and an update's mean metrics, over all rows of all processes, to the next numbers.
         describe: what the numbers say at the end of a run, for the verdict; empty for nothing.
+        annotators: annotators with numbers of their own, each of which some training pair has.
     """
 
     start: Mapping[str, float]
     remember: Callable[[Mapping[str, float], Mapping[str, float]], dict[str, float]]
     describe: Callable[[Mapping[str, float]], str] = lambda _: ""
+    annotators: Collection[str] = ()
 
 
 @dataclass(frozen=True)

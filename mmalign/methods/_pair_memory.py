@@ -43,7 +43,8 @@ def pair_memory(cfg: PairMethodConfig) -> Memory | None:
         start |= {_rate_of(name): rate for name, rate in cfg.label_noise.annotators.items()}
     if cfg.auto_beta is not None:
         start[SIZE] = _logit(1 - cfg.auto_beta.gradient_factor) / cfg.beta  # where the formula gives the recipe's beta
-    return Memory(start, partial(_remember, cfg), partial(_describe, cfg))
+    names = cfg.label_noise.annotators if cfg.label_noise is not None else ()
+    return Memory(start, partial(_remember, cfg), partial(_describe, cfg), names)
 
 
 def present(cfg: C, memory: Mapping[str, float]) -> C:

@@ -1,6 +1,7 @@
 """Mistakes in a recipe, told in one sentence and with exit code 1 before any model is loaded."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from mmalign import cli
 from mmalign.commands import preflight
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import train
 from tests.helpers.commands import Commands, Content, contains
 from tests.helpers.logged import recorded_lines
 
@@ -83,6 +85,15 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
 def test_margins_that_no_loss_reads_are_refused(name: str, mmalign: Commands, content: Content) -> None:
     message = mmalign.refused("train", {**content, "method": {"name": name}}, "data.margin=score")
     contains(message, f"data.margin: method.name: {name} reads no margins; leave score out")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_rate_of_an_annotator_whom_no_pair_has_is_refused(mmalign: Commands, content: Content) -> None:
+    content = {**content, "method": {"name": "diffusion_dpo", "label_noise": {"annotators": {"Kim": 0.2}}}}
+    sentence = "has the annotator Kim (found nothing); correct the name"
+    contains(mmalign.refused("train", content), sentence)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(load_recipe(content), dry_run=True)
 
 
 @pytest.mark.usefixtures("no_model")

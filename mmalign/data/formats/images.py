@@ -182,7 +182,7 @@ class ImageRows:
         self._read_label = label
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
-        self._liked = list[bool]()
+        self._liked, self._annotators = list[bool](), list[str]()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -207,8 +207,7 @@ class ImageRows:
                 group = parsed.prompt if self._group_by is None else self._layout.group(row.record, self._group_by)
                 if prompt_pairs and not parsed.rejected_prompt:
                     raise UnusableRowError(f"has no {second}")
-                for selection in selections:
-                    self._label(row, parsed, selection)
+                labels = [self._label(row, parsed, selection) for selection in selections]
             except UnusableRowError as error:
                 skipped.append(SkippedRow(row.location, str(error), error.defect))
                 continue
@@ -226,8 +225,8 @@ class ImageRows:
                 self._liked.append(max(selection.scores, default=1.0) > 0)
                 # Equal texts are one object
                 for values, text in zip(
-                    (self._prompts, self._rejected_prompts, self._groups),
-                    (selection.prompt, selection.rejected_prompt, group),
+                    (self._prompts, self._rejected_prompts, self._groups, self._annotators),
+                    (selection.prompt, selection.rejected_prompt, group, labels[which].annotator),
                     strict=True,
                 ):
                     values.append(texts.setdefault(text, text))
@@ -282,3 +281,7 @@ class ImageRows:
     def liked(self, numbers: NDArray[np.int64]) -> list[bool]:
         """Return whether the best score of each of these rows is above 0."""
         return [self._liked[n] for n in numbers.tolist()]
+
+    def annotators(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Return the annotator of each of these pairs, "" for none."""
+        return [self._annotators[n] for n in numbers.tolist()]

@@ -78,6 +78,10 @@ class _Rows:
         """Return True for each of these prompts, which have no labels."""
         return [True] * len(numbers)
 
+    def annotators(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Return "" for each of these prompts, which have no annotators."""
+        return [""] * len(numbers)
+
 
 def read_prompts(key: str, path: Path) -> list[tuple[int, str]]:
     """Return (line number, prompt) of a text file with one prompt a line, without empty lines and comments.

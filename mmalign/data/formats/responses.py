@@ -113,6 +113,10 @@ class ResponseRows:
         """Return whether the best score of each of these rows is above 0."""
         return [max(self._entries[n].parsed.scores, default=1.0) > 0 for n in numbers.tolist()]
 
+    def annotators(self, numbers: NDArray[np.int64]) -> list[str]:
+        """Return the annotator of each of these pairs, "" for none."""
+        return [self._entries[n].label.annotator for n in numbers.tolist()]
+
     def _group(self, entry: IndexedRow) -> str:
         """Return the group of a row; by default its images' names, or the content of images without a name."""
         if entry.group is not None:

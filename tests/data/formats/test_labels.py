@@ -69,7 +69,8 @@ def labels(pairs: Any) -> list[Label]:
 @pytest.mark.parametrize("layout", [*IMAGES, *RESPONSES])
 def test_every_layout_of_pairs_has_labels(rows: Any, layout: str) -> None:
     row, opened = {**IMAGES, **RESPONSES}[layout], open_pairs if layout in IMAGES else open_responses
-    assert labels(opened(layout, rows({**row, **LABEL}))) == [EXPECTED]
+    labelled = opened(layout, rows({**row, **LABEL}))
+    assert labels(labelled) == [EXPECTED] and labelled.annotators() == ["kim"]
     assert labels(opened(layout, rows(row))) == [NO_LABEL]
     renamed = {"preference": "strength", "annotator": "user_id"}
     pairs = opened(layout, rows({**row, "strength": "0.7", "user_id": 5}), columns=renamed)
