@@ -1,16 +1,18 @@
 """Append-only log of a long job's finished pieces, from which an interrupted job resumes.
 
 The first line describes the job. Each further line is one piece of its work, in JSON. An incomplete last line is
-discarded.
+discarded. Several processes may append to one file: each locks it while it reads or writes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import BinaryIO, Generic, Literal, TypeVar
 
 from mmalign.reading import check_file, parse_as
 
@@ -45,7 +47,7 @@ class AppendLog(Generic[Piece]):
             self._require(lines[0], head)
             self.entries = [self._parse(piece, number, line) for number, line in enumerate(lines[1:], start=2)]
         else:
-            self._write(head)
+            self._write(head, is_first=True)
 
     def append(self, piece: Piece) -> None:
         """Append a piece and flush it to disk."""
@@ -60,14 +62,15 @@ class AppendLog(Generic[Piece]):
         """Return the file's complete lines; truncate the file after the last one."""
         try:
             check_file(self.path)
-            content = self.path.read_bytes()
+            with _locked(self.path, "rb", fcntl.LOCK_SH) as file:
+                content = file.read()
+                whole = content[: content.rfind(_END) + 1]
+                if len(whole) < len(content) and self._is_writer:
+                    os.truncate(self.path, len(whole))
         except FileNotFoundError:
             return []
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read ({error.strerror}); move it away to start over") from error
-        whole = content[: content.rfind(_END) + 1]
-        if len(whole) < len(content) and self._is_writer:
-            os.truncate(self.path, len(whole))
         return whole.split(_END)[:-1]
 
     def _parse(self, kind: type[Piece], number: int, line: bytes) -> Piece:
@@ -92,14 +95,26 @@ class AppendLog(Generic[Piece]):
                 f"{now}); use the same settings to resume, or move that file away to start over"
             )
 
-    def _write(self, content: object) -> None:
+    def _write(self, content: object, *, is_first: bool = False) -> None:
+        """Append a line; a first line only to an empty file, since another process may have begun it."""
         if not self._is_writer:
             return
         line = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + _END
-        with self.path.open("ab") as file:
+        with _locked(self.path, "ab", fcntl.LOCK_EX) as file:
+            if is_first and os.fstat(file.fileno()).st_size:
+                return
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(path: Path, mode: Literal["rb", "ab"], kind: int) -> Iterator[BinaryIO]:
+    """Open a file and wait for the system's lock of it, which closing releases."""
+    with path.open(mode) as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, kind)
+        yield file
 
 
 def _short(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,15 +32,22 @@ class CachedJudge:
         self, judge: RewardModel, folder: Path, identity: str, *, chunk: int = CHUNK, is_writer: bool = True
     ) -> None:
         file, job = folder / f"{identity}.jsonl", {"judge": identity}
-        self._judge, self._chunk = judge, chunk
-        self._log = AppendLog(file, job, list[tuple[str, float]], is_writer=is_writer)
-        self._scores = {key: score for piece in self._log.entries for key, score in piece}
+        self._judge, self._chunk, self._scores = judge, chunk, dict[str, float]()
+        self._open_log = partial(AppendLog, file, job, list[tuple[str, float]], is_writer=is_writer)
+        self._read_log()
+
+    def _read_log(self) -> None:
+        """Read all scores so far, also those that other runs or other judges of this identity have written."""
+        self._log = self._open_log()
+        self._scores |= {key: score for piece in self._log.entries for key, score in piece}
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the CPU; scores of noisy images (with `t`) are not stored."""
         if t is not None:
             return self._judge(images, prompts, t)
         keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        if not self._scores.keys() >= set(keys):
+            self._read_log()
         new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
         for start in range(0, len(new), self._chunk):
             rows = new[start : start + self._chunk]

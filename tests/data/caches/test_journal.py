@@ -1,5 +1,7 @@
 """Work that was stopped: what was written whole is kept, what was cut short is not, and a stranger's is refused."""
 
+import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,25 @@ def test_damaged_line_is_named(damage: bytes, tmp_path: Path) -> None:
         file.write(damage + b"\n")
     with pytest.raises(ValueError, match=r"work: line 3 is damaged .*; delete it and the lines after it"):
         AppendLog(tmp_path / "work", JOB, kind)
+
+
+def test_two_runs_that_begin_together_write_one_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path / "work")
+    with monkeypatch.context() as patched:
+        patched.setattr(AppendLog, "_whole_lines", lambda log: [])  # as read before the other run began
+        AppendLog(tmp_path / "work", JOB, Any)
+    assert AppendLog(tmp_path / "work", JOB, Any).entries == PIECES
+
+
+def test_a_line_that_another_run_is_writing_is_awaited(tmp_path: Path) -> None:
+    filled(tmp_path / "work")
+    with ThreadPoolExecutor() as pool:
+        with (tmp_path / "work").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b'"beg')
+            file.flush()
+            opened = pool.submit(AppendLog, tmp_path / "work", JOB, Any)
+            with pytest.raises(TimeoutError):
+                opened.result(timeout=0.2)
+            file.write(b'un"\n')
+        assert opened.result().entries == [*PIECES, "begun"]

@@ -52,6 +52,15 @@ def test_other_judges_images_and_prompts_are_judged(tmp_path: Path) -> None:
     assert noisy.judged == 2
 
 
+def test_judges_of_one_identity_share_their_scores(tmp_path: Path) -> None:
+    """As the judge that chooses the best of n and the one that measures, or two runs with one `evaluate.cache`."""
+    counting = Counting()
+    chooser, measure = (CachedJudge(counting, tmp_path, "x") for _ in range(2))
+    scores = chooser([RED, BLUE], ["a", "a"])
+    torch.testing.assert_close(measure([BLUE, RED], ["a", "a"]), scores.flip(0), rtol=0, atol=0)
+    assert counting.judged == 2 and chooser([BLUE], ["a"]).tolist() == scores[1:].tolist()
+
+
 def test_a_failing_judge_loses_no_score(tmp_path: Path) -> None:
     images, prompts = [RED] * 3 * CHUNK, [f"prompt {number}" for number in range(3 * CHUNK)]
     failing, rest = Counting(calls=2), Counting()
