@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 from PIL import Image, ImageStat
 
+MODEL = "mean brightness"  # change it with the model: stored scores of another name are not used
+
 
 def score(images, prompts):
     """Return one number for each image; replace it by your model."""
@@ -22,7 +24,7 @@ class Judge(BaseHTTPRequestHandler):
         try:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [Image.open(io.BytesIO(base64.b64decode(png))) for png in request["images"]]
-            status, reply = 200, {"scores": score(images, request["prompts"])}
+            status, reply = 200, {"scores": score(images, request["prompts"]), "model": MODEL}
         except Exception as error:  # tell the client what failed
             status, reply = 400, {"error": repr(error)}
         body = json.dumps(reply).encode()

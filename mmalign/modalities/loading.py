@@ -28,6 +28,7 @@ from mmalign.rewards import (
     COMPARING,
     ResponseJudge,
     RewardModel,
+    http,
     load_response_judge,
     load_reward_model,
     response_module,
@@ -195,11 +196,14 @@ def build_reward_model(
 
 def _with_stored_scores(model: RewardModel, config: RewardConfig, folder: Path) -> RewardModel:
     """Return the judge with the cache of its scores; as it is, if its code is in no file."""
-    identity = fingerprint.fingerprint_judge(config.name, config.path, config.options)
+    cfg, options = reward_config(config.name, config.options), dict(config.options)
+    if isinstance(cfg, http.Config) and (served := http.Server(config.path, cfg).model()):
+        options["model"] = served
+    identity = fingerprint.fingerprint_judge(config.name, config.path, options)
     if identity is None:
         return model
     atomic_io.make_folder("judges", folder)
-    chunk = dict(reward_config(config.name, config.options)).get("batch_size", CHUNK)
+    chunk = dict(cfg).get("batch_size", CHUNK)
     return CachedJudge(model, folder, identity, chunk=chunk, is_writer=current_processes().is_main)
 
 

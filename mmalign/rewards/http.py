@@ -1,9 +1,9 @@
 """Judge on an HTTP server, in the environment or on the machine that it needs.
 
-A request is a POST of JSON, `{"images": [PNG in base64, ...], "prompts": [text, ...]}`. The reply is
-`{"scores": [number, ...]}`, one for each prompt, or `{"error": text}` with a status of 400 or more. An empty request,
-whose reply is empty, tests the server. docs/judge_server.py is an example. For responses a request has a list of images
-for each prompt, and `"responses"`.
+A request is a POST of JSON, `{"images": [PNG in base64, ...], "prompts": [text, ...]}`. The reply is `{"scores":
+[number, ...]}`, one for each prompt, or `{"error": text}` with a status of 400 or more. An empty request, whose reply
+has no scores and may name the server's `"model"`, tests the server. docs/judge_server.py is an example. For responses a
+request has a list of images for each prompt, and `"responses"`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # statuses after which a request is repeated
 MAX_BYTES = 2**24  # of a reply
+EMPTY: Mapping[str, object] = {"images": [], "prompts": []}  # request that tests the server
 REMEDY = "correct the server (docs/judges.md describes its replies), or reward.path"
 RESUME = "then run the same command again: prepare and evaluate resume"
 
@@ -71,13 +72,26 @@ class Server:
         Raises:
             ValueError: the server does not reply in time, or its reply has no such scores.
         """
+        return as_scores(str(self), self._entries(content)["scores"], prompts, REMEDY)
+
+    def model(self) -> str:
+        """Return the name of the model that the reply to an empty request gives; "" if it gives none.
+
+        Raises:
+            ValueError: the server does not reply in time, or its reply has no scores.
+        """
+        return str(self._entries(EMPTY).get("model", ""))
+
+    def _entries(self, content: Mapping[str, object]) -> dict[str, object]:
+        """Return the entries of the reply, "scores" among them."""
         reply = self._reply(json.dumps(content).encode())
         try:
-            scores = parse_as(dict[str, object], reply)["scores"]
+            entries = parse_as(dict[str, object], reply)
+            entries["scores"]
         except (ValueError, KeyError):
             shown = " ".join(reply[:100].decode("utf-8", "replace").split())
             raise ValueError(f'{self} replied {shown!r}; expected JSON, {{"scores": [...]}}; {REMEDY}') from None
-        return as_scores(str(self), scores, prompts, REMEDY)
+        return entries
 
     def _reply(self, body: bytes) -> bytes:
         """Return the body of the reply; repeat the request while the server is dead, slow or busy."""
@@ -206,5 +220,5 @@ def load(path: str, device: torch.device, cfg: Config) -> HttpJudge:
     check("reward.path", path)
     logger.info(f"reward.path: images and texts are sent to {path}")
     server = Server(path, cfg)
-    server.scores({"images": [], "prompts": []}, [])
+    server.scores(EMPTY, [])
     return HttpJudge(server)

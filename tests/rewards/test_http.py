@@ -31,13 +31,14 @@ class Scripted:
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
+        self.described: dict[str, str] = {}  # in the reply to an empty request
         self.reply: Callable[[Any], Reply] = lambda request: (200, {"scores": [0.5] * len(request["prompts"])})
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, content = 200, {"scores": []}
+                status, content = 200, {"scores": [], **server.described}
                 if request["prompts"]:
                     server.requests.append(request)
                     status, content = server.reply(request)
@@ -188,6 +189,15 @@ def test_what_is_judged_is_not_sent_again(server: Scripted, tmp_path: Path) -> N
     assert [request["prompts"] for request in server.requests] == [
         prompts[:2], prompts[2:4], prompts[4:], prompts[4:],
     ]  # fmt: skip
+
+
+def test_another_model_on_the_server_judges_again(server: Scripted, tmp_path: Path, log_lines: list[str]) -> None:
+    config = RewardConfig(name="http", path=server.url)
+    for name, num_requests in (("", 1), ("a", 2), ("b", 3), ("a", 3)):
+        server.described = {"model": name} if name else {}
+        build_reward_model(config, torch.device("cpu"), allow_pickle=False, scores=tmp_path)([GREY], ["a dog"])
+        assert len(server.requests) == num_requests
+    assert [line for line in log_lines if "1 of 1 scores are stored there and used again" in line] == log_lines[-1:]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mmalign.data.caches.journal import AppendLog
 from mmalign.rewards import RewardModel
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 64  # images judged between two writes, for judges without batches of their own
 
@@ -48,6 +51,9 @@ class CachedJudge:
         keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         if not self._scores.keys() >= set(keys):
             self._read_log()
+        num_stored = sum(key in self._scores for key in keys)
+        if num_stored:
+            logger.info(f"{self._log.path}: {num_stored} of {len(keys)} scores are stored there and used again")
         new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
         for start in range(0, len(new), self._chunk):
             rows = new[start : start + self._chunk]
