@@ -111,7 +111,6 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
         file: the table's file, whose name the new files begin with.
         recipes: the evaluated run of each recipe, by the recipe's name.
     """
-    # The first images of distinct prompts
     # Images of every recipe at the first prompts
     samples = {name: read(Path(recipe.output) / "evaluation")["samples"] for name, recipe in recipes.items()}
     base, recipe = next(iter(samples.values())), next(iter(recipes.values()))
