@@ -13,6 +13,7 @@ import mmalign
 from mmalign import atomic_io
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
+from mmalign.methods import requirements_of
 from mmalign.resources import roots
 from mmalign.rewards import load_reward_model
 from mmalign.training import checkpoint
@@ -300,8 +301,10 @@ def test_every_shipped_recipe_takes_two_steps(
     else:
         flows = [folder for name, folder in FLOWS.items() if f"_{name}" in path.stem]
         model = flow_folders(flows[0]) if flows else tiny_sdxl if "sdxl" in path.stem else tiny_sd15
-        sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
         method = load_recipe(path).method
+        if requirements_of(method).learns_from == "lists":  # of images for one prompt
+            pairs = data_files.pick_a_pic(tmp_path / "lists.parquet")
+        sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
         if method.name == "spo":  # any pair will do: the tiny judge is hardly sure of one
             judges = [f"method.reward.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
         elif method.name == "step_preference":

@@ -231,8 +231,8 @@ def test_images_without_ids_are_hashed_once(tmp_path: Path, monkeypatch: pytest.
     path = data_files.pick_a_pic(tmp_path / "pairs.parquet", 8)
     pq.write_table(pq.read_table(path).drop_columns(["image_0_uid", "image_1_uid"]), path)
     pairs, reads = open_pairs("pick_a_pic", str(path)), list[int]()
-    cell = tables._cell
-    monkeypatch.setattr(tables, "_cell", lambda *given: reads.append(given[1]) or cell(*given))
+    cell = tables.TableRows._cell
+    monkeypatch.setattr(tables.TableRows, "_cell", lambda rows, place: reads.append(place[0]) or cell(rows, place))
     cache, _ = fill(tmp_path / "cache", pairs, ImageTransform())
     assert sorted(reads) == sorted([*range(8)] * 4)
     loader = load(pairs, batch_size=2, seed=0, transform=ImageTransform(), cache=cache)
