@@ -93,6 +93,6 @@ def find_trained(recipe: Recipe, which: str | int | None = None) -> TrainedModel
         path = output / checkpoint.name(int(which))
     else:
         raise ValueError(f"checkpoint: {output} has none of update {which!r}; {there}")
-    saved = checkpoint.read(path, {})
+    saved = checkpoint.read(path, None)
     seconds, verdict = float(saved.state["progress"]["seconds"]), str(saved.state["reports"].get("verdict", ""))
     return TrainedModel(path, RunInfo(saved.step, seconds, saved.identity, saved.record, verdict), saved)

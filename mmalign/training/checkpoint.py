@@ -163,8 +163,8 @@ def best(folder: Path) -> Path | None:
     return min(scored)[1] if scored else None
 
 
-def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
-    """Read a checkpoint, and check its files against their hashes.
+def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
+    """Read a checkpoint of the run of that identity, or of any run without one, and check its files' hashes.
 
     Raises:
         DamagedCheckpointError: a file does not hold what was written, or its weights are not finite.
@@ -178,6 +178,7 @@ def read(path: Path, identity: Mapping[str, str]) -> Checkpoint:
         raise _unreadable(path, error) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {error})") from error
+    identity = about.identity if identity is None else identity
     differs = [key for key in {**about.identity, **identity} if about.identity.get(key) != identity.get(key)]
     if differs:
         saved_identity = ", ".join(f"{key} {about.identity.get(key, 'none')}" for key in differs)
