@@ -11,23 +11,18 @@ class Editing(NamedTuple):
     """Use of a source image.
 
     Attributes:
-        required: False if the pipeline also generates images from a prompt alone.
+        sources: "optional" if the pipeline also generates images from a prompt alone.
         in_text: True if the text encoder sees the source too.
     """
 
-    required: bool
+    sources: Literal["required", "optional"]
     in_text: bool
-
-    @property
-    def sources(self) -> Literal["required", "optional"]:
-        """Whether each row of the data needs a source."""
-        return "required" if self.required else "optional"
 
 
 EDITORS = {
-    "FluxKontextPipeline": Editing(required=False, in_text=False),
-    "QwenImageEditPipeline": Editing(required=True, in_text=True),
-    "QwenImageEditPlusPipeline": Editing(required=True, in_text=True),
+    "FluxKontextPipeline": Editing("optional", in_text=False),
+    "QwenImageEditPipeline": Editing("required", in_text=True),
+    "QwenImageEditPlusPipeline": Editing("required", in_text=True),
 }
 
 

@@ -65,7 +65,7 @@ class PairMethodConfig(MethodConfig):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether a loss compares with a reference."""
+        """True if a loss of the sum compares with a reference."""
         return any(term.loss.reference for term in self.terms)
 
     @property
@@ -122,7 +122,7 @@ class ResponseMethodConfig(PairMethodConfig):
 
     @property
     def mean(self) -> bool:
-        """Whether scores are means over tokens, not sums."""
+        """True for scores that are means over tokens; false for sums."""
         return self.score == "mean" or (self.score == "auto" and self.terms[0].loss.score == "mean")
 
     @model_validator(mode="after")

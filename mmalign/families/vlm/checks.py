@@ -75,7 +75,7 @@ def remove_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
+            if isinstance(vars(module).get(name), float):
                 setattr(module, name, 0.0)
 
 

@@ -76,7 +76,7 @@ def check_prompt_sources(key: str, model: Model, *, given: bool) -> None:
     editing = EDITORS.get(kind)
     if given and editing is None:
         raise ValueError(f"{key}: {not_editing(path, kind)}")
-    if not given and editing is not None and editing.required:
+    if not given and editing is not None and editing.sources == "required":
         raise ValueError(
             f"{key}: {path} is a {kind}, which edits a source image; expected a file of JSON lines such as "
             '{"prompt": "make the fox blue", "source": "images/3.png"}'
