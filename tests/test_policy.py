@@ -13,7 +13,7 @@ from mmalign.diffusion.flow import Flow
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.lora import ATTENTION, add_lora
-from mmalign.families.types import Conditioning, Loading
+from mmalign.families.types import Conditioning, Loading, LoraSettings
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, adapters_off, eval_mode
 from tests.helpers.loading import CPU, diffusion_families
 
@@ -35,7 +35,7 @@ def adapters(net: nn.Module) -> dict[str, nn.Parameter]:
 def train_adapters(family: TextToImage, given: Any, updates: int = 3) -> nn.Module:
     """LoRA on the family's denoiser, moved by real updates; the frozen weights have no gradient."""
     net = family.network
-    add_lora(net, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
+    add_lora(net, LoraSettings(rank=2, alpha=2.0, targets=ATTENTION, seed=0))
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.05)
     for _ in range(updates):
         family.predict(net, *given).square().mean().backward()

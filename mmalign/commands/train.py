@@ -20,6 +20,7 @@ from mmalign.data.data_module import DataModule
 from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
+from mmalign.families.types import LoraSettings
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference, sharding
@@ -323,12 +324,7 @@ def build_policy(
             family.continue_adapter(resolve_model(adapter.path))
         else:
             family.add_lora(
-                rank=lora.rank,
-                alpha=lora.scaled_alpha,
-                targets=targets,
-                seed=options.seed,
-                dropout=lora.dropout,
-                dora=lora.dora,
+                LoraSettings(lora.rank, lora.scaled_alpha, targets, options.seed, dropout=lora.dropout, dora=lora.dora)
             )
         reference = AdaptersOff() if needed else None
     else:

@@ -14,7 +14,7 @@ from mmalign.attention.choice import SelectedBackend
 from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.editing import Editing
-from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, Moments
+from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, LoraSettings, Moments
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
@@ -40,17 +40,8 @@ class Family(Protocol):
     def linear_layers(self) -> Sequence[str]:
         """The ends of the names of all linear layers that can be adapted."""
 
-    def add_lora(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str],
-        seed: int,
-        dropout: float = 0.0,
-        dora: bool = False,
-    ) -> None:
-        """Add adapters to the network's linear layers whose names end in `targets`.
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Add adapters to the network's linear layers whose names end in the settings' targets.
 
         Raises:
             ValueError: no layer of the network has one of these names.

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmalign.families.types import LoraSettings
 from mmalign.reading.weights import one_sentence, sort_metadata
 
 if TYPE_CHECKING:
@@ -28,29 +29,24 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' o
 
 def add_lora(
     net: ModelMixin | PreTrainedModel,
+    settings: LoraSettings,
     *,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str],
-    seed: int,
-    dropout: float = 0.0,
-    dora: bool = False,
     within: str = "",
     others: Sequence[str] = (),
 ) -> None:
-    """Add adapters to the linear layers whose names end in `targets`; adapter weights are float32 masters.
+    """Add adapters to the linear layers whose names end in the targets; adapter weights are float32 masters.
 
     `within` names the part of the network to adapt; empty means all of it. `others` are the whole names of more layers.
 
     The first matrix is Gaussian and the second one zero, so the network's initial outputs are unchanged. The inputs of
-    adapters have `dropout` in train mode alone; the loop keys its draws. With `dora` the magnitudes of rows are
-    trained too (`mmalign.families.dora`).
+    adapters have dropout in train mode alone; the loop keys its draws.
 
     Raises:
-        ValueError: no layer of the network has one of these names, or one with `dora` is not linear.
+        ValueError: no layer of the network has one of these names, or one with magnitudes is not linear.
     """
     from peft import LoraConfig
 
+    targets = settings.targets
     # peft accepts several names if it finds one of them; the other names' layers would silently not be trained.
     known = [name for name, _ in net.named_modules() if f"{name}.".startswith(f"{within}.") or not within]
     lost = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in known)]
@@ -65,15 +61,15 @@ def add_lora(
     patterns = [rf"{re.escape(within)}\.(.*\.)?({ends})"] if targets else []
     modules = "|".join([*patterns, *map(re.escape, others)]) if within else list(targets)
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
         target_modules=modules,
         init_lora_weights="gaussian",
-        lora_dropout=dropout,
-        use_dora=dora,
+        lora_dropout=settings.dropout,
+        use_dora=settings.dora,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         try:
             net.add_adapter(config)
         except ValueError as error:

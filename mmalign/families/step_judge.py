@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmalign.attention.choice import SelectedBackend
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import tensors_only
 from mmalign.rewards import step_aware
@@ -60,16 +60,7 @@ class StepJudge:
     def linear_layers(self) -> Sequence[str]:
         return ()
 
-    def add_lora(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str],
-        seed: int,
-        dropout: float = 0.0,
-        dora: bool = False,
-    ) -> None:
+    def add_lora(self, settings: LoraSettings) -> None:
         """Refuse adapters.
 
         Raises:

@@ -106,6 +106,27 @@ class GeneratedText(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Adapters to add to a network.
+
+    Attributes:
+        rank: the rank of the matrices.
+        alpha: the adapters' scale times their rank.
+        targets: ends of the names of the linear layers to adapt.
+        seed: the seed of the first matrices.
+        dropout: the dropout of the adapters' inputs, in train mode alone.
+        dora: True to train the magnitudes of rows too (`mmalign.families.dora`).
+    """
+
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    seed: int
+    dropout: float = 0.0
+    dora: bool = False
+
+
+@dataclass(frozen=True)
 class Loading:
     """Settings for loading a checkpoint.
 

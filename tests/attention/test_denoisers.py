@@ -13,7 +13,7 @@ from mmalign.attention import BACKENDS, denoisers
 from mmalign.attention.choice import SelectedBackend
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
-from mmalign.families.types import Conditioning, Loading
+from mmalign.families.types import Conditioning, Loading, LoraSettings
 from tests.helpers import Folders, first_fast, flow_models
 from tests.helpers.loading import load_diffusion
 from tests.helpers.xformers_kernel import Kernel
@@ -121,7 +121,7 @@ def test_adapters_learn_as_before(tiny_sdxl: Path) -> None:
     results = []
     for backend in (None, "dense"):
         family = load_diffusion(tiny_sdxl)
-        family.add_lora(rank=2, alpha=2.0, targets=family.default_lora_targets, seed=0)
+        family.add_lora(LoraSettings(rank=2, alpha=2.0, targets=family.default_lora_targets, seed=0))
         if backend is not None:
             denoisers.install(family.network, backend)
         weights = [p for p in family.network.parameters() if p.requires_grad]

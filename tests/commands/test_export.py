@@ -31,7 +31,7 @@ from mmalign.families.diffusion import lora_names
 from mmalign.families.diffusion.flow_matching import JOINT
 from mmalign.families.loading import load_family
 from mmalign.families.lora import ADAPTERS, adapter_layers
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.training.export import read_run_info
 from tests.helpers import Folders, data_files, first_fast, flow_models, recipes
 from tests.helpers.commands import UNET
@@ -57,7 +57,7 @@ def folders(diffusion_folders: Folders, flow_folders: Folders, vlm_folders: Fold
 
 def adapted(family: Any) -> Any:
     """Return the family with adapters that change its outputs, at a scale of 6."""
-    family.add_lora(rank=2, alpha=12.0, targets=family.default_lora_targets, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=12.0, targets=family.default_lora_targets, seed=0))
     generator = torch.Generator().manual_seed(0)
     for layer in adapter_layers(family.network).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1, generator=generator)

@@ -16,7 +16,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import build_policy, train
 from mmalign.families import dora
 from mmalign.families.lora import ADAPTERS, ATTENTION, adapter_layers
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.modalities import loading
 from mmalign.policy import adapters_off
 from mmalign.training.optim import build_optimizer
@@ -28,7 +28,7 @@ from tests.helpers.loading import load_diffusion, load_vlm
 
 def changed(family: Any) -> Any:
     """Return the family with DoRA adapters that change its outputs, at a scale of 6."""
-    family.add_lora(rank=2, alpha=12.0, targets=family.default_lora_targets, seed=0, dora=True)
+    family.add_lora(LoraSettings(rank=2, alpha=12.0, targets=family.default_lora_targets, seed=0, dora=True))
     generator = torch.Generator().manual_seed(0)
     for layer in adapter_layers(family.network).values():
         nn.init.normal_(layer.lora_B["default"].weight, std=0.1, generator=generator)
@@ -65,7 +65,7 @@ def test_the_reference_is_exact_and_the_policy_begins_as_it(half: Loading | None
     net, x = family.network, given(family)
     with torch.no_grad():
         before = family.predict(net, *x)
-        family.add_lora(rank=4, alpha=8.0, targets=ATTENTION, seed=0, dora=True)
+        family.add_lora(LoraSettings(rank=4, alpha=8.0, targets=ATTENTION, seed=0, dora=True))
         assert torch.equal(family.predict(net, *x), before)
         for layer in adapter_layers(net).values():
             layer.lora_magnitude_vector["default"].weight.mul_(1.1)
@@ -152,7 +152,7 @@ def test_magnitudes_have_no_weight_decay() -> None:
 
 def test_convolutions_are_refused(tiny_sd15: Path) -> None:
     with pytest.raises(ValueError, match=r"^model\.lora\.dora: .*conv_in is a Conv2d; DoRA adapts linear layers alone"):
-        load(tiny_sd15).add_lora(rank=1, alpha=1.0, targets=["conv_in"], seed=0, dora=True)
+        load(tiny_sd15).add_lora(LoraSettings(rank=1, alpha=1.0, targets=["conv_in"], seed=0, dora=True))
 
 
 def test_a_quantized_base(tiny_flux: Path, tmp_path: Path) -> None:

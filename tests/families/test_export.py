@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from mmalign.families.lora import ADAPTERS, ATTENTION
 from mmalign.families.step_judge import StepJudge
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.language.chat import Turn
 from mmalign.rewards import step_aware
 from tests.helpers import Folders
@@ -56,7 +56,7 @@ def test_texts_leave_nothing_in_a_step_judge(diffusion_folders: Folders, tmp_pat
 def test_adapters_have_the_same_bytes_every_time(diffusion_folders: Folders, tmp_path: Path) -> None:
     """The library writes metadata, and the names of layers, in the order of a hash that changes."""
     family: Any = load_diffusion(diffusion_folders("sd15"))
-    family.add_lora(rank=2, alpha=4.0, targets=ATTENTION, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=ATTENTION, seed=0))
     written = [files(family, tmp_path / str(number))[ADAPTERS] for number in range(8)]
     assert len(set(written)) == 1
     with safe_open(tmp_path / "0" / ADAPTERS, "pt") as file:

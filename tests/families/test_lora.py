@@ -11,7 +11,7 @@ from mmalign.config import Lora
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family, load_vision_language
 from mmalign.families.lora import ATTENTION, adapter_layers, add_lora
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.rng import KeyedRNG
 from tests.helpers import Folders
 
@@ -40,7 +40,7 @@ def test_outputs_are_unchanged_at_first(model: str, loading: Loading | None, req
     net, x = family.network, given(family)
     with torch.no_grad():
         before = family.predict(net, *x)
-        add_lora(net, rank=4, alpha=8.0, targets=ATTENTION, seed=0)
+        add_lora(net, LoraSettings(rank=4, alpha=8.0, targets=ATTENTION, seed=0))
         assert torch.equal(family.predict(net, *x), before)
         first = next(p for name, p in masters(net).items() if "lora_B" in name)
         first.add_(1.0)
@@ -51,7 +51,7 @@ def test_only_float32_adapters_train(tiny_sd15: Path) -> None:
     """An update of 1e-5 is lost by bfloat16 weights and kept by these."""
     family = load(tiny_sd15, HALF)
     net = family.network
-    add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=0)
+    add_lora(net, LoraSettings(rank=4, alpha=4.0, targets=ATTENTION, seed=0))
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in masters(net).items())
     frozen = [p for p in net.parameters() if not p.requires_grad]
     assert all(p.dtype == torch.bfloat16 for p in frozen)
@@ -69,7 +69,7 @@ def test_only_float32_adapters_train(tiny_sd15: Path) -> None:
 def test_in_half_precision_an_adapted_layer_keeps_its_input_once(tiny_sd15: Path) -> None:
     """And in half precision: not a float32 copy for every layer that it goes to, and what autocast makes of that."""
     family = load(tiny_sd15, HALF)
-    add_lora(family.network, rank=4, alpha=4.0, targets=ATTENTION, seed=0)
+    add_lora(family.network, LoraSettings(rank=4, alpha=4.0, targets=ATTENTION, seed=0))
     block = next(m for m in family.network.modules() if type(m).__name__ == "BasicTransformerBlock")
     x = torch.randn(2, 16, block.attn1.to_q.in_features, dtype=torch.bfloat16, requires_grad=True)
     kept = list[torch.Tensor]()
@@ -89,7 +89,7 @@ def test_adapters_depend_on_their_seed_only(tiny_sd15: Path) -> None:
     torch.manual_seed(123)
     state = torch.get_rng_state()
     for net, seed in zip(nets, (1, 1, 2), strict=True):
-        add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=seed)
+        add_lora(net, LoraSettings(rank=4, alpha=4.0, targets=ATTENTION, seed=seed))
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(())  # what happened before must not matter
         state = torch.get_rng_state()
@@ -101,7 +101,7 @@ def test_adapters_depend_on_their_seed_only(tiny_sd15: Path) -> None:
 def test_the_scale_is_alpha_over_rank(tiny_sd15: Path) -> None:
     """With x the layer's input, the change is alpha / rank * B A x."""
     net: Any = load(tiny_sd15).network
-    add_lora(net, rank=4, alpha=12.0, targets=["to_q"], seed=0)
+    add_lora(net, LoraSettings(rank=4, alpha=12.0, targets=["to_q"], seed=0))
     layer = next(m for m in net.modules() if hasattr(m, "lora_A"))
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
@@ -115,18 +115,19 @@ def test_targets_that_match_nothing(tiny_sd15: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^model\.lora\.targets: no layer of UNet2DConditionModel ends in to_query, qkv"
     ):
-        add_lora(net, rank=4, alpha=4.0, targets=["to_query", "qkv"], seed=0)
+        add_lora(net, LoraSettings(rank=4, alpha=4.0, targets=["to_query", "qkv"], seed=0))
     with pytest.raises(ValueError, match=r"^model\.lora\.targets: no layer of UNet2DConditionModel ends in to_kk; exp"):
-        add_lora(net, rank=4, alpha=4.0, targets=["to_q", "to_kk"], seed=0)  # the one that is there does not hide it
+        # The name that is there does not hide the other
+        add_lora(net, LoraSettings(rank=4, alpha=4.0, targets=["to_q", "to_kk"], seed=0))
     with pytest.raises(ValueError, match=r"^model\.lora\.targets: conv_norm_out cannot be adapted"):
-        add_lora(net, rank=4, alpha=4.0, targets=["conv_norm_out"], seed=0)
+        add_lora(net, LoraSettings(rank=4, alpha=4.0, targets=["conv_norm_out"], seed=0))
 
 
 def test_dropout_is_of_training_alone(tiny_sd15: Path) -> None:
     """In train mode it follows the key; in eval mode there is none."""
     family = load(tiny_sd15)
     net, x, rng = family.network, given(family), KeyedRNG(0)
-    add_lora(net, rank=4, alpha=4.0, targets=ATTENTION, seed=0, dropout=0.5)
+    add_lora(net, LoraSettings(rank=4, alpha=4.0, targets=ATTENTION, seed=0, dropout=0.5))
     for name, p in masters(net).items():
         if "lora_B" in name:
             nn.init.constant_(p, 0.1)
@@ -154,7 +155,7 @@ def test_a_rank_stabilized_scale_is_that_of_peft() -> None:
 def test_all_linear_adapts_every_linear_layer(tiny_sd15: Path) -> None:
     family = load(tiny_sd15)
     number = sum(isinstance(layer, nn.Linear) for layer in family.network.modules())
-    family.add_lora(rank=1, alpha=1.0, targets=family.linear_layers, seed=0)
+    family.add_lora(LoraSettings(rank=1, alpha=1.0, targets=family.linear_layers, seed=0))
     assert len(adapter_layers(family.network)) == number
 
 
@@ -170,7 +171,7 @@ def test_adapters_are_read_without_rounding(
         return (load_vision_language if vlm else load_family)(folder, HALF)
 
     first = fresh()
-    first.add_lora(rank=2, alpha=2.0, targets=first.default_lora_targets, seed=0)
+    first.add_lora(LoraSettings(rank=2, alpha=2.0, targets=first.default_lora_targets, seed=0))
     weights = masters(first.network)
     for x in weights.values():
         nn.init.normal_(x, generator=torch.Generator().manual_seed(0))

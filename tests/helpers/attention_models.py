@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmalign.attention import decoders, denoisers
 from mmalign.families.loading import load_family, load_vision_language
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.language.chat import Turn
 from tests.benchmarks import random_models
 from tests.helpers import vlm_reference
@@ -111,7 +111,7 @@ def adapted(family: Any) -> list[Tensor]:
     with torch.no_grad():
         for name, p in family.network.named_parameters():
             p.mul_(next((factor for part, factor in SHARPER.items() if part in name), 1.0))
-    family.add_lora(**ADAPTERS, targets=family.default_lora_targets)
+    family.add_lora(LoraSettings(**ADAPTERS, targets=family.default_lora_targets))
     draw = torch.Generator().manual_seed(2)
     weights = [p for p in family.network.parameters() if p.requires_grad]
     assert weights and all(p.dtype == torch.float32 for p in weights)

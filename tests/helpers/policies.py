@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.families.types import LoraSettings
 from mmalign.methods import Step
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
@@ -27,7 +28,7 @@ def full(family: Any, moved: float = 0.0) -> Policy[Any]:
 
 def adapted(family: Any, moved: float = 0.0) -> Policy[Any]:
     """Set up LoRA against the model without it; `moved` scales random changes of the adapters."""
-    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0))
     policy = Policy(family, family.network, family.network, AdaptersOff())
     return _moved(policy, moved)
 

@@ -18,7 +18,7 @@ from mmalign.diffusion.flow import Flow
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family
 from mmalign.families.lora import ATTENTION, add_lora
-from mmalign.families.types import Loading, Moments
+from mmalign.families.types import Loading, LoraSettings, Moments
 from mmalign.methods import Step
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo, mapo, sft
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
@@ -324,7 +324,7 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
     """Also where the network answers in bfloat16."""
     loading = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
     family, method = load_family(str(tiny_sd15), loading), methods.find(name)
-    add_lora(family.network, rank=2, alpha=2.0, targets=ATTENTION, seed=0)
+    add_lora(family.network, LoraSettings(rank=2, alpha=2.0, targets=ATTENTION, seed=0))
     policy = Policy(
         family,
         family.network,

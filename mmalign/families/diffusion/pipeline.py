@@ -41,7 +41,7 @@ from mmalign.families.lora import (
     make_trainable,
     save_lora,
 )
-from mmalign.families.types import Conditioning, Loading, Moments
+from mmalign.families.types import Conditioning, Loading, LoraSettings, Moments
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import intact, tensors_only, use_safetensors
 
@@ -196,17 +196,8 @@ class LatentModel(ABC):
     def linear_layers(self) -> Sequence[str]:
         return all_linear(self.network)
 
-    def add_lora(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str],
-        seed: int,
-        dropout: float = 0.0,
-        dora: bool = False,
-    ) -> None:
-        add_lora(self.network, rank=rank, alpha=alpha, targets=targets, seed=seed, dropout=dropout, dora=dora)
+    def add_lora(self, settings: LoraSettings) -> None:
+        add_lora(self.network, settings)
 
     def continue_adapter(self, path: str) -> None:
         read_adapter(self.pipeline, denoiser_name(self.pipeline), self.network, path)

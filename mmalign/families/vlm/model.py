@@ -10,7 +10,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from mmalign.families.lora import (
     make_trainable,
     set_up_adapters,
 )
-from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading
+from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading, LoraSettings
 from mmalign.families.vlm.checks import check_one_image, check_processor, check_type, remove_dropout
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.export import adapter_names, export, read_adapter, save_adapters, save_model
@@ -224,30 +224,11 @@ class ImageTextToText:
     def linear_layers(self) -> Sequence[str]:
         return self.default_lora_targets
 
-    def add_lora(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str],
-        seed: int,
-        dropout: float = 0.0,
-        dora: bool = False,
-    ) -> None:
-        """Adapt the decoder, and the vision tower or the projector if `targets` names them (`parts.split_targets`)."""
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Adapt the decoder, and the vision tower or the projector if the targets name them (`parts.split_targets`)."""
         within = self._decoder_in_model
-        targets, others = split_targets(self._model, within, targets)
-        add_lora(
-            self._model,
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            seed=seed,
-            dropout=dropout,
-            dora=dora,
-            within=within,
-            others=others,
-        )
+        targets, others = split_targets(self._model, within, settings.targets)
+        add_lora(self._model, replace(settings, targets=targets), within=within, others=others)
 
     def continue_adapter(self, path: str) -> None:
         read_adapter(self._model, path)

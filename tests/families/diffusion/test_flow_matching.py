@@ -32,7 +32,7 @@ from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.editing import EDITORS
 from mmalign.families.loading import load_family
-from mmalign.families.types import Conditioning, Loading
+from mmalign.families.types import Conditioning, Loading, LoraSettings
 from mmalign.policy import adapters_off
 from tests.helpers import Folders, first_fast, flow_models
 from tests.helpers.loading import CPU, load_diffusion
@@ -326,7 +326,7 @@ def test_without_its_t5_sd3_counts_by_what_its_clips_read(flow_folders: Folders)
 
 
 def with_adapters(family: TextToImage, by: float = 0.3) -> TextToImage:
-    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0))
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight, p in family.network.named_parameters():

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmalign.config import DecodingConfig
+from mmalign.families.types import LoraSettings
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
@@ -395,7 +396,7 @@ def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Folders) 
     family: Any = load_vlm(vlm_folders("llava"))
     requests = [Asked(key=key) for key in range(4)]
     base = answers(family, requests, SAMPLED)
-    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0))
     policy: Policy[Any] = Policy(family, family.network, family.network, AdaptersOff())
     assert answers(family, requests, SAMPLED) == base  # a zero second matrix: nothing has changed yet
     with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from mmalign.families.base import VisionLanguage
 from mmalign.families.loading import load_vision_language, model_type
-from mmalign.families.types import Loading
+from mmalign.families.types import Loading, LoraSettings
 from mmalign.families.vlm.checks import check_type
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
@@ -184,7 +184,7 @@ def test_each_image_is_encoded_once(vlm: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def adapted(family: Any) -> Policy[Any]:
-    family.add_lora(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0))
     return Policy(family, family.network, family.network, AdaptersOff())
 
 
@@ -214,7 +214,7 @@ def test_adapters_off_is_the_base_model_bit_for_bit(vlm: Any) -> None:
 
 
 def test_policy_trained_outside_adapters_has_no_reference(llava: Any) -> None:
-    llava.add_lora(rank=2, alpha=2.0, targets=["q_proj"], seed=0)
+    llava.add_lora(LoraSettings(rank=2, alpha=2.0, targets=["q_proj"], seed=0))
     llava.network.model.model.multi_modal_projector.requires_grad_(True)
     message = r"model\.model\.multi_modal_projector.* outside the adapters are trained.*model\.tune: full"
     with pytest.raises(ValueError, match=message):
@@ -224,7 +224,7 @@ def test_policy_trained_outside_adapters_has_no_reference(llava: Any) -> None:
 def test_targets_outside_the_decoder_are_refused(llava: VisionLanguage) -> None:
     """The projector's linear_1 and the tower's out_proj are no layers of the decoder."""
     with pytest.raises(ValueError, match=r"model\.lora\.targets: no layer of model\.language_model ends in out_proj"):
-        llava.add_lora(rank=2, alpha=2.0, targets=["q_proj", "out_proj"], seed=0)
+        llava.add_lora(LoraSettings(rank=2, alpha=2.0, targets=["q_proj", "out_proj"], seed=0))
 
 
 def test_full_tuning_shares_the_frozen_tower(vlm: Any) -> None:

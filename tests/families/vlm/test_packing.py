@@ -15,7 +15,7 @@ from mmalign.attention import PackedPrefixMask
 from mmalign.attention.packed_mask import Block
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
-from mmalign.families.types import ImageFeatures
+from mmalign.families.types import ImageFeatures, LoraSettings
 from mmalign.families.vlm.packing import build_packed_mask
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
@@ -174,7 +174,7 @@ def test_policy_equals_reference_before_training(vlm: Any) -> None:
     """They are packed alike: the loss is ln 2, by adapters and by a copy."""
     tokens, features = mixed(vlm)
     copied = Policy(vlm, vlm.network, vlm.network, FrozenCopy(vlm.frozen_copy()))
-    vlm.add_lora(rank=2, alpha=4.0, targets=vlm.default_lora_targets, seed=0)
+    vlm.add_lora(LoraSettings(rank=2, alpha=4.0, targets=vlm.default_lora_targets, seed=0))
     adapted = Policy(vlm, vlm.network, vlm.network, AdaptersOff())
     for policy in (copied, adapted):
 

@@ -15,6 +15,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.config import DecodingConfig
 from mmalign.families.lora import adapter_layers
+from mmalign.families.types import LoraSettings
 from mmalign.families.vlm.export import adapter_names
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.methods import requirements_of
@@ -34,7 +35,7 @@ BETWEEN = re.compile("projector|connector|merger")
 
 def adapted(folder: Path, targets: list[str]) -> Any:
     family = load_vlm(folder)
-    family.add_lora(rank=2, alpha=4.0, targets=targets, seed=0)
+    family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=targets, seed=0))
     return family
 
 

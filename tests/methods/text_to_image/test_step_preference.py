@@ -13,7 +13,7 @@ from torch import Tensor
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families import step_judge
 from mmalign.families.step_judge import StepJudge
-from mmalign.families.types import Conditioning, Moments
+from mmalign.families.types import Conditioning, LoraSettings, Moments
 from mmalign.losses.wrappers import Labels
 from mmalign.methods.text_to_image import step_preference
 from mmalign.policy import Policy
@@ -144,7 +144,7 @@ def test_a_judge_of_clean_images_labels_the_pairs_anew(sd: StepJudge) -> None:
 
 def test_a_judge_takes_no_adapters(sd: StepJudge) -> None:
     with pytest.raises(ValueError, match=r"a step judge needs all its weights trained; set model.tune: full"):
-        sd.add_lora(rank=1, alpha=1.0, targets=[], seed=0)
+        sd.add_lora(LoraSettings(rank=1, alpha=1.0, targets=[], seed=0))
 
 
 def test_what_is_saved_is_a_judge(sd: StepJudge, tmp_path: Path) -> None:
