@@ -27,8 +27,11 @@ def write_pairs(
     group: int,
     min_confidence: float,
     sources: Sequence[bytes] | None = None,
+    keep_all: bool = False,
 ) -> tuple[int, int]:
-    """Write a parquet file of pairs; left and right follow the order of generation, so position says nothing.
+    """Write a parquet file of pairs, or of lists in the layout of rankings if `keep_all`.
+
+    Images follow the order of generation, so position says nothing.
 
     Args:
         path: the file; written whole or not at all.
@@ -36,14 +39,15 @@ def write_pairs(
         images: [N].
         scores: the reward model's scores [N]; higher is better, in units whose difference is a log-odds.
         group: the number of images per prompt.
-        min_confidence: the least preference probability `1 / (1 + exp(worst - best))` of a pair.
+        min_confidence: the least preference probability `1 / (1 + exp(worst - best))` of a prompt's best image.
         sources: the images [N] that these are edits of, encoded; None for images from prompts alone.
+        keep_all: keep all images of a prompt, not only the best and the worst.
 
     Returns:
-        The number of pairs written, and the number of prompts.
+        The number of rows written, and the number of prompts.
 
     Raises:
-        ValueError: no pair is confident enough.
+        ValueError: no prompt has a confident enough preference.
     """
     rows, num_prompts = [], len(prompts) // group
     for start in range(0, len(prompts), group):
@@ -51,54 +55,20 @@ def write_pairs(
         best, worst = max(numbers, key=lambda i: scores[i]), min(numbers, key=lambda i: scores[i])
         if scores[best] - scores[worst] < _log_odds(min_confidence):
             continue
-        left, right = sorted((best, worst))
-        labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
-        rows.append({"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)})
-        if sources is not None:
-            rows[-1]["source"] = sources[start]
+        if keep_all:
+            row = {"prompt": prompts[start], **_ranking([images[i] for i in numbers], [scores[i] for i in numbers])}
+        else:
+            left, right = sorted((best, worst))
+            labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
+            row = {"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)}
+        rows.append({**row, "source": sources[start]} if sources is not None else row)
     _write(path, rows, f"the reward model is never {min_confidence:.0%} sure in {num_prompts} prompts")
     return len(rows), num_prompts
 
 
-def write_lists(
-    path: Path,
-    prompts: Sequence[str],
-    images: Sequence[Image.Image],
-    scores: Sequence[float],
-    *,
-    group: int,
-    min_confidence: float,
-    sources: Sequence[bytes] | None = None,
-) -> tuple[int, int]:
-    """Write a parquet file of lists, in the layout of rankings: `prompt, image_path, human_preference`.
-
-    Args:
-        path: the file; written whole or not at all.
-        prompts: [N], each `group` times in a row.
-        images: [N], in the order of generation.
-        scores: the reward model's scores [N], in units whose difference is a log-odds.
-        group: the number of images per prompt.
-        min_confidence: the least preference probability of the best image over the worst of a list.
-        sources: the encoded images that the images are edits of [N]; None without any.
-
-    Returns:
-        The number of lists written, and the number of prompts.
-
-    Raises:
-        ValueError: no list is confident enough.
-    """
-    rows, num_prompts = [], len(prompts) // group
-    for start in range(0, len(prompts), group):
-        judged = list(scores[start : start + group])
-        if max(judged) - min(judged) >= _log_odds(min_confidence):
-            columns: dict[str, object] = {
-                "image_path": [_png(x) for x in images[start : start + group]],
-                "human_preference": judged,
-            }
-            columns |= {"source": sources[start]} if sources is not None else {}
-            rows.append({"prompt": prompts[start], **columns})
-    _write(path, rows, f"the reward model is never {min_confidence:.0%} sure in {num_prompts} prompts")
-    return len(rows), num_prompts
+def _ranking(images: Sequence[Image.Image], scores: Sequence[float]) -> dict[str, object]:
+    """Return the columns of all images of a row."""
+    return {"image_path": [_png(image) for image in images], "human_preference": list(scores)}
 
 
 def _png(image: Image.Image) -> bytes:

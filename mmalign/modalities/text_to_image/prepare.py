@@ -25,7 +25,7 @@ from mmalign.modalities.text_to_image.evaluate import sources_of
 from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
 from mmalign.synthesis.unfinished import is_written, unfinished
-from mmalign.synthesis.write_image_pairs import best_of_each, write_lists, write_pairs, write_prompt_pairs
+from mmalign.synthesis.write_image_pairs import best_of_each, write_pairs, write_prompt_pairs
 from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,10 @@ def _write_sure(
     number, texts, sources = section.images_per_prompt, [prompt.text for prompt in prompts], sources_of(prompts)
     if not section.prompt_pairs:
         read = [source.read() for source in sources] if sources is not None else None
-        sure = section.min_confidence
-        write = write_lists if section.keep_all else write_pairs
-        return write(path, texts, images, scores, group=number, min_confidence=sure, sources=read)
+        least, keep_all = section.min_confidence, section.keep_all
+        return write_pairs(
+            path, texts, images, scores, group=number, min_confidence=least, sources=read, keep_all=keep_all
+        )
     best, asked_for = best_of_each(scores, number), texts[::number]
     shown, swapped = [images[i] for i in best], [asked_for[i ^ 1] for i in range(len(asked_for))]
     # In one call, so that votes compare the two images of a prompt

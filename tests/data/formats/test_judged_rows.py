@@ -22,7 +22,7 @@ from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.sampler import Balance, EpochSampler
 from mmalign.data.pairs import ImagePair, Pairs, pair_key
 from mmalign.data.shapes import Shapes
-from mmalign.synthesis.write_image_pairs import write_lists
+from mmalign.synthesis.write_image_pairs import write_pairs
 from tests.helpers import data_files
 
 
@@ -178,7 +178,7 @@ def test_prepared_lists_are_read_best_first(tmp_path: Path) -> None:
     """The second prompt's images are too close to be sure of."""
     images = [Image.open(io.BytesIO(data_files.png(seed))) for seed in range(4)]
     path, scores = tmp_path / "lists.parquet", [0.0, 3.0, 1.0, 1.1]
-    kept = write_lists(path, ["a", "a", "b", "b"], images, scores, group=2, min_confidence=0.9)
+    kept = write_pairs(path, ["a", "a", "b", "b"], images, scores, group=2, min_confidence=0.9, keep_all=True)
     (row,) = open_pairs("auto", str(path), learning="lists")
     assert kept == (1, 2) and row.scores == (3.0, 0.0)
     assert Image.open(io.BytesIO(row.outputs[0].read())).tobytes() == images[1].tobytes()
