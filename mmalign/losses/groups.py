@@ -54,12 +54,18 @@ class Group(NamedTuple):
         flipped = self.rewards.masked_fill(~self.present, torch.inf).flip(1)
         return self.rewards.shape[1] - 1 - flipped.argmin(1)
 
-    def of(self, values: Tensor, numbers: Tensor) -> Tensor:
-        """Return the value [B] of one output of each list."""
-        return values.gather(1, numbers[:, None])[:, 0]
-
 
 GroupLoss = Callable[[Group], Tensor]
+
+
+def pick(values: Tensor, numbers: Tensor) -> Tensor:
+    """Return the value [B] of one output of each list, from values [B, K] and the outputs' numbers [B]."""
+    return values.gather(1, numbers[:, None])[:, 0]
+
+
+def between(values: Tensor) -> Tensor:
+    """Return value i minus value j [B, K, K]."""
+    return values[:, :, None] - values[:, None, :]
 
 
 def plackett_luce(group: Group, *, beta: float) -> Tensor:
@@ -67,8 +73,7 @@ def plackett_luce(group: Group, *, beta: float) -> Tensor:
 
     `sum_i log(1 + sum_j exp(beta (h_j - h_i)))` over all j of smaller reward. At K = 2: `dpo`.
     """
-    differences = beta * (group.gains[:, None, :] - group.gains[:, :, None])
-    return _log1p_sum_exp(differences, group.better).sum(1)
+    return _log1p_sum_exp(-beta * between(group.gains), group.better).sum(1)
 
 
 def lambda_rank(
@@ -90,8 +95,8 @@ def lambda_rank(
     by_reward = _ranks(group.rewards, group.present)
     rank = by_reward if ranks == "reward" else _ranks(gains.detach(), group.present, by_reward)
     discount = 1 / torch.log1p(rank.to(gains.dtype))
-    weights = _between(torch.exp2(rewards)).abs() * _between(discount).abs()
-    return torch.where(group.better, weights * F.softplus(-beta * _between(gains)), 0).sum((1, 2))
+    weights = between(torch.exp2(rewards)).abs() * between(discount).abs()
+    return torch.where(group.better, weights * F.softplus(-beta * between(gains)), 0).sum((1, 2))
 
 
 def info_nca(group: Group, *, beta: float, alpha: float = 1.0) -> Tensor:
@@ -129,7 +134,7 @@ def d2o(group: Group, *, beta: float, alpha: float = 1.0) -> Tensor:
     `softplus(-beta (mean_k h_k - alpha h_worst))`. At K = 2 and alpha = 1: `dpo`. A list of equal rewards costs 0.
     """
     gains = group.gains.masked_fill(~group.present, 0)
-    worst = group.of(gains, group.worst)
+    worst = pick(gains, group.worst)
     mean = (gains.sum(1) - worst) / (group.present.sum(1) - 1).clamp(min=1)
     return torch.where(group.better.flatten(1).any(1), F.softplus(-beta * (mean - alpha * worst)), 0)
 
@@ -141,9 +146,9 @@ def pro(group: Group, *, beta: float, nll: float = 0.05) -> Tensor:
     `R_k - R_j`; plus `nll (K - 1)^2` times the best response's `-log p`. At K = 2, nll = 0: `simpo` with gamma 0 and
     beta (R_1 - R_2).
     """
-    gaps = _between(group.rewards).masked_fill(~group.better, 0)
+    gaps = between(group.rewards).masked_fill(~group.better, 0)
     exponents = gaps * group.policy[:, None, :] - (gaps.amax(2) * group.policy)[:, :, None]
-    total = group.of(group.policy * group.lengths, group.best)
+    total = pick(group.policy * group.lengths, group.best)
     ranking = _log1p_sum_exp(beta * exponents, group.better).sum(1)
     return ranking - nll * (group.present.sum(1) - 1).square() * total
 
@@ -154,13 +159,8 @@ def rrhf(group: Group, *, beta: float, nll: float = 1.0) -> Tensor:
     `beta sum_ij relu(m_j - m_i)` over R_i > R_j, plus `nll` times the best response's `-log p` per token. No reference.
     At K = 2, nll = 0, beta = 1: `slic` with delta 0.
     """
-    hinges = torch.where(group.better, F.relu(-_between(group.policy)), 0).sum((1, 2))
-    return beta * hinges - nll * group.of(group.policy, group.best)
-
-
-def _between(values: Tensor) -> Tensor:
-    """Return value i minus value j, [B, K, K]."""
-    return values[:, :, None] - values[:, None, :]
+    hinges = torch.where(group.better, F.relu(-between(group.policy)), 0).sum((1, 2))
+    return beta * hinges - nll * pick(group.policy, group.best)
 
 
 def _log1p_sum_exp(values: Tensor, mask: Tensor) -> Tensor:
@@ -183,8 +183,8 @@ def _scaled(group: Group, top: float = 3.0) -> Tensor:
 
 def _ranks(values: Tensor, present: Tensor, ties: Tensor | None = None) -> Tensor:
     """Return the ranks [B, K] from 1 for the largest value; equal values are in the order of `ties`, or of place."""
-    order = torch.arange(values.shape[1]).expand_as(values) if ties is None else ties.argsort(dim=1)
-    order = order.to(values.device)
+    places = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    order = places if ties is None else ties.argsort(dim=1)
     masked = values.masked_fill(~present, -torch.inf).gather(1, order)
     order = order.gather(1, masked.argsort(dim=1, descending=True, stable=True))
     return order.argsort(dim=1) + 1
