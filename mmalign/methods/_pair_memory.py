@@ -17,7 +17,7 @@ a resumed run repeats an uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -69,8 +69,7 @@ def posteriors(cfg: PairMethodConfig, labels: Labels | None, gap: Tensor) -> tup
         gap: loss of the swapped pair minus loss of the pair [B].
     """
     assert cfg.label_noise is not None, "the method learns the rate of wrong labels"
-    names = labels.annotators if labels is not None and labels.annotators else [""] * len(gap)
-    rates = [cfg.label_noise.annotators.get(name, cfg.label_noise.start) for name in names]
+    rates = [cfg.label_noise.annotators.get(name, cfg.label_noise.start) for name in _annotators(labels, len(gap))]
     rate = torch.tensor(rates, dtype=gap.dtype, device=gap.device)
     eta = 1 - rate
     share = labels.preference.to(gap.dtype) if labels is not None else torch.ones_like(gap)
@@ -85,11 +84,16 @@ def noise_metrics(cfg: PairMethodConfig, labels: Labels | None, right: Tensor) -
     """Return the metrics that the memory of wrong labels reads, each [B]."""
     assert cfg.label_noise is not None, "the method learns the rate of wrong labels"
     metrics = {"label right": right}
-    names = labels.annotators if labels is not None and labels.annotators else [""] * len(right)
+    names = _annotators(labels, len(right))
     for name in cfg.label_noise.annotators:
         own = torch.tensor([name == each for each in names], dtype=right.dtype, device=right.device)
         metrics |= {f"label right of {name}": own * right, f"labels of {name}": own}
     return metrics
+
+
+def _annotators(labels: Labels | None, number: int) -> Sequence[str]:
+    """Return the annotators' names of as many pairs; empty where none is named."""
+    return labels.annotators if labels is not None and labels.annotators else [""] * number
 
 
 def _remember(cfg: PairMethodConfig, memory: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
