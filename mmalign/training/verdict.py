@@ -92,7 +92,7 @@ def broken(values: Values, side: str) -> str:
 
     Args:
         values: metrics with gains.
-        side: "chosen" or "matched".
+        side: name of the preferred side.
     """
     gain = fmean(values[f"{side} gain"])
     if f"{side} error" in values:

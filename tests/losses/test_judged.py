@@ -66,9 +66,8 @@ def test_both_sides_of_pairs_are_apo_zero() -> None:
     assert close(apart[:3] + apart[3:], torch.sigmoid(-0.5 * chosen) + torch.sigmoid(0.5 * rejected))
 
 
-def test_kto_baseline_of_one_batch_repeated_is_its_gain_one_update_late() -> None:
-    loss = KTOLossConfig(decay=0.0)
-    assert loss.next_average(0.0, 0, 0.15) == 0.15
+def test_kto_baseline_is_a_moving_average_of_the_gains() -> None:
+    assert KTOLossConfig(decay=0.9).next_average(0.2, 3, 0.7) == pytest.approx(0.25)
 
 
 def test_bco_baseline_is_the_mean_of_all_updates() -> None:

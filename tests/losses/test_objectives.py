@@ -135,7 +135,7 @@ def test_sppo_s_gradient_is_that_of_a_mixture_of_hard_labels() -> None:
     assert close(partial(pairwise.sppo_hard, beta=BETA)(*RANDOM), 2 * pairwise.sppo(*RANDOM, beta=BETA))
 
 
-def test_bco_pair_is_cca_of_weight_1_and_apo_zero_the_sum_of_its_sides() -> None:
+def test_bco_pair_is_cca_of_weight_1() -> None:
     different = torch.zeros(64, dtype=torch.bool)
     cca = pairwise.cca(*RANDOM, different, beta=BETA, weight=1.0)
     assert close(pairwise.bco_pair(*RANDOM, beta=BETA), cca)
@@ -162,7 +162,7 @@ def test_penalties_of_zero_and_margins_of_zero_leave_dpo() -> None:
 
 
 def test_orpo_s_odds_are_exact_near_certainty_and_far_from_it() -> None:
-    """ln(1 - e^m) against mpmath-free float64: m = -1e-9 gives ln(1e-9), m = -50 gives -e^-50."""
+    """ln(1 - e^m) against closed forms: m = -1e-9 gives ln(1e-9), m = -50 gives -e^-50."""
     m = torch.tensor([-1e-9, -0.5, -50.0, 0.0], dtype=torch.float64, requires_grad=True)
     values = pairwise._log1mexp(m)
     expected = [math.log(1e-9), math.log(1 - math.exp(-0.5)), -math.exp(-50)]
