@@ -5,8 +5,8 @@
     z = beta * (gain - baseline)
     loss = weight * sigma(-z) for a liked image, weight * sigma(z) for another
 
-`loss: bco` and `loss: apo_zero_unpaired` replace the sigmoid. `beta` and `liked_share` are the release's: its `beta_dpo` of 1000
-multiplies differences of errors, twice our scores, and 80 % of an epoch's images are liked.
+`loss: bco` and `loss: apo_zero_unpaired` replace the sigmoid. `beta` and `liked_share` are the release's. Its
+`beta_dpo` of 1000 multiplies differences of errors, twice our scores. 80 % of an epoch's images are liked.
 
 The release's baseline is the mean gain of a batch, at least 0. Ours is an average over earlier updates (`Memory`), read
 one update late: an image's loss then does not depend on its batch, and a resumed run repeats an uninterrupted one.
