@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmalign.config import ImageSize
 from mmalign.data.caches.latents import ImageViews
 from mmalign.data.formats.images import check_source, open_pairs
 from mmalign.data.images import ImageTransform
+from mmalign.data.loaders.encoder import Encoder
 from mmalign.data.loaders.image_pairs import ImagePairReader
 from mmalign.data.pairs import SkippedRow
 from mmalign.data.shapes import Shapes
+from mmalign.families.base import TextToImage
+from mmalign.families.editing import SOURCE
 from tests.helpers import data_files
 
 SIDES = {"prompt": "a", "chosen": "0.png", "rejected": "1.png"}
@@ -127,7 +131,27 @@ def test_every_view_of_a_source_has_its_texts(folder: Path) -> None:
     assert isinstance(skipped, SkippedRow) and "source" in skipped.location
 
 
-def test_json_of_a_row_is_what_the_docs_show() -> None:
+def test_a_source_is_encoded_once_for_all_texts(folder: Path, sd: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both prompts and the dropped caption have the same latents."""
+    encoded, encode = list[Tensor](), sd.encode_images
+    monkeypatch.setattr(type(sd), "encode_images", lambda _, images: encoded.append(images) or encode(images))
+    row = {**SIDES, "rejected_prompt": "b", "source": "2.png"}
+    pairs = open_pairs("folder", written(folder, [row]), sources="required")
+    reader = ImagePairReader(SQUARE, ImageTransform(), seed=0)
+    example: Any = reader.read(pairs[0], 0)
+    read = reader.collate(list(pairs), [example], torch.ones(1))
+    batch = Encoder(sd, sd.unconditional(), text=None, prompt_pairs=True).encode(read)
+    assert [len(images) for images in encoded] == [1] * 3 and torch.equal(encoded[2][0], example["pixels"][-1])
+    assert batch.rejected_text is not None
+    for text in (batch.text, batch.unconditional, batch.rejected_text):
+        assert torch.equal(text.tensors[SOURCE], encode(encoded[2]).mean)
+
+
+def test_the_docs_show_a_row_with_a_source(folder: Path) -> None:
     text = Path("docs/your_data.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith('{"prompt": "make the fox blue"'))
-    assert set(json.loads(line)) == {"prompt", "source", "chosen", "rejected"}
+    sides = {name: f"{n}.png" for n, name in enumerate(json.loads(line).keys() - {"prompt"})}
+    (pair,) = open_pairs("auto", written(folder, [json.loads(line) | sides]), sources="required")
+    assert pair.source is not None and [Path(image.path).name for image in pair.images] == [
+        sides[side] for side in ("chosen", "rejected", "source")
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -51,7 +51,11 @@ class Encoder:
         else:
             assert batch.pixels is not None
             latents = encode_images(self.family, batch.pixels)
-        text = partial(self._text, sources=batch.sources, device=device)
+        sources = batch.sources
+        if sources is not None and sources.latents is None:
+            assert sources.pixels is not None
+            sources = replace(sources, latents=encode_images(self.family, sources.pixels).mean)
+        text = partial(self._text, sources=sources, device=device)
         return EncodedPairs(
             rows=batch.rows,
             latents=latents,
@@ -93,11 +97,8 @@ class Encoder:
         text = text.to(device)
         if sources is None:
             return text
-        latents = sources.latents
-        if latents is None:
-            assert sources.pixels is not None
-            latents = encode_images(self.family, sources.pixels).mean
-        return Conditioning({**text.tensors, SOURCE: latents.to(device)})
+        assert sources.latents is not None, "sources are encoded before the prompts"
+        return Conditioning({**text.tensors, SOURCE: sources.latents.to(device)})
 
 
 def _keys(prompts: Sequence[str], sources: SourceImages | None) -> Sequence[str]:
