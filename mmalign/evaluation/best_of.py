@@ -1,6 +1,6 @@
 """Best of n: the base model's best output of n by a judge, without any training.
 
-It bounds what a method gains from the same judge: its distribution differs from the base model's by a known divergence
+A baseline for methods that learn from the same judge: its KL divergence from the base model is at most `kl_bound(n)`
 (arXiv:2401.01879).
 """
 

@@ -1,7 +1,7 @@
 """Judge that asks a vision-language model: the log-odds of yes against no, as VQAScore's question (arXiv:2404.01291).
 
-For images the question is whether an image shows its prompt; for responses, whether an answer is right. Any model that
-mmalign trains can judge. VQAScore is the probability of "Yes", which rises with the log-odds of a model that answers.
+For images the question is whether an image shows its prompt; for responses, whether an answer is right. Any
+vision-language model that mmalign trains can judge.
 """
 
 from __future__ import annotations
