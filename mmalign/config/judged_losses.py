@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,11 @@ from mmalign.config.losses import LossConfig
 
 class UnpairedLossConfig(LossConfig):
     """Loss of gains and labels; the fields besides `name` are settings of its baseline."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """No hyper-parameters; the methods read the baseline."""
+        return {}
 
     def baseline(self, average: float) -> float:
         """Return the baseline that the loss reads, from the average gain of earlier updates."""

@@ -7,7 +7,6 @@ its docstring names; z is the pair's logit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,9 +52,6 @@ class Group(NamedTuple):
         """Number [B] of the last output with the smallest reward."""
         flipped = self.rewards.masked_fill(~self.present, torch.inf).flip(1)
         return self.rewards.shape[1] - 1 - flipped.argmin(1)
-
-
-GroupLoss = Callable[[Group], Tensor]
 
 
 def pick(values: Tensor, numbers: Tensor) -> Tensor:

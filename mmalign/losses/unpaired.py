@@ -1,19 +1,15 @@
 """Losses of single outputs with a label: pure functions of gains, one number per output.
 
-N is the number of outputs. A *gain* [N] is the policy's score minus the reference's, in the units of
-`mmalign.losses.pairwise`. The logit is `z = beta * (gain - baseline)`. The *baseline* is an average gain of earlier
-updates, so that the loss of an output does not depend on the other outputs of its batch.
+N is the number of outputs, whose labels are `liked` [N]. A *gain* [N] is the policy's score minus the reference's, in
+the units of `mmalign.losses.pairwise`. The logit is `z = beta * (gain - baseline)`. The *baseline* is an average gain
+of earlier updates, so that the loss of an output does not depend on the other outputs of its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-UnpairedLoss = Callable[[Tensor, Tensor, float], Tensor]  # (gain [N], liked [N], baseline) -> [N]
 
 
 def kto(gain: Tensor, liked: Tensor, baseline: float, *, beta: float) -> Tensor:

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mmalign.config.judged_losses import GroupLossConfig
 from mmalign.config.methods import ListMethodConfig, ThumbsMethodConfig
-from mmalign.losses.groups import Group, GroupLoss, between, pick
-from mmalign.losses.unpaired import UnpairedLoss
+from mmalign.losses.groups import Group, between, pick
 from mmalign.methods import Memory, Requirements, Step
-from mmalign.methods._pair_loss import preference_metrics
-from mmalign.registry import import_callable
+from mmalign.methods._pair_loss import bound_loss, preference_metrics
 
 if TYPE_CHECKING:
     from mmalign.data.caches.precompute import PrecomputeSpec
@@ -75,7 +71,7 @@ def thumbs_step(cfg: ThumbsMethodConfig, memory: Mapping[str, float], judged: Ju
     assert judged.reference is not None, "gains are over a reference"
     gain, liked = (judged.policy - judged.reference)[:, 0], judged.scores[:, 0] > 0
     baseline = cfg.loss.baseline(memory[AVERAGE])
-    losses = _unpaired_loss(cfg.loss.function, cfg.beta)(gain, liked, baseline)
+    losses = bound_loss(cfg.loss, cfg.beta)(gain, liked, baseline)
     losses = torch.where(liked, cfg.liked_weight, cfg.disliked_weight) * losses
     with torch.no_grad():
         z = cfg.beta * (gain - baseline) * torch.where(liked, 1, -1)
@@ -96,7 +92,7 @@ def list_step(cfg: ListMethodConfig, judged: Judged) -> Step:
     reference = torch.zeros_like(judged.policy) if judged.reference is None else judged.reference
     lengths = torch.ones_like(judged.policy) if judged.lengths is None else judged.lengths
     group = Group(judged.policy, reference, rewards, present, lengths)
-    losses = bound_group_loss(cfg.loss, cfg.beta)(group)
+    losses = bound_loss(cfg.loss, cfg.beta)(group)
     with torch.no_grad():
         sides, metrics = {"best": group.best, "worst": group.worst}, {"loss": losses.detach()}
         if judged.reference is not None:
@@ -114,15 +110,3 @@ def _order_accuracy(group: Group) -> Tensor:
     right = ((differences > 0) + 0.5 * (differences == 0)) * group.better
     number = group.better.sum((1, 2))
     return torch.where(number > 0, right.sum((1, 2)) / number.clamp(min=1), 0.5)
-
-
-@cache
-def _unpaired_loss(function: str, beta: float) -> UnpairedLoss:
-    return partial(import_callable("method.loss", function), beta=beta)
-
-
-@cache
-def bound_group_loss(config: GroupLossConfig, beta: float) -> GroupLoss:
-    """Return the function of a group loss with its hyper-parameters bound."""
-    function = import_callable("method.loss", config.function)
-    return partial(function, beta=beta, **config.model_dump(exclude={"name"}))

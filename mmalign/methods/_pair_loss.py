@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mmalign.config.losses import LossTerm, PairLossConfig
+from mmalign.config.losses import LossConfig, LossTerm
 from mmalign.config.methods import PairMethodConfig
 from mmalign.losses import wrappers
 from mmalign.losses.pairwise import Pair, PairLoss
@@ -23,8 +23,8 @@ SATURATED = 7.0  # size of a logit beyond which the loss has a thousandth of its
 
 
 @lru_cache(maxsize=64)  # one function for all batches of a run, unless it learns beta
-def bound_loss(config: PairLossConfig, beta: float) -> PairLoss:
-    """Return the function of a pair loss with its hyper-parameters bound."""
+def bound_loss(config: LossConfig, beta: float) -> Callable[..., Tensor]:
+    """Return the function of a loss of pairs, thumbs or lists, with its hyper-parameters bound."""
     function = import_callable("method.loss", config.function)
     return partial(function, beta=beta, **config.arguments)
 
@@ -80,8 +80,7 @@ def _bound_term(cfg: PairMethodConfig, term: LossTerm, labels: Labels | None) ->
     """Return one loss of the sum for the pairs of a batch."""
     link = bound_loss(term.loss, cfg.beta)
     if labels is not None and term.loss.reads_preference:
-        function = import_callable("method.loss", term.loss.function)
-        link = partial(function, beta=cfg.beta, preference=labels.preference, **term.loss.arguments)
+        link = partial(link, preference=labels.preference)
         labels = labels._replace(preference=torch.ones_like(labels.preference))
     if cfg.logit_cap is not None:
         link = wrappers.capped(link, cfg.logit_cap, cfg.beta)

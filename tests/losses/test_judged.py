@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from mmalign.config.base import Choice
 from mmalign.config.judged_losses import BCOLossConfig, GroupLossConfig, KTOLossConfig, UnpairedLossConfig
 from mmalign.losses import groups, unpaired
 from mmalign.losses.groups import Group
-from mmalign.registry import import_callable
+from mmalign.methods._pair_loss import bound_loss
 from tests.helpers.golden import golden
 
 VALUES = golden("objectives")
@@ -79,10 +78,8 @@ def test_bco_baseline_is_the_mean_of_all_updates() -> None:
 
 @pytest.mark.parametrize("name", Choice.sections(UnpairedLossConfig))
 def test_gradients_raise_liked_outputs_and_lower_others(name: str) -> None:
-    config: Any = Choice.sections(UnpairedLossConfig)[name]
-    function = import_callable("method.loss", config.function)
     gains = GAINS.clone().requires_grad_()
-    function(gains, LIKED, 0.1, beta=0.5).sum().backward()
+    bound_loss(Choice.sections(UnpairedLossConfig)[name](name=name), 0.5)(gains, LIKED, 0.1).sum().backward()
     assert gains.grad is not None
     assert torch.equal(gains.grad < 0, LIKED)
 
@@ -176,10 +173,8 @@ LOSSES = Choice.sections(GroupLossConfig)
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def bound(name: str, beta: float = 0.5) -> Callable[[Group], Tensor]:
-    config: Any = LOSSES[name](name=name)
-    function = import_callable("method.loss", config.function)
-    return partial(function, beta=beta, **config.model_dump(exclude={"name"}))
+def bound(name: str) -> Callable[[Group], Tensor]:
+    return bound_loss(LOSSES[name](name=name), 0.5)
 
 
 @every_loss
