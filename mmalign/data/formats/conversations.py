@@ -48,7 +48,7 @@ class ParsedRow:
     later_turns: bool = False
     others: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
-    gap: float | None = None  # the chosen response's score minus the rejected one's, in a pair of scored responses
+    compared: tuple[float, ...] = ()  # the scores of the chosen and the rejected response, in a pair of scored ones
 
     @property
     def responses(self) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ class Parsed(NamedTuple):
         group: the name of the prompt in rows of one image.
         source: the image that they are edits of, or None.
         preference: the probability that the better of two images is the better one.
-        scores: the images' scores, for margins; empty without scores.
+        scores: the images' scores as in the row, for margins; empty without scores.
     """
 
     prompt: str
@@ -82,7 +82,7 @@ class Parsed(NamedTuple):
     group: str = ""
     source: Side | None = None
     preference: float = 1.0
-    scores: tuple[float, ...] = ()
+    scores: tuple[object, ...] = ()
 
     @property
     def order(self) -> list[int]:
@@ -124,7 +124,7 @@ def _read_labels(location: str, record: Record) -> Parsed:
     labels = [read_number(name, record[name]) for name in ("label_0", "label_1")]
     sides = [_side(record[f"jpg_{n}"], record.get(f"image_{n}_uid")) for n in (0, 1)]
     preference = max(labels) if abs(sum(labels) - 1) < SURE and min(labels) > 0 else 1.0
-    scores = [read_number(name, record[name]) for name in NUMBERED_SCORES if record.get(name) not in (None, "")]
+    scores = [record[name] for name in NUMBERED_SCORES if record.get(name) not in (None, "")]
     pair = _two(prompt, sides, labels, second)
     return pair._replace(preference=preference, scores=tuple(scores) if len(scores) == 2 else ())
 

@@ -237,9 +237,8 @@ class ImageRows:
         """Return the label of a pair; thumbs and lists have none."""
         if self._learning != "pairs":
             return NO_LABEL
-        better, worse = selection.numbers
-        gap = parsed.scores[better] - parsed.scores[worse] if parsed.scores else None
-        return self._read_label(self._layout.own_names(row.record), parsed.preference, gap)
+        scores = [parsed.scores[n] for n in selection.numbers] if parsed.scores else []
+        return self._read_label(self._layout.own_names(row.record), parsed.preference, scores)
 
     def _bad_images(self, images: Sequence[Image], row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()

@@ -12,7 +12,7 @@ The scores of a reward model give margins on request: `score_chosen, score_rejec
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from mmalign.data.formats.files import Record, as_text, read_number, shorten
@@ -41,7 +41,7 @@ COLUMN = Margins()
 
 
 def read_label(
-    fields: Collection[str], margins: Margins, record: Record, preference: float = 1.0, gap: float | None = None
+    fields: Collection[str], margins: Margins, record: Record, preference: float = 1.0, scores: Sequence[object] = ()
 ) -> Label:
     """Return the label of a pair.
 
@@ -50,7 +50,7 @@ def read_label(
         margins: the source of the margins.
         record: the row, by the layout's own names.
         preference: the preference of a row without that column.
-        gap: the chosen side's score minus the rejected side's; None takes the columns of scores.
+        scores: the chosen side's score and the rejected side's; empty takes the columns of scores.
 
     Raises:
         UnusableRowError: a value is not a number in its range, or a score is missing.
@@ -61,7 +61,9 @@ def read_label(
         preference = 1.0
     if not own and not scored and preference == 1:
         return NO_LABEL
-    margin = _margin(record, margins, gap) if scored else _number(own, "margin", 0.0)
+    margin = (
+        _margin(scores or [record.get(name) for name in SCORES], margins) if scored else _number(own, "margin", 0.0)
+    )
     return Label(_number(own, "preference", preference), margin, _number(own, "weight", 1.0), _annotator(own))
 
 
@@ -86,14 +88,13 @@ def _number(record: Record, name: str, default: float) -> float:
     return number
 
 
-def _margin(record: Record, margins: Margins, gap: float | None) -> float:
-    """Return the margin of a difference of scores."""
-    if gap is None:
-        if any(record.get(name) in (None, "") for name in SCORES):
-            names = " and ".join(SCORES), " and ".join(NUMBERED_SCORES)
-            raise UnusableRowError(f"has no scores, which data.margin: {margins.kind} takes from {' or '.join(names)}")
-        chosen, rejected = (read_number(name, record[name]) for name in SCORES)
-        gap = chosen - rejected
+def _margin(scores: Sequence[object], margins: Margins) -> float:
+    """Return the margin of the scores of the chosen and the rejected side."""
+    if any(score in (None, "") for score in scores):
+        names = " and ".join(SCORES), " and ".join(NUMBERED_SCORES)
+        raise UnusableRowError(f"has no scores, which data.margin: {margins.kind} takes from {' or '.join(names)}")
+    chosen, rejected = map(read_number, ("the chosen score", "the rejected score"), scores)
+    gap = chosen - rejected
     if margins.kind == "log_score":
         if gap <= 0:
             raise UnusableRowError(f"the chosen score exceeds the rejected one by {gap:g}; expected more than 0")

@@ -207,7 +207,7 @@ def _index(
                 parsed = _with_image_places(one)
                 for image in parsed.all_images:
                     reader.check(image, row.folders)
-                said = label(layout.own_names(row.record), gap=parsed.gap)
+                said = label(layout.own_names(row.record), scores=parsed.compared)
             except UnusableRowError as error:
                 dropped.append(SkippedRow(location, str(error), error.defect))
                 continue
@@ -249,11 +249,11 @@ def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
         scores = row.scores or (1.0, 0.0)
         if learning == "pairs" and row.scores:
             couples = [*combinations(zip(row.responses, scores, strict=True), 2)]
-            different = [(better, worse, more - less) for (better, more), (worse, less) in couples if more > less]
+            different = [(better, worse, (more, less)) for (better, more), (worse, less) in couples if more > less]
             ties += len(couples) - len(different)
             selected += [
-                replace(row, chosen=better, rejected=worse, others=(), scores=(), gap=gap)
-                for better, worse, gap in different
+                replace(row, chosen=better, rejected=worse, others=(), scores=(), compared=compared)
+                for better, worse, compared in different
             ]
         elif learning == "pairs":
             selected.append(row)

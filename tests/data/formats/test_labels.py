@@ -160,6 +160,15 @@ def test_fields_of_labels_that_are_not_read_drop_no_row(rows: Any, layout: str) 
     assert labels(pairs) == [Label(weight=2.0)] and pairs.unread == ("preference", "margin")
 
 
+def test_a_score_that_is_no_number_drops_a_row_only_for_margins(rows: Any) -> None:
+    path = rows({**PICKED, "score_0": "n/a", "score_1": 3}, {**PICKED, "caption": "b", "score_0": 1, "score_1": 3})
+    pairs = open_pairs("pick_a_pic", path)
+    assert labels(pairs) == [NO_LABEL] * 2 and pairs.unread == ("score_0", "score_1")
+    pairs = open_pairs("pick_a_pic", path, margins=Margins("score"))
+    assert labels(pairs) == [Label(margin=2.0)]
+    assert "the rejected score is 'n/a'; expected a number" in pairs.skipped[0].reason
+
+
 def test_integer_annotators_of_a_column_with_empty_cells_are_names(rows: Any) -> None:
     (label,) = labels(open_pairs("folder", rows({**IMAGES["folder"], "annotator": 7.0})))
     assert label.annotator == "7"
