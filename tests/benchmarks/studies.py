@@ -12,6 +12,7 @@ stopped study.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,26 +23,17 @@ import pyarrow.parquet as pq
 
 from mmalign.commands.compare import compare
 from mmalign.commands.load_recipe import dump_recipe, load_recipe
+from mmalign.config.base import Choice
+from mmalign.config.losses import PairLossConfig
 from mmalign.rng import KeyedRNG
+from mmalign.training.export import read_run_info
 
 IMAGES, RESPONSES = "configs/text_to_image/diffusion_dpo_tiny_sd.yaml", "configs/vision_language/dpo_tiny_llava.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation",)
-LOSSES = [
-    "dpo",
-    "ipo",
-    "hinge",
-    "exo",
-    "nca",
-    "bco_pair",
-    "apo_zero",
-    "apo_down",
-    "sppo",
-    "discopop",
-    "dpop",
-    "simpo",
-    "cpo",
-]
+# Without a part of sums, and a loss that needs a known rate
+LOSSES = {name: kind for name, kind in Choice.sections(PairLossConfig).items() if name not in ("anchor", "robust")}
+BEST_OF = "evaluate.best_of={n: [4, 16], reward: {path: models/tiny_clip}}"  # the judge that made the pairs
 
 
 @dataclass(frozen=True)
@@ -96,6 +88,7 @@ def flipped_labels(folder: Path) -> Study:
         "smoothed": "{name: dpo, label_smoothing: 0.2}",
     }
     arms = {name: Arm(IMAGES, [f"method.loss={loss}", f"data.path={pairs}"]) for name, loss in losses.items()}
+    arms["lcpo"] = Arm(IMAGES, ["method.label_noise={}", f"data.path={pairs}"])
     return Study({"sft": Arm(SFT, [f"data.path={pairs}"]), **arms, "dpo_clean": Arm(IMAGES)})
 
 
@@ -107,17 +100,21 @@ def thumbs(folder: Path) -> Study:
 
 
 def pair_losses(folder: Path) -> Study:
-    """Return the study of all pair losses on images."""
-    losses = [*LOSSES, "slic"]
-    hyper = {"slic": "{name: slic, delta: 0.001}"}
-    arms = {name: Arm(IMAGES, [f"method.loss={hyper.get(name, name)}"]) for name in losses}
-    return Study({"sft": Arm(SFT), **arms}, rates=(1e-5, 3e-5))
+    """Return the study of the pair losses on images, beside best of 4 and of 16; beta is Diffusion-DPO's for all."""
+    hyper = {"slic": "{name: slic, delta: 0.001}"}  # in the unit of the scores
+    names = [name for name, kind in LOSSES.items() if not kind.responses_only]
+    arms = {name: Arm(IMAGES, [f"method.loss={hyper.get(name, name)}", BEST_OF]) for name in names}
+    return Study({"sft": Arm(SFT, [BEST_OF]), **arms}, rates=(1e-5, 3e-5))
 
 
 def response_losses(folder: Path) -> Study:
-    """Return the study of all pair losses on responses."""
-    losses = [*LOSSES, "orpo", "slic"]
-    arms = {name: Arm(RESPONSES, [f"method.loss={name}"]) for name in losses}
+    """Return the study of the pair losses on responses, with published settings where they are not DPO's."""
+    published = {
+        "simpo": ["method.loss={name: simpo, gamma: 1.0}", "method.beta=2.0"],
+        "sppo": ["method.beta=0.001"],
+        "sppo_hard": ["method.beta=0.001"],
+    }
+    arms = {name: Arm(RESPONSES, [f"method.loss={name}", *published.get(name, [])]) for name in LOSSES}
     return Study({"sft": Arm(RESPONSE_SFT), **arms}, rates=(2.5e-5, 5e-5), lower_is_better=True)
 
 
@@ -155,6 +152,8 @@ def run(study: Study, folder: Path, seeds: int) -> None:
     compare(sources, seeds=seeds, output=folder / "test")
     print((folder / "test" / "comparison.md").read_text())
     print("\n".join(f"{name}: lr {rate:g}" for name, rate in rates.items()))
+    for name, seed in itertools.product(study.arms, range(seeds)):  # verdicts tell learned rates of wrong labels
+        print(f"{name}, seed {seed}: {read_run_info(folder / 'test' / name / f'seed-{seed}' / 'model').verdict}")
 
 
 def _write_recipe(file: Path, arm: Arm, overrides: Sequence[str]) -> str:
